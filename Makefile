@@ -1,0 +1,40 @@
+# The package lives in .venv; PIP_* variables of the environment are honoured, and so is PYTHON.
+PYTHON ?= python3
+VENV := .venv
+# One thread per process: ranks and test workers already take a core each. Nothing asks the hub.
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
+# Tests of one file share what they made, so a file stays with one worker.
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-slow check clean
+.DEFAULT_GOAL := help
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(VENV)/installed ## make .venv and install the package with the tested versions
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup ## teachers, ensemble and student on the built-in task, two processes, offline
+	$(OFFLINE) $(VENV)/bin/python -m torch.distributed.run --standalone --nproc_per_node 2 \
+		-m sead_dist demo
+
+test: setup ## all tests but the slow ones and those that need a cluster
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not slurm'
+
+test-slow: setup ## the slow tests
+	$(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+
+check: setup ## lint, formatting and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean: ## remove all that these targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-run
+	find sead_dist tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m sead_dist`, for launchers."""
+
+from sead_dist.cli import main
+
+main()
