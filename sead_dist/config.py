@@ -1,0 +1,322 @@
+"""RunConfig: YAML files stacked left to right over base.yaml, then KEY=VALUE words.
+
+Defaults live in configs/base.yaml alone. Keys marked Operational may change on a resume; all
+others are the run's identity.
+"""
+
+import difflib
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sead_dist.errors import UserError
+
+Operational = "operational"
+Precision = Literal["fp32", "bf16", "fp16"]
+Placement = Literal["auto", "colocated", "partitioned"]
+Labels = list[str] | Literal["task_order"] | None
+# a scalar given for one of these keys means its `path`
+SHORTHAND = ("store", "student")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    path: Annotated[str | None, Operational]
+    train: Annotated[str | None, Operational]
+    validation: Annotated[str | None, Operational]
+    revision: Annotated[str | None, Operational]
+    max_train_examples: Annotated[int | None, Field(gt=0)]
+    skip_malformed: bool
+
+
+class TransferConfig(Section):
+    path: Annotated[str | None, Operational]
+    ratio: Annotated[float | None, Field(gt=0)]
+
+
+class SelectConfig(Section):
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    seed: int
+    on: Literal["select", "dev"]
+
+
+class StudentConfig(Section):
+    path: str | None
+    shape: str | None
+    layers: list[int] | None
+    tokenizer: str | None
+
+
+class TeacherConfig(Section):
+    path: str
+    name: str | None = None
+    placement: Literal["colocated", "partitioned"] | None = None
+    labels: Labels = None
+    revision: str | None = None
+    dtype: Precision | None = None
+    max_length: Annotated[int | None, Field(gt=0)] = None
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class StoreConfig(Section):
+    path: Annotated[str | None, Operational]
+    accept: Literal["exact", "any"]
+
+
+EnsembleMethod = Literal[
+    "mean_logits", "mean_probabilities", "fixed", "score", "confidence", "entropy", "random"
+]
+
+
+class EvaluateConfig(Section):
+    every_steps: Annotated[int | None, Field(gt=0), Operational]
+
+
+class CheckpointConfig(Section):
+    every_steps: Annotated[int, Field(ge=0), Operational]
+    keep_last: Annotated[int, Field(ge=1), Operational]
+
+
+class RunConfig(Section):
+    """The whole configuration of a run; every key is explained in configs/base.yaml."""
+
+    task: str
+    output_dir: Annotated[str, Operational]
+    seed: Annotated[int, Field(ge=0)]
+    data: DataConfig
+    transfer: TransferConfig
+    select: SelectConfig
+    student: StudentConfig
+    # identity of the teachers is their manifest (weights, labels), not how they are written here
+    teachers: Annotated[list[TeacherConfig], Operational]
+    encoders: list[TeacherConfig]
+    placement: Annotated[Placement, Operational]
+    teacher_precision: Precision
+    look_ahead: Annotated[int, Field(gt=0), Operational]
+    gate: Annotated[Literal["on", "off"], Operational]
+    trust_remote_code: Annotated[bool, Operational]
+    store: StoreConfig
+    ensemble: EnsembleMethod
+    loss: Literal["kl", "mse"]
+    temperature: Annotated[float, Field(gt=0)]
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    epochs: Annotated[int, Field(gt=0)]
+    max_steps: Annotated[int | None, Field(gt=0)]
+    global_batch: Annotated[int, Field(gt=0)]
+    micro_batch: Annotated[int, Field(gt=0)]
+    max_length: Annotated[int, Field(gt=1)]
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(ge=0)]
+    precision: Precision
+    deterministic: bool
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    tracker: Annotated[str | None, Operational]
+
+    def identity(self) -> dict[str, Any]:
+        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
+        return _identity(self, "")
+
+
+def _identity(section: Section, prefix: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            keys.update(_identity(value, f"{prefix}{name}."))
+        elif Operational not in field.metadata:
+            plain = section.model_dump(mode="json")[name]
+            keys[prefix + name] = plain
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `on`, `off`, `yes`, `no` are words and `1e-5` is a number (as in YAML 1.2)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML document. Raises UserError with the place of the first mistake."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}, line {mark.line + 1}" if mark is not None else where
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UserError(f"{place} is not valid YAML: {problem}") from None
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = config_folder()
+    inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
+    for folder in ("", "tasks", "students"):
+        for suffix in ("", ".yaml"):
+            path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
+            if path.is_file():
+                return path
+    known = sorted(path.stem for path in shipped.rglob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped configs: {', '.join(known)}"
+    raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if key in SHORTHAND and isinstance(value, str):
+            value = {"path": value}
+        if isinstance(below, dict) and isinstance(value, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, _, text = word.partition("=")
+    value = parse_yaml(text, f"the value of {key}") if text else None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return {} if value is None else dict(value)
+
+
+def _as_entries(raw: Any, key: str) -> Any:
+    """A string, glob or list of strings and mappings as a list of teacher mappings."""
+    items = [raw] if isinstance(raw, str | Mapping) else raw
+    if not isinstance(items, list):
+        return items
+    entries: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and glob.has_magic(item):
+            folders = sorted(path for path in glob.glob(item) if Path(path).is_dir())
+            if not folders:
+                raise UserError(f"{key}={item} matches no folder; give paths that exist")
+            entries += [{"path": folder} for folder in folders]
+        elif isinstance(item, str | int | float):
+            entries.append({"path": str(item)})
+        else:
+            entries.append(item)
+    return entries
+
+
+def _shape_shorthand(student: Any) -> Any:
+    """`student=L6-H256-A8` and `student=FILE.yaml` mean shapes."""
+    path = student.get("path") if isinstance(student, dict) else None
+    if isinstance(path, str) and student.get("shape") is None and names_shape(path):
+        return {**student, "path": None, "shape": path}
+    return student
+
+
+def names_shape(path: str) -> bool:
+    """Whether a student or encoder is a shape: a YAML file, or a shipped name that is no folder."""
+    shipped = config_folder() / "students" / f"{path}.yaml"
+    return path.endswith((".yaml", ".yml")) or (shipped.is_file() and not Path(path).exists())
+
+
+def _explain(error: ValidationError, known: Sequence[str]) -> str:
+    """The first mistake of a configuration as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "the keys are listed in configs/base.yaml"
+        return f"unknown key {key!r}; {hint}"
+    if first["input"] is None:
+        return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r}: {message}; see {key} in configs/base.yaml"
+
+
+def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        kind = next(iter(get_args(field.annotation)), field.annotation)  # X of list[X]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += _flat_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """The configuration that files and KEY=VALUE words describe, in their order, over base.yaml.
+
+    Raises UserError naming the key, its value and what is allowed.
+    """
+    base = config_folder() / "base.yaml"
+    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
+    layers: list[Mapping[str, Any]] = []
+    for word in [word for word in words if "=" not in word]:
+        path = find_config(word)
+        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(layer, Mapping):
+            raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+        layers.append(layer)
+    layers += [_override(word) for word in words if "=" in word]
+    for layer in layers:
+        merged = _merge(merged, layer)
+    for key in ("teachers", "encoders"):
+        merged[key] = _as_entries(merged.get(key) or [], key)
+    merged["student"] = _shape_shorthand(merged["student"])
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, _flat_keys(RunConfig))) from None
+    student = config.student
+    if student.shape is not None and (student.path is not None or student.layers is not None):
+        ignored = "student.path" if student.path is not None else "student.layers"
+        raise UserError(
+            f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
+            "give one of the two"
+        )
+    if config.global_batch % config.micro_batch:
+        raise UserError(
+            f"micro_batch={config.micro_batch} does not divide global_batch={config.global_batch}; "
+            f"choose a divisor, e.g. micro_batch={_largest_divisor(config)}"
+        )
+    return config
+
+
+def _largest_divisor(config: RunConfig) -> int:
+    below = range(min(config.micro_batch, config.global_batch), 0, -1)
+    return next(size for size in below if config.global_batch % size == 0)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

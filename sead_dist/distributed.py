@@ -1,0 +1,182 @@
+"""World: who this process is among the ranks, and the few things that ranks agree on.
+
+A world of one needs no process group. gloo on CPU and NCCL on GPU differ in backend and device
+only.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sead_dist.errors import RunError, UserError
+
+T = TypeVar("T")
+# A whole window of a large teacher may pass before the other ranks hear of it.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size ranks, on `device`. `exchange` is the process group of the teacher logits,
+    apart from the student's so that their collectives never wait for each other; `control` is a
+    gloo group for small decisions; both None in a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    exchange: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_world() -> World:
+    """The world that the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK) describe.
+
+    A process group that is already there is used. Raises UserError when variables are missing.
+    """
+    refuse_lone_process()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    # `accelerate launch --cpu` writes True
+    cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_gpu = torch.cuda.is_available() and not cpu_asked
+    if size == 1 and not dist.is_initialized():
+        return World(0, 1, torch.device("cuda" if on_gpu else "cpu"))
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
+            "accelerate launch, or unset WORLD_SIZE"
+        )
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    backend = "nccl" if on_gpu else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device, exchange, control)
+
+
+def refuse_lone_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` without MPI starts one process and says nothing.
+
+    It can be told by what it sets: where several processes were meant a master's port, but no
+    WORLD_SIZE. Raises UserError then.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and not dist.is_initialized()
+    if by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes but started this one alone "
+            "(MASTER_PORT is set, WORLD_SIZE is not); on CPU start with torchrun --standalone "
+            "--nproc_per_node N -m sead_dist ..., or a config file like launch/cpu2.yaml"
+        )
+
+
+def leave_world(world: World) -> None:
+    if world.size > 1 and dist.is_initialized():
+        # a rank that failed leaves the others in the middle of a collective: that is theirs to say
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def gather_objects(world: World, mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank gave, in rank order, on every rank."""
+    if world.size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, mine, group=group or world.control)
+    return everyone
+
+
+def from_main(world: World, make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank; its UserError or RunError too."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (make(), None)
+        except (UserError, RunError, OSError) as error:
+            outcome = (None, error)
+    if world.size > 1:
+        box: list[Any] = [outcome]
+        dist.broadcast_object_list(box, src=0, group=world.control)
+        outcome = box[0]
+    if outcome[1] is not None:
+        raise as_heard(world, outcome[1])
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_every_rank(world: World, do: Callable[[], T]) -> T:
+    """`do()` on this rank; when it fails on any rank, that error is raised on all of them."""
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = do()
+    except (UserError, RunError, OSError) as error:
+        failure = error
+    failures = gather_objects(world, failure)
+    raise_first([error and as_heard(world, error) for error in failures])
+    return result  # type: ignore[return-value]
+
+
+def as_heard(world: World, error: Exception) -> Exception:
+    """An agreed failure as this rank raises it. The command line tells a RunError on rank 0 alone,
+    but an OSError wherever it happens: it may be known to one rank only."""
+    if isinstance(error, OSError) and not world.is_main:
+        return RunError(str(error))
+    return error
+
+
+def raise_first(failures: Sequence[Exception | None]) -> None:
+    """Raise the lowest rank's failure: every rank calls this with the same list."""
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier(group=world.control)
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT on any rank; the ranks agree on it at a step boundary."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While inside, the signals set this flag; afterwards their handlers are as before."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        # a second Ctrl-C ends the process at once
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, world: World) -> bool:
+        """True on all ranks when any rank was asked to stop."""
+        if world.size == 1:
+            return self.signal is not None
+        asked = torch.tensor([int(self.signal is not None)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=world.control)
+        return bool(asked.item())

@@ -1,0 +1,39 @@
+"""What may leave this machine: values without secrets and without local paths."""
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+SECRET_KEY = re.compile(
+    r"(^|[_.-])((api|access|private|secret)?_?key|token|secret|password|passwd|credential|auth)s?"
+    r"($|[_.-])"
+)
+SECRET_VALUE = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abps]-|AKIA)[\w-]{8,}")
+SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+@|(?<=[?&])[\w-]*(?:token|key|secret)[\w-]*=[^&\s]+")
+WHOLE_PATH = re.compile(r"file://|[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+# The folders of a path inside a longer text; not the slashes of a URL or of owner/name.
+FOLDERS = re.compile(r"(?<![\w:/.])(?:file://|~|[A-Za-z]:|\.{1,2})?[/\\](?:[^\s/\\,;]+[/\\])*")
+
+
+def redact(value: Any) -> Any:
+    """Return `value` without secrets and with every local path cut to its last part.
+
+    A key that names a secret is dropped with its value (numbers are kept: `max_tokens: 64`), and
+    so is a value in the form of a known access token; mappings and lists are followed.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): redact(v) for k, v in value.items() if not _is_secret(str(k), v)}
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = SECRET_VALUE.sub("[removed]", SECRET_IN_URL.sub("", value))
+    if WHOLE_PATH.match(text):  # perhaps with spaces in it
+        return PurePosixPath(text.replace("\\", "/")).name
+    return FOLDERS.sub("", text)
+
+
+def _is_secret(key: str, value: object) -> bool:
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    return SECRET_KEY.search(snake) is not None and not isinstance(value, (int, float))

@@ -1,0 +1,130 @@
+"""Configuration: files stacked left to right, words over them, mistakes named."""
+
+import re
+
+import pytest
+from small import config
+
+from sead_dist.config import RunConfig, config_folder, dump_config, load_config, parse_yaml
+from sead_dist.errors import UserError
+
+
+def test_files_stack_left_to_right_and_words_come_last(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: sst2\noutput_dir: x\nseed: 1\nselect: {fraction: 0.2}")
+    (tmp_path / "b.yaml").write_text("seed: 2\nselect: {seed: 9}\n")
+    found = load_config([str(tmp_path / "a.yaml"), "epochs=7", str(tmp_path / "b.yaml"), "seed=3"])
+    assert (found.seed, found.epochs) == (3, 7)
+    # a section is laid over, not replaced
+    assert (found.select.fraction, found.select.seed) == (0.2, 9)
+
+
+def test_every_key_has_a_default_or_must_be_given_and_a_comment():
+    text = (config_folder() / "base.yaml").read_text()
+    base = parse_yaml(text, "base.yaml")
+    for name, field in RunConfig.model_fields.items():
+        assert name in base, name
+        if isinstance(base[name], dict):
+            assert set(base[name]) == set(field.annotation.model_fields), name
+    for line in text.splitlines():
+        if re.match(r" *[\"\w]+: +\S", line):
+            assert "#" in line, line
+
+
+def test_a_shipped_config_is_found_by_name_and_by_its_path():
+    by_name = load_config(["sst2", "output_dir=x"])
+    assert by_name.task == "sst2"
+    assert by_name == load_config(["configs/tasks/sst2.yaml", "output_dir=x"])
+
+
+def test_shorthands():
+    found = config("student=L6-H256-A8", "store=S", "teachers=[a/b,{path: c, weight: 2}]")
+    assert (found.student.shape, found.student.path) == ("L6-H256-A8", None)
+    assert found.store.path == "S"
+    assert [(t.path, t.weight) for t in found.teachers] == [("a/b", 1.0), ("c", 2.0)]
+
+
+def test_a_glob_of_teachers_is_sorted_and_must_match(tmp_path):
+    for name in ("t-2", "t-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "t-3.txt").write_text("a file is no teacher")
+    found = config(f"teachers={tmp_path}/t-*")
+    assert [entry.path for entry in found.teachers] == [f"{tmp_path}/t-1", f"{tmp_path}/t-2"]
+    with pytest.raises(UserError, match="matches no folder"):
+        config(f"teachers={tmp_path}/none-*")
+
+
+def test_on_and_off_are_words_and_exponents_are_numbers():
+    found = config("gate=off", "learning_rate=1e-3", "select.on=dev", "deterministic=true")
+    assert found.gate == "off"
+    assert found.learning_rate == 0.001
+    assert found.select.on == "dev"
+    assert found.deterministic is True
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("epoch=3", "unknown key 'epoch'; did you mean 'epochs'"),
+        ("select.fractoin=0.2", "did you mean 'select.fraction'"),
+        ("alpha=1.5", "alpha=1.5"),
+        ("temperature=0", "temperature=0"),
+        ("placement=everywhere", "placement='everywhere'.*'colocated'"),
+        ("output_dir=", "output_dir is not set"),
+        ("micro_batch=3", "micro_batch=3 does not divide global_batch=8.*micro_batch=2"),
+        ("seed=[1", "the value of seed"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_the_mend(given, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(["sst2", "output_dir=x", "global_batch=8", given])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_file_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'sst2'"):
+        load_config(["sst3"])
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("seed: 1\ntask: [\n")
+    with pytest.raises(UserError, match=r"bad.yaml, line \d+ is not valid YAML"):
+        load_config([str(tmp_path / "bad.yaml")])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds no keys"):
+        load_config([str(tmp_path / "list.yaml")])
+
+
+def test_the_dump_gives_the_same_configuration_again(tmp_path):
+    first = config("teachers=[{path: a, labels: [x, y]}]", "gate=off", "select.on=dev")
+    (tmp_path / "again.yaml").write_text(dump_config(first))
+    assert load_config([str(tmp_path / "again.yaml")]) == first
+
+
+def test_identity_holds_what_decides_the_student_and_not_where_or_how_it_runs():
+    base = config().identity()
+    free = ["placement=partitioned", "look_ahead=5", "checkpoint.every_steps=3", "store=S"]
+    free += [
+        "evaluate.every_steps=2",
+        "tracker=tensorboard",
+        "data.path=D",
+        "checkpoint.keep_last=9",
+    ]
+    assert config(*free, output_dir="elsewhere").identity() == base
+    fixed = ["seed=5", "alpha=0.1", "epochs=9", "micro_batch=4", "select.fraction=0.3"]
+    fixed += ["data.max_train_examples=7", "ensemble=score", "student.shape=s", "precision=bf16"]
+    for word in fixed:
+        key = word.split("=")[0]
+        changed = config(**{key.replace(".", "__"): word.split("=")[1]}).identity()
+        assert [name for name in base if base[name] != changed[name]] == [key]
+
+
+@pytest.mark.parametrize("more", ["student.layers=[0]", "student.path=somewhere"])
+def test_a_student_setting_that_would_be_ignored_is_refused(more):
+    with pytest.raises(UserError, match="would be ignored; give one of the two"):
+        load_config(["task=sst2", "output_dir=o", "student.shape=L6-H256-A8", more])
+
+
+def test_a_yaml_file_or_a_shipped_name_is_a_shape():
+    for given in ("L6-H256-A8", "tiny.yaml"):
+        student = load_config(["task=sst2", "output_dir=o", f"student={given}"]).student
+        assert (student.path, student.shape) == (None, given)

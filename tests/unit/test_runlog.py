@@ -1,0 +1,182 @@
+"""The run folder's own files and the console."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sead_dist import runlog
+from sead_dist.errors import UserError
+from sead_dist.runlog import (
+    RunLog,
+    environment,
+    read_json,
+    read_metrics,
+    write_json,
+    written_aside,
+)
+
+
+def open_log(folder, is_main=True, console=False):
+    return RunLog(folder, is_main=is_main, console=console)
+
+
+def test_each_record_is_on_disk_as_soon_as_it_is_given(tmp_path):
+    log = open_log(tmp_path / "run")
+    log.metrics("train", step=1, loss=np.float32(0.5), agreement={"a": np.float64(0.25)})
+    assert read_metrics(tmp_path / "run") == [
+        {"event": "train", "step": 1, "loss": 0.5, "agreement": {"a": 0.25}}
+    ]
+    log.metrics("eval", step=1, split="selection", metrics={"accuracy": float("nan")})
+    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1]
+    assert json.loads(line, parse_constant=pytest.fail)["metrics"] == {"accuracy": None}
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    log = open_log(tmp_path / "run", is_main=False, console=True)
+    log.metrics("train", step=1)
+    log.say("hello")
+    log.truncate_after(0)
+    with log.progress("steps", total=2) as bar:
+        bar.advance(2)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tail", ['{"event": "tra', '{"event"', "{}x", "7"])
+def test_a_torn_last_line_is_passed_over_and_cut_on_opening(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1}\n' + tail)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    open_log(tmp_path).metrics("train", step=2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_whole_last_line_without_its_line_end_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1}')
+    open_log(tmp_path).metrics("train", step=2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_bad_line_before_the_last_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 "):
+        read_metrics(tmp_path)
+
+
+def test_no_metrics_file_gives_no_records(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path):
+    log = open_log(tmp_path)
+    log.metrics("start", world_size=1)
+    for step in range(1, 6):
+        log.metrics("train", step=step)
+    log.metrics("eval", step=5)
+    log.close()
+    log = open_log(tmp_path)
+    log.truncate_after(3)
+    log.metrics("train", step=4)
+    records = read_metrics(tmp_path)
+    assert [r.get("step") for r in records] == [None, 1, 2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_goes_to_the_console_whole_and_into_the_log_file(tmp_path, capsys):
+    line = "teacher [bold]a[/bold] " + "x" * 200
+    open_log(tmp_path, console=True).say(line)
+    assert capsys.readouterr().out == line + "\n"
+    assert (tmp_path / "log.txt").read_text().endswith(f" {line}\n")
+
+
+def test_console_off_still_writes_the_log_file(tmp_path, capsys):
+    open_log(tmp_path).say("hello")
+    assert capsys.readouterr().out == ""
+    assert "hello" in (tmp_path / "log.txt").read_text()
+
+
+def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 2))
+    monkeypatch.setattr(runlog, "monotonic", lambda: float(next(clock)))
+    with open_log(tmp_path, console=True).progress("steps", total=200, done=95) as bar:
+        for step in range(96, 201):
+            bar.update(loss=step / 1000, note="x")
+            bar.advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "100/200",
+        "120/200",
+        "140/200",
+        "160/200",
+        "180/200",
+        "200/200",
+    ]
+    assert lines[0] == "steps: 100/200 (50%) loss=0.1 note=x"
+
+
+def test_fast_work_without_a_terminal_says_only_that_it_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runlog, "monotonic", lambda: 0.0)
+    with open_log(tmp_path, console=True).progress("exam", total=7) as bar:
+        bar.advance(3)
+        bar.advance(4)
+    assert capsys.readouterr().out == "exam: 7/7 (100%)\n"
+
+
+def test_progress_in_a_terminal_is_a_bar_that_ends_with_the_block(tmp_path):
+    log = open_log(tmp_path, console=True)
+    screen = io.StringIO()
+    log.console = Console(file=screen, force_terminal=True, width=120)
+    with (
+        pytest.raises(ValueError, match="stop"),
+        log.progress("steps", total=4) as outer,
+        log.progress("rows", total=2) as inner,
+    ):
+        outer.advance()
+        outer.update(loss=0.123456)
+        inner.advance(2)
+        log.say("between")
+        raise ValueError("stop")
+    text = screen.getvalue()
+    assert "1/4" in text
+    assert "2/2" in text
+    assert "loss=0.1235" in text
+    assert "between" in text
+    assert text.count("\x1b[?25l") >= 1  # the cursor is hidden while the bar lives
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # and shown again
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run_summary.json"
+    write_json(path, {"steps": np.int64(3), "rates": np.array([1.5, np.inf]), "at": tmp_path})
+    assert read_json(path) == {"steps": 3, "rates": [1.5, None], "at": str(tmp_path)}
+    with pytest.raises(TypeError):
+        write_json(path, {"steps": object()})
+    with pytest.raises(RuntimeError), written_aside(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert read_json(path)["steps"] == 3
+    assert os.listdir(tmp_path) == ["run_summary.json"]
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"scores\.json is missing"):
+        read_json(tmp_path / "scores.json")
+    (tmp_path / "scores.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"scores\.json is not JSON"):
+        read_json(tmp_path / "scores.json")
+
+
+def test_environment_tells_versions_and_nothing_private(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    found = environment()
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["cpu_count"] == os.cpu_count()
+    text = json.dumps(found)
+    assert "hf_abcdefghijklmnop" not in text
+    assert os.path.expanduser("~") not in text
+    assert os.uname().nodename not in text
