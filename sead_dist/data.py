@@ -1,0 +1,282 @@
+"""Tokenise, order, slice and pad: examples -> Batch, and the Cursor that says where a run stands.
+
+The order is a pure function of the data, the student's token counts, seed, epoch and global batch
+size (invariant 1): never of the number of ranks, of look-ahead, or of restarts.
+
+Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text rows per example,
+S steps of an epoch, G rows of a global batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.errors import UserError
+from sead_dist.examples import ExampleSet, entries
+
+# Rows are sorted by length within so many global batches: wide enough for little padding, narrow
+# enough that a batch still mixes the data.
+BATCHES_PER_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Batches *consumed*: the next step is batch `batch` of epoch `epoch`."""
+
+    epoch: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    offsets: np.ndarray
+    choices: int
+    pad_id: int
+    pad_type: int
+    truncated: int
+
+    def lengths_B(self) -> np.ndarray:
+        """Tokens of each example: of its longest text row."""
+        rows = np.diff(self.offsets).reshape(-1, self.choices)
+        return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
+
+    def pad(self, rows_B: np.ndarray, length: int) -> dict[str, torch.Tensor]:
+        """Model inputs [B*K, length] of these examples, padded on the right."""
+        flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
+        counts = (self.offsets[flat + 1] - self.offsets[flat])[:, None]
+        columns = np.arange(length)[None, :]
+        mask = columns < counts
+        index = np.where(mask, self.offsets[flat][:, None] + columns, 0)
+        inputs = {
+            "input_ids": np.where(mask, self.ids[index], self.pad_id).astype(np.int64),
+            "attention_mask": mask.astype(np.int64),
+        }
+        if self.types is not None:
+            padded = np.where(mask, self.types[index], self.pad_type)
+            inputs["token_type_ids"] = padded.astype(np.int64)
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
+) -> TokenTable:
+    """Every text row of `examples`, truncated to `max_length` tokens (longest text first)."""
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    truncated = 0
+    uses_types = "token_type_ids" in tokenizer.model_input_names
+    for start in range(0, len(examples.texts_a), 4096):
+        part = slice(start, start + 4096)
+        encoded = tokenizer(
+            examples.texts_a[part],
+            examples.texts_b[part] if examples.texts_b is not None else None,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=uses_types,
+            return_attention_mask=False,
+        )
+        lengths += [len(row) for row in encoded["input_ids"]]
+        ids.append(np.array([i for row in encoded["input_ids"] for i in row], dtype=np.int32))
+        if uses_types:
+            flat = [i for row in encoded["token_type_ids"] for i in row]
+            types.append(np.array(flat, dtype=np.int8))
+        if encoded.encodings is not None:
+            truncated += sum(bool(row.overflowing) for row in encoded.encodings)
+    return TokenTable(
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        types=np.concatenate(types) if uses_types and types else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        choices=examples.choices,
+        pad_id=int(tokenizer.pad_token_id),
+        pad_type=int(tokenizer.pad_token_type_id),
+        truncated=truncated,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """One example set as a run uses it. entry_B: each row's unique example; ids_U2: their ids;
+    row_U: one row that holds each; tokens: the student's."""
+
+    examples: ExampleSet
+    tokens: TokenTable
+    ids_U2: np.ndarray
+    entry_B: np.ndarray
+    row_U: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.examples.labels_B)
+
+
+def make_split(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+    ids_U2, entry_B = entries(examples.ids_B2)
+    row_U = np.zeros(len(ids_U2), np.int64)
+    # backwards, so that the first row of equal ones stands for them
+    row_U[entry_B[::-1]] = np.arange(len(entry_B))[::-1]
+    tokens = tokenize(tokenizer, examples, max_length)
+    return Split(examples, tokens, ids_U2, entry_B, row_U)
+
+
+def epoch_order(lengths_B: np.ndarray, seed: int, epoch: int, global_batch: int) -> np.ndarray:
+    """The rows of each step of an epoch, order_SG, -1 where the last batch has none.
+
+    Rows are shuffled, sorted by length within chunks of BATCHES_PER_CHUNK batches, and the
+    batches shuffled: batches of like length in an order that only (data, seed, epoch) decide.
+    """
+    count = len(lengths_B)
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    shuffled = random.permutation(count)
+    chunk = BATCHES_PER_CHUNK * global_batch
+    for start in range(0, count, chunk):
+        part = shuffled[start : start + chunk]
+        shuffled[start : start + chunk] = part[np.argsort(lengths_B[part], kind="stable")]
+    steps = -(-count // global_batch)
+    order_SG = np.full(steps * global_batch, -1, np.int64)
+    order_SG[:count] = shuffled
+    return np.asarray(order_SG.reshape(steps, global_batch)[random.permutation(steps)])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. step: the global batch's number in the run; micro: which part of it.
+
+    inputs: tensors [B*K, L]; labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled);
+    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row.
+    """
+
+    step: int
+    micro: int
+    entries_B: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    labels_B: torch.Tensor
+    valid_B: torch.Tensor
+    group_ids_B: torch.Tensor | None
+
+
+def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) -> Batch:
+    """The micro-batch of these rows (-1: a filler), padded to its own longest row."""
+    valid_B = rows_B >= 0
+    # a filler is a copy of a valid row, or of the shortest row where there is none
+    stand_in = rows_B[valid_B][0] if valid_B.any() else int(split.tokens.lengths_B().argmin())
+    filled_B = np.where(valid_B, rows_B, stand_in)
+    length = int(split.tokens.lengths_B()[filled_B].max())
+    groups_B = split.examples.groups_B
+    labels_B = split.examples.labels_B[filled_B]
+    if labels_B.dtype == np.float64:
+        labels_B = labels_B.astype(np.float32)
+    return Batch(
+        step=step,
+        micro=micro,
+        entries_B=torch.from_numpy(split.entry_B[filled_B].astype(np.int64)),
+        inputs=split.tokens.pad(filled_B, length),
+        labels_B=torch.from_numpy(labels_B.copy()),
+        valid_B=torch.from_numpy(valid_B.copy()),
+        group_ids_B=None if groups_B is None else torch.from_numpy(groups_B[filled_B].copy()),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch: this rank's micro-batches, and how many valid rows all ranks have."""
+
+    number: int
+    cursor_after: Cursor
+    batches: list[Batch]
+    valid_rows: int
+
+
+class BatchStream:
+    """The run's global batches in their order, and this rank's share of each.
+
+    Rank r takes micro-batches r, r + size, ...; where ranks do not divide them, whole micro-batches
+    of fillers make the numbers equal, because every rank must do the same number of forwards.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        epochs: int,
+        max_steps: int | None,
+        rank: int,
+        size: int,
+    ) -> None:
+        if len(split) == 0:
+            raise UserError("the training split is empty; lower select.fraction or give more rows")
+        self.split = split
+        self.seed = seed
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank, self.size = rank, size
+        self.lengths_B = split.tokens.lengths_B()
+        self.steps_per_epoch = -(-len(split) // global_batch)
+        whole = epochs * self.steps_per_epoch
+        self.total_steps = whole if max_steps is None else max_steps
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def order_SG(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(self.lengths_B, self.seed, epoch, self.global_batch)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def cursor(self, step: int) -> Cursor:
+        return Cursor(*divmod(step, self.steps_per_epoch))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a global batch (-1: none), by length."""
+        at = self.cursor(step)
+        return np.asarray(self.order_SG(at.epoch)[at.batch])
+
+    def micro_count(self) -> int:
+        """Micro-batches per step and rank."""
+        return -(-(self.global_batch // self.micro_batch) // self.size)
+
+    def step(self, number: int) -> Step:
+        rows_G = self.rows(number)
+        batches = []
+        for turn in range(self.micro_count()):
+            micro = turn * self.size + self.rank
+            rows_B = rows_G[micro * self.micro_batch : (micro + 1) * self.micro_batch]
+            if len(rows_B) == 0:
+                rows_B = np.full(self.micro_batch, -1, np.int64)
+            batches.append(make_batch(self.split, rows_B, number, micro))
+        return Step(number, self.cursor(number + 1), batches, int((rows_G >= 0).sum()))
+
+    def windows(self, start: int, most_rows: int) -> Iterator[range]:
+        """Runs of steps from `start` whose rows are at most `most_rows` (at least one step).
+
+        A window ends with its epoch: what comes later may be read from the store by then.
+        """
+        per_window = max(1, most_rows // self.global_batch)
+        while start < self.total_steps:
+            epoch_end = (self.cursor(start).epoch + 1) * self.steps_per_epoch
+            stop = min(start + per_window, epoch_end, self.total_steps)
+            yield range(start, stop)
+            start = stop
+
+    def entries(self, steps: Sequence[int] | range) -> np.ndarray:
+        """The unique examples of these steps, ascending."""
+        rows = np.concatenate([self.rows(step) for step in steps])
+        return np.unique(self.split.entry_B[rows[rows >= 0]])
+
+
+def padding_waste(batches: Sequence[Batch]) -> tuple[int, int]:
+    """(padding tokens, all tokens) of these micro-batches, fillers counted as padding."""
+    used = total = 0
+    for batch in batches:
+        mask = batch.inputs["attention_mask"]
+        choices = mask.shape[0] // batch.valid_B.shape[0]
+        used += int((mask.reshape(-1, choices * mask.shape[1]).sum(1) * batch.valid_B).sum())
+        total += mask.numel()
+    return total - used, total

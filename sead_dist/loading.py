@@ -1,0 +1,278 @@
+"""Rows of a split, from local files or from the hub. The only file that imports `datasets`.
+
+Rows keep the file's own columns; sead_dist.readers gives them meaning. An unquoted TSV is split
+on tabs and line feeds alone, since GLUE's sentences hold bare quotation marks.
+"""
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sead_dist.errors import UserError
+from sead_dist.tasks import TaskSpec, align_name
+
+Rows = list[dict[str, Any]]
+EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
+_SKIP_HINT = "mend the line, or pass over such lines with data.skip_malformed=true"
+_log = logging.getLogger(__name__)
+
+
+def load_split(
+    task: TaskSpec,
+    split: str,
+    path: Path | None,
+    file: Path | None,
+    revision: str | None,
+    skip_malformed: bool,
+) -> Rows:
+    """The rows of `split`: from `file`, else from the folder `path`, else from the hub.
+
+    Raises UserError for a split that the task has not, a missing file or folder, a malformed
+    file, a split without rows, and a hub that cannot be reached.
+    """
+    if split not in task.splits:
+        raise UserError(f"task {task.name!r} has no split {split!r}; it has {_list(task.splits)}")
+    if file is not None:
+        rows, source = read_rows(file, task, skip_malformed), str(file)
+    elif path is not None:
+        files = find_files(task, split, path)
+        rows = [row for found in files for row in read_rows(found, task, skip_malformed)]
+        source = str(files[0])
+    else:
+        rows, source = _from_hub(task, split, revision), f"hub data set {task.hub}"
+    if not rows:
+        raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
+    return rows
+
+
+def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
+    """The files of `split` in the folder `path`: one, or the numbered shards of one.
+
+    A name counts if it is one of the task's names for the split, or such a name as `datasets`
+    writes it (`train-00000-of-00002.parquet`, `glue-train.arrow`, a saved folder `train/`).
+    """
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data.path {path} {what}; give the folder that holds the split files")
+    names = "|".join(map(re.escape, task.splits[split]))
+    plain = re.compile(rf"(?:{names})(-\d+-of-\d+)?")
+    cached = re.compile(rf"[\w.]+-(?:{names})(-\d+-of-\d+)?")  # as `datasets` names its cache
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        suffix, saved = file.suffix.lower(), file.is_dir() and (file / "state.json").is_file()
+        match = plain.fullmatch(file.name if saved else file.stem)
+        if match is None and suffix == ".arrow":
+            match = cached.fullmatch(file.stem)
+        if match and (saved or suffix in EXTENSIONS):
+            found.setdefault(re.sub(r"-\d+-of-\d+", "-*", file.name), []).append(file)
+    if len(found) > 1:
+        raise UserError(f"{path} has {_list(found)} for the {split} split; keep one of them")
+    if not found:
+        key = "train" if split == "train" else "validation"
+        held = _list(sorted(file.name for file in path.iterdir())) or "nothing"
+        raise UserError(
+            f"no {split} file in {path}: looked for {_list(task.splits[split])} with "
+            f"{_list(EXTENSIONS)}; the folder holds {held}; or give the file: data.{key}=FILE"
+        )
+    files = next(iter(found.values()))
+    if (shard := re.search(r"-of-(\d+)", files[0].stem)) and len(files) != int(shard[1]):
+        raise UserError(
+            f"{path} has {len(files)} of the {int(shard[1])} files of {split}; add the rest"
+        )
+    return files
+
+
+def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
+    """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
+
+    `task` says which columns a TSV without a header has. Raises UserError naming file and line.
+    """
+    kind = path.suffix.lower()
+    try:
+        if path.is_dir():
+            return _from_saved_folder(path, task)
+        if kind == ".parquet":
+            return _table_rows(pq.read_table(path), task)
+        if kind == ".arrow":
+            return _table_rows(_arrow_table(path), task)
+        if kind in (".tsv", ".csv", ".jsonl", ".json"):
+            text = path.read_bytes().decode("utf-8-sig")
+            return _text_rows(text, path, task, skip_malformed)
+    except FileNotFoundError as error:
+        raise UserError(f"data file {path} does not exist; give an existing file") from error
+    except OSError as error:
+        raise UserError(f"data file {path} cannot be read: {_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
+    except pa.ArrowException as error:
+        raise UserError(f"data file {path} is not a whole {kind} file: {_line(error)}") from error
+    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
+
+
+def _text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> Rows:
+    if path.suffix.lower() == ".tsv":
+        return _records(_tsv_lines(text), path, task, skip_malformed)
+    if path.suffix.lower() == ".csv":
+        return _records(_csv_lines(text, path), path, task, skip_malformed)
+    if text.lstrip().startswith("["):
+        rows = _parse(text, f"data file {path}")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"data file {path}: expected a list of objects; mend the file")
+        return rows
+    return _json_lines(text, path, skip_malformed)
+
+
+def _json_lines(text: str, path: Path, skip_malformed: bool) -> Rows:
+    rows, skipped = [], 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = _parse(line, f"{path}:{number}")
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected an object; {_SKIP_HINT}")
+                rows.append(row)
+            except UserError:
+                if not skip_malformed:
+                    raise
+                skipped += 1
+    _tell(path, skipped)
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}; {_SKIP_HINT}") from error
+
+
+def _tsv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line := line.removesuffix("\r"):
+            yield number, line.split("\t")
+
+
+def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.line_num}: not CSV: {error}; mend the line, or name it .tsv"
+        ) from error
+
+
+def _records(
+    lines: Iterator[tuple[int, list[str]]], path: Path, task: TaskSpec, skip_malformed: bool
+) -> Rows:
+    """Rows of a file with a header, or of one in the task's official column order without."""
+    known = {*task.fields, task.label_column, *task.renames}
+    header: list[str] | None = None
+    rows, skipped = [], 0
+    for number, fields in lines:
+        if header is None:
+            header = fields if known & set(fields) or not task.columns else list(task.columns)
+            if header is fields:
+                continue
+        if len(fields) == len(header):
+            rows.append(dict(zip(header, fields, strict=True)))
+        elif skip_malformed:
+            skipped += 1
+        else:
+            raise UserError(
+                f"{path}:{number}: {len(fields)} fields where {len(header)} are expected "
+                f"({_list(header)}); {_SKIP_HINT}"
+            )
+    _tell(path, skipped)
+    return rows
+
+
+def _tell(path: Path, skipped: int) -> None:
+    if skipped:
+        _log.warning("%s: passed over %d malformed lines", path, skipped)
+
+
+def _arrow_table(path: Path) -> Any:
+    with pa.memory_map(str(path)) as source:
+        try:
+            return pa.ipc.open_stream(source).read_all()  # what `datasets` writes
+        except pa.ArrowInvalid:
+            source.seek(0)
+            return pa.ipc.open_file(source).read_all()
+
+
+def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
+    import datasets
+
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        raise UserError(f"data file {path} holds several splits; give it as data.path")
+    return _dataset_rows(saved, task)
+
+
+def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
+    if task.hub is None:
+        raise UserError(f"task {task.name!r} is not on the hub; give data.path, a folder of files")
+    name, config = task.hub
+    hub_split = task.splits[split][0]
+    import datasets
+
+    try:
+        try:
+            loaded = datasets.load_dataset(name, config, split=hub_split, revision=revision)
+        except RuntimeError as error:
+            # A data set that is still a script, which `datasets` 4 and later do not run: the hub
+            # keeps its rows as Parquet on a branch of that name, one folder per configuration.
+            if revision is not None or "script" not in str(error):
+                raise
+            loaded = datasets.load_dataset(
+                name, data_dir=config, split=hub_split, revision="refs/convert/parquet"
+            )
+    except Exception as error:  # the libraries below raise a dozen kinds
+        raise UserError(
+            f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
+            f"{_line(error)}; give data.path, a folder of files"
+        ) from error
+    return _dataset_rows(loaded, task)
+
+
+def _dataset_rows(dataset: Any, task: TaskSpec) -> Rows:
+    # Through the Arrow format a row mapping (a selection, a shuffle) is applied first.
+    table = dataset.with_format("arrow")[:]
+    return _table_rows(table.replace_schema_metadata(dataset.features.arrow_schema.metadata), task)
+
+
+def _table_rows(table: Any, task: TaskSpec) -> Rows:
+    """Rows of an Arrow table; numbers of a ClassLabel become its names where the task knows them.
+
+    The order of a data set's class names need not be the task's.
+    """
+    rows: Rows = table.to_pylist()
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    columns = {task.label_column, *(o for o, t in task.renames.items() if t == task.label_column)}
+    for column in columns:
+        feature = metadata.get("info", {}).get("features", {}).get(column)
+        names = feature.get("names") if isinstance(feature, dict) else None
+        if names and all(align_name(task, name) is not None for name in names):
+            for row in rows:
+                if isinstance(row[column], int) and 0 <= row[column] < len(names):
+                    row[column] = names[row[column]]
+    return rows
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _list(names: Any) -> str:
+    return ", ".join(names)

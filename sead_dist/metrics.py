@@ -1,0 +1,142 @@
+"""Official task metrics, under Hugging Face's names, computed by scikit-learn and SciPy.
+
+Shapes: B examples, C classes. Sources: GLUE (Wang et al. 2018), SuperGLUE (Wang et al. 2019),
+ReCoRD's token F1 as SQuAD defines it (Rajpurkar et al. 2016).
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+Kind = Literal["classification", "regression", "choice"]
+
+
+class Answer(NamedTuple):
+    """One ReCoRD candidate and the answers that its query accepts."""
+
+    candidate: str
+    gold: tuple[str, ...]
+
+
+class MetricInputs(Protocol):
+    """What a metric reads of an example set; `groups_B` and `answers` are None for most tasks."""
+
+    @property
+    def labels_B(self) -> np.ndarray: ...
+    @property
+    def groups_B(self) -> np.ndarray | None: ...
+    @property
+    def answers(self) -> Sequence[Answer] | None: ...
+
+
+def _correlation(function: Callable[..., Any], labels_B: np.ndarray, scores_B: np.ndarray) -> float:
+    # A constant has no correlation with anything: 0 rather than NaN, which no JSON reader takes.
+    if len(labels_B) < 2 or np.ptp(labels_B) == 0 or np.ptp(scores_B) == 0:
+        return 0.0
+    return float(function(labels_B, scores_B).statistic)
+
+
+def _exact_groups(labels_B: np.ndarray, predictions_B: np.ndarray, groups_B: np.ndarray) -> float:
+    _, group_B = np.unique(groups_B, return_inverse=True)
+    return float(np.mean(np.bincount(group_B, weights=labels_B != predictions_B) == 0))
+
+
+def normalise_answer(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _token_f1(candidate: str, gold: str) -> float:
+    ours, theirs = normalise_answer(candidate).split(), normalise_answer(gold).split()
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def _exact_answer(candidate: str, gold: str) -> float:
+    return float(normalise_answer(candidate) == normalise_answer(gold))
+
+
+REGRESSION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "pearson": lambda y, p: _correlation(pearsonr, y, p),
+    "spearmanr": lambda y, p: _correlation(spearmanr, y, p),
+}
+CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda y, p: float(accuracy_score(y, p)),
+    "f1": lambda y, p: float(f1_score(y, p, zero_division=0.0)),  # of class 1; two classes only
+    "f1_macro": lambda y, p: float(f1_score(y, p, average="macro", zero_division=0.0)),
+    "matthews_correlation": lambda y, p: float(matthews_corrcoef(y, p)),
+}
+GROUPED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
+    "f1_a": lambda y, p, g: float(f1_score(y, p, zero_division=0.0)),
+    "exact_match": _exact_groups,
+    "accuracy": lambda y, p, g: float(accuracy_score(y, p)),
+}
+ANSWERS: dict[str, Callable[[str, str], float]] = {"exact_match": _exact_answer, "f1": _token_f1}
+
+
+def names(kind: Kind, reader: str) -> list[str]:
+    """The metrics that a task of this kind and row shape can have."""
+    grouped: dict[str, list[str]] = {"multirc": list(GROUPED), "record": list(ANSWERS)}
+    return grouped.get(reader) or list(REGRESSION if kind == "regression" else CLASSIFICATION)
+
+
+def _answer_scores(name: str, answers: Sequence[Answer]) -> np.ndarray:
+    score = ANSWERS[name]
+    return np.array([max((score(c, g) for g in gold), default=0.0) for c, gold in answers])
+
+
+def _best_rows(logits_BC: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
+    """The row of each group that scores highest for class 1 (the first of equals)."""
+    order_B = np.lexsort((logits_BC[:, 0] - logits_BC[:, 1], groups_B))
+    return order_B[np.unique(groups_B[order_B], return_index=True)[1]]
+
+
+def compute(
+    names: Sequence[str], kind: Kind, logits_BC: np.ndarray, inputs: MetricInputs
+) -> dict[str, float]:
+    """Metrics `names` of `logits_BC` [B, C] (regression: [B, 1], the score itself).
+
+    Raises ValueError where the shapes differ or a row has no label.
+    """
+    labels_B, groups_B, answers = inputs.labels_B, inputs.groups_B, inputs.answers
+    if len(labels_B) == 0 or logits_BC.ndim != 2 or len(logits_BC) != len(labels_B):
+        raise ValueError(f"logits of shape {logits_BC.shape} for {len(labels_B)} labels")
+    if np.isnan(labels_B).any() or (kind != "regression" and labels_B.min() < 0):
+        raise ValueError("a metric needs a label in every row")
+    if kind == "regression":
+        scores_B = logits_BC[:, 0].astype(np.float64)
+        return {name: REGRESSION[name](labels_B, scores_B) for name in names}
+    if answers is not None and groups_B is not None:
+        rows = _best_rows(logits_BC, groups_B)
+        chosen = [answers[row] for row in rows]
+        return {name: float(_answer_scores(name, chosen).mean()) for name in names}
+    predictions_B = logits_BC.argmax(axis=1)
+    if groups_B is not None:
+        return {name: GROUPED[name](labels_B, predictions_B, groups_B) for name in names}
+    return {name: CLASSIFICATION[name](labels_B, predictions_B) for name in names}
+
+
+def constant(name: str, kind: Kind, num_classes: int, inputs: MetricInputs) -> float:
+    """The best score under metric `name` that a prediction without looking can reach.
+
+    0 for correlations. Where a group's best candidate is asked for (ReCoRD), equal scores say
+    nothing, so it is the expectation over a candidate drawn by chance.
+    """
+    if kind == "regression" or name == "matthews_correlation":
+        return 0.0
+    if inputs.answers is not None and inputs.groups_B is not None:
+        scores_B = _answer_scores(name, inputs.answers)
+        _, group_B = np.unique(inputs.groups_B, return_inverse=True)
+        return float(np.mean(np.bincount(group_B, weights=scores_B) / np.bincount(group_B)))
+    rows = len(inputs.labels_B)
+    return max(
+        compute([name], kind, np.tile(one_hot_C, (rows, 1)), inputs)[name]
+        for one_hot_C in np.eye(num_classes)
+    )

@@ -1,0 +1,146 @@
+"""The splits of a run: training (with transfer text), selection, and the official ones.
+
+Shapes: B rows.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.config import DataConfig, RunConfig
+from sead_dist.data import Split, make_split
+from sead_dist.errors import UserError
+from sead_dist.examples import (
+    ExampleSet,
+    build_examples,
+    concatenate,
+    count_overlap,
+    fingerprint,
+    hold_out,
+    remove_overlap,
+    sample,
+)
+from sead_dist.loading import load_split, read_rows
+from sead_dist.tasks import TaskSpec
+
+
+@dataclass(frozen=True)
+class RunExamples:
+    """train holds labelled rows, then transfer rows. official: the task's evaluation splits, the
+    first one first. dev_in_training: official texts that occur in the training or transfer text."""
+
+    train: ExampleSet
+    selection: ExampleSet
+    official: dict[str, ExampleSet]
+    transfer_rows: int
+    dev_in_training: int
+
+    def fingerprint(self, task: TaskSpec) -> str:
+        """Of every text, label and their order, and of the task that reads them."""
+        digest = hashlib.sha256(repr(task).encode())
+        for part in (self.train, self.selection, *self.official.values()):
+            digest.update(fingerprint(part).encode())
+        return digest.hexdigest()
+
+
+def load_official(task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
+    """One split as its files have it."""
+    given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
+    rows = load_split(
+        task,
+        split,
+        Path(data.path) if data.path is not None else None,
+        Path(given) if given is not None else None,
+        data.revision,
+        data.skip_malformed,
+    )
+    return build_examples(task, rows, split)
+
+
+def _load_transfer(
+    config: RunConfig, task: TaskSpec, labelled: int, held: list[ExampleSet]
+) -> tuple[ExampleSet, int]:
+    """Transfer text without the texts of `held`, and how many rows were removed."""
+    path = Path(config.transfer.path or "")
+    rows = read_rows(path, task, config.data.skip_malformed)
+    if not rows:
+        raise UserError(f"transfer.path={path} has no rows; give a file that has some")
+    examples = build_examples(task, rows, "transfer", labelled=False)
+    removed = 0
+    for other in held:
+        examples, count = remove_overlap(examples, other)
+        removed += count
+    if config.transfer.ratio is not None:
+        most = max(1, round(config.transfer.ratio * labelled))
+        examples = sample(examples, most, config.select.seed)
+    return examples, removed
+
+
+def split_off(
+    config: RunConfig, task: TaskSpec, train: ExampleSet, dev: ExampleSet
+) -> tuple[ExampleSet, ExampleSet]:
+    """(train, selection). Rows are held out of the whole training split before it is sampled, so
+    that runs of different data.max_train_examples never select on each other's training rows."""
+    most, seed = config.data.max_train_examples, config.select.seed
+    if config.select.on == "dev":
+        return (train if most is None else sample(train, most, seed)), replace(
+            dev, split="selection"
+        )
+    share = config.select.fraction
+    kept, selection = hold_out(task, train, share, seed)
+    if most is not None:
+        held = max(1, round(share * most))
+        kept, selection = sample(kept, max(1, most - held), seed), sample(selection, held, seed)
+    if task.kind == "classification" and len(set(selection.labels_B.tolist())) < 2:
+        raise UserError(
+            f"the selection split has {len(selection)} rows, all of one label; raise "
+            f"select.fraction={share} or data.max_train_examples={most}"
+        )
+    return kept, selection
+
+
+def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
+    """All splits of a run. Raises UserError for whatever is wrong with the files."""
+    names = [split for split in task.splits if split != "train"]
+    train = load_official(task, config.data, "train")
+    official = {split: load_official(task, config.data, split) for split in names}
+    train, selection = split_off(config, task, train, official[names[0]])
+    labelled, transfer_rows = len(train), 0
+    if config.transfer.path is not None:
+        held = [selection, *official.values()]
+        transfer, removed = _load_transfer(config, task, labelled, held)
+        transfer_rows = len(transfer)
+        say(f"transfer text: {transfer_rows} rows; {removed} removed, equal to held-out texts")
+        train = replace(concatenate(train, transfer), split="train")
+    overlap = sum(count_overlap(dev, train) for dev in official.values())
+    sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
+    say(
+        f"task {task.name}: train {labelled} labelled + {transfer_rows} transfer, "
+        f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
+    )
+    return RunExamples(train, selection, official, transfer_rows, overlap)
+
+
+@dataclass(frozen=True)
+class RunSplits:
+    """The same, tokenised for the student."""
+
+    train: Split
+    selection: Split
+    official: dict[str, Split]
+
+
+def tokenize_splits(
+    examples: RunExamples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RunSplits:
+    return RunSplits(
+        make_split(examples.train, tokenizer, max_length),
+        make_split(examples.selection, tokenizer, max_length),
+        {
+            name: make_split(split, tokenizer, max_length)
+            for name, split in examples.official.items()
+        },
+    )
