@@ -1,0 +1,202 @@
+"""The student under Accelerate: prepare, forward, backward, step, save, load.
+
+The only file that imports accelerate. Loss terms arrive normalised over the valid rows of the
+global batch (invariant 2), so micro-batches and ranks are summed here, never averaged.
+
+Shapes: B rows, C classes, K text rows per example, L tokens.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
+
+from sead_dist.config import RunConfig
+from sead_dist.distributed import World
+from sead_dist.errors import UserError
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """The generator's seed before a micro-batch, from what it is, not from who computes it.
+
+    (Our own mixing: three odd 64-bit multipliers, folded to 63 bits.)
+    """
+    mixed = (seed + 1) * 0x9E3779B97F4A7C15
+    mixed ^= (step + 1) * 0xC2B2AE3D27D4EB4F
+    mixed ^= (micro + 1) * 0x165667B19E3779F9
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay only on matrices, not on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+class Engine:
+    """Owns the student's wrapper, optimiser and learning-rate schedule."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, world: World, total_steps: int
+    ) -> None:
+        check_tracker(config.tracker)
+        # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
+        self.accelerator = Accelerator(
+            mixed_precision=MIXED[config.precision],
+            cpu=world.device.type == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            log_with=config.tracker,
+            project_dir=config.output_dir,
+        )
+        check_world(self.accelerator.num_processes, world)
+        self.world = world
+        self.max_grad_norm = config.max_grad_norm
+        self.seed = config.seed
+        self.module = model
+        optimizer = build_optimizer(model, config)
+        self.schedule = get_scheduler(
+            config.schedule,
+            optimizer,
+            num_warmup_steps=round(config.warmup * total_steps),
+            num_training_steps=total_steps,
+        )
+        self.model: nn.Module
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+        """Student logits_BC: [B, width], or [B, K] where K text rows make an example."""
+        on_device = {name: tensor.to(self.world.device) for name, tensor in inputs.items()}
+        logits: torch.Tensor = self.model(**on_device).logits.float()
+        return logits.reshape(-1, choices) if choices > 1 else logits
+
+    def seed_micro_batch(self, step: int, micro: int) -> None:
+        """Seed the generator that dropout draws from: this rank's device's alone."""
+        seed = micro_batch_seed(self.seed, step, micro)
+        device = self.world.device
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        if last or self.world.size == 1:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this rank's share. The wrapper averages over ranks; the loss is a
+        sum over them, hence the factor."""
+        self.accelerator.backward(loss * self.world.size)
+
+    def step(self) -> float:
+        """One optimiser step; returns the gradient's norm before clipping."""
+        norm = 0.0
+        if self.max_grad_norm > 0:
+            clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            norm = float(clipped)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save_weights(self, folder: Path) -> None:
+        """The student, written by rank 0 (ranks hold equal weights)."""
+        if self.world.is_main:
+            tensors = {name: t.contiguous() for name, t in unshared(self.module).items()}
+            save_file(tensors, folder / "student.safetensors")
+
+    def save(self, folder: Path) -> None:
+        """Student, optimiser and schedule."""
+        self.save_weights(folder)
+        if self.world.is_main:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
+        load_student(self.module, folder)
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def start_tracker(self, run: str, values: dict[str, object]) -> None:
+        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
+        self.accelerator.init_trackers(run, plain)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Finish the trackers, and forget Accelerate's process-wide state: the next run of this
+        process may want another precision. (Its own end_training would end the process group.)"""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state without second names of a shared tensor (safetensors holds each once)."""
+    seen: set[int] = set()
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state
+
+
+def load_student(model: nn.Module, folder: Path) -> None:
+    """The weights that `Engine.save` wrote, into a model of the same shape."""
+    model.load_state_dict(load_file(folder / "student.safetensors"), strict=False)
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises UserError for a tracker that Accelerate does not know, or that is not installed."""
+    known = [str(kind) for kind in LoggerType if str(kind) != "all"]
+    if name is not None and name not in known:
+        raise UserError(f"tracker={name} is none that Accelerate knows: {', '.join(known)}")
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(f"tracker={name} is not installed; pip install it, or leave tracker out")
+
+
+def check_world(seen: int, world: World) -> None:
+    """Accelerate silently trains alone under some launchers; then the run must not start."""
+    if seen != world.size:
+        setting = os.environ.get("ACCELERATE_USE_CPU", "unset")
+        raise UserError(
+            f"{world.size} processes were launched but Accelerate sees {seen} "
+            f"(ACCELERATE_USE_CPU={setting}); start with "
+            f"torchrun --nproc_per_node {world.size} -m sead_dist ..."
+        )

@@ -1,0 +1,156 @@
+"""The student at its start: a shape, a checkpoint, chosen layers; its head."""
+
+import numpy as np
+import pytest
+import torch
+from small import TASK, build_model, edit_json, logits_of, save_teacher, sentences, student_shape
+
+from sead_dist.config import StudentConfig, TeacherConfig
+from sead_dist.errors import UserError
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.student import build_student, student_tokenizer
+from sead_dist.tasks import TASKS
+
+TEXTS = sentences(5)
+
+
+def start(task=TASK, seed=0, **given):
+    entry = {"path": None, "shape": None, "layers": None, "tokenizer": None, **given}
+    return build_student(StudentConfig(**entry), task, grammar_tokenizer(), seed)
+
+
+def test_a_shape_gets_new_weights_from_the_seed(tmp_path):
+    shape = str(student_shape(tmp_path))
+    one, two, other = start(shape=shape), start(shape=shape), start(shape=shape, seed=1)
+    assert one.config.hidden_size == 16
+    assert one.config.vocab_size == len(grammar_tokenizer())
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+
+
+def test_the_shipped_shapes_are_what_their_names_say():
+    # L6-H256-A8: 6 layers of width 256, 8 heads
+    for name, sizes in (("L6-H256-A8", (6, 256, 8)), ("L6-H384-A12", (6, 384, 12))):
+        config = start(shape=name).config
+        assert (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+        ) == sizes
+
+
+def test_a_task_gives_the_student_its_labels(tmp_path):
+    shape = str(student_shape(tmp_path))
+    assert start(shape=shape).config.id2label == {0: "negative", 1: "positive"}
+    assert start(TASKS["mnli"], shape=shape).config.num_labels == 3
+    regression = start(TASKS["stsb"], shape=shape).config
+    assert (regression.num_labels, regression.problem_type) == (1, "regression")
+    assert start(TASKS["copa"], shape=shape).config.num_labels == 1
+
+
+def test_chosen_layers_are_those_of_the_checkpoint_in_their_order(tmp_path):
+    folder = save_teacher(tmp_path / "t", num_hidden_layers=4)
+    whole, cut = start(path=str(folder)), start(path=str(folder), layers=[1, 3])
+    assert cut.config.num_hidden_layers == 2
+    assert len(cut.bert.encoder.layer) == 2
+    for kept, layer in enumerate((1, 3)):
+        for a, b in zip(
+            cut.bert.encoder.layer[kept].parameters(),
+            whole.bert.encoder.layer[layer].parameters(),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    assert torch.equal(
+        cut.bert.embeddings.word_embeddings.weight, whole.get_input_embeddings().weight
+    )
+    # what is saved is read again with as many layers
+    cut.save_pretrained(tmp_path / "cut")
+    again = start(path=str(tmp_path / "cut")).eval()
+    np.testing.assert_array_equal(logits_of(again, TEXTS), logits_of(cut.eval(), TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "electra", "distilbert"])
+def test_layers_of_other_architectures_can_be_chosen(tmp_path, kind):
+    depth = {"n_layers": 3} if kind == "distilbert" else {"num_hidden_layers": 3}
+    folder = save_teacher(tmp_path / "t", kind, **depth)
+    cut = start(path=str(folder), layers=[2])
+    assert cut.config.num_hidden_layers == 1
+    assert np.isfinite(logits_of(cut.eval(), TEXTS)).all()
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], []])
+def test_layers_that_are_not_there_are_named(tmp_path, layers):
+    folder = save_teacher(tmp_path / "t", num_hidden_layers=4)
+    with pytest.raises(UserError, match=r"must be chosen from 0\.\.3"):
+        start(path=str(folder), layers=layers)
+
+
+def test_a_head_whose_classes_align_is_kept_in_task_order(tmp_path):
+    # twice the same model, once with the classes the other way round
+    forward = save_teacher(tmp_path / "a", labels=("negative", "positive"))
+    model = build_model()
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0).clone())
+        model.classifier.bias.copy_(torch.tensor([0.5, -0.5]))
+    backward = save_teacher(tmp_path / "b", labels=("positive", "negative"))
+    model.config.id2label = {0: "positive", 1: "negative"}
+    model.save_pretrained(backward)
+    one, two = start(path=str(forward)).eval(), start(path=str(backward)).eval()
+    assert two.config.id2label == {0: "negative", 1: "positive"}
+    difference = logits_of(two, TEXTS) - logits_of(one, TEXTS)
+    np.testing.assert_allclose(difference, np.tile([-0.5, 0.5], (5, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1"), ("cat", "dog", "cow")])
+def test_a_head_whose_classes_are_unknown_is_drawn_anew_from_the_seed(tmp_path, kind, labels):
+    folder = save_teacher(tmp_path / "t", kind, labels=labels)
+    old = build_model(kind, labels=labels)
+    one, two, other = (
+        start(path=str(folder)),
+        start(path=str(folder)),
+        start(path=str(folder), seed=1),
+    )
+    assert one.config.num_labels == 2
+    heads = [
+        [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+        for model in (one, two, other, old)
+    ]
+    assert heads[0].out_features == 2
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert not torch.equal(heads[0].weight, heads[3].weight[:2])
+    # the body is the checkpoint's
+    assert torch.equal(one.get_input_embeddings().weight, old.get_input_embeddings().weight)
+
+
+def test_the_tokeniser_is_its_own_else_of_the_start_else_of_the_first_teacher(tmp_path):
+    for name in ("own", "start", "teacher"):
+        save_teacher(tmp_path / name)
+    teachers = [TeacherConfig(path=str(tmp_path / "teacher"))]
+    given = {"tokenizer": str(tmp_path / "own"), "path": str(tmp_path / "start")}
+    for name in ("own", "start", "teacher"):
+        entry = StudentConfig(
+            **{"path": None, "tokenizer": None, "shape": "x", "layers": None, **given}
+        )
+        assert student_tokenizer(entry, teachers).folder == tmp_path / name
+        given.pop(next(iter(given)), None) if given else None
+    with pytest.raises(UserError, match="needs a tokeniser"):
+        student_tokenizer(StudentConfig(path=None, tokenizer=None, shape="x", layers=None), [])
+
+
+def test_a_shape_that_is_not_there_names_the_known_ones():
+    with pytest.raises(UserError, match="known: L12-H384-A12, L6-H256-A8, L6-H384-A12"):
+        start(shape="L7")
+
+
+def test_a_run_without_a_student_is_told_what_to_give(tmp_path):
+    with pytest.raises(UserError, match="no student is set"):
+        start()
+
+
+def test_a_folder_of_another_width_keeps_its_body(tmp_path):
+    folder = save_teacher(tmp_path / "t", labels=("a", "b", "c"))
+    edit_json(folder / "config.json", classifier_dropout=0.0)
+    assert start(path=str(folder)).classifier.weight.shape == (2, 32)
