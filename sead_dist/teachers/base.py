@@ -1,0 +1,116 @@
+"""What a teacher source gives, and the stream that joins it to the student's batches.
+
+Shapes: N teachers, B rows of a micro-batch, R requested examples, C classes (task order).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from sead_dist.data import BatchStream, Split, Step
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked."""
+
+    logits_NBC: torch.Tensor
+    present_NB: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """Unique examples of a split whose logits are wanted: entries_R ascending. asked_NR says which
+    teachers (None: all). `what` names the place in the run, for messages; `step_of` the step (from
+    1) that first needs an entry, where the request is for steps."""
+
+    split: Split
+    entries_R: np.ndarray
+    asked_NR: np.ndarray | None
+    what: str
+    step_of: Callable[[int], int] | None = None
+
+
+class Pending(Protocol):
+    def result(self) -> TeacherLogits:
+        """Waits; logits_NRC and present_NR in the order of the request. Raises RunError."""
+        ...
+
+
+class TeacherSource(Protocol):
+    """Every rank submits the same requests in the same order."""
+
+    def submit(self, request: Request) -> Pending: ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A step with its teachers' logits per micro-batch, and the seconds spent waiting for them."""
+
+    step: Step
+    teachers: list[TeacherLogits] | None
+    waited_s: float
+
+
+def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tensor) -> TeacherLogits:
+    """The columns of a request's answer that a micro-batch needs."""
+    where_B = torch.from_numpy(np.searchsorted(entries_R, entries_B.numpy()))
+    # fillers repeat a valid row, except in whole micro-batches of fillers
+    where_B = where_B.clamp(max=max(len(entries_R) - 1, 0))
+    return TeacherLogits(answer.logits_NBC[:, where_B], answer.present_NB[:, where_B])
+
+
+def stream(
+    batches: BatchStream,
+    source: TeacherSource | None,
+    start: int,
+    look_ahead: int,
+    depth: int,
+    asked: Callable[[range, np.ndarray], np.ndarray | None],
+) -> Iterator[Lesson]:
+    """The steps from `start` on, each with its teachers' logits.
+
+    Teachers work in windows of up to `look_ahead` rows, `depth` windows ahead of the student
+    (0: a window is computed when the student gets there). What a teacher says does not depend on
+    either (invariant 3).
+    """
+    if source is None:
+        for number in range(start, batches.total_steps):
+            yield Lesson(batches.step(number), None, 0.0)
+        return
+    windows = batches.windows(start, look_ahead)
+    ahead: deque[tuple[range, np.ndarray, Pending]] = deque()
+
+    def submit_next() -> None:
+        steps = next(windows, None)
+        if steps is None:
+            return
+        entries_R = batches.entries(steps)
+        what = f"steps {steps.start + 1}-{steps.stop}"
+
+        def step_of(entry: int) -> int:
+            return 1 + next(number for number in steps if entry in batches.entries([number]))
+
+        request = Request(batches.split, entries_R, asked(steps, entries_R), what, step_of)
+        ahead.append((steps, entries_R, source.submit(request)))
+
+    for _ in range(depth):
+        submit_next()
+    while True:
+        submit_next()
+        if not ahead:
+            return
+        steps, entries_R, pending = ahead.popleft()
+        began = time.perf_counter()
+        answer = pending.result()
+        waited_s = time.perf_counter() - began
+        for number in steps:
+            step = batches.step(number)
+            parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
+            yield Lesson(step, parts, waited_s)
+            waited_s = 0.0

@@ -1,0 +1,326 @@
+"""The folder of a prediction store: its parts, its format, writing into it, locks and holds.
+
+STORE/format.json                 {"format": 1}
+STORE/keys/<hash>.safetensors     key blocks: the sorted unique example ids of one example set
+STORE/values/<teacher>/           teacher.json, and the value blocks of one teacher key
+STORE/tmp/                        files being written; whoever wrote an old one is dead
+STORE/quarantine/                 files found bad, never read again
+STORE/live/                       one locked file per run that uses the store now
+STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
+STORE/compact.lock                one compaction or removal at a time
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sead_dist.errors import RunError, UserError
+
+FORMAT = 1
+FOLDERS = ("keys", "values", "tmp", "quarantine", "live")
+OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock"}
+BLOCK_SUFFIX = ".safetensors"
+# A temporary file that has not grown for this long belongs to a dead writer.
+DEAD_WRITER_S = 3600.0
+
+REMEDIES = {
+    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or name another store=",
+    errno.EDQUOT: "free space within the quota there or name another store=",
+    errno.EFBIG: "raise the limit on file size (ulimit -f) or name another store=",
+    errno.EROFS: "mount it for writing or name another store=",
+    errno.EACCES: "get permission to write there or name another store=",
+    errno.EPERM: "get permission to write there or name another store=",
+}
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run that holds a store now: `teachers` are folder names under values/."""
+
+    host: str
+    pid: int
+    run: str
+    teachers: tuple[str, ...]
+
+    def holds(self, teacher: str) -> bool:
+        return teacher in self.teachers or "*" in self.teachers
+
+
+class BusyError(Exception):
+    """Another process has the lock."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of the store at `root`; made by `create` or `existing`."""
+
+    root: Path
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def values(self) -> Path:
+        return self.root / "values"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    @property
+    def live(self) -> Path:
+        return self.root / "live"
+
+    def key_path(self, key_hash: str) -> Path:
+        return self.keys / f"{key_hash}{BLOCK_SUFFIX}"
+
+    @contextmanager
+    def lock(self, name: str, *, exclusive: bool, wait: bool = True) -> Iterator[None]:
+        """Hold the lock file `name`; raises BusyError where `wait` is False and another has it."""
+        mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        try:
+            file = open(self.root / name, "a")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise RunError(explain(self.root, name, error)) from error
+        with file:
+            try:
+                fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(name) from None
+            except OSError as error:
+                raise RunError(
+                    f"the file system of the prediction store {self.root} keeps no file locks "
+                    f"({error.strerror}); name a store= on one that does"
+                ) from error
+            try:
+                yield
+            finally:
+                # Explicitly: a child forked meanwhile shares the open file and would keep the lock.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def default_store() -> Path:
+    """SEAD_DIST_STORE, else a folder in the user's cache."""
+    named = os.environ.get("SEAD_DIST_STORE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "sead_dist" / "store"
+
+
+def create(root: Path) -> Layout:
+    """Open the store at `root` for writing, making it where it is missing.
+
+    Raises UserError where `root` is a file, a folder of something else, of another format, or not
+    writable.
+    """
+    layout = Layout(root)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(set(os.listdir(root)) - OWN_NAMES)
+        if foreign and not (root / "format.json").exists():
+            raise UserError(
+                f"store={root} holds other things ({foreign[0]!r}) and no format.json, so it is "
+                "not a prediction store; name an empty or a new folder"
+            )
+        for name in FOLDERS:
+            (root / name).mkdir(exist_ok=True)
+        probe = layout.tmp / unique_name("probe")
+        probe.write_text("writable")
+        probe.unlink()
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "name another store=")
+        raise UserError(f"store={root} is not writable ({error.strerror}); {remedy}") from error
+    if not (root / "format.json").exists():
+        write_aside(layout, root / "format.json", [json.dumps({"format": FORMAT}).encode()])
+    _check_format(layout)
+    try:
+        with layout.lock("store.lock", exclusive=False):
+            pass
+    except RunError as error:
+        raise UserError(str(error)) from error
+    return layout
+
+
+def existing(root: Path) -> Layout:
+    """The store at `root`, which must be one; raises UserError otherwise. Writes nothing."""
+    if not root.is_dir():
+        kind = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"store={root} {kind}; name the folder of a prediction store")
+    if not (root / "format.json").exists():
+        raise UserError(f"store={root} has no format.json, so it is not a prediction store")
+    layout = Layout(root)
+    _check_format(layout)
+    return layout
+
+
+def _check_format(layout: Layout) -> None:
+    path = layout.root / "format.json"
+    try:
+        found = json.loads(path.read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); it should hold "
+            f'{{"format": N}}: mend it or name another store='
+        ) from error
+    if found != FORMAT:
+        raise UserError(
+            f"the prediction store {layout.root} has format {found}, this version reads format "
+            f"{FORMAT}; name another store= or use the version of sead_dist that wrote it"
+        )
+
+
+def unique_name(stem: str) -> str:
+    return f"{stem}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
+
+
+def explain(root: Path, name: str, error: OSError) -> str:
+    remedy = REMEDIES.get(error.errno or 0, "see to that folder or name another store=")
+    return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
+
+
+def unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"the prediction store cannot read {path} ({error.strerror}); mend that or name another "
+        "store="
+    )
+
+
+def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
+    """Write the buffers `chunks` to `path` whole or not at all: aside, flushed to disk, renamed.
+
+    Raises RunError (disk full, read-only, no permission); nothing is then left at `path`.
+    """
+    aside = layout.tmp / unique_name(path.name)
+    try:
+        try:
+            with open(aside, "xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(explain(layout.root, path.name, error)) from error
+
+
+def make_folder(layout: Layout, folder: Path) -> None:
+    """Make a folder inside the store; raises RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise RunError(explain(layout.root, folder.name, error)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(layout: Layout, path: Path) -> Path | None:
+    """Move a bad file to quarantine/; where it went, or None where it could not be moved."""
+    target = layout.quarantine / unique_name(path.name)
+    try:
+        os.replace(path, target)
+    except OSError:
+        return None
+    return target
+
+
+def old_temporaries(layout: Layout) -> list[Path]:
+    """Files in tmp/ whose writers are dead, by the clock of the file system that keeps them."""
+    probe = layout.tmp / unique_name("clock")
+    found: list[Path] = []
+    with suppress(OSError):
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        for path in sorted(layout.tmp.iterdir()):
+            with suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > DEAD_WRITER_S:
+                    found.append(path)
+    return found
+
+
+@contextmanager
+def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
+    """Mark the teacher folders as used by `run`, for as long as this process lives at most.
+
+    The file is locked before it gets its name, so nobody ever sees it unlocked while we live.
+    """
+    name = unique_name("run") + ".json"
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
+    text = json.dumps({**about, "teachers": sorted(set(teachers)), "since": time.time()})
+    aside, path = layout.tmp / name, layout.live / name
+    try:
+        file = open(aside, "x")  # noqa: SIM115 (open while held)
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise RunError(explain(layout.root, name, error)) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            # A removal that is under way ends first; a later one sees this file.
+            with layout.lock("store.lock", exclusive=False):
+                os.replace(aside, path)
+            yield
+        finally:
+            for left in (aside, path):
+                with suppress(OSError):
+                    left.unlink()
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
+    """The runs that hold the store now, and the files left by runs that are dead."""
+    runs: list[LiveRun] = []
+    stale: list[Path] = []
+    for path in sorted(layout.live.glob("*.json")):
+        try:
+            with open(path) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    runs.append(_read_run(file.read()))
+                else:
+                    fcntl.flock(file, fcntl.LOCK_UN)
+                    stale.append(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            # A file we may not open says nothing about its run: leave everything to it.
+            runs.append(_read_run(""))
+    return runs, stale
+
+
+def _read_run(text: str) -> LiveRun:
+    try:
+        about = json.loads(text)
+        teachers = tuple(about["teachers"])
+        return LiveRun(about["host"], about["pid"], about["run"], teachers)
+    except (ValueError, KeyError, TypeError):
+        return LiveRun("?", 0, "?", ("*",))

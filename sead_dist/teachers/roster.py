@@ -1,0 +1,225 @@
+"""The run's teachers: where each lies, what it is, and how its classes map to the task's.
+
+Everything here is known before a teacher's weights are loaded as a model, so that a person's
+mistake is found before any long work.
+"""
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from sead_dist.config import RunConfig, TeacherConfig
+from sead_dist.distributed import World, gather_objects, on_every_rank
+from sead_dist.errors import UserError
+from sead_dist.models import (
+    Checkpoint,
+    align_classes,
+    label_names,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    position_limit,
+    tokenizer_hash,
+    weight_files,
+    weights_hash,
+    width,
+)
+from sead_dist.tasks import TaskSpec
+from sead_dist.teachers.forward import SHAPE_TABLE, free_rows_from
+from sead_dist.teachers.store import TeacherKey
+
+# parts of a model's config that say nothing about its logits
+SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """order_C: own logits column of each task class. longest: its position limit in tokens.
+    parameters: weights without word embeddings, what a forward costs. free_rows: see forward.py."""
+
+    entry: TeacherConfig
+    name: str
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
+    order_C: list[int]
+    max_length: int
+    longest: int
+    dtype: str
+    weights_sha256: str
+    parameters: int
+    bytes: int
+    key: TeacherKey
+    free_rows: int | None
+
+    def manifest(self) -> dict[str, Any]:
+        """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
+        its identity."""
+        return {
+            "name": self.name,
+            "path": self.entry.path,
+            "revision": self.checkpoint.revision,
+            "weights_sha256": self.weights_sha256,
+            "fingerprint": self.key.fingerprint,
+            "numerics": self.key.numerics,
+            "labels": label_names(self.config) if self.entry.labels is None else self.entry.labels,
+            "order": self.order_C,
+            "weight": self.entry.weight,
+            "parameters": self.parameters,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+        }
+
+
+def names_of(entries: Sequence[TeacherConfig]) -> list[str]:
+    """A short name for each teacher, all different."""
+    names: list[str] = []
+    for entry in entries:
+        parts = [part for part in Path(entry.path).parts if part not in ("/", "model")]
+        name = entry.name or (parts[-1] if parts else entry.path)
+        twins = sum(1 for other in names if other == name or other.startswith(f"{name}#"))
+        names.append(f"{name}#{twins + 1}" if twins else name)
+    return names
+
+
+def size_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(parameters without embeddings of words, bytes in fp32), from the files' headers."""
+    counted = whole = 0
+    for path in weight_files(checkpoint):
+        if path.suffix != ".safetensors":
+            total = path.stat().st_size // 4
+            return total, total * 4
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    count = math.prod(file.get_slice(name).get_shape())
+                    whole += count
+                    counted += 0 if "word_embeddings" in name else count
+        except SafetensorError as error:
+            raise UserError(
+                f"{checkpoint.name}: its weights cannot be read: {path.name}: {error}; "
+                "copy the whole file again"
+            ) from None
+    return counted, whole * 4
+
+
+def device_model(device: torch.device) -> str:
+    """What decides which kernels run: the GPU's name, or the processor and its vector units."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def numerics_class(device: torch.device, dtype: str, free_rows: int | None) -> str:
+    """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3)."""
+    facts: dict[str, Any] = {
+        "device": device_model(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": dtype,
+        "attention": "sdpa",
+        "shapes": f"{SHAPE_TABLE}-{device.type}",
+    }
+    if free_rows is None and device.type == "cpu":
+        # the self-check found that bits depend on how work is split: over threads as well
+        facts["threads"] = torch.get_num_threads()
+    return json.dumps(facts, sort_keys=True)
+
+
+def _fingerprint(weights: str, config: PretrainedConfig, tokens: str, max_length: int) -> str:
+    shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
+    text = json.dumps([weights, shape, tokens, max_length], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash_all(checkpoints: Sequence[Checkpoint], world: World) -> list[str]:
+    """Every checkpoint's weight hash; each rank reads a share of the files."""
+
+    def mine() -> dict[int, str]:
+        share = range(world.rank, len(checkpoints), world.size)
+        return {index: weights_hash(checkpoints[index]) for index in share}
+
+    shares = gather_objects(world, on_every_rank(world, mine))
+    return [shares[index % world.size][index] for index in range(len(checkpoints))]
+
+
+def call_roster(config: RunConfig, task: TaskSpec, world: World) -> list[Teacher]:
+    """The teachers of a run, in the order given. Raises UserError for the first that cannot teach.
+
+    Every rank gets the same list.
+    """
+    checkpoints = on_every_rank(
+        world, lambda: [locate(entry.path, entry.revision) for entry in config.teachers]
+    )
+    hashes = _hash_all(checkpoints, world)
+    teachers = on_every_rank(world, lambda: _call(config, task, world.device, checkpoints, hashes))
+    _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
+    return teachers
+
+
+def _call(
+    config: RunConfig,
+    task: TaskSpec,
+    device: torch.device,
+    checkpoints: Sequence[Checkpoint],
+    hashes: Sequence[str],
+) -> list[Teacher]:
+    entries = config.teachers
+    checked: dict[tuple[str, str], int | None] = {}
+    teachers: list[Teacher] = []
+    for entry, name, checkpoint, weights in zip(
+        entries, names_of(entries), checkpoints, hashes, strict=True
+    ):
+        shape = load_model_config(checkpoint, config.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
+        order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
+        longest = position_limit(shape) or 1 << 30
+        max_length = min(entry.max_length or config.max_length, longest)
+        dtype = entry.dtype or config.teacher_precision
+        tokens = tokenizer_hash(tokenizer)
+        kind = (json.dumps(shape.to_diff_dict(), sort_keys=True, default=str), dtype)
+        if kind not in checked:
+            checked[kind] = free_rows_from(shape, dtype, device)
+        numerics = numerics_class(device, dtype, checked[kind])
+        parameters, size = size_of(checkpoint)
+        classes = len(task.labels) if task.kind == "choice" else width(task)
+        key = TeacherKey(
+            _fingerprint(weights, shape, tokens, max_length), numerics, entry.path, classes
+        )
+        teachers.append(
+            Teacher(
+                entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length, longest,
+                dtype, weights, parameters, size if dtype == "fp32" else size // 2, key,
+                checked[kind],
+            )
+        )  # fmt: skip
+    return teachers
+
+
+def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
+    """A run computes in one numerics class: ranks on unequal hardware would mix two."""
+    everyone = gather_objects(world, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0] and config.store.accept != "any":
+            raise UserError(
+                f"rank {rank} computes as {theirs[0]} but rank 0 as {everyone[0][0]}; run on "
+                "equal machines, or accept mixed predictions with store.accept=any"
+            )

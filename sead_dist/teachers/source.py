@@ -1,0 +1,273 @@
+"""The teacher source: looks predictions up, computes what is missing, keeps it, exchanges it.
+
+One thread serves requests in the order they were submitted and alone uses the exchange process
+group, so collectives are issued in one order on every rank (invariant 8).
+
+Shapes: N teachers, R requested examples, U unique examples of a split, C classes (task order), M
+examples of one rank.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from sead_dist.data import Split, TokenTable, tokenize
+from sead_dist.distributed import World, gather_objects, raise_first
+from sead_dist.errors import RunError, UserError
+from sead_dist.models import build_teacher
+from sead_dist.teachers.base import Request, TeacherLogits
+from sead_dist.teachers.forward import NotFiniteError, predict
+from sead_dist.teachers.placement import owners
+from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.store import PredictionStore, Table
+
+# a killed run loses at most so many predictions of a teacher
+ROWS_PER_BLOCK = 4096
+
+
+class StoredSource:
+    """Answers requests from the store and, where rows are missing, from the teachers.
+
+    Models are loaded when a row is first missing. `journal` is this rank's file of computed rows.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        placements: Sequence[str],
+        homes: Sequence[int],
+        world: World,
+        store: PredictionStore,
+        task: str,
+        run: Path,
+        accept_any: bool,
+        trust_remote_code: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.teachers, self.placements, self.homes = teachers, placements, homes
+        self.world, self.store, self.task, self.run = world, store, task, run
+        self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
+        self.journal = run / "teacher_rows" / f"rank-{world.rank}.jsonl"
+        self.models: dict[int, PreTrainedModel] = {}
+        self.tables: dict[tuple[int, int], Table] = {}
+        self.tokens: dict[tuple[str, int, int], TokenTable] = {}
+        self.touched: dict[str, np.ndarray] = {}
+        threads = torch.get_num_threads()
+        self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))
+        on_gpu = world.device.type == "cuda"
+        self.stream: torch.cuda.Stream | None = (
+            torch.cuda.Stream(world.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        )
+
+    def submit(self, request: Request) -> "Future[TeacherLogits]":
+        self.touch(request.split, request.entries_R, request.asked_NR)
+        return self.thread.submit(self._serve, request)
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
+
+    # what was needed, and what was computed
+
+    def touch(self, split: Split, entries_R: np.ndarray, asked_NR: np.ndarray | None) -> None:
+        """Note the (teacher, example) pairs that this run needs."""
+        name = split.examples.split
+        if name not in self.touched:
+            self.touched[name] = np.zeros((len(self.teachers), len(split.ids_U2)), bool)
+        self.touched[name][:, entries_R] |= True if asked_NR is None else asked_NR
+
+    def counts(self) -> tuple[int, int]:
+        """(pairs computed by all ranks and restarts of this run, pairs read instead).
+
+        Every rank calls this.
+        """
+        mine = 0
+        if self.journal.is_file():
+            lines = self.journal.read_text(encoding="utf-8").splitlines()
+            mine = sum(_rows(line) for line in lines)
+        earlier = _rows_of_other_worlds(self.journal.parent, self.world.size)
+        computed = sum(gather_objects(self.world, mine)) + earlier
+        needed = sum(int(pairs.sum()) for pairs in self.touched.values())
+        computed = min(computed, needed)
+        return computed, needed - computed
+
+    # serving a request, in the source's own thread
+
+    def _serve(self, request: Request) -> TeacherLogits:
+        owner_NR = owners(request, self.placements, self.homes, self.world.size)
+        asked_NR = np.ones_like(owner_NR, bool) if request.asked_NR is None else request.asked_NR
+        failure: Exception | None = None
+        mine: list[np.ndarray] = []
+        try:
+            for n in range(len(self.teachers)):
+                own_R = asked_NR[n] & (owner_NR[n] == self.world.rank)
+                mine.append(self._answer(n, request, np.flatnonzero(own_R)))
+        except (RunError, UserError) as error:
+            failure = error
+        except OSError as error:
+            failure = RunError(f"rank {self.world.rank}: teachers' pass: {error}")
+        except Exception as error:  # the other ranks are told, whatever it was
+            failure = RunError(
+                f"rank {self.world.rank} failed in the teachers' pass at {request.what}: "
+                f"{type(error).__name__}: {error}"
+            )
+            failure.__cause__ = error
+        raise_first(gather_objects(self.world, failure, self.world.exchange))
+        logits_NRC = self._exchange(mine, owner_NR, asked_NR)
+        return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
+
+    def _answer(self, n: int, request: Request, positions_M: np.ndarray) -> np.ndarray:
+        """Task-order logits_MC of teacher n for these positions of the request."""
+        teacher = self.teachers[n]
+        order_C = list(range(teacher.key.classes))
+        if len(teacher.order_C) == len(order_C):
+            order_C = teacher.order_C
+        entries_M = request.entries_R[positions_M]
+        if len(entries_M) == 0:
+            return np.zeros((0, len(order_C)), np.float32)
+        table = self._table(n, request.split)
+        logits_MC, present_M = table.lookup(entries_M)
+        if not present_M.all():
+            table.refresh()
+            self._compute(n, request, table, entries_M[~table.lookup(entries_M)[1]])
+            logits_MC, present_M = table.lookup(entries_M)
+        if not present_M.all():
+            raise RunError(
+                f"teacher {teacher.name} at {request.what}: {int((~present_M).sum())} predictions "
+                f"were lost from the store {self.store.layout.root} while it was read; check the "
+                "disk, then give the same command again to resume"
+            )
+        return np.ascontiguousarray(logits_MC[:, order_C], dtype=np.float32)
+
+    def _compute(self, n: int, request: Request, table: Table, entries_M: np.ndarray) -> None:
+        """Forward these examples and keep them, block by block."""
+        if len(entries_M) == 0:
+            return
+        teacher = self.teachers[n]
+        if n not in self.models:
+            self.models[n] = build_teacher(
+                teacher.entry, teacher.dtype, self.world.device, self.trust_remote_code
+            )
+        rows_M = request.split.row_U[entries_M]
+        held: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def keep(at_least: int) -> None:
+            rows = sum(len(part) for part, _ in held)
+            if rows > 0 and rows >= at_least:
+                parts = np.concatenate([part for part, _ in held])
+                table.write(entries_M[parts], np.concatenate([logits for _, logits in held]))
+                self._note(teacher, request, rows)
+                held.clear()
+
+        def done(part: np.ndarray, logits_PC: np.ndarray) -> None:
+            held.append((part, logits_PC))
+            keep(ROWS_PER_BLOCK)
+
+        try:
+            with torch.cuda.stream(self.stream):
+                predict(
+                    self.models[n],
+                    self._tokens(n, request.split),
+                    rows_M,
+                    self.world.device,
+                    teacher.longest,
+                    teacher.free_rows,
+                    done,
+                )
+        except NotFiniteError as error:
+            row = int(rows_M[error.position])
+            step_of = request.step_of
+            what = f"step {step_of(entries_M[error.position])}" if step_of else request.what
+            raise RunError(
+                f"teacher {teacher.name} gave NaN or infinite logits at {what} for "
+                f"{request.split.examples.split} row {row + 1} "
+                f"({request.split.examples.texts_a[row * request.split.tokens.choices][:60]!r}); "
+                "check its weights, or compute it in fp32 (teacher_precision=fp32)"
+            ) from None
+        keep(1)
+
+    def _note(self, teacher: Teacher, request: Request, rows: int) -> None:
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "teacher": teacher.name,
+            "split": request.split.examples.split,
+            "rows": rows,
+            "time": round(time.time(), 3),
+        }
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _table(self, n: int, split: Split) -> Table:
+        key = (n, id(split))
+        if key not in self.tables:
+            self.tables[key] = self.store.table(
+                self.teachers[n].key,
+                split.ids_U2,
+                self.task,
+                split.examples.split,
+                str(self.run),
+                self.accept_any,
+            )
+        return self.tables[key]
+
+    def _tokens(self, n: int, split: Split) -> TokenTable:
+        """Teachers with one tokeniser and maximum length share the tokens of a split."""
+        teacher = self.teachers[n]
+        key = (teacher.tokenizer_hash, teacher.max_length, id(split))
+        if key not in self.tokens:
+            self.tokens[key] = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+        return self.tokens[key]
+
+    def share_tokens(self, split: Split, tokenizer_hash: str, max_length: int) -> None:
+        """Offer the student's tokens of a split to teachers of the same tokeniser and length."""
+        self.tokens[tokenizer_hash, max_length, id(split)] = split.tokens
+
+    def _exchange(
+        self, mine: list[np.ndarray], owner_NR: np.ndarray, asked_NR: np.ndarray
+    ) -> np.ndarray:
+        """Every rank's answers, put where they belong: logits_NRC."""
+        classes = self.teachers[0].key.classes
+        logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
+        own_MC = np.concatenate(mine)
+        counts = [int(((owner_NR == rank) & asked_NR).sum()) for rank in range(self.world.size)]
+        if self.world.size == 1 or max(counts) == 0:
+            everyone = [own_MC] * self.world.size
+        else:
+            sent = torch.zeros(max(counts), classes, device=self.world.device)
+            sent[: len(own_MC)] = torch.from_numpy(own_MC)
+            got = [torch.empty_like(sent) for _ in range(self.world.size)]
+            dist.all_gather(got, sent, group=self.world.exchange)
+            everyone = [tensor.cpu().numpy() for tensor in got]
+        for rank, count in enumerate(counts):
+            logits_NRC[(owner_NR == rank) & asked_NR] = everyone[rank][:count]
+        return logits_NRC
+
+
+def start_thread(threads: int, world: World) -> None:
+    """A new thread has the process's defaults: its number of threads, and the first GPU."""
+    torch.set_num_threads(threads)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+
+
+def _rows(line: str) -> int:
+    """Rows of a journal line; a line torn by a kill counts nothing."""
+    try:
+        return int(json.loads(line)["rows"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _rows_of_other_worlds(folder: Path, size: int) -> int:
+    """Rows computed by ranks that this world no longer has."""
+    total = 0
+    for path in folder.glob("rank-*.jsonl"):
+        if int(path.stem.partition("-")[2]) >= size:
+            total += sum(_rows(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return total

@@ -1,0 +1,109 @@
+"""The examination: invariant 5. N teachers, B rows, C classes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small import LABELS, example_set, roster, save_teacher, sentences
+
+from sead_dist.data import make_split
+from sead_dist.errors import UserError
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.tasks import TASKS, TaskSpec
+from sead_dist.teachers.exam import admit, better_order, describe, examine
+
+TASK = TaskSpec(name="small", kind="classification", text_a="{sentence}", labels=LABELS)
+# 12 rows, 8 of them positive: the best constant answer is right 2/3 of the time
+GOLD = np.array([1, 1, 0] * 4)
+SPLIT = make_split(
+    example_set(sentences(12), [LABELS[y] for y in GOLD], "selection"), grammar_tokenizer(), 32
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return roster([save_teacher(tmp_path_factory.mktemp("t") / "one")])[0]
+
+
+def answers(right: int) -> np.ndarray:
+    """logits_BC with the first `right` rows right and the others wrong."""
+    said_B = np.where(np.arange(12) < right, GOLD, 1 - GOLD)
+    return np.eye(2, dtype=np.float32)[said_B]
+
+
+def exam(teacher, logits_BC, task=TASK, dev_texts=0):
+    return examine(task, [teacher], logits_BC[None], SPLIT, dev_texts)[0]
+
+
+def test_invariant_05_no_better_than_a_constant_answer_is_no_teacher(teacher):
+    assert exam(teacher, answers(9)).passed
+    at_constant = exam(teacher, answers(8))
+    assert at_constant.score == at_constant.constant_score == pytest.approx(2 / 3)
+    assert not at_constant.passed
+    with pytest.raises(UserError, match=r"teacher one failed its examination: accuracy 0\.6667"):
+        admit(TASK, [at_constant], [teacher])
+    admit(TASK, [exam(teacher, answers(9))], [teacher])
+
+
+def test_invariant_05_an_inverted_teacher_is_told_the_better_order(teacher):
+    inverted = exam(teacher, answers(0))
+    assert inverted.better_order == ["positive", "negative"]
+    line = f"{{path: {teacher.entry.path}, labels: [positive, negative]}}"
+    with pytest.raises(UserError) as caught:
+        admit(TASK, [inverted], [teacher])
+    assert line in str(caught.value)
+    assert "gate=off" in str(caught.value)
+    assert line in describe(inverted, teacher, 12)
+    # the line that is suggested is the order of the model's own columns
+    turned = replace(teacher, order_C=[1, 0])
+    assert "labels: [negative, positive]" in describe(inverted, turned, 12)
+
+
+def test_a_good_teacher_is_suggested_nothing(teacher):
+    assert exam(teacher, answers(12)).better_order is None
+    assert "better" not in describe(exam(teacher, answers(12)), teacher, 12)
+
+
+def test_the_better_order_of_three_classes():
+    task = TASKS["cb"]
+    gold = np.array([0, 1, 2] * 4)
+    rows = [
+        {"premise": t, "hypothesis": "so", "label": task.labels[y]}
+        for t, y in zip(sentences(12), gold, strict=True)
+    ]
+    from sead_dist.examples import build_examples
+
+    split = make_split(build_examples(task, rows, "selection"), grammar_tokenizer(), 32)
+    # the model's column c speaks of class (c + 1) % 3
+    logits_BC = np.eye(3, dtype=np.float32)[(gold - 1) % 3]
+    assert better_order(task, logits_BC, split, 0.0) == [
+        task.labels[1],
+        task.labels[2],
+        task.labels[0],
+    ]
+
+
+def test_invariant_05_wnli_is_only_told(teacher):
+    wnli = replace(TASK, name="wnli")
+    failed = exam(teacher, answers(4), wnli)
+    assert not failed.passed
+    admit(wnli, [failed], [teacher])
+    assert "accuracy 0.3333 (constant 0.6667)" in describe(failed, teacher, 12)
+
+
+def test_invariant_05_a_correlation_must_be_above_zero(teacher):
+    cola = replace(TASK, metrics=("matthews_correlation",))
+    always = np.tile(np.float32([0, 1]), (12, 1))
+    assert exam(teacher, always, cola).score == 0.0
+    assert not exam(teacher, always, cola).passed
+    assert exam(teacher, answers(10), cola).passed
+
+
+def test_truncated_rows_and_known_dev_texts_are_told(teacher):
+    short = replace(teacher, max_length=8)
+    found = exam(short, answers(12), dev_texts=3)
+    lengths = SPLIT.tokens.lengths_B()
+    assert found.truncated_rows == int((lengths > 8).sum()) > 0
+    said = describe(found, short, 12)
+    assert f"{found.truncated_rows} of 12 rows truncated to 8 tokens" in said
+    assert "3 dev texts occur in the training text" in said

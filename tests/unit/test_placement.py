@@ -1,0 +1,161 @@
+"""Who computes what: one owner for each (teacher, example), known to every rank (invariant 8).
+
+N teachers, R requested examples.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import ALONE, logits_of, make_source, roster, save_teacher, small_split
+
+from sead_dist.errors import RunError
+from sead_dist.models import load_classifier, locate
+from sead_dist.teachers.base import Request
+from sead_dist.teachers.placement import choose_placements, home_ranks, owners
+
+SPLIT = small_split(21)
+EVERY = np.arange(21)
+
+
+def request(entries_R=EVERY, asked_NR=None, split=SPLIT):
+    return Request(split, np.asarray(entries_R), asked_NR, "a test")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    swapped = ("positive", "negative")
+    return [
+        save_teacher(root / "a", seed=0),
+        save_teacher(root / "b", "roberta", seed=1, labels=swapped),
+        save_teacher(root / "c", seed=2, num_hidden_layers=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def teachers(folders):
+    return roster(folders)
+
+
+def test_every_pair_has_one_owner_and_colocated_shares_are_equal():
+    placements = ["colocated", "partitioned", "colocated"]
+    for size in (1, 2, 4):
+        owner_NR = owners(request(), placements, [0, size - 1, 0], size)
+        assert owner_NR.shape == (3, 21)
+        assert set(owner_NR[1]) == {size - 1}
+        for n in (0, 2):
+            counts = np.bincount(owner_NR[n], minlength=size)
+            assert counts.max() - counts.min() <= 1
+            # long rows are dealt out too
+            tokens = SPLIT.tokens.lengths_B()[SPLIT.row_U]
+            sums = [tokens[owner_NR[n] == rank].sum() for rank in range(size)]
+            assert max(sums) - min(sums) <= tokens.max() * 1.5
+
+
+def test_partitioned_teachers_go_costliest_first_to_the_least_loaded_rank(teachers):
+    assert sorted(t.parameters for t in teachers)[-1] == teachers[2].parameters
+    homes = home_ranks(teachers, ["partitioned"] * 3, 2)
+    assert homes[2] == 0
+    assert homes[0] == homes[1] == 1
+    assert home_ranks(teachers, ["colocated"] * 3, 2) == [0, 0, 0]
+
+
+def test_auto_is_colocated_where_teachers_fit_and_entries_have_the_last_word(teachers):
+    own = teachers[1].entry.model_copy(update={"placement": "partitioned"})
+    mixed = [teachers[0], replace(teachers[1], entry=own)]
+    placements, reason = choose_placements(mixed, "auto", ALONE)
+    assert placements == ["colocated", "partitioned"]
+    assert "MiB are free" in reason
+    assert choose_placements(teachers, "partitioned", ALONE)[0] == ["partitioned"] * 3
+
+
+def test_answers_are_the_models_own_in_task_order(folders, teachers, tmp_path):
+    source = make_source(teachers, tmp_path / "st", tmp_path / "run")
+    answer = source.submit(request()).result()
+    texts = [SPLIT.examples.texts_a[row] for row in SPLIT.row_U]
+    for n, folder in enumerate(folders):
+        expected = logits_of(load_classifier(locate(str(folder))), texts)
+        expected = expected[:, ::-1] if n == 1 else expected
+        np.testing.assert_allclose(answer.logits_NBC[n].numpy(), expected, rtol=1e-4, atol=1e-4)
+    source.close()
+
+
+def test_invariant_03_partial_hits_give_the_bits_of_one_pass(teachers, tmp_path):
+    whole = make_source(teachers, tmp_path / "whole", tmp_path / "run-1")
+    expected = whole.submit(request()).result().logits_NBC
+    parts = make_source(teachers, tmp_path / "parts", tmp_path / "run-2")
+    for entries_R in ([3], [0, 3, 9], [9, 10, 11, 20], EVERY):
+        found = parts.submit(request(entries_R)).result().logits_NBC
+        assert torch.equal(found, expected[:, entries_R])
+    assert parts.counts() == (3 * 21, 0)
+    # another set that shares half of its texts
+    other = small_split(10, split="other")
+    both = np.isin(SPLIT.ids_U2[:, 0], other.ids_U2[:, 0])
+    found = parts.submit(request(np.arange(10), split=other)).result().logits_NBC
+    assert torch.equal(found, expected[:, both])
+    whole.close()
+    parts.close()
+
+
+def test_a_second_run_computes_nothing_and_loads_no_teacher(teachers, tmp_path):
+    for run, expected in (("one", (63, 0)), ("two", (0, 63))):
+        source = make_source(teachers, tmp_path / "st", tmp_path / run)
+        source.submit(request()).result()
+        assert source.counts() == expected
+        assert len(source.models) == (3 if run == "one" else 0)
+        source.close()
+
+
+def test_a_third_teacher_is_the_only_one_computed(teachers, tmp_path):
+    first = make_source(teachers[:2], tmp_path / "st", tmp_path / "one")
+    first.submit(request()).result()
+    source = make_source(teachers, tmp_path / "st", tmp_path / "two")
+    source.submit(request()).result()
+    assert source.counts() == (21, 42)
+    assert set(source.models) == {2}
+    first.close()
+    source.close()
+
+
+def test_only_the_pairs_that_are_asked_for_are_computed(teachers, tmp_path):
+    source = make_source(teachers, tmp_path / "st", tmp_path / "run")
+    asked_NR = np.zeros((3, 21), bool)
+    asked_NR[0, :5] = asked_NR[2, 5:7] = True
+    answer = source.submit(request(asked_NR=asked_NR)).result()
+    assert source.counts() == (7, 0)
+    assert set(source.models) == {0, 2}
+    np.testing.assert_array_equal(answer.present_NB.numpy(), asked_NR)
+    assert not answer.logits_NBC[~torch.from_numpy(asked_NR)].any()
+    journal = [json.loads(line) for line in source.journal.read_text().splitlines()]
+    assert [(line["teacher"], line["rows"]) for line in journal] == [("a", 5), ("c", 2)]
+    source.close()
+
+
+def test_a_teacher_that_gives_nan_is_named_with_the_row(folders, tmp_path):
+    model = load_classifier(locate(str(folders[0])))
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    broken = save_teacher(tmp_path / "broken")
+    model.save_pretrained(broken)
+    source = make_source(roster([broken]), tmp_path / "st", tmp_path / "run")
+    with pytest.raises(RunError, match=r"teacher broken gave NaN .* at a test for train row \d+"):
+        source.submit(request()).result()
+    source.close()
+
+
+def test_what_identifies_a_prediction(folders, teachers, tmp_path):
+    base = teachers[0]
+    renamed = save_teacher(tmp_path / "renamed", seed=0, labels=("positive", "negative"))
+    for other in roster([f"{{path: {folders[0]}, weight: 3, name: x}}", renamed]):
+        assert other.key.folder == base.key.folder
+    for other in roster(
+        [
+            f"{{path: {folders[0]}, max_length: 16}}",
+            f"{{path: {folders[0]}, dtype: bf16}}",
+            save_teacher(tmp_path / "other", seed=7),
+        ]
+    ):
+        assert other.key.folder != base.key.folder
