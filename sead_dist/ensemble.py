@@ -1,0 +1,128 @@
+"""Combine N teachers' logits into the student's soft targets.
+
+Shapes: N teachers, B rows, C classes (in task order).
+
+Weights depend on the row alone or are frozen before step 1 (invariant 8).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sead_dist.config import EnsembleMethod
+from sead_dist.engine import micro_batch_seed
+from sead_dist.errors import UserError
+from sead_dist.teachers.base import TeacherLogits
+
+FIXED_METHODS = ("mean_logits", "mean_probabilities", "fixed", "score", "random")
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """targets_BC: probabilities at `temperature` (regression: scores); logits_BC: the combined
+    logits whose softmax at `temperature` the targets are; weights_NB sum to 1 over teachers."""
+
+    targets_BC: torch.Tensor
+    logits_BC: torch.Tensor
+    weights_NB: torch.Tensor
+    temperature: float
+
+
+def check_method(method: EnsembleMethod, kind: str, loss: str) -> None:
+    """Regression allows the mean with squared error. Raises UserError."""
+    if kind != "regression":
+        return
+    if method != "mean_logits":
+        raise UserError(
+            f"ensemble={method} needs classes; for a regression task use ensemble=mean_logits"
+        )
+    if loss != "mse":
+        raise UserError(f"loss={loss} needs classes; for a regression task use loss=mse")
+
+
+def frozen_weights(
+    method: EnsembleMethod, given: Sequence[float], scores: Sequence[float]
+) -> torch.Tensor:
+    """Per-teacher weights_N fixed before step 1: given ones (`fixed`), the selection scores above
+    zero (`score`), or equal ones. Raises UserError when all are zero."""
+    raw = {"fixed": list(given), "score": [max(score, 0.0) for score in scores]}
+    weights_N = torch.tensor(raw.get(method, [1.0] * len(given)), dtype=torch.float32)
+    if not weights_N.sum() > 0:
+        raise UserError(f"ensemble={method}: every teacher's weight is 0; give one a larger weight")
+    return weights_N / weights_N.sum()
+
+
+def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
+    """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
+    generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
+    return int(torch.randint(teachers, (1,), generator=generator))
+
+
+def row_weights(
+    method: EnsembleMethod, logits_NBC: torch.Tensor, labels_B: torch.Tensor | None
+) -> torch.Tensor:
+    """Per-example weights_NB of the methods that look at the row.
+
+    confidence: softmax over teachers of -cross-entropy with the gold label, scaled as CA-MKD does
+    (Zhang et al. 2022, eq. 4: (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal weights on
+    unlabelled rows. entropy: softmax over teachers of -entropy (the sure teacher counts more), in
+    the manner of EBKD (Kwon et al. 2020).
+    """
+    N, B, _ = logits_NBC.shape
+    log_p_NBC = torch.log_softmax(logits_NBC.float(), dim=-1)
+    if method == "entropy":
+        entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
+        return torch.softmax(-entropy_NB, dim=0)
+    equal_NB = torch.full((N, B), 1.0 / N, device=logits_NBC.device)
+    if labels_B is None or N == 1:
+        return equal_NB
+    gold_NB1 = labels_B.clamp(min=0)[None, :, None].expand(N, B, 1)
+    loss_NB = -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
+    confident_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (N - 1)
+    return torch.where(labels_B[None, :] >= 0, confident_NB, equal_NB)
+
+
+def combine(
+    method: EnsembleMethod,
+    teachers: TeacherLogits,
+    labels_B: torch.Tensor | None,
+    weights_N: torch.Tensor,
+    temperature: float,
+    regression: bool = False,
+) -> SoftTargets:
+    """The soft targets of a micro-batch. Teachers that were not asked for a row get no weight.
+
+    labels_B: int64, -1 where unlabelled; None where gold labels may not be looked at (then
+    `confidence` weighs all teachers alike).
+    """
+    logits_NBC = teachers.logits_NBC.float()
+    if method in FIXED_METHODS:
+        weights_NB = weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
+    else:
+        weights_NB = row_weights(method, logits_NBC, labels_B)
+    weights_NB = weights_NB * teachers.present_NB
+    weights_NB = weights_NB / weights_NB.sum(0, keepdim=True).clamp(min=1e-12)
+    if regression:
+        scores_BC = (weights_NB[..., None] * logits_NBC).sum(0)
+        return SoftTargets(scores_BC, scores_BC, weights_NB, temperature)
+    if method == "mean_logits":
+        logits_BC = (weights_NB[..., None] * logits_NBC).sum(0)
+        return SoftTargets(
+            torch.softmax(logits_BC / temperature, -1), logits_BC, weights_NB, temperature
+        )
+    # mean of probabilities, in log space: log sum_n w_n p_n
+    log_p_NBC = torch.log_softmax(logits_NBC / temperature, dim=-1)
+    log_w_NB1 = torch.log(weights_NB.clamp(min=1e-30))[..., None]
+    log_p_BC = torch.logsumexp(log_p_NBC + log_w_NB1, dim=0)
+    log_p_BC = log_p_BC - torch.logsumexp(log_p_BC, -1, keepdim=True)
+    return SoftTargets(log_p_BC.exp(), log_p_BC * temperature, weights_NB, temperature)
+
+
+def agreement(
+    student_BC: torch.Tensor, teachers: TeacherLogits, valid_B: torch.Tensor
+) -> torch.Tensor:
+    """[2, N]: per teacher, rows where the student's class is the teacher's, and rows asked."""
+    asked_NB = teachers.present_NB & valid_B[None]
+    same_NB = student_BC.argmax(-1)[None] == teachers.logits_NBC.argmax(-1)
+    return torch.stack([(same_NB & asked_NB).sum(1), asked_NB.sum(1)]).float()

@@ -1,0 +1,234 @@
+"""The training loop: the way of the data, one step at a time.
+
+Shapes: B rows of a micro-batch, C classes, N teachers.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from sead_dist.checkpoint import Checkpointer, TrainState
+from sead_dist.config import RunConfig
+from sead_dist.data import BatchStream, padding_waste
+from sead_dist.distributed import StopFlag, World, gather_objects
+from sead_dist.engine import Engine
+from sead_dist.ensemble import agreement, chosen_teacher, combine
+from sead_dist.errors import RunError
+from sead_dist.evaluate import EvalResult
+from sead_dist.losses import total_loss
+from sead_dist.runlog import RunLog
+from sead_dist.teachers.base import Lesson, TeacherLogits, TeacherSource, stream
+
+LOG_EVERY = 10
+
+
+def asked_teachers(
+    batches: BatchStream, config: RunConfig, steps: range, entries_R: np.ndarray
+) -> np.ndarray | None:
+    """asked_NR: `random` asks one teacher per micro-batch, other methods ask all (None)."""
+    if config.ensemble != "random":
+        return None
+    teachers, size = len(config.teachers), config.micro_batch
+    asked_NR = np.zeros((teachers, len(entries_R)), bool)
+    for step in steps:
+        rows_G = batches.rows(step)
+        for micro in range(config.global_batch // size):
+            rows_B = rows_G[micro * size : (micro + 1) * size]
+            entries_B = batches.split.entry_B[rows_B[rows_B >= 0]]
+            chosen = chosen_teacher(config.seed, step, micro, teachers)
+            asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
+    return asked_NR
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of a run, and its loop. `select` scores the student on the selection split."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    batches: BatchStream
+    source: TeacherSource | None
+    teacher_names: list[str]
+    weights_N: torch.Tensor
+    regression: bool
+    checkpointer: Checkpointer
+    log: RunLog
+    select: Callable[[int], EvalResult]
+    metric: str
+    stop: StopFlag
+
+    def run(self, state: TrainState) -> TrainState:
+        """Train from `state` to the last step; returns where it stopped (before the last step when
+        a stop was asked for, with a checkpoint saved)."""
+        depth = 1 if self.world.device.type == "cuda" else 0
+        total = self.batches.total_steps
+        lessons = stream(
+            self.batches,
+            self.source,
+            state.step,
+            self.config.look_ahead,
+            depth,
+            partial(asked_teachers, self.batches, self.config),
+        )
+        tally = Tally(len(self.teacher_names))
+        self.engine.model.train()
+        with self.log.progress("training", total, state.step) as bar:
+            for lesson in lessons:
+                began = time.perf_counter()
+                self.learn(lesson, tally)
+                learning_rate = self.engine.learning_rate
+                self.engine.step()
+                spent_s = time.perf_counter() - began
+                step = lesson.step.number + 1
+                state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
+                    rows=lesson.step.valid_rows,
+                    train_s=spent_s + lesson.waited_s,
+                    wait_s=lesson.waited_s,
+                )
+                tally.seconds += spent_s + lesson.waited_s
+                tally.waited_s += lesson.waited_s
+                tally.rows += lesson.step.valid_rows
+                stopping = self.stop.agreed(self.world)
+                evaluating = self.evaluates_after(step)
+                saving = self.saves_after(step) or stopping
+                if step % LOG_EVERY == 0 or evaluating or saving or step == total:
+                    shown, state = self.report(tally, state, learning_rate)
+                    bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
+                    tally = Tally(len(self.teacher_names))
+                if evaluating:
+                    state = self.score(state)
+                if saving:
+                    self.checkpointer.save(self.engine, state)
+                bar.advance(1)
+                if stopping:
+                    break
+        return state
+
+    def learn(self, lesson: Lesson, tally: "Tally") -> None:
+        """Forward and backward of this rank's micro-batches."""
+        batches = lesson.step.batches
+        for place, batch in enumerate(batches):
+            teachers = None if lesson.teachers is None else lesson.teachers[place]
+            self.engine.seed_micro_batch(batch.step, batch.micro)
+            with self.engine.accumulate(last=place == len(batches) - 1):
+                student_BC = self.engine.forward(batch.inputs, self.batches.split.tokens.choices)
+                labels_B = batch.labels_B.to(student_BC.device)
+                valid_B = batch.valid_B.to(student_BC.device)
+                soft = None
+                if teachers is not None:
+                    on_device = TeacherLogits(
+                        teachers.logits_NBC.to(student_BC.device),
+                        teachers.present_NB.to(student_BC.device),
+                    )
+                    soft = combine(
+                        self.config.ensemble,
+                        on_device,
+                        None if self.regression else labels_B,
+                        self.weights_for(batch.step, batch.micro),
+                        self.config.temperature,
+                        self.regression,
+                    )
+                    if not self.regression:
+                        tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
+                terms = total_loss(
+                    student_BC,
+                    labels_B,
+                    valid_B,
+                    soft,
+                    self.config.loss,
+                    self.config.alpha,
+                    lesson.step.valid_rows,
+                )
+                self.engine.backward(terms.total)
+            tally.losses += torch.stack([terms.total.detach(), terms.soft, terms.hard]).cpu()
+        tally.steps += 1
+        waste, tokens = padding_waste(batches)
+        tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
+
+    def weights_for(self, step: int, micro: int) -> torch.Tensor:
+        """weights_N of a micro-batch: frozen ones, or the one teacher that `random` chose."""
+        if self.config.ensemble != "random":
+            return self.weights_N
+        chosen = chosen_teacher(self.config.seed, step, micro, len(self.weights_N))
+        return torch.nn.functional.one_hot(torch.tensor(chosen), len(self.weights_N)).float()
+
+    def report(
+        self, tally: "Tally", state: TrainState, learning_rate: float
+    ) -> tuple[dict[str, float], TrainState]:
+        """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
+        parts = gather_objects(self.world, tally)
+        losses = torch.stack([part.losses for part in parts]).sum(0) / tally.steps
+        total, soft, hard = losses.tolist()
+        if not np.isfinite(total):
+            raise RunError(
+                f"the loss is {total} at step {state.step}; the last checkpoint is intact; "
+                "lower learning_rate, or train in fp32 (precision=fp32)"
+            )
+        same, asked = torch.stack([part.agreement_2N for part in parts]).sum(0).tolist()
+        padding, tokens = torch.stack([part.padding for part in parts]).sum(0).tolist()
+        waited_s = max(p.waited_s for p in parts)
+        shown = {
+            "epoch": round(state.step / self.batches.steps_per_epoch, 4),
+            "loss": total,
+            "learning_rate": learning_rate,
+            "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
+            "teacher_wait_s": round(waited_s, 4),
+        }
+        taught = bool(self.teacher_names)
+        rates = {n: s / a for n, s, a in zip(self.teacher_names, same, asked, strict=True) if a}
+        self.log.metrics(
+            "train",
+            step=state.step,
+            **shown,
+            loss_soft=soft if taught else None,
+            loss_hard=hard,
+            agreement=rates,
+        )
+        if self.config.tracker is not None:
+            self.engine.track({**shown, "loss_soft": soft, "loss_hard": hard}, state.step)
+        return shown, state.add(padding=padding, tokens=tokens)
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.config.evaluate.every_steps or self.batches.steps_per_epoch
+        return step % every == 0 or step == self.batches.total_steps
+
+    def saves_after(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every > 0 and (step % every == 0 or step == self.batches.total_steps)
+
+    def score(self, state: TrainState) -> TrainState:
+        """Score the selection split, and keep the student when it is the best so far."""
+        result = self.select(state.step)
+        score = result.metrics[self.metric]
+        self.log.metrics(
+            "eval",
+            step=state.step,
+            split="selection",
+            loss=result.loss,
+            metrics=result.metrics,
+        )
+        if self.config.tracker is not None:
+            scores = {f"selection_{name}": value for name, value in result.metrics.items()}
+            self.engine.track({**scores, "selection_loss": result.loss}, state.step)
+        if state.best_metric is None or score > state.best_metric:
+            state = replace(state, best_step=state.step, best_metric=score)
+            self.checkpointer.save_best(self.engine, state.step)
+        return state
+
+
+class Tally:
+    """What this rank saw since the last line of the log. losses: total, soft, hard."""
+
+    def __init__(self, teachers: int) -> None:
+        self.losses = torch.zeros(3)
+        self.agreement_2N = torch.zeros(2, teachers)
+        self.padding = torch.zeros(2, dtype=torch.float64)
+        self.steps = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.waited_s = 0.0

@@ -1,0 +1,154 @@
+"""Every way to combine teachers, worked out by hand. N teachers, B rows, C classes."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from sead_dist.config import EnsembleMethod
+from sead_dist.ensemble import agreement, check_method, chosen_teacher, combine, frozen_weights
+from sead_dist.errors import UserError
+from sead_dist.teachers.base import TeacherLogits
+
+
+def logs(rows) -> torch.Tensor:
+    """Logits whose softmax is these probabilities, NBC."""
+    return torch.log(torch.tensor(rows, dtype=torch.float32))
+
+
+def ask(method, logits_NBC, labels=None, weights=None, temperature=1.0, present=None, **more):
+    N, B = logits_NBC.shape[:2]
+    present_NB = torch.ones(N, B, dtype=torch.bool) if present is None else torch.tensor(present)
+    labels_B = None if labels is None else torch.tensor(labels)
+    weights_N = torch.full((N,), 1 / N) if weights is None else torch.tensor(weights)
+    teachers = TeacherLogits(logits_NBC, present_NB)
+    return combine(method, teachers, labels_B, weights_N, temperature, **more)
+
+
+TWO = logs([[[0.8, 0.2]], [[0.5, 0.5]]])
+
+
+def test_mean_of_logits():
+    found = ask("mean_logits", torch.tensor([[[3.0, 1.0]], [[1.0, 1.0]]]))
+    assert found.logits_BC.tolist() == [[2.0, 1.0]]
+    torch.testing.assert_close(found.targets_BC, torch.softmax(torch.tensor([[2.0, 1.0]]), -1))
+
+
+def test_mean_of_probabilities():
+    found = ask("mean_probabilities", TWO)
+    torch.testing.assert_close(found.targets_BC, torch.tensor([[0.65, 0.35]]))
+    # its logits give the targets again at the temperature
+    torch.testing.assert_close(torch.softmax(found.logits_BC, -1), found.targets_BC)
+
+
+def test_mean_of_probabilities_at_a_temperature():
+    # (16:1) at T = 2 is (4:1); (1:1) stays
+    found = ask("mean_probabilities", logs([[[16.0, 1.0]], [[1.0, 1.0]]]), temperature=2.0)
+    torch.testing.assert_close(found.targets_BC, torch.tensor([[0.65, 0.35]]))
+    torch.testing.assert_close(torch.softmax(found.logits_BC / 2.0, -1), found.targets_BC)
+
+
+def test_fixed_weights_are_normalised():
+    weights_N = frozen_weights("fixed", [3.0, 1.0], [])
+    assert weights_N.tolist() == [0.75, 0.25]
+    found = ask("fixed", TWO, weights=weights_N.tolist())
+    torch.testing.assert_close(found.targets_BC, torch.tensor([[0.725, 0.275]]))
+
+
+def test_score_weights_are_the_selection_scores_above_zero():
+    weights_N = frozen_weights("score", [1.0, 1.0, 1.0], [0.9, 0.3, -0.2])
+    torch.testing.assert_close(weights_N, torch.tensor([0.75, 0.25, 0.0]))
+    with pytest.raises(UserError, match="ensemble=score: every teacher's weight is 0"):
+        frozen_weights("score", [1.0, 1.0], [-0.1, 0.0])
+
+
+def test_equal_weights_look_neither_at_the_given_ones_nor_at_scores():
+    assert frozen_weights("mean_logits", [5.0, 1.0], [0.9, 0.1]).tolist() == [0.5, 0.5]
+
+
+def test_confidence_by_hand():
+    # CA-MKD: w_n = (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1), l the cross-entropy with the gold
+    # label; exp(l) = 1/p: for p = 0.8, 0.5, 0.2 these are 1.25, 2, 5, sum 8.25
+    three = logs([[[0.8, 0.2]] * 3, [[0.5, 0.5]] * 3, [[0.2, 0.8]] * 3])
+    found = ask("confidence", three, labels=[0, 1, -1])
+    weights = [(1 - 1.25 / 8.25) / 2, (1 - 2 / 8.25) / 2, (1 - 5 / 8.25) / 2]
+    torch.testing.assert_close(found.weights_NB[:, 0], torch.tensor(weights))
+    torch.testing.assert_close(found.weights_NB[:, 1], torch.tensor(weights[::-1]))
+    # equal on an unlabelled row
+    torch.testing.assert_close(found.weights_NB[:, 2], torch.full((3,), 1 / 3))
+    expected = sum(w * p for w, p in zip(weights, (0.8, 0.5, 0.2), strict=True))
+    assert found.targets_BC[0, 0].item() == pytest.approx(expected)
+
+
+def test_confidence_where_gold_labels_may_not_be_seen_weighs_all_alike():
+    torch.testing.assert_close(ask("confidence", TWO).weights_NB, torch.full((2, 1), 0.5))
+
+
+def test_entropy_by_hand():
+    # the sure teacher has entropy 0.5004, the unsure one ln 2
+    sure = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    unsure = math.log(2)
+    weight = math.exp(-sure) / (math.exp(-sure) + math.exp(-unsure))
+    found = ask("entropy", TWO)
+    assert found.weights_NB[:, 0].tolist() == pytest.approx([weight, 1 - weight])
+    assert found.targets_BC[0, 0].item() == pytest.approx(weight * 0.8 + (1 - weight) * 0.5)
+
+
+def test_a_teacher_that_was_not_asked_has_no_weight_and_rows_do_not_mix():
+    torch.manual_seed(0)
+    logits_NBC = torch.randn(3, 4, 2)
+    present = [[True] * 4, [False, True, True, True], [True, True, False, True]]
+    for method in ("mean_logits", "mean_probabilities", "confidence", "entropy", "fixed"):
+        found = ask(method, logits_NBC, labels=[0, 1, 0, -1], present=present)
+        torch.testing.assert_close(found.weights_NB.sum(0), torch.ones(4))
+        assert found.weights_NB[1, 0] == 0
+        assert found.weights_NB[2, 2] == 0
+        alone = ask(method, logits_NBC[:, 1:2], labels=[1], present=[row[1:2] for row in present])
+        torch.testing.assert_close(found.targets_BC[1:2], alone.targets_BC)
+
+
+def test_one_teacher_alone_is_the_ensemble_whatever_the_method():
+    logits_NBC = torch.randn(1, 5, 3)
+    expected = torch.softmax(logits_NBC[0] / 2.0, -1)
+    for method in EnsembleMethod.__args__:
+        found = ask(method, logits_NBC, labels=[0, 1, 2, -1, 0], temperature=2.0)
+        torch.testing.assert_close(found.targets_BC, expected)
+
+
+def test_regression_takes_the_mean_of_scores():
+    found = ask("mean_logits", torch.tensor([[[1.0]], [[4.0]]]), regression=True)
+    assert found.targets_BC.tolist() == [[2.5]]
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "message"),
+    [("entropy", "mse", "ensemble=entropy needs classes"), ("mean_logits", "kl", "loss=kl needs")],
+)
+def test_what_regression_cannot_do_is_refused(method, loss, message):
+    with pytest.raises(UserError, match=message):
+        check_method(method, "regression", loss)
+    check_method(method, "classification", loss)
+
+
+def test_the_random_teacher_is_a_function_of_seed_step_and_micro_batch():
+    places = [(step, micro) for step in range(100) for micro in range(4)]
+    chosen = [chosen_teacher(7, *place, 3) for place in places]
+    torch.manual_seed(123)
+    torch.rand(17)
+    assert chosen == [chosen_teacher(7, *place, 3) for place in places]
+    assert chosen != [chosen_teacher(8, *place, 3) for place in places]
+    # every teacher has its share
+    assert all(100 < count < 170 for count in Counter(chosen).values())
+    assert len(Counter(chosen)) == 3
+
+
+def test_agreement_counts_valid_rows_that_were_asked():
+    student_BC = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    teachers = TeacherLogits(
+        torch.tensor([[[5.0, 0], [0, 5.0], [0, 5.0]], [[5.0, 0], [5.0, 0], [5.0, 0]]]),
+        torch.tensor([[True, True, True], [True, False, True]]),
+    )
+    found = agreement(student_BC, teachers, torch.tensor([True, True, False]))
+    np.testing.assert_array_equal(found.numpy(), [[1, 1], [2, 1]])

@@ -1,0 +1,173 @@
+"""The engine's schedule and the loop's decisions."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from small import ALONE, build_model, config, small_split
+
+from sead_dist.checkpoint import Checkpointer, Identity, TrainState
+from sead_dist.data import BatchStream
+from sead_dist.distributed import StopFlag, World
+from sead_dist.engine import Engine, check_world, micro_batch_seed
+from sead_dist.ensemble import chosen_teacher
+from sead_dist.errors import RunError, UserError
+from sead_dist.evaluate import EvalResult
+from sead_dist.runlog import RunLog
+from sead_dist.trainer import Trainer, asked_teachers
+
+
+def rates(**keys):
+    """The learning rate of each of ten steps."""
+    engine = Engine(build_model(), config(learning_rate=1.0, **keys), ALONE, total_steps=10)
+    found = []
+    for _ in range(10):
+        found.append(engine.learning_rate)
+        engine.optimizer.step()
+        engine.schedule.step()
+    return found
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing():
+    rising = [0.0, 0.5]
+    assert rates(schedule="linear", warmup=0.2) == pytest.approx(
+        rising + [1 - n / 8 for n in range(8)]
+    )
+    assert rates(schedule="cosine", warmup=0.2) == pytest.approx(
+        rising + [0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8)]
+    )
+    assert rates(schedule="constant", warmup=0.0) == [1.0] * 10
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    engine = Engine(build_model(), config(weight_decay=0.1), ALONE, total_steps=2)
+    decayed, free = engine.optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    for most, expected in ((1.0, 1.0), (0.0, None)):
+        given = config(
+            max_grad_norm=most,
+            optimizer="sgd",
+            schedule="constant",
+            learning_rate=1.0,
+            warmup=0,
+            weight_decay=0,
+        )
+        engine = Engine(build_model(), given, ALONE, total_steps=10**6)
+        before = [p.detach().clone() for p in engine.module.parameters()]
+        for parameter in engine.module.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0)
+        engine.step()
+        moved = torch.cat(
+            [
+                (a - b.detach()).flatten()
+                for a, b in zip(before, engine.module.parameters(), strict=True)
+            ]
+        )
+        count = moved.numel()
+        norm = float(moved.norm())
+        assert norm == pytest.approx(expected or 3 * math.sqrt(count), rel=0.05)
+
+
+def test_a_micro_batch_seed_is_its_own():
+    places = [(s, t, m) for s in range(3) for t in range(40) for m in range(8)]
+    assert len({micro_batch_seed(*place) for place in places}) == len(places)
+    assert all(0 <= micro_batch_seed(*place) < 2**63 for place in places)
+
+
+def test_a_launcher_that_accelerate_does_not_see_is_refused():
+    with pytest.raises(UserError, match="2 processes were launched but Accelerate sees 1"):
+        check_world(1, World(0, 2, torch.device("cpu")))
+
+
+def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
+    given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
+    split = split or small_split(21)
+    batches = BatchStream(
+        split, given.seed, given.global_batch, given.micro_batch, given.epochs, None, 0, 1
+    )
+    engine = Engine(build_model(), given, ALONE, batches.total_steps)
+
+    def score(step):
+        metrics = {"accuracy": (select or {}).get(step, 0.0)}
+        return EvalResult("small", "selection", step, 1, metrics, 0.0, 1.0, np.zeros((1, 2)))
+
+    return Trainer(
+        config=given,
+        world=ALONE,
+        engine=engine,
+        batches=batches,
+        source=None,
+        teacher_names=list(names),
+        weights_N=torch.ones(len(names)) / max(1, len(names)),
+        regression=False,
+        checkpointer=Checkpointer(tmp_path, Identity({}, "", []), ALONE, 3, print),
+        log=RunLog(tmp_path, True, console=False),
+        select=score,
+        metric="accuracy",
+        stop=StopFlag(),
+    )  # fmt: skip
+
+
+def test_the_loop_evaluates_and_saves_when_asked_to(tmp_path):
+    keys = {"epochs": 2, "checkpoint.every_steps": 2, "evaluate.every_steps": 4}
+    trainer = make_trainer(tmp_path, **{k.replace(".", "__"): v for k, v in keys.items()})
+    assert trainer.batches.total_steps == 6
+    assert [s for s in range(1, 7) if trainer.evaluates_after(s)] == [4, 6]
+    # the end too, or a kill while the report is written would cost the last steps
+    assert [s for s in range(1, 7) if trainer.saves_after(s)] == [2, 4, 6]
+    never = make_trainer(tmp_path, checkpoint__every_steps=0)
+    assert not any(never.saves_after(s) for s in range(1, 7))
+    default = make_trainer(tmp_path, epochs=2)
+    assert [s for s in range(1, 7) if default.evaluates_after(s)] == [3, 6]
+
+
+def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
+    scores = {2: 0.5, 4: 0.7, 6: 0.7}
+    trainer = make_trainer(tmp_path, select=scores, epochs=2, evaluate__every_steps=2)
+    state = trainer.run(TrainState())
+    assert (state.step, state.best_step, state.best_metric) == (6, 4, 0.7)
+    assert (tmp_path / "checkpoints" / "best-00000004" / "student.safetensors").is_file()
+    assert state.totals["rows"] == 42
+
+
+def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=2)
+    trainer.stop.signal = 15
+    state = trainer.run(TrainState())
+    assert state.step == 1
+    assert trainer.checkpointer.latest()[1].step == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.engine.module.classifier.bias[0] = float("nan")
+    with pytest.raises(RunError, match=r"the loss is nan at step 3; .* lower learning_rate"):
+        trainer.run(TrainState())
+
+
+def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path):
+    trainer = make_trainer(tmp_path, names="abc", ensemble="random", seed=4)
+    steps = range(0, 3)
+    entries_R = trainer.batches.entries(steps)
+    given = config("teachers=[a,b,c]", ensemble="random", seed=4)
+    asked_NR = asked_teachers(trainer.batches, given, steps, entries_R)
+    # every row is in one micro-batch of an epoch, so one teacher is asked for it
+    assert asked_NR.sum(0).tolist() == [1] * 21
+    by_hand = Counter()
+    for step in steps:
+        for batch in trainer.batches.step(step).batches:
+            chosen = chosen_teacher(4, step, batch.micro, 3)
+            by_hand[chosen] += int(batch.valid_B.sum())
+            assert trainer.weights_for(step, batch.micro).tolist() == [
+                float(n == chosen) for n in range(3)
+            ]
+    assert asked_NR.sum(1).tolist() == [by_hand[n] for n in range(3)]
+    assert asked_teachers(trainer.batches, config("teachers=[a,b,c]"), steps, entries_R) is None
