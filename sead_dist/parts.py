@@ -1,0 +1,164 @@
+"""The parts of a run, built from its configuration before the first step.
+
+All of a person's mistakes come to light here or in the examination.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
+from sead_dist.config import RunConfig
+from sead_dist.data import BatchStream
+from sead_dist.distributed import World, from_main, on_every_rank
+from sead_dist.engine import Engine
+from sead_dist.ensemble import check_method
+from sead_dist.models import load_tokenizer, position_limit, tokenizer_hash
+from sead_dist.runfolder import claim, locked
+from sead_dist.runlog import RunLog, write_json
+from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
+from sead_dist.student import build_student, student_tokenizer
+from sead_dist.tasks import TaskSpec, load_task
+from sead_dist.teachers.layout import default_store
+from sead_dist.teachers.placement import choose_placements, home_ranks
+from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.store import PredictionStore
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before its first step."""
+
+    config: RunConfig
+    task: TaskSpec
+    world: World
+    log: RunLog
+    examples: RunExamples
+    splits: RunSplits
+    tokenizer: PreTrainedTokenizerBase
+    teachers: list[Teacher]
+    source: StoredSource | None
+    engine: Engine
+    batches: BatchStream
+    checkpointer: Checkpointer
+
+
+def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
+    """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
+    run = Path(config.output_dir)
+    quiet_libraries(world)
+    notes: list[str] = []
+    task, examples, tokenizer, model = on_every_rank(
+        world, lambda: read_inputs(config, notes.append)
+    )
+    max_length = min(config.max_length, position_limit(model.config) or config.max_length)
+    splits = tokenize_splits(examples, tokenizer, max_length)
+    teachers = call_roster(config, task, world)
+    identity = Identity(
+        config.identity(),
+        examples.fingerprint(task),
+        [teacher_identity(teacher.manifest()) for teacher in teachers],
+    )
+    from_main(world, lambda: stack.enter_context(locked(run)))
+    from_main(world, lambda: claim(run, config, identity))
+    log = RunLog(run, world.is_main, console=True)
+    stack.callback(log.close)
+    for note in notes:
+        log.say(note)
+    batches = BatchStream(
+        splits.train,
+        config.seed,
+        config.global_batch,
+        config.micro_batch,
+        config.epochs,
+        config.max_steps,
+        world.rank,
+        world.size,
+    )
+    micro_batches = config.global_batch // config.micro_batch
+    if micro_batches % world.size:
+        log.say(
+            f"global_batch={config.global_batch} makes {micro_batches} micro-batches, which "
+            f"{world.size} ranks cannot share evenly: some ranks idle; lower micro_batch"
+        )
+    if config.deterministic:
+        # what CUDA's matrix products ask for; read when the first one runs
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    engine = Engine(model, config, world, batches.total_steps)
+    if config.tracker is not None:
+        engine.start_tracker("tracker", config.identity())
+    stack.callback(engine.close)
+    source = hire(config, task, world, teachers, run, log, stack) if teachers else None
+    if source is not None:
+        words = tokenizer_hash(tokenizer)
+        for split in (splits.train, splits.selection, *splits.official.values()):
+            source.share_tokens(split, words, max_length)
+    checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
+    return Parts(
+        config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
+        checkpointer,
+    )  # fmt: skip
+
+
+def read_inputs(
+    config: RunConfig, say: Callable[[str], None]
+) -> tuple[TaskSpec, RunExamples, PreTrainedTokenizerBase, PreTrainedModel]:
+    """Task, examples, and the student with its tokeniser."""
+    task = load_task(config.task)
+    if config.teachers:
+        check_method(config.ensemble, task.kind, config.loss)
+    tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
+    model = build_student(config.student, task, tokenizer, config.seed, config.trust_remote_code)
+    return task, load_examples(config, task, say), tokenizer, model
+
+
+def quiet_libraries(world: World) -> None:
+    """Transformers' reports of new heads and its progress bars say nothing a run does not."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not world.is_main:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def hire(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    teachers: Sequence[Teacher],
+    run: Path,
+    log: RunLog,
+    stack: ExitStack,
+) -> StoredSource:
+    """The teacher source over the store, with every teacher placed."""
+    placements, reason = choose_placements(teachers, config.placement, world)
+    homes = home_ranks(teachers, placements, world.size)
+    log.say(reason)
+    folder = Path(config.store.path) if config.store.path else default_store()
+    report = log.say if world.is_main else _on_stderr
+    store = on_every_rank(world, lambda: PredictionStore(folder, report))
+    keys = [teacher.key for teacher in teachers]
+    stack.enter_context(store.hold(str(run), keys) if world.is_main else nullcontext())
+    manifest = [
+        {**teacher.manifest(), "placement": placement}
+        for teacher, placement in zip(teachers, placements, strict=True)
+    ]
+    from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
+    source = StoredSource(
+        teachers, placements, homes, world, store, task.name, run, config.store.accept == "any",
+        config.trust_remote_code, log.say,
+    )  # fmt: skip
+    stack.callback(source.close)
+    return source
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)

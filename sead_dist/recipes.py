@@ -1,0 +1,158 @@
+"""The recipes: build the parts of a run from its configuration, then run them.
+
+Distillation, and fine-tuning of teachers, which is distillation with no teacher.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from sead_dist.checkpoint import TrainState
+from sead_dist.config import RunConfig, StudentConfig, TeacherConfig, names_shape
+from sead_dist.distributed import StopFlag, World, barrier, from_main
+from sead_dist.ensemble import frozen_weights
+from sead_dist.errors import UserError
+from sead_dist.evaluate import EvalResult, evaluate
+from sead_dist.outcome import conclude
+from sead_dist.parts import Parts, build
+from sead_dist.runfolder import already_finished, is_finished
+from sead_dist.runlog import write_json
+from sead_dist.student import check_start
+from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
+from sead_dist.trainer import Trainer, asked_teachers
+
+
+def distill(config: RunConfig, world: World, show_table: bool = True) -> Path:
+    """Run, resume or find finished the distillation that `config` describes; its run folder.
+
+    Raises UserError before any long work, RunError during it.
+    """
+    run = Path(config.output_dir)
+    if config.encoders:
+        raise UserError(
+            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+        )
+    if from_main(world, lambda: already_finished(config)):
+        if world.is_main:
+            print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
+        return run
+    with ExitStack() as stack:
+        parts = build(config, world, stack)
+        state = resume(parts)
+        weights_N = prepare_teachers(parts)
+        stop = StopFlag()
+        with stop.listening():
+            state = make_trainer(parts, weights_N, stop).run(state)
+        if state.step < parts.batches.total_steps:
+            parts.log.say(
+                f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
+                "give the same command again to go on"
+            )
+            return run
+        conclude(parts, state, weights_N, show_table)
+    barrier(world)
+    return run
+
+
+def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[Path]:
+    """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run folders
+    OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over."""
+    if not config.encoders:
+        raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
+    for encoder in config.encoders:
+        check_start(encoder_as_student(encoder, config.student), config.trust_remote_code)
+    runs: list[Path] = []
+    for index, encoder in enumerate(config.encoders):
+        one = config.model_copy(
+            update={
+                "student": encoder_as_student(encoder, config.student),
+                "teachers": [],
+                "encoders": [],
+                "seed": config.seed + index,
+                "output_dir": str(Path(config.output_dir) / f"teacher-{index}"),
+            }
+        )
+        runs.append(distill(one, world, show_table))
+        if not from_main(world, lambda: is_finished(runs[-1])):
+            break  # it was asked to stop
+    return runs
+
+
+def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> StudentConfig:
+    is_shape = names_shape(encoder.path)
+    path = encoder.path if encoder.revision is None else f"{encoder.path}@{encoder.revision}"
+    start = {"shape": encoder.path, "path": None} if is_shape else {"path": path, "shape": None}
+    return student.model_copy(update=start)
+
+
+def resume(parts: Parts) -> TrainState:
+    """The state to start from: the newest checkpoint's, or a new one."""
+    found = parts.checkpointer.latest()
+    if found is None:
+        parts.log.truncate_after(0)
+        return TrainState(world_size=parts.world.size)
+    folder, state = found
+    parts.engine.load(folder)
+    parts.log.truncate_after(state.step)
+    parts.log.say(f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name})")
+    if parts.source is not None:
+        for steps in parts.batches.windows(0, parts.config.look_ahead):
+            steps = range(steps.start, min(steps.stop, state.step))
+            if len(steps):
+                entries_R = parts.batches.entries(steps)
+                asked_NR = asked_teachers(parts.batches, parts.config, steps, entries_R)
+                parts.source.touch(parts.splits.train, entries_R, asked_NR)
+    return state
+
+
+def prepare_teachers(parts: Parts) -> torch.Tensor:
+    """Examine the teachers, and freeze the ensemble's weights_N before the first step."""
+    config, task, teachers = parts.config, parts.task, parts.teachers
+    if parts.source is None:
+        return torch.zeros(0)
+    exams: list[Examination] = []
+    if config.gate == "on" or config.ensemble == "score":
+        selection = parts.splits.selection
+        logits_NBC = ask_all(
+            parts.source, selection, len(teachers), config.look_ahead, "the examination"
+        )
+        exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        for exam, teacher in zip(exams, teachers, strict=True):
+            parts.log.say(describe(exam, teacher, len(selection)))
+        if parts.world.is_main:
+            record = [exam.__dict__ for exam in exams]
+            write_json(Path(config.output_dir) / "examination.json", record)
+        if config.gate == "on":
+            admit(task, exams, teachers)
+    scores = [exam.score for exam in exams]
+    given = [teacher.entry.weight for teacher in teachers]
+    return frozen_weights(config.ensemble, given, scores)
+
+
+def make_trainer(parts: Parts, weights_N: torch.Tensor, stop: StopFlag) -> Trainer:
+    def select(step: int) -> EvalResult:
+        return evaluate(
+            parts.task,
+            parts.engine.model,
+            parts.engine.forward,
+            parts.splits.selection,
+            parts.world,
+            step,
+        )
+
+    return Trainer(
+        config=parts.config,
+        world=parts.world,
+        engine=parts.engine,
+        batches=parts.batches,
+        source=parts.source,
+        teacher_names=[teacher.name for teacher in parts.teachers],
+        weights_N=weights_N,
+        regression=parts.task.kind == "regression",
+        checkpointer=parts.checkpointer,
+        log=parts.log,
+        select=select,
+        metric=parts.task.metrics[0],
+        stop=stop,
+    )

@@ -1,0 +1,126 @@
+"""Whose run an output folder holds: nothing of another run is ever written over.
+
+run.json is the claim; a claim without saved progress (a run that was refused before its first
+checkpoint) gives way to a new one. A lock keeps a second process out while one is at work.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sead_dist.checkpoint import Identity, refuse_other
+from sead_dist.config import RunConfig, dump_config
+from sead_dist.errors import UserError
+from sead_dist.runlog import environment, read_json, write_json
+from sead_dist.splits import load_examples
+from sead_dist.tasks import load_task
+
+# what a run leaves before its first checkpoint; a new claim starts without it
+EARLY_FILES = ("metrics.jsonl", "log.txt", "examination.json", "teacher_manifest.json")
+
+
+def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
+    """Teachers as they were written, placement aside."""
+    return [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
+
+
+def is_finished(run: Path) -> bool:
+    summary = run / "run_summary.json"
+    return summary.is_file() and bool(read_json(summary).get("finished"))
+
+
+def has_progress(run: Path) -> bool:
+    """Whether there is anything here that took long to make."""
+    return is_finished(run) or any((run / "checkpoints").glob("*-*[0-9]"))
+
+
+def already_finished(config: RunConfig) -> bool:
+    """Whether the output folder holds this very run, finished. Reads, never writes.
+
+    Raises UserError where it holds something else.
+    """
+    run = Path(config.output_dir)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir={run} is a file; give a folder")
+    # names with a dot: the lock, and files aside, of a process killed before its claim
+    if not run.is_dir() or all(path.name.startswith(".") for path in run.iterdir()):
+        return False
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"output_dir={run} holds other files and no run; give a new or empty folder"
+        )
+    if not has_progress(run):
+        return False
+    record = read_json(run / "run.json")
+    saved = Identity(**record["identity"])
+    refuse_other(run, saved, replace(saved, config=config.identity()))
+    if not is_finished(run):
+        return False
+    if record["teachers_given"] != given_teachers(config):
+        names = ", ".join(entry["path"] for entry in record["teachers_given"]) or "none"
+        raise UserError(
+            f"output_dir={run} holds a finished run with the teachers {names}; "
+            "give another output_dir"
+        )
+    task = load_task(config.task)
+    data = load_examples(config, task, lambda _line: None).fingerprint(task)
+    refuse_other(run, saved, replace(saved, data=data))
+    return True
+
+
+def claim(run: Path, config: RunConfig, identity: Identity) -> None:
+    """Write down whose run this folder holds, or compare with what is written.
+
+    Raises UserError when there is progress of another run.
+    """
+    record = run / "run.json"
+    if record.is_file():
+        saved = Identity(**read_json(record)["identity"])
+        if has_progress(run):
+            refuse_other(run, saved, identity)
+        elif saved.differences(identity):
+            for name in EARLY_FILES:
+                (run / name).unlink(missing_ok=True)
+            shutil.rmtree(run / "teacher_rows", ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
+    # first: whatever else lies here belongs to a claim
+    write_json(record, {**given, "command": sys.argv[1:]})
+    if Path(config.task).is_file():
+        shutil.copyfile(config.task, run / "task.yaml")
+    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_json(run / "environment.json", environment())
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other processes out of this run folder. Raises UserError where one is at work."""
+    path = run / ".lock"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"output_dir={run} cannot be made: {error.strerror}; give another folder"
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            raise UserError(
+                f"output_dir={run} is being written by {holder}; wait for it, stop it, or give "
+                "another output_dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,118 @@
+"""The model card of a run folder."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from sample_run import CONFIG, RESULTS, change, make_predictions, make_run
+
+from sead_dist.report import write_report
+from sead_dist.runlog import write_json
+
+
+def cells(card, first):
+    """The cells of the first table line that begins with `first`."""
+    line = next(line for line in card.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_card_loads_with_its_metadata_and_model_index(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_report(run)
+    data = ModelCard.load(run / "README.md").data
+    assert (data.language, data.license, data.library_name) == ("en", "apache-2.0", "transformers")
+    assert data.pipeline_tag == "text-classification"
+    assert data.tags == ["SEAD", "knowledge-distillation", "sst2"]
+    assert data.datasets == ["nyu-mll/glue"]
+    assert data.base_model == "microsoft/xtremedistil-l6-h256-uncased"
+    assert data.metrics == ["accuracy"]
+    (result,) = data.eval_results
+    assert result.metric_value == 0.9266
+    assert (result.dataset_config, result.dataset_split) == ("sst2", "validation")
+
+
+def test_the_tables_hold_the_numbers_of_the_files(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_report(run)
+    card = (run / "README.md").read_text()
+    header = cells(card, "eval_accuracy")
+    lines = card.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("| eval_accuracy"))
+    values = [cell.strip() for cell in lines[at + 2].strip("|").split("|")]
+    assert {k: float(v) for k, v in zip(header, values, strict=True)} == RESULTS
+    assert cells(card, "student") == ["student", "0.9266"]
+    assert cells(card, "ensemble") == ["ensemble", "0.9346"]
+    assert cells(card, "teacher-0") == ["teacher-0", "0.9312"]
+    assert "0.9412" in card.split("### selection")[1].split("###")[0]
+    taught = next(line for line in lines if "`1a1a1a1a1a1a1a1a`" in line)
+    assert "org/teacher@abcdef012345" in taught
+    assert "0.9289" in taught
+    assert "0.5579" in taught
+    assert "134698" in card
+    assert "269396" in card
+    assert "1024, 512" in card
+    assert "- temperature: 2.0" in card
+    assert "- ensemble: mean_probabilities" in card
+    assert "learning_rate: 3.0e-05" in card
+    assert "saw 3 exam rows cut" in card
+    assert "2 dev texts" in card
+    assert "selected on dev" not in card
+
+
+def test_neither_secrets_nor_local_paths_reach_the_card(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_report(run)
+    card = (run / "README.md").read_text()
+    assert "plainsecret" not in card
+    assert "hf_abc" not in card
+    assert "somebody" not in card
+    assert str(tmp_path) not in card
+    assert "- path: teacher-0" in card  # the base name stays
+
+
+def test_figures_selected_on_dev_are_marked_in_every_table_and_in_the_metadata(tmp_path):
+    run = make_run(tmp_path / "run")
+    change(run / "scores.json", selected_on="dev")
+    write_report(run)
+    text = (run / "README.md").read_text()
+    headers = [line for line in text.splitlines() if line.startswith(("| model", "| eval_"))]
+    assert len(headers) == 3
+    assert all("accuracy (selected on dev)" in line for line in headers)
+    (result,) = ModelCard.load(run / "README.md").data.eval_results
+    assert result.metric_name == "accuracy (selected on dev)"
+
+
+def test_two_evaluation_splits_have_a_table_and_a_result_each(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "task": "mnli"}))
+    names = ("validation_matched", "validation_mismatched")
+    splits = {n: {"student": {"accuracy": s}} for n, s in zip(names, (0.8277, 0.831), strict=True)}
+    write_json(
+        run / "scores.json", {"metric": "accuracy", "splits": splits, "selected_on": "select"}
+    )
+    further = {k.replace("eval_", "eval_validation_mismatched_"): v for k, v in RESULTS.items()}
+    write_json(run / "eval_results.json", {**RESULTS, **further})
+    make_predictions(run, names[0], classes=3)
+    write_report(run)
+    card = ModelCard.load(run / "README.md")
+    found = {r.dataset_split: r.metric_value for r in card.data.eval_results}
+    assert found == dict(zip(names, (0.8277, 0.831), strict=True))
+    assert card.text.count("| eval_accuracy |") == 1
+    assert card.text.count("| eval_validation_mismatched_accuracy |") == 1
+
+
+@pytest.mark.parametrize(
+    ("student", "summary", "base"),
+    [
+        ({"path": "owner/name@main"}, {}, "owner/name"),
+        ({"path": None, "shape": "L6-H256-A8"}, {}, None),
+        ({"path": "/home/jo/student"}, {}, None),
+        ({"path": "out/student"}, {"base_model": None}, None),
+        ({"path": "bert-base-uncased"}, {"base_model": "bert-base-uncased"}, "bert-base-uncased"),
+    ],
+)
+def test_the_base_model_is_named_where_the_student_is_a_hub_id(tmp_path, student, summary, base):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "student": student}))
+    change(run / "run_summary.json", **summary)
+    write_report(run)
+    assert ModelCard.load(run / "README.md").data.base_model == base
