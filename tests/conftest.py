@@ -1,0 +1,161 @@
+"""What several tests share: a small built-in task, quick teachers, and ways to run the product.
+
+Everything lies in pytest's temporary folders; the hub is never asked, the user's store never used.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+# before huggingface_hub is imported, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+Distil = Callable[[Sequence[str]], Path]
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+TINY = {
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The default store of this session's runs."""
+    folder = tmp_path_factory.mktemp("store") / "default"
+    before = os.environ.get("SEAD_DIST_STORE")
+    os.environ["SEAD_DIST_STORE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["SEAD_DIST_STORE"]
+    else:
+        os.environ["SEAD_DIST_STORE"] = before
+
+
+@pytest.fixture(scope="session")
+def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in task, small: 400 training rows, 100 dev rows, 200 transfer rows; and in the
+    same folder `shape.yaml`, a student's shape."""
+    import yaml
+
+    from sead_dist.grammar import write_grammar_task
+
+    folder = tmp_path_factory.mktemp("grammar")
+    write_grammar_task(folder, 0, 400, 100, 200, label_noise=0.0)
+    (folder / "shape.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return folder
+
+
+def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], steps: int) -> None:
+    """A tiny BERT taught the training rows of `task`, with these label names, in its class order."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    rows = [line.split("\t") for line in (task / "train.tsv").read_text("utf-8").splitlines()[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(task / "tokenizer")
+    inputs = tokenizer([row[0] for row in rows], padding=True, return_tensors="pt")
+    order = list(labels) if "positive" in labels else ["negative", "positive"]
+    targets_B = torch.tensor([order.index(row[1]) for row in rows])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            **TINY,
+            vocab_size=len(tokenizer),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+        )
+        model = BertForSequenceClassification(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(steps):
+            rows_R = torch.randint(len(rows), (64,))
+            batch = {name: tensor[rows_R] for name, tensor in inputs.items()}
+            loss = torch.nn.functional.cross_entropy(model(**batch).logits, targets_B[rows_R])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def teachers(grammar: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two teachers of the built-in task that pass their examination; the second one names its
+    classes in the other order."""
+    root = tmp_path_factory.mktemp("teachers")
+    train_teacher(grammar, root / "a", 0, ["negative", "positive"], 60)
+    train_teacher(grammar, root / "b", 1, ["positive", "negative"], 60)
+    return [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="session")
+def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
+    """`words(output_dir, "key=value", ...)`: a small distillation, later words winning."""
+
+    def make(output_dir: Path, *more: str) -> list[str]:
+        return [
+            f"task={grammar / 'task.yaml'}",
+            f"data.path={grammar}",
+            f"teachers=[{teachers[0]},{teachers[1]}]",
+            f"student.shape={grammar / 'shape.yaml'}",
+            f"output_dir={output_dir}",
+            "epochs=1",
+            "learning_rate=5e-3",
+            *more,
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def distil() -> Distil:
+    """Run `distill` in this process, alone on the CPU; the run folder. Raises what it raises."""
+
+    def run(words: Sequence[str]) -> Path:
+        import torch
+
+        from sead_dist.config import load_config
+        from sead_dist.distributed import World
+        from sead_dist.recipes import distill
+
+        return distill(load_config(words), World(0, 1, torch.device("cpu")))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(
+    words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run folder, made once; tests only read it."""
+    return distil(words(tmp_path_factory.mktemp("runs") / "finished", "epochs=6"))
+
+
+@pytest.fixture(scope="session")
+def cli() -> RunCli:
+    """`cli("evaluate", OUT, ..., ranks=2, cwd=DIR)`: the command in a process of its own."""
+
+    def run(
+        *args: object, ranks: int = 1, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        start = [sys.executable, "-m"]
+        if ranks > 1:
+            start += [*LAUNCHER.split(), str(ranks), "-m"]
+        return subprocess.run(
+            [*start, "sead_dist", *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
+            timeout=300,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,159 @@
+"""The README is true: its commands run as written, and its tour names every file in order."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+# what the test puts in the place of the README's own folders
+VARIABLES = ("DATA", "ENCODER", "STUDENT", "TICKETS")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def set_variables(script, values):
+    """Lines NAME=... of the script with our values; each name must be there."""
+    for name, value in values.items():
+        script, count = re.subn(rf"^{name}=.*$", f"{name}={value}", script, flags=re.MULTILINE)
+        assert count == 1, f"README sets {name} {count} times"
+    return script
+
+
+def write_tickets(folder):
+    """Files of the README's own task, in the columns that its YAML names. No text occurs twice:
+    rows that share one are held out together."""
+    folder.mkdir()
+    kinds = {"billing": "wrong invoice", "outage": "server down", "other": "a question"}
+    rows = [
+        f"{subject} {number}\tplease help with {team} {number}\t{team}"
+        for number in range(20)
+        for team, subject in kinds.items()
+    ]
+    for name, some in (("train", rows), ("validation", rows[:12])):
+        lines = "\n".join(["subject\tbody\tteam", *some])
+        (folder / f"{name}.tsv").write_text(lines + "\n", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def worked(grammar, teachers, tmp_path_factory):
+    """A folder in which all of the README's shell lines ran, and what they printed. The built-in
+    task stands in for SST-2 (it has the same columns), a tiny model for the hub's."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_tickets(folder / "tickets")
+    for text in blocks("yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", text)
+        assert name is not None, "a YAML block must begin with its file's name"
+        (folder / name[1]).write_text(text, "utf-8")
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    makes = [line for line in lines if line.startswith("make ")]
+    assert [line.split()[1] for line in makes] == ["demo", "test"]
+    script = "\n".join(line for line in lines if line not in makes)
+    values = dict(zip(VARIABLES, [grammar, teachers[0], teachers[1], "tickets"], strict=True))
+    (folder / "lines.sh").write_text(set_variables(script, values), "utf-8")
+    bash = shutil.which("bash")
+    assert bash is not None
+    done = subprocess.run(
+        [bash, "-euxo", "pipefail", "lines.sh"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        },
+        timeout=540,
+        check=False,
+    )
+    return folder, done
+
+
+@pytest.mark.slow
+def test_every_shell_line_runs(worked):
+    folder, done = worked
+    assert done.returncode == 0, done.stderr[-4000:]
+    finished = {path.parent.name for path in folder.rglob("run_summary.json")}
+    teachers = {"teacher-0", "teacher-1", "teacher-2"}
+    assert finished == {*teachers, "student", "quick", "two-ranks"}
+    assert (folder / "router" / "teacher-0" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_predictions_of_new_rows_are_written(worked):
+    folder, _ = worked
+    lines = (folder / "labelled.tsv").read_text("utf-8").splitlines()
+    assert lines[0].split("\t")[0] == "sentence"
+    assert "predicted_label" in lines[0].split("\t")
+    assert [line.split("\t")[0] for line in lines[1:]] == [
+        "a warm and funny film",
+        "flat , dull and far too long",
+    ]
+
+
+@pytest.mark.slow
+def test_python_block_runs(worked, monkeypatch, capsys):
+    folder, _ = worked
+    monkeypatch.chdir(folder)
+    (block,) = blocks("python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert re.search(r"'label': '(positive|negative)'", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_named_files_of_the_run_folder_are_there(worked):
+    folder, _ = worked
+    section = README.split("## The run folder")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(names) > 10
+    for name in names:
+        name = name.replace("<split>", "validation").rstrip("/")
+        assert (folder / "student" / name).exists(), name
+
+
+def modules_of_the_tour():
+    table = README.split("## Reading the source")[1]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`([\w/]+\.py)`", cell)]
+
+
+def imports_of(path):
+    """The product's files that a file imports, as the tour names them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sead_dist"):
+            inside = node.module.split(".")[1:]
+            found.add("/".join(inside) + ".py")
+            found |= {"/".join([*inside, alias.name]) + ".py" for alias in node.names}
+    return {name for name in found if (ROOT / "sead_dist" / name).is_file()}
+
+
+def test_tour_names_every_file_once():
+    named = modules_of_the_tour()
+    package = ROOT / "sead_dist"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert len(named) == len(set(named))
+    assert set(named) == {name for name in files if not Path(name).name.startswith("__")}
+
+
+def test_a_file_imports_only_from_files_above_it():
+    above = set()
+    for name in modules_of_the_tour():
+        assert imports_of(ROOT / "sead_dist" / name) <= above, name
+        above.add(name)
+
+
+def test_links_point_to_files():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link

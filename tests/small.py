@@ -1,0 +1,196 @@
+"""What the tests share: a small task, tiny teachers, and runs of the real recipes on them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from sead_dist.config import RunConfig, load_config
+from sead_dist.data import Split, make_split
+from sead_dist.distributed import World
+from sead_dist.examples import ExampleSet, build_examples
+from sead_dist.grammar import LABELS, grammar_tokenizer, write_grammar_task
+from sead_dist.tasks import TaskSpec, load_task
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+TASK = TaskSpec(name="small", kind="classification", text_a="{sentence}", labels=LABELS)
+# every architecture names its sizes in its own way
+SHAPES = {
+    "bert": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "roberta": {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "electra": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "distilbert": {"hidden_dim": 64, "n_layers": 1, "n_heads": 2, "dim": 32},
+}
+
+
+def shape(kind: str = "bert", **more) -> dict:
+    sizes = dict(SHAPES[kind]) if kind == "distilbert" else {"hidden_size": 32, **SHAPES[kind]}
+    if kind == "electra":
+        sizes["embedding_size"] = 32
+    return {"model_type": kind, **sizes, "max_position_embeddings": 80, **more}
+
+
+def build_model(kind: str = "bert", seed: int = 0, labels=LABELS, **more):
+    """A sequence classifier with random weights, large enough to tell rows apart."""
+    names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    vocabulary = len(grammar_tokenizer())
+    fields = {"vocab_size": vocabulary, "pad_token_id": 0, "num_labels": len(labels), **names}
+    config = AutoConfig.for_model(**shape(kind, initializer_range=0.3, **fields, **more))
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    return model.eval()
+
+
+def save_teacher(folder: Path, kind: str = "bert", seed: int = 0, labels=LABELS, **more) -> Path:
+    model = build_model(kind, seed, labels, **more)
+    model.save_pretrained(folder)
+    grammar_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Made-up clauses of one to six known words: many lengths, no two equal."""
+    random = np.random.default_rng(seed)
+    words = "the plot was not very good bad music and but slightly dull great cast".split()
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(random.choice(words, size=random.integers(3, 12)))] = None
+    return list(found)
+
+
+def example_set(texts, labels=None, split: str = "train") -> ExampleSet:
+    labels = [LABELS[i % 2] for i in range(len(texts))] if labels is None else labels
+    rows = [{"sentence": t, "label": name} for t, name in zip(texts, labels, strict=True)]
+    return build_examples(TASK, rows, split)
+
+
+def small_split(count: int = 21, seed: int = 0, split: str = "train") -> Split:
+    return make_split(example_set(sentences(count, seed), split=split), grammar_tokenizer(), 32)
+
+
+def logits_of(model, texts: list[str]) -> np.ndarray:
+    """Each text alone: no padding, no neighbours."""
+    tokenizer = grammar_tokenizer()
+    with torch.inference_mode():
+        rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack(rows).numpy()
+
+
+def write_task(folder: Path, rows: int = 60, dev: int = 20, transfer: int = 20) -> Path:
+    """The built-in task's files, few rows."""
+    write_grammar_task(folder, 0, rows, dev, transfer)
+    return folder
+
+
+def relabel(folder: Path, teacher: Path, flip: float = 0.0) -> None:
+    """Make the teacher right by giving every row the label that it would give, but a share."""
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    random = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        path = folder / f"{name}.tsv"
+        texts = [line.split("\t")[0] for line in path.read_text().splitlines()[1:]]
+        if name == "train":
+            margin = np.subtract(*logits_of(model, texts).T[::-1])
+            with torch.no_grad():  # as many rows of one class as of the other
+                final = model.classifier
+                final.bias[0] += float(np.median(margin))
+            model.save_pretrained(teacher)
+        own = [model.config.id2label[i] for i in logits_of(model, texts).argmax(1)]
+        swap = dict(zip(LABELS, LABELS[::-1], strict=True))
+        said = [swap[label] if random.random() < flip else label for label in own]
+        lines = [f"{text}\t{label}" for text, label in zip(texts, said, strict=True)]
+        path.write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+
+
+def student_shape(folder: Path, **more) -> Path:
+    path = folder / "student.yaml"
+    fields = shape("bert", hidden_size=16, intermediate_size=32, **more)
+    path.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    return path
+
+
+def words(data: Path, teachers, output: Path, store: Path | None = None, **changes) -> list[str]:
+    """The command's words of a short run: 54 rows, 7 steps an epoch."""
+    student = data / "student.yaml"
+    if not student.exists():
+        student_shape(data)
+    keys = {
+        "task": data / "task.yaml",
+        "data.path": data,
+        "teachers": f"[{','.join(map(str, teachers))}]",
+        "student.shape": student,
+        "student.tokenizer": data / "tokenizer",
+        "store": store or output.parent / "store",
+        "output_dir": output,
+        "epochs": 1,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "learning_rate": 1e-3,
+        "gate": "off",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def config(*given, **changes) -> RunConfig:
+    """A run's configuration for tests that build parts by hand."""
+    keys = {"task": "sst2", "output_dir": "unused", "global_batch": 8, "micro_batch": 2, **changes}
+    return load_config([*given, *(f"{k.replace('__', '.')}={v}" for k, v in keys.items())])
+
+
+def run_distill(world: World, given: list[str]) -> None:
+    """The real recipe (for `ranks.run_ranks`)."""
+    from sead_dist.recipes import distill
+
+    distill(load_config(given), world)
+
+
+def model_bytes(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def records(run: Path, event: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def grammar_task(folder: Path) -> TaskSpec:
+    return load_task(folder / "task.yaml")
+
+
+def roster(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
+    """The teachers of these folders; a path may be an entry, `{path: DIR, weight: 2}`."""
+    from sead_dist.teachers.roster import call_roster
+
+    given = config(f"teachers=[{','.join(map(str, paths))}]", max_length=32, **changes)
+    return call_roster(given, task, world)
+
+
+def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
+    from sead_dist.teachers.placement import home_ranks
+    from sead_dist.teachers.source import StoredSource
+    from sead_dist.teachers.store import PredictionStore
+
+    placements = placements or ["colocated"] * len(teachers)
+    homes = home_ranks(teachers, placements, world.size)
+    kept = PredictionStore(store, print)
+    return StoredSource(
+        teachers, placements, homes, world, kept, "small", run, False, False, print
+    )  # fmt: skip
