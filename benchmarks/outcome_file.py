@@ -1,0 +1,116 @@
+"""Write what a benchmark measured: results/<date>_<hardware>_<name>.md.
+
+A file names the hardware, the versions and the command line, and holds no path of the machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import sead_dist
+from sead_dist.teachers.roster import device_model
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def common_arguments(description: str | None, rows: int, repeat: int) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=(description or "").strip().splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=rows, help="training rows of SST-2")
+    parser.add_argument("--repeat", type=int, default=repeat, help="interleaved repetitions")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--work", type=Path, help="working folder to keep; default: a temporary")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
+    parser.add_argument("--smoke", action="store_true", help="tiny: shows that it runs, no figures")
+    return parser
+
+
+def set_threads(threads: int) -> None:
+    """Torch's threads and the tokenisers', of this process and its children."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(threads)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and, in brackets, least and most."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Namespace) -> Path:
+    """Print the result, and write it with the hardware and the raw measurements."""
+    device = device_model(torch.device("cpu"))
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{device} {os.cpu_count()} cores".lower()).strip("-")
+    today = datetime.now(timezone.utc).date().isoformat()
+    setting = table(
+        ["what", "value"],
+        [
+            ["processor", device],
+            ["cores", os.cpu_count() or 0],
+            ["threads of each process", args.threads],
+            ["load average before the end", _load()],
+            ["Python", platform.python_version()],
+            ["torch", torch.__version__],
+            ["transformers", transformers.__version__],
+            ["sead_dist", sead_dist.__version__],
+        ],
+    )
+    page = "\n\n".join(
+        [
+            f"# {title}",
+            f"{today}. `{command_line()}`",
+            text,
+            "## Setting",
+            setting,
+            "## Raw measurements",
+            f"```json\n{json.dumps(raw, indent=1)}\n```",
+        ]
+    )
+    args.results.mkdir(parents=True, exist_ok=True)
+    path: Path = args.results / f"{today}_{hardware}_{name}.md"
+    if not args.smoke:
+        path.write_text(page + "\n", encoding="utf-8")
+        print(f"written to {path.name}")
+    print(text)
+    return path
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def command_line() -> str:
+    """How this was started, folders left out."""
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    words += ["DIR" if "/" in word else word for word in sys.argv[1:]]
+    return shlex.join(words)

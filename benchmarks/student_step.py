@@ -1,0 +1,115 @@
+"""The student's step with teachers read from the store, against the same step with no teacher.
+
+Both are the package's own training loop over the same rows in the same order; the one without
+teachers has the hard loss alone. Every repetition builds both runs anew over a store that was
+filled before, and trains one epoch of each, so reading the blocks from disk is counted. Building,
+scoring and saving are not. Target: at most 3% more.
+"""
+
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from inputs import (
+    alone,
+    random_classifier,
+    run_config,
+    shape_file,
+    sst2_folder,
+    tokenizer_folder,
+)
+from outcome_file import common_arguments, set_threads, spread, table, write_result
+
+from sead_dist.checkpoint import TrainState
+from sead_dist.distributed import StopFlag
+from sead_dist.evaluate import EvalResult
+from sead_dist.parts import build
+from sead_dist.recipes import make_trainer, prepare_teachers
+
+TARGET = 1.03
+
+
+def step_seconds(words: dict[str, object]) -> float:
+    """Seconds of a step, over one epoch of the training loop."""
+    with ExitStack() as stack:
+        parts = build(run_config(words), alone(), stack)
+        ended: list[float] = []
+
+        def end_of_epoch(step: int) -> EvalResult:
+            ended.append(time.perf_counter())
+            nothing = np.zeros((0, 2), np.float32)
+            return EvalResult("sst2", "selection", step, 0, {"accuracy": 0.0}, 0.0, 1.0, nothing)
+
+        trainer = replace(
+            make_trainer(parts, prepare_teachers(parts), StopFlag()), select=end_of_epoch
+        )
+        began = time.perf_counter()
+        trainer.run(TrainState())
+        return (ended[0] - began) / parts.batches.total_steps
+
+
+def main() -> None:
+    parser = common_arguments(__doc__, rows=2000, repeat=7)
+    parser.add_argument("--students", nargs="+", default=["L6-H256", "L2-H128"])
+    parser.add_argument("--teachers", type=int, default=3)
+    args = parser.parse_args()
+    if args.smoke:
+        args.rows, args.repeat, args.students = 100, 2, ["L2-H128"]
+    set_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        data = sst2_folder(work / "data", args.rows)
+        tokenizer = tokenizer_folder(work / "tokenizer", data)
+        teachers = [
+            random_classifier(work / f"teacher-{n}", "L2-H128", tokenizer, n)
+            for n in range(args.teachers)
+        ]
+        raw: dict[str, list[dict[str, float]]] = {}
+        for shape in args.students:
+            common: dict[str, object] = {
+                "data.path": data,
+                "student.shape": shape_file(work / f"{shape}.yaml", shape),
+                "student.tokenizer": tokenizer,
+                "epochs": 1,
+                "micro_batch": 32,
+                "gate": "off",
+                "checkpoint.every_steps": 0,
+            }
+            taught = {**common, "teachers": teachers, "store": work / "store"}
+            raw[shape] = []
+            # the first turn fills the store and is not counted
+            for turn in range(args.repeat + 1):
+                seconds: dict[str, float] = {}
+                pair = [("taught", taught), ("alone", common)]
+                for name, words in pair if turn % 2 else pair[::-1]:
+                    output = Path(tempfile.mkdtemp(dir=work)) / name
+                    seconds[name] = step_seconds({**words, "output_dir": output})
+                if turn > 0:
+                    raw[shape].append(seconds)
+    rows = []
+    for shape, turns in raw.items():
+        ratios = [turn["taught"] / turn["alone"] for turn in turns]
+        taught_ms, alone_ms = (
+            1000 * statistics.median(turn[name] for turn in turns) for name in ("taught", "alone")
+        )
+        reached = "yes" if statistics.median(ratios) <= TARGET else "no"
+        rows.append([shape, alone_ms, taught_ms, spread(ratios), reached])
+    text = "\n\n".join(
+        [
+            f"{__doc__.partition(chr(10))[0]} {args.teachers} teachers, {args.rows} rows of SST-2, "
+            f"batches of 32, {args.repeat} interleaved repetitions; median (least-most).",
+            table(
+                ["student", "alone, ms", "taught, ms", "taught / alone", f"<= {TARGET}"],
+                rows,
+            ),
+        ]
+    )
+    write_result("student_step", "The student's step with and without teachers", text, raw, args)
+
+
+if __name__ == "__main__":
+    main()
