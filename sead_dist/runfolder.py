@@ -18,7 +18,7 @@ from typing import Any
 from sead_dist.checkpoint import Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
 from sead_dist.errors import UserError
-from sead_dist.runlog import environment, read_json, write_json
+from sead_dist.runlog import environment, read_json, write_json, written_aside
 from sead_dist.splits import load_examples
 from sead_dist.tasks import load_task
 
@@ -95,7 +95,8 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     write_json(record, {**given, "command": sys.argv[1:]})
     if Path(config.task).is_file():
         shutil.copyfile(config.task, run / "task.yaml")
-    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with written_aside(run / "config.yaml") as aside:
+        aside.write_text(dump_config(config), encoding="utf-8")
     write_json(run / "environment.json", environment())
 
 

@@ -41,6 +41,10 @@ def written_aside(path: Path) -> Iterator[Path]:
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        # a write through an open file fails without saying which
+        error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

@@ -425,10 +425,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, disti
 
 
 @pytest.mark.slow
-def test_a_store_that_cannot_be_written_is_told(words, tmp_path):
+def test_a_store_that_cannot_be_written_is_told(words, distil, tmp_path):
+    whole = distil(words(tmp_path / "whole", f"store={tmp_path / 'whole-store'}"))
+    blocks = (tmp_path / "whole-store" / "keys").iterdir()
+    room = max(block.stat().st_size for block in blocks) - 1
+    # what a run writes of itself fits: how long it is depends on the paths in it
+    assert room > max(path.stat().st_size for path in whole.glob("*.json"))
     args = words(tmp_path / "run", f"store={tmp_path / 'store'}")
-    line = one_line(limited(3000, "distill", *args), 3)
+    line = one_line(limited(room, "distill", *args), 3)
     assert re.search(r"the prediction store .*/store cannot be written .*ulimit -f", line)
+
+
+def test_a_run_folder_that_cannot_be_written_is_told_with_the_file(words, tmp_path):
+    line = one_line(limited(500, "distill", *words(tmp_path / "run")), 3)
+    assert re.search(r"File too large: '.*/run/run.json'; mend it", line)
 
 
 def test_a_finished_run_is_not_taken_for_one_on_other_data(
