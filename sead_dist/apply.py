@@ -28,17 +28,9 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import Forward, evaluate, student_logits
 from sead_dist.examples import ExampleSet, build_examples
 from sead_dist.loading import Rows, read_rows
-from sead_dist.models import (
-    DTYPES,
-    align_classes,
-    label_names,
-    load_classifier,
-    load_model_config,
-    load_tokenizer,
-    locate,
-    position_limit,
-)
+from sead_dist.models import DTYPES, align_classes, label_names, load_classifier
 from sead_dist.parts import quiet_libraries
+from sead_dist.pretrained import load_model_config, load_tokenizer, locate, position_limit
 from sead_dist.runlog import write_json, written_aside
 from sead_dist.splits import load_official
 from sead_dist.tasks import TaskSpec, load_task
@@ -155,15 +147,19 @@ def as_table(card: Mapping[str, float]) -> str:
 
 
 def predict_file(
-    name: str, file: Path, task_name: str | None, output: Path, labels: str | None
+    name: str, file: Path, task_name: str | None, output: Path | None, labels: str | None
 ) -> None:
     """Write the rows of `file`, in their order, with what the model answers to each.
 
     Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
     `predicted_score`. Where a row of the file holds several examples (official MultiRC, ReCoRD),
     one row is written for each: the number of its `row` (from 1) and its texts. The file needs no
-    labels. Raises UserError before any work, also where `output` exists.
+    labels. output: new.tsv's is new.predicted.tsv where none is given. Raises UserError before any
+    work, also where `output` exists.
     """
+    if output is None:
+        kind = file.suffix if file.suffix.lower() in WRITTEN else ".parquet"
+        output = file.with_name(f"{file.stem}.predicted{kind}")
     check_output(output)
     world = join_world()
     quiet_libraries(world)

@@ -43,7 +43,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> None:
     from sead_dist.apply import predict_file
 
-    predict_file(args.model, Path(args.file), args.task, Path(args.output), args.labels)
+    output = None if args.output is None else Path(args.output)
+    predict_file(args.model, Path(args.file), args.task, output, args.labels)
 
 
 def store(args: argparse.Namespace) -> None:
@@ -94,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="run folder, model folder or hub id")
     command.add_argument("file", help="TSV, CSV, JSONL, Parquet or Arrow with the task's columns")
     command.add_argument("--task", help="task name or YAML file; default: the run's own")
-    command.add_argument("--output", required=True, help="file to write, .tsv .csv .jsonl .parquet")
+    command.add_argument(
+        "--output", help="file to write, .tsv .csv .jsonl .parquet; default: FILE's.predicted.tsv"
+    )
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
     command.set_defaults(run=predict)
 

@@ -283,7 +283,13 @@ def load_config(words: Sequence[str]) -> RunConfig:
     layers: list[Mapping[str, Any]] = []
     for word in [word for word in words if "=" not in word]:
         path = find_config(word)
-        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+            ) from None
+        layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
         layers.append(layer)

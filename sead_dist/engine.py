@@ -25,6 +25,8 @@ from sead_dist.distributed import World
 from sead_dist.errors import UserError
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# Transformers' own "constant" has no warm-up
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
@@ -56,7 +58,6 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, config: RunConfig, world: World, total_steps: int
     ) -> None:
-        check_tracker(config.tracker)
         # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
         self.accelerator = Accelerator(
             mixed_precision=MIXED[config.precision],
@@ -72,7 +73,7 @@ class Engine:
         self.module = model
         optimizer = build_optimizer(model, config)
         self.schedule = get_scheduler(
-            config.schedule,
+            SCHEDULES[config.schedule],
             optimizer,
             num_warmup_steps=round(config.warmup * total_steps),
             num_training_steps=total_steps,
@@ -189,6 +190,12 @@ def check_tracker(name: str | None) -> None:
         raise UserError(f"tracker={name} is none that Accelerate knows: {', '.join(known)}")
     if name is not None and importlib.util.find_spec(name) is None:
         raise UserError(f"tracker={name} is not installed; pip install it, or leave tracker out")
+
+
+def check_arithmetic(precision: str, device: torch.device) -> None:
+    """Raises UserError for fp16 on a CPU, where autocast computes in fp32 and says nothing."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; on a CPU give precision=bf16 or fp32")
 
 
 def check_world(seen: int, world: World) -> None:

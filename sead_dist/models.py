@@ -1,26 +1,20 @@
-"""Checkpoints, tokenisers, classifiers, and the alignment of their classes by label name.
+"""Classifiers, and the alignment of their classes by label name.
 
 The only file that imports AutoModel*. Weights are read from safetensors, or from older
 `pytorch_model.bin` files with weights_only=True; nothing foreign is unpickled.
 """
 
-import hashlib
-import json
 import pickle
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,138 +22,10 @@ from transformers import (
 
 from sead_dist.config import TeacherConfig
 from sead_dist.errors import RunError, UserError
+from sead_dist.pretrained import Checkpoint, locate, weight_files
 from sead_dist.tasks import TaskSpec, align_name
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "*.py"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with weights, and where it came from. `name` is what the person wrote."""
-
-    name: str
-    folder: Path
-    revision: str | None
-
-
-def locate(
-    path: str, revision: str | None = None, marks: tuple[str, ...] = ("config.json",)
-) -> Checkpoint:
-    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id.
-
-    marks: file names of which a checkpoint's folder holds one.
-
-    Raises UserError when it is not there, or the hub cannot be reached.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        for place in (folder, folder / "model"):
-            if any((place / mark).is_file() for mark in marks):
-                return Checkpoint(path, place, revision)
-        raise UserError(
-            f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
-        )
-    name, _, tag = path.partition("@")
-    if folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or folder.exists():
-        raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id")
-    try:
-        found = snapshot_download(name, revision=tag or revision, allow_patterns=WANTED)
-    except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise UserError(
-            f"{path} is neither a folder nor reachable on the hub{offline}: "
-            f"{type(error).__name__}; give a folder that exists, or check the id and the network"
-        ) from None
-    return Checkpoint(path, Path(found), Path(found).name)
-
-
-def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none."""
-    for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
-        path = checkpoint.folder / name
-        if path.is_file() and name.endswith(".index.json"):
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [checkpoint.folder / shard for shard in sorted(shards)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise UserError(f"{checkpoint.name} lacks the weights {missing[0]}; copy it there")
-            return files
-        if path.is_file():
-            return [path]
-    raise UserError(
-        f"{checkpoint.name} holds no weights; "
-        f"looked for {', '.join(WEIGHT_FILES + OLD_WEIGHT_FILES)}"
-    )
-
-
-def weights_hash(checkpoint: Checkpoint) -> str:
-    """sha256 over the weight files' bytes."""
-    digest = hashlib.sha256()
-    for path in weight_files(checkpoint):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{checkpoint.name}: its config.json cannot be used: {reason}") from None
-
-
-def load_tokenizer(
-    checkpoint: Checkpoint, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokeniser. Raises UserError when there is none or it cannot pad."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint.name}: no usable tokeniser: {reason}") from None
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{checkpoint.name}: its tokeniser has no padding token; "
-            'set "pad_token" in its tokenizer_config.json'
-        )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(
-            f"{checkpoint.name}: its tokeniser has no vocabulary; "
-            "copy tokenizer.json or vocab.txt into the folder"
-        )
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies what a tokeniser does to a text (truncation and padding are ours)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # version, truncation and padding come first; parsing a whole vocabulary takes long
-        text = backend.to_str()
-        rules = text[text.index('"added_tokens"') :]
-    else:
-        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    extra = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_input_names]
-    about = json.dumps(extra, sort_keys=True, default=str)
-    return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
-
-
-def position_limit(config: PretrainedConfig) -> int | None:
-    """The most tokens a model's positions allow (RoBERTa's start after the padding index)."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit <= 0:
-        return None
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    return int(limit) - offset
 
 
 def is_generic(names: Sequence[str]) -> bool:
@@ -232,7 +98,6 @@ def load_classifier(
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             checkpoint.folder,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
             use_safetensors=files[0].suffix == ".safetensors",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
@@ -270,9 +135,30 @@ def build_teacher(
     return model.eval().requires_grad_(False)
 
 
-def new_classifier(config: PretrainedConfig) -> PreTrainedModel:
-    """A sequence classifier of this shape with new weights, from torch's seed."""
-    return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+def new_classifier(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A sequence classifier of this shape with new weights, from torch's seed.
+
+    Raises UserError for a shape that no model can have.
+    """
+    try:
+        return AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"a {config.model_type} of this shape cannot be built: {reason}") from None
+
+
+def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same without weights (on the meta device): to look at its parts."""
+    with torch.device("meta"):
+        return new_classifier(config, trust_remote_code)
+
+
+def head_weights(model: PreTrainedModel) -> list[str]:
+    """The names of the weights that classify, apart from the encoder's."""
+    body = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
 
 
 def save_model(

@@ -19,6 +19,7 @@ from sead_dist.ensemble import combine
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.models import save_model
 from sead_dist.parts import Parts
+from sead_dist.pretrained import fitting_length
 from sead_dist.report import print_table, write_predictions, write_report
 from sead_dist.runlog import write_json
 from sead_dist.tasks import compute_metrics
@@ -85,6 +86,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards,
         "store_hits": hits,
+        "numerics": parts.source.numerics_read() if parts.source is not None else [],
         "teacher_wait_s": round(totals["wait_s"], 3),
         "padding_waste": round(totals["padding"] / max(totals["tokens"], 1.0), 4),
         "peak_memory_bytes": gather_objects(parts.world, peak_memory(parts.world.device)),
@@ -110,12 +112,13 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     """
     world, config = parts.world, parts.config
     run = Path(config.output_dir)
+    longest = fitting_length(config.max_length, parts.engine.module.config)
     if state.best_step is not None:
         load_student(parts.engine.module, parts.checkpointer.best_folder(state.best_step))
     barrier(world)
     from_main(
         world,
-        lambda: save_model(parts.engine.module, parts.tokenizer, run / "model", config.max_length),
+        lambda: save_model(parts.engine.module, parts.tokenizer, run / "model", longest),
     )
     splits = {"selection": parts.splits.selection, **parts.splits.official}
     scores: dict[str, Any] = {}

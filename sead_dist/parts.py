@@ -18,9 +18,9 @@ from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import World, from_main, on_every_rank
-from sead_dist.engine import Engine
+from sead_dist.engine import Engine, check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
-from sead_dist.models import load_tokenizer, position_limit, tokenizer_hash
+from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.runfolder import claim, locked
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
@@ -55,11 +55,13 @@ def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
     run = Path(config.output_dir)
     quiet_libraries(world)
+    check_tracker(config.tracker)
+    check_arithmetic(config.precision, world.device)
     notes: list[str] = []
     task, examples, tokenizer, model = on_every_rank(
         world, lambda: read_inputs(config, notes.append)
     )
-    max_length = min(config.max_length, position_limit(model.config) or config.max_length)
+    max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world)
     identity = Identity(
@@ -146,14 +148,15 @@ def hire(
     report = log.say if world.is_main else _on_stderr
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
-    stack.enter_context(store.hold(str(run), keys) if world.is_main else nullcontext())
+    accept_any = config.store.accept == "any"
+    stack.enter_context(store.hold(str(run), keys, accept_any) if world.is_main else nullcontext())
     manifest = [
         {**teacher.manifest(), "placement": placement}
         for teacher, placement in zip(teachers, placements, strict=True)
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     source = StoredSource(
-        teachers, placements, homes, world, store, task.name, run, config.store.accept == "any",
+        teachers, placements, homes, world, store, task.name, run, accept_any,
         config.trust_remote_code, log.say,
     )  # fmt: skip
     stack.callback(source.close)

@@ -60,6 +60,13 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
     OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over."""
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
+    if config.teachers:
+        raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
+    check_encoders(config)
+    if (Path(config.output_dir) / "run.json").is_file():
+        raise UserError(
+            f"output_dir={config.output_dir} holds a run; give another folder for the teachers"
+        )
     for encoder in config.encoders:
         check_start(encoder_as_student(encoder, config.student), config.trust_remote_code)
     runs: list[Path] = []
@@ -77,6 +84,18 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop
     return runs
+
+
+def check_encoders(config: RunConfig) -> None:
+    """Raises UserError for a key of an encoder's entry that only means something to a teacher."""
+    for encoder in config.encoders:
+        plain = TeacherConfig(path=encoder.path, revision=encoder.revision)
+        for key, value in encoder.model_dump().items():
+            if value != getattr(plain, key):
+                raise UserError(
+                    f"encoders: {encoder.path} has {key}={value}, which is a teacher's; an encoder "
+                    "has path and revision, and the run's keys say the rest"
+                )
 
 
 def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> StudentConfig:

@@ -1,7 +1,7 @@
 """Whose run an output folder holds: nothing of another run is ever written over.
 
-run.json is the claim; a claim without saved progress (a run that was refused before its first
-checkpoint) gives way to a new one. A lock keeps a second process out while one is at work.
+run.json is the claim; a claim without progress (a run that was refused before it had trained)
+gives way to a new one. A lock keeps a second process out while one is at work.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from typing import Any
 from sead_dist.checkpoint import Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
 from sead_dist.errors import UserError
-from sead_dist.runlog import environment, read_json, write_json, written_aside
+from sead_dist.runlog import environment, read_json, read_metrics, write_json, written_aside
 from sead_dist.splits import load_examples
 from sead_dist.tasks import load_task
 
@@ -38,7 +38,9 @@ def is_finished(run: Path) -> bool:
 
 def has_progress(run: Path) -> bool:
     """Whether there is anything here that took long to make."""
-    return is_finished(run) or any((run / "checkpoints").glob("*-*[0-9]"))
+    if is_finished(run) or any((run / "checkpoints").glob("*-*[0-9]")):
+        return True
+    return any(record.get("event") == "train" for record in read_metrics(run))
 
 
 def already_finished(config: RunConfig) -> bool:

@@ -1,25 +1,22 @@
 """The student at its start: a checkpoint, chosen layers of one, or a new shape."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sead_dist.config import StudentConfig, TeacherConfig, config_folder
+from sead_dist.config import StudentConfig, TeacherConfig, config_folder, parse_yaml
 from sead_dist.errors import UserError
-from sead_dist.models import (
+from sead_dist.models import align_classes, label_names, load_classifier, new_classifier, outline
+from sead_dist.pretrained import (
     TOKENIZER_FILES,
     Checkpoint,
-    align_classes,
-    label_names,
-    load_classifier,
+    check_vocabulary,
     load_model_config,
     load_tokenizer,
     locate,
-    new_classifier,
     weight_files,
 )
 from sead_dist.tasks import TaskSpec
@@ -42,12 +39,19 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
     if not path.is_file():
         known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
         raise UserError(f"student.shape={shape} is no shape; known: {', '.join(known)}, or a file")
-    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(fields, Mapping) or "model_type" not in fields:
+        raise UserError(
+            f"student.shape={shape} does not say model_type; it must hold the fields of a "
+            "Transformers config, such as model_type: bert and hidden_size: 256"
+        )
     fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
     try:
-        return AutoConfig.for_model(**fields)
-    except (TypeError, ValueError) as error:
+        config = AutoConfig.for_model(**fields)
+        outline(config)
+    except (TypeError, ValueError, UserError) as error:
         raise UserError(f"student.shape={shape}: {str(error).splitlines()[0]}") from None
+    return config
 
 
 def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
@@ -58,7 +62,8 @@ def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
     elif student.path is not None:
         checkpoint = locate(student.path)
         weight_files(checkpoint)
-        load_model_config(checkpoint, trust_remote_code)
+        config = load_model_config(checkpoint, trust_remote_code)
+        check_vocabulary(checkpoint.name, tokenizer, config)
 
 
 def _layer_list(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -126,6 +131,7 @@ def build_student(
             _keep_layers(model, student.layers)
     else:
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")
+    check_vocabulary(student.path or student.shape or "the student", tokenizer, model.config)
     return model.float()
 
 

@@ -3,6 +3,7 @@
 Shapes: B rows of a micro-batch, C classes, N teachers.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -82,7 +83,7 @@ class Trainer:
                 began = time.perf_counter()
                 self.learn(lesson, tally)
                 learning_rate = self.engine.learning_rate
-                self.engine.step()
+                self.update(state.step + 1)
                 spent_s = time.perf_counter() - began
                 step = lesson.step.number + 1
                 state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
@@ -149,6 +150,16 @@ class Trainer:
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
+
+    def update(self, step: int) -> None:
+        """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
+        norm = self.engine.step()
+        # fp16 meets such gradients and passes over them
+        if self.config.precision != "fp16" and not math.isfinite(norm):
+            raise RunError(
+                f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
+                "lower learning_rate, or train in fp32 (precision=fp32)"
+            )
 
     def weights_for(self, step: int, micro: int) -> torch.Tensor:
         """weights_N of a micro-batch: frozen ones, or the one teacher that `random` chose."""

@@ -25,6 +25,9 @@ SHAPES = {
     "roberta": {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "electra": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "distilbert": {"hidden_dim": 64, "n_layers": 1, "n_heads": 2, "dim": 32},
+    # these know no attention but their own
+    "deberta-v2": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "mpnet": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
 
 
@@ -42,7 +45,7 @@ def build_model(kind: str = "bert", seed: int = 0, labels=LABELS, **more):
     fields = {"vocab_size": vocabulary, "pad_token_id": 0, "num_labels": len(labels), **names}
     config = AutoConfig.for_model(**shape(kind, initializer_range=0.3, **fields, **more))
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForSequenceClassification.from_config(config)
     return model.eval()
 
 

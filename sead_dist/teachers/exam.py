@@ -24,7 +24,9 @@ LENIENT_TASKS = ("wnli",)
 
 @dataclass(frozen=True)
 class Examination:
-    """better_order: the labels in the order under which the teacher would score better, if any."""
+    """better_order: the labels in the order under which the teacher would score better, if any.
+    off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
+    """
 
     name: str
     metric: str
@@ -32,6 +34,7 @@ class Examination:
     constant_score: float
     passed: bool
     better_order: list[str] | None
+    off_scale: tuple[float, float] | None
     truncated_rows: int
     dev_texts_in_training: int
 
@@ -64,6 +67,16 @@ def better_order(
     return None if found is None else [task.labels[found.index(c)] for c in range(classes)]
 
 
+def off_scale(task: TaskSpec, logits_BC: np.ndarray, split: Split) -> tuple[float, float] | None:
+    """The range of a regression teacher's scores, where one constant score would be nearer to the
+    gold ones: correlations do not see another scale, the student's squared error does."""
+    if task.kind != "regression":
+        return None
+    scores_B, labels_B = logits_BC[:, 0].astype(float), split.examples.labels_B
+    error = float(np.mean((scores_B - labels_B) ** 2))
+    return (float(scores_B.min()), float(scores_B.max())) if error > labels_B.var() else None
+
+
 def examine(
     task: TaskSpec,
     teachers: Sequence[Teacher],
@@ -78,6 +91,7 @@ def examine(
     truncated: dict[tuple[str, int], int] = {}
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
         score = compute_metrics(task, logits_BC, split.examples)[metric]
+        range_ = off_scale(task, logits_BC, split)
         key = (teacher.tokenizer_hash, teacher.max_length)
         if key not in truncated:
             table = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
@@ -88,8 +102,9 @@ def examine(
                 metric=metric,
                 score=score,
                 constant_score=constant,
-                passed=score > constant,
+                passed=score > constant and range_ is None,
                 better_order=better_order(task, logits_BC, split, score),
+                off_scale=range_,
                 truncated_rows=truncated[key],
                 dev_texts_in_training=dev_texts_in_training,
             )
@@ -123,6 +138,14 @@ def admit(task: TaskSpec, exams: Sequence[Examination], teachers: Sequence[Teach
     for exam, teacher in zip(exams, teachers, strict=True):
         if exam.passed or task.name in LENIENT_TASKS:
             continue
+        if exam.off_scale is not None and task.score_range is not None:
+            (low, high), (least, most) = exam.off_scale, task.score_range
+            raise UserError(
+                f"teacher {exam.name} failed its examination: its scores run from {low:.3g} to "
+                f"{high:.3g} on the selection split, those of {task.name} from {least:g} to "
+                f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
+                "scale, or teach all the same with gate=off"
+            )
         hint = "check its task and labels"
         if exam.better_order is not None:
             hint = f"with other class names it would score better: {_suggestion(exam, teacher)}"

@@ -126,23 +126,24 @@ def free_rows_from(config: PretrainedConfig, dtype: str, device: torch.device) -
 
     Compares one-layer models of the teacher's widths against the full fixed shape on one thread.
     """
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(1)
+    batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = new_classifier(probe_config(config)).to(device, DTYPES[dtype]).eval()
-    except Exception:  # an architecture that cannot be cut down is run at fixed shapes
+        torch.set_num_threads(1)
+        for length in CHECK_LENGTHS:
+            full = rows_per_batch(length, device.type)
+            ids = torch.randint(3, 100, (full, length), generator=generator)
+            inputs = fill({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, full, 1)
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            batches.append((inputs, model(**inputs).logits))
+    except Exception:  # what cannot be cut down, or answers real text only, runs at fixed shapes
         return None
-    threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(1)
-    batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
-    torch.set_num_threads(1)
-    for length in CHECK_LENGTHS:
-        full = rows_per_batch(length, device.type)
-        ids = torch.randint(3, 100, (full, length), generator=generator)
-        inputs = fill({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, full, 1)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        batches.append((inputs, model(**inputs).logits))
-    torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     free_from: int | None = None
     for rows in CHECK_ROWS:
         for inputs, expected in batches:

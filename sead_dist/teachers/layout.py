@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class LiveRun:
-    """A run that holds a store now: `teachers` are folder names under values/."""
+    """A run that holds a store now: `teachers` are patterns of folder names under values/."""
 
     host: str
     pid: int
@@ -52,7 +53,7 @@ class LiveRun:
     teachers: tuple[str, ...]
 
     def holds(self, teacher: str) -> bool:
-        return teacher in self.teachers or "*" in self.teachers
+        return any(fnmatchcase(teacher, pattern) for pattern in self.teachers)
 
 
 class BusyError(Exception):

@@ -21,10 +21,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from sead_dist.config import RunConfig, TeacherConfig
 from sead_dist.distributed import World, gather_objects, on_every_rank
 from sead_dist.errors import UserError
-from sead_dist.models import (
+from sead_dist.models import align_classes, head_weights, label_names, outline, width
+from sead_dist.pretrained import (
     Checkpoint,
-    align_classes,
-    label_names,
+    check_vocabulary,
+    fitting_length,
     load_model_config,
     load_tokenizer,
     locate,
@@ -32,7 +33,6 @@ from sead_dist.models import (
     tokenizer_hash,
     weight_files,
     weights_hash,
-    width,
 )
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.forward import SHAPE_TABLE, free_rows_from
@@ -93,11 +93,15 @@ def names_of(entries: Sequence[TeacherConfig]) -> list[str]:
     return names
 
 
-def size_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """(parameters without embeddings of words, bytes in fp32), from the files' headers."""
+def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
+    """(parameters without embeddings of words, bytes in fp32), from the files' headers.
+
+    Raises UserError where a weight of `head` is not in them.
+    """
     counted = whole = 0
+    missing = set(head)
     for path in weight_files(checkpoint):
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors":  # an old file says what it holds only when it is loaded
             total = path.stat().st_size // 4
             return total, total * 4
         try:
@@ -105,12 +109,18 @@ def size_of(checkpoint: Checkpoint) -> tuple[int, int]:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     count = math.prod(file.get_slice(name).get_shape())
                     whole += count
+                    missing.discard(name)
                     counted += 0 if "word_embeddings" in name else count
         except SafetensorError as error:
             raise UserError(
                 f"{checkpoint.name}: its weights cannot be read: {path.name}: {error}; "
                 "copy the whole file again"
             ) from None
+    if missing:
+        raise UserError(
+            f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
+            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+        )
     return counted, whole * 4
 
 
@@ -128,14 +138,14 @@ def device_model(device: torch.device) -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def numerics_class(device: torch.device, dtype: str, free_rows: int | None) -> str:
+def numerics_class(device: torch.device, dtype: str, attention: str, free_rows: int | None) -> str:
     """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3)."""
     facts: dict[str, Any] = {
         "device": device_model(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": dtype,
-        "attention": "sdpa",
+        "attention": attention,
         "shapes": f"{SHAPE_TABLE}-{device.type}",
     }
     if free_rows is None and device.type == "cpu":
@@ -190,16 +200,19 @@ def _call(
     ):
         shape = load_model_config(checkpoint, config.trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
+        check_vocabulary(checkpoint.name, tokenizer, shape)
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
         longest = position_limit(shape) or 1 << 30
-        max_length = min(entry.max_length or config.max_length, longest)
+        max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
         tokens = tokenizer_hash(tokenizer)
         kind = (json.dumps(shape.to_diff_dict(), sort_keys=True, default=str), dtype)
         if kind not in checked:
             checked[kind] = free_rows_from(shape, dtype, device)
-        numerics = numerics_class(device, dtype, checked[kind])
-        parameters, size = size_of(checkpoint)
+        parts = outline(shape, config.trust_remote_code)
+        attention = parts.config._attn_implementation
+        numerics = numerics_class(device, dtype, attention, checked[kind])
+        parameters, size = size_of(checkpoint, head_weights(parts))
         classes = len(task.labels) if task.kind == "choice" else width(task)
         key = TeacherKey(
             _fingerprint(weights, shape, tokens, max_length), numerics, entry.path, classes

@@ -68,7 +68,7 @@ class StoredSource:
 
     def submit(self, request: Request) -> "Future[TeacherLogits]":
         self.touch(request.split, request.entries_R, request.asked_NR)
-        return self.thread.submit(self._serve, request)
+        return self.thread.submit(self._serve_aside, request)
 
     def close(self) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)
@@ -97,7 +97,17 @@ class StoredSource:
         computed = min(computed, needed)
         return computed, needed - computed
 
+    def numerics_read(self) -> list[str]:
+        """The numerics classes whose predictions this run used. Every rank calls this."""
+        mine = {numerics for table in self.tables.values() for numerics in table.classes_read}
+        return sorted(set().union(*gather_objects(self.world, mine)))
+
     # serving a request, in the source's own thread
+
+    def _serve_aside(self, request: Request) -> TeacherLogits:
+        """On a GPU loading, forwards and exchange are of one stream, beside the student's."""
+        with torch.cuda.stream(self.stream):
+            return self._serve(request)
 
     def _serve(self, request: Request) -> TeacherLogits:
         owner_NR = owners(request, self.placements, self.homes, self.world.size)
@@ -170,16 +180,15 @@ class StoredSource:
             keep(ROWS_PER_BLOCK)
 
         try:
-            with torch.cuda.stream(self.stream):
-                predict(
-                    self.models[n],
-                    self._tokens(n, request.split),
-                    rows_M,
-                    self.world.device,
-                    teacher.longest,
-                    teacher.free_rows,
-                    done,
-                )
+            predict(
+                self.models[n],
+                self._tokens(n, request.split),
+                rows_M,
+                self.world.device,
+                teacher.longest,
+                teacher.free_rows,
+                done,
+            )
         except NotFiniteError as error:
             row = int(rows_M[error.position])
             step_of = request.step_of

@@ -92,9 +92,12 @@ class PredictionStore:
         """
         return Table(self, key, ids_U2, task, split, run, accept_any)
 
-    def hold(self, run: str, keys: Sequence[TeacherKey]) -> AbstractContextManager[None]:
-        """While inside, nothing of these teachers is removed from the store."""
-        return _layout.hold(self.layout, run, [key.folder for key in keys])
+    def hold(
+        self, run: str, keys: Sequence[TeacherKey], accept_any: bool = False
+    ) -> AbstractContextManager[None]:
+        """While inside, nothing that these teachers' tables may read is removed from the store."""
+        folders = [f"{key.fingerprint[:16]}-*" if accept_any else key.folder for key in keys]
+        return _layout.hold(self.layout, run, folders)
 
     def set_aside(self, path: Path, reason: object) -> None:
         target = _layout.set_aside(self.layout, path)

@@ -24,7 +24,8 @@ def test_a_prediction_on_a_gpu_has_the_same_bits_whatever_its_neighbours(
     from sead_dist.data import make_split
     from sead_dist.examples import build_examples
     from sead_dist.loading import load_split
-    from sead_dist.models import build_teacher, load_tokenizer, locate
+    from sead_dist.models import build_teacher
+    from sead_dist.pretrained import load_tokenizer, locate
     from sead_dist.tasks import load_task
     from sead_dist.teachers.forward import free_rows_from, predict
 

@@ -157,6 +157,18 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
     refused(r"unknown key 'text'; did you mean 'text_[ab]'", f"task={task}")
 
 
+def test_a_config_that_is_no_text(words, distil, teachers, tmp_path):
+    weights = teachers[0] / "model.safetensors"
+    with pytest.raises(UserError, match=r"is no text; give a YAML file, or KEY=VALUE"):
+        distil([str(weights), *words(tmp_path / "run")])
+
+
+def test_fp16_on_a_cpu_and_a_tracker_that_is_not_there(refused):
+    refused("precision=fp16 needs a GPU; on a CPU give precision=bf16", "precision=fp16")
+    refused("tracker=wandb is not installed; pip install it", "tracker=wandb")
+    refused("tracker=diary is none that Accelerate knows", "tracker=diary")
+
+
 def test_a_config_file_that_is_not_there(words, distil, tmp_path):
     with pytest.raises(UserError, match="'sst' is neither a file nor a shipped config; did you"):
         distil(["sst", *words(tmp_path / "out")])
@@ -240,13 +252,17 @@ def test_a_teacher_that_is_no_checkpoint(refused, tmp_path):
     )
 
 
-def test_a_teacher_that_was_never_fine_tuned(words, distil, teacher, tmp_path):
+def test_a_teacher_that_was_never_fine_tuned(refused, teacher):
     folder = teacher()
     weights = load_file(folder / "model.safetensors")
     body = {name: tensor for name, tensor in weights.items() if "classifier" not in name}
     save_file(body, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="never fine-tuned to classify; fine-tune it first"):
-        distil(words(tmp_path / "run", f"teachers=[{folder}]"))
+    refused("never fine-tuned to classify; fine-tune it first", f"teachers=[{folder}]")
+
+
+def test_a_teacher_whose_tokeniser_has_more_words_than_it(refused, teacher):
+    small = teacher(vocab_size=20)
+    refused(r"has 20 word embeddings but its tokeniser has \d+ words", f"teachers=[{small}]")
 
 
 def test_a_teacher_no_better_than_a_constant(words, distil, teacher, tmp_path):
@@ -292,6 +308,20 @@ def test_an_unfinished_run_with_other_teachers(words, distil, teachers, tmp_path
     after = contents(run)
     del after[run / ".lock"]
     assert after == before
+
+
+def test_a_run_that_has_trained_but_not_saved_is_not_written_over(words, distil, tmp_path):
+    more = ["max_steps=2", "checkpoint.every_steps=0"]
+    run = distil(words(tmp_path / "run", *more))
+    # as a kill before the first evaluation would leave it
+    for name in ("run_summary.json", "eval_results.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"holds another run: temperature was 2\.0, is 5\.0"):
+        distil(words(run, *more, "temperature=5"))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    distil(words(run, *more))
 
 
 def test_an_output_folder_of_other_things(words, distil, tmp_path):
@@ -455,7 +485,7 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(
 
 
 def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
-    words, grammar, tmp_path
+    words, grammar, finished, tmp_path
 ):
     from sead_dist.config import load_config
     from sead_dist.distributed import World
@@ -472,6 +502,18 @@ def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="encoders are for finetune"):
         distill(load_config(plain), alone)
+    shape = grammar / "shape.yaml"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model_type: bert\nhidden_size: 30\nnum_attention_heads: 7")
+    for more, message in (
+        ([f"encoders=[{shape},{bad}]"], "cannot be built"),
+        ([f"encoders=[{shape}]", "teachers=[a]"], "teachers are for distill"),
+        ([f"encoders=[{{path: {shape}, weight: 2}}]"], "has weight=2.0, which is a teacher's"),
+        ([f"encoders=[{shape}]", f"output_dir={finished}"], "holds a run; give another folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune(load_config([*plain, *more]), alone)
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_of_different_sample_sizes_never_select_on_each_others_training_rows(words, grammar):

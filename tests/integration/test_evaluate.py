@@ -301,6 +301,14 @@ def test_nested_rows_are_written_one_for_each_example(grammar, tmp_path):
     assert list(rows[0])[:3] == ["row", "text_a", "text_b"]
 
 
+def test_predict_names_its_file_after_the_input(finished, grammar, tmp_path):
+    file = Path(shutil.copy(grammar / "transfer.tsv", tmp_path / "in.tsv"))
+    predict_file(str(finished), file, None, None, None)
+    assert (tmp_path / "in.predicted.tsv").is_file()
+    with pytest.raises(UserError, match=r"in.predicted.tsv exists and is not written over"):
+        predict_file(str(finished), file, None, None, None)
+
+
 def test_predict_writes_over_nothing(finished, grammar, tmp_path):
     file = shutil.copy(grammar / "transfer.tsv", tmp_path / "in.tsv")
     before = Path(file).read_bytes()

@@ -8,6 +8,7 @@ from small import LABELS, example_set, roster, save_teacher, sentences
 
 from sead_dist.data import make_split
 from sead_dist.errors import UserError
+from sead_dist.examples import build_examples
 from sead_dist.grammar import grammar_tokenizer
 from sead_dist.tasks import TASKS, TaskSpec
 from sead_dist.teachers.exam import admit, better_order, describe, examine
@@ -71,8 +72,6 @@ def test_the_better_order_of_three_classes():
         {"premise": t, "hypothesis": "so", "label": task.labels[y]}
         for t, y in zip(sentences(12), gold, strict=True)
     ]
-    from sead_dist.examples import build_examples
-
     split = make_split(build_examples(task, rows, "selection"), grammar_tokenizer(), 32)
     # the model's column c speaks of class (c + 1) % 3
     logits_BC = np.eye(3, dtype=np.float32)[(gold - 1) % 3]
@@ -107,3 +106,26 @@ def test_truncated_rows_and_known_dev_texts_are_told(teacher):
     said = describe(found, short, 12)
     assert f"{found.truncated_rows} of 12 rows truncated to 8 tokens" in said
     assert "3 dev texts occur in the training text" in said
+
+
+def test_invariant_04_a_regression_teacher_on_another_scale_is_refused(teacher):
+    stsb = TASKS["stsb"]
+    gold = np.array([0.0, 1.5, 3.0, 5.0] * 3)
+    rows = [
+        {"sentence1": text, "sentence2": "so", "label": score}
+        for text, score in zip(sentences(12), gold, strict=True)
+    ]
+    split = make_split(build_examples(stsb, rows, "selection"), grammar_tokenizer(), 32)
+    right_BC = (0.8 * gold + 0.6)[:, None].astype(np.float32)
+    (right, scaled) = (
+        examine(stsb, [teacher], logits_BC[None], split, 0)[0]
+        for logits_BC in (right_BC, right_BC / 5)
+    )
+    # correlation sees no difference; a student would learn scores from 0.12 to 0.92
+    assert scaled.score == pytest.approx(right.score) == pytest.approx(1.0)
+    admit(stsb, [right], [teacher])
+    with pytest.raises(
+        UserError, match=r"run from 0\.12 to 0\.92 .* of stsb from 0 to 5"
+    ) as caught:
+        admit(stsb, [scaled], [teacher])
+    assert "gate=off" in str(caught.value)

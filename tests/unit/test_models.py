@@ -9,14 +9,12 @@ from small import CPU, TASK, build_model, edit_json, logits_of, save_teacher, se
 
 from sead_dist.config import TeacherConfig
 from sead_dist.errors import UserError
-from sead_dist.models import (
-    align_classes,
-    build_teacher,
+from sead_dist.models import align_classes, build_teacher, head_weights, outline, save_model
+from sead_dist.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
     position_limit,
-    save_model,
     tokenizer_hash,
     weight_files,
     weights_hash,
@@ -178,6 +176,7 @@ def test_position_limits():
     assert position_limit(build_model("bert").config) == 80
     # RoBERTa's positions start after the padding index
     assert position_limit(build_model("roberta").config) == 79
+    assert position_limit(build_model("mpnet").config) == 79
 
 
 def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
@@ -189,3 +188,23 @@ def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
     found = pipeline("text-classification", str(tmp_path))("the plot was good")
     assert found[0]["label"] in ("negative", "positive")
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_an_index_that_names_no_weights_is_told(tmp_path):
+    folder = save_teacher(tmp_path / "t")
+    (folder / "model.safetensors").unlink()
+    for text in ("{}", "[]", "no JSON"):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match="has no weight_map"):
+            weight_files(locate(str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "deberta-v2", "mpnet"])
+def test_the_head_is_known_without_loading_weights(kind):
+    model = build_model(kind)
+    body = {id(parameter) for parameter in getattr(model, model.base_model_prefix).parameters()}
+    expected = [name for name, p in model.named_parameters() if id(p) not in body]
+    seen = outline(model.config)
+    assert {p.device.type for p in seen.parameters()} == {"meta"}
+    assert head_weights(seen) == expected
+    assert any("classifier" in name for name in expected)

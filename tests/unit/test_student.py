@@ -154,3 +154,29 @@ def test_a_folder_of_another_width_keeps_its_body(tmp_path):
     folder = save_teacher(tmp_path / "t", labels=("a", "b", "c"))
     edit_json(folder / "config.json", classifier_dropout=0.0)
     assert start(path=str(folder)).classifier.weight.shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model_type: [", "is not valid YAML"),
+        ("- bert", "does not say model_type"),
+        ("hidden_size: 32", "does not say model_type"),
+        ("model_type: bert\nhidden_size: 30\nnum_attention_heads: 7", "cannot be built"),
+        ("model_type: no-such", "no-such"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_in_one_line(tmp_path, text, said):
+    (tmp_path / "shape.yaml").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        start(shape=str(tmp_path / "shape.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokeniser_with_more_words_than_the_student_is_refused(tmp_path):
+    folder = save_teacher(tmp_path / "t")
+    edit_json(folder / "config.json", vocab_size=40)
+    with pytest.raises(
+        UserError, match=r"t has 40 word embeddings but its tokeniser has \d+ words"
+    ):
+        start(path=str(folder))

@@ -38,6 +38,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing():
     assert rates(schedule="cosine", warmup=0.2) == pytest.approx(
         rising + [0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8)]
     )
+    assert rates(schedule="constant", warmup=0.2) == rising + [1.0] * 8
     assert rates(schedule="constant", warmup=0.0) == [1.0] * 10
 
 
@@ -145,12 +146,31 @@ def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):
     assert trainer.checkpointer.latest()[1].step == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [(1.0, "the gradient's norm is nan at step 1"), (0, "the loss is nan at step 3")],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(tmp_path, clip, said):
+    trainer = make_trainer(tmp_path, max_grad_norm=clip)
     with torch.no_grad():
         trainer.engine.module.classifier.bias[0] = float("nan")
-    with pytest.raises(RunError, match=r"the loss is nan at step 3; .* lower learning_rate"):
+    with pytest.raises(RunError, match=f"{said}; .* lower learning_rate"):
         trainer.run(TrainState())
+
+
+def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, checkpoint__every_steps=1)
+    backward = trainer.engine.backward
+
+    def spoilt(loss):
+        backward(loss)
+        if trainer.checkpointer.latest() is not None:  # the loss itself is sound
+            trainer.engine.module.classifier.bias.grad[0] = float("inf")
+
+    trainer.engine.backward = spoilt
+    with pytest.raises(RunError, match="the gradient's norm is inf at step 2"):
+        trainer.run(TrainState())
+    assert trainer.checkpointer.latest()[1].step == 1
 
 
 def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path):

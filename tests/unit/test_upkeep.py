@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +345,17 @@ def test_large_parts_stay_while_a_run_holds_the_teacher(tmp_path, monkeypatch):
         assert len(blocks_of(tmp_path)) == 4
     assert compact(tmp_path).blocks_after == 1
     check_reads(tmp_path, ids, key)
+
+
+def test_a_run_that_accepts_any_numerics_holds_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(compaction, "MAP_BYTES", 1000)
+    ids, key = make_ids(500), make_key()
+    fill_in_parts(tmp_path, ids, key, 3)
+    elsewhere = replace(key, numerics="of another machine")
+    with PredictionStore(tmp_path, print).hold("runs/a", [elsewhere], accept_any=True):
+        assert compact(tmp_path).left_for_live == 3
+    with PredictionStore(tmp_path, print).hold("runs/a", [elsewhere]):
+        assert compact(tmp_path).left_for_live == 0
 
 
 # ---------------------------------------------------------------- rm
