@@ -36,7 +36,7 @@ TARGET = 1.03
 def step_seconds(words: dict[str, object]) -> float:
     """Seconds of a step, over one epoch of the training loop."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(), stack)
+        parts = build(run_config(words), alone(), stack, StopFlag())
         ended: list[float] = []
 
         def end_of_epoch(step: int) -> EvalResult:
@@ -44,9 +44,7 @@ def step_seconds(words: dict[str, object]) -> float:
             nothing = np.zeros((0, 2), np.float32)
             return EvalResult("sst2", "selection", step, 0, {"accuracy": 0.0}, 0.0, 1.0, nothing)
 
-        trainer = replace(
-            make_trainer(parts, prepare_teachers(parts), StopFlag()), select=end_of_epoch
-        )
+        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end_of_epoch)
         began = time.perf_counter()
         trainer.run(TrainState())
         return (ended[0] - began) / parts.batches.total_steps

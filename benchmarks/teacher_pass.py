@@ -26,6 +26,7 @@ from outcome_file import common_arguments, set_threads, spread, table, write_res
 from transformers import PreTrainedModel
 
 from sead_dist.data import Split
+from sead_dist.distributed import StopFlag
 from sead_dist.models import build_teacher
 from sead_dist.parts import build
 from sead_dist.teachers.base import Request
@@ -51,7 +52,7 @@ def bare_seconds(model: PreTrainedModel, split: Split, rows: int) -> float:
 def one_turn(words: dict[str, object]) -> dict[str, float]:
     """Examples per second of ours and of the bare loop at each batch size."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(), stack)
+        parts = build(run_config(words), alone(), stack, StopFlag())
         source, split = parts.source, parts.splits.train
         assert source is not None
         for n, teacher in enumerate(parts.teachers):

@@ -78,10 +78,10 @@ def run_ours(setting: Setting) -> dict[str, float]:
     began, clock = time.perf_counter(), time.time()
     selecting: list[float] = []
     with ExitStack() as stack:
-        parts = build(config, alone(), stack)
+        parts = build(config, alone(), stack, StopFlag())
         state = resume(parts)
         weights_N = prepare_teachers(parts)
-        trainer = make_trainer(parts, weights_N, StopFlag())
+        trainer = make_trainer(parts, weights_N)
         built_s = time.perf_counter() - began
 
         def select(step: int) -> EvalResult:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sead_dist.data import Cursor
-from sead_dist.distributed import World, barrier, from_main, on_every_rank
+from sead_dist.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.engine import Engine
 from sead_dist.errors import RunError, UserError
 from sead_dist.runlog import write_json
@@ -116,6 +117,20 @@ class Checkpointer:
         self._write_aside(self.folder / f"step-{state.step:08d}", write)
         if self.world.is_main:
             self._prune(state)
+
+    def measure(self, engine: Engine) -> float:
+        """Seconds that a save takes now; nothing stays of it. Every rank calls this."""
+        began = time.perf_counter()
+        trial = self.folder / "trial"
+        self._write_aside(trial, engine.save)
+        spent_s = time.perf_counter() - began
+        if self.world.is_main:
+            shutil.rmtree(trial, ignore_errors=True)
+        return max(gather_objects(self.world, spent_s))
+
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of this step is there. Every rank calls this."""
+        return from_main(self.world, (self.folder / f"step-{step:08d}").is_dir)
 
     def save_best(self, engine: Engine, step: int) -> None:
         """Keep the student as it is now under its step's number. Every rank calls this."""

@@ -85,6 +85,11 @@ class CheckpointConfig(Section):
     keep_last: Annotated[int, Field(ge=1), Operational]
 
 
+class WatchConfig(Section):
+    silent_s: Annotated[float, Field(gt=0), Operational]
+    hang_s: Annotated[float, Field(gt=0), Operational]
+
+
 class RunConfig(Section):
     """The whole configuration of a run; every key is explained in configs/base.yaml."""
 
@@ -123,6 +128,8 @@ class RunConfig(Section):
     deterministic: bool
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    grace_s: Annotated[float | None, Field(gt=0), Operational]
+    watch: WatchConfig
     tracker: Annotated[str | None, Operational]
 
     def identity(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
-from sead_dist.distributed import World, from_main, on_every_rank
+from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.engine import Engine, check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
@@ -31,6 +31,7 @@ from sead_dist.teachers.placement import choose_placements, home_ranks
 from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
+from sead_dist.watch import Watch, watching
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Parts:
     engine: Engine
     batches: BatchStream
     checkpointer: Checkpointer
+    stop: StopFlag
+    watch: Watch
 
 
-def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
+def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
     run = Path(config.output_dir)
     quiet_libraries(world)
@@ -71,6 +74,7 @@ def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     from_main(world, lambda: claim(run, config, identity))
+    watch = stack.enter_context(watching(run, world, stop, config.watch))
     log = RunLog(run, world.is_main, console=True)
     stack.callback(log.close)
     for note in notes:
@@ -99,7 +103,7 @@ def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
     if config.tracker is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
-    source = hire(config, task, world, teachers, run, log, stack) if teachers else None
+    source = hire(config, task, world, teachers, run, log, watch, stack) if teachers else None
     if source is not None:
         words = tokenizer_hash(tokenizer)
         for split in (splits.train, splits.selection, *splits.official.values()):
@@ -107,7 +111,7 @@ def build(config: RunConfig, world: World, stack: ExitStack) -> Parts:
     checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
-        checkpointer,
+        checkpointer, stop, watch,
     )  # fmt: skip
 
 
@@ -138,6 +142,7 @@ def hire(
     teachers: Sequence[Teacher],
     run: Path,
     log: RunLog,
+    watch: Watch,
     stack: ExitStack,
 ) -> StoredSource:
     """The teacher source over the store, with every teacher placed."""
@@ -157,7 +162,7 @@ def hire(
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     source = StoredSource(
         teachers, placements, homes, world, store, task.name, run, accept_any,
-        config.trust_remote_code, log.say,
+        config.trust_remote_code, log.say, watch.heed,
     )  # fmt: skip
     stack.callback(source.close)
     return source

@@ -10,14 +10,14 @@ import torch
 
 from sead_dist.checkpoint import TrainState
 from sead_dist.config import RunConfig, StudentConfig, TeacherConfig, names_shape
-from sead_dist.distributed import StopFlag, World, barrier, from_main
+from sead_dist.distributed import StopFlag, StopRequestedError, World, barrier, from_main
 from sead_dist.ensemble import frozen_weights
 from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.outcome import conclude
 from sead_dist.parts import Parts, build
 from sead_dist.runfolder import already_finished, is_finished
-from sead_dist.runlog import write_json
+from sead_dist.runlog import steps_done, write_json
 from sead_dist.student import check_start
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
 from sead_dist.trainer import Trainer, asked_teachers
@@ -37,22 +37,51 @@ def distill(config: RunConfig, world: World, show_table: bool = True) -> Path:
         if world.is_main:
             print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
         return run
+    stop = StopFlag()
     with ExitStack() as stack:
-        parts = build(config, world, stack)
-        state = resume(parts)
-        weights_N = prepare_teachers(parts)
-        stop = StopFlag()
-        with stop.listening():
-            state = make_trainer(parts, weights_N, stop).run(state)
-        if state.step < parts.batches.total_steps:
+        stack.enter_context(stop.listening())
+        parts = build(config, world, stack, stop)
+        try:
+            run_parts(parts, show_table)
+        except StopRequestedError:
             parts.log.say(
-                f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
+                "stopped while teachers computed; what they have computed is kept; "
                 "give the same command again to go on"
             )
             return run
-        conclude(parts, state, weights_N, show_table)
+        except RuntimeError as error:
+            # a collective breaks when another rank dies: name that rank rather than the collective
+            parts.watch.explain(error)
+            raise
     barrier(world)
     return run
+
+
+def run_parts(parts: Parts, show_table: bool) -> None:
+    """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    state = resume(parts)
+    weights_N = prepare_teachers(parts)
+    if parts.config.grace_s is not None:
+        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.grace_s))
+    state = make_trainer(parts, weights_N).run(state)
+    if state.step < parts.batches.total_steps:
+        parts.log.say(
+            f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
+            "give the same command again to go on"
+        )
+        return
+    conclude(parts, state, weights_N, show_table)
+
+
+def against_grace(save_s: float, grace_s: float) -> str:
+    """What a save costs, beside the notice that the scheduler gives."""
+    line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (grace_s)"
+    if 2 * save_s > grace_s:
+        line += (
+            "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "
+            "or lower checkpoint.every_steps so that little is lost"
+        )
+    return line
 
 
 def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[Path]:
@@ -114,7 +143,11 @@ def resume(parts: Parts) -> TrainState:
     folder, state = found
     parts.engine.load(folder)
     parts.log.truncate_after(state.step)
-    parts.log.say(f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name})")
+    repeated = steps_done(Path(parts.config.output_dir)) - state.step
+    lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
+    parts.log.say(
+        f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
+    )
     if parts.source is not None:
         for steps in parts.batches.windows(0, parts.config.look_ahead):
             steps = range(steps.start, min(steps.stop, state.step))
@@ -149,7 +182,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     return frozen_weights(config.ensemble, given, scores)
 
 
-def make_trainer(parts: Parts, weights_N: torch.Tensor, stop: StopFlag) -> Trainer:
+def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
     def select(step: int) -> EvalResult:
         return evaluate(
             parts.task,
@@ -173,5 +206,6 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor, stop: StopFlag) -> Train
         log=parts.log,
         select=select,
         metric=parts.task.metrics[0],
-        stop=stop,
+        stop=parts.stop,
+        watch=parts.watch,
     )

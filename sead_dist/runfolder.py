@@ -23,7 +23,10 @@ from sead_dist.splits import load_examples
 from sead_dist.tasks import load_task
 
 # what a run leaves before its first checkpoint; a new claim starts without it
-EARLY_FILES = ("metrics.jsonl", "log.txt", "examination.json", "teacher_manifest.json")
+EARLY_FILES = (
+    *("metrics.jsonl", "log.txt", "progress.json"),
+    *("examination.json", "teacher_manifest.json"),
+)
 
 
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:

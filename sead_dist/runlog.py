@@ -23,6 +23,7 @@ from rich.console import Console
 
 from sead_dist.errors import UserError
 
+PROGRESS = "progress.json"
 PACKAGES = (
     *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "deepspeed", "numpy", "scikit-learn", "scipy"),
@@ -116,6 +117,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def steps_done(folder: Path) -> int:
+    """The last step that a run in this folder took, saved or not; 0 where none is known."""
+    try:
+        return int(json.loads((folder / PROGRESS).read_text("utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 class RunLog:
     """The files and the console of one run folder; on ranks other than 0 every call is quiet.
 
@@ -130,6 +139,7 @@ class RunLog:
         self.is_main = is_main
         self.console = Console(highlight=False, quiet=not (is_main and console))
         self._metrics: BinaryIO | None = None
+        self._progress: int | None = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             _repair(self._metrics_path)
@@ -146,6 +156,17 @@ class RunLog:
         record = _plain({"event": event, **values})
         self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._metrics.flush()
+
+    def step_done(self, step: int, total: int) -> None:
+        """Note the step in progress.json, which a killed run leaves behind.
+
+        Written in place, since it changes at every step: one short line of a fixed length.
+        """
+        if self.is_main:
+            if self._progress is None:
+                self._progress = os.open(self.folder / PROGRESS, os.O_WRONLY | os.O_CREAT, 0o644)
+            line = json.dumps({"step": step, "total": total})
+            os.pwrite(self._progress, f"{line:<62}\n".encode(), 0)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of steps after `step`, which a resumed run will write again."""
@@ -189,7 +210,10 @@ class RunLog:
             yield Bar(display, display.add_task(description, total=total, completed=done, shown=""))
 
     def close(self) -> None:
-        """Close metrics.jsonl; later records are not written."""
+        """Close the files; later records are not written."""
+        if self._progress is not None:
+            os.close(self._progress)
+            self._progress = None
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None

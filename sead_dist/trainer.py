@@ -5,7 +5,8 @@ Shapes: B rows of a micro-batch, C classes, N teachers.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,7 @@ import torch
 from sead_dist.checkpoint import Checkpointer, TrainState
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, padding_waste
-from sead_dist.distributed import StopFlag, World, gather_objects
+from sead_dist.distributed import StopFlag, StopRequestedError, World, gather_objects
 from sead_dist.engine import Engine
 from sead_dist.ensemble import agreement, chosen_teacher, combine
 from sead_dist.errors import RunError
@@ -23,6 +24,7 @@ from sead_dist.evaluate import EvalResult
 from sead_dist.losses import total_loss
 from sead_dist.runlog import RunLog
 from sead_dist.teachers.base import Lesson, TeacherLogits, TeacherSource, stream
+from sead_dist.watch import Watch
 
 LOG_EVERY = 10
 
@@ -45,6 +47,12 @@ def asked_teachers(
     return asked_NR
 
 
+def until_stopped(lessons: Iterator[Lesson]) -> Iterator[Lesson]:
+    """The lessons, up to a stop that is asked for while teachers compute."""
+    with suppress(StopRequestedError):
+        yield from lessons
+
+
 @dataclass(frozen=True)
 class Trainer:
     """The parts of a run, and its loop. `select` scores the student on the selection split."""
@@ -62,6 +70,7 @@ class Trainer:
     select: Callable[[int], EvalResult]
     metric: str
     stop: StopFlag
+    watch: Watch
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step; returns where it stopped (before the last step when
@@ -79,11 +88,13 @@ class Trainer:
         tally = Tally(len(self.teacher_names))
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
-            for lesson in lessons:
+            for lesson in until_stopped(lessons):
+                self.watch.move(f"training, step {state.step + 1} of {total}")
                 began = time.perf_counter()
                 self.learn(lesson, tally)
                 learning_rate = self.engine.learning_rate
                 self.update(state.step + 1)
+                self.watch.move(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began
                 step = lesson.step.number + 1
                 state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
@@ -102,12 +113,17 @@ class Trainer:
                     bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
+                    self.watch.move(f"scoring the student of step {step}")
                     state = self.score(state)
                 if saving:
+                    self.watch.move(f"saving step {step}")
                     self.checkpointer.save(self.engine, state)
+                self.log.step_done(step, total)
                 bar.advance(1)
                 if stopping:
                     break
+        if state.step < total and not self.checkpointer.holds(state.step):
+            self.checkpointer.save(self.engine, state)
         return state
 
     def learn(self, lesson: Lesson, tally: "Tally") -> None:
@@ -146,6 +162,7 @@ class Trainer:
                     lesson.step.valid_rows,
                 )
                 self.engine.backward(terms.total)
+            self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.losses += torch.stack([terms.total.detach(), terms.soft, terms.hard]).cpu()
         tally.steps += 1
         waste, tokens = padding_waste(batches)

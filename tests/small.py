@@ -195,5 +195,5 @@ def make_source(teachers, store: Path, run: Path, world: World = ALONE, placemen
     homes = home_ranks(teachers, placements, world.size)
     kept = PredictionStore(store, print)
     return StoredSource(
-        teachers, placements, homes, world, kept, "small", run, False, False, print
+        teachers, placements, homes, world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip

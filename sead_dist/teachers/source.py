@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from sead_dist.data import Split, TokenTable, tokenize
-from sead_dist.distributed import World, gather_objects, raise_first
+from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import build_teacher
 from sead_dist.teachers.base import Request, TeacherLogits
@@ -36,6 +36,7 @@ class StoredSource:
     """Answers requests from the store and, where rows are missing, from the teachers.
 
     Models are loaded when a row is first missing. `journal` is this rank's file of computed rows.
+    `heed` is told after every batch how far it is, and may raise StopRequestedError.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class StoredSource:
         accept_any: bool,
         trust_remote_code: bool,
         say: Callable[[str], None],
+        heed: Callable[[str], None],
     ) -> None:
         self.teachers, self.placements, self.homes = teachers, placements, homes
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
+        self.heed = heed
         self.journal = run / "teacher_rows" / f"rank-{world.rank}.jsonl"
         self.models: dict[int, PreTrainedModel] = {}
         self.tables: dict[tuple[int, int], Table] = {}
@@ -118,7 +121,7 @@ class StoredSource:
             for n in range(len(self.teachers)):
                 own_R = asked_NR[n] & (owner_NR[n] == self.world.rank)
                 mine.append(self._answer(n, request, np.flatnonzero(own_R)))
-        except (RunError, UserError) as error:
+        except (RunError, UserError, StopRequestedError) as error:
             failure = error
         except OSError as error:
             failure = RunError(f"rank {self.world.rank}: teachers' pass: {error}")
@@ -178,6 +181,7 @@ class StoredSource:
         def done(part: np.ndarray, logits_PC: np.ndarray) -> None:
             held.append((part, logits_PC))
             keep(ROWS_PER_BLOCK)
+            self.heed(f"teacher {teacher.name}, {request.what}")
 
         try:
             predict(
@@ -189,6 +193,9 @@ class StoredSource:
                 teacher.free_rows,
                 done,
             )
+        except StopRequestedError:
+            keep(1)
+            raise
         except NotFiniteError as error:
             row = int(rows_M[error.position])
             step_of = request.step_of

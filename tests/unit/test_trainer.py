@@ -17,6 +17,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult
 from sead_dist.runlog import RunLog
 from sead_dist.trainer import Trainer, asked_teachers
+from sead_dist.watch import Watch
 
 
 def rates(**keys):
@@ -99,6 +100,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         metrics = {"accuracy": (select or {}).get(step, 0.0)}
         return EvalResult("small", "selection", step, 1, metrics, 0.0, 1.0, np.zeros((1, 2)))
 
+    stop = StopFlag()
     return Trainer(
         config=given,
         world=ALONE,
@@ -112,7 +114,8 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         log=RunLog(tmp_path, True, console=False),
         select=score,
         metric="accuracy",
-        stop=StopFlag(),
+        stop=stop,
+        watch=Watch(tmp_path, ALONE, stop, given.watch),
     )  # fmt: skip
 
 
