@@ -21,6 +21,7 @@ from sead_dist.errors import RunError, UserError
 T = TypeVar("T")
 # A whole window of a large teacher may pass before the other ranks hear of it.
 TIMEOUT = timedelta(hours=2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def barrier(world: World) -> None:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT on any rank; the ranks agree on it at a step boundary."""
+    """Set by SIGTERM, SIGINT or SIGUSR2 (a scheduler's notice) on any rank; the ranks agree on it
+    at a step boundary."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -159,7 +161,7 @@ class StopFlag:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While inside, the signals set this flag; afterwards their handlers are as before."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in before:
             signal.signal(number, self._note)
         try:
@@ -170,8 +172,8 @@ class StopFlag:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        # a second Ctrl-C ends the process at once
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self, world: World) -> bool:
         """True on all ranks when any rank was asked to stop."""
