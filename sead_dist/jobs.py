@@ -14,8 +14,7 @@ from pathlib import Path
 from sead_dist import slurm
 from sead_dist.errors import RunError, UserError
 from sead_dist.report import print_table
-from sead_dist.runfolder import is_finished
-from sead_dist.runlog import read_json, read_metrics, write_json
+from sead_dist.runlog import is_finished, read_json, read_metrics, write_json
 
 POLL_S = 2.0
 # SLURM may not know a job for a moment, e.g. while its controller restarts.

@@ -28,7 +28,8 @@ from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.loading import find_files
 from sead_dist.pretrained import locate
-from sead_dist.runfolder import already_finished, is_finished
+from sead_dist.runfolder import already_finished
+from sead_dist.runlog import is_finished
 from sead_dist.student import check_start
 from sead_dist.tasks import load_task
 

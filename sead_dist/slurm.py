@@ -22,6 +22,7 @@ ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
     "TIMEOUT".split()
 )
+SQUEUE = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
 # How long srun waits for the other ranks once the first has ended: they still have to say why.
 LINGER_S = 60
 # Before srun: forget what the ranks of an earlier start left.
@@ -182,8 +183,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     while ago, else from sacct, where there is accounting."""
     if not jobs:
         return {}
-    mine = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
-    found = dict(_pairs(_answer(mine)))
+    found = dict(_pairs(_answer(SQUEUE)))
     forgotten = [job for job in jobs if job not in found]
     if forgotten:
         numbers = ",".join(forgotten)

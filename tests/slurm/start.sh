@@ -4,10 +4,11 @@
 #
 #     tests/slurm/start.sh DIR [NODES]       # 2 nodes if not said; everything lies in DIR
 #     export SLURM_CONF=DIR/slurm.conf       # what sbatch, squeue and the tests go by
+#     tests/slurm/start.sh node DIR NAME     # a node that was killed comes back
 #     tests/slurm/start.sh stop DIR
 #
 # ACCT=1 adds accounting (slurmdbd on MariaDB): apt-get install slurmdbd mariadb-server
-# NODE_SETUP, a shell command, runs before each slurmd with NODE set; its mounts are that node's own.
+# DIR/local is another disk on every node, like the /tmp of real nodes, where mounting is allowed.
 set -euo pipefail
 HERE="$(cd "$(dirname "$0")" && pwd)"
 PATH="$PATH:/usr/sbin:/sbin"
@@ -108,12 +109,28 @@ CONF
     wait_for slurmdbd bash -c "exec 3<>/dev/tcp/127.0.0.1/$2"
 }
 
+start_node() {
+    mkdir -p "$DIR/local" "$DIR/spool-$1"
+    local own_disk=(unshare --mount bash -c 'mount -t tmpfs node "$0" && exec "$@"' "$DIR/local")
+    if ! "${own_disk[@]}" true 2>/dev/null; then
+        say "mounting is not allowed here: $1 has no disk of its own"
+        own_disk=()
+    fi
+    "${own_disk[@]}" slurmd -N "$1"
+}
+
 if [[ "${1:-}" == stop && $# -eq 2 ]]; then
     stop "$(cd "$2" && pwd)"
     exit
 fi
+if [[ "${1:-}" == node && $# -eq 3 ]]; then
+    DIR="$(cd "$2" && pwd)"
+    export SLURM_CONF="$DIR/slurm.conf"
+    start_node "$3"
+    exit
+fi
 if [[ $# -lt 1 || $# -gt 2 || ! "${2:-2}" =~ ^[1-9]$ ]]; then
-    say "usage: start.sh DIR [NODES, 1 to 9], or start.sh stop DIR"
+    say "usage: start.sh DIR [NODES, 1 to 9] | node DIR NAME | stop DIR"
     exit 2
 fi
 NEEDED="slurmctld slurmd munged sbatch"
@@ -152,12 +169,7 @@ if [[ "${ACCT:-0}" == 1 ]]; then
 fi
 slurmctld
 for name in "${NAMES[@]}"; do
-    mkdir -p "$DIR/spool-$name"
-    if [[ -n "${NODE_SETUP:-}" ]]; then
-        NODE="$name" unshare --mount bash -c "$NODE_SETUP && exec slurmd -N $name"
-    else
-        slurmd -N "$name"
-    fi
+    start_node "$name"
 done
 all_idle() { [[ "$(sinfo -h -N -p low -t idle -o %N | sort -u | wc -l)" == "$NODES" ]]; }
 wait_for "a node" all_idle
