@@ -195,6 +195,7 @@ def submit(
         print(sbatch_text(parameters, settings.python, folder, len(open_)))
         return []
     slurm.need("sbatch")
+    refuse_queued(open_, root)
     job_folder(out)
     executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
     executor.update_parameters(**parameters)
@@ -219,6 +220,19 @@ def submit(
         jobs.register(root, job)
         print(f"job {job.job} is {job.name}: sead-dist jobs logs {job.name} -f")
     return made
+
+
+def refuse_queued(asked: Sequence[Request], root: Path) -> None:
+    """Raises UserError where a job of one of these runs is in the queue already."""
+    wanted = {request.runs for request in asked}
+    before = [job for job in jobs.registered(root) if tuple(job.runs) in wanted]
+    states = slurm.job_states([job.job for job in before])
+    for job in before:
+        if states.get(job.job) not in {None, *slurm.ENDED}:
+            raise UserError(
+                f"job {job.job} of {job.name} is {states[job.job]} already; wait for it, or end "
+                f"it: sead-dist jobs cancel {job.name}"
+            )
 
 
 def _finished(request: Request) -> bool:

@@ -36,7 +36,8 @@ def check_shared(world: World, folders: Mapping[str, Path]) -> None:
     finally:
         if world.is_main:
             for folder in folders.values():
-                (folder / token).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (folder / token).unlink()
     for node, key in zip(nodes, blind, strict=True):
         if key is not None:
             if world.is_main:  # made for nothing; what holds files stays

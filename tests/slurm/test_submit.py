@@ -114,9 +114,11 @@ def node_state(name: str) -> str:
     return run("sinfo", "--noheader", f"--nodes={name}", "--partition=low", "--format=%T")
 
 
-def test_a_cancelled_job_stays_cancelled(submitted):
+def test_a_job_is_not_queued_twice_and_a_cancelled_one_stays_cancelled(submitted, capsys):
     submitted.submit()
     submitted.reach(10)
+    assert submitted.submit() == 2
+    assert f"job {submitted.id} of run is RUNNING already" in capsys.readouterr().err
     assert submitted.command("jobs", "cancel", "run") is None
     with pytest.raises(RunError, match="ended CANCELLED"):
         submitted.wait()
