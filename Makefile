@@ -7,7 +7,7 @@ PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so a file stays with one worker.
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup demo test test-slow test-slurm check clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -29,6 +29,9 @@ test: setup ## all tests but the slow ones and those that need a cluster
 
 test-slow: setup ## the slow tests
 	$(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+
+test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
+	$(PYTEST) -m slurm tests/slurm
 
 check: setup ## lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -26,6 +26,11 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     leave_world(world)
 
 
+def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
+    """As `run_recipe`, for a job on a node: its exit code where it failed, else None."""
+    return attempt(lambda: run_recipe(name, words))
+
+
 def distill(args: argparse.Namespace) -> None:
     run_recipe("distill", args.words)
 
@@ -51,6 +56,33 @@ def store(args: argparse.Namespace) -> None:
     from sead_dist import storecli
 
     storecli.run(args)
+
+
+def submit(args: argparse.Namespace) -> None:
+    from sead_dist.jobs import state_folder, wait
+    from sead_dist.launcher import submit as submit_run
+    from sead_dist.slurm import SlurmSettings, load_settings
+
+    options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
+    settings = load_settings(args.slurm, options)
+    root = state_folder(args.root)
+    made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    if args.wait:
+        wait(made)
+
+
+def jobs(args: argparse.Namespace) -> None:
+    from sead_dist import jobs
+
+    root = jobs.state_folder(args.root)
+    if args.verb is None:
+        jobs.show(root)
+    elif args.verb == "logs":
+        jobs.print_log(jobs.find(root, args.name), args.rank, args.follow)
+    elif args.verb == "cancel":
+        jobs.cancel(jobs.find(root, args.name))
+    else:
+        jobs.wait([jobs.find(root, args.name)])
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -103,11 +135,61 @@ def parser() -> argparse.ArgumentParser:
 
     add_store(commands.add_parser("store", help="look after kept teacher predictions"))
 
+    add_submit(
+        commands.add_parser("submit", help="the same as a SLURM job, queued again until done")
+    )
+    add_jobs(commands.add_parser("jobs", help="the runs that were submitted"))
+
     command = commands.add_parser("demo", help="the whole way on a built-in task, offline")
     command.add_argument("--output-dir", default="demo-run")
     command.add_argument("--seed", type=int, default=0, help="of the built-in task")
     command.set_defaults(run=demo)
     return top
+
+
+ROOT = "folder where submitted runs register; default: the user's state folder"
+
+
+def add_submit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+    command.add_argument(
+        "--slurm", metavar="NAME|FILE", help="settings: a file, or a name in configs/slurm"
+    )
+    for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
+        command.add_argument(f"--{option}", help="as sbatch's")
+    command.add_argument("--time", help="limit of one start: MINUTES, H:MM:SS or DAYS-HH:MM:SS")
+    command.add_argument("--nodes", type=int)
+    command.add_argument(
+        "--gpus-per-node", type=int, help="as many tasks; default: one, on the CPU"
+    )
+    command.add_argument("--cpus-per-task", type=int)
+    command.add_argument("--exclusive", action="store_true", default=None, help="whole nodes")
+    command.add_argument("--signal-delay", type=int, metavar="S", help="notice before the limit")
+    command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
+    command.add_argument(
+        "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
+    )
+    command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
+    command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")
+    command.add_argument("--wait", action="store_true", help="until done; exit code as distill's")
+    command.add_argument("--root", metavar="DIR", help=ROOT)
+    command.set_defaults(run=submit)
+
+
+def add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--root", metavar="DIR", help=ROOT)
+    command.set_defaults(run=jobs)
+    verbs = command.add_subparsers(dest="verb", metavar="VERB")
+    for verb, help_ in (
+        ("logs", "print what a run said"),
+        ("cancel", "end a run's job"),
+        ("wait", "until a run is done; exit code as distill's"),
+    ):
+        one = verbs.add_parser(verb, help=help_)
+        one.add_argument("name", metavar="RUN", help="name, job number or run folder")
+        if verb == "logs":
+            one.add_argument("-f", "--follow", action="store_true", help="until the job ends")
+            one.add_argument("--rank", type=int, default=0)
 
 
 def add_store(command: argparse.ArgumentParser) -> None:
@@ -135,28 +217,37 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. Exit codes: 0 done, 2 a person's mistake, 3 a failure during a run."""
-    args = parser().parse_args(argv)
+def attempt(do: Callable[[], None]) -> int | None:
+    """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
+    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug."""
     try:
-        args.run(args)
+        do()
     except (UserError, RunError) as error:
         if is_main_process():
             print(f"sead-dist: {error}", file=sys.stderr, flush=True)
         else:
             # a launcher ends all ranks with the first: rank 0 has to say its line before
             time.sleep(GRACE_S)
-        leave(2 if isinstance(error, UserError) else 3)
+        return 2 if isinstance(error, UserError) else 3
     except BrokenPipeError:
-        leave(0)
+        return 0
     except OSError as error:  # a full disk, a folder that went away: no traceback helps
         print(f"sead-dist: {error}; mend it, then give the same command again", file=sys.stderr)
-        leave(3)
+        return 3
     except KeyboardInterrupt:
-        leave(130)
+        return 130
     except Exception:
         traceback.print_exc()
-        leave(1)
+        return 1
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Exit codes: 0 done, and those of `attempt`."""
+    args = parser().parse_args(argv)
+    code = attempt(lambda: args.run(args))
+    if code is not None:
+        leave(code)
 
 
 def leave(code: int) -> None:

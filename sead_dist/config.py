@@ -255,19 +255,19 @@ def names_shape(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (shipped.is_file() and not Path(path).exists())
 
 
-def _explain(error: ValidationError, known: Sequence[str]) -> str:
-    """The first mistake of a configuration as one line."""
+def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
+    """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
         near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "the keys are listed in configs/base.yaml"
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are listed in {listed_in}"
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}={first['input']!r}: {message}; see {key} in configs/base.yaml"
+    return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
 
 
 def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
@@ -309,7 +309,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_explain(error, _flat_keys(RunConfig))) from None
+        raise UserError(explain(error, _flat_keys(RunConfig), "configs/base.yaml")) from None
     student = config.student
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"

@@ -23,6 +23,7 @@ from sead_dist.ensemble import check_method
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.runfolder import claim, locked
 from sead_dist.runlog import RunLog, write_json
+from sead_dist.shared import check_shared
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
@@ -57,7 +58,9 @@ class Parts:
 def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
     run = Path(config.output_dir)
+    store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
+    check_shared(world, {"output_dir": run, **({"store": store} if config.teachers else {})})
     check_tracker(config.tracker)
     check_arithmetic(config.precision, world.device)
     notes: list[str] = []
@@ -89,6 +92,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         world.rank,
         world.size,
     )
+    # one for each start of the run, resumed ones too
+    log.metrics("start", total_steps=batches.total_steps, world_size=world.size)
     micro_batches = config.global_batch // config.micro_batch
     if micro_batches % world.size:
         log.say(
@@ -103,7 +108,9 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     if config.tracker is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
-    source = hire(config, task, world, teachers, run, log, watch, stack) if teachers else None
+    source = (
+        hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
+    )
     if source is not None:
         words = tokenizer_hash(tokenizer)
         for split in (splits.train, splits.selection, *splits.official.values()):
@@ -141,15 +148,15 @@ def hire(
     world: World,
     teachers: Sequence[Teacher],
     run: Path,
+    folder: Path,
     log: RunLog,
     watch: Watch,
     stack: ExitStack,
 ) -> StoredSource:
-    """The teacher source over the store, with every teacher placed."""
+    """The teacher source over the store in `folder`, with every teacher placed."""
     placements, reason = choose_placements(teachers, config.placement, world)
     homes = home_ranks(teachers, placements, world.size)
     log.say(reason)
-    folder = Path(config.store.path) if config.store.path else default_store()
     report = log.say if world.is_main else _on_stderr
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]

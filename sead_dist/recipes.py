@@ -16,8 +16,8 @@ from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.outcome import conclude
 from sead_dist.parts import Parts, build
-from sead_dist.runfolder import already_finished, is_finished
-from sead_dist.runlog import steps_done, write_json
+from sead_dist.runfolder import already_finished
+from sead_dist.runlog import is_finished, steps_done, write_json
 from sead_dist.student import check_start
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
 from sead_dist.trainer import Trainer, asked_teachers

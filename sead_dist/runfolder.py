@@ -18,7 +18,14 @@ from typing import Any
 from sead_dist.checkpoint import Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
 from sead_dist.errors import UserError
-from sead_dist.runlog import environment, read_json, read_metrics, write_json, written_aside
+from sead_dist.runlog import (
+    environment,
+    is_finished,
+    read_json,
+    read_metrics,
+    write_json,
+    written_aside,
+)
 from sead_dist.splits import load_examples
 from sead_dist.tasks import load_task
 
@@ -32,11 +39,6 @@ EARLY_FILES = (
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
     """Teachers as they were written, placement aside."""
     return [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
-
-
-def is_finished(run: Path) -> bool:
-    summary = run / "run_summary.json"
-    return summary.is_file() and bool(read_json(summary).get("finished"))
 
 
 def has_progress(run: Path) -> bool:

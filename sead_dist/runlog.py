@@ -70,6 +70,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}): restore it or start a new run") from None
 
 
+def is_finished(run: Path) -> bool:
+    """Whether this run folder holds a run that came to its end."""
+    summary = run / "run_summary.json"
+    return summary.is_file() and bool(read_json(summary).get("finished"))
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of a run folder's metrics.jsonl, oldest first.
 

@@ -17,6 +17,7 @@ HEAVY = {
     "pydantic",
     "scipy",
     "sklearn",
+    "submitit",
     "tokenizers",
     "torch",
     "transformers",
@@ -34,7 +35,11 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["distill", "--help"], ["store", "rm", "--help"]]
+    "words",
+    [
+        *(["--help"], ["--version"], ["distill", "--help"], ["store", "rm", "--help"]),
+        *(["submit", "--help"], ["jobs", "--help"]),
+    ],
 )
 def test_help_imports_nothing_heavy(words):
     done = subprocess.run(

@@ -1,0 +1,7 @@
+"""`python launch/slurm.py ARGS` is `sead-dist submit ARGS`."""
+
+import sys
+
+from sead_dist.cli import main
+
+main(["submit", *sys.argv[1:]])

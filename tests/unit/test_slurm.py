@@ -1,0 +1,278 @@
+"""What sbatch is told, and what is refused before it is asked. No SLURM is needed."""
+
+import os
+import stat
+import subprocess
+
+import pytest
+from small import config, save_teacher, words, write_task
+
+from sead_dist import cli, slurm
+from sead_dist.config import config_folder, parse_yaml
+from sead_dist.errors import UserError
+from sead_dist.launcher import Launch, job_folder, parse_seeds, requests, sbatch_text
+from sead_dist.slurm import SlurmSettings, load_settings, minutes, sbatch_parameters
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("task")
+    return write_task(root / "data"), [save_teacher(root / "a")]
+
+
+def command(*given) -> int | None:
+    args = cli.parser().parse_args(list(map(str, given)))
+    return cli.attempt(lambda: args.run(args))
+
+
+def test_every_setting_has_a_default_and_a_comment_and_every_shipped_file_is_accepted():
+    text = (config_folder() / "slurm" / "base.yaml").read_text()
+    assert set(parse_yaml(text, "base.yaml")) == set(SlurmSettings.model_fields)
+    assert all("#" in line for line in text.splitlines() if line)
+    for path in (config_folder() / "slurm").glob("*.yaml"):
+        load_settings(path.stem, {})
+
+
+def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("nodes: 4\npartition: long\nsetup: [module load cuda]\n")
+    found = load_settings(str(file), {"nodes": 2, "account": None})
+    assert (found.nodes, found.partition, found.account) == (2, "long", None)
+    assert found.setup == ["module load cuda"]
+    assert found.time == "1:00:00"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion: low", r"unknown key 'partion'; did you mean 'partition'\?"),
+        ("nodes: 0", "nodes=0: input should be greater than 0; see nodes in configs/slurm"),
+        ("time: 1:00:00", "time=3600: input should be a valid string"),
+        ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
+        ('time: "0"', "no time at all"),
+        ('{time: "2", signal_delay: 120}', "signal_delay=120 s is all of time=2"),
+        ("- nodes", "holds no settings"),
+    ],
+)
+def test_wrong_settings_are_named(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_settings(str(file), {})
+
+
+def test_settings_that_are_not_there_name_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'preemptible'"):
+        load_settings("preemptable", {})
+
+
+def test_time_limits_are_read_as_slurm_writes_them():
+    given = ["30", "30:30", "1:00:00", "0:10:00", "2-12", "1-00:30", "1-0:0:1"]
+    assert [minutes(text) for text in given] == [30, 31, 60, 10, 3600, 1470, 1441]
+
+
+def text_of(tmp_path, count=1, **options):
+    settings = load_settings(None, options)
+    parameters = sbatch_parameters(settings, "name", tmp_path)
+    return sbatch_text(parameters, settings.python, tmp_path, count)
+
+
+def test_without_gpus_there_is_one_task_a_node_and_with_them_one_a_gpu(tmp_path):
+    plain = text_of(tmp_path, nodes=2)
+    assert "#SBATCH --ntasks-per-node=1\n" in plain
+    assert "--gpus" not in plain
+    assert '"$said" -lt 2' in plain
+    eight = text_of(tmp_path, nodes=2, gpus_per_node=8)
+    assert "#SBATCH --gpus-per-node=8\n" in eight
+    assert "#SBATCH --ntasks-per-node=8\n" in eight
+    assert '"$said" -lt 16' in eight
+
+
+def test_every_setting_reaches_sbatch_or_srun(tmp_path):
+    text = text_of(
+        tmp_path,
+        count=5,
+        partition="p",
+        account="a",
+        qos="q",
+        constraint="x&y",
+        gres="gpu:2",
+        cpus_per_task=3,
+        mem="4G",
+        time="0:10:00",
+        exclusive=True,
+        signal_delay=45,
+        concurrent=2,
+        setup=["module load cuda"],
+        srun=["--container-image=i.sqsh"],
+        python="apptainer exec i.sif python",
+        sbatch={"mail-type": "END"},
+    )
+    for line in (
+        *("partition=p", "account=a", "qos=q", "constraint='x&y'", "gres=gpu:2"),
+        *("cpus-per-task=3", "mem=4G", "time=10", "exclusive", "signal=USR2@45"),
+        *("array=0-4%2", "mail-type=END", "requeue", "open-mode=append"),
+    ):
+        assert f"#SBATCH --{line}\n" in text, line
+    assert "\nmodule load cuda\n" in text
+    assert "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3}" in text
+    (srun,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    for word in ("--cpus-per-task=3", "--container-image=i.sqsh", "apptainer exec i.sif python -u"):
+        assert word in srun
+
+
+def test_the_dry_run_prints_a_file_and_leaves_nothing(task, tmp_path, capsys):
+    given = words(*task, tmp_path / "run")
+    assert command("submit", *given, "--dry-run", "--nodes", 2, "--root", tmp_path / "jobs") is None
+    assert capsys.readouterr().out.startswith("#!/bin/bash")
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_launch_slurm_py_is_sead_dist_submit(task, tmp_path, capsys):
+    import sys
+    from pathlib import Path
+
+    given = [*words(*task, tmp_path / "run"), "--dry-run"]
+    script = Path(__file__).parents[2] / "launch" / "slurm.py"
+    done = subprocess.run(
+        [sys.executable, script, *given], capture_output=True, text=True, check=True
+    )
+    assert command("submit", *given) is None
+    assert done.stdout == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("epoch=2", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("data.path=nowhere", "data.path nowhere does not exist"),
+        ("data.train=nowhere.tsv", "data file nowhere.tsv does not exist"),
+        ("transfer.path=nowhere.tsv", "transfer.path=nowhere.tsv does not exist"),
+        ("teachers=[./nowhere]", "./nowhere is not a folder"),
+        ("loss=mse", None),
+        ("ensemble=score", None),
+    ],
+)
+def test_a_mistake_is_found_before_the_queue(word, message, task, tmp_path, capsys):
+    given = [*words(*task, tmp_path / "run"), word]
+    code = command("submit", *given, "--dry-run")
+    said = capsys.readouterr().err
+    assert code == (2 if message else None), said
+    if message:
+        assert message in said
+        assert said.count("\n") == 1
+
+
+def test_where_there_is_no_sbatch_it_says_so(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command("submit", *words(*task, tmp_path / "run"), "--root", tmp_path / "jobs") == 2
+    assert "there is no sbatch on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_job_folder_is_for_this_user_alone(tmp_path):
+    (tmp_path / "run" / ".slurm").mkdir(parents=True, mode=0o755)
+    folder = job_folder(tmp_path / "run")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
+@pytest.mark.parametrize("name", ["run", "run/.slurm"])
+def test_a_folder_of_somebody_else_is_refused(name, tmp_path):
+    (tmp_path / "run" / ".slurm").mkdir(parents=True)
+    os.chown(tmp_path / name, 12345, 12345)
+    with pytest.raises(UserError, match=f"{name} belongs to another user"):
+        job_folder(tmp_path / "run")
+
+
+def test_seeds_make_a_run_each():
+    assert parse_seeds("0-2,7") == [0, 1, 2, 7]
+    for wrong in ("", "a", "1,1", "3-1"):
+        with pytest.raises(UserError, match="--seeds"):
+            parse_seeds(wrong)
+    _, asked = requests(["sst2", "output_dir=out", "seed=9"], "3,4")
+    assert [request.name for request in asked] == ["out/seed-3", "out/seed-4"]
+    assert [request.config.seed for request in asked] == [3, 4]
+    assert asked[0].config.output_dir == "out/seed-3"
+    # what is held out stays the same
+    assert {request.config.select.seed for request in asked} == {config().select.seed}
+
+
+def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
+    (_, (asked,)) = requests(["sst2", f"output_dir={tmp_path}", "encoders=[a/b,c/d]"], None)
+    assert asked.recipe == "finetune"
+    assert asked.runs == (f"{tmp_path}/teacher-0", f"{tmp_path}/teacher-1")
+
+
+# what the job's script does after srun, with stand-ins for squeue and scontrol
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "lost", "state", "again"),
+    [
+        (0, 2, 0, "RUNNING", False),  # all went well
+        (137, 1, 0, "RUNNING", True),  # one rank was killed, the other said that it lost it
+        (137, 0, 2, "RUNNING", True),  # all were, for the third time
+        (137, 0, 3, "RUNNING", False),  # once too often
+        (2, 2, 0, "RUNNING", False),  # every rank said what was wrong
+        (137, 0, 0, "COMPLETING", False),  # cancelled, or queued again by SLURM
+    ],
+)
+def test_a_job_starts_again_where_a_rank_ended_without_a_word_with_stand_ins_for_slurm(
+    code, said, lost, state, again, tmp_path
+):
+    programs, folder = tmp_path / "bin", tmp_path / "job's"
+    programs.mkdir()
+    folder.mkdir()
+    for name, line in (
+        ("squeue", f"echo {state}"),
+        ("scontrol", f'echo "$@" >>{tmp_path}/asked'),
+        ("srun", f"touch {tmp_path}/ran; exit {code}"),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    (folder / "7.lost").write_text("137\n" * lost)
+    (folder / "7.9.exit").write_text("0\n")  # of an earlier start: forgotten
+    text = text_of(folder, nodes=2)
+    ranks = "".join(
+        f"echo {code} >'{folder}/7.{rank}.exit'\n".replace("'s/", "'\\''s/") for rank in range(said)
+    )
+    script = text.replace(
+        "export SUBMITIT_EXECUTOR=slurm\n", "export SUBMITIT_EXECUTOR=slurm\n" + ranks
+    )
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "asked").exists() == again, done.stdout + done.stderr
+    assert ("starting again" in done.stdout) == again
+
+
+def test_states_come_from_sacct_where_squeue_has_forgotten(monkeypatch):
+    answers = {"squeue": "7|RUNNING\n8_1|PENDING\n", "sacct": "9|CANCELLED by 0\n"}
+    monkeypatch.setattr(slurm, "_answer", lambda command: answers[command[0]])
+    assert slurm.job_states(["7", "8_1", "9", "10"]) == {
+        "7": "RUNNING",
+        "8_1": "PENDING",
+        "9": "CANCELLED",
+    }
+
+
+def test_no_slurm_at_all_is_no_state(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.job_states(["7"]) == {}
+
+
+def test_a_launch_is_pickled_without_the_code_that_made_it(tmp_path):
+    """Nodes read it with whatever sead_dist they have: plain values, and a function by its name."""
+    import cloudpickle
+
+    data = cloudpickle.dumps(Launch(cli.attempt_recipe, "distill", ("sst2",), ("run",), "folder"))
+    assert len(data) < 500
+    assert b"attempt_recipe" in data
