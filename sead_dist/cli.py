@@ -187,6 +187,7 @@ def add_jobs(command: argparse.ArgumentParser) -> None:
     ):
         one = verbs.add_parser(verb, help=help_)
         one.add_argument("name", metavar="RUN", help="name, job number or run folder")
+        one.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=ROOT)
         if verb == "logs":
             one.add_argument("-f", "--follow", action="store_true", help="until the job ends")
             one.add_argument("--rank", type=int, default=0)

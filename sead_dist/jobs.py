@@ -132,13 +132,14 @@ def state_of(job: Job, known: str | None) -> str:
 
 
 def last_line(job: Job) -> str:
-    """The last line of rank 0's log that is the run's own."""
+    """The last line of rank 0's log that is the run's own, not of what started it."""
     try:
         lines = job.log(0).read_text("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    own = [line.strip() for line in lines if line.strip() and not line.startswith("submitit ")]
-    return own[-1] if own else ""
+    said = [line.strip() for line in lines if line.strip()]
+    own = [line for line in said if not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
+    return (own or said or [""])[-1]
 
 
 def show(folder: Path) -> None:

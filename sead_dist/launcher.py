@@ -6,12 +6,14 @@ run itself saves and returns unfinished, and only then submitit's own handler qu
 under its number: submitit alone would do so on rank 0 at once, where no rank can save.
 """
 
+import io
 import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -201,7 +203,8 @@ def submit(
     executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
     executor.update_parameters(**parameters)
     try:
-        with executor.batch():
+        # sbatch's complaint is told below, in one line
+        with redirect_stderr(io.StringIO()), executor.batch():
             handles = [
                 executor.submit(
                     Launch(attempt, request.recipe, request.words, request.runs, str(folder))

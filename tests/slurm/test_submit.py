@@ -3,9 +3,11 @@ bit, whatever happens on the way."""
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -191,7 +193,8 @@ def test_the_sbatch_twin_needs_no_submitit(task, tmp_path, reference):
 @pytest.mark.slow
 def test_accounting_knows_what_the_controller_has_forgotten(task, tmp_path, monkeypatch):
     """One job on a cluster of its own with slurmdbd on MariaDB."""
-    folder = tmp_path / "cluster"
+    folder = Path(tempfile.mkdtemp()) / "cluster"
+    folder.parent.chmod(0o755)  # munge's socket is for everybody
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     monkeypatch.setenv("ACCT", "1")
     run(START, folder)
@@ -210,3 +213,4 @@ def test_accounting_knows_what_the_controller_has_forgotten(task, tmp_path, monk
         assert slurm.job_states([cancelled]) == {cancelled: "CANCELLED"}
     finally:
         run(START, "stop", folder)
+        shutil.rmtree(folder.parent)

@@ -32,7 +32,7 @@ def registry(tmp_path):
     ):
         run = make_run(tmp_path / name, **keys)
         (run / ".slurm").mkdir()
-        log = f"submitit INFO (x) - Starting\n{name} says\n\nsubmitit INFO (x) - Exiting\n"
+        log = f"submitit INFO (x) - Starting\n{name} says\n\nsrun: error: n2: task 1: Killed\n"
         (run / ".slurm" / f"{job}_0_log.out").write_text(log)
         when = f"2026-01-01T00:00:0{job}+00:00"
         jobs.register(own, jobs.Job(name, job, str(run / ".slurm"), [str(run)], when))
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_job_is_named(registry):
 
 
 def test_logs_are_printed_and_followed_to_the_end(registry, states, capsys, monkeypatch):
-    assert command("jobs", "--root", registry, "logs", "going") is None
+    assert command("jobs", "logs", "going", "--root", registry) is None
     assert "going says\n" in capsys.readouterr().out
     log = jobs.find(registry, "going").log(0)
 
