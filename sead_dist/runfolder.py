@@ -59,6 +59,12 @@ def already_finished(config: RunConfig) -> bool:
     # names with a dot: the lock, and files aside, of a process killed before its claim
     if not run.is_dir() or all(path.name.startswith(".") for path in run.iterdir()):
         return False
+    if run.stat().st_uid != os.getuid():
+        # what a resume reads from it would be somebody else's
+        raise UserError(
+            f"output_dir={run} belongs to user {run.stat().st_uid}, and you are {os.getuid()}; "
+            "give a folder of your own"
+        )
     if not (run / "run.json").is_file():
         raise UserError(
             f"output_dir={run} holds other files and no run; give a new or empty folder"

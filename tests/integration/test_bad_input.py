@@ -5,6 +5,7 @@ What is refused is asked for in this process; exit codes and streams in processe
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -322,6 +323,16 @@ def test_a_run_that_has_trained_but_not_saved_is_not_written_over(words, distil,
         distil(words(run, *more, "temperature=5"))
     assert (run / "metrics.jsonl").read_bytes() == before
     distil(words(run, *more))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_run_folder_of_another_user(words, distil, tmp_path):
+    run = distil(words(tmp_path / "run", "max_steps=1"))
+    os.chown(run, 12345, -1)
+    before = contents(run)
+    with pytest.raises(UserError, match="belongs to user 12345, and you are 0; give a folder of"):
+        distil(words(run, "max_steps=1"))
+    assert contents(run) == before
 
 
 def test_an_output_folder_of_other_things(words, distil, tmp_path):

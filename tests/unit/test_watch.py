@@ -1,0 +1,95 @@
+"""The watch over ranks, by the hands of a clock of our own."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from sead_dist.config import WatchConfig
+from sead_dist.distributed import StopFlag, StopRequestedError, World
+from sead_dist.watch import Beat, Watch
+
+LIMITS = WatchConfig(silent_s=10.0, hang_s=100.0)
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """Rank 0 of three, at time 0 of its clock."""
+    (tmp_path / ".ranks").mkdir()
+    made = Watch(tmp_path, World(0, 3, torch.device("cpu")), StopFlag(), LIMITS)
+    made.moved_at = 0.0
+    for peer in made.peers.values():
+        peer.changed_at = peer.moved_at = 0.0
+    return made
+
+
+def beat(watch, rank, count, moves=0, place=0, doing="training, step 3", stop=None):
+    sign = Beat(f"node{rank}", 100 + rank, count, moves, place, doing, stop)
+    watch.path(rank).write_text(json.dumps(asdict(sign)))
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_did(watch):
+    beat(watch, 1, 1)
+    beat(watch, 2, 1)
+    watch.look(1.0)
+    beat(watch, 1, 2)
+    watch.look(9.0)
+    assert watch.verdict(10.9) is None
+    line = watch.verdict(11.1)
+    assert line.startswith("rank 2 (process 102 on node2) has given no sign of life for 10 s")
+    assert "it was at: training, step 3" in line
+
+
+def test_a_rank_that_never_started_is_named(watch):
+    beat(watch, 1, 1)
+    watch.look(10.5)
+    assert watch.verdict(10.6).startswith("rank 2 has given no sign of life")
+    assert "not yet started" in watch.verdict(10.6)
+
+
+def test_when_none_moves_the_rank_that_is_behind_the_others_hangs(watch):
+    watch.place = 8
+    for now in range(0, 200, 5):
+        for rank, place in ((1, 7), (2, 8)):
+            beat(watch, rank, now, moves=3, place=place)
+        watch.look(float(now))
+        expected = None if now <= 100 else "rank 1 (process 101 on node1) hangs: no rank has moved"
+        found = watch.verdict(float(now))
+        assert (found is None) == (expected is None), now
+        assert found is None or found.startswith(expected)
+
+
+def test_a_rank_that_works_on_while_others_wait_is_no_hang(watch):
+    for now in range(0, 1000, 5):
+        beat(watch, 1, now, moves=now // 50)
+        beat(watch, 2, now)
+        watch.look(float(now))
+        assert watch.verdict(float(now)) is None
+
+
+def test_a_rank_that_ended_in_good_order_is_not_mourned(watch):
+    beat(watch, 1, 1)
+    beat(watch, 2, 1)
+    watch.look(1.0)
+    for rank in (1, 2):
+        watch.path(rank).unlink()
+    watch.look(2.0)
+    assert watch.verdict(50.0) is None
+
+
+def test_a_stop_that_was_asked_of_another_rank_is_heard(watch):
+    watch.heed("teacher a")
+    beat(watch, 1, 1, stop=12)
+    watch.look(1.0)
+    assert watch.stop.signal == 12
+    with pytest.raises(StopRequestedError):
+        watch.heed("teacher a")
+
+
+def test_half_a_file_is_passed_over(watch):
+    beat(watch, 1, 1)
+    watch.path(2).write_text('{"host": "no')
+    watch.look(1.0)
+    assert watch.peers[2].beat is None
+    assert watch.peers[1].beat == replace(watch.peers[1].beat, count=1)
