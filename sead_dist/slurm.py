@@ -100,8 +100,8 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
         raise UserError(explain(error, known, "configs/slurm/base.yaml")) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
-            f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would "
-            "be told to stop before it gets anywhere; give more time or a shorter delay"
+            f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"
+            " be told to stop before it gets anywhere; give more time or a shorter delay"
         )
     return settings
 
