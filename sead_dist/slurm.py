@@ -7,6 +7,7 @@ import difflib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,10 @@ said=$(cat "$folder/$job".*.exit 2>/dev/null | wc -l)
 lost=$(cat "$folder/$job.lost" 2>/dev/null | wc -l)
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [ "$code" -ne 0 ] && [ "$said" -lt {tasks} ] && [ "$state" = RUNNING ]; then
-    if [ "$lost" -lt {restarts} ]; then
+    if [ "$code" -eq {early} ]; then
+        echo "sead-dist: notice came before the run could listen; job $job is queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ "$lost" -lt {restarts} ]; then
         echo "$code" >>"$folder/$job.lost"
         echo "sead-dist: a rank was killed or lost (exit code $code);" \\
             "starting again from the last checkpoint, $((lost + 1)) of at most {restarts} times"
@@ -94,10 +98,10 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     except ValidationError as error:
         known = list(SlurmSettings.model_fields)
         raise UserError(explain(error, known, "configs/slurm/base.yaml")) from None
-    if minutes(settings.time) * 60 <= settings.signal_delay:
+    if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
-            f"signal_delay={settings.signal_delay} s is all of time={settings.time}; the run would "
-            "be told to stop at once; give more time or a shorter delay"
+            f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"
+            " be told to stop before it gets anywhere; give more time or a shorter delay"
         )
     return settings
 
@@ -143,7 +147,8 @@ def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[
         srun.append(f"--cpus-per-task={settings.cpus_per_task}")
         setup.append(f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{settings.cpus_per_task}}}")
     tasks = settings.gpus_per_node or 1
-    restart = RESTART.format(tasks=settings.nodes * tasks, restarts=settings.restarts)
+    early = 128 + signal.SIGUSR2
+    restart = RESTART.format(tasks=settings.nodes * tasks, restarts=settings.restarts, early=early)
     given = {
         "job_name": name,
         "partition": settings.partition,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from small import model_bytes, records
-from submitted import PYTHON_FIRST, START, STEPS, Submitted, kill_rank, needed, run, until
+from submitted import PYTHON_FIRST, START, STEPS, Submitted, kill_rank, needed, rank_pid, run, until
 
 from sead_dist import jobs, slurm
 from sead_dist.errors import RunError, UserError
@@ -60,6 +60,22 @@ def test_a_signal_before_the_time_limit_saves_and_queues_again(submitted, refere
     until(lambda: submitted.starts() == 2, "the second start")
     assert f"saved; job {submitted.id} is queued again" in submitted.log()
     submitted.check_done(reference, starts=2)
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_is_no_end(submitted, reference):
+    """SLURM looks at limits twice a minute, and the run would be over before: so it is held."""
+    submitted.submit("--signal-delay", 110)
+    submitted.reach(10)
+    ranks = [rank_pid(submitted.id, rank) for rank in (0, 1)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    run("scontrol", "update", f"JobId={submitted.id}", "TimeLimit=2")
+    # the notice wakes them
+    until(lambda: submitted.state() != "RUNNING", "the end of the first start")
+    run("scontrol", "update", f"JobId={submitted.id}", "TimeLimit=10")
+    submitted.check_done(reference, starts=2)
+    assert f"saved; job {submitted.id} is queued again" in submitted.log()
 
 
 def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(submitted, reference):

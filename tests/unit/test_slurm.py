@@ -50,7 +50,7 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("time: 1:00:00", "time=3600: input should be a valid string"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
         ('time: "0"', "no time at all"),
-        ('{time: "2", signal_delay: 120}', "signal_delay=120 s is all of time=2"),
+        ('{time: "3", signal_delay: 120}', "signal_delay=120 s is most of time=3"),
         ("- nodes", "holds no settings"),
     ],
 )
@@ -215,6 +215,7 @@ def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
         (137, 1, 0, "RUNNING", True),  # one rank was killed, the other said that it lost it
         (137, 0, 2, "RUNNING", True),  # all were, for the third time
         (137, 0, 3, "RUNNING", False),  # once too often
+        (140, 0, 3, "RUNNING", True),  # told to stop before it could listen: does not count
         (2, 2, 0, "RUNNING", False),  # every rank said what was wrong
         (137, 0, 0, "COMPLETING", False),  # cancelled, or queued again by SLURM
     ],
@@ -251,7 +252,7 @@ def test_a_job_starts_again_where_a_rank_ended_without_a_word_with_stand_ins_for
     assert done.returncode == code
     assert (tmp_path / "ran").exists()
     assert (tmp_path / "asked").exists() == again, done.stdout + done.stderr
-    assert ("starting again" in done.stdout) == again
+    assert ("starting again" in done.stdout) == (again and code == 137)
 
 
 def test_states_come_from_sacct_where_squeue_has_forgotten(monkeypatch):
