@@ -22,6 +22,7 @@ OURS = {
     "fp16": "precision",
     "torch_autocast": "precision",
 }
+OFFLOADS = ("offload_optimizer", "offload_param")
 # other ways to split a student that Accelerate knows
 FOREIGN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
@@ -176,9 +177,6 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
