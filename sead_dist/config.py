@@ -126,6 +126,7 @@ class RunConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)]
     precision: Precision
     deterministic: bool
+    deepspeed: Annotated[str | None, Operational]
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
     grace_s: Annotated[float | None, Field(gt=0), Operational]

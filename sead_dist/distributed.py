@@ -23,6 +23,14 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
+# how starters that are no torch launchers say how many processes they started
+STARTERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+
 
 @dataclass(frozen=True)
 class World:
@@ -46,6 +54,7 @@ def join_world() -> World:
 
     A process group that is already there is used. Raises UserError when variables are missing.
     """
+    refuse_other_world()
     refuse_lone_process()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     # `accelerate launch --cpu` writes True
@@ -68,6 +77,24 @@ def join_world() -> World:
     exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), device, exchange, control)
+
+
+def refuse_other_world() -> None:
+    """Raises UserError where processes were started that do not know of each other: each would
+    train alone, or in a world of another size than the launcher's."""
+    for name, starter in STARTERS.items():
+        count = os.environ.get(name, "1")
+        if count.isdigit() and int(count) > 1 and "WORLD_SIZE" not in os.environ:
+            raise UserError(
+                f"{starter} started {count} processes ({name}={count}) but WORLD_SIZE is not set, "
+                "so each would train alone; start with torchrun --nproc_per_node N -m sead_dist ..."
+            )
+    asked = os.environ.get("WORLD_SIZE")
+    if dist.is_initialized() and asked is not None and int(asked) != dist.get_world_size():
+        raise UserError(
+            f"WORLD_SIZE={asked}, but the process group has {dist.get_world_size()} ranks; start "
+            "every process by one launcher"
+        )
 
 
 def refuse_lone_process() -> None:

@@ -1,4 +1,4 @@
-"""The student under Accelerate: prepare, forward, backward, step, save, load.
+"""The student under Accelerate or DeepSpeed: prepare, forward, backward, step, save, load.
 
 The only file that imports accelerate. Loss terms arrive normalised over the valid rows of the
 global batch (invariant 2), so micro-batches and ranks are summed here, never averaged.
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, get_scheduler
 from sead_dist.config import RunConfig
 from sead_dist.distributed import World
 from sead_dist.errors import UserError
+from sead_dist.zero import ZeroStudent
+from sead_dist.zeroconfig import zero_config
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Transformers' own "constant" has no warm-up
@@ -58,14 +60,16 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, config: RunConfig, world: World, total_steps: int
     ) -> None:
+        zero = zero_config(config, world.size)
         # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
-        self.accelerator = Accelerator(
-            mixed_precision=MIXED[config.precision],
-            cpu=world.device.type == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-            log_with=config.tracker,
-            project_dir=config.output_dir,
-        )
+        with deepspeed_is_ours():
+            self.accelerator = Accelerator(
+                mixed_precision=MIXED[config.precision],
+                cpu=world.device.type == "cpu",
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+                log_with=config.tracker,
+                project_dir=config.output_dir,
+            )
         check_world(self.accelerator.num_processes, world)
         self.world = world
         self.max_grad_norm = config.max_grad_norm
@@ -79,7 +83,13 @@ class Engine:
             num_training_steps=total_steps,
         )
         self.model: nn.Module
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.zero: ZeroStudent | None = None
+        self.deepspeed = zero.name if zero is not None else None
+        if zero is None:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        else:
+            self.zero = ZeroStudent(model, optimizer, zero, world)
+            self.model, self.optimizer = self.zero.engine, optimizer
 
     @property
     def learning_rate(self) -> float:
@@ -103,7 +113,10 @@ class Engine:
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Gradients are exchanged between ranks in the last micro-batch of a step only."""
-        if last or self.world.size == 1:
+        if self.zero is not None:
+            with self.zero.accumulate(last):
+                yield
+        elif last or self.world.size == 1:
             yield
         else:
             with self.accelerator.no_sync(self.model):
@@ -112,10 +125,17 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share. The wrapper averages over ranks; the loss is a
         sum over them, hence the factor."""
-        self.accelerator.backward(loss * self.world.size)
+        if self.zero is not None:
+            self.zero.backward(loss * self.world.size)
+        else:
+            self.accelerator.backward(loss * self.world.size)
 
     def step(self) -> float:
         """One optimiser step; returns the gradient's norm before clipping."""
+        if self.zero is not None:
+            norm = self.zero.step()
+            self.schedule.step()
+            return norm
         norm = 0.0
         if self.max_grad_norm > 0:
             clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -125,18 +145,32 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole student, on rank 0. Every rank calls this."""
+        return self.zero.weights() if self.zero is not None else unshared(self.module)
+
     def save_weights(self, folder: Path) -> None:
-        """The student, written by rank 0 (ranks hold equal weights)."""
+        """The student, written by rank 0. Every rank calls this."""
+        weights = self.weights()
         if self.world.is_main:
-            tensors = {name: t.contiguous() for name, t in unshared(self.module).items()}
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(tensors, folder / "student.safetensors")
 
+    def load_weights(self, folder: Path) -> None:
+        """The weights that `save_weights` wrote, on every rank."""
+        weights = load_file(folder / "student.safetensors")
+        if self.zero is not None:
+            self.zero.load_weights(weights)
+        else:
+            self.module.load_state_dict(weights, strict=False)
+
     def save(self, folder: Path) -> None:
-        """Student, optimiser and schedule."""
+        """Student, optimiser and schedule: the same files with and without DeepSpeed."""
+        optimizer = self.zero.optimizer_state() if self.zero else self.optimizer.state_dict()
         self.save_weights(folder)
         if self.world.is_main:
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             }
@@ -144,9 +178,12 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
-        load_student(self.module, folder)
+        self.load_weights(folder)
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.zero is not None:
+            self.zero.load_optimizer_state(state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -163,6 +200,8 @@ class Engine:
         process may want another precision. (Its own end_training would end the process group.)"""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        if self.zero is not None:
+            self.zero.close()
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -176,11 +215,6 @@ def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(tensor.data_ptr())
             state[name] = tensor
     return state
-
-
-def load_student(model: nn.Module, folder: Path) -> None:
-    """The weights that `Engine.save` wrote, into a model of the same shape."""
-    model.load_state_dict(load_file(folder / "student.safetensors"), strict=False)
 
 
 def check_tracker(name: str | None) -> None:
@@ -207,3 +241,15 @@ def check_world(seen: int, world: World) -> None:
             f"(ACCELERATE_USE_CPU={setting}); start with "
             f"torchrun --nproc_per_node {world.size} -m sead_dist ..."
         )
+
+
+@contextmanager
+def deepspeed_is_ours() -> Iterator[None]:
+    """Accelerate must not see that its launcher asked for DeepSpeed: on a CPU it would ignore that
+    without a word, and elsewhere wrap the student a second time."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked

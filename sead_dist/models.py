@@ -7,7 +7,7 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +162,21 @@ def head_weights(model: PreTrainedModel) -> list[str]:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int
+    model: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int,
 ) -> None:
     """model.safetensors, config with label names, and the tokeniser, as Transformers reads them.
 
-    Written aside and renamed. Raises RunError when that fails.
+    weights: the model's state, of which the model itself may hold a part only. Written aside and
+    renamed. Raises RunError when that fails.
     """
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside, safe_serialization=True)
+        model.save_pretrained(aside, state_dict=dict(weights), safe_serialization=True)
         tokenizer.model_max_length = max_length
         tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)

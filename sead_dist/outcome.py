@@ -13,8 +13,7 @@ import torch
 
 from sead_dist.checkpoint import TrainState
 from sead_dist.data import Split
-from sead_dist.distributed import barrier, from_main, gather_objects
-from sead_dist.engine import load_student
+from sead_dist.distributed import from_main, gather_objects
 from sead_dist.ensemble import combine
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.models import save_model
@@ -92,6 +91,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "peak_memory_bytes": gather_objects(parts.world, peak_memory(parts.world.device)),
         "world_size": parts.world.size,
         "placement": placement_word(parts),
+        "deepspeed": parts.engine.deepspeed,
         "train_rows": len(parts.splits.train),
         "transfer_rows": parts.examples.transfer_rows,
         "base_model": start if is_hub_id else None,
@@ -114,11 +114,11 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     run = Path(config.output_dir)
     longest = fitting_length(config.max_length, parts.engine.module.config)
     if state.best_step is not None:
-        load_student(parts.engine.module, parts.checkpointer.best_folder(state.best_step))
-    barrier(world)
+        parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
+    weights = parts.engine.weights()
     from_main(
         world,
-        lambda: save_model(parts.engine.module, parts.tokenizer, run / "model", longest),
+        lambda: save_model(parts.engine.module, weights, parts.tokenizer, run / "model", longest),
     )
     splits = {"selection": parts.splits.selection, **parts.splits.official}
     scores: dict[str, Any] = {}

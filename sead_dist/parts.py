@@ -33,6 +33,7 @@ from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.watch import Watch, watching
+from sead_dist.zeroconfig import zero_config
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     check_shared(world, {"output_dir": run, **({"store": store} if config.teachers else {})})
     check_tracker(config.tracker)
     check_arithmetic(config.precision, world.device)
+    zero_config(config, world.size)  # its mistakes come to light before anything is read
     notes: list[str] = []
     task, examples, tokenizer, model = on_every_rank(
         world, lambda: read_inputs(config, notes.append)

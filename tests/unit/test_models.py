@@ -184,7 +184,8 @@ def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
 
     from sead_dist.grammar import grammar_tokenizer
 
-    save_model(build_model(), grammar_tokenizer(), tmp_path, 32)
+    model = build_model()
+    save_model(model, model.state_dict(), grammar_tokenizer(), tmp_path, 32)
     found = pipeline("text-classification", str(tmp_path))("the plot was good")
     assert found[0]["label"] in ("negative", "positive")
     assert (tmp_path / "model.safetensors").is_file()
