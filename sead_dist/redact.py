@@ -1,4 +1,7 @@
-"""What may leave this machine: values without secrets and without local paths."""
+"""What may leave this machine: values without secrets and without local paths.
+
+What stays (a run's log and record of its command) keeps its paths, and no secrets either.
+"""
 
 import re
 from collections.abc import Mapping
@@ -32,6 +35,15 @@ def redact(value: Any) -> Any:
     if WHOLE_PATH.match(text):  # perhaps with spaces in it
         return PurePosixPath(text.replace("\\", "/")).name
     return FOLDERS.sub("", text)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without access tokens and what stands for a password in a URL, local paths kept; of a
+    KEY=VALUE word whose key names a secret, the key alone."""
+    key, is_word, _ = text.partition("=")
+    if is_word and key.strip() == key and _is_secret(key, text):
+        return f"{key}=[removed]"
+    return SECRET_VALUE.sub("[removed]", SECRET_IN_URL.sub("[removed]", text))
 
 
 def _is_secret(key: str, value: object) -> bool:

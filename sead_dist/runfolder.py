@@ -18,6 +18,7 @@ from typing import Any
 from sead_dist.checkpoint import Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
 from sead_dist.errors import UserError
+from sead_dist.redact import without_secrets
 from sead_dist.runlog import (
     environment,
     is_finished,
@@ -105,11 +106,11 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     run.mkdir(parents=True, exist_ok=True)
     given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
     # first: whatever else lies here belongs to a claim
-    write_json(record, {**given, "command": sys.argv[1:]})
+    write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
     if Path(config.task).is_file():
         shutil.copyfile(config.task, run / "task.yaml")
     with written_aside(run / "config.yaml") as aside:
-        aside.write_text(dump_config(config), encoding="utf-8")
+        aside.write_text(without_secrets(dump_config(config)), encoding="utf-8")
     write_json(run / "environment.json", environment())
 
 

@@ -22,6 +22,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from sead_dist.errors import UserError
+from sead_dist.redact import without_secrets
 
 PROGRESS = "progress.json"
 PACKAGES = (
@@ -188,6 +189,7 @@ class RunLog:
         """Put one line on the console and, with the time, into log.txt."""
         if not self.is_main:
             return
+        line = without_secrets(line)
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
         self._print(line)

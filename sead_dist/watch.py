@@ -63,7 +63,7 @@ class Watch:
         now = time.monotonic()
         others = [rank for rank in range(world.size) if rank != world.rank]
         self.peers = {rank: Peer(None, now, now) for rank in others}
-        self.moved_at = now
+        self.moved_at = self.looked_at = now
 
     def path(self, rank: int) -> Path:
         return self.run / FOLDER / f"rank-{rank}.json"
@@ -103,6 +103,12 @@ class Watch:
 
     def look(self, now: float) -> None:
         """Read the others' signs of life, and hear of a stop that was asked of one of them."""
+        if now - self.looked_at > self.limits.silent_s / 2:
+            # this process was itself suspended, perhaps with all the others: count anew
+            self.moved_at = now
+            for peer in self.peers.values():
+                peer.changed_at = peer.moved_at = now
+        self.looked_at = now
         for rank, peer in self.peers.items():
             try:
                 beat = Beat(**json.loads(self.path(rank).read_text(encoding="utf-8")))

@@ -18,7 +18,7 @@ def watch(tmp_path):
     """Rank 0 of three, at time 0 of its clock."""
     (tmp_path / ".ranks").mkdir()
     made = Watch(tmp_path, World(0, 3, torch.device("cpu")), StopFlag(), LIMITS)
-    made.moved_at = 0.0
+    made.moved_at = made.looked_at = 0.0
     for peer in made.peers.values():
         peer.changed_at = peer.moved_at = 0.0
     return made
@@ -33,6 +33,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_di
     beat(watch, 1, 1)
     beat(watch, 2, 1)
     watch.look(1.0)
+    watch.look(5.0)
     beat(watch, 1, 2)
     watch.look(9.0)
     assert watch.verdict(10.9) is None
@@ -42,8 +43,10 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_di
 
 
 def test_a_rank_that_never_started_is_named(watch):
-    beat(watch, 1, 1)
-    watch.look(10.5)
+    for now in (3.0, 6.0, 9.0):
+        beat(watch, 1, int(now))
+        watch.look(now)
+    assert watch.verdict(9.9) is None
     assert watch.verdict(10.6).startswith("rank 2 has given no sign of life")
     assert "not yet started" in watch.verdict(10.6)
 
@@ -85,6 +88,17 @@ def test_a_stop_that_was_asked_of_another_rank_is_heard(watch):
     assert watch.stop.signal == 12
     with pytest.raises(StopRequestedError):
         watch.heed("teacher a")
+
+
+def test_an_observer_that_was_suspended_itself_counts_anew(watch):
+    beat(watch, 1, 1)
+    beat(watch, 2, 1)
+    watch.look(1.0)
+    watch.look(500.0)
+    assert watch.verdict(500.0) is None
+    watch.look(504.0)
+    watch.look(508.0)
+    assert watch.verdict(510.1).startswith("rank 1 ")
 
 
 def test_half_a_file_is_passed_over(watch):
