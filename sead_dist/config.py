@@ -18,7 +18,8 @@ from sead_dist.errors import UserError
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
-Placement = Literal["auto", "colocated", "partitioned"]
+Placed = Literal["colocated", "partitioned", "sharded"]
+Placement = Literal["auto"] | Placed
 Labels = list[str] | Literal["task_order"] | None
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
@@ -58,10 +59,12 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     path: str
     name: str | None = None
-    placement: Literal["colocated", "partitioned"] | None = None
+    placement: Placed | None = None
+    offload: bool = False
     labels: Labels = None
     revision: str | None = None
     dtype: Precision | None = None
+    weights: Literal["int8"] | None = None
     max_length: Annotated[int | None, Field(gt=0)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
 
@@ -107,6 +110,7 @@ class RunConfig(Section):
     teacher_precision: Precision
     look_ahead: Annotated[int, Field(gt=0), Operational]
     gate: Annotated[Literal["on", "off"], Operational]
+    drift: Annotated[Literal["on", "off"], Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     ensemble: EnsembleMethod

@@ -135,14 +135,16 @@ def build_teacher(
     return model.eval().requires_grad_(False)
 
 
-def new_classifier(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def new_classifier(
+    config: PretrainedConfig, trust_remote_code: bool = False, dtype: str = "fp32"
+) -> PreTrainedModel:
     """A sequence classifier of this shape with new weights, from torch's seed.
 
     Raises UserError for a shape that no model can have.
     """
     try:
         return AutoModelForSequenceClassification.from_config(
-            config, trust_remote_code=trust_remote_code
+            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -28,8 +28,9 @@ from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_spl
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.layout import default_store
-from sead_dist.teachers.placement import choose_placements, home_ranks
+from sead_dist.teachers.placement import check_placements, choose_placements, home_ranks
 from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.sharded import check_shardable
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.watch import Watch, watching
@@ -157,6 +158,7 @@ def hire(
 ) -> StoredSource:
     """The teacher source over the store in `folder`, with every teacher placed."""
     placements, reason = choose_placements(teachers, config.placement, world)
+    on_every_rank(world, lambda: check_placed(config, teachers, placements))
     homes = home_ranks(teachers, placements, world.size)
     log.say(reason)
     report = log.say if world.is_main else _on_stderr
@@ -175,6 +177,14 @@ def hire(
     )  # fmt: skip
     stack.callback(source.close)
     return source
+
+
+def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
+    """Raises UserError where a teacher cannot be placed as it should be."""
+    check_placements(teachers, placements)
+    for teacher, placement in zip(teachers, placements, strict=True):
+        if placement == "sharded":
+            check_shardable(teacher, config.trust_remote_code)
 
 
 def _on_stderr(line: str) -> None:

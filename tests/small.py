@@ -23,6 +23,7 @@ TASK = TaskSpec(name="small", kind="classification", text_a="{sentence}", labels
 SHAPES = {
     "bert": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "roberta": {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "albert": {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
     "electra": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "distilbert": {"hidden_dim": 64, "n_layers": 1, "n_heads": 2, "dim": 32},
     # these know no attention but their own
@@ -33,7 +34,7 @@ SHAPES = {
 
 def shape(kind: str = "bert", **more) -> dict:
     sizes = dict(SHAPES[kind]) if kind == "distilbert" else {"hidden_size": 32, **SHAPES[kind]}
-    if kind == "electra":
+    if kind in ("electra", "albert"):
         sizes["embedding_size"] = 32
     return {"model_type": kind, **sizes, "max_position_embeddings": 80, **more}
 

@@ -7,7 +7,8 @@ guard. Where `free_rows_from` finds that on this backend bits do not depend on t
 batches are only filled up to that many rows, and have a guard only where no row of theirs is
 shorter. (Invariant 3; our own scheme.)
 
-Shapes: R rows of a request, C the model's own classes, L tokens, H hidden.
+Shapes: R rows of a request, P rows of one batch (or their positions in the request), C the model's
+own classes, L tokens, H hidden.
 """
 
 import copy
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data import TokenTable
 from sead_dist.models import DTYPES, new_classifier
+from sead_dist.teachers.quantize import quantize
 
 SHAPE_TABLE = "shapes-1"
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
@@ -75,6 +77,37 @@ def fill(inputs: dict[str, torch.Tensor], rows: int, choices: int) -> dict[str, 
     return filled
 
 
+def batch_inputs(
+    tokens: TokenTable,
+    rows_P: np.ndarray,
+    length: int,
+    device: torch.device,
+    free_from: int | None,
+) -> dict[str, torch.Tensor]:
+    """Model inputs of these examples, filled up to the rows that their bits ask for."""
+    rows = rows_per_batch(length, device.type)
+    inputs = tokens.pad(rows_P, length)
+    if free_from is not None:
+        guard = int(inputs["attention_mask"].all())
+        rows = min(rows, max(free_from, len(rows_P) + guard))
+    if rows > len(rows_P):
+        inputs = fill(inputs, rows, tokens.choices)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def own_logits(logits: torch.Tensor, part_P: np.ndarray, choices: int) -> np.ndarray:
+    """logits_PC of a batch's examples, float32, without the spare rows.
+
+    Raises NotFiniteError.
+    """
+    count = len(part_P)
+    logits_PC = logits[: count * choices].float().reshape(count, -1).cpu()
+    finite_P = torch.isfinite(logits_PC).all(dim=1)
+    if not bool(finite_P.all()):
+        raise NotFiniteError(int(part_P[int((~finite_P).nonzero()[0])]))
+    return logits_PC.numpy()
+
+
 @torch.inference_mode()
 def predict(
     model: PreTrainedModel,
@@ -91,23 +124,10 @@ def predict(
 
     Raises NotFiniteError.
     """
-    choices = tokens.choices
     lengths_R = tokens.lengths_B()[rows_R]
-    for part, length in cut_into_batches(lengths_R, device.type, longest):
-        rows = rows_per_batch(length, device.type)
-        inputs = tokens.pad(rows_R[part], length)
-        if free_from is not None:
-            guard = int(inputs["attention_mask"].all())
-            rows = min(rows, max(free_from, len(part) + guard))
-        if rows > len(part):
-            inputs = fill(inputs, rows, choices)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        logits = model(**inputs).logits[: len(part) * choices].float()
-        logits_PC = logits.reshape(len(part), -1).cpu()
-        finite_P = torch.isfinite(logits_PC).all(dim=1)
-        if not bool(finite_P.all()):
-            raise NotFiniteError(int(part[int((~finite_P).nonzero()[0])]))
-        done(part, logits_PC.numpy())
+    for part_P, length in cut_into_batches(lengths_R, device.type, longest):
+        inputs = batch_inputs(tokens, rows_R[part_P], length, device, free_from)
+        done(part_P, own_logits(model(**inputs).logits, part_P, tokens.choices))
 
 
 def probe_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -120,7 +140,9 @@ def probe_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 @torch.inference_mode()
-def free_rows_from(config: PretrainedConfig, dtype: str, device: torch.device) -> int | None:
+def free_rows_from(
+    config: PretrainedConfig, dtype: str, device: torch.device, weights: str | None = None
+) -> int | None:
     """Self-check: the fewest rows from which a batch's bits do not depend on how many rows it has,
     on this backend with its present threads; None when they do depend.
 
@@ -133,6 +155,8 @@ def free_rows_from(config: PretrainedConfig, dtype: str, device: torch.device) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = new_classifier(probe_config(config)).to(device, DTYPES[dtype]).eval()
+            if weights is not None:
+                quantize(model)
         torch.set_num_threads(1)
         for length in CHECK_LENGTHS:
             full = rows_per_batch(length, device.type)

@@ -2,7 +2,8 @@
 the other ranks always receive (invariant 8).
 
 colocated: every rank holds the teacher and owns an equal share of the rows. partitioned: one rank
-holds the whole teacher and owns all of its rows.
+holds the whole teacher and owns all of its rows. sharded: every rank holds an equal part of the
+teacher's parameters and owns an equal share of the rows.
 
 Shapes: N teachers, R requested examples, W ranks.
 """
@@ -15,6 +16,7 @@ import psutil
 import torch
 
 from sead_dist.distributed import World, gather_objects
+from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.roster import Teacher
 
@@ -30,22 +32,66 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // neighbours
 
 
+def held_bytes(weights: int, placement: str, size: int) -> int:
+    """Bytes of a teacher's weights that a rank which holds it keeps between forwards. A sharded
+    teacher's largest layers, and what is in no layer, come on top while it computes."""
+    return -(-weights // size) if placement == "sharded" else weights
+
+
 def choose_placements(
     teachers: Sequence[Teacher], default: str, world: World
 ) -> tuple[list[str], str]:
-    """Each teacher's placement, and one line that says why. `auto`: colocated while all teachers
-    fit into half of the smallest rank's free memory, since then work is spread evenly."""
-    whole = sum(teacher.bytes for teacher in teachers)
+    """Each teacher's placement, and one line that says why.
+
+    `auto`: a teacher too large for half of the smallest rank's free memory is sharded, where there
+    are ranks to share it. The others are colocated while all together fit into that half, since
+    then work is spread evenly, else partitioned.
+    """
+    if default != "auto":
+        placements = [teacher.entry.placement or default for teacher in teachers]
+        return placements, f"placement {default}, as asked"
     free = min(gather_objects(world, free_bytes(world.device)))
-    chosen = default
-    reason = f"placement {default}, as asked"
-    if default == "auto":
-        chosen = "colocated" if whole <= TEACHER_SHARE * free else "partitioned"
-        reason = (
-            f"placement {chosen}: teachers take {whole / 2**20:.0f} MiB together, "
-            f"{free / 2**20:.0f} MiB are free on the smallest rank"
-        )
-    return [teacher.entry.placement or chosen for teacher in teachers], reason
+    room = int(TEACHER_SHARE * free)
+    large = [world.size > 1 and teacher.bytes > room for teacher in teachers]
+    wishes = [
+        teacher.entry.placement or ("sharded" if is_large else "colocated")
+        for teacher, is_large in zip(teachers, large, strict=True)
+    ]
+    held = [
+        held_bytes(teacher.bytes, wish, world.size)
+        for teacher, wish in zip(teachers, wishes, strict=True)
+    ]
+    chosen = "colocated" if sum(held) <= room else "partitioned"
+    placements = [
+        teacher.entry.placement or ("sharded" if is_large else chosen)
+        for teacher, is_large in zip(teachers, large, strict=True)
+    ]
+    reason = (
+        f"placement {', '.join(dict.fromkeys(placements))}: teachers take "
+        f"{sum(teacher.bytes for teacher in teachers) / 2**20:.0f} MiB together, "
+        f"{free / 2**20:.0f} MiB are free on the smallest rank"
+    )
+    return placements, reason
+
+
+def is_split(teacher: Teacher, placement: str, world: World) -> bool:
+    """Whether a teacher runs in parts: in a world of one only for the sake of its offload."""
+    return placement == "sharded" and (world.size > 1 or teacher.entry.offload)
+
+
+def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
+    """Raises UserError for an entry whose keys its placement cannot honour."""
+    for teacher, placement in zip(teachers, placements, strict=True):
+        if teacher.entry.offload and placement != "sharded":
+            raise UserError(
+                f"teacher {teacher.name}: offload=true is for placement=sharded, and it is "
+                f"{placement}; give its entry placement: sharded, or leave offload out"
+            )
+        if teacher.entry.weights is not None and placement == "sharded":
+            raise UserError(
+                f"teacher {teacher.name}: weights={teacher.entry.weights} cannot be split over "
+                "ranks (placement=sharded); give its entry another placement, or dtype: bf16"
+            )
 
 
 def home_ranks(teachers: Sequence[Teacher], placements: Sequence[str], size: int) -> list[int]:

@@ -9,7 +9,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from sead_dist.config import RunConfig, TeacherConfig
 from sead_dist.distributed import World, gather_objects, on_every_rank
 from sead_dist.errors import UserError
-from sead_dist.models import align_classes, head_weights, label_names, outline, width
+from sead_dist.models import DTYPES, align_classes, head_weights, label_names, outline, width
 from sead_dist.pretrained import (
     Checkpoint,
     check_vocabulary,
@@ -36,6 +36,7 @@ from sead_dist.pretrained import (
 )
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.forward import SHAPE_TABLE, free_rows_from
+from sead_dist.teachers.quantize import check_quantize, quantizer
 from sead_dist.teachers.store import TeacherKey
 
 # parts of a model's config that say nothing about its logits
@@ -79,6 +80,7 @@ class Teacher:
             "parameters": self.parameters,
             "max_length": self.max_length,
             "dtype": self.dtype,
+            "weights": self.entry.weights,
         }
 
 
@@ -94,23 +96,25 @@ def names_of(entries: Sequence[TeacherConfig]) -> list[str]:
 
 
 def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
-    """(parameters without embeddings of words, bytes in fp32), from the files' headers.
+    """(parameters without embeddings of words, those of embeddings of words), from the files'
+    headers.
 
     Raises UserError where a weight of `head` is not in them.
     """
-    counted = whole = 0
+    counted = words = 0
     missing = set(head)
     for path in weight_files(checkpoint):
         if path.suffix != ".safetensors":  # an old file says what it holds only when it is loaded
-            total = path.stat().st_size // 4
-            return total, total * 4
+            return path.stat().st_size // 4, 0
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     count = math.prod(file.get_slice(name).get_shape())
-                    whole += count
                     missing.discard(name)
-                    counted += 0 if "word_embeddings" in name else count
+                    if "word_embeddings" in name:
+                        words += count
+                    else:
+                        counted += count
         except SafetensorError as error:
             raise UserError(
                 f"{checkpoint.name}: its weights cannot be read: {path.name}: {error}; "
@@ -121,7 +125,14 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
             f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
             "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
         )
-    return counted, whole * 4
+    return counted, words
+
+
+def weight_bytes(parameters: int, words: int, dtype: str, weights: str | None) -> int:
+    """Memory of a teacher's weights. In int8 all but the embeddings of words are counted at one
+    byte: nearly all of them are in linear layers."""
+    each = DTYPES[dtype].itemsize
+    return parameters * (1 if weights == "int8" else each) + words * each
 
 
 def device_model(device: torch.device) -> str:
@@ -138,8 +149,13 @@ def device_model(device: torch.device) -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def numerics_class(device: torch.device, dtype: str, attention: str, free_rows: int | None) -> str:
-    """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3)."""
+def numerics_class(
+    device: torch.device, dtype: str, weights: str | None, attention: str, free_rows: int | None
+) -> str:
+    """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
+
+    Placement is not in it: a sharded teacher's weights are gathered before they are used.
+    """
     facts: dict[str, Any] = {
         "device": device_model(device),
         "torch": torch.__version__,
@@ -148,6 +164,8 @@ def numerics_class(device: torch.device, dtype: str, attention: str, free_rows: 
         "attention": attention,
         "shapes": f"{SHAPE_TABLE}-{device.type}",
     }
+    if weights is not None:
+        facts["weights"] = quantizer()
     if free_rows is None and device.type == "cpu":
         # the self-check found that bits depend on how work is split: over threads as well
         facts["threads"] = torch.get_num_threads()
@@ -193,7 +211,7 @@ def _call(
     hashes: Sequence[str],
 ) -> list[Teacher]:
     entries = config.teachers
-    checked: dict[tuple[str, str], int | None] = {}
+    checked: dict[tuple[str, str, str | None], int | None] = {}
     teachers: list[Teacher] = []
     for entry, name, checkpoint, weights in zip(
         entries, names_of(entries), checkpoints, hashes, strict=True
@@ -206,13 +224,16 @@ def _call(
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
         tokens = tokenizer_hash(tokenizer)
-        kind = (json.dumps(shape.to_diff_dict(), sort_keys=True, default=str), dtype)
+        if entry.weights is not None:
+            check_quantize(name)
+        facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
+        kind = (facts, dtype, entry.weights)
         if kind not in checked:
-            checked[kind] = free_rows_from(shape, dtype, device)
+            checked[kind] = free_rows_from(shape, dtype, device, entry.weights)
         parts = outline(shape, config.trust_remote_code)
         attention = parts.config._attn_implementation
-        numerics = numerics_class(device, dtype, attention, checked[kind])
-        parameters, size = size_of(checkpoint, head_weights(parts))
+        numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
+        parameters, words = size_of(checkpoint, head_weights(parts))
         classes = len(task.labels) if task.kind == "choice" else width(task)
         key = TeacherKey(
             _fingerprint(weights, shape, tokens, max_length), numerics, entry.path, classes
@@ -220,11 +241,25 @@ def _call(
         teachers.append(
             Teacher(
                 entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length, longest,
-                dtype, weights, parameters, size if dtype == "fp32" else size // 2, key,
-                checked[kind],
+                dtype, weights, parameters, weight_bytes(parameters, words, dtype, entry.weights),
+                key, checked[kind],
             )
         )  # fmt: skip
     return teachers
+
+
+def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
+    """The same teacher, computing in fp32 with its weights as they are in its files."""
+    free_rows = free_rows_from(teacher.config, "fp32", device)
+    attention = json.loads(teacher.key.numerics)["attention"]
+    numerics = numerics_class(device, "fp32", None, attention, free_rows)
+    return replace(
+        teacher,
+        entry=teacher.entry.model_copy(update={"dtype": "fp32", "weights": None}),
+        dtype="fp32",
+        key=replace(teacher.key, numerics=numerics),
+        free_rows=free_rows,
+    )
 
 
 def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:

@@ -1,17 +1,18 @@
 """The teacher source: looks predictions up, computes what is missing, keeps it, exchanges it.
 
 One thread serves requests in the order they were submitted and alone uses the exchange process
-group, so collectives are issued in one order on every rank (invariant 8).
+group, so collectives are issued in one order on every rank (invariant 8). Within a request sharded
+teachers come first: their forwards are all ranks' common work, the others' each rank's own.
 
 Shapes: N teachers, R requested examples, U unique examples of a split, C classes (task order), M
 examples of one rank.
 """
 
-import json
-import time
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,14 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.models import build_teacher
 from sead_dist.teachers.base import Request, TeacherLogits
 from sead_dist.teachers.forward import NotFiniteError, predict
-from sead_dist.teachers.placement import owners
+from sead_dist.teachers.journal import Journal
+from sead_dist.teachers.placement import is_split, owners
+from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.sharded import TornForwardError, build_sharded, predict_together
 from sead_dist.teachers.store import PredictionStore, Table
 
+T = TypeVar("T")
 # a killed run loses at most so many predictions of a teacher
 ROWS_PER_BLOCK = 4096
 
@@ -35,8 +40,8 @@ ROWS_PER_BLOCK = 4096
 class StoredSource:
     """Answers requests from the store and, where rows are missing, from the teachers.
 
-    Models are loaded when a row is first missing. `journal` is this rank's file of computed rows.
-    `heed` is told after every batch how far it is, and may raise StopRequestedError.
+    Models are loaded when a row is first missing. `heed` is told after every batch how far it is,
+    and may raise StopRequestedError.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class StoredSource:
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
         self.heed = heed
-        self.journal = run / "teacher_rows" / f"rank-{world.rank}.jsonl"
+        self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
@@ -90,14 +95,8 @@ class StoredSource:
 
         Every rank calls this.
         """
-        mine = 0
-        if self.journal.is_file():
-            lines = self.journal.read_text(encoding="utf-8").splitlines()
-            mine = sum(_rows(line) for line in lines)
-        earlier = _rows_of_other_worlds(self.journal.parent, self.world.size)
-        computed = sum(gather_objects(self.world, mine)) + earlier
         needed = sum(int(pairs.sum()) for pairs in self.touched.values())
-        computed = min(computed, needed)
+        computed = min(self.journal.rows(), needed)
         return computed, needed - computed
 
     def numerics_read(self) -> list[str]:
@@ -115,25 +114,77 @@ class StoredSource:
     def _serve(self, request: Request) -> TeacherLogits:
         owner_NR = owners(request, self.placements, self.homes, self.world.size)
         asked_NR = np.ones_like(owner_NR, bool) if request.asked_NR is None else request.asked_NR
+        own_NR = asked_NR & (owner_NR == self.world.rank)
+        for n, placement in enumerate(self.placements):
+            if is_split(self.teachers[n], placement, self.world):
+                self._compute_together(n, request, np.flatnonzero(own_NR[n]))
+
+        def answers() -> list[np.ndarray]:
+            return [
+                self._answer(n, request, np.flatnonzero(own_R)) for n, own_R in enumerate(own_NR)
+            ]
+
+        mine = self._agreed(request, answers)
+        logits_NRC = self._exchange(mine, owner_NR, asked_NR)
+        return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
+
+    def _agreed(self, request: Request, do: Callable[[], T]) -> T:
+        """`do()` on this rank; what fails on any rank is raised on all of them as RunError or
+        UserError. Only a forward of all ranks that broke off is raised here alone: the others are
+        still in it, and end when this process does."""
         failure: Exception | None = None
-        mine: list[np.ndarray] = []
+        rank = self.world.rank
         try:
-            for n in range(len(self.teachers)):
-                own_R = asked_NR[n] & (owner_NR[n] == self.world.rank)
-                mine.append(self._answer(n, request, np.flatnonzero(own_R)))
+            result = do()
+        except TornForwardError as error:
+            line = f"rank {rank}: a sharded teacher's forward broke off at {request.what}: {error}"
+            # the command line tells a RunError on rank 0 alone
+            print(f"sead-dist: {line}", file=sys.stderr, flush=True)
+            raise TornForwardError(line) from error
         except (RunError, UserError, StopRequestedError) as error:
             failure = error
         except OSError as error:
-            failure = RunError(f"rank {self.world.rank}: teachers' pass: {error}")
+            failure = RunError(f"rank {rank}: teachers' pass: {error}")
         except Exception as error:  # the other ranks are told, whatever it was
             failure = RunError(
-                f"rank {self.world.rank} failed in the teachers' pass at {request.what}: "
+                f"rank {rank} failed in the teachers' pass at {request.what}: "
                 f"{type(error).__name__}: {error}"
             )
             failure.__cause__ = error
         raise_first(gather_objects(self.world, failure, self.world.exchange))
-        logits_NRC = self._exchange(mine, owner_NR, asked_NR)
-        return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
+        return result
+
+    def _compute_together(self, n: int, request: Request, positions_M: np.ndarray) -> None:
+        """Compute the rows of a split teacher that any rank misses: all ranks forward together,
+        each its own rows. Whether there is anything to do is agreed (invariant 8), and all that
+        one rank may stumble over is behind them when the forwards begin."""
+        entries_M = request.entries_R[positions_M]
+        missing_K = self._agreed(request, lambda: self._missing(n, request, entries_M))
+        if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
+            self._agreed(request, lambda: (self._load(n), self._tokens(n, request.split)))
+            self._agreed(request, lambda: self._compute(n, request, missing_K))
+
+    def _missing(self, n: int, request: Request, entries_M: np.ndarray) -> np.ndarray:
+        """Which of these entries are not in the store."""
+        if len(entries_M) == 0:
+            return entries_M
+        table = self._table(n, request.split)
+        if not table.lookup(entries_M)[1].all():
+            table.refresh()
+        return entries_M[~table.lookup(entries_M)[1]]
+
+    def _load(self, n: int) -> PreTrainedModel:
+        if n not in self.models:
+            teacher, placement = self.teachers[n], self.placements[n]
+            if is_split(teacher, placement, self.world):
+                self.models[n] = build_sharded(teacher, self.world, self.trust_remote_code)
+            else:
+                self.models[n] = build_teacher(
+                    teacher.entry, teacher.dtype, self.world.device, self.trust_remote_code
+                )
+                if teacher.entry.weights is not None:
+                    quantize(self.models[n])
+        return self.models[n]
 
     def _answer(self, n: int, request: Request, positions_M: np.ndarray) -> np.ndarray:
         """Task-order logits_MC of teacher n for these positions of the request."""
@@ -144,12 +195,11 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         if len(entries_M) == 0:
             return np.zeros((0, len(order_C)), np.float32)
-        table = self._table(n, request.split)
-        logits_MC, present_M = table.lookup(entries_M)
-        if not present_M.all():
-            table.refresh()
-            self._compute(n, request, table, entries_M[~table.lookup(entries_M)[1]])
-            logits_MC, present_M = table.lookup(entries_M)
+        if not is_split(teacher, self.placements[n], self.world):
+            missing_K = self._missing(n, request, entries_M)
+            if len(missing_K):
+                self._compute(n, request, missing_K)
+        logits_MC, present_M = self._table(n, request.split).lookup(entries_M)
         if not present_M.all():
             raise RunError(
                 f"teacher {teacher.name} at {request.what}: {int((~present_M).sum())} predictions "
@@ -158,16 +208,10 @@ class StoredSource:
             )
         return np.ascontiguousarray(logits_MC[:, order_C], dtype=np.float32)
 
-    def _compute(self, n: int, request: Request, table: Table, entries_M: np.ndarray) -> None:
+    def _compute(self, n: int, request: Request, entries_M: np.ndarray) -> None:
         """Forward these examples and keep them, block by block."""
-        if len(entries_M) == 0:
-            return
-        teacher = self.teachers[n]
-        if n not in self.models:
-            self.models[n] = build_teacher(
-                teacher.entry, teacher.dtype, self.world.device, self.trust_remote_code
-            )
-        rows_M = request.split.row_U[entries_M]
+        teacher, table, split = self.teachers[n], self._table(n, request.split), request.split
+        rows_M = split.row_U[entries_M]
         held: list[tuple[np.ndarray, np.ndarray]] = []
 
         def keep(at_least: int) -> None:
@@ -175,7 +219,7 @@ class StoredSource:
             if rows > 0 and rows >= at_least:
                 parts = np.concatenate([part for part, _ in held])
                 table.write(entries_M[parts], np.concatenate([logits for _, logits in held]))
-                self._note(teacher, request, rows)
+                self.journal.note(teacher.name, split.examples.split, rows)
                 held.clear()
 
         def done(part: np.ndarray, logits_PC: np.ndarray) -> None:
@@ -183,16 +227,13 @@ class StoredSource:
             keep(ROWS_PER_BLOCK)
             self.heed(f"teacher {teacher.name}, {request.what}")
 
+        model, tokens = self._load(n), self._tokens(n, split)
+        limits = (teacher.longest, teacher.free_rows, done)
         try:
-            predict(
-                self.models[n],
-                self._tokens(n, request.split),
-                rows_M,
-                self.world.device,
-                teacher.longest,
-                teacher.free_rows,
-                done,
-            )
+            if is_split(teacher, self.placements[n], self.world):
+                predict_together(model, tokens, rows_M, self.world, *limits)
+            else:
+                predict(model, tokens, rows_M, self.world.device, *limits)
         except StopRequestedError:
             keep(1)
             raise
@@ -202,22 +243,11 @@ class StoredSource:
             what = f"step {step_of(entries_M[error.position])}" if step_of else request.what
             raise RunError(
                 f"teacher {teacher.name} gave NaN or infinite logits at {what} for "
-                f"{request.split.examples.split} row {row + 1} "
-                f"({request.split.examples.texts_a[row * request.split.tokens.choices][:60]!r}); "
+                f"{split.examples.split} row {row + 1} "
+                f"({split.examples.texts_a[row * split.tokens.choices][:60]!r}); "
                 "check its weights, or compute it in fp32 (teacher_precision=fp32)"
             ) from None
         keep(1)
-
-    def _note(self, teacher: Teacher, request: Request, rows: int) -> None:
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "teacher": teacher.name,
-            "split": request.split.examples.split,
-            "rows": rows,
-            "time": round(time.time(), 3),
-        }
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
     def _table(self, n: int, split: Split) -> Table:
         key = (n, id(split))
@@ -270,20 +300,3 @@ def start_thread(threads: int, world: World) -> None:
     torch.set_num_threads(threads)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-
-
-def _rows(line: str) -> int:
-    """Rows of a journal line; a line torn by a kill counts nothing."""
-    try:
-        return int(json.loads(line)["rows"])
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
-def _rows_of_other_worlds(folder: Path, size: int) -> int:
-    """Rows computed by ranks that this world no longer has."""
-    total = 0
-    for path in folder.glob("rank-*.jsonl"):
-        if int(path.stem.partition("-")[2]) >= size:
-            total += sum(_rows(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return total

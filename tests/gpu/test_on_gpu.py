@@ -80,3 +80,19 @@ def test_two_gpus_exchange_logits_over_nccl(
     two, one = (read_json(tmp_path / name / "scores.json") for name in ("two", "one"))
     for split in two["splits"]:
         assert two["splits"][split]["teachers"] == one["splits"][split]["teachers"]
+
+
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_a_sharded_teacher_on_gpus_says_what_the_whole_one_says(
+    words: Callable[..., list[str]], teachers: list[Path], tmp_path: Path, offload: str
+) -> None:
+    from sead_dist.runlog import read_json
+
+    ranks = min(GPUS, 2)
+    entry = f"{{path: {teachers[0]}, placement: sharded, offload: {offload}, dtype: bf16}}"
+    launch(ranks, [*words(tmp_path / "split", f"teachers=[{entry}]"), f"store={tmp_path / 'one'}"])
+    entry = f"{{path: {teachers[0]}, dtype: bf16}}"
+    launch(1, [*words(tmp_path / "whole", f"teachers=[{entry}]"), f"store={tmp_path / 'two'}"])
+    split, whole = (read_json(tmp_path / name / "scores.json") for name in ("split", "whole"))
+    for name in whole["splits"]:
+        assert split["splits"][name]["teachers"] == whole["splits"][name]["teachers"]

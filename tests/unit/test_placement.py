@@ -130,7 +130,7 @@ def test_only_the_pairs_that_are_asked_for_are_computed(teachers, tmp_path):
     assert set(source.models) == {0, 2}
     np.testing.assert_array_equal(answer.present_NB.numpy(), asked_NR)
     assert not answer.logits_NBC[~torch.from_numpy(asked_NR)].any()
-    journal = [json.loads(line) for line in source.journal.read_text().splitlines()]
+    journal = [json.loads(line) for line in source.journal.path.read_text().splitlines()]
     assert [(line["teacher"], line["rows"]) for line in journal] == [("a", 5), ("c", 2)]
     source.close()
 
