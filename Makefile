@@ -7,7 +7,7 @@ PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so a file stays with one worker.
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow test-slurm check clean
+.PHONY: help setup demo test test-slow test-slurm test-quantize check clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -32,6 +32,12 @@ test-slow: setup ## the slow tests
 
 test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
 	$(PYTEST) -m slurm tests/slurm
+
+# torchao slows down every import of Transformers, so it is kept out of the environment itself
+test-quantize: setup ## the tests of 8-bit weights, with torchao beside the environment
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade -c constraints.txt \
+		--target $(VENV)/quantize torchao
+	PYTHONPATH=$(VENV)/quantize $(PYTEST) -m quantize
 
 check: setup ## lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -229,24 +229,36 @@ def _method(files: RunFiles) -> Iterable[tuple[str, object]]:
 
 def _teacher_table(files: RunFiles) -> str:
     exams = {exam["name"]: exam for exam in files.examination}
+    drifted = any(exam.get("drift") for exam in files.examination)
     rows = []
     for teacher in files.teacher_manifest:
         exam = exams.get(teacher["name"], {})
         source, revision = redact(str(teacher.get("path", ""))), teacher.get("revision")
-        rows.append(
-            (
-                redact(teacher["name"]),
-                f"{source}@{str(revision)[:12]}" if revision else source,
-                teacher.get("parameters"),
-                f"`{str(teacher.get('weights_sha256'))[:16]}`",
-                exam.get("score"),
-                exam.get("constant_score"),
-                redact(teacher.get("placement")),
-            )
-        )
+        row = [
+            redact(teacher["name"]),
+            f"{source}@{str(revision)[:12]}" if revision else source,
+            teacher.get("parameters"),
+            f"`{str(teacher.get('weights_sha256'))[:16]}`",
+            exam.get("score"),
+            exam.get("constant_score"),
+            redact(teacher.get("placement")),
+        ]
+        rows.append(row + _drift_cells(teacher, exam.get("drift")) if drifted else row)
     scored = f"exam, {files.examination[0]['metric']}" if files.examination else "exam"
-    columns = ("teacher", "from", "parameters", "weights", scored, "constant", "placement")
+    columns = ["teacher", "from", "parameters", "weights", scored, "constant", "placement"]
+    if drifted:
+        columns += ["computed in", "largest logit difference to fp32", "predictions changed"]
     return table(columns, rows)
+
+
+def _drift_cells(teacher: Mapping[str, Any], drift: Mapping[str, Any] | None) -> list[object]:
+    numbers = teacher.get("dtype")
+    if teacher.get("weights"):
+        numbers = f"{numbers}, {teacher['weights']} weights"
+    if not drift:
+        return [numbers, None, None]
+    changed = None if drift["changed"] is None else f"{drift['changed']} of {drift['rows']}"
+    return [numbers, f"{drift['largest']:.4g}", changed]
 
 
 def _cost(summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ Distillation, and fine-tuning of teachers, which is distillation with no teacher
 """
 
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from sead_dist.parts import Parts, build
 from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished, steps_done, write_json
 from sead_dist.student import check_start
+from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
 from sead_dist.trainer import Trainer, asked_teachers
 
@@ -164,16 +166,19 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     exams: list[Examination] = []
-    if config.gate == "on" or config.ensemble == "score":
+    if config.gate == "on" or config.ensemble == "score" or config.drift == "on":
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.look_ahead, "the examination"
         )
         exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        if config.drift == "on":
+            drifts = measure_drift(parts.source, selection)
+            exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
         for exam, teacher in zip(exams, teachers, strict=True):
             parts.log.say(describe(exam, teacher, len(selection)))
         if parts.world.is_main:
-            record = [exam.__dict__ for exam in exams]
+            record = [asdict(exam) for exam in exams]
             write_json(Path(config.output_dir) / "examination.json", record)
         if config.gate == "on":
             admit(task, exams, teachers)

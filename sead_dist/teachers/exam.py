@@ -14,6 +14,7 @@ from sead_dist.data import Split, tokenize
 from sead_dist.errors import UserError
 from sead_dist.tasks import TaskSpec, compute_metrics, constant_score
 from sead_dist.teachers.base import Request, TeacherSource
+from sead_dist.teachers.drift import Drift, describe_drift
 from sead_dist.teachers.roster import Teacher
 
 # orders of classes tried: 4! = 24
@@ -26,6 +27,7 @@ LENIENT_TASKS = ("wnli",)
 class Examination:
     """better_order: the labels in the order under which the teacher would score better, if any.
     off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
+    drift: against itself in fp32, where that was asked for and it is not in fp32.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Examination:
     off_scale: tuple[float, float] | None
     truncated_rows: int
     dev_texts_in_training: int
+    drift: Drift | None = None
 
 
 def ask_all(
@@ -122,6 +125,8 @@ def describe(exam: Examination, teacher: Teacher, rows: int) -> str:
         line += f"; {exam.truncated_rows} of {rows} rows truncated to {teacher.max_length} tokens"
     if exam.dev_texts_in_training:
         line += f"; {exam.dev_texts_in_training} dev texts occur in the training text"
+    if exam.drift is not None:
+        line += f"; {describe_drift(exam.drift)}"
     return line
 
 
