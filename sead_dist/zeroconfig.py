@@ -119,10 +119,11 @@ def find_file(asked: str) -> Path:
     raise UserError(f"deepspeed={asked} is neither a file nor a shipped name; shipped: {known}")
 
 
-def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
-    """The file's values with every `auto` filled or left to DeepSpeed's default."""
+def read_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file. Raises UserError where it splits nothing, or keeps state elsewhere than on
+    a device or in memory."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         zero = values["zero_optimization"]
         stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -138,19 +139,25 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
     for key, device in devices.items():
         if device not in ("cpu", "none"):
             raise UserError(f"{path} has {key}.device={device}; only cpu and none are supported")
+    return values
+
+
+def refuse_sections(path: Path, values: dict[str, Any]) -> None:
+    """Raises UserError for sections of a file that would stand against keys of the run."""
     for section, keys in OURS.items():
-        given = values.pop(section, {"enabled": False})
-        if section in ("optimizer", "scheduler") and given != {"enabled": False}:
+        given = values.get(section, {"enabled": False})
+        if section in ("optimizer", "scheduler") and section in values:
             raise UserError(f"{path} has a section {section!r}; remove it: a run has {keys}")
         if given.get("enabled", True) not in ("auto", False):
             raise UserError(f'{path} sets {section}.enabled; a run has {keys}: write "auto"')
-    if config.precision == "fp16":
-        raise UserError(
-            "precision=fp16 is not offered under DeepSpeed, which would keep the weights in fp16; "
-            "give precision=bf16 or fp32"
-        )
+
+
+def from_the_run(
+    path: Path, values: dict[str, Any], config: RunConfig, ranks: int
+) -> dict[str, float]:
+    """The batch sizes and the clipping of this run. Raises UserError where the file has others."""
     micro_batches = -(-config.global_batch // (config.micro_batch * ranks))
-    ours = {
+    ours: dict[str, float] = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": config.micro_batch * micro_batches * ranks,
@@ -162,17 +169,28 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
                 f"{path} sets {key}={values[key]}, but this run on {ranks} ranks has {value}; "
                 'write "auto"'
             )
-    if config.precision == "bf16":
+    return ours
+
+
+def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
+    """The file's values with every `auto` filled or left to DeepSpeed's default."""
+    values = read_file(path)
+    refuse_sections(path, values)
+    if config.precision == "fp16":
+        raise UserError(
+            "precision=fp16 is not offered under DeepSpeed, which would keep the weights in fp16; "
+            "give precision=bf16 or fp32"
+        )
+    autocast: dict[str, Any] = {"enabled": config.precision == "bf16"}
+    if autocast["enabled"]:
         # as without DeepSpeed: weights, gradients and their exchange stay fp32
-        values["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
+        autocast.update(dtype="bfloat16", lower_precision_safe_modules=[])
+    theirs = {key: value for key, value in values.items() if key not in OURS}
     return {
         "steps_per_print": 2**31,
-        **_without_auto(values),
-        **ours,
+        **_without_auto(theirs),
+        **from_the_run(path, values, config, ranks),
+        "torch_autocast": autocast,
         # the optimiser is ours, also where its state is offloaded: nothing is compiled for it
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -338,7 +338,7 @@ def task(tmp_path_factory):
 
 def whole_run(task, root, size, **changes):
     given = words(*task, root / "run", root / "store", checkpoint__every_steps=2, **changes)
-    finish(start(size, root / "ranks", run_distill, given), root / "ranks", 120.0)
+    finish(start(size, root / "ranks", run_distill, given), root / "ranks", 300.0)
     return root / "run"
 
 

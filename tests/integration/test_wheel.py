@@ -69,6 +69,9 @@ def test_wheel_holds_every_module_config_template_and_the_licence(site):
     assert shipped("*.py", site / "sead_dist") == shipped("*.py", ROOT / "sead_dist")
     configs = shipped("*.yaml", site / "sead_dist" / "configs")
     assert configs == shipped("*.yaml", ROOT / "configs")
+    zero = shipped("*.json", site / "sead_dist" / "configs")
+    assert zero == shipped("*.json", ROOT / "configs")
+    assert "deepspeed/zero2.json" in zero
     assert {"base.yaml", "tasks/sst2.yaml", "students/L6-H256-A8.yaml"} <= configs
     assert shipped("*.j2", site) == {
         f"sead_dist/templates/{path.name}" for path in (ROOT / "sead_dist/templates").glob("*.j2")
