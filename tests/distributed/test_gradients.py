@@ -1,5 +1,7 @@
 """The gradient of a step does not depend on how micro-batches are laid out: invariant 2."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ from ranks import run_ranks
 from small import build_model, config, small_split
 
 from sead_dist.data import BatchStream
+from sead_dist.distributed import StopFlag
 from sead_dist.engine import Engine
 from sead_dist.errors import RunError
 from sead_dist.teachers.base import Lesson, TeacherLogits
 from sead_dist.trainer import Tally, Trainer
+from sead_dist.watch import Watch
 
 
 def teachers_of(batch) -> TeacherLogits:
@@ -38,7 +42,7 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     engine = Engine(model, given, world, batches.total_steps)
     trainer = Trainer(
         given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]), False,
-        None, None, None, "accuracy", None,
+        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter
