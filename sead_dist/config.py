@@ -19,7 +19,7 @@ from sead_dist.errors import UserError
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
 Placed = Literal["colocated", "partitioned", "sharded"]
-Placement = Literal["auto"] | Placed
+Placement = Literal["auto", Placed]
 Labels = list[str] | Literal["task_order"] | None
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
