@@ -43,9 +43,7 @@ def score_split(
     parts: Parts, split: Split, weights_N: torch.Tensor, step: int
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
     """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
-    result = evaluate(
-        parts.task, parts.engine.model, parts.engine.forward, split, parts.world, step
-    )
+    result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
     scores: dict[str, Any] = {"student": result.metrics, "teachers": [], "ensemble": None}
     if parts.source is None:
         return result, scores, None

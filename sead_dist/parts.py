@@ -56,6 +56,12 @@ class Parts:
     stop: StopFlag
     watch: Watch
 
+    def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+        """The student's logits in scoring, where every rank does the same number of forwards: a
+        long split is no hang."""
+        self.watch.move("scoring the student")
+        return self.engine.forward(inputs, choices)
+
 
 def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""

@@ -139,13 +139,16 @@ def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> Studen
 def resume(parts: Parts) -> TrainState:
     """The state to start from: the newest checkpoint's, or a new one."""
     found = parts.checkpointer.latest()
+    taken = steps_done(Path(parts.config.output_dir))
     if found is None:
+        if taken > 0:
+            parts.log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
         parts.log.truncate_after(0)
         return TrainState(world_size=parts.world.size)
     folder, state = found
     parts.engine.load(folder)
     parts.log.truncate_after(state.step)
-    repeated = steps_done(Path(parts.config.output_dir)) - state.step
+    repeated = taken - state.step
     lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
     parts.log.say(
         f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
@@ -192,7 +195,7 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
         return evaluate(
             parts.task,
             parts.engine.model,
-            parts.engine.forward,
+            parts.forward,
             parts.splits.selection,
             parts.world,
             step,
