@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.card import table
-from sead_dist.config import DataConfig, parse_yaml
+from sead_dist.config import DataConfig
 from sead_dist.data import make_split
 from sead_dist.distributed import from_main, join_world, leave_world
 from sead_dist.errors import RunError, UserError
@@ -34,6 +34,7 @@ from sead_dist.pretrained import load_model_config, load_tokenizer, locate, posi
 from sead_dist.runlog import write_json, written_aside
 from sead_dist.splits import load_official
 from sead_dist.tasks import TaskSpec, load_task
+from sead_dist.yamltext import parse_yaml
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
 # most tokens of a row for a model that sets no limit of its own

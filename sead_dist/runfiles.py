@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config import parse_yaml
 from sead_dist.errors import UserError
 from sead_dist.redact import redact
 from sead_dist.runlog import read_json
+from sead_dist.yamltext import parse_yaml
 
 
 @dataclass(frozen=True)

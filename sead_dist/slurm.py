@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config import Section, config_folder, explain, parse_yaml
+from sead_dist.config import Section, config_folder, explain
 from sead_dist.errors import UserError
+from sead_dist.yamltext import parse_yaml
 
 # States that a job does not leave by itself.
 ENDED = frozenset(

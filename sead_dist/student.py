@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sead_dist.config import StudentConfig, TeacherConfig, config_folder, parse_yaml
+from sead_dist.config import StudentConfig, TeacherConfig, config_folder
 from sead_dist.errors import UserError
 from sead_dist.models import align_classes, label_names, load_classifier, new_classifier, outline
 from sead_dist.pretrained import (
@@ -20,6 +20,7 @@ from sead_dist.pretrained import (
     weight_files,
 )
 from sead_dist.tasks import TaskSpec
+from sead_dist.yamltext import parse_yaml
 
 
 def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:

@@ -5,8 +5,9 @@ import re
 import pytest
 from small import config
 
-from sead_dist.config import RunConfig, config_folder, dump_config, load_config, parse_yaml
+from sead_dist.config import RunConfig, config_folder, dump_config, load_config
 from sead_dist.errors import UserError
+from sead_dist.yamltext import parse_yaml
 
 
 def test_files_stack_left_to_right_and_words_come_last(tmp_path):
