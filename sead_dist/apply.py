@@ -9,6 +9,7 @@ Shapes: B examples, C classes (task order).
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,15 @@ def run_config(name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def task_of(name: str, given: str | None) -> TaskSpec:
+    """The task that was asked for, else the run folder's own. Raises UserError for neither."""
+    own = Path(name) / "task.yaml"
+    asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
+    if asked is None:
+        raise UserError(f"{name} is no run folder that names its task; give --task NAME or FILE")
+    return load_task(asked)
+
+
 def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.device) -> Answerer:
     """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order".
 
@@ -90,7 +100,7 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
 
 def evaluate_model(
     name: str,
-    task_name: str,
+    task_name: str | None,
     data: str | None,
     labels: str | None,
     split: str | None,
@@ -103,7 +113,7 @@ def evaluate_model(
     """
     world = join_world()
     quiet_libraries(world)
-    task = load_task(task_name)
+    task = task_of(name, task_name)
     wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
     source = DataConfig(
         path=data,
@@ -164,11 +174,7 @@ def predict_file(
     check_output(output)
     world = join_world()
     quiet_libraries(world)
-    own = Path(name) / "task.yaml"
-    given = task_name or (str(own) if own.is_file() else run_config(name).get("task"))
-    if given is None:
-        raise UserError(f"{name} is no run folder that names its task; give --task NAME or FILE")
-    task = load_task(given)
+    task = task_of(name, task_name)
     rows = read_rows(file, task)
     examples = build_examples(task, rows, file.name, labelled=False)
     columns = input_columns(rows, examples)
@@ -194,6 +200,8 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} exists and is not written over; give a new name")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: folder {output.parent} does not exist; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: folder {output.parent} is not writable; give another")
 
 
 def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:

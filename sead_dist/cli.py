@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", help="score a model on a task's dev split")
     command.add_argument("model", help="run folder, model folder or hub id")
-    command.add_argument("--task", required=True, help="task name or YAML file")
+    command.add_argument("--task", help="task name or YAML file; default: the run's own")
     command.add_argument("--data", help="folder of the task's files; default: the hub")
     command.add_argument("--split", help="default: every evaluation split of the task")
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")

@@ -6,6 +6,7 @@ others are the run's identity.
 
 import difflib
 import glob
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -226,9 +227,9 @@ def _shape_shorthand(student: Any) -> Any:
 
 
 def names_shape(path: str) -> bool:
-    """Whether a student or encoder is a shape: a YAML file, or a shipped name that is no folder."""
-    shipped = config_folder() / "students" / f"{path}.yaml"
-    return path.endswith((".yaml", ".yml")) or (shipped.is_file() and not Path(path).exists())
+    """Whether a student or encoder is a shape: a YAML file, or named as the shipped ones are."""
+    like_shipped = re.fullmatch(r"L\d+-H\d+(-A\d+)?", path) is not None
+    return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
 def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:

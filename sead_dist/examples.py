@@ -164,7 +164,10 @@ def hold_out(
     if not held_B.any():
         raise UserError(f"{what} holds out no rows; raise select.fraction")
     if len(np.unique(examples.labels_B[held_B])) < 2:
-        raise UserError(f"{what} holds out rows of one label only; raise select.fraction")
+        raise UserError(
+            f"{what} holds out rows of one label only (rows that share a text stay "
+            "together); raise select.fraction"
+        )
     train, selection = subset(examples, ~held_B), subset(examples, held_B)
     return train, replace(selection, split="selection")
 

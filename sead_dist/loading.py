@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sead_dist.errors import UserError
-from sead_dist.tasks import TaskSpec, align_name
+from sead_dist.tasks import TaskSpec, align_name, is_label
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -176,14 +176,12 @@ def _records(
     lines: Iterator[tuple[int, list[str]]], path: Path, task: TaskSpec, skip_malformed: bool
 ) -> Rows:
     """Rows of a file with a header, or of one in the task's official column order without."""
-    known = {*task.fields, task.label_column, *task.renames}
-    header: list[str] | None = None
+    numbered = list(lines)
+    header = list(task.columns)
+    if numbered and _has_header([fields for _, fields in numbered], task):
+        header = numbered.pop(0)[1]
     rows, skipped = [], 0
-    for number, fields in lines:
-        if header is None:
-            header = fields if known & set(fields) or not task.columns else list(task.columns)
-            if header is fields:
-                continue
+    for number, fields in numbered:
         if len(fields) == len(header):
             rows.append(dict(zip(header, fields, strict=True)))
         elif skip_malformed:
@@ -195,6 +193,18 @@ def _records(
             )
     _tell(path, skipped)
     return rows
+
+
+def _has_header(lines: list[list[str]], task: TaskSpec) -> bool:
+    """Whether the first line names columns. It does not where the first line of the official width
+    holds a label in the official place: a name of another column is never taken for data."""
+    if {*task.fields, task.label_column, *task.renames} & set(lines[0]):
+        return True
+    if task.label_column not in task.columns:
+        return True
+    place = task.columns.index(task.label_column)
+    wide = next((fields for fields in lines if len(fields) == len(task.columns)), None)
+    return wide is None or not is_label(task, wide[place])
 
 
 def _tell(path: Path, skipped: int) -> None:

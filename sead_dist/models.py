@@ -77,7 +77,8 @@ def align_classes(
         reason = f"{wrong[0]!r} is no label of" if wrong else "they are not one each of"
         raise UserError(
             f"{model} names its classes {', '.join(said)}: {reason} task {task.name}, whose "
-            f"labels are {', '.join(task.labels)}; say what they mean, in its own order: {mend}"
+            f"labels are {', '.join(task.labels)}; was it trained for another task? then leave it "
+            f"out, else say what its classes mean, in its own order: {mend}"
         )
     return [found.index(index) for index in range(len(names))]
 

@@ -117,6 +117,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     if config.tracker is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
+    if not teachers:
+        log.say("no teachers: the student learns from the labels alone")
     source = (
         hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
     )

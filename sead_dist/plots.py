@@ -65,7 +65,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> 
     for key, label, colour, style in (
         ("loss", "total", BLUE, "-"),
         ("loss_soft", "soft (teachers)", ORANGE, "--"),
-        ("loss_hard", "hard (labels)", GREEN, ":"),
+        ("loss_hard", "hard (labelled rows)", GREEN, ":"),
     ):
         points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
         if points:

@@ -98,6 +98,7 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         raise UserError(
             f"output_dir={config.output_dir} holds a run; give another folder for the teachers"
         )
+    from_main(world, lambda: check_folder(Path(config.output_dir)))
     for encoder in config.encoders:
         check_start(encoder_as_student(encoder, config.student), config.trust_remote_code)
     runs: list[Path] = []
@@ -111,10 +112,21 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
                 "output_dir": str(Path(config.output_dir) / f"teacher-{index}"),
             }
         )
+        if world.is_main:
+            print(f"teacher {index + 1} of {len(config.encoders)}, from {encoder.path}", flush=True)
         runs.append(distill(one, world, show_table))
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop
     return runs
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where the folder holds other things than teachers."""
+    others = [path.name for path in folder.glob("[!.]*") if not path.name.startswith("teacher-")]
+    if others:
+        raise UserError(
+            f"output_dir={folder} holds other files ({sorted(others)[0]!r}); give a new folder"
+        )
 
 
 def check_encoders(config: RunConfig) -> None:

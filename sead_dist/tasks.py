@@ -3,6 +3,7 @@
 One row per task; label order is the hub's. Shapes: B examples, C classes.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "compute_metrics",
     "constant_score",
     "file_values",
+    "is_label",
     "load_task",
     "normalise_label",
 ]
@@ -116,6 +118,17 @@ def file_values(task: TaskSpec) -> dict[str, int]:
     if any(re.fullmatch(r"-?\d+", name) for name in named):
         return named
     return named | {str(index): index for index in range(len(task.labels))}
+
+
+def is_label(task: TaskSpec, value: str) -> bool:
+    """Whether a file's value can be a label of the task."""
+    if task.kind == "regression":
+        low, high = task.score_range or (-math.inf, math.inf)
+        try:
+            return low <= float(value) <= high
+        except ValueError:
+            return False
+    return normalise_label(value) in file_values(task)
 
 
 def align_name(task: TaskSpec, name: str) -> int | None:

@@ -21,7 +21,7 @@ from sead_dist.engine import Engine
 from sead_dist.ensemble import agreement, chosen_teacher, combine
 from sead_dist.errors import RunError
 from sead_dist.evaluate import EvalResult
-from sead_dist.losses import total_loss
+from sead_dist.losses import labelled, total_loss
 from sead_dist.runlog import RunLog
 from sead_dist.teachers.base import Lesson, TeacherLogits, TeacherSource, stream
 from sead_dist.watch import Watch
@@ -163,6 +163,7 @@ class Trainer:
                 )
                 self.engine.backward(terms.total)
             self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
+            tally.labelled += int((labelled(batch.labels_B) & batch.valid_B).sum())
             tally.losses += torch.stack([terms.total.detach(), terms.soft, terms.hard]).cpu()
         tally.steps += 1
         waste, tokens = padding_waste(batches)
@@ -207,6 +208,9 @@ class Trainer:
             "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
             "teacher_wait_s": round(waited_s, 4),
         }
+        # of the labelled rows, which may be few beside the transfer text
+        with_label = sum(part.labelled for part in parts)
+        hard_mean = hard * tally.rows / with_label if with_label else None
         taught = bool(self.teacher_names)
         rates = {n: s / a for n, s, a in zip(self.teacher_names, same, asked, strict=True) if a}
         self.log.metrics(
@@ -214,11 +218,12 @@ class Trainer:
             step=state.step,
             **shown,
             loss_soft=soft if taught else None,
-            loss_hard=hard,
+            loss_hard=hard_mean,
             agreement=rates,
         )
         if self.config.tracker is not None:
-            self.engine.track({**shown, "loss_soft": soft, "loss_hard": hard}, state.step)
+            parts_of_loss = {"loss_soft": soft, "loss_hard": hard_mean or 0.0}
+            self.engine.track({**shown, **parts_of_loss}, state.step)
         return shown, state.add(padding=padding, tokens=tokens)
 
     def evaluates_after(self, step: int) -> bool:
@@ -256,6 +261,7 @@ class Tally:
         self.losses = torch.zeros(3)
         self.agreement_2N = torch.zeros(2, teachers)
         self.padding = torch.zeros(2, dtype=torch.float64)
+        self.labelled = 0
         self.steps = 0
         self.rows = 0
         self.seconds = 0.0

@@ -219,6 +219,9 @@ def _call(
         shape = load_model_config(checkpoint, config.trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
         check_vocabulary(checkpoint.name, tokenizer, shape)
+        parts = outline(shape, config.trust_remote_code)
+        # before the names of the classes: those of an encoder without a head mean nothing
+        parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
         longest = position_limit(shape) or 1 << 30
         max_length = fitting_length(entry.max_length or config.max_length, shape)
@@ -230,10 +233,8 @@ def _call(
         kind = (facts, dtype, entry.weights)
         if kind not in checked:
             checked[kind] = free_rows_from(shape, dtype, device, entry.weights)
-        parts = outline(shape, config.trust_remote_code)
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
-        parameters, words = size_of(checkpoint, head_weights(parts))
         classes = len(task.labels) if task.kind == "choice" else width(task)
         key = TeacherKey(
             _fingerprint(weights, shape, tokens, max_length), numerics, entry.path, classes

@@ -543,3 +543,28 @@ def test_runs_of_different_sample_sizes_never_select_on_each_others_training_row
     for train, _ in texts.values():
         for _, selection in texts.values():
             assert not train & selection
+
+
+def test_a_shape_that_is_not_shipped_names_those_that_are(refused):
+    line = refused("student.shape=L6-H999-A7 is no shape; known:", "student.path=L6-H999-A7")
+    assert "L6-H256-A8" in line
+
+
+def test_a_head_that_is_missing_is_told_before_its_classes_are_asked_for(refused, teacher):
+    folder = teacher(id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    weights = load_file(folder / "model.safetensors")
+    body = {name: tensor for name, tensor in weights.items() if "classifier" not in name}
+    save_file(body, folder / "model.safetensors", {"format": "pt"})
+    refused("never fine-tuned to classify", f"teachers=[{folder}]")
+
+
+def test_teachers_are_not_put_among_other_things(words, grammar, tmp_path):
+    from sead_dist.config import load_config
+    from sead_dist.distributed import World
+    from sead_dist.recipes import finetune
+
+    (tmp_path / "notes.txt").write_text("mine")
+    given = [f"encoders=[{grammar / 'shape.yaml'}]", f"student.tokenizer={grammar / 'tokenizer'}"]
+    plain = [word for word in words(tmp_path, *given) if "teachers=" not in word]
+    with pytest.raises(UserError, match=r"holds other files \('notes.txt'\); give a new folder"):
+        finetune(load_config(plain), World(0, 1, torch.device("cpu")))

@@ -296,7 +296,10 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
         UserError, match=r"select.fraction=0.1 of 4 train rows of sst2 holds out no rows"
     ):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(4)]), 0.1, 0)
-    with pytest.raises(UserError, match=r"rows of one label only; raise select.fraction"):
+    with pytest.raises(
+        UserError,
+        match=r"rows of one label only \(rows that share a text .*\); raise select.fraction",
+    ):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(40)]), 0.1, 0)
     with pytest.raises(UserError, match=r"select.fraction is 1.5; give a number between 0 and 1"):
         hold_out(SST2, sentences(("a", 1)), 1.5, 0)

@@ -327,3 +327,21 @@ def test_real_qqp_part_has_no_header_and_a_malformed_first_line(data):
         load(task, "train", data / "qqp_subset")
     rows = load(task, "train", data / "qqp_subset", skip_malformed=True)
     assert np.bincount(build_examples(task, rows, "train").labels_B).tolist() == [14749, 8747]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("new.csv", 'subject,body\nabout refund,"the card, charged twice"\n'),
+        ("new.tsv", "review\tstars\na fine film\t5\n"),
+        ("new.tsv", "text\nhello there\n"),
+    ],
+)
+def test_a_header_of_other_names_is_never_taken_for_data(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    rows = read_rows(tmp_path / name, SST2)
+    assert len(rows) == 1
+    with pytest.raises(
+        UserError, match=r"no column 'sentence'; its columns: (subject|review|text)"
+    ):
+        build_examples(SST2, rows, "transfer", labelled=False)
