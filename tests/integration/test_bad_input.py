@@ -545,11 +545,6 @@ def test_runs_of_different_sample_sizes_never_select_on_each_others_training_row
             assert not train & selection
 
 
-def test_a_shape_that_is_not_shipped_names_those_that_are(refused):
-    line = refused("student.shape=L6-H999-A7 is no shape; known:", "student.path=L6-H999-A7")
-    assert "L6-H256-A8" in line
-
-
 def test_a_head_that_is_missing_is_told_before_its_classes_are_asked_for(refused, teacher):
     folder = teacher(id2label={"0": "LABEL_0", "1": "LABEL_1"})
     weights = load_file(folder / "model.safetensors")

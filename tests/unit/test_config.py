@@ -129,3 +129,13 @@ def test_a_yaml_file_or_a_shipped_name_is_a_shape():
     for given in ("L6-H256-A8", "tiny.yaml"):
         student = load_config(["task=sst2", "output_dir=o", f"student={given}"]).student
         assert (student.path, student.shape) == (None, given)
+
+
+def test_a_student_named_like_a_shape_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["task=sst2", "output_dir=out"]
+    for name in ("L6-H256-A8", "L6-H999-A7"):
+        student = load_config([*given, f"student={name}"]).student
+        assert (student.shape, student.path) == (name, None)
+    (tmp_path / "L6-H999-A7").mkdir()
+    assert load_config([*given, "student=L6-H999-A7"]).student.path == "L6-H999-A7"
