@@ -13,7 +13,8 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from sead_dist import recipes
-from sead_dist.config import RunConfig, load_config
+from sead_dist.config import RunConfig
+from sead_dist.configfiles import load_config
 from sead_dist.distributed import World
 
 LABELS = {0: "negative", 1: "positive"}

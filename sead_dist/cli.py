@@ -14,7 +14,7 @@ from sead_dist.errors import RunError, UserError
 
 def run_recipe(name: str, words: Sequence[str]) -> None:
     """`distill` and `finetune`: the same under any launcher."""
-    from sead_dist.config import load_config
+    from sead_dist.configfiles import load_config
 
     config = load_config(words)
     from sead_dist import recipes

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from sead_dist.config import RunConfig, load_config
+from sead_dist.config import RunConfig
+from sead_dist.configfiles import load_config
 from sead_dist.distributed import World, from_main
 from sead_dist.grammar import write_grammar_task
 from sead_dist.recipes import distill, finetune

@@ -25,7 +25,8 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm import slurm as submitit_slurm
 
 from sead_dist import jobs, slurm
-from sead_dist.config import RunConfig, load_config, names_shape
+from sead_dist.config import RunConfig
+from sead_dist.configfiles import load_config, names_shape
 from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.loading import find_files

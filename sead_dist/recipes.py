@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from sead_dist.checkpoint import TrainState
-from sead_dist.config import RunConfig, StudentConfig, TeacherConfig, names_shape
+from sead_dist.config import RunConfig, StudentConfig, TeacherConfig
+from sead_dist.configfiles import names_shape
 from sead_dist.distributed import StopFlag, StopRequestedError, World, barrier, from_main
 from sead_dist.ensemble import frozen_weights
 from sead_dist.errors import UserError

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config import Section, config_folder, explain
+from sead_dist.config import Section
+from sead_dist.configfiles import config_folder, explain
 from sead_dist.errors import UserError
 from sead_dist.yamltext import parse_yaml
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sead_dist.config import StudentConfig, TeacherConfig, config_folder
+from sead_dist.config import StudentConfig, TeacherConfig
+from sead_dist.configfiles import config_folder
 from sead_dist.errors import UserError
 from sead_dist.models import align_classes, label_names, load_classifier, new_classifier, outline
 from sead_dist.pretrained import (

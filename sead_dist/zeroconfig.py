@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config import RunConfig, config_folder
+from sead_dist.config import RunConfig
+from sead_dist.configfiles import config_folder
 from sead_dist.errors import UserError
 
 # sections of a DeepSpeed file that a run has keys of its own for

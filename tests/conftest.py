@@ -121,7 +121,7 @@ def distil() -> Distil:
     def run(words: Sequence[str]) -> Path:
         import torch
 
-        from sead_dist.config import load_config
+        from sead_dist.configfiles import load_config
         from sead_dist.distributed import World
         from sead_dist.recipes import distill
 

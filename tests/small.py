@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from sead_dist.config import RunConfig, load_config
+from sead_dist.config import RunConfig
+from sead_dist.configfiles import load_config
 from sead_dist.data import Split, make_split
 from sead_dist.distributed import World
 from sead_dist.examples import ExampleSet, build_examples

@@ -498,7 +498,7 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(
 def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
     words, grammar, finished, tmp_path
 ):
-    from sead_dist.config import load_config
+    from sead_dist.configfiles import load_config
     from sead_dist.distributed import World
     from sead_dist.recipes import distill, finetune
 
@@ -528,7 +528,7 @@ def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
 
 
 def test_runs_of_different_sample_sizes_never_select_on_each_others_training_rows(words, grammar):
-    from sead_dist.config import load_config
+    from sead_dist.configfiles import load_config
     from sead_dist.splits import load_examples
     from sead_dist.tasks import load_task
 
@@ -554,7 +554,7 @@ def test_a_head_that_is_missing_is_told_before_its_classes_are_asked_for(refused
 
 
 def test_teachers_are_not_put_among_other_things(words, grammar, tmp_path):
-    from sead_dist.config import load_config
+    from sead_dist.configfiles import load_config
     from sead_dist.distributed import World
     from sead_dist.recipes import finetune
 

@@ -22,7 +22,7 @@ from small import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from sead_dist.config import load_config
+from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
 from sead_dist.runfiles import read_run
 from sead_dist.splits import load_examples

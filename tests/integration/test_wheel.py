@@ -122,7 +122,7 @@ def test_constraints_pin_every_requirement_to_a_public_version(site):
 
 
 def test_unpacked_wheel_finds_its_own_configs_by_name(site, tmp_path):
-    where = "import sead_dist.config as c; print(c.config_folder())"
+    where = "import sead_dist.configfiles as c; print(c.config_folder())"
     done = run(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=site)
     assert done.stdout.strip() == str(site / "sead_dist" / "configs")
     words = ["distill", "sst2", "data.path=.", "student=L6-H256-A8", "output_dir=run"]

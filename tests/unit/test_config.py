@@ -5,7 +5,8 @@ import re
 import pytest
 from small import config
 
-from sead_dist.config import RunConfig, config_folder, dump_config, load_config
+from sead_dist.config import RunConfig, dump_config
+from sead_dist.configfiles import config_folder, load_config
 from sead_dist.errors import UserError
 from sead_dist.yamltext import parse_yaml
 

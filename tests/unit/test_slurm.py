@@ -8,7 +8,7 @@ import pytest
 from small import config, save_teacher, words, write_task
 
 from sead_dist import cli, slurm
-from sead_dist.config import config_folder
+from sead_dist.configfiles import config_folder
 from sead_dist.errors import UserError
 from sead_dist.launcher import Launch, job_folder, parse_seeds, requests, sbatch_text
 from sead_dist.slurm import SlurmSettings, load_settings, minutes, sbatch_parameters

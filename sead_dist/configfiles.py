@@ -1,0 +1,169 @@
+"""Where a run's keys come from: YAML files stacked left to right over base.yaml, then KEY=VALUE words."""
+
+import difflib
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from sead_dist.config import RunConfig, Section
+from sead_dist.errors import UserError
+from sead_dist.yamltext import parse_yaml
+
+# a scalar given for one of these keys means its `path`
+SHORTHAND = ("store", "student")
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = config_folder()
+    inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
+    for folder in ("", "tasks", "students"):
+        for suffix in ("", ".yaml"):
+            path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
+            if path.is_file():
+                return path
+    known = sorted(path.stem for path in shipped.rglob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped configs: {', '.join(known)}"
+    raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if key in SHORTHAND and isinstance(value, str):
+            value = {"path": value}
+        if isinstance(below, dict) and isinstance(value, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, _, text = word.partition("=")
+    value = parse_yaml(text, f"the value of {key}") if text else None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return {} if value is None else dict(value)
+
+
+def _as_entries(raw: Any, key: str) -> Any:
+    """A string, glob or list of strings and mappings as a list of teacher mappings."""
+    items = [raw] if isinstance(raw, str | Mapping) else raw
+    if not isinstance(items, list):
+        return items
+    entries: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and glob.has_magic(item):
+            folders = sorted(path for path in glob.glob(item) if Path(path).is_dir())
+            if not folders:
+                raise UserError(f"{key}={item} matches no folder; give paths that exist")
+            entries += [{"path": folder} for folder in folders]
+        elif isinstance(item, str | int | float):
+            entries.append({"path": str(item)})
+        else:
+            entries.append(item)
+    return entries
+
+
+def _shape_shorthand(student: Any) -> Any:
+    """`student=L6-H256-A8` and `student=FILE.yaml` mean shapes."""
+    path = student.get("path") if isinstance(student, dict) else None
+    if isinstance(path, str) and student.get("shape") is None and names_shape(path):
+        return {**student, "path": None, "shape": path}
+    return student
+
+
+def names_shape(path: str) -> bool:
+    """Whether a student or encoder is a shape: a YAML file, or named as the shipped ones are."""
+    like_shipped = re.fullmatch(r"L\d+-H\d+(-A\d+)?", path) is not None
+    return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
+
+
+def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
+    """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are listed in {listed_in}"
+        return f"unknown key {key!r}; {hint}"
+    if first["input"] is None:
+        return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
+
+
+def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        kind = next(iter(get_args(field.annotation)), field.annotation)  # X of list[X]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += _flat_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """The configuration that files and KEY=VALUE words describe, in their order, over base.yaml.
+
+    Raises UserError naming the key, its value and what is allowed.
+    """
+    base = config_folder() / "base.yaml"
+    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
+    layers: list[Mapping[str, Any]] = []
+    for word in [word for word in words if "=" not in word]:
+        path = find_config(word)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+            ) from None
+        layer = parse_yaml(text, str(path))
+        if not isinstance(layer, Mapping):
+            raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+        layers.append(layer)
+    layers += [_override(word) for word in words if "=" in word]
+    for layer in layers:
+        merged = _merge(merged, layer)
+    for key in ("teachers", "encoders"):
+        merged[key] = _as_entries(merged.get(key) or [], key)
+    merged["student"] = _shape_shorthand(merged["student"])
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(explain(error, _flat_keys(RunConfig), "configs/base.yaml")) from None
+    student = config.student
+    if student.shape is not None and (student.path is not None or student.layers is not None):
+        ignored = "student.path" if student.path is not None else "student.layers"
+        raise UserError(
+            f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
+            "give one of the two"
+        )
+    if config.global_batch % config.micro_batch:
+        raise UserError(
+            f"micro_batch={config.micro_batch} does not divide global_batch={config.global_batch}; "
+            f"choose a divisor, e.g. micro_batch={_largest_divisor(config)}"
+        )
+    return config
+
+
+def _largest_divisor(config: RunConfig) -> int:
+    below = range(min(config.micro_batch, config.global_batch), 0, -1)
+    return next(size for size in below if config.global_batch % size == 0)
