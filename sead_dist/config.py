@@ -4,6 +4,8 @@ Defaults live in configs/base.yaml alone. Keys marked Operational may change on 
 others are the run's identity.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -66,8 +68,20 @@ class StoreConfig(Section):
 
 
 EnsembleMethod = Literal[
-    "mean_logits", "mean_probabilities", "fixed", "score", "confidence", "entropy", "random"
+    "none",
+    "single",
+    "mean_logits",
+    "mean_probabilities",
+    "fixed",
+    "score",
+    "confidence",
+    "entropy",
+    "answers",
+    "random",
+    "routed",
 ]
+# what a method's preset may set: all methods share student, start, data and steps
+METHOD_KEYS = ("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate")
 
 
 class EvaluateConfig(Section):
@@ -88,6 +102,8 @@ class RunConfig(Section):
     """The whole configuration of a run; every key is explained in configs/base.yaml."""
 
     task: str
+    # a name for the keys that its preset sets, which count themselves
+    method: Annotated[str | None, Operational]
     output_dir: Annotated[str, Operational]
     seed: Annotated[int, Field(ge=0)]
     data: DataConfig
@@ -105,9 +121,13 @@ class RunConfig(Section):
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     ensemble: EnsembleMethod
-    loss: Literal["kl", "mse"]
+    guide: str | None
+    route: str | None
+    loss: Literal["auto", "kl", "mse"]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
+    alpha_end: Annotated[float | None, Field(ge=0, le=1)]
+    graduate: Literal["best", "last"]
     epochs: Annotated[int, Field(gt=0)]
     max_steps: Annotated[int | None, Field(gt=0)]
     global_batch: Annotated[int, Field(gt=0)]
@@ -128,9 +148,25 @@ class RunConfig(Section):
     watch: WatchConfig
     tracker: Annotated[str | None, Operational]
 
+    @property
+    def taught(self) -> bool:
+        """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
+        return bool(self.teachers) and self.ensemble != "none"
+
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
         return _identity(self, "")
+
+
+def teacher_names(entries: Sequence[TeacherConfig]) -> list[str]:
+    """A short name for each teacher, all different."""
+    names: list[str] = []
+    for entry in entries:
+        parts = [part for part in Path(entry.path).parts if part not in ("/", "model")]
+        name = entry.name or (parts[-1] if parts else entry.path)
+        twins = sum(1 for other in names if other == name or other.startswith(f"{name}#"))
+        names.append(f"{name}#{twins + 1}" if twins else name)
+    return names
 
 
 def _identity(section: Section, prefix: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Where a run's keys come from: YAML files stacked left to right over base.yaml, then KEY=VALUE words."""
+"""Where a run's keys come from: base.yaml, the method's preset, YAML files from left to right, then
+KEY=VALUE words; later ones lie over earlier ones.
+"""
 
 import difflib
 import glob
@@ -9,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sead_dist.config import RunConfig, Section
+from sead_dist.config import METHOD_KEYS, RunConfig, Section
 from sead_dist.errors import UserError
 from sead_dist.yamltext import parse_yaml
 
@@ -38,6 +40,36 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; shipped configs: {', '.join(known)}"
     raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
+
+
+def shipped_methods() -> list[str]:
+    """The names of the methods whose presets are shipped."""
+    return sorted(path.stem for path in (config_folder() / "methods").glob("*.yaml"))
+
+
+def read_method(method: str) -> dict[str, Any]:
+    """The keys that a method sets: a shipped one by name, or a person's own YAML file.
+
+    Raises UserError for an unknown name, and for keys that are none of a method's.
+    """
+    path = config_folder() / "methods" / f"{method}.yaml"
+    if not path.is_file():
+        path = Path(method)
+    known = shipped_methods()
+    if not path.is_file():
+        near = difflib.get_close_matches(method, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        raise UserError(
+            f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
+        )
+    keys = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
+    if not isinstance(keys, dict) or others:
+        raise UserError(
+            f"method={method}: {others[0] if others else path} is no key of a method; its file may "
+            f"set {', '.join(METHOD_KEYS)}; give other keys beside it"
+        )
+    return keys
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +172,9 @@ def load_config(words: Sequence[str]) -> RunConfig:
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
         layers.append(layer)
     layers += [_override(word) for word in words if "=" in word]
+    methods = [layer["method"] for layer in layers if layer.get("method") is not None]
+    if methods:
+        layers.insert(0, read_method(str(methods[-1])))
     for layer in layers:
         merged = _merge(merged, layer)
     for key in ("teachers", "encoders"):

@@ -149,7 +149,8 @@ class Batch:
     """A micro-batch. step: the global batch's number in the run; micro: which part of it.
 
     inputs: tensors [B*K, L]; labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled);
-    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row.
+    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row;
+    routes_B: the teacher that each row names, where the run asks for it.
     """
 
     step: int
@@ -159,6 +160,7 @@ class Batch:
     labels_B: torch.Tensor
     valid_B: torch.Tensor
     group_ids_B: torch.Tensor | None
+    routes_B: torch.Tensor | None
 
 
 def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) -> Batch:
@@ -168,7 +170,7 @@ def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) 
     stand_in = rows_B[valid_B][0] if valid_B.any() else int(split.tokens.lengths_B().argmin())
     filled_B = np.where(valid_B, rows_B, stand_in)
     length = int(split.tokens.lengths_B()[filled_B].max())
-    groups_B = split.examples.groups_B
+    groups_B, routes_B = split.examples.groups_B, split.examples.routes_B
     labels_B = split.examples.labels_B[filled_B]
     if labels_B.dtype == np.float64:
         labels_B = labels_B.astype(np.float32)
@@ -180,6 +182,7 @@ def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) 
         labels_B=torch.from_numpy(labels_B.copy()),
         valid_B=torch.from_numpy(valid_B.copy()),
         group_ids_B=None if groups_B is None else torch.from_numpy(groups_B[filled_B].copy()),
+        routes_B=None if routes_B is None else torch.from_numpy(routes_B[filled_B].copy()),
     )
 
 

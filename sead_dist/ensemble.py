@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sead_dist.config import EnsembleMethod
+from sead_dist.config import EnsembleMethod, RunConfig, teacher_names
 from sead_dist.engine import micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import TeacherLogits
 
-FIXED_METHODS = ("mean_logits", "mean_probabilities", "fixed", "score", "random")
+# frozen before step 1, or (random) drawn by the place in the run
+FIXED_METHODS = ("single", "mean_logits", "mean_probabilities", "fixed", "score", "random")
+NEED_CLASSES = ("mean_probabilities", "confidence", "entropy")
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,36 @@ class SoftTargets:
     temperature: float
 
 
-def check_method(method: EnsembleMethod, kind: str, loss: str) -> None:
-    """Regression allows the mean with squared error. Raises UserError."""
-    if kind != "regression":
-        return
-    if method != "mean_logits":
+def check_method(config: RunConfig, kind: str) -> None:
+    """What is asked of the teachers fits the task and the other keys. Raises UserError."""
+    method = config.ensemble
+    if kind == "regression" and method in NEED_CLASSES:
         raise UserError(
             f"ensemble={method} needs classes; for a regression task use ensemble=mean_logits"
         )
-    if loss != "mse":
-        raise UserError(f"loss={loss} needs classes; for a regression task use loss=mse")
+    if kind == "regression" and config.loss == "kl":
+        raise UserError("loss=kl needs classes; for a regression task use loss=mse, or loss=auto")
+    if method == "routed" and config.route is None:
+        raise UserError(
+            "ensemble=routed needs route=COLUMN, the column of the data that names each example's "
+            "teacher"
+        )
+    names = teacher_names(config.teachers)
+    if config.guide is not None and config.guide not in names:
+        raise UserError(
+            f"guide={config.guide} is no teacher of this run; its teachers: {', '.join(names)}"
+        )
 
 
 def frozen_weights(
-    method: EnsembleMethod, given: Sequence[float], scores: Sequence[float]
+    method: EnsembleMethod, given: Sequence[float], scores: Sequence[float], guide: int | None
 ) -> torch.Tensor:
     """Per-teacher weights_N fixed before step 1: given ones (`fixed`), the selection scores above
-    zero (`score`), or equal ones. Raises UserError when all are zero."""
+    zero (`score`), all for the guide or else for the first of the best scores (`single`), or equal
+    ones. Raises UserError when all are zero."""
+    if method == "single":
+        chosen = list(scores).index(max(scores)) if guide is None else guide
+        return torch.eye(len(given))[chosen]
     raw = {"fixed": list(given), "score": [max(score, 0.0) for score in scores]}
     weights_N = torch.tensor(raw.get(method, [1.0] * len(given)), dtype=torch.float32)
     if not weights_N.sum() > 0:
@@ -62,25 +77,51 @@ def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
 def row_weights(
     method: EnsembleMethod, logits_NBC: torch.Tensor, labels_B: torch.Tensor | None
 ) -> torch.Tensor:
-    """Per-example weights_NB of the methods that look at the row.
+    """Per-example weights_NB of the methods that look at what the teachers say.
 
     confidence: softmax over teachers of -cross-entropy with the gold label, scaled as CA-MKD does
-    (Zhang et al. 2022, eq. 4: (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal weights on
-    unlabelled rows. entropy: softmax over teachers of -entropy (the sure teacher counts more), in
-    the manner of EBKD (Kwon et al. 2020).
+    (Zhang et al. 2022, eq. 4: (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)). entropy: softmax over
+    teachers of -entropy (the sure teacher counts more), in the manner of EBKD (Kwon et al. 2020).
+    answers: in proportion to the probability that a teacher gives the gold label; for scores
+    exp(-e_n / mean_m e_m), e the squared errors (our own). Where the gold label counts, unlabelled
+    rows have equal weights.
     """
     N, B, _ = logits_NBC.shape
-    log_p_NBC = torch.log_softmax(logits_NBC.float(), dim=-1)
+    equal_NB = torch.full((N, B), 1.0 / N, device=logits_NBC.device)
     if method == "entropy":
+        log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
         entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
         return torch.softmax(-entropy_NB, dim=0)
-    equal_NB = torch.full((N, B), 1.0 / N, device=logits_NBC.device)
     if labels_B is None or N == 1:
         return equal_NB
+    loss_NB = errors(logits_NBC, labels_B)
+    if method == "confidence":
+        weights_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (N - 1)
+    else:
+        weights_NB = torch.softmax(-loss_NB, dim=0)
+    return torch.where(known(labels_B)[None], weights_NB, equal_NB)
+
+
+def known(labels_B: torch.Tensor) -> torch.Tensor:
+    """known_B: False where a row has no gold label."""
+    return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
+
+
+def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
+    for scores the squared error over the teachers' mean one, so that the scale does not count."""
+    if labels_B.is_floating_point():
+        error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
+        return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)
+    N, B, _ = logits_NBC.shape
     gold_NB1 = labels_B.clamp(min=0)[None, :, None].expand(N, B, 1)
-    loss_NB = -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
-    confident_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (N - 1)
-    return torch.where(labels_B[None, :] >= 0, confident_NB, equal_NB)
+    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
+    return -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
+
+
+def routed_weights(routes_B: torch.Tensor, teachers: int) -> torch.Tensor:
+    """weights_NB: all for the one teacher that the row's data names."""
+    return torch.nn.functional.one_hot(routes_B, teachers).T.float()
 
 
 def combine(
@@ -90,14 +131,18 @@ def combine(
     weights_N: torch.Tensor,
     temperature: float,
     regression: bool = False,
+    routes_B: torch.Tensor | None = None,
 ) -> SoftTargets:
     """The soft targets of a micro-batch. Teachers that were not asked for a row get no weight.
 
-    labels_B: int64, -1 where unlabelled; None where gold labels may not be looked at (then
-    `confidence` weighs all teachers alike).
+    labels_B: gold labels or scores, -1 or NaN where unlabelled; None where they may not be looked
+    at (then `confidence` and `answers` weigh all teachers alike). routes_B: each row's teacher,
+    for `routed`.
     """
     logits_NBC = teachers.logits_NBC.float()
-    if method in FIXED_METHODS:
+    if routes_B is not None:
+        weights_NB = routed_weights(routes_B, len(logits_NBC))
+    elif method in FIXED_METHODS:
         weights_NB = weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
     else:
         weights_NB = row_weights(method, logits_NBC, labels_B)

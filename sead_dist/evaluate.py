@@ -12,7 +12,8 @@ import torch
 
 from sead_dist.data import Split, make_batch
 from sead_dist.distributed import World, gather_objects
-from sead_dist.losses import hard_loss, labelled
+from sead_dist.ensemble import known
+from sead_dist.losses import hard_loss
 from sead_dist.tasks import TaskSpec, compute_metrics
 
 ROWS_PER_BATCH = 32
@@ -81,7 +82,7 @@ def mean_loss(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
     labels = torch.from_numpy(labels_B)
     labels = labels.float() if labels.is_floating_point() else labels
     losses_B = hard_loss(torch.from_numpy(logits_BC), labels)
-    return float(losses_B[labelled(labels)].mean())
+    return float(losses_B[known(labels)].mean())
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from sead_dist.errors import UserError
-from sead_dist.readers import Item, read_items
+from sead_dist.readers import Item, Route, read_items
 from sead_dist.tasks import Answer, TaskSpec
 
 
@@ -25,7 +25,8 @@ class ExampleSet:
 
     `labels_B`: int64 class index, -1 unlabelled; regression float64, NaN unlabelled.
     `groups_B`: int64, multirc and record only. `ids_B2`: int64 identities. `rows_B`: int64, the row
-    of the source (from 0) that the example came from. `sentences_BS`: int64 hash of each sentence,
+    of the source (from 0) that the example came from. `routes_B`: int64, the teacher that each row
+    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence,
     case-folded and stripped; 0 if blank.
     """
 
@@ -39,20 +40,25 @@ class ExampleSet:
     ids_B2: np.ndarray
     sentences_BS: np.ndarray
     rows_B: np.ndarray
+    routes_B: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels_B)
 
 
 def build_examples(
-    task: TaskSpec, rows: Sequence[Mapping[str, Any]], split: str, labelled: bool = True
+    task: TaskSpec,
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
+    labelled: bool = True,
+    route: Route | None = None,
 ) -> ExampleSet:
     """The examples of `rows`. With `labelled=False` labels are not read and may be missing.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is no text, a label outside the set and a split without rows.
     """
-    items = list(read_items(task, rows, split, labelled))
+    items = list(read_items(task, rows, split, labelled, route))
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
     unlabelled, kind = (np.nan, np.float64) if task.kind == "regression" else (-1, np.int64)
@@ -71,6 +77,7 @@ def build_examples(
         ids_B2=_as_int64([_identity(item) for item in items]).reshape(-1, 2),
         sentences_BS=np.array(sentences, dtype=np.int64).reshape(len(items), -1),
         rows_B=np.array([item.row for item in items], dtype=np.int64),
+        routes_B=None if route is None else np.array([item.route for item in items], np.int64),
     )
 
 
@@ -118,6 +125,7 @@ def subset(examples: ExampleSet, rows_B: np.ndarray) -> ExampleSet:
         ids_B2=examples.ids_B2[rows_B],
         sentences_BS=examples.sentences_BS[rows_B],
         rows_B=examples.rows_B[rows_B],
+        routes_B=None if examples.routes_B is None else examples.routes_B[rows_B],
     )
 
 
@@ -126,6 +134,9 @@ def concatenate(a: ExampleSet, b: ExampleSet) -> ExampleSet:
     groups_B = None
     if a.groups_B is not None and b.groups_B is not None:
         groups_B = np.concatenate([a.groups_B, b.groups_B + a.groups_B.max(initial=-1) + 1])
+    routes_B = None
+    if a.routes_B is not None and b.routes_B is not None:
+        routes_B = np.concatenate([a.routes_B, b.routes_B])
     return replace(
         a,
         texts_a=a.texts_a + b.texts_a,
@@ -136,6 +147,7 @@ def concatenate(a: ExampleSet, b: ExampleSet) -> ExampleSet:
         ids_B2=np.concatenate([a.ids_B2, b.ids_B2]),
         sentences_BS=np.concatenate([a.sentences_BS, b.sentences_BS]),
         rows_B=np.concatenate([a.rows_B, b.rows_B]),
+        routes_B=routes_B,
     )
 
 
@@ -249,8 +261,10 @@ def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fingerprint(examples: ExampleSet) -> str:
-    """A hash of identities, labels and their order."""
+    """A hash of identities, labels, routes and their order."""
     kind = "<f8" if examples.labels_B.dtype.kind == "f" else "<i8"
     digest = hashlib.blake2b(examples.ids_B2.astype("<i8").tobytes(), digest_size=16)
     digest.update(examples.labels_B.astype(kind).tobytes())
+    if examples.routes_B is not None:
+        digest.update(examples.routes_B.astype("<i8").tobytes())
     return digest.hexdigest()

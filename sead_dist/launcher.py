@@ -124,8 +124,8 @@ def check_inputs(config: RunConfig) -> None:
     """What is quickly told of a run before it is queued: task, method, files and checkpoints.
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
     task = load_task(config.task)
-    if config.teachers:
-        check_method(config.ensemble, task.kind, config.loss)
+    if config.taught:
+        check_method(config, task.kind)
     first_dev = list(task.splits)[1]
     given = {"train": config.data.train, first_dev: config.data.validation}
     for split in task.splits:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sead_dist.ensemble import SoftTargets
+from sead_dist.config import RunConfig
+from sead_dist.ensemble import SoftTargets, known
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class LossTerms:
     total: torch.Tensor
     soft: torch.Tensor
     hard: torch.Tensor
+
+
+def alpha_at(config: RunConfig, step: int, total_steps: int) -> float:
+    """The share of the soft loss at a step (from 0): alpha, or evenly from alpha at the first step
+    to alpha_end at the last."""
+    if config.alpha_end is None or total_steps < 2:
+        return config.alpha
+    done = step / (total_steps - 1)
+    return (1 - done) * config.alpha + done * config.alpha_end
 
 
 def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
@@ -48,10 +58,6 @@ def hard_loss(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
 
 
-def labelled(labels_B: torch.Tensor) -> torch.Tensor:
-    return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
-
-
 def total_loss(
     student_BC: torch.Tensor,
     labels_B: torch.Tensor,
@@ -72,7 +78,7 @@ def total_loss(
         hard = hard_B.sum() / valid_rows
         return LossTerms(total=hard, soft=hard.detach() * 0, hard=hard.detach())
     soft_B = torch.where(valid_B, soft_loss(student_BC, soft, loss), zero_B)
-    share_B = torch.where(labelled(labels_B), alpha, 1.0)
+    share_B = torch.where(known(labels_B), alpha, 1.0)
     total = (share_B * soft_B + (1 - share_B) * hard_B).sum() / valid_rows
     return LossTerms(
         total=total,

@@ -27,7 +27,7 @@ from sead_dist.teachers.exam import ask_all
 
 
 def ensemble_logits(
-    parts: Parts, logits_NBC: np.ndarray, weights_N: torch.Tensor
+    parts: Parts, logits_NBC: np.ndarray, weights_N: torch.Tensor, routes_B: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(combined logits_BC, probabilities_BC at temperature 1; scores for regression). Gold labels
     are not looked at: the score is what the ensemble would answer to a new text."""
@@ -35,7 +35,8 @@ def ensemble_logits(
         torch.from_numpy(logits_NBC), torch.ones(logits_NBC.shape[:2], dtype=torch.bool)
     )
     regression = parts.task.kind == "regression"
-    soft = combine(parts.config.ensemble, teachers, None, weights_N, 1.0, regression)
+    routes = None if routes_B is None else torch.from_numpy(routes_B)
+    soft = combine(parts.config.ensemble, teachers, None, weights_N, 1.0, regression, routes)
     return soft.logits_BC.numpy(), soft.targets_BC.numpy()
 
 
@@ -50,7 +51,8 @@ def score_split(
     logits_NBC = ask_all(
         parts.source, split, len(parts.teachers), parts.config.look_ahead, split.examples.split
     )
-    combined_BC, probabilities_BC = ensemble_logits(parts, logits_NBC, weights_N)
+    routes_B = split.examples.routes_B
+    combined_BC, probabilities_BC = ensemble_logits(parts, logits_NBC, weights_N, routes_B)
     scores["teachers"] = [
         {"name": t.name, "metrics": compute_metrics(parts.task, logits_BC, split.examples)}
         for t, logits_BC in zip(parts.teachers, logits_NBC, strict=True)

@@ -68,7 +68,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     run = Path(config.output_dir)
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
-    check_shared(world, {"output_dir": run, **({"store": store} if config.teachers else {})})
+    check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
     check_tracker(config.tracker)
     check_arithmetic(config.precision, world.device)
     zero_config(config, world.size)  # its mistakes come to light before anything is read
@@ -78,7 +78,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     )
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world)
+    teachers = call_roster(config, task, world) if config.taught else []
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
@@ -138,8 +138,8 @@ def read_inputs(
 ) -> tuple[TaskSpec, RunExamples, PreTrainedTokenizerBase, PreTrainedModel]:
     """Task, examples, and the student with its tokeniser."""
     task = load_task(config.task)
-    if config.teachers:
-        check_method(config.ensemble, task.kind, config.loss)
+    if config.taught:
+        check_method(config, task.kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
     model = build_student(config.student, task, tokenizer, config.seed, config.trust_remote_code)
     return task, load_examples(config, task, say), tokenizer, model

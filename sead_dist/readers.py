@@ -23,6 +23,13 @@ from sead_dist.tasks import Answer, TaskSpec, file_values, normalise_label
 Row = Mapping[str, Any]
 
 
+class Route(NamedTuple):
+    """The column of the data that names each example's teacher, and the teachers' names."""
+
+    column: str
+    teachers: tuple[str, ...]
+
+
 class Item(NamedTuple):
     """One example: `choices` first texts, as many second texts or none, and what goes with it."""
 
@@ -33,9 +40,12 @@ class Item(NamedTuple):
     group: Hashable | None
     answer: Answer | None
     row: int  # position of the row that it came from, from 0
+    route: int | None  # the teacher that the row names
 
 
-def read_items(task: TaskSpec, rows: Sequence[Row], split: str, labelled: bool) -> Iterator[Item]:
+def read_items(
+    task: TaskSpec, rows: Sequence[Row], split: str, labelled: bool, route: Route | None = None
+) -> Iterator[Item]:
     """The examples of `rows`, in order; UserError names the split, the row and what is allowed."""
     text_a = _template(task.text_a)
     second = task.choices or ((task.text_b,) if task.text_b is not None else ())
@@ -65,6 +75,7 @@ def read_items(task: TaskSpec, rows: Sequence[Row], split: str, labelled: bool) 
                 flat.get("group"),
                 flat.get("candidate"),
                 position,
+                None if route is None else _teacher_index(route, flat, where),
             )
 
 
@@ -124,6 +135,19 @@ def _score(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> 
             f"allowed: a number from {low:g} to {high:g}; mend the row"
         )
     return score
+
+
+def _teacher_index(route: Route, flat: Row, where: str) -> int:
+    if route.column not in flat:
+        raise UserError(_no_column(route.column, flat, where))
+    name = str(flat[route.column])
+    if name not in route.teachers:
+        raise UserError(
+            f"{where}: {name!r} in column {route.column!r} is no teacher of this run: "
+            f"{', '.join(route.teachers)}; name the teachers as the column does: "
+            f"teachers=[{{path: DIR, name: {name}}}, ...]"
+        )
+    return route.teachers.index(name)
 
 
 def _plain(row: Row, position: int) -> Iterator[Row]:

@@ -64,6 +64,7 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
     state = resume(parts)
     weights_N = prepare_teachers(parts)
+    touch_past(parts, weights_N, state.step)
     if parts.config.grace_s is not None:
         parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.grace_s))
     state = make_trainer(parts, weights_N).run(state)
@@ -166,14 +167,20 @@ def resume(parts: Parts) -> TrainState:
     parts.log.say(
         f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
     )
-    if parts.source is not None:
-        for steps in parts.batches.windows(0, parts.config.look_ahead):
-            steps = range(steps.start, min(steps.stop, state.step))
-            if len(steps):
-                entries_R = parts.batches.entries(steps)
-                asked_NR = asked_teachers(parts.batches, parts.config, steps, entries_R)
-                parts.source.touch(parts.splits.train, entries_R, asked_NR)
     return state
+
+
+def touch_past(parts: Parts, weights_N: torch.Tensor, done: int) -> None:
+    """Count what teachers said for the steps that a resumed run has behind it."""
+    if parts.source is None:
+        return
+    batches = parts.batches
+    for steps in batches.windows(0, parts.config.look_ahead):
+        steps = range(steps.start, min(steps.stop, done))
+        if len(steps):
+            entries_R = batches.entries(steps)
+            asked_NR = asked_teachers(batches, parts.config, weights_N, steps, entries_R)
+            parts.source.touch(parts.splits.train, entries_R, asked_NR)
 
 
 def prepare_teachers(parts: Parts) -> torch.Tensor:
@@ -182,7 +189,8 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     exams: list[Examination] = []
-    if config.gate == "on" or config.ensemble == "score" or config.drift == "on":
+    by_score = config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
+    if config.gate == "on" or by_score or config.drift == "on":
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.look_ahead, "the examination"
@@ -200,7 +208,12 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
             admit(task, exams, teachers)
     scores = [exam.score for exam in exams]
     given = [teacher.entry.weight for teacher in teachers]
-    return frozen_weights(config.ensemble, given, scores)
+    names = [teacher.name for teacher in teachers]
+    guide = None if config.guide is None else names.index(config.guide)
+    weights_N = frozen_weights(config.ensemble, given, scores, guide)
+    if config.ensemble == "single":
+        parts.log.say(f"the one teacher of this student: {names[int(weights_N.argmax())]}")
+    return weights_N
 
 
 def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from sead_dist.config import DataConfig, RunConfig
+from sead_dist.config import DataConfig, RunConfig, teacher_names
 from sead_dist.data import Split, make_split
 from sead_dist.errors import UserError
 from sead_dist.examples import (
@@ -24,6 +24,7 @@ from sead_dist.examples import (
     sample,
 )
 from sead_dist.loading import load_split, read_rows
+from sead_dist.readers import Route
 from sead_dist.tasks import TaskSpec
 
 
@@ -46,7 +47,16 @@ class RunExamples:
         return digest.hexdigest()
 
 
-def load_official(task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
+def route_of(config: RunConfig) -> Route | None:
+    """How rows name their teachers, where the run's method asks for it."""
+    if not config.taught or config.ensemble != "routed" or config.route is None:
+        return None
+    return Route(config.route, tuple(teacher_names(config.teachers)))
+
+
+def load_official(
+    task: TaskSpec, data: DataConfig, split: str, route: Route | None = None
+) -> ExampleSet:
     """One split as its files have it."""
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     rows = load_split(
@@ -57,7 +67,7 @@ def load_official(task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
         data.revision,
         data.skip_malformed,
     )
-    return build_examples(task, rows, split)
+    return build_examples(task, rows, split, route=route)
 
 
 def _load_transfer(
@@ -68,7 +78,7 @@ def _load_transfer(
     rows = read_rows(path, task, config.data.skip_malformed)
     if not rows:
         raise UserError(f"transfer.path={path} has no rows; give a file that has some")
-    examples = build_examples(task, rows, "transfer", labelled=False)
+    examples = build_examples(task, rows, "transfer", labelled=False, route=route_of(config))
     removed = 0
     for other in held:
         examples, count = remove_overlap(examples, other)
@@ -105,8 +115,9 @@ def split_off(
 def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
     """All splits of a run. Raises UserError for whatever is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
-    train = load_official(task, config.data, "train")
-    official = {split: load_official(task, config.data, split) for split in names}
+    route = route_of(config)
+    train = load_official(task, config.data, "train", route)
+    official = {split: load_official(task, config.data, split, route) for split in names}
     train, selection = split_off(config, task, train, official[names[0]])
     labelled, transfer_rows = len(train), 0
     if config.transfer.path is not None:

@@ -18,10 +18,10 @@ from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, padding_waste
 from sead_dist.distributed import StopFlag, StopRequestedError, World, gather_objects
 from sead_dist.engine import Engine
-from sead_dist.ensemble import agreement, chosen_teacher, combine
+from sead_dist.ensemble import agreement, chosen_teacher, combine, known
 from sead_dist.errors import RunError
 from sead_dist.evaluate import EvalResult
-from sead_dist.losses import labelled, total_loss
+from sead_dist.losses import alpha_at, total_loss
 from sead_dist.runlog import RunLog
 from sead_dist.teachers.base import Lesson, TeacherLogits, TeacherSource, stream
 from sead_dist.watch import Watch
@@ -30,15 +30,27 @@ LOG_EVERY = 10
 
 
 def asked_teachers(
-    batches: BatchStream, config: RunConfig, steps: range, entries_R: np.ndarray
+    batches: BatchStream,
+    config: RunConfig,
+    weights_N: torch.Tensor,
+    steps: range,
+    entries_R: np.ndarray,
 ) -> np.ndarray | None:
-    """asked_NR: `random` asks one teacher per micro-batch, other methods ask all (None)."""
-    if config.ensemble != "random":
-        return None
-    teachers, size = len(config.teachers), config.micro_batch
+    """asked_NR: `random` asks one teacher per micro-batch, `routed` one per row, other methods all
+    whose weight is not 0 (None: all)."""
+    teachers, size = len(weights_N), config.micro_batch
     asked_NR = np.zeros((teachers, len(entries_R)), bool)
+    if config.ensemble not in ("random", "routed"):
+        asked_NR[weights_N.numpy() > 0] = True
+        return None if asked_NR.all() else asked_NR
+    routes_B = batches.split.examples.routes_B
     for step in steps:
         rows_G = batches.rows(step)
+        if routes_B is not None:
+            rows_B = rows_G[rows_G >= 0]
+            at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
+            asked_NR[routes_B[rows_B], at_B] = True
+            continue
         for micro in range(config.global_batch // size):
             rows_B = rows_G[micro * size : (micro + 1) * size]
             entries_B = batches.split.entry_B[rows_B[rows_B >= 0]]
@@ -83,7 +95,7 @@ class Trainer:
             state.step,
             self.config.look_ahead,
             depth,
-            partial(asked_teachers, self.batches, self.config),
+            partial(asked_teachers, self.batches, self.config, self.weights_N),
         )
         tally = Tally(len(self.teacher_names))
         self.engine.model.train()
@@ -145,10 +157,11 @@ class Trainer:
                     soft = combine(
                         self.config.ensemble,
                         on_device,
-                        None if self.regression else labels_B,
+                        labels_B,
                         self.weights_for(batch.step, batch.micro),
                         self.config.temperature,
                         self.regression,
+                        None if batch.routes_B is None else batch.routes_B.to(student_BC.device),
                     )
                     if not self.regression:
                         tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
@@ -157,17 +170,23 @@ class Trainer:
                     labels_B,
                     valid_B,
                     soft,
-                    self.config.loss,
-                    self.config.alpha,
+                    self.loss,
+                    alpha_at(self.config, batch.step, self.batches.total_steps),
                     lesson.step.valid_rows,
                 )
                 self.engine.backward(terms.total)
             self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
-            tally.labelled += int((labelled(batch.labels_B) & batch.valid_B).sum())
+            tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
             tally.losses += torch.stack([terms.total.detach(), terms.soft, terms.hard]).cpu()
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
+
+    @property
+    def loss(self) -> str:
+        if self.config.loss == "auto":
+            return "mse" if self.regression else "kl"
+        return self.config.loss
 
     def update(self, step: int) -> None:
         """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
@@ -248,7 +267,8 @@ class Trainer:
         if self.config.tracker is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
-        if state.best_metric is None or score > state.best_metric:
+        better = state.best_metric is None or score > state.best_metric
+        if better or self.config.graduate == "last":
             state = replace(state, best_step=state.step, best_metric=score)
             self.checkpointer.save_best(self.engine, state.step)
         return state

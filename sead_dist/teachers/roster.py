@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sead_dist.config import RunConfig, TeacherConfig
+from sead_dist.config import RunConfig, TeacherConfig, teacher_names
 from sead_dist.distributed import World, gather_objects, on_every_rank
 from sead_dist.errors import UserError
 from sead_dist.models import DTYPES, align_classes, head_weights, label_names, outline, width
@@ -82,17 +82,6 @@ class Teacher:
             "dtype": self.dtype,
             "weights": self.entry.weights,
         }
-
-
-def names_of(entries: Sequence[TeacherConfig]) -> list[str]:
-    """A short name for each teacher, all different."""
-    names: list[str] = []
-    for entry in entries:
-        parts = [part for part in Path(entry.path).parts if part not in ("/", "model")]
-        name = entry.name or (parts[-1] if parts else entry.path)
-        twins = sum(1 for other in names if other == name or other.startswith(f"{name}#"))
-        names.append(f"{name}#{twins + 1}" if twins else name)
-    return names
 
 
 def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
@@ -214,7 +203,7 @@ def _call(
     checked: dict[tuple[str, str, str | None], int | None] = {}
     teachers: list[Teacher] = []
     for entry, name, checkpoint, weights in zip(
-        entries, names_of(entries), checkpoints, hashes, strict=True
+        entries, teacher_names(entries), checkpoints, hashes, strict=True
     ):
         shape = load_model_config(checkpoint, config.trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)

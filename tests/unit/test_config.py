@@ -6,7 +6,7 @@ import pytest
 from small import config
 
 from sead_dist.config import RunConfig, dump_config
-from sead_dist.configfiles import config_folder, load_config
+from sead_dist.configfiles import config_folder, load_config, shipped_methods
 from sead_dist.errors import UserError
 from sead_dist.yamltext import parse_yaml
 
@@ -140,3 +140,31 @@ def test_a_student_named_like_a_shape_is_one(tmp_path, monkeypatch):
         assert (student.shape, student.path) == (name, None)
     (tmp_path / "L6-H999-A7").mkdir()
     assert load_config([*given, "student=L6-H999-A7"]).student.path == "L6-H999-A7"
+
+
+def test_a_method_lies_over_the_defaults_and_under_everything_else(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("alpha: 0.2\ntemperature: 7\n")
+    (tmp_path / "run.yaml").write_text(f"method: {own}\nalpha: 0.4\n")
+    found = config(str(tmp_path / "run.yaml"))
+    assert (found.alpha, found.temperature, found.method) == (0.4, 7.0, str(own))
+    # the last name given counts, and its keys lie under those of files to its left
+    found = config(str(tmp_path / "run.yaml"), method="sead")
+    assert (found.ensemble, found.alpha, found.temperature) == ("answers", 0.4, 2.0)
+
+
+def test_every_shipped_method_is_a_configuration_of_a_methods_keys():
+    for name in shipped_methods():
+        assert config(method=name).method == name
+
+
+def test_an_unknown_method_is_told_the_known_ones():
+    with pytest.raises(UserError, match=r"method=mena is no method; did you mean 'mean'\? known: "):
+        config(method="mena")
+
+
+def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("alpha: 0.2\nepochs: 9\n")
+    with pytest.raises(UserError, match="epochs is no key of a method; its file may set ensemble,"):
+        config(method=own)

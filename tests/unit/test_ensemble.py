@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from small import config
 
 from sead_dist.config import EnsembleMethod
 from sead_dist.ensemble import agreement, check_method, chosen_teacher, combine, frozen_weights
@@ -51,21 +52,21 @@ def test_mean_of_probabilities_at_a_temperature():
 
 
 def test_fixed_weights_are_normalised():
-    weights_N = frozen_weights("fixed", [3.0, 1.0], [])
+    weights_N = frozen_weights("fixed", [3.0, 1.0], [], None)
     assert weights_N.tolist() == [0.75, 0.25]
     found = ask("fixed", TWO, weights=weights_N.tolist())
     torch.testing.assert_close(found.targets_BC, torch.tensor([[0.725, 0.275]]))
 
 
 def test_score_weights_are_the_selection_scores_above_zero():
-    weights_N = frozen_weights("score", [1.0, 1.0, 1.0], [0.9, 0.3, -0.2])
+    weights_N = frozen_weights("score", [1.0, 1.0, 1.0], [0.9, 0.3, -0.2], None)
     torch.testing.assert_close(weights_N, torch.tensor([0.75, 0.25, 0.0]))
     with pytest.raises(UserError, match="ensemble=score: every teacher's weight is 0"):
-        frozen_weights("score", [1.0, 1.0], [-0.1, 0.0])
+        frozen_weights("score", [1.0, 1.0], [-0.1, 0.0], None)
 
 
 def test_equal_weights_look_neither_at_the_given_ones_nor_at_scores():
-    assert frozen_weights("mean_logits", [5.0, 1.0], [0.9, 0.1]).tolist() == [0.5, 0.5]
+    assert frozen_weights("mean_logits", [5.0, 1.0], [0.9, 0.1], None).tolist() == [0.5, 0.5]
 
 
 def test_confidence_by_hand():
@@ -113,7 +114,10 @@ def test_one_teacher_alone_is_the_ensemble_whatever_the_method():
     logits_NBC = torch.randn(1, 5, 3)
     expected = torch.softmax(logits_NBC[0] / 2.0, -1)
     for method in EnsembleMethod.__args__:
-        found = ask(method, logits_NBC, labels=[0, 1, 2, -1, 0], temperature=2.0)
+        if method == "none":
+            continue
+        routes_B = torch.zeros(5, dtype=torch.long) if method == "routed" else None
+        found = ask(method, logits_NBC, labels=[0, 1, 2, -1, 0], temperature=2.0, routes_B=routes_B)
         torch.testing.assert_close(found.targets_BC, expected)
 
 
@@ -127,9 +131,52 @@ def test_regression_takes_the_mean_of_scores():
     [("entropy", "mse", "ensemble=entropy needs classes"), ("mean_logits", "kl", "loss=kl needs")],
 )
 def test_what_regression_cannot_do_is_refused(method, loss, message):
+    given = config("teachers=[a,b]", ensemble=method, loss=loss)
     with pytest.raises(UserError, match=message):
-        check_method(method, "regression", loss)
-    check_method(method, "classification", loss)
+        check_method(given, "regression")
+    check_method(given, "classification")
+
+
+def test_a_method_without_what_it_needs_is_refused():
+    with pytest.raises(UserError, match="ensemble=routed needs route=COLUMN"):
+        check_method(config("teachers=[a,b]", ensemble="routed"), "classification")
+    with pytest.raises(UserError, match="guide=c is no teacher of this run; its teachers: a, b"):
+        check_method(config("teachers=[a,b]", guide="c"), "classification")
+
+
+def test_single_is_the_best_teacher_by_selection_or_the_guide():
+    assert frozen_weights("single", [1.0] * 3, [0.5, 0.9, 0.9], None).tolist() == [0, 1, 0]
+    assert frozen_weights("single", [1.0] * 3, [], 2).tolist() == [0, 0, 1]
+    found = ask("single", TWO, weights=[0.0, 1.0], present=[[False], [True]])
+    torch.testing.assert_close(found.targets_BC, torch.tensor([[0.5, 0.5]]))
+
+
+def test_routed_takes_each_rows_own_teacher():
+    two = logs([[[0.8, 0.2]] * 2, [[0.4, 0.6]] * 2])
+    found = ask("routed", two, routes_B=torch.tensor([1, 0]))
+    torch.testing.assert_close(found.targets_BC, torch.tensor([[0.4, 0.6], [0.8, 0.2]]))
+
+
+def test_answers_weighs_teachers_by_the_probability_of_the_gold_label():
+    three = logs([[[0.8, 0.2]] * 3, [[0.5, 0.5]] * 3, [[0.2, 0.8]] * 3])
+    found = ask("answers", three, labels=[0, 1, -1])
+    weights = torch.tensor([0.8, 0.5, 0.2]) / 1.5
+    torch.testing.assert_close(found.weights_NB[:, 0], weights)
+    torch.testing.assert_close(found.weights_NB[:, 1], weights.flip(0))
+    torch.testing.assert_close(found.weights_NB[:, 2], torch.full((3,), 1 / 3))
+    # 0.8 * 0.8 + 0.5 * 0.5 + 0.2 * 0.2 of 1.5
+    torch.testing.assert_close(found.targets_BC[0, 0], torch.tensor(0.93 / 1.5))
+
+
+def test_answers_of_scores_do_not_depend_on_their_scale():
+    # squared errors 1 and 3, of mean 2: exp(-0.5) to exp(-1.5), whatever the unit
+    for unit in (1.0, 100.0):
+        scores = torch.tensor([[[2.0]], [[1.0 + 3**0.5]]]) * unit
+        found = ask("answers", scores, labels=[1.0 * unit], regression=True)
+        first = 1 / (1 + math.exp(-1.0))
+        torch.testing.assert_close(found.weights_NB[:, 0], torch.tensor([first, 1 - first]))
+    unlabelled = ask("answers", scores, labels=[math.nan], regression=True)
+    assert unlabelled.weights_NB[:, 0].tolist() == [0.5, 0.5]
 
 
 def test_the_random_teacher_is_a_function_of_seed_step_and_micro_batch():

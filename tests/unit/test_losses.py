@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from small import config
 from torch.nn import functional as F
 
 from sead_dist.ensemble import SoftTargets
-from sead_dist.losses import hard_loss, soft_loss, total_loss
+from sead_dist.losses import alpha_at, hard_loss, soft_loss, total_loss
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)
@@ -124,3 +125,10 @@ def test_the_hard_loss_is_cross_entropy():
     student_BC, labels_B = torch.randn(8, 4), torch.randint(4, (8,))
     expected = F.cross_entropy(student_BC, labels_B)
     torch.testing.assert_close(hard_loss(student_BC, labels_B).mean(), expected)
+
+
+def test_the_share_of_the_soft_loss_goes_evenly_from_alpha_to_alpha_end():
+    given = config(alpha=0.9, alpha_end=0.3)
+    assert [alpha_at(given, step, 4) for step in range(4)] == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert alpha_at(given, 0, 1) == 0.9
+    assert {alpha_at(config(alpha=0.9), step, 4) for step in range(4)} == {0.9}

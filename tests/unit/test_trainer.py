@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
     steps = range(0, 3)
     entries_R = trainer.batches.entries(steps)
     given = config("teachers=[a,b,c]", ensemble="random", seed=4)
-    asked_NR = asked_teachers(trainer.batches, given, steps, entries_R)
+    asked_NR = asked_teachers(trainer.batches, given, trainer.weights_N, steps, entries_R)
     # every row is in one micro-batch of an epoch, so one teacher is asked for it
     assert asked_NR.sum(0).tolist() == [1] * 21
     by_hand = Counter()
@@ -193,4 +194,38 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
                 float(n == chosen) for n in range(3)
             ]
     assert asked_NR.sum(1).tolist() == [by_hand[n] for n in range(3)]
-    assert asked_teachers(trainer.batches, config("teachers=[a,b,c]"), steps, entries_R) is None
+    every = torch.full((3,), 1 / 3)
+    given = config("teachers=[a,b,c]")
+    assert asked_teachers(trainer.batches, given, every, steps, entries_R) is None
+
+
+def test_a_teacher_without_weight_is_not_asked(tmp_path):
+    trainer = make_trainer(tmp_path, names="abc", ensemble="single")
+    steps = range(0, 3)
+    entries_R = trainer.batches.entries(steps)
+    given, one = config("teachers=[a,b,c]", ensemble="single"), torch.tensor([0.0, 1.0, 0.0])
+    asked_NR = asked_teachers(trainer.batches, given, one, steps, entries_R)
+    assert asked_NR.all(1).tolist() == [False, True, False]
+    assert asked_NR.sum() == 21
+
+
+def test_routed_asks_each_rows_own_teacher_and_equal_rows_may_ask_two(tmp_path):
+    trainer = make_trainer(tmp_path, names="ab", ensemble="routed")
+    split = trainer.batches.split
+    routes_B = np.arange(len(split)) % 2
+    twins = replace(split.examples, routes_B=routes_B)
+    # the second row is the first once more
+    entry_B = split.entry_B.copy()
+    entry_B[1] = entry_B[0]
+    batches = trainer.batches
+    batches.split = replace(split, examples=twins, entry_B=entry_B)
+    steps = range(0, 3)
+    entries_R = batches.entries(steps)
+    given = config("teachers=[a,b]", ensemble="routed", route="column")
+    asked_NR = asked_teachers(batches, given, torch.full((2,), 0.5), steps, entries_R)
+    assert asked_NR[:, np.searchsorted(entries_R, entry_B[0])].tolist() == [True, True]
+    assert asked_NR.sum() == len(split)
+    for step in steps:
+        for batch in batches.step(step).batches:
+            at_B = np.searchsorted(entries_R, batch.entries_B.numpy())
+            assert asked_NR[batch.routes_B.numpy(), at_B].all()
