@@ -175,10 +175,10 @@ def test_a_config_file_that_is_not_there(words, distil, tmp_path):
         distil(["sst", *words(tmp_path / "out")])
 
 
-def test_regression_takes_the_mean_alone(refused):
+def test_what_needs_classes_is_refused_for_regression(refused):
     data = [f"data.path={FIXTURES / 'stsb'}", "task=stsb"]
     refused(r"ensemble=entropy.*regression", *data, "ensemble=entropy", "loss=mse")
-    refused(r"loss=kl.*loss=mse", *data)
+    refused(r"loss=kl.*loss=mse", *data, "loss=kl")
 
 
 # teachers
