@@ -21,14 +21,25 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     from sead_dist.distributed import join_world, leave_world
 
     world = join_world()
-    recipe: Callable[..., object] = {"distill": recipes.distill, "finetune": recipes.finetune}[name]
-    recipe(config, world)
+    by_name: dict[str, Callable[..., object]]
+    by_name = {"distill": recipes.distill, "finetune": recipes.finetune}
+    by_name[name](config, world)
+    leave_world(world)
+
+
+def run_sweep(words: Sequence[str]) -> None:
+    from sead_dist import sweep
+    from sead_dist.distributed import join_world, leave_world
+
+    world = join_world()
+    sweep.run_sweep(words, world)
     leave_world(world)
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
-    """As `run_recipe`, for a job on a node: its exit code where it failed, else None."""
-    return attempt(lambda: run_recipe(name, words))
+    """`distill`, `finetune` or `sweep` for a job on a node: its exit code where it failed, else
+    None."""
+    return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -37,6 +48,10 @@ def distill(args: argparse.Namespace) -> None:
 
 def finetune(args: argparse.Namespace) -> None:
     run_recipe("finetune", args.words)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    run_sweep(args.words)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -109,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     for name, help_, run in (
         ("distill", "teach a student, or go on where a killed run stopped", distill),
         ("finetune", "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ...", finetune),
+        ("sweep", "tasks x methods x seeds, and one report: tasks=[...] methods=[...]", sweep),
     ):
         command = commands.add_parser(name, help=help_)
         command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)

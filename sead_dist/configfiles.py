@@ -72,14 +72,15 @@ def read_method(method: str) -> dict[str, Any]:
     return keys
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, key by key; other values than mappings take the place of the old."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         if key in SHORTHAND and isinstance(value, str):
             value = {"path": value}
         if isinstance(below, dict) and isinstance(value, Mapping):
-            merged[key] = _merge(below, value)
+            merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged
@@ -156,8 +157,11 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
     Raises UserError naming the key, its value and what is allowed.
     """
-    base = config_folder() / "base.yaml"
-    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
+    return resolve(read_layers(words))
+
+
+def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The keys of each file and of each KEY=VALUE word: those that count for more come later."""
     layers: list[Mapping[str, Any]] = []
     for word in [word for word in words if "=" not in word]:
         path = find_config(word)
@@ -171,12 +175,17 @@ def load_config(words: Sequence[str]) -> RunConfig:
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
         layers.append(layer)
-    layers += [_override(word) for word in words if "=" in word]
+    return layers + [_override(word) for word in words if "=" in word]
+
+
+def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """The configuration of these keys over those of the method and of base.yaml."""
+    base = config_folder() / "base.yaml"
+    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
     methods = [layer["method"] for layer in layers if layer.get("method") is not None]
-    if methods:
-        layers.insert(0, read_method(str(methods[-1])))
-    for layer in layers:
-        merged = _merge(merged, layer)
+    preset = [read_method(str(methods[-1]))] if methods else []
+    for layer in (*preset, *layers):
+        merged = merge(merged, layer)
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key)
     merged["student"] = _shape_shorthand(merged["student"])

@@ -31,20 +31,26 @@ class SoftTargets:
     temperature: float
 
 
-def check_method(config: RunConfig, kind: str) -> None:
-    """What is asked of the teachers fits the task and the other keys. Raises UserError."""
+def misfit(config: RunConfig, kind: str) -> str | None:
+    """Why the method cannot be applied to a task of this kind; None where it can."""
     method = config.ensemble
     if kind == "regression" and method in NEED_CLASSES:
-        raise UserError(
-            f"ensemble={method} needs classes; for a regression task use ensemble=mean_logits"
-        )
+        return f"ensemble={method} needs classes; for a regression task use ensemble=mean_logits"
     if kind == "regression" and config.loss == "kl":
-        raise UserError("loss=kl needs classes; for a regression task use loss=mse, or loss=auto")
+        return "loss=kl needs classes; for a regression task use loss=mse, or loss=auto"
     if method == "routed" and config.route is None:
-        raise UserError(
+        return (
             "ensemble=routed needs route=COLUMN, the column of the data that names each example's "
             "teacher"
         )
+    return None
+
+
+def check_method(config: RunConfig, kind: str) -> None:
+    """What is asked of the teachers fits the task and the other keys. Raises UserError."""
+    reason = misfit(config, kind)
+    if reason is not None:
+        raise UserError(reason)
     names = teacher_names(config.teachers)
     if config.guide is not None and config.guide not in names:
         raise UserError(

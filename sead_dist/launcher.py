@@ -26,15 +26,11 @@ from submitit.slurm import slurm as submitit_slurm
 
 from sead_dist import jobs, slurm
 from sead_dist.config import RunConfig
-from sead_dist.configfiles import load_config, names_shape
-from sead_dist.ensemble import check_method
+from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
-from sead_dist.loading import find_files
-from sead_dist.pretrained import locate
+from sead_dist.inputs import check_inputs
 from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished
-from sead_dist.student import check_start
-from sead_dist.tasks import load_task
 
 # submitit counts time limits against this; ours may be as many as the run needs
 ANY_NUMBER = 1_000_000
@@ -118,29 +114,6 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds {text!r} names no seed, or one twice; give e.g. 0,1,2 or 0-4")
     return seeds
-
-
-def check_inputs(config: RunConfig) -> None:
-    """What is quickly told of a run before it is queued: task, method, files and checkpoints.
-    Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
-    task = load_task(config.task)
-    if config.taught:
-        check_method(config, task.kind)
-    first_dev = list(task.splits)[1]
-    given = {"train": config.data.train, first_dev: config.data.validation}
-    for split in task.splits:
-        file = given.get(split)
-        if file is not None and not Path(file).is_file():
-            raise UserError(f"data file {file} does not exist; give an existing file")
-        if file is None and config.data.path is not None:
-            find_files(task, split, Path(config.data.path))
-    if config.transfer.path is not None and not Path(config.transfer.path).is_file():
-        raise UserError(f"transfer.path={config.transfer.path} does not exist; give a file")
-    for entry in (*config.teachers, *config.encoders):
-        if not names_shape(entry.path):
-            locate(entry.path, entry.revision)
-    if config.student.path is not None:
-        check_start(config.student, config.trust_remote_code)
 
 
 def job_folder(out: Path) -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from sead_dist.checkpoint import TrainState
-from sead_dist.config import RunConfig, StudentConfig, TeacherConfig
-from sead_dist.configfiles import names_shape
+from sead_dist.config import RunConfig
 from sead_dist.distributed import StopFlag, StopRequestedError, World, barrier, from_main
+from sead_dist.encoders import teacher_runs
 from sead_dist.ensemble import frozen_weights
 from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
@@ -26,10 +26,13 @@ from sead_dist.teachers.exam import Examination, admit, ask_all, describe, exami
 from sead_dist.trainer import Trainer, asked_teachers
 
 
-def distill(config: RunConfig, world: World, show_table: bool = True) -> Path:
+def distill(
+    config: RunConfig, world: World, show_table: bool = True, stop: StopFlag | None = None
+) -> Path:
     """Run, resume or find finished the distillation that `config` describes; its run folder.
 
-    Raises UserError before any long work, RunError during it.
+    stop: the caller's flag, which then knows too that a stop was asked for. Raises UserError before
+    any long work, RunError during it.
     """
     run = Path(config.output_dir)
     if config.encoders:
@@ -40,7 +43,7 @@ def distill(config: RunConfig, world: World, show_table: bool = True) -> Path:
         if world.is_main:
             print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
         return run
-    stop = StopFlag()
+    stop = stop or StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         parts = build(config, world, stack, stop)
@@ -95,27 +98,18 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
         raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
-    check_encoders(config)
+    teachers = teacher_runs(config)
     if (Path(config.output_dir) / "run.json").is_file():
         raise UserError(
             f"output_dir={config.output_dir} holds a run; give another folder for the teachers"
         )
     from_main(world, lambda: check_folder(Path(config.output_dir)))
-    for encoder in config.encoders:
-        check_start(encoder_as_student(encoder, config.student), config.trust_remote_code)
+    for one in teachers:
+        check_start(one.student, one.trust_remote_code)
     runs: list[Path] = []
-    for index, encoder in enumerate(config.encoders):
-        one = config.model_copy(
-            update={
-                "student": encoder_as_student(encoder, config.student),
-                "teachers": [],
-                "encoders": [],
-                "seed": config.seed + index,
-                "output_dir": str(Path(config.output_dir) / f"teacher-{index}"),
-            }
-        )
+    for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
         if world.is_main:
-            print(f"teacher {index + 1} of {len(config.encoders)}, from {encoder.path}", flush=True)
+            print(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}", flush=True)
         runs.append(distill(one, world, show_table))
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop
@@ -129,25 +123,6 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"output_dir={folder} holds other files ({sorted(others)[0]!r}); give a new folder"
         )
-
-
-def check_encoders(config: RunConfig) -> None:
-    """Raises UserError for a key of an encoder's entry that only means something to a teacher."""
-    for encoder in config.encoders:
-        plain = TeacherConfig(path=encoder.path, revision=encoder.revision)
-        for key, value in encoder.model_dump().items():
-            if value != getattr(plain, key):
-                raise UserError(
-                    f"encoders: {encoder.path} has {key}={value}, which is a teacher's; an encoder "
-                    "has path and revision, and the run's keys say the rest"
-                )
-
-
-def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> StudentConfig:
-    is_shape = names_shape(encoder.path)
-    path = encoder.path if encoder.revision is None else f"{encoder.path}@{encoder.revision}"
-    start = {"shape": encoder.path, "path": None} if is_shape else {"path": path, "shape": None}
-    return student.model_copy(update=start)
 
 
 def resume(parts: Parts) -> TrainState:

@@ -70,23 +70,39 @@ def already_finished(config: RunConfig) -> bool:
         raise UserError(
             f"output_dir={run} holds other files and no run; give a new or empty folder"
         )
-    if not has_progress(run):
+    saved = refuse_other_keys(config)
+    if saved is None or not is_finished(run):
         return False
-    record = read_json(run / "run.json")
-    saved = Identity(**record["identity"])
-    refuse_other(run, saved, replace(saved, config=config.identity()))
-    if not is_finished(run):
-        return False
-    if record["teachers_given"] != given_teachers(config):
-        names = ", ".join(entry["path"] for entry in record["teachers_given"]) or "none"
-        raise UserError(
-            f"output_dir={run} holds a finished run with the teachers {names}; "
-            "give another output_dir"
-        )
+    refuse_other_teachers(config)
     task = load_task(config.task)
     data = load_examples(config, task, lambda _line: None).fingerprint(task)
     refuse_other(run, saved, replace(saved, data=data))
     return True
+
+
+def refuse_other_keys(config: RunConfig) -> Identity | None:
+    """Whose run the output folder holds, None where there is no progress. Data are not looked at.
+
+    Raises UserError where its keys are others.
+    """
+    run = Path(config.output_dir)
+    if not (run / "run.json").is_file() or not has_progress(run):
+        return None
+    saved = Identity(**read_json(run / "run.json")["identity"])
+    refuse_other(run, saved, replace(saved, config=config.identity()))
+    return saved
+
+
+def refuse_other_teachers(config: RunConfig) -> None:
+    """Raises UserError where a finished run was given other teachers."""
+    run = Path(config.output_dir)
+    given = read_json(run / "run.json")["teachers_given"]
+    if given != given_teachers(config):
+        names = ", ".join(entry["path"] for entry in given) or "none"
+        raise UserError(
+            f"output_dir={run} holds a finished run with the teachers {names}; "
+            "give another output_dir"
+        )
 
 
 def claim(run: Path, config: RunConfig, identity: Identity) -> None:
@@ -118,24 +134,37 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
 def locked(run: Path) -> Iterator[None]:
     """Keep other processes out of this run folder. Raises UserError where one is at work."""
     path = run / ".lock"
+    with try_lock(path) as taken:
+        if not taken:
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            raise UserError(
+                f"output_dir={run} is being written by {holder}; wait for it, stop it, or give "
+                "another output_dir"
+            )
+        yield
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock file, which a process that ends in any way gives back.
+
+    Raises UserError where its folder cannot be made.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(
-            f"output_dir={run} cannot be made: {error.strerror}; give another folder"
+            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder"
         ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = path.read_text(encoding="utf-8").strip() or "another process"
-            raise UserError(
-                f"output_dir={run} is being written by {holder}; wait for it, stop it, or give "
-                "another output_dir"
-            ) from None
+            yield False
+            return
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        yield True
     finally:
         os.close(handle)

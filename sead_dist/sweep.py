@@ -1,0 +1,250 @@
+"""`sead-dist sweep`: workers go through the list of a sweep's runs and do what is open.
+
+A worker is a process, or a world of ranks that take part in every run together. What is done, what
+failed and what another worker has in hand is told by the run folders alone, so several workers on
+one folder, started by hand or by a SLURM array, share the runs between them.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from sead_dist.checkpoint import refuse_other
+from sead_dist.config import RunConfig
+from sead_dist.distributed import StopFlag, World, from_main
+from sead_dist.engine import check_arithmetic, check_tracker
+from sead_dist.ensemble import check_method
+from sead_dist.errors import RunError, UserError
+from sead_dist.inputs import check_inputs
+from sead_dist.recipes import distill
+from sead_dist.runfolder import refuse_other_keys, refuse_other_teachers, try_lock
+from sead_dist.runlog import is_finished, write_json
+from sead_dist.splits import load_examples
+from sead_dist.student import check_start
+from sead_dist.sweepplan import TEACHERS, Plan, Unit, make_plan
+from sead_dist.sweepreport import show, write_sweep_report
+from sead_dist.sweepscores import TaskData, failures, scores_of
+from sead_dist.tasks import constant_score
+from sead_dist.teachers.roster import device_model
+from sead_dist.zeroconfig import zero_config
+
+POLL_S = 2.0
+
+
+def run_sweep(words: Sequence[str], world: World) -> None:
+    """Do what is open of the sweep that these words describe, and write its report.
+
+    A run that fails is written down and the others go on. Raises UserError for mistakes, before any
+    run starts, and RunError at the end where runs have failed.
+    """
+    plan = make_plan(words)
+    data: dict[str, TaskData] = {}
+    from_main(world, lambda: data.update(check_plan(plan, world)))
+    stop = StopFlag()
+    try:
+        with stop.listening():
+            came_to_end = work(plan, world, stop)
+    except BaseException:
+        if world.is_main:
+            # what is there can be seen; what ended it is told
+            with suppress(UserError, OSError):
+                report(plan, data, world.device)
+        raise
+    from_main(world, lambda: report(plan, data, world.device))
+    from_main(world, lambda: tell_end(plan, came_to_end))
+
+
+def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
+    """Write OUTPUT/report; one worker at a time."""
+    folder = plan.output / "report"
+    found = scores_of(plan, data, device_model(device))
+    with ExitStack() as stack:
+        while not stack.enter_context(try_lock(folder / ".lock")):
+            time.sleep(POLL_S / 10)
+        write_sweep_report(found, folder)
+    show(found)
+
+
+def tell_end(plan: Plan, came_to_end: bool) -> None:
+    """Say how it ended. Raises RunError where runs have failed."""
+    done = sum(is_finished(unit.folder) for unit in plan.units)
+    of_all = f"{done} of {len(plan.units)} runs are done; report: {plan.output / 'report'}"
+    failed = failures(plan)
+    if failed:
+        named = ", ".join(f"{of['task']} {of['method']} seed {of['seed']}" for of in failed[:4])
+        more = ", ..." if len(failed) > 4 else ""
+        raise RunError(
+            f"{len(failed)} of {len(plan.units)} runs failed: {named}{more}; the first because: "
+            f"{failed[0]['reason']}; mend it and give the same command again. {of_all}"
+        )
+    if came_to_end:
+        print(of_all, flush=True)
+    else:
+        print(f"stopped: {of_all}; give the same command again to go on", flush=True)
+
+
+def check_plan(plan: Plan, world: World) -> dict[str, TaskData]:
+    """What can be told of all runs before the first: inputs, data, and whose runs the folders hold.
+
+    Raises UserError for the first mistake.
+    """
+    check_folder(plan.output)
+    for unit in plan.units:
+        refuse_other_keys(unit.config)
+    starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
+    for config in starts.values():
+        check_start(config.student, config.trust_remote_code)
+    for name, task in plan.tasks.items():
+        for unit in plan.students(name):
+            if unit.config.taught:
+                check_method(unit.config, task.kind)
+        teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
+        for unit in (*teachers[:1], *plan.students(name)[:1]):  # the others ask for nothing else
+            check_tracker(unit.config.tracker)
+            check_arithmetic(unit.config.precision, world.device)
+            zero_config(unit.config, world.size)
+            check_inputs(with_made_teachers(unit.config, teachers))
+    return {name: read_task(plan, name) for name in plan.tasks if plan.students(name)}
+
+
+def check_folder(output: Path) -> None:
+    """Raises UserError where it is no folder of a sweep: that holds folders alone."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir={output} is a file; give a folder")
+    for path in sorted(output.glob("[!.]*")):
+        if not path.is_dir():
+            raise UserError(
+                f"output_dir={output} holds other files ({path.name!r}); give a new folder for the "
+                "sweep"
+            )
+
+
+def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
+    """What can be looked at of a run while its teachers are not made: a student of a shape takes
+    the first one's tokeniser, which that one starts with."""
+    if not config.teachers or not made:
+        return config
+    student, start = config.student, made[0].config.student
+    if student.shape is not None and student.tokenizer is None:
+        student = student.model_copy(update={"tokenizer": start.tokenizer or start.path})
+    return config.model_copy(update={"teachers": [], "student": student})
+
+
+def read_task(plan: Plan, name: str) -> TaskData:
+    """Raises UserError where the data are wrong, or others than those of runs that are done."""
+    task, students = plan.tasks[name], plan.students(name)
+    # the column that names each row's teacher counts as data
+    plain = [unit for unit in students if unit.config.ensemble != "routed"]
+    examples = load_examples((plain or students)[0].config, task, lambda _line: None)
+    fingerprint = examples.fingerprint(task)
+    for unit in students:
+        saved = refuse_other_keys(unit.config)
+        if saved is None:
+            continue
+        if unit.config.ensemble != "routed" or not plain:
+            refuse_other(unit.folder, saved, replace(saved, data=fingerprint))
+        if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
+            refuse_other_teachers(unit.config)
+    dev = next(iter(examples.official.values()))
+    train_rows = len(examples.train) - examples.transfer_rows
+    return TaskData(task, dev, train_rows, constant_score(task, dev))
+
+
+@dataclass
+class Memory:
+    """What a worker knows. before: when failures of earlier tries were written down (ns);
+    done: runs that are finished; failed: runs that failed under this worker or one beside it."""
+
+    before: dict[Path, int]
+    done: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    said: str = ""
+
+
+def work(plan: Plan, world: World, stop: StopFlag) -> bool:
+    """Run what is open until nothing is; False when it was asked to stop before."""
+    memory = from_main(world, lambda: Memory(failure_times(plan)))
+    while not stop.agreed(world):
+        with ExitStack() as held:
+            index, waiting = from_main(world, lambda: choose(plan, memory, held))
+            if index is not None:
+                run_unit(plan, index, memory, world, stop)
+            elif not waiting:
+                return True
+            else:
+                time.sleep(POLL_S)
+    return False
+
+
+def failure_times(plan: Plan) -> dict[Path, int]:
+    files = [unit.failure for unit in plan.units]
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
+    """(the next run, whose lock is `held` from now on, or None; how many others have in hand).
+
+    Runs that failed before come last, so that those behind them get their turn.
+    """
+    # a file that was not there, or is newer, is the failure of a worker beside this one
+    memory.failed |= {
+        n
+        for n, unit in enumerate(plan.units)
+        if unit.failure.is_file()
+        and memory.before.get(unit.failure) != unit.failure.stat().st_mtime_ns
+    }
+    failed = {plan.units[n].folder for n in memory.failed}
+    waiting = 0
+    for n in sorted(range(len(plan.units)), key=lambda n: plan.units[n].failure in memory.before):
+        unit = plan.units[n]
+        if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
+            continue
+        if is_finished(unit.folder):
+            memory.done.add(n)
+        elif not all(is_finished(need) for need in unit.needs):
+            waiting += 1
+        else:
+            lock = held.enter_context(ExitStack())
+            taken = lock.enter_context(try_lock(unit.folder.with_name(f".{unit.folder.name}.lock")))
+            # it may have been finished just before
+            if taken and not is_finished(unit.folder):
+                return n, waiting
+            lock.close()
+            waiting += 1
+    if waiting and memory.said != "waiting":
+        memory.said = "waiting"
+        print(f"{waiting} runs are left to other processes; waiting for them", flush=True)
+    return None, waiting
+
+
+def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
+    """Run it; where it fails, write down why.
+
+    Raises again what is no mistake of a person, in a world of several ranks whatever was not found
+    before the run began: there the ranks may no longer agree on what comes next.
+    """
+    unit = plan.units[index]
+    if world.is_main:
+        print(f"\nrun {index + 1} of {len(plan.units)}: {unit.title}", flush=True)
+        memory.said = unit.title
+    try:
+        distill(unit.config, world, show_table=False, stop=stop)
+    except Exception as error:
+        if world.is_main:
+            note_failure(unit, error)
+            memory.failed.add(index)
+        if isinstance(error, UserError) or (isinstance(error, RunError) and world.size == 1):
+            return
+        raise
+    if world.is_main and is_finished(unit.folder):
+        unit.failure.unlink(missing_ok=True)
+
+
+def note_failure(unit: Unit, error: Exception) -> None:
+    reason = str(error) or type(error).__name__
+    print(f"sead-dist: {unit.title} failed: {reason}", flush=True)
+    write_json(unit.failure, {"run": unit.title, "reason": reason})

@@ -1,0 +1,238 @@
+"""A sweep is a list of runs: teachers first, then students of every task, method and seed.
+
+Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from sead_dist.config import METHOD_KEYS, RunConfig, Section, TeacherConfig
+from sead_dist.configfiles import (
+    config_folder,
+    explain,
+    merge,
+    read_layers,
+    resolve,
+    shipped_methods,
+)
+from sead_dist.encoders import teacher_runs
+from sead_dist.ensemble import misfit
+from sead_dist.errors import UserError
+from sead_dist.tasks import TaskSpec, load_task
+from sead_dist.taskspec import nearest
+from sead_dist.yamltext import parse_yaml
+
+TEACHERS = "teachers"
+# folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
+TAKEN = ("report", "store", TEACHERS)
+# what the others are compared with
+REFERENCE = "finetune"
+Layers = Sequence[Mapping[str, Any]]
+
+
+class SweepConfig(Section):
+    tasks: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    finetune: dict[str, Any]
+    per_task: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run folders that
+    have to be finished before."""
+
+    task: str
+    method: str
+    config: RunConfig
+    needs: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} {self.method} {self.folder.name}"
+
+    @property
+    def failure(self) -> Path:
+        """The file that says why this run failed when it was last tried."""
+        return self.folder.with_name(f"{self.folder.name}.failed.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
+    applied to the other; own_teachers: whether the sweep fine-tunes them."""
+
+    output: Path
+    words: tuple[str, ...]
+    tasks: dict[str, TaskSpec]
+    methods: list[str]
+    seeds: list[int]
+    units: list[Unit]
+    unfit: dict[tuple[str, str], str]
+    own_teachers: bool
+
+    def students(self, task: str, method: str | None = None) -> list[Unit]:
+        """The students of a task, of one method or of all."""
+        wanted = self.methods if method is None else [method]
+        return [unit for unit in self.units if unit.task == task and unit.method in wanted]
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether these words describe a sweep rather than one run."""
+    return any(key in layer for layer in read_layers(words) for key in SweepConfig.model_fields)
+
+
+def make_plan(words: Sequence[str]) -> Plan:
+    """The runs that these words stand for. Only configurations are read.
+
+    Raises UserError for whatever is wrong with them, in any of the runs.
+    """
+    own, run = split_layers(read_layers(words))
+    sweep = read_sweep(own)
+    tasks = [load_task(given) for given in sweep.tasks]
+    different("tasks", [task.name for task in tasks])
+    different("methods", [method_name(method) for method in sweep.methods])
+    different("seeds", [str(seed) for seed in sweep.seeds])
+    for name in sweep.per_task:
+        if name not in [task.name for task in tasks]:
+            known = nearest(name, [task.name for task in tasks])
+            raise UserError(f"per_task: {name!r} is no task of this sweep{known}")
+    teachers: list[Unit] = []
+    students: list[Unit] = []
+    unfit: dict[tuple[str, str], str] = {}
+    for given, task in zip(sweep.tasks, tasks, strict=True):
+        layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
+        common = resolve(layers)
+        made = teacher_units(task.name, common, [*layers, named(sweep.finetune, task.name)])
+        teachers += made
+        for method in sweep.methods:
+            config = student_config(made, resolve([*layers, {"method": method}]))
+            reason = misfit(config, task.kind)
+            if reason is not None:
+                unfit[task.name, method_name(method)] = reason
+            else:
+                students += student_units(task.name, method_name(method), config, sweep.seeds, made)
+    outputs = {unit.folder.parent.parent.parent for unit in students}
+    if len(outputs) != 1:
+        found = " and ".join(sorted(map(str, outputs)))
+        raise UserError(
+            f"output_dir is {found}; give one for all tasks"
+            if found
+            else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
+        )
+    return Plan(
+        outputs.pop(),
+        tuple(words),
+        {task.name: task for task in tasks},
+        [method_name(method) for method in sweep.methods],
+        sweep.seeds,
+        [*teachers, *students],
+        unfit,
+        own_teachers=bool(teachers),
+    )
+
+
+def method_name(method: str) -> str:
+    """A shipped method's name, or the stem of a person's own file."""
+    return Path(method).stem
+
+
+def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """(the sweep's own keys, the layers of its runs)."""
+    keys = SweepConfig.model_fields
+    own: dict[str, Any] = {}
+    for layer in layers:
+        own = merge(own, {key: value for key, value in layer.items() if key in keys})
+    return own, [{key: layer[key] for key in layer if key not in keys} for layer in layers]
+
+
+def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
+    """Raises UserError naming the key, its value and what is allowed."""
+    file = config_folder() / "sweep.yaml"
+    raw = merge(parse_yaml(file.read_text(encoding="utf-8"), str(file)), own)
+    for key in ("tasks", "methods"):
+        if isinstance(raw[key], str):
+            raw[key] = [raw[key]]
+    if raw["methods"] is None:
+        raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
+    if isinstance(raw["seeds"], int):
+        raw["seeds"] = list(range(raw["seeds"]))
+    try:
+        return SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(
+            explain(error, list(SweepConfig.model_fields), "configs/sweep.yaml")
+        ) from None
+
+
+def different(key: str, names: Sequence[str]) -> None:
+    """Folders are called by these names. Raises UserError where two are alike, or one is taken."""
+    for n, name in enumerate(names):
+        if name in names[:n]:
+            raise UserError(f"{key} names {name!r} twice; give each once")
+        if name in TAKEN:
+            raise UserError(f"{key}: {name!r} is a folder of the sweep's own; give another name")
+
+
+def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
+    """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
+    shipped = config_folder() / "tasks" / f"{given}.yaml"
+    first = parse_yaml(shipped.read_text(encoding="utf-8"), given) if shipped.is_file() else {}
+    return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
+
+
+def named(value: Any, task: str) -> Any:
+    """`value` with the task's name for {task} in all of its texts."""
+    if isinstance(value, Mapping):
+        return {key: named(inside, task) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [named(inside, task) for inside in value]
+    return value.replace("{task}", task) if isinstance(value, str) else value
+
+
+def teacher_units(task: str, common: RunConfig, layers: Layers) -> list[Unit]:
+    """The runs that fine-tune a task's teachers; none where its teachers are given."""
+    if common.teachers and common.encoders:
+        raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
+    folder = Path(common.output_dir) / task / TEACHERS
+    # what students ask of teachers is nothing to these: another temperature, the same teachers
+    taught = ("method", "route", *METHOD_KEYS)
+    plain = [{key: layer[key] for key in layer if key not in taught} for layer in layers]
+    config = resolve([*plain, {"output_dir": str(folder)}])
+    return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
+
+
+def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
+    """A student's configuration with its teachers, given or made, and the sweep's store.
+
+    Raises UserError where its method asks teachers and there are none.
+    """
+    teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
+    if config.ensemble != "none" and not teachers:
+        raise UserError(
+            f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
+            f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"
+        )
+    store = config.store
+    if store.path is None:
+        store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
+    return config.model_copy(update={"teachers": teachers, "encoders": [], "store": store})
+
+
+def student_units(
+    task: str, method: str, config: RunConfig, seeds: Sequence[int], made: Sequence[Unit]
+) -> list[Unit]:
+    """OUTPUT/TASK/METHOD/seed-0, ..."""
+    folder = Path(config.output_dir) / task / method
+    needs = tuple(unit.folder for unit in made)
+    of_seeds = [{"seed": seed, "output_dir": str(folder / f"seed-{seed}")} for seed in seeds]
+    return [Unit(task, method, config.model_copy(update=of), needs) for of in of_seeds]

@@ -1,0 +1,144 @@
+"""The report of a sweep as Markdown, and its files in OUTPUT/report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sead_dist.card import table
+from sead_dist.report import print_table
+from sead_dist.runlog import write_json, written_aside
+from sead_dist.sweepplan import REFERENCE
+
+# behind a mean whose difference from the reference is larger than chance
+BEYOND = "\\*"
+
+
+def write_sweep_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write report.json and report.md into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report)
+    with written_aside(folder / "report.md") as aside:
+        aside.write_text(markdown(report), encoding="utf-8")
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the table of means on the console."""
+    print_table(title(report), ["task", *report["methods"]], scores(report, "*"))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report, a pure function of report.json."""
+    cost = [
+        [c["task"], c["method"], c["steps"], seconds(c["seconds"]), c["teacher_forwards"]]
+        for c in report["cells"]
+    ]
+    parts = [
+        f"# {title(report)}",
+        f"`{' '.join(report['command'])}`",
+        ran(report),
+        "## Scores",
+        table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),
+        how_to_read(report),
+        *section(
+            f"Differences from {REFERENCE}",
+            ["task", "method", "difference", "95% interval", "p"],
+            differences(report),
+        ),
+        *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
+        "## Cost",
+        table(["task", "method", "steps", "seconds of training", "teacher forwards needed"], cost),
+        "Seconds: of one run's training, median over seeds, without waiting for teachers. Teacher "
+        "forwards: rows that teachers answered for all runs of the method, computed or read from "
+        "the store, where each prediction is computed once for all methods.",
+        *section(
+            "Published figures",
+            ["task", "who", "metric", "score", "note"],
+            report["published"],
+        ),
+        *section("Failed", ["task", "method", "seed", "reason"], report["failed"]),
+        *section("Not run yet", ["task", "method", "seed"], report["missing"]),
+        *section("Does not apply", ["task", "method", "reason"], report["not_applicable"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(report: Mapping[str, Any]) -> str:
+    mark = " (selected on dev)" if report["selected_on_dev"] else ""
+    return f"Sweep: {report['title']}{mark}"
+
+
+def ran(report: Mapping[str, Any]) -> str:
+    made = report["made_with"]
+    names = [f"{name} {made[name]}" for name in ("sead_dist", "torch", "transformers")]
+    seeds = ", ".join(map(str, report["seeds"]))
+    return f"Seeds {seeds}; ranks: {report['ranks']}; {made['device']}; {', '.join(names)}."
+
+
+def scores(report: Mapping[str, Any], mark: str, metric: bool = False) -> list[list[object]]:
+    """A row for each task: mean ± spread of every method; the last row is over all tasks."""
+    found = {(c["task"], c["method"]): c for c in report["cells"]}
+    rows: list[list[object]] = []
+    for task in report["tasks"]:
+        cells = [found.get((task["name"], method)) for method in report["methods"]]
+        first = [task["name"], task["metric"]] if metric else [task["name"]]
+        rows.append([*first, *(score(cell, mark) for cell in cells)])
+    if len(report["tasks"]) > 1:
+        first = ["mean", ""] if metric else ["mean"]
+        rows.append([*first, *(over_tasks(of, len(report["tasks"])) for of in report["means"])])
+    return rows
+
+
+def score(cell: Mapping[str, Any] | None, mark: str) -> str:
+    if cell is None or cell["mean"] is None:
+        return "-"
+    spread = "" if cell["spread"] is None else f" ± {cell['spread']:.4f}"
+    return f"{cell['mean']:.4f}{spread}{mark if cell['beyond_chance'] else ''}"
+
+
+def over_tasks(mean: Mapping[str, Any], tasks: int) -> str:
+    if mean["score"] is None:
+        return "-"
+    some = "" if mean["tasks"] == tasks else f" (of {mean['tasks']})"
+    return f"{mean['score']:.4f}{some}"
+
+
+def how_to_read(report: Mapping[str, Any]) -> str:
+    if len(report["seeds"]) < 2:
+        return (
+            "Single runs: one seed tells nothing of the spread, so none is given, and no "
+            "difference is called larger than chance."
+        )
+    chosen = "" if report["selected_on_dev"] else ", which nothing was chosen by"
+    return (
+        f"Mean ± standard deviation over seeds, on the official dev split{chosen}. {BEYOND}: the "
+        f"difference from `{REFERENCE}` is larger than chance: the 95% interval of a paired "
+        "bootstrap over dev rows and seeds leaves out 0. Where nothing differs, one cell in twenty "
+        "is marked by luck."
+    )
+
+
+def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A heading and a table of these keys; nothing where there are no rows."""
+    if not rows:
+        return []
+    return [f"## {head}", table(columns, [[row[column] for column in columns] for row in rows])]
+
+
+def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each task and method, and for each method over all tasks."""
+    over = [{**of, "task": "mean", "p": None} for of in report["means"] if of["tasks"] > 1]
+    return [
+        {
+            "task": of["task"],
+            "method": of["method"],
+            "difference": f"{of['difference']:+.4f}",
+            "95% interval": f"{of['interval'][0]:+.4f} to {of['interval'][1]:+.4f}",
+            "p": None if of["p"] is None else f"{of['p']:.3f}",
+        }
+        for of in (*report["cells"], *over)
+        if of["difference"] is not None
+    ]
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,258 @@
+"""What a sweep has found so far, read from its finished run folders: all that report.json holds.
+
+Shapes: B examples, C classes, S seeds, R resamples.
+"""
+
+import statistics
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sead_dist.bootstrap import Difference, Floats, compare, resampled_scores, summarise
+from sead_dist.errors import UserError
+from sead_dist.examples import ExampleSet
+from sead_dist.published import FIGURES, NOTE
+from sead_dist.redact import redact
+from sead_dist.report import read_predictions
+from sead_dist.runlog import environment, is_finished, read_json
+from sead_dist.sweepplan import REFERENCE, TEACHERS, Plan, Unit
+from sead_dist.tasks import TaskSpec
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a report needs of a task's data. dev: its first official split; train_rows: labelled
+    rows that students learn from; constant: the score of the best constant answer."""
+
+    task: TaskSpec
+    dev: ExampleSet
+    train_rows: int
+    constant: float
+
+    @property
+    def metric(self) -> str:
+        return self.task.metrics[0]
+
+    @property
+    def draws(self) -> int:
+        """The seed of the bootstrap: another for each task, the same at every time."""
+        return zlib.crc32(self.task.name.encode())
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished students of one method on one task, and what they scored, by seed.
+
+    resampled_SR: rows in the order of `scores`; None below two seeds.
+    """
+
+    task: str
+    method: str
+    scores: dict[int, float]
+    summaries: dict[int, Mapping[str, Any]]
+    resampled_SR: Floats | None
+
+
+def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
+    """Raises UserError for a run folder whose files are missing or are of other data."""
+    task, split = data.task.name, data.dev.split
+    units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
+    scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
+    summaries = {u.config.seed: read_json(u.folder / "run_summary.json") for u in units}
+    resampled_SR = None
+    if len(units) > 1:
+        logits_SBC = [logits_of(unit, data.dev) for unit in units]
+        kind = data.task.kind
+        resampled_SR = resampled_scores(data.metric, kind, logits_SBC, data.dev, data.draws)
+    return Runs(task, method, scores, summaries, resampled_SR)
+
+
+def score_in(run: Path, split: str, metric: str) -> float:
+    return float(read_json(run / "scores.json")["splits"][split]["student"][metric])
+
+
+def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
+    """The student's logits_BC on the dev rows."""
+    path = unit.folder / "predictions" / f"{dev.split}.parquet"
+    predictions = read_predictions(path)
+    if not np.array_equal(predictions.ids_B2, dev.ids_B2):
+        raise UserError(
+            f"{path} is of other rows than the {dev.split} split; give the data that the sweep was "
+            "run on, or another output_dir"
+        )
+    return predictions.student_logits_BC
+
+
+def versus(runs: Runs, reference: Runs, seed: int) -> Difference | None:
+    """The difference over the seeds that both have; None where there are not two."""
+    common = [s for s in runs.scores if s in reference.scores]
+    if len(common) < 2 or runs.resampled_SR is None or reference.resampled_SR is None:
+        return None
+    at, other = list(runs.scores), list(reference.scores)
+    return compare(
+        [runs.scores[s] for s in common],
+        [reference.scores[s] for s in common],
+        runs.resampled_SR[[at.index(s) for s in common]],
+        reference.resampled_SR[[other.index(s) for s in common]],
+        seed,
+    )
+
+
+def cell(runs: Runs, difference: Difference | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """One task and method: scores by seed, mean, spread, difference, cost.
+
+    seconds: of training, median over seeds, without waiting for teachers, whose predictions the
+    first run computes and the others read. teacher_forwards: those that the runs needed, computed
+    or read.
+    """
+    found, summaries = list(runs.scores.values()), list(runs.summaries.values())
+    spent = [of["train_s"] - of["teacher_wait_s"] for of in summaries]
+    return {
+        "task": runs.task,
+        "method": runs.method,
+        "scores": [runs.scores.get(seed) for seed in seeds],
+        "mean": statistics.mean(found) if found else None,
+        "spread": statistics.stdev(found) if len(found) > 1 else None,
+        **described(difference),
+        "p": None if difference is None else difference.p,
+        "beyond_chance": None if difference is None else difference.beyond_chance,
+        "seconds": statistics.median(spent) if spent else None,
+        "teacher_forwards": sum(of["teacher_forwards"] + of["store_hits"] for of in summaries),
+        "steps": max((of["steps"] for of in summaries), default=None),
+    }
+
+
+def described(difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {"difference": None, "interval": None}
+    return {"difference": difference.value, "interval": list(difference.interval)}
+
+
+def mean_over_tasks(
+    method: str, cells: Sequence[Mapping[str, Any]], differences: Sequence[Difference]
+) -> dict[str, Any]:
+    """A method over all tasks that it has a score of; its difference over those that have one."""
+    scores = [of["mean"] for of in cells if of["method"] == method and of["mean"] is not None]
+    over = None
+    if differences:
+        resampled_R = np.mean([of.resampled_R for of in differences], axis=0)
+        over = summarise(statistics.mean(of.value for of in differences), resampled_R)
+    return {
+        "method": method,
+        "score": statistics.mean(scores) if scores else None,
+        "tasks": len(scores),
+        **described(over),
+    }
+
+
+def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
+    """What each teacher and the ensemble score on the dev split, as a finished student was told:
+    one of `mean` where there is one."""
+    taught = [
+        unit
+        for unit in plan.students(data.task.name)
+        if unit.config.taught and is_finished(unit.folder)
+    ]
+    if not taught:
+        return []
+    # an ensemble of all teachers, and of the plainest kind, comes first
+    order = {"mean_logits": 0, "single": 2}
+    best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
+    scores = read_json(best.folder / "scores.json")["splits"][data.dev.split]
+    found = [(teacher["name"], teacher["metrics"]) for teacher in scores["teachers"]]
+    if best.config.ensemble != "single":
+        found.append(("ensemble", scores["ensemble"]))
+    task = data.task.name
+    return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
+
+
+def failures(plan: Plan) -> list[dict[str, Any]]:
+    """The runs that failed when they were last tried."""
+    return [
+        {**place(unit), "reason": redact(read_json(unit.failure)["reason"])}
+        for unit in plan.units
+        if unit.failure.is_file() and not is_finished(unit.folder)
+    ]
+
+
+def place(unit: Unit) -> dict[str, Any]:
+    return {"task": unit.task, "method": unit.method, "seed": unit.config.seed}
+
+
+def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
+    """All that report.json holds; scores are fractions. data: of each task that has students.
+
+    Raises UserError for a finished run whose files are missing or are of other data.
+    """
+    cells: list[dict[str, Any]] = []
+    differences: dict[str, list[Difference]] = {method: [] for method in plan.methods}
+    ranks = 0
+    for task, of in data.items():
+        runs = {
+            method: read_runs(plan, of, method)
+            for method in plan.methods
+            if (task, method) not in plan.unfit
+        }
+        for method, found in runs.items():
+            difference = None
+            if REFERENCE in runs and method != REFERENCE:
+                difference = versus(found, runs[REFERENCE], of.draws)
+            if difference is not None:
+                differences[method].append(difference)
+            cells.append(cell(found, difference, plan.seeds))
+            ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
+    failed = failures(plan)
+    excused = [{key: of[key] for key in ("task", "method", "seed")} for of in failed]
+    students = [unit for unit in plan.units if unit.method != TEACHERS]
+    return {
+        "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
+        f"{counted(len(plan.seeds), 'seed')}",
+        "command": ["sead-dist", "sweep", *(redact(word) for word in plan.words)],
+        "made_with": {**versions(), "device": device},
+        "ranks": ranks,
+        "seeds": plan.seeds,
+        "methods": plan.methods,
+        "selected_on_dev": any(unit.config.select.on == "dev" for unit in plan.units),
+        "tasks": [
+            {
+                "name": task,
+                "metric": of.metric,
+                "dev_rows": len(of.dev),
+                "train_rows": of.train_rows,
+                "constant": of.constant,
+            }
+            for task, of in data.items()
+        ],
+        "cells": cells,
+        "means": [mean_over_tasks(name, cells, differences[name]) for name in plan.methods],
+        "ceilings": [row for of in data.values() for row in ceilings(plan, of)],
+        "published": [
+            {"task": of.task, "who": of.who, "metric": of.metric, "score": of.score, "note": NOTE}
+            for of in FIGURES
+            if of.task in data
+        ],
+        "failed": failed,
+        "missing": [
+            place(unit)
+            for unit in students
+            if place(unit) not in excused and not is_finished(unit.folder)
+        ],
+        "not_applicable": [
+            {"task": task, "method": method, "reason": reason}
+            for (task, method), reason in plan.unfit.items()
+        ],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found = environment()["versions"]
+    return {name: found.get(name) for name in ("sead_dist", "torch", "transformers")}
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
