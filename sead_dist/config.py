@@ -81,7 +81,10 @@ EnsembleMethod = Literal[
     "routed",
 ]
 # what a method's preset may set: all methods share student, start, data and steps
-METHOD_KEYS = ("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate")
+METHOD_KEYS = (
+    *("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate"),
+    *("internals", "inner_weight", "inner_share", "start"),
+)
 
 
 class EvaluateConfig(Section):
@@ -128,6 +131,10 @@ class RunConfig(Section):
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
     graduate: Literal["best", "last"]
+    internals: Literal["distilbert", "tinybert", "minilm"] | None
+    inner_weight: Annotated[float, Field(gt=0)]
+    inner_share: Annotated[float, Field(gt=0, lt=1)]
+    start: Literal["own", "guide"]
     epochs: Annotated[int, Field(gt=0)]
     max_steps: Annotated[int | None, Field(gt=0)]
     global_batch: Annotated[int, Field(gt=0)]

@@ -1,6 +1,7 @@
 """Combine N teachers' logits into the student's soft targets.
 
-Shapes: N teachers, B rows, C classes (in task order).
+Shapes: N teachers, B rows, G rows of a global batch, R requested examples, C classes (in task
+order).
 
 Weights depend on the row alone or are frozen before step 1 (invariant 8).
 """
@@ -8,9 +9,11 @@ Weights depend on the row alone or are frozen before step 1 (invariant 8).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sead_dist.config import EnsembleMethod, RunConfig, teacher_names
+from sead_dist.data import BatchStream
 from sead_dist.engine import micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import TeacherLogits
@@ -78,6 +81,36 @@ def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
     """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
     generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
     return int(torch.randint(teachers, (1,), generator=generator))
+
+
+def asked_teachers(
+    batches: BatchStream,
+    config: RunConfig,
+    weights_N: torch.Tensor,
+    steps: range,
+    entries_R: np.ndarray,
+) -> np.ndarray | None:
+    """asked_NR: `random` asks one teacher per micro-batch, `routed` one per row, other methods all
+    whose weight is not 0 (None: all)."""
+    teachers, size = len(weights_N), config.micro_batch
+    asked_NR = np.zeros((teachers, len(entries_R)), bool)
+    if config.ensemble not in ("random", "routed"):
+        asked_NR[weights_N.numpy() > 0] = True
+        return None if asked_NR.all() else asked_NR
+    routes_B = batches.split.examples.routes_B
+    for step in steps:
+        rows_G = batches.rows(step)
+        if routes_B is not None:
+            rows_B = rows_G[rows_G >= 0]
+            at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
+            asked_NR[routes_B[rows_B], at_B] = True
+            continue
+        for micro in range(config.global_batch // size):
+            rows_B = rows_G[micro * size : (micro + 1) * size]
+            entries_B = batches.split.entry_B[rows_B[rows_B >= 0]]
+            chosen = chosen_teacher(config.seed, step, micro, teachers)
+            asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
+    return asked_NR
 
 
 def row_weights(

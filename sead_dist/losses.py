@@ -17,12 +17,14 @@ from sead_dist.ensemble import SoftTargets, known
 class LossTerms:
     """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
 
-    soft and hard are before alpha, for the log; total is what is differentiated.
+    soft, hard and inner (over a teacher's internals) are before their shares, for the log; total is
+    what is differentiated.
     """
 
     total: torch.Tensor
     soft: torch.Tensor
     hard: torch.Tensor
+    inner: torch.Tensor
 
 
 def alpha_at(config: RunConfig, step: int, total_steps: int) -> float:
@@ -76,7 +78,8 @@ def total_loss(
     hard_B = torch.where(valid_B, hard_loss(student_BC, labels_B), zero_B)
     if soft is None:
         hard = hard_B.sum() / valid_rows
-        return LossTerms(total=hard, soft=hard.detach() * 0, hard=hard.detach())
+        none = torch.zeros_like(hard.detach())
+        return LossTerms(total=hard, soft=none, hard=hard.detach(), inner=none)
     soft_B = torch.where(valid_B, soft_loss(student_BC, soft, loss), zero_B)
     share_B = torch.where(known(labels_B), alpha, 1.0)
     total = (share_B * soft_B + (1 - share_B) * hard_B).sum() / valid_rows
@@ -84,4 +87,5 @@ def total_loss(
         total=total,
         soft=soft_B.sum().detach() / valid_rows,
         hard=hard_B.sum().detach() / valid_rows,
+        inner=torch.zeros_like(total.detach()),
     )

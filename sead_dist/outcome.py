@@ -20,6 +20,7 @@ from sead_dist.models import save_model
 from sead_dist.parts import Parts
 from sead_dist.pretrained import fitting_length
 from sead_dist.report import print_table, write_predictions, write_report
+from sead_dist.rivals import without_projections
 from sead_dist.runlog import write_json
 from sead_dist.tasks import compute_metrics
 from sead_dist.teachers.base import TeacherLogits
@@ -71,7 +72,14 @@ def peak_memory(device: torch.device) -> int:
 
 def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
     """RUN/run_summary.json. Every rank calls this."""
-    totals = {"rows": 0.0, "train_s": 0.0, "wait_s": 0.0, "padding": 0.0, "tokens": 0.0}
+    totals = {
+        "rows": 0.0,
+        "train_s": 0.0,
+        "wait_s": 0.0,
+        "padding": 0.0,
+        "tokens": 0.0,
+        "live_rows": 0.0,
+    }
     totals.update(state.totals)
     forwards, hits = parts.source.counts() if parts.source is not None else (0, 0)
     start = parts.config.student.path
@@ -83,8 +91,9 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "best_metric": state.best_metric,
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
-        "teacher_forwards": forwards,
+        "teacher_forwards": forwards + int(totals["live_rows"]),
         "store_hits": hits,
+        "internals": internals_record(parts, int(totals["live_rows"])),
         "numerics": parts.source.numerics_read() if parts.source is not None else [],
         "teacher_wait_s": round(totals["wait_s"], 3),
         "padding_waste": round(totals["padding"] / max(totals["tokens"], 1.0), 4),
@@ -95,6 +104,21 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_rows": len(parts.splits.train),
         "transfer_rows": parts.examples.transfer_rows,
         "base_model": start if is_hub_id else None,
+    }
+
+
+def internals_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
+    """Whose internals the student followed and how; `forwards` of it are live ones, which are made
+    anew in every epoch (those of steps that a killed run repeated are not counted)."""
+    if parts.guide is None or parts.rival is None:
+        return None
+    rival = parts.rival
+    return {
+        "method": rival.method,
+        "guide": parts.guide.name,
+        "variant": rival.variant,
+        "until_step": rival.until,
+        "forwards": forwards,
     }
 
 
@@ -115,7 +139,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     longest = fitting_length(config.max_length, parts.engine.module.config)
     if state.best_step is not None:
         parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
-    weights = parts.engine.weights()
+    weights = without_projections(parts.engine.weights())
     from_main(
         world,
         lambda: save_model(parts.engine.module, weights, parts.tokenizer, run / "model", longest),

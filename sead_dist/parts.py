@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,17 +16,21 @@ from transformers.utils import logging as transformers_logging
 
 from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
 from sead_dist.config import RunConfig
-from sead_dist.data import BatchStream
+from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.engine import Engine, check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
+from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.runfolder import claim, locked
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
+from sead_dist.teachers.exam import best_teacher
+from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import check_placements, choose_placements, home_ranks
 from sead_dist.teachers.roster import Teacher, call_roster
@@ -55,6 +59,8 @@ class Parts:
     checkpointer: Checkpointer
     stop: StopFlag
     watch: Watch
+    guide: Guide | None
+    rival: Rival | None
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
@@ -71,7 +77,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
     check_tracker(config.tracker)
     check_arithmetic(config.precision, world.device)
-    zero_config(config, world.size)  # its mistakes come to light before anything is read
+    zero = zero_config(config, world.size)  # its mistakes come to light before anything is read
+    check_rival(config, zero.stage if zero is not None else None)
     notes: list[str] = []
     task, examples, tokenizer, model = on_every_rank(
         world, lambda: read_inputs(config, notes.append)
@@ -79,6 +86,9 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world) if config.taught else []
+    words = tokenizer_hash(tokenizer)
+    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    teachers = held_everywhere(config, teachers)
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
@@ -113,23 +123,27 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         # what CUDA's matrix products ask for; read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    engine = Engine(model, config, world, batches.total_steps)
-    if config.tracker is not None:
-        engine.start_tracker("tracker", config.identity())
-    stack.callback(engine.close)
     if not teachers:
         log.say("no teachers: the student learns from the labels alone")
     source = (
         hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
     )
     if source is not None:
-        words = tokenizer_hash(tokenizer)
         for split in (splits.train, splits.selection, *splits.official.values()):
             source.share_tokens(split, words, max_length)
+    guide, rival = None, None
+    if config.internals is not None and source is not None:
+        chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
+        guide, rival = follow(config, world, chosen, model, batches.total_steps)
+        log.say(f"internals={rival.method} of {guide.name}: {rival.variant}")
+    engine = Engine(model, config, world, batches.total_steps)
+    if config.tracker is not None:
+        engine.start_tracker("tracker", config.identity())
+    stack.callback(engine.close)
     checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
-        checkpointer, stop, watch,
+        checkpointer, stop, watch, guide, rival,
     )  # fmt: skip
 
 
@@ -185,6 +199,45 @@ def hire(
     )  # fmt: skip
     stack.callback(source.close)
     return source
+
+
+def choose_guide(
+    config: RunConfig,
+    task: TaskSpec,
+    teachers: Sequence[Teacher],
+    source: StoredSource,
+    selection: Split,
+    watch: Watch,
+) -> Teacher:
+    """The teacher that `guide` names, else the best on the selection split, as for `single`."""
+    named = candidates(config, teachers)
+    if len(named) == 1:
+        return named[0]
+    try:
+        return teachers[best_teacher(source, task, selection, len(teachers), config.look_ahead)]
+    except RuntimeError as error:
+        watch.explain(error)  # a collective breaks when another rank dies
+        raise
+
+
+def follow(
+    config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
+) -> tuple[Guide, Rival]:
+    """The guide at work, and the loss over its internals; the student at its start, changed where
+    the method says so."""
+
+    def load() -> tuple[Guide, Rival]:
+        body = load_guide(config, teacher, world.device)
+        anatomy = find_anatomy(body, f"teacher {teacher.name}", config.internals != "distilbert")
+        rival = make_rival(config, model, anatomy, total_steps)
+        if config.start == "guide":
+            start = (
+                "the guide" if start_as_guide(model, body) else "its own (the guide's has no fit)"
+            )
+            rival = replace(rival, variant=f"{rival.variant}; start: {start}")
+        return Guide(teacher.name, body, anatomy, rival.theirs, rival.until), rival
+
+    return on_every_rank(world, load)
 
 
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from sead_dist.checkpoint import TrainState
 from sead_dist.config import RunConfig
 from sead_dist.distributed import StopFlag, StopRequestedError, World, barrier, from_main
 from sead_dist.encoders import teacher_runs
-from sead_dist.ensemble import frozen_weights
+from sead_dist.ensemble import asked_teachers, frozen_weights
 from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.outcome import conclude
@@ -23,7 +23,12 @@ from sead_dist.runlog import is_finished, steps_done, write_json
 from sead_dist.student import check_start
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
-from sead_dist.trainer import Trainer, asked_teachers
+from sead_dist.trainer import Trainer
+
+STOPPED_EARLY = (
+    "stopped while teachers computed; what they have computed is kept; "
+    "give the same command again to go on"
+)
 
 
 def distill(
@@ -46,14 +51,16 @@ def distill(
     stop = stop or StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
-        parts = build(config, world, stack, stop)
+        try:
+            parts = build(config, world, stack, stop)
+        except StopRequestedError:
+            if world.is_main:
+                print(STOPPED_EARLY)
+            return run
         try:
             run_parts(parts, show_table)
         except StopRequestedError:
-            parts.log.say(
-                "stopped while teachers computed; what they have computed is kept; "
-                "give the same command again to go on"
-            )
+            parts.log.say(STOPPED_EARLY)
             return run
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
@@ -217,4 +224,6 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
         metric=parts.task.metrics[0],
         stop=parts.stop,
         watch=parts.watch,
+        live=parts.guide,
+        rival=parts.rival,
     )

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from sead_dist.config import StudentConfig, TeacherConfig
 from sead_dist.configfiles import config_folder
 from sead_dist.errors import UserError
+from sead_dist.internals import layer_stack
 from sead_dist.models import align_classes, label_names, load_classifier, new_classifier, outline
 from sead_dist.pretrained import (
     TOKENIZER_FILES,
@@ -68,18 +69,12 @@ def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
         check_vocabulary(checkpoint.name, tokenizer, config)
 
 
-def _layer_list(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The encoder's stack of layers: the ModuleList as long as the config says."""
-    depth = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(f"student.layers: no stack of layers found in a {model.config.model_type}")
-
-
 def _keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Keep these layers (0 is the first), in this order."""
-    stack = _layer_list(model)
+    stack = layer_stack(model)
+    if stack is None:
+        kind = model.config.model_type
+        raise UserError(f"student.layers: no stack of layers found in a {kind}")
     if not layers or any(layer not in range(len(stack)) for layer in layers):
         raise UserError(
             f"student.layers={list(layers)} must be chosen from 0..{len(stack) - 1}, at least one"

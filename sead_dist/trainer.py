@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, C classes, N teachers.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,48 +15,20 @@ import torch
 
 from sead_dist.checkpoint import Checkpointer, TrainState
 from sead_dist.config import RunConfig
-from sead_dist.data import BatchStream, padding_waste
+from sead_dist.data import Batch, BatchStream, padding_waste
 from sead_dist.distributed import StopFlag, StopRequestedError, World, gather_objects
 from sead_dist.engine import Engine
-from sead_dist.ensemble import agreement, chosen_teacher, combine, known
+from sead_dist.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
 from sead_dist.errors import RunError
 from sead_dist.evaluate import EvalResult
+from sead_dist.internals import Internals
 from sead_dist.losses import alpha_at, total_loss
+from sead_dist.rivals import Rival
 from sead_dist.runlog import RunLog
-from sead_dist.teachers.base import Lesson, TeacherLogits, TeacherSource, stream
+from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherLogits, TeacherSource, stream
 from sead_dist.watch import Watch
 
 LOG_EVERY = 10
-
-
-def asked_teachers(
-    batches: BatchStream,
-    config: RunConfig,
-    weights_N: torch.Tensor,
-    steps: range,
-    entries_R: np.ndarray,
-) -> np.ndarray | None:
-    """asked_NR: `random` asks one teacher per micro-batch, `routed` one per row, other methods all
-    whose weight is not 0 (None: all)."""
-    teachers, size = len(weights_N), config.micro_batch
-    asked_NR = np.zeros((teachers, len(entries_R)), bool)
-    if config.ensemble not in ("random", "routed"):
-        asked_NR[weights_N.numpy() > 0] = True
-        return None if asked_NR.all() else asked_NR
-    routes_B = batches.split.examples.routes_B
-    for step in steps:
-        rows_G = batches.rows(step)
-        if routes_B is not None:
-            rows_B = rows_G[rows_G >= 0]
-            at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
-            asked_NR[routes_B[rows_B], at_B] = True
-            continue
-        for micro in range(config.global_batch // size):
-            rows_B = rows_G[micro * size : (micro + 1) * size]
-            entries_B = batches.split.entry_B[rows_B[rows_B >= 0]]
-            chosen = chosen_teacher(config.seed, step, micro, teachers)
-            asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
-    return asked_NR
 
 
 def until_stopped(lessons: Iterator[Lesson]) -> Iterator[Lesson]:
@@ -83,6 +55,8 @@ class Trainer:
     metric: str
     stop: StopFlag
     watch: Watch
+    live: LiveTeacher | None = None
+    rival: Rival | None = None
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step; returns where it stopped (before the last step when
@@ -96,6 +70,7 @@ class Trainer:
             self.config.look_ahead,
             depth,
             partial(asked_teachers, self.batches, self.config, self.weights_N),
+            self.live,
         )
         tally = Tally(len(self.teacher_names))
         self.engine.model.train()
@@ -113,6 +88,7 @@ class Trainer:
                     rows=lesson.step.valid_rows,
                     train_s=spent_s + lesson.waited_s,
                     wait_s=lesson.waited_s,
+                    live_rows=lesson.live_rows,
                 )
                 tally.seconds += spent_s + lesson.waited_s
                 tally.waited_s += lesson.waited_s
@@ -141,11 +117,10 @@ class Trainer:
     def learn(self, lesson: Lesson, tally: "Tally") -> None:
         """Forward and backward of this rank's micro-batches."""
         batches = lesson.step.batches
-        for place, batch in enumerate(batches):
-            teachers = None if lesson.teachers is None else lesson.teachers[place]
+        for place, (batch, teachers) in enumerate(lesson.micro_batches()):
             self.engine.seed_micro_batch(batch.step, batch.micro)
             with self.engine.accumulate(last=place == len(batches) - 1):
-                student_BC = self.engine.forward(batch.inputs, self.batches.split.tokens.choices)
+                student_BC, inside = self.forward(batch, lesson.live is not None)
                 labels_B = batch.labels_B.to(student_BC.device)
                 valid_B = batch.valid_B.to(student_BC.device)
                 soft = None
@@ -174,13 +149,28 @@ class Trainer:
                     alpha_at(self.config, batch.step, self.batches.total_steps),
                     lesson.step.valid_rows,
                 )
+                if self.rival is not None:
+                    shown = None if teachers is None else teachers.internals
+                    mask_RL = batch.inputs["attention_mask"].to(student_BC.device)
+                    terms = self.rival.join(
+                        terms, inside, shown, mask_RL, valid_B, lesson.step.valid_rows
+                    )
                 self.engine.backward(terms.total)
             self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
-            tally.losses += torch.stack([terms.total.detach(), terms.soft, terms.hard]).cpu()
+            tally.losses += torch.stack(
+                [terms.total.detach(), terms.soft, terms.hard, terms.inner]
+            ).cpu()
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
+
+    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, Internals | None]:
+        """The student's logits_BC, and its internals where they are compared."""
+        reading = self.rival.reading() if reads and self.rival is not None else nullcontext()
+        with reading as inside:
+            choices = self.batches.split.tokens.choices
+            return self.engine.forward(batch.inputs, choices), inside
 
     @property
     def loss(self) -> str:
@@ -211,7 +201,7 @@ class Trainer:
         """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
         parts = gather_objects(self.world, tally)
         losses = torch.stack([part.losses for part in parts]).sum(0) / tally.steps
-        total, soft, hard = losses.tolist()
+        total, soft, hard, inner = losses.tolist()
         if not np.isfinite(total):
             raise RunError(
                 f"the loss is {total} at step {state.step}; the last checkpoint is intact; "
@@ -238,6 +228,7 @@ class Trainer:
             **shown,
             loss_soft=soft if taught else None,
             loss_hard=hard_mean,
+            loss_inner=None if self.rival is None else inner,
             agreement=rates,
         )
         if self.config.tracker is not None:
@@ -275,10 +266,10 @@ class Trainer:
 
 
 class Tally:
-    """What this rank saw since the last line of the log. losses: total, soft, hard."""
+    """What this rank saw since the last line of the log. losses: total, soft, hard, inner."""
 
     def __init__(self, teachers: int) -> None:
-        self.losses = torch.zeros(3)
+        self.losses = torch.zeros(4)
         self.agreement_2N = torch.zeros(2, teachers)
         self.padding = torch.zeros(2, dtype=torch.float64)
         self.labelled = 0

@@ -6,21 +6,24 @@ Shapes: N teachers, B rows of a micro-batch, R requested examples, C classes (ta
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from sead_dist.data import BatchStream, Split, Step
+from sead_dist.data import Batch, BatchStream, Split, Step
+from sead_dist.internals import Internals
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked."""
+    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked.
+    internals: of the run's guide, where the method asks for them."""
 
     logits_NBC: torch.Tensor
     present_NB: torch.Tensor
+    internals: Internals | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,39 @@ class TeacherSource(Protocol):
     def submit(self, request: Request) -> Pending: ...
 
 
+class LiveTeacher(Protocol):
+    """A teacher that every rank holds, for what is too large to keep. It has something to say in
+    the steps (from 0) before `until`."""
+
+    @property
+    def until(self) -> int: ...
+
+    def look(self, batch: Batch) -> Internals: ...
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """A step with its teachers' logits per micro-batch, and the seconds spent waiting for them."""
+    """A step with its teachers' logits per micro-batch, and the seconds spent waiting for them.
+    live: the teacher that also shows its internals in this step."""
 
     step: Step
     teachers: list[TeacherLogits] | None
     waited_s: float
+    live: LiveTeacher | None = None
+
+    def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
+        """Each micro-batch with what its teachers say. Internals are computed when it is its turn,
+        so that those of one micro-batch are held at a time."""
+        for place, batch in enumerate(self.step.batches):
+            said = None if self.teachers is None else self.teachers[place]
+            if said is not None and self.live is not None:
+                said = replace(said, internals=self.live.look(batch))
+            yield batch, said
+
+    @property
+    def live_rows(self) -> int:
+        """Forwards of the live teacher in this step, over all ranks."""
+        return 0 if self.live is None else self.step.valid_rows
 
 
 def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tensor) -> TeacherLogits:
@@ -72,8 +101,9 @@ def stream(
     look_ahead: int,
     depth: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
+    live: LiveTeacher | None = None,
 ) -> Iterator[Lesson]:
-    """The steps from `start` on, each with its teachers' logits.
+    """The steps from `start` on, each with its teachers' logits, and a live one's internals.
 
     Teachers work in windows of up to `look_ahead` rows, `depth` windows ahead of the student
     (0: a window is computed when the student gets there). What a teacher says does not depend on
@@ -112,5 +142,6 @@ def stream(
         for number in steps:
             step = batches.step(number)
             parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
-            yield Lesson(step, parts, waited_s)
+            shows = live is not None and number < live.until
+            yield Lesson(step, parts, waited_s, live if shows else None)
             waited_s = 0.0

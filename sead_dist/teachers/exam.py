@@ -54,6 +54,16 @@ def ask_all(
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
+def best_teacher(
+    source: TeacherSource, task: TaskSpec, split: Split, teachers: int, look_ahead: int
+) -> int:
+    """The teacher that scores best on a split, the first of equals. All ranks call this."""
+    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the guide")
+    metric = task.metrics[0]
+    scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
+    return scores.index(max(scores))
+
+
 def better_order(
     task: TaskSpec, logits_BC: np.ndarray, split: Split, score: float
 ) -> list[str] | None:

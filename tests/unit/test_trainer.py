@@ -13,11 +13,11 @@ from sead_dist.checkpoint import Checkpointer, Identity, TrainState
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, World
 from sead_dist.engine import Engine, check_world, micro_batch_seed
-from sead_dist.ensemble import chosen_teacher
+from sead_dist.ensemble import asked_teachers, chosen_teacher
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult
 from sead_dist.runlog import RunLog
-from sead_dist.trainer import Trainer, asked_teachers
+from sead_dist.trainer import Trainer
 from sead_dist.watch import Watch
 
 
