@@ -69,13 +69,13 @@ def find_anatomy(model: PreTrainedModel, who: str, attention: bool) -> Anatomy:
     layers = layer_stack(model)
     if layers is None:
         raise UserError(
-            f"{who}: no list of layers found in a {kind}, so its hidden states cannot be read; "
+            f"{who}: no list of layers found in it ({kind}), so its hidden states cannot be read; "
             "give a model built like BERT, or a method that asks for logits alone (method=single)"
         )
     maps = [attention_maps(layer) for layer in layers] if attention else []
     if not all(maps):
         raise UserError(
-            f"{who}: the attention of a {kind} is not BERT's, so its scores cannot be read; give a "
+            f"{who}: its attention ({kind}) is not BERT's, so its scores cannot be read; give a "
             "model built like BERT (bert, roberta, electra, distilbert), or method=distilbert, "
             "which needs hidden states alone"
         )

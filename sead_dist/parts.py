@@ -231,9 +231,8 @@ def follow(
         anatomy = find_anatomy(body, f"teacher {teacher.name}", config.internals != "distilbert")
         rival = make_rival(config, model, anatomy, total_steps)
         if config.start == "guide":
-            start = (
-                "the guide" if start_as_guide(model, body) else "its own (the guide's has no fit)"
-            )
+            fits = start_as_guide(model, body)
+            start = "the guide's layers" if fits else "its own, the guide's layers do not fit"
             rival = replace(rival, variant=f"{rival.variant}; start: {start}")
         return Guide(teacher.name, body, anatomy, rival.theirs, rival.until), rival
 

@@ -1,0 +1,191 @@
+"""Whole runs of the rivals' methods: kill and resume, what stays of them, other kinds of task."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import finish, start
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small import (
+    ALONE,
+    kill,
+    model_bytes,
+    read,
+    records,
+    run_distill,
+    save_teacher,
+    sentences,
+    words,
+    write_task,
+)
+from transformers import AutoModelForSequenceClassification
+
+from sead_dist.configfiles import load_config
+from sead_dist.errors import UserError
+from sead_dist.recipes import distill
+
+METHODS = ("distilbert", "tinybert", "minilm")
+# 54 rows, eight a step, two epochs
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("task")
+    teachers = [save_teacher(root / name, seed=n) for n, name in enumerate("ab")]
+    return write_task(root / "data"), teachers
+
+
+def run(given, output: Path, **changes) -> Path:
+    data, teachers = given
+    return distill(load_config(words(data, teachers, output, **changes)), ALONE, show_table=False)
+
+
+def killable(task, root: Path) -> list[str]:
+    """A run whose every step is saved; the seventh is the last of tinybert's first stage."""
+    data, teachers = task
+    return words(
+        data, teachers, root / "run", root / "store", method="tinybert", guide="a", epochs=2,
+        checkpoint__every_steps=1, evaluate__every_steps=5, graduate="last",
+    )  # fmt: skip
+
+
+def newest(root: Path) -> int:
+    folders = (root / "run" / "checkpoints").glob("step-*[0-9]")
+    return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
+
+
+def kill_at(step: int, task, root: Path) -> None:
+    """Start the run, and kill it when this step is saved."""
+    (rank,) = start(1, root / "ranks", run_distill, killable(task, root))
+    end = time.monotonic() + 60
+    while newest(root) < step:
+        assert rank.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+    kill(rank.pid)
+    rank.join(30)
+    assert rank.exitcode == -signal.SIGKILL
+
+
+def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp_path, task):
+    whole, root = tmp_path / "whole", tmp_path / "killed"
+    finish(start(1, whole / "ranks", run_distill, killable(task, whole)), whole / "ranks", 60.0)
+    reached = []
+    for step in (3, 9):
+        kill_at(step, task, root)
+        reached.append(newest(root))
+    # in the first stage, and in the second
+    assert 3 <= reached[0] < 7 < reached[1] < STEPS
+    finish(start(1, root / "ranks", run_distill, killable(task, root)), root / "ranks", 60.0)
+    assert model_bytes(root / "run") == model_bytes(whole / "run")
+    last = Path("run") / "checkpoints" / f"step-{STEPS:08d}" / "student.safetensors"
+    assert (root / last).read_bytes() == (whole / last).read_bytes()
+    assert "projections.hidden.weight" in load_file(root / last)
+    summaries = [read(place / "run" / "run_summary.json") for place in (whole, root)]
+    assert summaries[0]["internals"] == summaries[1]["internals"]
+    losses = [[line["loss_inner"] for line in records(place / "run")] for place in (whole, root)]
+    assert losses[0] == losses[1]
+    assert all(losses[0][:7])
+    assert not any(losses[0][7:])
+
+
+def test_another_loss_over_internals_is_another_run(tmp_path, task):
+    run(task, tmp_path / "run", method="minilm", guide="a", max_steps=2)
+    for changes, said in (
+        ({"inner_weight": 2.0}, r"inner_weight was 1\.0, is 2\.0"),
+        ({"guide": "b"}, "guide was 'a', is 'b'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            keys = {"method": "minilm", "guide": "a", "max_steps": 2, **changes}
+            run(task, tmp_path / "run", **keys)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_followed(
+    tmp_path, task, method
+):
+    output = run(task, tmp_path / "run", method=method, guide="b", max_steps=4)
+    plain = run(task, tmp_path / "plain", method="single", max_steps=4)
+    with (
+        safe_open(output / "model" / "model.safetensors", "pt") as own,
+        safe_open(plain / "model" / "model.safetensors", "pt") as other,
+    ):
+        assert sorted(own.keys()) == sorted(other.keys())
+    _, notes = AutoModelForSequenceClassification.from_pretrained(
+        output / "model", output_loading_info=True
+    )
+    assert not notes["unexpected_keys"]
+    assert not notes["missing_keys"]
+    summary = read(output / "run_summary.json")
+    assert summary["internals"] == {
+        "method": method,
+        "guide": "b",
+        "variant": {
+            "distilbert": "projected cosine; start: its own, the guide's layers do not fit",
+            "tinybert": "attention by head",
+            "minilm": "attention distributions and value relations",
+        }[method],
+        "until_step": 2 if method == "tinybert" else 4,
+        "forwards": 8 * (2 if method == "tinybert" else 4),
+    }
+    needed = summary["teacher_forwards"] + summary["store_hits"]
+    single = read(plain / "run_summary.json")
+    assert single["internals"] is None
+    live = summary["internals"]["forwards"]
+    assert needed - live == single["teacher_forwards"] + single["store_hits"]
+    assert f"internals={method} of b: " in (output / "log.txt").read_text()
+
+
+def test_the_guide_is_the_best_teacher_of_the_selection_split_as_for_single(tmp_path, task):
+    said = {}
+    for method in ("minilm", "single"):
+        log = (run(task, tmp_path / method, method=method, max_steps=1) / "log.txt").read_text()
+        said[method] = log.partition("the one teacher of this student: ")[2].split()[0]
+    record = read(tmp_path / "minilm" / "run_summary.json")["internals"]
+    assert record["guide"] == said["minilm"] == said["single"]
+    # the better of the two, whichever comes first
+    data, teachers = task
+    turned = run((data, teachers[::-1]), tmp_path / "turned", method="minilm", max_steps=1)
+    assert read(turned / "run_summary.json")["internals"]["guide"] == record["guide"]
+
+
+def write_pairs(folder: Path) -> Path:
+    """stsb's files: pairs of sentences, scores from 0 to 5."""
+    folder.mkdir()
+    texts = sentences(80, seed=3)
+    for name, pairs in (("train", range(30)), ("dev", range(30, 40))):
+        lines = ["sentence1\tsentence2\tscore"]
+        lines += [f"{texts[2 * n]}\t{texts[2 * n + 1]}\t{n % 6}" for n in pairs]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_choices(folder: Path) -> Path:
+    """copa's files: two text rows make one example."""
+    folder.mkdir()
+    texts = sentences(120, seed=4)
+    for name, rows in (("train", range(30)), ("val", range(30, 40))):
+        lines = [
+            {"premise": texts[3 * n], "choice1": texts[3 * n + 1], "choice2": texts[3 * n + 2],
+             "question": "cause", "idx": n, "label": n % 2}
+            for n in rows
+        ]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "write"), [("stsb", write_pairs), ("copa", write_choices)])
+def test_scores_and_choices_are_learnt_like_classes(tmp_path, task, name, write, method):
+    teacher = save_teacher(tmp_path / "teacher", labels=["score"])
+    keys = {
+        "task": name, "data__path": write(tmp_path / "data"), "max_steps": 3, "max_length": 40,
+    }  # fmt: skip
+    output = run((task[0], [teacher]), tmp_path / "run", method=method, **keys)
+    losses = [line["loss_inner"] for line in records(output)]
+    assert losses[0] > 0
+    assert read(output / "run_summary.json")["finished"]

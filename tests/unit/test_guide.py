@@ -1,0 +1,124 @@
+"""Which teacher may be the guide, and what it shows."""
+
+import pytest
+import torch
+from small import ALONE, CPU, config, roster, save_teacher, small_split
+
+from sead_dist.data import make_batch
+from sead_dist.distributed import World
+from sead_dist.errors import UserError
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.internals import Wanted, find_anatomy
+from sead_dist.pretrained import tokenizer_hash
+from sead_dist.teachers.guide import Guide, check_guide, held_everywhere, load_guide
+
+OWN = tokenizer_hash(grammar_tokenizer())
+TWO = World(0, 2, CPU)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    save_teacher(root / "plain")
+    save_teacher(root / "deberta", "deberta-v2", seed=1)
+    save_teacher(root / "short", seed=2, max_position_embeddings=20)
+    return root
+
+
+def examined(folders, entries, world=TWO, length=32, **keys):
+    teachers = roster([entry.replace("@", f"{folders}/") for entry in entries])
+    given = config("teachers=[a]", **{"method": "minilm", **keys})
+    check_guide(given, teachers, OWN, length, world)
+
+
+@pytest.mark.parametrize(
+    ("entries", "keys", "said"),
+    [
+        (
+            ["{path: @plain, placement: partitioned}"],
+            {},
+            "teacher plain is partitioned, and internals=minilm needs it on every rank; "
+            "give its entry placement: colocated, or name a teacher that can: guide=NAME",
+        ),
+        (["@plain"], {"placement": "partitioned"}, "teacher plain is partitioned"),
+        (["@plain"], {"placement": "sharded"}, "teacher plain is sharded"),
+        (
+            ["@plain", "{path: @plain, placement: sharded, name: split}"],
+            {},
+            "teacher split is sharded",
+        ),
+        (["@short"], {}, "teacher short reads at most 20 tokens.* give max_length=20"),
+        (["@deberta"], {}, r"teacher deberta: its attention \(deberta-v2\) is not BERT's"),
+    ],
+)
+def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said):
+    with pytest.raises(UserError, match=said):
+        examined(folders, entries, **keys)
+
+
+def test_a_guide_of_another_tokeniser_is_told(folders):
+    teachers = roster([folders / "plain"])
+    with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
+        check_guide(config("teachers=[a]", method="minilm"), teachers, "other", 32, TWO)
+
+
+def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
+    (teacher,) = roster([folders / "plain"])
+    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    teachers = [type(teacher)(**{**vars(teacher), "entry": entry})]
+    with pytest.raises(UserError, match=r"weights=int8, and internals=minilm .* give dtype: bf16"):
+        check_guide(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
+
+
+@pytest.mark.parametrize(
+    ("entries", "world", "keys"),
+    [
+        (["@plain"], TWO, {"placement": "colocated"}),
+        # alone, every placement is the same
+        (["@plain"], ALONE, {"placement": "partitioned"}),
+        # only the one that is named must be able to
+        (["@plain", "{path: @short, placement: partitioned}"], TWO, {"guide": "plain"}),
+        # hidden states alone are read of any attention
+        (["@deberta"], TWO, {"method": "distilbert"}),
+        # without internals nothing is asked
+        (["{path: @deberta, placement: sharded}"], TWO, {"method": "single"}),
+    ],
+)
+def test_a_teacher_that_can_be_the_guide_passes(folders, entries, world, keys):
+    examined(folders, entries, world, **keys)
+
+
+def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
+    teachers = roster([folders / "plain", f"{{path: {folders / 'short'}, placement: partitioned}}"])
+    placements = {
+        (method, guide): [
+            teacher.entry.placement
+            for teacher in held_everywhere(
+                config("teachers=[a]", method=method, guide=guide, placement="auto"), teachers
+            )
+        ]
+        for method, guide in (("minilm", "plain"), ("minilm", "short"), ("single", "plain"))
+    }
+    assert placements == {
+        ("minilm", "plain"): ["colocated", "partitioned"],
+        ("minilm", "short"): [None, "partitioned"],
+        ("single", "plain"): [None, "partitioned"],
+    }
+
+
+def test_the_guide_shows_the_internals_of_a_micro_batch_without_dropout_or_gradient(folders):
+    (teacher,) = roster([folders / "plain"])
+    model = load_guide(config("teachers=[a]"), teacher, CPU)
+    guide = Guide("plain", model, find_anatomy(model, "it", True), Wanted((0, 1), (1,)), 3)
+    batch = make_batch(small_split(), torch.tensor([0, 1, -1, -1]).numpy())
+    torch.manual_seed(0)
+    drawn = torch.random.get_rng_state()
+    found = guide.look(batch)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    rows, length = batch.inputs["input_ids"].shape
+    assert found.hidden[1].shape == (rows, length, 32) == (4, length, 32)
+    assert not found.hidden[1].requires_grad
+    # autograd may keep it
+    assert not found.hidden[1].is_inference()
+    again = guide.look(batch)
+    assert torch.equal(found.queries[1], again.queries[1])

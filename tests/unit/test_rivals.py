@@ -1,0 +1,192 @@
+"""Each rival's loss put together for a student and a guide: layers, projections, start, stages."""
+
+import pytest
+import torch
+from small import build_model, config
+
+from sead_dist.errors import UserError
+from sead_dist.innerlosses import attention_loss, cosine_loss, hidden_loss, scores
+from sead_dist.internals import find_anatomy, reading
+from sead_dist.losses import LossTerms
+from sead_dist.rivals import (
+    check_rival,
+    make_rival,
+    start_as_guide,
+    without_projections,
+)
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 0, 0]])
+ZERO = torch.zeros(())
+# wider, deeper and with other heads than the student
+WIDE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def pair(method, guide=WIDE, total_steps=10, seed=0, **student):
+    """A student of two layers, its rival, and the guide."""
+    student = build_model(num_hidden_layers=2, **student)
+    body = build_model(seed=1, **guide)
+    given = config("teachers=[a]", f"method={method}", seed=seed)
+    anatomy = find_anatomy(body, "teacher a", method != "distilbert")
+    return student, make_rival(given, student, anatomy, total_steps), body
+
+
+def read_both(student, rival, body):
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    with rival.reading() as mine:
+        logits = student(**inputs).logits
+    with torch.no_grad(), reading(rival.guide, rival.theirs) as theirs:
+        body(**inputs)
+    return mine, theirs, logits
+
+
+def terms_of(logits) -> LossTerms:
+    return LossTerms(logits.pow(2).mean(), ZERO, ZERO, ZERO)
+
+
+@pytest.mark.parametrize(
+    ("method", "guide", "variant"),
+    [
+        ("distilbert", {"num_hidden_layers": 4}, "cosine"),
+        ("distilbert", WIDE, "projected cosine"),
+        ("tinybert", {"num_hidden_layers": 4}, "attention by head"),
+        ("tinybert", WIDE, "head-averaged attention"),
+        ("minilm", {"hidden_size": 64}, "attention distributions and value relations"),
+        ("minilm", WIDE, "MiniLMv2 relations, 4 heads"),
+    ],
+)
+def test_the_form_follows_from_the_shapes_and_is_named(method, guide, variant):
+    student, rival, body = pair(method, guide)
+    assert rival.variant == variant
+    mine, theirs, _ = read_both(student, rival, body)
+    loss_R = rival.loss(mine, theirs, MASK.bool())
+    assert loss_R.shape == (2,)
+    assert (loss_R > 0).all()
+
+
+def test_distilbert_compares_the_last_hidden_states():
+    student, rival, body = pair("distilbert", {"num_hidden_layers": 4})
+    mine, theirs, _ = read_both(student, rival, body)
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "output_hidden_states": True}
+    with torch.no_grad():
+        own, other = student(**inputs).hidden_states[2], body(**inputs).hidden_states[4]
+    torch.testing.assert_close(
+        rival.loss(mine, theirs, MASK.bool()), cosine_loss(own, other, MASK.bool())
+    )
+
+
+def test_tinybert_sums_embeddings_and_each_layer_against_the_layer_that_it_follows():
+    student, rival, body = pair("tinybert")
+    mine, theirs, _ = read_both(student, rival, body)
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "output_hidden_states": True}
+    with torch.no_grad():
+        own, other = student(**inputs).hidden_states, body(**inputs).hidden_states
+        embeddings, hidden = rival.projections["embeddings"], rival.projections["hidden"]
+        expected_R = hidden_loss(embeddings(own[0]), other[0], MASK.bool())
+        for layer, follows in ((1, 2), (2, 4)):
+            expected_R += hidden_loss(hidden(own[layer]), other[follows], MASK.bool())
+            expected_R += attention_loss(
+                scores(mine.queries[layer], mine.keys[layer], 2),
+                scores(theirs.queries[follows], theirs.keys[follows], 4),
+                MASK.bool(),
+            )
+    torch.testing.assert_close(rival.loss(mine, theirs, MASK.bool()), expected_R)
+
+
+def test_projections_are_the_students_follow_the_seed_and_are_no_part_of_the_model():
+    first, _, _ = pair("tinybert")
+    again, _, _ = pair("tinybert")
+    other, _, _ = pair("tinybert", seed=1)
+    weights = {"a": first.state_dict(), "b": again.state_dict(), "c": other.state_dict()}
+    names = {name for name in weights["a"] if name.startswith("projections.")}
+    assert names == {"projections.embeddings.weight", "projections.hidden.weight"}
+    for name in names:
+        assert weights["a"][name].shape == (64, 32)
+        assert torch.equal(weights["a"][name], weights["b"][name])
+        assert not torch.equal(weights["a"][name], weights["c"][name])
+    assert set(without_projections(weights["a"])) == set(
+        build_model(num_hidden_layers=2).state_dict()
+    )
+
+
+def test_fillers_do_not_count_and_rows_are_shares_of_the_global_batch():
+    student, rival, body = pair("minilm")
+    mine, theirs, logits = read_both(student, rival, body)
+    loss_R = rival.loss(mine, theirs, MASK.bool()).detach()
+    given = (terms_of(logits), mine, theirs, MASK)
+    only_first = rival.join(*given, torch.tensor([True, False]), 5)
+    torch.testing.assert_close(only_first.inner, loss_R[0] / 5)
+    both = rival.join(*given, torch.tensor([True, True]), 5)
+    torch.testing.assert_close(both.inner, loss_R.sum() / 5)
+    torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.inner)
+    # two text rows that make one example are one share of it
+    one = rival.join(*given, torch.tensor([True]), 5)
+    torch.testing.assert_close(one.inner, loss_R.mean() / 5)
+
+
+def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
+    student, rival, body = pair("tinybert")
+    assert rival.until == 5
+    mine, theirs, logits = read_both(student, rival, body)
+    valid_B = torch.tensor([True, True])
+    first = rival.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)
+    torch.testing.assert_close(first.total.detach(), first.inner)
+    first.total.backward()
+    norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
+    assert norms["classifier.weight"] == 0
+    assert norms["projections.hidden.weight"] > 0
+    student.zero_grad()
+    _, _, logits = read_both(student, rival, body)
+    second = rival.join(terms_of(logits), None, None, MASK, valid_B, 2)
+    assert second.inner == 0
+    second.total.backward()
+    norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
+    assert norms["classifier.weight"] > 0
+    assert norms["projections.hidden.weight"] == 0
+
+
+def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
+    student = build_model(num_hidden_layers=2)
+    body = build_model(seed=1, num_hidden_layers=4)
+    head = student.classifier.weight.clone()
+    assert start_as_guide(student, body)
+    for mine, theirs in ((0, 1), (1, 3)):
+        own = student.bert.encoder.layer[mine].state_dict()
+        for name, weight in body.bert.encoder.layer[theirs].state_dict().items():
+            assert torch.equal(own[name], weight)
+    assert torch.equal(
+        student.bert.embeddings.word_embeddings.weight, body.bert.embeddings.word_embeddings.weight
+    )
+    assert torch.equal(student.classifier.weight, head)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("bert", WIDE), ("distilbert", {})])
+def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
+    student = build_model(num_hidden_layers=2)
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    assert not start_as_guide(student, build_model(kind, seed=1, **sizes))
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "said"),
+    [
+        (["internals=minilm"], None, "internals=minilm needs a teacher to follow, and there are"),
+        (
+            ["internals=minilm", "teachers=[a]", "ensemble=none"],
+            None,
+            "and ensemble=none asks none; give teachers",
+        ),
+        (["method=tinybert", "teachers=[a]"], 3, "internals=tinybert .* give deepspeed=zero2"),
+        (["start=guide", "teachers=[a]"], None, "start=guide is for a method with internals"),
+    ],
+)
+def test_what_rules_internals_out_is_told(words, stage, said):
+    with pytest.raises(UserError, match=said):
+        check_rival(config(*words), stage)
+
+
+@pytest.mark.parametrize("stage", [None, 1, 2])
+def test_what_allows_internals_passes(stage):
+    check_rival(config("method=tinybert", "teachers=[a]"), stage)
