@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from sead_dist.redact import redact
-from sead_dist.runfiles import RunFiles
+from sead_dist.runfiles import RunFiles, onnx_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -67,6 +67,8 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         method=_method(files),
         teacher_table=_teacher_table(files),
         cost=_cost(files.run_summary),
+        onnx=files.onnx,
+        onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
         pair=spec is not None and spec.is_pair,
         limits=_limits(files, spec),
         hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),

@@ -67,6 +67,12 @@ def predict(args: argparse.Namespace) -> None:
     predict_file(args.model, Path(args.file), args.task, output, args.labels)
 
 
+def export(args: argparse.Namespace) -> None:
+    from sead_dist.export import export_onnx
+
+    export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, args.labels)
+
+
 def store(args: argparse.Namespace) -> None:
     from sead_dist import storecli
 
@@ -133,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="score a model on a task's dev split")
     command.add_argument("model", help="run folder, model folder or hub id")
     command.add_argument("--task", help="task name or YAML file; default: the run's own")
-    command.add_argument("--data", help="folder of the task's files; default: the hub")
+    command.add_argument("--data", help="folder of the task's files; default: the run's own")
     command.add_argument("--split", help="default: every evaluation split of the task")
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
     command.add_argument("--json", metavar="FILE", help="also write the scores here")
@@ -148,6 +154,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
     command.set_defaults(run=predict)
+
+    command = commands.add_parser("export", help="write an ONNX file, checked against PyTorch")
+    command.add_argument("model", help="run folder, model folder or hub id")
+    command.add_argument("--to", choices=["onnx"], default="onnx", help="the format")
+    command.add_argument("--quantize", choices=["int8"], help="also a file with 8-bit weights")
+    command.add_argument("--output", metavar="DIR", help="default: MODEL/onnx")
+    command.add_argument("--task", help="task name or YAML file; default: the run's own")
+    command.add_argument("--data", help="folder of the task's files; default: the run's own")
+    command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
+    command.set_defaults(run=export)
 
     add_store(commands.add_parser("store", help="look after kept teacher predictions"))
 
