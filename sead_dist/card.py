@@ -54,7 +54,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
     split = files.evaluation_splits[0]
     text = jinja.from_string(template).render(
         metadata=_metadata(files, spec),
-        name=_model_name(files),
+        name=model_name(files),
         task=_task(files),
         student=_student(files),
         teachers=files.teacher_manifest,
@@ -134,7 +134,8 @@ def _base_model(files: RunFiles) -> str | None:
     return match["id"] if match else None
 
 
-def _model_name(files: RunFiles) -> str:
+def model_name(files: RunFiles) -> str:
+    """What the card calls the model."""
     student = _student(files).split("@")[0].rsplit("/", 1)[-1].replace(" ", "-")
     return f"{'SEAD-' if files.teacher_manifest else ''}{student}-{_task(files)}"
 
@@ -155,7 +156,7 @@ def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
         datasets=[hub[0]] if hub else None,
         metrics=sorted({result.metric_type for result in results}),
         base_model=_base_model(files),
-        model_name=_model_name(files),
+        model_name=model_name(files),
         eval_results=results or None,
     )
     return data.to_yaml().strip()

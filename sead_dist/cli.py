@@ -73,6 +73,12 @@ def export(args: argparse.Namespace) -> None:
     export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, args.labels)
 
 
+def push(args: argparse.Namespace) -> None:
+    from sead_dist.hub import push_run
+
+    push_run(Path(args.run_folder), args.to, args.private)
+
+
 def store(args: argparse.Namespace) -> None:
     from sead_dist import storecli
 
@@ -164,6 +170,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--data", help="folder of the task's files; default: the run's own")
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
     command.set_defaults(run=export)
+
+    command = commands.add_parser("push", help="upload a finished run's model to the hub")
+    command.add_argument("run_folder", metavar="RUN", help="run folder")
+    command.add_argument("--to", metavar="ID", help="owner/name; default: the run's, or the card's")
+    command.add_argument(
+        "--private", action="store_true", default=None, help="where the repository is made anew"
+    )
+    command.set_defaults(run=push)
 
     add_store(commands.add_parser("store", help="look after kept teacher predictions"))
 
