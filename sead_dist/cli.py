@@ -112,6 +112,18 @@ def jobs(args: argparse.Namespace) -> None:
         jobs.wait([jobs.find(root, args.name)])
 
 
+def reproduce(args: argparse.Namespace) -> None:
+    from sead_dist import reproduce
+    from sead_dist.distributed import join_world, leave_world
+
+    if args.checkpoint is None:
+        reproduce.show_checkpoints()
+        return
+    world = join_world()
+    reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
+    leave_world(world)
+
+
 def demo(args: argparse.Namespace) -> None:
     from sead_dist.demo import run_demo
     from sead_dist.distributed import join_world, leave_world
@@ -185,6 +197,14 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("submit", help="the same as a SLURM job, queued again until done")
     )
     add_jobs(commands.add_parser("jobs", help="the runs that were submitted"))
+
+    command = commands.add_parser(
+        "reproduce", help="train a published checkpoint anew; alone: list all sixteen"
+    )
+    command.add_argument("checkpoint", nargs="?", metavar="NAME", help="such as sst2-h256")
+    command.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for distill")
+    command.add_argument("--teachers", type=int, default=3, help="how many from each encoder")
+    command.set_defaults(run=reproduce)
 
     command = commands.add_parser("demo", help="the whole way on a built-in task, offline")
     command.add_argument("--output-dir", default="demo-run")

@@ -32,7 +32,8 @@ def check_push(repo: str | None) -> None:
     later = "or leave push_to_hub out and upload later: sead-dist push RUN"
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, {later}"
+            f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
+            f"{later}"
         )
     try:
         if repo is not None:
