@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.card import table
 from sead_dist.config import DataConfig
@@ -76,11 +76,7 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
     """
     checkpoint = locate(name)
     config = load_model_config(checkpoint, trust_remote_code=False)
-    said = (
-        labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
-    )
-    mend = f"--labels {','.join(task.labels)} or --labels task_order"
-    order_C = align_classes(task, name, label_names(config), said, mend)
+    order_C = class_order(name, config, task, labels)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).to(device).eval()
     dtype = DTYPES[run_config(name).get("precision", "fp32")]
@@ -94,8 +90,39 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
             raise RunError(f"{name} gives NaN or infinite logits; check its weights")
         return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
 
-    limit = min(tokenizer.model_max_length, position_limit(config) or LONGEST)
-    return Answerer(model, tokenizer, limit, forward)
+    return Answerer(model, tokenizer, longest(tokenizer, config), forward)
+
+
+def class_order(
+    name: str, config: PretrainedConfig, task: TaskSpec, labels: str | None
+) -> list[int]:
+    """order_C: for each class of the task the column of the model's own logits. Raises UserError
+    where the names do not say it."""
+    said = (
+        labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
+    )
+    mend = f"--labels {','.join(task.labels)} or --labels task_order"
+    return align_classes(task, name, label_names(config), said, mend)
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """The most tokens of a row."""
+    return min(int(tokenizer.model_max_length), position_limit(config) or LONGEST)
+
+
+def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
+    """Where rows are looked for: the folder `data`; of a run on its own task, where the run found
+    its rows; else the hub."""
+    own = run_config(name).get("data") if data is None and task_name is None else None
+    own = own or {"path": data}
+    return DataConfig(
+        path=own.get("path"),
+        train=own.get("train"),
+        validation=own.get("validation"),
+        revision=own.get("revision"),
+        max_train_examples=None,
+        skip_malformed=bool(own.get("skip_malformed")),
+    )
 
 
 def evaluate_model(
@@ -115,14 +142,7 @@ def evaluate_model(
     quiet_libraries(world)
     task = task_of(name, task_name)
     wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
-    source = DataConfig(
-        path=data,
-        train=None,
-        validation=None,
-        revision=None,
-        max_train_examples=None,
-        skip_malformed=False,
-    )
+    source = data_of(name, task_name, data)
     sets = [load_official(task, source, key) for key in wanted]
     answerer = load_answerer(name, task, labels, world.device)
     results: dict[str, float] = {}

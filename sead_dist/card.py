@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from sead_dist.redact import redact
-from sead_dist.runfiles import RunFiles
+from sead_dist.runfiles import RunFiles, onnx_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -54,7 +54,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
     split = files.evaluation_splits[0]
     text = jinja.from_string(template).render(
         metadata=_metadata(files, spec),
-        name=_model_name(files),
+        name=model_name(files),
         task=_task(files),
         student=_student(files),
         teachers=files.teacher_manifest,
@@ -67,6 +67,8 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         method=_method(files),
         teacher_table=_teacher_table(files),
         cost=_cost(files.run_summary),
+        onnx=files.onnx,
+        onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
         pair=spec is not None and spec.is_pair,
         limits=_limits(files, spec),
         hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),
@@ -132,7 +134,8 @@ def _base_model(files: RunFiles) -> str | None:
     return match["id"] if match else None
 
 
-def _model_name(files: RunFiles) -> str:
+def model_name(files: RunFiles) -> str:
+    """What the card calls the model."""
     student = _student(files).split("@")[0].rsplit("/", 1)[-1].replace(" ", "-")
     return f"{'SEAD-' if files.teacher_manifest else ''}{student}-{_task(files)}"
 
@@ -153,7 +156,7 @@ def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
         datasets=[hub[0]] if hub else None,
         metrics=sorted({result.metric_type for result in results}),
         base_model=_base_model(files),
-        model_name=_model_name(files),
+        model_name=model_name(files),
         eval_results=results or None,
     )
     return data.to_yaml().strip()

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sead_dist import __version__
+from sead_dist import __version__, arguments
 from sead_dist.errors import RunError, UserError
 
 
@@ -67,6 +67,18 @@ def predict(args: argparse.Namespace) -> None:
     predict_file(args.model, Path(args.file), args.task, output, args.labels)
 
 
+def export(args: argparse.Namespace) -> None:
+    from sead_dist.export import export_onnx
+
+    export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, args.labels)
+
+
+def push(args: argparse.Namespace) -> None:
+    from sead_dist.hub import push_run
+
+    push_run(Path(args.run_folder), args.to, args.private)
+
+
 def store(args: argparse.Namespace) -> None:
     from sead_dist import storecli
 
@@ -100,6 +112,18 @@ def jobs(args: argparse.Namespace) -> None:
         jobs.wait([jobs.find(root, args.name)])
 
 
+def reproduce(args: argparse.Namespace) -> None:
+    from sead_dist import reproduce
+    from sead_dist.distributed import join_world, leave_world
+
+    if args.checkpoint is None:
+        reproduce.show_checkpoints()
+        return
+    world = join_world()
+    reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
+    leave_world(world)
+
+
 def demo(args: argparse.Namespace) -> None:
     from sead_dist.demo import run_demo
     from sead_dist.distributed import join_world, leave_world
@@ -110,7 +134,6 @@ def demo(args: argparse.Namespace) -> None:
 
 
 GRACE_S = 1.0
-WORDS = "YAML files or shipped names (sst2), laid over base.yaml in order, then KEY=VALUE"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,114 +143,32 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    for name, help_, run in (
-        ("distill", "teach a student, or go on where a killed run stopped", distill),
-        ("finetune", "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ...", finetune),
-        ("sweep", "tasks x methods x seeds, and one report: tasks=[...] methods=[...]", sweep),
+    for run, add, help_ in (
+        (distill, arguments.add_words, "teach a student, or go on where a killed run stopped"),
+        (finetune, arguments.add_words, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
+        (
+            sweep,
+            arguments.add_words,
+            "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
+        ),
+        (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
+        (predict, arguments.add_predict, "label a file's rows"),
+        (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),
+        (push, arguments.add_push, "upload a finished run's model to the hub"),
+        (store, arguments.add_store, "look after kept teacher predictions"),
+        (submit, arguments.add_submit, "the same as a SLURM job, queued again until done"),
+        (jobs, arguments.add_jobs, "the runs that were submitted"),
+        (
+            reproduce,
+            arguments.add_reproduce,
+            "train a published checkpoint anew; alone: list all sixteen",
+        ),
+        (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
     ):
-        command = commands.add_parser(name, help=help_)
-        command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+        command = commands.add_parser(run.__name__, help=help_)
+        add(command)
         command.set_defaults(run=run)
-
-    command = commands.add_parser("evaluate", help="score a model on a task's dev split")
-    command.add_argument("model", help="run folder, model folder or hub id")
-    command.add_argument("--task", help="task name or YAML file; default: the run's own")
-    command.add_argument("--data", help="folder of the task's files; default: the hub")
-    command.add_argument("--split", help="default: every evaluation split of the task")
-    command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
-    command.add_argument("--json", metavar="FILE", help="also write the scores here")
-    command.set_defaults(run=evaluate)
-
-    command = commands.add_parser("predict", help="label a file's rows")
-    command.add_argument("model", help="run folder, model folder or hub id")
-    command.add_argument("file", help="TSV, CSV, JSONL, Parquet or Arrow with the task's columns")
-    command.add_argument("--task", help="task name or YAML file; default: the run's own")
-    command.add_argument(
-        "--output", help="file to write, .tsv .csv .jsonl .parquet; default: FILE's.predicted.tsv"
-    )
-    command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
-    command.set_defaults(run=predict)
-
-    add_store(commands.add_parser("store", help="look after kept teacher predictions"))
-
-    add_submit(
-        commands.add_parser("submit", help="the same as a SLURM job, queued again until done")
-    )
-    add_jobs(commands.add_parser("jobs", help="the runs that were submitted"))
-
-    command = commands.add_parser("demo", help="the whole way on a built-in task, offline")
-    command.add_argument("--output-dir", default="demo-run")
-    command.add_argument("--seed", type=int, default=0, help="of the built-in task")
-    command.set_defaults(run=demo)
     return top
-
-
-ROOT = "folder where submitted runs register; default: the user's state folder"
-
-
-def add_submit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
-    command.add_argument(
-        "--slurm", metavar="NAME|FILE", help="settings: a file, or a name in configs/slurm"
-    )
-    for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
-        command.add_argument(f"--{option}", help="as sbatch's")
-    command.add_argument("--time", help="limit of one start: MINUTES, H:MM:SS or DAYS-HH:MM:SS")
-    command.add_argument("--nodes", type=int)
-    command.add_argument(
-        "--gpus-per-node", type=int, help="as many tasks; default: one, on the CPU"
-    )
-    command.add_argument("--cpus-per-task", type=int)
-    command.add_argument("--exclusive", action="store_true", default=None, help="whole nodes")
-    command.add_argument("--signal-delay", type=int, metavar="S", help="notice before the limit")
-    command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
-    command.add_argument(
-        "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
-    )
-    command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
-    command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")
-    command.add_argument("--wait", action="store_true", help="until done; exit code as distill's")
-    command.add_argument("--root", metavar="DIR", help=ROOT)
-    command.set_defaults(run=submit)
-
-
-def add_jobs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--root", metavar="DIR", help=ROOT)
-    command.set_defaults(run=jobs)
-    verbs = command.add_subparsers(dest="verb", metavar="VERB")
-    for verb, help_ in (
-        ("logs", "print what a run said"),
-        ("cancel", "end a run's job"),
-        ("wait", "until a run is done; exit code as distill's"),
-    ):
-        one = verbs.add_parser(verb, help=help_)
-        one.add_argument("name", metavar="RUN", help="name, job number or run folder")
-        one.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=ROOT)
-        if verb == "logs":
-            one.add_argument("-f", "--follow", action="store_true", help="until the job ends")
-            one.add_argument("--rank", type=int, default=0)
-
-
-def add_store(command: argparse.ArgumentParser) -> None:
-    verbs = command.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, help_ in (
-        ("ls", "which predictions are kept, of which teacher, task and split, how large"),
-        ("verify", "check every block; exit code 3 where one is bad"),
-        ("compact", "merge small blocks"),
-        ("rm", "remove by teacher, task, age or size; prints first, removes with --yes"),
-    ):
-        one = verbs.add_parser(verb, help=help_)
-        one.add_argument("--store", help="default: SEAD_DIST_STORE or the user's cache")
-        one.set_defaults(run=store)
-        if verb == "verify":
-            one.add_argument("--repair", action="store_true", help="move bad blocks out of use")
-        if verb == "rm":
-            one.add_argument("--teacher", help="name or start of the fingerprint")
-            one.add_argument("--task")
-            one.add_argument("--older-than", metavar="AGE", help="e.g. 12h, 30d")
-            one.add_argument("--keep", metavar="SIZE", help="oldest first, down to e.g. 10GB")
-            one.add_argument("--yes", action="store_true", help="remove; without it only print")
 
 
 def is_main_process() -> bool:

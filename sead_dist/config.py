@@ -154,6 +154,9 @@ class RunConfig(Section):
     grace_s: Annotated[float | None, Field(gt=0), Operational]
     watch: WatchConfig
     tracker: Annotated[str | None, Operational]
+    push_to_hub: Annotated[bool, Operational]
+    hub_model_id: Annotated[str | None, Operational]
+    hub_private_repo: Annotated[bool | None, Operational]
 
     @property
     def taught(self) -> bool:

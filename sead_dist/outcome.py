@@ -16,6 +16,7 @@ from sead_dist.data import Split
 from sead_dist.distributed import from_main, gather_objects
 from sead_dist.ensemble import combine
 from sead_dist.evaluate import EvalResult, evaluate
+from sead_dist.hub import push_at_end
 from sead_dist.models import save_model
 from sead_dist.parts import Parts
 from sead_dist.pretrained import fitting_length
@@ -185,6 +186,9 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
         f"store; model, card and plots: {run / 'model'}"
     )
+    if config.push_to_hub:
+        line = from_main(world, lambda: push_at_end(run, config))
+        parts.log.say(line)
 
 
 def tell(parts: Parts, scores: dict[str, Any]) -> None:

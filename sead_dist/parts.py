@@ -20,6 +20,7 @@ from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.engine import Engine, check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
+from sead_dist.hub import check_push
 from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
@@ -76,6 +77,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     quiet_libraries(world)
     check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
     check_tracker(config.tracker)
+    if config.push_to_hub:
+        from_main(world, lambda: check_push(config.hub_model_id))
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)  # its mistakes come to light before anything is read
     check_rival(config, zero.stage if zero is not None else None)

@@ -105,6 +105,11 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
         raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
+    if config.push_to_hub:
+        raise UserError(
+            "push_to_hub=true is for distill; upload a teacher when it is finished: "
+            "sead-dist push TEACHER --to ID"
+        )
     teachers = teacher_runs(config)
     if (Path(config.output_dir) / "run.json").is_file():
         raise UserError(

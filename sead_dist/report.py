@@ -3,6 +3,7 @@
 Shapes: B examples, C classes (1 for regression).
 """
 
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def write_report(run: Path) -> None:
         (run / "model" / "plots").mkdir(exist_ok=True)
         for name in names:
             _copy_aside(plots / name, run / "model" / "plots" / name)
+        if files.onnx:
+            _link_folder(run / "onnx", run / "model" / "onnx")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -188,3 +191,20 @@ def _as_array(lists: "pa.ChunkedArray") -> NDArray[Any]:
 def _copy_aside(source: Path, target: Path) -> None:
     with written_aside(target) as aside:
         shutil.copyfile(source, aside)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """`target` becomes a second name for the files of `source`, or a copy where the file system
+    has no such names."""
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+
+    aside = target.with_name(f".{target.name}.{os.getpid()}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside, copy_function=link)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)

@@ -22,6 +22,7 @@ class RunFiles:
     teacher_manifest: Sequence[Mapping[str, Any]] = ()
     run_summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    onnx: Mapping[str, Any] = field(default_factory=dict)  # onnx/export.json
 
     @property
     def metric(self) -> str:
@@ -72,4 +73,24 @@ def read_run(run: Path) -> RunFiles:
         teacher_manifest=optional("teacher_manifest.json", []),
         run_summary=optional("run_summary.json", {}),
         environment=optional("environment.json", {}),
+        onnx=optional("onnx/export.json", {}),
     )
+
+
+def onnx_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:
+    """(columns, rows) of the table of an export, from its export.json: a row for each model and
+    split, the times of a model once."""
+    metric, sizes = record["metric"], list(record["latency_tokens"])
+    rows: list[list[object]] = []
+    for model in record["models"]:
+        times = [f"{model['latency_ms'][size]:.1f}" for size in sizes]
+        mib: str | None = f"{model['bytes'] / 2**20:.1f}"
+        for split, metrics in model["metrics"].items():
+            off = (model["largest_difference"] or {}).get(split)
+            off = None if off is None else f"{off:.1e}"
+            agreed = (model["agreement"] or {}).get(split)
+            rows.append([model["name"], split, metrics[metric], off, agreed, mib, *times])
+            mib, times = "", [""] * len(sizes)
+    columns = ["", "split", metric, "largest logit difference", "same answer", "MiB"]
+    tokens = record["latency_tokens"]
+    return [*columns, *(f"ms, {size} x {tokens[size]} tokens" for size in sizes)], rows

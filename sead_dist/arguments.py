@@ -1,0 +1,119 @@
+"""What can be written after each command of the command line."""
+
+import argparse
+
+WORDS = "YAML files or shipped names (sst2), laid over base.yaml in order, then KEY=VALUE"
+ROOT = "folder where submitted runs register; default: the user's state folder"
+
+
+def add_words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+
+
+def add_evaluate(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument("--data", help="folder of the task's files; default: the run's own")
+    command.add_argument("--split", help="default: every evaluation split of the task")
+    command.add_argument("--json", metavar="FILE", help="also write the scores here")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="run folder, model folder or hub id")
+    command.add_argument("--task", help="task name or YAML file; default: the run's own")
+    command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
+
+
+def add_predict(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument("file", help="TSV, CSV, JSONL, Parquet or Arrow with the task's columns")
+    command.add_argument(
+        "--output", help="file to write, .tsv .csv .jsonl .parquet; default: FILE's.predicted.tsv"
+    )
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument("--to", choices=["onnx"], default="onnx", help="the format")
+    command.add_argument("--quantize", choices=["int8"], help="also a file with 8-bit weights")
+    command.add_argument("--output", metavar="DIR", help="default: MODEL/onnx")
+    command.add_argument("--data", help="folder of the task's files; default: the run's own")
+
+
+def add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", metavar="RUN", help="run folder")
+    command.add_argument("--to", metavar="ID", help="owner/name; default: the run's, or the card's")
+    command.add_argument(
+        "--private", action="store_true", default=None, help="where the repository is made anew"
+    )
+
+
+def add_reproduce(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", nargs="?", metavar="NAME", help="such as sst2-h256")
+    command.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for distill")
+    command.add_argument("--teachers", type=int, default=3, help="how many from each encoder")
+
+
+def add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output-dir", default="demo-run")
+    command.add_argument("--seed", type=int, default=0, help="of the built-in task")
+
+
+def add_submit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+    command.add_argument(
+        "--slurm", metavar="NAME|FILE", help="settings: a file, or a name in configs/slurm"
+    )
+    for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
+        command.add_argument(f"--{option}", help="as sbatch's")
+    command.add_argument("--time", help="limit of one start: MINUTES, H:MM:SS or DAYS-HH:MM:SS")
+    command.add_argument("--nodes", type=int)
+    command.add_argument(
+        "--gpus-per-node", type=int, help="as many tasks; default: one, on the CPU"
+    )
+    command.add_argument("--cpus-per-task", type=int)
+    command.add_argument("--exclusive", action="store_true", default=None, help="whole nodes")
+    command.add_argument("--signal-delay", type=int, metavar="S", help="notice before the limit")
+    command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
+    command.add_argument(
+        "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
+    )
+    command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
+    command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")
+    command.add_argument("--wait", action="store_true", help="until done; exit code as distill's")
+    command.add_argument("--root", metavar="DIR", help=ROOT)
+
+
+def add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--root", metavar="DIR", help=ROOT)
+    verbs = command.add_subparsers(dest="verb", metavar="VERB")
+    for verb, help_ in (
+        ("logs", "print what a run said"),
+        ("cancel", "end a run's job"),
+        ("wait", "until a run is done; exit code as distill's"),
+    ):
+        one = verbs.add_parser(verb, help=help_)
+        one.add_argument("name", metavar="RUN", help="name, job number or run folder")
+        one.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=ROOT)
+        if verb == "logs":
+            one.add_argument("-f", "--follow", action="store_true", help="until the job ends")
+            one.add_argument("--rank", type=int, default=0)
+
+
+def add_store(command: argparse.ArgumentParser) -> None:
+    verbs = command.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, help_ in (
+        ("ls", "which predictions are kept, of which teacher, task and split, how large"),
+        ("verify", "check every block; exit code 3 where one is bad"),
+        ("compact", "merge small blocks"),
+        ("rm", "remove by teacher, task, age or size; prints first, removes with --yes"),
+    ):
+        one = verbs.add_parser(verb, help=help_)
+        one.add_argument("--store", help="default: SEAD_DIST_STORE or the user's cache")
+        if verb == "verify":
+            one.add_argument("--repair", action="store_true", help="move bad blocks out of use")
+        if verb == "rm":
+            one.add_argument("--teacher", help="name or start of the fingerprint")
+            one.add_argument("--task")
+            one.add_argument("--older-than", metavar="AGE", help="e.g. 12h, 30d")
+            one.add_argument("--keep", metavar="SIZE", help="oldest first, down to e.g. 10GB")
+            one.add_argument("--yes", action="store_true", help="remove; without it only print")
