@@ -13,17 +13,22 @@ from sead_dist.errors import RunError, UserError
 
 
 def run_recipe(name: str, words: Sequence[str]) -> None:
-    """`distill` and `finetune`: the same under any launcher."""
+    """`distill`, `finetune` and `teach I/N` (a worker of the pool): the same under any launcher."""
     from sead_dist.configfiles import load_config
 
     config = load_config(words)
     from sead_dist import recipes
     from sead_dist.distributed import join_world, leave_world
+    from sead_dist.teach import teach as fill_store
 
     world = join_world()
-    by_name: dict[str, Callable[..., object]]
-    by_name = {"distill": recipes.distill, "finetune": recipes.finetune}
-    by_name[name](config, world)
+    recipe, _, worker = name.partition(" ")
+    if recipe == "teach":
+        fill_store(config, worker, world)
+    elif recipe == "finetune":
+        recipes.finetune(config, world)
+    else:
+        recipes.distill(config, world)
     leave_world(world)
 
 
@@ -37,7 +42,7 @@ def run_sweep(words: Sequence[str]) -> None:
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
-    """`distill`, `finetune` or `sweep` for a job on a node: its exit code where it failed, else
+    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it failed, else
     None."""
     return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
 
@@ -52,6 +57,10 @@ def finetune(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     run_sweep(args.words)
+
+
+def teach(args: argparse.Namespace) -> None:
+    run_recipe(f"teach {args.worker}", args.words)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -81,7 +90,16 @@ def submit(args: argparse.Namespace) -> None:
     options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
     settings = load_settings(args.slurm, options)
     root = state_folder(args.root)
-    made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    if args.teacher_workers is None:
+        made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    else:
+        from sead_dist.poolsubmit import submit_pool
+
+        if args.seeds is not None:
+            raise UserError("--teacher-workers serve one run; submit a run for each of --seeds")
+        own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
+        workers, words = args.teacher_workers, args.words
+        made = submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
     if args.wait:
         wait(made)
 
@@ -130,6 +148,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
         command.set_defaults(run=run)
 
+    command = commands.add_parser("teach", help="compute a run's teacher predictions beside it")
+    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+    command.add_argument("--worker", default="1/1", metavar="I/N", help="which of how many workers")
+    command.set_defaults(run=teach)
+
     command = commands.add_parser("evaluate", help="score a model on a task's dev split")
     command.add_argument("model", help="run folder, model folder or hub id")
     command.add_argument("--task", help="task name or YAML file; default: the run's own")
@@ -166,6 +189,14 @@ def parser() -> argparse.ArgumentParser:
 ROOT = "folder where submitted runs register; default: the user's state folder"
 
 
+def positive(text: str) -> int:
+    """A number of at least one, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is none; give 1 or more")
+    return number
+
+
 def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
     command.add_argument(
@@ -184,6 +215,12 @@ def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
     command.add_argument(
         "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
+    )
+    command.add_argument(
+        "--teacher-workers", type=positive, metavar="N", help="placement=pool, an array of N workers"
+    )
+    command.add_argument(
+        "--teacher-slurm", metavar="NAME|FILE", help="the workers' settings; default: the student's"
     )
     command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
     command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")
