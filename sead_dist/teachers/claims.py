@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,12 @@ class Claims:
         if claim is None and self._is_broken(name, path) and self._take_away(name, path):
             claim = self._create(path)
         return claim
+
+    def clear(self, names: Sequence[str]) -> None:
+        """Remove all claims on these chunks, which are done."""
+        for name in {*names}.intersection(os.listdir(self.layout.claims)):
+            with suppress(OSError):
+                os.unlink(self.layout.claims / name)
 
     def _create(self, path: Path) -> Claim | None:
         text = f"{0:012d} {socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n"

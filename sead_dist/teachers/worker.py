@@ -51,6 +51,8 @@ class Worker:
             with claim:
                 self.compute(chunk)
             left.remove(chunk)
+        # a worker killed between its block and its claim has left the claim
+        self.claims.clear([self.name(chunk) for chunk in chunks])
         return True
 
     def take(self, left: list[Chunk]) -> tuple[Chunk, Claim] | None:
@@ -64,10 +66,13 @@ class Worker:
             if self.is_finished(chunk):
                 left.remove(chunk)
                 continue
-            claim = self.claims.take(chunk.name(self.source.teachers[chunk.teacher].key))
+            claim = self.claims.take(self.name(chunk))
             if claim is not None:
                 return chunk, claim
         return None
+
+    def name(self, chunk: Chunk) -> str:
+        return chunk.name(self.source.teachers[chunk.teacher].key)
 
     def is_finished(self, chunk: Chunk) -> bool:
         """Whether all of its rows were in the store when this process last looked."""
