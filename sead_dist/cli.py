@@ -42,8 +42,8 @@ def run_sweep(words: Sequence[str]) -> None:
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
-    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it failed, else
-    None."""
+    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it
+    failed, else None."""
     return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
 
 
@@ -217,7 +217,10 @@ def add_submit(command: argparse.ArgumentParser) -> None:
         "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
     )
     command.add_argument(
-        "--teacher-workers", type=positive, metavar="N", help="placement=pool, an array of N workers"
+        "--teacher-workers",
+        type=positive,
+        metavar="N",
+        help="placement=pool, an array of N workers",
     )
     command.add_argument(
         "--teacher-slurm", metavar="NAME|FILE", help="the workers' settings; default: the student's"

@@ -31,8 +31,8 @@ from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_spl
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
-from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.follow import Follower
+from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import check_placements, choose_placements, home_ranks
 from sead_dist.teachers.roster import Teacher, call_roster

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sead_dist import jobs, slurm
 from sead_dist.errors import UserError
+from sead_dist.inputs import check_inputs
 from sead_dist.launcher import (
     Attempt,
     Launch,
     Request,
-    check_inputs,
     enqueue,
     finished,
     job_folder,

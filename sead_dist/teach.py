@@ -14,6 +14,7 @@ from sead_dist.checkpoint import Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, StopRequestedError, World
+from sead_dist.ensemble import asked_teachers
 from sead_dist.errors import UserError
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.pretrained import fitting_length, tokenizer_hash
@@ -30,7 +31,6 @@ from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.worker import Worker
-from sead_dist.ensemble import asked_teachers
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:
