@@ -10,6 +10,19 @@ def add_words(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
 
 
+def add_teach(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    command.add_argument("--worker", default="1/1", metavar="I/N", help="which of how many workers")
+
+
+def positive(text: str) -> int:
+    """A number of at least one, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is none; give 1 or more")
+    return number
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument("--data", help="folder of the task's files; default: the run's own")
@@ -76,6 +89,15 @@ def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
     command.add_argument(
         "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
+    )
+    command.add_argument(
+        "--teacher-workers",
+        type=positive,
+        metavar="N",
+        help="placement=pool, an array of N workers",
+    )
+    command.add_argument(
+        "--teacher-slurm", metavar="NAME|FILE", help="the workers' settings; default: the student's"
     )
     command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
     command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")

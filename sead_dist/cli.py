@@ -13,17 +13,22 @@ from sead_dist.errors import RunError, UserError
 
 
 def run_recipe(name: str, words: Sequence[str]) -> None:
-    """`distill` and `finetune`: the same under any launcher."""
+    """`distill`, `finetune` and `teach I/N` (a worker of the pool): the same under any launcher."""
     from sead_dist.configfiles import load_config
 
     config = load_config(words)
     from sead_dist import recipes
     from sead_dist.distributed import join_world, leave_world
+    from sead_dist.teach import teach as fill_store
 
     world = join_world()
-    by_name: dict[str, Callable[..., object]]
-    by_name = {"distill": recipes.distill, "finetune": recipes.finetune}
-    by_name[name](config, world)
+    recipe, _, worker = name.partition(" ")
+    if recipe == "teach":
+        fill_store(config, worker, world)
+    elif recipe == "finetune":
+        recipes.finetune(config, world)
+    else:
+        recipes.distill(config, world)
     leave_world(world)
 
 
@@ -37,8 +42,8 @@ def run_sweep(words: Sequence[str]) -> None:
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
-    """`distill`, `finetune` or `sweep` for a job on a node: its exit code where it failed, else
-    None."""
+    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it
+    failed, else None."""
     return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
 
 
@@ -52,6 +57,10 @@ def finetune(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     run_sweep(args.words)
+
+
+def teach(args: argparse.Namespace) -> None:
+    run_recipe(f"teach {args.worker}", args.words)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -93,7 +102,16 @@ def submit(args: argparse.Namespace) -> None:
     options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
     settings = load_settings(args.slurm, options)
     root = state_folder(args.root)
-    made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    if args.teacher_workers is None:
+        made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    else:
+        from sead_dist.poolsubmit import submit_pool
+
+        if args.seeds is not None:
+            raise UserError("--teacher-workers serve one run; submit a run for each of --seeds")
+        own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
+        workers, words = args.teacher_workers, args.words
+        made = submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
     if args.wait:
         wait(made)
 
@@ -151,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
             arguments.add_words,
             "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
         ),
+        (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),

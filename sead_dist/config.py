@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
-Placed = Literal["colocated", "partitioned", "sharded"]
+Placed = Literal["colocated", "partitioned", "sharded", "pool"]
 Placement = Literal["auto", Placed]
 Labels = list[str] | Literal["task_order"] | None
 
@@ -96,6 +96,12 @@ class CheckpointConfig(Section):
     keep_last: Annotated[int, Field(ge=1), Operational]
 
 
+class PoolConfig(Section):
+    chunk_rows: Annotated[int, Field(gt=0), Operational]
+    claim_s: Annotated[float, Field(gt=0), Operational]
+    silent_s: Annotated[float, Field(gt=0), Operational]
+
+
 class WatchConfig(Section):
     silent_s: Annotated[float, Field(gt=0), Operational]
     hang_s: Annotated[float, Field(gt=0), Operational]
@@ -123,6 +129,7 @@ class RunConfig(Section):
     drift: Annotated[Literal["on", "off"], Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
+    pool: PoolConfig
     ensemble: EnsembleMethod
     guide: str | None
     route: str | None
@@ -162,6 +169,17 @@ class RunConfig(Section):
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
         return bool(self.teachers) and self.ensemble != "none"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a teacher is in the pool."""
+        return "pool" in {entry.placement or self.placement for entry in self.teachers}
+
+    @property
+    def window_rows(self) -> int:
+        """Most rows of training steps that are asked of the teachers at once. Of a pool no more
+        than a chunk, so that the student waits for little at a time."""
+        return min(self.look_ahead, self.pool.chunk_rows) if self.pooled else self.look_ahead
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""

@@ -20,6 +20,7 @@ from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.engine import Engine, check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
+from sead_dist.errors import UserError
 from sead_dist.hub import check_push
 from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
@@ -31,6 +32,7 @@ from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_spl
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
+from sead_dist.teachers.follow import Follower
 from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import check_placements, choose_placements, home_ranks
@@ -196,9 +198,12 @@ def hire(
         for teacher, placement in zip(teachers, placements, strict=True)
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
+    follower = None
+    if "pool" in placements:
+        follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
     source = StoredSource(
         teachers, placements, homes, world, store, task.name, run, accept_any,
-        config.trust_remote_code, log.say, watch.heed,
+        config.trust_remote_code, log.say, watch.heed, follower,
     )  # fmt: skip
     stack.callback(source.close)
     return source
@@ -245,6 +250,11 @@ def follow(
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
     """Raises UserError where a teacher cannot be placed as it should be."""
     check_placements(teachers, placements)
+    if "pool" in placements and config.drift == "on":
+        raise UserError(
+            "drift=on asks teachers in fp32 in the student's processes, and placement=pool is for "
+            "teachers that are not there; measure the drift in a run with another placement"
+        )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":
             check_shardable(teacher, config.trust_remote_code)

@@ -3,6 +3,7 @@
 Distillation, and fine-tuning of teachers, which is distillation with no teacher.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from sead_dist.runlog import is_finished, steps_done, write_json
 from sead_dist.student import check_start
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
+from sead_dist.teachers.roster import Teacher
 from sead_dist.trainer import Trainer
 
 STOPPED_EARLY = (
@@ -162,7 +164,7 @@ def touch_past(parts: Parts, weights_N: torch.Tensor, done: int) -> None:
     if parts.source is None:
         return
     batches = parts.batches
-    for steps in batches.windows(0, parts.config.look_ahead):
+    for steps in batches.windows(0, parts.config.window_rows):
         steps = range(steps.start, min(steps.stop, done))
         if len(steps):
             entries_R = batches.entries(steps)
@@ -176,8 +178,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     exams: list[Examination] = []
-    by_score = config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
-    if config.gate == "on" or by_score or config.drift == "on":
+    if needs_examination(config) or config.drift == "on":
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.look_ahead, "the examination"
@@ -193,14 +194,29 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
             write_json(Path(config.output_dir) / "examination.json", record)
         if config.gate == "on":
             admit(task, exams, teachers)
-    scores = [exam.score for exam in exams]
-    given = [teacher.entry.weight for teacher in teachers]
-    names = [teacher.name for teacher in teachers]
-    guide = None if config.guide is None else names.index(config.guide)
-    weights_N = frozen_weights(config.ensemble, given, scores, guide)
+    weights_N = weigh(config, teachers, exams)
     if config.ensemble == "single":
-        parts.log.say(f"the one teacher of this student: {names[int(weights_N.argmax())]}")
+        parts.log.say(f"the one teacher of this student: {teachers[int(weights_N.argmax())].name}")
     return weights_N
+
+
+def needs_examination(config: RunConfig) -> bool:
+    """Whether nothing may be taught before the teachers' scores are known."""
+    by_score = config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
+    return config.gate == "on" or by_score
+
+
+def weigh(
+    config: RunConfig, teachers: Sequence[Teacher], exams: Sequence[Examination]
+) -> torch.Tensor:
+    """The ensemble's weights_N."""
+    names = [teacher.name for teacher in teachers]
+    return frozen_weights(
+        config.ensemble,
+        [teacher.entry.weight for teacher in teachers],
+        [exam.score for exam in exams],
+        None if config.guide is None else names.index(config.guide),
+    )
 
 
 def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:

@@ -67,7 +67,7 @@ class Trainer:
             self.batches,
             self.source,
             state.step,
-            self.config.look_ahead,
+            self.config.window_rows,
             depth,
             partial(asked_teachers, self.batches, self.config, self.weights_N),
             self.live,

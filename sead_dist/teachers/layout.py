@@ -6,6 +6,7 @@ STORE/values/<teacher>/           teacher.json, and the value blocks of one teac
 STORE/tmp/                        files being written; whoever wrote an old one is dead
 STORE/quarantine/                 files found bad, never read again
 STORE/live/                       one locked file per run that uses the store now
+STORE/claims/                     chunks that workers of a pool compute now (claims.py)
 STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
 STORE/compact.lock                one compaction or removal at a time
 """
@@ -27,7 +28,7 @@ from typing import Any
 from sead_dist.errors import RunError, UserError
 
 FORMAT = 1
-FOLDERS = ("keys", "values", "tmp", "quarantine", "live")
+FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "claims")
 OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock"}
 BLOCK_SUFFIX = ".safetensors"
 # A temporary file that has not grown for this long belongs to a dead writer.
@@ -85,6 +86,10 @@ class Layout:
     @property
     def live(self) -> Path:
         return self.root / "live"
+
+    @property
+    def claims(self) -> Path:
+        return self.root / "claims"
 
     def key_path(self, key_hash: str) -> Path:
         return self.keys / f"{key_hash}{BLOCK_SUFFIX}"

@@ -3,9 +3,10 @@ the other ranks always receive (invariant 8).
 
 colocated: every rank holds the teacher and owns an equal share of the rows. partitioned: one rank
 holds the whole teacher and owns all of its rows. sharded: every rank holds an equal part of the
-teacher's parameters and owns an equal share of the rows.
+teacher's parameters and owns an equal share of the rows. pool: no rank holds the teacher; each
+waits for an equal share of its rows, which other processes put into the store.
 
-Shapes: N teachers, R requested examples, W ranks.
+Shapes: N teachers, R requested examples, M examples of one rank, C classes.
 """
 
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 
 from sead_dist.distributed import World, gather_objects
 from sead_dist.errors import UserError
@@ -35,6 +37,8 @@ def free_bytes(device: torch.device) -> int:
 def held_bytes(weights: int, placement: str, size: int) -> int:
     """Bytes of a teacher's weights that a rank which holds it keeps between forwards. A sharded
     teacher's largest layers, and what is in no layer, come on top while it computes."""
+    if placement == "pool":
+        return 0
     return -(-weights // size) if placement == "sharded" else weights
 
 
@@ -120,3 +124,28 @@ def owners(
             for n, placement in enumerate(placements)
         ]
     )
+
+
+def exchange(
+    mine: Sequence[np.ndarray],
+    owner_NR: np.ndarray,
+    asked_NR: np.ndarray,
+    classes: int,
+    world: World,
+) -> np.ndarray:
+    """Every rank's answers, put where they belong: logits_NRC. `mine`: logits_MC of each teacher,
+    for the asked examples that this rank owns. Every rank calls this."""
+    logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
+    own_MC = np.concatenate(mine)
+    counts = [int(((owner_NR == rank) & asked_NR).sum()) for rank in range(world.size)]
+    if world.size == 1 or max(counts) == 0:
+        everyone = [own_MC] * world.size
+    else:
+        sent = torch.zeros(max(counts), classes, device=world.device)
+        sent[: len(own_MC)] = torch.from_numpy(own_MC)
+        got = [torch.empty_like(sent) for _ in range(world.size)]
+        dist.all_gather(got, sent, group=world.exchange)
+        everyone = [tensor.cpu().numpy() for tensor in got]
+    for rank, count in enumerate(counts):
+        logits_NRC[(owner_NR == rank) & asked_NR] = everyone[rank][:count]
+    return logits_NRC

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from sead_dist.data import Split, TokenTable, tokenize
@@ -24,9 +23,10 @@ from sead_dist.distributed import StopRequestedError, World, gather_objects, rai
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import build_teacher
 from sead_dist.teachers.base import Request, TeacherLogits
+from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
-from sead_dist.teachers.placement import is_split, owners
+from sead_dist.teachers.placement import exchange, is_split, owners
 from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.sharded import TornForwardError, build_sharded, predict_together
@@ -41,7 +41,7 @@ class StoredSource:
     """Answers requests from the store and, where rows are missing, from the teachers.
 
     Models are loaded when a row is first missing. `heed` is told after every batch how far it is,
-    and may raise StopRequestedError.
+    and may raise StopRequestedError. `follower` waits for teachers whose placement is `pool`.
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class StoredSource:
         trust_remote_code: bool,
         say: Callable[[str], None],
         heed: Callable[[str], None],
+        follower: Follower | None = None,
     ) -> None:
         self.teachers, self.placements, self.homes = teachers, placements, homes
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
-        self.heed = heed
+        self.heed, self.follower = heed, follower
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.tables: dict[tuple[int, int], Table] = {}
@@ -120,12 +121,17 @@ class StoredSource:
                 self._compute_together(n, request, np.flatnonzero(own_NR[n]))
 
         def answers() -> list[np.ndarray]:
-            return [
-                self._answer(n, request, np.flatnonzero(own_R)) for n, own_R in enumerate(own_NR)
-            ]
+            found: dict[int, np.ndarray] = {}
+            # what this rank can do itself comes before it waits for others
+            for n in sorted(range(len(own_NR)), key=lambda n: self.placements[n] == "pool"):
+                if self.placements[n] == "pool":
+                    self._follow(request, own_NR)
+                found[n] = self._answer(n, request, np.flatnonzero(own_NR[n]))
+            return [found[n] for n in range(len(own_NR))]
 
         mine = self._agreed(request, answers)
-        logits_NRC = self._exchange(mine, owner_NR, asked_NR)
+        classes = self.teachers[0].key.classes
+        logits_NRC = exchange(mine, owner_NR, asked_NR, classes, self.world)
         return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
 
     def _agreed(self, request: Request, do: Callable[[], T]) -> T:
@@ -164,11 +170,30 @@ class StoredSource:
             self._agreed(request, lambda: (self._load(n), self._tokens(n, request.split)))
             self._agreed(request, lambda: self._compute(n, request, missing_K))
 
+    def _follow(self, request: Request, own_NR: np.ndarray) -> None:
+        """Wait for this rank's share of the rows of all teachers in the pool."""
+        if self.follower is None:
+            raise ValueError("a teacher's placement is pool, and there is no follower")
+        touched_NU = self.touched[request.split.examples.split]
+        awaited = [
+            Awaited(
+                self.teachers[n].name,
+                self.table(n, request.split),
+                request.entries_R[own_NR[n]],
+                touched_NU[n],
+            )
+            for n, placement in enumerate(self.placements)
+            if placement == "pool"
+        ]
+        self.follower.wait(awaited, request.what)
+        if request.step_of is not None:
+            self.follower.tell(awaited, request.what)
+
     def _missing(self, n: int, request: Request, entries_M: np.ndarray) -> np.ndarray:
         """Which of these entries are not in the store."""
         if len(entries_M) == 0:
             return entries_M
-        table = self._table(n, request.split)
+        table = self.table(n, request.split)
         if not table.lookup(entries_M)[1].all():
             table.refresh()
         return entries_M[~table.lookup(entries_M)[1]]
@@ -199,7 +224,7 @@ class StoredSource:
             missing_K = self._missing(n, request, entries_M)
             if len(missing_K):
                 self._compute(n, request, missing_K)
-        logits_MC, present_M = self._table(n, request.split).lookup(entries_M)
+        logits_MC, present_M = self.table(n, request.split).lookup(entries_M)
         if not present_M.all():
             raise RunError(
                 f"teacher {teacher.name} at {request.what}: {int((~present_M).sum())} predictions "
@@ -210,7 +235,7 @@ class StoredSource:
 
     def _compute(self, n: int, request: Request, entries_M: np.ndarray) -> None:
         """Forward these examples and keep them, block by block."""
-        teacher, table, split = self.teachers[n], self._table(n, request.split), request.split
+        teacher, table, split = self.teachers[n], self.table(n, request.split), request.split
         rows_M = split.row_U[entries_M]
         held: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -249,7 +274,8 @@ class StoredSource:
             ) from None
         keep(1)
 
-    def _table(self, n: int, split: Split) -> Table:
+    def table(self, n: int, split: Split) -> Table:
+        """What is stored of a teacher on a split."""
         key = (n, id(split))
         if key not in self.tables:
             self.tables[key] = self.store.table(
@@ -273,26 +299,6 @@ class StoredSource:
     def share_tokens(self, split: Split, tokenizer_hash: str, max_length: int) -> None:
         """Offer the student's tokens of a split to teachers of the same tokeniser and length."""
         self.tokens[tokenizer_hash, max_length, id(split)] = split.tokens
-
-    def _exchange(
-        self, mine: list[np.ndarray], owner_NR: np.ndarray, asked_NR: np.ndarray
-    ) -> np.ndarray:
-        """Every rank's answers, put where they belong: logits_NRC."""
-        classes = self.teachers[0].key.classes
-        logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
-        own_MC = np.concatenate(mine)
-        counts = [int(((owner_NR == rank) & asked_NR).sum()) for rank in range(self.world.size)]
-        if self.world.size == 1 or max(counts) == 0:
-            everyone = [own_MC] * self.world.size
-        else:
-            sent = torch.zeros(max(counts), classes, device=self.world.device)
-            sent[: len(own_MC)] = torch.from_numpy(own_MC)
-            got = [torch.empty_like(sent) for _ in range(self.world.size)]
-            dist.all_gather(got, sent, group=self.world.exchange)
-            everyone = [tensor.cpu().numpy() for tensor in got]
-        for rank, count in enumerate(counts):
-            logits_NRC[(owner_NR == rank) & asked_NR] = everyone[rank][:count]
-        return logits_NRC
 
 
 def start_thread(threads: int, world: World) -> None:

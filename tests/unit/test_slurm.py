@@ -278,3 +278,36 @@ def test_a_launch_is_pickled_without_the_code_that_made_it(tmp_path):
     data = cloudpickle.dumps(Launch(cli.attempt_recipe, "distill", ("sst2",), ("run",), "folder"))
     assert len(data) < 500
     assert b"attempt_recipe" in data
+
+
+def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(task, tmp_path, capsys):
+    (tmp_path / "cpus.yaml").write_text("partition: cpus\ntime: '2:00:00'\n")
+    given = [*words(*task, tmp_path / "run"), "--dry-run", "--partition", "gpus", "--nodes", 2]
+    pool = ["--teacher-workers", 3, "--teacher-slurm", tmp_path / "cpus.yaml"]
+    assert command("submit", *given, *pool) is None
+    workers, student = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    for line in ("--array=0-2%3", "--nodes=1", "--partition=cpus", "--job-name=run-teachers"):
+        assert f"#SBATCH {line}\n" in workers
+    for line in ("--nodes=2", "--partition=gpus", "--job-name=run"):
+        assert f"#SBATCH {line}\n" in student
+    assert "--array" not in student
+    # without settings of their own, workers have the student's, on one node and one GPU each
+    more = ["--gpus-per-node", 4, "--teacher-workers", 1]
+    assert command("submit", *given, *more) is None
+    worker = capsys.readouterr().out.split("#!/bin/bash")[1]
+    for line in ("--nodes=1", "--partition=gpus", "--gpus-per-node=1", "--ntasks-per-node=1"):
+        assert f"#SBATCH {line}\n" in worker
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["placement=colocated"], "--teacher-workers are for teachers with placement=pool"),
+        (["--seeds", "0-2"], "--teacher-workers serve one run"),
+        (["teachers=[./nowhere]"], "./nowhere is not a folder"),
+    ],
+)
+def test_a_mistake_with_a_pool_is_found_before_the_queue(more, message, task, tmp_path, capsys):
+    given = words(*task, tmp_path / "run")
+    assert command("submit", *given, *more, "--dry-run", "--teacher-workers", 2) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""`sead-dist teach`: a worker of the teacher pool. It fills the store for one student's run, in the
+order in which that student will ask: the selection split, the training rows by step, and the
+official splits. It is given the words of the student's run, and needs no student to be there.
+"""
+
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sead_dist.checkpoint import Identity, teacher_identity
+from sead_dist.config import RunConfig
+from sead_dist.data import BatchStream
+from sead_dist.distributed import StopFlag, StopRequestedError, World
+from sead_dist.ensemble import asked_teachers
+from sead_dist.errors import UserError
+from sead_dist.parts import quiet_libraries, read_inputs
+from sead_dist.pretrained import fitting_length, tokenizer_hash
+from sead_dist.recipes import needs_examination, weigh
+from sead_dist.runlog import RunLog, is_finished, read_json, write_json
+from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
+from sead_dist.tasks import TaskSpec
+from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
+from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.exam import Examination, admit, ask_all, examine
+from sead_dist.teachers.follow import differing_facts
+from sead_dist.teachers.layout import default_store
+from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.worker import Worker
+
+
+def worker_folder(run: Path, number: int, workers: int) -> Path:
+    """Where a worker's own files lie, in the student's run folder."""
+    return run / ".pool" / f"worker-{number}-of-{workers}"
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """ "2/16" as (2, 16). Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= workers:
+        raise UserError(f"--worker {text!r} is no worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
+    return number, workers
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker has to know of the student's run. words: its tokeniser's hash."""
+
+    config: RunConfig
+    task: TaskSpec
+    examples: RunExamples
+    splits: RunSplits
+    words: str
+    max_length: int
+    teachers: list[Teacher]
+    identity: Identity
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def accept_any(self) -> bool:
+        return self.config.store.accept == "any"
+
+
+def read_work(config: RunConfig, world: World) -> Work:
+    """Raises UserError for whatever is wrong with task, data, student or teachers."""
+    task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
+    max_length = fitting_length(config.max_length, model.config)
+    splits = tokenize_splits(examples, tokenizer, max_length)
+    teachers = call_roster(config, task, world)
+    identity = Identity(
+        config.identity(),
+        examples.fingerprint(task),
+        [teacher_identity(teacher.manifest()) for teacher in teachers],
+    )
+    words = tokenizer_hash(tokenizer)
+    return Work(config, task, examples, splits, words, max_length, teachers, identity)
+
+
+def teach(config: RunConfig, worker: str, world: World) -> Path:
+    """Work until all that the student of `config` will ask of its teachers is in the store, or the
+    student is finished, or a stop is asked for. Returns the worker's own folder, which holds a
+    finished run then (not after a stop). Teachers' placements do not count here.
+
+    Raises UserError before any long work, and where the student expects other teachers, data or
+    settings; RunError during it.
+    """
+    number, workers = parse_worker(worker)
+    refuse_other_starts(config, world)
+    quiet_libraries(world)
+    work = read_work(config, world)
+    refuse_other_student(work)
+    folder = worker_folder(work.run, number, workers)
+    stop = StopFlag()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        log = RunLog(folder, is_main=True, console=True)
+        stack.callback(log.close)
+        (folder / "run_summary.json").unlink(missing_ok=True)
+        hand = open_worker(work, number, workers, world, stop, log, stack)
+        try:
+            whole = fill_all(hand, work)
+        except StopRequestedError:
+            log.say("stopped; what was computed is kept, and other workers take over the rest")
+            return folder
+        why = "all predictions are in the store" if whole else f"{work.run} is finished"
+        rows = hand.source.journal.rows()
+        log.say(f"done, {why}; this worker has computed {rows} rows")
+        write_json(folder / "run_summary.json", {"finished": True, "rows": rows})
+    return folder
+
+
+def open_worker(
+    work: Work,
+    number: int,
+    workers: int,
+    world: World,
+    stop: StopFlag,
+    log: RunLog,
+    stack: ExitStack,
+) -> Worker:
+    """A worker over the store; `stack` closes what it opens."""
+    config, teachers, run = work.config, work.teachers, work.run
+    store = PredictionStore(Path(config.store.path or default_store()), log.say)
+    keys = [teacher.key for teacher in teachers]
+    stack.enter_context(store.hold(str(run), keys, work.accept_any))
+
+    def heed(_doing: str) -> None:
+        if stop.signal is not None:
+            raise StopRequestedError
+
+    def check() -> bool:
+        heed("")
+        refuse_other_student(work)
+        return not is_finished(run)
+
+    source = StoredSource(
+        teachers, ["colocated"] * len(teachers), [0] * len(teachers), world, store, work.task.name,
+        worker_folder(run, number, workers), work.accept_any, config.trust_remote_code, log.say,
+        heed,
+    )  # fmt: skip
+    stack.callback(source.close)
+    for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
+        source.share_tokens(split, work.words, work.max_length)
+    log.say(f"worker {number} of {workers}: {len(teachers)} teachers, store {store.layout.root}")
+    claims = Claims(store.layout, config.pool.claim_s)
+    return Worker(source, claims, number, workers, check, log.say)
+
+
+def fill_all(hand: Worker, work: Work) -> bool:
+    """The whole work in its order; True when all is in the store, False when it ended before."""
+    config, splits, teachers = work.config, work.splits, work.teachers
+    source, rows, count = hand.source, config.pool.chunk_rows, len(teachers)
+    if not hand.fill(chunks_of_split(splits.selection, count, rows)):
+        return False
+    exams: list[Examination] = []
+    if needs_examination(config):
+        # the scores may decide which rows the student asks of whom, so they are found as it does
+        logits_NBC = ask_all(source, splits.selection, count, rows, "the examination")
+        dev_in_training = work.examples.dev_in_training
+        exams = examine(work.task, teachers, logits_NBC, splits.selection, dev_in_training)
+        if config.gate == "on":
+            admit(work.task, exams, teachers)
+    batches = BatchStream(
+        splits.train, config.seed, config.global_batch, config.micro_batch, config.epochs,
+        config.max_steps, 0, 1,
+    )  # fmt: skip
+    asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
+    chunks = chunks_of_training(batches, count, rows, asked)
+    for split in splits.official.values():
+        chunks += chunks_of_split(split, count, rows)
+    return hand.fill(chunks)
+
+
+def refuse_other_starts(config: RunConfig, world: World) -> None:
+    """Raises UserError where there is nothing to teach, or a worker of several processes."""
+    if config.encoders:
+        raise UserError("encoders are for finetune; a pool has teachers: teachers=[DIR, ...]")
+    if not config.taught:
+        raise UserError("nothing asks teachers here; give teachers=[DIR, ...] and an ensemble")
+    if world.size > 1:
+        raise UserError(
+            f"a worker is one process, and WORLD_SIZE={world.size}; start several, each without "
+            f"a launcher: sead-dist teach ... --worker {os.environ.get('RANK', '0')}/{world.size}"
+        )
+
+
+def refuse_other_student(work: Work) -> None:
+    """Raises UserError where the run folder holds a student that waits for something else."""
+    run, teachers = work.run, work.teachers
+    if not (run / "teacher_manifest.json").is_file():
+        return  # the student has not come yet
+    expected = read_json(run / "teacher_manifest.json")
+    remedy = "give worker and student the same words and files, or another output_dir"
+    if len(expected) != len(teachers):
+        raise UserError(
+            f"this worker has {len(teachers)} teachers, the student in {run} {len(expected)}; "
+            f"{remedy}"
+        )
+    for teacher, entry in zip(teachers, expected, strict=True):
+        if entry["fingerprint"] != teacher.key.fingerprint:
+            raise UserError(
+                f"teacher {teacher.name}: the fingerprint of its weights and settings is "
+                f"{teacher.key.fingerprint[:16]} here, and the student in {run} expects "
+                f"{entry['fingerprint'][:16]}; {remedy}"
+            )
+        if entry["numerics"] != teacher.key.numerics and not work.accept_any:
+            facts = differing_facts(teacher.key.numerics, entry["numerics"])
+            raise UserError(
+                f"teacher {teacher.name}: the student in {run} reads another numerics class than "
+                f"this worker computes in ({facts}); run workers on machines like the student's, "
+                "or give both store.accept=any"
+            )
+    saved = Identity(**read_json(run / "run.json")["identity"])
+    differences = saved.differences(work.identity)
+    if differences:
+        raise UserError(f"the student in {run} has other settings: {differences[0]}; {remedy}")

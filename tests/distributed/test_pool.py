@@ -1,0 +1,287 @@
+"""Teachers in a pool: other processes fill the store, the student follows it, and is bit for bit
+the one that computes its teachers itself."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import finish, run_ranks, start
+from small import model_bytes, read, run_distill, save_teacher, words, write_task
+
+from sead_dist.configfiles import load_config
+from sead_dist.distributed import World
+from sead_dist.errors import RunError, UserError
+from sead_dist.recipes import distill
+from sead_dist.runlog import is_finished
+from sead_dist.teach import teach, worker_folder
+
+# 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
+PAIRS = 3 * (54 + 6 + 20)
+KEYS = {"epochs": 2, "pool__chunk_rows": 16, "pool__claim_s": 1.0, "pool__silent_s": 60.0}
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("task")
+    kinds = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
+    return write_task(root / "data"), [*kinds, save_teacher(root / "c", seed=2)]
+
+
+def given_words(task, root, **changes):
+    keys = {"placement": "pool", **KEYS, **changes}
+    return words(*task, root / "run", root / "store", **keys)
+
+
+@pytest.fixture(scope="module")
+def colocated(task, tmp_path_factory):
+    """The student of so many ranks that compute their teachers themselves."""
+    made = {}
+
+    def student(size):
+        if size not in made:
+            root = tmp_path_factory.mktemp(f"colocated-{size}")
+            own = given_words(task, root, placement="colocated")
+            run_ranks(size, root / "ranks", run_distill, own)
+            made[size] = model_bytes(root / "run")
+        return made[size]
+
+    return student
+
+
+def run_teach(world: World, given, worker):
+    """The real worker (for `ranks.start`)."""
+    return teach(load_config(given), worker, world)
+
+
+def until(true, what):
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end, f"{what}: not within {WAIT_S} s"
+        time.sleep(0.0005)
+
+
+def said(run):
+    path = run / "log.txt"
+    return path.read_text() if path.is_file() else ""
+
+
+def rows_of(run, number, workers):
+    """What a worker has computed, over all its starts."""
+    journal = worker_folder(run, number, workers) / "teacher_rows" / "rank-0.jsonl"
+    if not journal.is_file():
+        return 0
+    return sum(json.loads(line)["rows"] for line in journal.read_text().splitlines())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
+    tmp_path, task, colocated, size
+):
+    given, run = given_words(task, tmp_path), tmp_path / "run"
+    student = start(size, tmp_path / "student", run_distill, given)
+    # it is there first, and waits
+    until(lambda: "waiting for the pool: " in said(run), "a student that waits")
+    workers = [start(1, tmp_path / f"w{n}", run_teach, given, f"{n}/2") for n in (1, 2)]
+    for number, worker in enumerate(workers, start=1):
+        (folder,) = finish(worker, tmp_path / f"w{number}", WAIT_S)
+        assert is_finished(folder)
+    finish(student, tmp_path / "student", WAIT_S)
+    assert model_bytes(run) == colocated(size)
+    summary = read(run / "run_summary.json")
+    assert (summary["teacher_forwards"], summary["store_hits"]) == (0, PAIRS)
+    assert summary["placement"] == "pool"
+    # nothing was computed twice, and each did a part
+    shares = [rows_of(run, number, 2) for number in (1, 2)]
+    assert sum(shares) == PAIRS
+    assert min(shares) > 0
+    assert " rows ahead" in said(run)
+
+
+def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
+    given, run, claims = given_words(task, tmp_path), tmp_path / "run", tmp_path / "store/claims"
+    student = start(1, tmp_path / "student", run_distill, given)
+    victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
+    for _ in range(1000):
+        until(lambda: rows_of(run, 1, 2) > 6 and any(claims.iterdir()), "a claim")
+        os.kill(victim.pid, signal.SIGSTOP)
+        left = list(claims.iterdir())
+        os.kill(victim.pid, signal.SIGKILL if left else signal.SIGCONT)
+        if left:
+            break
+    victim.join()
+    done = rows_of(run, 1, 2)
+    assert done < PAIRS, "the worker was done before it could be killed"
+    # the dead one's machine was years ahead: nobody looks at that
+    (claim,) = left
+    os.utime(claim, (4e9, 4e9))
+    worker = start(1, tmp_path / "w2", run_teach, given, "2/2")
+    finish(worker, tmp_path / "w2", WAIT_S)
+    finish(student, tmp_path / "student", WAIT_S)
+    assert model_bytes(run) == colocated(1)
+    assert list(claims.iterdir()) == []
+    # what the dead one had kept was not computed again; a block may have come before its line
+    assert PAIRS - done - 16 <= rows_of(run, 2, 2) <= PAIRS - done
+
+
+def test_a_student_without_workers_ends_and_names_the_teacher(tmp_path, task, distil):
+    given = given_words(task, tmp_path, pool__silent_s=0.2)
+    with pytest.raises(RunError) as caught:
+        distil(given)
+    line = str(caught.value)
+    assert line.startswith("teacher a: nothing has come from the pool for 0.2 s (pool.silent_s)")
+    assert "16 of 16 rows of steps 1-2 are missing" in line
+    assert "sead-dist teach, with the words of this run" in line
+
+
+def test_a_student_that_finds_another_class_in_the_store_says_which(tmp_path, task, distil):
+    given = given_words(task, tmp_path, pool__silent_s=0.2)
+    teach(load_config([*given, "teacher_precision=bf16"]), "1/1", alone())
+    with pytest.raises(RunError, match=r"another numerics class \(dtype 'bf16', here 'fp32'\)"):
+        distil(given)
+
+
+def alone():
+    import torch
+
+    return World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def waited(task, tmp_path_factory):
+    """The words and the run folder of a student that is there and found no workers."""
+    root = tmp_path_factory.mktemp("waited")
+    given = given_words(task, root, pool__silent_s=0.05)
+    with pytest.raises(RunError):
+        distill(load_config(given), alone())
+    return given, root / "run"
+
+
+def test_a_worker_with_other_weights_names_both_fingerprints(waited, tmp_path):
+    given, run = waited
+    other = save_teacher(tmp_path / "b", "roberta", seed=9)
+    teachers = [entry["path"] for entry in read(run / "teacher_manifest.json")]
+    teachers[1] = str(other)
+    with pytest.raises(UserError) as caught:
+        teach(load_config([*given, f"teachers=[{','.join(teachers)}]"]), "1/1", alone())
+    expected = read(run / "teacher_manifest.json")[1]["fingerprint"]
+    line = str(caught.value)
+    assert line.startswith("teacher b: the fingerprint of its weights and settings is ")
+    assert f"expects {expected[:16]}" in line
+    here = line.split(" is ")[1][:16]
+    assert len(here) == 16
+    assert here != expected[:16]
+
+
+def test_a_worker_of_another_numerics_class_is_refused_by_name(waited):
+    given, _run = waited
+    with pytest.raises(UserError, match=r"teacher a: .*\(dtype 'fp32', here 'bf16'\)"):
+        teach(load_config([*given, "teacher_precision=bf16"]), "1/1", alone())
+
+
+def test_a_worker_for_other_data_or_settings_is_refused(waited):
+    given, _run = waited
+    with pytest.raises(UserError, match=r"has other settings: seed was 0, is 3; give worker and"):
+        teach(load_config([*given, "seed=3"]), "1/1", alone())
+
+
+def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(task, tmp_path):
+    """The worker looks before every chunk."""
+    given = given_words(task, tmp_path)
+    worker = start(1, tmp_path / "w", run_teach, [*given, "teacher_precision=bf16"], "1/1")
+    until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
+    os.kill(worker[0].pid, signal.SIGSTOP)
+    with pytest.raises(RunError, match="nothing has come from the pool"):
+        distill(load_config([*given, "pool.silent_s=0.05"]), alone())
+    os.kill(worker[0].pid, signal.SIGCONT)
+    (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
+    assert isinstance(outcome, UserError)
+    assert "another numerics class" in str(outcome)
+
+
+def run_with_full_disk(world: World, given, worker):
+    """A worker that may write no file of more than 1,300 bytes, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1300, hard))
+    try:
+        return teach(load_config(given), worker, world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+
+
+def test_a_full_disk_stops_the_worker_and_keeps_what_was_finished(tmp_path, task, colocated):
+    given, run = given_words(task, tmp_path, pool__chunk_rows=54), tmp_path / "run"
+    student = start(1, tmp_path / "student", run_distill, given)
+    worker = start(1, tmp_path / "w1", run_with_full_disk, given, "1/1")
+    (outcome,) = finish(worker, tmp_path / "w1", WAIT_S)
+    assert isinstance(outcome, RunError)
+    assert "cannot be written" in str(outcome)
+    assert "ulimit -f" in str(outcome)
+    # the small blocks of the selection split were written; the student still waits for the rest
+    assert rows_of(run, 1, 1) == 3 * 6
+    assert student[0].is_alive()
+    worker = start(1, tmp_path / "w2", run_teach, given, "1/1")
+    finish(worker, tmp_path / "w2", WAIT_S)
+    finish(student, tmp_path / "student", WAIT_S)
+    assert rows_of(run, 1, 1) == PAIRS
+    assert model_bytes(run) == colocated(1)
+
+
+def test_a_store_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task):
+    """As root a folder's mode counts only without the capability to pass over it."""
+    mortal = []
+    if os.geteuid() == 0:
+        setpriv = shutil.which("setpriv")
+        if setpriv is None:
+            pytest.skip("root may write everywhere, and there is no setpriv to change that")
+        mortal = [setpriv, "--bounding-set=-dac_override"]
+    given = given_words(task, tmp_path)
+    store = tmp_path / "store"
+    store.mkdir(0o555)
+    done = subprocess.run(
+        [*mortal, sys.executable, "-m", "sead_dist", "teach", *given],
+        capture_output=True, text=True, check=False, timeout=WAIT_S,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sead-dist: ")]
+    assert f"store={store} is not writable (Permission denied)" in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "worker", "message"),
+    [
+        ({}, "5/4", "--worker '5/4' is no worker; give NUMBER/WORKERS"),
+        ({}, "one", "--worker 'one' is no worker"),
+        ({"ensemble": "none"}, "1/1", "nothing asks teachers here"),
+        ({"encoders": "[x]"}, "1/1", "encoders are for finetune"),
+    ],
+)
+def test_a_worker_says_what_it_cannot_do(tmp_path, task, changes, worker, message):
+    with pytest.raises(UserError, match=message):
+        teach(load_config(given_words(task, tmp_path, **changes)), worker, alone())
+
+
+def test_a_worker_is_one_process(tmp_path, task):
+    with pytest.raises(UserError, match="a worker is one process, and WORLD_SIZE=2"):
+        teach(load_config(given_words(task, tmp_path)), "1/1", World(0, 2, alone().device))
+
+
+def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
+    with pytest.raises(UserError, match="drift=on asks teachers in fp32 in the student's"):
+        distil(given_words(task, tmp_path, drift="on"))
+
+
+def test_a_worker_examines_teachers_as_the_student_does(tmp_path, task):
+    """It ends before the training rows, with the student's own line."""
+    given = [*given_words(task, tmp_path), "gate=on"]
+    with pytest.raises(UserError, match="failed its examination"):
+        teach(load_config(given), "1/1", alone())
+    assert rows_of(tmp_path / "run", 1, 1) == 3 * 6

@@ -1,0 +1,116 @@
+"""The work of a pool: every pair that a student will ask for once, in its order of use."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from small import ALONE, config, make_source, roster, save_teacher, small_split
+
+from sead_dist.data import BatchStream
+from sead_dist.ensemble import asked_teachers
+from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
+from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.worker import Worker
+
+TEACHERS, ROWS = 3, 8
+
+
+def chunks(split, **changes):
+    """(the training chunks, the stream, what it asks of whom) of three epochs of 6 steps."""
+    given = config(global_batch=4, micro_batch=2, **changes)
+    batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
+    weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
+    asked = partial(asked_teachers, batches, given, weights_N)
+    return chunks_of_training(batches, TEACHERS, ROWS, asked), batches, asked
+
+
+@pytest.mark.parametrize("ensemble", ["mean_logits", "random"])
+def test_chunks_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(ensemble):
+    split = small_split(21)
+    found, batches, asked = chunks(split, ensemble=ensemble)
+    first_NU = np.full((TEACHERS, 21), -1)
+    for place, chunk in enumerate(found):
+        assert (first_NU[chunk.teacher, chunk.entries_R] == -1).all(), "a pair is there twice"
+        first_NU[chunk.teacher, chunk.entries_R] = place
+    last = -1
+    needed_NU = np.zeros((TEACHERS, 21), bool)
+    for steps in batches.windows(0, ROWS):
+        entries_R = batches.entries(steps)
+        asked_NR = asked(steps, entries_R)
+        new_NU = np.zeros((TEACHERS, 21), bool)
+        new_NU[:, entries_R] = True if asked_NR is None else asked_NR
+        new_NU &= ~needed_NU
+        needed_NU |= new_NU
+        if new_NU.any():
+            # what a window is the first to need comes after all that earlier ones need
+            assert first_NU[new_NU].min() > last
+            last = first_NU[new_NU].max()
+    np.testing.assert_array_equal(first_NU >= 0, needed_NU)
+
+
+def test_a_chunks_name_is_of_its_content_alone(tmp_path):
+    teachers = roster([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
+    one, same, longer = small_split(21), small_split(21), small_split(22)
+    names = [c.name(teachers[c.teacher].key) for c in chunks_of_split(one, 2, ROWS)]
+    again = [c.name(teachers[c.teacher].key) for c in chunks_of_split(same, 2, ROWS)]
+    other = [c.name(teachers[c.teacher].key) for c in chunks_of_split(longer, 2, ROWS)]
+    assert names == again
+    assert len(set(names)) == len(names) == 6
+    assert set(names) != set(other)
+
+
+@pytest.fixture
+def pool(tmp_path):
+    teachers = roster([save_teacher(tmp_path / name, seed=ord(name)) for name in "abc"])
+
+    def worker(number: int, workers: int, check=lambda: True) -> Worker:
+        source = make_source(teachers, tmp_path / "store", tmp_path / f"{number}", ALONE)
+        return Worker(source, Claims(source.store.layout, 60.0), number, workers, check, print)
+
+    return worker
+
+
+def test_workers_begin_at_different_places_and_stay_with_the_teacher_they_have_loaded(pool):
+    split = small_split(21)
+    for number in (1, 2, 3, 4):
+        hand = pool(number, 4)
+        left = chunks_of_split(split, TEACHERS, ROWS)
+        want = left[number - 1]
+        chunk, claim = hand.take(left)
+        assert chunk is want
+        with claim:
+            hand.compute(chunk)
+        left.remove(chunk)
+        following, claim = hand.take(left)
+        with claim:
+            pass
+        assert following.teacher == chunk.teacher
+
+
+def test_a_worker_holds_no_more_teachers_than_there_is_room_for(pool):
+    hand = pool(1, 1)
+    hand.room = 2 * hand.source.teachers[0].bytes
+    for n in (0, 1, 2):
+        hand.make_room(n)
+        hand.source._load(n)
+    assert list(hand.source.models) == [1, 2]
+    hand.room = 1  # one teacher is always held
+    hand.make_room(1)
+    assert list(hand.source.models) == [1]
+
+
+def test_a_worker_passes_over_what_others_have_finished_and_ends_when_nothing_is_left(pool):
+    first, second = pool(1, 2), pool(2, 2)
+    split = small_split(21)
+    assert first.fill(chunks_of_split(split, TEACHERS, ROWS))
+    assert second.fill(chunks_of_split(split, TEACHERS, ROWS))
+    assert first.source.journal.rows() == 3 * 21
+    assert second.source.journal.rows() == 0
+
+
+def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
+    left = iter([True, True, False])
+    hand = pool(1, 1, lambda: next(left))
+    assert not hand.fill(chunks_of_split(small_split(21), TEACHERS, ROWS))
+    assert hand.source.journal.rows() == 2 * ROWS

@@ -1,0 +1,138 @@
+"""Claims on the chunks of a pool: one holder at a time, and a dead one's work is taken over, by the
+observer's own clock alone."""
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sead_dist.teachers import claims as module
+from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.layout import create
+
+FAR_PAST, FAR_FUTURE = 0.0, 4e9
+
+
+class Clock:
+    """Stands in for the observer's monotonic clock."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+@pytest.fixture
+def store(tmp_path):
+    return create(tmp_path / "store")
+
+
+def of_a_dead_worker(store, name: str) -> Path:
+    """A claim whose holder was killed: it is never written to again."""
+    path = store.claims / name
+    path.write_text("000000000007 elsewhere 4711 0123\n")
+    return path
+
+
+def test_a_chunk_has_one_holder_at_a_time(store):
+    ours, theirs = Claims(store, 60.0), Claims(store, 60.0)
+    claim = ours.take("chunk")
+    assert claim is not None
+    with claim:
+        assert theirs.take("chunk") is None
+        other = theirs.take("another")
+        assert other is not None
+        with other:
+            pass
+    again = theirs.take("chunk")
+    assert again is not None
+    with again:
+        assert ours.take("chunk") is None
+    assert list(store.claims.iterdir()) == []
+
+
+def test_the_claim_of_a_worker_that_lives_is_never_taken_away(store, clock):
+    ours, theirs = Claims(store, 0.2), Claims(store, 60.0)
+    claim = ours.take("chunk")
+    with claim:
+        text = claim.path.read_bytes()
+        for _ in range(3):
+            assert theirs.take("chunk") is None
+            clock.now += 61.0  # by the observer's clock a sign of life is due
+            end = time.monotonic() + 30.0
+            while claim.path.read_bytes() == text:
+                assert time.monotonic() < end, "the holder gave no sign of life"
+                time.sleep(0.005)
+            text = claim.path.read_bytes()
+            assert theirs.take("chunk") is None
+
+
+@pytest.mark.parametrize("written_at", [FAR_PAST, FAR_FUTURE])
+def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
+    path = of_a_dead_worker(store, "chunk")
+    os.utime(path, (written_at, written_at))
+    observer = Claims(store, 60.0)
+    # however old or new it says it is, the first look only notes what is in it
+    assert observer.take("chunk") is None
+    clock.now += 59.0
+    os.utime(path, (clock.now, clock.now))  # a time that moves is no sign of life
+    assert observer.take("chunk") is None
+    clock.now += 2.0
+    claim = observer.take("chunk")
+    assert claim is not None
+    with claim:
+        assert observer.take("chunk") is None
+
+
+def test_a_sign_of_life_starts_the_count_anew(store, clock):
+    path = of_a_dead_worker(store, "chunk")
+    observer = Claims(store, 60.0)
+    for beat in range(3):
+        assert observer.take("chunk") is None
+        clock.now += 59.0
+        path.write_text(f"{beat:012d} elsewhere 4711 0123\n")
+    assert observer.take("chunk") is None
+
+
+def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, monkeypatch):
+    """The slower one has seen the dead claim too, and comes when the quicker has its own there."""
+    of_a_dead_worker(store, "chunk")
+    quick, slow = Claims(store, 60.0), Claims(store, 60.0)
+    assert quick.take("chunk") is None
+    assert slow.take("chunk") is None
+    clock.now += 61.0
+    rename, won = os.rename, []
+
+    def overtaken(path, aside):
+        monkeypatch.setattr(os, "rename", rename)
+        won.append(quick.take("chunk"))
+        rename(path, aside)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    assert slow.take("chunk") is None
+    with won[0] as claim:
+        # it was put back as it was: its holder still writes to it, and removes it
+        assert os.path.samestat(os.stat(claim.path), os.fstat(claim._file))
+    assert list(store.claims.iterdir()) == []
+    assert not list(store.tmp.iterdir())
+
+
+def test_a_holder_whose_claim_was_taken_away_leaves_the_new_one_alone(store, clock):
+    suspended, other = Claims(store, 1e9), Claims(store, 60.0)
+    with ExitStack() as held:
+        held.enter_context(suspended.take("chunk"))
+        assert other.take("chunk") is None
+        clock.now += 61.0  # it gives a sign of life every five seconds, and has given none
+        with other.take("chunk"):
+            held.close()
+            assert (store.claims / "chunk").exists()
+    assert list(store.claims.iterdir()) == []
