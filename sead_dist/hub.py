@@ -26,6 +26,15 @@ def reason(error: BaseException) -> str:
     return without_secrets(" ".join(f"{type(error).__name__}: {error}".split())[:400])
 
 
+def refuse_push(config: RunConfig, what: str) -> None:
+    """Raises UserError where several runs would be uploaded, all to one repository."""
+    if config.push_to_hub:
+        raise UserError(
+            f"push_to_hub=true is for one run of distill, not for {what}; upload a run when it is "
+            "finished: sead-dist push RUN --to ID"
+        )
+
+
 def check_push(repo: str | None) -> None:
     """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
     bare name under the owner, or None). Raises UserError, before any work."""

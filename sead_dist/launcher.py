@@ -28,6 +28,7 @@ from sead_dist import jobs, slurm
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
+from sead_dist.hub import refuse_push
 from sead_dist.inputs import check_inputs
 from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished
@@ -97,6 +98,7 @@ def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Reques
     out = Path(config.output_dir)
     if seeds is None:
         return out, [Request(out.absolute().name, tuple(words), config)]
+    refuse_push(config, "--seeds")
     made = []
     for seed in parse_seeds(seeds):
         own = (*words, f"seed={seed}", f"output_dir={out / f'seed-{seed}'}")

@@ -17,6 +17,7 @@ from sead_dist.encoders import teacher_runs
 from sead_dist.ensemble import asked_teachers, frozen_weights
 from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
+from sead_dist.hub import refuse_push
 from sead_dist.outcome import conclude
 from sead_dist.parts import Parts, build
 from sead_dist.runfolder import already_finished
@@ -107,11 +108,7 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
         raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
-    if config.push_to_hub:
-        raise UserError(
-            "push_to_hub=true is for distill; upload a teacher when it is finished: "
-            "sead-dist push TEACHER --to ID"
-        )
+    refuse_push(config, "finetune")
     teachers = teacher_runs(config)
     if (Path(config.output_dir) / "run.json").is_file():
         raise UserError(

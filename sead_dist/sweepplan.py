@@ -22,6 +22,7 @@ from sead_dist.configfiles import (
 from sead_dist.encoders import teacher_runs
 from sead_dist.ensemble import misfit
 from sead_dist.errors import UserError
+from sead_dist.hub import refuse_push
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.taskspec import nearest
 from sead_dist.yamltext import parse_yaml
@@ -112,6 +113,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     for given, task in zip(sweep.tasks, tasks, strict=True):
         layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
         common = resolve(layers)
+        refuse_push(common, "a sweep")
         made = teacher_units(task.name, common, [*layers, named(sweep.finetune, task.name)])
         teachers += made
         for method in sweep.methods:

@@ -146,6 +146,15 @@ def test_the_lines_of_the_card_run(exported, monkeypatch, capsys):
     assert re.fullmatch(r"\['(positive|negative)'\]\n", capsys.readouterr().out)
 
 
+def test_the_lines_of_the_document_run(exported, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "student").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "export.md", "exec"), {})
+    assert re.fullmatch(r"\['(positive|negative)'\]\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("task", ["copa", "stsb", "mnli"])
 def test_choices_scores_and_several_splits_are_compared(task, grammar, tmp_path, monkeypatch):
     labels = {"mnli": ["neutral", "contradiction", "entailment"]}.get(task, ["score"])

@@ -18,7 +18,9 @@ from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.export import export_onnx
 from sead_dist.hub import check_push, push_run
+from sead_dist.launcher import requests
 from sead_dist.recipes import finetune
+from sead_dist.sweepplan import make_plan
 
 TOKEN = "hf_QwErTyUiOpAsDfGhJk"
 
@@ -185,14 +187,20 @@ def test_a_run_without_a_token_ends_before_any_work(words, distil, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_uploaded_is_refused(tmp_path):
+def test_a_folder_that_is_no_finished_run_is_not_uploaded(tmp_path):
     with pytest.raises(UserError, match="is no finished run; give a run folder"):
         push_run(tmp_path, None, None)
-    config = load_config(
-        ["sst2", "encoders=[x]", "push_to_hub=true", f"output_dir={tmp_path / 'teachers'}"]
-    )
-    with pytest.raises(UserError, match="is for distill; upload a teacher when it is finished"):
-        finetune(config, World(0, 1, torch.device("cpu")))
+
+
+def test_runs_side_by_side_are_not_uploaded_over_one_another(tmp_path):
+    given = ["sst2", "push_to_hub=true", f"output_dir={tmp_path / 'out'}", "encoders=[x]"]
+    with pytest.raises(UserError, match="is for one run of distill, not for finetune; upload"):
+        finetune(load_config(given), World(0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match="not for --seeds"):
+        requests(given, "0-1")
+    with pytest.raises(UserError, match="not for a sweep"):
+        make_plan([*given[1:], "tasks=[sst2]", "methods=[mean]", "seeds=2", "student=L6-H256-A8"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_push_takes_the_onnx_files_with_it_to_a_stand_in_hub(hub, finished, tmp_path):
