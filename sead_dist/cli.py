@@ -77,11 +77,24 @@ def submit(args: argparse.Namespace) -> None:
     from sead_dist.jobs import state_folder, wait
     from sead_dist.launcher import submit as submit_run
     from sead_dist.slurm import SlurmSettings, load_settings
+    from sead_dist.sweepplan import is_sweep
+    from sead_dist.sweepsubmit import submit_sweep
 
     options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
     settings = load_settings(args.slurm, options)
     root = state_folder(args.root)
-    made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    if is_sweep(args.words):
+        if args.seeds is not None:
+            raise UserError("--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]")
+        made = submit_sweep(
+            attempt_recipe, args.words, settings, args.workers or 1, args.dry_run, root
+        )
+    elif args.workers is not None:
+        raise UserError(
+            "--workers share a sweep (tasks=[...] methods=[...]); here is one run alone"
+        )
+    else:
+        made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
     if args.wait:
         wait(made)
 
@@ -166,6 +179,14 @@ def parser() -> argparse.ArgumentParser:
 ROOT = "folder where submitted runs register; default: the user's state folder"
 
 
+def positive(text: str) -> int:
+    """A number of at least one, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is none; give 1 or more")
+    return number
+
+
 def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
     command.add_argument(
@@ -184,6 +205,9 @@ def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
     command.add_argument(
         "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
+    )
+    command.add_argument(
+        "--workers", type=positive, metavar="N", help="of a sweep: an array that shares its runs"
     )
     command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
     command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")

@@ -12,7 +12,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
@@ -172,27 +172,37 @@ def submit(
         print(sbatch_text(parameters, settings.python, folder, len(open_)))
         return []
     slurm.need("sbatch")
-    refuse_queued(open_, root)
+    refuse_queued([request.runs for request in open_], root)
     job_folder(out)
-    executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
+    launches = {
+        request.name: Launch(attempt, request.recipe, request.words, request.runs, str(folder))
+        for request in open_
+    }
+    return enqueue(launches, parameters, settings.python, root)
+
+
+def enqueue(
+    launches: Mapping[str, Launch], parameters: Mapping[str, Any], python: str | None, root: Path
+) -> list[jobs.Job]:
+    """Submit these launches (name -> launch), several as an array, and register their jobs.
+
+    Raises UserError where sbatch refuses.
+    """
+    (folder,) = {launch.folder for launch in launches.values()}
+    executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=python)
     executor.update_parameters(**parameters)
     try:
         # sbatch's complaint is told below, in one line
         with redirect_stderr(io.StringIO()), executor.batch():
-            handles = [
-                executor.submit(
-                    Launch(attempt, request.recipe, request.words, request.runs, str(folder))
-                )
-                for request in open_
-            ]
+            handles = [executor.submit(launch) for launch in launches.values()]
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line for line in str(error).splitlines() if line.startswith("sbatch: error:")]
         reason = " ".join(line.removeprefix("sbatch: error:").strip() for line in lines)
         raise UserError(f"sbatch refused the job: {reason or error}") from None
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     made = [
-        jobs.Job(request.name, str(handle.job_id), str(folder), list(request.runs), now)
-        for request, handle in zip(open_, handles, strict=True)
+        jobs.Job(name, str(handle.job_id), folder, list(launch.runs), now)
+        for (name, launch), handle in zip(launches.items(), handles, strict=True)
     ]
     for job in made:
         jobs.register(root, job)
@@ -200,9 +210,9 @@ def submit(
     return made
 
 
-def refuse_queued(asked: Sequence[Request], root: Path) -> None:
+def refuse_queued(runs: Sequence[tuple[str, ...]], root: Path) -> None:
     """Raises UserError where a job of one of these runs is in the queue already."""
-    wanted = {request.runs for request in asked}
+    wanted = {*runs}
     before = [job for job in jobs.registered(root) if tuple(job.runs) in wanted]
     states = slurm.job_states([job.job for job in before])
     for job in before:
