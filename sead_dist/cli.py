@@ -85,7 +85,9 @@ def submit(args: argparse.Namespace) -> None:
     root = state_folder(args.root)
     if is_sweep(args.words):
         if args.seeds is not None:
-            raise UserError("--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]")
+            raise UserError(
+                "--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]"
+            )
         made = submit_sweep(
             attempt_recipe, args.words, settings, args.workers or 1, args.dry_run, root
         )

@@ -5,18 +5,18 @@ import os
 import re
 import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
 from ranks import finish, run_ranks, start
-from small import ALONE, model_bytes, read, records, student_shape, write_task
+from small import ALONE, model_bytes, read, records, student_shape, sweep_words, write_task
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runfolder import try_lock
 from sead_dist.sweep import run_sweep
 
 METHODS = ("finetune", "mean", "single")
-STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +26,6 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
-def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
-    shape = task / "student.yaml"
-    return [
-        f"tasks=[{task / 'task.yaml'}]",
-        f"methods=[{','.join(METHODS)}]",
-        "seeds=2",
-        f"data.path={task.parent}/{{task}}",
-        f"encoders=[{shape},{shape}]",
-        f"student={shape}",
-        f"student.tokenizer={task / 'tokenizer'}",
-        f"max_steps={STEPS}",
-        "global_batch=8",
-        "micro_batch=4",
-        "learning_rate=1e-3",
-        "gate=off",
-        "checkpoint.every_steps=1",
-        f"output_dir={output}",
-        *more,
-    ]
-
-
 def work(world, words) -> None:
     """A worker's whole life (for `ranks`)."""
     run_sweep(words, world)
@@ -54,6 +33,13 @@ def work(world, words) -> None:
 
 def runs_of(output: Path) -> list[Path]:
     return sorted(path.parent for path in output.glob("*/*/*/run.json"))
+
+
+def await_path(output: Path, pattern: str, ranks) -> None:
+    """Return when a path of this pattern is there. The ranks must not end before."""
+    while not any(output.glob(pattern)):
+        assert ranks[0].is_alive(), f"it ended before {pattern} was there"
+        time.sleep(0.02)
 
 
 def starts(run: Path) -> int:
@@ -92,7 +78,7 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
         assert cell["mean"] == pytest.approx(statistics.mean(scores))
         assert cell["spread"] == pytest.approx(statistics.stdev(scores))
         assert f"{cell['mean']:.4f} ± {cell['spread']:.4f}" in markdown
-        assert cell["steps"] == STEPS
+        assert cell["steps"] == 4
     assert cells["finetune"]["difference"] is None
     low, high = cells["mean"]["interval"]
     assert low <= cells["mean"]["difference"] <= high
@@ -152,8 +138,7 @@ def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
     output = tmp_path / "out"
     words = sweep_words(task, output)
     ranks = start(1, tmp_path / "ranks", work, words)
-    while not any(output.glob("grammar/mean/seed-0/checkpoints/step-*[0-9]")):
-        assert ranks[0].is_alive(), "it ended before it could be killed"
+    await_path(output, "grammar/mean/seed-0/checkpoints/step-*[0-9]", ranks)
     os.kill(ranks[0].pid, signal.SIGKILL)
     ranks[0].join()
     done = [run for run in runs_of(output) if (run / "run_summary.json").is_file()]
@@ -171,7 +156,7 @@ def test_two_workers_share_the_runs(task, tmp_path):
     words = sweep_words(task, output)
     workers = [start(1, tmp_path / str(n), work, words) for n in (0, 1)]
     for n, ranks in enumerate(workers):
-        assert finish(ranks, tmp_path / str(n), 120.0) == [None]
+        assert finish(ranks, tmp_path / str(n), 300.0) == [None]
     assert len(runs_of(output)) == 8
     assert [starts(run) for run in runs_of(output)] == [1] * 8
     assert report_of(output)["missing"] == []
@@ -184,12 +169,11 @@ def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
     with try_lock(held) as taken:
         assert taken
         ranks = start(1, tmp_path / "ranks", work, sweep_words(task, output))
-        while len([run for run in runs_of(output) if (run / "model").is_dir()]) < 7:
-            assert ranks[0].is_alive()
+        await_path(output, "grammar/single/seed-1/run_summary.json", ranks)
         ranks[0].join(4.0)
         assert ranks[0].is_alive(), "it did not wait"
         assert not (output / "grammar" / "mean" / "seed-1").exists()
-    assert finish(ranks, tmp_path / "ranks", 60.0) == [None]
+    assert finish(ranks, tmp_path / "ranks", 300.0) == [None]
     assert report_of(output)["missing"] == []
 
 
@@ -262,18 +246,17 @@ def test_two_ranks_take_part_in_every_run(task, tmp_path, finished):
     output = tmp_path / "out"
     words = sweep_words(task, output)
     ranks = start(2, tmp_path / "ranks", work, words)
-    while not any(output.glob("grammar/finetune/seed-1/checkpoints/step-*[0-9]")):
-        assert ranks[0].is_alive()
+    await_path(output, "grammar/finetune/seed-1/checkpoints/step-*[0-9]", ranks)
     os.kill(ranks[1].pid, signal.SIGTERM)
-    assert finish(ranks, tmp_path / "ranks", 90.0) == [None, None]
+    assert finish(ranks, tmp_path / "ranks", 300.0) == [None, None]
     before = report_of(output)
     assert before["missing"]
     assert before["ranks"] == 2
-    run_ranks(2, tmp_path / "again", work, words)
+    run_ranks(2, tmp_path / "again", work, words, timeout_s=300.0)
     after = report_of(output)
     assert after["missing"] == []
     assert [starts(run) for run in runs_of(output)].count(2) <= 1
     # two ranks add up in another order; the runs are the same ones
-    assert [cell["steps"] for cell in after["cells"]] == [STEPS] * 3
+    assert [cell["steps"] for cell in after["cells"]] == [4] * 3
     summary = json.loads((output / "grammar" / "mean" / "seed-1" / "run_summary.json").read_text())
     assert summary["world_size"] == 2
