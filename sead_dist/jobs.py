@@ -70,9 +70,10 @@ def state_folder(root: str | None) -> Path:
 
 
 def register(folder: Path, job: Job) -> None:
-    """Write a job down; it takes the place of an earlier one of the same run."""
+    """Write a job down; it takes the place of an earlier one of the same run and name."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = hashlib.sha256(job.runs[0].encode()).hexdigest()[:16]
+    # the workers of a sweep have their runs in common
+    key = hashlib.sha256(f"{job.runs[0]}\n{job.name}".encode()).hexdigest()[:16]
     write_json(folder / f"{key}.json", asdict(job))
 
 

@@ -88,10 +88,20 @@ def tell_end(plan: Plan, came_to_end: bool) -> None:
 
 
 def check_plan(plan: Plan, world: World) -> dict[str, TaskData]:
-    """What can be told of all runs before the first: inputs, data, and whose runs the folders hold.
+    """What can be told of all runs before the first, and each task's data.
 
     Raises UserError for the first mistake.
     """
+    check_runs(plan)
+    for unit in plan.units:
+        check_tracker(unit.config.tracker)
+        check_arithmetic(unit.config.precision, world.device)
+        zero_config(unit.config, world.size)
+    return {name: read_task(plan, name) for name in plan.tasks if plan.students(name)}
+
+
+def check_runs(plan: Plan) -> None:
+    """Inputs of all runs, and whose runs the folders hold. Raises UserError for a mistake."""
     check_folder(plan.output)
     for unit in plan.units:
         refuse_other_keys(unit.config)
@@ -99,16 +109,13 @@ def check_plan(plan: Plan, world: World) -> dict[str, TaskData]:
     for config in starts.values():
         check_start(config.student, config.trust_remote_code)
     for name, task in plan.tasks.items():
-        for unit in plan.students(name):
+        students = plan.students(name)
+        for unit in students:
             if unit.config.taught:
                 check_method(unit.config, task.kind)
         teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
-        for unit in (*teachers[:1], *plan.students(name)[:1]):  # the others ask for nothing else
-            check_tracker(unit.config.tracker)
-            check_arithmetic(unit.config.precision, world.device)
-            zero_config(unit.config, world.size)
+        for unit in (*teachers[:1], *students[:1]):  # the others ask for nothing else
             check_inputs(with_made_teachers(unit.config, teachers))
-    return {name: read_task(plan, name) for name in plan.tasks if plan.students(name)}
 
 
 def check_folder(output: Path) -> None:

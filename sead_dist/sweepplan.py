@@ -114,7 +114,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
         common = resolve(layers)
         refuse_push(common, "a sweep")
-        made = teacher_units(task.name, common, [*layers, named(sweep.finetune, task.name)])
+        made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         teachers += made
         for method in sweep.methods:
             config = student_config(made, resolve([*layers, {"method": method}]))
@@ -201,15 +201,20 @@ def named(value: Any, task: str) -> Any:
     return value.replace("{task}", task) if isinstance(value, str) else value
 
 
-def teacher_units(task: str, common: RunConfig, layers: Layers) -> list[Unit]:
-    """The runs that fine-tune a task's teachers; none where its teachers are given."""
+def teacher_units(
+    task: str, common: RunConfig, layers: Layers, finetune: Mapping[str, Any]
+) -> list[Unit]:
+    """The runs that fine-tune a task's teachers; none where its teachers are given.
+
+    What students ask of teachers is nothing to these (another temperature, the same teachers), and
+    the layers that a student takes of its start are no teacher's.
+    """
     if common.teachers and common.encoders:
         raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
+    students = ("method", "route", *METHOD_KEYS)
+    plain = [{key: layer[key] for key in layer if key not in students} for layer in layers]
     folder = Path(common.output_dir) / task / TEACHERS
-    # what students ask of teachers is nothing to these: another temperature, the same teachers
-    taught = ("method", "route", *METHOD_KEYS)
-    plain = [{key: layer[key] for key in layer if key not in taught} for layer in layers]
-    config = resolve([*plain, {"output_dir": str(folder)}])
+    config = resolve([*plain, {"student": {"layers": None}}, finetune, {"output_dir": str(folder)}])
     return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
 
 

@@ -146,6 +146,30 @@ def words(data: Path, teachers, output: Path, store: Path | None = None, **chang
     return [f"{key}={value}" for key, value in keys.items()]
 
 
+def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
+    """A short sweep of three methods and two seeds; `task` is a folder called grammar."""
+    shape = task / "student.yaml"
+    if not shape.exists():
+        student_shape(task)
+    return [
+        f"tasks=[{task / 'task.yaml'}]",
+        "methods=[finetune,mean,single]",
+        "seeds=2",
+        f"data.path={task.parent}/{{task}}",
+        f"encoders=[{shape},{shape}]",
+        f"student={shape}",
+        f"student.tokenizer={task / 'tokenizer'}",
+        "max_steps=4",
+        "global_batch=8",
+        "micro_batch=4",
+        "learning_rate=1e-3",
+        "gate=off",
+        "checkpoint.every_steps=1",
+        f"output_dir={output}",
+        *more,
+    ]
+
+
 def config(*given, **changes) -> RunConfig:
     """A run's configuration for tests that build parts by hand."""
     keys = {"task": "sst2", "output_dir": "unused", "global_batch": 8, "micro_batch": 2, **changes}

@@ -1,0 +1,262 @@
+"""Sweeps of the built-in task with tiny shapes: what runs, what is passed over, what is reported."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from ranks import finish, run_ranks, start
+from small import ALONE, model_bytes, read, records, student_shape, sweep_words, write_task
+
+from sead_dist.errors import RunError, UserError
+from sead_dist.runfolder import try_lock
+from sead_dist.sweep import run_sweep
+
+METHODS = ("finetune", "mean", "single")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    folder = write_task(tmp_path_factory.mktemp("sweep") / "grammar")
+    student_shape(folder)
+    return folder
+
+
+def work(world, words) -> None:
+    """A worker's whole life (for `ranks`)."""
+    run_sweep(words, world)
+
+
+def runs_of(output: Path) -> list[Path]:
+    return sorted(path.parent for path in output.glob("*/*/*/run.json"))
+
+
+def await_path(output: Path, pattern: str, ranks) -> None:
+    """Return when a path of this pattern is there. The ranks must not end before."""
+    while not any(output.glob(pattern)):
+        assert ranks[0].is_alive(), f"it ended before {pattern} was there"
+        time.sleep(0.02)
+
+
+def starts(run: Path) -> int:
+    return len(records(run, "start"))
+
+
+def report_of(output: Path) -> dict:
+    return read(output / "report" / "report.json")
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory) -> Path:
+    """A sweep's folder, done; tests only read it."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    run_sweep(sweep_words(task, output), ALONE)
+    return output
+
+
+def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
+    folders = {str(run.relative_to(finished)) for run in runs_of(finished)}
+    students = {f"grammar/{method}/seed-{seed}" for method in METHODS for seed in (0, 1)}
+    assert folders == students | {f"grammar/teachers/teacher-{n}" for n in (0, 1)}
+    report = report_of(finished)
+    assert [task["name"] for task in report["tasks"]] == ["grammar"]
+    assert (report["tasks"][0]["dev_rows"], report["tasks"][0]["train_rows"]) == (20, 54)
+    assert (report["failed"], report["missing"], report["not_applicable"]) == ([], [], [])
+    cells = {cell["method"]: cell for cell in report["cells"]}
+    markdown = (finished / "report" / "report.md").read_text()
+    for method in METHODS:
+        runs = [finished / "grammar" / method / f"seed-{seed}" for seed in (0, 1)]
+        scores = [
+            read(run / "scores.json")["splits"]["validation"]["student"]["accuracy"] for run in runs
+        ]
+        cell = cells[method]
+        assert cell["scores"] == scores
+        assert cell["mean"] == pytest.approx(statistics.mean(scores))
+        assert cell["spread"] == pytest.approx(statistics.stdev(scores))
+        assert f"{cell['mean']:.4f} ± {cell['spread']:.4f}" in markdown
+        assert cell["steps"] == 4
+    assert cells["finetune"]["difference"] is None
+    low, high = cells["mean"]["interval"]
+    assert low <= cells["mean"]["difference"] <= high
+    assert cells["mean"]["difference"] == pytest.approx(
+        cells["mean"]["mean"] - cells["finetune"]["mean"]
+    )
+    assert {row["who"] for row in report["ceilings"]} == {"teacher-0", "teacher-1", "ensemble"}
+
+
+def test_predictions_are_shared_and_each_method_is_charged_with_what_it_needs(finished):
+    """Two seeds: 32 of 54 training rows each, 6 of selection, 20 of dev, by both teachers."""
+    summaries = {
+        (run.parent.name, run.name): read(run / "run_summary.json")
+        for run in runs_of(finished)
+        if run.parent.name != "teachers"
+    }
+    computed = sum(of["teacher_forwards"] for of in summaries.values())
+    cells = {cell["method"]: cell for cell in report_of(finished)["cells"]}
+    assert computed <= 2 * (54 + 6 + 20)
+    assert cells["finetune"]["teacher_forwards"] == 0
+    assert cells["mean"]["teacher_forwards"] == 2 * 2 * (32 + 6 + 20)
+    # one teacher teaches, both are examined
+    assert cells["single"]["teacher_forwards"] == 2 * (32 + 2 * (6 + 20))
+
+
+def test_again_it_does_nothing_but_write_the_report(finished, task, capsys):
+    before = {run: (run / "run_summary.json").stat().st_mtime_ns for run in runs_of(finished)}
+    (finished / "report" / "report.json").unlink()
+    run_sweep(sweep_words(task, finished), ALONE)
+    said = capsys.readouterr().out
+    assert "8 of 8 runs are done" in said
+    assert not re.search(r"run \d+ of", said)
+    assert {run: (run / "run_summary.json").stat().st_mtime_ns for run in before} == before
+    assert all(starts(run) == 1 for run in before)
+    assert report_of(finished)["missing"] == []
+
+
+def test_other_settings_in_the_same_folder_are_refused_before_anything_runs(finished, task):
+    with pytest.raises(UserError, match="holds another run: max_steps was 4, is 5"):
+        run_sweep(sweep_words(task, finished, "max_steps=5", "seeds=3"), ALONE)
+    assert not (finished / "grammar" / "mean" / "seed-2").exists()
+    # another method is no other setting
+    before = (finished / "report" / "report.json").read_bytes()
+    run_sweep(sweep_words(task, finished, "methods=[finetune]"), ALONE)
+    assert report_of(finished)["methods"] == ["finetune"]
+    (finished / "report" / "report.json").write_bytes(before)
+
+
+def test_other_data_under_finished_runs_are_refused(finished, task, tmp_path):
+    other = write_task(tmp_path / "grammar", rows=61)
+    words = sweep_words(task, finished, f"data.path={other}")
+    with pytest.raises(UserError, match="holds another run: the fingerprint of data"):
+        run_sweep(words, ALONE)
+
+
+def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
+    output = tmp_path / "out"
+    words = sweep_words(task, output)
+    ranks = start(1, tmp_path / "ranks", work, words)
+    await_path(output, "grammar/mean/seed-0/checkpoints/step-*[0-9]", ranks)
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    ranks[0].join()
+    done = [run for run in runs_of(output) if (run / "run_summary.json").is_file()]
+    assert len(done) == 4
+    before = {run: (run / "run_summary.json").stat().st_mtime_ns for run in done}
+    run_sweep(words, ALONE)
+    assert {run: (run / "run_summary.json").stat().st_mtime_ns for run in done} == before
+    assert starts(output / "grammar" / "mean" / "seed-0") == 2
+    for run in runs_of(output):
+        assert model_bytes(run) == model_bytes(finished / run.relative_to(output)), run
+
+
+def test_two_workers_share_the_runs(task, tmp_path):
+    output = tmp_path / "out"
+    words = sweep_words(task, output)
+    workers = [start(1, tmp_path / str(n), work, words) for n in (0, 1)]
+    for n, ranks in enumerate(workers):
+        assert finish(ranks, tmp_path / str(n), 300.0) == [None]
+    assert len(runs_of(output)) == 8
+    assert [starts(run) for run in runs_of(output)] == [1] * 8
+    assert report_of(output)["missing"] == []
+
+
+def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
+    """The other worker is this test, which ends without having done the run."""
+    output = tmp_path / "out"
+    held = output / "grammar" / "mean" / ".seed-1.lock"
+    with try_lock(held) as taken:
+        assert taken
+        ranks = start(1, tmp_path / "ranks", work, sweep_words(task, output))
+        await_path(output, "grammar/single/seed-1/run_summary.json", ranks)
+        ranks[0].join(4.0)
+        assert ranks[0].is_alive(), "it did not wait"
+        assert not (output / "grammar" / "mean" / "seed-1").exists()
+    assert finish(ranks, tmp_path / "ranks", 300.0) == [None]
+    assert report_of(output)["missing"] == []
+
+
+def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys):
+    """Teachers of four steps know nothing, and the examination says so."""
+    output = tmp_path / "out"
+    words = sweep_words(task, output, "seeds=1", "methods=[mean,finetune]")
+    with pytest.raises(RunError, match=r"1 of 4 runs failed: grammar mean seed 0; .*examination"):
+        run_sweep([*words, "gate=on", "finetune.learning_rate=1e-9"], ALONE)
+    report = report_of(output)
+    (failed,) = report["failed"]
+    assert (failed["task"], failed["method"], failed["seed"]) == ("grammar", "mean", 0)
+    assert "failed its examination" in failed["reason"]
+    assert report["missing"] == []
+    assert "failed its examination" in (output / "report" / "report.md").read_text()
+    assert (output / "grammar" / "finetune" / "seed-0" / "run_summary.json").is_file()
+    # tried again by the same command; here with what was wrong mended
+    run_sweep([*words, "gate=off", "finetune.learning_rate=1e-9"], ALONE)
+    assert report_of(output)["failed"] == []
+    assert not list(output.glob("*/*/*.failed.json"))
+
+
+def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
+    """A learning rate without bounds: the second teacher's loss is no number."""
+    output = tmp_path / "out"
+    broken = student_shape(tmp_path, initializer_range=1e30)
+    words = sweep_words(task, output, "seeds=1", f"encoders=[{task / 'student.yaml'},{broken}]")
+    with pytest.raises(RunError, match="1 of 5 runs failed: grammar teachers seed 1"):
+        run_sweep(words, ALONE)
+    report = report_of(output)
+    assert [row["method"] for row in report["failed"]] == ["teachers"]
+    assert [row["method"] for row in report["missing"]] == list(METHODS)
+    assert [str(run.relative_to(output)) for run in runs_of(output)] == [
+        "grammar/teachers/teacher-0",
+        "grammar/teachers/teacher-1",
+    ]
+
+
+def test_one_seed_is_a_single_run_without_a_spread(task, tmp_path):
+    output = tmp_path / "out"
+    run_sweep(sweep_words(task, output, "seeds=1", "methods=[finetune,mean]"), ALONE)
+    for cell in report_of(output)["cells"]:
+        given = [cell[key] for key in ("spread", "difference", "interval", "p", "beyond_chance")]
+        assert given == [None] * 5
+    markdown = (output / "report" / "report.md").read_text()
+    assert "Single runs" in markdown
+    assert "±" not in markdown
+
+
+def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path):
+    output = tmp_path / "out"
+    for words, line in (
+        ([f"data.path={tmp_path / 'nowhere'}"], "nowhere"),
+        (["student=nothing.yaml"], "nothing.yaml is no shape"),
+        ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "nothing.yaml is no shape"),
+        (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
+        (["guide=nobody"], "guide=nobody is no teacher of this run; its teachers: teacher-0, "),
+        (["precision=fp16"], "fp16"),
+        (["tracker=nothing"], "nothing"),
+        ([f"output_dir={task}"], "holds other files"),
+    ):
+        with pytest.raises(UserError, match=line):
+            run_sweep(sweep_words(task, output, *words), ALONE)
+    assert not output.exists()
+    assert not (task / "report").exists()
+
+
+def test_two_ranks_take_part_in_every_run(task, tmp_path, finished):
+    """The first try is told to stop: it saves, reports what is missing, and goes on from there."""
+    output = tmp_path / "out"
+    words = sweep_words(task, output)
+    ranks = start(2, tmp_path / "ranks", work, words)
+    await_path(output, "grammar/finetune/seed-1/checkpoints/step-*[0-9]", ranks)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert finish(ranks, tmp_path / "ranks", 300.0) == [None, None]
+    before = report_of(output)
+    assert before["missing"]
+    assert before["ranks"] == 2
+    run_ranks(2, tmp_path / "again", work, words, timeout_s=300.0)
+    after = report_of(output)
+    assert after["missing"] == []
+    assert [starts(run) for run in runs_of(output)].count(2) <= 1
+    # two ranks add up in another order; the runs are the same ones
+    assert [cell["steps"] for cell in after["cells"]] == [4] * 3
+    summary = json.loads((output / "grammar" / "mean" / "seed-1" / "run_summary.json").read_text())
+    assert summary["world_size"] == 2

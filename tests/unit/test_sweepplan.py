@@ -1,0 +1,158 @@
+"""A sweep's words become a list of runs; what is wrong with them is one line."""
+
+from pathlib import Path
+
+import pytest
+from small import student_shape
+
+from sead_dist.configfiles import load_config, shipped_methods
+from sead_dist.errors import UserError
+from sead_dist.sweepplan import is_sweep, make_plan
+
+GIVEN = ["data.path=data/{task}", "student=L6-H256-A8", "output_dir=out"]
+ENCODERS = "encoders=[L12-H384-A12,L6-H384-A12]"
+
+
+def plan(*words):
+    return make_plan([*GIVEN, *words])
+
+
+def of(found, task, method):
+    return [unit.config for unit in found.units if (unit.task, unit.method) == (task, method)]
+
+
+def test_teachers_come_first_and_every_student_needs_those_of_its_task():
+    found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=2", ENCODERS)
+    assert [str(unit.folder) for unit in found.units] == [
+        *(f"out/{task}/teachers/teacher-{n}" for task in ("cola", "rte") for n in (0, 1)),
+        *(
+            f"out/{task}/{method}/seed-{seed}"
+            for task in ("cola", "rte")
+            for method in ("finetune", "mean")
+            for seed in (0, 1)
+        ),
+    ]
+    made = {
+        task: [Path(f"out/{task}/teachers/teacher-{n}") for n in (0, 1)] for task in found.tasks
+    }
+    assert all(
+        list(u.needs) == ([] if u.method == "teachers" else made[u.task]) for u in found.units
+    )
+
+
+def test_students_are_told_apart_by_task_method_and_seed_alone():
+    found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=[3,7]", ENCODERS)
+    (first, second), (mean, _) = of(found, "rte", "finetune"), of(found, "rte", "mean")
+    assert (first.seed, second.seed) == (3, 7)
+    assert first.data.path == "data/rte"
+    assert first.student == mean.student
+    assert [entry.path for entry in first.teachers] == [entry.path for entry in mean.teachers]
+    assert [first.ensemble, mean.ensemble] == ["none", "mean_logits"]
+    # all of a sweep's runs read one store
+    assert {unit.config.store.path for unit in found.units[-8:]} == {"out/store"}
+    # a task's shipped configuration counts, as it does for `distill cola`
+    assert (of(found, "cola", "mean")[0].max_length, mean.max_length) == (64, 128)
+
+
+def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
+    found = plan(
+        *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "epochs=2", "seed=40"),
+        *("finetune={epochs: 9, learning_rate: 1e-3}", "per_task.rte.epochs=4", "alpha=0.1"),
+    )
+    assert of(found, "cola", "mean")[0].epochs == 2
+    assert of(found, "rte", "mean")[0].epochs == 4
+    teachers = of(found, "rte", "teachers")
+    assert [(t.epochs, t.learning_rate, t.seed) for t in teachers] == [(9, 1e-3, 40), (9, 1e-3, 41)]
+
+
+def test_what_students_ask_of_teachers_does_not_change_the_teachers():
+    words = ["tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS]
+    asked = ["alpha=0.1", "temperature=9", "route=column", "student.layers=null"]
+    before, after = plan(*words), plan(*words, *asked)
+    assert of(before, "cola", "teachers") == of(after, "cola", "teachers")
+    assert of(before, "cola", "mean") != of(after, "cola", "mean")
+
+
+def test_the_students_layers_are_not_the_teachers(tmp_path):
+    words = ["student=DIR", "student.layers=[1,3]", "encoders=[DIR]", "tasks=cola", "methods=mean"]
+    found = make_plan([*words, "seeds=1", "output_dir=out"])
+    assert of(found, "cola", "teachers")[0].student.layers is None
+    assert of(found, "cola", "mean")[0].student.layers == [1, 3]
+    found = make_plan([*words, "seeds=1", "output_dir=out", "finetune.student.layers=[0]"])
+    assert of(found, "cola", "teachers")[0].student.layers == [0]
+
+
+def test_keys_of_a_sweep_may_stand_in_a_file_and_an_own_method_too(tmp_path):
+    own = tmp_path / "cold.yaml"
+    own.write_text("ensemble: mean_logits\ntemperature: 0.5\n")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"tasks: [cola]\nmethods: [mean, {own}]\nseeds: 3\nteachers: [T]\n")
+    found = plan(str(file), "seeds=2")
+    assert (found.methods, found.seeds) == (["mean", "cold"], [0, 1])
+    (cold, _) = of(found, "cola", "cold")
+    assert (cold.temperature, cold.output_dir) == (0.5, "out/cola/cold/seed-0")
+    assert [entry.path for entry in cold.teachers] == ["T"]
+    assert not found.own_teachers
+
+
+def test_by_default_every_shipped_method_and_what_does_not_apply_is_marked():
+    found = plan("tasks=[stsb,cola]", "seeds=1", "teachers=[a,b]")
+    assert found.methods[0] == "finetune"
+    assert sorted(found.methods) == shipped_methods()
+    assert "needs classes" in found.unfit["stsb", "confidence"]
+    assert "needs route=COLUMN" in found.unfit["cola", "routed"]
+    ran = {(unit.task, unit.method) for unit in found.units}
+    assert ran == {(t, m) for t in ("stsb", "cola") for m in found.methods} - set(found.unfit)
+
+
+def test_a_sweep_is_told_from_a_run():
+    assert is_sweep(["cola", "methods=[mean]"])
+    assert not is_sweep(["cola", "seed=1"])
+    with pytest.raises(UserError, match="unknown key 'tasks'"):
+        load_config([*GIVEN, "task=cola", "tasks=[cola]"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["tasks=[colla]"], r"unknown task 'colla'; did you mean 'cola'\? known: cola, sst2"),
+        (["methods=[meam]"], r"method=meam is no method; did you mean 'mean'\? known: "),
+        (["methods=[mean,mean]"], "methods names 'mean' twice"),
+        (["methods=[report.yaml]"], "methods: 'report' is a folder of the sweep's own"),
+        (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
+        (["tasks=[]"], r"tasks=\[\]"),
+        (["tasks=null"], "tasks is not set"),
+        (["seeds=0"], r"seeds=\[\]"),
+        (["seeds=[1,1]"], "seeds names '1' twice"),
+        (["seeds=[-1]"], "seeds.0=-1"),
+        (["per_task.cb.epochs=3"], "per_task: 'cb' is no task of this sweep; known: cola"),
+        (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
+        (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
+        (["epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
+        (["teachers=[t]"], "teachers and encoders are both given"),
+        (["encoders=[]"], "method mean needs teachers; give encoders="),
+        (["tasks=[cola,rte]", "output_dir=out/{task}"], "give one for all tasks"),
+        (
+            ["tasks=[stsb]", "methods=[entropy]"],
+            "no method applies: ensemble=entropy needs classes",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(words, line):
+    with pytest.raises(UserError, match=line) as error:
+        plan("tasks=[cola]", "methods=[mean]", ENCODERS, *words)
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_of_ones_own_are_named_by_their_files(tmp_path):
+    for name in ("one", "two"):
+        text = f"name: {name}\ntext_a: '{{text}}'\nlabels: [a, b]\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = f"[{tmp_path / 'one.yaml'},{tmp_path / 'two.yaml'}]"
+    shape = student_shape(tmp_path)
+    found = plan(f"tasks={files}", "methods=finetune", "seeds=1", f"student={shape}")
+    assert [unit.config.data.path for unit in found.units] == ["data/one", "data/two"]
+    assert [str(unit.folder) for unit in found.units] == [
+        "out/one/finetune/seed-0",
+        "out/two/finetune/seed-0",
+    ]
