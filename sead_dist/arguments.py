@@ -91,6 +91,9 @@ def add_submit(command: argparse.ArgumentParser) -> None:
         "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
     )
     command.add_argument(
+        "--workers", type=positive, metavar="N", help="of a sweep: an array that shares its runs"
+    )
+    command.add_argument(
         "--teacher-workers",
         type=positive,
         metavar="N",

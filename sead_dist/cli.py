@@ -7,9 +7,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sead_dist import __version__, arguments
 from sead_dist.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from sead_dist.jobs import Job
+    from sead_dist.slurm import SlurmSettings
 
 
 def run_recipe(name: str, words: Sequence[str]) -> None:
@@ -96,43 +101,46 @@ def store(args: argparse.Namespace) -> None:
 
 def submit(args: argparse.Namespace) -> None:
     from sead_dist.jobs import state_folder, wait
-    from sead_dist.launcher import submit as submit_run
     from sead_dist.slurm import SlurmSettings, load_settings
-    from sead_dist.sweepplan import is_sweep
-    from sead_dist.sweepsubmit import submit_sweep
 
     options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
-    settings = load_settings(args.slurm, options)
-    root = state_folder(args.root)
-<<<<<<< HEAD
-    if args.teacher_workers is None:
-        made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
-    else:
-        from sead_dist.poolsubmit import submit_pool
+    made = queue(args, load_settings(args.slurm, options), state_folder(args.root))
+    if args.wait:
+        wait(made)
 
-        if args.seeds is not None:
-            raise UserError("--teacher-workers serve one run; submit a run for each of --seeds")
-        own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
-        workers, words = args.teacher_workers, args.words
-        made = submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
-=======
-    if is_sweep(args.words):
-        if args.seeds is not None:
-            raise UserError(
-                "--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]"
-            )
-        made = submit_sweep(
-            attempt_recipe, args.words, settings, args.workers or 1, args.dry_run, root
+
+def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "list[Job]":
+    """Submit a sweep, a run with a pool of teachers, or a run for each seed."""
+    from sead_dist.sweepplan import is_sweep
+
+    sweeps, pools = is_sweep(args.words), args.teacher_workers is not None
+    if args.seeds is not None and (sweeps or pools):
+        raise UserError(
+            "--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]"
+            if sweeps
+            else "--teacher-workers serve one run; submit a run for each of --seeds"
         )
-    elif args.workers is not None:
+    if args.workers is not None and not sweeps:
         raise UserError(
             "--workers share a sweep (tasks=[...] methods=[...]); here is one run alone"
         )
-    else:
-        made = submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
->>>>>>> 0800645c995a3f4340d4720e5f0a6d3ab9bd187d
-    if args.wait:
-        wait(made)
+    if sweeps and pools:
+        raise UserError("--teacher-workers serve one run; a sweep's runs have --workers")
+    if sweeps:
+        from sead_dist.sweepsubmit import submit_sweep
+
+        workers = args.workers or 1
+        return submit_sweep(attempt_recipe, args.words, settings, workers, args.dry_run, root)
+    if pools:
+        from sead_dist.poolsubmit import submit_pool
+        from sead_dist.slurm import load_settings
+
+        own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
+        workers, words = args.teacher_workers, args.words
+        return submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
+    from sead_dist.launcher import submit as submit_run
+
+    return submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
 
 
 def jobs(args: argparse.Namespace) -> None:
@@ -209,87 +217,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-<<<<<<< HEAD
-=======
-ROOT = "folder where submitted runs register; default: the user's state folder"
-
-
-def positive(text: str) -> int:
-    """A number of at least one, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is none; give 1 or more")
-    return number
-
-
-def add_submit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
-    command.add_argument(
-        "--slurm", metavar="NAME|FILE", help="settings: a file, or a name in configs/slurm"
-    )
-    for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
-        command.add_argument(f"--{option}", help="as sbatch's")
-    command.add_argument("--time", help="limit of one start: MINUTES, H:MM:SS or DAYS-HH:MM:SS")
-    command.add_argument("--nodes", type=int)
-    command.add_argument(
-        "--gpus-per-node", type=int, help="as many tasks; default: one, on the CPU"
-    )
-    command.add_argument("--cpus-per-task", type=int)
-    command.add_argument("--exclusive", action="store_true", default=None, help="whole nodes")
-    command.add_argument("--signal-delay", type=int, metavar="S", help="notice before the limit")
-    command.add_argument("--seeds", metavar="0-4", help="an array: a job and OUTPUT/seed-N each")
-    command.add_argument(
-        "--concurrent", type=int, metavar="N", help="most jobs of --seeds at a time"
-    )
-    command.add_argument(
-        "--workers", type=positive, metavar="N", help="of a sweep: an array that shares its runs"
-    )
-    command.add_argument("--restarts", type=int, help="most new starts after a rank was lost")
-    command.add_argument("--dry-run", action="store_true", help="print the sbatch file only")
-    command.add_argument("--wait", action="store_true", help="until done; exit code as distill's")
-    command.add_argument("--root", metavar="DIR", help=ROOT)
-    command.set_defaults(run=submit)
-
-
-def add_jobs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--root", metavar="DIR", help=ROOT)
-    command.set_defaults(run=jobs)
-    verbs = command.add_subparsers(dest="verb", metavar="VERB")
-    for verb, help_ in (
-        ("logs", "print what a run said"),
-        ("cancel", "end a run's job"),
-        ("wait", "until a run is done; exit code as distill's"),
-    ):
-        one = verbs.add_parser(verb, help=help_)
-        one.add_argument("name", metavar="RUN", help="name, job number or run folder")
-        one.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=ROOT)
-        if verb == "logs":
-            one.add_argument("-f", "--follow", action="store_true", help="until the job ends")
-            one.add_argument("--rank", type=int, default=0)
-
-
-def add_store(command: argparse.ArgumentParser) -> None:
-    verbs = command.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, help_ in (
-        ("ls", "which predictions are kept, of which teacher, task and split, how large"),
-        ("verify", "check every block; exit code 3 where one is bad"),
-        ("compact", "merge small blocks"),
-        ("rm", "remove by teacher, task, age or size; prints first, removes with --yes"),
-    ):
-        one = verbs.add_parser(verb, help=help_)
-        one.add_argument("--store", help="default: SEAD_DIST_STORE or the user's cache")
-        one.set_defaults(run=store)
-        if verb == "verify":
-            one.add_argument("--repair", action="store_true", help="move bad blocks out of use")
-        if verb == "rm":
-            one.add_argument("--teacher", help="name or start of the fingerprint")
-            one.add_argument("--task")
-            one.add_argument("--older-than", metavar="AGE", help="e.g. 12h, 30d")
-            one.add_argument("--keep", metavar="SIZE", help="oldest first, down to e.g. 10GB")
-            one.add_argument("--yes", action="store_true", help="remove; without it only print")
-
-
->>>>>>> 0800645c995a3f4340d4720e5f0a6d3ab9bd187d
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
