@@ -42,7 +42,7 @@ def test_hidden_states_and_attention_are_the_models_own(kind):
 def test_any_attention_kernel_is_read_and_nothing_stays_behind(kind):
     model = build_model(kind, attn_implementation="sdpa")
     anatomy = find_anatomy(model, "it", attention=True)
-    with reading(anatomy, Wanted((1,), (1,))) as found:
+    with reading(anatomy, Wanted((0, 1), (1,))) as found:
         model(**inputs())
     assert found.hidden[1].requires_grad
     assert found.queries[1].shape == found.keys[1].shape == found.values[1].shape == (3, 7, 32)
