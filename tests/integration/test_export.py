@@ -175,6 +175,7 @@ def test_choices_scores_and_several_splits_are_compared(task, grammar, tmp_path,
         assert value == pytest.approx(scored[f"eval_{metric}"], abs=1e-4)
     agreed = full["agreement"][splits[-1]]
     assert agreed is None if task == "stsb" else agreed == 1.0
+    assert made["labels"] == labels
     assert not (model / "README.md").exists()  # no run, no card
 
 
