@@ -25,7 +25,7 @@ from sead_dist.data import Split, make_batch, make_split
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult, evaluate
-from sead_dist.models import load_classifier
+from sead_dist.models import label_names, load_classifier
 from sead_dist.onnxfile import (
     NEEDED,
     Run,
@@ -197,6 +197,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
     record = {
         "task": original.task.name,
         "metric": original.task.metrics[0],
+        "labels": label_names(original.model.config),
         "rows": {split.examples.split: len(split) for split in original.splits},
         "max_length": original.max_length,
         "tolerance": {"logits": LOGIT_TOLERANCE, "metrics": METRIC_TOLERANCE},

@@ -56,10 +56,13 @@ CHECKPOINTS = {
 
 def show_checkpoints() -> None:
     """List what can be reproduced, with the published figures."""
-    rows: list[list[object]] = [
-        [one.name, one.student, ", ".join(f"{f.metric} {f.score:.4f}" for f in one.figures())]
-        for one in CHECKPOINTS.values()
-    ]
+    rows: list[list[object]] = []
+    for one in CHECKPOINTS.values():
+        parts = [
+            f"{f.split.removeprefix('validation').strip('_')} {f.metric} {f.score:.4f}".strip()
+            for f in one.figures()
+        ]
+        rows.append([one.name, one.student, ", ".join(parts)])
     print_table(f"Published figures ({NOTE})", ["checkpoint", "student", "GLUE dev"], rows)
 
 

@@ -97,13 +97,17 @@ def test_onnxruntime_alone_gives_the_answers_of_transformers(exported, grammar):
     assert names == {"0": "negative", "1": "positive"}
 
 
-def test_the_tokeniser_of_the_export_truncates_as_the_run_did(exported):
+def test_the_tokeniser_of_the_export_truncates_and_pads_by_itself(exported, grammar, tmp_path):
     limit = AutoTokenizer.from_pretrained(exported / "model").model_max_length
     assert record(exported / "onnx")["max_length"] == limit
-    (row,) = Tokenizer.from_file(str(exported / "onnx" / "tokenizer.json")).encode_batch(
-        ["good " * 500]
-    )
-    assert len(row.ids) == limit
+    for folder, longest in ((exported / "onnx", limit), (tmp_path, 7)):
+        if folder == tmp_path:
+            fresh = AutoTokenizer.from_pretrained(grammar / "tokenizer")
+            onnxfile.save_tokenizer(fresh, tmp_path, 7)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        long, short = tokenizer.encode_batch(["good " * 500, "good"])
+        assert len(long.ids) == len(short.ids) == longest
+        assert short.attention_mask == [1, 1, 1] + [0] * (longest - 3)
 
 
 def test_export_json_holds_what_the_run_scored_and_what_8_bits_change(exported, grammar):
@@ -171,6 +175,7 @@ def test_choices_scores_and_several_splits_are_compared(task, grammar, tmp_path,
         assert value == pytest.approx(scored[f"eval_{metric}"], abs=1e-4)
     agreed = full["agreement"][splits[-1]]
     assert agreed is None if task == "stsb" else agreed == 1.0
+    assert made["labels"] == labels
     assert not (model / "README.md").exists()  # no run, no card
 
 
