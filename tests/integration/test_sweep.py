@@ -241,7 +241,7 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
     assert not (task / "report").exists()
 
 
-def test_two_ranks_take_part_in_every_run(task, tmp_path, finished):
+def test_two_ranks_take_part_in_every_run(task, tmp_path):
     """The first try is told to stop: it saves, reports what is missing, and goes on from there."""
     output = tmp_path / "out"
     words = sweep_words(task, output)

@@ -1,0 +1,101 @@
+"""report.md says what report.json holds, and no more than the runs allow."""
+
+import json
+
+from sead_dist.sweepreport import markdown, write_sweep_report
+
+
+def cell(task, method, mean, **more):
+    empty = dict.fromkeys(("spread", "difference", "interval", "p", "beyond_chance"))
+    cost = {"seconds": 12.34, "teacher_forwards": 40, "steps": 7}
+    return {"task": task, "method": method, "scores": [mean], "mean": mean, **empty, **cost, **more}
+
+
+def compared(difference, low, high, beyond):
+    told = {"difference": difference, "interval": [low, high], "p": 0.0312}
+    return {"spread": 0.0123, "beyond_chance": beyond, **told}
+
+
+def report(**changes):
+    made = {"sead_dist": "1", "torch": "2", "transformers": "5", "device": "a CPU"}
+    mean = {"method": "mean", "score": 0.8, "tasks": 1, "difference": None, "interval": None}
+    return {
+        "title": "2 tasks, 2 methods, 2 seeds",
+        "command": ["sead-dist", "sweep", "tasks=[cola,rte]"],
+        "made_with": made,
+        "ranks": 2,
+        "seeds": [0, 1],
+        "methods": ["finetune", "mean"],
+        "selected_on_dev": False,
+        "tasks": [{"name": "cola", "metric": "mcc"}, {"name": "rte", "metric": "accuracy"}],
+        "cells": [
+            cell("cola", "finetune", 0.7, spread=0.02),
+            cell("cola", "mean", 0.8, **compared(0.1, 0.05, 0.15, beyond=True)),
+            cell("rte", "finetune", 0.6, **compared(0.01, -0.05, 0.07, beyond=False)),
+        ],
+        "means": [{**mean, "method": "finetune", "score": 0.65, "tasks": 2}, mean],
+        "ceilings": [{"task": "cola", "who": "teacher-0", "score": 0.85}],
+        "published": [
+            {"task": "rte", "who": "A", "metric": "accuracy", "score": 0.7, "note": "on dev"}
+        ],
+        "failed": [],
+        "missing": [],
+        "not_applicable": [],
+        **changes,
+    }
+
+
+def rows(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_means_spreads_and_marks_are_those_of_the_cells():
+    text = markdown(report())
+    assert "| cola | mcc | 0.7000 ± 0.0200 | 0.8000 ± 0.0123\\* |" in rows(text)
+    # no difference where the interval holds 0, nothing where there is no run
+    assert "| rte | accuracy | 0.6000 ± 0.0123 | - |" in rows(text)
+    # a mean over fewer tasks says over how many
+    assert "| mean |  | 0.6500 | 0.8000 (of 1) |" in rows(text)
+    assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 |" in rows(text)
+    assert "| rte | A | accuracy | 0.7000 | on dev |" in rows(text)
+    assert "| cola | teacher-0 | 0.8500 |" in rows(text)
+    assert "| cola | mean | 7 | 12.3 | 40 |" in rows(text)
+
+
+def test_what_is_not_there_has_no_heading():
+    text = markdown(report(published=[], ceilings=[]))
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heads == ["## Scores", "## Differences from finetune", "## Cost"]
+
+
+def test_what_failed_is_missing_or_does_not_apply_is_told_with_its_reason():
+    place = {"task": "rte", "method": "mean"}
+    text = markdown(
+        report(
+            failed=[{**place, "seed": 1, "reason": "a | b"}],
+            missing=[{**place, "seed": 0}],
+            not_applicable=[{**place, "reason": "needs classes"}],
+        )
+    )
+    assert "| rte | mean | 1 | a \\| b |" in rows(text)
+    assert "## Not run yet" in text
+    assert "| rte | mean | needs classes |" in rows(text)
+
+
+def test_single_runs_are_called_so():
+    text = markdown(report(seeds=[3], cells=[cell("cola", "finetune", 0.7)]))
+    assert "Single runs" in text
+    assert "±" not in text
+
+
+def test_scores_that_were_selected_on_dev_are_marked():
+    text = markdown(report(selected_on_dev=True))
+    assert "(selected on dev)" in text.splitlines()[0]
+    assert "nothing was chosen by" not in text
+    assert "nothing was chosen by" in markdown(report())
+
+
+def test_the_files_hold_the_report(tmp_path):
+    write_sweep_report(report(), tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report()
+    assert (tmp_path / "report" / "report.md").read_text() == markdown(report())
