@@ -15,28 +15,34 @@ CHROMIUM = shutil.which("chromium")
 
 
 @contextmanager
-def open_page(path, *, javascript=True, dark=False, width=1280):
-    """The page of this file in a browser without network, and the list of what went wrong in it."""
+def open_browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # root has no sandbox to run in
         safe = os.geteuid() != 0
         browser = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=safe)
-        context = browser.new_context(
-            java_script_enabled=javascript,
-            color_scheme="dark" if dark else "light",
-            viewport={"width": width, "height": 900},
-            offline=True,
-        )
-        page = context.new_page()
-        wrong = []
-        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-        page.goto(Path(path).resolve().as_uri())
-        yield page, wrong
+        yield browser
         browser.close()
+
+
+@contextmanager
+def open_page(browser, path, *, javascript=True, dark=False, width=1280):
+    """The page of this file, without network, and the list of what went wrong in it."""
+    context = browser.new_context(
+        java_script_enabled=javascript,
+        color_scheme="dark" if dark else "light",
+        viewport={"width": width, "height": 900},
+        offline=True,
+    )
+    page = context.new_page()
+    wrong = []
+    page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    page.goto(Path(path).resolve().as_uri())
+    yield page, wrong
+    context.close()
 
 
 def main():
@@ -47,7 +53,10 @@ def main():
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, help="cut below; the whole page if left out")
     args = parser.parse_args()
-    with open_page(args.page, dark=args.dark, width=args.width) as (page, _):
+    with (
+        open_browser() as browser,
+        open_page(browser, args.page, dark=args.dark, width=args.width) as (page, _),
+    ):
         cut = {"x": 0, "y": 0, "width": args.width, "height": args.height} if args.height else None
         page.screenshot(path=args.picture, full_page=True, clip=cut)
     # 256 colours are enough for letters and dots, and make a file that can be kept

@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from browser import CHROMIUM, open_page
+from browser import CHROMIUM, open_browser, open_page
 from sample_sweep import METHODS, sample_report, take_away
 
 from sead_dist.page import render_page
@@ -14,9 +14,9 @@ pytestmark = pytest.mark.browser
 TASKS = ("cola", "sst2", "mrpc", "rte", "stsb", "wic")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _browser():
-    """Skip where there is none, unless it must be there."""
+@pytest.fixture(scope="module")
+def browser():
+    """One for all tests; they are skipped where there is none, unless it must be there."""
     lacking = None
     if CHROMIUM is None:
         lacking = "chromium is not installed: apt-get install chromium"
@@ -26,6 +26,8 @@ def _browser():
         pytest.fail(lacking)
     elif lacking:
         pytest.skip(lacking)
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,12 @@ def column(page, name):
 
 
 def numbers(cells):
-    return [float(re.search(r"\d\.\d{4}", cell)[0]) for cell in cells if "0." in cell]
+    """Their scores; a mark's difference has a sign."""
+    return [float(re.search(r"(?<![+-])\d\.\d{4}", cell)[0]) for cell in cells if "0." in cell]
 
 
-def test_a_click_on_a_head_sorts_and_another_turns_it(path, report):
-    with open_page(path) as (page, wrong):
+def test_a_click_on_a_head_sorts_and_another_turns_it(browser, path, report):
+    with open_page(browser, path) as (page, wrong):
         before = column(page, "method")
         cola = numbers(column(page, "cola"))
         assert cola != sorted(cola, reverse=True), "the sample must not be sorted by it already"
@@ -77,8 +80,8 @@ def test_a_click_on_a_head_sorts_and_another_turns_it(path, report):
         assert wrong == []
 
 
-def test_numbers_are_sorted_as_numbers_by_the_keyboard_too(path):
-    with open_page(path) as (page, wrong):
+def test_numbers_are_sorted_as_numbers_by_the_keyboard_too(browser, path):
+    with open_page(browser, path) as (page, wrong):
         head = page.locator("#cost-table thead th", has_text="teacher forwards")
         head.get_by_role("button").focus()
         page.keyboard.press("Enter")
@@ -93,8 +96,8 @@ def test_numbers_are_sorted_as_numbers_by_the_keyboard_too(path):
         assert wrong == []
 
 
-def test_plots_can_be_seen_and_nothing_goes_wrong(path):
-    with open_page(path) as (page, wrong):
+def test_plots_can_be_seen_and_nothing_goes_wrong(browser, path):
+    with open_page(browser, path) as (page, wrong):
         plots = page.get_by_role("img")
         assert plots.count() == 2
         for n, least in enumerate((300, 150)):
@@ -108,8 +111,8 @@ def test_plots_can_be_seen_and_nothing_goes_wrong(path):
         assert wrong == []
 
 
-def test_without_javascript_the_tables_are_there(path, report):
-    with open_page(path, javascript=False) as (page, wrong):
+def test_without_javascript_the_tables_are_there(browser, path, report):
+    with open_page(browser, path, javascript=False) as (page, wrong):
         rows = page.locator("#score-table tbody:first-of-type tr")
         assert rows.count() == len(METHODS)
         assert page.locator("th button").count() == 0
@@ -121,15 +124,15 @@ def test_without_javascript_the_tables_are_there(path, report):
         assert wrong == []
 
 
-def test_a_phone_scrolls_tables_in_their_own_box_and_not_the_page(path):
-    with open_page(path, width=390) as (page, _):
+def test_a_phone_scrolls_tables_in_their_own_box_and_not_the_page(browser, path):
+    with open_page(browser, path, width=390) as (page, _):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         inner = "document.querySelector('#score-table').parentElement"
         assert page.evaluate(f"{inner}.scrollWidth > {inner}.clientWidth")
 
 
-def test_a_dark_page_has_light_letters_in_its_pictures_too(path):
-    with open_page(path, dark=True) as (page, _):
+def test_a_dark_page_has_light_letters_in_its_pictures_too(browser, path):
+    with open_page(browser, path, dark=True) as (page, _):
         style = "element => getComputedStyle(element)"
         letters = page.locator("svg text").first.evaluate(f"{style}.fill")
         paper = page.locator("body").evaluate(f"{style}.backgroundColor")
@@ -138,13 +141,13 @@ def test_a_dark_page_has_light_letters_in_its_pictures_too(path):
         assert min(light) > 180 > 60 > max(dark)
 
 
-def test_a_name_that_is_a_script_does_not_run(tmp_path):
+def test_a_name_that_is_a_script_does_not_run(browser, tmp_path):
     hostile = "<script>document.title = 'run'</script>"
     found = sample_report()
     take_away(found, "sst2", "mean", "failed", hostile)
     for of in (*found["cells"], *found["means"]):
         of["method"] = of["method"].replace("single", f"<img src=x onerror=alert(1)>{hostile}")
-    with open_page(render_page(found, tmp_path)) as (page, wrong):
+    with open_page(browser, render_page(found, tmp_path)) as (page, wrong):
         assert page.title().startswith("Sweep:")
         assert hostile in page.locator("#undone-table").inner_text()
         assert wrong == []
