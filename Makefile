@@ -7,7 +7,8 @@ PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so a file stays with one worker.
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow test-slurm test-quantize check clean
+.PHONY: help setup demo test test-slow test-slurm test-quantize test-browser \
+	screenshot check clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -24,8 +25,8 @@ demo: setup ## teachers, ensemble and student on the built-in task, two processe
 	$(OFFLINE) $(VENV)/bin/python -m torch.distributed.run --standalone --nproc_per_node 2 \
 		-m sead_dist demo
 
-test: setup ## all tests but the slow ones and those that need a cluster
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not slurm'
+test: setup ## all tests but the slow ones and those that need a cluster or a browser
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not slurm and not browser'
 
 test-slow: setup ## the slow tests
 	$(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
@@ -38,6 +39,12 @@ test-quantize: setup ## the tests of 8-bit weights, with torchao beside the envi
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade -c constraints.txt \
 		--target $(VENV)/quantize torchao
 	PYTHONPATH=$(VENV)/quantize $(PYTEST) -m quantize
+
+test-browser: setup ## the tests of a sweep's page in chromium (Debian: apt-get install chromium)
+	$(PYTEST) -m browser tests/integration/test_page.py
+
+screenshot: setup ## REPORT=report.html PICTURE=report.png: the whole page as chromium shows it
+	$(VENV)/bin/python tests/browser.py $(REPORT) $(PICTURE)
 
 check: setup ## lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -117,7 +117,7 @@ def plot_scores(
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_yticks(range(len(bars)), [_short(name) for _, name, _ in bars])
+        axes.set_yticks(range(len(bars)), [short(name) for _, name, _ in bars])
         axes.invert_yaxis()
         # Bars start at zero and the axis ends at the best possible score, so that their
         # lengths can be compared.
@@ -217,7 +217,7 @@ def _note(axes: "Axes", text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def _short(name: str, longest: int = 32) -> str:
+def short(name: str, longest: int = 32) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 

@@ -20,6 +20,7 @@ from sead_dist.engine import check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
 from sead_dist.errors import RunError, UserError
 from sead_dist.inputs import check_inputs
+from sead_dist.page import render_page
 from sead_dist.recipes import distill
 from sead_dist.runfolder import refuse_other_keys, refuse_other_teachers, try_lock
 from sead_dist.runlog import is_finished, write_json
@@ -66,6 +67,7 @@ def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
         while not stack.enter_context(try_lock(folder / ".lock")):
             time.sleep(POLL_S / 10)
         write_sweep_report(found, folder)
+        render_page(found, folder)
     show(found)
 
 
