@@ -83,7 +83,8 @@ def test_every_shell_line_runs(worked):
     assert done.returncode == 0, done.stderr[-4000:]
     finished = {path.parent.name for path in folder.rglob("run_summary.json")}
     teachers = {"teacher-0", "teacher-1", "teacher-2"}
-    assert finished == {*teachers, "student", "quick", "two-ranks"}
+    assert finished == {*teachers, "student", "quick", "two-ranks", "seed-0", "seed-1"}
+    assert (folder / "sweep" / "report" / "report.html").is_file()
     assert (folder / "router" / "teacher-0" / "model" / "model.safetensors").is_file()
 
 
