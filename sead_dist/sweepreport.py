@@ -44,6 +44,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             ["task", "method", "difference", "95% interval", "p"],
             differences(report),
         ),
+        "The same as a page: [report.html](report.html); its plots: "
+        "[differences](differences.svg), [score against time](cost.svg).",
         *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
         "## Cost",
         table(["task", "method", "steps", "seconds of training", "teacher forwards needed"], cost),
