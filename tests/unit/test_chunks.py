@@ -73,7 +73,7 @@ def pool(tmp_path):
 
 def test_workers_begin_at_different_places_and_stay_with_the_teacher_they_have_loaded(pool):
     split = small_split(21)
-    for number in (1, 2, 3, 4):
+    for number in (4, 3, 2, 1):
         hand = pool(number, 4)
         left = chunks_of_split(split, TEACHERS, ROWS)
         want = left[number - 1]
@@ -114,3 +114,17 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     hand = pool(1, 1, lambda: next(left))
     assert not hand.fill(chunks_of_split(small_split(21), TEACHERS, ROWS))
     assert hand.source.journal.rows() == 2 * ROWS
+
+
+def test_a_claim_that_a_dead_worker_left_on_a_finished_chunk_is_removed_at_the_end(pool):
+    hand = pool(1, 1)
+    chunks = chunks_of_split(small_split(21), TEACHERS, ROWS)
+    for chunk in chunks:
+        hand.compute(chunk)
+    leftover = hand.source.store.layout.claims / hand.name(chunks[0])
+    elsewhere = leftover.with_name("of another run")
+    for path in (leftover, elsewhere):
+        path.write_text("000000000007 elsewhere 4711 0123\n")
+    assert hand.fill(chunks)
+    assert not leftover.exists()
+    assert elsewhere.exists()
