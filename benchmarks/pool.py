@@ -9,6 +9,7 @@ student's parameters equal bit for bit.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -189,6 +190,8 @@ def main() -> None:
         args.rows, args.shape, args.teachers, args.every_s = 600, "L2-H128", 2, 3.0
         args.workers, args.chunk_rows = 2, 64
     set_threads(args.threads)
+    # ended from outside, it ends its workers too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
         data = sst2_folder(folder / "data", args.rows)

@@ -23,8 +23,8 @@ from sead_dist.teach import teach, worker_folder
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
 PAIRS = 3 * (54 + 6 + 20)
-KEYS = {"epochs": 2, "pool__chunk_rows": 16, "pool__claim_s": 1.0, "pool__silent_s": 60.0}
-WAIT_S = 60.0
+KEYS = {"epochs": 2, "pool__chunk_rows": 16, "pool__silent_s": 300.0}
+WAIT_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def run_teach(world: World, given, worker):
     return teach(load_config(given), worker, world)
 
 
-def until(true, what):
+def until(true, what, pause_s=0.01):
     end = time.monotonic() + WAIT_S
     while not true():
         assert time.monotonic() < end, f"{what}: not within {WAIT_S} s"
-        time.sleep(0.0005)
+        time.sleep(pause_s)
 
 
 def said(run):
@@ -105,11 +105,12 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
 
 
 def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
-    given, run, claims = given_words(task, tmp_path), tmp_path / "run", tmp_path / "store/claims"
+    given = given_words(task, tmp_path, pool__claim_s=1.0)
+    run, claims = tmp_path / "run", tmp_path / "store" / "claims"
     student = start(1, tmp_path / "student", run_distill, given)
     victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
     for _ in range(1000):
-        until(lambda: rows_of(run, 1, 2) > 6 and any(claims.iterdir()), "a claim")
+        until(lambda: rows_of(run, 1, 2) > 6 and any(claims.iterdir()), "a claim", 0.0005)
         os.kill(victim.pid, signal.SIGSTOP)
         left = list(claims.iterdir())
         os.kill(victim.pid, signal.SIGKILL if left else signal.SIGCONT)
