@@ -23,6 +23,15 @@ def positive(text: str) -> int:
     return number
 
 
+def add_plan(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    command.add_argument("--ranks", type=int, metavar="N", help="default: as started, or 1")
+    command.add_argument("--gpu-memory", metavar="SIZE", help="of each rank's GPU, e.g. 24GB")
+    command.add_argument("--rates", metavar="FILE", help="speeds of other hardware: YAML or JSON")
+    command.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
+    command.add_argument("--json", metavar="FILE", help="also write the plan here")
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument("--data", help="folder of the task's files; default: the run's own")

@@ -68,6 +68,19 @@ def teach(args: argparse.Namespace) -> None:
     run_recipe(f"teach {args.worker}", args.words)
 
 
+def plan(args: argparse.Namespace) -> None:
+    from sead_dist.configfiles import load_config
+
+    config = load_config(args.words)
+    from sead_dist.distributed import join_world, leave_world
+    from sead_dist.plan import plan as plan_run
+
+    world = join_world()
+    rates, report = (None if path is None else Path(path) for path in (args.rates, args.json))
+    plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
+    leave_world(world)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from sead_dist.apply import evaluate_model
 
@@ -197,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
             "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
         ),
         (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
+        (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),

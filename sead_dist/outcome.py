@@ -16,6 +16,7 @@ from sead_dist.data import Split
 from sead_dist.distributed import from_main, gather_objects
 from sead_dist.ensemble import combine
 from sead_dist.evaluate import EvalResult, evaluate
+from sead_dist.forecast import Outlook, compare, describe
 from sead_dist.hub import push_at_end
 from sead_dist.models import save_model
 from sead_dist.parts import Parts
@@ -130,7 +131,13 @@ def placement_word(parts: Parts) -> str | None:
     return ", ".join(dict.fromkeys(parts.source.placements))
 
 
-def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_table: bool) -> None:
+def conclude(
+    parts: Parts,
+    state: TrainState,
+    weights_N: torch.Tensor,
+    show_table: bool,
+    outlook: Outlook | None,
+) -> None:
     """Bring back the best student, save it, score it once on the official splits, and report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
@@ -161,7 +168,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
                 result.logits_BC,
                 probabilities_BC,
             )
-    closing = summary(parts, state)
+    closing = {**summary(parts, state), "planned": compare(outlook, parts, state)}
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -186,6 +193,8 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
         f"store; model, card and plots: {run / 'model'}"
     )
+    if closing["planned"] is not None:
+        parts.log.say(describe(closing["planned"]))
     if config.push_to_hub:
         line = from_main(world, lambda: push_at_end(run, config))
         parts.log.say(line)

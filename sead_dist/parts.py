@@ -24,6 +24,7 @@ from sead_dist.errors import UserError
 from sead_dist.hub import check_push
 from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.rates import known_costs
 from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.runfolder import claim, locked
 from sead_dist.runlog import RunLog, write_json
@@ -35,7 +36,13 @@ from sead_dist.teachers.exam import best_teacher
 from sead_dist.teachers.follow import Follower
 from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.layout import default_store
-from sead_dist.teachers.placement import check_placements, choose_placements, home_ranks
+from sead_dist.teachers.placement import (
+    check_placements,
+    choose_placements,
+    describe_shares,
+    least_free,
+    share_rows,
+)
 from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.sharded import check_shardable
 from sead_dist.teachers.source import StoredSource
@@ -184,10 +191,15 @@ def hire(
     stack: ExitStack,
 ) -> StoredSource:
     """The teacher source over the store in `folder`, with every teacher placed."""
-    placements, reason = choose_placements(teachers, config.placement, world)
+    free = least_free(world)
+    placements, reason = choose_placements(teachers, config.placement, world.size, free)
     on_every_rank(world, lambda: check_placed(config, teachers, placements))
-    homes = home_ranks(teachers, placements, world.size)
+    # what is remembered of rates may differ from machine to machine, and owners must be agreed
+    costs_N = from_main(world, lambda: known_costs(teachers, world.device))
+    share_NW = share_rows(teachers, placements, costs_N, world.size, free)
     log.say(reason)
+    if "partitioned" in placements and world.size > 1:
+        log.say(describe_shares(teachers, placements, share_NW))
     report = log.say if world.is_main else _on_stderr
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
@@ -202,7 +214,7 @@ def hire(
     if "pool" in placements:
         follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
     source = StoredSource(
-        teachers, placements, homes, world, store, task.name, run, accept_any,
+        teachers, placements, share_NW, world, store, task.name, run, accept_any,
         config.trust_remote_code, log.say, watch.heed, follower,
     )  # fmt: skip
     stack.callback(source.close)

@@ -39,9 +39,9 @@ def parse_age(text: str) -> float:
     return _parse("--older-than", text, AGE_S, "12h or 30d")
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--keep") -> int:
     """ "500MB", "1.5GB" in bytes (decimal units)."""
-    return int(_parse("--keep", text, SIZE, "500MB or 10GB"))
+    return int(_parse(option, text, SIZE, "500MB or 10GB"))
 
 
 def _parse(option: str, text: str, units: dict[str, float] | dict[str, int], such: str) -> float:

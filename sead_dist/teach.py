@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from sead_dist.checkpoint import Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
@@ -142,9 +144,9 @@ def open_worker(
         return not is_finished(run)
 
     source = StoredSource(
-        teachers, ["colocated"] * len(teachers), [0] * len(teachers), world, store, work.task.name,
-        worker_folder(run, number, workers), work.accept_any, config.trust_remote_code, log.say,
-        heed,
+        teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)), world, store,
+        work.task.name, worker_folder(run, number, workers), work.accept_any,
+        config.trust_remote_code, log.say, heed,
     )  # fmt: skip
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):

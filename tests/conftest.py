@@ -29,15 +29,12 @@ LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
 
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The default store of this session's runs."""
+    """The default store of this session's runs; their measured rates lie beside it."""
     folder = tmp_path_factory.mktemp("store") / "default"
-    before = os.environ.get("SEAD_DIST_STORE")
-    os.environ["SEAD_DIST_STORE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["SEAD_DIST_STORE"]
-    else:
-        os.environ["SEAD_DIST_STORE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEAD_DIST_STORE", str(folder))
+        patch.setenv("SEAD_DIST_RATES", str(folder.with_name("rates.json")))
+        yield folder
 
 
 @pytest.fixture(scope="session")

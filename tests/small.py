@@ -213,13 +213,14 @@ def roster(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
 
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
-    from sead_dist.teachers.placement import home_ranks
+    from sead_dist.teachers.placement import share_rows
     from sead_dist.teachers.source import StoredSource
     from sead_dist.teachers.store import PredictionStore
 
     placements = placements or ["colocated"] * len(teachers)
-    homes = home_ranks(teachers, placements, world.size)
+    costs_N = [float(teacher.parameters) for teacher in teachers]
+    share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
     kept = PredictionStore(store, print)
     return StoredSource(
-        teachers, placements, homes, world, kept, "small", run, False, False, print, lambda _what: None
+        teachers, placements, share_NW, world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip

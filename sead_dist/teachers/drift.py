@@ -50,7 +50,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
     twins = StoredSource(
         [in_fp32(source.teachers[n], source.world.device) for n in reduced],
         [source.placements[n] for n in reduced],
-        [source.homes[n] for n in reduced],
+        source.share_NW[reduced],
         source.world, source.store, source.task, source.run / "drift",
         False,  # predictions of another class would be compared with themselves
         source.trust_remote_code, source.say, source.heed,

@@ -2,11 +2,12 @@
 the other ranks always receive (invariant 8).
 
 colocated: every rank holds the teacher and owns an equal share of the rows. partitioned: one rank
-holds the whole teacher and owns all of its rows. sharded: every rank holds an equal part of the
-teacher's parameters and owns an equal share of the rows. pool: no rank holds the teacher; each
-waits for an equal share of its rows, which other processes put into the store.
+holds the whole teacher and owns all of its rows; where that would leave the others idle, further
+ranks hold it too and own a share. sharded: every rank holds an equal part of the teacher's
+parameters and owns an equal share of the rows. pool: no rank holds the teacher; each waits for an
+equal share of its rows, which other processes put into the store.
 
-Shapes: N teachers, R requested examples, M examples of one rank, C classes.
+Shapes: N teachers, R requested examples, W ranks, M examples of one rank, C classes.
 """
 
 import os
@@ -24,6 +25,8 @@ from sead_dist.teachers.roster import Teacher
 
 # the share of a rank's free memory that teachers may take; the rest is the student's
 TEACHER_SHARE = 0.5
+# a rank may have so much more to do than the mean before rows of a partitioned teacher are split
+UNEVEN = 0.05
 
 
 def free_bytes(device: torch.device) -> int:
@@ -42,10 +45,16 @@ def held_bytes(weights: int, placement: str, size: int) -> int:
     return -(-weights // size) if placement == "sharded" else weights
 
 
+def least_free(world: World) -> int:
+    """Free bytes of the rank that has least. Every rank calls this."""
+    return min(gather_objects(world, free_bytes(world.device)))
+
+
 def choose_placements(
-    teachers: Sequence[Teacher], default: str, world: World
+    teachers: Sequence[Teacher], default: str, size: int, free: int
 ) -> tuple[list[str], str]:
-    """Each teacher's placement, and one line that says why.
+    """Each teacher's placement over `size` ranks, the smallest of which has `free` bytes, and one
+    line that says why.
 
     `auto`: a teacher too large for half of the smallest rank's free memory is sharded, where there
     are ranks to share it. The others are colocated while all together fit into that half, since
@@ -54,15 +63,14 @@ def choose_placements(
     if default != "auto":
         placements = [teacher.entry.placement or default for teacher in teachers]
         return placements, f"placement {default}, as asked"
-    free = min(gather_objects(world, free_bytes(world.device)))
     room = int(TEACHER_SHARE * free)
-    large = [world.size > 1 and teacher.bytes > room for teacher in teachers]
+    large = [size > 1 and teacher.bytes > room for teacher in teachers]
     wishes = [
         teacher.entry.placement or ("sharded" if is_large else "colocated")
         for teacher, is_large in zip(teachers, large, strict=True)
     ]
     held = [
-        held_bytes(teacher.bytes, wish, world.size)
+        held_bytes(teacher.bytes, wish, size)
         for teacher, wish in zip(teachers, wishes, strict=True)
     ]
     chosen = "colocated" if sum(held) <= room else "partitioned"
@@ -98,32 +106,107 @@ def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> 
             )
 
 
-def home_ranks(teachers: Sequence[Teacher], placements: Sequence[str], size: int) -> list[int]:
-    """The rank of each partitioned teacher: the costliest first, to the least loaded rank."""
-    load = [0.0] * size
-    homes = [0] * len(teachers)
-    for index in sorted(range(len(teachers)), key=lambda n: -teachers[n].parameters):
-        if placements[index] == "partitioned":
-            homes[index] = load.index(min(load))
-            load[homes[index]] += teachers[index].parameters
-    return homes
-
-
-def owners(
-    request: Request, placements: Sequence[str], homes: Sequence[int], size: int
+def share_rows(
+    teachers: Sequence[Teacher],
+    placements: Sequence[str],
+    costs_N: Sequence[float],
+    size: int,
+    free: int,
 ) -> np.ndarray:
+    """share_NW: the part of each teacher's rows that each rank owns; a rank holds the teacher of
+    which it owns a part. costs_N: what all rows of each teacher cost, in any one unit; free: bytes
+    free on the smallest rank.
+
+    Partitioned teachers go whole, the costliest first, each to the rank that has least to do
+    (Graham 1969, longest processing time). Then the tail is split: while a rank has more to do
+    than the mean (by UNEVEN), it gives rows to the idlest rank that has room for the teacher, until
+    one of the two has just the mean (our own; McNaughton 1959 cuts jobs in the same way). So no
+    rank has more than 1 + UNEVEN of the mean where memory allows it.
+    """
+    share_NW = np.full((len(teachers), size), 1 / size)
+    mine = [n for n, placement in enumerate(placements) if placement == "partitioned"]
+    common = sum(
+        held_bytes(teacher.bytes, placement, size)
+        for teacher, placement in zip(teachers, placements, strict=True)
+        if placement != "partitioned"
+    )
+    load_W = np.zeros(size)
+    for n in sorted(mine, key=lambda n: -costs_N[n]):
+        home = int(load_W.argmin())
+        share_NW[n] = 0.0
+        share_NW[n, home] = 1.0
+        load_W[home] += costs_N[n]
+    mean = load_W.mean()
+    while load_W.max() > (1 + UNEVEN) * mean:
+        full = int(load_W.argmax())
+        room = TEACHER_SHARE * free - common
+        found = _taker(teachers, mine, costs_N, share_NW, load_W, full, room)
+        if found is None:
+            break
+        n, idle = found
+        spare = min(load_W[full] - mean, mean - load_W[idle])
+        part = min(spare / costs_N[n], share_NW[n, full])
+        share_NW[n, full] -= part
+        share_NW[n, idle] += part
+        load_W[full] -= part * costs_N[n]
+        load_W[idle] += part * costs_N[n]
+    return share_NW
+
+
+def _taker(
+    teachers: Sequence[Teacher],
+    partitioned: Sequence[int],
+    costs_N: Sequence[float],
+    share_NW: np.ndarray,
+    load_W: np.ndarray,
+    full: int,
+    room: float,
+) -> tuple[int, int] | None:
+    """(teacher, rank): which of the full rank's teachers the idlest rank can take rows of, the
+    costliest first; None where memory allows none."""
+    theirs = [n for n in partitioned if share_NW[n, full] > 0 and costs_N[n] > 0]
+    for idle in np.argsort(load_W, kind="stable"):
+        if load_W[idle] >= load_W.mean():
+            return None
+        held = sum(teachers[n].bytes for n in partitioned if share_NW[n, idle] > 0)
+        for n in sorted(theirs, key=lambda n: -share_NW[n, full] * costs_N[n]):
+            if share_NW[n, idle] > 0 or held + teachers[n].bytes <= room:
+                return n, int(idle)
+    return None
+
+
+def describe_shares(
+    teachers: Sequence[Teacher], placements: Sequence[str], share_NW: np.ndarray
+) -> str:
+    """One line: which ranks hold each partitioned teacher, and how much of its rows they own."""
+    told = []
+    for teacher, placement, share_W in zip(teachers, placements, share_NW, strict=True):
+        if placement == "partitioned":
+            parts = [f"{rank} ({share:.0%})" for rank, share in enumerate(share_W) if share > 0]
+            told.append(f"{teacher.name} on rank {', '.join(parts)}")
+    return f"partitioned: {'; '.join(told)}"
+
+
+def deal(share_W: np.ndarray, rows: int) -> np.ndarray:
+    """The rank of each of so many rows: every rank gets its share, spread evenly over them."""
+    exact_W = share_W * rows
+    count_W = np.floor(exact_W).astype(np.int64)
+    behind_W = np.argsort(count_W - exact_W, kind="stable")
+    count_W[behind_W[: rows - count_W.sum()]] += 1
+    rank_R = np.repeat(np.arange(len(share_W)), count_W)
+    place_R = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in count_W])
+    return np.asarray(rank_R[np.argsort(place_R, kind="stable")])
+
+
+def owners(request: Request, share_NW: np.ndarray) -> np.ndarray:
     """owner_NR: the rank that answers for each (teacher, example). The same on every rank."""
     rows_R = request.split.row_U[request.entries_R]
     by_length_R = np.argsort(request.split.tokens.lengths_B()[rows_R], kind="stable")
-    share_R = np.empty(len(rows_R), np.int64)
-    # dealt out by length, so that every rank gets as many long rows
-    share_R[by_length_R] = np.arange(len(rows_R)) % size
-    return np.stack(
-        [
-            np.full(len(rows_R), homes[n]) if placement == "partitioned" else share_R
-            for n, placement in enumerate(placements)
-        ]
-    )
+    owner_NR = np.empty((len(share_NW), len(rows_R)), np.int64)
+    for owner_R, share_W in zip(owner_NR, share_NW, strict=True):
+        # dealt out by length, so that every rank gets as many long rows
+        owner_R[by_length_R] = deal(share_W, len(rows_R))
+    return owner_NR
 
 
 def exchange(

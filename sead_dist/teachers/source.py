@@ -9,6 +9,7 @@ examples of one rank.
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,7 @@ class StoredSource:
         self,
         teachers: Sequence[Teacher],
         placements: Sequence[str],
-        homes: Sequence[int],
+        share_NW: np.ndarray,
         world: World,
         store: PredictionStore,
         task: str,
@@ -59,7 +60,7 @@ class StoredSource:
         heed: Callable[[str], None],
         follower: Follower | None = None,
     ) -> None:
-        self.teachers, self.placements, self.homes = teachers, placements, homes
+        self.teachers, self.placements, self.share_NW = teachers, placements, share_NW
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
         self.heed, self.follower = heed, follower
@@ -68,6 +69,8 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
+        # seconds in which requests were served: loading, computing, waiting for the other ranks
+        self.spent_s = 0.0
         threads = torch.get_num_threads()
         self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))
         on_gpu = world.device.type == "cuda"
@@ -109,11 +112,14 @@ class StoredSource:
 
     def _serve_aside(self, request: Request) -> TeacherLogits:
         """On a GPU loading, forwards and exchange are of one stream, beside the student's."""
+        began = time.perf_counter()
         with torch.cuda.stream(self.stream):
-            return self._serve(request)
+            answer = self._serve(request)
+        self.spent_s += time.perf_counter() - began
+        return answer
 
     def _serve(self, request: Request) -> TeacherLogits:
-        owner_NR = owners(request, self.placements, self.homes, self.world.size)
+        owner_NR = owners(request, self.share_NW)
         asked_NR = np.ones_like(owner_NR, bool) if request.asked_NR is None else request.asked_NR
         own_NR = asked_NR & (owner_NR == self.world.rank)
         for n, placement in enumerate(self.placements):

@@ -39,11 +39,13 @@ def ask(source, parts=PARTS):
 
 
 def every_placement(world, folders, root):
-    """{placement: (answers, (computed, read), teachers loaded on this rank)}."""
+    """{placement: (answers, (computed, read), teachers loaded, teachers of which it owns rows)},
+    of this rank."""
     teachers, found = roster(folders, world), {}
     for mix, placements in MIXES.items():
         source = make_source(teachers, root / mix / "st", root / mix / "run", world, placements)
-        found[mix] = (ask(source), source.counts(), set(source.models))
+        owned = set(np.flatnonzero(source.share_NW[:, world.rank]).tolist())
+        found[mix] = (ask(source), source.counts(), set(source.models), owned)
         source.close()
     return found
 
@@ -64,8 +66,12 @@ def test_invariant_08_every_pair_has_one_owner_and_all_ranks_receive_the_same_bi
                     np.testing.assert_array_equal(answer, wanted)
                 # each pair was computed once, by its owner
                 assert rank[mix][1] == (3 * 21, 0)
-        loaded = [rank["partitioned"][2] for rank in found]
-        assert sorted(n for some in loaded for n in some) == [0, 1, 2]
+        for rank in found:
+            assert rank["partitioned"][2] == rank["partitioned"][3]
+        # the one of three layers is the tail, and further ranks hold it too
+        holders = [sum(n in rank["partitioned"][2] for rank in found) for n in range(3)]
+        assert min(holders) == 1
+        assert (holders[2] > 1) == (size == 4)
 
 
 def with_own_store(world, folders, stores, placements, root):
@@ -98,7 +104,7 @@ def one_rank_fails(world, folders, root, harm):
     source = make_source(
         roster(folders, world), root / "st", root / "run", world, MIXES["partitioned"]
     )
-    (own,) = [n for n, home in enumerate(source.homes) if home == world.rank]
+    (own,) = np.flatnonzero(source.share_NW[:, world.rank])
     barrier(world)
     if world.rank == 1:
         if harm == "weights gone":

@@ -15,7 +15,15 @@ from sead_dist.errors import RunError
 from sead_dist.models import load_classifier
 from sead_dist.pretrained import locate
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.placement import choose_placements, home_ranks, owners
+from sead_dist.teachers.placement import (
+    UNEVEN,
+    choose_placements,
+    deal,
+    describe_shares,
+    least_free,
+    owners,
+    share_rows,
+)
 
 SPLIT = small_split(21)
 EVERY = np.arange(21)
@@ -41,10 +49,16 @@ def teachers(folders):
     return roster(folders)
 
 
+def of_size(teacher, *sizes):
+    """Teachers that take so many bytes each, named after their place."""
+    return [replace(teacher, bytes=size, name=f"t{n}") for n, size in enumerate(sizes)]
+
+
 def test_every_pair_has_one_owner_and_colocated_shares_are_equal():
-    placements = ["colocated", "partitioned", "colocated"]
     for size in (1, 2, 4):
-        owner_NR = owners(request(), placements, [0, size - 1, 0], size)
+        share_NW = np.full((3, size), 1 / size)
+        share_NW[1] = np.eye(size)[size - 1]
+        owner_NR = owners(request(), share_NW)
         assert owner_NR.shape == (3, 21)
         assert set(owner_NR[1]) == {size - 1}
         for n in (0, 2):
@@ -56,21 +70,85 @@ def test_every_pair_has_one_owner_and_colocated_shares_are_equal():
             assert max(sums) - min(sums) <= tokens.max() * 1.5
 
 
+def test_rows_are_dealt_by_share_and_evenly():
+    share_W = np.array([0.5, 0.0, 0.3, 0.2])
+    for rows in (0, 1, 7, 1000):
+        counts = np.bincount(deal(share_W, rows), minlength=4)
+        assert counts.sum() == rows
+        assert np.abs(counts - share_W * rows).max() < 1
+        assert counts[1] == 0
+    # any run of rows is dealt like the whole
+    counts = np.bincount(deal(share_W, 1000)[400:500], minlength=4)
+    assert np.abs(counts - 100 * share_W).max() <= 1
+
+
 def test_partitioned_teachers_go_costliest_first_to_the_least_loaded_rank(teachers):
-    assert sorted(t.parameters for t in teachers)[-1] == teachers[2].parameters
-    homes = home_ranks(teachers, ["partitioned"] * 3, 2)
-    assert homes[2] == 0
-    assert homes[0] == homes[1] == 1
-    assert home_ranks(teachers, ["colocated"] * 3, 2) == [0, 0, 0]
+    three = of_size(teachers[0], 10, 10, 10)
+    share_NW = share_rows(three, ["partitioned"] * 3, [1.0, 1.0, 2.0], 2, 1000)
+    assert share_NW.tolist() == [[0, 1], [0, 1], [1, 0]]
+    assert (share_rows(three, ["colocated"] * 3, [1.0, 1.0, 2.0], 2, 1000) == 0.5).all()
+
+
+# costs of the teachers, and how many ranks
+MIXES = [
+    ([9, 1, 1, 1], 4),
+    ([1], 4),
+    ([1, 1, 1], 2),
+    ([5, 4, 3, 3, 3], 2),
+    ([7] + [1] * 20, 8),
+    ([3, 2, 2], 5),
+    (list(range(1, 30)), 7),
+]
+
+
+@pytest.mark.parametrize(("costs_N", "size"), MIXES)
+def test_no_rank_has_more_than_a_twentieth_above_the_mean_where_memory_allows(
+    teachers, costs_N, size
+):
+    many = of_size(teachers[0], *[10] * len(costs_N))
+    placements = ["partitioned"] * len(many)
+    share_NW = share_rows(many, placements, costs_N, size, 10**6)
+    np.testing.assert_allclose(share_NW.sum(axis=1), 1)
+    assert share_NW.min() >= 0
+    load_W = np.asarray(costs_N) @ share_NW
+    ideal = sum(costs_N) / size
+    assert load_W.max() <= (1 + UNEVEN) * ideal + 1e-9
+    # as few as can be: each further holder of a teacher levels at least one rank
+    assert (share_NW > 0).sum() <= len(many) + size - 1
+    # and in rows, whatever the number asked for
+    rows = np.array([np.bincount(deal(share_W, 5000), minlength=size) for share_W in share_NW])
+    assert (np.asarray(costs_N) @ rows).max() / 5000 <= (1 + UNEVEN) * ideal + max(costs_N) / 500
+
+
+def test_a_teacher_is_split_only_over_ranks_that_have_room_for_it(teachers):
+    many = of_size(teachers[0], 100, 10, 10, 10)
+    costs_N = [9.0, 1.0, 1.0, 1.0]
+    placements = ["partitioned"] * 4
+    # half of 200 holds the large one alone, half of 240 it and two small ones
+    whole = share_rows(many, placements, costs_N, 4, 200)
+    assert ((whole == 0) | (whole == 1)).all()
+    split = share_rows(many, placements, costs_N, 4, 240)
+    assert (split[0] > 0).all()
+    # what every rank holds anyway leaves less room
+    common = [*of_size(teachers[0], 100, 10, 10, 10), *of_size(teachers[0], 15)]
+    held = share_rows(common, [*placements, "colocated"], [*costs_N, 1.0], 4, 240)
+    assert ((held[:4] == 0) | (held[:4] == 1)).all()
+
+
+def test_the_run_says_who_holds_what(teachers):
+    two = of_size(teachers[0], 10, 10)
+    share_NW = share_rows(two, ["partitioned"] * 2, [3.0, 1.0], 2, 1000)
+    line = describe_shares(two, ["partitioned"] * 2, share_NW)
+    assert line == "partitioned: t0 on rank 0 (67%), 1 (33%); t1 on rank 1 (100%)"
 
 
 def test_auto_is_colocated_where_teachers_fit_and_entries_have_the_last_word(teachers):
     own = teachers[1].entry.model_copy(update={"placement": "partitioned"})
     mixed = [teachers[0], replace(teachers[1], entry=own)]
-    placements, reason = choose_placements(mixed, "auto", ALONE)
+    placements, reason = choose_placements(mixed, "auto", 1, least_free(ALONE))
     assert placements == ["colocated", "partitioned"]
     assert "MiB are free" in reason
-    assert choose_placements(teachers, "partitioned", ALONE)[0] == ["partitioned"] * 3
+    assert choose_placements(teachers, "partitioned", 1, 0)[0] == ["partitioned"] * 3
 
 
 def test_answers_are_the_models_own_in_task_order(folders, teachers, tmp_path):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ALONE, edit_json, roster, save_teacher
+from small import edit_json, roster, save_teacher
 
 from sead_dist.errors import UserError
-from sead_dist.teachers import placement, sharded
+from sead_dist.teachers import sharded
 from sead_dist.teachers.placement import check_placements, choose_placements, held_bytes
 from sead_dist.teachers.sharded import check_shardable, empty_model
 
@@ -69,25 +69,23 @@ def test_offload_of_a_teacher_that_is_not_sharded_is_refused(folder):
             check_placements(teachers, [where])
 
 
-def test_auto_shards_what_does_not_fit_on_one_rank_of_a_mocked_two(folder, monkeypatch):
+def test_auto_shards_what_does_not_fit_on_one_rank_of_two(folder):
     small = roster([folder])[0]
     large, asked = (
         replace(small, bytes=1000),
         small.entry.model_copy(update={"placement": "colocated"}),
     )
     small = replace(small, bytes=100)
-    two = replace(ALONE, size=2)
-    # the ranks' free memory, gathered
+    # bytes free on the smallest rank
     for free, expected in (
         (4000, ["colocated", "colocated"]),
         (1600, ["sharded", "colocated"]),
         # half of the large one and the small one do not fit together into 550
         (1100, ["sharded", "partitioned"]),
     ):
-        monkeypatch.setattr(placement, "gather_objects", lambda _world, _mine, free=free: [free])
-        assert choose_placements([large, small], "auto", two)[0] == expected
-    assert choose_placements([large], "auto", ALONE)[0] == ["partitioned"]
+        assert choose_placements([large, small], "auto", 2, free)[0] == expected
+    assert choose_placements([large], "auto", 1, 1100)[0] == ["partitioned"]
     kept = replace(large, entry=asked)
-    assert choose_placements([kept], "auto", two)[0] == ["colocated"]
+    assert choose_placements([kept], "auto", 2, 1100)[0] == ["colocated"]
     assert held_bytes(1001, "sharded", 4) == 251
     assert held_bytes(1001, "partitioned", 4) == 1001

@@ -1,0 +1,280 @@
+"""What a run still has to do, and how long that takes at known rates.
+
+Shapes: N teachers, W ranks, R rows of one request to the teachers, B rows of the training split, S
+steps of an epoch, M micro-batches of a step, G rows of a global batch, U unique examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.checkpoint import TrainState
+from sead_dist.config import RunConfig
+from sead_dist.data import epoch_order, tokenize
+from sead_dist.distributed import from_main
+from sead_dist.examples import ExampleSet, entries, sample
+from sead_dist.parts import Parts
+from sead_dist.pretrained import fitting_length
+from sead_dist.rates import (
+    Rate,
+    default_rates,
+    remembered,
+    student_key,
+    teacher_key,
+    this_machine,
+)
+from sead_dist.splits import RunExamples
+from sead_dist.teachers.forward import cut_into_batches, padded_length, rows_per_batch
+from sead_dist.teachers.placement import deal
+from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.store import PredictionStore
+
+# rows whose tokens are counted; more of a split are taken to be like them
+SAMPLE = 4000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has before it. requests_N: for each teacher the tokens of the rows it has to
+    compute, one array for each request. lengths_SM: padded tokens of an epoch's micro-batches.
+    steps and examples: those still to be trained."""
+
+    requests_N: list[list[np.ndarray]]
+    lengths_SM: np.ndarray
+    steps: int
+    examples: int
+    micro_batch: int
+    choices: int
+
+    @property
+    def passes(self) -> int:
+        """Teacher forwards, counted in rows."""
+        return sum(len(rows) for requests in self.requests_N for rows in requests)
+
+
+def spread(lengths: np.ndarray, count: int) -> np.ndarray:
+    """So many lengths, distributed like these."""
+    places = (np.arange(count) + 0.5) / max(count, 1) * len(lengths)
+    return np.asarray(np.sort(lengths)[places.astype(np.int64)])
+
+
+def sampled_lengths(
+    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
+) -> np.ndarray:
+    return tokenize(tokenizer, sample(examples, SAMPLE, 0), max_length).lengths_B()
+
+
+def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
+    """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
+    chooses only after the examination, the costliest stands for the chosen."""
+    names = [teacher.name for teacher in teachers]
+    if config.ensemble == "single":
+        largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
+        chosen = largest if config.guide is None else names.index(config.guide)
+        return [float(n == chosen) for n in range(len(names))]
+    if config.ensemble == "random":
+        return [1 - (1 - 1 / len(names)) ** config.epochs] * len(names)
+    if config.ensemble == "routed" and train.routes_B is not None:
+        return [float((train.routes_B == n).mean()) for n in range(len(names))]
+    if config.ensemble == "fixed":
+        return [float(teacher.entry.weight > 0) for teacher in teachers]
+    return [1.0] * len(names)
+
+
+def make_work(
+    config: RunConfig,
+    task: str,
+    examples: RunExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    teachers: Sequence[Teacher],
+    store: PredictionStore | None,
+    done: int = 0,
+) -> Work:
+    """The work of a run that has `done` steps behind it. What the store holds is no work; None: it
+    holds nothing."""
+    train = examples.train
+    lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
+    order_SG = epoch_order(lengths_B, config.seed, 0, config.global_batch)
+    lengths_SG = np.where(order_SG >= 0, lengths_B[order_SG], lengths_B.min())
+    lengths_SM = lengths_SG.reshape(len(order_SG), -1, config.micro_batch).max(axis=2)
+    total = config.max_steps or config.epochs * len(order_SG)
+    in_time = min(1.0, total / len(order_SG))
+    shares_N = [share * in_time for share in asked_share(config, teachers, train)]
+    requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
+    counted: dict[tuple[str, int, str], np.ndarray] = {}
+    for split in (train, examples.selection, *examples.official.values()):
+        ids_U2, _ = entries(split.ids_B2)
+        for n, teacher in enumerate(teachers):
+            missing = len(ids_U2)
+            if store is not None:
+                accept_any = config.store.accept == "any"
+                table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
+                missing = int((~table.present_U).sum())
+            if split is train:
+                missing = round(missing * shares_N[n])
+            key = (teacher.tokenizer_hash, teacher.max_length, split.split)
+            if missing and key not in counted:
+                counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
+            parts = -(-missing // config.look_ahead)
+            sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
+            requests_N[n] += [spread(counted[key], size) for size in sizes]
+    left = max(0, total - done)
+    rows = round(left * len(train) / len(order_SG))
+    return Work(requests_N, lengths_SM, left, rows, config.micro_batch, train.choices)
+
+
+def store_bytes(work: Work, teachers: Sequence[Teacher]) -> int:
+    """What the passes add to the store: 4 bytes for each class of a prediction."""
+    return sum(
+        4 * teacher.key.classes * sum(map(len, requests))
+        for teacher, requests in zip(teachers, work.requests_N, strict=True)
+    )
+
+
+def batch_shapes(
+    teacher: Teacher, requests: Sequence[np.ndarray], device: str
+) -> tuple[list[int], list[int]]:
+    """(padded length, rows) of the batches into which these rows will be cut."""
+    lengths_P: list[int] = []
+    rows_P: list[int] = []
+    for tokens_R in requests:
+        for part, length in cut_into_batches(tokens_R, device, teacher.longest):
+            fixed = rows_per_batch(length, device)
+            free = fixed if teacher.free_rows is None else max(teacher.free_rows, len(part))
+            lengths_P.append(length)
+            rows_P.append(min(fixed, free))
+    return lengths_P, rows_P
+
+
+def teachers_seconds(
+    work: Work,
+    teachers: Sequence[Teacher],
+    rates_N: Sequence[Rate],
+    share_NW: np.ndarray,
+    device: str,
+) -> float:
+    """Seconds until the last rank has computed its share, loading included."""
+
+    def of_rank(rank: int) -> float:
+        spent = 0.0
+        for n, requests in enumerate(work.requests_N):
+            own = [rows[deal(share_NW[n], len(rows)) == rank] for rows in requests]
+            own = [rows for rows in own if len(rows)]
+            if own:
+                lengths_P, rows_P = batch_shapes(teachers[n], own, device)
+                batches_s = rates_N[n].seconds(lengths_P, work.choices * np.array(rows_P))
+                spent += rates_N[n].once_s + batches_s
+        return spent
+
+    size = share_NW.shape[1]
+    # equal shares are equal work
+    equal = bool((share_NW == 1 / size).all())
+    return max((of_rank(rank) for rank in range(1 if equal else size)), default=0.0)
+
+
+def training_seconds(work: Work, rate: Rate, size: int) -> float:
+    """Seconds of the student's steps: in every turn all ranks wait for the longest micro-batch.
+    What ranks send each other is not in it."""
+    steps, micro_batches = work.lengths_SM.shape
+    turns = -(-micro_batches // size)
+    lengths = np.full((steps, turns * size), work.lengths_SM.min())
+    lengths[:, :micro_batches] = work.lengths_SM
+    longest = lengths.reshape(-1, size).max(axis=1)
+    epoch_s = rate.seconds(longest, np.full(len(longest), work.micro_batch))
+    return work.steps * (epoch_s / int(steps) + rate.once_s)
+
+
+def bound(
+    work: Work,
+    teachers: Sequence[Teacher],
+    rates_N: Sequence[Rate],
+    rate: Rate,
+    size: int,
+    device: str,
+) -> float:
+    """The most examples/s that these rates allow on `size` ranks which teach and learn in turns:
+    size / (1 / student's rate + sum of 1 / teacher's rate), every batch full, every rank busy."""
+    spent = 0.0
+    for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
+        for tokens_R in requests:
+            padded_R = np.minimum(padded_length(tokens_R), max(teacher.longest, 2))
+            full_R = [rows_per_batch(int(length), device) for length in padded_R]
+            each_R = work.choices * teacher_rate.row_s(padded_R)
+            spent += float(np.sum(each_R + teacher_rate.batch_s / np.asarray(full_R)))
+    lengths = work.lengths_SM.reshape(-1)
+    epoch_s = rate.seconds(lengths, np.full(len(lengths), work.micro_batch))
+    spent += work.steps * epoch_s / len(work.lengths_SM)
+    return work.examples / max(spent / size + work.steps * rate.once_s, 1e-12)
+
+
+# a run and what was foreseen of it
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Seconds foreseen for this start of a run, and those it had been trained before."""
+
+    teachers_s: float
+    training_s: float
+    before_s: float
+
+
+def trained_seconds(state: TrainState) -> float:
+    """Seconds in the student's steps, without waiting for teachers."""
+    return state.totals.get("train_s", 0.0) - state.totals.get("wait_s", 0.0)
+
+
+def foresee(parts: Parts, state: TrainState) -> Outlook | None:
+    """What the rest of a run takes, where a plan has measured all of its parts on this machine;
+    else None. Every rank calls this."""
+    if parts.config.internals is not None or parts.config.pooled:
+        return None  # the guide's own forwards, and other processes', are not planned
+    seconds = from_main(parts.world, partial(_foresee, parts, state.step))
+    return None if seconds is None else Outlook(*seconds, trained_seconds(state))
+
+
+def _foresee(parts: Parts, done: int) -> tuple[float, float] | None:
+    found, machine = remembered(default_rates()), this_machine(parts.world.device)
+    module, config, source = parts.engine.module, parts.config, parts.source
+    rate = found.get(student_key(module, config, parts.task.kind, machine))
+    rates_N = [found.get(teacher_key(teacher, machine)) for teacher in parts.teachers]
+    known_N = [teacher_rate for teacher_rate in rates_N if teacher_rate is not None]
+    if rate is None or len(known_N) < len(rates_N):
+        return None
+    max_length = fitting_length(config.max_length, module.config)
+    store = None if source is None else source.store
+    work = make_work(
+        config, parts.task.name, parts.examples, parts.tokenizer, max_length, parts.teachers,
+        store, done,
+    )  # fmt: skip
+    share_NW = np.ones((0, 1)) if source is None else source.share_NW
+    device = parts.world.device.type
+    return (
+        teachers_seconds(work, parts.teachers, known_N, share_NW, device),
+        training_seconds(work, rate, parts.world.size),
+    )
+
+
+def compare(outlook: Outlook | None, parts: Parts, state: TrainState) -> dict[str, float] | None:
+    """What was foreseen beside what came: `planned` of run_summary.json."""
+    if outlook is None:
+        return None
+    teachers_s = 0.0 if parts.source is None else parts.source.spent_s
+    return {
+        "teachers_s": round(outlook.teachers_s, 3),
+        "training_s": round(outlook.training_s, 3),
+        "took_teachers_s": round(teachers_s, 3),
+        "took_training_s": round(trained_seconds(state) - outlook.before_s, 3),
+    }
+
+
+def describe(planned: Mapping[str, float]) -> str:
+    """The same in one line."""
+    return (
+        f"planned {planned['teachers_s']:.1f} s of teachers and {planned['training_s']:.1f} s of "
+        f"training; took {planned['took_teachers_s']:.1f} s and {planned['took_training_s']:.1f} s"
+    )

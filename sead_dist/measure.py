@@ -1,0 +1,182 @@
+"""Measuring rates on this machine, within a time that was set.
+
+Batches are of random tokens at a few lengths, models are the run's own. Each figure is the median
+of a few turns after one that is not counted.
+
+Shapes: R rows of a batch, L tokens, K measured lengths.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sead_dist.config import RunConfig
+from sead_dist.engine import build_optimizer
+from sead_dist.models import DTYPES, build_teacher
+from sead_dist.rates import STEP_FORWARDS, Rate, operations
+from sead_dist.teachers.forward import rows_per_batch
+from sead_dist.teachers.quantize import quantize
+from sead_dist.teachers.roster import Teacher
+
+# a batch's time is measured at the ends of these that hold the task's lengths, and between
+GRID = (8, 16, 32, 64, 128, 256, 512)
+TURNS = 3
+# a batch of so few rows shows what a batch costs whatever its rows
+FEW_ROWS = 4
+
+
+def grid(lengths: np.ndarray, most: int) -> list[int]:
+    """The lengths to measure for rows of these lengths, none over `most`."""
+    low = max((length for length in GRID if length <= lengths.min()), default=GRID[0])
+    high = min((length for length in GRID if length >= lengths.max()), default=GRID[-1])
+    return sorted({min(length, most) for length in GRID if low <= length <= high})
+
+
+class Stopwatch:
+    """Times batches until a moment on the monotonic clock, and passes over those that would not be
+    done by then; the first, which must be a small one, is always timed."""
+
+    def __init__(self, device: torch.device, until: float) -> None:
+        self.device, self.until = device, until
+        self.speed: float | None = None
+
+    def time(self, do: Callable[[], None], work: float) -> float | None:
+        """Median seconds of `do`, which does `work` operations; None where there is no time."""
+        left = self.until - time.monotonic()
+        expected = 0.0 if self.speed is None else work / self.speed
+        if self.speed is not None and expected * (TURNS + 1) > left:
+            return None
+        self._once(do)
+        taken = statistics.median(self._once(do) for _ in range(TURNS))
+        self.speed = max(work / taken, self.speed or 0.0)
+        return taken
+
+    def _once(self, do: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        do()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+
+def measure_batches(
+    watch: Stopwatch,
+    lengths_K: Sequence[int],
+    rows_of: Callable[[int], int],
+    batch: Callable[[int, int], Callable[[], None]],
+    work: Callable[[int], float],
+) -> tuple[tuple[int, ...], tuple[float, ...], float]:
+    """(measured lengths, seconds of a row at each, seconds of a batch apart from its rows).
+    batch(rows, length) gives what to time, work(length) the operations of a row. Where time is
+    short, batches have fewer rows, then the longest lengths are left out."""
+    first = lengths_K[0]
+    few = min(FEW_ROWS, rows_of(first))
+    few_s = watch.time(batch(few, first), few * work(first))
+    assert few_s is not None
+    measured: dict[int, tuple[int, float]] = {}
+    for length in lengths_K:
+        rows = rows_of(length)
+        taken = watch.time(batch(rows, length), rows * work(length))
+        while taken is None and rows > few:
+            rows = max(few, rows // 4)
+            taken = watch.time(batch(rows, length), rows * work(length))
+        if taken is None:
+            break
+        measured[length] = (rows, taken)
+    rows, taken = measured.setdefault(first, (few, few_s))
+    batch_s = (few_s * rows - taken * few) / (rows - few) if rows > few else 0.0
+    # a hiccup in one of the two must not make rows free
+    batch_s = min(max(0.0, batch_s), 0.9 * min(taken for _, taken in measured.values()))
+    row_s_K = tuple((taken - batch_s) / rows for rows, taken in measured.values())
+    return tuple(measured), row_s_K, batch_s
+
+
+def random_inputs(
+    model: PreTrainedModel, rows: int, length: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Inputs [R, L] of random words; the last row is one token long, as in a teacher's batch."""
+    words = int(getattr(model.config, "vocab_size", 100))
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    mask[-1, 1:] = 0
+    ids = torch.randint(min(3, words - 1), words, (rows, length))
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def measure_teacher(
+    teacher: Teacher,
+    device: torch.device,
+    trust_remote_code: bool,
+    lengths_K: Sequence[int],
+    until: float,
+) -> Rate:
+    """The rate of a teacher's forward, loaded as a run loads it.
+
+    Raises UserError where its weights cannot be read.
+    """
+    began = time.perf_counter()
+    model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
+    if teacher.entry.weights is not None:
+        quantize(model)
+    load_s = time.perf_counter() - began
+
+    def batch(rows: int, length: int) -> Callable[[], None]:
+        inputs = random_inputs(model, rows, length, device)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            model(**inputs).logits.float().cpu()
+
+        return forward
+
+    found = measure_batches(
+        Stopwatch(device, until),
+        lengths_K,
+        lambda length: rows_per_batch(length, device.type),
+        batch,
+        lambda length: operations(model.config, length, trust_remote_code),
+    )
+    return Rate(*found, once_s=load_s)
+
+
+def measure_student(
+    model: PreTrainedModel,
+    config: RunConfig,
+    device: torch.device,
+    choices: int,
+    lengths_K: Sequence[int],
+    until: float,
+) -> Rate:
+    """The rate of the student's step on micro-batches of config.micro_batch examples, as one
+    process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
+    model = model.to(device).train()
+    optimizer = build_optimizer(model, config)
+    mixed = config.precision != "fp32"
+
+    def batch(rows: int, length: int) -> Callable[[], None]:
+        inputs = random_inputs(model, rows * choices, length, device)
+
+        def learn() -> None:
+            dtype = DTYPES[config.precision]
+            with torch.autocast(device.type, dtype) if mixed else nullcontext():
+                logits = model(**inputs).logits
+            logits.float().square().mean().backward()
+
+        return learn
+
+    def step() -> None:
+        if config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+    def work(length: int) -> float:
+        return STEP_FORWARDS * choices * operations(model.config, length)
+
+    watch = Stopwatch(device, until)
+    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
+    step_s = watch.time(step, 0.0)
+    return Rate(*found, once_s=step_s or 0.0)

@@ -1,0 +1,227 @@
+"""The rates that a plan goes by: given in a file, remembered, measured now, or scaled.
+
+Shapes: N teachers.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sead_dist.config import Precision, RunConfig, Section
+from sead_dist.distributed import World, from_main, gather_objects
+from sead_dist.errors import UserError
+from sead_dist.forecast import Work
+from sead_dist.measure import GRID, grid, measure_student, measure_teacher
+from sead_dist.rates import (
+    COST_TOKENS,
+    STEP_FORWARDS,
+    Rate,
+    default_rates,
+    operations,
+    remember,
+    remembered,
+    scaled_rate,
+    student_key,
+    teacher_key,
+    this_machine,
+)
+from sead_dist.tasks import TaskSpec
+from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
+from sead_dist.teachers.roster import Teacher
+from sead_dist.yamltext import parse_yaml
+
+# of a plan, for measuring
+BUDGET_S = 30.0
+# bytes of weights that are read into a model in a second, at least
+LOAD_PER_S = 200 * 2**20
+
+Speed = Annotated[float, Field(gt=0)]
+
+
+class GivenRates(Section):
+    """Rates of other hardware, from a file of --rates. forward and training: operations (additions
+    and multiplications) per second that a teacher's forward and the student's step reach there, by
+    the numbers they compute in; link: bytes per second that a rank receives from the others."""
+
+    hardware: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    forward: dict[Precision, Speed]
+    training: dict[Precision, Speed]
+    link: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """hardware: what they hold for; link: bytes a rank receives in a second, where known."""
+
+    hardware: str
+    device: str
+    student: Rate
+    teachers_N: list[Rate]
+    link: float | None = None
+
+
+def read_given(path: Path) -> GivenRates:
+    """The file of --rates. Raises UserError where it is not as GivenRates says."""
+    try:
+        fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--rates {path} cannot be read ({error}); give a YAML or JSON file"
+        ) from None
+    known = ", ".join(GivenRates.model_fields)
+    if not isinstance(fields, dict):
+        raise UserError(f"--rates {path} holds no keys; give {known}")
+    try:
+        return GivenRates.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "extra_forbidden":
+            reason = "there is no such key"
+        raise UserError(f"--rates {path}: {key}: {reason}; its keys are {known}") from None
+
+
+def given_rates(
+    given: GivenRates,
+    path: Path,
+    config: RunConfig,
+    student: PreTrainedModel,
+    choices: int,
+    teachers: Sequence[Teacher],
+) -> Rates:
+    """Every rate scaled by operations from what the file says. Raises UserError where it says
+    nothing of numbers that the run computes in."""
+
+    def speed(kind: str, dtype: str) -> float:
+        speeds: dict[Precision, float] = getattr(given, kind)
+        for name, reached in speeds.items():
+            if name == dtype:
+                return reached
+        raise UserError(f"--rates {path}: {kind} has no {dtype}, which the run computes in; add it")
+
+    def by_length(model_config: PretrainedConfig, reached: float, times: int) -> Rate:
+        works = [times * operations(model_config, at, config.trust_remote_code) for at in GRID]
+        return Rate(GRID, tuple(work / reached for work in works), 0.0, 0.0, scaled=True)
+
+    step = speed("training", config.precision)
+    return Rates(
+        given.hardware,
+        given.device,
+        by_length(student.config, step, STEP_FORWARDS * choices),
+        [by_length(t.config, speed("forward", t.dtype), 1) for t in teachers],
+        given.link,
+    )
+
+
+def own_rates(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    student: PreTrainedModel,
+    teachers: Sequence[Teacher],
+    work: Work,
+    fresh: bool,
+) -> Rates:
+    """This machine's rates: remembered ones that reach to the task's lengths, the others measured
+    within BUDGET_S, and what that did not allow scaled. Every rank calls this, and all measure at
+    the same time: a figure is the slowest rank's."""
+    machine, path = this_machine(world.device), default_rates()
+    found = from_main(world, lambda: {} if fresh else remembered(path))
+    own_key = student_key(student, config, task.kind, machine)
+    keys_N = [teacher_key(teacher, machine) for teacher in teachers]
+    own_K = grid(work.lengths_SM, config.max_length)
+    grids_N = [grid(work.lengths_SM, min(config.max_length, t.max_length)) for t in teachers]
+    # one of each shape; the quickest first, so that something is known to scale the others from
+    kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
+    todo = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
+    todo.sort(key=lambda n: teachers[n].parameters)
+    mine: dict[str, Rate] = {}
+    began = time.monotonic()
+    if not _reaches(found.get(own_key), own_K):
+        until = began + BUDGET_S / (1 + len(todo))
+        mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
+    for place, n in enumerate(todo):
+        now = time.monotonic()
+        until = now + (began + BUDGET_S - now) / (len(todo) - place)
+        if _can_be_loaded(teachers[n], world.device, until - now):
+            mine[keys_N[n]] = measure_teacher(
+                teachers[n], world.device, config.trust_remote_code, grids_N[n], until
+            )
+    measured = _slowest(gather_objects(world, mine))
+    if world.is_main and measured:
+        remember(path, measured)
+    known = {**found, **measured}
+    known_N = [known.get(key) for key in keys_N]
+    rates_N = fill(config, student, known[own_key], work.choices, teachers, known_N)
+    return Rates(
+        machine.device,
+        world.device.type,
+        _marked(known[own_key], own_K),
+        [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, grids_N, strict=True)],
+    )
+
+
+def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:
+    return rate is not None and rate.lengths_K[-1] >= lengths_K[-1]
+
+
+def _marked(rate: Rate, lengths_K: Sequence[int]) -> Rate:
+    """What was not measured up to the task's longest is scaled beyond."""
+    return rate if _reaches(rate, lengths_K) else replace(rate, scaled=True)
+
+
+def _can_be_loaded(teacher: Teacher, device: torch.device, seconds: float) -> bool:
+    room = TEACHER_SHARE * free_bytes(device)
+    return teacher.bytes <= min(room, seconds * LOAD_PER_S)
+
+
+def _slowest(everyone: Sequence[dict[str, Rate]]) -> dict[str, Rate]:
+    """Of what all ranks have measured, the slowest."""
+    shared = set(everyone[0]).intersection(*everyone)
+    return {
+        key: max((mine[key] for mine in everyone), key=lambda rate: rate.row_s_K[0])
+        for key in sorted(shared)
+    }
+
+
+def fill(
+    config: RunConfig,
+    student: PreTrainedModel,
+    student_rate: Rate,
+    choices: int,
+    teachers: Sequence[Teacher],
+    known_N: Sequence[Rate | None],
+) -> list[Rate]:
+    """Every teacher's rate: what is not known is scaled by operations from the teacher nearest to
+    it of those that are, if possible of the same numbers; where there is none, from the student's
+    step."""
+    trust = config.trust_remote_code
+    works_N = [operations(t.config, COST_TOKENS, trust) for t in teachers]
+    step = STEP_FORWARDS * choices * operations(student.config, COST_TOKENS, trust)
+
+    def scaled(n: int) -> Rate:
+        near = [
+            (
+                teachers[m].dtype != teachers[n].dtype,
+                abs(math.log(works_N[n] / works_N[m])),
+                m,
+                rate,
+            )
+            for m, rate in enumerate(known_N)
+            if rate is not None
+        ]
+        if not near:
+            return scaled_rate(student_rate, works_N[n] / step)
+        _, _, m, rate = min(near, key=lambda one: one[:3])
+        return scaled_rate(rate, works_N[n] / works_N[m])
+
+    return [rate if rate is not None else scaled(n) for n, rate in enumerate(known_N)]

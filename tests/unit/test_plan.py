@@ -1,0 +1,275 @@
+"""`sead-dist plan`: what it prints and writes, what it remembers, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from small import (
+    ALONE,
+    CPU,
+    config,
+    roster,
+    save_teacher,
+    student_shape,
+    words,
+    write_task,
+)
+from transformers import AutoConfig
+
+from sead_dist import planrates
+from sead_dist.configfiles import load_config
+from sead_dist.errors import UserError
+from sead_dist.memory import bytes_at_work, student_bytes, teacher_bytes
+from sead_dist.models import outline
+from sead_dist.plan import plan
+from sead_dist.rates import default_rates, remembered, teacher_key, this_machine
+from sead_dist.recipes import distill
+from sead_dist.teachers.placement import share_rows
+from sead_dist.yamltext import parse_yaml
+
+SIZES = {
+    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """The built-in task, a teacher of one layer and one of three, and a student's shape."""
+    root = tmp_path_factory.mktemp("plan")
+    data = write_task(root / "data")
+    teachers = [save_teacher(root / "a"), save_teacher(root / "b", seed=1, num_hidden_layers=3)]
+    student_shape(data)
+    return data, teachers
+
+
+@pytest.fixture
+def rates(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAD_DIST_RATES", str(tmp_path / "rates.json"))
+    return tmp_path / "rates.json"
+
+
+def planned(task, tmp_path, ranks=None, gpu_memory=None, given=None, fresh=False, **changes):
+    """The plan's JSON."""
+    data, teachers = task
+    run = load_config(words(data, teachers, tmp_path / "run", **changes))
+    plan(run, ALONE, ranks, gpu_memory, given, fresh, tmp_path / "plan.json")
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_a_plan_has_passes_store_times_and_the_choice_and_writes_no_run(
+    task, tmp_path, rates, capsys
+):
+    found = planned(task, tmp_path, ranks=2)
+    # 60 rows of train and selection, 20 of dev, two teachers, two classes of 4 bytes
+    assert found["teacher_forwards"] == 2 * 80
+    assert found["store_bytes"] == 2 * 80 * 8
+    assert found["steps"] == 7
+    assert [one["placement"] for one in found["placements"]] == [
+        "colocated",
+        "partitioned",
+        "sharded",
+    ]
+    for one in found["placements"]:
+        assert one["teachers_s"] > 0
+        assert one["seconds"] == pytest.approx(one["teachers_s"] + one["training_s"])
+        assert 0 < one["examples_per_second"] < one["bound"]
+    colocated, partitioned, sharded = found["placements"]
+    assert partitioned["teacher_bytes"] <= colocated["teacher_bytes"]
+    assert sharded["at_least"]
+    assert found["auto"] == ["colocated", "colocated"]
+    said = capsys.readouterr().out
+    assert f"auto takes {found['reason']}" in said
+    assert "pool: teachers in jobs of their own" in said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_was_measured_is_remembered_and_measured_anew_only_when_asked(
+    task, tmp_path, rates, monkeypatch
+):
+    planned(task, tmp_path)
+    before = rates.read_bytes()
+    assert len(remembered(rates)) == 3
+
+    def measured(*_args):
+        raise AssertionError("it measures again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planrates, "measure_teacher", measured)
+        patch.setattr(planrates, "measure_student", measured)
+        planned(task, tmp_path)
+    assert rates.read_bytes() == before
+    planned(task, tmp_path, fresh=True)
+    assert rates.read_bytes() != before
+
+
+def test_what_time_does_not_allow_is_scaled_marked_and_not_remembered(
+    task, tmp_path, rates, monkeypatch, capsys
+):
+    monkeypatch.setattr(planrates, "LOAD_PER_S", 0)
+    found = planned(task, tmp_path)
+    assert [one["scaled"] for one in found["rates"]] == [False, True, True]
+    assert len(remembered(rates)) == 1
+    assert capsys.readouterr().out.count("scaled") == 2
+    # a teacher of three layers does nearly three times as much as one of one layer
+    small, large = (one["examples_per_second"] for one in found["rates"][1:])
+    assert 2 < small / large < 3
+
+
+def test_measuring_ends_with_its_time(task, tmp_path, rates, monkeypatch):
+    monkeypatch.setattr(planrates, "BUDGET_S", 0.0)
+    found = planned(task, tmp_path)
+    assert len(found["rates"]) == 3
+    assert any(one["scaled"] for one in found["rates"])
+
+
+def test_a_warm_store_costs_nothing(task, tmp_path, rates, capsys):
+    data, teachers = task
+    distill(load_config(words(data, teachers, tmp_path / "other")), ALONE, show_table=False)
+    found = planned(task, tmp_path)
+    assert found["teacher_forwards"] == 0
+    assert [one["teachers_s"] for one in found["placements"]] == [0, 0, 0]
+    assert "the store holds every prediction" in capsys.readouterr().out
+
+
+def test_a_run_without_teachers_is_planned_too(task, tmp_path, rates):
+    found = planned(task, tmp_path, method="finetune")
+    assert found["teacher_forwards"] == 0
+    assert len(found["rates"]) == 1
+
+
+GIVEN = """
+hardware: another machine
+forward: {fp32: 2.0e+9}
+training: {fp32: 1.0e+9}
+link: 1.0e+9
+"""
+
+
+def test_rates_of_other_hardware_are_scaled_by_operations(task, tmp_path, rates):
+    path = tmp_path / "given.yaml"
+    path.write_text(GIVEN)
+    slow = planned(task, tmp_path, ranks=2, given=path)
+    assert slow["hardware"] == "another machine"
+    assert all(one["scaled"] for one in slow["rates"])
+    assert not slow["placements"][2]["at_least"]
+    assert not rates.exists()
+    path.write_text(json.dumps({**parse_yaml(GIVEN, "here"), "training": {"fp32": 4e9}}))
+    quick = planned(task, tmp_path, ranks=2, given=path)
+    ratio = slow["placements"][0]["training_s"] / quick["placements"][0]["training_s"]
+    assert ratio == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hardware: x\nforwards: {fp32: 1.0}", "forward: field required; its keys are hardware"),
+        (GIVEN + "speed: 3", "speed: there is no such key; its keys are hardware, device, forward"),
+        (GIVEN.replace("2.0e+9", "-1"), "forward.fp32: input should be greater than 0"),
+        (GIVEN.replace("{fp32: 2.0e+9}", "{bf16: 2.0e+9}"), "forward has no fp32, which the run"),
+        (GIVEN.replace("2.0e+9}", "2.0e+9"), "is not valid YAML"),
+        ("- 1", "holds no keys"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_rates_is_refused_in_one_line(task, tmp_path, rates, text, said):
+    path = tmp_path / "given.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        planned(task, tmp_path, given=path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gpu_memory": "24"}, "--gpu-memory '24' is not a number with a unit"),
+        ({"gpu_memory": "1kB"}, "the student's training state alone takes"),
+        ({"ranks": 0}, "--ranks 0 must be at least 1"),
+        ({"encoders": "[L6-H256-A8]"}, "plan is for distill"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(task, tmp_path, rates, changes, said):
+    with pytest.raises(UserError) as caught:
+        planned(task, tmp_path, **changes)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_given_memory_decides_the_choice_and_what_fits(task, tmp_path, rates):
+    _, teachers = task
+    small, large = roster(teachers)
+    parts = planned(task, tmp_path, ranks=2)["placements"][0]
+    assert parts["teacher_bytes"] == small.bytes + large.bytes
+    both = planned(task, tmp_path, ranks=2, gpu_memory="1GB")
+    assert both["auto"] == ["colocated", "colocated"]
+    assert all(one["fits"] for one in both["placements"])
+    # half of it holds the large one, not both
+    size = 2 * large.bytes + small.bytes
+    one = planned(task, tmp_path, ranks=2, gpu_memory=f"{size}B")
+    assert one["auto"] == ["partitioned", "partitioned"]
+
+
+def test_the_students_bytes_are_those_of_the_table():
+    student = AutoConfig.for_model("bert", **SIZES)
+    parameters = sum(p.numel() for p in outline(student).parameters())
+    for stage, each in ((None, 16), ("zero1", 9.5), ("zero2", 6), ("zero3", 2.5)):
+        given = config(global_batch=16, **({} if stage is None else {"deepspeed": stage}))
+        assert student_bytes(student, given, 8) == pytest.approx(each * parameters, rel=1e-6)
+    assert student_bytes(student, config(optimizer="sgd"), 1) == 8 * parameters
+    # on its GPU an offloaded student leaves its parameters, or the layers at work
+    given = config(global_batch=16, deepspeed="zero2_offload")
+    assert student_bytes(student, given, 8) == 4 * parameters
+    given = config(global_batch=16, deepspeed="zero3_offload")
+    assert student_bytes(student, given, 8) == bytes_at_work(student, "fp32", False)
+
+
+def test_the_teachers_bytes_are_of_the_rank_that_holds_most(task):
+    _, folders = task
+    small, large = roster(folders)
+    whole = small.bytes + large.bytes
+    for placement, expected in (
+        ("colocated", whole),
+        ("partitioned", large.bytes),
+        (
+            "sharded",
+            -(-small.bytes // 2)
+            - (-large.bytes // 2)
+            + max(bytes_at_work(t.config, "fp32", False) for t in (small, large)),
+        ),
+    ):
+        placements = [placement] * 2
+        # no room to split a teacher
+        share_NW = share_rows([small, large], placements, [1.0, 2.0], 2, 0)
+        assert teacher_bytes([small, large], placements, share_NW, False) == expected
+    assert teacher_bytes([], [], np.ones((0, 2)), False) == 0
+
+
+def test_a_run_says_what_was_planned_beside_what_it_took(task, tmp_path, rates, capsys):
+    data, teachers = task
+    given = load_config(words(data, teachers, tmp_path / "before"))
+    distill(given, ALONE, show_table=False)
+    assert json.loads((tmp_path / "before" / "run_summary.json").read_text())["planned"] is None
+    foreseen = planned(task, tmp_path, store=tmp_path / "new")["placements"][0]
+    capsys.readouterr()
+    run = words(data, teachers, tmp_path / "after", tmp_path / "new")
+    distill(load_config(run), ALONE, show_table=False)
+    summary = json.loads((tmp_path / "after" / "run_summary.json").read_text())
+    told = summary["planned"]
+    assert told["teachers_s"] == pytest.approx(foreseen["teachers_s"], abs=0.002)
+    assert told["training_s"] == pytest.approx(foreseen["training_s"], abs=0.002)
+    trained_s = summary["train_s"] - summary["teacher_wait_s"]
+    assert told["took_training_s"] == pytest.approx(trained_s, abs=0.002)
+    assert told["took_teachers_s"] >= summary["teacher_wait_s"] > 0
+    said = capsys.readouterr().out
+    assert f"planned {told['teachers_s']:.1f} s of teachers and" in said
+
+
+def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
+    planned(task, tmp_path)
+    machine = this_machine(CPU)
+    known = remembered(default_rates())
+    for teacher in roster(task[1]):
+        assert teacher_key(teacher, machine) in known
