@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import sead_dist
-from sead_dist.teachers.blocks import unique_ids
+from sead_dist.teachers.ids import unique_ids
 from sead_dist.teachers.store import PredictionStore, Table, TeacherKey
 
 EXACT = '{"device":"cpu","dtype":"float32"}'
