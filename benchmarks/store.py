@@ -10,6 +10,7 @@ batches, at most 1.3 x (16 bytes an example + 4 x C bytes an example and teacher
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -84,9 +85,9 @@ def memory_mb(field: str) -> float:
 def build(store: Path, ids: Path, teachers: int, classes: int) -> Seconds:
     """Write all rows of all teachers in an order that says nothing, block by block."""
     taken: Seconds = {}
-    ids_U2 = np.load(ids)
+    ids_U2 = np.load(ids, mmap_mode="r")
     block = max(LEAST_BLOCK, len(ids_U2) // MOST_BLOCKS)
-    order_U = np.random.default_rng(0).permutation(len(ids_U2))
+    order_U = np.random.default_rng(0).permutation(np.arange(len(ids_U2), dtype=np.int32))
     for teacher in range(teachers):
         rows = open_table(store, ids_U2, teacher, classes)
         for start in range(0, len(ids_U2), block):
@@ -319,9 +320,10 @@ def main() -> None:
         args.rows = [20_000]
     set_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        cases = [
-            measure(Path(work), rows, args.teachers, args.classes) for rows in sorted(args.rows)
-        ]
+        cases = []
+        for rows in sorted(args.rows):
+            cases.append(measure(Path(work), rows, args.teachers, args.classes))
+            print(json.dumps(cases[-1]), flush=True)
     text = report(cases)
     write_result("store", "The store of predictions, by size", text, {"cases": cases}, args)
 
