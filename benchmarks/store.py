@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from outcome_file import RESULTS, set_threads, table, write_result
 
-from sead_dist.teachers.store import PredictionStore, Table, TeacherKey
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.table import Table, TeacherKey
 from sead_dist.teachers.upkeep import compact
 
 OPEN_S, READS_PER_S, SIZE = 2.0, 2e6, 1.3

@@ -14,8 +14,6 @@ from sead_dist.teachers.blockreader import BlockReader
 from sead_dist.teachers.ids import Ints
 from sead_dist.teachers.table import Table, TeacherKey
 
-__all__ = ["PredictionStore", "Table", "TeacherKey"]
-
 
 class PredictionStore:
     """The store in `folder`, made where missing; `report` receives one-line notices.

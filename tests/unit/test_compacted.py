@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,8 +145,8 @@ def test_rows_of_the_exact_class_come_before_a_compacted_block_of_another(tmp_pa
     ids, exact, other = make_ids(400), make_key(1, EXACT), make_key(1, OTHER)
     entries = some(300, 400, 1)
     open_table(tmp_path, ids, other)[0].write(entries, np.full((300, 3), 9.0))
-    fill(tmp_path, ids, exact, entries=np.arange(30))
     compact(tmp_path)
+    fill(tmp_path, ids, exact, entries=np.arange(30))
     found, present = open_table(tmp_path, ids, exact, accept_any=True)[0].lookup(np.arange(400))
     np.testing.assert_array_equal(found[:30], logits_of(ids[:30], exact))
     assert (found[30:][present[30:]] == 9).all()
@@ -394,3 +396,30 @@ except RunError as error:
     assert os.listdir(tmp_path / "tmp") == []
     assert blocks_of(tmp_path) == before
     check_reads(tmp_path, ids, key)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux"
+)
+def test_a_compact_on_a_really_full_disk_is_one_line_too(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk here")
+    code = """
+from sead_dist.errors import RunError
+from sead_dist.teachers.upkeep import compact
+try:
+    compact(Path(sys.argv[1]))
+except RunError as error:
+    print(error)
+"""
+    try:
+        ids, key = make_ids(4000), make_key()
+        for part in np.array_split(np.arange(4000), 2):
+            fill(tmp_path, ids, key, entries=part)
+        # room would be promised to a mapped file, and the process killed when it uses it
+        out = finish(start(code, tmp_path))
+        assert "No space left on device" in out
+        check_reads(tmp_path, ids, key)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -29,7 +29,8 @@ from store_world import (
 from sead_dist.errors import RunError, UserError
 from sead_dist.teachers import tensorfile
 from sead_dist.teachers.ids import positions, unique_ids
-from sead_dist.teachers.store import PredictionStore, TeacherKey
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.table import TeacherKey
 from sead_dist.teachers.upkeep import verify
 
 
