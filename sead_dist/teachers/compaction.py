@@ -146,13 +146,16 @@ def _compact_split(
 def _look_at(
     layout: Layout, folder: str, paths: list[Path], keys: dict[str, Ints], bad: list[Bad]
 ) -> _Teacher:
-    """What one teacher holds, every block checked; bad ones go to quarantine/."""
+    """What one teacher holds, checked; bad blocks go to quarantine/.
+
+    The rows of a compacted block that is the only one are left alone.
+    """
     parts: list[Part] = []
     masks: dict[str, Bools] = {}
     classes = 0
     for path in paths:
         try:
-            block = read_value_block(path, "all")
+            block = read_value_block(path, "touched" if len(paths) == 1 else "all")
             if block.keys not in keys:
                 keys[block.keys] = read_key_block(layout.key_path(block.keys))
             check_num_keys(block, len(keys[block.keys]))
