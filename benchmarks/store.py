@@ -263,6 +263,10 @@ def report(cases: list[dict[str, Any]]) -> str:
         line("memory of its own at most, MB", megabytes("compact", "compact_mb")),
         line("**after:** bytes an example", lambda case: f"{case['bytes'] / case['rows']:.2f}"),
         line("times what it must be", lambda case: f"{case['bytes'] / case['rows'] / need:.3f}"),
+        line(
+            "share of the files in the page cache, cold and hot",
+            lambda case: f"{case['cold_share_cached']:.2f}, {case['hot_share_cached']:.2f}",
+        ),
         line("open, cold, s", seconds("cold", "open")),
         line("open, hot, s", seconds("hot", "open")),
         line("memory of its own when open, MB", megabytes("hot", "open_mb")),
@@ -294,7 +298,7 @@ def report(cases: list[dict[str, Any]]) -> str:
     goals = [[what, got, goal, "yes" if ok else "no"] for what, got, goal, ok in reached]
     return "\n\n".join(
         [
-            f"{__doc__.strip()}\n\n{teachers} teachers, {classes} classes; batches of {BATCH:,} "
+            f"{__doc__.strip()}\n\nTeachers: {teachers}, classes: {classes}; batches of {BATCH:,} "
             f"rows, {READS:,} rows a measurement. In brackets: by the time that the process had a "
             "processor, which other work on the machine does not lengthen.",
             table(columns, lines),
@@ -325,8 +329,8 @@ def main() -> None:
         for rows in sorted(args.rows):
             cases.append(measure(Path(work), rows, args.teachers, args.classes))
             print(json.dumps(cases[-1]), flush=True)
-    text = report(cases)
-    write_result("store", "The store of predictions, by size", text, {"cases": cases}, args)
+    name = "_".join(["store", *(f"{case['rows'] // 10**6}m" for case in cases)])
+    write_result(name, "The store of predictions, by size", report(cases), {"cases": cases}, args)
 
 
 if __name__ == "__main__":
