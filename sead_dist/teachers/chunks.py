@@ -13,8 +13,8 @@ import numpy as np
 
 from sead_dist.data import BatchStream, Split
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.blocks import digest
-from sead_dist.teachers.store import TeacherKey
+from sead_dist.teachers.table import TeacherKey
+from sead_dist.teachers.tensorfile import digest
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from sead_dist.errors import RunError
 from sead_dist.teachers.layout import Layout
-from sead_dist.teachers.store import Table, TeacherKey
+from sead_dist.teachers.table import Table, TeacherKey
 
 # seconds between two looks at the store: doubled up to the most while nothing comes
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0

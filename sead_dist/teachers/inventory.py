@@ -1,6 +1,6 @@
 """What lies in a store, as upkeep sees it: blocks by headers, groups, counts of rows.
 
-M rows of a value block, C classes. A group is what one teacher folder holds of one task and split.
+K ids of a key block. A group is what one teacher folder holds of one task and split.
 """
 
 from collections import defaultdict
@@ -12,15 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from sead_dist.errors import RunError, UserError
-from sead_dist.teachers.blocks import (
-    BadBlockError,
-    Ints,
-    ValueBlock,
-    read_key_block,
-    read_value_block,
-    unique_ids,
-)
+from sead_dist.teachers.blocks import Check, ValueBlock, read_value_block
+from sead_dist.teachers.ids import Bools, union
+from sead_dist.teachers.keyblocks import read_key_block
 from sead_dist.teachers.layout import BLOCK_SUFFIX, BusyError, Layout, explain, unreadable
+from sead_dist.teachers.tensorfile import BadBlockError
 
 Group = tuple[str, str, str]
 
@@ -73,7 +69,7 @@ def alone(layout: Layout) -> Iterator[None]:
 
 
 def scan(
-    layout: Layout, *, check: bool, folder: str = "*"
+    layout: Layout, check: Check, folder: str = "*"
 ) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
     """Every value block, or what is wrong with it; those that vanish meanwhile are left out.
 
@@ -81,7 +77,7 @@ def scan(
     """
     for path in sorted(layout.values.glob(f"{folder}/*{BLOCK_SUFFIX}")):
         try:
-            yield path, read_value_block(path, check=check)
+            yield path, read_value_block(path, check)
         except FileNotFoundError:
             continue
         except BadBlockError as error:
@@ -92,14 +88,9 @@ def scan(
 
 def headers(layout: Layout) -> list[ValueBlock]:
     """Every value block with a readable header; without logits, which would fill the memory."""
-    found = (block for _, block in scan(layout, check=False) if isinstance(block, ValueBlock))
+    found = (block for _, block in scan(layout, "header") if isinstance(block, ValueBlock))
     return [
-        replace(
-            block,
-            logits_MC=np.empty((0, block.logits_MC.shape[1]), np.float32),
-            rows_M=None if block.rows_M is None else block.rows_M.copy(),
-        )
-        for block in found
+        replace(block, covers=block.covers.copy(), logits=block.logits.empty()) for block in found
     ]
 
 
@@ -133,18 +124,21 @@ def _row(layout: Layout, blocks: list[ValueBlock]) -> Row:
 
 
 def _count_unique(layout: Layout, blocks: list[ValueBlock]) -> int:
-    rows_by_keys: dict[str, list[Ints]] = defaultdict(list)
+    if len(blocks) == 1:
+        return blocks[0].covers.num_rows
+    masks: dict[tuple[str, int], Bools] = {}
     for block in blocks:
-        rows = np.arange(block.num_keys) if block.rows_M is None else block.rows_M
-        rows_by_keys[block.keys].append(rows.astype(np.int64))
-    unique = {keys: np.unique(np.concatenate(rows)) for keys, rows in rows_by_keys.items()}
-    if len(unique) == 1:
-        return sum(len(rows) for rows in unique.values())
-    parts: list[Ints] = []
-    for keys, rows in unique.items():
-        with suppress(OSError, BadBlockError, IndexError):  # verify says so; here nothing counts
-            parts.append(read_key_block(layout.key_path(keys))[rows])
-    return len(unique_ids(np.concatenate(parts))[0]) if parts else 0
+        num_keys = block.covers.num_keys
+        block.covers.add_to(masks.setdefault((block.keys, num_keys), np.zeros(num_keys, bool)))
+    if len(masks) == 1:
+        return sum(int(np.count_nonzero(mask_K)) for mask_K in masks.values())
+    parts = []
+    for (key_hash, num_keys), mask_K in masks.items():
+        with suppress(OSError, BadBlockError):  # verify says so; here nothing counts
+            ids_K2 = read_key_block(layout.key_path(key_hash))
+            if len(ids_K2) == num_keys:
+                parts.append((ids_K2, mask_K))
+    return sum(len(piece) for piece in union(parts)) if parts else 0
 
 
 def sizes(paths: Iterable[Path]) -> dict[Path, int]:

@@ -1,6 +1,6 @@
 """The folder of a prediction store: its parts, its format, writing into it, locks and holds.
 
-STORE/format.json                 {"format": 1}
+STORE/format.json                 {"format": 1}, or 2 where there may be compacted blocks
 STORE/keys/<hash>.safetensors     key blocks: the sorted unique example ids of one example set
 STORE/values/<teacher>/           teacher.json, and the value blocks of one teacher key
 STORE/tmp/                        files being written; whoever wrote an old one is dead
@@ -16,18 +16,17 @@ import fcntl
 import json
 import os
 import socket
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sead_dist.errors import RunError, UserError
 
-FORMAT = 1
+# 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
+PLAIN_FORMAT, FORMAT = 1, 2
 FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "claims")
 OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock"}
 BLOCK_SUFFIX = ".safetensors"
@@ -42,19 +41,6 @@ REMEDIES = {
     errno.EACCES: "get permission to write there or name another store=",
     errno.EPERM: "get permission to write there or name another store=",
 }
-
-
-@dataclass(frozen=True)
-class LiveRun:
-    """A run that holds a store now: `teachers` are patterns of folder names under values/."""
-
-    host: str
-    pid: int
-    run: str
-    teachers: tuple[str, ...]
-
-    def holds(self, teacher: str) -> bool:
-        return any(fnmatchcase(teacher, pattern) for pattern in self.teachers)
 
 
 class BusyError(Exception):
@@ -152,7 +138,7 @@ def create(root: Path) -> Layout:
         remedy = REMEDIES.get(error.errno or 0, "name another store=")
         raise UserError(f"store={root} is not writable ({error.strerror}); {remedy}") from error
     if not (root / "format.json").exists():
-        write_aside(layout, root / "format.json", [json.dumps({"format": FORMAT}).encode()])
+        _write_format(layout, PLAIN_FORMAT)
     _check_format(layout)
     try:
         with layout.lock("store.lock", exclusive=False):
@@ -174,7 +160,17 @@ def existing(root: Path) -> Layout:
     return layout
 
 
-def _check_format(layout: Layout) -> None:
+def raise_format(layout: Layout) -> None:
+    """Mark the store as one that may hold compacted blocks; raises RunError."""
+    if _check_format(layout) < FORMAT:
+        _write_format(layout, FORMAT)
+
+
+def _write_format(layout: Layout, number: int) -> None:
+    write_aside(layout, layout.root / "format.json", [json.dumps({"format": number}).encode()])
+
+
+def _check_format(layout: Layout) -> int:
     path = layout.root / "format.json"
     try:
         found = json.loads(path.read_bytes())["format"]
@@ -183,11 +179,13 @@ def _check_format(layout: Layout) -> None:
             f"{path} cannot be read ({error}); it should hold "
             f'{{"format": N}}: mend it or name another store='
         ) from error
-    if found != FORMAT:
+    if found not in (PLAIN_FORMAT, FORMAT):
         raise UserError(
-            f"the prediction store {layout.root} has format {found}, this version reads format "
-            f"{FORMAT}; name another store= or use the version of sead_dist that wrote it"
+            f"the prediction store {layout.root} has format {found}, this version reads formats "
+            f"{PLAIN_FORMAT} and {FORMAT}; name another store= or use the version of sead_dist "
+            "that wrote it"
         )
+    return int(found)
 
 
 def unique_name(stem: str) -> str:
@@ -207,26 +205,36 @@ def unreadable(path: Path, error: OSError) -> RunError:
 
 
 def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
-    """Write the buffers `chunks` to `path` whole or not at all: aside, flushed to disk, renamed.
+    """Write the buffers `chunks` to `path` whole or not at all; raises RunError."""
+    with aside(layout, path.name) as (file, keep):
+        for chunk in chunks:
+            file.write(chunk)
+        keep(path)
 
-    Raises RunError (disk full, read-only, no permission); nothing is then left at `path`.
+
+@contextmanager
+def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path], None]]]:
+    """A new file in tmp/ to write to, and what flushes it to disk and gives it its path.
+
+    Without that nothing is left of it. Raises RunError (disk full, read-only, no permission).
     """
-    aside = layout.tmp / unique_name(path.name)
+    path = layout.tmp / unique_name(name)
+
+    def keep(target: Path) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(path, target)
+        _sync_folder(target.parent)
+
     try:
-        try:
-            with open(aside, "xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            with suppress(OSError):
-                aside.unlink()
-            raise
-        _sync_folder(path.parent)
+        with open(path, "x+b") as file:
+            try:
+                yield file, keep
+            finally:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(explain(layout.root, path.name, error)) from error
+        raise RunError(explain(layout.root, name, error)) from error
 
 
 def make_folder(layout: Layout, folder: Path) -> None:
@@ -269,64 +277,3 @@ def old_temporaries(layout: Layout) -> list[Path]:
                 if now - path.stat().st_mtime > DEAD_WRITER_S:
                     found.append(path)
     return found
-
-
-@contextmanager
-def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
-    """Mark the teacher folders as used by `run`, for as long as this process lives at most.
-
-    The file is locked before it gets its name, so nobody ever sees it unlocked while we live.
-    """
-    name = unique_name("run") + ".json"
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
-    text = json.dumps({**about, "teachers": sorted(set(teachers)), "since": time.time()})
-    aside, path = layout.tmp / name, layout.live / name
-    try:
-        file = open(aside, "x")  # noqa: SIM115 (open while held)
-        file.write(text)
-        file.flush()
-    except OSError as error:
-        raise RunError(explain(layout.root, name, error)) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            # A removal that is under way ends first; a later one sees this file.
-            with layout.lock("store.lock", exclusive=False):
-                os.replace(aside, path)
-            yield
-        finally:
-            for left in (aside, path):
-                with suppress(OSError):
-                    left.unlink()
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
-    """The runs that hold the store now, and the files left by runs that are dead."""
-    runs: list[LiveRun] = []
-    stale: list[Path] = []
-    for path in sorted(layout.live.glob("*.json")):
-        try:
-            with open(path) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:
-                    runs.append(_read_run(file.read()))
-                else:
-                    fcntl.flock(file, fcntl.LOCK_UN)
-                    stale.append(path)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            # A file we may not open says nothing about its run: leave everything to it.
-            runs.append(_read_run(""))
-    return runs, stale
-
-
-def _read_run(text: str) -> LiveRun:
-    try:
-        about = json.loads(text)
-        teachers = tuple(about["teachers"])
-        return LiveRun(about["host"], about["pid"], about["run"], teachers)
-    except (ValueError, KeyError, TypeError):
-        return LiveRun("?", 0, "?", ("*",))

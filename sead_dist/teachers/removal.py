@@ -17,7 +17,8 @@ from sead_dist.teachers.inventory import (
     remove_unused_keys,
     rows_of,
 )
-from sead_dist.teachers.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
+from sead_dist.teachers.layout import BLOCK_SUFFIX, Layout, existing
+from sead_dist.teachers.live import LiveRun, live_runs
 
 MIN_PREFIX = 6
 

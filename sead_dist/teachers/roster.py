@@ -37,7 +37,7 @@ from sead_dist.pretrained import (
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.forward import SHAPE_TABLE, free_rows_from
 from sead_dist.teachers.quantize import check_quantize, quantizer
-from sead_dist.teachers.store import TeacherKey
+from sead_dist.teachers.table import TeacherKey
 
 # parts of a model's config that say nothing about its logits
 SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")

@@ -31,7 +31,8 @@ from sead_dist.teachers.placement import exchange, is_split, owners
 from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.sharded import TornForwardError, build_sharded, predict_together
-from sead_dist.teachers.store import PredictionStore, Table
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.table import Table
 
 T = TypeVar("T")
 # a killed run loses at most so many predictions of a teacher

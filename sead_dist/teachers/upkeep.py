@@ -6,23 +6,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sead_dist.teachers.blocks import (
-    BadBlockError,
-    read_key_block,
-    teacher_folder,
-)
+from sead_dist.teachers.blocks import teacher_folder
 from sead_dist.teachers.compaction import CompactResult, compact
 from sead_dist.teachers.inventory import Bad, Row, headers, key_sizes, rows_of, scan
+from sead_dist.teachers.keyblocks import read_key_block
 from sead_dist.teachers.layout import (
     BLOCK_SUFFIX,
     Layout,
-    LiveRun,
     existing,
-    live_runs,
     old_temporaries,
     set_aside,
 )
+from sead_dist.teachers.live import LiveRun, live_runs
 from sead_dist.teachers.removal import Removal, Removed, plan_removal, remove
+from sead_dist.teachers.tensorfile import BadBlockError
 
 __all__ = [
     "Bad",
@@ -92,7 +89,7 @@ def verify(folder: Path, repair: bool = False) -> VerifyResult:
     bad: list[Bad] = []
     keys = _verify_keys(layout, bad, repair)
     num_blocks = num_bytes = 0
-    for path, block in scan(layout, check=True):
+    for path, block in scan(layout, "all"):
         num_blocks += 1
         if isinstance(block, BadBlockError):
             _note(layout, bad, path, block, repair)
@@ -101,7 +98,7 @@ def verify(folder: Path, repair: bool = False) -> VerifyResult:
         if block.keys not in keys:
             with suppress(BadBlockError, OSError):  # it may be newer than the look above
                 keys[block.keys] = len(read_key_block(layout.key_path(block.keys)))
-        if keys.get(block.keys) != block.num_keys:
+        if keys.get(block.keys) != block.covers.num_keys:
             _note(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
     _verify_descriptions(layout, bad, repair)
     num_bytes += sum(key_sizes(layout).values())

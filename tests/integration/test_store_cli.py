@@ -8,7 +8,8 @@ import pytest
 from sead_dist import storecli
 from sead_dist.cli import parser
 from sead_dist.errors import RunError, UserError
-from sead_dist.teachers.store import PredictionStore, TeacherKey
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.table import TeacherKey
 from sead_dist.teachers.upkeep import list_store
 
 

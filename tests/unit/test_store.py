@@ -27,9 +27,10 @@ from store_world import (
 )
 
 from sead_dist.errors import RunError, UserError
-from sead_dist.teachers import blocks
-from sead_dist.teachers.blocks import positions, unique_ids
-from sead_dist.teachers.store import PredictionStore, TeacherKey
+from sead_dist.teachers import tensorfile
+from sead_dist.teachers.ids import positions, unique_ids
+from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.table import TeacherKey
 from sead_dist.teachers.upkeep import verify
 
 
@@ -55,8 +56,8 @@ def test_lookup_gives_what_was_written_in_this_table_and_in_a_new_one(tmp_path):
 @pytest.mark.parametrize("map_bytes", [0, 3000, 1 << 30])
 def test_random_writes_and_lookups_agree_with_a_dict(tmp_path, monkeypatch, map_bytes):
     # map_bytes: every block mapped, large ones only, none
-    monkeypatch.setattr(blocks, "MAP_BYTES", map_bytes)
-    monkeypatch.setattr("sead_dist.teachers.store.MAP_BYTES", map_bytes)
+    monkeypatch.setattr(tensorfile, "MAP_BYTES", map_bytes)
+    monkeypatch.setattr("sead_dist.teachers.table.MAP_BYTES", map_bytes)
     rng = np.random.default_rng(map_bytes)
     pool, keys = make_ids(300), [make_key(1), make_key(2, classes=2)]
     truth: dict[tuple[str, bytes], np.ndarray] = {}
@@ -294,8 +295,8 @@ def test_logits_that_are_not_finite_are_not_stored(tmp_path):
 
 def test_a_store_of_another_format_is_refused_and_left_as_it_is(tmp_path):
     PredictionStore(tmp_path, print)
-    (tmp_path / "format.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(UserError, match=r"has format 2, this version reads format 1; name"):
+    (tmp_path / "format.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; name"):
         PredictionStore(tmp_path, print)
     (tmp_path / "format.json").write_text("{")
     with pytest.raises(UserError, match=r"format\.json cannot be read"):
