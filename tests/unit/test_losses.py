@@ -42,7 +42,7 @@ def test_the_factor_keeps_the_gradient_of_soft_targets_as_large_at_any_temperatu
 def test_a_student_that_says_what_its_teachers_say_has_no_soft_loss():
     logits_BC = torch.randn(5, 3)
     for loss in ("kl", "mse"):
-        assert soft_loss(logits_BC, soft_of(logits_BC, 3.0), loss).abs().max() < 1e-6
+        assert soft_loss(logits_BC, soft_of(logits_BC, 3.0), loss).abs().max() < 1e-5
 
 
 def test_squared_error_is_the_mean_over_classes():
