@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Stopwatch:
     def __init__(self, device: torch.device, until: float) -> None:
         self.device, self.until = device, until
         self.speed: float | None = None
+        # what the first batch of each shape took longer than the others
+        self.firsts: list[float] = []
 
     def time(self, do: Callable[[], None], work: float) -> float | None:
         """Median seconds of `do`, which does `work` operations; None where there is no time."""
@@ -51,10 +54,17 @@ class Stopwatch:
         expected = 0.0 if self.speed is None else work / self.speed
         if self.speed is not None and expected * (TURNS + 1) > left:
             return None
-        self._once(do)
+        first = self._once(do)
         taken = statistics.median(self._once(do) for _ in range(TURNS))
+        self.firsts.append(first - taken)
         self.speed = max(work / taken, self.speed or 0.0)
         return taken
+
+    @property
+    def shape_s(self) -> float:
+        """Seconds that the first batch of a shape takes longer; the very first of all, which wakes
+        up much else, apart."""
+        return max(0.0, statistics.median(self.firsts[1:])) if self.firsts[1:] else 0.0
 
     def _once(self, do: Callable[[], None]) -> float:
         began = time.perf_counter()
@@ -133,14 +143,15 @@ def measure_teacher(
 
         return forward
 
+    watch = Stopwatch(device, until)
     found = measure_batches(
-        Stopwatch(device, until),
+        watch,
         lengths_K,
         lambda length: rows_per_batch(length, device.type),
         batch,
         lambda length: operations(model.config, length, trust_remote_code),
     )
-    return Rate(*found, once_s=load_s)
+    return Rate(*found, once_s=load_s, shape_s=watch.shape_s)
 
 
 def measure_student(
@@ -168,15 +179,25 @@ def measure_student(
 
         return learn
 
-    def step() -> None:
-        if config.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-
     def work(length: int) -> float:
         return STEP_FORWARDS * choices * operations(model.config, length)
 
     watch = Stopwatch(device, until)
     found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
-    step_s = watch.time(step, 0.0)
-    return Rate(*found, once_s=step_s or 0.0)
+    rate = Rate(*found, once_s=0.0)
+    shortest = rate.lengths_K[0]
+    learn = batch(config.micro_batch, shortest)
+
+    def step() -> None:
+        learn()  # into new gradients, as the first micro-batch of each step does
+        if config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer.zero_grad(set_to_none=True)
+    # by a watch of its own, which times its first piece of work however late it is
+    step_s = Stopwatch(device, until).time(step, work(shortest))
+    assert step_s is not None
+    micro_s = rate.seconds([shortest], [config.micro_batch])
+    return replace(rate, once_s=max(0.0, step_s - micro_s))

@@ -34,12 +34,14 @@ FORMAT = 1
 class Rate:
     """Seconds of a model's batches: batch_s for each batch, and row_s_K for each row of lengths_K
     padded tokens (lengths_K ascending). once_s: to load a teacher; an optimiser's step of the
-    student. scaled: not measured, but scaled by operations."""
+    student. shape_s: for the first batch of each shape. scaled: not measured, but scaled by
+    operations."""
 
     lengths_K: tuple[int, ...]
     row_s_K: tuple[float, ...]
     batch_s: float
     once_s: float
+    shape_s: float = 0.0
     scaled: bool = False
 
     def row_s(self, lengths_P: ArrayLike) -> NDArray[np.float64]:
@@ -52,7 +54,8 @@ class Rate:
     def seconds(self, lengths_P: ArrayLike, rows_P: ArrayLike) -> float:
         """Seconds of all these batches, each of rows_P rows padded to lengths_P tokens."""
         batches_s = self.batch_s + np.asarray(rows_P) * self.row_s(lengths_P)
-        return float(np.sum(batches_s))
+        shapes = set(zip(np.ravel(lengths_P), np.ravel(rows_P), strict=True))
+        return float(np.sum(batches_s)) + self.shape_s * len(shapes)
 
 
 def operations(config: PretrainedConfig, length: int, trust_remote_code: bool = False) -> float:

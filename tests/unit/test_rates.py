@@ -41,6 +41,12 @@ def test_a_row_takes_what_was_measured_and_between_the_points_a_straight_line():
 def test_batches_take_their_rows_and_a_fixed_part_each():
     assert RATE.seconds([16, 64], [10, 4]) == pytest.approx(2 * 1.0 + 10 * 0.1 + 4 * 0.5)
     assert RATE.seconds([], []) == 0.0
+    # and something for the first batch of each shape
+    shapes = replace(RATE, shape_s=7.0)
+    more_s = shapes.seconds([16, 16, 16, 64], [4, 4, 8, 4]) - RATE.seconds(
+        [16, 16, 16, 64], [4, 4, 8, 4]
+    )
+    assert more_s == pytest.approx(3 * 7.0)
 
 
 def test_operations_are_the_known_ones_of_bert_base_and_shared_layers_count_as_they_run():
