@@ -20,6 +20,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.recipes import distill
 from sead_dist.runlog import is_finished
 from sead_dist.teach import teach, worker_folder
+from sead_dist.teachers.worker import Worker
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
 PAIRS = 3 * (54 + 6 + 20)
@@ -60,6 +61,19 @@ def run_teach(world: World, given, worker):
     return teach(load_config(given), worker, world)
 
 
+def run_sharing_teach(world: World, given, worker, journal):
+    """The same, but behind its first chunk it waits until the other worker has computed one too: how
+    quick each is to start shall not decide who does what."""
+    compute = Worker.compute
+
+    def compute_and_wait(self, chunk):
+        compute(self, chunk)
+        until(journal.is_file, "a chunk of the other worker")
+
+    Worker.compute = compute_and_wait  # in this process, which ends with the work
+    return teach(load_config(given), worker, world)
+
+
 def until(true, what, pause_s=0.01):
     end = time.monotonic() + WAIT_S
     while not true():
@@ -72,9 +86,13 @@ def said(run):
     return path.read_text() if path.is_file() else ""
 
 
+def journal_of(run, number, workers):
+    return worker_folder(run, number, workers) / "teacher_rows" / "rank-0.jsonl"
+
+
 def rows_of(run, number, workers):
     """What a worker has computed, over all its starts."""
-    journal = worker_folder(run, number, workers) / "teacher_rows" / "rank-0.jsonl"
+    journal = journal_of(run, number, workers)
     if not journal.is_file():
         return 0
     return sum(json.loads(line)["rows"] for line in journal.read_text().splitlines())
@@ -88,7 +106,10 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
     student = start(size, tmp_path / "student", run_distill, given)
     # it is there first, and waits
     until(lambda: "waiting for the pool: " in said(run), "a student that waits")
-    workers = [start(1, tmp_path / f"w{n}", run_teach, given, f"{n}/2") for n in (1, 2)]
+    workers = [
+        start(1, tmp_path / f"w{n}", run_sharing_teach, given, f"{n}/2", journal_of(run, 3 - n, 2))
+        for n in (1, 2)
+    ]
     for number, worker in enumerate(workers, start=1):
         (folder,) = finish(worker, tmp_path / f"w{number}", WAIT_S)
         assert is_finished(folder)
@@ -97,9 +118,10 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
     summary = read(run / "run_summary.json")
     assert (summary["teacher_forwards"], summary["store_hits"]) == (0, PAIRS)
     assert summary["placement"] == "pool"
-    # nothing was computed twice
+    # nothing was computed twice, and each did a part
     shares = [rows_of(run, number, 2) for number in (1, 2)]
     assert sum(shares) == PAIRS
+    assert min(shares) > 0
     assert " rows ahead" in said(run)
 
 
