@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
@@ -55,6 +55,27 @@ def save_teacher(folder: Path, kind: str = "bert", seed: int = 0, labels=LABELS,
     model = build_model(kind, seed, labels, **more)
     model.save_pretrained(folder)
     grammar_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_random_bert(folder: Path, tokenizer_from, labels) -> Path:
+    """A tiny BERT with random weights far from zero, so that examples get unequal answers, with
+    these label names (one: a score) and the tokeniser of `tokenizer_from`."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=len(tokenizer),
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=16,
+        initializer_range=0.3,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from small import save_random_bert
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sead_dist.apply import evaluate_model, predict_file
 from sead_dist.cli import main
@@ -30,27 +31,6 @@ def scores(model, task, data, tmp_path, labels=None, split=None):
     path = tmp_path / f"scores-{len(list(tmp_path.iterdir()))}.json"
     evaluate_model(str(model), str(task), str(data), labels, split, str(path))
     return json.loads(path.read_text())
-
-
-def new_model(folder, tokenizer_from, labels):
-    """A tiny BERT with random weights and these label names (one: a score)."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=1,
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=16,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():  # far from zero, so that examples get unequal answers
-        model.classifier.weight.mul_(50)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def answers_by_hand(folder, sentences):
@@ -119,7 +99,7 @@ def test_labels_say_what_a_model_does_not(teachers, grammar, tmp_path):
 
 def test_mnli_has_two_dev_sets(grammar, tmp_path, capsys):
     labels = ["contradiction", "entailment", "neutral"]
-    model = new_model(tmp_path / "m", grammar / "tokenizer", labels)
+    model = save_random_bert(tmp_path / "m", grammar / "tokenizer", labels)
     found = scores(model, "mnli", FIXTURES / "mnli", tmp_path)
     assert {"eval_accuracy", "eval_validation_mismatched_accuracy"} <= set(found)
     out = capsys.readouterr().out
@@ -140,7 +120,7 @@ def test_mnli_has_two_dev_sets(grammar, tmp_path, capsys):
     ],
 )
 def test_every_kind_of_task_is_scored(task, labels, keys, grammar, tmp_path):
-    model = new_model(tmp_path / "m", grammar / "tokenizer", labels)
+    model = save_random_bert(tmp_path / "m", grammar / "tokenizer", labels)
     found = scores(model, task, FIXTURES / task, tmp_path)
     assert [key for key in found if key in keys] == keys
     assert np.isfinite(found["eval_loss"])
@@ -275,7 +255,7 @@ def test_predictions_stand_beside_the_input_in_its_order(suffix, finished, gramm
 
 
 def test_scores_are_predicted_for_a_regression(grammar, tmp_path):
-    model = new_model(tmp_path / "m", grammar / "tokenizer", ["score"])
+    model = save_random_bert(tmp_path / "m", grammar / "tokenizer", ["score"])
     output = tmp_path / "out.jsonl"
     predict_file(str(model), FIXTURES / "stsb" / "dev.tsv", "stsb", output, None)
     rows = read(output)
@@ -286,7 +266,7 @@ def test_scores_are_predicted_for_a_regression(grammar, tmp_path):
 
 
 def test_nested_rows_are_written_one_for_each_example(grammar, tmp_path):
-    model = new_model(tmp_path / "m", grammar / "tokenizer", ["false", "true"])
+    model = save_random_bert(tmp_path / "m", grammar / "tokenizer", ["false", "true"])
     output = tmp_path / "out.tsv"
     predict_file(str(model), FIXTURES / "multirc" / "val.jsonl", "multirc", output, None)
     answers = [

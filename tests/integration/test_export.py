@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SHAPES, build_model
+from small import SHAPES, build_model, save_random_bert
 from tokenizers import Tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sead_dist import export, onnxfile
 from sead_dist.apply import evaluate_model
@@ -66,25 +66,6 @@ def by_transformers(folder, texts):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
         return model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.numpy()
-
-
-def save_model(folder, tokenizer_from, labels):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=1,
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=16,
-        initializer_range=0.3,  # far from zero, so that examples get unequal answers
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
-    model = AutoModelForSequenceClassification.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_onnxruntime_alone_gives_the_answers_of_transformers(exported, grammar):
@@ -162,7 +143,7 @@ def test_the_lines_of_the_document_run(exported, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("task", ["copa", "stsb", "mnli"])
 def test_choices_scores_and_several_splits_are_compared(task, grammar, tmp_path, monkeypatch):
     labels = {"mnli": ["neutral", "contradiction", "entailment"]}.get(task, ["score"])
-    model = save_model(tmp_path / "m", grammar / "tokenizer", labels)
+    model = save_random_bert(tmp_path / "m", grammar / "tokenizer", labels)
     data = FIXTURES / task
     export_onnx(str(model), False, None, task, str(data), None)
     evaluate_model(str(model), task, str(data), None, None, str(tmp_path / "scores.json"))
