@@ -111,13 +111,3 @@ def test_a_row_that_names_no_teacher_of_the_run_is_told_before_work(world_of_met
         run_method(world_of_methods, "routed", tmp_path / "run", f"teachers=[{', '.join(entries)}]")
     with pytest.raises(UserError, match="no column 'whom'"):
         run_method(world_of_methods, "routed", tmp_path / "run", "route=whom")
-
-
-def test_the_graduate_is_the_best_of_the_examinations_or_the_last(world_of_methods, tmp_path):
-    # a rate that ruins the student after a while: the last student is not the best one
-    more = ("max_steps=60", "evaluate.every_steps=20", "schedule=constant", "seed=1")
-    best = run_method(world_of_methods, "mean", tmp_path / "best", *more)
-    last = run_method(world_of_methods, "mean", tmp_path / "last", *more, "graduate=last")
-    assert read(last / "run_summary.json")["best_step"] == 60
-    found = read(best / "run_summary.json")
-    assert found["best_metric"] >= read(last / "run_summary.json")["best_metric"]

@@ -138,6 +138,14 @@ def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
     trainer = make_trainer(tmp_path, select=scores, epochs=2, evaluate__every_steps=2)
     state = trainer.run(TrainState())
     assert (state.step, state.best_step, state.best_metric) == (6, 4, 0.7)
+
+
+def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
+    keys = {"select": {2: 0.5, 4: 0.7, 6: 0.6}, "epochs": 2, "evaluate__every_steps": 2}
+    last = make_trainer(tmp_path, **keys, graduate="last")
+    state = last.run(TrainState())
+    assert (state.best_step, state.best_metric) == (6, 0.6)
+    assert last.checkpointer.best_folder(6).is_dir()
     assert (tmp_path / "checkpoints" / "best-00000004" / "student.safetensors").is_file()
     assert state.totals["rows"] == 42
 
