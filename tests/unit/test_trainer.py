@@ -138,6 +138,8 @@ def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
     trainer = make_trainer(tmp_path, select=scores, epochs=2, evaluate__every_steps=2)
     state = trainer.run(TrainState())
     assert (state.step, state.best_step, state.best_metric) == (6, 4, 0.7)
+    assert (tmp_path / "checkpoints" / "best-00000004" / "student.safetensors").is_file()
+    assert state.totals["rows"] == 42
 
 
 def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
@@ -146,8 +148,6 @@ def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
     state = last.run(TrainState())
     assert (state.best_step, state.best_metric) == (6, 0.6)
     assert last.checkpointer.best_folder(6).is_dir()
-    assert (tmp_path / "checkpoints" / "best-00000004" / "student.safetensors").is_file()
-    assert state.totals["rows"] == 42
 
 
 def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):
