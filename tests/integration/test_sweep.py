@@ -104,6 +104,12 @@ def test_predictions_are_shared_and_each_method_is_charged_with_what_it_needs(fi
     assert cells["single"]["teacher_forwards"] == 2 * (32 + 2 * (6 + 20))
 
 
+def test_a_finished_run_keeps_its_model_and_no_checkpoints(finished):
+    for run in runs_of(finished):
+        assert (run / "model" / "config.json").is_file()
+        assert not (run / "checkpoints").exists()
+
+
 def test_again_it_does_nothing_but_write_the_report(finished, task, capsys):
     before = {run: (run / "run_summary.json").stat().st_mtime_ns for run in runs_of(finished)}
     (finished / "report" / "report.json").unlink()
