@@ -16,6 +16,11 @@ from sead_dist.errors import UserError
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# what no tokeniser is read from
+NOT_WORDS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx"),
+    *(".md", ".png", ".svg"),
+)
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "*.py"]
 # their positions start after the padding index
 OFFSET_POSITIONS = (
@@ -95,6 +100,17 @@ def weights_hash(checkpoint: Checkpoint) -> str:
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def setting_hash(checkpoint: Checkpoint) -> str:
+    """sha256 over the files beside the weights: where they are equal, so are the tokeniser and the
+    model's shape."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and path.suffix not in NOT_WORDS:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.config import RunConfig, TeacherConfig, teacher_names
 from sead_dist.distributed import World, gather_objects, on_every_rank
@@ -30,6 +30,7 @@ from sead_dist.pretrained import (
     load_tokenizer,
     locate,
     position_limit,
+    setting_hash,
     tokenizer_hash,
     weight_files,
     weights_hash,
@@ -201,21 +202,27 @@ def _call(
 ) -> list[Teacher]:
     entries = config.teachers
     checked: dict[tuple[str, str, str | None], int | None] = {}
+    alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     teachers: list[Teacher] = []
     for entry, name, checkpoint, weights in zip(
         entries, teacher_names(entries), checkpoints, hashes, strict=True
     ):
         shape = load_model_config(checkpoint, config.trust_remote_code)
-        tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
-        check_vocabulary(checkpoint.name, tokenizer, shape)
-        parts = outline(shape, config.trust_remote_code)
+        setting = setting_hash(checkpoint)
+        if setting not in alike:  # loading these 64 times would take seconds and half a gigabyte
+            loaded = load_tokenizer(checkpoint, config.trust_remote_code)
+            check_vocabulary(checkpoint.name, loaded, shape)
+            tokens = tokenizer_hash(loaded)
+            parts = outline(shape, config.trust_remote_code)
+            alike[setting] = tokenizers.setdefault(tokens, loaded), tokens, parts
+        tokenizer, tokens, parts = alike[setting]
         # before the names of the classes: those of an encoder without a head mean nothing
         parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
         longest = position_limit(shape) or 1 << 30
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
-        tokens = tokenizer_hash(tokenizer)
         if entry.weights is not None:
             check_quantize(name)
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)

@@ -1,11 +1,12 @@
 """Checkpoints found and read, classes aligned by name (invariant 4), nothing unpickled (9)."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from small import CPU, TASK, build_model, edit_json, logits_of, save_teacher, sentences
+from small import CPU, TASK, build_model, edit_json, logits_of, roster, save_teacher, sentences
 
 from sead_dist.config import TeacherConfig
 from sead_dist.errors import UserError
@@ -170,6 +171,22 @@ def test_a_tokeniser_is_known_by_what_it_does(tmp_path):
     assert tokenizer_hash(one) == tokenizer_hash(two)
     two.add_tokens(["wunderbar"])
     assert tokenizer_hash(one) != tokenizer_hash(two)
+
+
+def test_teachers_of_one_tokeniser_share_it_and_others_do_not(tmp_path):
+    paths = [save_teacher(tmp_path / f"teacher-{seed}", seed=seed) for seed in range(4)]
+    # written otherwise, but the same to a text
+    edit_json(paths[1] / "tokenizer_config.json", remark="mine")
+    tokens = json.loads((paths[2] / "tokenizer.json").read_text())
+    vocab = tokens["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (paths[2] / "tokenizer.json").write_text(json.dumps(tokens))
+    one, alike, other, same = roster(paths)
+    assert one.tokenizer is alike.tokenizer is same.tokenizer
+    assert other.tokenizer is not one.tokenizer
+    assert other.tokenizer_hash != one.tokenizer_hash
+    assert other.tokenizer(first)["input_ids"] != one.tokenizer(first)["input_ids"]
 
 
 def test_position_limits():
