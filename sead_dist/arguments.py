@@ -26,7 +26,7 @@ def positive(text: str) -> int:
 def add_plan(command: argparse.ArgumentParser) -> None:
     add_words(command)
     command.add_argument("--ranks", type=int, metavar="N", help="default: as started, or 1")
-    command.add_argument("--gpu-memory", metavar="SIZE", help="of each rank's GPU, e.g. 24GB")
+    command.add_argument("--gpu-memory", metavar="SIZE", help="of each rank's GPU: 24GB, 80GiB")
     command.add_argument("--rates", metavar="FILE", help="speeds of other hardware: YAML or JSON")
     command.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
     command.add_argument("--json", metavar="FILE", help="also write the plan here")
@@ -72,7 +72,7 @@ def add_push(command: argparse.ArgumentParser) -> None:
 def add_reproduce(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", nargs="?", metavar="NAME", help="such as sst2-h256")
     command.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for distill")
-    command.add_argument("--teachers", type=int, default=3, help="how many from each encoder")
+    command.add_argument("--teachers", type=int, default=3, help="of each encoder; default: 3")
 
 
 def add_demo(command: argparse.ArgumentParser) -> None:

@@ -231,6 +231,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; words may stand after its options too."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words = [*args.words, *rest]
+    return args
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -262,7 +273,7 @@ def attempt(do: Callable[[], None]) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exit codes: 0 done, and those of `attempt`."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     code = attempt(lambda: args.run(args))
     if code is not None:
         leave(code)

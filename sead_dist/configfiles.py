@@ -36,9 +36,9 @@ def find_config(name: str) -> Path:
             path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
             if path.is_file():
                 return path
-    known = sorted(path.stem for path in shipped.rglob("*.yaml"))
+    known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped configs: {', '.join(known)}"
+    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped tasks: {', '.join(known)}"
     raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
 
 

@@ -133,7 +133,10 @@ def export_onnx(
 def output_folder(name: str, output: str | None) -> Path:
     """Where the files go. Raises UserError for a place that holds something else."""
     if output is None and not Path(name).is_dir():
-        raise UserError(f"{name} is no folder of this machine; say where to: --output DIR")
+        raise UserError(
+            f"{name} does not exist here; give an existing run or model folder, or of a model of "
+            "the hub say where to: --output DIR"
+        )
     folder = Path(output) if output is not None else Path(name) / "onnx"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")

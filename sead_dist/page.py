@@ -3,6 +3,7 @@
 The page asks for nothing outside itself; without JavaScript only the sorting is missing.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
     )
     text = jinja.from_string(template).render(
         report=report,
+        command=shlex.join(report["command"]),
         reference=REFERENCE,
         names=[task["name"] for task in report["tasks"]],
         methods=methods(report),

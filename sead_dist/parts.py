@@ -3,6 +3,7 @@
 All of a person's mistakes come to light here or in the examination.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -171,10 +172,16 @@ def read_inputs(
     return task, load_examples(config, task, say), tokenizer, model
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Not what DeepSpeed says on every CPU, as soon as Accelerate imports it."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def quiet_libraries(world: World) -> None:
     """Transformers' reports of new heads and its progress bars say nothing a run does not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(is_news)
     if not world.is_main:
         os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -52,6 +52,8 @@ def locate(
         for place in (folder, folder / "model"):
             if any((place / mark).is_file() for mark in marks):
                 return Checkpoint(path, place, revision)
+        if (folder / "run.json").is_file():
+            raise UserError(f"the run {path} is not finished; give its own command again")
         raise UserError(
             f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
         )

@@ -41,7 +41,7 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
     path = named if named.is_file() else Path(shape)
     if not path.is_file():
         known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
-        raise UserError(f"student.shape={shape} is no shape; known: {', '.join(known)}, or a file")
+        raise UserError(f"{shape} is no shape of a model; known: {', '.join(known)}, or a file")
     fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(

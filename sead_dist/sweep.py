@@ -110,7 +110,10 @@ def check_runs(plan: Plan) -> None:
         refuse_other_keys(unit.config)
     starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
     for config in starts.values():
-        check_start(config.student, config.trust_remote_code)
+        start = config.student
+        # else it takes the tokeniser of a teacher, which is looked at below
+        if start.path is not None or start.tokenizer is not None or not config.teachers:
+            check_start(start, config.trust_remote_code)
     for name, task in plan.tasks.items():
         students = plan.students(name)
         for unit in students:
@@ -214,6 +217,8 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
         if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
             continue
         if is_finished(unit.folder):
+            # perhaps by another command in the same folder
+            refuse_other_keys(unit.config)
             memory.done.add(n)
         elif not all(is_finished(need) for need in unit.needs):
             waiting += 1

@@ -98,6 +98,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     Raises UserError for whatever is wrong with them, in any of the runs.
     """
     own, run = split_layers(read_layers(words))
+    refuse_single(run)
     sweep = read_sweep(own)
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
@@ -157,6 +158,17 @@ def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]
     return own, [{key: layer[key] for key in layer if key not in keys} for layer in layers]
 
 
+def refuse_single(run: Layers) -> None:
+    """Raises UserError for a run's key where the sweep has one that says it for all runs."""
+    for layer in run:
+        for one, all_ in (("method", "methods"), ("seed", "seeds")):
+            if one in layer:
+                raise UserError(
+                    f"{one}={layer[one]} is of one run, and this is a sweep ({all_} say it for "
+                    f"all runs); give {all_}=[{layer[one]}]"
+                )
+
+
 def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     """Raises UserError naming the key, its value and what is allowed."""
     file = config_folder() / "sweep.yaml"
@@ -166,8 +178,13 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
             raw[key] = [raw[key]]
     if raw["methods"] is None:
         raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
-    if isinstance(raw["seeds"], int):
+    if isinstance(raw["seeds"], int) and raw["seeds"] > 0:
         raw["seeds"] = list(range(raw["seeds"]))
+    if not isinstance(raw["seeds"], list) or not raw["seeds"]:
+        raise UserError(
+            f"seeds={raw['seeds']} is no number of seeds; give how many (seeds=5), or which "
+            "(seeds=[0,3])"
+        )
     try:
         return SweepConfig.model_validate(raw)
     except ValidationError as error:

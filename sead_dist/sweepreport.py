@@ -1,5 +1,6 @@
 """The report of a sweep as Markdown, and its files in OUTPUT/report."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"# {title(report)}",
-        f"`{' '.join(report['command'])}`",
+        f"`{shlex.join(report['command'])}` (of every path the last part)",
         ran(report),
         "## Scores",
         table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),

@@ -1,6 +1,7 @@
 """`sead-dist teach`: a worker of the teacher pool. It fills the store for one student's run, in the
-order in which that student will ask: the selection split, the training rows by step, and the
-official splits. It is given the words of the student's run, and needs no student to be there.
+order in which that student will ask: the selection split where it examines its teachers, the
+training rows by step, and the official splits. It is given the words of the student's run, and
+needs no student to be there.
 """
 
 import os
@@ -160,10 +161,11 @@ def fill_all(hand: Worker, work: Work) -> bool:
     """The whole work in its order; True when all is in the store, False when it ended before."""
     config, splits, teachers = work.config, work.splits, work.teachers
     source, rows, count = hand.source, config.pool.chunk_rows, len(teachers)
-    if not hand.fill(chunks_of_split(splits.selection, count, rows)):
-        return False
+    examining = chunks_of_split(splits.selection, count, rows)
     exams: list[Examination] = []
     if needs_examination(config):
+        if not hand.fill(examining):
+            return False
         # the scores may decide which rows the student asks of whom, so they are found as it does
         logits_NBC = ask_all(source, splits.selection, count, rows, "the examination")
         dev_in_training = work.examples.dev_in_training
@@ -176,6 +178,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
     )  # fmt: skip
     asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
     chunks = chunks_of_training(batches, count, rows, asked)
+    if not needs_examination(config):
+        chunks += examining
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
     return hand.fill(chunks)
@@ -217,8 +221,8 @@ def refuse_other_student(work: Work) -> None:
             facts = differing_facts(teacher.key.numerics, entry["numerics"])
             raise UserError(
                 f"teacher {teacher.name}: the student in {run} reads another numerics class than "
-                f"this worker computes in ({facts}); run workers on machines like the student's, "
-                "or give both store.accept=any"
+                f"this worker computes in ({facts}); run workers on machines like the student's "
+                "with the same teacher_precision, or give both store.accept=any"
             )
     saved = Identity(**read_json(run / "run.json")["identity"])
     differences = saved.differences(work.identity)

@@ -33,8 +33,9 @@ class Awaited:
     def missing(self) -> int:
         return int((~self.table.lookup(self.entries_M)[1]).sum())
 
-    def there(self) -> int:
-        return int(self.table.present_U.sum())
+    def come(self) -> int:
+        """Grows with whatever comes of this teacher, be it rows of another split."""
+        return int(self.table.present_U.sum()) + self.table.blocks_seen
 
     def ahead(self) -> int:
         """Rows that are there and that the student has not come to yet."""
@@ -60,15 +61,15 @@ class Follower:
 
         Raises RunError naming a teacher when for `silent_s` none of them has got any further.
         """
-        silent, there, pause = 0.0, -1, FIRST_PAUSE_S
+        silent, come, pause = 0.0, -1, FIRST_PAUSE_S
         looked_at = time.monotonic()
         while lacking := [one for one in awaited if one.missing()]:
             for one in awaited:
                 one.table.refresh()
-            now, before = time.monotonic(), there
+            now, before = time.monotonic(), come
             silent += min(now - looked_at, MOST_COUNTED_S)
-            looked_at, there = now, sum(one.there() for one in awaited)
-            if there > before:
+            looked_at, come = now, sum(one.come() for one in awaited)
+            if come > before:
                 silent, pause = 0.0, FIRST_PAUSE_S
                 continue
             if silent > self.silent_s:

@@ -79,6 +79,11 @@ class Table:
     def present_U(self) -> Bools:
         return self._rows.present_U
 
+    @property
+    def blocks_seen(self) -> int:
+        """How many blocks of this teacher were met, whatever split they are of."""
+        return len(self._seen)
+
     def lookup(self, entries_R: Integers) -> tuple[Floats, Bools]:
         """Logits [R, C] of the entries, NaN where there are none, and which are there [R].
 

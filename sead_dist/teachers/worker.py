@@ -29,6 +29,7 @@ class Worker:
         say: Callable[[str], None],
     ) -> None:
         self.source, self.claims, self.check, self.say = source, claims, check, say
+        # where in the list the first chunk is looked for; from then on the oldest comes first
         self.turn = number - 1
         # how far from the front of the list a chunk may be preferred to those before it
         self.front = 2 * max(workers, len(source.teachers))
@@ -56,18 +57,21 @@ class Worker:
         return True
 
     def take(self, left: list[Chunk]) -> tuple[Chunk, Claim] | None:
-        """The first open chunk, looking from this worker's place in the front of the list, and
-        first at teachers that it has loaded. Chunks that are in the store leave the list."""
+        """The first open chunk, the very first time from this worker's place in the front of the
+        list. Where not all teachers fit into memory, those that are loaded come before others in
+        the front. Chunks that are in the store leave the list."""
         front = left[: self.front]
         turn = self.turn % len(front)
         front = front[turn:] + front[:turn]
-        front.sort(key=lambda chunk: chunk.teacher not in self.source.models)
+        if sum(teacher.bytes for teacher in self.source.teachers) > self.room:
+            front.sort(key=lambda chunk: chunk.teacher not in self.source.models)
         for chunk in (*front, *left[self.front :]):
             if self.is_finished(chunk):
                 left.remove(chunk)
                 continue
             claim = self.claims.take(self.name(chunk))
             if claim is not None:
+                self.turn = 0
                 return chunk, claim
         return None
 

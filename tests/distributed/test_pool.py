@@ -25,7 +25,7 @@ from sead_dist.teachers.worker import Worker
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
 PAIRS = 3 * (54 + 6 + 20)
 KEYS = {"epochs": 2, "pool__chunk_rows": 16, "pool__silent_s": 300.0}
-WAIT_S = 240.0
+WAIT_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -228,26 +228,34 @@ def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(t
 
 
 def run_with_full_disk(world: World, given, worker):
-    """A worker that may write no file of more than 1,300 bytes, as on a disk that is full."""
+    """A worker that after its first chunk may write no block, as on a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1300, hard))
+    compute = Worker.compute
+
+    def first_alone(self, chunk):
+        if self.done == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+        compute(self, chunk)
+
+    Worker.compute = first_alone
     try:
         return teach(load_config(given), worker, world)
     finally:
+        Worker.compute = compute
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
 
 
 def test_a_full_disk_stops_the_worker_and_keeps_what_was_finished(tmp_path, task, colocated):
-    given, run = given_words(task, tmp_path, pool__chunk_rows=54), tmp_path / "run"
+    given, run = given_words(task, tmp_path), tmp_path / "run"
     student = start(1, tmp_path / "student", run_distill, given)
     worker = start(1, tmp_path / "w1", run_with_full_disk, given, "1/1")
     (outcome,) = finish(worker, tmp_path / "w1", WAIT_S)
     assert isinstance(outcome, RunError)
     assert "cannot be written" in str(outcome)
     assert "ulimit -f" in str(outcome)
-    # the small blocks of the selection split were written; the student still waits for the rest
-    assert rows_of(run, 1, 1) == 3 * 6
+    # the first chunk was written; the student still waits for the rest
+    assert rows_of(run, 1, 1) == 16
     assert student[0].is_alive()
     worker = start(1, tmp_path / "w2", run_teach, given, "1/1")
     finish(worker, tmp_path / "w2", WAIT_S)

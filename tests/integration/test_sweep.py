@@ -12,6 +12,7 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import ALONE, model_bytes, read, records, student_shape, sweep_words, write_task
 
+from sead_dist import sweep
 from sead_dist.errors import RunError, UserError
 from sead_dist.runfolder import try_lock
 from sead_dist.sweep import run_sweep
@@ -138,6 +139,38 @@ def test_other_data_under_finished_runs_are_refused(finished, task, tmp_path):
     words = sweep_words(task, finished, f"data.path={other}")
     with pytest.raises(UserError, match="holds another run: the fingerprint of data"):
         run_sweep(words, ALONE)
+
+
+def test_another_command_in_the_same_folder_is_refused_though_it_began_later(
+    task, tmp_path, monkeypatch
+):
+    """While one run is made, the other command makes the next with settings of its own."""
+    output = tmp_path / "out"
+    mine = sweep_words(task, output, "methods=[finetune]", "seeds=2")
+    others = sweep_words(
+        task, output, "methods=[finetune]", "seeds=[1]", "max_steps=3", "finetune.max_steps=4"
+    )
+    own, came = sweep.distill, []
+
+    def distill(config, *given, **more):
+        if not came and config.output_dir.endswith("seed-0"):
+            came.append(True)
+            run_sweep(others, ALONE)
+        return own(config, *given, **more)
+
+    monkeypatch.setattr(sweep, "distill", distill)
+    with pytest.raises(UserError, match=r"seed-1 holds another run: max_steps was 3, is 4"):
+        run_sweep(mine, ALONE)
+
+
+def test_a_student_of_a_shape_takes_the_tokeniser_of_teachers_that_are_given(
+    finished, task, tmp_path
+):
+    teachers = finished / "grammar" / "teachers" / "*"
+    given = ["methods=[finetune,mean]", "encoders=[]", f"teachers={teachers}", "seeds=1"]
+    words = sweep_words(task, tmp_path / "out", *given, "student.tokenizer=null")
+    run_sweep(words, ALONE)
+    assert len(runs_of(tmp_path / "out")) == 2
 
 
 def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):

@@ -71,10 +71,11 @@ def pool(tmp_path):
     return worker
 
 
-def test_workers_begin_at_different_places_and_stay_with_the_teacher_they_have_loaded(pool):
+def test_workers_begin_at_different_places_and_where_room_is_short_stay_with_their_teacher(pool):
     split = small_split(21)
     for number in (4, 3, 2, 1):
         hand = pool(number, 4)
+        hand.room = 1
         left = chunks_of_split(split, TEACHERS, ROWS)
         want = left[number - 1]
         chunk, claim = hand.take(left)
@@ -86,6 +87,18 @@ def test_workers_begin_at_different_places_and_stay_with_the_teacher_they_have_l
         with claim:
             pass
         assert following.teacher == chunk.teacher
+
+
+def test_after_its_first_chunk_a_worker_goes_in_the_students_order(pool):
+    """Alone, worker 3 of 4 leaves nothing behind that the student will ask for first."""
+    split = small_split(64)
+    hand, order = pool(3, 4), []
+    compute = hand.compute
+    hand.compute = lambda chunk: (order.append(chunk), compute(chunk))
+    chunks = chunks_of_split(split, TEACHERS, ROWS)
+    assert hand.fill(chunks)
+    places = [chunks.index(chunk) for chunk in order]
+    assert places == [2, 0, 1, *range(3, 24)]
 
 
 def test_a_worker_holds_no_more_teachers_than_there_is_room_for(pool):

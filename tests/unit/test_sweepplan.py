@@ -56,8 +56,12 @@ def test_students_are_told_apart_by_task_method_and_seed_alone():
 
 def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
     found = plan(
-        *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "epochs=2", "seed=40"),
-        *("finetune={epochs: 9, learning_rate: 1e-3}", "per_task.rte.epochs=4", "alpha=0.1"),
+        *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "epochs=2"),
+        *(
+            "finetune={epochs: 9, learning_rate: 1e-3, seed: 40}",
+            "per_task.rte.epochs=4",
+            "alpha=0.1",
+        ),
     )
     assert of(found, "cola", "mean")[0].epochs == 2
     assert of(found, "rte", "mean")[0].epochs == 4
@@ -122,7 +126,11 @@ def test_a_sweep_is_told_from_a_run():
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
         (["tasks=[]"], r"tasks=\[\]"),
         (["tasks=null"], "tasks is not set"),
-        (["seeds=0"], r"seeds=\[\]"),
+        (["seeds=0"], r"seeds=0 is no number of seeds; give how many \(seeds=5\), or which"),
+        (["seeds=[]"], r"seeds=\[\] is no number of seeds"),
+        (["seeds=two"], r"seeds=two is no number of seeds"),
+        (["method=sead"], r"method=sead is of one run, .*; give methods=\[sead\]"),
+        (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
         (["seeds=[-1]"], "seeds.0=-1"),
         (["per_task.cb.epochs=3"], "per_task: 'cb' is no task of this sweep; known: cola"),

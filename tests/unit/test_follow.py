@@ -1,0 +1,63 @@
+"""What a student that follows the pool takes for a sign of life."""
+
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small import ALONE, make_source, roster, save_teacher, small_split
+
+from sead_dist.errors import RunError
+from sead_dist.teachers import follow
+from sead_dist.teachers.follow import Awaited, Follower
+
+SILENT_S, LOOKS = 10.0, 40
+
+
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """(the awaited rows of `train`, wait): at each look a second has gone by."""
+    source = make_source(
+        roster([save_teacher(tmp_path / "a")]), tmp_path / "store", tmp_path / "run", ALONE
+    )
+    clock = count()
+    monkeypatch.setattr(
+        follow, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _s: None)
+    )
+    table = source.table(0, small_split(21))
+    awaited = Awaited("a", table, np.arange(21), np.zeros(21, bool))
+
+    def wait(heed):
+        Follower(source.store.layout, SILENT_S, print, heed).wait([awaited], "steps 1-2")
+
+    yield source, table, wait
+    source.close()
+
+
+def test_rows_of_another_split_are_a_sign_of_life(waiting, tmp_path):
+    """A worker fills the selection split first, while the student waits for training rows."""
+    source, table, wait = waiting
+    other = small_split(LOOKS, seed=5, split="selection")
+    # as another process sees the store
+    elsewhere = make_source(source.teachers, tmp_path / "store", tmp_path / "other", ALONE)
+    looks = iter(range(LOOKS))
+
+    def heed(_doing):
+        row = next(looks)
+        elsewhere.table(0, other).write(np.array([row]), np.zeros((1, 2)))
+        if row == LOOKS - 1:
+            mine = elsewhere.table(0, small_split(21))
+            mine.write(np.arange(21), np.zeros((21, 2)))
+
+    wait(heed)
+    assert next(looks, None) is None
+    assert table.present_U.all()
+    elsewhere.close()
+
+
+def test_nothing_at_all_is_none(waiting):
+    _source, _table, wait = waiting
+    looks = []
+    with pytest.raises(RunError, match="nothing has come from the pool for 10 s"):
+        wait(looks.append)
+    assert len(looks) < LOOKS
