@@ -180,7 +180,7 @@ def measure_student(
         return learn
 
     def work(length: int) -> float:
-        return STEP_FORWARDS * choices * operations(model.config, length)
+        return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
 
     watch = Stopwatch(device, until)
     found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)

@@ -193,9 +193,17 @@ def work(plan: Plan, world: World, stop: StopFlag) -> bool:
     return False
 
 
+def failed_at(unit: Unit) -> int | None:
+    """When its failure was written down (ns); another worker may take the file away at any time."""
+    try:
+        return unit.failure.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def failure_times(plan: Plan) -> dict[Path, int]:
-    files = [unit.failure for unit in plan.units]
-    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+    times = {unit.failure: failed_at(unit) for unit in plan.units}
+    return {file: at for file, at in times.items() if at is not None}
 
 
 def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
@@ -207,8 +215,7 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
     memory.failed |= {
         n
         for n, unit in enumerate(plan.units)
-        if unit.failure.is_file()
-        and memory.before.get(unit.failure) != unit.failure.stat().st_mtime_ns
+        if (at := failed_at(unit)) is not None and memory.before.get(unit.failure) != at
     }
     failed = {plan.units[n].folder for n in memory.failed}
     waiting = 0

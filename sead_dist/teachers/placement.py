@@ -165,8 +165,10 @@ def _taker(
     """(teacher, rank): which of the full rank's teachers the idlest rank can take rows of, the
     costliest first; None where memory allows none."""
     theirs = [n for n in partitioned if share_NW[n, full] > 0 and costs_N[n] > 0]
+    # a rank that has the mean, but for rounding, has nothing to take
+    level = (1 - 1e-9) * load_W.mean()
     for idle in np.argsort(load_W, kind="stable"):
-        if load_W[idle] >= load_W.mean():
+        if load_W[idle] >= level:
             return None
         held = sum(teachers[n].bytes for n in partitioned if share_NW[n, idle] > 0)
         for n in sorted(theirs, key=lambda n: -share_NW[n, full] * costs_N[n]):

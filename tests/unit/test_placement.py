@@ -135,6 +135,14 @@ def test_a_teacher_is_split_only_over_ranks_that_have_room_for_it(teachers):
     assert ((held[:4] == 0) | (held[:4] == 1)).all()
 
 
+def test_where_memory_bars_some_ranks_the_others_share_to_an_end(teachers):
+    """A rank that has the mean but for rounding takes nothing; it once took nothing for ever."""
+    many = of_size(teachers[0], 265, 438, 1420, 500)
+    share_NW = share_rows(many, ["partitioned"] * 4, [66.0, 110.0, 355.0, 125.0], 6, 3983)
+    np.testing.assert_allclose(share_NW.sum(axis=1), 1.0)
+    assert share_NW[share_NW > 0].min() > 1e-6
+
+
 def test_the_run_says_who_holds_what(teachers):
     two = of_size(teachers[0], 10, 10)
     share_NW = share_rows(two, ["partitioned"] * 2, [3.0, 1.0], 2, 1000)
