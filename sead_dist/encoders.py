@@ -1,8 +1,10 @@
 """Fine-tuning teachers is distillation with no teacher: the runs that `encoders` stand for."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sead_dist.config import RunConfig, StudentConfig, TeacherConfig
+from sead_dist.config import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
 from sead_dist.configfiles import names_shape
 from sead_dist.errors import UserError
 
@@ -25,6 +27,14 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
         )
         for index, encoder in enumerate(config.encoders)
     ]
+
+
+def teacher_layers(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers of a student's configuration without what is the student's alone: what it asks of
+    teachers (another temperature, the same teachers), and the layers that it takes of its start."""
+    own = ("method", "route", *METHOD_KEYS)
+    plain = [{key: layer[key] for key in layer if key not in own} for layer in layers]
+    return [*plain, {"student": {"layers": None}}]
 
 
 def check_encoders(config: RunConfig) -> None:

@@ -20,6 +20,8 @@ from sead_dist.teachers.base import TeacherLogits
 
 # frozen before step 1, or (random) drawn by the place in the run
 FIXED_METHODS = ("single", "mean_logits", "mean_probabilities", "fixed", "score", "random")
+# what one teacher says is its own logits, not what they become on the way over probabilities
+OF_LOGITS = ("mean_logits", "single", "random", "routed")
 NEED_CLASSES = ("mean_probabilities", "confidence", "entropy")
 
 
@@ -190,7 +192,7 @@ def combine(
     if regression:
         scores_BC = (weights_NB[..., None] * logits_NBC).sum(0)
         return SoftTargets(scores_BC, scores_BC, weights_NB, temperature)
-    if method == "mean_logits":
+    if method in OF_LOGITS:
         logits_BC = (weights_NB[..., None] * logits_NBC).sum(0)
         return SoftTargets(
             torch.softmax(logits_BC / temperature, -1), logits_BC, weights_NB, temperature

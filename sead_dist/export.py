@@ -113,15 +113,20 @@ def export_onnx(
     quiet_libraries(World(0, 1, torch.device("cpu")))
     original = load_original(name, task_name, data, labels)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.aside")
+    older = aside.with_suffix(".older")
     try:
         aside.mkdir()
         record = write_and_measure(original, aside, quantized)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)
         aside.rename(folder)
     except OSError as error:
         raise RunError(f"--output {folder} cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if older.exists() and not folder.exists():
+            older.rename(folder)
+        for rest in (aside, older):
+            shutil.rmtree(rest, ignore_errors=True)
     title = f"{record['task']}, CPU, threads: {record['threads']}"
     print_table(title, *onnx_rows(record))
     print(f"written to {folder}")
@@ -138,6 +143,8 @@ def output_folder(name: str, output: str | None) -> Path:
             "the hub say where to: --output DIR"
         )
     folder = Path(output) if output is not None else Path(name) / "onnx"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"--output {folder} is the working folder or holds it; give a new folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "export.json").is_file():

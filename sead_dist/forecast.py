@@ -5,7 +5,7 @@ steps of an epoch, M micro-batches of a step, G rows of a global batch, U unique
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -95,7 +95,8 @@ def make_work(
     done: int = 0,
 ) -> Work:
     """The work of a run that has `done` steps behind it. What the store holds is no work; None: it
-    holds nothing."""
+    holds nothing. Of a run that asks for a part of the rows, the store is taken to hold those
+    first: it does where this run was cut off, and not where another one asked for other rows."""
     train = examples.train
     lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
     order_SG = epoch_order(lengths_B, config.seed, 0, config.global_batch)
@@ -109,13 +110,14 @@ def make_work(
     for split in (train, examples.selection, *examples.official.values()):
         ids_U2, _ = entries(split.ids_B2)
         for n, teacher in enumerate(teachers):
-            missing = len(ids_U2)
+            needed, present = len(ids_U2), 0
+            if split is train:
+                needed = round(needed * shares_N[n])
             if store is not None:
                 accept_any = config.store.accept == "any"
                 table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
-                missing = int((~table.present_U).sum())
-            if split is train:
-                missing = round(missing * shares_N[n])
+                present = int(table.present_U.sum())
+            missing = max(0, needed - present)
             key = (teacher.tokenizer_hash, teacher.max_length, split.split)
             if missing and key not in counted:
                 counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
@@ -184,8 +186,10 @@ def training_seconds(work: Work, rate: Rate, size: int) -> float:
     lengths = np.full((steps, turns * size), work.lengths_SM.min())
     lengths[:, :micro_batches] = work.lengths_SM
     longest = lengths.reshape(-1, size).max(axis=1)
-    epoch_s = rate.seconds(longest, np.full(len(longest), work.micro_batch))
-    return work.steps * (epoch_s / int(steps) + rate.once_s)
+    steady = replace(rate, shape_s=0.0)
+    epoch_s = steady.seconds(longest, np.full(len(longest), work.micro_batch))
+    first_s = rate.shape_s * len(np.unique(longest)) if work.steps else 0.0
+    return work.steps * (epoch_s / int(steps) + rate.once_s) + first_s
 
 
 def bound(
@@ -197,7 +201,8 @@ def bound(
     device: str,
 ) -> float:
     """The most examples/s that these rates allow on `size` ranks which teach and learn in turns:
-    size / (1 / student's rate + sum of 1 / teacher's rate), every batch full, every rank busy."""
+    size / (1 / student's rate + sum of 1 / teacher's rate), every batch full, every rank busy, no
+    batch the first of its shape."""
     spent = 0.0
     for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
         for tokens_R in requests:
@@ -206,7 +211,8 @@ def bound(
             each_R = work.choices * teacher_rate.row_s(padded_R)
             spent += float(np.sum(each_R + teacher_rate.batch_s / np.asarray(full_R)))
     lengths = work.lengths_SM.reshape(-1)
-    epoch_s = rate.seconds(lengths, np.full(len(lengths), work.micro_batch))
+    steady = replace(rate, shape_s=0.0)
+    epoch_s = steady.seconds(lengths, np.full(len(lengths), work.micro_batch))
     spent += work.steps * epoch_s / len(work.lengths_SM)
     return work.examples / max(spent / size + work.steps * rate.once_s, 1e-12)
 

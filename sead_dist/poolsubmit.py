@@ -23,6 +23,7 @@ from sead_dist.launcher import (
     sbatch_text,
     submit,
 )
+from sead_dist.runfolder import has_progress, try_lock
 from sead_dist.teach import worker_folder
 
 
@@ -68,6 +69,7 @@ def submit_pool(
     slurm.need("sbatch")
     refuse_queued([student.runs, *(launch.runs for launch in launches.values())], root)
     job_folder(out)
+    forget_refused(Path(student.config.output_dir))
     made = enqueue(launches, parameters, own.python, root)
     # a student that waits in a job of its own while its workers are in the queue wastes nodes
     later = {"dependency": f"after:{made[0].job}", **settings.sbatch}
@@ -79,6 +81,16 @@ def submit_pool(
             with suppress(UserError):
                 slurm.cancel(job.job)
         raise
+
+
+def forget_refused(run: Path) -> None:
+    """What a student expected of its teachers that never took a step does not count:
+    workers that start before the next student would end by it."""
+    if has_progress(run) or not (run / "teacher_manifest.json").is_file():
+        return
+    with try_lock(run / ".lock") as free:
+        if free:
+            (run / "teacher_manifest.json").unlink(missing_ok=True)
 
 
 def launches_of(

@@ -13,8 +13,15 @@ from typing import Any
 
 from sead_dist.card import table
 from sead_dist.config import RunConfig, TeacherConfig
-from sead_dist.configfiles import config_folder, load_config, names_shape
+from sead_dist.configfiles import (
+    config_folder,
+    load_config,
+    names_shape,
+    read_layers,
+    resolve,
+)
 from sead_dist.distributed import World, from_main
+from sead_dist.encoders import teacher_layers
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
 from sead_dist.pretrained import locate
@@ -79,7 +86,8 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     from_main(world, lambda: check_reach(name, given))
     runs = [Path(entry.path) for entry in given.teachers]
     if not runs:
-        alone = load_config(["method=finetune", *base_words(checkpoint, words)])
+        layers = teacher_layers(read_layers(base_words(checkpoint, words)))
+        alone = resolve([*layers, {"method": "finetune"}])
         update = {
             "output_dir": str(output / "teachers"),
             "encoders": given.encoders,

@@ -48,6 +48,10 @@ class Rival:
     weight: float
     until: int
 
+    def has_no_head(self, step: int) -> bool:
+        """Whether after this step (from 1) nothing has taught the student's head yet."""
+        return self.method == "tinybert" and step <= self.until
+
     def reading(self) -> AbstractContextManager[Internals]:
         """Inside, the student's forward fills what is given."""
         return reading(self.student, self.mine)
@@ -157,7 +161,10 @@ def make_rival(
         names = ("hidden",)
     projections = new_projections(names, student.width, guide.width, config.seed)
     model.add_module(PROJECTIONS, projections)
-    until = round(config.inner_share * total_steps) if method == "tinybert" else total_steps
+    until = total_steps
+    if method == "tinybert":
+        # at least one step is left for the task
+        until = min(round(config.inner_share * total_steps), total_steps - 1)
     return Rival(
         method, student, guide, mine, theirs, projections, variant_of(method, student, guide),
         config.inner_weight, until,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config import METHOD_KEYS, RunConfig, Section, TeacherConfig
+from sead_dist.config import RunConfig, Section, TeacherConfig
 from sead_dist.configfiles import (
     config_folder,
     explain,
@@ -19,7 +19,7 @@ from sead_dist.configfiles import (
     resolve,
     shipped_methods,
 )
-from sead_dist.encoders import teacher_runs
+from sead_dist.encoders import teacher_layers, teacher_runs
 from sead_dist.ensemble import misfit
 from sead_dist.errors import UserError
 from sead_dist.hub import refuse_push
@@ -221,17 +221,11 @@ def named(value: Any, task: str) -> Any:
 def teacher_units(
     task: str, common: RunConfig, layers: Layers, finetune: Mapping[str, Any]
 ) -> list[Unit]:
-    """The runs that fine-tune a task's teachers; none where its teachers are given.
-
-    What students ask of teachers is nothing to these (another temperature, the same teachers), and
-    the layers that a student takes of its start are no teacher's.
-    """
+    """The runs that fine-tune a task's teachers; none where its teachers are given."""
     if common.teachers and common.encoders:
         raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
-    students = ("method", "route", *METHOD_KEYS)
-    plain = [{key: layer[key] for key in layer if key not in students} for layer in layers]
     folder = Path(common.output_dir) / task / TEACHERS
-    config = resolve([*plain, {"student": {"layers": None}}, finetune, {"output_dir": str(folder)}])
+    config = resolve([*teacher_layers(layers), finetune, {"output_dir": str(folder)}])
     return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
 
 

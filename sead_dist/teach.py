@@ -4,6 +4,7 @@ training rows by step, and the official splits. It is given the words of the stu
 needs no student to be there.
 """
 
+import json
 import os
 import re
 from contextlib import ExitStack
@@ -201,9 +202,10 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 def refuse_other_student(work: Work) -> None:
     """Raises UserError where the run folder holds a student that waits for something else."""
     run, teachers = work.run, work.teachers
-    if not (run / "teacher_manifest.json").is_file():
-        return  # the student has not come yet
-    expected = read_json(run / "teacher_manifest.json")
+    try:
+        expected = json.loads((run / "teacher_manifest.json").read_bytes())
+    except FileNotFoundError:
+        return  # the student has not come yet, or is just giving its claim anew
     remedy = "give worker and student the same words and files, or another output_dir"
     if len(expected) != len(teachers):
         raise UserError(

@@ -258,6 +258,8 @@ class Trainer:
         if self.config.tracker is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
+        if self.rival is not None and self.rival.has_no_head(state.step):
+            return state  # its score is that of a head as it was made
         better = state.best_metric is None or score > state.best_metric
         if better or self.config.graduate == "last":
             state = replace(state, best_step=state.step, best_metric=score)

@@ -128,9 +128,10 @@ class Claims:
         except OSError as error:
             raise RunError(explain(self.layout.root, f"claims/{name}", error)) from error
         broken = _text(aside) == self._seen.pop(name).text
-        with suppress(OSError):
-            if not broken:  # a third process was quicker, and has a claim of its own by now
+        if not broken:  # a third process was quicker, and has a claim of its own by now
+            with suppress(OSError):  # a fourth has one there already, or there are no second names
                 os.link(aside, path)
+        with suppress(OSError):
             os.unlink(aside)
         return broken
 

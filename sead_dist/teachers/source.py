@@ -227,7 +227,8 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         if len(entries_M) == 0:
             return np.zeros((0, len(order_C)), np.float32)
-        if not is_split(teacher, self.placements[n], self.world):
+        # one of the pool was waited for, and is never computed here
+        if self.placements[n] != "pool" and not is_split(teacher, self.placements[n], self.world):
             missing_K = self._missing(n, request, entries_M)
             if len(missing_K):
                 self._compute(n, request, missing_K)

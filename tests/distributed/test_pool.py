@@ -17,7 +17,9 @@ from small import model_bytes, read, run_distill, save_teacher, words, write_tas
 from sead_dist.configfiles import load_config
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
+from sead_dist.poolsubmit import forget_refused
 from sead_dist.recipes import distill
+from sead_dist.runfolder import try_lock
 from sead_dist.runlog import is_finished
 from sead_dist.teach import teach, worker_folder
 from sead_dist.teachers.worker import Worker
@@ -199,6 +201,26 @@ def test_a_worker_with_other_weights_names_both_fingerprints(waited, tmp_path):
     here = line.split(" is ")[1][:16]
     assert len(here) == 16
     assert here != expected[:16]
+
+
+def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_is_submitted(
+    task, tmp_path
+):
+    """Teachers were mended after it ended; the new workers start before the new student."""
+    given, run = given_words(task, tmp_path, pool__silent_s=0.05), tmp_path / "run"
+    with pytest.raises(RunError):
+        distill(load_config(given), alone())
+    mended = save_teacher(tmp_path / "b", "roberta", seed=9)
+    teachers = [str(entry["path"]) for entry in read(run / "teacher_manifest.json")]
+    now = [*given, f"teachers=[{teachers[0]},{mended},{teachers[2]}]"]
+    with try_lock(run / ".lock") as taken:
+        assert taken
+        forget_refused(run)  # a student is there: it counts
+    with pytest.raises(UserError, match="expects"):
+        teach(load_config(now), "1/1", alone())
+    forget_refused(run)
+    teach(load_config(now), "1/1", alone())
+    assert rows_of(run, 1, 1) == PAIRS
 
 
 def test_a_worker_of_another_numerics_class_is_refused_by_name(waited):

@@ -221,6 +221,24 @@ def test_an_export_of_another_kind_takes_the_place_of_the_old_one(exported, tmp_
     assert "model_int8" not in (run / "README.md").read_text()
 
 
+def test_an_export_that_cannot_take_its_place_leaves_the_old_one(exported, tmp_path, monkeypatch):
+    run = shutil.copytree(exported, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (run / "onnx").iterdir() if path.is_file()}
+    rename = Path.rename
+
+    def broken(path, to):
+        if path.name.endswith(".aside"):
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(RunError, match="cannot be written: Input/output error"):
+        export_onnx(str(run), False, None, None, None, None)
+    after = {path.name: path.read_bytes() for path in (run / "onnx").iterdir() if path.is_file()}
+    assert after == before
+    assert not list(run.glob(".onnx*"))
+
+
 def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -229,6 +247,8 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
         (tmp_path / "file", "is a file; give a folder"),
         (tmp_path / "full", "holds other files than an export; give a new folder"),
         (tmp_path / "no" / "onnx", "is not writable; give another"),
+        (".", r"--output \. is the working folder or holds it"),
+        (Path.cwd().parent, "is the working folder or holds it"),
     ):
         with pytest.raises(UserError, match=message):
             export_onnx(str(exported), False, str(output), None, None, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small import grammar_tokenizer, read, sentences
 from transformers import BertConfig, BertModel
 
@@ -78,7 +79,9 @@ def test_a_checkpoint_is_made_from_its_teachers_on_and_put_beside_the_published(
     models, grammar, tmp_path, capsys
 ):
     output = tmp_path / "sst2"
-    given = words(models, grammar, output, 256)
+    # what the student asks of teachers does not change them
+    own = ["student.layers=[0,1,2,3,4,5]", "temperature=5.0", "method=mean"]
+    given = words(models, grammar, output, 256, *own)
     main(["reproduce", "sst2-h256", *given, "--teachers", "2"])
     made = read(output / "reproduce.json")
     (figure,) = made["figures"]
@@ -102,6 +105,12 @@ def test_a_checkpoint_is_made_from_its_teachers_on_and_put_beside_the_published(
         for n in range(2)
     ]
     assert seeds == [1, 1]
+    for n in range(2):
+        folder = output / "teachers" / f"teacher-{n}"
+        made_with = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (made_with["ensemble"], made_with["temperature"]) == ("none", 2.0)
+        layers = read(folder / "model" / "config.json")["num_hidden_layers"]
+        assert layers == SMALL_BERT["num_hidden_layers"]
     # again: nothing is trained, the figures are printed
     done = {path: path.stat().st_mtime_ns for path in output.glob("**/run_summary.json")}
     assert len(done) == 3

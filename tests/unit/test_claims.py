@@ -126,6 +126,29 @@ def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, mo
     assert not list(store.tmp.iterdir())
 
 
+def test_a_claim_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatch):
+    """A third worker has a claim of its own before the slower one can give back the quicker's."""
+    of_a_dead_worker(store, "chunk")
+    quick, slow, third = Claims(store, 60.0), Claims(store, 60.0), Claims(store, 60.0)
+    assert quick.take("chunk") is None
+    assert slow.take("chunk") is None
+    clock.now += 61.0
+    rename, won = os.rename, []
+
+    def overtaken(path, aside):
+        monkeypatch.setattr(os, "rename", rename)
+        won.append(quick.take("chunk"))
+        rename(path, aside)
+        won.append(third.take("chunk"))
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    assert slow.take("chunk") is None
+    with won[1]:
+        assert not list(store.tmp.iterdir())
+    with won[0]:
+        pass
+
+
 def test_a_holder_whose_claim_was_taken_away_leaves_the_new_one_alone(store, clock):
     suspended, other = Claims(store, 1e9), Claims(store, 60.0)
     with ExitStack() as held:

@@ -121,6 +121,15 @@ def test_one_teacher_alone_is_the_ensemble_whatever_the_method():
         torch.testing.assert_close(found.targets_BC, expected)
 
 
+@pytest.mark.parametrize("method", ["single", "random", "routed"])
+def test_of_one_teacher_the_combined_logits_are_its_own(method):
+    """loss=mse fits them, so they must not be moved on the way over probabilities."""
+    logits_NBC = torch.tensor([[[5.0, -5.0]], [[1.0, 2.0]]])
+    routes_B = torch.tensor([1]) if method == "routed" else None
+    found = ask(method, logits_NBC, weights=[0.0, 1.0], temperature=2.0, routes_B=routes_B)
+    assert found.logits_BC.tolist() == [[1.0, 2.0]]
+
+
 def test_regression_takes_the_mean_of_scores():
     found = ask("mean_logits", torch.tensor([[[1.0]], [[4.0]]]), regression=True)
     assert found.targets_BC.tolist() == [[2.5]]

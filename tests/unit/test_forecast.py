@@ -88,6 +88,9 @@ def test_what_the_store_holds_is_no_work(teachers, tmp_path):
     source.close()
     work = work_of(teachers, PredictionStore(tmp_path / "st", print))
     assert [sum(map(len, requests)) for requests in work.requests_N] == [80 - 30, 80]
+    # of a run that asks for 21 of the rows they are the first that it finds
+    short = work_of(teachers, PredictionStore(tmp_path / "st", print), max_steps=3)
+    assert [sum(map(len, requests)) for requests in short.requests_N] == [30, 21 + 30]
 
 
 def test_batches_are_those_that_a_pass_makes(teachers, tmp_path, monkeypatch):
@@ -162,6 +165,14 @@ def test_in_a_step_all_ranks_wait_for_the_longest_micro_batch():
     assert training_seconds(work, RATE, 2) == pytest.approx(3 * short + long + 2 * 5.0)
 
 
+def test_the_first_batch_of_a_shape_is_paid_for_once_in_a_run():
+    slow = Rate((16, 64), (0.0, 0.0), batch_s=0.0, once_s=0.0, shape_s=1.0)
+    work = plain([], [[16, 64, 16], [16, 16, 16]])
+    assert training_seconds(work, slow, 1) == pytest.approx(2.0)
+    assert training_seconds(replace(work, steps=10 * work.steps), slow, 1) == pytest.approx(2.0)
+    assert training_seconds(replace(work, steps=0), slow, 1) == 0.0
+
+
 def test_the_last_rank_decides_when_the_teachers_are_done(teachers):
     whole = [replace(teacher, free_rows=2) for teacher in teachers]
     work = plain([63, 63])
@@ -179,7 +190,7 @@ def test_the_last_rank_decides_when_the_teachers_are_done(teachers):
 
 def test_no_plan_is_quicker_than_the_bound(teachers):
     work = work_of(teachers)
-    free = replace(RATE, once_s=0.0)
+    free = replace(RATE, once_s=0.0, shape_s=2.0)
     for size in (1, 2, 3):
         most = bound(work, teachers, [free, free], free, size, "cpu")
         for placement in ("colocated", "partitioned"):

@@ -127,6 +127,10 @@ def test_fillers_do_not_count_and_rows_are_shares_of_the_global_batch():
 def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     student, rival, body = pair("tinybert")
     assert rival.until == 5
+    assert [rival.has_no_head(step) for step in (1, 5, 6)] == [True, True, False]
+    # one step at least teaches the head
+    assert pair("tinybert", total_steps=1)[1].until == 0
+    assert not pair("minilm")[1].has_no_head(1)
     mine, theirs, logits = read_both(student, rival, body)
     valid_B = torch.tensor([True, True])
     first = rival.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)

@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +150,21 @@ def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
     state = last.run(TrainState())
     assert (state.best_step, state.best_metric) == (6, 0.6)
     assert last.checkpointer.best_folder(6).is_dir()
+
+
+def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
+    class TwoStages(SimpleNamespace):
+        def join(self, terms, *_rest):
+            return terms
+
+        def reading(self):
+            return nullcontext()
+
+    keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "epochs": 2, "evaluate__every_steps": 2}
+    rival = TwoStages(has_no_head=lambda step: step <= 2)
+    trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
+    state = trainer.run(TrainState())
+    assert (state.best_step, state.best_metric) == (4, 0.7)
 
 
 def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):
