@@ -11,13 +11,11 @@ largest differences of logits from fp32 are shown, since other bits need a numer
 """
 
 import copy
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from inputs import random_classifier, sst2_folder, texts_of, tokenizer_folder
+from inputs import laid_out, random_classifier, texts_of
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 from torch import nn
 from torch.func import functional_call, stack_module_state
@@ -190,10 +188,7 @@ def main() -> None:
     shapes = SHAPES[:1] if args.smoke else SHAPES
     set_threads(args.threads)
     raw, rows = [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work or Path(temporary)
-        data = sst2_folder(folder / "data", args.rows)
-        words = tokenizer_folder(folder / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (folder, data, words):
         inputs = batches(texts_of(data / "train.tsv"), AutoTokenizer.from_pretrained(words))
         for shape, count in shapes:
             models = [

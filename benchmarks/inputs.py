@@ -5,6 +5,9 @@ import importlib.util
 import os
 import random
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -65,6 +68,15 @@ def tokenizer_folder(folder: Path, data: Path) -> Path:
         pieces.save_model(str(folder))
         BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def laid_out(work: Path | None, rows: int) -> Iterator[tuple[Path, Path, Path]]:
+    """(working folder, its data of so many rows, a tokeniser): `work`, else a temporary one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        data = sst2_folder(folder / "data", rows)
+        yield folder, data, tokenizer_folder(folder / "tokenizer", data)
 
 
 def random_classifier(folder: Path, shape: str, tokenizer: Path, seed: int) -> Path:

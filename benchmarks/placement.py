@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from inputs import random_classifier, run_config, sst2_folder, tokenizer_folder
+from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 
 from sead_dist.checkpoint import TrainState
@@ -163,10 +163,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.shape, args.teachers = 200, 1, "L2-H128", [3]
     set_threads(args.threads)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work or Path(temporary)
-        data = sst2_folder(folder / "data", args.rows)
-        tokenizer = tokenizer_folder(folder / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
         folders = [
             random_classifier(folder / f"{args.shape}-{n}", args.shape, tokenizer, n)
             for n in range(max(args.teachers))

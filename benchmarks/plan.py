@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from inputs import alone, random_classifier, run_config, sst2_folder, tokenizer_folder
+from inputs import alone, laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.plan import plan
@@ -60,11 +60,8 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.precision, mixes = 200, 1, ["fp32"], MIXES[:1]
     set_threads(args.threads)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
+    with laid_out(args.work, args.rows) as (work, data, tokenizer):
         os.environ["SEAD_DIST_RATES"] = str(work / "rates.json")
-        data = sst2_folder(work / "data", args.rows)
-        tokenizer = tokenizer_folder(work / "tokenizer", data)
         student = random_classifier(work / "student", "L2-H128", tokenizer, 0)
         raw = []
         for _ in range(args.repeat):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inputs import random_classifier, sst2_folder, tokenizer_folder
+from inputs import laid_out, random_classifier
 from outcome_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.runlog import is_finished, read_json
@@ -192,10 +192,7 @@ def main() -> None:
     set_threads(args.threads)
     # ended from outside, it ends its workers too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work or Path(temporary)
-        data = sst2_folder(folder / "data", args.rows)
-        tokenizer = tokenizer_folder(folder / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
         teachers = [
             str(random_classifier(folder / f"{args.shape}-{n}", args.shape, tokenizer, n))
             for n in range(args.teachers)

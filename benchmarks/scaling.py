@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inputs import random_classifier, run_config, sst2_folder, tokenizer_folder
+from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
 from peers import TEACHER_ROWS, batches_of_like_length, load, pad, rows_of
 from placement import counted_bytes
@@ -297,10 +297,7 @@ def main() -> None:
     cases = [("equal", 0)]
     cases += [("equal", n) for n in args.teachers] + [("mixed", n) for n in args.mixed]
     figures = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work or Path(temporary)
-        data = sst2_folder(folder / "data", args.rows)
-        tokenizer = tokenizer_folder(folder / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
         student = random_classifier(folder / "student", STUDENT, tokenizer, 0)
         for turn in range(args.repeat):
             for ranks in args.ranks:

@@ -14,14 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from inputs import (
-    alone,
-    random_classifier,
-    run_config,
-    shape_file,
-    sst2_folder,
-    tokenizer_folder,
-)
+from inputs import alone, laid_out, random_classifier, run_config, shape_file
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 
 from sead_dist.checkpoint import TrainState
@@ -58,10 +51,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.students = 100, 2, ["L2-H128"]
     set_threads(args.threads)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        data = sst2_folder(work / "data", args.rows)
-        tokenizer = tokenizer_folder(work / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (work, data, tokenizer):
         teachers = [
             random_classifier(work / f"teacher-{n}", "L2-H128", tokenizer, n)
             for n in range(args.teachers)

@@ -15,13 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from inputs import (
-    alone,
-    random_classifier,
-    run_config,
-    sst2_folder,
-    tokenizer_folder,
-)
+from inputs import alone, laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 from transformers import PreTrainedModel
 
@@ -94,10 +88,7 @@ def main() -> None:
     set_threads(args.threads)
     raw: list[dict[str, object]] = []
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        data = sst2_folder(work / "data", args.rows)
-        tokenizer = tokenizer_folder(work / "tokenizer", data)
+    with laid_out(args.work, args.rows) as (work, data, tokenizer):
         student = random_classifier(work / "student", "L2-H128", tokenizer, 0)
         for shape in args.teachers:
             teacher = random_classifier(work / shape, shape, tokenizer, 1)
