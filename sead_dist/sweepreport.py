@@ -35,7 +35,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"# {title(report)}",
-        f"`{shlex.join(report['command'])}` (of every path the last part)",
+        f"`{shlex.join(report['command'])}` (of absolute paths the last part)",
         ran(report),
         "## Scores",
         table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),
