@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 import yaml
 from tokenizers import BertWordPieceTokenizer
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from sead_dist import recipes
 from sead_dist.config import RunConfig
@@ -21,10 +26,11 @@ from sead_dist.configfiles import load_config
 from sead_dist.distributed import World
 
 LABELS = {0: "negative", 1: "positive"}
+MARKS = ("unk", "pad", "cls", "sep", "mask")
 
 
-def alone() -> World:
-    return World(0, 1, torch.device("cpu"))
+def alone(device: str = "cpu") -> World:
+    return World(0, 1, torch.device("cuda", 0) if device == "cuda" else torch.device(device))
 
 
 def sst2_folder(folder: Path, rows: int, seed: int = 0) -> Path:
@@ -64,9 +70,8 @@ def tokenizer_folder(folder: Path, data: Path) -> Path:
     if not (folder / "tokenizer.json").is_file():
         pieces = BertWordPieceTokenizer()
         pieces.train_from_iterator(texts_of(data / "train.tsv"), vocab_size=30522)
-        folder.mkdir(parents=True, exist_ok=True)
-        pieces.save_model(str(folder))
-        BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+        marks = {f"{name}_token": f"[{name.upper()}]" for name in MARKS}
+        PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **marks).save_pretrained(folder)
     return folder
 
 

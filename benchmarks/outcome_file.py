@@ -40,12 +40,18 @@ def common_arguments(description: str | None, rows: int, repeat: int) -> argpars
     return parser
 
 
-def set_threads(threads: int) -> None:
-    """Torch's threads and the tokenisers', of this process and its children."""
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    """For the benchmarks that a GPU can run."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def set_threads(threads: int, device: str = "cpu") -> None:
+    """Torch's threads and the tokenisers', of this process and its children, and whether these
+    work on the GPUs."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ["ACCELERATE_USE_CPU"] = "true" if device == "cpu" else "false"
     torch.set_num_threads(threads)
 
 
@@ -70,11 +76,16 @@ def spread(values: Sequence[float]) -> str:
 def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Namespace) -> Path:
     """Print the result, and write it with the hardware and the raw measurements."""
     device = device_model(torch.device("cpu"))
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{device} {os.cpu_count()} cores".lower()).strip("-")
+    about = f"{device} {os.cpu_count()} cores"
+    gpu = None
+    if getattr(args, "device", "cpu") == "cuda":
+        about = gpu = torch.cuda.get_device_name()
+    hardware = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")
     today = datetime.now(timezone.utc).date().isoformat()
     setting = table(
         ["what", "value"],
         [
+            *([["GPU", gpu]] if gpu else []),
             ["processor", device],
             ["cores", os.cpu_count() or 0],
             ["threads of each process", args.threads],

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from inputs import alone, laid_out, random_classifier, run_config, shape_file
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from outcome_file import (
+    common_arguments,
+    device_argument,
+    set_threads,
+    spread,
+    table,
+    write_result,
+)
 
 from sead_dist.checkpoint import TrainState
 from sead_dist.distributed import StopFlag
@@ -26,10 +33,10 @@ from sead_dist.recipes import make_trainer, prepare_teachers
 TARGET = 1.03
 
 
-def step_seconds(words: dict[str, object]) -> float:
+def step_seconds(words: dict[str, object], device: str) -> float:
     """Seconds of a step, over one epoch of the training loop."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(), stack, StopFlag())
+        parts = build(run_config(words), alone(device), stack, StopFlag())
         ended: list[float] = []
 
         def end_of_epoch(step: int) -> EvalResult:
@@ -47,10 +54,13 @@ def main() -> None:
     parser = common_arguments(__doc__, rows=2000, repeat=7)
     parser.add_argument("--students", nargs="+", default=["L6-H256", "L2-H128"])
     parser.add_argument("--teachers", type=int, default=3)
+    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--precision", default="fp32")
+    device_argument(parser)
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.repeat, args.students = 100, 2, ["L2-H128"]
-    set_threads(args.threads)
+    set_threads(args.threads, args.device)
     with laid_out(args.work, args.rows) as (work, data, tokenizer):
         teachers = [
             random_classifier(work / f"teacher-{n}", "L2-H128", tokenizer, n)
@@ -63,7 +73,9 @@ def main() -> None:
                 "student.shape": shape_file(work / f"{shape}.yaml", shape),
                 "student.tokenizer": tokenizer,
                 "epochs": 1,
-                "micro_batch": 32,
+                "micro_batch": args.micro_batch,
+                "global_batch": args.micro_batch,
+                "precision": args.precision,
                 "gate": "off",
                 "checkpoint.every_steps": 0,
             }
@@ -75,7 +87,7 @@ def main() -> None:
                 pair = [("taught", taught), ("alone", common)]
                 for name, words in pair if turn % 2 else pair[::-1]:
                     output = Path(tempfile.mkdtemp(dir=work)) / name
-                    seconds[name] = step_seconds({**words, "output_dir": output})
+                    seconds[name] = step_seconds({**words, "output_dir": output}, args.device)
                 if turn > 0:
                     raw[shape].append(seconds)
     rows = []
@@ -89,7 +101,8 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"{__doc__.partition(chr(10))[0]} {args.teachers} teachers, {args.rows} rows of SST-2, "
-            f"batches of 32, {args.repeat} interleaved repetitions; median (least-most).",
+            f"batches of {args.micro_batch} in {args.precision}, {args.repeat} interleaved "
+            "repetitions; median (least-most).",
             table(
                 ["student", "alone, ms", "taught, ms", "taught / alone", f"<= {TARGET}"],
                 rows,

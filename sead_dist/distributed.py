@@ -61,7 +61,9 @@ def join_world() -> World:
     cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     on_gpu = torch.cuda.is_available() and not cpu_asked
     if size == 1 and not dist.is_initialized():
-        return World(0, 1, torch.device("cuda" if on_gpu else "cpu"))
+        # with its number: set_device takes no other
+        own = ("cuda", torch.cuda.current_device()) if on_gpu else ("cpu",)
+        return World(0, 1, torch.device(*own))
     missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise UserError(

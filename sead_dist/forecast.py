@@ -27,7 +27,12 @@ from sead_dist.rates import (
     this_machine,
 )
 from sead_dist.splits import RunExamples
-from sead_dist.teachers.forward import cut_into_batches, padded_length, rows_per_batch
+from sead_dist.teachers.forward import (
+    cut_into_batches,
+    padded_length,
+    rows_for,
+    rows_per_batch,
+)
 from sead_dist.teachers.placement import deal
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.store import PredictionStore
@@ -145,10 +150,8 @@ def batch_shapes(
     rows_P: list[int] = []
     for tokens_R in requests:
         for part, length in cut_into_batches(tokens_R, device, teacher.longest):
-            fixed = rows_per_batch(length, device)
-            free = fixed if teacher.free_rows is None else max(teacher.free_rows, len(part))
             lengths_P.append(length)
-            rows_P.append(min(fixed, free))
+            rows_P.append(rows_for(len(part), length, device, teacher.free_rows))
     return lengths_P, rows_P
 
 
@@ -206,7 +209,7 @@ def bound(
     spent = 0.0
     for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
         for tokens_R in requests:
-            padded_R = np.minimum(padded_length(tokens_R), max(teacher.longest, 2))
+            padded_R = np.minimum(padded_length(tokens_R, device), max(teacher.longest, 2))
             full_R = [rows_per_batch(int(length), device) for length in padded_R]
             each_R = work.choices * teacher_rate.row_s(padded_R)
             spent += float(np.sum(each_R + teacher_rate.batch_s / np.asarray(full_R)))

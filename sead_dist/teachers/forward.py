@@ -13,6 +13,7 @@ own classes, L tokens, H hidden.
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,18 +21,41 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data import TokenTable
 from sead_dist.models import DTYPES, new_classifier
+from sead_dist.pretrained import position_limit
 from sead_dist.teachers.quantize import quantize
 
-SHAPE_TABLE = "shapes-1"
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-ROWS_LEAST = {"cpu": 16, "cuda": 32}
-ROWS_MOST = {"cpu": 64, "cuda": 512}
-# row counts tried by the self-check, from the most down: every residue that thread partitions and
-# vector widths make
-CHECK_ROWS = (63, 47, 39, 33, 32, 31, 29, 27, 25, 23, 22, *range(21, 1, -1))
-# it is passed when bits are equal from so many rows on, or from fewer
-FREE_ROWS_MOST = 16
-CHECK_LENGTHS = (2, 16)
+
+@dataclass(frozen=True)
+class BatchShapes:
+    """What batches look like on a kind of device. name: for the numerics class, changed with what
+    decides bits; step: of padded lengths up to 64 tokens; tokens: of a batch at most, within
+    `least` and `most` rows; counts: the row counts that may take the place of the full one where
+    bits do not depend on it (`any_count`: those between as well); check_lengths: where the
+    self-check looks; free_most: it fails where bits are equal only from more rows on."""
+
+    name: str
+    step: int
+    tokens: int
+    least: int
+    most: int
+    counts: tuple[int, ...]
+    any_count: bool
+    check_lengths: tuple[int, ...]
+    free_most: int
+
+
+SHAPES = {
+    # every residue that thread partitions and vector widths make
+    "cpu": BatchShapes(
+        "shapes-1-cpu", 2, 4096, 16, 64,
+        (*range(2, 24), 25, 27, 29, 31, 32, 33, 39, 47, 63), True, (2, 16), 16,
+    ),
+    # kernels are chosen by thresholds of rows: no other count than those checked
+    "cuda": BatchShapes(
+        "shapes-2-cuda", 8, 65536, 32, 512,
+        (32, 64, 96, 128, 192, 256, 320, 384, 448), False, (8, 16, 32, 64, 128), 512,
+    ),
+}  # fmt: skip
 
 
 class NotFiniteError(Exception):
@@ -42,22 +66,34 @@ class NotFiniteError(Exception):
         self.position = position
 
 
-def padded_length(tokens: np.ndarray) -> np.ndarray:
-    """Steps of 2 up to 64 tokens, of 8 beyond."""
-    return np.where(tokens <= 64, -(-tokens // 2) * 2, -(-tokens // 8) * 8)
+def padded_length(tokens: np.ndarray, device: str) -> np.ndarray:
+    """The device's steps up to 64 tokens, steps of 8 beyond."""
+    step = SHAPES[device].step
+    return np.where(tokens <= 64, -(-tokens // step) * step, -(-tokens // 8) * 8)
 
 
 def rows_per_batch(length: int, device: str) -> int:
-    """The fixed row count of a padded length on a kind of device."""
-    fitting = TOKENS_PER_BATCH[device] // length
-    return max(ROWS_LEAST[device], min(ROWS_MOST[device], fitting))
+    """The full row count of a padded length on a kind of device."""
+    shapes = SHAPES[device]
+    return max(shapes.least, min(shapes.most, shapes.tokens // length))
+
+
+def rows_for(count: int, length: int, device: str, free_from: int | None) -> int:
+    """The row count of a batch with so many examples, its guard among them."""
+    full, shapes = rows_per_batch(length, device), SHAPES[device]
+    if free_from is None:
+        return full
+    wanted = max(free_from, count)
+    if not shapes.any_count:
+        wanted = next((rows for rows in shapes.counts if rows >= wanted), full)
+    return min(full, wanted)
 
 
 def cut_into_batches(
     lengths_R: np.ndarray, device: str, longest: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(rows, padded length) of each batch, longest first so that memory peaks at the start."""
-    padded_R = np.minimum(padded_length(lengths_R), max(longest, 2))
+    padded_R = np.minimum(padded_length(lengths_R, device), max(longest, 2))
     for length in np.unique(padded_R)[::-1]:
         rows = np.flatnonzero(padded_R == length)
         # one row of every batch is the guard
@@ -85,14 +121,35 @@ def batch_inputs(
     free_from: int | None,
 ) -> dict[str, torch.Tensor]:
     """Model inputs of these examples, filled up to the rows that their bits ask for."""
-    rows = rows_per_batch(length, device.type)
     inputs = tokens.pad(rows_P, length)
-    if free_from is not None:
-        guard = int(inputs["attention_mask"].all())
-        rows = min(rows, max(free_from, len(rows_P) + guard))
+    guard = int(inputs["attention_mask"].all())
+    rows = rows_for(len(rows_P) + guard, length, device.type, free_from)
     if rows > len(rows_P):
         inputs = fill(inputs, rows, tokens.choices)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: sent(tensor, device) for name, tensor in inputs.items()}
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device. A GPU takes it when it has done what it was given before; from memory
+    that is not pinned, the host would wait for that."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The same on the host, once it is asked for: a GPU can be given more to do before."""
+    if logits.device.type != "cuda":
+        return lambda: logits
+    copy_of = logits.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def waited() -> torch.Tensor:
+        copied.synchronize()
+        return copy_of
+
+    return waited
 
 
 def own_logits(logits: torch.Tensor, part_P: np.ndarray, choices: int) -> np.ndarray:
@@ -119,15 +176,22 @@ def predict(
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
     """Own-order logits of these examples, handed to `done(positions in rows_R, logits)` batch by
-    batch. longest: the model's position limit; free_from: fewest rows of a batch whose bits do
-    not depend on the row count, None where only the fixed counts are safe.
+    batch, each when the next is under way. longest: the model's position limit; free_from: fewest
+    rows of a batch whose bits do not depend on the row count, None where only the fixed counts are
+    safe.
 
     Raises NotFiniteError.
     """
     lengths_R = tokens.lengths_B()[rows_R]
+    before: tuple[np.ndarray, Callable[[], torch.Tensor]] | None = None
     for part_P, length in cut_into_batches(lengths_R, device.type, longest):
         inputs = batch_inputs(tokens, rows_R[part_P], length, device, free_from)
-        done(part_P, own_logits(model(**inputs).logits, part_P, tokens.choices))
+        now = part_P, fetched(model(**inputs).logits)
+        if before is not None:
+            done(before[0], own_logits(before[1](), before[0], tokens.choices))
+        before = now
+    if before is not None:
+        done(before[0], own_logits(before[1](), before[0], tokens.choices))
 
 
 def probe_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -148,7 +212,8 @@ def free_rows_from(
 
     Compares one-layer models of the teacher's widths against the full fixed shape on one thread.
     """
-    threads = torch.get_num_threads()
+    threads, shapes = torch.get_num_threads(), SHAPES[device.type]
+    longest = position_limit(config) or 1 << 30
     generator = torch.Generator().manual_seed(1)
     batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
     try:
@@ -158,7 +223,7 @@ def free_rows_from(
             if weights is not None:
                 quantize(model)
         torch.set_num_threads(1)
-        for length in CHECK_LENGTHS:
+        for length in (each for each in shapes.check_lengths if each <= longest):
             full = rows_per_batch(length, device.type)
             ids = torch.randint(3, 100, (full, length), generator=generator)
             inputs = fill({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, full, 1)
@@ -169,11 +234,15 @@ def free_rows_from(
     finally:
         torch.set_num_threads(threads)
     free_from: int | None = None
-    for rows in CHECK_ROWS:
+    if not batches:
+        return None
+    for rows in reversed(shapes.counts):
         for inputs, expected in batches:
+            if rows >= len(expected):
+                continue
             keep = torch.cat([torch.arange(rows - 1), torch.tensor([len(expected) - 1])]).to(device)
             seen = model(**{name: tensor[keep] for name, tensor in inputs.items()}).logits
             if not torch.equal(seen, expected[keep]):
                 return free_from
-        free_from = rows if rows <= FREE_ROWS_MOST else None
+        free_from = rows if rows <= shapes.free_most else None
     return free_from

@@ -36,7 +36,7 @@ from sead_dist.pretrained import (
     weights_hash,
 )
 from sead_dist.tasks import TaskSpec
-from sead_dist.teachers.forward import SHAPE_TABLE, free_rows_from
+from sead_dist.teachers.forward import SHAPES, free_rows_from
 from sead_dist.teachers.quantize import check_quantize, quantizer
 from sead_dist.teachers.table import TeacherKey
 
@@ -152,7 +152,7 @@ def numerics_class(
         "transformers": transformers.__version__,
         "dtype": dtype,
         "attention": attention,
-        "shapes": f"{SHAPE_TABLE}-{device.type}",
+        "shapes": SHAPES[device.type].name,
     }
     if weights is not None:
         facts["weights"] = quantizer()

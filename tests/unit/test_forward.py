@@ -15,7 +15,9 @@ from sead_dist.data import make_split
 from sead_dist.grammar import grammar_tokenizer
 from sead_dist.models import DTYPES
 from sead_dist.teachers.forward import (
-    FREE_ROWS_MOST,
+    SHAPES as BATCHES,
+)
+from sead_dist.teachers.forward import (
     NotFiniteError,
     cut_into_batches,
     free_rows_from,
@@ -122,7 +124,7 @@ def test_invariant_03_every_batch_has_a_guard_row_and_a_fixed_number_of_rows():
         assert mask[-1].sum() == 1
     assert len({mask.shape[1] for mask in seen}) > 3
     seen.clear()
-    ask(model, np.arange(len(TEXTS)), free_from=FREE_ROWS_MOST)
+    ask(model, np.arange(len(TEXTS)), free_from=BATCHES["cpu"].free_most)
     ask(model, [3], free_from=2)
     for mask in seen:
         # where rows are free there are fewer, but never a batch without padding
@@ -141,7 +143,8 @@ def test_predictions_are_those_of_the_bare_model():
 
 def test_the_padded_length_is_a_function_of_the_rows_own_length():
     given = np.array([1, 2, 3, 63, 64, 65, 72, 73])
-    assert padded_length(given).tolist() == [2, 2, 4, 64, 64, 72, 72, 80]
+    assert padded_length(given, "cpu").tolist() == [2, 2, 4, 64, 64, 72, 72, 80]
+    assert padded_length(given, "cuda").tolist() == [8, 8, 8, 64, 64, 72, 72, 80]
 
 
 def test_rows_are_cut_once_each_longest_first_with_room_for_the_guard():
@@ -161,7 +164,7 @@ def test_a_row_count_that_changes_bits_is_found_by_the_self_check():
     config = copy.deepcopy(build_model().config)
     free_rows = free_rows_from(config, "fp32", CPU)
     assert free_rows is not None
-    assert free_rows <= FREE_ROWS_MOST
+    assert free_rows <= BATCHES["cpu"].free_most
     from transformers.models.bert import modeling_bert
 
     original = modeling_bert.BertPooler.forward
