@@ -1,30 +1,25 @@
 """The teachers' pass on a GPU against its matrix products, and what other ways to it would gain.
 
 A pass is the package's `predict` over rows of SST-2 as they are (short) and joined (long), in bf16
-with random weights. The ceiling is the rate of one large bf16 product on random data; operations
-are those of the rows' own tokens, so padding and spare rows count against us. Beside it, over the
-same rows: the same batches made beforehand and queued at once (queued), the same through CUDA
-graphs of each shape (graphs), and packed into rows of tokens without padding, with attention over
-unequal lengths (packed). At three lengths: each teacher compiled, and four teachers stacked. Last,
-a student's epoch over an empty store with the teachers' forwards in a stream of their own, and in
-the student's.
+with random weights: in packs, as it is where the self-check allows them, and padded. The ceiling is
+the rate of one large bf16 product on random data; operations are those of the rows' own tokens, so
+padding and spare rows count against us. Beside it the packs made beforehand and queued at once, and
+padded batches in finer steps of length, with their full row counts, each waited for before the next
+is made, and through CUDA graphs of each shape.
 """
 
 import copy
 import statistics
 import sys
-import tempfile
 import time
-from argparse import Namespace
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from inputs import LABELS, alone, laid_out, random_classifier, run_config, shape_file, texts_of
+from inputs import LABELS, alone, laid_out, random_classifier, texts_of
 from outcome_file import (
     common_arguments,
     device_argument,
@@ -33,38 +28,20 @@ from outcome_file import (
     table,
     write_result,
 )
-from torch.func import functional_call, stack_module_state
-from transformers import AttentionInterface, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sead_dist.checkpoint import TrainState
 from sead_dist.data import Split, make_split
-from sead_dist.distributed import StopFlag
-from sead_dist.evaluate import EvalResult
 from sead_dist.examples import build_examples
 from sead_dist.models import load_classifier
-from sead_dist.parts import build
 from sead_dist.pretrained import locate
 from sead_dist.rates import operations
-from sead_dist.recipes import make_trainer, prepare_teachers
 from sead_dist.tasks import load_task
-from sead_dist.teachers.forward import (
-    SHAPES,
-    batch_inputs,
-    cut_into_batches,
-    free_rows_from,
-    padded_length,
-    predict,
-    rows_per_batch,
-)
+from sead_dist.teachers.forward import SHAPES, Cut, batches_of, padded_length, predict
+from sead_dist.teachers.packing import use_packs
+from sead_dist.teachers.roster import cut_of
 
 TEACHERS = ("L2-H128", "L6-H384", "L12-H768", "L24-H1024")
 LONGEST = 128
-LENGTHS = (16, 128)
-# compiling takes many seconds for each shape and length
-COMPILED = ("L12-H768",)
-PACK_TOKENS = 65536
-STACKED = 4
-MORE_ROWS = (*SHAPES["cuda"].counts, 512, 640, 768, 1024, 1280, 1536)
 
 
 @dataclass
@@ -73,20 +50,16 @@ class Pass:
 
     model: PreTrainedModel
     split: Split
-    free_from: int | None
+    cut: Cut
     device: torch.device
 
     @property
     def rows_R(self) -> np.ndarray:
         return np.arange(len(self.split))
 
-    def batches(self) -> list[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-        lengths_R = self.split.tokens.lengths_B()
-        parts = cut_into_batches(lengths_R, self.device.type, LONGEST)
-        return [
-            (part, batch_inputs(self.split.tokens, part, length, self.device, self.free_from))
-            for part, length in parts
-        ]
+    def batches(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        tokens, config = self.split.tokens, self.model.config
+        return batches_of(tokens, self.rows_R, self.device, self.cut, config)
 
 
 def wait() -> None:
@@ -104,33 +77,30 @@ def ours(of: Pass) -> Answer:
         def keep(part: np.ndarray, logits: np.ndarray) -> None:
             logits_RC[torch.from_numpy(part)] = torch.from_numpy(logits)
 
-        predict(of.model, of.split.tokens, of.rows_R, of.device, LONGEST, of.free_from, keep)
+        predict(of.model, of.split.tokens, of.rows_R, of.device, of.cut, keep)
         return logits_RC
 
     return do
 
 
-def with_shapes(**changes: object) -> Callable[[Pass], Answer]:
-    """The same with other batches."""
+def at_full_counts(of: Pass) -> Answer:
+    return ours(replace(of, cut=replace(of.cut, free_rows=None)))
 
-    def way(of: Pass) -> Answer:
-        kind = of.device.type
-        own, other = SHAPES[kind], replace(SHAPES[kind], **changes)
+
+def in_steps_of_2(of: Pass) -> Answer:
+    """The same with padded lengths in steps of 2 tokens, as on a CPU."""
+    kind = of.device.type
+    own, other = SHAPES[kind], replace(SHAPES[kind], step=2)
+    answer = ours(of)
+
+    def do() -> torch.Tensor:
         SHAPES[kind] = other
-        free_from = free_rows_from(of.model.config, "bf16", of.device)
-        SHAPES[kind] = own
-        answer = ours(replace(of, free_from=free_from))
+        try:
+            return answer()
+        finally:
+            SHAPES[kind] = own
 
-        def do() -> torch.Tensor:
-            SHAPES[kind] = other
-            try:
-                return answer()
-            finally:
-                SHAPES[kind] = own
-
-        return do
-
-    return way
+    return do
 
 
 def one_at_a_time(of: Pass) -> Answer:
@@ -138,9 +108,7 @@ def one_at_a_time(of: Pass) -> Answer:
 
     def do() -> torch.Tensor:
         logits_RC = torch.zeros(len(of.split), 2)
-        lengths_R, tokens = of.split.tokens.lengths_B(), of.split.tokens
-        for part, length in cut_into_batches(lengths_R, of.device.type, LONGEST):
-            inputs = batch_inputs(tokens, part, length, of.device, of.free_from)
+        for part, inputs in of.batches():
             logits_RC[torch.from_numpy(part)] = of.model(**inputs).logits[: len(part)].float().cpu()
         return logits_RC
 
@@ -148,7 +116,7 @@ def one_at_a_time(of: Pass) -> Answer:
 
 
 def queued(of: Pass) -> Answer:
-    batches = of.batches()
+    batches = list(of.batches())
 
     def do() -> torch.Tensor:
         logits_RC = torch.zeros(len(of.split), 2, device=of.device)
@@ -161,7 +129,7 @@ def queued(of: Pass) -> Answer:
 
 def graphs(of: Pass) -> Answer:
     """A graph of each shape; capturing is not counted."""
-    batches = of.batches()
+    batches = list(of.batches())
     known: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
     for _, inputs in batches:
@@ -191,72 +159,22 @@ def graphs(of: Pass) -> Answer:
     return do
 
 
-def attention_of_packs(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    offsets: torch.Tensor | None = None,
-    most: int = 0,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """Attention within rows that lie one after the other in [1, heads, T, head]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    parts = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    return varlen_attn(*parts, offsets, offsets, most, most)[None], None
-
-
-def packed(of: Pass) -> Answer:
-    """Rows one after the other, without padding; the longest first."""
-    AttentionInterface.register("packs", attention_of_packs)
-    model = copy.deepcopy(of.model)
-    model.set_attn_implementation("packs")
-    tokens, lengths_R = of.split.tokens, of.split.tokens.lengths_B()
-    order_R = np.argsort(-lengths_R, kind="stable")
-    ends_R = np.cumsum(lengths_R[order_R])
-    packs = []
-    for number in range(int(ends_R[-1] // PACK_TOKENS) + 1):
-        part = order_R[(ends_R - 1) // PACK_TOKENS == number]
-        if len(part) == 0:
-            continue
-        padded = tokens.pad(part, int(lengths_R[part].max()))
-        kept = padded["attention_mask"].bool()
-        offsets = np.concatenate([[0], np.cumsum(lengths_R[part])]).astype(np.int32)
-        places = torch.arange(kept.shape[1]).expand_as(kept)[kept][None]
-        packs.append(
-            (
-                torch.from_numpy(part),
-                padded["input_ids"][kept][None].to(of.device),
-                places.to(of.device),
-                torch.from_numpy(offsets).to(of.device),
-                int(lengths_R[part].max()),
-            )
-        )
-
-    def do() -> torch.Tensor:
-        logits_RC = torch.zeros(len(of.split), 2, device=of.device)
-        for part, ids, places, offsets, most in packs:
-            hidden = model.bert(
-                input_ids=ids, position_ids=places, offsets=offsets, most=most
-            ).last_hidden_state[0, offsets[:-1].long()]
-            pooled = model.bert.pooler(hidden[:, None])
-            logits_RC[part] = model.classifier(pooled).float()
-        return logits_RC.cpu()
-
-    return do
+def packs(of: Pass) -> Pass:
+    """The same with a model that takes packs, where the package's self-check allows them."""
+    cut = cut_of(of.model.config, "bf16", of.device, None)
+    if cut.pack_from is None:
+        raise ValueError("the self-check allows no packs here")
+    return replace(of, model=use_packs(copy.deepcopy(of.model)), cut=cut)
 
 
 WAYS: dict[str, Callable[[Pass], Answer]] = {
-    "ours": ours,
-    "full row counts": lambda of: ours(replace(of, free_from=None)),
-    "steps of 2 tokens": with_shapes(step=2),
-    "up to 2048 rows": with_shapes(most=2048, counts=MORE_ROWS),
-    "one batch at a time": one_at_a_time,
-    "queued": queued,
-    "graphs": graphs,
-    "packed": packed,
+    "packs": lambda of: ours(packs(of)),
+    "packs, queued": lambda of: queued(packs(of)),
+    "padded": ours,
+    "padded, steps of 2 tokens": in_steps_of_2,
+    "padded, full row counts": at_full_counts,
+    "padded, one at a time": one_at_a_time,
+    "padded, graphs": graphs,
 }
 
 
@@ -297,48 +215,6 @@ def all_ways(of: Pass, repeat: int) -> list[dict[str, object]]:
     return list(found.values())
 
 
-def in_turn(models: list[PreTrainedModel], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [model(**inputs).logits for model in models]
-
-
-@torch.inference_mode()
-def at_lengths(of: Pass, repeat: int) -> list[dict[str, object]]:
-    """One teacher compiled, and several stacked, at a few lengths."""
-    torch._dynamo.config.recompile_limit = 1000
-    found = []
-    several = [copy.deepcopy(of.model) for _ in range(STACKED)]
-    with torch.inference_mode(False), torch.no_grad():
-        weights, buffers = stack_module_state(several)
-    outline = copy.deepcopy(of.model).to("meta")
-
-    def one(weights: dict, buffers: dict, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return functional_call(outline, (weights, buffers), (), inputs).logits
-
-    stacked = torch.vmap(one, in_dims=(0, 0, None))
-    compiled = torch.compile(of.model, dynamic=False)
-    for length in LENGTHS:
-        rows = rows_per_batch(length, of.device.type)
-        ids = torch.randint(3, of.model.config.vocab_size, (rows, length), device=of.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs["attention_mask"][-1, 1:] = 0
-        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "compiled": (partial(of.model, **inputs), partial(compiled, **inputs)),
-            f"{STACKED} stacked": (
-                partial(in_turn, several, inputs),
-                partial(stacked, weights, buffers, inputs),
-            ),
-        }
-        for name, (plain, other) in pairs.items():
-            try:
-                made_s = seconds(other)
-                ratios = [seconds(plain) / seconds(other) for _ in range(repeat + 2)][2:]
-                found.append({"way": name, "length": length, "made_s": made_s, "gain": ratios})
-            except Exception as error:
-                failed = str(error).splitlines()[0][:200]
-                found.append({"way": name, "length": length, "failed": failed})
-    return found
-
-
 def load(folder: Path, device: torch.device) -> PreTrainedModel:
     model = load_classifier(locate(str(folder)), "bf16").to(device)
     return model.eval().requires_grad_(False)
@@ -351,55 +227,12 @@ def split_of(texts: list[str], words: Path) -> Split:
     return make_split(examples, AutoTokenizer.from_pretrained(words), LONGEST)
 
 
-def epoch_seconds(words: dict[str, object], device: str, streams: int) -> float:
-    """One epoch of the training loop, teachers computing."""
-    with ExitStack() as stack:
-        parts = build(run_config(words), alone(device), stack, StopFlag())
-        assert parts.source is not None
-        if streams == 1:
-            parts.source.stream = None
-        ended: list[float] = []
-
-        def end_of_epoch(step: int) -> EvalResult:
-            wait()
-            ended.append(time.perf_counter())
-            nothing = np.zeros((0, 2), np.float32)
-            return EvalResult("sst2", "selection", step, 0, {"accuracy": 0.0}, 0.0, 1.0, nothing)
-
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end_of_epoch)
-        wait()
-        began = time.perf_counter()
-        trainer.run(TrainState())
-        return ended[0] - began
-
-
-def two_streams(
-    work: Path, data: Path, tokenizer: Path, args: Namespace, student: str, teacher: str
-) -> list[dict[str, float]]:
-    found, batch = [], 8 if args.smoke else 64
-    for turn in range(args.repeat + 1):
-        taken = {}
-        for streams in (1, 2) if turn % 2 else (2, 1):
-            folder = Path(tempfile.mkdtemp(dir=work))
-            words: dict[str, object] = {
-                "data.path": data,
-                "student.shape": shape_file(work / f"{student}.yaml", student),
-                "student.tokenizer": tokenizer,
-                "teachers": [random_classifier(work / teacher, teacher, tokenizer, 1)],
-                "teacher_precision": "bf16",
-                "precision": "bf16",
-                "epochs": 1,
-                "micro_batch": batch,
-                "global_batch": batch,
-                "gate": "off",
-                "checkpoint.every_steps": 0,
-                "store": folder / "store",
-                "output_dir": folder / "run",
-            }
-            taken[str(streams)] = epoch_seconds(words, args.device, streams)
-        if turn > 0:  # the first wakes up kernels and memory
-            found.append(taken)
-    return found
+def figures(one: dict[str, Any], plain: dict[str, Any], count: int) -> list[object]:
+    """Examples/s, times the padded way, largest difference."""
+    if "failed" in one:
+        return ["does not run", "", "", ""]
+    gain = [before / now for before, now in zip(plain["s"], one["s"], strict=True)]
+    return [count / statistics.median(one["s"]), spread(gain), f"{one['difference']:.1e}"]
 
 
 def main() -> None:
@@ -419,10 +252,10 @@ def main() -> None:
         ceiling = product_rate(size, 20, device)
         texts = texts_of(data / "train.tsv")
         joined = [" ".join(texts[n : n + 6]) for n in range(len(texts) - 5)]
-        rows, others = [], []
+        rows = []
         for shape in args.teachers:
             model = load(random_classifier(work / shape, shape, tokenizer, 1), device)
-            free_from = free_rows_from(model.config, "bf16", device)
+            cut = replace(cut_of(model.config, "bf16", device, None), pack_from=None)
             for kind, split in (
                 ("short", split_of(texts, tokenizer)),
                 ("long", split_of(joined, tokenizer)),
@@ -433,42 +266,19 @@ def main() -> None:
                     for length, count in zip(*np.unique(lengths_R, return_counts=True), strict=True)
                 )
                 padding = float(padded_length(lengths_R, device.type).sum() / lengths_R.sum())
-                for one in all_ways(Pass(model, split, free_from, device), args.repeat):
+                found = all_ways(Pass(model, split, cut, device), args.repeat)
+                plain = next(one for one in found if one["way"] == "padded")
+                for one in found:
                     raw[f"{shape} {kind} {one['way']}"] = {
-                        **one, "free_from": free_from, "padding": padding, "operations": work_done,
+                        **one, "free_rows": cut.free_rows, "padding": padding,
+                        "operations": work_done,
                     }  # fmt: skip
-                    if "failed" in one:
-                        rows.append([shape, kind, one["way"], "does not run", "", "", ""])
-                        print(rows[-1], one["failed"], flush=True)
-                        continue
-                    taken = statistics.median(one["s"])
-                    mine = raw[f"{shape} {kind} ours"]["s"]
-                    gain = [ours / its for ours, its in zip(mine, one["s"], strict=True)]
-                    share = work_done / taken / ceiling
-                    rows.append(
-                        [shape, kind, one["way"], len(split) / taken, share, spread(gain),
-                         f"{one['difference']:.1e}"]
-                    )  # fmt: skip
-                    print(rows[-1], f"made in {one['made_s']:.1f} s", flush=True)
-                print(f"{shape} {kind}: free from {free_from} rows", flush=True)
-        pairs = [("L2-H128", "L2-H128") if args.smoke else ("L6-H384", "L12-H768")]
-        streams = []
-        for student, teacher in pairs:
-            turns = two_streams(work, data, tokenizer, args, student, teacher)
-            raw[f"streams {student} {teacher}"] = turns
-            medians = [statistics.median(turn[key] for turn in turns) for key in ("1", "2")]
-            ratios = [turn["1"] / turn["2"] for turn in turns]
-            streams.append([f"{student} of {teacher}", *medians, spread(ratios)])
-            print(streams[-1], flush=True)
-        for shape in args.teachers if args.smoke else COMPILED:
-            model = load(random_classifier(work / shape, shape, tokenizer, 1), device)
-            for one in at_lengths(
-                Pass(model, split_of(texts[:8], tokenizer), 1, device), args.repeat
-            ):
-                raw[f"{shape} {one['way']} {one['length']}"] = one
-                gain_text = "does not run" if "failed" in one else spread(one["gain"])
-                others.append([shape, one["way"], one["length"], gain_text, one.get("made_s", "")])
-                print(others[-1], one.get("failed", ""), flush=True)
+                    rows.append([shape, kind, one["way"], *figures(one, plain, len(split))])
+                    if "s" in one:
+                        share = work_done / statistics.median(one["s"]) / ceiling
+                        rows[-1].insert(4, share)
+                    # a machine that is lent may be taken back before the end
+                    print(rows[-1], one.get("failed", ""), flush=True)
     raw["ceiling"] = ceiling
     text = "\n\n".join(
         [
@@ -476,14 +286,10 @@ def main() -> None:
             f"weights, {args.repeat} interleaved turns, medians (least-most). The ceiling, a "
             f"product of {size} x {size} matrices: {ceiling / 1e12:.0f} TFLOP/s.",
             table(
-                ["teacher", "rows", "way", "examples/s", "of the ceiling", "times ours",
+                ["teacher", "rows", "way", "examples/s", "of the ceiling", "times padded",
                  "largest difference"],
                 rows,
             ),
-            "At fixed lengths, against the plain forward of the same batch:",
-            table(["teacher", "way", "tokens", "times as fast", "first turn, s"], others),
-            "A student's epoch over an empty store, teachers computing:",
-            table(["student", "one stream, s", "two streams, s", "one / two"], streams),
         ]
     )  # fmt: skip
     write_result("gpu", "The teachers' pass on a GPU", text, raw, args)

@@ -25,7 +25,8 @@ from sead_dist.grammar import grammar_tokenizer, write_grammar_task
 from sead_dist.loading import load_split
 from sead_dist.models import build_teacher, new_classifier
 from sead_dist.tasks import load_task
-from sead_dist.teachers.forward import predict
+from sead_dist.teachers.forward import Cut, predict
+from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.sharded import build_sharded, predict_together
 
@@ -73,8 +74,10 @@ def measure(
     student = new_classifier(bert(2, 128)).to(world.device)
     optimizer = torch.optim.AdamW(student.parameters())
     size = min(64, len(split))
-    limits: tuple[int, int | None, Callable[[np.ndarray, np.ndarray], None]]
-    limits = (teacher.longest, teacher.free_rows, lambda _part, _logits: None)
+    limits: tuple[Cut, Callable[[np.ndarray, np.ndarray], None]]
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
+    limits = (teacher.cut, lambda _part, _logits: None)
     seconds = []
     for step in range(steps + 1):
         rows_B = (np.arange(size) + step * size) % len(split)

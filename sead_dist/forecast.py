@@ -31,8 +31,8 @@ from sead_dist.teachers.forward import (
     cut_into_batches,
     padded_length,
     rows_for,
-    rows_per_batch,
 )
+from sead_dist.teachers.packing import SIZES, size_for
 from sead_dist.teachers.placement import deal
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.store import PredictionStore
@@ -145,13 +145,21 @@ def store_bytes(work: Work, teachers: Sequence[Teacher]) -> int:
 def batch_shapes(
     teacher: Teacher, requests: Sequence[np.ndarray], device: str
 ) -> tuple[list[int], list[int]]:
-    """(padded length, rows) of the batches into which these rows will be cut."""
+    """(padded length, rows) of the batches into which these rows will be cut; of packs, their mean
+    length and as many rows of it as a pack's tokens make."""
     lengths_P: list[int] = []
     rows_P: list[int] = []
     for tokens_R in requests:
-        for part, length in cut_into_batches(tokens_R, device, teacher.longest):
+        if teacher.cut.pack_from is not None:
+            mean, total = max(1, round(tokens_R.mean())), int(tokens_R.sum())
+            sizes = [SIZES[-1]] * (total // SIZES[-1])
+            sizes += [size_for(total % SIZES[-1], 1, teacher.cut.pack_from)]
+            lengths_P += [mean] * len(sizes)
+            rows_P += [size // mean for size in sizes]
+            continue
+        for part, length in cut_into_batches(tokens_R, device, teacher.cut.longest):
             lengths_P.append(length)
-            rows_P.append(rows_for(len(part), length, device, teacher.free_rows))
+            rows_P.append(rows_for(len(part), length, device, teacher.cut.free_rows))
     return lengths_P, rows_P
 
 
@@ -209,10 +217,13 @@ def bound(
     spent = 0.0
     for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
         for tokens_R in requests:
-            padded_R = np.minimum(padded_length(tokens_R, device), max(teacher.longest, 2))
-            full_R = [rows_per_batch(int(length), device) for length in padded_R]
+            padded_R = tokens_R
+            if teacher.cut.pack_from is None:
+                longest = max(teacher.cut.longest, 2)
+                padded_R = np.minimum(padded_length(tokens_R, device), longest)
+            full_R = teacher.cut.full_rows(padded_R, device)
             each_R = work.choices * teacher_rate.row_s(padded_R)
-            spent += float(np.sum(each_R + teacher_rate.batch_s / np.asarray(full_R)))
+            spent += float(np.sum(each_R + teacher_rate.batch_s / full_R))
     lengths = work.lengths_SM.reshape(-1)
     steady = replace(rate, shape_s=0.0)
     epoch_s = steady.seconds(lengths, np.full(len(lengths), work.micro_batch))

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from sead_dist.config import RunConfig
+from sead_dist.data import TokenTable
 from sead_dist.engine import build_optimizer
 from sead_dist.models import DTYPES, build_teacher
 from sead_dist.rates import STEP_FORWARDS, Rate, operations
-from sead_dist.teachers.forward import rows_per_batch
+from sead_dist.teachers.forward import Cut, batches_of
+from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
 
@@ -117,6 +120,18 @@ def random_inputs(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
+def random_pack(
+    model: PreTrainedModel, rows: int, length: int, device: torch.device, pack_from: int
+) -> dict[str, Any]:
+    """A pack with so many rows of random words."""
+    words = int(getattr(model.config, "vocab_size", 100))
+    ids = np.random.default_rng(0).integers(min(3, words - 1), words, rows * length)
+    ends = np.arange(rows + 1, dtype=np.int64) * length
+    tokens = TokenTable(ids.astype(np.int32), None, ends, 1, 0, 0, 0)
+    cut = Cut(length, None, pack_from)
+    return next(batches_of(tokens, np.arange(rows), device, cut, model.config))[1]
+
+
 def measure_teacher(
     teacher: Teacher,
     device: torch.device,
@@ -133,9 +148,15 @@ def measure_teacher(
     if teacher.entry.weights is not None:
         quantize(model)
     load_s = time.perf_counter() - began
+    pack_from = teacher.cut.pack_from
+    if pack_from is not None:
+        use_packs(model)
 
     def batch(rows: int, length: int) -> Callable[[], None]:
-        inputs = random_inputs(model, rows, length, device)
+        if pack_from is None:
+            inputs = random_inputs(model, rows, length, device)
+        else:
+            inputs = random_pack(model, rows, length, device, pack_from)
 
         @torch.inference_mode()
         def forward() -> None:
@@ -147,7 +168,7 @@ def measure_teacher(
     found = measure_batches(
         watch,
         lengths_K,
-        lambda length: rows_per_batch(length, device.type),
+        lambda length: int(teacher.cut.full_rows(np.array([length]), device.type)[0]),
         batch,
         lambda length: operations(model.config, length, trust_remote_code),
     )

@@ -32,7 +32,6 @@ from sead_dist.rates import costs, shape_name
 from sead_dist.report import print_table
 from sead_dist.runlog import write_json
 from sead_dist.storecli import parse_size
-from sead_dist.teachers.forward import rows_per_batch
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import choose_placements, held_bytes, least_free, share_rows
 from sead_dist.teachers.roster import Teacher, call_roster
@@ -189,8 +188,8 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
     ]
     lengths = work.lengths_SM.reshape(-1)
     for teacher, rate in zip(setting.teachers, rates.teachers_N, strict=True):
-        full_R = [rows_per_batch(int(length), rates.device) for length in lengths]
-        each_R = work.choices * rate.row_s(lengths) + rate.batch_s / np.asarray(full_R)
+        full_R = teacher.cut.full_rows(lengths, rates.device)
+        each_R = work.choices * rate.row_s(lengths) + rate.batch_s / full_R
         row_s = float(np.mean(each_R))
         dtype = teacher.dtype if teacher.entry.weights is None else teacher.entry.weights
         rows.append(

@@ -5,7 +5,8 @@ is shorter than the batch, so that a kernel for unpadded batches is never chosen
 a length is fixed, and spare rows are computed and dropped, the last of them one token long: the
 guard. Where `free_rows_from` finds that on this backend bits do not depend on the row count,
 batches are only filled up to that many rows, and have a guard only where no row of theirs is
-shorter. (Invariant 3; our own scheme.)
+shorter. Where `packing.packs_from` finds that the model takes packs, nothing is padded. (Invariant
+3; our own scheme.)
 
 Shapes: R rows of a request, P rows of one batch (or their positions in the request), C the model's
 own classes, L tokens, H hidden.
@@ -14,6 +15,7 @@ own classes, L tokens, H hidden.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sead_dist.data import TokenTable
 from sead_dist.models import DTYPES, new_classifier
 from sead_dist.pretrained import position_limit
+from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
 from sead_dist.teachers.quantize import quantize
 
 
@@ -56,6 +59,23 @@ SHAPES = {
         (32, 64, 96, 128, 192, 256, 320, 384, 448), False, (8, 16, 32, 64, 128), 512,
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a teacher's rows are cut into batches. longest: its position limit in tokens; free_rows:
+    fewest rows of a batch whose bits do not depend on the row count, None where only the full
+    counts are safe; pack_from: fewest tokens of a pack, None where batches are padded."""
+
+    longest: int
+    free_rows: int | None
+    pack_from: int | None = None
+
+    def full_rows(self, lengths: np.ndarray, device: str) -> np.ndarray:
+        """The most rows of a batch of texts of each of these lengths."""
+        if self.pack_from is not None:
+            return SIZES[-1] // np.maximum(lengths.astype(np.int64), TOKENS_PER_ROW)
+        return np.array([rows_per_batch(int(length), device) for length in lengths], np.int64)
 
 
 class NotFiniteError(Exception):
@@ -129,6 +149,29 @@ def batch_inputs(
     return {name: sent(tensor, device) for name, tensor in inputs.items()}
 
 
+def batches_of(
+    tokens: TokenTable,
+    rows_R: np.ndarray,
+    device: torch.device,
+    cut: Cut,
+    config: PretrainedConfig,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """(positions in rows_R, model inputs on the device) of each batch of these examples."""
+    if cut.pack_from is not None:
+        for part_P, size in cut_into_packs(tokens, rows_R, cut.pack_from):
+            pack = pack_inputs(tokens, rows_R[part_P], size, config)
+            yield (
+                part_P,
+                {
+                    name: sent(value, device) if isinstance(value, torch.Tensor) else value
+                    for name, value in pack.items()
+                },
+            )
+        return
+    for part_P, length in cut_into_batches(tokens.lengths_B()[rows_R], device.type, cut.longest):
+        yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut.free_rows)
+
+
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device. A GPU takes it when it has done what it was given before; from memory
     that is not pinned, the host would wait for that."""
@@ -171,21 +214,16 @@ def predict(
     tokens: TokenTable,
     rows_R: np.ndarray,
     device: torch.device,
-    longest: int,
-    free_from: int | None,
+    cut: Cut,
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
     """Own-order logits of these examples, handed to `done(positions in rows_R, logits)` batch by
-    batch, each when the next is under way. longest: the model's position limit; free_from: fewest
-    rows of a batch whose bits do not depend on the row count, None where only the fixed counts are
-    safe.
+    batch, each when the next is under way.
 
     Raises NotFiniteError.
     """
-    lengths_R = tokens.lengths_B()[rows_R]
     before: tuple[np.ndarray, Callable[[], torch.Tensor]] | None = None
-    for part_P, length in cut_into_batches(lengths_R, device.type, longest):
-        inputs = batch_inputs(tokens, rows_R[part_P], length, device, free_from)
+    for part_P, inputs in batches_of(tokens, rows_R, device, cut, model.config):
         now = part_P, fetched(model(**inputs).logits)
         if before is not None:
             done(before[0], own_logits(before[1](), before[0], tokens.choices))

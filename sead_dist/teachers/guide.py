@@ -75,11 +75,12 @@ def check_guide(
                 f"teacher {teacher.name} has another tokeniser than the student, and {asks} "
                 f"compares them token by token; give a student with the teacher's tokeniser{other}"
             )
-        if teacher.longest < max_length:
+        longest = teacher.cut.longest
+        if longest < max_length:
             raise UserError(
-                f"teacher {teacher.name} reads at most {teacher.longest} tokens, and {asks} shows "
+                f"teacher {teacher.name} reads at most {longest} tokens, and {asks} shows "
                 f"it the student's rows of up to {max_length}; give "
-                f"max_length={teacher.longest}{other}"
+                f"max_length={longest}{other}"
             )
         parts = outline(teacher.config, config.trust_remote_code)
         find_anatomy(parts, f"teacher {teacher.name}", config.internals != "distilbert")

@@ -36,7 +36,9 @@ from sead_dist.pretrained import (
     weights_hash,
 )
 from sead_dist.tasks import TaskSpec
-from sead_dist.teachers.forward import SHAPES, free_rows_from
+from sead_dist.teachers.forward import SHAPES, Cut, free_rows_from, probe_config
+from sead_dist.teachers.packing import NAME as PACKS
+from sead_dist.teachers.packing import packs_from
 from sead_dist.teachers.quantize import check_quantize, quantizer
 from sead_dist.teachers.table import TeacherKey
 
@@ -46,8 +48,8 @@ SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2l
 
 @dataclass(frozen=True)
 class Teacher:
-    """order_C: own logits column of each task class. longest: its position limit in tokens.
-    parameters: weights without word embeddings, what a forward costs. free_rows: see forward.py."""
+    """order_C: own logits column of each task class. parameters: weights without word embeddings,
+    what a forward costs. cut: how its rows become batches."""
 
     entry: TeacherConfig
     name: str
@@ -57,13 +59,12 @@ class Teacher:
     tokenizer_hash: str
     order_C: list[int]
     max_length: int
-    longest: int
     dtype: str
     weights_sha256: str
     parameters: int
     bytes: int
     key: TeacherKey
-    free_rows: int | None
+    cut: Cut
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
@@ -140,7 +141,7 @@ def device_model(device: torch.device) -> str:
 
 
 def numerics_class(
-    device: torch.device, dtype: str, weights: str | None, attention: str, free_rows: int | None
+    device: torch.device, dtype: str, weights: str | None, attention: str, cut: Cut
 ) -> str:
     """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
 
@@ -152,11 +153,11 @@ def numerics_class(
         "transformers": transformers.__version__,
         "dtype": dtype,
         "attention": attention,
-        "shapes": SHAPES[device.type].name,
+        "shapes": SHAPES[device.type].name if cut.pack_from is None else PACKS,
     }
     if weights is not None:
         facts["weights"] = quantizer()
-    if free_rows is None and device.type == "cpu":
+    if cut.free_rows is None and device.type == "cpu":
         # the self-check found that bits depend on how work is split: over threads as well
         facts["threads"] = torch.get_num_threads()
     return json.dumps(facts, sort_keys=True)
@@ -201,7 +202,7 @@ def _call(
     hashes: Sequence[str],
 ) -> list[Teacher]:
     entries = config.teachers
-    checked: dict[tuple[str, str, str | None], int | None] = {}
+    checked: dict[tuple[str, str, str | None], Cut] = {}
     alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     teachers: list[Teacher] = []
@@ -220,7 +221,6 @@ def _call(
         # before the names of the classes: those of an encoder without a head mean nothing
         parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
-        longest = position_limit(shape) or 1 << 30
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
         if entry.weights is not None:
@@ -228,7 +228,7 @@ def _call(
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
         kind = (facts, dtype, entry.weights)
         if kind not in checked:
-            checked[kind] = free_rows_from(shape, dtype, device, entry.weights)
+            checked[kind] = cut_of(shape, dtype, device, entry.weights)
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
         classes = len(task.labels) if task.kind == "choice" else width(task)
@@ -237,7 +237,7 @@ def _call(
         )
         teachers.append(
             Teacher(
-                entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length, longest,
+                entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
                 dtype, weights, parameters, weight_bytes(parameters, words, dtype, entry.weights),
                 key, checked[kind],
             )
@@ -245,17 +245,24 @@ def _call(
     return teachers
 
 
+def cut_of(config: PretrainedConfig, dtype: str, device: torch.device, weights: str | None) -> Cut:
+    """How rows of a model of this shape are cut, by the self-checks."""
+    packs = packs_from(probe_config(config), dtype, device) if weights is None else None
+    free_rows = free_rows_from(config, dtype, device, weights)
+    return Cut(position_limit(config) or 1 << 30, free_rows, packs)
+
+
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
     """The same teacher, computing in fp32 with its weights as they are in its files."""
-    free_rows = free_rows_from(teacher.config, "fp32", device)
+    cut = cut_of(teacher.config, "fp32", device, None)
     attention = json.loads(teacher.key.numerics)["attention"]
-    numerics = numerics_class(device, "fp32", None, attention, free_rows)
+    numerics = numerics_class(device, "fp32", None, attention, cut)
     return replace(
         teacher,
         entry=teacher.entry.model_copy(update={"dtype": "fp32", "weights": None}),
         dtype="fp32",
         key=replace(teacher.key, numerics=numerics),
-        free_rows=free_rows,
+        cut=cut,
     )
 
 

@@ -12,6 +12,7 @@ Shapes: R rows of a request, P rows of one batch, C the model's own classes.
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import weight_files
-from sead_dist.teachers.forward import batch_inputs, cut_into_batches, own_logits
+from sead_dist.teachers.forward import Cut, batches_of, own_logits
 from sead_dist.teachers.roster import Teacher
 
 MEND = "give it placement=partitioned or colocated"
@@ -193,8 +194,7 @@ def predict_together(
     tokens: TokenTable,
     rows_R: np.ndarray,
     world: World,
-    longest: int,
-    free_from: int | None,
+    cut: Cut,
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
     """As `forward.predict`, for a teacher that is split over the ranks: all ranks call this, each
@@ -206,23 +206,20 @@ def predict_together(
 
     Raises NotFiniteError and what `done` raises; TornForwardError where the forward itself broke.
     """
-    batches = cut_into_batches(tokens.lengths_B()[rows_R], world.device.type, longest)
-    filler = {name: tensor.to(world.device) for name, tensor in _filler(tokens).items()}
+    batches = batches_of(tokens, rows_R, world.device, cut, model.config)
+    filler = _filler(tokens, world, cut, model)
     failure: Exception | None = None
     while True:
-        batch = next(batches, None)
         try:
+            batch = next(batches, None)
             more, failed = _any_rank(world, batch is not None, failure is not None)
             if failed or not more:
                 break
-            inputs = filler
-            if batch is not None:
-                part_P, length = batch
-                inputs = batch_inputs(tokens, rows_R[part_P], length, world.device, free_from)
+            part_P, inputs = (None, filler) if batch is None else batch
             logits = model(**inputs).logits
         except Exception as error:
             raise TornForwardError(f"{type(error).__name__}: {error}") from error
-        if batch is not None:
+        if part_P is not None:
             try:
                 done(part_P, own_logits(logits, part_P, tokens.choices))
             except Exception as error:  # told after the next agreement
@@ -231,9 +228,13 @@ def predict_together(
         raise failure
 
 
-def _filler(tokens: TokenTable) -> dict[str, torch.Tensor]:
-    """The first example at its own length: any input will do."""
-    return tokens.pad(np.zeros(1, np.int64), int(tokens.lengths_B()[0]))
+def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) -> dict[str, Any]:
+    """The first example: any input will do."""
+    first = np.zeros(1, np.int64)
+    if cut.pack_from is not None:
+        return next(batches_of(tokens, first, world.device, cut, model.config))[1]
+    inputs = tokens.pad(first, int(tokens.lengths_B()[0]))
+    return {name: tensor.to(world.device) for name, tensor in inputs.items()}
 
 
 def _any_rank(world: World, *mine: bool) -> list[bool]:

@@ -27,6 +27,7 @@ from sead_dist.teachers.base import Request, TeacherLogits
 from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
+from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.placement import exchange, is_split, owners
 from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
@@ -216,6 +217,8 @@ class StoredSource:
                 )
                 if teacher.entry.weights is not None:
                     quantize(self.models[n])
+            if teacher.cut.pack_from is not None:
+                use_packs(self.models[n])
         return self.models[n]
 
     def _answer(self, n: int, request: Request, positions_M: np.ndarray) -> np.ndarray:
@@ -261,7 +264,7 @@ class StoredSource:
             self.heed(f"teacher {teacher.name}, {request.what}")
 
         model, tokens = self._load(n), self._tokens(n, split)
-        limits = (teacher.longest, teacher.free_rows, done)
+        limits = (teacher.cut, done)
         try:
             if is_split(teacher, self.placements[n], self.world):
                 predict_together(model, tokens, rows_M, self.world, *limits)

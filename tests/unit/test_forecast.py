@@ -174,7 +174,7 @@ def test_the_first_batch_of_a_shape_is_paid_for_once_in_a_run():
 
 
 def test_the_last_rank_decides_when_the_teachers_are_done(teachers):
-    whole = [replace(teacher, free_rows=2) for teacher in teachers]
+    whole = [replace(teacher, cut=replace(teacher.cut, free_rows=2)) for teacher in teachers]
     work = plain([63, 63])
     rates_N = [RATE, RATE]
     one_s = 5.0 + 1.0 + 63 * 0.1

@@ -18,6 +18,7 @@ from sead_dist.teachers.forward import (
     SHAPES as BATCHES,
 )
 from sead_dist.teachers.forward import (
+    Cut,
     NotFiniteError,
     cut_into_batches,
     free_rows_from,
@@ -47,7 +48,7 @@ def ask(model, rows, free_from=None, tokens=TOKENS) -> np.ndarray:
         assert np.isnan(logits_RC[part]).all()
         logits_RC[part] = logits_PC
 
-    predict(model, tokens, rows_R, CPU, 80, free_from, done)
+    predict(model, tokens, rows_R, CPU, Cut(80, free_from), done)
     assert not np.isnan(logits_RC).any()
     return logits_RC
 

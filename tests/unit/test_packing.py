@@ -1,0 +1,172 @@
+"""Batches without padding: their logits are those of padded ones, and the self-check finds what
+would make them others. The kernel is a stand-in here: PyTorch's runs on GPUs alone (tests/gpu).
+
+R rows of a request, T tokens of a pack.
+"""
+
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import CPU, build_model, example_set, roster, save_teacher, sentences
+
+from sead_dist import forecast
+from sead_dist.data import TokenTable, make_split
+from sead_dist.forecast import batch_shapes
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.measure import measure_teacher
+from sead_dist.models import DTYPES
+from sead_dist.teachers import forward, packing
+from sead_dist.teachers.forward import Cut, batches_of, predict
+
+KINDS = ["bert", "roberta", "electra"]
+TEXTS = [*sentences(40), "good", "bad plot"]
+
+
+def kernel(query_THD, key_THD, value_THD, offsets, also, most, _most):
+    """What PyTorch's kernel computes, row by row."""
+    assert torch.equal(offsets, also)
+    found_THD = torch.full_like(query_THD, float("nan"))
+    ends = offsets.tolist()
+    assert ends[-1] == len(query_THD)
+    for start, end in itertools.pairwise(ends):
+        assert end - start <= most
+        if end > start:
+            parts = (part[start:end].transpose(0, 1) for part in (query_THD, key_THD, value_THD))
+            attended = torch.nn.functional.scaled_dot_product_attention(*parts)
+            found_THD[start:end] = attended.transpose(0, 1)
+    return found_THD
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    for module in (packing, forward, forecast):
+        monkeypatch.setattr(module, "SIZES", (512, 1024, 2048))
+
+
+def ask(model, tokens: TokenTable, rows_R, cut: Cut) -> np.ndarray:
+    logits_RC = np.full((len(rows_R), model.config.num_labels * tokens.choices), np.nan, np.float32)
+
+    def done(part, logits_PC):
+        assert np.isnan(logits_RC[part]).all()
+        logits_RC[part] = logits_PC
+
+    predict(model, tokens, np.asarray(rows_R), CPU, cut, done)
+    assert not np.isnan(logits_RC).any()
+    return logits_RC
+
+
+def tokens_of(texts) -> TokenTable:
+    return make_split(example_set(texts), grammar_tokenizer(), 64).tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_logits_with_a_stand_in_kernel_are_those_of_padded_batches(kind):
+    tokens, rows = tokens_of(TEXTS), np.arange(len(TEXTS))[::-1]
+    padded = ask(build_model(kind), tokens, rows, Cut(64, 2))
+    packed = ask(packing.use_packs(build_model(kind)), tokens, rows, Cut(64, 2, 512))
+    np.testing.assert_allclose(packed, padded, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_pairs_and_choices_with_a_stand_in_kernel_keep_their_types_and_places():
+    random = np.random.default_rng(0)
+    counts = random.integers(3, 30, 24)
+    ids = random.integers(3, 60, counts.sum()).astype(np.int32)
+    types = random.integers(0, 2, counts.sum()).astype(np.int8)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    tokens = TokenTable(ids, types, offsets, choices=3, pad_id=0, pad_type=0, truncated=0)
+    padded = ask(build_model(), tokens, np.arange(8), Cut(64, None))
+    packed = ask(packing.use_packs(build_model()), tokens, np.arange(8), Cut(64, None, 512))
+    np.testing.assert_allclose(packed, padded, rtol=1e-4, atol=1e-4)
+    types[:] = 0
+    other = ask(packing.use_packs(build_model()), tokens, np.arange(8), Cut(64, None, 512))
+    assert np.abs(other - padded).max() > 0.01
+
+
+def test_rows_are_packed_once_each_within_the_sizes_and_their_spare_rows():
+    random = np.random.default_rng(0)
+    counts = random.integers(2, 64, 400)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ids = np.ones(counts.sum(), np.int32)
+    tokens = TokenTable(ids, None, offsets, choices=2, pad_id=0, pad_type=0, truncated=0)
+    rows = random.permutation(200)
+    parts = list(packing.cut_into_packs(tokens, rows, 512))
+    assert sorted(np.concatenate([part for part, _ in parts]).tolist()) == list(range(200))
+    per_row = counts.reshape(-1, 2).sum(axis=1)
+    lengths_of: dict[int, set[int]] = {}
+    for part, size in parts:
+        assert size in packing.SIZES
+        assert per_row[rows[part]].sum() <= size
+        inputs = packing.pack_inputs(tokens, rows[part], size, build_model().config)
+        assert inputs["input_ids"].shape == (1, size)
+        steps = np.diff(inputs["offsets"].numpy())
+        assert steps.min() >= 0
+        assert steps.sum() == size
+        assert steps.max() == inputs["most"] <= 80
+        lengths_of.setdefault(size, set()).add(len(steps))
+    # the shapes of all tensors follow from the size
+    assert all(len(found) == 1 for found in lengths_of.values())
+    # many short rows need room for themselves, whatever their tokens
+    short = TokenTable(ids[:600], None, np.arange(0, 602, 2), 1, 0, 0, 0)
+    (*_, last) = packing.cut_into_packs(short, np.arange(300), 512)
+    assert [size for _, size in packing.cut_into_packs(short, np.arange(300), 512)] == [2048, 512]
+    assert len(last[0]) == 300 - 2048 // packing.TOKENS_PER_ROW
+
+
+def test_a_pack_asks_for_as_many_tokens_as_bits_need():
+    tokens = tokens_of(TEXTS[:2])
+    for least in (512, 1024):
+        ((_, inputs),) = batches_of(
+            tokens, np.arange(2), CPU, Cut(64, None, least), build_model().config
+        )
+        assert inputs["input_ids"].shape == (1, least)
+
+
+def test_the_self_check_with_a_stand_in_kernel_passes_and_finds_what_is_wrong(monkeypatch):
+    config = build_model().config
+    assert packing.self_check(config, "fp32", CPU) is not None
+    from torch.nn.attention import varlen
+
+    def leaks(*given):  # every row sees all
+        query, key, value, *_ = given
+        ends = torch.tensor([0, len(query)])
+        return kernel(query, key, value, ends, ends, len(query), 0)
+
+    def depends_on_place(query, *others):
+        place = torch.arange(len(query))[:, None, None] / len(query) * 1e-2
+        return kernel(query, *others) + place
+
+    for wrong in (leaks, depends_on_place):
+        monkeypatch.setattr(varlen, "varlen_attn", wrong)
+        assert packing.self_check(config, "fp32", CPU) is None
+
+
+def test_what_cannot_be_packed_is_padded():
+    for kind, dtype in (("bert", "bf16"), ("deberta-v2", "bf16"), ("bert", "fp32")):
+        config = build_model(kind).config
+        # no kernel on this device, for this dtype, for this model
+        assert packing.packs_from(config, dtype, CPU) is None
+        assert packing.packs_from(config, "fp32", torch.device("cuda", 0)) is None
+    other = build_model("deberta-v2").to(DTYPES["bf16"]).config
+    assert packing.packs_from(other, "bf16", torch.device("cuda", 0)) is None
+
+
+def test_rates_and_forecasts_know_packs_with_a_stand_in_kernel(tmp_path):
+    (teacher,) = roster([save_teacher(tmp_path / "one")])
+    packed = replace(teacher, cut=replace(teacher.cut, pack_from=512))
+    rate = measure_teacher(packed, CPU, False, [8, 16], time.monotonic() + 60)
+    assert rate.lengths_K == (8, 16)
+    assert min(rate.row_s_K) > 0
+    # a pack of 2,048 tokens has room for 256 texts at most
+    assert packed.cut.full_rows(np.array([4, 16, 64]), "cpu").tolist() == [256, 128, 32]
+    requests = [np.full(200, 16), np.array([10, 20])]
+    lengths_P, rows_P = batch_shapes(packed, requests, "cpu")
+    assert lengths_P == [16, 16, 15]
+    # 3,200 tokens: a full pack and one of 2,048, which holds 1,152; 30 tokens: the least
+    assert rows_P == [128, 128, 34]
