@@ -232,6 +232,18 @@ def check_arithmetic(precision: str, device: torch.device) -> None:
         raise UserError("precision=fp16 needs a GPU; on a CPU give precision=bf16 or fp32")
 
 
+def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
+    """A line where the run computes in numbers that this processor is slow in."""
+    dtypes = {entry.dtype or config.teacher_precision for entry in config.teachers}
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or capability != "AVX2" or "bf16" not in {config.precision, *dtypes}:
+        return []
+    return [
+        "this processor (AVX2) has no instructions for bf16, which takes several times as long as "
+        "fp32; precision=fp32 and teacher_precision=fp32 are faster here"
+    ]
+
+
 def check_world(seen: int, world: World) -> None:
     """Accelerate silently trains alone under some launchers; then the run must not start."""
     if seen != world.size:

@@ -19,7 +19,7 @@ from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.engine import Engine, check_arithmetic, check_tracker
+from sead_dist.engine import Engine, check_arithmetic, check_tracker, slow_arithmetic
 from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
@@ -92,13 +92,13 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)  # its mistakes come to light before anything is read
     check_rival(config, zero.stage if zero is not None else None)
-    notes: list[str] = []
+    notes = slow_arithmetic(config, world.device)
     task, examples, tokenizer, model = on_every_rank(
         world, lambda: read_inputs(config, notes.append)
     )
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world) if config.taught else []
+    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)

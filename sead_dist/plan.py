@@ -99,7 +99,7 @@ def plan(
     task, examples, tokenizer, student = on_every_rank(
         world, lambda: read_inputs(config, lambda _note: None)
     )
-    teachers = call_roster(config, task, world) if config.taught else []
+    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     max_length = fitting_length(config.max_length, student.config)
     folder = Path(config.store.path) if config.store.path else default_store()
 

@@ -78,7 +78,7 @@ def read_work(config: RunConfig, world: World) -> Work:
     task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world)
+    teachers = call_roster(config, task, world, tokenizer)
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),

@@ -180,8 +180,14 @@ def _hash_all(checkpoints: Sequence[Checkpoint], world: World) -> list[str]:
     return [shares[index % world.size][index] for index in range(len(checkpoints))]
 
 
-def call_roster(config: RunConfig, task: TaskSpec, world: World) -> list[Teacher]:
-    """The teachers of a run, in the order given. Raises UserError for the first that cannot teach.
+def call_roster(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    student: PreTrainedTokenizerBase | None = None,
+) -> list[Teacher]:
+    """The teachers of a run, in the order given; those that read texts as the student does hold its
+    tokeniser. Raises UserError for the first that cannot teach.
 
     Every rank gets the same list.
     """
@@ -189,7 +195,9 @@ def call_roster(config: RunConfig, task: TaskSpec, world: World) -> list[Teacher
         world, lambda: [locate(entry.path, entry.revision) for entry in config.teachers]
     )
     hashes = _hash_all(checkpoints, world)
-    teachers = on_every_rank(world, lambda: _call(config, task, world.device, checkpoints, hashes))
+    teachers = on_every_rank(
+        world, lambda: _call(config, task, world.device, checkpoints, hashes, student)
+    )
     _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
     return teachers
 
@@ -200,11 +208,12 @@ def _call(
     device: torch.device,
     checkpoints: Sequence[Checkpoint],
     hashes: Sequence[str],
+    student: PreTrainedTokenizerBase | None,
 ) -> list[Teacher]:
     entries = config.teachers
     checked: dict[tuple[str, str, str | None], Cut] = {}
     alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
-    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    tokenizers = {} if student is None else {tokenizer_hash(student): student}
     teachers: list[Teacher] = []
     for entry, name, checkpoint, weights in zip(
         entries, teacher_names(entries), checkpoints, hashes, strict=True

@@ -206,8 +206,11 @@ def predict_together(
 
     Raises NotFiniteError and what `done` raises; TornForwardError where the forward itself broke.
     """
-    batches = batches_of(tokens, rows_R, world.device, cut, model.config)
-    filler = _filler(tokens, world, cut, model)
+    try:
+        batches = batches_of(tokens, rows_R, world.device, cut, model.config)
+        filler = _filler(tokens, world, cut, model)
+    except Exception as error:
+        raise TornForwardError(f"{type(error).__name__}: {error}") from error
     failure: Exception | None = None
     while True:
         try:

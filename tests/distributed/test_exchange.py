@@ -118,7 +118,7 @@ def one_rank_fails(world, folders, root, harm):
     ("harm", "kind", "said"),
     [
         ("weights gone", (UserError, RunError), "holds no weights"),
-        ("a bug", RunError, "rank 1 failed in the teachers' pass at a test: TypeError"),
+        ("a bug", RunError, "rank 1 failed in the teachers' pass at a test: AttributeError"),
     ],
 )
 def test_invariant_08_what_fails_on_one_rank_is_raised_on_all(tmp_path, harm, kind, said):

@@ -6,7 +6,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from small import CPU, TASK, build_model, edit_json, logits_of, roster, save_teacher, sentences
+from small import (
+    ALONE,
+    CPU,
+    TASK,
+    build_model,
+    config,
+    edit_json,
+    logits_of,
+    roster,
+    save_teacher,
+    sentences,
+)
 
 from sead_dist.config import TeacherConfig
 from sead_dist.errors import UserError
@@ -21,6 +32,7 @@ from sead_dist.pretrained import (
     weights_hash,
 )
 from sead_dist.tasks import TASKS
+from sead_dist.teachers.roster import call_roster
 
 
 def test_invariant_04_classes_are_aligned_by_name_and_alias():
@@ -187,6 +199,11 @@ def test_teachers_of_one_tokeniser_share_it_and_others_do_not(tmp_path):
     assert other.tokenizer is not one.tokenizer
     assert other.tokenizer_hash != one.tokenizer_hash
     assert other.tokenizer(first)["input_ids"] != one.tokenizer(first)["input_ids"]
+    student = load_tokenizer(locate(str(paths[3])))
+    given = config(f"teachers=[{paths[0]},{paths[2]}]", max_length=32)
+    one, other = call_roster(given, TASK, ALONE, student)
+    assert one.tokenizer is student
+    assert other.tokenizer is not student
 
 
 def test_position_limits():
