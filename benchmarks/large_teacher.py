@@ -23,12 +23,12 @@ from sead_dist.distributed import World, barrier, gather_objects, join_world, le
 from sead_dist.examples import build_examples
 from sead_dist.grammar import grammar_tokenizer, write_grammar_task
 from sead_dist.loading import load_split
-from sead_dist.models import build_teacher, new_classifier
+from sead_dist.models import new_classifier
 from sead_dist.tasks import load_task
 from sead_dist.teachers.forward import Cut, predict
-from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.sharded import build_sharded, predict_together
+from sead_dist.teachers.whole import load_whole
 
 GIB = 2**30
 
@@ -68,15 +68,13 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
     if variant == "whole":
-        model = build_teacher(teacher.entry, teacher.dtype, world.device, False)
+        model = load_whole(teacher, world.device, False, {})
     else:
         model = build_sharded(teacher, world, False)
     student = new_classifier(bert(2, 128)).to(world.device)
     optimizer = torch.optim.AdamW(student.parameters())
     size = min(64, len(split))
     limits: tuple[Cut, Callable[[np.ndarray, np.ndarray], None]]
-    if teacher.cut.pack_from is not None:
-        use_packs(model)
     limits = (teacher.cut, lambda _part, _logits: None)
     seconds = []
     for step in range(steps + 1):

@@ -126,7 +126,7 @@ class Bare:
 def timed_loading() -> Iterator[list[float]]:
     """Seconds of each teacher that this process loads meanwhile."""
     spent: list[float] = []
-    own = source_module.build_teacher
+    own = source_module.load_whole
 
     def timing(*given: Any, **keywords: Any) -> Any:
         began = time.perf_counter()
@@ -134,11 +134,11 @@ def timed_loading() -> Iterator[list[float]]:
         spent.append(time.perf_counter() - began)
         return model
 
-    source_module.build_teacher = timing
+    source_module.load_whole = timing
     try:
         yield spent
     finally:
-        source_module.build_teacher = own
+        source_module.load_whole = own
 
 
 class FirstStep:

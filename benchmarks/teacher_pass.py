@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from sead_dist.data import Split
 from sead_dist.distributed import StopFlag
-from sead_dist.models import build_teacher
 from sead_dist.parts import build
 from sead_dist.teachers.base import Request
+from sead_dist.teachers.whole import load_whole
 
 TARGET = 0.9
 BATCH_SIZES = (32, 64)
@@ -50,9 +50,7 @@ def one_turn(words: dict[str, object]) -> dict[str, float]:
         source, split = parts.source, parts.splits.train
         assert source is not None
         for n, teacher in enumerate(parts.teachers):
-            source.models[n] = build_teacher(
-                teacher.entry, teacher.dtype, parts.world.device, False
-            )
+            source.models[n] = load_whole(teacher, parts.world.device, False, {})
         asked = Request(split, np.arange(len(split.ids_U2)), None, "the pass")
         pairs = len(split.ids_U2) * len(parts.teachers)
 

@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 from sead_dist.config import RunConfig
 from sead_dist.data import TokenTable
 from sead_dist.engine import build_optimizer
-from sead_dist.models import DTYPES, build_teacher
+from sead_dist.models import DTYPES
 from sead_dist.rates import STEP_FORWARDS, Rate, operations
 from sead_dist.teachers.forward import Cut, batches_of
-from sead_dist.teachers.packing import use_packs
-from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.whole import load_whole
 
 # a batch's time is measured at the ends of these that hold the task's lengths, and between
 GRID = (8, 16, 32, 64, 128, 256, 512)
@@ -144,13 +143,9 @@ def measure_teacher(
     Raises UserError where its weights cannot be read.
     """
     began = time.perf_counter()
-    model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
-    if teacher.entry.weights is not None:
-        quantize(model)
+    model = load_whole(teacher, device, trust_remote_code, {})
     load_s = time.perf_counter() - began
     pack_from = teacher.cut.pack_from
-    if pack_from is not None:
-        use_packs(model)
 
     def batch(rows: int, length: int) -> Callable[[], None]:
         if pack_from is None:

@@ -31,6 +31,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import weight_files
 from sead_dist.teachers.forward import Cut, batches_of, own_logits
+from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.roster import Teacher
 
 MEND = "give it placement=partitioned or colocated"
@@ -138,6 +139,8 @@ def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> Pr
     # the rest of the model, embeddings and head, is a unit too and is let go after the forward
     for unit in [*dict.fromkeys(layers_of(model)), model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
     buffers = dict(model.named_buffers())
     model.to_empty(device="cpu" if teacher.entry.offload else world.device)
     for name, buffer in buffers.items():

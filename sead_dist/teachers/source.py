@@ -22,18 +22,16 @@ from transformers import PreTrainedModel
 from sead_dist.data import Split, TokenTable, tokenize
 from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
 from sead_dist.errors import RunError, UserError
-from sead_dist.models import build_teacher
 from sead_dist.teachers.base import Request, TeacherLogits
 from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
-from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.placement import exchange, is_split, owners
-from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.sharded import TornForwardError, build_sharded, predict_together
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.table import Table
+from sead_dist.teachers.whole import load_whole
 
 T = TypeVar("T")
 # a killed run loses at most so many predictions of a teacher
@@ -68,6 +66,7 @@ class StoredSource:
         self.heed, self.follower = heed, follower
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
+        self.empty: dict[str, PreTrainedModel] = {}
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
@@ -212,13 +211,9 @@ class StoredSource:
             if is_split(teacher, placement, self.world):
                 self.models[n] = build_sharded(teacher, self.world, self.trust_remote_code)
             else:
-                self.models[n] = build_teacher(
-                    teacher.entry, teacher.dtype, self.world.device, self.trust_remote_code
+                self.models[n] = load_whole(
+                    teacher, self.world.device, self.trust_remote_code, self.empty
                 )
-                if teacher.entry.weights is not None:
-                    quantize(self.models[n])
-            if teacher.cut.pack_from is not None:
-                use_packs(self.models[n])
         return self.models[n]
 
     def _answer(self, n: int, request: Request, positions_M: np.ndarray) -> np.ndarray:

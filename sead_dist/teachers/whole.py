@@ -1,0 +1,86 @@
+"""A teacher whole on one device, ready to be asked.
+
+Making the modules of a small teacher takes `from_pretrained` longer than reading its weights, so
+teachers of one shape are copies of one empty model, filled from their files.
+"""
+
+import copy
+import json
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from sead_dist.errors import UserError
+from sead_dist.models import build_teacher
+from sead_dist.teachers.packing import use_packs
+from sead_dist.teachers.quantize import quantize
+from sead_dist.teachers.roster import SILENT, Teacher
+from sead_dist.teachers.sharded import empty_model, tensor_files
+
+
+def load_whole(
+    teacher: Teacher,
+    device: torch.device,
+    trust_remote_code: bool,
+    empty: MutableMapping[str, PreTrainedModel],
+) -> PreTrainedModel:
+    """The teacher in eval mode, without gradients, in its dtype on its device, with weights in 8
+    bits or packed batches where these are asked for. empty: models without memory, by shape; one
+    that is not there yet is added.
+
+    Raises UserError where its weights cannot be read.
+    """
+    model = None if trust_remote_code else _filled(teacher, device, empty)
+    if model is None:  # Transformers knows older files and other names
+        model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
+    if teacher.entry.weights is not None:
+        quantize(model)
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
+    return model
+
+
+def _filled(
+    teacher: Teacher, device: torch.device, empty: MutableMapping[str, PreTrainedModel]
+) -> PreTrainedModel | None:
+    """A copy of the empty model with this teacher's weights; None where its files do not hold each
+    of them under its own name, or the model treats some in a way of its own."""
+    facts = {name: fact for name, fact in teacher.config.to_dict().items() if name not in SILENT}
+    shape = json.dumps([facts, teacher.dtype], sort_keys=True, default=str)
+    if shape not in empty:
+        empty[shape] = empty_model(teacher, trust_remote_code=False)
+    outline = empty[shape]
+    tied = len(list(outline.named_parameters(remove_duplicate=False))) > len(
+        list(outline.named_parameters())
+    )
+    if tied or getattr(outline, "_keep_in_fp32_modules", None):
+        return None
+    try:
+        files = tensor_files(teacher, outline)
+        model = copy.deepcopy(outline)
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name, (path, stored) in files.items():
+            by_file.setdefault(path, []).append((name, stored))
+        for path, names in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name, stored in names:
+                    _put(model, name, file.get_tensor(stored), device)
+    except (UserError, SafetensorError, OSError):
+        return None  # it is said what is wrong where Transformers fails too
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Give a parameter or a buffer its values, in memory of its own: a tensor mapped from a file
+    lies at any address, and bits depend on its alignment."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    before = getattr(owner, leaf)
+    values = torch.empty(before.shape, dtype=before.dtype, device=device).copy_(tensor)
+    if isinstance(before, nn.Parameter):
+        values = nn.Parameter(values, requires_grad=False)
+    setattr(owner, leaf, values)
