@@ -12,6 +12,7 @@ from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from sead_dist.errors import UserError
+from sead_dist.hashes import files_hash
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -97,12 +98,7 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 def weights_hash(checkpoint: Checkpoint) -> str:
     """sha256 over the weight files' bytes."""
-    digest = hashlib.sha256()
-    for path in weight_files(checkpoint):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return files_hash(weight_files(checkpoint))
 
 
 def setting_hash(checkpoint: Checkpoint) -> str:

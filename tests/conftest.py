@@ -29,11 +29,13 @@ LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
 
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The default store of this session's runs; their measured rates lie beside it."""
+    """The default store of this session's runs; their measured rates and remembered hashes
+    lie beside it."""
     folder = tmp_path_factory.mktemp("store") / "default"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEAD_DIST_STORE", str(folder))
         patch.setenv("SEAD_DIST_RATES", str(folder.with_name("rates.json")))
+        patch.setenv("SEAD_DIST_HASHES", str(folder.with_name("hashes")))
         yield folder
 
 

@@ -1,0 +1,71 @@
+"""sha256 of large files, remembered for as long as they stay as they are.
+
+Who a teacher is follows from the bytes of its weights, and 64 of BERT-large's size have 85 GB: a
+minute of one core at every start. What is remembered is a small file each in the user's cache, by
+the files' places, sizes and times. Nobody can set the time of a change (ctime), so a file that was
+written since, or another in its place, is read again.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+# what is quick to read is not remembered
+LARGE_BYTES = 1 << 24
+# a file may change again within one tick of its file system's clock, which may differ from ours
+SETTLED_S = 60.0
+
+
+def default_hashes() -> Path:
+    """SEAD_DIST_HASHES, else a folder in the user's cache."""
+    named = os.environ.get("SEAD_DIST_HASHES")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "sead_dist" / "hashes"
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """sha256 over the bytes of these files, one after the other."""
+    before = _state(paths)
+    if sum(size for *_, size, _, _ in before) < LARGE_BYTES:
+        return _read(paths)
+    key = hashlib.sha256(json.dumps(before).encode()).hexdigest()
+    known = default_hashes() / key
+    with suppress(OSError, UnicodeDecodeError):
+        text = known.read_text(encoding="ascii")
+        if len(text) == hashlib.sha256().digest_size * 2:
+            return text
+    digest = _read(paths)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        aside = known.with_name(f"{key}.{os.getpid()}.tmp")
+        aside.write_text(digest, encoding="ascii")
+        if _state(paths) == before and _settled(paths):
+            os.replace(aside, known)
+        aside.unlink(missing_ok=True)
+    return digest
+
+
+def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
+    found = []
+    for path in paths:
+        about = path.stat()
+        facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        found.append((str(path.resolve()), *facts))
+    return found
+
+
+def _settled(paths: Sequence[Path]) -> bool:
+    return time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
+
+
+def _read(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
