@@ -240,7 +240,8 @@ def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
         return []
     return [
         "this processor (AVX2) has no instructions for bf16, which takes several times as long as "
-        "fp32; precision=fp32 and teacher_precision=fp32 are faster here"
+        "fp32; precision=fp32, teacher_precision=fp32, or dtype: fp32 in a teacher's entry, is "
+        "faster"
     ]
 
 

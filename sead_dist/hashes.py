@@ -2,8 +2,9 @@
 
 Who a teacher is follows from the bytes of its weights, and 64 of BERT-large's size have 85 GB: a
 minute of one core at every start. What is remembered is a small file each in the user's cache, by
-the files' places, sizes and times. Nobody can set the time of a change (ctime), so a file that was
-written since, or another in its place, is read again.
+the files' places, sizes and times. On the file systems named below nobody can set the time of a
+change (ctime), so a file that was written since, or another in its place, is read again; on others
+nothing is remembered.
 """
 
 import hashlib
@@ -14,23 +15,32 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 # what is quick to read is not remembered
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
 
 
+CLOCKED = (
+    *("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"),
+    *("nfs", "nfs4", "lustre"),
+)
+
+
 def default_hashes() -> Path:
     """SEAD_DIST_HASHES, else a folder in the user's cache."""
-    named = os.environ.get("SEAD_DIST_HASHES")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "sead_dist" / "hashes"
+    if named := os.environ.get("SEAD_DIST_HASHES"):
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "sead_dist" / "hashes"
 
 
 def files_hash(paths: Sequence[Path]) -> str:
     """sha256 over the bytes of these files, one after the other."""
     before = _state(paths)
-    if sum(size for *_, size, _, _ in before) < LARGE_BYTES:
+    if sum(size for *_, size, _, _ in before) < LARGE_BYTES or not _clocked(paths):
         return _read(paths)
     key = hashlib.sha256(json.dumps(before).encode()).hexdigest()
     known = default_hashes() / key
@@ -52,10 +62,19 @@ def files_hash(paths: Sequence[Path]) -> str:
 def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
     found = []
     for path in paths:
-        about = path.stat()
+        with path.open("rb") as file:  # opened: NFS then asks the server
+            about = os.fstat(file.fileno())
         facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
         found.append((str(path.resolve()), *facts))
     return found
+
+
+def _clocked(paths: Sequence[Path]) -> bool:
+    """Whether all lie on file systems that keep the time of a change themselves."""
+    types = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    homes = [[str(folder) for folder in path.resolve().parents] for path in paths]
+    nearest = [next((types[one] for one in home if one in types), None) for home in homes]
+    return all(kind in CLOCKED for kind in nearest)
 
 
 def _settled(paths: Sequence[Path]) -> bool:

@@ -181,6 +181,11 @@ def save_model(
     try:
         model.save_pretrained(aside, state_dict=dict(weights), safe_serialization=True)
         tokenizer.model_max_length = max_length
+        # a teacher with the same tokeniser may have set another length last
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.enable_truncation(max_length)
         tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

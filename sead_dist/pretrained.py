@@ -156,6 +156,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     extra = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_input_names]
+    if tokenizer.truncation_side != "right":
+        extra.append(tokenizer.truncation_side)
     about = json.dumps(extra, sort_keys=True, default=str)
     return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
 

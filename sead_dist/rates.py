@@ -120,8 +120,9 @@ def _key(kind: str, config: PretrainedConfig, machine: Machine, **more: object) 
 
 def teacher_key(teacher: Teacher, machine: Machine) -> str:
     """What a teacher's rate depends on."""
-    weights = teacher.entry.weights
-    return _key("teacher", teacher.config, machine, dtype=teacher.dtype, weights=weights)
+    shapes = json.loads(teacher.key.numerics)["shapes"]
+    about = {"dtype": teacher.dtype, "weights": teacher.entry.weights, "shapes": shapes}
+    return _key("teacher", teacher.config, machine, **about)
 
 
 def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machine: Machine) -> str:

@@ -56,7 +56,7 @@ SHAPES = {
     # kernels are chosen by thresholds of rows: no other count than those checked
     "cuda": BatchShapes(
         "shapes-2-cuda", 8, 65536, 32, 512,
-        (32, 64, 96, 128, 192, 256, 320, 384, 448), False, (8, 16, 32, 64, 128), 512,
+        (32, 64, 96, 128, 192, 256, 320, 384, 448), False, (8, 16, 24, 32, 64, 128, 256, 512), 512,
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ Shapes: R rows of a request, P rows of one pack (or their positions in the reque
 an example, S text rows of a pack with its spare ones, T tokens of a pack, H hidden, D of a head.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data import TokenTable
+from sead_dist.errors import UserError
 from sead_dist.models import DTYPES, new_classifier
 from sead_dist.pretrained import OFFSET_POSITIONS, position_limit
 
@@ -36,6 +38,8 @@ FIRST_TOKEN = {
 }
 ATTENTION = "sead_dist_packs"
 CHECK_ROWS = 48
+# weights far enough from zero for attention to be seen in the logits: times 1/sqrt(H)
+CHECK_GAIN = 2.8
 # packed logits differ from padded ones by rounding: by less than this part of their spread
 ROUNDING = 0.1
 
@@ -75,6 +79,8 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
 
     AttentionInterface.register(ATTENTION, attend_within_rows)
     model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:  # Transformers may only warn
+        raise ValueError(f"{type(model).__name__} has an attention of its own")
     offsets: list[torch.Tensor] = []
 
     def remember(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
@@ -158,9 +164,10 @@ def pack_inputs(
 
 
 def probe_rows(longest: int) -> TokenTable:
-    """Made-up text rows of many lengths up to `longest`."""
+    """Made-up text rows of many lengths, one of them as long as the model reads."""
     random = np.random.Generator(np.random.PCG64(1))
     counts = random.integers(2, max(3, min(64, longest) + 1), CHECK_ROWS)
+    counts[CHECK_ROWS // 2] = min(512, longest)
     return TokenTable(
         ids=random.integers(3, 100, int(counts.sum())).astype(np.int32),
         types=None,
@@ -176,10 +183,15 @@ def packs_from(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
     """The fewest tokens of a pack from which a row's bits do not depend on the pack's size, on its
     place or on the other rows, by a self-check with a small model of the teacher's widths; None
     where there are no packs: another device than a GPU, fp32, another kind of model, an older
-    PyTorch or Transformers, or logits that are not those of padded batches."""
+    PyTorch or Transformers, or logits that are not those of padded batches.
+
+    Raises UserError where the GPU has no memory left for the check: a run that goes on padded then
+    would be of another numerics class.
+    """
     if device.type != "cuda" or dtype not in ("bf16", "fp16"):
         return None
-    if probe.model_type not in FIRST_TOKEN:
+    own_code = getattr(probe, "auto_map", None) or getattr(probe, "is_decoder", False)
+    if probe.model_type not in FIRST_TOKEN or own_code:
         return None
     return self_check(probe, dtype, device)
 
@@ -187,6 +199,8 @@ def packs_from(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
 @torch.inference_mode()
 def self_check(probe: PretrainedConfig, dtype: str, device: torch.device) -> int | None:
     """The same for a device and dtype that have the kernel."""
+    probe = copy.deepcopy(probe)
+    probe.initializer_range = CHECK_GAIN / math.sqrt(probe.hidden_size)
     tokens = probe_rows(position_limit(probe) or 64)
     everyone = np.arange(CHECK_ROWS)
     try:
@@ -197,23 +211,34 @@ def self_check(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
         plain = model(**{name: tensor.to(device) for name, tensor in padded.items()}).logits.float()
         use_packs(model)
         expected = _ask(model, tokens, everyone, SIZES[-1], device)
+        if not bool((expected.float() - plain).abs().mean() <= ROUNDING * plain.std()):
+            return None
+        free_from: int | None = None
+        for size in reversed(SIZES):
+            for rows in _companies(tokens, size):
+                said = _ask(model, tokens, rows, size, device)
+                if not torch.equal(said, expected[torch.from_numpy(rows).to(device)]):
+                    return free_from
+            free_from = size
+        return free_from
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{device} has too little free memory to try how teachers compute on it; see who holds "
+            "it (nvidia-smi), free it or take another"
+        ) from None
     except Exception:  # what cannot be packed runs padded
         return None
-    if not bool((expected.float() - plain).abs().mean() <= ROUNDING * plain.std()):
-        return None
-    free_from: int | None = None
-    backwards = everyone[::-1].copy()
-    for size in reversed(SIZES):
-        if int(tokens.offsets[-1]) > size or size < CHECK_ROWS * TOKENS_PER_ROW:
-            break
-        same = [
-            torch.equal(_ask(model, tokens, rows, size, device), expected[torch.from_numpy(rows)])
-            for rows in (everyone, backwards, everyone[:1], everyone[5:12])
-        ]
-        if not all(same):
-            break
-        free_from = size
-    return free_from
+
+
+def _companies(tokens: TokenTable, size: int) -> Iterator[np.ndarray]:
+    """Rows for packs of this size: as many as go into it, in two orders, and few."""
+    counts = np.diff(tokens.offsets)
+    everyone = np.arange(len(counts))
+    for order in (everyone, everyone[::-1]):
+        rows = np.resize(order, size // TOKENS_PER_ROW)
+        yield rows[: int(np.searchsorted(np.cumsum(counts[rows]), size, "right"))].copy()
+    yield everyone[:1]
+    yield everyone[5:12]
 
 
 def _ask(

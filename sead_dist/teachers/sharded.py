@@ -34,6 +34,8 @@ from sead_dist.teachers.forward import Cut, batches_of, own_logits
 from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.roster import Teacher
 
+# numbers that are what they say; others are codes whose scales stand elsewhere
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 MEND = "give it placement=partitioned or colocated"
 
 
@@ -93,7 +95,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     """For each parameter (by its first name) and each saved buffer the file that holds it, and its
     name there; tied parameters stand under one of their names.
 
-    Raises UserError where the checkpoint is not in safetensors or lacks a parameter.
+    Raises UserError where the checkpoint is not in safetensors, is quantised or lacks a parameter.
     """
     files = weight_files(teacher.checkpoint)
     if files[0].suffix != ".safetensors":
@@ -102,10 +104,14 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
             f"weights are {files[0].name}; save it anew with save_pretrained, or {MEND}"
         )
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    coded: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                stored[name] = (path, tuple(file.get_slice(name).get_shape()))
+                about = file.get_slice(name)
+                stored[name] = (path, tuple(about.get_shape()))
+                if about.get_dtype() not in PLAIN_DTYPES:
+                    coded.add(name)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -117,6 +123,11 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
             raise UserError(
                 f"teacher {teacher.name}: placement=sharded found no tensor {name} of shape "
                 f"{shape} in its files; save it anew with save_pretrained, or {MEND}"
+            )
+        if known[0] in coded:
+            raise UserError(
+                f"teacher {teacher.name}: the weights of {name} are quantised in its files, and "
+                f"placement=sharded reads plain numbers; save it anew in bf16, or {MEND}"
             )
         found[name] = (stored[known[0]][0], known[0])
     for name, buffer in model.named_buffers():

@@ -34,7 +34,7 @@ from sead_dist.teachers.table import Table
 from sead_dist.teachers.whole import load_whole
 
 T = TypeVar("T")
-# a killed run loses at most so many predictions of a teacher
+# predictions of a teacher that are kept together; a killed run loses fewer, and two batches' rows
 ROWS_PER_BLOCK = 4096
 
 

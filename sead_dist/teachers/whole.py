@@ -49,6 +49,8 @@ def _filled(
 ) -> PreTrainedModel | None:
     """A copy of the empty model with this teacher's weights; None where its files do not hold each
     of them under its own name, or the model treats some in a way of its own."""
+    if getattr(teacher.config, "quantization_config", None) is not None:
+        return None
     facts = {name: fact for name, fact in teacher.config.to_dict().items() if name not in SILENT}
     shape = json.dumps([facts, teacher.dtype], sort_keys=True, default=str)
     if shape not in empty:
@@ -57,7 +59,8 @@ def _filled(
     tied = len(list(outline.named_parameters(remove_duplicate=False))) > len(
         list(outline.named_parameters())
     )
-    if tied or getattr(outline, "_keep_in_fp32_modules", None):
+    special = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if tied or any(getattr(outline, name, None) for name in special):
         return None
     try:
         files = tensor_files(teacher, outline)

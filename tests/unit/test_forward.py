@@ -24,6 +24,7 @@ from sead_dist.teachers.forward import (
     free_rows_from,
     padded_length,
     predict,
+    rows_for,
     rows_per_batch,
 )
 
@@ -146,6 +147,18 @@ def test_the_padded_length_is_a_function_of_the_rows_own_length():
     given = np.array([1, 2, 3, 63, 64, 65, 72, 73])
     assert padded_length(given, "cpu").tolist() == [2, 2, 4, 64, 64, 72, 72, 80]
     assert padded_length(given, "cuda").tolist() == [8, 8, 8, 64, 64, 72, 72, 80]
+
+
+def test_on_a_gpu_batches_have_no_other_row_count_than_the_self_check_has_seen():
+    counts = BATCHES["cuda"].counts
+    full = rows_per_batch(64, "cuda")
+    for free_from in (32, 192):
+        found = {rows_for(count, 64, "cuda", free_from) for count in range(1, full + 1)}
+        assert found == {rows for rows in counts if rows >= free_from} | {full}
+        assert all(rows_for(count, 64, "cuda", free_from) >= count for count in range(1, full + 1))
+    assert rows_for(3, 64, "cuda", None) == full
+    # a long text's full count may be less than any of these
+    assert rows_for(3, 2048, "cuda", 64) == rows_per_batch(2048, "cuda") == 32
 
 
 def test_rows_are_cut_once_each_longest_first_with_room_for_the_guard():

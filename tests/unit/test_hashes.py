@@ -3,11 +3,13 @@
 import hashlib
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from sead_dist import hashes
 
+CLOCKED = hashes._clocked
 OLD = time.time() - 3600
 
 
@@ -16,6 +18,7 @@ def reads(monkeypatch, tmp_path):
     """How often bytes were read, with every file large and its changes long ago."""
     monkeypatch.setattr(hashes, "LARGE_BYTES", 1)
     monkeypatch.setattr(hashes, "SETTLED_S", -1.0)
+    monkeypatch.setattr(hashes, "_clocked", lambda _paths: True)
     monkeypatch.setenv("SEAD_DIST_HASHES", str(tmp_path / "cache"))
     real, count = hashes._read, []
     monkeypatch.setattr(hashes, "_read", lambda paths: count.append(1) or real(paths))
@@ -86,6 +89,27 @@ def test_what_cannot_be_remembered_or_is_spoilt_is_read(tmp_path, reads, monkeyp
     (tmp_path / "a file").touch()
     monkeypatch.setenv("SEAD_DIST_HASHES", str(tmp_path / "a file" / "below"))
     assert hashes.files_hash([path]) == expected
+
+
+def test_nothing_is_remembered_of_file_systems_with_times_of_their_own(
+    tmp_path, reads, monkeypatch
+):
+    (tmp_path / "far").mkdir()
+    path = tmp_path / "far" / "weights"
+    parts = [SimpleNamespace(mountpoint="/", fstype="ext4")]
+    parts.append(SimpleNamespace(mountpoint=str(tmp_path / "far"), fstype="fuse.sshfs"))
+    monkeypatch.setattr(hashes.psutil, "disk_partitions", lambda all: parts)
+    monkeypatch.setattr(hashes, "_clocked", CLOCKED)
+    near = tmp_path / "near"
+    near.write_bytes(b"one")
+    hashes.files_hash([near])
+    hashes.files_hash([near])
+    assert len(reads) == 1
+    reads.clear()
+    path.write_bytes(b"one")
+    hashes.files_hash([path])
+    hashes.files_hash([path])
+    assert len(reads) == 2
 
 
 def test_small_files_are_always_read(tmp_path, reads, monkeypatch):

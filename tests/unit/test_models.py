@@ -225,6 +225,23 @@ def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_a_saved_tokeniser_truncates_as_its_model_asks_whoever_used_it_last(tmp_path):
+    tokenizer = load_tokenizer(locate(str(save_teacher(tmp_path / "teacher"))))
+    tokenizer(["the plot was good"], truncation=True, max_length=7, padding="max_length")
+    model = build_model()
+    save_model(model, model.state_dict(), tokenizer, tmp_path / "saved", 32)
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert saved["truncation"]["max_length"] == 32
+    assert saved["padding"] is None
+
+
+def test_a_tokeniser_that_cuts_off_the_beginning_is_another(tmp_path):
+    one = load_tokenizer(locate(str(save_teacher(tmp_path / "t"))))
+    before = tokenizer_hash(one)
+    one.truncation_side = "left"
+    assert tokenizer_hash(one) != before
+
+
 def test_an_index_that_names_no_weights_is_told(tmp_path):
     folder = save_teacher(tmp_path / "t")
     (folder / "model.safetensors").unlink()

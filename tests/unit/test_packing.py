@@ -15,10 +15,10 @@ from small import CPU, build_model, example_set, roster, save_teacher, sentences
 
 from sead_dist import forecast
 from sead_dist.data import TokenTable, make_split
+from sead_dist.errors import UserError
 from sead_dist.forecast import batch_shapes
 from sead_dist.grammar import grammar_tokenizer
 from sead_dist.measure import measure_teacher
-from sead_dist.models import DTYPES
 from sead_dist.teachers import forward, packing
 from sead_dist.teachers.forward import Cut, batches_of, predict
 
@@ -142,19 +142,49 @@ def test_the_self_check_with_a_stand_in_kernel_passes_and_finds_what_is_wrong(mo
         place = torch.arange(len(query))[:, None, None] / len(query) * 1e-2
         return kernel(query, *others) + place
 
-    for wrong in (leaks, depends_on_place):
+    def says_nothing(query, *_others):
+        return torch.zeros_like(query)
+
+    def breaks(*_given):
+        raise RuntimeError("no kernel for this")
+
+    for wrong in (leaks, depends_on_place, says_nothing, breaks):
         monkeypatch.setattr(varlen, "varlen_attn", wrong)
         assert packing.self_check(config, "fp32", CPU) is None
 
+    def full(*_given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-def test_what_cannot_be_packed_is_padded():
-    for kind, dtype in (("bert", "bf16"), ("deberta-v2", "bf16"), ("bert", "fp32")):
-        config = build_model(kind).config
-        # no kernel on this device, for this dtype, for this model
-        assert packing.packs_from(config, dtype, CPU) is None
-        assert packing.packs_from(config, "fp32", torch.device("cuda", 0)) is None
-    other = build_model("deberta-v2").to(DTYPES["bf16"]).config
-    assert packing.packs_from(other, "bf16", torch.device("cuda", 0)) is None
+    # a run that went on padded would be of another numerics class than before
+    monkeypatch.setattr(varlen, "varlen_attn", full)
+    with pytest.raises(UserError, match="too little free memory"):
+        packing.self_check(config, "fp32", CPU)
+
+
+@pytest.mark.parametrize("hidden", [32, 128, 256])
+def test_the_self_check_sees_attention_at_any_width_with_a_stand_in_kernel(monkeypatch, hidden):
+    from torch.nn.attention import varlen
+
+    config = build_model("bert").config
+    config.hidden_size, config.initializer_range = hidden, 0.02
+    assert packing.self_check(config, "fp32", CPU) is not None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_others: torch.zeros_like(query))
+    assert packing.self_check(config, "fp32", CPU) is None
+
+
+def test_what_cannot_be_packed_is_padded(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(packing, "self_check", lambda *_given: 512)
+    bert = build_model("bert").config
+    assert packing.packs_from(bert, "bf16", gpu) == 512
+    # no kernel on this device, for this dtype, for this model
+    assert packing.packs_from(bert, "bf16", CPU) is None
+    assert packing.packs_from(bert, "fp32", gpu) is None
+    assert packing.packs_from(build_model("deberta-v2").config, "bf16", gpu) is None
+    for change in ({"is_decoder": True}, {"auto_map": {"AutoModel": "mine.Model"}}):
+        other = build_model("bert").config
+        other.update(change)
+        assert packing.packs_from(other, "bf16", gpu) is None
 
 
 def test_rates_and_forecasts_know_packs_with_a_stand_in_kernel(tmp_path):

@@ -8,6 +8,7 @@ from small import CPU, SHAPES, edit_json, roster, save_teacher
 from sead_dist.errors import UserError
 from sead_dist.models import build_teacher
 from sead_dist.teachers import whole
+from sead_dist.teachers.sharded import check_shardable
 from sead_dist.teachers.whole import load_whole
 
 FORMAT = {"format": "pt"}
@@ -69,6 +70,17 @@ def test_what_is_stored_otherwise_is_left_to_transformers(tmp_path, monkeypatch)
     assert asked == [1]
     name = "bert.embeddings.LayerNorm.weight"
     assert torch.equal(model.state_dict()[name], tensors[name])
+    # codes whose scales stand elsewhere: no number of ours
+    tensors["bert.pooler.dense.weight"] = tensors["bert.pooler.dense.weight"].to(
+        torch.float8_e4m3fn
+    )
+    coded = save_teacher(tmp_path / "coded", seed=1)
+    save_file(tensors, coded / "model.safetensors", metadata=FORMAT)
+    (teacher,) = roster([coded])
+    load_whole(teacher, CPU, False, {})
+    assert asked == [1, 1]
+    with pytest.raises(UserError, match="are quantised in its files"):
+        check_shardable(teacher, False)
     # a config that the files do not fit is Transformers' to refuse
     edit_json(old / "config.json", intermediate_size=16)
     (teacher,) = roster([old])
