@@ -4,50 +4,30 @@ would make them others. The kernel is a stand-in here: PyTorch's runs on GPUs al
 R rows of a request, T tokens of a pack.
 """
 
-import itertools
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from packs import kernel, stand_in_for_packs
 from small import CPU, build_model, example_set, roster, save_teacher, sentences
 
-from sead_dist import forecast
 from sead_dist.data import TokenTable, make_split
 from sead_dist.errors import UserError
 from sead_dist.forecast import batch_shapes
 from sead_dist.grammar import grammar_tokenizer
 from sead_dist.measure import measure_teacher
-from sead_dist.teachers import forward, packing
+from sead_dist.teachers import packing
 from sead_dist.teachers.forward import Cut, batches_of, predict
 
 KINDS = ["bert", "roberta", "electra"]
 TEXTS = [*sentences(40), "good", "bad plot"]
 
 
-def kernel(query_THD, key_THD, value_THD, offsets, also, most, _most):
-    """What PyTorch's kernel computes, row by row."""
-    assert torch.equal(offsets, also)
-    found_THD = torch.full_like(query_THD, float("nan"))
-    ends = offsets.tolist()
-    assert ends[-1] == len(query_THD)
-    for start, end in itertools.pairwise(ends):
-        assert end - start <= most
-        if end > start:
-            parts = (part[start:end].transpose(0, 1) for part in (query_THD, key_THD, value_THD))
-            attended = torch.nn.functional.scaled_dot_product_attention(*parts)
-            found_THD[start:end] = attended.transpose(0, 1)
-    return found_THD
-
-
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    from torch.nn.attention import varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    for module in (packing, forward, forecast):
-        monkeypatch.setattr(module, "SIZES", (512, 1024, 2048))
+    stand_in_for_packs(monkeypatch)
 
 
 def ask(model, tokens: TokenTable, rows_R, cut: Cut) -> np.ndarray:
