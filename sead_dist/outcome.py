@@ -134,6 +134,41 @@ def placement_word(parts: Parts) -> str | None:
     return ", ".join(dict.fromkeys(parts.source.placements))
 
 
+def save_student(parts: Parts, state: TrainState) -> None:
+    """Write the best student, which is the engine's from now on, to model/."""
+    config, module = parts.config, parts.engine.module
+    longest = fitting_length(config.max_length, module.config)
+    if state.best_step is not None:
+        parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
+    weights = without_projections(parts.engine.weights())
+    folder = Path(config.output_dir) / "model"
+    from_main(parts.world, lambda: save_model(module, weights, parts.tokenizer, folder, longest))
+
+
+def score_splits(
+    parts: Parts, state: TrainState, weights_N: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """(scores of student and teachers by split, the student's on the official ones as the card has
+    them). Every prediction is written to predictions/."""
+    splits = {"selection": parts.splits.selection, **parts.splits.official}
+    scores: dict[str, Any] = {}
+    results: dict[str, float] = {}
+    for name, split in splits.items():
+        result, scores[name], probabilities_BC = score_split(parts, split, weights_N, state.step)
+        if name != "selection":
+            first = not results
+            results.update(result.card("eval" if first else f"eval_{name}"))
+        if parts.world.is_main:
+            write_predictions(
+                Path(parts.config.output_dir) / "predictions" / f"{name}.parquet",
+                split.examples.ids_B2,
+                split.examples.labels_B,
+                result.logits_BC,
+                probabilities_BC,
+            )
+    return scores, results
+
+
 def conclude(
     parts: Parts,
     state: TrainState,
@@ -147,30 +182,8 @@ def conclude(
     """
     world, config = parts.world, parts.config
     run = Path(config.output_dir)
-    longest = fitting_length(config.max_length, parts.engine.module.config)
-    if state.best_step is not None:
-        parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
-    weights = without_projections(parts.engine.weights())
-    from_main(
-        world,
-        lambda: save_model(parts.engine.module, weights, parts.tokenizer, run / "model", longest),
-    )
-    splits = {"selection": parts.splits.selection, **parts.splits.official}
-    scores: dict[str, Any] = {}
-    results: dict[str, float] = {}
-    for name, split in splits.items():
-        result, scores[name], probabilities_BC = score_split(parts, split, weights_N, state.step)
-        if name != "selection":
-            first = not results
-            results.update(result.card("eval" if first else f"eval_{name}"))
-        if world.is_main:
-            write_predictions(
-                run / "predictions" / f"{name}.parquet",
-                split.examples.ids_B2,
-                split.examples.labels_B,
-                result.logits_BC,
-                probabilities_BC,
-            )
+    save_student(parts, state)
+    scores, results = score_splits(parts, state, weights_N)
     closing = {**summary(parts, state), "planned": compare(outlook, parts, state)}
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 

@@ -86,12 +86,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
     check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
-    check_tracker(config.tracker)
-    if config.push_to_hub:
-        from_main(world, lambda: check_push(config.hub_model_id))
-    check_arithmetic(config.precision, world.device)
-    zero = zero_config(config, world.size)  # its mistakes come to light before anything is read
-    check_rival(config, zero.stage if zero is not None else None)
+    check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
     task, examples, tokenizer, model = on_every_rank(
         world, lambda: read_inputs(config, notes.append)
@@ -126,12 +121,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     )
     # one for each start of the run, resumed ones too
     log.metrics("start", total_steps=batches.total_steps, world_size=world.size)
-    micro_batches = config.global_batch // config.micro_batch
-    if micro_batches % world.size:
-        log.say(
-            f"global_batch={config.global_batch} makes {micro_batches} micro-batches, which "
-            f"{world.size} ranks cannot share evenly: some ranks idle; lower micro_batch"
-        )
+    for line in uneven(config, world.size):
+        log.say(line)
     if config.deterministic:
         # what CUDA's matrix products ask for; read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -158,6 +149,27 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
         checkpointer, stop, watch, guide, rival,
     )  # fmt: skip
+
+
+def check_setting(config: RunConfig, world: World) -> None:
+    """What can be told from the settings alone, before anything is read. Raises UserError."""
+    check_tracker(config.tracker)
+    if config.push_to_hub:
+        from_main(world, lambda: check_push(config.hub_model_id))
+    check_arithmetic(config.precision, world.device)
+    zero = zero_config(config, world.size)
+    check_rival(config, zero.stage if zero is not None else None)
+
+
+def uneven(config: RunConfig, ranks: int) -> list[str]:
+    """A line where some ranks have nothing to do in a part of every step."""
+    micro_batches = config.global_batch // config.micro_batch
+    if micro_batches % ranks == 0:
+        return []
+    return [
+        f"global_batch={config.global_batch} makes {micro_batches} micro-batches, which "
+        f"{ranks} ranks cannot share evenly: some ranks idle; lower micro_batch"
+    ]
 
 
 def read_inputs(

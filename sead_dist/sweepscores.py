@@ -184,6 +184,17 @@ def place(unit: Unit) -> dict[str, Any]:
     return {"task": unit.task, "method": unit.method, "seed": unit.config.seed}
 
 
+def missing(plan: Plan, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The places of the students that are neither finished nor failed."""
+    excused = [{key: of[key] for key in ("task", "method", "seed")} for of in failed]
+    students = [unit for unit in plan.units if unit.method != TEACHERS]
+    return [
+        place(unit)
+        for unit in students
+        if place(unit) not in excused and not is_finished(unit.folder)
+    ]
+
+
 def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
     """All that report.json holds; scores are fractions. data: of each task that has students.
 
@@ -207,8 +218,6 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             cells.append(cell(found, difference, plan.seeds))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
     failed = failures(plan)
-    excused = [{key: of[key] for key in ("task", "method", "seed")} for of in failed]
-    students = [unit for unit in plan.units if unit.method != TEACHERS]
     return {
         "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
         f"{counted(len(plan.seeds), 'seed')}",
@@ -237,11 +246,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             if of.task in data
         ],
         "failed": failed,
-        "missing": [
-            place(unit)
-            for unit in students
-            if place(unit) not in excused and not is_finished(unit.folder)
-        ],
+        "missing": missing(plan, failed),
         "not_applicable": [
             {"task": task, "method": method, "reason": reason}
             for (task, method), reason in plan.unfit.items()

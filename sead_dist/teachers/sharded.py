@@ -10,9 +10,10 @@ Shapes: R rows of a request, P rows of one batch, C the model's own classes.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sead_dist.data import TokenTable
-from sead_dist.distributed import World
+from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import weight_files
@@ -34,6 +35,7 @@ from sead_dist.teachers.forward import Cut, batches_of, own_logits
 from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.roster import Teacher
 
+T = TypeVar("T")
 # numbers that are what they say; others are codes whose scales stand elsewhere
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 MEND = "give it placement=partitioned or colocated"
@@ -261,3 +263,29 @@ def _any_rank(world: World, *mine: bool) -> list[bool]:
     said = torch.tensor(mine, dtype=torch.int32, device=world.device)
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=world.exchange)
     return [bool(answer) for answer in said.tolist()]
+
+
+def agreed(world: World, what: str, do: Callable[[], T]) -> T:
+    """`do()` on this rank, in the teachers' pass at `what`; what fails on any rank is raised on all
+    of them as RunError or UserError. Only a forward of all ranks that broke off is raised here
+    alone: the others are still in it, and end when this process does."""
+    failure: Exception | None = None
+    rank = world.rank
+    try:
+        result = do()
+    except TornForwardError as error:
+        line = f"rank {rank}: a sharded teacher's forward broke off at {what}: {error}"
+        # the command line tells a RunError on rank 0 alone
+        print(f"sead-dist: {line}", file=sys.stderr, flush=True)
+        raise TornForwardError(line) from error
+    except (RunError, UserError, StopRequestedError) as error:
+        failure = error
+    except OSError as error:
+        failure = RunError(f"rank {rank}: teachers' pass: {error}")
+    except Exception as error:  # the other ranks are told, whatever it was
+        failure = RunError(
+            f"rank {rank} failed in the teachers' pass at {what}: {type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+    raise_first(gather_objects(world, failure, world.exchange))
+    return result

@@ -8,32 +8,30 @@ Shapes: N teachers, R requested examples, U unique examples of a split, C classe
 examples of one rank.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from sead_dist.data import Split, TokenTable, tokenize
-from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
-from sead_dist.errors import RunError, UserError
+from sead_dist.distributed import StopRequestedError, World, gather_objects
+from sead_dist.errors import RunError
 from sead_dist.teachers.base import Request, TeacherLogits
 from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.placement import exchange, is_split, owners
 from sead_dist.teachers.roster import Teacher
-from sead_dist.teachers.sharded import TornForwardError, build_sharded, predict_together
+from sead_dist.teachers.sharded import agreed, build_sharded, predict_together
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.table import Table
 from sead_dist.teachers.whole import load_whole
 
-T = TypeVar("T")
 # predictions of a teacher that are kept together; a killed run loses fewer, and two batches' rows
 ROWS_PER_BLOCK = 4096
 
@@ -136,46 +134,25 @@ class StoredSource:
                 found[n] = self._answer(n, request, np.flatnonzero(own_NR[n]))
             return [found[n] for n in range(len(own_NR))]
 
-        mine = self._agreed(request, answers)
+        mine = agreed(self.world, request.what, answers)
         classes = self.teachers[0].key.classes
         logits_NRC = exchange(mine, owner_NR, asked_NR, classes, self.world)
         return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
-
-    def _agreed(self, request: Request, do: Callable[[], T]) -> T:
-        """`do()` on this rank; what fails on any rank is raised on all of them as RunError or
-        UserError. Only a forward of all ranks that broke off is raised here alone: the others are
-        still in it, and end when this process does."""
-        failure: Exception | None = None
-        rank = self.world.rank
-        try:
-            result = do()
-        except TornForwardError as error:
-            line = f"rank {rank}: a sharded teacher's forward broke off at {request.what}: {error}"
-            # the command line tells a RunError on rank 0 alone
-            print(f"sead-dist: {line}", file=sys.stderr, flush=True)
-            raise TornForwardError(line) from error
-        except (RunError, UserError, StopRequestedError) as error:
-            failure = error
-        except OSError as error:
-            failure = RunError(f"rank {rank}: teachers' pass: {error}")
-        except Exception as error:  # the other ranks are told, whatever it was
-            failure = RunError(
-                f"rank {rank} failed in the teachers' pass at {request.what}: "
-                f"{type(error).__name__}: {error}"
-            )
-            failure.__cause__ = error
-        raise_first(gather_objects(self.world, failure, self.world.exchange))
-        return result
 
     def _compute_together(self, n: int, request: Request, positions_M: np.ndarray) -> None:
         """Compute the rows of a split teacher that any rank misses: all ranks forward together,
         each its own rows. Whether there is anything to do is agreed (invariant 8), and all that
         one rank may stumble over is behind them when the forwards begin."""
         entries_M = request.entries_R[positions_M]
-        missing_K = self._agreed(request, lambda: self._missing(n, request, entries_M))
+        missing_K = agreed(self.world, request.what, lambda: self._missing(n, request, entries_M))
         if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
-            self._agreed(request, lambda: (self._load(n), self._tokens(n, request.split)))
-            self._agreed(request, lambda: self._compute(n, request, missing_K))
+            ready = partial(self._make_ready, n, request.split)
+            agreed(self.world, request.what, ready)
+            agreed(self.world, request.what, lambda: self._compute(n, request, missing_K))
+
+    def _make_ready(self, n: int, split: Split) -> None:
+        self._load(n)
+        self._tokens(n, split)
 
     def _follow(self, request: Request, own_NR: np.ndarray) -> None:
         """Wait for this rank's share of the rows of all teachers in the pool."""
