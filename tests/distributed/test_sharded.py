@@ -110,6 +110,9 @@ def weighed(world, folder, entry):
         def get_shape(self):
             return self.real.get_shape()
 
+        def get_dtype(self):
+            return self.real.get_dtype()
+
         def __getitem__(self, rows):
             part = self.real[rows]
             read_bytes.append(part.nbytes)
