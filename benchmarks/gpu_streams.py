@@ -5,7 +5,6 @@ their own, as they are, and in the student's.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from gpu import wait
 from inputs import alone, laid_out, random_classifier, run_config, shape_file
 from outcome_file import (
     common_arguments,
@@ -30,11 +29,6 @@ from sead_dist.distributed import StopFlag
 from sead_dist.evaluate import EvalResult
 from sead_dist.parts import build
 from sead_dist.recipes import make_trainer, prepare_teachers
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def epoch_seconds(words: dict[str, object], device: str, streams: int) -> float:
@@ -92,8 +86,6 @@ def main() -> None:
     parser.add_argument("--student", default="L6-H384")
     parser.add_argument("--teacher", default="L12-H768")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch.cuda sees no GPU on this machine")
     if args.smoke:
         args.rows, args.repeat, args.student, args.teacher = 60, 1, "L2-H128", "L2-H128"
     set_threads(args.threads, args.device)

@@ -47,7 +47,9 @@ def device_argument(parser: argparse.ArgumentParser) -> None:
 
 def set_threads(threads: int, device: str = "cpu") -> None:
     """Torch's threads and the tokenisers', of this process and its children, and whether these
-    work on the GPUs."""
+    work on the GPUs. Ends the script where there are none and one was asked for."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch.cuda sees no GPU on this machine")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

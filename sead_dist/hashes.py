@@ -21,8 +21,7 @@ import psutil
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
-
-
+# file systems that keep the time of a change themselves
 CLOCKED = (
     *("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"),
     *("nfs", "nfs4", "lustre"),
@@ -71,7 +70,10 @@ def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
 
 def _clocked(paths: Sequence[Path]) -> bool:
     """Whether all lie on file systems that keep the time of a change themselves."""
-    types = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    try:
+        types = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    except OSError:  # a container may hide its mounts
+        return False
     homes = [[str(folder) for folder in path.resolve().parents] for path in paths]
     nearest = [next((types[one] for one in home if one in types), None) for home in homes]
     return all(kind in CLOCKED for kind in nearest)

@@ -111,6 +111,13 @@ def test_nothing_is_remembered_of_file_systems_with_times_of_their_own(
     hashes.files_hash([path])
     assert len(reads) == 2
 
+    def hidden(all):
+        raise PermissionError("mounts are hidden here")
+
+    monkeypatch.setattr(hashes.psutil, "disk_partitions", hidden)
+    hashes.files_hash([near])
+    assert len(reads) == 3
+
 
 def test_small_files_are_always_read(tmp_path, reads, monkeypatch):
     monkeypatch.setattr(hashes, "LARGE_BYTES", 4)
