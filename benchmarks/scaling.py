@@ -4,18 +4,18 @@ Each case is a run of its own in as many processes (torch.distributed.run, gloo)
 an empty store. The bound: on devices that student and teachers share a row costs at least the
 student's time and that of every teacher, so examples/s = 1 / (1/student + sum of 1/teacher). These
 rates are measured in the same processes right after the run, all ranks running, by a bare loop
-(length-sorted batches of 64 rows for teachers, DDP for the student).
+(length-sorted batches of 64 rows for teachers, DDP for the student). Where our run without a
+teacher is quicker than the bare student's loop, the bound takes ours: the stricter of the two.
 
 examples/s: rows trained, by the seconds of the training loop with its waiting for teachers. The
 first step's time is from the building of the run to the first step that has its teachers' answers.
-Memory is what the process has grown by, against the growth with no teacher and the weights of an
-equal share of the teachers. Reading weights is compared with from_pretrained of as many.
+Memory is what the process has grown by once freed memory is given back to the system, against the
+growth with no teacher and the weights of an equal share of the teachers; with what the allocator
+keeps of freed memory it stands beside. Reading weights is compared with from_pretrained of as many.
 Targets: 0.9 of the bound; memory within 10%; nothing else of the start-up grows with N.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -23,29 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from bare_ranks import BATCH, Bare, give_back_memory, read_weights
 from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
-from peers import TEACHER_ROWS, batches_of_like_length, load, pad, rows_of
 from placement import counted_bytes
-from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
 from sead_dist.checkpoint import TrainState
-from sead_dist.distributed import StopFlag, World, barrier, gather_objects, join_world, leave_world
+from sead_dist.distributed import StopFlag, World, gather_objects, join_world, leave_world
 from sead_dist.parts import build
 from sead_dist.recipes import make_trainer, prepare_teachers
 from sead_dist.teachers import source as source_module
 
-BATCH = 32
 STUDENT = "L2-H128"
 MIXES = {"equal": ("L2-H128",), "mixed": ("L2-H128", "L2-H256", "L4-H128", "L4-H256")}
 
@@ -53,73 +47,6 @@ MIXES = {"equal": ("L2-H128",), "mixed": ("L2-H128", "L2-H256", "L4-H128", "L4-H
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def slowest(world: World, do: Callable[[], None]) -> float:
-    """Seconds until the last rank has done it, all beginning together."""
-    barrier(world)
-    began = time.perf_counter()
-    do()
-    return max(gather_objects(world, time.perf_counter() - began))
-
-
-class Bare:
-    """The bare loops over this rank's share of the rows."""
-
-    def __init__(self, setting: dict[str, Any], world: World) -> None:
-        self.world, self.student = world, setting["student"]
-        texts, self.labels = rows_of(Path(setting["data"]) / "train.tsv")
-        self.words = AutoTokenizer.from_pretrained(setting["student"])
-        self.tokens = self.words(texts, truncation=True, max_length=128)["input_ids"]
-        self.lengths_R = np.array([len(row) for row in self.tokens])
-
-    def teacher_row_s(self, folder: str, rows: int | None = None) -> float:
-        """Seconds of a row, all ranks working on rows of their own."""
-        model = load(Path(folder), "fp32").eval()
-        mine_R = np.arange(len(self.tokens))[self.world.rank :: self.world.size][:rows]
-        mine_R = mine_R[np.argsort(-self.lengths_R[mine_R], kind="stable")]
-
-        @torch.inference_mode()
-        def forward() -> None:
-            for start in range(0, len(mine_R), TEACHER_ROWS):
-                model(**pad(self.tokens, mine_R[start : start + TEACHER_ROWS], self.words))
-
-        return slowest(self.world, forward) / len(self.tokens)
-
-    def student_row_s(self, rows: int | None = None) -> float:
-        """Seconds of a row in training, gradients exchanged."""
-        model = load(Path(self.student), "fp32").train()
-        step_model = DistributedDataParallel(model) if self.world.size > 1 else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        labels = torch.tensor(self.labels)
-
-        def epoch() -> None:
-            for which_R in batches_of_like_length(self.lengths_R[:rows], BATCH, 0):
-                if len(which_R) < BATCH:
-                    continue
-                mine_R = which_R[self.world.rank :: self.world.size]
-                logits = step_model(**pad(self.tokens, mine_R, self.words)).logits
-                torch.nn.functional.cross_entropy(logits, labels[mine_R]).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return slowest(self.world, epoch) / (len(self.tokens) // BATCH * BATCH)
-
-    def warm_up(self, folders: list[str], shapes: list[str]) -> None:
-        """A few batches of each, and the memory given back: neither side pays for being first."""
-        for folder in dict(zip(shapes, folders, strict=True)).values():
-            self.teacher_row_s(folder, 2 * TEACHER_ROWS)
-        self.student_row_s(2 * BATCH)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-
-    def example_s(self, folders: list[str], shapes: list[str]) -> float:
-        """Seconds of one example at the bound: one teacher of each shape is measured."""
-        one_of = dict(zip(shapes, folders, strict=True))
-        count = Counter(shapes)
-        teachers_s = sum(count[shape] * self.teacher_row_s(one_of[shape]) for shape in count)
-        return self.student_row_s() + teachers_s
 
 
 @contextmanager
@@ -182,6 +109,8 @@ def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:
         source = parts.source
         models = {} if source is None else source.models
         held = sum(p.nbytes for model in models.values() for p in model.parameters())
+        grown_mib = resident_mib() - before
+        give_back_memory()
         return {
             "rows": state.totals["rows"],
             "train_s": state.totals["train_s"],
@@ -189,16 +118,11 @@ def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:
             "built_s": built_s,
             "load_s": sum(loads),
             "loaded": len(loads),
-            "grown_mib": resident_mib() - before,
+            "grown_mib": grown_mib,
+            "held_mib": resident_mib() - before,
             "teacher_mib": held / 2**20,
             "exchanged_bytes": sum(exchanged),
         }
-
-
-def read_weights(folders: list[str], world: World) -> float:
-    """Seconds in which every rank reads an equal share of the teachers once."""
-    mine = folders[world.rank :: world.size]
-    return slowest(world, lambda: [load(Path(folder), "fp32") for folder in mine] and None)
 
 
 def work(setting: dict[str, Any]) -> None:
@@ -208,17 +132,19 @@ def work(setting: dict[str, Any]) -> None:
     bare = Bare(setting, world)
     bare.warm_up(setting["folders"], setting["shapes"])
     ours = gather_objects(world, our_run(setting, world))
-    example_s = bare.example_s(setting["folders"], setting["shapes"])
+    student_row_s = bare.student_row_s()
+    teachers_row_s = bare.teachers_row_s(setting["folders"], setting["shapes"])
     read_s = read_weights(setting["folders"], world)
     if world.is_main:
         figures = {
-            "bound": 1 / example_s,
+            "student_row_s": student_row_s,
+            "teachers_row_s": teachers_row_s,
             "examples_per_s": ours[0]["rows"] / max(of["train_s"] for of in ours),
             "bytes_per_example": sum(of["exchanged_bytes"] for of in ours) / ours[0]["rows"],
             "read_s": read_s,
             **{
                 key: max(of[key] for of in ours)
-                for key in ("first_step_s", "built_s", "load_s", "loaded", "grown_mib")
+                for key in ("first_step_s", "built_s", "load_s", "loaded", "grown_mib", "held_mib")
             },
             "teacher_mib": max(of["teacher_mib"] for of in ours),
         }
@@ -243,35 +169,38 @@ def weights_mib(folders: list[str]) -> float:
     return sum((Path(folder) / "model.safetensors").stat().st_size for folder in folders) / 2**20
 
 
+def median_of(figures: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(of[key] for of in figures)
+
+
+def row_of(turns: list[dict[str, Any]], alone: list[dict[str, Any]]) -> list[object]:
+    """One line of the table, from a case's repetitions and those without a teacher."""
+    count, ranks = turns[0]["teachers"], turns[0]["ranks"]
+    share = turns[0]["weights_mib"] / ranks
+    student_row_s = median_of(turns, "student_row_s")
+    if count:  # a bare loop that is slower than ours is no limit
+        student_row_s = min(student_row_s, 1 / median_of(alone, "examples_per_s"))
+    rate = median_of(turns, "examples_per_s")
+    of_bound = rate * (student_row_s + median_of(turns, "teachers_row_s"))
+    row: list[object] = [f"{count} {turns[0]['mix']}" if count else "none", ranks, rate, of_bound]
+    row += [median_of(turns, "teacher_mib")]
+    row += [median_of(turns, "teacher_mib") / share if count else ""]
+    row += [median_of(turns, "held_mib")]
+    row += [median_of(turns, "held_mib") / (median_of(alone, "held_mib") + share)]
+    row += [median_of(turns, "grown_mib"), median_of(turns, "bytes_per_example")]
+    keys = ("first_step_s", "built_s", "load_s", "read_s")
+    return row + [median_of(turns, key) for key in keys]
+
+
 def report(figures: list[dict[str, Any]], args: argparse.Namespace) -> None:
     columns = ["teachers", "ranks", "examples/s", "of the bound", "teachers' MiB of a rank"]
-    columns += ["of N/ranks", "grown by, MiB", "of student + N/ranks", "bytes an example"]
-    columns += ["first step after, s", "built in, s", "weights read in, s", "bare, s"]
-    alone = {
-        of["ranks"]: statistics.median(
-            one["grown_mib"]
-            for one in figures
-            if not one["teachers"] and one["ranks"] == of["ranks"]
-        )
-        for of in figures
-    }
+    columns += ["of N/ranks", "held, MiB", "of student + N/ranks", "with the allocator's, MiB"]
+    columns += ["bytes an example", "first step after, s", "built in, s", "weights read in, s"]
+    columns += ["bare, s"]
     cases: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for of in figures:
         cases.setdefault((of["mix"], of["teachers"], of["ranks"]), []).append(of)
-    rows = []
-    for (mix, count, ranks), turns in cases.items():
-
-        def middle(key: str, turns: list[dict[str, Any]] = turns) -> float:
-            return statistics.median(of[key] for of in turns)
-
-        share = turns[0]["weights_mib"] / ranks
-        ratio = statistics.median(of["examples_per_s"] / of["bound"] for of in turns)
-        row: list[object] = [f"{count} {mix}" if count else "none", ranks]
-        row += [middle("examples_per_s"), ratio, middle("teacher_mib")]
-        row += [middle("teacher_mib") / share if count else "", middle("grown_mib")]
-        row += [middle("grown_mib") / (alone[ranks] + share), middle("bytes_per_example")]
-        row += [middle("first_step_s"), middle("built_s"), middle("load_s"), middle("read_s")]
-        rows.append(row)
+    rows = [row_of(turns, cases["equal", 0, ranks]) for (_, _, ranks), turns in cases.items()]
     text = (
         f"Student {STUDENT}; teachers with random weights, equal ({', '.join(MIXES['equal'])}) or "
         f"mixed ({', '.join(MIXES['mixed'])} in turn), fp32; {args.rows} rows of SST-2 before a "
