@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,9 @@ class Stopwatch:
         if self.speed is not None and expected * (TURNS + 1) > left:
             return None
         first = self._once(do)
-        taken = statistics.median(self._once(do) for _ in range(TURNS))
+        # where the expectation was too good, one turn has to do
+        turns = TURNS if first * TURNS <= self.until - time.monotonic() else 1
+        taken = statistics.median(self._once(do) for _ in range(turns))
         self.firsts.append(first - taken)
         self.speed = max(work / taken, self.speed or 0.0)
         return taken
@@ -131,6 +134,11 @@ def random_pack(
     return next(batches_of(tokens, np.arange(rows), device, cut, model.config))[1]
 
 
+def full_batch(teacher: Teacher, device: torch.device, length: int) -> int:
+    """The rows of a teacher's batch of texts of this length."""
+    return int(teacher.cut.full_rows(np.array([length]), device.type)[0])
+
+
 def measure_teacher(
     teacher: Teacher,
     device: torch.device,
@@ -163,7 +171,7 @@ def measure_teacher(
     found = measure_batches(
         watch,
         lengths_K,
-        lambda length: int(teacher.cut.full_rows(np.array([length]), device.type)[0]),
+        partial(full_batch, teacher, device),
         batch,
         lambda length: operations(model.config, length, trust_remote_code),
     )

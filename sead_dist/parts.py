@@ -27,7 +27,7 @@ from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.rates import known_costs
 from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
-from sead_dist.runfolder import claim, locked
+from sead_dist.runfolder import claim, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
@@ -231,6 +231,7 @@ def hire(
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     follower = None
     if "pool" in placements:
+        from_main(world, lambda: say_followed(run, store.layout.root))
         follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
     source = StoredSource(
         teachers, placements, share_NW, world, store, task.name, run, accept_any,

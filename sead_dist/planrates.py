@@ -5,8 +5,9 @@ Shapes: N teachers.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,14 @@ from sead_dist.config import Precision, RunConfig, Section
 from sead_dist.distributed import World, from_main, gather_objects
 from sead_dist.errors import UserError
 from sead_dist.forecast import Work
-from sead_dist.measure import GRID, grid, measure_student, measure_teacher
+from sead_dist.measure import (
+    GRID,
+    TURNS,
+    full_batch,
+    grid,
+    measure_student,
+    measure_teacher,
+)
 from sead_dist.rates import (
     COST_TOKENS,
     STEP_FORWARDS,
@@ -37,8 +45,9 @@ from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.roster import Teacher
 from sead_dist.yamltext import parse_yaml
 
-# of a plan, for measuring
-BUDGET_S = 30.0
+# of a plan's 30 seconds: from its first line to the last measurement. What comes before and behind
+# (imports, the tables) takes the rest.
+BUDGET_S = 20.0
 # bytes of weights that are read into a model in a second, at least
 LOAD_PER_S = 200 * 2**20
 
@@ -59,13 +68,15 @@ class GivenRates(Section):
 
 @dataclass(frozen=True)
 class Rates:
-    """hardware: what they hold for; link: bytes a rank receives in a second, where known."""
+    """hardware: what they hold for; link: bytes a rank receives in a second, where known; notes:
+    where they come from, for the reader."""
 
     hardware: str
     device: str
     student: Rate
     teachers_N: list[Rate]
     link: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_given(path: Path) -> GivenRates:
@@ -85,9 +96,11 @@ def read_given(path: Path) -> GivenRates:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part != "[key]")
         reason = first["msg"][0].lower() + first["msg"][1:]
+        value = first["input"]
+        said = "" if isinstance(value, dict) else f", not {value!r}"
         if first["type"] == "extra_forbidden":
-            reason = "there is no such key"
-        raise UserError(f"--rates {path}: {key}: {reason}; its keys are {known}") from None
+            reason, said = "there is no such key", ""
+        raise UserError(f"--rates {path}: {key}: {reason}{said}; its keys are {known}") from None
 
 
 def given_rates(
@@ -119,6 +132,7 @@ def given_rates(
         by_length(student.config, step, STEP_FORWARDS * choices),
         [by_length(t.config, speed("forward", t.dtype), 1) for t in teachers],
         given.link,
+        (f"every rate is scaled from {path}",),
     )
 
 
@@ -130,24 +144,30 @@ def own_rates(
     teachers: Sequence[Teacher],
     work: Work,
     fresh: bool,
+    began: float,
 ) -> Rates:
     """This machine's rates: remembered ones that reach to the task's lengths, the others measured
-    within BUDGET_S, and what that did not allow scaled. Every rank calls this, and all measure at
-    the same time: a figure is the slowest rank's."""
+    until BUDGET_S after `began` (monotonic seconds), and what that did not allow scaled. Every rank
+    calls this, and all measure at the same time: a figure is the slowest rank's."""
     machine, path = this_machine(world.device), default_rates()
     found = from_main(world, lambda: {} if fresh else remembered(path))
     own_key = student_key(student, config, task.kind, machine)
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]
+    keys = {own_key, *keys_N}
     own_K = grid(work.lengths_SM, config.max_length)
     grids_N = [grid(work.lengths_SM, min(config.max_length, t.max_length)) for t in teachers]
     # one of each shape; the quickest first, so that something is known to scale the others from
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
-    todo = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
+    todo = [
+        n
+        for key, n in kinds.items()
+        if _is_wanted(found.get(key), grids_N[n], partial(full_batch, teachers[n], world.device))
+    ]
     todo.sort(key=lambda n: teachers[n].parameters)
     mine: dict[str, Rate] = {}
-    began = time.monotonic()
-    if not _reaches(found.get(own_key), own_K):
-        until = began + BUDGET_S / (1 + len(todo))
+    if _is_wanted(found.get(own_key), own_K, lambda _length: config.micro_batch):
+        now = time.monotonic()
+        until = now + (began + BUDGET_S - now) / (1 + len(todo))
         mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
     for place, n in enumerate(todo):
         now = time.monotonic()
@@ -157,8 +177,11 @@ def own_rates(
                 teachers[n], world.device, config.trust_remote_code, grids_N[n], until
             )
     measured = _slowest(gather_objects(world, mine))
+    notes = [
+        f"rates: {len(measured)} measured now, {len(keys & {*found} - {*measured})} remembered"
+    ]
     if world.is_main and measured:
-        remember(path, measured)
+        notes += keep(path, measured)
     known = {**found, **measured}
     known_N = [known.get(key) for key in keys_N]
     rates_N = fill(config, student, known[own_key], work.choices, teachers, known_N)
@@ -167,7 +190,31 @@ def own_rates(
         world.device.type,
         _marked(known[own_key], own_K),
         [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, grids_N, strict=True)],
+        notes=tuple(notes),
     )
+
+
+def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
+    """Remember rates; a line where that cannot be, which is no reason to lose the plan."""
+    try:
+        remember(path, measured)
+    except OSError as error:
+        return [
+            f"they could not be kept in {path} ({error.strerror}), and will be measured again; "
+            "name another file with SEAD_DIST_RATES"
+        ]
+    return []
+
+
+def _is_wanted(rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int]) -> bool:
+    """Whether to measure a model: it is not known, or only up to shorter texts and there is time to
+    come to the task's."""
+    if rate is None:
+        return True
+    if _reaches(rate, lengths_K):
+        return False
+    once_s = rate.seconds(lengths_K, [rows_of(length) for length in lengths_K])
+    return rate.once_s + (TURNS + 1) * once_s < BUDGET_S
 
 
 def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:

@@ -23,7 +23,7 @@ from sead_dist.launcher import (
     sbatch_text,
     submit,
 )
-from sead_dist.runfolder import has_progress, try_lock
+from sead_dist.runfolder import FOLLOWED, has_progress, try_lock
 from sead_dist.teach import worker_folder
 
 
@@ -91,6 +91,7 @@ def forget_refused(run: Path) -> None:
     with try_lock(run / ".lock") as free:
         if free:
             (run / "teacher_manifest.json").unlink(missing_ok=True)
+            (run / FOLLOWED).unlink(missing_ok=True)
 
 
 def launches_of(

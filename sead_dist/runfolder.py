@@ -36,6 +36,9 @@ EARLY_FILES = (
     *("examination.json", "teacher_manifest.json"),
 )
 
+# where a student leaves word for workers of its pool
+FOLLOWED = Path(".pool") / "student.json"
+
 
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
     """Teachers as they were written, placement aside."""
@@ -168,3 +171,16 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
+
+
+def say_followed(run: Path, root: Path) -> None:
+    """Leave word for workers in the run folder of a student: the store that it follows."""
+    path = run / FOLLOWED
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"store": str(root.absolute())})
+
+
+def followed_store(run: Path) -> Path | None:
+    """The store that the student in `run` follows; None where none has come."""
+    path = run / FOLLOWED
+    return Path(read_json(path)["store"]) if path.is_file() else None

@@ -23,6 +23,7 @@ from sead_dist.errors import UserError
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.pretrained import fitting_length, tokenizer_hash
 from sead_dist.recipes import needs_examination, weigh
+from sead_dist.runfolder import followed_store
 from sead_dist.runlog import RunLog, is_finished, read_json, write_json
 from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
 from sead_dist.tasks import TaskSpec
@@ -69,6 +70,12 @@ class Work:
         return Path(self.config.output_dir)
 
     @property
+    def pooled_N(self) -> list[bool]:
+        """Which teachers are in the pool."""
+        default = self.config.placement
+        return [(teacher.entry.placement or default) == "pool" for teacher in self.teachers]
+
+    @property
     def accept_any(self) -> bool:
         return self.config.store.accept == "any"
 
@@ -91,7 +98,8 @@ def read_work(config: RunConfig, world: World) -> Work:
 def teach(config: RunConfig, worker: str, world: World) -> Path:
     """Work until all that the student of `config` will ask of its teachers is in the store, or the
     student is finished, or a stop is asked for. Returns the worker's own folder, which holds a
-    finished run then (not after a stop). Teachers' placements do not count here.
+    finished run then (not after a stop). Teachers that are not in the pool are left to the student;
+    where its method needs the examination's scores, they answer for the selection split here too.
 
     Raises UserError before any long work, and where the student expects other teachers, data or
     settings; RunError during it.
@@ -102,6 +110,7 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
     work = read_work(config, world)
     refuse_other_student(work)
     folder = worker_folder(work.run, number, workers)
+    make_folder(folder, work.run)
     stop = StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
@@ -115,9 +124,8 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
             log.say("stopped; what was computed is kept, and other workers take over the rest")
             return folder
         why = "all predictions are in the store" if whole else f"{work.run} is finished"
-        rows = hand.source.journal.rows()
-        log.say(f"done, {why}; this worker has computed {rows} rows")
-        write_json(folder / "run_summary.json", {"finished": True, "rows": rows})
+        log.say(f"done, {why}; this worker has computed {hand.rows} rows")
+        write_json(folder / "run_summary.json", {"finished": True, "rows": hand.rows})
     return folder
 
 
@@ -133,6 +141,9 @@ def open_worker(
     """A worker over the store; `stack` closes what it opens."""
     config, teachers, run = work.config, work.teachers, work.run
     store = PredictionStore(Path(config.store.path or default_store()), log.say)
+    told = refuse_other_store(run, store.layout.root)
+    if told is not None:
+        log.say(told)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, work.accept_any))
 
@@ -143,6 +154,7 @@ def open_worker(
     def check() -> bool:
         heed("")
         refuse_other_student(work)
+        refuse_other_store(run, store.layout.root)
         return not is_finished(run)
 
     source = StoredSource(
@@ -153,7 +165,8 @@ def open_worker(
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
         source.share_tokens(split, work.words, work.max_length)
-    log.say(f"worker {number} of {workers}: {len(teachers)} teachers, store {store.layout.root}")
+    pooled = sum(work.pooled_N)
+    log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
     claims = Claims(store.layout, config.pool.claim_s)
     return Worker(source, claims, number, workers, check, log.say)
 
@@ -183,7 +196,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
         chunks += examining
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
-    return hand.fill(chunks)
+    return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:
@@ -192,11 +205,47 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
         raise UserError("encoders are for finetune; a pool has teachers: teachers=[DIR, ...]")
     if not config.taught:
         raise UserError("nothing asks teachers here; give teachers=[DIR, ...] and an ensemble")
+    if not config.pooled:
+        raise UserError(
+            f"no teacher of this run is in the pool (placement={config.placement}), so its student "
+            "computes them all; give worker and student placement=pool, or entries of teachers "
+            "placement: pool"
+        )
     if world.size > 1:
         raise UserError(
             f"a worker is one process, and WORLD_SIZE={world.size}; start several, each without "
             f"a launcher: sead-dist teach ... --worker {os.environ.get('RANK', '0')}/{world.size}"
         )
+
+
+def make_folder(folder: Path, run: Path) -> None:
+    """Raises UserError where a worker may not write into the student's run folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
+            f"({error.strerror}); give worker and student an output_dir that both may write"
+        ) from None
+
+
+def refuse_other_store(run: Path, root: Path) -> str | None:
+    """A line where it cannot be told whether the student in `run` follows the store in `root`; else
+    None. Raises UserError where it follows another one, for it would wait in vain."""
+    theirs = followed_store(run)
+    if theirs is None:
+        return None  # the student has not come yet
+    if not theirs.exists():
+        return (
+            f"the student in {run} follows the store {theirs}, a folder that is not there on this "
+            f"machine; {root} must be the same one under another name"
+        )
+    if not theirs.samefile(root):
+        raise UserError(
+            f"the student in {run} follows the store {theirs}, and this worker would fill {root}; "
+            "give both the same store="
+        )
+    return None
 
 
 def refuse_other_student(work: Work) -> None:

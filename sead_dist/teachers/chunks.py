@@ -69,6 +69,7 @@ def chunks_of_training(
                 # teachers that are asked the same share the array
                 new = entries_R if new_R.all() else entries_R[new_R]
                 due_NU[n, new] = False
-                what = f"steps {steps.start + 1}-{steps.stop}"
+                first, last = steps.start + 1, steps.stop
+                what = f"steps {first}-{last}" if last > first else f"step {last}"
                 found.append(Chunk(n, batches.split, new, what))
     return found

@@ -25,7 +25,10 @@ LEAST_BEAT_S, MOST_BEAT_S, BEATS = 0.02, 5.0, 10
 
 
 class Claim:
-    """A chunk that is ours; a thread says so for as long as the block lasts."""
+    """A chunk that is ours; a thread says so for as long as the block lasts. taken_from: whose
+    broken claim it was before, in words."""
+
+    taken_from: str | None = None
 
     def __init__(self, path: Path, file: int, beat_s: float) -> None:
         self.path, self._file, self._beat_s = path, file, beat_s
@@ -67,6 +70,11 @@ class Seen:
     text: bytes
     since: float
 
+    @property
+    def holder(self) -> str:
+        words = self.text.decode(errors="replace").split()
+        return f"process {words[2]} on {words[1]}" if len(words) == 4 else "an unnamed process"
+
 
 class Claims:
     """Takes claims in a store; remembers those of others that it has met."""
@@ -81,8 +89,10 @@ class Claims:
         none can be written."""
         path = self.layout.claims / name
         claim = self._create(path)
-        if claim is None and self._is_broken(name, path) and self._take_away(name, path):
-            claim = self._create(path)
+        if claim is None and self._is_broken(name, path):
+            holder = self._seen[name].holder
+            if self._take_away(name, path) and (claim := self._create(path)) is not None:
+                claim.taken_from = f"{holder}, silent for {self.broken_s:g} s"
         return claim
 
     def clear(self, names: Sequence[str]) -> None:

@@ -75,7 +75,10 @@ class Follower:
             if silent > self.silent_s:
                 raise RunError(self._given_up(lacking[0], what))
             short = f"{lacking[0].missing()} of {len(lacking[0].entries_M)} rows"
-            line = f"waiting for the pool: {short} of {what} are missing of {lacking[0].name}"
+            line = (
+                f"waiting for the pool: {short} of {what} are missing of {lacking[0].name} in the "
+                f"store {self.layout.root}"
+            )
             self._say("waiting", line)
             self.heed(line)
             time.sleep(pause)

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from rich.filesize import decimal
 
 from sead_dist.distributed import World, gather_objects
 from sead_dist.errors import UserError
@@ -78,10 +79,10 @@ def choose_placements(
         teacher.entry.placement or ("sharded" if is_large else chosen)
         for teacher, is_large in zip(teachers, large, strict=True)
     ]
+    together = sum(teacher.bytes for teacher in teachers)
     reason = (
-        f"placement {', '.join(dict.fromkeys(placements))}: teachers take "
-        f"{sum(teacher.bytes for teacher in teachers) / 2**20:.0f} MiB together, "
-        f"{free / 2**20:.0f} MiB are free on the smallest rank"
+        f"placement {', '.join(dict.fromkeys(placements))}: teachers take {decimal(together)} "
+        f"together, and may take {decimal(room)}, half of what is free on the smallest rank"
     )
     return placements, reason
 

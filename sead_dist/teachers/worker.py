@@ -35,6 +35,8 @@ class Worker:
         self.front = 2 * max(workers, len(source.teachers))
         self.room = int(TEACHER_SHARE * free_bytes(source.world.device))
         self.done = 0
+        # computed since this process started
+        self.rows = 0
 
     def fill(self, chunks: Sequence[Chunk]) -> bool:
         """Return True when all of the chunks are in the store, False where `check` ended it."""
@@ -72,6 +74,9 @@ class Worker:
             claim = self.claims.take(self.name(chunk))
             if claim is not None:
                 self.turn = 0
+                if claim.taken_from is not None:
+                    name = self.source.teachers[chunk.teacher].name
+                    self.say(f"{name}, {chunk.what}: taken over from {claim.taken_from}")
                 return chunk, claim
         return None
 
@@ -102,6 +107,7 @@ class Worker:
         self.source.submit(chunk.request(len(self.source.teachers))).result()
         spent_s = time.perf_counter() - began
         self.done += 1
+        self.rows += missing
         name = self.source.teachers[chunk.teacher].name
         self.say(f"{name}, {chunk.what}: {missing} rows in {spent_s:.1f} s")
 

@@ -19,9 +19,9 @@ from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.poolsubmit import forget_refused
 from sead_dist.recipes import distill
-from sead_dist.runfolder import try_lock
+from sead_dist.runfolder import say_followed, try_lock
 from sead_dist.runlog import is_finished
-from sead_dist.teach import teach, worker_folder
+from sead_dist.teach import refuse_other_store, teach, worker_folder
 from sead_dist.teachers.worker import Worker
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
@@ -161,6 +161,7 @@ def test_a_student_without_workers_ends_and_names_the_teacher(tmp_path, task, di
     line = str(caught.value)
     assert line.startswith("teacher a: nothing has come from the pool for 0.2 s (pool.silent_s)")
     assert "16 of 16 rows of steps 1-2 are missing" in line
+    assert f"are missing of a in the store {tmp_path / 'store'}" in said(tmp_path / "run")
     assert "sead-dist teach, with the words of this run" in line
 
 
@@ -235,6 +236,66 @@ def test_a_worker_for_other_data_or_settings_is_refused(waited):
         teach(load_config([*given, "seed=3"]), "1/1", alone())
 
 
+def test_a_worker_that_would_fill_another_store_is_refused_and_both_are_named(waited, tmp_path):
+    given, run = waited
+    with pytest.raises(UserError) as caught:
+        teach(load_config([*given, f"store={tmp_path / 'mine'}"]), "1/1", alone())
+    theirs = run.parent / "store"
+    line = f"the student in {run} follows the store {theirs}, and this worker would fill "
+    assert str(caught.value) == f"{line}{tmp_path / 'mine'}; give both the same store="
+    assert rows_of(run, 1, 1) == 0
+    # the same folder by another name is the same store
+    (tmp_path / "link").symlink_to(theirs)
+    assert refuse_other_store(run, tmp_path / "link") is None
+
+
+def test_a_store_of_another_machines_name_is_told_not_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert refuse_other_store(run, tmp_path) is None
+    say_followed(run, tmp_path / "not-here")
+    told = refuse_other_store(run, tmp_path)
+    assert told is not None
+    assert f"follows the store {tmp_path / 'not-here'}, a folder that is not there" in told
+
+
+def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tmp_path):
+    given = given_words(task, tmp_path)
+    worker = start(1, tmp_path / "w", run_teach, given, "1/1")
+    until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
+    os.kill(worker[0].pid, signal.SIGSTOP)
+    with pytest.raises(RunError, match="nothing has come from the pool"):
+        distill(load_config([*given, "pool.silent_s=0.05", f"store={tmp_path / 'other'}"]), alone())
+    os.kill(worker[0].pid, signal.SIGCONT)
+    (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
+    assert isinstance(outcome, UserError)
+    assert f"follows the store {tmp_path / 'other'}" in str(outcome)
+
+
+def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(task, tmp_path, distil):
+    _, (one, two, three) = task
+    pooled = [f"{{path: {path}, placement: pool}}" for path in (one, three)]
+    entries = f"teachers=[{pooled[0]}, {two}, {pooled[1]}]"
+    given = [*given_words(task, tmp_path, placement="colocated"), entries]
+    folder = teach(load_config(given), "1/1", alone())
+    assert "2 teachers, store " in (folder / "log.txt").read_text()
+    assert rows_of(tmp_path / "run", 1, 1) == PAIRS * 2 // 3
+    distil(given)
+    assert read(tmp_path / "run" / "run_summary.json")["teacher_forwards"] == PAIRS // 3
+
+
+def test_a_worker_counts_what_it_has_computed_since_it_was_started(task, tmp_path, capsys):
+    given = given_words(task, tmp_path)
+    folder = teach(load_config(given), "1/1", alone())
+    assert f"this worker has computed {PAIRS} rows" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "store")
+    teach(load_config(given), "1/1", alone())
+    assert f"this worker has computed {PAIRS} rows" in capsys.readouterr().out
+    teach(load_config(given), "1/1", alone())
+    assert "this worker has computed 0 rows" in capsys.readouterr().out
+    assert read(folder / "run_summary.json")["rows"] == 0
+
+
 def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(task, tmp_path):
     """The worker looks before every chunk."""
     given = given_words(task, tmp_path)
@@ -286,7 +347,14 @@ def test_a_full_disk_stops_the_worker_and_keeps_what_was_finished(tmp_path, task
     assert model_bytes(run) == colocated(1)
 
 
-def test_a_store_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("store", "store={} is not writable (Permission denied)"),
+        ("run", "output_dir={}: a worker keeps its log in {}/.pool/worker-1-of-1, which cannot be"),
+    ],
+)
+def test_a_folder_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task, name, message):
     """As root a folder's mode counts only without the capability to pass over it."""
     mortal = []
     if os.geteuid() == 0:
@@ -295,15 +363,15 @@ def test_a_store_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task):
             pytest.skip("root may write everywhere, and there is no setpriv to change that")
         mortal = [setpriv, "--bounding-set=-dac_override"]
     given = given_words(task, tmp_path)
-    store = tmp_path / "store"
-    store.mkdir(0o555)
+    folder = tmp_path / name
+    folder.mkdir(0o555)
     done = subprocess.run(
         [*mortal, sys.executable, "-m", "sead_dist", "teach", *given],
         capture_output=True, text=True, check=False, timeout=WAIT_S,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("sead-dist: ")]
-    assert f"store={store} is not writable (Permission denied)" in line
+    assert message.replace("{}", str(folder)) in line
     assert "Traceback" not in done.stderr
 
 
@@ -313,6 +381,7 @@ def test_a_store_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task):
         ({}, "5/4", "--worker '5/4' is no worker; give NUMBER/WORKERS"),
         ({}, "one", "--worker 'one' is no worker"),
         ({"ensemble": "none"}, "1/1", "nothing asks teachers here"),
+        ({"placement": "auto"}, "1/1", r"no teacher of this run is in the pool \(placement=auto\)"),
         ({"encoders": "[x]"}, "1/1", "encoders are for finetune"),
     ],
 )

@@ -129,6 +129,19 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     assert hand.source.journal.rows() == 2 * ROWS
 
 
+def test_a_worker_says_from_whom_it_takes_a_chunk_over(pool, capsys):
+    hand = pool(1, 1)
+    hand.claims.broken_s = 0.0
+    chunks = chunks_of_split(small_split(21), TEACHERS, ROWS)
+    dead = hand.source.store.layout.claims / hand.name(chunks[1])
+    dead.write_text("000000000007 elsewhere 4711 0123\n")
+    assert hand.fill(chunks)
+    assert hand.rows == 3 * 21
+    said = [line for line in capsys.readouterr().out.splitlines() if "taken over" in line]
+    place = f"{hand.source.teachers[chunks[1].teacher].name}, {chunks[1].what}"
+    assert said == [f"{place}: taken over from process 4711 on elsewhere, silent for 0 s"]
+
+
 def test_a_claim_that_a_dead_worker_left_on_a_finished_chunk_is_removed_at_the_end(pool):
     hand = pool(1, 1)
     chunks = chunks_of_split(small_split(21), TEACHERS, ROWS)

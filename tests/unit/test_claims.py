@@ -47,6 +47,7 @@ def test_a_chunk_has_one_holder_at_a_time(store):
     ours, theirs = Claims(store, 60.0), Claims(store, 60.0)
     claim = ours.take("chunk")
     assert claim is not None
+    assert claim.taken_from is None
     with claim:
         assert theirs.take("chunk") is None
         other = theirs.take("another")
@@ -89,6 +90,7 @@ def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
     clock.now += 2.0
     claim = observer.take("chunk")
     assert claim is not None
+    assert claim.taken_from == "process 4711 on elsewhere, silent for 60 s"
     with claim:
         assert observer.take("chunk") is None
 

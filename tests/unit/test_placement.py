@@ -155,7 +155,7 @@ def test_auto_is_colocated_where_teachers_fit_and_entries_have_the_last_word(tea
     mixed = [teachers[0], replace(teachers[1], entry=own)]
     placements, reason = choose_placements(mixed, "auto", 1, least_free(ALONE))
     assert placements == ["colocated", "partitioned"]
-    assert "MiB are free" in reason
+    assert "half of what is free" in reason
     assert choose_placements(teachers, "partitioned", 1, 0)[0] == ["partitioned"] * 3
 
 

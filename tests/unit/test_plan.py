@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from small import (
     ALONE,
     CPU,
@@ -18,10 +19,11 @@ from transformers import AutoConfig
 
 from sead_dist import planrates
 from sead_dist.configfiles import load_config
+from sead_dist.distributed import World
 from sead_dist.errors import UserError
-from sead_dist.memory import bytes_at_work, student_bytes, teacher_bytes
+from sead_dist.memory import FULL, bytes_at_work, student_bytes, teacher_bytes
 from sead_dist.models import outline
-from sead_dist.plan import plan
+from sead_dist.plan import free_of, plan
 from sead_dist.rates import default_rates, remembered, teacher_key, this_machine
 from sead_dist.recipes import distill
 from sead_dist.teachers.placement import share_rows
@@ -68,18 +70,23 @@ def test_a_plan_has_passes_store_times_and_the_choice_and_writes_no_run(
         "colocated",
         "partitioned",
         "sharded",
+        "pool",
     ]
     for one in found["placements"]:
-        assert one["teachers_s"] > 0
+        assert (one["teachers_s"] > 0) == (one["placement"] != "pool")
         assert one["seconds"] == pytest.approx(one["teachers_s"] + one["training_s"])
-        assert 0 < one["examples_per_second"] < one["bound"]
-    colocated, partitioned, sharded = found["placements"]
+        # a pool's student has nothing to wait for, and may reach the bound
+        assert 0 < one["examples_per_second"] <= one["bound"] * (1 + 1e-9)
+    colocated, partitioned, sharded, pool = found["placements"]
     assert partitioned["teacher_bytes"] <= colocated["teacher_bytes"]
     assert sharded["at_least"]
+    assert (pool["teacher_bytes"], pool["workers"] > 0) == (0, True)
+    assert pool["bound"] > colocated["bound"]
     assert found["auto"] == ["colocated", "colocated"]
     said = capsys.readouterr().out
     assert f"auto takes {found['reason']}" in said
-    assert "pool: teachers in jobs of their own" in said
+    assert "pool: workers in jobs of their own keep up with the student from" in said
+    assert "rates: 3 measured now, 0 remembered" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "store").exists()
 
@@ -110,7 +117,9 @@ def test_what_time_does_not_allow_is_scaled_marked_and_not_remembered(
     found = planned(task, tmp_path)
     assert [one["scaled"] for one in found["rates"]] == [False, True, True]
     assert len(remembered(rates)) == 1
-    assert capsys.readouterr().out.count("scaled") == 2
+    said = capsys.readouterr().out
+    assert said.count(" scaled ") == 2
+    assert "scaled: not measured up to" in said
     # a teacher of three layers does nearly three times as much as one of one layer
     small, large = (one["examples_per_second"] for one in found["rates"][1:])
     assert 2 < small / large < 3
@@ -128,7 +137,8 @@ def test_a_warm_store_costs_nothing(task, tmp_path, rates, capsys):
     distill(load_config(words(data, teachers, tmp_path / "other")), ALONE, show_table=False)
     found = planned(task, tmp_path)
     assert found["teacher_forwards"] == 0
-    assert [one["teachers_s"] for one in found["placements"]] == [0, 0, 0]
+    assert [one["teachers_s"] for one in found["placements"]] == [0, 0, 0, 0]
+    assert found["placements"][3]["workers"] == 0
     assert "the store holds every prediction" in capsys.readouterr().out
 
 
@@ -136,6 +146,73 @@ def test_a_run_without_teachers_is_planned_too(task, tmp_path, rates):
     found = planned(task, tmp_path, method="finetune")
     assert found["teacher_forwards"] == 0
     assert len(found["rates"]) == 1
+    assert [one["placement"] for one in found["placements"]] == ["no teachers"]
+
+
+def test_a_mixture_of_placements_has_a_row_of_its_own_and_says_who_goes_where(
+    task, tmp_path, rates, capsys
+):
+    data, teachers = task
+    entries = f"[{teachers[0]}, {{path: {teachers[1]}, placement: pool}}]"
+    run = load_config([*words(data, teachers, tmp_path / "run"), f"teachers={entries}"])
+    plan(run, ALONE, 2, None, None, False, tmp_path / "plan.json")
+    found = json.loads((tmp_path / "plan.json").read_text())
+    own, colocated = found["placements"][-1], found["placements"][0]
+    assert own["placement"] == "this run"
+    assert own["placements"] == found["this_run"] == ["colocated", "pool"]
+    # one of the two teachers is left, and workers for the other
+    assert 0 < own["teacher_bytes"] < colocated["teacher_bytes"]
+    assert 0 < own["teachers_s"] < colocated["teachers_s"]
+    assert own["workers"] > 0
+    said = capsys.readouterr().out
+    assert "this run takes placement colocated, pool: " in said
+    assert "; a colocated, b pool\n" in said
+    assert "auto takes" not in said
+
+
+def test_a_partly_measured_rate_is_not_measured_again_where_time_would_not_suffice(
+    task, tmp_path, rates, monkeypatch
+):
+    planned(task, tmp_path)
+    known = json.loads(rates.read_text())
+    for rate in known["rates"].values():  # as of a model so slow that only 4 tokens were measured
+        rate.update(lengths_K=[4], row_s_K=[30.0])
+    rates.write_text(json.dumps(known))
+    with monkeypatch.context() as patch:
+        patch.setattr(planrates, "measure_teacher", None)
+        patch.setattr(planrates, "measure_student", None)
+        found = planned(task, tmp_path)
+    assert all(one["scaled"] for one in found["rates"])
+    for rate in known["rates"].values():  # these are quick: there is time for the task's lengths
+        rate.update(row_s_K=[1e-6])
+    rates.write_text(json.dumps(known))
+    assert not any(one["scaled"] for one in planned(task, tmp_path)["rates"])
+
+
+def test_rates_that_cannot_be_kept_do_not_lose_the_plan(task, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SEAD_DIST_RATES", str(tmp_path / "file" / "rates.json"))
+    found = planned(task, tmp_path)
+    assert not any(one["scaled"] for one in found["rates"])
+    said = capsys.readouterr().out
+    assert f"they could not be kept in {tmp_path / 'file' / 'rates.json'} (" in said
+    assert "), and will be measured again; name another file with SEAD_DIST_RATES" in said
+
+
+def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, monkeypatch):
+    data, teachers = task
+    run = load_config(words(data, teachers, tmp_path / "run"))
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "plan", "does not exist")):
+        with pytest.raises(UserError, match=f"--json .*{said}"):
+            plan(run, ALONE, None, None, None, False, path)
+
+
+def test_ranks_that_are_not_there_share_this_machines_memory(monkeypatch):
+    monkeypatch.setattr("sead_dist.plan.least_free", lambda _world: 1000)
+    assert [free_of(ALONE, size) for size in (1, 4)] == [1000, 250]
+    assert free_of(World(0, 2, CPU), 4) == 500
+    # GPUs bring their own
+    assert free_of(World(0, 1, torch.device("cuda", 0)), 4) == 1000
 
 
 GIVEN = """
@@ -165,7 +242,7 @@ def test_rates_of_other_hardware_are_scaled_by_operations(task, tmp_path, rates)
     [
         ("hardware: x\nforwards: {fp32: 1.0}", "forward: field required; its keys are hardware"),
         (GIVEN + "speed: 3", "speed: there is no such key; its keys are hardware, device, forward"),
-        (GIVEN.replace("2.0e+9", "-1"), "forward.fp32: input should be greater than 0"),
+        (GIVEN.replace("2.0e+9", "-1"), "forward.fp32: input should be greater than 0, not -1"),
         (GIVEN.replace("{fp32: 2.0e+9}", "{bf16: 2.0e+9}"), "forward has no fp32, which the run"),
         (GIVEN.replace("2.0e+9}", "2.0e+9"), "is not valid YAML"),
         ("- 1", "holds no keys"),
@@ -210,6 +287,18 @@ def test_a_given_memory_decides_the_choice_and_what_fits(task, tmp_path, rates):
     size = 2 * large.bytes + small.bytes
     one = planned(task, tmp_path, ranks=2, gpu_memory=f"{size}B")
     assert one["auto"] == ["partitioned", "partitioned"]
+
+
+def test_where_no_placement_fits_the_plan_says_so(task, tmp_path, rates, capsys):
+    _, teachers = task
+    _, large = roster(teachers)
+    student = planned(task, tmp_path, ranks=2)["placements"][0]["student_bytes"]
+    capsys.readouterr()
+    tight = f"{int(student / FULL) + large.bytes // 20}B"
+    found = planned(task, tmp_path, ranks=2, gpu_memory=tight)
+    assert not any(one["fits"] for one in found["placements"][:3])
+    assert "no placement on these ranks fits into" in capsys.readouterr().out
+    assert any("no placement on these ranks fits" in line for line in found["notes"])
 
 
 def test_the_students_bytes_are_those_of_the_table():
