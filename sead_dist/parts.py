@@ -27,14 +27,14 @@ from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.rates import known_costs
 from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
-from sead_dist.runfolder import claim, locked, say_followed
+from sead_dist.runfolder import claim, forget_followed, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
 from sead_dist.student import build_student, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
-from sead_dist.teachers.follow import Follower
+from sead_dist.teachers.follow import Follower, store_id
 from sead_dist.teachers.guide import Guide, candidates, check_guide, held_everywhere, load_guide
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import (
@@ -230,8 +230,10 @@ def hire(
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     follower = None
+    from_main(world, lambda: forget_followed(run))
     if "pool" in placements:
-        from_main(world, lambda: say_followed(run, store.layout.root))
+        root = store.layout.root
+        from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
         follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
     source = StoredSource(
         teachers, placements, share_NW, world, store, task.name, run, accept_any,

@@ -14,10 +14,11 @@ from sead_dist.memory import FULL, student_bytes
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.planrates import given_rates, own_rates, read_given
 from sead_dist.plantable import as_json, show
-from sead_dist.pretrained import fitting_length
+from sead_dist.pretrained import fitting_length, tokenizer_hash
 from sead_dist.runlog import write_json
 from sead_dist.scenario import Setting, forecasts
 from sead_dist.storecli import parse_size
+from sead_dist.teachers.guide import check_guide, held_everywhere
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import least_free
 from sead_dist.teachers.roster import call_roster
@@ -44,7 +45,8 @@ def plan(
     if size < 1:
         raise UserError(f"--ranks {size} must be at least 1")
     if json_file is not None:
-        check_report(json_file)
+        path = json_file
+        from_main(world, lambda: check_report(path))
     memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
@@ -53,6 +55,9 @@ def plan(
     )
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     max_length = fitting_length(config.max_length, student.config)
+    words = tokenizer_hash(tokenizer)
+    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    teachers = held_everywhere(config, teachers)
     folder = Path(config.store.path) if config.store.path else default_store()
 
     def count() -> Work:

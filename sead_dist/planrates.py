@@ -158,14 +158,13 @@ def own_rates(
     grids_N = [grid(work.lengths_SM, min(config.max_length, t.max_length)) for t in teachers]
     # one of each shape; the quickest first, so that something is known to scale the others from
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
-    todo = [
-        n
-        for key, n in kinds.items()
-        if _is_wanted(found.get(key), grids_N[n], partial(full_batch, teachers[n], world.device))
-    ]
+    short = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
+    share_s = BUDGET_S / max(1, len(short) + (not _reaches(found.get(own_key), own_K)))
+    rows_N = [partial(full_batch, teacher, world.device) for teacher in teachers]
+    todo = [n for n in short if _wanted(found.get(keys_N[n]), grids_N[n], rows_N[n], share_s)]
     todo.sort(key=lambda n: teachers[n].parameters)
     mine: dict[str, Rate] = {}
-    if _is_wanted(found.get(own_key), own_K, lambda _length: config.micro_batch):
+    if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch, share_s):
         now = time.monotonic()
         until = now + (began + BUDGET_S - now) / (1 + len(todo))
         mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
@@ -176,7 +175,11 @@ def own_rates(
             mine[keys_N[n]] = measure_teacher(
                 teachers[n], world.device, config.trust_remote_code, grids_N[n], until
             )
-    measured = _slowest(gather_objects(world, mine))
+    measured = {
+        key: rate
+        for key, rate in _slowest(gather_objects(world, mine)).items()
+        if key not in found or rate.lengths_K[-1] >= found[key].lengths_K[-1]
+    }
     notes = [
         f"rates: {len(measured)} measured now, {len(keys & {*found} - {*measured})} remembered"
     ]
@@ -206,15 +209,17 @@ def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
     return []
 
 
-def _is_wanted(rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int]) -> bool:
-    """Whether to measure a model: it is not known, or only up to shorter texts and there is time to
-    come to the task's."""
+def _wanted(
+    rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int], share_s: float
+) -> bool:
+    """Whether to measure a model: it is not known, or only up to shorter texts, and in share_s one
+    comes to the task's."""
     if rate is None:
         return True
     if _reaches(rate, lengths_K):
         return False
     once_s = rate.seconds(lengths_K, [rows_of(length) for length in lengths_K])
-    return rate.once_s + (TURNS + 1) * once_s < BUDGET_S
+    return rate.once_s + (TURNS + 1) * once_s < share_s
 
 
 def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:

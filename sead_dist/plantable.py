@@ -99,9 +99,10 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     if setting.memory is not None:
         lines.append(f"fits: into {FULL:.0%} of --gpu-memory; activations have the rest")
         if not any(one.fits for one in allowed if one.placement != "pool"):
+            pool = any(one.fits for one in allowed) * ", or a pool (placement=pool)"
             lines.append(
                 f"no placement on these ranks fits into {decimal(setting.memory)}: give more "
-                "ranks, more memory, teachers in fewer bits (teacher_precision=bf16), or a pool"
+                f"ranks, more memory, teachers in fewer bits (teacher_precision=bf16){pool}"
             )
     if any(rate.scaled for rate in (setting.rates.student, *setting.rates.teachers_N)):
         lines.append("scaled: not measured up to the task's longest texts, told by operations")
@@ -113,7 +114,8 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     if setting.teachers:
         lines.append(
             "examples/s and bound: training examples over all seconds, also those in which "
-            "teachers answer for the selection and official splits"
+            "teachers answer for the selection and official splits; a pool's teachers are in "
+            "neither"
         )
     lines.append("not counted: start-up, scoring the student, activations, gradients' exchange")
     return [*setting.rates.notes, *lines]

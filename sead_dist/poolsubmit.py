@@ -23,7 +23,7 @@ from sead_dist.launcher import (
     sbatch_text,
     submit,
 )
-from sead_dist.runfolder import FOLLOWED, has_progress, try_lock
+from sead_dist.runfolder import forget_followed, has_progress, try_lock
 from sead_dist.teach import worker_folder
 
 
@@ -84,14 +84,15 @@ def submit_pool(
 
 
 def forget_refused(run: Path) -> None:
-    """What a student expected of its teachers that never took a step does not count:
-    workers that start before the next student would end by it."""
-    if has_progress(run) or not (run / "teacher_manifest.json").is_file():
+    """What an earlier student expected does not count, since workers that start before the next one
+    would end by it: of its store, and, where it never took a step, of its teachers."""
+    if not run.is_dir():
         return
     with try_lock(run / ".lock") as free:
         if free:
-            (run / "teacher_manifest.json").unlink(missing_ok=True)
-            (run / FOLLOWED).unlink(missing_ok=True)
+            forget_followed(run)
+            if not has_progress(run):
+                (run / "teacher_manifest.json").unlink(missing_ok=True)
 
 
 def launches_of(

@@ -201,8 +201,12 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
 
 def needs_examination(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    by_score = config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
-    return config.gate == "on" or by_score
+    return config.gate == "on" or chosen_by_score(config)
+
+
+def chosen_by_score(config: RunConfig) -> bool:
+    """Whether the teachers' scores decide who teaches, and how much each counts."""
+    return config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
 
 
 def weigh(

@@ -5,6 +5,7 @@ gives way to a new one. A lock keeps a second process out while one is at work.
 """
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -119,7 +120,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
         if has_progress(run):
             refuse_other(run, saved, identity)
         elif saved.differences(identity):
-            for name in EARLY_FILES:
+            for name in (*EARLY_FILES, FOLLOWED):
                 (run / name).unlink(missing_ok=True)
             shutil.rmtree(run / "teacher_rows", ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
@@ -173,14 +174,22 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def say_followed(run: Path, root: Path) -> None:
+def say_followed(run: Path, root: Path, store_id: str) -> None:
     """Leave word for workers in the run folder of a student: the store that it follows."""
     path = run / FOLLOWED
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"store": str(root.absolute())})
+    write_json(path, {"store": str(root.absolute()), "id": store_id})
 
 
-def followed_store(run: Path) -> Path | None:
-    """The store that the student in `run` follows; None where none has come."""
-    path = run / FOLLOWED
-    return Path(read_json(path)["store"]) if path.is_file() else None
+def followed_store(run: Path) -> tuple[str, str] | None:
+    """(path, id) of the store that the student in `run` follows; None where none has come."""
+    try:
+        said = json.loads((run / FOLLOWED).read_bytes())
+    except FileNotFoundError:
+        return None
+    return said["store"], said["id"]
+
+
+def forget_followed(run: Path) -> None:
+    """The word of an earlier student is no longer good."""
+    (run / FOLLOWED).unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def forecast(setting: Setting, name: str, placements: list[str]) -> Forecast:
         seconds=seconds,
         examples_per_second=work.examples / max(seconds, 1e-12),
         bound=bound(work, teachers, rates.teachers_N, rates.student, size, rates.device),
-        workers=int(np.ceil(workers_s / max(training_s, 1e-12))),
+        workers=int(np.ceil(workers_s / max(seconds, 1e-12))),
         at_least=split and rates.link is None,
         refused=refused,
     )

@@ -22,16 +22,17 @@ from sead_dist.ensemble import asked_teachers
 from sead_dist.errors import UserError
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.pretrained import fitting_length, tokenizer_hash
-from sead_dist.recipes import needs_examination, weigh
+from sead_dist.recipes import chosen_by_score, needs_examination, weigh
 from sead_dist.runfolder import followed_store
 from sead_dist.runlog import RunLog, is_finished, read_json, write_json
+from sead_dist.shared import node_name
 from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.claims import Claims
 from sead_dist.teachers.exam import Examination, admit, ask_all, examine
-from sead_dist.teachers.follow import differing_facts
-from sead_dist.teachers.layout import default_store
+from sead_dist.teachers.follow import differing_facts, store_id
+from sead_dist.teachers.layout import Layout, default_store
 from sead_dist.teachers.roster import Teacher, call_roster
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
@@ -99,7 +100,7 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
     """Work until all that the student of `config` will ask of its teachers is in the store, or the
     student is finished, or a stop is asked for. Returns the worker's own folder, which holds a
     finished run then (not after a stop). Teachers that are not in the pool are left to the student;
-    where its method needs the examination's scores, they answer for the selection split here too.
+    where their scores decide who teaches, they answer for the selection split here too.
 
     Raises UserError before any long work, and where the student expects other teachers, data or
     settings; RunError during it.
@@ -141,9 +142,7 @@ def open_worker(
     """A worker over the store; `stack` closes what it opens."""
     config, teachers, run = work.config, work.teachers, work.run
     store = PredictionStore(Path(config.store.path or default_store()), log.say)
-    told = refuse_other_store(run, store.layout.root)
-    if told is not None:
-        log.say(told)
+    refuse_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, work.accept_any))
 
@@ -154,7 +153,7 @@ def open_worker(
     def check() -> bool:
         heed("")
         refuse_other_student(work)
-        refuse_other_store(run, store.layout.root)
+        refuse_other_store(run, store.layout)
         return not is_finished(run)
 
     source = StoredSource(
@@ -175,12 +174,18 @@ def fill_all(hand: Worker, work: Work) -> bool:
     """The whole work in its order; True when all is in the store, False when it ended before."""
     config, splits, teachers = work.config, work.splits, work.teachers
     source, rows, count = hand.source, config.pool.chunk_rows, len(teachers)
-    examining = chunks_of_split(splits.selection, count, rows)
+    # Scores that decide which rows the student asks of whom are found here as it finds them, which
+    # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
+    everyone = chosen_by_score(config)
+    examining = [
+        chunk
+        for chunk in chunks_of_split(splits.selection, count, rows)
+        if everyone or work.pooled_N[chunk.teacher]
+    ]
     exams: list[Examination] = []
-    if needs_examination(config):
-        if not hand.fill(examining):
-            return False
-        # the scores may decide which rows the student asks of whom, so they are found as it does
+    if needs_examination(config) and not hand.fill(examining):
+        return False
+    if needs_examination(config) and (everyone or all(work.pooled_N)):
         logits_NBC = ask_all(source, splits.selection, count, rows, "the examination")
         dev_in_training = work.examples.dev_in_training
         exams = examine(work.task, teachers, logits_NBC, splits.selection, dev_in_training)
@@ -220,32 +225,28 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 def make_folder(folder: Path, run: Path) -> None:
     """Raises UserError where a worker may not write into the student's run folder."""
+    remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
-            f"({error.strerror}); give worker and student an output_dir that both may write"
+            f"({error.strerror}); {remedy}"
         ) from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
 
 
-def refuse_other_store(run: Path, root: Path) -> str | None:
-    """A line where it cannot be told whether the student in `run` follows the store in `root`; else
-    None. Raises UserError where it follows another one, for it would wait in vain."""
+def refuse_other_store(run: Path, layout: Layout) -> None:
+    """Raises UserError where the student in `run` follows another store than this one: it would
+    wait in vain."""
     theirs = followed_store(run)
-    if theirs is None:
-        return None  # the student has not come yet
-    if not theirs.exists():
-        return (
-            f"the student in {run} follows the store {theirs}, a folder that is not there on this "
-            f"machine; {root} must be the same one under another name"
-        )
-    if not theirs.samefile(root):
+    if theirs is not None and theirs[1] != store_id(layout):
         raise UserError(
-            f"the student in {run} follows the store {theirs}, and this worker would fill {root}; "
-            "give both the same store="
+            f"the student in {run} follows the store {theirs[0]}, and this worker would fill "
+            f"{layout.root} on {node_name()}, which is another; give both the same store=, a "
+            "folder that their machines share, or start the student with this one first"
         )
-    return None
 
 
 def refuse_other_student(work: Work) -> None:
@@ -261,7 +262,12 @@ def refuse_other_student(work: Work) -> None:
             f"this worker has {len(teachers)} teachers, the student in {run} {len(expected)}; "
             f"{remedy}"
         )
-    for teacher, entry in zip(teachers, expected, strict=True):
+    for teacher, entry, pooled in zip(teachers, expected, work.pooled_N, strict=True):
+        if entry["placement"] == "pool" and not pooled:
+            raise UserError(
+                f"teacher {teacher.name}: the student in {run} waits for it to come from the pool, "
+                "and this worker would leave it to the student; give both the same placement words"
+            )
         if entry["fingerprint"] != teacher.key.fingerprint:
             raise UserError(
                 f"teacher {teacher.name}: the fingerprint of its weights and settings is "

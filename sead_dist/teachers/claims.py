@@ -91,7 +91,9 @@ class Claims:
         claim = self._create(path)
         if claim is None and self._is_broken(name, path):
             holder = self._seen[name].holder
-            if self._take_away(name, path) and (claim := self._create(path)) is not None:
+            taken = self._take_away(name, path)
+            claim = None if taken is False else self._create(path)
+            if claim is not None and taken:
                 claim.taken_from = f"{holder}, silent for {self.broken_s:g} s"
         return claim
 
@@ -128,13 +130,14 @@ class Claims:
             return False
         return now - known.since > self.broken_s
 
-    def _take_away(self, name: str, path: Path) -> bool:
-        """Remove a broken claim; False where it turns out to be another, live one."""
+    def _take_away(self, name: str, path: Path) -> bool | None:
+        """Remove a broken claim; False where it turns out to be another, live one, None where
+        somebody else has removed it."""
         aside = self.layout.tmp / unique_name(name)
         try:
             os.rename(path, aside)
         except FileNotFoundError:
-            return True
+            return None
         except OSError as error:
             raise RunError(explain(self.layout.root, f"claims/{name}", error)) from error
         broken = _text(aside) == self._seen.pop(name).text

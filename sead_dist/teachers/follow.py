@@ -4,14 +4,16 @@ Shapes: U unique examples of a split, M examples of one rank.
 """
 
 import json
+import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sead_dist.errors import RunError
-from sead_dist.teachers.layout import Layout
+from sead_dist.teachers.layout import Layout, explain, unique_name
 from sead_dist.teachers.table import Table, TeacherKey
 
 # seconds between two looks at the store: doubled up to the most while nothing comes
@@ -112,6 +114,27 @@ class Follower:
             f"(pool.silent_s), and {one.missing()} of {len(one.entries_M)} rows of {what} are "
             f"missing in the store {self.layout.root}; {hint}; then give the same command again"
         )
+
+
+def store_id(layout: Layout) -> str:
+    """What tells this store from others, under whatever path a machine sees it; given once.
+
+    Raises RunError where it cannot be written.
+    """
+    path = layout.root / "id"
+    if not path.exists():
+        aside = layout.tmp / unique_name("id")
+        try:
+            aside.write_text(uuid.uuid4().hex + "\n", encoding="ascii")
+            try:
+                os.link(aside, path)  # where another process was quicker its id stays
+            except FileExistsError:
+                pass
+            finally:
+                aside.unlink()
+        except OSError as error:
+            raise RunError(explain(layout.root, "id", error)) from error
+    return path.read_text(encoding="ascii").strip()
 
 
 def classes_besides(layout: Layout, key: TeacherKey) -> list[str]:

@@ -28,7 +28,7 @@ from sead_dist.errors import RunError, UserError
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2
 FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "claims")
-OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock"}
+OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock", "id"}
 BLOCK_SUFFIX = ".safetensors"
 # A temporary file that has not grown for this long belongs to a dead writer.
 DEAD_WRITER_S = 3600.0

@@ -79,10 +79,10 @@ def choose_placements(
         teacher.entry.placement or ("sharded" if is_large else chosen)
         for teacher, is_large in zip(teachers, large, strict=True)
     ]
-    together = sum(teacher.bytes for teacher in teachers)
     reason = (
-        f"placement {', '.join(dict.fromkeys(placements))}: teachers take {decimal(together)} "
-        f"together, and may take {decimal(room)}, half of what is free on the smallest rank"
+        f"placement {', '.join(dict.fromkeys(placements))}: a rank that holds its part of every "
+        f"teacher needs {decimal(sum(held))} for them, and may take {decimal(room)}, half of "
+        "what is free on the smallest rank"
     )
     return placements, reason
 

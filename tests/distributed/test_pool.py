@@ -19,9 +19,11 @@ from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.poolsubmit import forget_refused
 from sead_dist.recipes import distill
-from sead_dist.runfolder import say_followed, try_lock
+from sead_dist.runfolder import followed_store, say_followed, try_lock
 from sead_dist.runlog import is_finished
 from sead_dist.teach import refuse_other_store, teach, worker_folder
+from sead_dist.teachers.follow import store_id
+from sead_dist.teachers.layout import create
 from sead_dist.teachers.worker import Worker
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
@@ -242,21 +244,44 @@ def test_a_worker_that_would_fill_another_store_is_refused_and_both_are_named(wa
         teach(load_config([*given, f"store={tmp_path / 'mine'}"]), "1/1", alone())
     theirs = run.parent / "store"
     line = f"the student in {run} follows the store {theirs}, and this worker would fill "
-    assert str(caught.value) == f"{line}{tmp_path / 'mine'}; give both the same store="
+    assert str(caught.value).startswith(f"{line}{tmp_path / 'mine'} on ")
+    assert "which is another; give both the same store=, a folder that their" in str(caught.value)
     assert rows_of(run, 1, 1) == 0
-    # the same folder by another name is the same store
-    (tmp_path / "link").symlink_to(theirs)
-    assert refuse_other_store(run, tmp_path / "link") is None
 
 
-def test_a_store_of_another_machines_name_is_told_not_refused(tmp_path):
-    run = tmp_path / "run"
+def test_a_store_is_known_by_its_id_not_by_its_path(tmp_path):
+    run, mine = tmp_path / "run", create(tmp_path / "store")
     run.mkdir()
-    assert refuse_other_store(run, tmp_path) is None
-    say_followed(run, tmp_path / "not-here")
-    told = refuse_other_store(run, tmp_path)
-    assert told is not None
-    assert f"follows the store {tmp_path / 'not-here'}, a folder that is not there" in told
+    refuse_other_store(run, mine)  # no student yet
+    say_followed(run, tmp_path / "where-the-student-sees-it", store_id(mine))
+    refuse_other_store(run, mine)
+    # on another machine's own disk a folder of the same path is another store
+    say_followed(run, tmp_path / "store", store_id(create(tmp_path / "elsewhere")))
+    with pytest.raises(UserError, match=f"follows the store {tmp_path / 'store'}, and this"):
+        refuse_other_store(run, mine)
+
+
+def test_word_of_an_earlier_student_is_forgotten_with_the_next(task, tmp_path):
+    """A student with progress goes on with another store; workers may start before it."""
+    given, run = given_words(task, tmp_path, placement="colocated"), tmp_path / "run"
+    distill(load_config([*given, "max_steps=2"]), alone())
+    say_followed(run, tmp_path / "full", "id of the full one")
+    forget_refused(run)
+    assert followed_store(run) is None
+    # and with a student that follows none
+    shutil.rmtree(run)
+    run.mkdir()
+    say_followed(run, tmp_path / "full", "id of the full one")
+    distill(load_config(given), alone())
+    assert followed_store(run) is None
+
+
+def test_a_worker_that_leaves_to_the_student_what_the_student_awaits_is_refused(waited):
+    given, run = waited
+    one, *others = [entry["path"] for entry in read(run / "teacher_manifest.json")]
+    mine = f"teachers=[{{path: {one}, placement: colocated}}, {', '.join(others)}]"
+    with pytest.raises(UserError, match=r"teacher a: the student in .* waits for it to come from"):
+        teach(load_config([*given, mine]), "1/1", alone())
 
 
 def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tmp_path):
@@ -272,16 +297,26 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
     assert f"follows the store {tmp_path / 'other'}" in str(outcome)
 
 
-def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(task, tmp_path, distil):
+@pytest.mark.parametrize(
+    ("keys", "of_the_other"),
+    [({"gate": "off"}, 0), ({"gate": "on"}, 0), ({"ensemble": "score"}, 6)],
+)
+def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
+    task, tmp_path, distil, monkeypatch, keys, of_the_other
+):
+    """Where scores decide who teaches, it has to know how all do on the selection split."""
+    for module in ("teach", "recipes"):  # these teachers know nothing
+        monkeypatch.setattr(f"sead_dist.{module}.admit", lambda *_: None)
     _, (one, two, three) = task
     pooled = [f"{{path: {path}, placement: pool}}" for path in (one, three)]
     entries = f"teachers=[{pooled[0]}, {two}, {pooled[1]}]"
-    given = [*given_words(task, tmp_path, placement="colocated"), entries]
+    given = [*given_words(task, tmp_path, placement="colocated", **keys), entries]
     folder = teach(load_config(given), "1/1", alone())
     assert "2 teachers, store " in (folder / "log.txt").read_text()
-    assert rows_of(tmp_path / "run", 1, 1) == PAIRS * 2 // 3
+    assert rows_of(tmp_path / "run", 1, 1) == PAIRS * 2 // 3 + of_the_other
     distil(given)
-    assert read(tmp_path / "run" / "run_summary.json")["teacher_forwards"] == PAIRS // 3
+    forwards = read(tmp_path / "run" / "run_summary.json")["teacher_forwards"]
+    assert forwards == PAIRS // 3 - of_the_other
 
 
 def test_a_worker_counts_what_it_has_computed_since_it_was_started(task, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`sead-dist plan`: what it prints and writes, what it remembers, and what it refuses."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -80,7 +81,10 @@ def test_a_plan_has_passes_store_times_and_the_choice_and_writes_no_run(
     colocated, partitioned, sharded, pool = found["placements"]
     assert partitioned["teacher_bytes"] <= colocated["teacher_bytes"]
     assert sharded["at_least"]
-    assert (pool["teacher_bytes"], pool["workers"] > 0) == (0, True)
+    assert pool["teacher_bytes"] == 0
+    # two ranks have half of the rows each, a worker alone has all of them
+    alone_s = planned(task, tmp_path)["placements"][0]["teachers_s"]
+    assert pool["workers"] == math.ceil(alone_s / pool["training_s"])
     assert pool["bound"] > colocated["bound"]
     assert found["auto"] == ["colocated", "colocated"]
     said = capsys.readouterr().out
@@ -153,6 +157,8 @@ def test_a_mixture_of_placements_has_a_row_of_its_own_and_says_who_goes_where(
     task, tmp_path, rates, capsys
 ):
     data, teachers = task
+    pooled_s = planned((data, teachers[1:]), tmp_path)["placements"][0]["teachers_s"]
+    capsys.readouterr()
     entries = f"[{teachers[0]}, {{path: {teachers[1]}, placement: pool}}]"
     run = load_config([*words(data, teachers, tmp_path / "run"), f"teachers={entries}"])
     plan(run, ALONE, 2, None, None, False, tmp_path / "plan.json")
@@ -163,7 +169,7 @@ def test_a_mixture_of_placements_has_a_row_of_its_own_and_says_who_goes_where(
     # one of the two teachers is left, and workers for the other
     assert 0 < own["teacher_bytes"] < colocated["teacher_bytes"]
     assert 0 < own["teachers_s"] < colocated["teachers_s"]
-    assert own["workers"] > 0
+    assert own["workers"] == math.ceil(pooled_s / own["seconds"])
     said = capsys.readouterr().out
     assert "this run takes placement colocated, pool: " in said
     assert "; a colocated, b pool\n" in said
@@ -199,8 +205,9 @@ def test_rates_that_cannot_be_kept_do_not_lose_the_plan(task, tmp_path, monkeypa
     assert "), and will be measured again; name another file with SEAD_DIST_RATES" in said
 
 
-def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, monkeypatch):
+def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, rates, monkeypatch):
     data, teachers = task
+    monkeypatch.setattr("sead_dist.plan.read_inputs", None)
     run = load_config(words(data, teachers, tmp_path / "run"))
     for path, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "plan", "does not exist")):
         with pytest.raises(UserError, match=f"--json .*{said}"):
