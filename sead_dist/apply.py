@@ -9,9 +9,9 @@ Shapes: B examples, C classes (task order).
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sead_dist.loading import Rows, read_rows
 from sead_dist.models import DTYPES, align_classes, label_names, load_classifier
 from sead_dist.parts import quiet_libraries
 from sead_dist.pretrained import load_model_config, load_tokenizer, locate, position_limit
-from sead_dist.runlog import write_json, written_aside
+from sead_dist.runlog import check_writable, write_json, written_aside
 from sead_dist.splits import load_official
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.yamltext import parse_yaml
@@ -140,6 +140,8 @@ def evaluate_model(
     """
     world = join_world()
     quiet_libraries(world)
+    if json_file is not None:
+        from_main(world, partial(check_writable, "--json", Path(json_file)))
     task = task_of(name, task_name)
     wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
     source = data_of(name, task_name, data)
@@ -218,10 +220,7 @@ def check_output(output: Path) -> None:
         )
     if output.exists():
         raise UserError(f"--output {output} exists and is not written over; give a new name")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: folder {output.parent} does not exist; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: folder {output.parent} is not writable; give another")
+    check_writable("--output", output)
 
 
 def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:

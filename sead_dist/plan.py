@@ -1,7 +1,7 @@
 """`sead-dist plan`: memory and time of a run, for each placement, before it is started."""
 
-import os
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -15,7 +15,7 @@ from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.planrates import given_rates, own_rates, read_given
 from sead_dist.plantable import as_json, show
 from sead_dist.pretrained import fitting_length, tokenizer_hash
-from sead_dist.runlog import write_json
+from sead_dist.runlog import check_writable, write_json
 from sead_dist.scenario import Setting, forecasts
 from sead_dist.storecli import parse_size
 from sead_dist.teachers.guide import check_guide, held_everywhere
@@ -45,8 +45,7 @@ def plan(
     if size < 1:
         raise UserError(f"--ranks {size} must be at least 1")
     if json_file is not None:
-        path = json_file
-        from_main(world, lambda: check_report(path))
+        from_main(world, partial(check_writable, "--json", json_file))
     memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
@@ -83,16 +82,6 @@ def plan(
         show(setting, task.name, found)
         if json_file is not None:
             write_json(json_file, as_json(setting, task.name, found))
-
-
-def check_report(path: Path) -> None:
-    """Raises UserError where the plan cannot be written there, before anything is measured."""
-    if path.is_dir():
-        raise UserError(f"--json {path} is a folder; give a file")
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: folder {path.parent} is not writable; give another")
 
 
 def free_of(world: World, size: int) -> int:

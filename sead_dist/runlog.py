@@ -57,6 +57,16 @@ def write_json(path: Path, obj: object) -> None:
         aside.write_text(json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Raises UserError where no file can be written to `path`, before any long work."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: folder {path.parent} is not writable; give another")
+
+
 def read_json(path: Path) -> Any:
     """Read one JSON file.
 

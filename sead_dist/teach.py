@@ -183,14 +183,11 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or work.pooled_N[chunk.teacher]
     ]
     exams: list[Examination] = []
-    if needs_examination(config) and not hand.fill(examining):
-        return False
-    if needs_examination(config) and (everyone or all(work.pooled_N)):
-        logits_NBC = ask_all(source, splits.selection, count, rows, "the examination")
-        dev_in_training = work.examples.dev_in_training
-        exams = examine(work.task, teachers, logits_NBC, splits.selection, dev_in_training)
-        if config.gate == "on":
-            admit(work.task, exams, teachers)
+    if needs_examination(config):
+        if not hand.fill(examining):
+            return False
+        if everyone or all(work.pooled_N):
+            exams = examine_all(source, work)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch, config.micro_batch, config.epochs,
         config.max_steps, 0, 1,
@@ -202,6 +199,18 @@ def fill_all(hand: Worker, work: Work) -> bool:
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
     return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
+
+
+def examine_all(source: StoredSource, work: Work) -> list[Examination]:
+    """Every teacher's examination, as the student holds it. Raises UserError where one fails."""
+    config, selection, teachers = work.config, work.splits.selection, work.teachers
+    logits_NBC = ask_all(
+        source, selection, len(teachers), config.pool.chunk_rows, "the examination"
+    )
+    exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
+    if config.gate == "on":
+        admit(work.task, exams, teachers)
+    return exams
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:

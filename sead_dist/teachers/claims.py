@@ -28,10 +28,8 @@ class Claim:
     """A chunk that is ours; a thread says so for as long as the block lasts. taken_from: whose
     broken claim it was before, in words."""
 
-    taken_from: str | None = None
-
-    def __init__(self, path: Path, file: int, beat_s: float) -> None:
-        self.path, self._file, self._beat_s = path, file, beat_s
+    def __init__(self, path: Path, file: int, beat_s: float, taken_from: str | None) -> None:
+        self.path, self._file, self._beat_s, self.taken_from = path, file, beat_s, taken_from
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="claim", daemon=True)
 
@@ -90,11 +88,10 @@ class Claims:
         path = self.layout.claims / name
         claim = self._create(path)
         if claim is None and self._is_broken(name, path):
-            holder = self._seen[name].holder
+            holder = f"{self._seen[name].holder}, silent for {self.broken_s:g} s"
             taken = self._take_away(name, path)
-            claim = None if taken is False else self._create(path)
-            if claim is not None and taken:
-                claim.taken_from = f"{holder}, silent for {self.broken_s:g} s"
+            if taken is not False:
+                claim = self._create(path, holder if taken else None)
         return claim
 
     def clear(self, names: Sequence[str]) -> None:
@@ -103,7 +100,7 @@ class Claims:
             with suppress(OSError):
                 os.unlink(self.layout.claims / name)
 
-    def _create(self, path: Path) -> Claim | None:
+    def _create(self, path: Path, taken_from: str | None = None) -> Claim | None:
         text = f"{0:012d} {socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -119,7 +116,7 @@ class Claims:
             with suppress(OSError):
                 os.unlink(path)
             raise RunError(explain(self.layout.root, f"claims/{path.name}", error)) from error
-        return Claim(path, file, self.beat_s)
+        return Claim(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
         """Whether a claim has not changed for too long since we have known it."""

@@ -127,11 +127,12 @@ def store_id(layout: Layout) -> str:
         try:
             aside.write_text(uuid.uuid4().hex + "\n", encoding="ascii")
             try:
-                os.link(aside, path)  # where another process was quicker its id stays
+                os.link(aside, path)
             except FileExistsError:
-                pass
-            finally:
-                aside.unlink()
+                pass  # another process was quicker, and its id stays
+            except OSError:  # no second names here: of two who are as quick the last gives the id
+                os.replace(aside, path)
+            aside.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(explain(layout.root, "id", error)) from error
     return path.read_text(encoding="ascii").strip()

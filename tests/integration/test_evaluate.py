@@ -208,6 +208,17 @@ def test_nan_weights_are_told(teachers, grammar, tmp_path):
         scores(broken, grammar / "task.yaml", grammar, tmp_path)
 
 
+@pytest.mark.parametrize("place", ["folder", "no such folder/scores.json"])
+def test_where_scores_cannot_be_written_is_found_out_before_they_are_computed(
+    teachers, grammar, tmp_path, monkeypatch, place
+):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("sead_dist.apply.load_answerer", None)
+    file = str(tmp_path / place)
+    with pytest.raises(UserError, match=f"--json {file}"):
+        evaluate_model(str(teachers[0]), str(grammar / "task.yaml"), str(grammar), None, None, file)
+
+
 def test_the_command_line_hands_everything_on(teachers, grammar, tmp_path, capsys):
     output, file = tmp_path / "out.csv", tmp_path / "scores.json"
     task = ["--task", str(grammar / "task.yaml")]

@@ -1,5 +1,7 @@
 """What a student that follows the pool takes for a sign of life."""
 
+import errno
+import os
 from itertools import count
 from types import SimpleNamespace
 
@@ -9,7 +11,8 @@ from small import ALONE, make_source, roster, save_teacher, small_split
 
 from sead_dist.errors import RunError
 from sead_dist.teachers import follow
-from sead_dist.teachers.follow import Awaited, Follower
+from sead_dist.teachers.follow import Awaited, Follower, store_id
+from sead_dist.teachers.layout import create
 
 SILENT_S, LOOKS = 10.0, 40
 
@@ -53,6 +56,25 @@ def test_rows_of_another_split_are_a_sign_of_life(waiting, tmp_path):
     assert next(looks, None) is None
     assert table.present_U.all()
     elsewhere.close()
+
+
+def test_a_store_gets_one_id_and_keeps_it(tmp_path):
+    mine, other = create(tmp_path / "a"), create(tmp_path / "b")
+    first = store_id(mine)
+    assert first == store_id(create(tmp_path / "a")) != store_id(other)
+    assert list(mine.tmp.iterdir()) == []
+
+
+def test_a_store_gets_an_id_where_files_have_no_second_names_mocked(tmp_path, monkeypatch):
+    """No such file system can be had here."""
+
+    def link(*_args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    layout = create(tmp_path / "a")
+    assert store_id(layout) == store_id(layout) != ""
+    assert list(layout.tmp.iterdir()) == []
 
 
 def test_nothing_at_all_is_none(waiting):
