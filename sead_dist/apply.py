@@ -29,7 +29,13 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import Forward, evaluate, student_logits
 from sead_dist.examples import ExampleSet, build_examples
 from sead_dist.loading import Rows, read_rows
-from sead_dist.models import DTYPES, align_classes, label_names, load_classifier
+from sead_dist.models import (
+    DTYPES,
+    align_classes,
+    check_problem_type,
+    label_names,
+    load_classifier,
+)
 from sead_dist.parts import quiet_libraries
 from sead_dist.pretrained import load_model_config, load_tokenizer, locate, position_limit
 from sead_dist.runlog import check_writable, write_json, written_aside
@@ -77,6 +83,7 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
     checkpoint = locate(name)
     config = load_model_config(checkpoint, trust_remote_code=False)
     order_C = class_order(name, config, task, labels)
+    check_problem_type(task, name, config)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).to(device).eval()
     dtype = DTYPES[run_config(name).get("precision", "fp32")]

@@ -8,7 +8,7 @@ Shapes: B rows, C classes, K text rows per example, L tokens.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sead_dist.config import RunConfig
 from sead_dist.distributed import World
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError
 from sead_dist.zero import ZeroStudent
 from sead_dist.zeroconfig import zero_config
 
@@ -159,6 +159,7 @@ class Engine:
     def load_weights(self, folder: Path) -> None:
         """The weights that `save_weights` wrote, on every rank."""
         weights = load_file(folder / "student.safetensors")
+        check_whole(self.module, weights.keys(), folder)
         if self.zero is not None:
             self.zero.load_weights(weights)
         else:
@@ -215,6 +216,21 @@ def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(tensor.data_ptr())
             state[name] = tensor
     return state
+
+
+def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Raises RunError, naming one, for a tensor that a checkpoint lacks or has too many. Second
+    names of a shared tensor are not in it."""
+    state = model.state_dict(keep_vars=True)
+    held = {tensor.data_ptr() or id(tensor) for name, tensor in state.items() if name in names}
+    lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
+    strange = [name for name in names if name not in state]
+    if lost or strange:
+        which = f"lacks the tensor {lost[0]}" if lost else f"holds a tensor {strange[0]} too many"
+        raise RunError(
+            f"{folder / 'student.safetensors'} {which}, so it is no checkpoint of this student; "
+            f"remove {folder} to go on from an earlier one, or give another output_dir"
+        )
 
 
 def check_tracker(name: str | None) -> None:

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from transformers import (
 
 from sead_dist.config import TeacherConfig
 from sead_dist.errors import RunError, UserError
+from sead_dist.loaded import (
+    Loaded,
+    body_of,
+    head_names,
+    pooler_names,
+    refuse_gaps,
+    some,
+    wrapping,
+)
 from sead_dist.pretrained import Checkpoint, locate, weight_files
 from sead_dist.tasks import TaskSpec, align_name
 
@@ -83,17 +93,85 @@ def align_classes(
     return [found.index(index) for index in range(len(names))]
 
 
-def load_classifier(
-    checkpoint: Checkpoint,
-    dtype: str = "fp32",
-    trust_remote_code: bool = False,
-    **changes: Any,
-) -> PreTrainedModel:
-    """A sequence classifier with its weights; `changes` go to its config (num_labels, ...).
+def problem_type(task: TaskSpec) -> str | None:
+    """What Transformers calls a model of this task. It has no word for choices: one logit for each
+    text, of which the largest of an example counts."""
+    types = {"classification": "single_label_classification", "regression": "regression"}
+    return types.get(task.kind)
 
-    Raises UserError when a checkpoint without a classification head is asked to classify as it
-    is (no `changes`).
+
+def check_problem_type(task: TaskSpec, name: str, config: PretrainedConfig) -> None:
+    """Raises UserError for a model whose config says that its logits mean something else than the
+    task's would: sigmoids of classes that may hold together, or scores."""
+    said, wanted = config.problem_type, problem_type(task)
+    if said is None or wanted is None or said == wanted:
+        return
+    raise UserError(
+        f"{name} says problem_type={said} in its config.json, but task {task.name} needs {wanted}; "
+        f"leave it out, or correct that word where it was trained as {wanted}"
+    )
+
+
+def load_classifier(
+    checkpoint: Checkpoint, dtype: str = "fp32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
+    or of another shape."""
+    model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
+    head = sorted(head_names(model) & loaded.missing)
+    if head:
+        raise UserError(
+            f"{checkpoint.name} lacks the weights {', '.join(head[:3])}, so it was "
+            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+        )
+    refuse_gaps(checkpoint.name, model, loaded, set())
+    return model
+
+
+def load_start(
+    checkpoint: Checkpoint, trust_remote_code: bool, on_meta: bool = False, **changes: Any
+) -> tuple[PreTrainedModel, Loaded]:
+    """A classifier to train from, in fp32, its head new where the files have none; `changes` go to
+    its config (num_labels, ...); on_meta: without the weights, to see whether they fit.
+
+    Raises UserError where more than the head, and a pooler that the files lack altogether, would
+    be new.
     """
+    if on_meta:
+        changes["device_map"] = "meta"
+    model, loaded = read_classifier(checkpoint, "fp32", trust_remote_code, **changes)
+    pooler = pooler_names(model)
+    allowed = head_names(model) | (pooler if pooler <= loaded.missing else set())
+    refuse_gaps(f"start {checkpoint.name}", model, loaded, allowed)
+    return model, loaded
+
+
+def read_classifier(
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **given: Any
+) -> tuple[PreTrainedModel, Loaded]:
+    """A classifier with what its files hold, known prefixes of their names taken off, and the
+    account of that; the rest is drawn from torch's generator."""
+    before = torch.get_rng_state()
+    model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
+    body = body_of(model)
+    prefix = wrapping(loaded, body[0] if body is not None else "")
+    if prefix is None:
+        return model, loaded
+    # what is new shall be what it is with files that have no prefix
+    torch.set_rng_state(before)
+    pattern = f"^{re.escape(prefix)}"
+    given = {**given, "key_mapping": {pattern: ""}}
+    model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
+    # else save_pretrained would put the prefix back
+    model._weight_conversions = [
+        one for one in model._weight_conversions if one.source_patterns != [pattern]
+    ]
+    return model, replace(loaded, prefix=prefix)
+
+
+def _read(
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, given: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Loaded]:
     files = weight_files(checkpoint)
     try:
         model, notes = AutoModelForSequenceClassification.from_pretrained(
@@ -103,7 +181,8 @@ def load_classifier(
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
-            **changes,
+            ignore_mismatched_sizes=True,
+            **given,
         )
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -115,13 +194,33 @@ def load_classifier(
     except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{checkpoint.name}: its weights cannot be read: {reason}") from None
-    missing = [key for key in notes["missing_keys"] if "position_ids" not in key]
-    if missing and not changes:
-        raise UserError(
-            f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
-            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+    mismatched = sorted(
+        (name, tuple(theirs), tuple(ours)) for name, theirs, ours in notes["mismatched_keys"]
+    )
+    return model, Loaded(
+        len(model.state_dict()),
+        frozenset(notes["missing_keys"]),
+        tuple(mismatched),
+        frozenset(notes["unexpected_keys"]),
+    )
+
+
+def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """What Transformers alone makes of a folder. Raises UserError where that is nothing whole."""
+    try:
+        model, notes = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    return model
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"plain Transformers cannot load it: {reason}") from None
+    if notes["missing_keys"] or notes["mismatched_keys"]:
+        lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
+        raise UserError(f"plain Transformers finds no {some(lacking)} in it")
+    return model.eval()
 
 
 def build_teacher(
@@ -160,8 +259,15 @@ def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTra
 
 def head_weights(model: PreTrainedModel) -> list[str]:
     """The names of the weights that classify, apart from the encoder's."""
-    body = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    head = head_names(model)
+    return [name for name, _ in model.named_parameters() if name in head]
+
+
+def write_weights(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """model.safetensors and config.json."""
+    model.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)
 
 
 def save_model(
@@ -179,7 +285,7 @@ def save_model(
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside, state_dict=dict(weights), safe_serialization=True)
+        write_weights(model, weights, aside)
         tokenizer.model_max_length = max_length
         # a teacher with the same tokeniser may have set another length last
         backend = getattr(tokenizer, "backend_tokenizer", None)

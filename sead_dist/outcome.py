@@ -22,6 +22,7 @@ from sead_dist.models import save_model
 from sead_dist.parts import Parts
 from sead_dist.pretrained import fitting_length
 from sead_dist.report import print_table, write_predictions, write_report
+from sead_dist.resaved import answer, check_saved, one_row
 from sead_dist.rivals import without_projections
 from sead_dist.runlog import write_json
 from sead_dist.tasks import compute_metrics
@@ -135,7 +136,8 @@ def placement_word(parts: Parts) -> str | None:
 
 
 def save_student(parts: Parts, state: TrainState) -> None:
-    """Write the best student, which is the engine's from now on, to model/."""
+    """Write the best student, which is the engine's from now on, to model/, and check that plain
+    Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
     longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
@@ -143,6 +145,15 @@ def save_student(parts: Parts, state: TrainState) -> None:
     weights = without_projections(parts.engine.weights())
     folder = Path(config.output_dir) / "model"
     from_main(parts.world, lambda: save_model(module, weights, parts.tokenizer, folder, longest))
+    row = one_row(parts.splits.train)
+    # every rank: a student that DeepSpeed splits answers on all of them at once
+    trained = answer(parts.engine.model, lambda: parts.engine.forward(row, 1))
+    from_main(
+        parts.world,
+        lambda: check_saved(
+            folder, weights, trained, row, config.precision, config.trust_remote_code
+        ),
+    )
 
 
 def score_splits(

@@ -26,6 +26,7 @@ from sead_dist.hub import check_push
 from sead_dist.internals import find_anatomy
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.rates import known_costs
+from sead_dist.resaved import check_saving, one_row
 from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.runfolder import claim, forget_followed, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
@@ -103,6 +104,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         [teacher_identity(teacher.manifest()) for teacher in teachers],
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
+    row = one_row(splits.train)
+    from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
     watch = stack.enter_context(watching(run, world, stop, config.watch))
     log = RunLog(run, world.is_main, console=True)
@@ -180,7 +183,9 @@ def read_inputs(
     if config.taught:
         check_method(config, task.kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
-    model = build_student(config.student, task, tokenizer, config.seed, config.trust_remote_code)
+    model = build_student(
+        config.student, task, tokenizer, config.seed, config.trust_remote_code, say
+    )
     return task, load_examples(config, task, say), tokenizer, model
 
 

@@ -24,7 +24,8 @@ from sead_dist.innerlosses import (
     relations_loss,
     scores,
 )
-from sead_dist.internals import Anatomy, Internals, Wanted, find_anatomy, reading
+from sead_dist.internals import Anatomy, Internals, Wanted, find_anatomy, layer_stack, reading
+from sead_dist.loaded import body_of
 from sead_dist.losses import LossTerms
 
 # the student's child that holds what is learned beside it; no part of the final model
@@ -200,24 +201,85 @@ def without_projections(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def start_as_guide(student: PreTrainedModel, guide: PreTrainedModel) -> bool:
-    """Give the student the guide's embeddings and evenly spaced layers, where all of them fit.
-    (After Sanh et al. 2019, section 3: one layer of two.) Returns whether they did."""
-    own = find_anatomy(student, "the student", attention=False).layers
-    others = find_anatomy(guide, "the guide", attention=False).layers
-    chosen = [others[number - 1] for number in layer_map(len(own), len(others))]
-    mine, theirs = [embeddings(student), *own], [embeddings(guide), *chosen]
-    pairs = list(zip(mine, theirs, strict=True))
-    fits = all(shapes(one) == shapes(other) for one, other in pairs)
-    if fits:
-        for one, other in pairs:
-            one.load_state_dict(other.state_dict())
-    return fits
+    """Give the student all of the guide's body but the layers between evenly spaced ones, where all
+    of it fits. (After Sanh et al. 2019, section 3: one layer of two.) Returns whether it did.
+
+    Raises UserError where the student then computes something else from these weights.
+    """
+    own = find_anatomy(student, "the student", attention=False)
+    whole = find_anatomy(guide, "the guide", attention=False)
+    numbers = layer_map(len(own.layers), len(whole.layers))
+    chosen = replace(whole, layers=[whole.layers[number - 1] for number in numbers])
+    mine, theirs = outside(student, own), outside(guide, whole)
+    pairs = list(zip(own.layers, chosen.layers, strict=True))
+    fits = (
+        student.config.model_type == guide.config.model_type
+        and shapes_of(mine) == shapes_of(theirs)
+        and all(shapes_of(a.state_dict()) == shapes_of(b.state_dict()) for a, b in pairs)
+    )
+    if not fits:
+        return False
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+    for one, other in pairs:
+        one.load_state_dict(other.state_dict())
+    check_same_states(states_of(student, own), states_of_layers(guide, chosen), guide.dtype)
+    return True
 
 
-def embeddings(model: PreTrainedModel) -> nn.Module:
-    found: nn.Module = model.base_model.embeddings
-    return found
+def outside(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, torch.Tensor]:
+    """The body's tensors that are in none of its layers, by their names in it."""
+    inside = {
+        id(tensor)
+        for layer in anatomy.layers
+        for tensor in layer.state_dict(keep_vars=True).values()
+    }
+    body = body_of(model)
+    state = (model if body is None else body[1]).state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if id(tensor) not in inside}
 
 
-def shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def check_same_states(
+    mine: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Raises UserError where the student's hidden states are not those of the guide with the same
+    layers alone: then their configurations ask for different arithmetic."""
+    for number, (own_RLH, their_RLH) in enumerate(zip(mine, theirs, strict=True)):
+        off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
+        if not off <= (1e-3 if dtype == torch.float32 else 0.1):
+            raise UserError(
+                f"start=guide: with the guide's weights the student's hidden states {number} "
+                f"differ from the guide's by {off:.2g}; give a student whose config differs from "
+                "the guide's in its number of layers alone, or start=own"
+            )
+
+
+def states_of_layers(model: PreTrainedModel, anatomy: Anatomy) -> list[torch.Tensor]:
+    """The same of a model with these layers of it alone."""
+    stack = layer_stack(model)
+    assert stack is not None
+    whole = list(stack)
+    del stack[:]
+    stack.extend(anatomy.layers)
+    try:
+        return states_of(model, anatomy)
+    finally:
+        del stack[:]
+        stack.extend(whole)
+
+
+def states_of(model: PreTrainedModel, anatomy: Anatomy) -> list[torch.Tensor]:
+    """The hidden states of a few words, from what enters the first layer on; each [1, L, H]."""
+    wanted = Wanted(tuple(range(len(anatomy.layers) + 1)))
+    ids_RL = torch.arange(8, device=model.device)[None] + min(8, model.config.vocab_size - 8)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), reading(anatomy, wanted) as found:
+        model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL))
+    model.train(was_training)
+    return [found.hidden[number].cpu() for number in wanted.hidden]

@@ -21,7 +21,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sead_dist.config import RunConfig, TeacherConfig, teacher_names
 from sead_dist.distributed import World, gather_objects, on_every_rank
 from sead_dist.errors import UserError
-from sead_dist.models import DTYPES, align_classes, head_weights, label_names, outline, width
+from sead_dist.loaded import bare_names
+from sead_dist.models import (
+    DTYPES,
+    align_classes,
+    check_problem_type,
+    head_weights,
+    label_names,
+    outline,
+    width,
+)
 from sead_dist.pretrained import (
     Checkpoint,
     check_vocabulary,
@@ -101,7 +110,7 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     count = math.prod(file.get_slice(name).get_shape())
-                    missing.discard(name)
+                    missing.difference_update([name, *bare_names(name)])
                     if "word_embeddings" in name:
                         words += count
                     else:
@@ -230,6 +239,7 @@ def _call(
         # before the names of the classes: those of an encoder without a head mean nothing
         parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
+        check_problem_type(task, entry.path, shape)
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
         if entry.weights is not None:

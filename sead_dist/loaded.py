@@ -1,0 +1,153 @@
+"""What a model got of a checkpoint's files, and what it may lack (invariant 11).
+
+Transformers gives every tensor that it does not find a random value and goes on. Here each of them
+is accounted for: it belongs to a head that is to be new, or the checkpoint is refused by name.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sead_dist.errors import UserError
+
+# what wrappers put before the names of a model's tensors: DataParallel, torch.compile, sentence
+# encoders, training loops with a student in them
+WRAPPER = re.compile(r"(?:module|model|student|encoder_model|_orig_mod|(?:\d+\.)?auto_model)\.")
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Names of tensors. total: how many the model has; missing: those that no file holds;
+    mismatched: (name, shape in the file, shape in the model); unused: those of the files that the
+    model has no place for; prefix: what was taken off the files' names."""
+
+    total: int
+    missing: frozenset[str]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unused: frozenset[str]
+    prefix: str = ""
+
+    @property
+    def new(self) -> frozenset[str]:
+        """What is drawn at random."""
+        return self.missing | {name for name, _, _ in self.mismatched}
+
+    def describe(self, who: str, redrawn: Iterable[str] = ()) -> str:
+        """One line for the log; redrawn: what came from the files and was drawn anew since."""
+        new = sorted({*self.new, *redrawn})
+        line = f"start {who}: {self.total - len(new)} of {self.total} tensors loaded; new: "
+        line += ", ".join(new) or "none"
+        if self.prefix:
+            line += f"; {self.prefix!r} was taken off the names in its files"
+        if self.unused:
+            line += f"; not used of its files: {some(self.unused)}"
+        return line
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of these names, and how many more there are."""
+    known = sorted(names)
+    more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+    return ", ".join(known[:NAMED]) + more
+
+
+def wrappings(name: str) -> list[str]:
+    """The prefixes of wrappers that this name may carry, shortest first."""
+    found: list[str] = []
+    at = 0
+    while match := WRAPPER.match(name, at):
+        at = match.end()
+        found.append(name[:at])
+    return found
+
+
+def bare_names(name: str) -> list[str]:
+    """A name of a file without the prefixes that it may carry."""
+    return [name.removeprefix(prefix) for prefix in wrappings(name)]
+
+
+def wrapping(loaded: Loaded, body: str) -> str | None:
+    """The prefix without which most of the unused tensors are ones that the model lacks."""
+    counts: Counter[str] = Counter()
+    for name in loaded.unused:
+        for prefix in wrappings(name):
+            bare = name.removeprefix(prefix)
+            counts[prefix] += bare in loaded.missing or f"{body}.{bare}" in loaded.missing
+    best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default=None)
+    return best if best is not None and counts[best] else None
+
+
+def body_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+    """The encoder inside a classifier and its name there; None for one that is not built so.
+
+    `base_model_prefix` may name no attribute in a model that comes with its own code.
+    """
+    named = getattr(model, model.base_model_prefix or " ", None)
+    if isinstance(named, nn.Module) and named is not model:
+        return model.base_model_prefix, named
+    inner = (pair for pair in model.named_children() if isinstance(pair[1], PreTrainedModel))
+    return next(inner, None)
+
+
+def final_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The layer that ends in classes, and its name: the last one as wide outside the body, else
+    anywhere. Raises UserError where there is none."""
+    body = body_of(model)
+    inside = set() if body is None else {id(module) for module in body[1].modules()}
+    wide = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    outside = [pair for pair in wide if id(pair[1]) not in inside]
+    if not wide:
+        raise UserError(
+            f"a {model.config.model_type} classifier has no layer that ends in its "
+            f"{model.config.num_labels} classes; give a model of another kind"
+        )
+    return (outside or wide)[-1]
+
+
+def head_names(model: PreTrainedModel) -> set[str]:
+    """The tensors that classify, apart from the body's; of a model that has no such parts, those of
+    its last layer."""
+    body = body_of(model)
+    start = "" if body is None else f"{body[0]}."
+    outside = {name for name in model.state_dict() if not name.startswith(start)}
+    if outside:
+        return outside
+    name, final = final_layer(model)
+    return {f"{name}.{part}" for part in final.state_dict()}
+
+
+def pooler_names(model: PreTrainedModel) -> set[str]:
+    """The body's pooler, which checkpoints of language models lack."""
+    body = body_of(model)
+    start = "pooler." if body is None else f"{body[0]}.pooler."
+    return {name for name in model.state_dict() if name.startswith(start)}
+
+
+def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: set[str]) -> None:
+    """Raises UserError, naming them, where other tensors than these are not from the files."""
+    mismatched = [found for found in loaded.mismatched if found[0] not in may_be_new]
+    if mismatched:
+        name, theirs, ours = mismatched[0]
+        raise UserError(
+            f"{who}: {len(mismatched)} of {loaded.total} tensors have other shapes in its files "
+            f"than its config.json says, such as {name}: {list(theirs)} in the file, {list(ours)} "
+            "by the config; give the config.json that belongs to these weights"
+        )
+    # positions are counted, not learned
+    missing = {n for n in loaded.missing - may_be_new if not n.endswith("position_ids")}
+    if missing:
+        others = f", which hold {some(loaded.unused)} instead" if loaded.unused else ""
+        raise UserError(
+            f"{who}: {len(missing)} of {loaded.total} tensors of a {model.config.model_type} are "
+            f"not in its files{others}: {some(missing)}; give a checkpoint whose files hold them "
+            "under the names that Transformers uses (save_pretrained writes them so)"
+        )
