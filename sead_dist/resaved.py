@@ -1,5 +1,6 @@
 """The student saved, read again by plain Transformers, and asked the same row (invariant 11)."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,7 +46,9 @@ def plain_answer(model: PreTrainedModel, row: Mapping[str, torch.Tensor]) -> tor
 def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
     """The largest difference between logits, as a share of the largest logit (at least 1)."""
     if one_RC.shape != other_RC.shape:
-        return float("inf")
+        return math.inf
+    # what is no number in both is no difference of theirs; training will tell
+    one_RC, other_RC = one_RC.double().nan_to_num(), other_RC.double().nan_to_num()
     return float((one_RC - other_RC).abs().max() / one_RC.abs().max().clamp(min=1.0))
 
 
@@ -63,7 +66,10 @@ def check_saving(
         shutil.rmtree(left, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as aside:
+            own = dict(vars(model.config))
             write_weights(model, unshared(model), Path(aside))
+            vars(model.config).clear()  # saving notes dtype and class in it
+            vars(model.config).update(own)
             again = load_plain(Path(aside), trust_remote_code)
             off = difference(plain_answer(model, row), plain_answer(again.float(), row))
             del again  # its weights may be mapped from the folder

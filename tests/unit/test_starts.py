@@ -505,3 +505,11 @@ def test_a_model_without_a_body_of_its_own_has_its_last_layer_for_a_head():
     assert body_of(model) is None
     assert head_names(model) == {"classifier.weight", "classifier.bias"}
     assert pooler_names(model) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_the_trial_of_saving_leaves_the_students_config_as_it_was(tmp_path):
+    model = build_model()
+    before = model.config.to_dict()
+    row = dict(grammar_tokenizer()(TEXTS[0], return_tensors="pt"))
+    resaved.check_saving(model, row, tmp_path, False)
+    assert model.config.to_dict() == before
