@@ -18,22 +18,34 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sead_dist.data import Cursor
+from sead_dist.data import ORDER_RULES, Cursor
 from sead_dist.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.engine import Engine
 from sead_dist.errors import RunError, UserError
 from sead_dist.runlog import write_json
+from sead_dist.student import START_RULES
 
-FORMAT = 1
+# of state.json (1: without rules, start and best_loss)
+FORMAT = 2
+# versions of what else decides a student than what its identity names
+RULES = {"order": ORDER_RULES, "start": START_RULES}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run must share with the run it continues."""
+    """What a resumed run must share with the run it continues. start: a hash of the files that the
+    student starts from. rules: versions; what was written before there were any has all 1."""
 
     config: dict[str, Any]
     data: str
     teachers: list[dict[str, Any]]
+    start: str = ""
+    rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
+
+    def other_rules(self, other: "Identity") -> list[str]:
+        """The rules that have another version in `other`."""
+        names = {**self.rules, **other.rules}
+        return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
     def differences(self, other: "Identity") -> list[str]:
         """One phrase for each difference, `other` being what is asked for now."""
@@ -51,6 +63,8 @@ class Identity:
                 for key in old
                 if old[key] != new.get(key)
             ]
+        if self.start != other.start:
+            found.append(f"the student's start was {self.start[:12]}, is {other.start[:12]}")
         if self.data != other.data:
             found.append(
                 f"the fingerprint of data and task was {self.data[:12]}, is {other.data[:12]}"
@@ -76,6 +90,7 @@ class TrainState:
     cursor: Cursor = field(default_factory=lambda: Cursor(0, 0))
     best_step: int | None = None
     best_metric: float | None = None
+    best_loss: float | None = None
     world_size: int = 1
     totals: dict[str, float] = field(default_factory=dict)
 
@@ -200,6 +215,12 @@ class Checkpointer:
                 if record is not None:
                     saved = Identity(**record["identity"])
                     refuse_other(self.folder.parent, saved, self.identity)
+                    if record["format"] != FORMAT:
+                        raise UserError(
+                            f"{folder} has format {record['format']}, and this version of "
+                            f"sead_dist reads format {FORMAT}; give another output_dir, or go on "
+                            "with the version that wrote it"
+                        )
                     fields = dict(record["state"])
                     fields["cursor"] = Cursor(**fields["cursor"])
                     return folder, TrainState(**fields)
@@ -232,6 +253,14 @@ class Checkpointer:
 
 def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
     """Raises UserError when a run folder holds another run than the one asked for."""
+    if names := saved.other_rules(asked):
+        old = ", ".join(f"{name} {saved.rules.get(name, 1)}" for name in names)
+        new = ", ".join(f"{name} {asked.rules.get(name, 1)}" for name in names)
+        raise UserError(
+            f"output_dir={run} holds a run of another version of sead_dist, with the rules {old}; "
+            f"this version has {new}, under which the same settings make another student; give "
+            "another output_dir, or go on with the version that began it"
+        )
     different = saved.differences(asked)
     if different:
         raise UserError(

@@ -1,10 +1,11 @@
 """Tokenise, order, slice and pad: examples -> Batch, and the Cursor that says where a run stands.
 
-The order is a pure function of the data, the student's token counts, seed, epoch and global batch
-size (invariant 1): never of the number of ranks, of look-ahead, or of restarts.
+The order is a pure function of the number of rows, seed, epoch and global batch size (invariant 1):
+never of the number of ranks, of look-ahead, or of restarts. A global batch is a uniform random
+sample of the epoch's rows. Lengths count inside it only: they decide its micro-batches.
 
 Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text rows per example,
-S steps of an epoch, G rows of a global batch.
+S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from sead_dist.errors import UserError
 from sead_dist.examples import ExampleSet, entries
 
-# Rows are sorted by length within so many global batches: wide enough for little padding, narrow
-# enough that a batch still mixes the data.
-BATCHES_PER_CHUNK = 64
+# Version of the rules below: which rows make a global batch and a micro-batch. A run goes on under
+# the rules that it began with, or not at all. (1: batches sorted by length over the whole data.)
+ORDER_RULES = 2
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,56 @@ def make_split(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, max_len
     return Split(examples, tokens, ids_U2, entry_B, row_U)
 
 
-def epoch_order(lengths_B: np.ndarray, seed: int, epoch: int, global_batch: int) -> np.ndarray:
-    """The rows of each step of an epoch, order_SG, -1 where the last batch has none.
+def epoch_order(count: int, seed: int, epoch: int, global_batch: int) -> np.ndarray:
+    """The rows of each step of an epoch, order_SG: a permutation of `count` rows, cut into batches.
 
-    Rows are shuffled, sorted by length within chunks of BATCHES_PER_CHUNK batches, and the
-    batches shuffled: batches of like length in an order that only (data, seed, epoch) decide.
+    The last batch has -1 where it has no row.
     """
-    count = len(lengths_B)
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
-    shuffled = random.permutation(count)
-    chunk = BATCHES_PER_CHUNK * global_batch
-    for start in range(0, count, chunk):
-        part = shuffled[start : start + chunk]
-        shuffled[start : start + chunk] = part[np.argsort(lengths_B[part], kind="stable")]
     steps = -(-count // global_batch)
     order_SG = np.full(steps * global_batch, -1, np.int64)
-    order_SG[:count] = shuffled
-    return np.asarray(order_SG.reshape(steps, global_batch)[random.permutation(steps)])
+    order_SG[:count] = random.permutation(count)
+    return order_SG.reshape(steps, global_batch)
+
+
+def cut_by_tokens(lengths_G: np.ndarray, parts: int) -> list[int]:
+    """Where to cut rows that are sorted by length, longest first, into at most `parts` groups: the
+    number of rows of each, chosen so that the most padded tokens of a group are as few as can be.
+
+    Groups of equal tokens keep ranks equally busy, and waste less padding than groups of equal
+    rows. (Our own: a search for the least bound that groups filled from the longest row on keep.)
+    """
+    if len(lengths_G) == 0:
+        return []
+
+    def filled(bound: int) -> list[int]:
+        counts: list[int] = []
+        start = 0
+        while start < len(lengths_G):
+            counts.append(min(bound // max(int(lengths_G[start]), 1), len(lengths_G) - start))
+            start += counts[-1]
+        return counts
+
+    least = max(int(lengths_G[0]), 1)
+    most = least * -(-len(lengths_G) // parts)
+    while least < most:
+        middle = (least + most) // 2
+        if len(filled(middle)) <= parts:
+            most = middle
+        else:
+            least = middle + 1
+    return filled(least)
+
+
+def cut_into_micro_batches(
+    rows_G: np.ndarray, lengths_G: np.ndarray, parts: int
+) -> list[np.ndarray]:
+    """rows_B of each of `parts` micro-batches of a global batch, longest rows first; no rows where
+    it has too few. A pure function of the batch: no rank's share depends on the number of ranks."""
+    by_length_G = rows_G[np.argsort(-lengths_G, kind="stable")]
+    ends = np.cumsum(cut_by_tokens(-np.sort(-lengths_G), parts))
+    cut = np.split(by_length_G, ends[:-1]) if len(ends) else []
+    return [*cut, *[np.zeros(0, np.int64)] * (parts - len(cut))]
 
 
 @dataclass(frozen=True)
@@ -199,8 +233,9 @@ class Step:
 class BatchStream:
     """The run's global batches in their order, and this rank's share of each.
 
-    Rank r takes micro-batches r, r + size, ...; where ranks do not divide them, whole micro-batches
-    of fillers make the numbers equal, because every rank must do the same number of forwards.
+    A global batch makes global_batch / micro_batch micro-batches of like padded tokens. Rank r
+    takes micro-batches r, r + size, ...; where ranks do not divide them, micro-batches of one
+    filler make the numbers equal, because every rank must do the same number of forwards.
     """
 
     def __init__(
@@ -219,7 +254,7 @@ class BatchStream:
         self.split = split
         self.seed = seed
         self.global_batch = global_batch
-        self.micro_batch = micro_batch
+        self.parts = global_batch // micro_batch
         self.rank, self.size = rank, size
         self.lengths_B = split.tokens.lengths_B()
         self.steps_per_epoch = -(-len(split) // global_batch)
@@ -229,7 +264,7 @@ class BatchStream:
 
     def order_SG(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            order = epoch_order(self.lengths_B, self.seed, epoch, self.global_batch)
+            order = epoch_order(len(self.split), self.seed, epoch, self.global_batch)
             self._order = (epoch, order)
         return self._order[1]
 
@@ -237,24 +272,30 @@ class BatchStream:
         return Cursor(*divmod(step, self.steps_per_epoch))
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of a global batch (-1: none), by length."""
+        """The rows of a global batch, in the order of the epoch."""
         at = self.cursor(step)
-        return np.asarray(self.order_SG(at.epoch)[at.batch])
+        rows_G = self.order_SG(at.epoch)[at.batch]
+        return np.asarray(rows_G[rows_G >= 0])
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """rows_B of each micro-batch of a step, over all ranks; the last ones may have none."""
+        rows_G = self.rows(step)
+        return cut_into_micro_batches(rows_G, self.lengths_B[rows_G], self.parts)
 
     def micro_count(self) -> int:
         """Micro-batches per step and rank."""
-        return -(-(self.global_batch // self.micro_batch) // self.size)
+        return -(-self.parts // self.size)
 
     def step(self, number: int) -> Step:
-        rows_G = self.rows(number)
+        rows_MB = self.micro_batches(number)
         batches = []
         for turn in range(self.micro_count()):
             micro = turn * self.size + self.rank
-            rows_B = rows_G[micro * self.micro_batch : (micro + 1) * self.micro_batch]
+            rows_B = rows_MB[micro] if micro < len(rows_MB) else rows_MB[0][:0]
             if len(rows_B) == 0:
-                rows_B = np.full(self.micro_batch, -1, np.int64)
+                rows_B = np.array([-1])
             batches.append(make_batch(self.split, rows_B, number, micro))
-        return Step(number, self.cursor(number + 1), batches, int((rows_G >= 0).sum()))
+        return Step(number, self.cursor(number + 1), batches, sum(map(len, rows_MB)))
 
     def windows(self, start: int, most_rows: int) -> Iterator[range]:
         """Runs of steps from `start` whose rows are at most `most_rows` (at least one step).
@@ -271,7 +312,7 @@ class BatchStream:
     def entries(self, steps: Sequence[int] | range) -> np.ndarray:
         """The unique examples of these steps, ascending."""
         rows = np.concatenate([self.rows(step) for step in steps])
-        return np.unique(self.split.entry_B[rows[rows >= 0]])
+        return np.unique(self.split.entry_B[rows])
 
 
 def padding_waste(batches: Sequence[Batch]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Shapes: B rows, C classes, K text rows per example, L tokens.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -136,10 +137,9 @@ class Engine:
             norm = self.zero.step()
             self.schedule.step()
             return norm
-        norm = 0.0
-        if self.max_grad_norm > 0:
-            clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            norm = float(clipped)
+        # without clipping the norm is looked at all the same
+        most = self.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -94,22 +94,20 @@ def asked_teachers(
 ) -> np.ndarray | None:
     """asked_NR: `random` asks one teacher per micro-batch, `routed` one per row, other methods all
     whose weight is not 0 (None: all)."""
-    teachers, size = len(weights_N), config.micro_batch
+    teachers = len(weights_N)
     asked_NR = np.zeros((teachers, len(entries_R)), bool)
     if config.ensemble not in ("random", "routed"):
         asked_NR[weights_N.numpy() > 0] = True
         return None if asked_NR.all() else asked_NR
     routes_B = batches.split.examples.routes_B
     for step in steps:
-        rows_G = batches.rows(step)
         if routes_B is not None:
-            rows_B = rows_G[rows_G >= 0]
+            rows_B = batches.rows(step)
             at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
             asked_NR[routes_B[rows_B], at_B] = True
             continue
-        for micro in range(config.global_batch // size):
-            rows_B = rows_G[micro * size : (micro + 1) * size]
-            entries_B = batches.split.entry_B[rows_B[rows_B >= 0]]
+        for micro, rows_B in enumerate(batches.micro_batches(step)):
+            entries_B = batches.split.entry_B[rows_B]
             chosen = chosen_teacher(config.seed, step, micro, teachers)
             asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
     return asked_NR

@@ -261,10 +261,14 @@ def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fingerprint(examples: ExampleSet) -> str:
-    """A hash of identities, labels, routes and their order."""
+    """A hash of identities, labels, routes, groups, accepted answers and their order."""
     kind = "<f8" if examples.labels_B.dtype.kind == "f" else "<i8"
     digest = hashlib.blake2b(examples.ids_B2.astype("<i8").tobytes(), digest_size=16)
     digest.update(examples.labels_B.astype(kind).tobytes())
     if examples.routes_B is not None:
         digest.update(examples.routes_B.astype("<i8").tobytes())
+    if examples.groups_B is not None:
+        digest.update(examples.groups_B.astype("<i8").tobytes())
+    if examples.answers is not None:
+        digest.update(repr(examples.answers).encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sead_dist.checkpoint import TrainState
 from sead_dist.config import RunConfig
-from sead_dist.data import epoch_order, tokenize
+from sead_dist.data import cut_into_micro_batches, epoch_order, tokenize
 from sead_dist.distributed import from_main
 from sead_dist.examples import ExampleSet, entries, sample
 from sead_dist.parts import Parts
@@ -37,21 +37,22 @@ from sead_dist.teachers.placement import deal
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.store import PredictionStore
 
-# rows whose tokens are counted; more of a split are taken to be like them
+# rows whose tokens are counted, and steps that are cut into micro-batches; others are like them
 SAMPLE = 4000
+SAMPLE_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Work:
     """What a run has before it. requests_N: for each teacher the tokens of the rows it has to
-    compute, one array for each request. lengths_SM: padded tokens of an epoch's micro-batches.
-    steps and examples: those still to be trained."""
+    compute, one array for each request. lengths_SM, rows_SM: padded length and rows of the
+    micro-batches of an epoch or of its first steps. steps, examples: those still to be trained."""
 
     requests_N: list[list[np.ndarray]]
     lengths_SM: np.ndarray
+    rows_SM: np.ndarray
     steps: int
     examples: int
-    micro_batch: int
     choices: int
 
     @property
@@ -104,9 +105,10 @@ def make_work(
     first: it does where this run was cut off, and not where another one asked for other rows."""
     train = examples.train
     lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
-    order_SG = epoch_order(lengths_B, config.seed, 0, config.global_batch)
-    lengths_SG = np.where(order_SG >= 0, lengths_B[order_SG], lengths_B.min())
-    lengths_SM = lengths_SG.reshape(len(order_SG), -1, config.micro_batch).max(axis=2)
+    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch)
+    lengths_SM, rows_SM = micro_batch_shapes(
+        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch // config.micro_batch
+    )
     total = config.max_steps or config.epochs * len(order_SG)
     in_time = min(1.0, total / len(order_SG))
     shares_N = [share * in_time for share in asked_share(config, teachers, train)]
@@ -131,7 +133,24 @@ def make_work(
             requests_N[n] += [spread(counted[key], size) for size in sizes]
     left = max(0, total - done)
     rows = round(left * len(train) / len(order_SG))
-    return Work(requests_N, lengths_SM, left, rows, config.micro_batch, train.choices)
+    return Work(requests_N, lengths_SM, rows_SM, left, rows, train.choices)
+
+
+def micro_batch_shapes(
+    order_SG: np.ndarray, lengths_B: np.ndarray, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths_SM, rows_SM): padded length and rows of each micro-batch of these steps. One without
+    rows is a single filler of the shortest length."""
+    shape = (len(order_SG), parts)
+    lengths_SM, rows_SM = np.full(shape, lengths_B.min()), np.ones(shape, np.int64)
+    for step, rows_G in enumerate(order_SG):
+        lengths_G = lengths_B[rows_G[rows_G >= 0]]
+        micro_batches = cut_into_micro_batches(np.arange(len(lengths_G)), lengths_G, parts)
+        for micro, rows_B in enumerate(micro_batches):
+            if len(rows_B):
+                lengths_SM[step, micro] = lengths_G[rows_B[0]]
+                rows_SM[step, micro] = len(rows_B)
+    return lengths_SM, rows_SM
 
 
 def store_bytes(work: Work, teachers: Sequence[Teacher]) -> int:
@@ -190,16 +209,15 @@ def teachers_seconds(
 
 
 def training_seconds(work: Work, rate: Rate, size: int) -> float:
-    """Seconds of the student's steps: in every turn all ranks wait for the longest micro-batch.
+    """Seconds of the student's steps: in every turn all ranks wait for the slowest micro-batch.
     What ranks send each other is not in it."""
     steps, micro_batches = work.lengths_SM.shape
     turns = -(-micro_batches // size)
-    lengths = np.full((steps, turns * size), work.lengths_SM.min())
-    lengths[:, :micro_batches] = work.lengths_SM
-    longest = lengths.reshape(-1, size).max(axis=1)
-    steady = replace(rate, shape_s=0.0)
-    epoch_s = steady.seconds(longest, np.full(len(longest), work.micro_batch))
-    first_s = rate.shape_s * len(np.unique(longest)) if work.steps else 0.0
+    spent_SM = np.zeros((steps, turns * size))
+    spent_SM[:, :micro_batches] = rate.row_s(work.lengths_SM) * work.rows_SM + rate.batch_s
+    epoch_s = float(spent_SM.reshape(-1, size).max(axis=1).sum())
+    shapes = set(zip(work.lengths_SM.flat, work.rows_SM.flat, strict=True))
+    first_s = rate.shape_s * len(shapes) if work.steps else 0.0
     return work.steps * (epoch_s / int(steps) + rate.once_s) + first_s
 
 
@@ -226,7 +244,7 @@ def bound(
             spent += float(np.sum(each_R + teacher_rate.batch_s / full_R))
     lengths = work.lengths_SM.reshape(-1)
     steady = replace(rate, shape_s=0.0)
-    epoch_s = steady.seconds(lengths, np.full(len(lengths), work.micro_batch))
+    epoch_s = steady.seconds(lengths, work.rows_SM.reshape(-1))
     spent += work.steps * epoch_s / len(work.lengths_SM)
     return work.examples / max(spent / size + work.steps * rate.once_s, 1e-12)
 

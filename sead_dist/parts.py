@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sead_dist.checkpoint import Checkpointer, Identity, teacher_identity
+from sead_dist.checkpoint import RULES, Checkpointer, Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
@@ -32,7 +32,7 @@ from sead_dist.runfolder import claim, forget_followed, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
 from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
-from sead_dist.student import build_student, student_tokenizer
+from sead_dist.student import build_student, start_hash, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
 from sead_dist.teachers.follow import Follower, store_id
@@ -102,6 +102,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         config.identity(),
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
+        from_main(world, lambda: start_hash(config.student, config.teachers)),
+        RULES,
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+LOSSES = {
+    "loss": ("total", BLUE, "-"),
+    "loss_soft": ("soft (teachers)", ORANGE, "--"),
+    "loss_hard": ("hard (labelled rows)", GREEN, ":"),
+}
 Floats = NDArray[np.floating[Any]]
 
 
@@ -60,13 +65,9 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> 
     """Draw the loss parts, and below them the selection score, over steps."""
     figure = _figure(8, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    train = [r for r in records if r.get("event") == "train"]
+    train = even_records([r for r in records if r.get("event") == "train"])
     window = _window(len(train))
-    for key, label, colour, style in (
-        ("loss", "total", BLUE, "-"),
-        ("loss_soft", "soft (teachers)", ORANGE, "--"),
-        ("loss_hard", "hard (labelled rows)", GREEN, ":"),
-    ):
+    for key, (label, colour, style) in LOSSES.items():
         points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
         if points:
             _line(top, np.array(points, dtype=float), label, colour, style, window)
@@ -88,6 +89,36 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> 
         _note(bottom, "no evaluation on the selection split")
     bottom.set(xlabel="optimiser step", ylabel=f"selection {metric}")
     _save(figure, path)
+
+
+def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of training, those of few rows joined with their neighbours: a score or the end
+    of the run cuts a record short, and the mean of a few rows is no point of a curve.
+
+    Losses are means over rows; a joined record has the step of its last one.
+    """
+    if not all("rows" in record for record in train):
+        return [dict(record) for record in train]  # of a version that did not count them
+    full = max((record["rows"] for record in train), default=0)
+    joined: list[dict[str, Any]] = []
+    for record in train:
+        if joined and joined[-1]["rows"] < full / 2:
+            joined.append(_join(joined.pop(), record))
+        else:
+            joined.append(dict(record))
+    if len(joined) > 1 and joined[-1]["rows"] < full / 2:
+        last = joined.pop()
+        joined.append(_join(joined.pop(), last))
+    return joined
+
+
+def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    rows = first["rows"] + second["rows"]
+    both = {**second, "rows": rows}
+    for key in LOSSES:
+        if first.get(key) is not None and second.get(key) is not None:
+            both[key] = (first[key] * first["rows"] + second[key] * second["rows"]) / rows
+    return both
 
 
 def plot_scores(

@@ -11,12 +11,12 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sead_dist.checkpoint import Identity, refuse_other
+from sead_dist.checkpoint import RULES, Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
 from sead_dist.errors import UserError
 from sead_dist.redact import without_secrets
@@ -29,6 +29,7 @@ from sead_dist.runlog import (
     written_aside,
 )
 from sead_dist.splits import load_examples
+from sead_dist.student import start_hash
 from sead_dist.tasks import load_task
 
 # what a run leaves before its first checkpoint; a new claim starts without it
@@ -80,7 +81,10 @@ def already_finished(config: RunConfig) -> bool:
     refuse_other_teachers(config)
     task = load_task(config.task)
     data = load_examples(config, task, lambda _line: None).fingerprint(task)
-    refuse_other(run, saved, replace(saved, data=data))
+    start = saved.start
+    with suppress(UserError):  # a start that is gone now is no other one
+        start = start_hash(config.student, config.teachers)
+    refuse_other(run, saved, replace(saved, data=data, start=start))
     return True
 
 
@@ -93,7 +97,7 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
     saved = Identity(**read_json(run / "run.json")["identity"])
-    refuse_other(run, saved, replace(saved, config=config.identity()))
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=RULES))
     return saved
 
 

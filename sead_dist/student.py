@@ -1,6 +1,7 @@
 """The student at its start: a checkpoint, chosen layers of one, or a new shape."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from sead_dist.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
+    setting_hash,
+    weights_hash,
 )
 from sead_dist.tasks import TaskSpec
 from sead_dist.yamltext import parse_yaml
@@ -45,6 +48,20 @@ COUNTS = {"n_layers", "num_layers", "num_hidden_layers"}
 NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
+def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str:
+    """Of the files that decide the student's weights before the first step, and its tokeniser.
+
+    Raises UserError where they are not there.
+    """
+    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
+    if student.shape is not None:
+        digest.update(_shape_file(student.shape).read_bytes())
+    elif student.path is not None:
+        checkpoint = locate(student.path)
+        digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
+    return digest.hexdigest()
+
+
 def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
     """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
     sources = [student.tokenizer, student.path, *(teacher.path for teacher in teachers)]
@@ -56,12 +73,17 @@ def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig])
     return locate(source, marks=TOKENIZER_FILES)
 
 
-def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def _shape_file(shape: str) -> Path:
     named = config_folder() / "students" / f"{shape}.yaml"
     path = named if named.is_file() else Path(shape)
     if not path.is_file():
         known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
         raise UserError(f"{shape} is no shape of a model; known: {', '.join(known)}, or a file")
+    return path
+
+
+def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    path = _shape_file(shape)
     fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(

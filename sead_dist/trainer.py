@@ -158,9 +158,9 @@ class Trainer:
                 self.engine.backward(terms.total)
             self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
-            tally.losses += torch.stack(
-                [terms.total.detach(), terms.soft, terms.hard, terms.inner]
-            ).cpu()
+            parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.inner])
+            # a row counts alike in the log, whatever batch it was in
+            tally.losses += parts.cpu() * lesson.step.valid_rows
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
@@ -200,7 +200,7 @@ class Trainer:
     ) -> tuple[dict[str, float], TrainState]:
         """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
         parts = gather_objects(self.world, tally)
-        losses = torch.stack([part.losses for part in parts]).sum(0) / tally.steps
+        losses = torch.stack([part.losses for part in parts]).sum(0) / tally.rows
         total, soft, hard, inner = losses.tolist()
         if not np.isfinite(total):
             raise RunError(
@@ -213,6 +213,7 @@ class Trainer:
         shown = {
             "epoch": round(state.step / self.batches.steps_per_epoch, 4),
             "loss": total,
+            "rows": tally.rows,
             "learning_rate": learning_rate,
             "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
             "teacher_wait_s": round(waited_s, 4),
@@ -260,15 +261,23 @@ class Trainer:
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if self.rival is not None and self.rival.has_no_head(state.step):
             return state  # its score is that of a head as it was made
-        better = state.best_metric is None or score > state.best_metric
-        if better or self.config.graduate == "last":
-            state = replace(state, best_step=state.step, best_metric=score)
+        if self.config.graduate == "last" or is_better(score, result.loss, state):
+            state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
             self.checkpointer.save_best(self.engine, state.step)
         return state
 
 
+def is_better(score: float, loss: float, state: TrainState) -> bool:
+    """Whether a student is better than the best so far: by its score, and by its loss where the
+    scores are equal, as they often are on a small selection split."""
+    if state.best_metric is None or score > state.best_metric:
+        return True
+    return score == state.best_metric and (state.best_loss is None or loss < state.best_loss)
+
+
 class Tally:
-    """What this rank saw since the last line of the log. losses: total, soft, hard, inner."""
+    """What this rank saw since the last line of the log. losses: total, soft, hard, inner, each
+    summed over rows."""
 
     def __init__(self, teachers: int) -> None:
         self.losses = torch.zeros(4)

@@ -3,12 +3,23 @@
 B rows of a micro-batch, G rows of a global batch, S steps, U unique examples.
 """
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
 from small import config, example_set, sentences, small_split
 
-from sead_dist.data import BatchStream, Cursor, epoch_order, make_batch, make_split, tokenize
+from sead_dist.data import (
+    BatchStream,
+    Cursor,
+    cut_by_tokens,
+    cut_into_micro_batches,
+    epoch_order,
+    make_batch,
+    make_split,
+    tokenize,
+)
 from sead_dist.errors import UserError
 from sead_dist.examples import subset
 from sead_dist.grammar import grammar_tokenizer
@@ -89,7 +100,7 @@ def test_invariant_01_rows_that_fill_the_shape_reach_neither_teachers_nor_the_lo
             # what is asked for are the valid rows of the step, each once, on every rank
             for lesson, asked_R in zip(lessons, source.asked, strict=True):
                 rows_G = batches.rows(lesson.step.number)
-                assert asked_R.tolist() == sorted(split.entry_B[rows_G[rows_G >= 0]].tolist())
+                assert asked_R.tolist() == sorted(split.entry_B[rows_G].tolist())
             for lesson in lessons:
                 for batch in lesson.step.batches:
                     check_fillers_count_nothing(batch, lesson.step.valid_rows)
@@ -118,14 +129,100 @@ def test_every_rank_does_as_many_forwards_and_valid_rows_add_up():
             assert {part.valid_rows for part in parts} == {valid}
 
 
-def test_epochs_differ_and_seeds_differ_and_batches_are_of_like_length():
-    lengths_B = np.random.default_rng(0).integers(3, 60, 1000)
-    one = epoch_order(lengths_B, 0, 0, 32)
+def test_epochs_differ_and_seeds_differ():
+    one = epoch_order(1000, 0, 0, 32)
     assert sorted(one[one >= 0].tolist()) == list(range(1000))
-    assert not np.array_equal(one, epoch_order(lengths_B, 0, 1, 32))
-    assert not np.array_equal(one, epoch_order(lengths_B, 1, 0, 32))
-    spread = [np.ptp(lengths_B[rows[rows >= 0]]) for rows in one]
-    assert np.mean(spread) < 4
+    assert not np.array_equal(one, epoch_order(1000, 0, 1, 32))
+    assert not np.array_equal(one, epoch_order(1000, 1, 0, 32))
+
+
+def long_and_short(rows=400):
+    """A split whose label is decided by the length of the text."""
+    labels = ["negative", "positive"]
+    texts = [" ".join(["very"] * (1 + n % 40)) for n in range(rows)]
+    return make_split(
+        example_set(texts, [labels[n % 40 >= 20] for n in range(rows)]), grammar_tokenizer(), 64
+    )
+
+
+def test_invariant_01_a_batch_is_a_random_sample_whatever_the_lengths():
+    split = long_and_short()
+    batches = batches_of(split, epochs=40, global_batch=20, micro_batch=5)
+    labels_B = split.examples.labels_B
+    means_S = np.array([labels_B[batches.rows(n)].mean() for n in range(batches.total_steps)])
+    # of 20 rows drawn without replacement from 400, half of which have label 1
+    expected = 0.25 / 20 * (1 - 20 / 400) * 400 / 399
+    assert 0.8 * expected < means_S.var() < 1.25 * expected
+
+
+def test_invariant_01_two_rows_meet_again_no_oftener_than_chance_says():
+    batches = batches_of(long_and_short(), epochs=21, global_batch=20, micro_batch=5)
+    batch_of = np.zeros((21, 400), int)
+    for step in range(batches.total_steps):
+        at = batches.cursor(step)
+        batch_of[at.epoch, batches.rows(step)] = at.batch
+    upper = np.triu_indices(400, 1)
+    met = [(row[:, None] == row[None])[upper] for row in batch_of]
+    again = np.mean([(a & b).sum() / a.sum() for a, b in pairwise(met)])
+    assert abs(again - 19 / 399) < 0.005
+
+
+def test_invariant_01_the_incomplete_batch_holds_random_rows():
+    split = long_and_short(41)
+    batches = batches_of(split, epochs=400, global_batch=20, micro_batch=5)
+    last = [batches.rows(n) for n in range(batches.total_steps) if len(batches.rows(n)) < 20]
+    assert [len(rows) for rows in last] == [1] * 400
+    seen = np.bincount(np.concatenate(last), minlength=41)
+    assert (seen > 0).all()
+    assert seen.max() < 25  # 10 each are expected
+
+
+def test_micro_batches_hold_rows_of_like_length_and_ranks_like_tokens():
+    split = long_and_short()
+    batches = batches_of(split, global_batch=40, micro_batch=10)
+    for step in range(batches.steps_per_epoch):
+        lengths = [batches.lengths_B[rows] for rows in batches.micro_batches(step)]
+        assert len(lengths) == 4
+        assert sorted(np.concatenate(lengths).tolist(), reverse=True) == [
+            length for part in lengths for length in part.tolist()
+        ]
+        padded = [part.max() * len(part) for part in lengths]
+        whole = sum(int(part.sum()) for part in lengths)
+        assert max(padded) <= 1.35 * whole / 4
+        # as many rows in each would leave the first rank with far more
+        assert max(padded) < 0.8 * 10 * lengths[0].max()
+
+
+def test_micro_batches_of_a_step_do_not_depend_on_the_other_steps_or_on_ranks():
+    lengths_G = np.random.default_rng(0).integers(3, 60, 32)
+    rows_G = np.arange(100, 132)
+    one = cut_into_micro_batches(rows_G, lengths_G, 4)
+    two = cut_into_micro_batches(rows_G.copy(), lengths_G.copy(), 4)
+    assert [rows.tolist() for rows in one] == [rows.tolist() for rows in two]
+    assert sorted(np.concatenate(one).tolist()) == rows_G.tolist()
+    assert [len(rows) for rows in cut_into_micro_batches(rows_G[:2], lengths_G[:2], 4)][2:] == [
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_no_other_cut_has_a_smaller_largest_part(parts):
+    random = np.random.default_rng(parts)
+    for count in (1, 2, 5, 7):
+        lengths_G = -np.sort(-random.integers(1, 9, count))
+        counts = cut_by_tokens(lengths_G, parts)
+        assert sum(counts) == count
+        assert len(counts) <= parts
+        cost = largest_part(lengths_G, np.cumsum(counts)[:-1])
+        inner = range(1, count)
+        for cuts in range(min(parts, count)):
+            for ends in combinations(inner, cuts):
+                assert cost <= largest_part(lengths_G, ends)
+
+
+def largest_part(lengths_G, ends):
+    return max(part[0] * len(part) for part in np.split(lengths_G, list(ends)))
 
 
 def test_a_cursor_counts_batches_that_were_consumed():

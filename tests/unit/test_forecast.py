@@ -153,7 +153,9 @@ def plain(rows_N, steps=(), micro_batch=2):
     """Work of rows of 16 tokens, and of steps whose micro-batches have so many."""
     lengths_SM = np.array(steps or [[16]])
     requests_N = [[np.full(rows, 16)] for rows in rows_N]
-    return Work(requests_N, lengths_SM, len(lengths_SM), 100, micro_batch, 1)
+    return Work(
+        requests_N, lengths_SM, np.full_like(lengths_SM, micro_batch), len(lengths_SM), 100, 1
+    )
 
 
 def test_in_a_step_all_ranks_wait_for_the_longest_micro_batch():

@@ -8,7 +8,7 @@ from PIL import Image
 from sample_run import CONFIG, make_run, softmax
 
 from sead_dist.errors import UserError
-from sead_dist.plots import reliability
+from sead_dist.plots import even_records, reliability
 from sead_dist.report import print_table, read_predictions, write_predictions, write_report
 from sead_dist.runlog import write_json
 
@@ -160,3 +160,17 @@ def test_a_printed_table_is_not_cut_where_there_is_no_terminal(capsys):
     assert "x" * 100 in out
     assert "0.9266" in out
     assert "[red]" in out
+
+
+def test_a_record_of_few_rows_makes_no_cliff_in_the_loss_curve():
+    full = [{"event": "train", "step": 10 * n, "rows": 320, "loss": 1.0} for n in (1, 2, 3)]
+    cut = {"event": "train", "step": 31, "rows": 4, "loss": 9.0, "loss_soft": None}
+    seen = even_records([*full, cut])
+    assert [record["step"] for record in seen] == [10, 20, 31]
+    assert seen[-1]["loss"] == pytest.approx((320 * 1.0 + 4 * 9.0) / 324)
+    # in the middle a short one joins the next
+    seen = even_records([full[0], {**cut, "step": 11}, full[1], full[2]])
+    assert [record["step"] for record in seen] == [10, 20, 30]
+    assert even_records([cut]) == [cut]
+    old = [{key: value for key, value in record.items() if key != "rows"} for record in full]
+    assert even_records(old) == old

@@ -1,0 +1,110 @@
+"""How large a micro-batch should be, and whether it is cut by rows or by padded tokens.
+
+The package's own loop, without teachers, on global batches of 32 random rows of three tasks, in
+seconds of an optimiser step. Cut by rows, every micro-batch has as many rows, longest first. Cut by
+tokens is what a run does. All variants are measured in turns, in one process.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from inputs import alone, laid_out, shape_file
+from outcome_file import common_arguments, set_threads, table, write_result
+
+from sead_dist import data
+from sead_dist.checkpoint import TrainState
+from sead_dist.configfiles import load_config
+from sead_dist.distributed import StopFlag
+from sead_dist.evaluate import EvalResult
+from sead_dist.parts import build
+from sead_dist.recipes import make_trainer, prepare_teachers
+
+SIZES = (32, 16, 8, 4)
+
+
+def cut_by_rows(lengths_G: np.ndarray, parts: int) -> list[int]:
+    return [len(part) for part in np.array_split(lengths_G, min(parts, len(lengths_G)))]
+
+
+@contextmanager
+def cut(how: str) -> Iterator[None]:
+    """Micro-batches cut so, while this is open."""
+    if how == "tokens":
+        yield
+        return
+    with mock.patch.object(data, "cut_by_tokens", cut_by_rows):
+        yield
+
+
+def measure(words: list[str]) -> tuple[float, float]:
+    """(seconds of a step, padding's share of the tokens), over the steps of one run."""
+    with ExitStack() as stack:
+        parts = build(load_config(words), alone(), stack, StopFlag())
+        ended: list[float] = []
+
+        def end(step: int) -> EvalResult:
+            ended.append(time.perf_counter())
+            nothing = np.zeros((0, 2), np.float32)
+            scores = {parts.task.metrics[0]: 0.0}
+            return EvalResult(parts.task.name, "selection", step, 0, scores, 0.0, 1.0, nothing)
+
+        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end)
+        began = time.perf_counter()
+        state = trainer.run(TrainState())
+        steps = parts.batches.total_steps
+        return (ended[-1] - began) / steps, state.totals["padding"] / state.totals["tokens"]
+
+
+def main() -> None:
+    parser = common_arguments(__doc__, rows=1000, repeat=5)
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "mrpc"])
+    parser.add_argument("--student", default="L6-H256")
+    parser.add_argument("--precision", default="fp32")
+    args = parser.parse_args()
+    sizes, rows = SIZES, args.rows
+    if args.smoke:
+        sizes, rows, args.tasks, args.student, args.repeat = (32, 8), 100, ["sst2"], "L1-H32", 1
+    folder = os.environ.get("SEAD_DIST_DATA")
+    if folder is None:
+        sys.exit("SEAD_DIST_DATA is not set; give the folder that holds sst2, stsb and mrpc")
+    set_threads(args.threads)
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    with laid_out(args.work, rows) as (work, _, tokenizer):
+        shape = shape_file(work / "student.yaml", args.student)
+        for _ in range(args.repeat):
+            for task in args.tasks:
+                for size in sizes:
+                    for how in ("rows", "tokens") if size < 32 else ("tokens",):
+                        with tempfile.TemporaryDirectory(dir=work) as run, cut(how):
+                            words = [
+                                task, f"data.path={Path(folder) / task}", "method=finetune",
+                                f"data.max_train_examples={rows}", f"student.shape={shape}",
+                                f"student.tokenizer={tokenizer}", f"micro_batch={size}",
+                                f"precision={args.precision}", "epochs=1", "max_length=128",
+                                "checkpoint.every_steps=0", f"output_dir={run}/run",
+                            ]  # fmt: skip
+                            found.setdefault((task, how, size), []).append(measure(words))
+    lines = []
+    for (task, how, size), seen in found.items():
+        step_s = statistics.median(seconds for seconds, _ in seen)
+        whole = statistics.median(seconds for seconds, _ in found[task, "tokens", 32])
+        times = f"{min(s for s, _ in seen):.3f}-{max(s for s, _ in seen):.3f}"
+        lines.append([task, size, how, step_s, times, seen[0][1], step_s / whole])
+    lines.sort(key=lambda line: (args.tasks.index(line[0]), -line[1], line[2]))
+    columns = ["task", "micro_batch", "cut by", "s/step", "range", "padding", "of one micro-batch"]
+    raw = [[*key, seen] for key, seen in found.items()]
+    title = "Micro-batches: their size, and how a global batch is cut"
+    write_result("micro_batches", title, table(columns, lines), raw, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What an older version left behind is refused in one line, never taken over: invariant 6."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small import example_set
+
+from sead_dist.checkpoint import RULES, Identity, refuse_other
+from sead_dist.configfiles import load_config
+from sead_dist.distributed import World
+from sead_dist.errors import UserError
+from sead_dist.examples import fingerprint
+from sead_dist.recipes import distill
+from sead_dist.sweep import run_sweep
+from sead_dist.tasks import Answer
+
+OLD = Path(__file__).parents[1] / "data" / "b2c3d08"
+ALONE = World(0, 1, torch.device("cpu"))
+WORDS = [
+    *("task=task/task.yaml", "data.path=task", "teachers=[teacher]", "student=start", "gate=off"),
+    *("epochs=2", "store=new-store", "select.fraction=0.2", "micro_batch=16"),
+]
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """A copy of what commit b2c3d08 made, as the working folder."""
+    folder = tmp_path / "old"
+    shutil.copytree(OLD, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["finished", "killed"])
+def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
+    before = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
+    epochs = ["epochs=2000"] if run == "killed" else []
+    with pytest.raises(UserError) as caught:
+        distill(load_config([*WORDS, *epochs, f"output_dir={run}"]), ALONE)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert f"output_dir={run} holds a run of another version of sead_dist, " in said
+    assert "rules order 1, start 1; this version has order 2, start 2" in said
+    assert "give another output_dir" in said
+    after = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
+    after.pop(old / run / ".lock", None)
+    assert after == before
+
+
+def test_a_sweep_of_old_rules_is_not_mixed_with_new_runs(old):
+    keys = [
+        *("tasks=[task/task.yaml]", "methods=[finetune]", "seeds=1", "data.path=task", "gate=off"),
+        *("teachers=[teacher]", "student=start", "epochs=1", "output_dir=sweep", "store=new-store"),
+    ]
+    with pytest.raises(UserError, match="holds a run of another version of sead_dist"):
+        run_sweep(keys, ALONE)
+
+
+def test_a_start_that_is_another_at_the_resume_is_refused(old):
+    words = [*WORDS, "output_dir=run", "max_steps=2"]
+    distill(load_config(words), ALONE)
+    weights = old / "start" / "model.safetensors"
+    spoilt = bytearray(weights.read_bytes())
+    spoilt[-1] ^= 1
+    weights.write_bytes(spoilt)
+    with pytest.raises(UserError, match=r"the student's start was .*, is .*; give the same"):
+        distill(load_config(words), ALONE)
+    # one that is gone is no other one: the run is finished all the same
+    shutil.rmtree(old / "start")
+    distill(load_config(words), ALONE)
+
+
+def test_every_rule_has_a_part_in_the_identity():
+    now = Identity({}, "data", [], "start", dict(RULES))
+    for name in RULES:
+        other = replace(now, rules={**RULES, name: 0})
+        with pytest.raises(UserError, match=f"rules {name} 0; this version has {name} 2"):
+            refuse_other(Path("run"), other, now)
+    written = json.loads(json.dumps({"config": {}, "data": "data", "teachers": []}))
+    assert set(Identity(**written).other_rules(now)) == set(RULES)
+
+
+def test_groups_and_accepted_answers_are_part_of_the_data():
+    plain = example_set(["good", "bad"])
+    grouped = [replace(plain, groups_B=torch.tensor(ids).numpy()) for ids in ([0, 0], [0, 1])]
+    answered = [
+        replace(plain, answers=[Answer("a", ("a", more)), Answer("b", ("b",))]) for more in "cd"
+    ]
+    assert len({fingerprint(each) for each in (plain, *grouped, *answered)}) == 5
