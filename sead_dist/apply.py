@@ -29,6 +29,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import Forward, evaluate, student_logits
 from sead_dist.examples import ExampleSet, build_examples
 from sead_dist.loading import Rows, read_rows
+from sead_dist.modelinputs import check_student, settle
 from sead_dist.models import (
     DTYPES,
     align_classes,
@@ -86,6 +87,8 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
     check_problem_type(task, name, config)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).to(device).eval()
+    settle(tokenizer, model.config)
+    check_student(model, tokenizer, longest(tokenizer, config), name)
     dtype = DTYPES[run_config(name).get("precision", "fp32")]
 
     def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:

@@ -22,13 +22,14 @@ from sead_dist.data import ORDER_RULES, Cursor
 from sead_dist.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.engine import Engine
 from sead_dist.errors import RunError, UserError
+from sead_dist.modelinputs import INPUT_RULES
 from sead_dist.runlog import write_json
 from sead_dist.student import START_RULES
 
 # of state.json (1: without rules, start and best_loss)
 FORMAT = 2
 # versions of what else decides a student than what its identity names
-RULES = {"order": ORDER_RULES, "start": START_RULES}
+RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,23 @@ class TokenTable:
     pad_id: int
     pad_type: int
     truncated: int
+    side: str = "right"
 
     def lengths_B(self) -> np.ndarray:
         """Tokens of each example: of its longest text row."""
         rows = np.diff(self.offsets).reshape(-1, self.choices)
         return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
 
-    def pad(self, rows_B: np.ndarray, length: int) -> dict[str, torch.Tensor]:
-        """Model inputs [B*K, length] of these examples, padded on the right."""
+    def pad(
+        self, rows_B: np.ndarray, length: int, side: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs [B*K, length] of these examples, padded on `side`, else the tokeniser's."""
         flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
         counts = (self.offsets[flat + 1] - self.offsets[flat])[:, None]
         columns = np.arange(length)[None, :]
-        mask = columns < counts
+        if (side or self.side) == "left":
+            columns = columns - (length - counts)
+        mask = (columns >= 0) & (columns < counts)
         index = np.where(mask, self.offsets[flat][:, None] + columns, 0)
         inputs = {
             "input_ids": np.where(mask, self.ids[index], self.pad_id).astype(np.int64),
@@ -91,6 +96,7 @@ def tokenize(
             types.append(np.array(flat, dtype=np.int8))
         if encoded.encodings is not None:
             truncated += sum(bool(row.overflowing) for row in encoded.encodings)
+    refuse_empty(examples, lengths)
     return TokenTable(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
         types=np.concatenate(types) if uses_types and types else None,
@@ -99,7 +105,18 @@ def tokenize(
         pad_id=int(tokenizer.pad_token_id),
         pad_type=int(tokenizer.pad_token_type_id),
         truncated=truncated,
+        side=str(tokenizer.padding_side),
     )
+
+
+def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
+    """Raises UserError for a text of which the tokeniser makes no token at all."""
+    if 0 in lengths:
+        row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1
+        raise UserError(
+            f"row {row} of {examples.split} has a text without a token, and this tokeniser adds "
+            "none of its own; fill in its text, or remove the row"
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sead_dist.data import Split, make_batch, make_split
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult, evaluate
+from sead_dist.modelinputs import settle
 from sead_dist.models import label_names, load_classifier
 from sead_dist.onnxfile import (
     NEEDED,
@@ -164,6 +165,7 @@ def load_original(
     checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).eval()
+    settle(tokenizer, model.config)
     order_C = class_order(name, model.config, task, labels)
     limit = longest(tokenizer, model.config)
     splits = [make_split(examples, tokenizer, limit) for examples in sets]

@@ -176,7 +176,8 @@ def batch_shapes(
             lengths_P += [mean] * len(sizes)
             rows_P += [size // mean for size in sizes]
             continue
-        for part, length in cut_into_batches(tokens_R, device, teacher.cut.longest):
+        cut = teacher.cut
+        for part, length in cut_into_batches(tokens_R, device, cut.longest, cut.padding):
             lengths_P.append(length)
             rows_P.append(rows_for(len(part), length, device, teacher.cut.free_rows))
     return lengths_P, rows_P

@@ -24,6 +24,7 @@ from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
 from sead_dist.internals import find_anatomy
+from sead_dist.modelinputs import check_student, settle
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.rates import known_costs
 from sead_dist.resaved import check_saving, one_row
@@ -188,6 +189,8 @@ def read_inputs(
     model = build_student(
         config.student, task, tokenizer, config.seed, config.trust_remote_code, say
     )
+    settle(tokenizer, model.config)
+    check_student(model, tokenizer, config.max_length, "the student")
     return task, load_examples(config, task, say), tokenizer, model
 
 

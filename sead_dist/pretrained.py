@@ -26,7 +26,7 @@ WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "
 # their positions start after the padding index
 OFFSET_POSITIONS = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
-    *("longformer", "mpnet", "data2vec-text", "ibert", "xmod"),
+    *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
 )
 
 

@@ -14,6 +14,7 @@ own classes, L tokens, H hidden.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data import TokenTable
+from sead_dist.modelinputs import Padding
 from sead_dist.models import DTYPES, new_classifier
 from sead_dist.pretrained import position_limit
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
@@ -65,11 +67,13 @@ SHAPES = {
 class Cut:
     """How a teacher's rows are cut into batches. longest: its position limit in tokens; free_rows:
     fewest rows of a batch whose bits do not depend on the row count, None where only the full
-    counts are safe; pack_from: fewest tokens of a pack, None where batches are padded."""
+    counts are safe; pack_from: fewest tokens of a pack, None where batches are padded; padding: on
+    which side, or "none" where only rows of one length go together."""
 
     longest: int
     free_rows: int | None
     pack_from: int | None = None
+    padding: Padding = "right"
 
     def full_rows(self, lengths: np.ndarray, device: str) -> np.ndarray:
         """The most rows of a batch of texts of each of these lengths."""
@@ -110,10 +114,12 @@ def rows_for(count: int, length: int, device: str, free_from: int | None) -> int
 
 
 def cut_into_batches(
-    lengths_R: np.ndarray, device: str, longest: int
+    lengths_R: np.ndarray, device: str, longest: int, padding: Padding = "right"
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(rows, padded length) of each batch, longest first so that memory peaks at the start."""
     padded_R = np.minimum(padded_length(lengths_R, device), max(longest, 2))
+    if padding == "none":
+        padded_R = lengths_R
     for length in np.unique(padded_R)[::-1]:
         rows = np.flatnonzero(padded_R == length)
         # one row of every batch is the guard
@@ -122,14 +128,18 @@ def cut_into_batches(
             yield part, int(length)
 
 
-def fill(inputs: dict[str, torch.Tensor], rows: int, choices: int) -> dict[str, torch.Tensor]:
-    """Add spare rows up to `rows` examples; the last is the guard, one token long."""
+def fill(
+    inputs: dict[str, torch.Tensor], rows: int, choices: int, padding: Padding = "right"
+) -> dict[str, torch.Tensor]:
+    """Add spare rows up to `rows` examples; the last is the guard, one token long, but where rows
+    are not padded."""
     count = inputs["input_ids"].shape[0] // choices
     spare = (rows - count) * choices
     filled = {name: torch.cat([t, t[:1].expand(spare, -1)]) for name, t in inputs.items()}
-    mask = filled["attention_mask"].clone()
-    mask[-choices:, 1:] = 0
-    filled["attention_mask"] = mask
+    if padding != "none":
+        mask = filled["attention_mask"].clone()
+        mask[-choices:, slice(0, -1) if padding == "left" else slice(1, None)] = 0
+        filled["attention_mask"] = mask
     return filled
 
 
@@ -138,14 +148,14 @@ def batch_inputs(
     rows_P: np.ndarray,
     length: int,
     device: torch.device,
-    free_from: int | None,
+    cut: Cut,
 ) -> dict[str, torch.Tensor]:
     """Model inputs of these examples, filled up to the rows that their bits ask for."""
-    inputs = tokens.pad(rows_P, length)
-    guard = int(inputs["attention_mask"].all())
-    rows = rows_for(len(rows_P) + guard, length, device.type, free_from)
+    inputs = tokens.pad(rows_P, length, cut.padding)
+    guard = int(inputs["attention_mask"].all()) if cut.padding != "none" else 0
+    rows = rows_for(len(rows_P) + guard, length, device.type, cut.free_rows)
     if rows > len(rows_P):
-        inputs = fill(inputs, rows, tokens.choices)
+        inputs = fill(inputs, rows, tokens.choices, cut.padding)
     return {name: sent(tensor, device) for name, tensor in inputs.items()}
 
 
@@ -168,8 +178,9 @@ def batches_of(
                 },
             )
         return
-    for part_P, length in cut_into_batches(tokens.lengths_B()[rows_R], device.type, cut.longest):
-        yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut.free_rows)
+    lengths_R = tokens.lengths_B()[rows_R]
+    for part_P, length in cut_into_batches(lengths_R, device.type, cut.longest, cut.padding):
+        yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -235,7 +246,8 @@ def predict(
 def probe_config(config: PretrainedConfig) -> PretrainedConfig:
     """The same widths with one layer and few words: cheap to run, the same kernels."""
     probe = copy.deepcopy(config)
-    probe.num_hidden_layers = 1
+    with suppress(NotImplementedError):  # Funnel counts its layers in blocks
+        probe.num_hidden_layers = 1
     if hasattr(probe, "vocab_size"):
         probe.vocab_size = max(128, (getattr(probe, "pad_token_id", 0) or 0) + 1)
     return probe

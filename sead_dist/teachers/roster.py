@@ -22,6 +22,7 @@ from sead_dist.config import RunConfig, TeacherConfig, teacher_names
 from sead_dist.distributed import World, gather_objects, on_every_rank
 from sead_dist.errors import UserError
 from sead_dist.loaded import bare_names
+from sead_dist.modelinputs import INPUT_RULES, Padding, probed_padding, settle
 from sead_dist.models import (
     DTYPES,
     align_classes,
@@ -172,9 +173,17 @@ def numerics_class(
     return json.dumps(facts, sort_keys=True)
 
 
-def _fingerprint(weights: str, config: PretrainedConfig, tokens: str, max_length: int) -> str:
+def _fingerprint(
+    weights: str, config: PretrainedConfig, tokens: str, max_length: int, padding: Padding
+) -> str:
+    """What a prediction depends on. Rows padded on the right stand for themselves: so the first
+    rules of input made them, and what was kept under those stays good where the tensors are the
+    same. A padding id or segments that were others then are in the config and the tokeniser."""
     shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
-    text = json.dumps([weights, shape, tokens, max_length], sort_keys=True, default=str)
+    facts: list[Any] = [weights, shape, tokens, max_length]
+    if padding != "right":
+        facts.append({"padding": padding, "rules of input": INPUT_RULES})
+    text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -220,7 +229,7 @@ def _call(
     student: PreTrainedTokenizerBase | None,
 ) -> list[Teacher]:
     entries = config.teachers
-    checked: dict[tuple[str, str, str | None], Cut] = {}
+    checked: dict[tuple[str, str, str | None, str, int], Cut] = {}
     alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
     tokenizers = {} if student is None else {tokenizer_hash(student): student}
     teachers: list[Teacher] = []
@@ -229,8 +238,11 @@ def _call(
     ):
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)
-        if setting not in alike:  # loading these 64 times would take seconds and half a gigabyte
+        if setting in alike:
+            settle(alike[setting][0], shape)
+        else:  # loading these 64 times would take seconds and half a gigabyte
             loaded = load_tokenizer(checkpoint, config.trust_remote_code)
+            settle(loaded, shape)
             check_vocabulary(checkpoint.name, loaded, shape)
             tokens = tokenizer_hash(loaded)
             parts = outline(shape, config.trust_remote_code)
@@ -245,15 +257,15 @@ def _call(
         if entry.weights is not None:
             check_quantize(name)
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
-        kind = (facts, dtype, entry.weights)
+        kind = (facts, dtype, entry.weights, tokens, max_length)
         if kind not in checked:
-            checked[kind] = cut_of(shape, dtype, device, entry.weights)
+            padding = probed_padding(tokenizer, shape, max_length)
+            checked[kind] = cut_of(shape, dtype, device, entry.weights, padding)
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
         classes = len(task.labels) if task.kind == "choice" else width(task)
-        key = TeacherKey(
-            _fingerprint(weights, shape, tokens, max_length), numerics, entry.path, classes
-        )
+        fingerprint = _fingerprint(weights, shape, tokens, max_length, checked[kind].padding)
+        key = TeacherKey(fingerprint, numerics, entry.path, classes)
         teachers.append(
             Teacher(
                 entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
@@ -264,16 +276,23 @@ def _call(
     return teachers
 
 
-def cut_of(config: PretrainedConfig, dtype: str, device: torch.device, weights: str | None) -> Cut:
+def cut_of(
+    config: PretrainedConfig,
+    dtype: str,
+    device: torch.device,
+    weights: str | None,
+    padding: Padding = "right",
+) -> Cut:
     """How rows of a model of this shape are cut, by the self-checks."""
     packs = packs_from(probe_config(config), dtype, device) if weights is None else None
-    free_rows = free_rows_from(config, dtype, device, weights)
-    return Cut(position_limit(config) or 1 << 30, free_rows, packs)
+    # the check of row counts compares batches padded on the right
+    free_rows = free_rows_from(config, dtype, device, weights) if padding == "right" else None
+    return Cut(position_limit(config) or 1 << 30, free_rows, packs, padding)
 
 
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
     """The same teacher, computing in fp32 with its weights as they are in its files."""
-    cut = cut_of(teacher.config, "fp32", device, None)
+    cut = cut_of(teacher.config, "fp32", device, None, teacher.cut.padding)
     attention = json.loads(teacher.key.numerics)["attention"]
     numerics = numerics_class(device, "fp32", None, attention, cut)
     return replace(

@@ -252,7 +252,7 @@ def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) 
     first = np.zeros(1, np.int64)
     if cut.pack_from is not None:
         return next(batches_of(tokens, first, world.device, cut, model.config))[1]
-    inputs = tokens.pad(first, int(tokens.lengths_B()[0]))
+    inputs = tokens.pad(first, int(tokens.lengths_B()[0]), cut.padding)
     return {name: tensor.to(world.device) for name, tensor in inputs.items()}
 
 

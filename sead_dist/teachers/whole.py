@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
+from sead_dist.modelinputs import check_teacher, reset_attention
 from sead_dist.models import build_teacher
 from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.quantize import quantize
@@ -37,6 +38,9 @@ def load_whole(
     model = None if trust_remote_code else _filled(teacher, device, empty)
     if model is None:  # Transformers knows older files and other names
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
+    model.config.pad_token_id = teacher.config.pad_token_id
+    reset_attention(model)
+    check_teacher(model, teacher.tokenizer, teacher.max_length, teacher.cut.padding, teacher.name)
     if teacher.entry.weights is not None:
         quantize(model)
     if teacher.cut.pack_from is not None:

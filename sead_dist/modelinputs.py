@@ -1,0 +1,249 @@
+"""What a model is fed: segment ids, the padding token, and the side on which rows are padded.
+
+A prediction equals what the model says of that text alone, unpadded, to rounding (invariant 3).
+Which padding keeps that is found by trying it. Models that no padding leaves alone (MobileBERT's
+trigrams, FNet's Fourier transform, convolutions over tokens) get rows of one length together.
+
+Shapes: R rows, L tokens, C classes.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.errors import UserError
+from sead_dist.models import new_classifier
+from sead_dist.pretrained import OFFSET_POSITIONS, fitting_length
+
+# Version of the rules of this file. A run goes on under the rules that it began with, or not at
+# all. (1: padded on the right, with the ids and names that config and tokeniser happened to have.)
+INPUT_RULES = 2
+Padding = Literal["right", "left", "none"]
+# a model's own answer to a text, and the one it gives in a batch, differ by rounding alone
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# the ids of marks in a model's config
+MARKS = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
+KEPT_IDS = 1000
+
+
+def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Make tokeniser and model speak of the same inputs, whatever their files happen to say.
+
+    A model that has segments gets those of the tokeniser's own template. A model that looks for its
+    last token finds it by the padding token, which is the tokeniser's.
+    """
+    names = list(tokenizer.model_input_names)
+    if (getattr(config, "type_vocab_size", None) or 0) > 1 and "token_type_ids" not in names:
+        _set(tokenizer, "model_input_names", [*names, "token_type_ids"])
+    # where positions count from the padding id, it is part of the weights
+    if config.model_type not in OFFSET_POSITIONS:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def rows_alone(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Each text as a batch of its own, without padding, as plain Transformers makes it."""
+    rows = []
+    for text in texts:
+        one = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        one = {name: tensor for name, tensor in one.items() if isinstance(tensor, torch.Tensor)}
+        rows.append({"attention_mask": torch.ones_like(one["input_ids"]), **one})
+    return rows
+
+
+def padded(
+    rows: Sequence[dict[str, torch.Tensor]], side: str, pad_id: int, pad_type: int
+) -> dict[str, torch.Tensor]:
+    """These rows as one batch, padded on a side to the longest."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    fillers = {"input_ids": pad_id, "token_type_ids": pad_type}
+    batch = {}
+    for name in rows[0]:
+        parts = []
+        for row in rows:
+            more = longest - row[name].shape[1]
+            ends = (more, 0) if side == "left" else (0, more)
+            parts.append(torch.nn.functional.pad(row[name], ends, value=fillers.get(name, 0)))
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+def reset_attention(model: PreTrainedModel) -> None:
+    """Before every forward a model that changes its attention after a short batch, and never back
+    (BigBird), gets the attention of its config again."""
+    body = getattr(model, model.base_model_prefix, model)
+    asked = getattr(model.config, "attention_type", None)
+    if asked is None or not hasattr(body, "set_attention_type"):
+        return
+
+    def reset(*_: object) -> None:
+        if body.attention_type != asked:
+            # its own switch refuses to be called for what it takes to be its setting
+            body.set_attention_type(asked)
+
+    body.register_forward_pre_hook(reset)
+
+
+@torch.inference_mode()
+def padding_of(
+    model: PreTrainedModel,
+    rows: Sequence[dict[str, torch.Tensor]],
+    first: str,
+    pad_id: int,
+    pad_type: int,
+) -> Padding:
+    """Which padding leaves the model's answers as they are for each row alone: that of `first`, of
+    the other side, or none. rows: of unlike length, shortest first, on the model's device."""
+    tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
+    alone_RC = torch.cat([model(**row).logits.float() for row in rows])
+    again_RC = torch.cat([model(**row).logits.float() for row in reversed(rows)]).flip(0)
+    most = float(alone_RC.abs().max()) * tolerance + 1e-6
+    if bool((again_RC - alone_RC).abs().max() > most):
+        raise UserError("its answers depend on what it was asked before")
+    sides: list[Padding] = ["right", "left"] if first == "right" else ["left", "right"]
+    for side in sides:
+        together_RC = model(**padded(rows, side, pad_id, pad_type)).logits.float()
+        if bool((together_RC - alone_RC).abs().max() <= most):
+            return side
+    return "none"
+
+
+def probe_texts(max_length: int) -> list[str]:
+    """Texts of a word, of some, and of as many tokens as a row may have."""
+    words = "the film is a warm , funny and moving story of two old friends .".split()
+    return [words[1], " ".join(words), " ".join(words * (max_length // 8 + 1))]
+
+
+def dense(
+    rows: Sequence[dict[str, torch.Tensor]], config: PretrainedConfig, pad_id: int
+) -> tuple[list[dict[str, torch.Tensor]], PretrainedConfig]:
+    """The same rows and config with few ids, the large ones renamed in both: random embeddings of a
+    whole vocabulary take long to draw."""
+    marks = {name: mark for name in MARKS if isinstance(mark := getattr(config, name, None), int)}
+    seen = {pad_id, *marks.values()}
+    for row in rows:
+        seen.update(row["input_ids"].flatten().tolist())
+    renamed = {old: KEPT_IDS + n for n, old in enumerate(sorted(i for i in seen if i >= KEPT_IDS))}
+    small = copy.deepcopy(config)
+    small.vocab_size = KEPT_IDS + len(renamed)
+    for name, mark in marks.items():
+        setattr(small, name, renamed.get(mark, mark))
+    fewer = [
+        {**row, "input_ids": row["input_ids"].clone().apply_(lambda old: renamed.get(old, old))}
+        for row in rows
+    ]
+    return fewer, small
+
+
+def shallow(config: PretrainedConfig) -> PretrainedConfig:
+    """The same with two layers, where a kind can have fewer than it has."""
+    small = copy.deepcopy(config)
+    with suppress(NotImplementedError, AttributeError):  # Funnel counts its layers in blocks
+        small.num_hidden_layers = min(2, int(getattr(config, "num_hidden_layers", 2) or 2))
+    return small
+
+
+def make_tell_apart(model: PreTrainedModel) -> None:
+    """Random weights that answer texts unlike, and a padding token that is seen where it is looked
+    at: new embeddings have nothing there, trained ones may."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].normal_()
+
+
+def check_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    padding: Padding,
+    name: str,
+) -> None:
+    """With its own weights a teacher's answers stand the padding that its kind was found to.
+
+    Raises UserError where they do not.
+    """
+    if padding == "none":
+        return
+    rows = [
+        {key: tensor.to(model.device) for key, tensor in row.items()}
+        for row in rows_alone(tokenizer, probe_texts(max_length), max_length)
+    ]
+    pad_id, pad_type = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
+    found = padding_of(model, rows, padding, pad_id, pad_type)
+    if found != padding:
+        raise UserError(
+            f"teacher {name} answers a text in a batch padded on the {padding} otherwise than that "
+            f"text alone, though a {model.config.model_type} should not; leave it out, and check "
+            "that its tokeniser is the one that it was trained with"
+        )
+
+
+def probed_padding(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_length: int
+) -> Padding:
+    """The padding of a kind of model, found on a shallow one with random weights, so that it is
+    known before any weights are read. What cannot be tried so is padded as its tokeniser does."""
+    length = fitting_length(max_length, config)
+    first = tokenizer.padding_side
+    try:
+        small = shallow(config)
+        rows = rows_alone(tokenizer, probe_texts(length), length)
+        pad_id = int(tokenizer.pad_token_id)
+        if getattr(config, "vocab_size", None) is not None:
+            rows, small = dense(rows, small, pad_id)
+            pad_id = int(small.pad_token_id) if small.pad_token_id is not None else pad_id
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = new_classifier(small).eval()
+            with torch.no_grad():
+                make_tell_apart(model)
+        reset_attention(model)
+        return padding_of(model, rows, first, pad_id, int(tokenizer.pad_token_type_id))
+    except Exception:  # what cannot be cut down is looked at when it is loaded
+        return "left" if first == "left" else "right"
+
+
+def check_student(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> None:
+    """Settle the side on which a model's rows are padded, and give it to its tokeniser, which is
+    saved with it. Raises UserError for a model that no padding leaves alone."""
+    length = fitting_length(max_length, model.config)
+    reset_attention(model)
+    rows = rows_alone(tokenizer, probe_texts(length), length)
+    was_training, device = model.training, model.device
+    rows = [{key: tensor.to(device) for key, tensor in row.items()} for row in rows]
+    pad: dict[str, Any] = {
+        "pad_id": int(tokenizer.pad_token_id), "pad_type": int(tokenizer.pad_token_type_id)
+    }  # fmt: skip
+    kind = model.config.model_type
+    try:
+        # of its kind with other weights, which may tell apart what these do not
+        padding = probed_padding(tokenizer, model.config, max_length)
+        if padding != "none":
+            padding = padding_of(model.eval(), rows, padding, **pad)
+        reason = "its answers change with the padding of a batch"
+    except UserError as error:
+        padding, reason = "none", str(error)
+    finally:
+        model.train(was_training)
+    if padding == "none":
+        raise UserError(
+            f"{name} is a {kind}, and {reason}, so what is trained in batches is not what "
+            "answers a text alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
+        )
+    _set(tokenizer, "padding_side", padding)
+
+
+def _set(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> None:
+    """Of a tokeniser, and of what it saves: it saves what it was made with."""
+    setattr(tokenizer, name, value)
+    tokenizer.init_kwargs[name] = value

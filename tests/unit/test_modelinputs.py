@@ -1,0 +1,220 @@
+"""What a model is fed: a prediction in a batch equals that of the text alone (invariant 3).
+
+R rows, C classes.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import CPU, SHAPES, TASK, build_model, config, example_set, save_teacher, sentences
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from sead_dist.data import make_split, tokenize
+from sead_dist.distributed import World
+from sead_dist.errors import UserError
+from sead_dist.grammar import LABELS, grammar_tokenizer
+from sead_dist.modelinputs import check_student, check_teacher, padding_of, rows_alone, settle
+from sead_dist.models import load_classifier
+from sead_dist.pretrained import locate
+from sead_dist.teachers.forward import predict
+from sead_dist.teachers.roster import call_roster
+from sead_dist.teachers.whole import load_whole
+
+ALONE = World(0, 1, CPU)
+WIDE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+DEEP = {**WIDE, "num_hidden_layers": 2, "max_position_embeddings": 128}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+KINDS = {
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
+    "gpt2": GPT2,
+    "llama": {**DEEP, "num_key_value_heads": 1},
+    "qwen3": {**DEEP, "num_key_value_heads": 1, "head_dim": 16},
+    "big_bird": {**DEEP, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1},
+    "mobilebert": {
+        **DEEP, "intra_bottleneck_size": 16, "embedding_size": 16, "num_feedforward_networks": 1,
+        "intermediate_size": 32,
+    },
+    "convbert": {**DEEP, "embedding_size": 32},
+    "fnet": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
+    "nystromformer": {**DEEP, "num_landmarks": 4, "segment_means_seq_len": 4},
+    "funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64},
+}  # fmt: skip
+# which padding leaves a text's answer alone, by what each looks at
+PADDING = {
+    "xlnet": "left", "gpt2": "right", "llama": "right", "qwen3": "right", "big_bird": "none",
+    "mobilebert": "none", "convbert": "none", "fnet": "none", "nystromformer": "none",
+    "funnel": "right",
+}  # fmt: skip
+
+
+def save_kind(folder: Path, kind: str, side: str = "right", **more) -> Path:
+    tokenizer = grammar_tokenizer()
+    tokenizer.padding_side = side
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    made = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), **KINDS[kind], **names, **{"pad_token_id": 0, **more}
+    )
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts(rows: int = 24) -> list[str]:
+    """Of 2 to about 60 tokens."""
+    some = sentences(rows)
+    return [" ".join([text] * (1 + 4 * (n % 3 == 0))) for n, text in enumerate(some)]
+
+
+def asked(folder: Path) -> tuple[np.ndarray, str]:
+    """(what the teacher says as the package asks it, how its rows are padded)."""
+    given = config(teachers=[{"path": str(folder)}], max_length=64)
+    teacher = call_roster(given, TASK, ALONE)[0]
+    model = load_whole(teacher, CPU, False, {})
+    tokens = tokenize(teacher.tokenizer, example_set(texts()), teacher.max_length)
+    said_RC = np.zeros((24, 2), np.float32)
+
+    def done(places, logits):
+        said_RC[places] = logits
+
+    for part in np.array_split(np.random.default_rng(0).permutation(24), 2):
+        predict(model, tokens, part, CPU, teacher.cut, lambda p, x, part=part: done(part[p], x))
+    return said_RC, teacher.cut.padding
+
+
+def alone(folder: Path) -> np.ndarray:
+    """What plain Transformers says of each text, without padding and by a model of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = []
+    for text in texts():
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            inputs = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+            said.append(model(**inputs).logits)
+    return torch.cat(said).numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_invariant_03_every_kind_answers_in_a_batch_as_alone(tmp_path, kind):
+    folder = save_kind(tmp_path / kind, kind, side="left" if kind == "xlnet" else "right")
+    said_RC, padding = asked(folder)
+    assert padding == PADDING[kind]
+    expected_RC = alone(folder)
+    assert expected_RC.std() > 0.01
+    assert np.abs(said_RC - expected_RC).max() < 1e-3 * np.abs(expected_RC).max()
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+def test_invariant_03_the_padding_token_is_the_tokenisers_whatever_the_config_says(tmp_path, pad):
+    folder = save_kind(tmp_path / "gpt2", "gpt2", pad_token_id=pad)
+    said_RC, _ = asked(folder)
+    assert np.abs(said_RC - alone(folder)).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["big_bird", "mobilebert", "convbert", "fnet", "nystromformer"])
+def test_a_student_whose_answers_change_with_padding_is_refused_in_one_line(tmp_path, kind):
+    folder = save_kind(tmp_path / kind, kind)
+    model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
+    settle(tokenizer, model.config)
+    with pytest.raises(UserError, match=r"the student is a \w+, and its answers") as caught:
+        check_student(model, tokenizer, 64, "the student")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_students_tokeniser_is_saved_with_the_side_that_it_was_trained_with(tmp_path):
+    folder = save_kind(tmp_path / "xlnet", "xlnet")
+    model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
+    settle(tokenizer, model.config)
+    check_student(model, tokenizer, 64, "the student")
+    assert tokenizer.padding_side == "left"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "left"
+    table = tokenize(tokenizer, example_set(["good", "the plot was good"]), 32)
+    inputs = table.pad(np.array([0, 1]), 6)
+    assert inputs["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6]
+    assert inputs["input_ids"][0, 3:].tolist() == tokenizer("good")["input_ids"]
+
+
+def test_segments_come_from_the_model_and_not_from_a_list_of_names(tmp_path):
+    folder = save_teacher(tmp_path / "bert", type_vocab_size=2)
+    tokenizer = grammar_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    settle(tokenizer, AutoConfig.from_pretrained(folder))
+    pair = example_set(["good"])
+    pair.__dict__["texts_b"] = ["the plot was bad"]
+    types = tokenize(tokenizer, pair, 32).types
+    assert types is not None
+    assert set(types.tolist()) == {0, 1}
+    without = grammar_tokenizer()
+    without.model_input_names = ["input_ids", "attention_mask"]
+    settle(without, AutoConfig.for_model("distilbert", **SHAPES["distilbert"]))
+    assert tokenize(without, pair, 32).types is None
+
+
+def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused(tmp_path):
+    model, tokenizer = build_model("bert"), grammar_tokenizer()
+    check_teacher(model, tokenizer, 32, "right", "a")
+    forward = model.bert.forward
+
+    def blind(*given, attention_mask=None, **inputs):
+        return forward(*given, **inputs)  # padding is read as text
+
+    model.bert.forward = blind
+    with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the right"):
+        check_teacher(model, tokenizer, 32, "right", "a")
+
+
+def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
+    folder = save_kind(tmp_path / "bird", "big_bird")
+    model = load_classifier(locate(str(folder))).eval()  # nothing sets its attention again
+    rows = rows_alone(grammar_tokenizer(), texts(3)[::-1], 64)
+    rows.sort(key=lambda row: row["input_ids"].shape[1])
+    with pytest.raises(UserError, match="depend on what it was asked before"):
+        padding_of(model, [rows[-1], *rows], "right", 0, 0)
+
+
+def test_a_text_without_a_token_is_named_before_any_work():
+    tokenizer = grammar_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    examples = example_set(["good", "", "bad"])
+    if len(tokenizer("")["input_ids"]):
+        tokenizer = without_marks(tokenizer)
+    with pytest.raises(UserError, match=r"row 2 of .* has a text without a token"):
+        make_split(examples, tokenizer, 16)
+
+
+def without_marks(tokenizer):
+    """The same, adding no marks of its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    return tokenizer
+
+
+def test_predictions_of_old_rules_are_kept_where_the_tensors_are_the_same(tmp_path, monkeypatch):
+    old = Path(__file__).parents[1] / "data" / "b2c3d08"
+    folder = tmp_path / "old"
+    shutil.copytree(old, folder)
+    monkeypatch.chdir(folder)
+    kept = next(Path("store/values").iterdir()).name
+    given = config(teachers=[{"path": "teacher"}], max_length=64)
+    teacher = call_roster(given, TASK, ALONE)[0]
+    assert kept.startswith(teacher.key.fingerprint[:16])
+    # of a padding token of its own before, whose tensors were others
+    named = AutoConfig.from_pretrained("teacher")
+    named.pad_token_id = 9
+    named.save_pretrained("teacher")
+    same = call_roster(given, TASK, ALONE)[0]
+    assert same.config.pad_token_id == 0
+    assert same.key.fingerprint == teacher.key.fingerprint
