@@ -4,6 +4,7 @@ KEY=VALUE words; later ones lie over earlier ones.
 
 import difflib
 import glob
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from sead_dist.yamltext import parse_yaml
 
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
+# keys of lists that one text may stand for
+LISTS = ("teachers", "encoders")
+_log = logging.getLogger(__name__)
 
 
 def config_folder() -> Path:
@@ -88,24 +92,65 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
-    value = parse_yaml(text, f"the value of {key}") if text else None
+    value = _value(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return {} if value is None else dict(value)
 
 
-def _as_entries(raw: Any, key: str) -> Any:
+def _value(key: str, text: str) -> Any:
+    """What a word says of a key: a text as it was typed where the key is one, so that a path may
+    hold `#`, blanks and brackets; else YAML. `null` unsets, and `"null"` is the text."""
+    if not _is_text(key) or text == "null":
+        return parse_yaml(text, f"the value of {key}")
+    if key in (*SHORTHAND, *LISTS) and text.lstrip()[0] in "[{":
+        return parse_yaml(text, f"the value of {key}")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key of a run takes a text, or may be given as one (student=DIR, teachers=DIR)."""
+    if key in (*SHORTHAND, *LISTS):
+        return True
+    section: Any = RunConfig
+    *outer, last = key.split(".")
+    for part in outer:
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return False
+    field = section.model_fields.get(last)
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _matching(pattern: str, key: str, output: str | None) -> list[str]:
+    """The folders that a pattern matches, without the run's own output and runs that are not
+    finished, which it says. Raises UserError where none is left."""
+    folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
+    kept = []
+    for folder in folders:
+        path = Path(folder)
+        if output is not None and path.resolve() == Path(output).resolve():
+            _log.warning("%s=%s leaves out %s, the output of this run", key, pattern, folder)
+        elif (path / "run.json").is_file() and not (path / "model" / "config.json").is_file():
+            _log.warning("%s=%s leaves out %s, a run that is not finished", key, pattern, folder)
+        else:
+            kept.append(folder)
+    if not kept:
+        raise UserError(f"{key}={pattern} matches no folder; give paths that exist")
+    return kept
+
+
+def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     """A string, glob or list of strings and mappings as a list of teacher mappings."""
     items = [raw] if isinstance(raw, str | Mapping) else raw
     if not isinstance(items, list):
         return items
     entries: list[Any] = []
     for item in items:
-        if isinstance(item, str) and glob.has_magic(item):
-            folders = sorted(path for path in glob.glob(item) if Path(path).is_dir())
-            if not folders:
-                raise UserError(f"{key}={item} matches no folder; give paths that exist")
-            entries += [{"path": folder} for folder in folders]
+        if isinstance(item, str) and glob.has_magic(item) and not Path(item).exists():
+            entries += [{"path": folder} for folder in _matching(item, key, output)]
         elif isinstance(item, str | int | float):
             entries.append({"path": str(item)})
         else:
@@ -187,7 +232,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     for layer in (*preset, *layers):
         merged = merge(merged, layer)
     for key in ("teachers", "encoders"):
-        merged[key] = _as_entries(merged.get(key) or [], key)
+        merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])
     try:
         config = RunConfig.model_validate(merged)

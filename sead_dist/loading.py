@@ -5,11 +5,13 @@ on tabs and line feeds alone, since GLUE's sentences hold bare quotation marks.
 """
 
 import csv
+import gzip
 import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from sead_dist.errors import UserError
-from sead_dist.tasks import TaskSpec, align_name, is_label
+from sead_dist.tasks import TASKS, TaskSpec, align_name, is_label
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -70,10 +72,11 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
     cached = re.compile(rf"[\w.]+-(?:{names})(-\d+-of-\d+)?")  # as `datasets` names its cache
     found: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
-        suffix, saved = file.suffix.lower(), file.is_dir() and (file / "state.json").is_file()
-        match = plain.fullmatch(file.name if saved else file.stem)
+        suffix, saved = kind_of(file), file.is_dir() and (file / "state.json").is_file()
+        stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
+        match = plain.fullmatch(file.name if saved else stem)
         if match is None and suffix == ".arrow":
-            match = cached.fullmatch(file.stem)
+            match = cached.fullmatch(stem)
         if match and (saved or suffix in EXTENSIONS):
             found.setdefault(re.sub(r"-\d+-of-\d+", "-*", file.name), []).append(file)
     if len(found) > 1:
@@ -93,25 +96,38 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
     return files
 
 
+def kind_of(path: Path) -> str:
+    """What a file's name says it holds: `.csv` of `train.csv` and of `train.csv.gz`."""
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file, unpacked where it is packed with gzip."""
+    packed = path.suffix.lower() == ".gz"
+    raw = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    return raw.decode("utf-8-sig")
+
+
 def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. Raises UserError naming file and line.
     """
-    kind = path.suffix.lower()
+    kind = kind_of(path)
     try:
         if path.is_dir():
             return _from_saved_folder(path, task)
         if kind == ".parquet":
+            _refuse_twins(pq.read_schema(path).names, f"data file {path}", "column")
             return _table_rows(pq.read_table(path), task)
         if kind == ".arrow":
             return _table_rows(_arrow_table(path), task)
         if kind in (".tsv", ".csv", ".jsonl", ".json"):
-            text = path.read_bytes().decode("utf-8-sig")
-            return _text_rows(text, path, task, skip_malformed)
+            return _text_rows(read_text(path), path, task, skip_malformed)
     except FileNotFoundError as error:
         raise UserError(f"data file {path} does not exist; give an existing file") from error
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data file {path} cannot be read: {_line(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
@@ -121,9 +137,9 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
 
 
 def _text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> Rows:
-    if path.suffix.lower() == ".tsv":
-        return _records(_tsv_lines(text), path, task, skip_malformed)
-    if path.suffix.lower() == ".csv":
+    if kind_of(path) == ".tsv":
+        return _records(_tsv_lines(text, path, task), path, task, skip_malformed)
+    if kind_of(path) == ".csv":
         return _records(_csv_lines(text, path), path, task, skip_malformed)
     if text.lstrip().startswith("["):
         rows = _parse(text, f"data file {path}")
@@ -151,20 +167,51 @@ def _json_lines(text: str, path: Path, skip_malformed: bool) -> Rows:
 
 
 def _parse(text: str, where: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twins([name for name, _ in pairs], where, "key")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {error}; {_SKIP_HINT}") from error
 
 
-def _tsv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line := line.removesuffix("\r"):
-            yield number, line.split("\t")
+def _refuse_twins(names: Sequence[str], where: str, what: str) -> None:
+    """Raises UserError where two columns or keys have one name: only the last would count."""
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
+
+
+def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, list[str]]]:
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    quoted = is_quoted(lines)
+    if quoted and task.name in TASKS:
+        quoted = False  # official files have no quoting, and QQP's look as if they had
+        _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
+    elif quoted:
+        _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    for number, fields in enumerate(lines, start=1):
+        if fields != [""]:
+            yield number, [_unquoted(field) for field in fields] if quoted else fields
+
+
+def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
+    """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
+    own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
+    marked = [field for fields in lines for field in fields if '"' in field]
+    whole = all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
+    return whole and any('""' in field[1:-1] for field in marked)
+
+
+def _unquoted(field: str) -> str:
+    return field[1:-1].replace('""', '"') if field.startswith('"') else field
 
 
 def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(max(len(text), 1))
     try:
         for fields in reader:
             if fields:
@@ -173,6 +220,8 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(
             f"{path}:{reader.line_num}: not CSV: {error}; mend the line, or name it .tsv"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _records(
@@ -183,6 +232,7 @@ def _records(
     header = list(task.columns)
     if numbered and _has_header([fields for _, fields in numbered], task):
         header = numbered.pop(0)[1]
+        _refuse_twins(header, str(path), "column")
     rows, skipped = [], 0
     for number, fields in numbered:
         if len(fields) == len(header):
@@ -276,21 +326,30 @@ def _dataset_rows(dataset: Any, task: TaskSpec) -> Rows:
 
 
 def _table_rows(table: Any, task: TaskSpec) -> Rows:
-    """Rows of an Arrow table; numbers of a ClassLabel become its names where the task knows them.
+    """Rows of an Arrow table; numbers of a ClassLabel become its names, which decide.
 
-    The order of a data set's class names need not be the task's.
+    The order of a data set's class names need not be the task's, and some may be of no row.
     """
+    _refuse_twins(table.column_names, "the data", "column")
     rows: Rows = table.to_pylist()
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     columns = {task.label_column, *(o for o, t in task.renames.items() if t == task.label_column)}
     for column in columns:
         feature = metadata.get("info", {}).get("features", {}).get(column)
         names = feature.get("names") if isinstance(feature, dict) else None
-        if names and all(align_name(task, name) is not None for name in names):
+        if names and names_decide(task, names):
             for row in rows:
                 if isinstance(row[column], int) and 0 <= row[column] < len(names):
                     row[column] = names[row[column]]
     return rows
+
+
+def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
+    """Whether the names of a ClassLabel say what its numbers mean: not where they are numbers
+    themselves. Of a class that is not the task's, a row that has it is refused by its name."""
+    if all(align_name(task, name) is not None for name in names):
+        return True
+    return task.kind == "classification" and not all(re.fullmatch(r"-?\d+", n) for n in names)
 
 
 def _line(error: BaseException) -> str:

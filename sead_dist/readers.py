@@ -111,6 +111,8 @@ def _class_index(task: TaskSpec, flat: Row, values: Mapping[str, int], where: st
     value = _label(task, flat, where)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with a gap is read as floats
+    if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
+        value = whole[1]  # and written as such
     index = values.get(normalise_label(str(value)))
     if index is None:
         numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]

@@ -1,0 +1,182 @@
+"""Files and words that were read wrongly without a word: names decide, twins are refused."""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sead_dist.configfiles import load_config
+from sead_dist.errors import UserError
+from sead_dist.examples import build_examples
+from sead_dist.loading import is_quoted, load_split, names_decide, read_rows
+from sead_dist.tasks import TASKS, TaskSpec
+
+TONE = TaskSpec(
+    name="tone", kind="classification", text_a="{text}", labels=("positive", "negative")
+)
+BASE = ["sst2", "student=s", "output_dir=o"]
+
+
+def class_label(path: Path, names: list[str], labels: list[int]) -> Path:
+    """A Parquet file as `datasets` writes one whose label is a ClassLabel of these names."""
+    features = {"features": {"label": {"names": names, "_type": "ClassLabel"}}}
+    table = pa.table({"text": [f"text {n}" for n in range(len(labels))], "label": labels})
+    about = {b"huggingface": json.dumps({"info": features}).encode()}
+    pq.write_table(table.replace_schema_metadata(about), path)
+    return path
+
+
+def labels_of(path: Path, task: TaskSpec = TONE) -> list[str]:
+    examples = build_examples(task, read_rows(path, task), "train")
+    return [task.labels[index] for index in examples.labels_B]
+
+
+def test_invariant_04_names_of_a_class_label_decide_though_one_is_of_no_row(tmp_path):
+    path = class_label(tmp_path / "a.parquet", ["negative", "positive", "neutral"], [0, 1, 1])
+    assert labels_of(path) == ["negative", "positive", "positive"]
+
+
+def test_invariant_04_a_row_of_a_class_that_is_not_the_tasks_is_refused_by_name(tmp_path):
+    path = class_label(tmp_path / "a.parquet", ["negative", "positive", "neutral"], [0, 2])
+    with pytest.raises(UserError, match=r"row 2: label 'neutral' .* allowed: positive, negative"):
+        labels_of(path)
+
+
+def test_names_that_are_numbers_leave_numbers_their_documented_meaning(tmp_path):
+    path = class_label(tmp_path / "a.parquet", ["0", "1"], [0, 1])
+    assert labels_of(path) == ["positive", "negative"]
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("cola", "unacceptable acceptable"), ("sst2", "negative positive"),
+        ("mrpc", "not_equivalent equivalent"), ("qqp", "not_duplicate duplicate"),
+        ("mnli", "entailment neutral contradiction"), ("qnli", "entailment not_entailment"),
+        ("rte", "entailment not_entailment"), ("wnli", "not_entailment entailment"),
+        ("superglue_rte", "entailment not_entailment"), ("boolq", "False True"),
+        ("cb", "entailment contradiction neutral"), ("multirc", "False True"),
+        ("wic", "False True"), ("wsc", "False True"),
+    ],
+)  # fmt: skip
+def test_the_hubs_names_are_read_for_every_shipped_task(task, names):
+    from sead_dist.tasks import align_name, file_values, normalise_label
+
+    spec = TASKS[task]
+    assert names_decide(spec, names.split())
+    found = [file_values(spec).get(normalise_label(name)) for name in names.split()]
+    assert sorted(found) == list(range(len(spec.labels)))
+    assert found == [align_name(spec, name) for name in names.split()]
+
+
+def write_csv(path: Path, head, rows, op=open, **how) -> Path:
+    with op(path, "wt", newline="") as file:
+        writer = csv.writer(file, **how)
+        writer.writerow(head)
+        writer.writerows(rows)
+    return path
+
+
+def test_two_columns_or_keys_of_one_name_are_refused_with_the_file(tmp_path):
+    head, row = ["text", "label", "label"], [["a", "positive", "negative"]]
+    lines = tmp_path / "c.jsonl"
+    lines.write_text('{"text": "a", "label": "positive", "label": "negative"}\n')
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=head)
+    pq.write_table(table, tmp_path / "d.parquet")
+    for path in (
+        write_csv(tmp_path / "a.csv", head, row),
+        write_csv(tmp_path / "b.tsv", head, row, delimiter="\t"),
+        lines,
+        tmp_path / "d.parquet",
+    ):
+        with pytest.raises(UserError, match=r"has the (column|key) 'label' twice; rename"):
+            read_rows(path, TONE)
+
+
+def test_packed_files_are_read_in_a_folder_and_by_their_path(tmp_path):
+    path = write_csv(tmp_path / "train.csv.gz", ["text", "label"], [["a", "negative"]], gzip.open)
+    assert labels_of(path) == ["negative"]
+    assert len(load_split(TONE, "train", tmp_path, None, None, False)) == 1
+    with gzip.open(tmp_path / "more.jsonl.gz", "wt") as file:
+        file.write('{"text": "a", "label": "positive"}\n')
+    assert labels_of(tmp_path / "more.jsonl.gz") == ["positive"]
+    (tmp_path / "half.csv.gz").write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"half.csv.gz cannot be read"):
+        read_rows(tmp_path / "half.csv.gz", TONE)
+
+
+def test_whole_numbers_written_with_a_point_and_long_fields_are_read(tmp_path):
+    before = csv.field_size_limit()
+    path = write_csv(
+        tmp_path / "a.csv", ["text", "label"], [["x" * 200_000, "1.0"], ["b", " 0.0 "]]
+    )
+    assert labels_of(path) == ["negative", "positive"]
+    assert csv.field_size_limit() == before
+    bad = write_csv(tmp_path / "b.csv", ["text", "label"], [["a", "0.5"]])
+    with pytest.raises(UserError, match=r"label '0.5' .* is outside the set"):
+        labels_of(bad)
+
+
+def test_a_quoted_tsv_is_known_by_its_doubled_marks(tmp_path):
+    rows = [['He said "no"', "positive"], ["plain", "negative"]]
+    path = write_csv(tmp_path / "a.tsv", ["text", "label"], rows, delimiter="\t")
+    assert [row["text"] for row in read_rows(path, TONE)] == ['He said "no"', "plain"]
+    for bare in (['"all quoted"'], ['He said "no"'], ['"a" and "b"'], ['""']):
+        assert not is_quoted([bare]), bare
+    assert not is_quoted([['"say ""no"""'], ['a bare " mark']])
+
+
+@pytest.mark.skipif("SEAD_DIST_DATA" not in os.environ, reason="SEAD_DIST_DATA is not set")
+def test_the_texts_of_official_files_keep_their_marks():
+    files = sorted(Path(os.environ["SEAD_DIST_DATA"]).glob("*/*.tsv"))
+    read = 0
+    for path in files:
+        task = TASKS.get(path.parent.name.removesuffix("_subset"))
+        if task is not None:
+            lines = path.read_text("utf-8").split("\n")
+            fields = {field for line in lines for field in line.removesuffix("\r").split("\t")}
+            rows = read_rows(path, task, skip_malformed=True)
+            assert {value for row in rows for value in row.values()} <= fields, path
+            read += 1
+    assert read >= 8
+
+
+@pytest.mark.parametrize(
+    "text", ["exp #2/run", "007", "2026-11-28", "1_0", "[a", "a: b", "{x}", " a ", "on", "1e5"]
+)
+def test_a_path_is_what_was_typed(text):
+    assert load_config(["sst2", "student=s", f"output_dir={text}"]).output_dir == text
+
+
+def test_a_word_is_of_its_keys_own_type():
+    read = load_config([*BASE, "epochs=7", "learning_rate=1e-3", "alpha_end=null", "gate=off"])
+    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
+    assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
+    assert load_config([*BASE, 'data.path="null"']).data.path == "null"
+    assert load_config([*BASE, "student=a #1"]).student.path == "a #1"
+    assert load_config([*BASE, "student={path: a, layers: [0, 1]}"]).student.layers == [0, 1]
+    named = load_config([*BASE, "teachers=[a, {path: b, name: c}]"]).teachers
+    assert [(entry.path, entry.name) for entry in named] == [("a", None), ("b", "c")]
+    with pytest.raises(UserError, match="epochs='many'"):
+        load_config([*BASE, "epochs=many"])
+
+
+def test_a_folder_with_brackets_is_a_folder_and_a_pattern_leaves_out_what_cannot_teach(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t[1]", "runs/a/model", "runs/b", "runs/out", "runs/plain"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text("{}")
+    (tmp_path / "runs/a/model/config.json").write_text("{}")
+    (tmp_path / "runs/b/run.json").write_text("{}")
+    assert load_config([*BASE, "teachers=t[1]"]).teachers[0].path == "t[1]"
+    read = load_config(["sst2", "student=s", "output_dir=runs/out", "teachers=runs/*"])
+    assert [entry.path for entry in read.teachers] == ["runs/a", "runs/plain"]
+    assert "leaves out runs/b, a run that is not finished" in caplog.text
+    assert "leaves out runs/out, the output of this run" in caplog.text
