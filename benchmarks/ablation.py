@@ -2,18 +2,23 @@
 method is worth.
 
     python benchmarks/ablation.py REFERENCE WORDS OF THE SWEEP...
+    python benchmarks/ablation.py --smoke       # makes a sweep of a few steps and compares in it
 
 prints, for each method of the sweep, its mean minus that of REFERENCE on every task and on all
 tasks together (tasks count alike and are resampled each for itself), with the 95% interval and p.
 """
 
+import argparse
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
-from outcome_file import table
+from inputs import alone, shape_file, small_folder
+from outcome_file import smoke_argument, table
 
 from sead_dist.bootstrap import Difference, summarise
-from sead_dist.sweep import read_task
+from sead_dist.sweep import read_task, run_sweep
 from sead_dist.sweepplan import make_plan
 from sead_dist.sweepscores import read_runs, versus
 
@@ -23,10 +28,46 @@ def told(of: Difference) -> list[object]:
     return [f"{of.value:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{of.p:.3f}"]
 
 
+def small_sweep(work: Path) -> list[str]:
+    """The words of a finished sweep of two methods and three seeds on the built-in task."""
+    task = small_folder(work / "grammar", 60)
+    shape = shape_file(work / "shape.yaml", "L1-H32")
+    words = [
+        f"tasks=[{task / 'task.yaml'}]",
+        f"data.path={work}/{{task}}",
+        "methods=[finetune,mean]",
+        "seeds=3",
+        f"encoders=[{shape},{shape}]",
+        f"student={shape}",
+        f"student.tokenizer={task / 'tokenizer'}",
+        "epochs=1",
+        "gate=off",
+        f"output_dir={work / 'sweep'}",
+    ]
+    run_sweep(words, alone())
+    return words
+
+
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit((__doc__ or "").strip())
-    reference, plan = sys.argv[1], make_plan(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reference", nargs="?", metavar="REFERENCE", help="a method of the sweep")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="KEY=VALUE words of the sweep")
+    smoke_argument(parser)
+    args = parser.parse_args()
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as temporary:
+            print(compare("finetune", small_sweep(Path(temporary))))
+    elif args.words:
+        print(compare(args.reference, args.words))
+    else:
+        sys.exit(parser.format_help())
+
+
+def compare(reference: str, words: list[str]) -> str:
+    """The table of every method minus the reference."""
+    plan = make_plan(words)
     rows: list[list[object]] = []
     found: dict[str, list[Difference]] = {}
     for task in plan.tasks:
@@ -42,7 +83,7 @@ def main() -> None:
         together = summarise(float(np.mean([of.value for of in over])), mean_R)
         rows.append([method, f"mean of {len(over)}", "", *told(together)])
     columns = ["method", "task", "seeds", f"minus {reference}", "95% interval", "p"]
-    print(table(columns, sorted(rows, key=lambda row: plan.methods.index(str(row[0])))))
+    return table(columns, sorted(rows, key=lambda row: plan.methods.index(str(row[0]))))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import TEACHER_ROWS, batches_of_like_length, load, pad, rows_of
+from peers import TEACHER_ROWS, load, pad, random_batches, rows_of
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
@@ -64,7 +64,7 @@ class Bare:
         labels = torch.tensor(self.labels)
 
         def epoch() -> None:
-            for which_R in batches_of_like_length(self.lengths_R[:rows], BATCH, 0):
+            for which_R in random_batches(len(self.lengths_R[:rows]), BATCH, 0):
                 if len(which_R) < BATCH:
                     continue
                 mine_R = which_R[self.world.rank :: self.world.size]

@@ -3,6 +3,7 @@
     python benchmarks/demo_seeds.py --work DIR [--seeds 10]
 
 Runs `sead-dist demo` as `make demo` does, once per seed, and writes docs/results/demo.md.
+`--smoke` runs one seed of a few steps in its own process, and writes nothing.
 """
 
 import argparse
@@ -10,10 +11,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from sead_dist.demo import SEEDS, dev_scores
+from inputs import alone
+from outcome_file import smoke_argument
+
+from sead_dist import demo
 
 RESULT = Path(__file__).parent.parent / "docs" / "results" / "demo.md"
 
@@ -23,27 +28,58 @@ def run_seed(work: Path, seed: int) -> list[float]:
     output = work / f"seed-{seed}"
     began = time.perf_counter()
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    demo = ["-m", "sead_dist", "demo", "--output-dir", str(output), "--seed", str(seed)]
+    words = ["-m", "sead_dist", "demo", "--output-dir", str(output), "--seed", str(seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = (work / f"seed-{seed}.log").open("w")
-    subprocess.run([sys.executable, *command, *demo], check=True, env=environment, stdout=log)
-    seconds = time.perf_counter() - began
-    alone = [dev_scores(output / f"alone-{n}")["student"] for n in range(SEEDS)]
-    taught = [dev_scores(output / f"distilled-{n}")["student"] for n in range(SEEDS)]
-    ensemble = dev_scores(output / "distilled-0")["ensemble"]
-    return [ensemble, statistics.mean(alone), statistics.mean(taught), seconds]
+    subprocess.run([sys.executable, *command, *words], check=True, env=environment, stdout=log)
+    return [*scores_of(output), time.perf_counter() - began]
+
+
+def scores_of(output: Path) -> list[float]:
+    """ensemble, mean of students alone, mean of distilled students."""
+    without, taught = (
+        [demo.dev_scores(output / f"{way}-{n}")["student"] for n in range(demo.SEEDS)]
+        for way in ("alone", "distilled")
+    )
+    ensemble = demo.dev_scores(output / "distilled-0")["ensemble"]
+    return [ensemble, statistics.mean(without), statistics.mean(taught)]
+
+
+def run_short(work: Path, seed: int) -> list[float]:
+    """The same of one seed and two steps a run."""
+    began = time.perf_counter()
+    lengths = ("max_steps=", "evaluate.every_steps=")
+    for name in ("TEACHER_WORDS", "STUDENT_WORDS"):
+        kept = [word for word in getattr(demo, name) if not word.startswith(lengths)]
+        setattr(demo, name, (*kept, "max_steps=2", "evaluate.every_steps=2"))
+    demo.SOFT_WORDS += ("gate=off",)  # its teachers have learned nothing
+    demo.SEEDS = 1
+    demo.run_demo(work, seed, alone())
+    return [*scores_of(work), time.perf_counter() - began]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary")
     parser.add_argument("--seeds", type=int, default=10)
+    smoke_argument(parser)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    run = run_short if args.smoke else run_seed
     rows = []
-    for seed in range(args.seeds):
-        rows.append(run_seed(args.work, seed))
-        print(seed, *(f"{value:.3f}" for value in rows[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for seed in range(1 if args.smoke else args.seeds):
+            rows.append(run(work, seed))
+            print(seed, *(f"{value:.3f}" for value in rows[-1]), flush=True)
+    text = page(rows)
+    if args.smoke:
+        print(text)
+    else:
+        RESULT.write_text(text, encoding="utf-8")
+
+
+def page(rows: list[list[float]]) -> str:
     ensemble_wins = sum(row[0] > row[1] for row in rows)
     distilled_wins = sum(row[2] > row[1] for row in rows)
     lines = [
@@ -67,7 +103,7 @@ def main() -> None:
         f"distilled student beats it in {distilled_wins} of {len(rows)}.",
         "",
     ]
-    RESULT.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main() -> None:
     shapes = SHAPES[:1] if args.smoke else SHAPES
     set_threads(args.threads)
     raw, rows = [], []
-    with laid_out(args.work, args.rows) as (folder, data, words):
+    with laid_out(args) as (folder, data, words):
         inputs = batches(texts_of(data / "train.tsv"), AutoTokenizer.from_pretrained(words))
         for shape, count in shapes:
             models = [

@@ -245,7 +245,7 @@ def main() -> None:
     set_threads(args.threads, args.device)
     device = alone(args.device).device
     raw: dict[str, object] = {}
-    with laid_out(args.work, args.rows) as (work, data, tokenizer):
+    with laid_out(args) as (work, data, tokenizer):
         ceiling = product_rate(size, 20, device)
         texts = texts_of(data / "train.tsv")
         joined = [" ".join(texts[n : n + 6]) for n in range(len(texts) - 5)]

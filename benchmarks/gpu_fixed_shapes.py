@@ -82,7 +82,7 @@ def main() -> None:
     set_threads(args.threads, args.device)
     device = alone(args.device).device
     raw, rows = [], []
-    with laid_out(args.work, args.rows) as (work, _, tokenizer):
+    with laid_out(args) as (work, _, tokenizer):
         for shape, length in product(args.teachers, LENGTHS[:1] if args.smoke else LENGTHS):
             model = load(random_classifier(work / shape, shape, tokenizer, 1), device)
             for one in at_length(model, length, device, args.repeat):

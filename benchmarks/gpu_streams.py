@@ -89,7 +89,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.student, args.teacher = 60, 1, "L2-H128", "L2-H128"
     set_threads(args.threads, args.device)
-    with laid_out(args.work, args.rows) as (work, data, tokenizer):
+    with laid_out(args) as (work, data, tokenizer):
         turns = two_streams(work, data, tokenizer, args)
     medians = [statistics.median(turn[key] for turn in turns) for key in ("1", "2")]
     ratios = [turn["1"] / turn["2"] for turn in turns]

@@ -1,5 +1,6 @@
 """What the benchmarks run on: rows of SST-2, encoders, teachers, configurations."""
 
+import argparse
 import csv
 import importlib.util
 import os
@@ -24,6 +25,7 @@ from sead_dist import recipes
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
 from sead_dist.distributed import World
+from sead_dist.grammar import write_grammar_task
 
 LABELS = {0: "negative", 1: "positive"}
 MARKS = ("unk", "pad", "cls", "sep", "mask")
@@ -47,6 +49,16 @@ def sst2_folder(folder: Path, rows: int, seed: int = 0) -> Path:
     return folder
 
 
+def small_folder(folder: Path, rows: int) -> Path:
+    """The same files with the built-in task's rows, and its tokeniser: for `--smoke`."""
+    write_grammar_task(folder, train_rows=rows, validation_rows=40, transfer_rows=40)
+    return folder
+
+
+def data_folder(folder: Path, rows: int, smoke: bool, seed: int = 0) -> Path:
+    return small_folder(folder, rows) if smoke else sst2_folder(folder, rows, seed)
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
@@ -63,7 +75,10 @@ def minilm() -> Path | None:
 
 
 def tokenizer_folder(folder: Path, data: Path) -> Path:
-    """The pretrained encoder's tokeniser, or one trained on the rows where it is not there."""
+    """The one that came with the rows, else the pretrained encoder's, else one trained on the
+    rows."""
+    if (data / "tokenizer").is_dir():
+        return data / "tokenizer"
     encoder = minilm()
     if encoder is not None:
         return encoder
@@ -76,11 +91,11 @@ def tokenizer_folder(folder: Path, data: Path) -> Path:
 
 
 @contextmanager
-def laid_out(work: Path | None, rows: int) -> Iterator[tuple[Path, Path, Path]]:
-    """(working folder, its data of so many rows, a tokeniser): `work`, else a temporary one."""
+def laid_out(args: argparse.Namespace) -> Iterator[tuple[Path, Path, Path]]:
+    """(working folder, its data of `--rows` rows, a tokeniser): `--work`, else a temporary one."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = work or Path(temporary)
-        data = sst2_folder(folder / "data", rows)
+        folder = args.work or Path(temporary)
+        data = data_folder(folder / "data", args.rows, args.smoke)
         yield folder, data, tokenizer_folder(folder / "tokenizer", data)
 
 

@@ -36,8 +36,16 @@ def common_arguments(description: str | None, rows: int, repeat: int) -> argpars
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--work", type=Path, help="working folder to keep; default: a temporary")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
-    parser.add_argument("--smoke", action="store_true", help="tiny: shows that it runs, no figures")
+    smoke_argument(parser)
     return parser
+
+
+def smoke_argument(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark must have: tests/integration/test_benchmarks.py runs each with it."""
+    parser.add_argument(
+        "--smoke", action="store_true",
+        help="tiny inputs made on the spot, offline: shows that it runs, writes no result",
+    )  # fmt: skip
 
 
 def device_argument(parser: argparse.ArgumentParser) -> None:

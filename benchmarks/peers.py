@@ -25,7 +25,6 @@ from transformers import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEACHER_ROWS = 64
-BATCHES_PER_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -112,25 +111,20 @@ def teacher_logits(
     return total_RC / len(setting.teachers)
 
 
-def batches_of_like_length(lengths: np.ndarray, size: int, epoch_seed: int) -> Iterator[np.ndarray]:
-    """Rows shuffled, sorted by length within chunks, in batches that are shuffled again."""
-    random = np.random.default_rng(epoch_seed)
-    order = random.permutation(len(lengths))
-    for start in range(0, len(order), size * BATCHES_PER_CHUNK):
-        chunk = order[start : start + size * BATCHES_PER_CHUNK]
-        order[start : start + size * BATCHES_PER_CHUNK] = chunk[np.argsort(lengths[chunk])]
-    starts = np.arange(0, len(order), size)
-    for start in random.permutation(starts):
+def random_batches(rows: int, size: int, epoch_seed: int) -> Iterator[np.ndarray]:
+    """Every row once, in batches that are random samples; the last may be smaller."""
+    order = np.random.default_rng(epoch_seed).permutation(rows)
+    for start in range(0, rows, size):
         yield order[start : start + size]
 
 
 def run_bare(setting: Setting) -> dict[str, float]:
-    """Each teacher prediction once, then training in batches of like length."""
+    """Each teacher prediction once, then training in random batches, each padded to its longest
+    row."""
     began = time.perf_counter()
     texts, gold = rows_of(setting.train)
     tokenizer = AutoTokenizer.from_pretrained(setting.teachers[0])
     rows = tokenizer(texts, truncation=True, max_length=setting.max_length)["input_ids"]
-    lengths = np.array([len(row) for row in rows])
     labels = torch.tensor(gold)
     logits_RC = teacher_logits(setting, rows, tokenizer)
     targets_RC = torch.softmax(logits_RC / setting.temperature, -1)
@@ -140,7 +134,7 @@ def run_bare(setting: Setting) -> dict[str, float]:
     optimizer, schedule = optimizer_and_schedule(model, setting, steps)
     for epoch in range(setting.epochs):
         seed = 1000 * setting.seed + epoch
-        for which_R in batches_of_like_length(lengths, setting.batch, seed):
+        for which_R in random_batches(len(rows), setting.batch, seed):
             at = torch.from_numpy(which_R)
             with autocast(setting.precision):
                 student_RC = model(**pad(rows, which_R, tokenizer)).logits.float()

@@ -163,7 +163,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.shape, args.teachers = 200, 1, "L2-H128", [3]
     set_threads(args.threads)
-    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
+    with laid_out(args) as (folder, data, tokenizer):
         folders = [
             random_classifier(folder / f"{args.shape}-{n}", args.shape, tokenizer, n)
             for n in range(max(args.teachers))

@@ -60,7 +60,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.precision, mixes = 200, 1, ["fp32"], MIXES[:1]
     set_threads(args.threads)
-    with laid_out(args.work, args.rows) as (work, data, tokenizer):
+    with laid_out(args) as (work, data, tokenizer):
         os.environ["SEAD_DIST_RATES"] = str(work / "rates.json")
         student = random_classifier(work / "student", "L2-H128", tokenizer, 0)
         raw = []

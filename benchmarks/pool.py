@@ -192,7 +192,7 @@ def main() -> None:
     set_threads(args.threads)
     # ended from outside, it ends its workers too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
+    with laid_out(args) as (folder, data, tokenizer):
         teachers = [
             str(random_classifier(folder / f"{args.shape}-{n}", args.shape, tokenizer, n))
             for n in range(args.teachers)

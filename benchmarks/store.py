@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome_file import RESULTS, set_threads, table, write_result
+from outcome_file import RESULTS, set_threads, smoke_argument, table, write_result
 
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.table import Table, TeacherKey
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--work", type=Path, help="where the stores are made; default: a temporary")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
-    parser.add_argument("--smoke", action="store_true", help="tiny: shows that it runs, no figures")
+    smoke_argument(parser)
     args = parser.parse_args()
     if args.smoke:
         args.rows = [20_000]

@@ -61,7 +61,7 @@ def main() -> None:
     if args.smoke:
         args.rows, args.repeat, args.students = 100, 2, ["L2-H128"]
     set_threads(args.threads, args.device)
-    with laid_out(args.work, args.rows) as (work, data, tokenizer):
+    with laid_out(args) as (work, data, tokenizer):
         teachers = [
             random_classifier(work / f"teacher-{n}", "L2-H128", tokenizer, n)
             for n in range(args.teachers)

@@ -86,7 +86,7 @@ def main() -> None:
     set_threads(args.threads)
     raw: list[dict[str, object]] = []
     rows = []
-    with laid_out(args.work, args.rows) as (work, data, tokenizer):
+    with laid_out(args) as (work, data, tokenizer):
         student = random_classifier(work / "student", "L2-H128", tokenizer, 0)
         for shape in args.teachers:
             teacher = random_classifier(work / shape, shape, tokenizer, 1)
