@@ -50,8 +50,13 @@ class Identity:
 
     def differences(self, other: "Identity") -> list[str]:
         """One phrase for each difference, `other` being what is asked for now."""
-        keys = [key for key in {**self.config, **other.config}]
         found = [
+            f"the rules of {name} were version {self.rules.get(name, 1)}, are version "
+            f"{other.rules.get(name, 1)}"
+            for name in self.other_rules(other)
+        ]
+        keys = [key for key in {**self.config, **other.config}]
+        found += [
             f"{key} was {self.config.get(key)!r}, is {other.config.get(key)!r}"
             for key in keys
             if self.config.get(key) != other.config.get(key)

@@ -101,6 +101,8 @@ def padding_of(
     the other side, or none. rows: of unlike length, shortest first, on the model's device."""
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
     alone_RC = torch.cat([model(**row).logits.float() for row in rows])
+    if not bool(torch.isfinite(alone_RC).all()):
+        return "left" if first == "left" else "right"  # what gives no numbers is told elsewhere
     again_RC = torch.cat([model(**row).logits.float() for row in reversed(rows)]).flip(0)
     most = float(alone_RC.abs().max()) * tolerance + 1e-6
     if bool((again_RC - alone_RC).abs().max() > most):

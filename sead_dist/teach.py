@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sead_dist.checkpoint import Identity, teacher_identity
+from sead_dist.checkpoint import RULES, Identity, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, StopRequestedError, World
@@ -27,6 +27,7 @@ from sead_dist.runfolder import followed_store
 from sead_dist.runlog import RunLog, is_finished, read_json, write_json
 from sead_dist.shared import node_name
 from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
+from sead_dist.student import start_hash
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.claims import Claims
@@ -91,6 +92,8 @@ def read_work(config: RunConfig, world: World) -> Work:
         config.identity(),
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
+        start_hash(config.student, config.teachers),
+        RULES,
     )
     words = tokenizer_hash(tokenizer)
     return Work(config, task, examples, splits, words, max_length, teachers, identity)

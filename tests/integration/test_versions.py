@@ -44,7 +44,7 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
     said = str(caught.value)
     assert "\n" not in said
     assert f"output_dir={run} holds a run of another version of sead_dist, " in said
-    assert "rules order 1, start 1; this version has order 2, start 2" in said
+    assert "rules order 1, start 1, input 1; this version has order 2, start 2, input 2" in said
     assert "give another output_dir" in said
     after = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
     after.pop(old / run / ".lock", None)
