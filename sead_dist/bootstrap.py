@@ -1,21 +1,25 @@
-"""Whether a difference between two methods is larger than chance: a paired bootstrap.
+"""Whether a difference between two methods is larger than chance: rows and seeds as random effects.
 
-Two things vary by chance: which rows the dev split happens to hold, and the seeds of the runs. Both
-are drawn anew, with replacement, the same rows and seeds for both methods (Koehn 2004, "Statistical
-significance tests for machine translation evaluation", for rows; seeds added as a second factor,
-our own). Of S seeds S - 1 are drawn: drawing S would understate the spread of so few by (S - 1) / S
-(McCarthy and Snowden 1985).
+Two things vary by chance: which rows the dev split happens to hold, and the seeds of the runs. The
+difference of a seed's two runs on a row is row + seed + row by seed, each random (a crossed
+analysis of variance without repetition: Searle, Casella and McCulloch 1992, chapter 4). The
+variance of the mean difference is that of rows (of the mean over seeds), plus that of seeds, less
+that of row by seed, which both hold, so that each part counts once. What seeds add is left out
+where an F test at 25% does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom are
+Satterthwaite's (1946); interval and p are Student's t. Variances over rows come from resamples,
+since most metrics are no means over rows. How often it is wrong is simulated in the tests.
 
 Shapes: B examples, C classes, U units that are drawn whole (an example, or all examples of a
 group), R resamples, S seeds, K statistics of a unit.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import f, rankdata, t
 
 from sead_dist import metrics
 from sead_dist.metrics import Answer, Kind, MetricInputs
@@ -32,12 +36,14 @@ Rescore = Callable[[Floats], Floats]
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's mean minus the reference's; `resampled_R` are the same of each resample."""
+    """A method's mean minus the reference's, its 95% interval and two-sided p; the variance of that
+    mean, and its degrees of freedom."""
 
     value: float
     interval: tuple[float, float]
     p: float
-    resampled_R: Floats
+    variance: float
+    freedom: float
 
     @property
     def beyond_chance(self) -> bool:
@@ -203,25 +209,60 @@ def compare(
     reference_S: list[float],
     scores_SR: Floats,
     reference_SR: Floats,
-    seed: int,
+    units: int,
 ) -> Difference:
-    """The difference of two methods over the same seeds, S at least 2, its 95% percentile interval
-    and two-sided p.
+    """The difference of two methods over the same seeds, S at least 3, its interval and p.
 
-    scores_S: on the whole split; scores_SR: on the resamples.
+    scores_S: on the whole split; scores_SR: on the resamples; units: what the resamples draw.
     """
-    seeds, resamples = scores_SR.shape
-    random = np.random.default_rng(seed + 1)
-    drawn_RS = random.integers(seeds, size=(resamples, seeds - 1))
+    each_S = np.asarray(scores_S, np.float64) - np.asarray(reference_S, np.float64)
     of_seeds_SR = scores_SR - reference_SR
-    resampled_R = of_seeds_SR[drawn_RS, np.arange(resamples)[:, None]].mean(axis=1)
-    return summarise(float(np.mean(scores_S) - np.mean(reference_S)), resampled_R)
+    rows = float(of_seeds_SR.mean(axis=0).var(ddof=1))
+    of_one = float(of_seeds_SR.var(axis=1, ddof=1).mean())
+    variance, freedom = variance_of_mean(each_S, rows, of_one, units)
+    return summarise(float(each_S.mean()), variance, freedom)
 
 
-def summarise(value: float, resampled_R: Floats) -> Difference:
-    """Interval and p of a difference and its resamples; p is at least 1 / (R + 1) for each side."""
-    edge = (1 - LEVEL) / 2
-    low, high = np.quantile(resampled_R, [edge, 1 - edge])
-    sides = [(resampled_R <= 0).sum(), (resampled_R >= 0).sum()]
-    p = min(1.0, 2 * (1 + int(min(sides))) / (len(resampled_R) + 1))
-    return Difference(value, (float(low), float(high)), p, resampled_R)
+def variance_of_mean(each_S: Floats, rows: float, of_one: float, units: int) -> tuple[float, float]:
+    """(variance, degrees of freedom) of the mean difference over seeds.
+
+    each_S: the difference of each seed; rows: the variance over rows of their mean; of_one: the
+    mean variance over rows of one seed's difference.
+    """
+    spare, many = len(each_S) - 1, max(units - 1, 1)
+    seeds = float(each_S.var(ddof=1)) / len(each_S)
+    both = max(of_one - rows, 0.0) / spare
+    seen = seeds > both * float(f.ppf(0.75, spare, spare * many))
+    variance = rows + (seeds - both if seen else 0.0)
+    spread = (seeds**2 / spare if seen else 0.0) + rows**2 / many
+    return variance, variance**2 / spread if spread > 0 else 1.0
+
+
+def mean_difference(differences: Sequence[Difference]) -> Difference:
+    """The mean of differences on different tasks, whose chances are independent."""
+    number = len(differences)
+    variance = sum(of.variance for of in differences) / number**2
+    spread = sum((of.variance / number**2) ** 2 / of.freedom for of in differences)
+    freedom = variance**2 / spread if spread > 0 else 1.0
+    value = float(np.mean([of.value for of in differences]))
+    return summarise(value, variance, freedom)
+
+
+def summarise(value: float, variance: float, freedom: float) -> Difference:
+    """Student's interval and p of a difference; nothing varies where both methods say the same."""
+    freedom = max(freedom, 1.0)
+    reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
+    if variance > 0:
+        p = 2 * float(t.sf(abs(value) / math.sqrt(variance), freedom))
+    else:
+        p = 1.0 if value == 0 else 0.0
+    return Difference(value, (value - reach, value + reach), p, variance, freedom)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p of each of several comparisons that are spoken of together (Holm 1979)."""
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda n: ps[n])):
+        highest = max(highest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = highest
+    return adjusted

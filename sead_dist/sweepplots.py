@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sead_dist.bootstrap import LEVEL
 from sead_dist.plots import BLUE, GREY, RED, short
 from sead_dist.runlog import written_aside
 from sead_dist.sweepplan import REFERENCE
@@ -46,6 +47,7 @@ class Gap:
     method: str
     value: float
     interval: tuple[float, float] | None
+    p_holm: float | None = None
 
     @property
     def colour(self) -> str:
@@ -76,7 +78,10 @@ def gaps(report: Mapping[str, Any]) -> list[Gap]:
         if value is None and ran(of) == ran(other):
             value = of["mean"] - other["mean"]
         if value is not None:
-            found.append(Gap(of["task"], of["method"], value, interval and tuple(interval)))
+            gap = Gap(
+                of["task"], of["method"], value, interval and tuple(interval), of.get("p_holm")
+            )
+            found.append(gap)
     if len(report["tasks"]) > 1:
         found += [
             Gap(ALL_TASKS, of["method"], of["difference"], tuple(of["interval"]))
@@ -154,9 +159,11 @@ def in_words(found: Sequence[Gap]) -> str:
     worse = sum(gap.colour == RED for gap in single)
     if all(gap.interval is None for gap in single):
         return f"{number} of single runs, without intervals: none can be told from chance."
+    left = sum(gap.p_holm is not None and gap.p_holm < 1 - LEVEL for gap in single)
     return (
-        f"Of {number}, {better} are above and {worse} below {REFERENCE} beyond chance "
-        "(filled dots); the others (hollow dots) may be chance. Lines are 95% intervals."
+        f"Of {number}, {better} are above and {worse} below {REFERENCE} beyond chance, each taken "
+        f"by itself (filled dots); of all together {left} by Holm's correction. The others (hollow "
+        "dots) may be chance. Lines are 95% intervals."
     )
 
 

@@ -112,11 +112,14 @@ def how_to_read(report: Mapping[str, Any]) -> str:
             "difference is called larger than chance."
         )
     chosen = "" if report["selected_on_dev"] else ", which nothing was chosen by"
+    told = f"Mean ± standard deviation over seeds, on the official dev split{chosen}. "
+    if len(report["seeds"]) < 3:
+        return f"{told}Two seeds hardly tell a spread: no difference is called larger than chance."
     return (
-        f"Mean ± standard deviation over seeds, on the official dev split{chosen}. {BEYOND}: the "
-        f"difference from `{REFERENCE}` is larger than chance: the 95% interval of a paired "
-        "bootstrap over dev rows and seeds leaves out 0. Where nothing differs, one cell in twenty "
-        "is marked by luck."
+        f"{told}{BEYOND}: the difference from `{REFERENCE}` is larger than chance: the 95% "
+        "interval (rows and seeds as crossed random effects, Student's t) leaves out 0. Where "
+        "nothing differs, one cell in twenty is marked by luck, one in twelve at three seeds. "
+        "Intervals are for these training rows and these teachers: other samples would vary more."
     )
 
 

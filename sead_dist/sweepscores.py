@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sead_dist.bootstrap import Difference, Floats, compare, resampled_scores, summarise
+from sead_dist.bootstrap import (
+    Difference,
+    Floats,
+    compare,
+    holm,
+    mean_difference,
+    resampled_scores,
+    units_of,
+)
 from sead_dist.errors import UserError
 from sead_dist.examples import ExampleSet
 from sead_dist.published import FIGURES, NOTE
@@ -88,10 +96,11 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
     return predictions.student_logits_BC
 
 
-def versus(runs: Runs, reference: Runs, seed: int) -> Difference | None:
-    """The difference over the seeds that both have; None where there are not two."""
+def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
+    """The difference over the seeds that both have; None where there are not three: of two the
+    spread is hardly known."""
     common = [s for s in runs.scores if s in reference.scores]
-    if len(common) < 2 or runs.resampled_SR is None or reference.resampled_SR is None:
+    if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
         return None
     at, other = list(runs.scores), list(reference.scores)
     return compare(
@@ -99,7 +108,7 @@ def versus(runs: Runs, reference: Runs, seed: int) -> Difference | None:
         [reference.scores[s] for s in common],
         runs.resampled_SR[[at.index(s) for s in common]],
         reference.resampled_SR[[other.index(s) for s in common]],
-        seed,
+        units,
     )
 
 
@@ -134,14 +143,20 @@ def described(difference: Difference | None) -> dict[str, Any]:
 
 
 def mean_over_tasks(
-    method: str, cells: Sequence[Mapping[str, Any]], differences: Sequence[Difference]
+    method: str, cells: Sequence[Mapping[str, Any]], differences: Mapping[str, Difference]
 ) -> dict[str, Any]:
-    """A method over all tasks that it has a score of; its difference over those that have one."""
-    scores = [of["mean"] for of in cells if of["method"] == method and of["mean"] is not None]
-    over = None
-    if differences:
-        resampled_R = np.mean([of.resampled_R for of in differences], axis=0)
-        over = summarise(statistics.mean(of.value for of in differences), resampled_R)
+    """A method over the tasks that every method has a score of, and its difference over them."""
+    without = {of["task"] for of in cells if of["mean"] is None}
+    methods = {of["method"] for of in cells}
+    counts = {
+        task: sum(of["task"] == task for of in cells) for task in {of["task"] for of in cells}
+    }
+    whole = [task for task, count in counts.items() if count == len(methods)]
+    shared = [task for task in whole if task not in without]
+    own = [of for of in cells if of["method"] == method and of["task"] in shared]
+    scores = [of["mean"] for of in own]
+    known = [differences[task] for task in shared if task in differences]
+    over = mean_difference(known) if known and len(known) == len(shared) else None
     return {
         "method": method,
         "score": statistics.mean(scores) if scores else None,
@@ -201,7 +216,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
     Raises UserError for a finished run whose files are missing or are of other data.
     """
     cells: list[dict[str, Any]] = []
-    differences: dict[str, list[Difference]] = {method: [] for method in plan.methods}
+    differences: dict[str, dict[str, Difference]] = {method: {} for method in plan.methods}
     ranks = 0
     for task, of in data.items():
         runs = {
@@ -212,11 +227,14 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         for method, found in runs.items():
             difference = None
             if REFERENCE in runs and method != REFERENCE:
-                difference = versus(found, runs[REFERENCE], of.draws)
+                difference = versus(found, runs[REFERENCE], int(units_of(of.dev).max()) + 1)
             if difference is not None:
-                differences[method].append(difference)
+                differences[method][task] = difference
             cells.append(cell(found, difference, plan.seeds))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
+    compared = [one for one in cells if one["p"] is not None]
+    for one, p in zip(compared, holm([one["p"] for one in compared]), strict=True):
+        one["p_holm"] = p
     failed = failures(plan)
     return {
         "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
