@@ -112,7 +112,7 @@ def check_equal_to_alone(tmp_path, size, ways, work, tolerance):
     (alone,) = run_ranks(1, tmp_path / "alone", work, [None])
     gradient, norm, student = alone[None]
     assert norm == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
-    assert norm > 2  # clipping to 1 is at work
+    assert norm > 1.5  # clipping to 1 is at work
     found = run_ranks(size, tmp_path / "ranks", work, ways, timeout_s=400)
     for way in ways:
         for rank in found:
