@@ -7,7 +7,7 @@ PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so a file stays with one worker.
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow test-slurm test-quantize test-browser \
+.PHONY: help setup demo peers test test-slow test-slurm test-quantize test-browser \
 	screenshot check clean
 .DEFAULT_GOAL := help
 
@@ -28,8 +28,13 @@ demo: setup ## teachers, ensemble and student on the built-in task, two processe
 test: setup ## all tests but the slow ones and those that need a cluster or a browser
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not slurm and not browser'
 
-test-slow: setup ## the slow tests
-	$(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+# a benchmark alone needs it, so it is kept out of the environment itself
+peers: setup ## what a benchmark compares with, beside the environment; test-slow finds it there
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade -c constraints.txt \
+		--target $(VENV)/peers textbrewer
+
+test-slow: setup ## the slow tests, with the smoke of every benchmark
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
 test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
 	$(PYTEST) -m slurm tests/slurm

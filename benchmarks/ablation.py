@@ -1,11 +1,11 @@
-"""A finished sweep's methods against one of them, by the paired bootstrap: what each element of a
+"""A finished sweep's methods against one of them, by the sweep's own test: what each element of a
 method is worth.
 
     python benchmarks/ablation.py REFERENCE WORDS OF THE SWEEP...
     python benchmarks/ablation.py --smoke       # makes a sweep of a few steps and compares in it
 
 prints, for each method of the sweep, its mean minus that of REFERENCE on every task and on all
-tasks together (tasks count alike and are resampled each for itself), with the 95% interval and p.
+tasks together (tasks count alike), with the 95% interval and p.
 """
 
 import argparse
@@ -13,11 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from inputs import alone, shape_file, small_folder
 from outcome_file import smoke_argument, table
 
-from sead_dist.bootstrap import Difference, summarise
+from sead_dist.bootstrap import Difference, mean_difference, units_of
 from sead_dist.sweep import read_task, run_sweep
 from sead_dist.sweepplan import make_plan
 from sead_dist.sweepscores import read_runs, versus
@@ -73,15 +72,14 @@ def compare(reference: str, words: list[str]) -> str:
     for task in plan.tasks:
         data = read_task(plan, task)
         runs = {method: read_runs(plan, data, method) for method in plan.methods}
+        units = int(units_of(data.dev).max()) + 1
         for method in plan.methods:
-            difference = versus(runs[method], runs[reference], data.draws)
+            difference = versus(runs[method], runs[reference], units)
             if method != reference and difference is not None:
                 found.setdefault(method, []).append(difference)
                 rows.append([method, task, len(runs[method].scores), *told(difference)])
     for method, over in found.items():
-        mean_R = np.mean([of.resampled_R for of in over], axis=0)
-        together = summarise(float(np.mean([of.value for of in over])), mean_R)
-        rows.append([method, f"mean of {len(over)}", "", *told(together)])
+        rows.append([method, f"mean of {len(over)}", "", *told(mean_difference(over))])
     columns = ["method", "task", "seeds", f"minus {reference}", "95% interval", "p"]
     return table(columns, sorted(rows, key=lambda row: plan.methods.index(str(row[0]))))
 

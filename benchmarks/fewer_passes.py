@@ -12,7 +12,7 @@ largest differences of logits from fp32 are shown, since other bits need a numer
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from inputs import laid_out, random_classifier, texts_of
@@ -133,13 +133,15 @@ WAYS: dict[str, Callable[[list[PreTrainedModel]], Pass]] = {
 }
 
 
-def batches(texts: list[str], tokenizer: object) -> list[dict[str, torch.Tensor]]:
+def batches(
+    texts: list[str], tokenizer: object, lengths: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
     """A batch of each padded length, its last row short, as the package makes them."""
     found = []
-    for length in LENGTHS:
+    for length in lengths:
         inputs = dict(
             tokenizer(
-                texts[:ROWS], padding="max_length", truncation=True, max_length=length,
+                texts, padding="max_length", truncation=True, max_length=length,
                 return_tensors="pt",
             )
         )  # fmt: skip
@@ -185,11 +187,14 @@ def one_shape(
 def main() -> None:
     parser = common_arguments(__doc__, rows=ROWS, repeat=7)
     args = parser.parse_args()
-    shapes = SHAPES[:1] if args.smoke else SHAPES
+    shapes, lengths, rows_of_batch = SHAPES, LENGTHS, ROWS
+    if args.smoke:
+        shapes, lengths, rows_of_batch = (("L1-H32", 2),), (8,), 8
     set_threads(args.threads)
     raw, rows = [], []
     with laid_out(args) as (folder, data, words):
-        inputs = batches(texts_of(data / "train.tsv"), AutoTokenizer.from_pretrained(words))
+        texts = texts_of(data / "train.tsv")[:rows_of_batch]
+        inputs = batches(texts, AutoTokenizer.from_pretrained(words), lengths)
         for shape, count in shapes:
             models = [
                 AutoModelForSequenceClassification.from_pretrained(

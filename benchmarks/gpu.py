@@ -241,7 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     size = 8192
     if args.smoke:
-        args.rows, args.repeat, args.teachers, size = 60, 1, ["L2-H128"], 256
+        args.rows, args.repeat, args.teachers, size = 12, 1, ["L1-H64"], 256
     set_threads(args.threads, args.device)
     device = alone(args.device).device
     raw: dict[str, object] = {}

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["L2-H128", "L12-H768"])
     args = parser.parse_args()
     if args.smoke:
-        args.repeat, args.teachers = 1, ["L2-H128"]
+        args.rows, args.repeat, args.teachers = 20, 1, ["L1-H32"]
     set_threads(args.threads, args.device)
     device = alone(args.device).device
     raw, rows = [], []

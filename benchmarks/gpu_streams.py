@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="L12-H768")
     args = parser.parse_args()
     if args.smoke:
-        args.rows, args.repeat, args.student, args.teacher = 60, 1, "L2-H128", "L2-H128"
+        args.rows, args.repeat, args.student, args.teacher = 60, 1, "L1-H32", "L1-H32"
     set_threads(args.threads, args.device)
     with laid_out(args) as (work, data, tokenizer):
         turns = two_streams(work, data, tokenizer, args)

@@ -7,7 +7,6 @@ tokens is what a run does. All variants are measured in turns, in one process.
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -70,15 +69,16 @@ def main() -> None:
     parser.add_argument("--student", default="L6-H256")
     parser.add_argument("--precision", default="fp32")
     args = parser.parse_args()
-    sizes, rows = SIZES, args.rows
+    sizes = SIZES
     if args.smoke:
-        sizes, rows, args.tasks, args.student, args.repeat = (32, 8), 100, ["sst2"], "L1-H32", 1
-    folder = os.environ.get("SEAD_DIST_DATA")
-    if folder is None:
-        sys.exit("SEAD_DIST_DATA is not set; give the folder that holds sst2, stsb and mrpc")
+        sizes, args.rows, args.tasks = (32, 8), 100, ["sst2"]
+        args.student, args.repeat = "L1-H32", 1
     set_threads(args.threads)
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    with laid_out(args.work, rows) as (work, _, tokenizer):
+    with laid_out(args) as (work, small, tokenizer):
+        folders = {"sst2": small}
+        if not args.smoke:
+            folders = {task: Path(os.environ["SEAD_DIST_DATA"]) / task for task in args.tasks}
         shape = shape_file(work / "student.yaml", args.student)
         for _ in range(args.repeat):
             for task in args.tasks:
@@ -86,8 +86,8 @@ def main() -> None:
                     for how in ("rows", "tokens") if size < 32 else ("tokens",):
                         with tempfile.TemporaryDirectory(dir=work) as run, cut(how):
                             words = [
-                                task, f"data.path={Path(folder) / task}", "method=finetune",
-                                f"data.max_train_examples={rows}", f"student.shape={shape}",
+                                task, f"data.path={folders[task]}", "method=finetune",
+                                f"data.max_train_examples={args.rows}", f"student.shape={shape}",
                                 f"student.tokenizer={tokenizer}", f"micro_batch={size}",
                                 f"precision={args.precision}", "epochs=1", "max_length=128",
                                 "checkpoint.every_steps=0", f"output_dir={run}/run",

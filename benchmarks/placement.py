@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=int, nargs="+", default=[3, 4], help="how many")
     args = parser.parse_args()
     if args.smoke:
-        args.rows, args.repeat, args.shape, args.teachers = 200, 1, "L2-H128", [3]
+        args.rows, args.repeat, args.shape, args.teachers = 100, 1, "L1-H32", [3]
     set_threads(args.threads)
     with laid_out(args) as (folder, data, tokenizer):
         folders = [

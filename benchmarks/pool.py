@@ -123,7 +123,9 @@ def one_run(
         while any(member.is_at_work() for member in members):
             time.sleep(0.1)
             victim = members[kills % len(members)]
-            if every_s is None or not victim.is_at_work() or not victim.is_ready():
+            if every_s is None or kills == setting.kills:
+                continue
+            if not victim.is_at_work() or not victim.is_ready():
                 continue
             kill_at = kill_at or time.monotonic() + every_s
             if time.monotonic() > kill_at:
@@ -185,10 +187,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--chunk-rows", type=int, default=256)
     parser.add_argument("--every-s", type=float, default=20.0, help="seconds from ready to kill")
+    parser.add_argument("--kills", type=int, help="no more than so many; default: to the end")
     args = parser.parse_args()
     if args.smoke:
-        args.rows, args.shape, args.teachers, args.every_s = 600, "L2-H128", 2, 3.0
-        args.workers, args.chunk_rows = 2, 64
+        args.rows, args.shape, args.teachers, args.every_s = 300, "L1-H32", 1, 0.0
+        args.workers, args.chunk_rows, args.kills = 1, 64, 1
     set_threads(args.threads)
     # ended from outside, it ends its workers too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--mixed", type=int, nargs="*", default=[8, 64], help="mixed ones")
     args = parser.parse_args()
     if args.smoke:
-        args.rows, args.repeat, args.ranks, args.teachers, args.mixed = 200, 1, [1, 2], [2], []
+        args.rows, args.repeat, args.ranks, args.teachers, args.mixed = 100, 1, [2], [2], []
     set_threads(args.threads)
     cases = [("equal", 0)]
     cases += [("equal", n) for n in args.teachers] + [("mixed", n) for n in args.mixed]

@@ -166,9 +166,10 @@ def prepare(args: argparse.Namespace, work: Path, rows: int) -> tuple[Setting, P
 
 def measure(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """One record for each system, precision, epochs and seed; systems interleaved."""
-    small, _ = prepare(args, work, 100)
-    for system in args.systems:  # first use of kernels and lazy imports, not counted
-        SYSTEMS[system](replace(small, folder=Path(tempfile.mkdtemp(dir=work))))
+    if not args.smoke:  # first use of kernels and lazy imports, not counted
+        small, _ = prepare(args, work, 100)
+        for system in args.systems:
+            SYSTEMS[system](replace(small, folder=Path(tempfile.mkdtemp(dir=work))))
     job, selection = prepare(args, work, args.rows)
     records = []
     for precision in args.precision:
@@ -240,7 +241,8 @@ def main() -> None:
     parser.add_argument("--student", default="L2-H128", help="shape, random first weights")
     args = parser.parse_args()
     if args.smoke:
-        args.rows, args.repeat, args.epochs, args.random_shape = 100, 1, [1], "L2-H128"
+        args.rows, args.repeat, args.epochs = 100, 1, [1]
+        args.random_shape = args.student = "L1-H32"
     set_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         records = measure(args, args.work or Path(temporary))
