@@ -76,9 +76,9 @@ def check_saving(
     except UserError as error:
         raise UserError(f"the student ({kind}), saved before training: {error}; {mend}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the student cannot be saved in {folder}: {error}; free space or give another "
-            "output_dir"
+        raise RunError(
+            f"the student cannot be saved in {folder}: {error}; free space, raise the limit "
+            "(ulimit -f) or give another output_dir"
         ) from None
     if not off <= CLOSE["fp32"]:
         raise UserError(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sead_dist.errors import RunError, UserError
+from sead_dist.grammar import write_grammar_task
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -466,15 +467,33 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, disti
 
 
 @pytest.mark.slow
-def test_a_store_that_cannot_be_written_is_told(words, distil, tmp_path):
-    whole = distil(words(tmp_path / "whole", f"store={tmp_path / 'whole-store'}"))
+def test_a_store_that_cannot_be_written_is_told(grammar, words, distil, tmp_path):
+    task = tmp_path / "task"
+    write_grammar_task(task, 0, 400, 100, 4500, label_noise=0.0)
+    shape = yaml.safe_load((grammar / "shape.yaml").read_text())
+    (tmp_path / "shape.yaml").write_text(yaml.safe_dump({**shape, "hidden_size": 16}))
+    more = [
+        f"task={task / 'task.yaml'}",
+        f"data.path={task}",
+        f"transfer.path={task / 'transfer.tsv'}",
+        f"student.shape={tmp_path / 'shape.yaml'}",
+        "max_steps=1",
+    ]
+    whole = distil(words(tmp_path / "whole", f"store={tmp_path / 'whole-store'}", *more))
     blocks = (tmp_path / "whole-store" / "keys").iterdir()
     room = max(block.stat().st_size for block in blocks) - 1
-    # what a run writes of itself fits: how long it is depends on the paths in it
-    assert room > max(path.stat().st_size for path in whole.glob("*.json"))
-    args = words(tmp_path / "run", f"store={tmp_path / 'store'}")
+    # what a run writes before its store fits: only the store meets the limit
+    before = [*whole.glob("*.json"), whole / "model" / "model.safetensors"]
+    assert room > max(path.stat().st_size for path in before)
+    args = words(tmp_path / "run", f"store={tmp_path / 'store'}", *more)
     line = one_line(limited(room, "distill", *args), 3)
     assert re.search(r"the prediction store .*/store cannot be written .*ulimit -f", line)
+
+
+@pytest.mark.slow
+def test_a_student_that_cannot_be_saved_is_told_before_training(words, tmp_path):
+    line = one_line(limited(20_000, "distill", *words(tmp_path / "run")), 3)
+    assert re.search(r"the student cannot be saved in .*/run: .*ulimit -f", line)
 
 
 def test_a_run_folder_that_cannot_be_written_is_told_with_the_file(words, tmp_path):
