@@ -20,6 +20,7 @@ from sead_dist.recipes import distill, finetune
 from sead_dist.slurm import SlurmSettings
 from sead_dist.sweep import run_sweep
 from sead_dist.sweepplan import make_plan
+from sead_dist.sweepsteps import needs_rows
 from sead_dist.sweepsubmit import submit_sweep
 
 
@@ -155,10 +156,10 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
 
 
 def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
-    """Nothing has to be read then, and nothing is made longer."""
     plan = make_plan(fair_words(task, tmp_path / "out", "max_steps=3"))
     fixed, _ = sweep.settle(plan, ["grammar"])
     assert fixed == plan
+    assert not needs_rows(plan, "grammar")
 
 
 def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
