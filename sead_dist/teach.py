@@ -26,7 +26,7 @@ from sead_dist.recipes import chosen_by_score, needs_examination, weigh
 from sead_dist.runfolder import followed_store
 from sead_dist.runlog import RunLog, is_finished, read_json, write_json
 from sead_dist.shared import node_name
-from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
+from sead_dist.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
 from sead_dist.student import start_hash
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
@@ -34,7 +34,7 @@ from sead_dist.teachers.claims import Claims
 from sead_dist.teachers.exam import Examination, admit, ask_all, examine
 from sead_dist.teachers.follow import differing_facts, store_id
 from sead_dist.teachers.layout import Layout, default_store
-from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.roster import Teacher, call_roster, tokenizers_of
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.worker import Worker
@@ -88,6 +88,7 @@ def read_work(config: RunConfig, world: World) -> Work:
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer)
+    check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
