@@ -188,7 +188,7 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
         assert "\n" not in str(caught.value)
     task = tmp_path / "task.yaml"
     task.write_text("name: mine\nkind: classification\ntext_a: '{text}'\nlabels: [a, b\n")
-    refused(r"task.yaml.* is not YAML: ", f"task={task}")
+    refused(r"task.yaml.* is not valid YAML: ", f"task={task}")
     task.write_text("name: mine\ntext: '{text}'\n")
     refused(r"unknown key 'text'; did you mean 'text_[ab]'", f"task={task}")
 
