@@ -14,12 +14,11 @@ from pydantic import ValidationError
 
 from sead_dist.config import METHOD_KEYS, RunConfig, Section
 from sead_dist.errors import UserError
+from sead_dist.words import read_word
 from sead_dist.yamltext import parse_yaml
 
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
-# keys of lists that one text may stand for
-LISTS = ("teachers", "encoders")
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +80,7 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        if key in SHORTHAND and isinstance(value, str):
+        if key in SHORTHAND and (value is None or isinstance(value, str)):
             value = {"path": value}
         if isinstance(below, dict) and isinstance(value, Mapping):
             merged[key] = merge(below, value)
@@ -92,36 +91,10 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
-    value = _value(key.strip(), text) if text else None
+    value = read_word(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return {} if value is None else dict(value)
-
-
-def _value(key: str, text: str) -> Any:
-    """What a word says of a key: a text as it was typed where the key is one, so that a path may
-    hold `#`, blanks and brackets; else YAML. `null` unsets, and `"null"` is the text."""
-    if not _is_text(key) or text == "null":
-        return parse_yaml(text, f"the value of {key}")
-    if key in (*SHORTHAND, *LISTS) and text.lstrip()[0] in "[{":
-        return parse_yaml(text, f"the value of {key}")
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if quoted else text
-
-
-def _is_text(key: str) -> bool:
-    """Whether a key of a run takes a text, or may be given as one (student=DIR, teachers=DIR)."""
-    if key in (*SHORTHAND, *LISTS):
-        return True
-    section: Any = RunConfig
-    *outer, last = key.split(".")
-    for part in outer:
-        field = section.model_fields.get(part)
-        section = field.annotation if field is not None else None
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            return False
-    field = section.model_fields.get(last)
-    return field is not None and field.annotation in (str, str | None)
 
 
 def _matching(pattern: str, key: str, output: str | None) -> list[str]:
@@ -151,10 +124,12 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     for item in items:
         if isinstance(item, str) and glob.has_magic(item) and not Path(item).exists():
             entries += [{"path": folder} for folder in _matching(item, key, output)]
-        elif isinstance(item, str | int | float):
-            entries.append({"path": str(item)})
-        else:
+        elif isinstance(item, str):
+            entries.append({"path": item})
+        elif isinstance(item, Mapping):
             entries.append(item)
+        else:  # 007 would be the folder 7
+            raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
     return entries
 
 

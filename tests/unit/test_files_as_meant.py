@@ -146,26 +146,6 @@ def test_the_texts_of_official_files_keep_their_marks():
     assert read >= 8
 
 
-@pytest.mark.parametrize(
-    "text", ["exp #2/run", "007", "2026-11-28", "1_0", "[a", "a: b", "{x}", " a ", "on", "1e5"]
-)
-def test_a_path_is_what_was_typed(text):
-    assert load_config(["sst2", "student=s", f"output_dir={text}"]).output_dir == text
-
-
-def test_a_word_is_of_its_keys_own_type():
-    read = load_config([*BASE, "epochs=7", "learning_rate=1e-3", "alpha_end=null", "gate=off"])
-    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
-    assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
-    assert load_config([*BASE, 'data.path="null"']).data.path == "null"
-    assert load_config([*BASE, "student=a #1"]).student.path == "a #1"
-    assert load_config([*BASE, "student={path: a, layers: [0, 1]}"]).student.layers == [0, 1]
-    named = load_config([*BASE, "teachers=[a, {path: b, name: c}]"]).teachers
-    assert [(entry.path, entry.name) for entry in named] == [("a", None), ("b", "c")]
-    with pytest.raises(UserError, match="epochs='many'"):
-        load_config([*BASE, "epochs=many"])
-
-
 def test_a_folder_with_brackets_is_a_folder_and_a_pattern_leaves_out_what_cannot_teach(
     tmp_path, monkeypatch, caplog
 ):
