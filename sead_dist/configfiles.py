@@ -4,7 +4,6 @@ KEY=VALUE words; later ones lie over earlier ones.
 
 import difflib
 import glob
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from pydantic import ValidationError
 
 from sead_dist.config import METHOD_KEYS, RunConfig, Section
 from sead_dist.errors import UserError
+from sead_dist.patterns import folders_of
 from sead_dist.words import read_word
 from sead_dist.yamltext import parse_yaml
 
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
-_log = logging.getLogger(__name__)
 
 
 def config_folder() -> Path:
@@ -97,24 +96,6 @@ def _override(word: str) -> dict[str, Any]:
     return {} if value is None else dict(value)
 
 
-def _matching(pattern: str, key: str, output: str | None) -> list[str]:
-    """The folders that a pattern matches, without the run's own output and runs that are not
-    finished, which it says. Raises UserError where none is left."""
-    folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-    kept = []
-    for folder in folders:
-        path = Path(folder)
-        if output is not None and path.resolve() == Path(output).resolve():
-            _log.warning("%s=%s leaves out %s, the output of this run", key, pattern, folder)
-        elif (path / "run.json").is_file() and not (path / "model" / "config.json").is_file():
-            _log.warning("%s=%s leaves out %s, a run that is not finished", key, pattern, folder)
-        else:
-            kept.append(folder)
-    if not kept:
-        raise UserError(f"{key}={pattern} matches no folder; give paths that exist")
-    return kept
-
-
 def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     """A string, glob or list of strings and mappings as a list of teacher mappings."""
     items = [raw] if isinstance(raw, str | Mapping) else raw
@@ -123,7 +104,7 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     entries: list[Any] = []
     for item in items:
         if isinstance(item, str) and glob.has_magic(item) and not Path(item).exists():
-            entries += [{"path": folder} for folder in _matching(item, key, output)]
+            entries += [{"path": folder} for folder in folders_of(item, key, output)]
         elif isinstance(item, str):
             entries.append({"path": item})
         elif isinstance(item, Mapping):

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
 from sead_dist.examples import build_examples
 from sead_dist.loading import is_quoted, load_split, names_decide, read_rows
@@ -144,19 +143,3 @@ def test_the_texts_of_official_files_keep_their_marks():
             assert {value for row in rows for value in row.values()} <= fields, path
             read += 1
     assert read >= 8
-
-
-def test_a_folder_with_brackets_is_a_folder_and_a_pattern_leaves_out_what_cannot_teach(
-    tmp_path, monkeypatch, caplog
-):
-    monkeypatch.chdir(tmp_path)
-    for name in ("t[1]", "runs/a/model", "runs/b", "runs/out", "runs/plain"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "runs/a/run.json").write_text("{}")
-    (tmp_path / "runs/a/model/config.json").write_text("{}")
-    (tmp_path / "runs/b/run.json").write_text("{}")
-    assert load_config([*BASE, "teachers=t[1]"]).teachers[0].path == "t[1]"
-    read = load_config(["sst2", "student=s", "output_dir=runs/out", "teachers=runs/*"])
-    assert [entry.path for entry in read.teachers] == ["runs/a", "runs/plain"]
-    assert "leaves out runs/b, a run that is not finished" in caplog.text
-    assert "leaves out runs/out, the output of this run" in caplog.text
