@@ -81,26 +81,52 @@ def write_csv(path: Path, head, rows, op=open, **how) -> Path:
     return path
 
 
+def pack(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed
+
+
 def test_two_columns_or_keys_of_one_name_are_refused_with_the_file(tmp_path):
     head, row = ["text", "label", "label"], [["a", "positive", "negative"]]
     lines = tmp_path / "c.jsonl"
     lines.write_text('{"text": "a", "label": "positive", "label": "negative"}\n')
-    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=head)
-    pq.write_table(table, tmp_path / "d.parquet")
+    deep = tmp_path / "e.json"
+    deep.write_text('[{"text": "a", "more": [{"label": 1, "label": 2}], "label": "positive"}]')
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=head), tmp_path / "d.parquet")
+    twins = pa.StructArray.from_arrays([pa.array([1])] * 2, names=["label"] * 2)
+    table = pa.table({"text": ["a"], "more": twins})
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pa.ipc.new_file(tmp_path / "g.arrow", table.schema) as file:
+        file.write_table(table)
     for path in (
         write_csv(tmp_path / "a.csv", head, row),
         write_csv(tmp_path / "b.tsv", head, row, delimiter="\t"),
         lines,
+        deep,
         tmp_path / "d.parquet",
+        tmp_path / "f.parquet",
+        tmp_path / "g.arrow",
     ):
-        with pytest.raises(UserError, match=r"has the (column|key) 'label' twice; rename"):
-            read_rows(path, TONE)
+        for file in (path, pack(path)):
+            twice = rf"{file.name}\S* has the (column|key) 'label' twice; rename"
+            with pytest.raises(UserError, match=twice):
+                read_rows(file, TONE)
+
+
+def test_two_columns_that_a_task_calls_by_one_name_are_refused_where_they_differ():
+    row = {"sentence1": "a", "sentence2": "b", "score": "1.0", "label": "1.0"}
+    assert len(build_examples(TASKS["stsb"], [row], "train")) == 1
+    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both are"):
+        build_examples(TASKS["stsb"], [{**row, "label": "2.0"}], "train")
 
 
 def test_packed_files_are_read_in_a_folder_and_by_their_path(tmp_path):
     path = write_csv(tmp_path / "train.csv.gz", ["text", "label"], [["a", "negative"]], gzip.open)
     assert labels_of(path) == ["negative"]
     assert len(load_split(TONE, "train", tmp_path, None, None, False)) == 1
+    numbers = class_label(tmp_path / "a.parquet", ["negative", "positive"], [0, 1])
+    assert labels_of(pack(numbers)) == labels_of(numbers) == ["negative", "positive"]
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as file:
         file.write('{"text": "a", "label": "positive"}\n')
     assert labels_of(tmp_path / "more.jsonl.gz") == ["positive"]
