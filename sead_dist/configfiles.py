@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from sead_dist.config import METHOD_KEYS, RunConfig, Section
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.patterns import folders_of
 from sead_dist.words import read_word
 from sead_dist.yamltext import parse_yaml
@@ -168,7 +168,9 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         path = find_config(word)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except OSError as error:
+            raise refusal(f"config {word!r} cannot be read: {error.strerror}", error) from None
+        except UnicodeDecodeError:
             raise UserError(
                 f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
             ) from None

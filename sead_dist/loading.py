@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.tasks import TASKS, TaskSpec, align_name, is_label
 
 Rows = list[dict[str, Any]]
@@ -124,7 +124,7 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     except FileNotFoundError as error:
         raise UserError(f"data file {path} does not exist; give an existing file") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data file {path} cannot be read: {_line(error)}") from error
+        raise refusal(f"data file {path} cannot be read: {_line(error)}", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
     except pa.ArrowException as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from sead_dist import metrics
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.metrics import Kind
 from sead_dist.yamltext import parse_yaml
 
@@ -85,7 +85,7 @@ def read_task_file(path: Path) -> TaskSpec:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
     except OSError as error:
-        raise UserError(f"task file {path}: {error.strerror}; give a readable file") from error
+        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
     if not isinstance(raw, dict):

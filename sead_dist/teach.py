@@ -19,7 +19,7 @@ from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, StopRequestedError, World
 from sead_dist.ensemble import asked_teachers
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.pretrained import fitting_length, tokenizer_hash
 from sead_dist.recipes import chosen_by_score, needs_examination, weigh
@@ -237,17 +237,19 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 
 def make_folder(folder: Path, run: Path) -> None:
-    """Raises UserError where a worker may not write into the student's run folder."""
+    """Raises RunError where a worker may not write into the student's run folder, UserError where
+    it cannot be a folder."""
     remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
+        raise refusal(
             f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
-            f"({error.strerror}); {remedy}"
+            f"({error.strerror}); {remedy}",
+            error,
         ) from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
+        raise RunError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
 
 
 def refuse_other_store(run: Path, layout: Layout) -> None:

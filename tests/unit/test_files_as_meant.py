@@ -151,6 +151,15 @@ def test_a_quoted_tsv_is_known_by_its_doubled_marks(tmp_path):
     rows = [['He said "no"', "positive"], ["plain", "negative"]]
     path = write_csv(tmp_path / "a.tsv", ["text", "label"], rows, delimiter="\t")
     assert [row["text"] for row in read_rows(path, TONE)] == ['He said "no"', "plain"]
+    official = build_examples(
+        TASKS["sst2"],
+        read_rows(
+            write_csv(tmp_path / "b.tsv", ["sentence", "label"], rows[:1], delimiter="\t"),
+            TASKS["sst2"],
+        ),
+        "train",
+    )
+    assert official.texts_a == ['"He said ""no"""']
     for bare in (['"all quoted"'], ['He said "no"'], ['"a" and "b"'], ['""']):
         assert not is_quoted([bare]), bare
     assert not is_quoted([['"say ""no"""'], ['a bare " mark']])
