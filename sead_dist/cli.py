@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sead_dist import __version__, arguments
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, lacks_memory
 
 if TYPE_CHECKING:
     from sead_dist.jobs import Job
@@ -265,7 +265,12 @@ def attempt(do: Callable[[], None]) -> int | None:
         return 3
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        if lacks_memory(error):
+            what = next(iter(str(error).splitlines()), "") or type(error).__name__
+            mend = "lower micro_batch, or run where there is more, then give the same command again"
+            print(f"sead-dist: memory does not suffice: {what}; {mend}", file=sys.stderr)
+            return 3
         traceback.print_exc()
         return 1
     return None

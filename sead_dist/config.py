@@ -186,6 +186,17 @@ class RunConfig(Section):
         return _identity(self, "")
 
 
+class SweepConfig(Section):
+    """The keys of a sweep beside those of its runs; configs/sweep.yaml explains every one."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    equal_steps: Literal["on", "off"]
+    finetune: dict[str, Any]
+    per_task: dict[str, dict[str, Any]]
+
+
 def teacher_names(entries: Sequence[TeacherConfig]) -> list[str]:
     """A short name for each teacher, all different."""
     names: list[str] = []

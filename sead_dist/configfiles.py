@@ -4,7 +4,6 @@ KEY=VALUE words; later ones lie over earlier ones.
 
 import difflib
 import glob
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from sead_dist.config import METHOD_KEYS, RunConfig, Section
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
+from sead_dist.patterns import folders_of
+from sead_dist.words import read_word
 from sead_dist.yamltext import parse_yaml
 
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
-# keys of lists that one text may stand for
-LISTS = ("teachers", "encoders")
-_log = logging.getLogger(__name__)
 
 
 def config_folder() -> Path:
@@ -81,7 +79,7 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        if key in SHORTHAND and isinstance(value, str):
+        if key in SHORTHAND and (value is None or isinstance(value, str)):
             value = {"path": value}
         if isinstance(below, dict) and isinstance(value, Mapping):
             merged[key] = merge(below, value)
@@ -92,54 +90,10 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
-    value = _value(key.strip(), text) if text else None
+    value = read_word(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return {} if value is None else dict(value)
-
-
-def _value(key: str, text: str) -> Any:
-    """What a word says of a key: a text as it was typed where the key is one, so that a path may
-    hold `#`, blanks and brackets; else YAML. `null` unsets, and `"null"` is the text."""
-    if not _is_text(key) or text == "null":
-        return parse_yaml(text, f"the value of {key}")
-    if key in (*SHORTHAND, *LISTS) and text.lstrip()[0] in "[{":
-        return parse_yaml(text, f"the value of {key}")
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if quoted else text
-
-
-def _is_text(key: str) -> bool:
-    """Whether a key of a run takes a text, or may be given as one (student=DIR, teachers=DIR)."""
-    if key in (*SHORTHAND, *LISTS):
-        return True
-    section: Any = RunConfig
-    *outer, last = key.split(".")
-    for part in outer:
-        field = section.model_fields.get(part)
-        section = field.annotation if field is not None else None
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            return False
-    field = section.model_fields.get(last)
-    return field is not None and field.annotation in (str, str | None)
-
-
-def _matching(pattern: str, key: str, output: str | None) -> list[str]:
-    """The folders that a pattern matches, without the run's own output and runs that are not
-    finished, which it says. Raises UserError where none is left."""
-    folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-    kept = []
-    for folder in folders:
-        path = Path(folder)
-        if output is not None and path.resolve() == Path(output).resolve():
-            _log.warning("%s=%s leaves out %s, the output of this run", key, pattern, folder)
-        elif (path / "run.json").is_file() and not (path / "model" / "config.json").is_file():
-            _log.warning("%s=%s leaves out %s, a run that is not finished", key, pattern, folder)
-        else:
-            kept.append(folder)
-    if not kept:
-        raise UserError(f"{key}={pattern} matches no folder; give paths that exist")
-    return kept
 
 
 def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
@@ -150,11 +104,13 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     entries: list[Any] = []
     for item in items:
         if isinstance(item, str) and glob.has_magic(item) and not Path(item).exists():
-            entries += [{"path": folder} for folder in _matching(item, key, output)]
-        elif isinstance(item, str | int | float):
-            entries.append({"path": str(item)})
-        else:
+            entries += [{"path": folder} for folder in folders_of(item, key, output)]
+        elif isinstance(item, str):
+            entries.append({"path": item})
+        elif isinstance(item, Mapping):
             entries.append(item)
+        else:  # 007 would be the folder 7
+            raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
     return entries
 
 
@@ -212,7 +168,9 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         path = find_config(word)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except OSError as error:
+            raise refusal(f"config {word!r} cannot be read: {error.strerror}", error) from None
+        except UnicodeDecodeError:
             raise UserError(
                 f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
             ) from None

@@ -150,8 +150,10 @@ def output_folder(name: str, output: str | None) -> Path:
         raise UserError(f"--output {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "export.json").is_file():
         raise UserError(f"--output {folder} holds other files than an export; give a new folder")
+    if not folder.parent.is_dir():
+        raise UserError(f"--output {folder}: no folder {folder.parent}; make it, or give another")
     if not os.access(folder.parent, os.W_OK):
-        raise UserError(f"--output {folder}: folder {folder.parent} is not writable; give another")
+        raise RunError(f"--output {folder}: folder {folder.parent} is not writable; give another")
     return folder
 
 

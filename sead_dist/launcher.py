@@ -27,7 +27,7 @@ from submitit.slurm import slurm as submitit_slurm
 from sead_dist import jobs, slurm
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.hub import refuse_push
 from sead_dist.inputs import check_inputs, refuse_unused_text
 from sead_dist.runfolder import already_finished
@@ -135,8 +135,8 @@ def job_folder(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
     except OSError as error:
-        raise UserError(
-            f"output_dir={out} cannot be made: {error.strerror}; give another folder"
+        raise refusal(
+            f"output_dir={out} cannot be made: {error.strerror}; give another folder", error
         ) from None
     return folder
 

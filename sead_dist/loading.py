@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.tasks import TASKS, TaskSpec, align_name, is_label
 
 Rows = list[dict[str, Any]]
@@ -102,11 +102,10 @@ def kind_of(path: Path) -> str:
     return name.suffix.lower()
 
 
-def read_text(path: Path) -> str:
-    """The whole of a text file, unpacked where it is packed with gzip."""
+def read_bytes(path: Path) -> bytes:
+    """The whole of a file, unpacked where it is packed with gzip."""
     packed = path.suffix.lower() == ".gz"
-    raw = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-    return raw.decode("utf-8-sig")
+    return gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
 
 
 def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
@@ -118,17 +117,14 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     try:
         if path.is_dir():
             return _from_saved_folder(path, task)
-        if kind == ".parquet":
-            _refuse_twins(pq.read_schema(path).names, f"data file {path}", "column")
-            return _table_rows(pq.read_table(path), task)
-        if kind == ".arrow":
-            return _table_rows(_arrow_table(path), task)
+        if kind in (".parquet", ".arrow"):
+            return _binary_rows(path, task)
         if kind in (".tsv", ".csv", ".jsonl", ".json"):
-            return _text_rows(read_text(path), path, task, skip_malformed)
+            return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
     except FileNotFoundError as error:
         raise UserError(f"data file {path} does not exist; give an existing file") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data file {path} cannot be read: {_line(error)}") from error
+        raise refusal(f"data file {path} cannot be read: {_line(error)}", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
     except pa.ArrowException as error:
@@ -182,6 +178,17 @@ def _refuse_twins(names: Sequence[str], where: str, what: str) -> None:
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
         raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
+
+
+def _refuse_twin_fields(schema: Any, where: str) -> None:
+    """The same of the columns of a table, and of what is nested in them."""
+    _refuse_twins([field.name for field in schema], where, "column")
+    kinds = [field.type for field in schema]
+    for kind in kinds:
+        if pa.types.is_struct(kind):
+            _refuse_twin_fields(list(kind), where)
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kinds.append(kind.value_type)
 
 
 def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, list[str]]]:
@@ -265,13 +272,21 @@ def _tell(path: Path, skipped: int) -> None:
         _log.warning("%s: passed over %d malformed lines", path, skipped)
 
 
-def _arrow_table(path: Path) -> Any:
-    with pa.memory_map(str(path)) as source:
-        try:
-            return pa.ipc.open_stream(source).read_all()  # what `datasets` writes
-        except pa.ArrowInvalid:
+def _binary_rows(path: Path, task: TaskSpec) -> Rows:
+    packed = path.suffix.lower() == ".gz"
+    with pa.BufferReader(read_bytes(path)) if packed else pa.memory_map(str(path)) as source:
+        if kind_of(path) == ".parquet":
+            # reading the table would refuse twins in words of its own
+            _refuse_twin_fields(pq.read_schema(source), f"data file {path}")
             source.seek(0)
-            return pa.ipc.open_file(source).read_all()
+            table = pq.read_table(source)
+        else:
+            try:
+                table = pa.ipc.open_stream(source).read_all()  # what `datasets` writes
+            except pa.ArrowInvalid:
+                source.seek(0)
+                table = pa.ipc.open_file(source).read_all()
+        return _table_rows(table, task, f"data file {path}")
 
 
 def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
@@ -280,7 +295,7 @@ def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         raise UserError(f"data file {path} holds several splits; give it as data.path")
-    return _dataset_rows(saved, task)
+    return _dataset_rows(saved, task, f"data file {path}")
 
 
 def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
@@ -307,7 +322,7 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
             f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
             f"{_line(error)}; give data.path, a folder of files"
         ) from error
-    return _dataset_rows(loaded, task)
+    return _dataset_rows(loaded, task, f"hub data set {name!r}")
 
 
 def reach_hub(name: str, revision: str | None) -> None:
@@ -319,18 +334,19 @@ def reach_hub(name: str, revision: str | None) -> None:
         HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
-def _dataset_rows(dataset: Any, task: TaskSpec) -> Rows:
+def _dataset_rows(dataset: Any, task: TaskSpec, where: str) -> Rows:
     # Through the Arrow format a row mapping (a selection, a shuffle) is applied first.
     table = dataset.with_format("arrow")[:]
-    return _table_rows(table.replace_schema_metadata(dataset.features.arrow_schema.metadata), task)
+    metadata = dataset.features.arrow_schema.metadata
+    return _table_rows(table.replace_schema_metadata(metadata), task, where)
 
 
-def _table_rows(table: Any, task: TaskSpec) -> Rows:
+def _table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
     """Rows of an Arrow table; numbers of a ClassLabel become its names, which decide.
 
     The order of a data set's class names need not be the task's, and some may be of no row.
     """
-    _refuse_twins(table.column_names, "the data", "column")
+    _refuse_twin_fields(table.schema, where)
     rows: Rows = table.to_pylist()
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     columns = {task.label_column, *(o for o, t in task.renames.items() if t == task.label_column)}

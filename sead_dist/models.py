@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sead_dist.config import TeacherConfig
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.loaded import (
     Loaded,
     body_of,
@@ -193,7 +193,7 @@ def _read(
         ) from None
     except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{checkpoint.name}: its weights cannot be read: {reason}") from None
+        raise refusal(f"{checkpoint.name}: its weights cannot be read: {reason}", error) from None
     mismatched = sorted(
         (name, tuple(theirs), tuple(ours)) for name, theirs, ours in notes["mismatched_keys"]
     )
@@ -216,7 +216,7 @@ def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
         )
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"plain Transformers cannot load it: {reason}") from None
+        raise refusal(f"plain Transformers cannot load it: {reason}", error) from None
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
         raise UserError(f"plain Transformers finds no {some(lacking)} in it")

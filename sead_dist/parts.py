@@ -32,7 +32,13 @@ from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.runfolder import claim, forget_followed, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
-from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
+from sead_dist.splits import (
+    RunExamples,
+    RunSplits,
+    check_tokens,
+    load_examples,
+    tokenize_splits,
+)
 from sead_dist.student import build_student, start_hash, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
@@ -46,7 +52,7 @@ from sead_dist.teachers.placement import (
     least_free,
     share_rows,
 )
-from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.roster import Teacher, call_roster, tokenizers_of
 from sead_dist.teachers.sharded import check_shardable
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
@@ -96,6 +102,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    check_tokens(examples, tokenizers_of(teachers))
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
@@ -191,7 +198,9 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     check_student(model, tokenizer, config.max_length, "the student")
-    return task, load_examples(config, task, say), tokenizer, model
+    examples = load_examples(config, task, say)
+    check_tokens(examples, {"the student": tokenizer})
+    return task, examples, tokenizer, model
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config import Precision, RunConfig, Section
 from sead_dist.distributed import World, from_main, gather_objects
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.forecast import Work
 from sead_dist.measure import (
     GRID,
@@ -84,8 +84,8 @@ def read_given(path: Path) -> GivenRates:
     try:
         fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--rates {path} cannot be read ({error}); give a YAML or JSON file"
+        raise refusal(
+            f"--rates {path} cannot be read ({error}); give a YAML or JSON file", error
         ) from None
     known = ", ".join(GivenRates.model_fields)
     if not isinstance(fields, dict):

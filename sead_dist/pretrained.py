@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.hashes import files_hash
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -119,7 +119,9 @@ def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Pretra
         )
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{checkpoint.name}: its config.json cannot be used: {reason}") from None
+        raise refusal(
+            f"{checkpoint.name}: its config.json cannot be used: {reason}", error
+        ) from None
 
 
 def load_tokenizer(
@@ -132,7 +134,7 @@ def load_tokenizer(
         )
     except (ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint.name}: no usable tokeniser: {reason}") from None
+        raise refusal(f"{checkpoint.name}: no usable tokeniser: {reason}", error) from None
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"{checkpoint.name}: its tokeniser has no padding token; "

@@ -56,7 +56,7 @@ def read_items(
     for position, row in enumerate(rows):
         where = f"{split} row {position + 1}"
         if task.renames:
-            row = {**row, **{to: row[old] for old, to in task.renames.items() if old in row}}
+            row = _renamed(task, row, where)
         try:
             flats = list(read(row, position))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -77,6 +77,19 @@ def read_items(
                 position,
                 None if route is None else _teacher_index(route, flat, where),
             )
+
+
+def _renamed(task: TaskSpec, row: Row, where: str) -> Row:
+    renamed = dict(row)
+    for old, name in task.renames.items():
+        if old in row:
+            if str(renamed.get(name, row[old])) != str(row[old]):
+                raise UserError(
+                    f"{where}: columns {old!r} and {name!r} both are the task's {name!r}, and "
+                    "hold other values; remove one of them"
+                )
+            renamed[name] = row[old]
+    return renamed
 
 
 def _template(template: str) -> Callable[[Row], str]:

@@ -22,9 +22,12 @@ from sead_dist.hub import refuse_push
 from sead_dist.inputs import refuse_unused_text
 from sead_dist.outcome import conclude
 from sead_dist.parts import Parts, build
+from sead_dist.pretrained import load_tokenizer
 from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished, steps_done, write_json
-from sead_dist.student import check_start
+from sead_dist.splits import adds_tokens, check_tokens, load_examples
+from sead_dist.student import check_start, student_tokenizer
+from sead_dist.tasks import load_task
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.exam import Examination, admit, ask_all, describe, examine
 from sead_dist.teachers.roster import Teacher
@@ -122,6 +125,7 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
     from_main(world, lambda: check_folder(Path(config.output_dir)))
     for one in teachers:
         check_start(one.student, one.trust_remote_code)
+    check_texts(teachers)
     runs: list[Path] = []
     for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
         if world.is_main:
@@ -130,6 +134,18 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop
     return runs
+
+
+def check_texts(teachers: Sequence[RunConfig]) -> None:
+    """Raises UserError before the first is trained for a text of which a later one's tokeniser
+    makes no token. The data are read for it where such a tokeniser is among them."""
+    tokenizers = {}
+    for one in teachers:
+        source = student_tokenizer(one.student, [])
+        tokenizers[source.name] = load_tokenizer(source, one.trust_remote_code)
+    if not all(adds_tokens(tokenizer) for tokenizer in tokenizers.values()):
+        task = load_task(teachers[0].task)
+        check_tokens(load_examples(teachers[0], task, lambda _line: None), tokenizers)
 
 
 def check_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sead_dist.card import card_text, number
-from sead_dist.errors import UserError
+from sead_dist.errors import refusal
 from sead_dist.plots import (
     Reliability,
     plot_calibration,
@@ -152,8 +152,8 @@ def read_predictions(path: Path) -> Predictions:
         )
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as predictions ({reason}): evaluate the run again"
+        raise refusal(
+            f"{path} cannot be read as predictions ({reason}): evaluate the run again", error
         ) from None
 
 

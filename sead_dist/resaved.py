@@ -75,7 +75,7 @@ def check_saving(
             del again  # its weights may be mapped from the folder
     except UserError as error:
         raise UserError(f"the student ({kind}), saved before training: {error}; {mend}") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RunError) as error:
         raise RunError(
             f"the student cannot be saved in {folder}: {error}; free space, raise the limit "
             "(ulimit -f) or give another output_dir"

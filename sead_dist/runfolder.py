@@ -18,7 +18,7 @@ from typing import Any
 
 from sead_dist.checkpoint import RULES, Identity, refuse_other
 from sead_dist.config import RunConfig, dump_config
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.redact import without_secrets
 from sead_dist.runlog import (
     environment,
@@ -156,14 +156,14 @@ def locked(run: Path) -> Iterator[None]:
 def try_lock(path: Path) -> Iterator[bool]:
     """Whether this process has the lock file, which a process that ends in any way gives back.
 
-    Raises UserError where its folder cannot be made.
+    Raises UserError or RunError where its folder cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(
-            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder"
+        raise refusal(
+            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
         ) from None
     try:
         try:

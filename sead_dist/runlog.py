@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from rich import progress as bars
 from rich.console import Console
 
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError
 from sead_dist.progress import Bar, Lines
 from sead_dist.redact import without_secrets
 
@@ -58,13 +58,14 @@ def write_json(path: Path, obj: object) -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Raises UserError where no file can be written to `path`, before any long work."""
+    """Raises UserError where no file can be at `path`, RunError where it may not be written, before
+    any long work."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: folder {path.parent} is not writable; give another")
+        raise RunError(f"{option} {path}: folder {path.parent} is not writable; give another")
 
 
 def read_json(path: Path) -> Any:

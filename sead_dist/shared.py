@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sead_dist.distributed import World, from_main, gather_objects
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 
 # A network file system may show a new file to other nodes late.
 PATIENCE_S = 10.0
@@ -55,8 +55,8 @@ def _write(folders: Mapping[str, Path], token: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / token).touch()
         except OSError as error:
-            raise UserError(
-                f"{key}={folder} cannot be written: {error.strerror}; give another folder"
+            raise refusal(
+                f"{key}={folder} cannot be written: {error.strerror}; give another folder", error
             ) from None
 
 

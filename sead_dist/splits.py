@@ -4,7 +4,8 @@ Shapes: B rows.
 """
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,6 +134,48 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
     return RunExamples(train, selection, official, transfer_rows, overlap)
+
+
+def check_tokens(examples: RunExamples, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Raises UserError for a row of which one of these tokenisers (whose -> it) makes no token.
+
+    A tokeniser that adds special tokens always makes some, and others are asked about texts
+    without a letter or digit alone: so it costs little, and is known before a run is claimed.
+    """
+    for whose, tokenizer in tokenizers.items():
+        if adds_tokens(tokenizer):
+            continue
+        for part in (*examples.official.values(), examples.selection, examples.train):
+            found = tokenless_row(part, tokenizer)
+            if found is not None:
+                raise UserError(
+                    f"{source_row(examples, part, found)} has a text without a token for {whose}, "
+                    "whose tokeniser adds none of its own; fill in the text, or remove the row"
+                )
+
+
+def adds_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text of nothing has tokens too."""
+    return len(tokenizer("")["input_ids"]) > 0
+
+
+def tokenless_row(part: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first example with a text row of which `tokenizer` makes no token."""
+    for row, first in enumerate(part.texts_a):
+        second = None if part.texts_b is None else part.texts_b[row]
+        if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):
+            continue
+        if not tokenizer(first, second)["input_ids"]:
+            return row // part.choices
+    return None
+
+
+def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
+    """Where an example came from, as a person finds it: "row 4 of train"."""
+    name = "train" if part is examples.selection else part.split
+    if part is examples.train and index >= len(part) - examples.transfer_rows:
+        name = "the transfer text"
+    return f"row {int(part.rows_B[index]) + 1} of {name}"
 
 
 @dataclass(frozen=True)

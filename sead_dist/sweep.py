@@ -13,19 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sead_dist.checkpoint import refuse_other
-from sead_dist.config import RunConfig
+from sead_dist.config import RunConfig, TeacherConfig
 from sead_dist.distributed import StopFlag, World, from_main
 from sead_dist.engine import check_arithmetic, check_tracker
 from sead_dist.ensemble import check_method
 from sead_dist.errors import RunError, UserError
 from sead_dist.inputs import check_inputs
 from sead_dist.page import render_page
+from sead_dist.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.recipes import distill
 from sead_dist.runfolder import refuse_other_keys, refuse_other_teachers, try_lock
 from sead_dist.runlog import is_finished, write_json
-from sead_dist.splits import load_examples, route_of
+from sead_dist.splits import check_tokens, load_examples, route_of
 from sead_dist.student import check_start
 from sead_dist.sweepplan import TEACHERS, Plan, Unit, make_plan
 from sead_dist.sweepreport import show, write_sweep_report
@@ -178,6 +180,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
     # most rows first; the column that names each row's teacher is not there for all methods
     students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
     examples = load_examples(students[0], task, lambda _line: None)
+    check_tokens(examples, start_tokenizers(plan, name))
     dev = next(iter(examples.official.values()))
     return TaskData(
         task,
@@ -225,6 +228,21 @@ def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
         refuse_other(unit.folder, saved, replace(saved, data=known[key]))
         if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
             refuse_other_teachers(unit.config)
+
+
+def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase]:
+    """What a task's runs read texts with: made teachers read as their encoders do."""
+    sources: dict[str, TeacherConfig] = {}
+    for unit in [unit for unit in plan.units if unit.task == task]:
+        start = unit.config.student.tokenizer or unit.config.student.path
+        given = [] if plan.own_teachers or not unit.config.taught else unit.config.teachers
+        for entry in (*([TeacherConfig(path=start)] if start else []), *given):
+            sources.setdefault(entry.path, entry)
+    trust = plan.units[0].config.trust_remote_code
+    return {
+        path: load_tokenizer(locate(path, entry.revision, marks=TOKENIZER_FILES), trust)
+        for path, entry in sources.items()
+    }
 
 
 @dataclass

@@ -6,11 +6,11 @@ Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from sead_dist.config import RunConfig, Section, TeacherConfig, TransferConfig
+from sead_dist.config import RunConfig, SweepConfig, TeacherConfig, TransferConfig
 from sead_dist.configfiles import (
     config_folder,
     explain,
@@ -34,15 +34,6 @@ TAKEN = ("report", "store", TEACHERS)
 # what the others are compared with
 REFERENCE = "finetune"
 Layers = Sequence[Mapping[str, Any]]
-
-
-class SweepConfig(Section):
-    tasks: Annotated[list[str], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    equal_steps: Literal["on", "off"]
-    finetune: dict[str, Any]
-    per_task: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sead_dist import metrics
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 from sead_dist.metrics import Kind
+from sead_dist.yamltext import parse_yaml
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -83,12 +83,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_task_file(path: Path) -> TaskSpec:
     """The task that a YAML file describes; UserError names the file, the key and the mend."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
     except OSError as error:
-        raise UserError(f"task file {path}: {error.strerror}; give a readable file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = " ".join(str(error).split())
-        raise UserError(f"task file {path} is not YAML: {what}") from error
+        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
     known = [f.name for f in fields(TaskSpec)]
@@ -164,4 +163,18 @@ def _label_problem(task: TaskSpec) -> str | None:
     for alias, label in {**task.aliases, **task.value_aliases}.items():
         if label not in task.labels:
             return f"alias {alias!r} stands for {label!r}; allowed: {', '.join(task.labels)}"
+    return _twice_named(task)
+
+
+def _twice_named(task: TaskSpec) -> str | None:
+    """A name that stands for two labels, of which one would count without a word."""
+    meant = {normalise_label(label): (label, "labels") for label in task.labels}
+    for key in ("aliases", "value_aliases"):
+        for alias, label in getattr(task, key).items():
+            before, where = meant.setdefault(normalise_label(alias), (label, key))
+            if before != label:
+                return (
+                    f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "
+                    "(capitals, blanks, - and _ do not tell names apart); remove one"
+                )
     return None

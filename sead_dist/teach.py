@@ -19,14 +19,14 @@ from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, StopRequestedError, World
 from sead_dist.ensemble import asked_teachers
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.pretrained import fitting_length, tokenizer_hash
 from sead_dist.recipes import chosen_by_score, needs_examination, weigh
 from sead_dist.runfolder import followed_store
 from sead_dist.runlog import RunLog, is_finished, read_json, write_json
 from sead_dist.shared import node_name
-from sead_dist.splits import RunExamples, RunSplits, tokenize_splits
+from sead_dist.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
 from sead_dist.student import start_hash
 from sead_dist.tasks import TaskSpec
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
@@ -34,7 +34,7 @@ from sead_dist.teachers.claims import Claims
 from sead_dist.teachers.exam import Examination, admit, ask_all, examine
 from sead_dist.teachers.follow import differing_facts, store_id
 from sead_dist.teachers.layout import Layout, default_store
-from sead_dist.teachers.roster import Teacher, call_roster
+from sead_dist.teachers.roster import Teacher, call_roster, tokenizers_of
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.worker import Worker
@@ -88,6 +88,7 @@ def read_work(config: RunConfig, world: World) -> Work:
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer)
+    check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
@@ -236,17 +237,19 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 
 def make_folder(folder: Path, run: Path) -> None:
-    """Raises UserError where a worker may not write into the student's run folder."""
+    """Raises RunError where a worker may not write into the student's run folder, UserError where
+    it cannot be a folder."""
     remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
+        raise refusal(
             f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
-            f"({error.strerror}); {remedy}"
+            f"({error.strerror}); {remedy}",
+            error,
         ) from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
+        raise RunError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
 
 
 def refuse_other_store(run: Path, layout: Layout) -> None:

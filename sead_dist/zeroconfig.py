@@ -13,7 +13,7 @@ from typing import Any
 
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import config_folder
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, refusal
 
 # sections of a DeepSpeed file that a run has keys of its own for
 OURS = {
@@ -128,9 +128,10 @@ def read_file(path: Path) -> dict[str, Any]:
         zero = values["zero_optimization"]
         stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
+        raise refusal(
             f"{path} is no DeepSpeed configuration with zero_optimization.stage "
-            f"({type(error).__name__}: {error}); see configs/deepspeed/zero2.json"
+            f"({type(error).__name__}: {error}); see configs/deepspeed/zero2.json",
+            error,
         ) from None
     if stage not in (1, 2, 3):
         raise UserError(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, refusal
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2
@@ -115,8 +115,8 @@ def default_store() -> Path:
 def create(root: Path) -> Layout:
     """Open the store at `root` for writing, making it where it is missing.
 
-    Raises UserError where `root` is a file, a folder of something else, of another format, or not
-    writable.
+    Raises UserError where `root` is a file, a folder of something else or of another format,
+    RunError where it is not writable.
     """
     layout = Layout(root)
     if root.exists() and not root.is_dir():
@@ -136,15 +136,14 @@ def create(root: Path) -> Layout:
         probe.unlink()
     except OSError as error:
         remedy = REMEDIES.get(error.errno or 0, "name another store=")
-        raise UserError(f"store={root} is not writable ({error.strerror}); {remedy}") from error
+        raise refusal(
+            f"store={root} is not writable ({error.strerror}); {remedy}", error
+        ) from error
     if not (root / "format.json").exists():
         _write_format(layout, PLAIN_FORMAT)
     _check_format(layout)
-    try:
-        with layout.lock("store.lock", exclusive=False):
-            pass
-    except RunError as error:
-        raise UserError(str(error)) from error
+    with layout.lock("store.lock", exclusive=False):
+        pass
     return layout
 
 
@@ -175,9 +174,10 @@ def _check_format(layout: Layout) -> int:
     try:
         found = json.loads(path.read_bytes())["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
+        raise refusal(
             f"{path} cannot be read ({error}); it should hold "
-            f'{{"format": N}}: mend it or name another store='
+            f'{{"format": N}}: mend it or name another store=',
+            error,
         ) from error
     if found not in (PLAIN_FORMAT, FORMAT):
         raise UserError(

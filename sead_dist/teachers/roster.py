@@ -276,6 +276,12 @@ def _call(
     return teachers
 
 
+def tokenizers_of(teachers: Sequence[Teacher]) -> dict[str, PreTrainedTokenizerBase]:
+    """Each tokeniser once, under the name of the first teacher that has it."""
+    first = {teacher.tokenizer_hash: teacher for teacher in reversed(teachers)}
+    return {f"teacher {teacher.name}": teacher.tokenizer for teacher in first.values()}
+
+
 def cut_of(
     config: PretrainedConfig,
     dtype: str,

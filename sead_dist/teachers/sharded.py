@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from sead_dist.data import TokenTable
 from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import weight_files
 from sead_dist.teachers.forward import Cut, batches_of, own_logits
@@ -162,8 +162,9 @@ def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> Pr
     try:
         _read_slices(model, files, mesh)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"teacher {teacher.name}: its weights cannot be read: {error}; copy the files again"
+        raise refusal(
+            f"teacher {teacher.name}: its weights cannot be read: {error}; copy the files again",
+            error,
         ) from None
     return model
 

@@ -404,7 +404,7 @@ def test_a_folder_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task,
         [*mortal, sys.executable, "-m", "sead_dist", "teach", *given],
         capture_output=True, text=True, check=False, timeout=WAIT_S,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("sead-dist: ")]
     assert message.replace("{}", str(folder)) in line
     assert "Traceback" not in done.stderr

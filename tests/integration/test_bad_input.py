@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from small import ALONE
 from transformers import AutoTokenizer
 
 from sead_dist.errors import RunError, UserError
@@ -116,6 +117,39 @@ def test_a_selection_split_without_rows(refused):
     refused(r"select.fraction=0.0001 of 400 .* raise select.fraction", "select.fraction=0.0001")
 
 
+def without_special_tokens(folder):
+    """The tokeniser in a folder no longer adds any of its own, as GPT-2's does not."""
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**rules, "post_processor": None}))
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_text_without_a_token_is_refused_before_there_is_any_output(
+    refused, changed, teacher, teachers, grammar, tmp_path, words
+):
+    from sead_dist.configfiles import load_config
+    from sead_dist.recipes import finetune
+
+    lines = (grammar / "validation.tsv").read_text().split("\n")
+    lines[3] = f" \u200b\t{lines[3].split(chr(9))[1]}"
+    data = changed("validation.tsv", "\n".join(lines))
+    bare = without_special_tokens(teacher())
+    line = refused(
+        r"row 3 of validation has a text without a token for teacher teacher, whose",
+        data,
+        f"teachers=[{bare}]",
+        f"student.tokenizer={grammar / 'tokenizer'}",
+    )
+    assert line.endswith("fill in the text, or remove the row")
+    encoders = [word for word in words(tmp_path / "out", data) if not word.startswith("teachers=")]
+    with pytest.raises(UserError, match=rf"row 3 of validation .* for {bare}, whose"):
+        finetune(load_config([*encoders, f"encoders=[{teachers[0]},{bare}]"]), ALONE)
+    assert not (tmp_path / "out").exists()
+
+
 # configuration
 
 
@@ -154,7 +188,7 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
         assert "\n" not in str(caught.value)
     task = tmp_path / "task.yaml"
     task.write_text("name: mine\nkind: classification\ntext_a: '{text}'\nlabels: [a, b\n")
-    refused(r"task.yaml.* is not YAML: ", f"task={task}")
+    refused(r"task.yaml.* is not valid YAML: ", f"task={task}")
     task.write_text("name: mine\ntext: '{text}'\n")
     refused(r"unknown key 'text'; did you mean 'text_[ab]'", f"task={task}")
 

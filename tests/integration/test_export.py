@@ -246,7 +246,7 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
     for output, message in (
         (tmp_path / "file", "is a file; give a folder"),
         (tmp_path / "full", "holds other files than an export; give a new folder"),
-        (tmp_path / "no" / "onnx", "is not writable; give another"),
+        (tmp_path / "no" / "onnx", r"no folder \S+no; make it, or give another"),
         (".", r"--output \. is the working folder or holds it"),
         (Path.cwd().parent, "is the working folder or holds it"),
     ):

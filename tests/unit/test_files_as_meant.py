@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
 from sead_dist.examples import build_examples
 from sead_dist.loading import is_quoted, load_split, names_decide, read_rows
@@ -82,26 +81,52 @@ def write_csv(path: Path, head, rows, op=open, **how) -> Path:
     return path
 
 
+def pack(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed
+
+
 def test_two_columns_or_keys_of_one_name_are_refused_with_the_file(tmp_path):
     head, row = ["text", "label", "label"], [["a", "positive", "negative"]]
     lines = tmp_path / "c.jsonl"
     lines.write_text('{"text": "a", "label": "positive", "label": "negative"}\n')
-    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=head)
-    pq.write_table(table, tmp_path / "d.parquet")
+    deep = tmp_path / "e.json"
+    deep.write_text('[{"text": "a", "more": [{"label": 1, "label": 2}], "label": "positive"}]')
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=head), tmp_path / "d.parquet")
+    twins = pa.StructArray.from_arrays([pa.array([1])] * 2, names=["label"] * 2)
+    table = pa.table({"text": ["a"], "more": twins})
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pa.ipc.new_file(tmp_path / "g.arrow", table.schema) as file:
+        file.write_table(table)
     for path in (
         write_csv(tmp_path / "a.csv", head, row),
         write_csv(tmp_path / "b.tsv", head, row, delimiter="\t"),
         lines,
+        deep,
         tmp_path / "d.parquet",
+        tmp_path / "f.parquet",
+        tmp_path / "g.arrow",
     ):
-        with pytest.raises(UserError, match=r"has the (column|key) 'label' twice; rename"):
-            read_rows(path, TONE)
+        for file in (path, pack(path)):
+            twice = rf"{file.name}\S* has the (column|key) 'label' twice; rename"
+            with pytest.raises(UserError, match=twice):
+                read_rows(file, TONE)
+
+
+def test_two_columns_that_a_task_calls_by_one_name_are_refused_where_they_differ():
+    row = {"sentence1": "a", "sentence2": "b", "score": "1.0", "label": "1.0"}
+    assert len(build_examples(TASKS["stsb"], [row], "train")) == 1
+    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both are"):
+        build_examples(TASKS["stsb"], [{**row, "label": "2.0"}], "train")
 
 
 def test_packed_files_are_read_in_a_folder_and_by_their_path(tmp_path):
     path = write_csv(tmp_path / "train.csv.gz", ["text", "label"], [["a", "negative"]], gzip.open)
     assert labels_of(path) == ["negative"]
     assert len(load_split(TONE, "train", tmp_path, None, None, False)) == 1
+    numbers = class_label(tmp_path / "a.parquet", ["negative", "positive"], [0, 1])
+    assert labels_of(pack(numbers)) == labels_of(numbers) == ["negative", "positive"]
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as file:
         file.write('{"text": "a", "label": "positive"}\n')
     assert labels_of(tmp_path / "more.jsonl.gz") == ["positive"]
@@ -126,6 +151,15 @@ def test_a_quoted_tsv_is_known_by_its_doubled_marks(tmp_path):
     rows = [['He said "no"', "positive"], ["plain", "negative"]]
     path = write_csv(tmp_path / "a.tsv", ["text", "label"], rows, delimiter="\t")
     assert [row["text"] for row in read_rows(path, TONE)] == ['He said "no"', "plain"]
+    official = build_examples(
+        TASKS["sst2"],
+        read_rows(
+            write_csv(tmp_path / "b.tsv", ["sentence", "label"], rows[:1], delimiter="\t"),
+            TASKS["sst2"],
+        ),
+        "train",
+    )
+    assert official.texts_a == ['"He said ""no"""']
     for bare in (['"all quoted"'], ['He said "no"'], ['"a" and "b"'], ['""']):
         assert not is_quoted([bare]), bare
     assert not is_quoted([['"say ""no"""'], ['a bare " mark']])
@@ -144,39 +178,3 @@ def test_the_texts_of_official_files_keep_their_marks():
             assert {value for row in rows for value in row.values()} <= fields, path
             read += 1
     assert read >= 8
-
-
-@pytest.mark.parametrize(
-    "text", ["exp #2/run", "007", "2026-11-28", "1_0", "[a", "a: b", "{x}", " a ", "on", "1e5"]
-)
-def test_a_path_is_what_was_typed(text):
-    assert load_config(["sst2", "student=s", f"output_dir={text}"]).output_dir == text
-
-
-def test_a_word_is_of_its_keys_own_type():
-    read = load_config([*BASE, "epochs=7", "learning_rate=1e-3", "alpha_end=null", "gate=off"])
-    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
-    assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
-    assert load_config([*BASE, 'data.path="null"']).data.path == "null"
-    assert load_config([*BASE, "student=a #1"]).student.path == "a #1"
-    assert load_config([*BASE, "student={path: a, layers: [0, 1]}"]).student.layers == [0, 1]
-    named = load_config([*BASE, "teachers=[a, {path: b, name: c}]"]).teachers
-    assert [(entry.path, entry.name) for entry in named] == [("a", None), ("b", "c")]
-    with pytest.raises(UserError, match="epochs='many'"):
-        load_config([*BASE, "epochs=many"])
-
-
-def test_a_folder_with_brackets_is_a_folder_and_a_pattern_leaves_out_what_cannot_teach(
-    tmp_path, monkeypatch, caplog
-):
-    monkeypatch.chdir(tmp_path)
-    for name in ("t[1]", "runs/a/model", "runs/b", "runs/out", "runs/plain"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "runs/a/run.json").write_text("{}")
-    (tmp_path / "runs/a/model/config.json").write_text("{}")
-    (tmp_path / "runs/b/run.json").write_text("{}")
-    assert load_config([*BASE, "teachers=t[1]"]).teachers[0].path == "t[1]"
-    read = load_config(["sst2", "student=s", "output_dir=runs/out", "teachers=runs/*"])
-    assert [entry.path for entry in read.teachers] == ["runs/a", "runs/plain"]
-    assert "leaves out runs/b, a run that is not finished" in caplog.text
-    assert "leaves out runs/out, the output of this run" in caplog.text

@@ -321,10 +321,10 @@ def test_a_store_that_may_not_be_written_is_refused_at_the_start():
         code = """
         if os.geteuid() == 0:
             os.setuid(65534)
-        from sead_dist.errors import UserError
+        from sead_dist.errors import RunError
         try:
             PredictionStore(Path(sys.argv[1]), print)
-        except UserError as error:
+        except RunError as error:
             print(error)
         """
         out = finish(start(textwrap.dedent(code), folder))

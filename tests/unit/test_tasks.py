@@ -226,7 +226,7 @@ def test_own_regression_and_choice_tasks(tmp_path):
     [
         (STARS + "lables: [a]\n", "unknown key 'lables'; did you mean 'labels'"),
         ("name: x\nlabels: [a, b]\n", "key 'text_a' is missing"),
-        ('name: x\ntext_a: "{t}"\nlabels: [no, yes]\n', r"labels.0 is False.*quote it"),
+        ('name: x\ntext_a: "{t}"\nlabels: [false, true]\n', r"labels.0 is False.*quote it"),
         ('name: x\ntext_a: "{t}"\nlabels: [LABEL_0, LABEL_1]\n', "'label_0', which says nothing"),
         ('name: x\ntext_a: "{t}"\nlabels: [a]\n', "two or more"),
         ('name: x\ntext_a: "{t}"\nlabels: [a, A]\n', "two or more different"),
@@ -235,6 +235,13 @@ def test_own_regression_and_choice_tasks(tmp_path):
         (STARS + "metrics: [bleu]\n", "metrics is .'bleu'.; allowed here: accuracy"),
         (STARS + "metrics: [f1]\n", "use f1_macro"),
         (STARS + "aliases: {one: first}\n", "alias 'one' stands for 'first'; allowed: 1, 2, 3"),
+        (STARS + 'value_aliases: {0: "1", "0": "2"}\n', "line 4: the key '0' stands twice; remove"),
+        (
+            STARS + 'aliases: {ein s: "1", Ein-S: "2"}\n',
+            "'Ein-S' stands for '2' in aliases and for '1'",
+        ),
+        (STARS + 'aliases: {"1": "2"}\n', "'1' stands for '2' in aliases and for '1' in labels"),
+        (STARS + 'value_aliases: {"1": "2"}\n', "'1' stands for '2' in value_aliases and for '1'"),
         (STARS + "kind: choice\n", "needs one for each label"),
         (STARS + "sentences: [text]\n", "sentences names .'text'."),
         (STARS + "splits: {train: [train]}\n", "needs train and a split to evaluate"),
@@ -243,7 +250,7 @@ def test_own_regression_and_choice_tasks(tmp_path):
         (STARS + "kind: classification\nscore_range: [0, 5]\n", "is for kind 'regression'"),
         (STARS.replace("stars", "a/b"), "name is 'a/b'"),
         ("- a\n", "expected keys and values"),
-        ("a: [\n", "is not YAML"),
+        ("a: [\n", "is not valid YAML"),
     ],
 )
 def test_mistakes_in_an_own_task_are_named(tmp_path, text, message):

@@ -1,0 +1,73 @@
+"""`teachers=DIR/*`: which folders it stands for, at the first start and later."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sead_dist.configfiles import load_config
+from sead_dist.errors import UserError
+from sead_dist.runfolder import given_teachers
+from sead_dist.sweepplan import make_plan
+
+BASE = ["sst2", "student=s", "output_dir=o"]
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t/a", "t/c"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path / "t"
+
+
+def begin(config) -> None:
+    """What a run writes down when it claims its folder."""
+    run = Path(config.output_dir)
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"teachers_given": given_teachers(config)}))
+
+
+def paths(config) -> list[str]:
+    return [entry.path for entry in config.teachers]
+
+
+def test_a_folder_with_brackets_is_a_folder_and_a_pattern_leaves_out_what_cannot_teach(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t[1]", "runs/a/model", "runs/b", "runs/out", "runs/plain"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text("{}")
+    (tmp_path / "runs/a/model/config.json").write_text("{}")
+    (tmp_path / "runs/b/run.json").write_text("{}")
+    assert load_config([*BASE, "teachers=t[1]"]).teachers[0].path == "t[1]"
+    read = load_config(["sst2", "student=s", "output_dir=runs/out", "teachers=runs/*"])
+    assert [entry.path for entry in read.teachers] == ["runs/a", "runs/plain"]
+    assert "leaves out runs/b, a run that is not finished" in caplog.text
+    assert "leaves out runs/out, the output of this run" in caplog.text
+
+
+def test_a_run_that_has_begun_keeps_its_teachers(models, caplog):
+    words = [*BASE, "teachers=[x, t/*]"]
+    begin(load_config(words))
+    (models / "b").mkdir()
+    assert paths(load_config(words)) == ["x", "t/a", "t/c"]
+    assert "leaves out t/b, which was not there when o began" in caplog.text
+    assert paths(load_config([*words, "output_dir=other"])) == ["x", "t/a", "t/b", "t/c"]
+    (models / "c").rmdir()
+    with pytest.raises(UserError, match=r"o began with t/c, which is not there .* put it back"):
+        load_config(words)
+    assert paths(load_config([*words, "output_dir=other"])) == ["x", "t/a", "t/b"]
+
+
+def test_all_runs_of_a_sweep_that_has_begun_keep_its_teachers(models):
+    words = ["tasks=[sst2,rte]", "methods=[finetune,mean]", "student=s", "output_dir=o"]
+    words = [*words, "teachers=t/*"]
+    (first, *_) = make_plan(words).units
+    begin(first.config)
+    (models / "b").mkdir()
+    assert {tuple(paths(unit.config)) for unit in make_plan(words).units} == {("t/a", "t/c")}
+    (models / "a").rmdir()
+    with pytest.raises(UserError, match="o began with t/a"):
+        make_plan(words)

@@ -1,0 +1,94 @@
+"""KEY=VALUE words: a text is what was typed, and whatever is no text is of its key's own type."""
+
+import pytest
+
+from sead_dist.config import SweepConfig
+from sead_dist.configfiles import load_config, read_layers
+from sead_dist.errors import UserError
+from sead_dist.words import read_word
+
+BASE = ["sst2", "student=s", "output_dir=o"]
+AS_TYPED = (
+    *("exp #2/run", "007", "2026-11-28", "1_0", "a: b", "on", "1e5", "t[1]", "true", "~"),
+    *("runs/[ab]*", "runs/{a,b}", "it's", "a b", "#x", "[ab]*", "{task}/x", "{x}", "*", "&a", "!x"),
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["exp #2/run", "007", "2026-11-28", "1_0", "[a", "a: b", "{x}", " a ", "on", "1e5"]
+)
+def test_a_path_is_what_was_typed(text):
+    assert load_config(["sst2", "student=s", f"output_dir={text}"]).output_dir == text
+
+
+def test_a_word_is_of_its_keys_own_type():
+    read = load_config([*BASE, "epochs=7", "learning_rate=1e-3", "alpha_end=null", "gate=off"])
+    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
+    assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
+    assert load_config([*BASE, 'data.path="null"']).data.path == "null"
+    assert load_config([*BASE, "guide=a", "guide=null"]).guide is None
+    assert load_config([*BASE, "store=a", "store=null"]).store.path is None
+    assert load_config([*BASE, "teachers=[a]", "teachers=null"]).teachers == []
+    assert load_config([*BASE, 'store="null"']).store.path == "null"
+    assert load_config([*BASE, "student=a #1"]).student.path == "a #1"
+    assert load_config([*BASE, "student={path: a, layers: [0, 1]}"]).student.layers == [0, 1]
+    named = load_config([*BASE, "teachers=[a, {path: b, name: c}]"]).teachers
+    assert [(entry.path, entry.name) for entry in named] == [("a", None), ("b", "c")]
+    with pytest.raises(UserError, match="epochs='many'"):
+        load_config([*BASE, "epochs=many"])
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_a_path_in_a_list_or_mapping_is_what_was_typed_too(text):
+    plain = f"teachers=[{text}, b, {{path: {text}, name: {text}, weight: 2}}]"
+    read = read_word("teachers", plain.removeprefix("teachers="))
+    assert read == [text, "b", {"path": text, "name": text, "weight": 2}]
+    assert read_word("tasks", f"[c,{text}]") == ["c", text]
+    assert read_word("tasks", text) == text
+    assert read_word("student", f"{{path: {text}, layers: [0, 1]}}") == {
+        "path": text,
+        "layers": [0, 1],
+    }
+    assert read_word("per_task", f"{{rte: {{data: {{path: {text}}}, epochs: 5}}}}") == {
+        "rte": {"data": {"path": text}, "epochs": 5}
+    }
+    assert read_word("per_task.rte.data.path", text) == text
+    assert read_word("finetune.store", text) == text
+
+
+def test_what_yaml_says_of_lists_and_mappings_still_holds():
+    for key, text, value in (
+        ("teachers", "['a, b', \"null\", null, ]", ["a, b", "null", None]),
+        ("teachers", "[]", []),
+        ("teachers", '[{"path":"a: b", labels: [no, 1], offload: true}]',
+         [{"path": "a: b", "labels": ["no", "1"], "offload": True}]),
+        ("student", "{path: a, layers: null, tokenizer: 'x # y'}",
+         {"path": "a", "layers": None, "tokenizer": "x # y"}),
+        ("seeds", "[0, 3]", [0, 3]),
+        ("student.layers", "[1, 3]", [1, 3]),
+        ("finetune", "{epochs: 5, learning_rate: 1e-5}", {"epochs": 5, "learning_rate": 1e-5}),
+        ("data.max_train_examples", "null", None),
+    ):  # fmt: skip
+        assert read_word(key, text) == value, text
+
+
+def test_brackets_left_open_and_keys_given_twice_are_refused():
+    for key, text, message in (
+        ("teachers", "[a, b", r"the value of teachers, '\[a, b', has a \[ that is not closed"),
+        ("student", "{path: a, path: b}", "the key 'path' stands twice"),
+        ("select", "{on: dev, on: dev}", "the key 'on' stands twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_word(key, text)
+
+
+def test_a_path_that_yaml_reads_as_a_number_is_refused_in_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("teachers: [007]\n")
+    with pytest.raises(UserError, match="teachers: 7 is no text in YAML; put the path in quot"):
+        load_config([str(tmp_path / "mine.yaml"), *BASE])
+
+
+def test_words_of_a_sweep_are_read_alike():
+    (layer,) = read_layers(["tasks=[sst2, my #1.yaml]"])
+    assert set(layer) <= set(SweepConfig.model_fields)
+    assert layer == {"tasks": ["sst2", "my #1.yaml"]}

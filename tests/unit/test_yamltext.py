@@ -1,0 +1,51 @@
+"""YAML files: each key once."""
+
+import pytest
+
+from sead_dist.config import StudentConfig
+from sead_dist.configfiles import load_config, read_method
+from sead_dist.errors import UserError
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.slurm import load_settings
+from sead_dist.student import check_start
+from sead_dist.sweepplan import make_plan
+from sead_dist.tasks import load_task
+from sead_dist.yamltext import parse_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nseed: 1\nepochs: 4\n", "3: the key 'epochs' stands twice, first in line 1; re"),
+        ("data:\n  path: a\n  path: b\n", "3: the key 'path' stands twice, first in line 2; remove"),
+        ("per_task: {sst2: {seed: 1}, sst2: {}}\n", "1: the key 'sst2' stands twice; remove or"),
+    ],
+)  # fmt: skip
+def test_a_key_that_stands_twice_is_refused_in_every_file_with_its_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    grammar_tokenizer().save_pretrained(tmp_path)
+    shape = StudentConfig(path=None, shape=str(path), layers=None, tokenizer=str(tmp_path))
+    for read in (
+        lambda: load_config([str(path), "student=s", "output_dir=o"]),
+        lambda: make_plan([str(path), "tasks=[sst2]", "student=s", "output_dir=o"]),
+        lambda: load_task(path),
+        lambda: check_start(shape, False),
+        lambda: read_method(str(path)),
+        lambda: load_settings(str(path), {}),
+    ):
+        with pytest.raises(UserError, match=f"mine.yaml, line {message}") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_keys_that_are_one_number_are_one_key_and_unlike_ones_are_not():
+    for text in ('{0: a, "0": b}', "{7: a, 007: b}"):
+        with pytest.raises(UserError, match="stands twice"):
+            parse_yaml(text, "here")
+    assert parse_yaml("{a: 1, A: 2, 1: {a: 3}}", "here") == {"a": 1, "A": 2, 1: {"a": 3}}
+
+
+def test_a_merged_mapping_may_be_laid_over():
+    read = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "here")
+    assert read["b"] == {"x": 3, "y": 2}
