@@ -272,7 +272,7 @@ def cautious_p(each_S: Floats, rows: float, of_one: float, units: int) -> float:
     if seeds + of_rows == 0 or square == 0:
         return 1.0 if square == 0 else 0.0
     low, high = math.log(1e-12), 0.0
-    while high - low > 1e-6:
+    while high - low > 1e-4:
         middle = (low + high) / 2
         p = math.exp(middle)
         limit = of_rows * stdtrit(many, p / 2) ** 2 + seeds * stdtrit(spare, p / 2) ** 2
