@@ -240,8 +240,8 @@ def test_the_price_of_three_seeds_is_ten_points_where_runs_do_not_vary():
 def test_a_p_for_many_comparisons_is_too_small_at_no_level():
     random, seeds = np.random.default_rng(0), 3
     for rows, spread in ((0.0, 1.0), (0.0, 5.2), (2.2, 22.0), (8.0, 1.0)):
-        each_NS = random.normal(size=(4000, seeds)) * np.sqrt(spread * seeds)
-        each_NS += random.normal(size=(4000, 1)) * np.sqrt(rows)
+        each_NS = random.normal(size=(2000, seeds)) * np.sqrt(spread * seeds)
+        each_NS += random.normal(size=(2000, 1)) * np.sqrt(rows)
         own, among = [], []
         for each_S in each_NS:
             parts = (each_S, rows + 1, rows + seeds, 10**6)
@@ -249,7 +249,7 @@ def test_a_p_for_many_comparisons_is_too_small_at_no_level():
             own.append(summarise(float(each_S.mean()), variance, freedom).p)
             among.append(cautious_p(*parts))
         for level in (0.05, 0.01, 0.002):
-            assert np.mean(np.array(among) < level) < level + 3 * np.sqrt(level / 4000)
+            assert np.mean(np.array(among) < level) < level + 3 * np.sqrt(level / 2000)
         # what it is for: the p that is made for 5% is far too small there
         if spread == 5.2:
             assert np.mean(np.array(own) < 0.002) > 0.01
