@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from sead_dist.runlog import written_aside
 from sead_dist.sweepplan import REFERENCE
 from sead_dist.sweepplots import COLOURS, Picture, draw_pictures, gaps
-from sead_dist.sweepreport import chance_of, means_over
+from sead_dist.sweepreport import chance_of, equal_steps, means_over
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 Rows = list[dict[str, Any]]
+# of a cell, added up over tasks
+COSTS = ("seconds", "teacher_forwards", "steps", "labelled_rows", "unlabelled_rows")
 
 
 def render_page(report: Mapping[str, Any], folder: Path) -> Path:
@@ -47,6 +49,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         ceilings=ceilings(report),
         published=published(report),
         costs=costs(report),
+        equal_steps=equal_steps(report),
         means_over=means_over(report),
         chance=chance_of(report),
         pictures=pictures,
@@ -147,9 +150,7 @@ def costs(report: Mapping[str, Any]) -> Rows:
         rows.append(
             {
                 **mean,
-                "seconds": total([of["seconds"] for of in cells]),
-                "teacher_forwards": total([of["teacher_forwards"] for of in cells]),
-                "steps": total([of["steps"] for of in cells]),
+                **{key: total([of[key] for of in cells]) for key in COSTS},
             }
         )
     return rows

@@ -98,11 +98,12 @@ def test_methods_stand_by_mean_and_the_best_of_each_task_is_emphasised(tmp_path)
 def test_cost_adds_up_over_tasks(tmp_path):
     report = sample_report()
     _, *rows = render(report, tmp_path)[1]["cost-table"]
-    for method, score, seconds, forwards, steps in rows:
+    for method, score, labelled, unlabelled, steps, seconds, forwards in rows:
         own = [of for of in report["cells"] if of["method"] == method]
         assert seconds == f"{sum(of['seconds'] for of in own):.1f}"
         assert forwards == f"{sum(of['teacher_forwards'] for of in own):,}"
-        assert steps == "960"
+        assert (labelled, steps) == ("2,700", "960")
+        assert unlabelled == ("0" if method == "finetune" else "1,800")
         (mean,) = [of["score"] for of in report["means"] if of["method"] == method]
         assert score == f"{mean:.4f}"
 
@@ -161,7 +162,9 @@ def test_means_and_costs_are_over_the_tasks_that_every_method_has_and_name_them(
     told = "every method with a score has: sst2, stsb. Left out: cola."
     assert told in text
     assert told in markdown(report)
-    rows, seconds = score_rows(tables), {row[0]: row[2] for row in tables["cost-table"][1:]}
+    rows, (head, *spent) = score_rows(tables), tables["cost-table"]
+    at = next(n for n, words in enumerate(head) if words.startswith("seconds"))
+    seconds = {row[0]: row[at] for row in spent}
     for method in report["methods"]:
         own = [c for c in report["cells"] if c["method"] == method and c["task"] != "cola"]
         assert f"{sum(c['mean'] for c in own) / 2:.4f}" in rows[method]["mean"]
