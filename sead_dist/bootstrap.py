@@ -5,9 +5,10 @@ difference of a seed's two runs on a row is row + seed + row by seed, each rando
 analysis of variance without repetition: Searle, Casella and McCulloch 1992, chapter 4). The
 variance of the mean difference is that of rows (of the mean over seeds), plus that of seeds, less
 that of row by seed, which both hold, so that each part counts once. What seeds add is left out
-where an F test at 25% does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom are
-Satterthwaite's (1946); interval and p are Student's t. Variances over rows come from resamples,
-since most metrics are no means over rows. How often it is wrong is simulated in the tests.
+where an F test does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom are fewer than
+Satterthwaite's (1946), which few seeds overstate; interval and p are Student's t. Variances over
+rows come from resamples, since most metrics are no means over rows. How often it is wrong is
+simulated in the tests; `docs/decisions.md` says how the constants were chosen.
 
 Shapes: B examples, C classes, U units that are drawn whole (an example, or all examples of a
 group), R resamples, S seeds, K statistics of a unit.
@@ -15,11 +16,12 @@ group), R resamples, S seeds, K statistics of a unit.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import f, rankdata, t
+from scipy.special import fdtri, stdtr, stdtrit
+from scipy.stats import rankdata
 
 from sead_dist import metrics
 from sead_dist.metrics import Answer, Kind, MetricInputs
@@ -28,6 +30,11 @@ RESAMPLES = 2000
 LEVEL = 0.95
 # most numbers of one table of draws
 CHUNK = 4_000_000
+# level of the F test of what seeds add: LEAST, plus MORE times the row-by-seed share of the
+# variance over rows; where it sees nothing, that share of the row-by-seed part is kept
+LEAST, MORE, KEPT = 0.2, 0.4, 0.7
+# degrees of freedom fall with this power of the seeds' share of the variance; Satterthwaite's is 2
+POWER = 1.25
 
 Floats = NDArray[np.float64]
 # how often each unit was drawn, times_RU -> the metric of each resample, scores_R
@@ -37,13 +44,17 @@ Rescore = Callable[[Floats], Floats]
 @dataclass(frozen=True)
 class Difference:
     """A method's mean minus the reference's, its 95% interval and two-sided p; the variance of that
-    mean, and its degrees of freedom."""
+    mean, and its degrees of freedom.
+
+    p_among: the p for a comparison among several (`cautious_p`); None for a mean over tasks.
+    """
 
     value: float
     interval: tuple[float, float]
     p: float
     variance: float
     freedom: float
+    p_among: float | None = None
 
     @property
     def beyond_chance(self) -> bool:
@@ -220,7 +231,14 @@ def compare(
     rows = float(of_seeds_SR.mean(axis=0).var(ddof=1))
     of_one = float(of_seeds_SR.var(axis=1, ddof=1).mean())
     variance, freedom = variance_of_mean(each_S, rows, of_one, units)
-    return summarise(float(each_S.mean()), variance, freedom)
+    found = summarise(float(each_S.mean()), variance, freedom)
+    return replace(found, p_among=cautious_p(each_S, rows, of_one, units))
+
+
+def parts_of(each_S: Floats, rows: float, of_one: float) -> tuple[float, float]:
+    """(variance of the mean by the spread of seeds, what of it is row by seed)."""
+    spare = len(each_S) - 1
+    return float(each_S.var(ddof=1)) / len(each_S), max(of_one - rows, 0.0) / spare
 
 
 def variance_of_mean(each_S: Floats, rows: float, of_one: float, units: int) -> tuple[float, float]:
@@ -230,12 +248,36 @@ def variance_of_mean(each_S: Floats, rows: float, of_one: float, units: int) -> 
     mean variance over rows of one seed's difference.
     """
     spare, many = len(each_S) - 1, max(units - 1, 1)
-    seeds = float(each_S.var(ddof=1)) / len(each_S)
-    both = max(of_one - rows, 0.0) / spare
-    seen = seeds > both * float(f.ppf(0.75, spare, spare * many))
-    variance = rows + (seeds - both if seen else 0.0)
-    spread = (seeds**2 / spare if seen else 0.0) + rows**2 / many
-    return variance, variance**2 / spread if spread > 0 else 1.0
+    seeds, both = parts_of(each_S, rows, of_one)
+    level = LEAST + MORE * (min(both / rows, 1.0) if rows > 0 else 1.0)
+    if seeds > both * float(fdtri(spare, spare * many, 1 - level)):
+        variance = rows + max(seeds - both, 0.0)
+        share = max(seeds, both) / variance
+    else:
+        variance, share = rows - (1 - KEPT) * min(both, rows), 0.0
+    if variance <= 0:
+        return 0.0, 1.0
+    return variance, 1 / (min(share, 1.0) ** POWER / spare + min(rows / variance, 1.0) ** 2 / many)
+
+
+def cautious_p(each_S: Floats, rows: float, of_one: float, units: int) -> float:
+    """A two-sided p that is too small at no level, for corrections of several comparisons.
+
+    The squared limit of level a is the sum of each part's variance times its own squared t of
+    level a (Banerjee 1961). `summarise`'s p is made for 5%, and too small far below that.
+    """
+    spare, many = len(each_S) - 1, max(units - 1, 1)
+    seeds, both = parts_of(each_S, rows, of_one)
+    of_rows, square = max(rows - both, 0.0), float(each_S.mean()) ** 2
+    if seeds + of_rows == 0 or square == 0:
+        return 1.0 if square == 0 else 0.0
+    low, high = math.log(1e-12), 0.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        p = math.exp(middle)
+        limit = of_rows * stdtrit(many, p / 2) ** 2 + seeds * stdtrit(spare, p / 2) ** 2
+        low, high = (low, middle) if square > limit else (middle, high)
+    return math.exp(high)
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
@@ -251,9 +293,9 @@ def mean_difference(differences: Sequence[Difference]) -> Difference:
 def summarise(value: float, variance: float, freedom: float) -> Difference:
     """Student's interval and p of a difference; nothing varies where both methods say the same."""
     freedom = max(freedom, 1.0)
-    reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(variance)
     if variance > 0:
-        p = 2 * float(t.sf(abs(value) / math.sqrt(variance), freedom))
+        p = 2 * float(stdtr(freedom, -abs(value) / math.sqrt(variance)))
     else:
         p = 1.0 if value == 0 else 0.0
     return Difference(value, (value - reach, value + reach), p, variance, freedom)

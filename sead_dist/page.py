@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sead_dist.runlog import written_aside
 from sead_dist.sweepplan import REFERENCE
 from sead_dist.sweepplots import COLOURS, Picture, draw_pictures, gaps
-from sead_dist.sweepreport import equal_steps
+from sead_dist.sweepreport import chance_of, equal_steps, means_over
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -50,7 +50,8 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         published=published(report),
         costs=costs(report),
         equal_steps=equal_steps(report),
-        incomplete=any(of["tasks"] < len(report["tasks"]) for of in report["means"]),
+        means_over=means_over(report),
+        chance=chance_of(report),
         pictures=pictures,
         compared=bool(gaps(report)),
     )
@@ -64,7 +65,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
 def methods(report: Mapping[str, Any]) -> Rows:
     """A row for each method: its mean, and by task its cell and whether that is the best.
 
-    The highest mean comes first; those that lack tasks stand behind those that have them all.
+    The highest mean comes first; methods without any score stand last.
     """
     found = {(of["task"], of["method"]): of for of in report["cells"]}
     best: dict[str, float] = {}
@@ -94,7 +95,9 @@ def absences(report: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 
 
 def ceilings(report: Mapping[str, Any]) -> Rows:
-    """A row for each teacher, the ensemble and the constant answer, with a score for each task."""
+    """A row for each teacher, the ensemble and the constant answer, with a score for each task.
+
+    Their means are over the same tasks as the methods'."""
     scores: dict[str, dict[str, float]] = {}
     for of in report["ceilings"]:
         scores.setdefault(of["who"], {})[of["task"]] = of["score"]
@@ -104,7 +107,7 @@ def ceilings(report: Mapping[str, Any]) -> Rows:
         {
             "who": who,
             "scores": [by_task.get(name) for name in names],
-            "mean": sum(by_task.values()) / len(names) if len(by_task) == len(names) else None,
+            "mean": mean_of([by_task.get(name) for name in report["mean_tasks"]]),
         }
         for who, by_task in scores.items()
     ]
@@ -136,10 +139,14 @@ def best_here(report: Mapping[str, Any], task: str, metric: str) -> Mapping[str,
 
 
 def costs(report: Mapping[str, Any]) -> Rows:
-    """A row for each method: what its runs took over all tasks that it has."""
+    """A row for each method: its mean, and what its runs took over the tasks of the mean."""
     rows = []
     for mean in report["means"]:
-        cells = [of for of in report["cells"] if of["method"] == mean["method"]]
+        cells = [
+            of
+            for of in report["cells"]
+            if of["method"] == mean["method"] and of["task"] in report["mean_tasks"]
+        ]
         rows.append(
             {
                 **mean,
@@ -147,6 +154,12 @@ def costs(report: Mapping[str, Any]) -> Rows:
             }
         )
     return rows
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Their mean; None where one is missing or there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def total(values: Sequence[float | None]) -> float | None:

@@ -96,12 +96,13 @@ def ran(cell: Mapping[str, Any]) -> list[bool]:
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Seconds (one seed of every task) and mean score of the methods that have all tasks."""
+    """Seconds (one seed of every task) and mean score by method, over the tasks of the mean."""
     found = {}
     for mean in report["means"]:
-        spent = [of["seconds"] for of in report["cells"] if of["method"] == mean["method"]]
+        own = [of for of in report["cells"] if of["method"] == mean["method"]]
+        spent = [of["seconds"] for of in own if of["task"] in report["mean_tasks"]]
         known = [seconds for seconds in spent if seconds is not None]
-        if mean["score"] is not None and mean["tasks"] == len(report["tasks"]) == len(known):
+        if mean["score"] is not None and len(report["mean_tasks"]) == len(known):
             found[mean["method"]] = (sum(known), mean["score"])
     return found
 

@@ -89,7 +89,7 @@ def scores(report: Mapping[str, Any], mark: str, metric: bool = False) -> list[l
         rows.append([*first, *(score(cell, mark) for cell in cells)])
     if len(report["tasks"]) > 1:
         first = ["mean", ""] if metric else ["mean"]
-        rows.append([*first, *(over_tasks(of, len(report["tasks"])) for of in report["means"])])
+        rows.append([*first, *(over_tasks(of, mark) for of in report["means"])])
     return rows
 
 
@@ -100,29 +100,68 @@ def score(cell: Mapping[str, Any] | None, mark: str) -> str:
     return f"{cell['mean']:.4f}{spread}{mark if cell['beyond_chance'] else ''}"
 
 
-def over_tasks(mean: Mapping[str, Any], tasks: int) -> str:
+def over_tasks(mean: Mapping[str, Any], mark: str) -> str:
     if mean["score"] is None:
         return "-"
-    some = "" if mean["tasks"] == tasks else f" (of {mean['tasks']})"
-    return f"{mean['score']:.4f}{some}"
+    return f"{mean['score']:.4f}{mark if mean['beyond_chance'] else ''}"
+
+
+def means_over(report: Mapping[str, Any]) -> str:
+    """Which tasks the means are over; nothing where there is one task."""
+    names = [task["name"] for task in report["tasks"]]
+    if len(names) < 2:
+        return ""
+    if not report["mean_tasks"]:
+        return "No task has a score of every method, so there is no mean over tasks."
+    left = [name for name in names if name not in report["mean_tasks"]]
+    shared = ", ".join(report["mean_tasks"])
+    told = f"Means are over the tasks that every method with a score has: {shared}."
+    return f"{told} Left out: {', '.join(left)}." if left else told
+
+
+def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an interval and a mark say, as (name, sentences); nothing where there is neither."""
+    if len(report["seeds"]) < 3:
+        return []
+    three = (
+        " Three seeds find fewer of the true differences than five."
+        if len(report["seeds"]) < 5
+        else ""
+    )
+    return [
+        (
+            "Interval",
+            f"the 95% interval of the difference from {REFERENCE} over the same seeds: dev rows "
+            "and seeds as crossed random effects, Student's t. It is conditional on one sample of "
+            "training rows and one set of teachers: other samples and teachers would vary more.",
+        ),
+        (
+            "Larger than chance",
+            "the interval leaves out 0. Where nothing differs, one cell in twenty is marked by "
+            "luck (3% to 7% in simulations), each taken by itself: one mark among many says "
+            f"little.{three}",
+        ),
+    ]
 
 
 def how_to_read(report: Mapping[str, Any]) -> str:
     if len(report["seeds"]) < 2:
-        return (
-            "Single runs: one seed tells nothing of the spread, so none is given, and no "
-            "difference is called larger than chance."
-        )
+        return " ".join(
+            [
+                "Single runs: one seed tells nothing of the spread, so none is given, and no "
+                "difference is called larger than chance.",
+                means_over(report),
+            ]
+        ).strip()
     chosen = "" if report["selected_on_dev"] else ", which nothing was chosen by"
-    told = f"Mean ± standard deviation over seeds, on the official dev split{chosen}. "
+    told = [f"Mean ± standard deviation over seeds, on the official dev split{chosen}."]
+    told.append(means_over(report))
     if len(report["seeds"]) < 3:
-        return f"{told}Two seeds hardly tell a spread: no difference is called larger than chance."
-    return (
-        f"{told}{BEYOND}: the difference from `{REFERENCE}` is larger than chance: the 95% "
-        "interval (rows and seeds as crossed random effects, Student's t) leaves out 0. Where "
-        "nothing differs, one cell in twenty is marked by luck, one in twelve at three seeds. "
-        "Intervals are for these training rows and these teachers: other samples would vary more."
-    )
+        told.append("Two seeds hardly tell a spread: no difference is called larger than chance.")
+    else:
+        told.append(f"{BEYOND}: the difference from {REFERENCE} is larger than chance.")
+        told += [f"{name}: {words}" for name, words in chance_of(report)]
+    return " ".join(part for part in told if part)
 
 
 def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -135,7 +135,6 @@ def cell(
         "spread": statistics.stdev(found) if len(found) > 1 else None,
         **described(difference),
         "p": None if difference is None else difference.p,
-        "beyond_chance": None if difference is None else difference.beyond_chance,
         "seconds": statistics.median(spent) if spent else None,
         "teacher_forwards": sum(of["teacher_forwards"] + of["store_hits"] for of in summaries),
         "steps": max((of["steps"] for of in summaries), default=None),
@@ -149,23 +148,31 @@ def cell(
 
 def described(difference: Difference | None) -> dict[str, Any]:
     if difference is None:
-        return {"difference": None, "interval": None}
-    return {"difference": difference.value, "interval": list(difference.interval)}
+        return {"difference": None, "interval": None, "beyond_chance": None}
+    return {
+        "difference": difference.value,
+        "interval": list(difference.interval),
+        "beyond_chance": difference.beyond_chance,
+    }
+
+
+def shared_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks that every shown method has a score of; a method without any score is not shown."""
+    scored = {(of["task"], of["method"]) for of in cells if of["mean"] is not None}
+    shown = {method for _, method in scored}
+    tasks = dict.fromkeys(of["task"] for of in cells)
+    return [task for task in tasks if shown and all((task, method) in scored for method in shown)]
 
 
 def mean_over_tasks(
-    method: str, cells: Sequence[Mapping[str, Any]], differences: Mapping[str, Difference]
+    method: str,
+    cells: Sequence[Mapping[str, Any]],
+    differences: Mapping[str, Difference],
+    shared: Sequence[str],
 ) -> dict[str, Any]:
-    """A method over the tasks that every method has a score of, and its difference over them."""
-    without = {of["task"] for of in cells if of["mean"] is None}
-    methods = {of["method"] for of in cells}
-    counts = {
-        task: sum(of["task"] == task for of in cells) for task in {of["task"] for of in cells}
-    }
-    whole = [task for task, count in counts.items() if count == len(methods)]
-    shared = [task for task in whole if task not in without]
+    """A method over the tasks that are shared, and its difference over them."""
     own = [of for of in cells if of["method"] == method and of["task"] in shared]
-    scores = [of["mean"] for of in own]
+    scores = [of["mean"] for of in own if of["mean"] is not None]
     known = [differences[task] for task in shared if task in differences]
     over = mean_difference(known) if known and len(known) == len(shared) else None
     return {
@@ -244,9 +251,8 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             own_steps = plan.lengthened.get((task, method))
             cells.append(cell(found, difference, plan.seeds, own_steps))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
-    compared = [one for one in cells if one["p"] is not None]
-    for one, p in zip(compared, holm([one["p"] for one in compared]), strict=True):
-        one["p_holm"] = p
+    add_holm(cells, differences)
+    shared = shared_tasks(cells)
     failed = failures(plan)
     return {
         "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
@@ -270,7 +276,8 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             for task, of in data.items()
         ],
         "cells": cells,
-        "means": [mean_over_tasks(name, cells, differences[name]) for name in plan.methods],
+        "mean_tasks": shared,
+        "means": [mean_over_tasks(name, cells, differences[name], shared) for name in plan.methods],
         "ceilings": [row for of in data.values() for row in ceilings(plan, of)],
         "published": [
             {"task": of.task, "who": of.who, "metric": of.metric, "score": of.score, "note": NOTE}
@@ -284,6 +291,16 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             for (task, method), reason in plan.unfit.items()
         ],
     }
+
+
+def add_holm(
+    cells: Sequence[dict[str, Any]], differences: Mapping[str, Mapping[str, Difference]]
+) -> None:
+    """Give every cell that is compared its p among all of them, `p_holm`."""
+    found = [(of, differences[of["method"]].get(of["task"])) for of in cells]
+    ps = [(of, one.p_among) for of, one in found if one is not None and one.p_among is not None]
+    for (of, _), p in zip(ps, holm([p for _, p in ps]), strict=True):
+        of["p_holm"] = p
 
 
 def versions() -> dict[str, str | None]:

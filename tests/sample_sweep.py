@@ -2,6 +2,8 @@
 
 import random
 
+from sead_dist.sweepscores import shared_tasks
+
 METRICS = {
     "cola": "matthews",
     "sst2": "accuracy",
@@ -83,7 +85,8 @@ def sample_report(tasks=("cola", "sst2", "stsb"), methods=METHODS[:4], seeds=(0,
             for task in tasks
         ],
         "cells": cells,
-        "means": [make_mean(method, cells, len(tasks)) for method in methods],
+        "mean_tasks": shared_tasks(cells),
+        "means": [make_mean(method, cells, shared_tasks(cells)) for method in methods],
         "ceilings": [
             {"task": task, "who": who, "score": score}
             for task in tasks
@@ -96,13 +99,18 @@ def sample_report(tasks=("cola", "sst2", "stsb"), methods=METHODS[:4], seeds=(0,
     }
 
 
-def make_mean(method, cells, tasks):
-    own = [cell for cell in cells if cell["method"] == method]
-    mean = {"method": method, "score": sum(c["mean"] for c in own) / len(own), "tasks": tasks}
-    if own[0]["difference"] is None:
-        return mean | {"difference": None, "interval": None}
-    value = sum(cell["difference"] for cell in own) / len(own)
-    return mean | {"difference": value, "interval": [value - 0.006, value + 0.006]}
+def make_mean(method, cells, shared):
+    own = [c for c in cells if c["method"] == method and c["task"] in shared]
+    scores = [cell["mean"] for cell in own if cell["mean"] is not None]
+    mean = {"method": method, "score": None, "tasks": len(scores)}
+    mean |= dict.fromkeys(("difference", "interval", "beyond_chance"))
+    if scores:
+        mean["score"] = sum(scores) / len(scores)
+    if scores and own[0]["difference"] is not None:
+        value = sum(cell["difference"] for cell in own) / len(own)
+        low, high = value - 0.006, value + 0.006
+        mean |= {"difference": value, "interval": [low, high], "beyond_chance": low > 0 or high < 0}
+    return mean
 
 
 def take_away(report, task, method, kind, reason):
@@ -119,11 +127,5 @@ def take_away(report, task, method, kind, reason):
         of = {"task": task, "method": method}
         why = {"reason": reason} if kind == "failed" else {}
         report[kind] += [{**of, "seed": seed, **why} for seed in report["seeds"]]
-    mean = next(m for m in report["means"] if m["method"] == method)
-    left = [c for c in report["cells"] if c["method"] == method and c["mean"] is not None]
-    mean |= {
-        "tasks": len(left),
-        "score": sum(c["mean"] for c in left) / len(left) if left else None,
-    }
-    if not left:
-        mean |= {"difference": None, "interval": None}
+    shared = report["mean_tasks"] = shared_tasks(report["cells"])
+    report["means"] = [make_mean(m, report["cells"], shared) for m in report["methods"]]

@@ -113,7 +113,7 @@ def test_without_javascript_the_tables_are_there(browser, path, report):
         rows = page.locator("#score-table tbody:first-of-type tr")
         assert rows.count() == len(METHODS)
         assert page.locator("th button").count() == 0
-        means = {of["method"]: of["score"] for of in report["means"] if of["tasks"] == len(TASKS)}
+        means = {of["method"]: of["score"] for of in report["means"] if of["score"] is not None}
         assert column(page, "method")[0] == max(means, key=means.get)
         assert page.locator("#all-table").is_visible() is False
         page.locator("summary").click()

@@ -65,6 +65,7 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
     assert folders == students | {f"grammar/teachers/teacher-{n}" for n in (0, 1)}
     report = report_of(finished)
     assert [task["name"] for task in report["tasks"]] == ["grammar"]
+    assert report["mean_tasks"] == ["grammar"]
     assert (report["tasks"][0]["dev_rows"], report["tasks"][0]["train_rows"]) == (20, 54)
     assert (report["failed"], report["missing"], report["not_applicable"]) == ([], [], [])
     cells = {cell["method"]: cell for cell in report["cells"]}

@@ -10,6 +10,7 @@ from sample_sweep import METHODS, sample_report, take_away
 
 from sead_dist.page import render_page
 from sead_dist.sweepplots import ALL_TASKS, costs, gaps, spread_out
+from sead_dist.sweepreport import markdown
 
 
 class Tables(HTMLParser):
@@ -142,15 +143,66 @@ def test_runs_that_are_not_there_are_told_with_their_reason(tmp_path):
     assert rows["mean"]["cola"] == "failed"
     assert rows["confidence"]["stsb"] == "does not apply"
     assert rows["single"]["sst2"] == "not run"
-    assert "2 of 3 tasks" in rows["mean"]["mean"]
-    # the only one with all tasks stands first, whatever its mean
-    assert tables["score-table"][1][0] == "finetune"
+    # no task has every method
+    assert all(rows[method]["mean"] == "–" for method in report["methods"])
+    assert "No task has a score of every method" in text
     assert "3 failed,\n3 not run yet" in text
     undone = tables["undone-table"]
     assert ["cola", "mean", "0", "failed: the loss became NaN at step 12"] in undone
     assert ["stsb", "confidence", "all", "does not apply: labels are scores"] in undone
     assert ["sst2", "single", "2", "not run yet"] in undone
-    assert set(costs(report)) == {"finetune"}
+    assert costs(report) == {}
+
+
+@pytest.mark.parametrize("kind", ["failed", "missing", "not_applicable"])
+def test_means_and_costs_are_over_the_tasks_that_every_method_has_and_name_them(kind, tmp_path):
+    report = sample_report()
+    take_away(report, "cola", "mean", kind, "why")
+    text, tables = render(report, tmp_path)
+    told = "every method with a score has: sst2, stsb. Left out: cola."
+    assert told in text
+    assert told in markdown(report)
+    rows, (head, *spent) = score_rows(tables), tables["cost-table"]
+    at = next(n for n, words in enumerate(head) if words.startswith("seconds"))
+    seconds = {row[0]: row[at] for row in spent}
+    for method in report["methods"]:
+        own = [c for c in report["cells"] if c["method"] == method and c["task"] != "cola"]
+        assert f"{sum(c['mean'] for c in own) / 2:.4f}" in rows[method]["mean"]
+        assert seconds[method] == f"{sum(c['seconds'] for c in own):.1f}"
+    assert set(costs(report)) == set(report["methods"])
+    ensemble = [of["score"] for of in report["ceilings"] if of["who"] == "ensemble"]
+    assert rows["ensemble"]["mean"] == f"{sum(ensemble) / 3:.4f}"
+
+
+def test_page_and_markdown_mark_the_same_means_and_scores(tmp_path):
+    report = sample_report(tasks=("cola", "sst2", "stsb", "wic"), methods=METHODS)
+    rows = score_rows(render(report, tmp_path)[1])
+    _, _, *lines = [line.split(" | ") for line in markdown(report).splitlines() if "|" in line]
+    marks = 0
+    for line in lines[:5]:
+        for method, shown in zip(report["methods"], line[2:], strict=True):
+            on_page = rows[method][line[0].strip("| ")]
+            assert ("▲" in on_page or "▼" in on_page) == ("\\*" in shown), (line, on_page)
+            marks += "\\*" in shown
+    beyond = [of for of in (*report["cells"], *report["means"]) if of["beyond_chance"]]
+    assert marks == len(beyond) > sum(of["beyond_chance"] or 0 for of in report["cells"])
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2), (0, 1, 2, 3, 4)])
+def test_intervals_say_what_they_are_conditional_on_and_two_seeds_have_none(seeds, tmp_path):
+    report = sample_report(seeds=seeds)
+    if len(seeds) < 3:
+        for of in (*report["cells"], *report["means"]):
+            of |= dict.fromkeys(("difference", "interval", "p", "beyond_chance"))
+    text, tables = render(report, tmp_path)
+    for told in (" ".join(text.split()), markdown(report)):
+        given = "one sample of training rows and one set of teachers" in told
+        assert given == ("one cell in twenty" in told) == (len(seeds) > 2)
+        assert ("Three seeds find fewer" in told) == (len(seeds) == 3)
+        assert "one in twelve" not in told
+    shown = " ".join(cell for row in tables["score-table"] for cell in row)
+    assert ("▲" in shown or "▼" in shown) == (len(seeds) > 2)
+    assert ("need three seeds" in text) == (len(seeds) < 3)
 
 
 def test_a_method_with_some_seeds_says_how_many(tmp_path):
@@ -174,7 +226,7 @@ def test_a_sweep_of_which_nothing_is_done_has_a_page(tmp_path):
 def test_a_sweep_without_the_reference_has_scores_and_no_differences(tmp_path):
     report = sample_report(methods=METHODS[1:3])
     for of in (*report["cells"], *report["means"]):
-        of |= {"difference": None, "interval": None}
+        of |= dict.fromkeys(("difference", "interval", "beyond_chance"))
     text, _ = render(report, tmp_path)
     assert "There is nothing to compare" in text
     assert [path.name for path in tmp_path.glob("*.svg")] == ["cost.svg"]

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
+from sead_dist.bootstrap import Difference
 from sead_dist.sweepreport import markdown, write_sweep_report
+from sead_dist.sweepscores import add_holm, mean_over_tasks, shared_tasks
 
 
 def cell(task, method, mean, **more):
@@ -19,7 +23,8 @@ def compared(difference, low, high, beyond):
 
 def report(**changes):
     made = {"sead_dist": "1", "torch": "2", "transformers": "5", "device": "a CPU"}
-    mean = {"method": "mean", "score": 0.8, "tasks": 1, "difference": None, "interval": None}
+    mean = {"method": "mean", "score": 0.8, "tasks": 1}
+    mean |= dict.fromkeys(("difference", "interval", "beyond_chance"))
     return {
         "title": "2 tasks, 2 methods, 2 seeds",
         "command": ["sead-dist", "sweep", "tasks=[cola,rte]"],
@@ -30,12 +35,13 @@ def report(**changes):
         "equal_steps": True,
         "selected_on_dev": False,
         "tasks": [{"name": "cola", "metric": "mcc"}, {"name": "rte", "metric": "accuracy"}],
+        "mean_tasks": ["cola"],
         "cells": [
             cell("cola", "finetune", 0.7, spread=0.02),
             cell("cola", "mean", 0.8, **compared(0.1, 0.05, 0.15, beyond=True)),
             cell("rte", "finetune", 0.6, **compared(0.01, -0.05, 0.07, beyond=False)),
         ],
-        "means": [{**mean, "method": "finetune", "score": 0.65, "tasks": 2}, mean],
+        "means": [{**mean, "method": "finetune", "score": 0.7}, mean],
         "ceilings": [{"task": "cola", "who": "teacher-0", "score": 0.85}],
         "published": [
             {"task": "rte", "who": "A", "metric": "accuracy", "score": 0.7, "note": "on dev"}
@@ -56,8 +62,9 @@ def test_means_spreads_and_marks_are_those_of_the_cells():
     assert "| cola | mcc | 0.7000 ± 0.0200 | 0.8000 ± 0.0123\\* |" in rows(text)
     # no difference where the interval holds 0, nothing where there is no run
     assert "| rte | accuracy | 0.6000 ± 0.0123 | - |" in rows(text)
-    # a mean over fewer tasks says over how many
-    assert "| mean |  | 0.6500 | 0.8000 (of 1) |" in rows(text)
+    # means are over the tasks that every method has, which are named
+    assert "| mean |  | 0.7000 | 0.8000 |" in rows(text)
+    assert "every method with a score has: cola. Left out: rte." in text
     assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 |" in rows(text)
     assert "| rte | A | accuracy | 0.7000 | on dev |" in rows(text)
     assert "| cola | teacher-0 | 0.8500 |" in rows(text)
@@ -110,3 +117,33 @@ def test_the_files_hold_the_report(tmp_path):
     write_sweep_report(report(), tmp_path / "report")
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report()
     assert (tmp_path / "report" / "report.md").read_text() == markdown(report())
+
+
+def test_means_are_over_the_tasks_of_every_method_that_has_a_score():
+    cells = [
+        cell("cola", "finetune", 0.5),
+        cell("cola", "mean", 0.7),
+        cell("cola", "sead", None),
+        cell("rte", "finetune", 0.6),
+        cell("rte", "sead", None),
+    ]
+    assert shared_tasks(cells) == ["cola"]
+    differences = {"cola": Difference(0.2, (0.1, 0.3), 0.01, 0.0025, 20.0)}
+    found = mean_over_tasks("mean", cells, differences, ["cola"])
+    assert found["difference"] == 0.2
+    assert (found["score"], found["tasks"], found["beyond_chance"]) == (0.7, 1, True)
+    assert mean_over_tasks("finetune", cells, {}, ["cola"])["score"] == 0.5
+    nothing = mean_over_tasks("sead", cells, {}, ["cola"])
+    assert (nothing["score"], nothing["beyond_chance"]) == (None, None)
+    assert shared_tasks([cell("cola", "finetune", None)]) == []
+
+
+def test_the_p_of_all_together_is_made_of_the_p_that_holds_at_every_level():
+    cells = [cell(task, "mean", 0.7) for task in ("cola", "rte", "wic")]
+    differences = {
+        "cola": Difference(0.2, (0.1, 0.3), 0.001, 0.0025, 20.0, p_among=0.02),
+        "rte": Difference(0.2, (0.1, 0.3), 0.001, 0.0025, 20.0, p_among=0.03),
+    }
+    add_holm(cells, {"mean": differences})
+    assert [of["p_holm"] for of in cells[:2]] == pytest.approx([0.04, 0.04])
+    assert "p_holm" not in cells[2]
