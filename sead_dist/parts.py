@@ -32,7 +32,7 @@ from sead_dist.rivals import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.runfolder import claim, forget_followed, locked, say_followed
 from sead_dist.runlog import RunLog, write_json
 from sead_dist.shared import check_shared
-from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits
+from sead_dist.splits import RunExamples, RunSplits, load_examples, tokenize_splits, told_cuts
 from sead_dist.student import build_student, start_hash, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.teachers.exam import best_teacher
@@ -113,7 +113,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     watch = stack.enter_context(watching(run, world, stop, config.watch))
     log = RunLog(run, world.is_main, console=True)
     stack.callback(log.close)
-    for note in notes:
+    for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
         log.say(note)
     batches = BatchStream(
         splits.train,

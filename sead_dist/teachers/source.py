@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data import Split, TokenTable, tokenize
+from sead_dist.data import Split, TokenTable, describe_cuts, tokenize
 from sead_dist.distributed import StopRequestedError, World, gather_objects
 from sead_dist.errors import RunError
 from sead_dist.teachers.base import Request, TeacherLogits
@@ -276,7 +276,11 @@ class StoredSource:
         teacher = self.teachers[n]
         key = (teacher.tokenizer_hash, teacher.max_length, id(split))
         if key not in self.tokens:
-            self.tokens[key] = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+            tokens = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+            line = describe_cuts({split.examples.split: tokens.cut_of()}, teacher.max_length)
+            if line is not None:
+                self.say(f"teacher {teacher.name}: {line}")
+            self.tokens[key] = tokens
         return self.tokens[key]
 
     def share_tokens(self, split: Split, tokenizer_hash: str, max_length: int) -> None:
