@@ -77,8 +77,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     return load_task(asked)
 
 
-def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.device) -> Answerer:
-    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order".
+def load_answerer(
+    name: str, task: TaskSpec, labels: str | None, device: torch.device, examples: ExampleSet
+) -> Answerer:
+    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order"; examples: some
+    that it will be asked.
 
     A run's model computes in the run's precision, any other in fp32. Raises UserError for a model
     that cannot be loaded or whose classes are not the task's.
@@ -90,7 +93,7 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, longest(tokenizer, config), name)
+    check_student(model, tokenizer, longest(tokenizer, config), name, examples)
     dtype = DTYPES[run_config(name).get("precision", "fp32")]
 
     def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
@@ -162,7 +165,7 @@ def evaluate_model(
     wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
     source = data_of(name, task_name, data)
     sets = [load_official(task, source, key) for key in wanted]
-    answerer = load_answerer(name, task, labels, world.device)
+    answerer = load_answerer(name, task, labels, world.device, sets[0])
     results: dict[str, float] = {}
     for examples in sets:
         ready = make_split(examples, answerer.tokenizer, answerer.max_length)
@@ -229,7 +232,7 @@ def predict_file(
         raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
-    answerer = load_answerer(name, task, labels, world.device)
+    answerer = load_answerer(name, task, labels, world.device, examples)
     split = make_split(examples, answerer.tokenizer, answerer.max_length)
     tell_cuts(split, answerer.max_length, world)
     logits_BC = student_logits(answerer.model, answerer.forward, split, world)

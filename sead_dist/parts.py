@@ -190,8 +190,9 @@ def read_inputs(
         config.student, task, tokenizer, config.seed, config.trust_remote_code, say
     )
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, config.max_length, "the student")
-    return task, load_examples(config, task, say), tokenizer, model
+    examples = load_examples(config, task, say)
+    check_student(model, tokenizer, config.max_length, "the student", examples.train)
+    return task, examples, tokenizer, model
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -4,21 +4,57 @@ R rows, C classes.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small import CPU, SHAPES, TASK, build_model, config, example_set, save_teacher, sentences
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from small import (
+    CPU,
+    SHAPES,
+    TASK,
+    build_model,
+    config,
+    example_set,
+    make_source,
+    roster,
+    save_teacher,
+    sentences,
+    words,
+    write_task,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
+from sead_dist.apply import data_of, load_answerer
+from sead_dist.configfiles import load_config
 from sead_dist.data import make_split, tokenize
 from sead_dist.distributed import World
 from sead_dist.errors import UserError
+from sead_dist.examples import ExampleSet
+from sead_dist.export import load_original
 from sead_dist.grammar import LABELS, grammar_tokenizer
-from sead_dist.modelinputs import check_student, check_teacher, padding_of, rows_alone, settle
+from sead_dist.modelinputs import (
+    CheckRows,
+    check_student,
+    check_teacher,
+    padding_of,
+    probe_rows,
+    real_rows,
+    settle,
+)
 from sead_dist.models import load_classifier
+from sead_dist.parts import read_inputs
 from sead_dist.pretrained import locate
+from sead_dist.splits import load_official
+from sead_dist.tasks import load_task
+from sead_dist.teachers import whole
+from sead_dist.teachers.base import Request
 from sead_dist.teachers.forward import predict
 from sead_dist.teachers.roster import call_roster
 from sead_dist.teachers.whole import load_whole
@@ -128,7 +164,7 @@ def test_a_student_whose_answers_change_with_padding_is_refused_in_one_line(tmp_
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
     with pytest.raises(UserError, match=r"the student is a \w+, and its answers") as caught:
-        check_student(model, tokenizer, 64, "the student")
+        check_student(model, tokenizer, 64, "the student", example_set(texts()))
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +172,7 @@ def test_the_students_tokeniser_is_saved_with_the_side_that_it_was_trained_with(
     folder = save_kind(tmp_path / "xlnet", "xlnet")
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, 64, "the student")
+    check_student(model, tokenizer, 64, "the student", example_set(texts()))
     assert tokenizer.padding_side == "left"
     tokenizer.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "left"
@@ -162,26 +198,104 @@ def test_segments_come_from_the_model_and_not_from_a_list_of_names(tmp_path):
     assert tokenize(without, pair, 32).types is None
 
 
-def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused(tmp_path):
+def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused():
     model, tokenizer = build_model("bert"), grammar_tokenizer()
-    check_teacher(model, tokenizer, 32, "right", "a")
+    real, fixed = (
+        real_rows(tokenizer, example_set(texts()), 32, CPU),
+        probe_rows(tokenizer, 32, CPU),
+    )
+    for rows in (real, fixed):
+        check_teacher(model, rows, "right", "a")
     forward = model.bert.forward
 
     def blind(*given, attention_mask=None, **inputs):
         return forward(*given, **inputs)  # padding is read as text
 
     model.bert.forward = blind
-    with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the right"):
-        check_teacher(model, tokenizer, 32, "right", "a")
+    for rows in (real, fixed):
+        with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the r"):
+            check_teacher(model, rows, "right", "a")
+
+
+def test_the_rows_tried_are_the_shortest_a_middle_and_the_longest_as_transformers_makes_them():
+    tokenizer = grammar_tokenizer()
+    lines = ["the plot was bad", "good", " ".join(["very"] * 9), "the plot", "not good", "bad"]
+    examples = example_set(lines)
+    rows = real_rows(tokenizer, examples, 8, CPU)
+    lengths = [row["input_ids"].shape[1] for row in rows.alone]
+    assert lengths == [3, 4, 8]
+    plain = tokenizer("good", return_tensors="pt")
+    assert torch.equal(rows.alone[0]["input_ids"], plain["input_ids"])
+    (batch,) = rows.together("left")
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert torch.equal(batch["input_ids"][0, -3:], plain["input_ids"][0])
+    assert [one["input_ids"].shape for one in rows.together("none")] == [(2, 3), (2, 4), (2, 8)]
+    # of a split that is tokenised already they are looked for in all of it
+    tokens = tokenize(tokenizer, examples, 8)
+    again = real_rows(tokenizer, examples, 8, CPU, tokens)
+    assert [row["input_ids"].tolist() for row in again.alone] == [
+        row["input_ids"].tolist() for row in rows.alone
+    ]
+
+
+def tried_as(role: str, folder: Path, data: Path) -> ExampleSet:
+    """Load a model as a command does that uses it so; the examples of which it is to be tried."""
+    if role == "student":
+        given = words(data, [folder], data / "run", student__shape="null", student__path=folder)
+        return read_inputs(load_config(given), print)[1].train
+    task = load_task(data / "task.yaml")
+    examples = load_official(task, data_of("", None, str(data)), "validation")
+    if role == "export":
+        load_original(str(folder), str(data / "task.yaml"), str(data), None)
+    elif role == "answerer":
+        load_answerer(str(folder), task, None, CPU, examples)
+    else:
+        source = make_source(roster([folder], task=task), data / "store", data / "run")
+        split = make_split(examples, grammar_tokenizer(), 32)
+        source.submit(Request(split, np.arange(len(split)), None, "a test")).result()
+    return examples
+
+
+@pytest.mark.parametrize("role", ["teacher", "student", "answerer", "export"])
+def test_a_model_is_tried_on_rows_of_the_run_whatever_it_is_there_for(tmp_path, monkeypatch, role):
+    """Alone, the shortest and the longest row among those that it was asked."""
+    folder, data = save_teacher(tmp_path / "model"), write_task(tmp_path)
+    forward, alone = BertForSequenceClassification.forward, set()
+
+    def spied(self, input_ids, **inputs):
+        if len(input_ids) == 1:
+            alone.add(tuple(input_ids[0].tolist()))
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spied)
+    examples = tried_as(role, folder, data)
+    rows = [tuple(ids) for ids in grammar_tokenizer()(examples.texts_a)["input_ids"]]
+    for length in (min(map(len, rows)), max(map(len, rows))):
+        assert alone.intersection(row for row in rows if len(row) == length)
+
+
+def test_a_model_is_tried_after_its_weights_are_in_8_bits(tmp_path, monkeypatch):
+    folder = save_teacher(tmp_path / "t")
+    teacher = call_roster(config(teachers=[{"path": str(folder)}], max_length=32), TASK, ALONE)[0]
+    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    order = []
+    monkeypatch.setattr(whole, "quantize", lambda model: order.append("quantize"))
+    monkeypatch.setattr(whole, "check_teacher", lambda *given: order.append("check"))
+    load_whole(replace(teacher, entry=entry), CPU, False, {})
+    assert order == ["quantize", "check"]
 
 
 def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
     folder = save_kind(tmp_path / "bird", "big_bird")
     model = load_classifier(locate(str(folder))).eval()  # nothing sets its attention again
-    rows = rows_alone(grammar_tokenizer(), texts(3)[::-1], 64)
-    rows.sort(key=lambda row: row["input_ids"].shape[1])
+    rows = real_rows(grammar_tokenizer(), example_set(texts(3)), 64, CPU)
+    alone = sorted(rows.alone, key=lambda row: row["input_ids"].shape[1])
+    rows = CheckRows([alone[-1], *alone], rows.together)
     with pytest.raises(UserError, match="depend on what it was asked before"):
-        padding_of(model, [rows[-1], *rows], "right", 0, 0)
+        padding_of(model, rows, "right")
+    model.bert.set_attention_type("block_sparse")
+    with pytest.raises(UserError, match="teacher a, a big_bird: its answers depend on what"):
+        check_teacher(model, CheckRows(rows.alone, lambda _: rows.alone), "right", "a")
 
 
 def test_a_text_without_a_token_is_named_before_any_work():

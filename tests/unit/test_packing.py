@@ -97,7 +97,7 @@ def test_rows_are_packed_once_each_within_the_sizes_and_their_spare_rows():
     # the shapes of all tensors follow from the size
     assert all(len(found) == 1 for found in lengths_of.values())
     # many short rows need room for themselves, whatever their tokens
-    short = TokenTable(ids[:600], None, np.arange(0, 602, 2), 1, 0, 0, 0)
+    short = TokenTable(ids[:600], None, np.arange(0, 602, 2), 1, 0, 0, np.zeros(0, np.int64))
     (*_, last) = packing.cut_into_packs(short, np.arange(300), 512)
     assert [size for _, size in packing.cut_into_packs(short, np.arange(300), 512)] == [2048, 512]
     assert len(last[0]) == 300 - 2048 // packing.TOKENS_PER_ROW
