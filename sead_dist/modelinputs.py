@@ -86,8 +86,7 @@ def probe_rows(
     tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
 ) -> CheckRows:
     """Fixed texts of unlike lengths, for a model that is loaded without data."""
-    length = min(max_length, LONGEST_PROBE)
-    alone = _on(device, rows_alone(tokenizer, probe_texts(length), length))
+    alone = _on(device, probes_alone(tokenizer, max_length))
     pads = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
 
     def together(padding: Padding) -> list[dict[str, torch.Tensor]]:
@@ -201,10 +200,18 @@ def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
     return "none"
 
 
-def probe_texts(max_length: int) -> list[str]:
-    """Texts of a word, of some, and of as many tokens as a row may have."""
+def probes_alone(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Rows of a word, of some, and of a quarter, a half and all of the tokens that a row may have:
+    some kinds look at texts from a certain length on in another way."""
     words = "the film is a warm , funny and moving story of two old friends .".split()
-    return [words[1], " ".join(words), " ".join(words * (max_length // 8 + 1))]
+    length = min(max_length, LONGEST_PROBE)
+    rows = rows_alone(tokenizer, [words[1], " ".join(words)], length)
+    long = " ".join(words * (length // 8 + 1))
+    for part in (length // 4, length // 2, length):
+        rows += rows_alone(tokenizer, [long], max(part, min(length, 8)))
+    return rows
 
 
 def dense(
@@ -279,11 +286,10 @@ def probed_padding(
 ) -> Padding:
     """The padding of a kind of model, found on a shallow one with random weights, so that it is
     known before any weights are read. What cannot be tried so is padded as its tokeniser does."""
-    length = min(fitting_length(max_length, config), LONGEST_PROBE)
     first = tokenizer.padding_side
     try:
         small = shallow(config)
-        rows = rows_alone(tokenizer, probe_texts(length), length)
+        rows = probes_alone(tokenizer, fitting_length(max_length, config))
         pad_id = int(tokenizer.pad_token_id)
         if getattr(config, "vocab_size", None) is not None:
             rows, small = dense(rows, small, pad_id)

@@ -31,6 +31,8 @@ OFFSET_POSITIONS = (
     *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
     *("esm", "lilt", "markuplm", "layoutlmv3"),
 )
+# of these the padding index is the code's, whatever the config says
+FIXED_PADDING = {"mpnet": 1}
 # what sizes a table of positions, by kind of model the first of these that its config has
 LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
 # relative positions, without a table that could end, whatever number their files still carry
@@ -220,8 +222,9 @@ def position_limit(config: PretrainedConfig) -> int | None:
     limit = next((size for size in sizes if isinstance(size, int) and size > 0), None)
     if limit is None:
         return None
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0
-    return limit - offset
+    if config.model_type not in OFFSET_POSITIONS:
+        return limit
+    return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
 
 
 def fitting_length(asked: int, config: PretrainedConfig) -> int:
