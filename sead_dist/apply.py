@@ -9,6 +9,7 @@ Shapes: B examples, C classes (task order).
 import csv
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from sead_dist.card import table
 from sead_dist.config import DataConfig
-from sead_dist.data import make_split
-from sead_dist.distributed import from_main, join_world, leave_world
+from sead_dist.data import Split, describe_cuts, make_split
+from sead_dist.distributed import World, from_main, join_world, leave_world
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import Forward, evaluate, student_logits
 from sead_dist.examples import ExampleSet, build_examples
@@ -75,8 +77,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     return load_task(asked)
 
 
-def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.device) -> Answerer:
-    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order".
+def load_answerer(
+    name: str, task: TaskSpec, labels: str | None, device: torch.device, examples: ExampleSet
+) -> Answerer:
+    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order"; examples: some
+    that it will be asked.
 
     A run's model computes in the run's precision, any other in fp32. Raises UserError for a model
     that cannot be loaded or whose classes are not the task's.
@@ -88,7 +93,7 @@ def load_answerer(name: str, task: TaskSpec, labels: str | None, device: torch.d
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, longest(tokenizer, config), name)
+    check_student(model, tokenizer, longest(tokenizer, config), name, examples)
     dtype = DTYPES[run_config(name).get("precision", "fp32")]
 
     def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
@@ -116,8 +121,12 @@ def class_order(
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """The most tokens of a row."""
-    return min(int(tokenizer.model_max_length), position_limit(config) or LONGEST)
+    """The most tokens of a row: what its tokeniser says, within the model's positions."""
+    said, limit = int(tokenizer.model_max_length), position_limit(config)
+    if limit is not None:
+        return min(said, limit)
+    # a tokeniser that says nothing says a number beyond all texts
+    return said if said < VERY_LARGE_INTEGER else LONGEST
 
 
 def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
@@ -156,10 +165,11 @@ def evaluate_model(
     wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
     source = data_of(name, task_name, data)
     sets = [load_official(task, source, key) for key in wanted]
-    answerer = load_answerer(name, task, labels, world.device)
+    answerer = load_answerer(name, task, labels, world.device, sets[0])
     results: dict[str, float] = {}
     for examples in sets:
         ready = make_split(examples, answerer.tokenizer, answerer.max_length)
+        tell_cuts(ready, answerer.max_length, world)
         result = evaluate(task, answerer.model, answerer.forward, ready, world, step=0)
         # the keys of the first split carry no name, as in eval_results.json
         card = result.card("eval" if examples is sets[0] else f"eval_{examples.split}")
@@ -169,6 +179,13 @@ def evaluate_model(
     if json_file is not None:
         from_main(world, lambda: write_scores(results, Path(json_file)))
     leave_world(world)
+
+
+def tell_cuts(split: Split, max_length: int, world: World) -> None:
+    """Say on stderr how many text rows lost tokens."""
+    line = describe_cuts({split.examples.split: split.tokens.cut_of()}, max_length)
+    if line is not None and world.is_main:
+        print(line, file=sys.stderr)
 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:
@@ -215,8 +232,9 @@ def predict_file(
         raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
-    answerer = load_answerer(name, task, labels, world.device)
+    answerer = load_answerer(name, task, labels, world.device, examples)
     split = make_split(examples, answerer.tokenizer, answerer.max_length)
+    tell_cuts(split, answerer.max_length, world)
     logits_BC = student_logits(answerer.model, answerer.forward, split, world)
     columns |= answers(task, logits_BC)
     from_main(world, lambda: write_table(columns, output))

@@ -8,12 +8,12 @@ Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text r
 S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sead_dist.errors import UserError
 from sead_dist.examples import ExampleSet, entries
@@ -33,7 +33,8 @@ class Cursor:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]."""
+    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]. cut: the text rows
+    that lost tokens to the maximum length."""
 
     ids: np.ndarray
     types: np.ndarray | None
@@ -41,8 +42,19 @@ class TokenTable:
     choices: int
     pad_id: int
     pad_type: int
-    truncated: int
+    cut: np.ndarray
     side: str = "right"
+
+    @property
+    def truncated(self) -> int:
+        """How many text rows lost tokens."""
+        return len(self.cut)
+
+    def cut_of(self, rows: slice = slice(None)) -> tuple[int, int]:
+        """(text rows that lost tokens, all) of the examples in a slice."""
+        first, after, _ = rows.indices((len(self.offsets) - 1) // self.choices)
+        first, after = first * self.choices, after * self.choices
+        return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
 
     def lengths_B(self) -> np.ndarray:
         """Tokens of each example: of its longest text row."""
@@ -77,7 +89,7 @@ def tokenize(
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
-    truncated = 0
+    cut: list[int] = []
     uses_types = "token_type_ids" in tokenizer.model_input_names
     for start in range(0, len(examples.texts_a), 4096):
         part = slice(start, start + 4096)
@@ -94,8 +106,7 @@ def tokenize(
         if uses_types:
             flat = [i for row in encoded["token_type_ids"] for i in row]
             types.append(np.array(flat, dtype=np.int8))
-        if encoded.encodings is not None:
-            truncated += sum(bool(row.overflowing) for row in encoded.encodings)
+        cut += [start + place for place in cut_rows(tokenizer, encoded, examples, part, max_length)]
     refuse_empty(examples, lengths)
     return TokenTable(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -104,9 +115,38 @@ def tokenize(
         choices=examples.choices,
         pad_id=int(tokenizer.pad_token_id),
         pad_type=int(tokenizer.pad_token_type_id),
-        truncated=truncated,
+        cut=np.array(cut, np.int64),
         side=str(tokenizer.padding_side),
     )
+
+
+def cut_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: BatchEncoding,
+    examples: ExampleSet,
+    part: slice,
+    max_length: int,
+) -> list[int]:
+    """Which of these text rows lost tokens to `max_length`. Tokenisers written in Python do not
+    say: they are asked again, without a limit, for the rows that fill it."""
+    if encoded.encodings is not None:
+        return [place for place, row in enumerate(encoded.encodings) if row.overflowing]
+    full = [place for place, row in enumerate(encoded["input_ids"]) if len(row) >= max_length]
+    if not full:
+        return []
+    texts_a = [examples.texts_a[part][place] for place in full]
+    texts_b = examples.texts_b
+    others = None if texts_b is None else [texts_b[part][place] for place in full]
+    whole = tokenizer(texts_a, others, truncation=False, verbose=False)["input_ids"]
+    return [place for place, row in zip(full, whole, strict=True) if len(row) > max_length]
+
+
+def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str | None:
+    """A line on text rows that lost tokens, by counts (cut, all) of each split; None for none."""
+    if not any(cut for cut, _ in counts.values()):
+        return None
+    parts = ", ".join(f"{cut} of {rows} in {split}" for split, (cut, rows) in counts.items())
+    return f"text rows cut at {max_length} tokens: {parts}"
 
 
 def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ from sead_dist.data import Split, make_batch, make_split
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult, evaluate
-from sead_dist.modelinputs import settle
+from sead_dist.modelinputs import check_student, settle
 from sead_dist.models import label_names, load_classifier
 from sead_dist.onnxfile import (
     NEEDED,
@@ -170,6 +170,7 @@ def load_original(
     settle(tokenizer, model.config)
     order_C = class_order(name, model.config, task, labels)
     limit = longest(tokenizer, model.config)
+    check_student(model, tokenizer, limit, name, sets[0])
     splits = [make_split(examples, tokenizer, limit) for examples in sets]
     return Original(model, tokenizer, checkpoint.folder, task, order_C, limit, splits)
 

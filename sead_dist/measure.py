@@ -129,7 +129,7 @@ def random_pack(
     words = int(getattr(model.config, "vocab_size", 100))
     ids = np.random.default_rng(0).integers(min(3, words - 1), words, rows * length)
     ends = np.arange(rows + 1, dtype=np.int64) * length
-    tokens = TokenTable(ids.astype(np.int32), None, ends, 1, 0, 0, 0)
+    tokens = TokenTable(ids.astype(np.int32), None, ends, 1, 0, 0, np.zeros(0, np.int64))
     cut = Cut(length, None, pack_from)
     return next(batches_of(tokens, np.arange(rows), device, cut, model.config))[1]
 

@@ -1,21 +1,28 @@
 """What a model is fed: segment ids, the padding token, and the side on which rows are padded.
 
 A prediction equals what the model says of that text alone, unpadded, to rounding (invariant 3).
-Which padding keeps that is found by trying it. Models that no padding leaves alone (MobileBERT's
-trigrams, FNet's Fourier transform, convolutions over tokens) get rows of one length together.
+Which padding keeps that is found by trying it, on fixed texts and a small model of the kind: so it
+is known before weights and data are read, and is the same in every process and at every resume.
+Models that no padding leaves alone (MobileBERT's trigrams, FNet's Fourier transform, convolutions
+over tokens) get rows of one length together. What is found so is then held against each model's own
+weights and some rows of the run, which refuses a model and never changes a teacher's padding.
 
-Shapes: R rows, L tokens, C classes.
+Shapes: B examples, R text rows, L tokens, C classes.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sead_dist.data import TokenTable, tokenize
 from sead_dist.errors import UserError
+from sead_dist.examples import ExampleSet, subset
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import OFFSET_POSITIONS, fitting_length
 
@@ -28,6 +35,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 # the ids of marks in a model's config
 MARKS = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
 KEPT_IDS = 1000
+# a probe has to be longer than what a kind looks at as a whole (BigBird: 704 tokens), and no more
+LONGEST_PROBE = 2048
+# of a split that is not tokenised yet, the rows among which the shortest and longest are looked for
+LOOKED_AT = 1000
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -44,16 +55,79 @@ def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None
         config.pad_token_id = tokenizer.pad_token_id
 
 
+@dataclass(frozen=True)
+class CheckRows:
+    """Text rows that a model is tried on, on its device. alone: as plain Transformers makes each, a
+    batch of its own; together: by padding, the batches in which we ask them. Where rows are not
+    padded, each example has a batch with a second copy of it."""
+
+    alone: list[dict[str, torch.Tensor]]
+    together: Callable[[Padding], list[dict[str, torch.Tensor]]]
+
+
 def rows_alone(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    others: Sequence[str] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Each text as a batch of its own, without padding, as plain Transformers makes it."""
+    """Each text (or pair of texts) as a batch of its own, without padding, as plain Transformers
+    makes it."""
     rows = []
-    for text in texts:
-        one = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    for place, text in enumerate(texts):
+        pair = (text,) if others is None else (text, others[place])
+        one = tokenizer(*pair, truncation=True, max_length=max_length, return_tensors="pt")
         one = {name: tensor for name, tensor in one.items() if isinstance(tensor, torch.Tensor)}
         rows.append({"attention_mask": torch.ones_like(one["input_ids"]), **one})
     return rows
+
+
+def probe_rows(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
+) -> CheckRows:
+    """Fixed texts of unlike lengths, for a model that is loaded without data."""
+    alone = _on(device, probes_alone(tokenizer, max_length))
+    pads = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
+
+    def together(padding: Padding) -> list[dict[str, torch.Tensor]]:
+        if padding == "none":
+            return [padded([row, row], "right", *pads) for row in alone]
+        return [padded(alone, padding, *pads)]
+
+    return CheckRows(alone, together)
+
+
+def real_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    max_length: int,
+    device: torch.device,
+    tokens: TokenTable | None = None,
+) -> CheckRows:
+    """The shortest, a middle and the longest example: of all where `tokens` (all examples', of this
+    tokeniser and length) are given, else of rows evenly spread over the examples. The choice
+    follows from the examples alone."""
+    if tokens is None:
+        count = len(examples)
+        examples = subset(examples, np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int))
+        tokens = tokenize(tokenizer, examples, max_length)
+    table, lengths_B = tokens, tokens.lengths_B()
+    order_B = np.argsort(lengths_B, kind="stable")
+    chosen = np.array(list(dict.fromkeys(order_B[[0, len(order_B) // 2, -1]].tolist())))
+    few = subset(examples, chosen)
+    alone = _on(device, rows_alone(tokenizer, few.texts_a, max_length, few.texts_b))
+
+    def together(padding: Padding) -> list[dict[str, torch.Tensor]]:
+        parts = [np.repeat(row, 2) for row in chosen] if padding == "none" else [chosen]
+        return _on(device, [table.pad(p, int(lengths_B[p].max()), padding) for p in parts])
+
+    return CheckRows(alone, together)
+
+
+def _on(
+    device: torch.device, batches: Sequence[dict[str, torch.Tensor]]
+) -> list[dict[str, torch.Tensor]]:
+    return [{name: tensor.to(device) for name, tensor in one.items()} for one in batches]
 
 
 def padded(
@@ -89,36 +163,55 @@ def reset_attention(model: PreTrainedModel) -> None:
     body.register_forward_pre_hook(reset)
 
 
-@torch.inference_mode()
-def padding_of(
-    model: PreTrainedModel,
-    rows: Sequence[dict[str, torch.Tensor]],
-    first: str,
-    pad_id: int,
-    pad_type: int,
-) -> Padding:
+def _said(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([model(**batch).logits.float() for batch in batches])
+
+
+def _said_together(model: PreTrainedModel, rows: CheckRows, padding: Padding) -> torch.Tensor:
+    """The logits of each row in our batches, as those of the rows alone."""
+    batches = rows.together(padding)
+    if padding != "none":
+        return _said(model, batches)
+    # of each batch the second half is the copy
+    parts = [model(**batch).logits.float() for batch in batches]
+    return torch.cat([part[: len(part) // 2] for part in parts])
+
+
+def _far(one_RC: torch.Tensor, alone_RC: torch.Tensor, dtype: torch.dtype) -> bool:
+    most = float(alone_RC.abs().max()) * TOLERANCE.get(dtype, 1e-3) + 1e-6
+    return not bool((one_RC - alone_RC).abs().max() <= most)
+
+
+# not inference_mode: FSDP reads version counters
+@torch.no_grad()
+def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
     """Which padding leaves the model's answers as they are for each row alone: that of `first`, of
-    the other side, or none. rows: of unlike length, shortest first, on the model's device."""
-    tolerance = TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
-    alone_RC = torch.cat([model(**row).logits.float() for row in rows])
+    the other side, or none. Raises UserError where they depend on the order of asking."""
+    dtype = next(model.parameters()).dtype
+    alone_RC = _said(model, rows.alone)
     if not bool(torch.isfinite(alone_RC).all()):
         return "left" if first == "left" else "right"  # what gives no numbers is told elsewhere
-    again_RC = torch.cat([model(**row).logits.float() for row in reversed(rows)]).flip(0)
-    most = float(alone_RC.abs().max()) * tolerance + 1e-6
-    if bool((again_RC - alone_RC).abs().max() > most):
+    if _far(_said(model, rows.alone[::-1]).flip(0), alone_RC, dtype):
         raise UserError("its answers depend on what it was asked before")
     sides: list[Padding] = ["right", "left"] if first == "right" else ["left", "right"]
     for side in sides:
-        together_RC = model(**padded(rows, side, pad_id, pad_type)).logits.float()
-        if bool((together_RC - alone_RC).abs().max() <= most):
+        if not _far(_said_together(model, rows, side), alone_RC, dtype):
             return side
     return "none"
 
 
-def probe_texts(max_length: int) -> list[str]:
-    """Texts of a word, of some, and of as many tokens as a row may have."""
+def probes_alone(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """Rows of a word, of some, and of a quarter, a half and all of the tokens that a row may have:
+    some kinds look at texts from a certain length on in another way."""
     words = "the film is a warm , funny and moving story of two old friends .".split()
-    return [words[1], " ".join(words), " ".join(words * (max_length // 8 + 1))]
+    length = min(max_length, LONGEST_PROBE)
+    rows = rows_alone(tokenizer, [words[1], " ".join(words)], length)
+    long = " ".join(words * (length // 8 + 1))
+    for part in (length // 4, length // 2, length):
+        rows += rows_alone(tokenizer, [long], max(part, min(length, 8)))
+    return rows
 
 
 def dense(
@@ -161,30 +254,30 @@ def make_tell_apart(model: PreTrainedModel) -> None:
             module.weight[module.padding_idx].normal_()
 
 
-def check_teacher(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    padding: Padding,
-    name: str,
-) -> None:
-    """With its own weights a teacher's answers stand the padding that its kind was found to.
+@torch.no_grad()
+def check_teacher(model: PreTrainedModel, rows: CheckRows, padding: Padding, name: str) -> None:
+    """A teacher as it computes (in its dtype, in 8 bits, split over ranks) answers these rows in
+    our batches as it answers each alone. All its forwards come first, as many on every rank.
 
-    Raises UserError where they do not.
+    Raises UserError where it does not.
     """
-    if padding == "none":
-        return
-    rows = [
-        {key: tensor.to(model.device) for key, tensor in row.items()}
-        for row in rows_alone(tokenizer, probe_texts(max_length), max_length)
-    ]
-    pad_id, pad_type = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
-    found = padding_of(model, rows, padding, pad_id, pad_type)
-    if found != padding:
+    dtype, kind = next(model.parameters()).dtype, model.config.model_type
+    alone_RC = _said(model, rows.alone)
+    again_RC = _said(model, rows.alone[::-1]).flip(0)
+    ours_RC = _said_together(model, rows, padding)
+    if not bool(torch.isfinite(alone_RC).all()):
+        return  # told where it is asked, with the row
+    if _far(again_RC, alone_RC, dtype):
         raise UserError(
-            f"teacher {name} answers a text in a batch padded on the {padding} otherwise than that "
-            f"text alone, though a {model.config.model_type} should not; leave it out, and check "
-            "that its tokeniser is the one that it was trained with"
+            f"teacher {name}, a {kind}: its answers depend on what it was asked before; "
+            "leave it out"
+        )
+    if _far(ours_RC, alone_RC, dtype):
+        how = "of texts of its length" if padding == "none" else f"padded on the {padding}"
+        raise UserError(
+            f"teacher {name} answers a text in a batch {how} otherwise than that text alone, "
+            f"though a {kind} should not; leave it out, and check that its tokeniser is the one "
+            "that it was trained with"
         )
 
 
@@ -193,11 +286,10 @@ def probed_padding(
 ) -> Padding:
     """The padding of a kind of model, found on a shallow one with random weights, so that it is
     known before any weights are read. What cannot be tried so is padded as its tokeniser does."""
-    length = fitting_length(max_length, config)
     first = tokenizer.padding_side
     try:
         small = shallow(config)
-        rows = rows_alone(tokenizer, probe_texts(length), length)
+        rows = probes_alone(tokenizer, fitting_length(max_length, config))
         pad_id = int(tokenizer.pad_token_id)
         if getattr(config, "vocab_size", None) is not None:
             rows, small = dense(rows, small, pad_id)
@@ -208,30 +300,34 @@ def probed_padding(
             with torch.no_grad():
                 make_tell_apart(model)
         reset_attention(model)
-        return padding_of(model, rows, first, pad_id, int(tokenizer.pad_token_type_id))
+        pads = pad_id, int(tokenizer.pad_token_type_id)
+        return padding_of(model, CheckRows(rows, lambda side: [padded(rows, side, *pads)]), first)
     except Exception:  # what cannot be cut down is looked at when it is loaded
         return "left" if first == "left" else "right"
 
 
 def check_student(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+    examples: ExampleSet | None,
 ) -> None:
     """Settle the side on which a model's rows are padded, and give it to its tokeniser, which is
-    saved with it. Raises UserError for a model that no padding leaves alone."""
+    saved with it. examples: of the run, some of which the model is tried on; None where there are
+    none. Raises UserError for a model that no padding leaves alone."""
     length = fitting_length(max_length, model.config)
     reset_attention(model)
-    rows = rows_alone(tokenizer, probe_texts(length), length)
-    was_training, device = model.training, model.device
-    rows = [{key: tensor.to(device) for key, tensor in row.items()} for row in rows]
-    pad: dict[str, Any] = {
-        "pad_id": int(tokenizer.pad_token_id), "pad_type": int(tokenizer.pad_token_type_id)
-    }  # fmt: skip
-    kind = model.config.model_type
+    if examples is None:
+        rows = probe_rows(tokenizer, length, model.device)
+    else:
+        rows = real_rows(tokenizer, examples, length, model.device)
+    was_training, kind = model.training, model.config.model_type
     try:
         # of its kind with other weights, which may tell apart what these do not
         padding = probed_padding(tokenizer, model.config, max_length)
         if padding != "none":
-            padding = padding_of(model.eval(), rows, padding, **pad)
+            padding = padding_of(model.eval(), rows, padding)
         reason = "its answers change with the padding of a batch"
     except UserError as error:
         padding, reason = "none", str(error)

@@ -38,6 +38,7 @@ from sead_dist.splits import (
     check_tokens,
     load_examples,
     tokenize_splits,
+    told_cuts,
 )
 from sead_dist.student import build_student, start_hash, student_tokenizer
 from sead_dist.tasks import TaskSpec, load_task
@@ -120,7 +121,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     watch = stack.enter_context(watching(run, world, stop, config.watch))
     log = RunLog(run, world.is_main, console=True)
     stack.callback(log.close)
-    for note in notes:
+    for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
         log.say(note)
     batches = BatchStream(
         splits.train,
@@ -197,9 +198,9 @@ def read_inputs(
         config.student, task, tokenizer, config.seed, config.trust_remote_code, say
     )
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, config.max_length, "the student")
     examples = load_examples(config, task, say)
     check_tokens(examples, {"the student": tokenizer})
+    check_student(model, tokenizer, config.max_length, "the student", examples.train)
     return task, examples, tokenizer, model
 
 

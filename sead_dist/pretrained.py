@@ -4,9 +4,11 @@ Nothing here loads weights.
 """
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -27,6 +29,22 @@ WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "
 OFFSET_POSITIONS = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
     *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
+    *("esm", "lilt", "markuplm", "layoutlmv3"),
+)
+# of these the padding index is the code's, whatever the config says
+FIXED_PADDING = {"mpnet": 1}
+# what sizes a table of positions, by kind of model the first of these that its config has
+LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
+# relative positions, without a table that could end, whatever number their files still carry
+# (T5's n_positions, Funnel's max_position_embeddings, XLNet's -1)
+UNLIMITED = ("bloom", "funnel", "mt5", "t5", "umt5", "xlnet")
+# what a tokeniser written in Python makes of these is part of what it is
+PROBES = (
+    "The film is a warm, funny and moving story of two old friends.",
+    "  Don't: it's 12.50 \u20ac (or $13), at http://a.bc/d?e=1 @f #g \n\tok\u2026 \u201cno\u201d",
+    "na\u00efve CAF\u00c9 Stra\u00dfe \u0130 e\u0301 \ufb01n \u00a0 \u200b x\u00b2",
+    "\u041f\u0440\u0438 \u05e9\u05dc \u0645\u0631 \u0928\u092e \u3053\u4e16\u754c \U0001f600",
+    "",
 )
 
 
@@ -160,17 +178,55 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     extra = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_input_names]
     if tokenizer.truncation_side != "right":
         extra.append(tokenizer.truncation_side)
+    if getattr(tokenizer, "split_special_tokens", False):
+        extra.append("split_special_tokens")
+    if backend is None or is_own_code(type(tokenizer)):
+        extra.append(_deeds(tokenizer))
     about = json.dumps(extra, sort_keys=True, default=str)
     return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """The most tokens a model's positions allow."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit <= 0:
+def _deeds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokeniser written in Python is besides its vocabulary: its files, and what it makes of
+    fixed texts, alone and as a pair."""
+    names = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]
+    files = [Path(tokenizer.name_or_path) / name for name in sorted(names)]
+    return {
+        "files": {f.name: files_hash([f]) for f in files if f.is_file()},
+        "ids": [
+            *(tokenizer(text)["input_ids"] for text in PROBES),
+            tokenizer(PROBES[0], PROBES[1])["input_ids"],
+        ],
+    }
+
+
+def is_own_code(kind: type) -> bool:
+    """Whether a class is not of Transformers: it came with a checkpoint."""
+    return kind.__module__.partition(".")[0] != "transformers"
+
+
+def code_hash(checkpoint: Checkpoint, *kinds: type) -> str | None:
+    """sha256 over the Python files that a checkpoint brings, and those of these classes; None where
+    none of the classes is its own. Where a file lies does not count."""
+    own = [kind for kind in kinds if is_own_code(kind)]
+    if not own:
         return None
-    offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
-    return int(limit) - offset
+    places = {*checkpoint.folder.rglob("*.py"), *(Path(inspect.getfile(kind)) for kind in own)}
+    found = {(place.name, files_hash([place])) for place in places}
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens a model's positions allow; None where they never end."""
+    if config.model_type in UNLIMITED:
+        return None
+    sizes = (getattr(config, name, None) for name in LIMITS)
+    limit = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if limit is None:
+        return None
+    if config.model_type not in OFFSET_POSITIONS:
+        return limit
+    return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
 
 
 def fitting_length(asked: int, config: PretrainedConfig) -> int:

@@ -5,14 +5,14 @@ Shapes: B rows.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config import DataConfig, RunConfig, teacher_names
-from sead_dist.data import Split, make_split
+from sead_dist.data import Split, describe_cuts, make_split
 from sead_dist.errors import UserError
 from sead_dist.examples import (
     ExampleSet,
@@ -198,3 +198,22 @@ def tokenize_splits(
             for name, split in examples.official.items()
         },
     )
+
+
+def told_cuts(
+    examples: RunExamples, splits: RunSplits, asked: int, max_length: int
+) -> Iterator[str]:
+    """Lines on the student's text rows that lost tokens, in every split, and on a maximum length
+    that its positions do not reach."""
+    if max_length < asked:
+        yield f"max_length={asked}, but the student's positions end at {max_length}"
+    train = splits.train.tokens
+    labelled = len(examples.train) - examples.transfer_rows
+    counts = {"train": train.cut_of(slice(labelled))}
+    if examples.transfer_rows:
+        counts["transfer"] = train.cut_of(slice(labelled, None))
+    counts["selection"] = splits.selection.tokens.cut_of()
+    counts |= {name: split.tokens.cut_of() for name, split in splits.official.items()}
+    line = describe_cuts(counts, max_length)
+    if line is not None:
+        yield f"student: {line}"

@@ -175,7 +175,7 @@ def probe_rows(longest: int) -> TokenTable:
         choices=1,
         pad_id=0,
         pad_type=0,
-        truncated=0,
+        cut=np.zeros(0, np.int64),
     )
 
 

@@ -35,6 +35,7 @@ from sead_dist.models import (
 from sead_dist.pretrained import (
     Checkpoint,
     check_vocabulary,
+    code_hash,
     fitting_length,
     load_model_config,
     load_tokenizer,
@@ -174,15 +175,23 @@ def numerics_class(
 
 
 def _fingerprint(
-    weights: str, config: PretrainedConfig, tokens: str, max_length: int, padding: Padding
+    weights: str,
+    config: PretrainedConfig,
+    tokens: str,
+    max_length: int,
+    padding: Padding,
+    code: str | None,
 ) -> str:
     """What a prediction depends on. Rows padded on the right stand for themselves: so the first
     rules of input made them, and what was kept under those stays good where the tensors are the
-    same. A padding id or segments that were others then are in the config and the tokeniser."""
+    same. A padding id or segments that were others then are in the config and the tokeniser.
+    code: the hash of the Python files that came with the checkpoint and were run."""
     shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
     facts: list[Any] = [weights, shape, tokens, max_length]
     if padding != "right":
         facts.append({"padding": padding, "rules of input": INPUT_RULES})
+    if code is not None:
+        facts.append({"code": code})
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -264,7 +273,9 @@ def _call(
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
         classes = len(task.labels) if task.kind == "choice" else width(task)
-        fingerprint = _fingerprint(weights, shape, tokens, max_length, checked[kind].padding)
+        code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
+        padding = checked[kind].padding
+        fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
         key = TeacherKey(fingerprint, numerics, entry.path, classes)
         teachers.append(
             Teacher(

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from sead_dist.data import TokenTable
 from sead_dist.distributed import StopRequestedError, World, gather_objects, raise_first
 from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.modelinputs import CheckRows, check_teacher, reset_attention
 from sead_dist.models import new_classifier
 from sead_dist.pretrained import weight_files
 from sead_dist.teachers.forward import Cut, batches_of, own_logits
@@ -138,6 +139,23 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     return found
 
 
+def check_sharded(model: PreTrainedModel, teacher: Teacher, rows: CheckRows) -> None:
+    """Try a split teacher on these rows, the same on every rank: all ranks call this, and do the
+    same forwards. One that takes packs knows no padded batch; packing.packs_from has compared the
+    two for its kind.
+
+    Raises UserError, on all ranks; TornForwardError where a forward broke off on this one.
+    """
+    if teacher.cut.pack_from is not None:
+        return
+    try:
+        check_teacher(model, rows, teacher.cut.padding, teacher.name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise TornForwardError(f"{type(error).__name__}: {error}") from error
+
+
 def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> PreTrainedModel:
     """The teacher in eval mode, its parameters split over the ranks: this rank reads and holds its
     own slices. Offloaded, they lie in the CPU's memory and come to the GPU layer by layer.
@@ -166,6 +184,7 @@ def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> Pr
             f"teacher {teacher.name}: its weights cannot be read: {error}; copy the files again",
             error,
         ) from None
+    reset_attention(model)
     return model
 
 

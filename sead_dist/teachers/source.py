@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data import Split, TokenTable, tokenize
+from sead_dist.data import Split, TokenTable, describe_cuts, tokenize
 from sead_dist.distributed import StopRequestedError, World, gather_objects
 from sead_dist.errors import RunError
+from sead_dist.modelinputs import CheckRows, real_rows
 from sead_dist.teachers.base import Request, TeacherLogits
 from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.placement import exchange, is_split, owners
 from sead_dist.teachers.roster import Teacher
-from sead_dist.teachers.sharded import agreed, build_sharded, predict_together
+from sead_dist.teachers.sharded import agreed, build_sharded, check_sharded, predict_together
 from sead_dist.teachers.store import PredictionStore
 from sead_dist.teachers.table import Table
 from sead_dist.teachers.whole import load_whole
@@ -65,6 +66,8 @@ class StoredSource:
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.empty: dict[str, PreTrainedModel] = {}
+        # of split teachers that are loaded and not tried yet
+        self.to_try: dict[int, CheckRows] = {}
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
@@ -146,13 +149,27 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         missing_K = agreed(self.world, request.what, lambda: self._missing(n, request, entries_M))
         if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
-            ready = partial(self._make_ready, n, request.split)
-            agreed(self.world, request.what, ready)
+            for part in (self._make_ready, self._try_together):
+                agreed(self.world, request.what, partial(part, n, request.split))
             agreed(self.world, request.what, lambda: self._compute(n, request, missing_K))
 
     def _make_ready(self, n: int, split: Split) -> None:
-        self._load(n)
+        """What each rank does for itself, before the first forward of all."""
+        if n not in self.models:
+            self.to_try[n] = self._check_rows(n, split)
+        self._load(n, split)
         self._tokens(n, split)
+
+    def _try_together(self, n: int, split: Split) -> None:
+        if n in self.to_try:
+            check_sharded(self.models[n], self.teachers[n], self.to_try.pop(n))
+
+    def _check_rows(self, n: int, split: Split) -> CheckRows:
+        """Rows of a split to try a teacher on, the same on every rank."""
+        teacher, tokens = self.teachers[n], self._tokens(n, split)
+        return real_rows(
+            teacher.tokenizer, split.examples, teacher.max_length, self.world.device, tokens
+        )
 
     def _follow(self, request: Request, own_NR: np.ndarray) -> None:
         """Wait for this rank's share of the rows of all teachers in the pool."""
@@ -182,15 +199,17 @@ class StoredSource:
             table.refresh()
         return entries_M[~table.lookup(entries_M)[1]]
 
-    def _load(self, n: int) -> PreTrainedModel:
+    def _load(self, n: int, split: Split) -> PreTrainedModel:
+        """Teacher n, at its first time made ready for rows of this split."""
         if n not in self.models:
             teacher, placement = self.teachers[n], self.placements[n]
             if is_split(teacher, placement, self.world):
                 self.models[n] = build_sharded(teacher, self.world, self.trust_remote_code)
             else:
                 self.models[n] = load_whole(
-                    teacher, self.world.device, self.trust_remote_code, self.empty
-                )
+                    teacher, self.world.device, self.trust_remote_code, self.empty,
+                    self._check_rows(n, split),
+                )  # fmt: skip
         return self.models[n]
 
     def _answer(self, n: int, request: Request, positions_M: np.ndarray) -> np.ndarray:
@@ -235,7 +254,7 @@ class StoredSource:
             keep(ROWS_PER_BLOCK)
             self.heed(f"teacher {teacher.name}, {request.what}")
 
-        model, tokens = self._load(n), self._tokens(n, split)
+        model, tokens = self._load(n, split), self._tokens(n, split)
         limits = (teacher.cut, done)
         try:
             if is_split(teacher, self.placements[n], self.world):
@@ -276,7 +295,11 @@ class StoredSource:
         teacher = self.teachers[n]
         key = (teacher.tokenizer_hash, teacher.max_length, id(split))
         if key not in self.tokens:
-            self.tokens[key] = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+            tokens = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+            line = describe_cuts({split.examples.split: tokens.cut_of()}, teacher.max_length)
+            if line is not None:
+                self.say(f"teacher {teacher.name}: {line}")
+            self.tokens[key] = tokens
         return self.tokens[key]
 
     def share_tokens(self, split: Split, tokenizer_hash: str, max_length: int) -> None:

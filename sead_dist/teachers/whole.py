@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
-from sead_dist.modelinputs import check_teacher, reset_attention
+from sead_dist.modelinputs import CheckRows, check_teacher, probe_rows, reset_attention
 from sead_dist.models import build_teacher
 from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.quantize import quantize
@@ -28,21 +28,25 @@ def load_whole(
     device: torch.device,
     trust_remote_code: bool,
     empty: MutableMapping[str, PreTrainedModel],
+    rows: CheckRows | None = None,
 ) -> PreTrainedModel:
     """The teacher in eval mode, without gradients, in its dtype on its device, with weights in 8
     bits or packed batches where these are asked for. empty: models without memory, by shape; one
-    that is not there yet is added.
+    that is not there yet is added. rows: of the run, to try it on; None: fixed texts.
 
-    Raises UserError where its weights cannot be read.
+    Raises UserError where its weights cannot be read, or its answers depend on the batch.
     """
     model = None if trust_remote_code else _filled(teacher, device, empty)
     if model is None:  # Transformers knows older files and other names
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
     model.config.pad_token_id = teacher.config.pad_token_id
     reset_attention(model)
-    check_teacher(model, teacher.tokenizer, teacher.max_length, teacher.cut.padding, teacher.name)
     if teacher.entry.weights is not None:
         quantize(model)
+    # one in 8 bits against itself alone: how far it is from fp32 is for the drift report
+    rows = rows or probe_rows(teacher.tokenizer, teacher.max_length, device)
+    check_teacher(model, rows, teacher.cut.padding, teacher.name)
+    # packs answer as padded batches do: packing.packs_from has looked
     if teacher.cut.pack_from is not None:
         use_packs(model)
     return model

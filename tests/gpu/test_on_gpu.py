@@ -84,7 +84,7 @@ def test_packs_on_a_gpu_say_what_padded_batches_say(kind: str, hidden: int) -> N
     counts = random.integers(2, 120, 600)
     tokens = TokenTable(
         random.integers(5, 1000, counts.sum()).astype(np.int32), None,
-        np.concatenate([[0], np.cumsum(counts)]), 1, 1, 0, 0,
+        np.concatenate([[0], np.cumsum(counts)]), 1, 1, 0, np.zeros(0, np.int64),
     )  # fmt: skip
     torch.manual_seed(0)
     model = new_classifier(config).to(device, torch.bfloat16).eval()

@@ -106,7 +106,7 @@ def test_a_worker_holds_no_more_teachers_than_there_is_room_for(pool):
     hand.room = 2 * hand.source.teachers[0].bytes
     for n in (0, 1, 2):
         hand.make_room(n)
-        hand.source._load(n)
+        hand.source._load(n, small_split(8))
     assert list(hand.source.models) == [1, 2]
     hand.room = 1  # one teacher is always held
     hand.make_room(1)

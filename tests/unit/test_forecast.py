@@ -96,7 +96,7 @@ def test_what_the_store_holds_is_no_work(teachers, tmp_path):
 def test_batches_are_those_that_a_pass_makes(teachers, tmp_path, monkeypatch):
     split = make_split(EXAMPLES.train, grammar_tokenizer(), 32)
     source = make_source(teachers[:1], tmp_path / "st", tmp_path / "run")
-    model = source._load(0)
+    model = source._load(0, split)
     seen = []
 
     def counting(*, input_ids, **inputs):

@@ -4,77 +4,67 @@ R rows, C classes.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small import CPU, SHAPES, TASK, build_model, config, example_set, save_teacher, sentences
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from kinds import alone, save_kind, texts
+from small import (
+    CPU,
+    SHAPES,
+    TASK,
+    build_model,
+    config,
+    example_set,
+    make_source,
+    roster,
+    save_teacher,
+    words,
+    write_task,
+)
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
+from sead_dist.apply import data_of, load_answerer
+from sead_dist.configfiles import load_config
 from sead_dist.data import make_split, tokenize
 from sead_dist.distributed import World
 from sead_dist.errors import UserError
-from sead_dist.grammar import LABELS, grammar_tokenizer
-from sead_dist.modelinputs import check_student, check_teacher, padding_of, rows_alone, settle
+from sead_dist.examples import ExampleSet
+from sead_dist.export import load_original
+from sead_dist.grammar import grammar_tokenizer
+from sead_dist.modelinputs import (
+    CheckRows,
+    check_student,
+    check_teacher,
+    padding_of,
+    probe_rows,
+    real_rows,
+    settle,
+)
 from sead_dist.models import load_classifier
+from sead_dist.parts import read_inputs
 from sead_dist.pretrained import locate
+from sead_dist.splits import load_official
+from sead_dist.tasks import load_task
+from sead_dist.teachers import whole
+from sead_dist.teachers.base import Request
 from sead_dist.teachers.forward import predict
 from sead_dist.teachers.roster import call_roster
 from sead_dist.teachers.whole import load_whole
 
 ALONE = World(0, 1, CPU)
-WIDE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-DEEP = {**WIDE, "num_hidden_layers": 2, "max_position_embeddings": 128}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-KINDS = {
-    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
-    "gpt2": GPT2,
-    "llama": {**DEEP, "num_key_value_heads": 1},
-    "qwen3": {**DEEP, "num_key_value_heads": 1, "head_dim": 16},
-    "big_bird": {**DEEP, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1},
-    "mobilebert": {
-        **DEEP, "intra_bottleneck_size": 16, "embedding_size": 16, "num_feedforward_networks": 1,
-        "intermediate_size": 32,
-    },
-    "convbert": {**DEEP, "embedding_size": 32},
-    "fnet": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
-    "nystromformer": {**DEEP, "num_landmarks": 4, "segment_means_seq_len": 4},
-    "funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64},
-}  # fmt: skip
 # which padding leaves a text's answer alone, by what each looks at
 PADDING = {
     "xlnet": "left", "gpt2": "right", "llama": "right", "qwen3": "right", "big_bird": "none",
     "mobilebert": "none", "convbert": "none", "fnet": "none", "nystromformer": "none",
     "funnel": "right",
 }  # fmt: skip
-
-
-def save_kind(folder: Path, kind: str, side: str = "right", **more) -> Path:
-    tokenizer = grammar_tokenizer()
-    tokenizer.padding_side = side
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
-    made = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), **KINDS[kind], **names, **{"pad_token_id": 0, **more}
-    )
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_config(made)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].normal_()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def texts(rows: int = 24) -> list[str]:
-    """Of 2 to about 60 tokens."""
-    some = sentences(rows)
-    return [" ".join([text] * (1 + 4 * (n % 3 == 0))) for n, text in enumerate(some)]
 
 
 def asked(folder: Path) -> tuple[np.ndarray, str]:
@@ -93,24 +83,12 @@ def asked(folder: Path) -> tuple[np.ndarray, str]:
     return said_RC, teacher.cut.padding
 
 
-def alone(folder: Path) -> np.ndarray:
-    """What plain Transformers says of each text, without padding and by a model of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    said = []
-    for text in texts():
-        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        with torch.inference_mode():
-            inputs = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
-            said.append(model(**inputs).logits)
-    return torch.cat(said).numpy()
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PADDING)
 def test_invariant_03_every_kind_answers_in_a_batch_as_alone(tmp_path, kind):
     folder = save_kind(tmp_path / kind, kind, side="left" if kind == "xlnet" else "right")
     said_RC, padding = asked(folder)
     assert padding == PADDING[kind]
-    expected_RC = alone(folder)
+    expected_RC = alone(folder, texts())
     assert expected_RC.std() > 0.01
     assert np.abs(said_RC - expected_RC).max() < 1e-3 * np.abs(expected_RC).max()
 
@@ -119,7 +97,7 @@ def test_invariant_03_every_kind_answers_in_a_batch_as_alone(tmp_path, kind):
 def test_invariant_03_the_padding_token_is_the_tokenisers_whatever_the_config_says(tmp_path, pad):
     folder = save_kind(tmp_path / "gpt2", "gpt2", pad_token_id=pad)
     said_RC, _ = asked(folder)
-    assert np.abs(said_RC - alone(folder)).max() < 1e-4
+    assert np.abs(said_RC - alone(folder, texts())).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["big_bird", "mobilebert", "convbert", "fnet", "nystromformer"])
@@ -128,7 +106,7 @@ def test_a_student_whose_answers_change_with_padding_is_refused_in_one_line(tmp_
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
     with pytest.raises(UserError, match=r"the student is a \w+, and its answers") as caught:
-        check_student(model, tokenizer, 64, "the student")
+        check_student(model, tokenizer, 64, "the student", example_set(texts()))
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +114,7 @@ def test_the_students_tokeniser_is_saved_with_the_side_that_it_was_trained_with(
     folder = save_kind(tmp_path / "xlnet", "xlnet")
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, 64, "the student")
+    check_student(model, tokenizer, 64, "the student", example_set(texts()))
     assert tokenizer.padding_side == "left"
     tokenizer.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "left"
@@ -162,26 +140,104 @@ def test_segments_come_from_the_model_and_not_from_a_list_of_names(tmp_path):
     assert tokenize(without, pair, 32).types is None
 
 
-def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused(tmp_path):
+def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused():
     model, tokenizer = build_model("bert"), grammar_tokenizer()
-    check_teacher(model, tokenizer, 32, "right", "a")
+    real, fixed = (
+        real_rows(tokenizer, example_set(texts()), 32, CPU),
+        probe_rows(tokenizer, 32, CPU),
+    )
+    for rows in (real, fixed):
+        check_teacher(model, rows, "right", "a")
     forward = model.bert.forward
 
     def blind(*given, attention_mask=None, **inputs):
         return forward(*given, **inputs)  # padding is read as text
 
     model.bert.forward = blind
-    with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the right"):
-        check_teacher(model, tokenizer, 32, "right", "a")
+    for rows in (real, fixed):
+        with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the r"):
+            check_teacher(model, rows, "right", "a")
+
+
+def test_the_rows_tried_are_the_shortest_a_middle_and_the_longest_as_transformers_makes_them():
+    tokenizer = grammar_tokenizer()
+    lines = ["the plot was bad", "good", " ".join(["very"] * 9), "the plot", "not good", "bad"]
+    examples = example_set(lines)
+    rows = real_rows(tokenizer, examples, 8, CPU)
+    lengths = [row["input_ids"].shape[1] for row in rows.alone]
+    assert lengths == [3, 4, 8]
+    plain = tokenizer("good", return_tensors="pt")
+    assert torch.equal(rows.alone[0]["input_ids"], plain["input_ids"])
+    (batch,) = rows.together("left")
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert torch.equal(batch["input_ids"][0, -3:], plain["input_ids"][0])
+    assert [one["input_ids"].shape for one in rows.together("none")] == [(2, 3), (2, 4), (2, 8)]
+    # of a split that is tokenised already they are looked for in all of it
+    tokens = tokenize(tokenizer, examples, 8)
+    again = real_rows(tokenizer, examples, 8, CPU, tokens)
+    assert [row["input_ids"].tolist() for row in again.alone] == [
+        row["input_ids"].tolist() for row in rows.alone
+    ]
+
+
+def tried_as(role: str, folder: Path, data: Path) -> ExampleSet:
+    """Load a model as a command does that uses it so; the examples of which it is to be tried."""
+    if role == "student":
+        given = words(data, [folder], data / "run", student__shape="null", student__path=folder)
+        return read_inputs(load_config(given), print)[1].train
+    task = load_task(data / "task.yaml")
+    examples = load_official(task, data_of("", None, str(data)), "validation")
+    if role == "export":
+        load_original(str(folder), str(data / "task.yaml"), str(data), None)
+    elif role == "answerer":
+        load_answerer(str(folder), task, None, CPU, examples)
+    else:
+        source = make_source(roster([folder], task=task), data / "store", data / "run")
+        split = make_split(examples, grammar_tokenizer(), 32)
+        source.submit(Request(split, np.arange(len(split)), None, "a test")).result()
+    return examples
+
+
+@pytest.mark.parametrize("role", ["teacher", "student", "answerer", "export"])
+def test_a_model_is_tried_on_rows_of_the_run_whatever_it_is_there_for(tmp_path, monkeypatch, role):
+    """Alone, the shortest and the longest row among those that it was asked."""
+    folder, data = save_teacher(tmp_path / "model"), write_task(tmp_path)
+    forward, alone = BertForSequenceClassification.forward, set()
+
+    def spied(self, input_ids, **inputs):
+        if len(input_ids) == 1:
+            alone.add(tuple(input_ids[0].tolist()))
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spied)
+    examples = tried_as(role, folder, data)
+    rows = [tuple(ids) for ids in grammar_tokenizer()(examples.texts_a)["input_ids"]]
+    for length in (min(map(len, rows)), max(map(len, rows))):
+        assert alone.intersection(row for row in rows if len(row) == length)
+
+
+def test_a_model_is_tried_after_its_weights_are_in_8_bits(tmp_path, monkeypatch):
+    folder = save_teacher(tmp_path / "t")
+    teacher = call_roster(config(teachers=[{"path": str(folder)}], max_length=32), TASK, ALONE)[0]
+    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    order = []
+    monkeypatch.setattr(whole, "quantize", lambda model: order.append("quantize"))
+    monkeypatch.setattr(whole, "check_teacher", lambda *given: order.append("check"))
+    load_whole(replace(teacher, entry=entry), CPU, False, {})
+    assert order == ["quantize", "check"]
 
 
 def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
     folder = save_kind(tmp_path / "bird", "big_bird")
     model = load_classifier(locate(str(folder))).eval()  # nothing sets its attention again
-    rows = rows_alone(grammar_tokenizer(), texts(3)[::-1], 64)
-    rows.sort(key=lambda row: row["input_ids"].shape[1])
+    rows = real_rows(grammar_tokenizer(), example_set(texts(3)), 64, CPU)
+    alone = sorted(rows.alone, key=lambda row: row["input_ids"].shape[1])
+    rows = CheckRows([alone[-1], *alone], rows.together)
     with pytest.raises(UserError, match="depend on what it was asked before"):
-        padding_of(model, [rows[-1], *rows], "right", 0, 0)
+        padding_of(model, rows, "right")
+    model.bert.set_attention_type("block_sparse")
+    with pytest.raises(UserError, match="teacher a, a big_bird: its answers depend on what"):
+        check_teacher(model, CheckRows(rows.alone, lambda _: rows.alone), "right", "a")
 
 
 def test_a_text_without_a_token_is_named_before_any_work():

@@ -60,7 +60,9 @@ def test_packed_pairs_and_choices_with_a_stand_in_kernel_keep_their_types_and_pl
     ids = random.integers(3, 60, counts.sum()).astype(np.int32)
     types = random.integers(0, 2, counts.sum()).astype(np.int8)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    tokens = TokenTable(ids, types, offsets, choices=3, pad_id=0, pad_type=0, truncated=0)
+    tokens = TokenTable(
+        ids, types, offsets, choices=3, pad_id=0, pad_type=0, cut=np.zeros(0, np.int64)
+    )
     padded = ask(build_model(), tokens, np.arange(8), Cut(64, None))
     packed = ask(packing.use_packs(build_model()), tokens, np.arange(8), Cut(64, None, 512))
     np.testing.assert_allclose(packed, padded, rtol=1e-4, atol=1e-4)
@@ -74,7 +76,9 @@ def test_rows_are_packed_once_each_within_the_sizes_and_their_spare_rows():
     counts = random.integers(2, 64, 400)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     ids = np.ones(counts.sum(), np.int32)
-    tokens = TokenTable(ids, None, offsets, choices=2, pad_id=0, pad_type=0, truncated=0)
+    tokens = TokenTable(
+        ids, None, offsets, choices=2, pad_id=0, pad_type=0, cut=np.zeros(0, np.int64)
+    )
     rows = random.permutation(200)
     parts = list(packing.cut_into_packs(tokens, rows, 512))
     assert sorted(np.concatenate([part for part, _ in parts]).tolist()) == list(range(200))
@@ -93,7 +97,7 @@ def test_rows_are_packed_once_each_within_the_sizes_and_their_spare_rows():
     # the shapes of all tensors follow from the size
     assert all(len(found) == 1 for found in lengths_of.values())
     # many short rows need room for themselves, whatever their tokens
-    short = TokenTable(ids[:600], None, np.arange(0, 602, 2), 1, 0, 0, 0)
+    short = TokenTable(ids[:600], None, np.arange(0, 602, 2), 1, 0, 0, np.zeros(0, np.int64))
     (*_, last) = packing.cut_into_packs(short, np.arange(300), 512)
     assert [size for _, size in packing.cut_into_packs(short, np.arange(300), 512)] == [2048, 512]
     assert len(last[0]) == 300 - 2048 // packing.TOKENS_PER_ROW

@@ -13,6 +13,7 @@ from small import (
     TASK,
     build_model,
     edit_json,
+    example_set,
     logits_of,
     read,
     roster,
@@ -338,7 +339,7 @@ def test_a_teacher_whose_logits_mean_something_else_is_refused(tmp_path, said):
         roster([folder])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=line):
-        load_answerer(str(folder), TASK, None, CPU)
+        load_answerer(str(folder), TASK, None, CPU, example_set(["good"]))
     edit_json(folder / "config.json", problem_type="single_label_classification")
     assert len(roster([folder])) == 1
     # of a text's candidates the one with the largest logit counts, whatever trained it
