@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sead_dist.card import table
 from sead_dist.config import DataConfig
+from sead_dist.console import table
 from sead_dist.data import make_split
 from sead_dist.distributed import from_main, join_world, leave_world
 from sead_dist.errors import RunError, UserError
