@@ -69,7 +69,7 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
-        # seconds of this start in which requests were served: loading, computing, waiting for others
+        # seconds of this start in which requests were served: loading, forwards, waiting for others
         self.spent_s = 0.0
         threads = torch.get_num_threads()
         self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))
