@@ -42,7 +42,6 @@ from peers import Setting, run_bare, run_textbrewer, score
 
 from sead_dist.distributed import StopFlag
 from sead_dist.evaluate import EvalResult
-from sead_dist.forecast import foresee
 from sead_dist.outcome import conclude
 from sead_dist.parts import build
 from sead_dist.recipes import make_trainer, prepare_teachers, resume
@@ -90,7 +89,6 @@ def run_ours(setting: Setting) -> dict[str, float]:
     with ExitStack() as stack:
         parts = build(config, alone(), stack, StopFlag())
         state = resume(parts)
-        outlook = foresee(parts, state)
         weights_N = prepare_teachers(parts)
         trainer = make_trainer(parts, weights_N)
         built_s = time.perf_counter() - began
@@ -103,7 +101,7 @@ def run_ours(setting: Setting) -> dict[str, float]:
 
         state = replace(trainer, select=select).run(state)
         trained_s = time.perf_counter() - began
-        conclude(parts, state, weights_N, show_table=False, outlook=outlook)
+        conclude(parts, state, weights_N, show_table=False)
     whole_s = time.perf_counter() - began
     weights = setting.folder / "run" / "model" / "model.safetensors"
     saved_s = weights.stat().st_mtime - clock

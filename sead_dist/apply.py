@@ -23,8 +23,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from sead_dist.card import table
 from sead_dist.config import DataConfig
+from sead_dist.console import table
 from sead_dist.data import Split, describe_cuts, make_split
 from sead_dist.distributed import World, from_main, join_world, leave_world
 from sead_dist.errors import RunError, UserError

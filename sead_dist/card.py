@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
+from sead_dist.console import table
 from sead_dist.redact import redact
 from sead_dist.runfiles import RunFiles, onnx_rows
 
@@ -76,26 +76,6 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         plots=plots,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Write a Markdown table: the first column to the left, the others centred."""
-    rule = [":---", *(":---:" for _ in columns[1:])]
-    lines = (columns, rule, *([number(value) for value in row] for row in rows))
-    return "\n".join(
-        f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
-        for line in lines
-    )
-
-
-def number(value: object) -> str:
-    """Write one cell: a dash for nothing, four decimals, from 100 on three."""
-    if value is None:
-        return "-"
-    if isinstance(value, (float, np.floating)):
-        real = float(value)
-        return f"{real:.3f}" if abs(real) >= 100 else f"{real:.4f}"
-    return str(value)
 
 
 def _task(files: RunFiles) -> str:

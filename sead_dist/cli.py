@@ -151,7 +151,7 @@ def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "l
         own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
         workers, words = args.teacher_workers, args.words
         return submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
-    from sead_dist.launcher import submit as submit_run
+    from sead_dist.poolsubmit import submit as submit_run
 
     return submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
 

@@ -381,3 +381,14 @@ def padding_waste(batches: Sequence[Batch]) -> tuple[int, int]:
         used += int((mask.reshape(-1, choices * mask.shape[1]).sum(1) * batch.valid_B).sum())
         total += mask.numel()
     return total - used, total
+
+
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """The generator's seed before a micro-batch, from what it is, not from who computes it.
+
+    (Our own mixing: three odd 64-bit multipliers, folded to 63 bits.)
+    """
+    mixed = (seed + 1) * 0x9E3779B97F4A7C15
+    mixed ^= (step + 1) * 0xC2B2AE3D27D4EB4F
+    mixed ^= (micro + 1) * 0x165667B19E3779F9
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)

@@ -11,10 +11,10 @@ import yaml
 
 from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
+from sead_dist.console import print_table
 from sead_dist.distributed import World, from_main
 from sead_dist.grammar import write_grammar_task
 from sead_dist.recipes import distill, finetune
-from sead_dist.report import print_table
 from sead_dist.runlog import read_json
 
 # layers, width, heads, feed-forward width

@@ -22,25 +22,16 @@ from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 
 from sead_dist.config import RunConfig
+from sead_dist.data import micro_batch_seed
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
+from sead_dist.models import unshared
 from sead_dist.zero import ZeroStudent
 from sead_dist.zeroconfig import zero_config
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Transformers' own "constant" has no warm-up
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-def micro_batch_seed(seed: int, step: int, micro: int) -> int:
-    """The generator's seed before a micro-batch, from what it is, not from who computes it.
-
-    (Our own mixing: three odd 64-bit multipliers, folded to 63 bits.)
-    """
-    mixed = (seed + 1) * 0x9E3779B97F4A7C15
-    mixed ^= (step + 1) * 0xC2B2AE3D27D4EB4F
-    mixed ^= (micro + 1) * 0x165667B19E3779F9
-    return (mixed ^ (mixed >> 31)) & (2**63 - 1)
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -205,17 +196,6 @@ class Engine:
             self.zero.close()
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state without second names of a shared tensor (safetensors holds each once)."""
-    seen: set[int] = set()
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            state[name] = tensor
-    return state
 
 
 def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from sead_dist.config import EnsembleMethod, RunConfig, teacher_names
-from sead_dist.data import BatchStream
-from sead_dist.engine import micro_batch_seed
+from sead_dist.data import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
-from sead_dist.teachers.base import TeacherLogits
+from sead_dist.internals import TeacherLogits
 
 # frozen before step 1, or (random) drawn by the place in the run
 FIXED_METHODS = ("single", "mean_logits", "mean_probabilities", "fixed", "score", "random")

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.apply import class_order, data_of, longest, task_of
+from sead_dist.console import print_table
 from sead_dist.data import Split, make_batch, make_split
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
@@ -38,7 +39,7 @@ from sead_dist.onnxfile import (
 )
 from sead_dist.parts import quiet_libraries
 from sead_dist.pretrained import load_tokenizer, locate
-from sead_dist.report import print_table, write_report
+from sead_dist.report import write_report
 from sead_dist.runfiles import onnx_rows
 from sead_dist.runlog import write_json
 from sead_dist.splits import load_official

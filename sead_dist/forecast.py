@@ -4,27 +4,17 @@ Shapes: N teachers, W ranks, R rows of one request to the teachers, B rows of th
 steps of an epoch, M micro-batches of a step, G rows of a global batch, U unique examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sead_dist.checkpoint import TrainState
 from sead_dist.config import RunConfig
 from sead_dist.data import cut_into_micro_batches, epoch_order, tokenize
-from sead_dist.distributed import from_main
 from sead_dist.examples import ExampleSet, entries, sample
-from sead_dist.parts import Parts
-from sead_dist.pretrained import fitting_length
 from sead_dist.rates import (
     Rate,
-    default_rates,
-    remembered,
-    student_key,
-    teacher_key,
-    this_machine,
 )
 from sead_dist.splits import RunExamples
 from sead_dist.teachers.forward import (
@@ -248,72 +238,3 @@ def bound(
     epoch_s = steady.seconds(lengths, work.rows_SM.reshape(-1))
     spent += work.steps * epoch_s / len(work.lengths_SM)
     return work.examples / max(spent / size + work.steps * rate.once_s, 1e-12)
-
-
-# a run and what was foreseen of it
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """Seconds foreseen for this start of a run, and those it had been trained before."""
-
-    teachers_s: float
-    training_s: float
-    before_s: float
-
-
-def trained_seconds(state: TrainState) -> float:
-    """Seconds in the student's steps, without waiting for teachers."""
-    return state.totals.get("train_s", 0.0) - state.totals.get("wait_s", 0.0)
-
-
-def foresee(parts: Parts, state: TrainState) -> Outlook | None:
-    """What the rest of a run takes, where a plan has measured all of its parts on this machine;
-    else None. Every rank calls this."""
-    if parts.config.internals is not None or parts.config.pooled:
-        return None  # the guide's own forwards, and other processes', are not planned
-    seconds = from_main(parts.world, partial(_foresee, parts, state.step))
-    return None if seconds is None else Outlook(*seconds, trained_seconds(state))
-
-
-def _foresee(parts: Parts, done: int) -> tuple[float, float] | None:
-    found, machine = remembered(default_rates()), this_machine(parts.world.device)
-    module, config, source = parts.engine.module, parts.config, parts.source
-    rate = found.get(student_key(module, config, parts.task.kind, machine))
-    rates_N = [found.get(teacher_key(teacher, machine)) for teacher in parts.teachers]
-    known_N = [teacher_rate for teacher_rate in rates_N if teacher_rate is not None]
-    if rate is None or len(known_N) < len(rates_N):
-        return None
-    max_length = fitting_length(config.max_length, module.config)
-    store = None if source is None else source.store
-    work = make_work(
-        config, parts.task.name, parts.examples, parts.tokenizer, max_length, parts.teachers,
-        store, done,
-    )  # fmt: skip
-    share_NW = np.ones((0, 1)) if source is None else source.share_NW
-    device = parts.world.device.type
-    return (
-        teachers_seconds(work, parts.teachers, known_N, share_NW, device),
-        training_seconds(work, rate, parts.world.size),
-    )
-
-
-def compare(outlook: Outlook | None, parts: Parts, state: TrainState) -> dict[str, float] | None:
-    """What was foreseen beside what came: `planned` of run_summary.json."""
-    if outlook is None:
-        return None
-    teachers_s = 0.0 if parts.source is None else parts.source.spent_s
-    return {
-        "teachers_s": round(outlook.teachers_s, 3),
-        "training_s": round(outlook.training_s, 3),
-        "took_teachers_s": round(teachers_s, 3),
-        "took_training_s": round(trained_seconds(state) - outlook.before_s, 3),
-    }
-
-
-def describe(planned: Mapping[str, float]) -> str:
-    """The same in one line."""
-    return (
-        f"planned {planned['teachers_s']:.1f} s of teachers and {planned['training_s']:.1f} s of "
-        f"training; took {planned['took_teachers_s']:.1f} s and {planned['took_training_s']:.1f} s"
-    )

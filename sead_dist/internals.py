@@ -135,3 +135,13 @@ def _keep(module: nn.Module, into: dict[int, torch.Tensor], number: int) -> Call
 
     remove: Callable[[], None] = module.register_forward_hook(note).remove
     return remove
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked.
+    internals: of the run's guide, where the method asks for them."""
+
+    logits_NBC: torch.Tensor
+    present_NB: torch.Tensor
+    internals: Internals | None = None

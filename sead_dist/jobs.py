@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sead_dist import slurm
+from sead_dist.console import print_table
 from sead_dist.errors import RunError, UserError
-from sead_dist.report import print_table
 from sead_dist.runlog import is_finished, read_json, read_metrics, write_json
 
 POLL_S = 2.0

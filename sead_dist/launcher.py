@@ -1,14 +1,12 @@
-"""`sead-dist submit`: a run as a SLURM job, through submitit.
+"""A SLURM job that runs what the command line runs, through submitit.
 
-What can be wrong is looked for on the login node, before the queue. The job runs the very recipe
-of the command line. When SLURM gives notice (time limit, preemption, scancel --signal=USR2), the
+When SLURM gives notice (time limit, preemption, scancel --signal=USR2), the
 run itself saves and returns unfinished, and only then submitit's own handler queues the job again
 under its number: submitit alone would do so on rank 0 at once, where no rank can save.
 """
 
 import io
 import os
-import re
 import shlex
 import signal
 import sys
@@ -25,12 +23,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm import slurm as submitit_slurm
 
 from sead_dist import jobs, slurm
-from sead_dist.config import RunConfig
-from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError, refusal
-from sead_dist.hub import refuse_push
-from sead_dist.inputs import check_inputs, refuse_unused_text
-from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished
 
 # submitit counts time limits against this; ours may be as many as the run needs
@@ -73,55 +66,6 @@ class Launch:
         return DelayedSubmission(self)
 
 
-@dataclass(frozen=True)
-class Request:
-    """One job to submit: the words of the run and what they mean."""
-
-    name: str
-    words: tuple[str, ...]
-    config: RunConfig
-
-    @property
-    def recipe(self) -> str:
-        return "finetune" if self.config.encoders else "distill"
-
-    @property
-    def runs(self) -> tuple[str, ...]:
-        out = Path(self.config.output_dir).absolute()
-        teachers = range(len(self.config.encoders))
-        return tuple(str(out / f"teacher-{n}") for n in teachers) or (str(out),)
-
-
-def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Request]]:
-    """The output folder, and a request for each seed (OUTPUT/seed-N), or one.
-
-    Raises UserError for words that cannot be, and for text that nothing can use."""
-    config = load_config(words)
-    refuse_unused_text(config)
-    out = Path(config.output_dir)
-    if seeds is None:
-        return out, [Request(out.absolute().name, tuple(words), config)]
-    refuse_push(config, "--seeds")
-    made = []
-    for seed in parse_seeds(seeds):
-        own = (*words, f"seed={seed}", f"output_dir={out / f'seed-{seed}'}")
-        made.append(Request(f"{out.absolute().name}/seed-{seed}", own, load_config(own)))
-    return out, made
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0-4" or "0,3,7-9" as numbers. Raises UserError."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if match is None:
-            raise UserError(f"--seeds {text!r} is no list of seeds; give e.g. 0,1,2 or 0-4")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r} names no seed, or one twice; give e.g. 0,1,2 or 0-4")
-    return seeds
-
-
 def job_folder(out: Path) -> Path:
     """OUTPUT/.slurm, for this user alone: submitit's pickles in it run as code.
 
@@ -147,44 +91,6 @@ def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, co
     command = f"{start} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array: dict[str, Any] = {"map_count": count} if count > 1 else {}
     return str(submitit_slurm._make_sbatch_string(command, folder, **array, **parameters))
-
-
-def submit(
-    attempt: Attempt,
-    words: Sequence[str],
-    settings: slurm.SlurmSettings,
-    seeds: str | None,
-    dry_run: bool,
-    root: Path,
-) -> list[jobs.Job]:
-    """Check and submit the run, a job for each seed; they are registered in `root`. With `dry_run`
-    only the sbatch file is printed. Runs that are finished are passed over.
-
-    Raises UserError for whatever is found wrong, sbatch's refusal included.
-    """
-    # first, so that a word of the person's own counts
-    out, asked = requests((f"grace_s={settings.signal_delay}", *words), seeds)
-    for request in asked:
-        check_inputs(request.config)
-    open_ = [request for request in asked if not finished(request)]
-    for request in asked:
-        if request not in open_:
-            print(f"{request.name} is finished: nothing to do")
-    if not open_:
-        return []
-    folder = out.absolute() / ".slurm"
-    parameters = slurm.sbatch_parameters(settings, out.absolute().name, folder)
-    if dry_run:
-        print(sbatch_text(parameters, settings.python, folder, len(open_)))
-        return []
-    slurm.need("sbatch")
-    refuse_queued([request.runs for request in open_], root)
-    job_folder(out)
-    launches = {
-        request.name: Launch(attempt, request.recipe, request.words, request.runs, str(folder))
-        for request in open_
-    }
-    return enqueue(launches, parameters, settings.python, root)
 
 
 def enqueue(
@@ -227,9 +133,3 @@ def refuse_queued(runs: Sequence[tuple[str, ...]], root: Path) -> None:
                 f"job {job.job} of {job.name} is {states[job.job]} already; wait for it, or end "
                 f"it: sead-dist jobs cancel {job.name}"
             )
-
-
-def finished(request: Request) -> bool:
-    if request.recipe == "distill":
-        return already_finished(request.config)
-    return all(is_finished(Path(run)) for run in request.runs)

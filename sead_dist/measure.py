@@ -9,8 +9,6 @@ Shapes: R rows of a batch, L tokens, K measured lengths.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +16,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.config import RunConfig
 from sead_dist.data import TokenTable
-from sead_dist.engine import build_optimizer
-from sead_dist.models import DTYPES
-from sead_dist.rates import STEP_FORWARDS, Rate, operations
+from sead_dist.rates import Rate, operations
 from sead_dist.teachers.forward import Cut, batches_of
 from sead_dist.teachers.roster import Teacher
 from sead_dist.teachers.whole import load_whole
@@ -176,52 +171,3 @@ def measure_teacher(
         lambda length: operations(model.config, length, trust_remote_code),
     )
     return Rate(*found, once_s=load_s, shape_s=watch.shape_s)
-
-
-def measure_student(
-    model: PreTrainedModel,
-    config: RunConfig,
-    device: torch.device,
-    choices: int,
-    lengths_K: Sequence[int],
-    until: float,
-) -> Rate:
-    """The rate of the student's step on micro-batches of config.micro_batch examples, as one
-    process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
-    model = model.to(device).train()
-    optimizer = build_optimizer(model, config)
-    mixed = config.precision != "fp32"
-
-    def batch(rows: int, length: int) -> Callable[[], None]:
-        inputs = random_inputs(model, rows * choices, length, device)
-
-        def learn() -> None:
-            dtype = DTYPES[config.precision]
-            with torch.autocast(device.type, dtype) if mixed else nullcontext():
-                logits = model(**inputs).logits
-            logits.float().square().mean().backward()
-
-        return learn
-
-    def work(length: int) -> float:
-        return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
-
-    watch = Stopwatch(device, until)
-    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
-    rate = Rate(*found, once_s=0.0)
-    shortest = rate.lengths_K[0]
-    learn = batch(config.micro_batch, shortest)
-
-    def step() -> None:
-        learn()  # into new gradients, as the first micro-batch of each step does
-        if config.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    optimizer.zero_grad(set_to_none=True)
-    # by a watch of its own, which times its first piece of work however late it is
-    step_s = Stopwatch(device, until).time(step, work(shortest))
-    assert step_s is not None
-    micro_s = rate.seconds([shortest], [config.micro_batch])
-    return replace(rate, once_s=max(0.0, step_s - micro_s))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -301,3 +302,14 @@ def save_model(
             f"the model cannot be written to {folder}: {error}; free space or mend the folder, "
             "then give the same command again"
         ) from error
+
+
+def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state without second names of a shared tensor (safetensors holds each once)."""
+    seen: set[int] = set()
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 
 from sead_dist.checkpoint import TrainState
+from sead_dist.console import print_table
 from sead_dist.data import Split
 from sead_dist.distributed import from_main, gather_objects
 from sead_dist.ensemble import combine
 from sead_dist.evaluate import EvalResult, evaluate
-from sead_dist.forecast import Outlook, compare, describe
 from sead_dist.hub import push_at_end
+from sead_dist.internals import TeacherLogits
 from sead_dist.models import save_model
 from sead_dist.parts import Parts
 from sead_dist.pretrained import fitting_length
-from sead_dist.report import print_table, write_predictions, write_report
+from sead_dist.report import write_predictions, write_report
 from sead_dist.resaved import answer, check_saved, one_row
 from sead_dist.rivals import without_projections
 from sead_dist.runlog import write_json
 from sead_dist.tasks import compute_metrics
-from sead_dist.teachers.base import TeacherLogits
 from sead_dist.teachers.exam import ask_all
 
 
@@ -101,6 +101,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "store_hits": hits,
         "internals": internals_record(parts, int(totals["live_rows"])),
         "numerics": parts.source.numerics_read() if parts.source is not None else [],
+        "teachers_s": round(parts.source.spent_s if parts.source is not None else 0.0, 3),
         "teacher_wait_s": round(totals["wait_s"], 3),
         "padding_waste": round(totals["padding"] / max(totals["tokens"], 1.0), 4),
         "peak_memory_bytes": gather_objects(parts.world, peak_memory(parts.world.device)),
@@ -180,13 +181,7 @@ def score_splits(
     return scores, results
 
 
-def conclude(
-    parts: Parts,
-    state: TrainState,
-    weights_N: torch.Tensor,
-    show_table: bool,
-    outlook: Outlook | None,
-) -> None:
+def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_table: bool) -> None:
     """Bring back the best student, save it, score it once on the official splits, and report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
@@ -195,7 +190,7 @@ def conclude(
     run = Path(config.output_dir)
     save_student(parts, state)
     scores, results = score_splits(parts, state, weights_N)
-    closing = {**summary(parts, state), "planned": compare(outlook, parts, state)}
+    closing = summary(parts, state)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -220,8 +215,6 @@ def conclude(
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
         f"store; model, card and plots: {run / 'model'}"
     )
-    if closing["planned"] is not None:
-        parts.log.say(describe(closing["planned"]))
     if config.push_to_hub:
         line = from_main(world, lambda: push_at_end(run, config))
         parts.log.say(line)

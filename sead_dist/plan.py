@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from sead_dist.config import RunConfig
+from sead_dist.console import parse_size
 from sead_dist.distributed import World, from_main, on_every_rank
 from sead_dist.errors import UserError
 from sead_dist.forecast import Work, make_work
@@ -18,7 +19,6 @@ from sead_dist.plantable import as_json, show
 from sead_dist.pretrained import fitting_length, tokenizer_hash
 from sead_dist.runlog import check_writable, write_json
 from sead_dist.scenario import Setting, forecasts
-from sead_dist.storecli import parse_size
 from sead_dist.teachers.guide import check_guide, held_everywhere
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.placement import least_free

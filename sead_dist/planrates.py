@@ -6,6 +6,7 @@ Shapes: N teachers.
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config import Precision, RunConfig, Section
 from sead_dist.distributed import World, from_main, gather_objects
+from sead_dist.engine import build_optimizer
 from sead_dist.errors import UserError, refusal
 from sead_dist.forecast import Work
 from sead_dist.measure import (
     GRID,
     TURNS,
+    Stopwatch,
     full_batch,
     grid,
-    measure_student,
+    measure_batches,
     measure_teacher,
+    random_inputs,
 )
+from sead_dist.models import DTYPES
 from sead_dist.rates import (
     COST_TOKENS,
     STEP_FORWARDS,
@@ -277,3 +282,52 @@ def fill(
         return scaled_rate(rate, works_N[n] / works_N[m])
 
     return [rate if rate is not None else scaled(n) for n, rate in enumerate(known_N)]
+
+
+def measure_student(
+    model: PreTrainedModel,
+    config: RunConfig,
+    device: torch.device,
+    choices: int,
+    lengths_K: Sequence[int],
+    until: float,
+) -> Rate:
+    """The rate of the student's step on micro-batches of config.micro_batch examples, as one
+    process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
+    model = model.to(device).train()
+    optimizer = build_optimizer(model, config)
+    mixed = config.precision != "fp32"
+
+    def batch(rows: int, length: int) -> Callable[[], None]:
+        inputs = random_inputs(model, rows * choices, length, device)
+
+        def learn() -> None:
+            dtype = DTYPES[config.precision]
+            with torch.autocast(device.type, dtype) if mixed else nullcontext():
+                logits = model(**inputs).logits
+            logits.float().square().mean().backward()
+
+        return learn
+
+    def work(length: int) -> float:
+        return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
+
+    watch = Stopwatch(device, until)
+    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
+    rate = Rate(*found, once_s=0.0)
+    shortest = rate.lengths_K[0]
+    learn = batch(config.micro_batch, shortest)
+
+    def step() -> None:
+        learn()  # into new gradients, as the first micro-batch of each step does
+        if config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer.zero_grad(set_to_none=True)
+    # by a watch of its own, which times its first piece of work however late it is
+    step_s = Stopwatch(device, until).time(step, work(shortest))
+    assert step_s is not None
+    micro_s = rate.seconds([shortest], [config.micro_batch])
+    return replace(rate, once_s=max(0.0, step_s - micro_s))

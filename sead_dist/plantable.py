@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
+from sead_dist.console import print_table
 from sead_dist.forecast import store_bytes, training_seconds
 from sead_dist.memory import FULL
 from sead_dist.parts import uneven
 from sead_dist.rates import shape_name
-from sead_dist.report import print_table
 from sead_dist.scenario import Forecast, Setting, own_placements
 from sead_dist.teachers.placement import choose_placements
 

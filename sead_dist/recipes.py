@@ -17,7 +17,6 @@ from sead_dist.encoders import teacher_runs
 from sead_dist.ensemble import asked_teachers, frozen_weights
 from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
-from sead_dist.forecast import foresee
 from sead_dist.hub import refuse_push
 from sead_dist.inputs import refuse_unused_text
 from sead_dist.outcome import conclude
@@ -82,7 +81,6 @@ def distill(
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
     state = resume(parts)
-    outlook = foresee(parts, state)
     weights_N = prepare_teachers(parts)
     touch_past(parts, weights_N, state.step)
     if parts.config.grace_s is not None:
@@ -94,7 +92,7 @@ def run_parts(parts: Parts, show_table: bool) -> None:
             "give the same command again to go on"
         )
         return
-    conclude(parts, state, weights_N, show_table, outlook)
+    conclude(parts, state, weights_N, show_table)
 
 
 def against_grace(save_s: float, grace_s: float) -> str:

@@ -5,17 +5,14 @@ Shapes: B examples, C classes (1 for regression).
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from sead_dist.card import card_text, number
+from sead_dist.card import card_text
 from sead_dist.errors import refusal
 from sead_dist.plots import (
     Reliability,
@@ -81,19 +78,6 @@ def write_report(run: Path) -> None:
             _copy_aside(plots / name, run / "model" / "plots" / name)
         if files.onnx:
             _link_folder(run / "onnx", run / "model" / "onnx")
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on the console: the first column to the left, the others to the right."""
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a log file has no width to fit into
-        console = Console(highlight=False, width=max(console.width, 160))
-    drawn = Table(title=title, title_justify="left", title_style="bold")
-    for n, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if n else "left", no_wrap=n > 0)
-    for row in rows:
-        drawn.add_row(*(number(value) for value in row))
-    console.print(drawn, markup=False)
 
 
 def write_predictions(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.card import table
 from sead_dist.config import RunConfig, TeacherConfig
 from sead_dist.configfiles import (
     config_folder,
@@ -20,6 +19,7 @@ from sead_dist.configfiles import (
     read_layers,
     resolve,
 )
+from sead_dist.console import print_table, table
 from sead_dist.distributed import World, from_main
 from sead_dist.encoders import teacher_layers
 from sead_dist.errors import UserError
@@ -29,7 +29,6 @@ from sead_dist.pretrained import locate
 from sead_dist.published import NOTE, WIDTHS, Figure, Width, sead_figures
 from sead_dist.recipes import distill, finetune
 from sead_dist.redact import redact
-from sead_dist.report import print_table
 from sead_dist.runfiles import read_run
 from sead_dist.runlog import is_finished, write_json, written_aside
 from sead_dist.splits import load_official

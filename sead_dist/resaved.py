@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.data import Split, make_batch
-from sead_dist.engine import unshared
 from sead_dist.errors import RunError, UserError
-from sead_dist.models import load_plain, write_weights
+from sead_dist.models import load_plain, unshared, write_weights
 
 # of the largest logit, at least 1; autocast rounds every product
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}

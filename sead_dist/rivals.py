@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.config import RunConfig
-from sead_dist.engine import micro_batch_seed
+from sead_dist.data import micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.innerlosses import (
     attention_loss,

@@ -1,21 +1,17 @@
 """`sead-dist store ls | verify | compact | rm`: what a person sees of the prediction store."""
 
 import argparse
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.filesize import decimal
 
-from sead_dist.errors import RunError, UserError
-from sead_dist.report import print_table
+from sead_dist.console import AGE_S, parse_age, parse_size, print_table
+from sead_dist.errors import RunError
 from sead_dist.teachers.inventory import Bad, Row
 from sead_dist.teachers.layout import default_store
 from sead_dist.teachers.upkeep import compact, list_store, plan_removal, remove, verify
-
-AGE_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
-SIZE = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,26 +28,6 @@ def run(args: argparse.Namespace) -> None:
         older_than_s = parse_age(args.older_than) if args.older_than else None
         keep_bytes = parse_size(args.keep) if args.keep else None
         drop(folder, args.teacher, args.task, older_than_s, keep_bytes, args.yes)
-
-
-def parse_age(text: str) -> float:
-    """ "90m", "12h", "30d" in seconds."""
-    return _parse("--older-than", text, AGE_S, "12h or 30d")
-
-
-def parse_size(text: str, option: str = "--keep") -> int:
-    """ "500MB", "1.5GB" in bytes (decimal units)."""
-    return int(_parse(option, text, SIZE, "500MB or 10GB"))
-
-
-def _parse(option: str, text: str, units: dict[str, float] | dict[str, int], such: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
-    folded = {unit.casefold(): amount for unit, amount in units.items()}
-    if match is None or match[2].casefold() not in folded:
-        raise UserError(
-            f"{option} {text!r} is not a number with a unit of {', '.join(units)}; give e.g. {such}"
-        )
-    return float(match[1]) * folded[match[2].casefold()]
 
 
 def age(seconds: float) -> str:

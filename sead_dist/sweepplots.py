@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.bootstrap import LEVEL
+from sead_dist.console import counted
 from sead_dist.plots import BLUE, GREY, RED, short
 from sead_dist.runlog import written_aside
 from sead_dist.sweepplan import REFERENCE
-from sead_dist.sweepscores import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sead_dist.card import table
-from sead_dist.report import print_table
+from sead_dist.console import print_table, table
 from sead_dist.runlog import write_json, written_aside
 from sead_dist.sweepplan import REFERENCE
 

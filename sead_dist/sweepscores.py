@@ -22,6 +22,7 @@ from sead_dist.bootstrap import (
     resampled_scores,
     units_of,
 )
+from sead_dist.console import counted
 from sead_dist.errors import UserError
 from sead_dist.examples import ExampleSet
 from sead_dist.published import FIGURES, NOTE
@@ -306,7 +307,3 @@ def add_holm(
 def versions() -> dict[str, str | None]:
     found = environment()["versions"]
     return {name: found.get(name) for name in ("sead_dist", "torch", "transformers")}
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

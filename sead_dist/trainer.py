@@ -21,11 +21,11 @@ from sead_dist.engine import Engine
 from sead_dist.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
 from sead_dist.errors import RunError
 from sead_dist.evaluate import EvalResult
-from sead_dist.internals import Internals
+from sead_dist.internals import Internals, TeacherLogits
 from sead_dist.losses import alpha_at, total_loss
 from sead_dist.rivals import Rival
 from sead_dist.runlog import RunLog
-from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherLogits, TeacherSource, stream
+from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
 from sead_dist.watch import Watch
 
 LOG_EVERY = 10

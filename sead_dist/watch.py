@@ -18,14 +18,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
-from sead_dist.config import WatchConfig
 from sead_dist.distributed import StopFlag, StopRequestedError, World, from_main
 
 FOLDER = ".ranks"
 MOST_BEAT_S = 1.0
 # rank 0's line comes before the launcher ends everyone because another rank has ended
 LAST_WORDS_S = 1.0
+
+
+class Limits(Protocol):
+    """After how many seconds without a sign of life, and without progress, a rank is given up."""
+
+    @property
+    def silent_s(self) -> float: ...
+    @property
+    def hang_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Peer:
 class Watch:
     """This rank's signs of life, and its eye on the others; in a world of one it only counts."""
 
-    def __init__(self, run: Path, world: World, stop: StopFlag, limits: WatchConfig) -> None:
+    def __init__(self, run: Path, world: World, stop: StopFlag, limits: Limits) -> None:
         self.run, self.world, self.stop, self.limits = run, world, stop, limits
         self.beat_s = min(MOST_BEAT_S, limits.silent_s / 10)
         self.count, self.moves, self.place, self.doing = 0, 0, 0, "starting"
@@ -207,7 +216,7 @@ class Watch:
 
 
 @contextmanager
-def watching(run: Path, world: World, stop: StopFlag, limits: WatchConfig) -> Iterator[Watch]:
+def watching(run: Path, world: World, stop: StopFlag, limits: Limits) -> Iterator[Watch]:
     """The watch of this rank over a run, for as long as the block lasts. Every rank enters it."""
     watch = Watch(run, world, stop, limits)
     if world.size == 1:

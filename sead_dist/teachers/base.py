@@ -13,17 +13,7 @@ import numpy as np
 import torch
 
 from sead_dist.data import Batch, BatchStream, Split, Step
-from sead_dist.internals import Internals
-
-
-@dataclass(frozen=True)
-class TeacherLogits:
-    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked.
-    internals: of the run's guide, where the method asks for them."""
-
-    logits_NBC: torch.Tensor
-    present_NB: torch.Tensor
-    internals: Internals | None = None
+from sead_dist.internals import Internals, TeacherLogits
 
 
 @dataclass(frozen=True)

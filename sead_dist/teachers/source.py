@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from sead_dist.data import Split, TokenTable, describe_cuts, tokenize
 from sead_dist.distributed import StopRequestedError, World, gather_objects
 from sead_dist.errors import RunError
+from sead_dist.internals import TeacherLogits
 from sead_dist.modelinputs import CheckRows, real_rows
-from sead_dist.teachers.base import Request, TeacherLogits
+from sead_dist.teachers.base import Request
 from sead_dist.teachers.follow import Awaited, Follower
 from sead_dist.teachers.forward import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
@@ -71,7 +72,7 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
-        # seconds in which requests were served: loading, computing, waiting for the other ranks
+        # seconds of this start in which requests were served: loading, forwards, waiting for others
         self.spent_s = 0.0
         threads = torch.get_num_threads()
         self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))

@@ -12,7 +12,8 @@ from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag
 from sead_dist.engine import Engine
 from sead_dist.errors import RunError
-from sead_dist.teachers.base import Lesson, TeacherLogits
+from sead_dist.internals import TeacherLogits
+from sead_dist.teachers.base import Lesson
 from sead_dist.trainer import Tally, Trainer
 from sead_dist.watch import Watch
 

@@ -23,9 +23,9 @@ from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag
 from sead_dist.engine import Engine
 from sead_dist.errors import UserError
-from sead_dist.internals import find_anatomy
+from sead_dist.internals import TeacherLogits, find_anatomy
 from sead_dist.rivals import make_rival
-from sead_dist.teachers.base import Lesson, TeacherLogits
+from sead_dist.teachers.base import Lesson
 from sead_dist.teachers.guide import Guide
 from sead_dist.trainer import Tally, Trainer
 from sead_dist.watch import Watch

@@ -18,7 +18,7 @@ from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.export import export_onnx
 from sead_dist.hub import check_push, push_run
-from sead_dist.launcher import requests
+from sead_dist.poolsubmit import requests
 from sead_dist.recipes import finetune
 from sead_dist.sweepplan import make_plan
 

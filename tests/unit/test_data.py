@@ -23,8 +23,9 @@ from sead_dist.data import (
 from sead_dist.errors import UserError
 from sead_dist.examples import subset
 from sead_dist.grammar import grammar_tokenizer
+from sead_dist.internals import TeacherLogits
 from sead_dist.losses import total_loss
-from sead_dist.teachers.base import Request, TeacherLogits, stream
+from sead_dist.teachers.base import Request, stream
 
 
 def batches_of(split, rank=0, size=1, seed=3, epochs=2, global_batch=8, micro_batch=2, most=None):

@@ -11,7 +11,7 @@ from small import config
 from sead_dist.config import EnsembleMethod
 from sead_dist.ensemble import agreement, check_method, chosen_teacher, combine, frozen_weights
 from sead_dist.errors import UserError
-from sead_dist.teachers.base import TeacherLogits
+from sead_dist.internals import TeacherLogits
 
 
 def logs(rows) -> torch.Tensor:

@@ -23,7 +23,6 @@ from sead_dist.forecast import (
     asked_share,
     batch_shapes,
     bound,
-    describe,
     make_work,
     spread,
     teachers_seconds,
@@ -200,10 +199,3 @@ def test_no_plan_is_quicker_than_the_bound(teachers):
             seconds = teachers_seconds(work, teachers, [free, free], share_NW, "cpu")
             seconds += training_seconds(work, free, size)
             assert work.examples / seconds <= most * (1 + 1e-9)
-
-
-def test_planned_and_taken_stand_in_one_line():
-    planned = {"teachers_s": 41.23, "training_s": 63, "took_teachers_s": 44, "took_training_s": 60}
-    assert describe(planned) == (
-        "planned 41.2 s of teachers and 63.0 s of training; took 44.0 s and 60.0 s"
-    )

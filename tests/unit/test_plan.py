@@ -343,26 +343,6 @@ def test_the_teachers_bytes_are_of_the_rank_that_holds_most(task):
     assert teacher_bytes([], [], np.ones((0, 2)), False) == 0
 
 
-def test_a_run_says_what_was_planned_beside_what_it_took(task, tmp_path, rates, capsys):
-    data, teachers = task
-    given = load_config(words(data, teachers, tmp_path / "before"))
-    distill(given, ALONE, show_table=False)
-    assert json.loads((tmp_path / "before" / "run_summary.json").read_text())["planned"] is None
-    foreseen = planned(task, tmp_path, store=tmp_path / "new")["placements"][0]
-    capsys.readouterr()
-    run = words(data, teachers, tmp_path / "after", tmp_path / "new")
-    distill(load_config(run), ALONE, show_table=False)
-    summary = json.loads((tmp_path / "after" / "run_summary.json").read_text())
-    told = summary["planned"]
-    assert told["teachers_s"] == pytest.approx(foreseen["teachers_s"], abs=0.002)
-    assert told["training_s"] == pytest.approx(foreseen["training_s"], abs=0.002)
-    trained_s = summary["train_s"] - summary["teacher_wait_s"]
-    assert told["took_training_s"] == pytest.approx(trained_s, abs=0.002)
-    assert told["took_teachers_s"] >= summary["teacher_wait_s"] > 0
-    said = capsys.readouterr().out
-    assert f"planned {told['teachers_s']:.1f} s of teachers and" in said
-
-
 def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
     planned(task, tmp_path)
     machine = this_machine(CPU)

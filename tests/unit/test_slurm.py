@@ -10,7 +10,8 @@ from small import config, save_teacher, words, write_task
 from sead_dist import cli, slurm
 from sead_dist.configfiles import config_folder
 from sead_dist.errors import UserError
-from sead_dist.launcher import Launch, job_folder, parse_seeds, requests, sbatch_text
+from sead_dist.launcher import Launch, job_folder, sbatch_text
+from sead_dist.poolsubmit import parse_seeds, requests
 from sead_dist.slurm import SlurmSettings, load_settings, minutes, sbatch_parameters
 from sead_dist.yamltext import parse_yaml
 

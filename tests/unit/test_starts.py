@@ -28,13 +28,13 @@ from sead_dist import models, resaved, student
 from sead_dist.apply import load_answerer
 from sead_dist.config import StudentConfig, TeacherConfig
 from sead_dist.configfiles import load_config
-from sead_dist.engine import check_whole, unshared
+from sead_dist.engine import check_whole
 from sead_dist.errors import RunError, UserError
 from sead_dist.grammar import grammar_tokenizer
 from sead_dist.internals import Wanted as Read
 from sead_dist.internals import find_anatomy, reading
 from sead_dist.loaded import body_of, head_names, pooler_names
-from sead_dist.models import build_teacher
+from sead_dist.models import build_teacher, unshared
 from sead_dist.recipes import distill, finetune
 from sead_dist.rivals import start_as_guide
 from sead_dist.student import CUT_KINDS, build_student, check_start

@@ -12,9 +12,9 @@ import torch
 from small import ALONE, build_model, config, small_split
 
 from sead_dist.checkpoint import Checkpointer, Identity, TrainState
-from sead_dist.data import BatchStream
+from sead_dist.data import BatchStream, micro_batch_seed
 from sead_dist.distributed import StopFlag, World
-from sead_dist.engine import Engine, check_world, micro_batch_seed
+from sead_dist.engine import Engine, check_world
 from sead_dist.ensemble import asked_teachers, chosen_teacher
 from sead_dist.errors import RunError, UserError
 from sead_dist.evaluate import EvalResult
