@@ -23,6 +23,7 @@ from sead_dist.engine import Engine, check_arithmetic, check_tracker, slow_arith
 from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
+from sead_dist.innercheck import check_inside, needs_attention
 from sead_dist.internals import find_anatomy
 from sead_dist.modelinputs import check_student, settle
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
@@ -191,6 +192,8 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     check_student(model, tokenizer, config.max_length, "the student")
+    if config.internals is not None:
+        check_inside(model, tokenizer, config.internals, config.max_length, "the student")
     return task, load_examples(config, task, say), tokenizer, model
 
 
@@ -279,8 +282,9 @@ def follow(
     the method says so."""
 
     def load() -> tuple[Guide, Rival]:
+        assert config.internals is not None
         body = load_guide(config, teacher, world.device)
-        anatomy = find_anatomy(body, f"teacher {teacher.name}", config.internals != "distilbert")
+        anatomy = find_anatomy(body, f"teacher {teacher.name}", needs_attention(config.internals))
         rival = make_rival(config, model, anatomy, total_steps)
         if config.start == "guide":
             fits = start_as_guide(model, body)

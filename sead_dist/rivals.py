@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sead_dist.config import RunConfig
 from sead_dist.engine import micro_batch_seed
 from sead_dist.errors import UserError
+from sead_dist.innercheck import needs_attention
 from sead_dist.innerlosses import (
     attention_loss,
     cosine_loss,
@@ -146,7 +147,7 @@ def make_rival(
     """
     method = config.internals
     assert method is not None
-    student = find_anatomy(model, "the student", method != "distilbert")
+    student = find_anatomy(model, "the student", needs_attention(method))
     last, their_last = len(student.layers), len(guide.layers)
     chosen = layer_map(last, their_last)
     mine, theirs = {

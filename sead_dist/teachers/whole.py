@@ -35,16 +35,31 @@ def load_whole(
 
     Raises UserError where its weights cannot be read.
     """
+    model = load_by_rules(teacher, device, trust_remote_code, empty)
+    if teacher.entry.weights is not None:
+        quantize(model)
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
+    return model
+
+
+def load_by_rules(
+    teacher: Teacher,
+    device: torch.device,
+    trust_remote_code: bool,
+    empty: MutableMapping[str, PreTrainedModel],
+) -> PreTrainedModel:
+    """The same with its weights as its files hold them, ready for padded batches that are made by
+    the rules of `modelinputs`.
+
+    Raises UserError where its weights cannot be read, or do not stand their padding.
+    """
     model = None if trust_remote_code else _filled(teacher, device, empty)
     if model is None:  # Transformers knows older files and other names
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
     model.config.pad_token_id = teacher.config.pad_token_id
     reset_attention(model)
     check_teacher(model, teacher.tokenizer, teacher.max_length, teacher.cut.padding, teacher.name)
-    if teacher.entry.weights is not None:
-        quantize(model)
-    if teacher.cut.pack_from is not None:
-        use_packs(model)
     return model
 
 
