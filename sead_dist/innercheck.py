@@ -43,11 +43,12 @@ def check_inside(
     who: str,
 ) -> None:
     """Ask two rows of unlike length, padded as the tokeniser pads, and compare all that `method`
-    (distilbert, tinybert or minilm) reads of this model, on its device.
+    (distilbert, tinybert or minilm) reads of this kind and of this model, on its device.
 
     Raises UserError, naming `who`, for what differs in value or number.
     """
-    find_anatomy(model, who, needs_attention(method))
+    # weights that are new, small or neutral may hide what the kind does
+    check_kind(model, tokenizer, method, max_length, who)
     rows = two_rows(tokenizer, fitting_length(max_length, model.config))
     batches = asked(rows, tokenizer, int(tokenizer.pad_token_id))
     refuse(model, who, method, first_difference(model, who, method, batches))
