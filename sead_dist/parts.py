@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sead_dist.checkpoint import RULES, Checkpointer, Identity, teacher_identity
+from sead_dist.checkpoint import Checkpointer, Identity, rules_of, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
@@ -105,7 +105,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: start_hash(config.student, config.teachers)),
-        RULES,
+        rules_of(config),
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
@@ -147,7 +147,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
         guide, rival = follow(config, world, chosen, model, batches.total_steps)
         log.say(f"internals={rival.method} of {guide.name}: {rival.variant}")
-    engine = Engine(model, config, world, batches.total_steps)
+    rest = None if rival is None else rival.rest
+    engine = Engine(model, config, world, batches.total_steps, rest)
     if config.tracker is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
