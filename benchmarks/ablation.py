@@ -17,7 +17,7 @@ from inputs import alone, shape_file, small_folder
 from outcome_file import smoke_argument, table
 
 from sead_dist.bootstrap import Difference, mean_difference, units_of
-from sead_dist.sweep import read_task, run_sweep
+from sead_dist.sweep import run_sweep, settle
 from sead_dist.sweepplan import make_plan
 from sead_dist.sweepscores import read_runs, versus
 
@@ -66,11 +66,11 @@ def main() -> None:
 
 def compare(reference: str, words: list[str]) -> str:
     """The table of every method minus the reference."""
-    plan = make_plan(words)
+    asked = make_plan(words)
+    plan, read = settle(asked, filter(asked.students, asked.tasks))
     rows: list[list[object]] = []
     found: dict[str, list[Difference]] = {}
-    for task in plan.tasks:
-        data = read_task(plan, task)
+    for task, data in read.items():
         runs = {method: read_runs(plan, data, method) for method in plan.methods}
         units = int(units_of(data.dev).max()) + 1
         for method in plan.methods:

@@ -29,7 +29,7 @@ from sead_dist.config import RunConfig
 from sead_dist.configfiles import load_config
 from sead_dist.errors import UserError
 from sead_dist.hub import refuse_push
-from sead_dist.inputs import check_inputs
+from sead_dist.inputs import check_inputs, refuse_unused_text
 from sead_dist.runfolder import already_finished
 from sead_dist.runlog import is_finished
 
@@ -93,8 +93,11 @@ class Request:
 
 
 def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Request]]:
-    """The output folder, and a request for each seed (OUTPUT/seed-N), or one."""
+    """The output folder, and a request for each seed (OUTPUT/seed-N), or one.
+
+    Raises UserError for words that cannot be, and for text that nothing can use."""
     config = load_config(words)
+    refuse_unused_text(config)
     out = Path(config.output_dir)
     if seeds is None:
         return out, [Request(out.absolute().name, tuple(words), config)]

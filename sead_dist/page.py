@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from sead_dist.runlog import written_aside
 from sead_dist.sweepplan import REFERENCE
 from sead_dist.sweepplots import COLOURS, Picture, draw_pictures, gaps
+from sead_dist.sweepreport import equal_steps
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 Rows = list[dict[str, Any]]
+# of a cell, added up over tasks
+COSTS = ("seconds", "teacher_forwards", "steps", "labelled_rows", "unlabelled_rows")
 
 
 def render_page(report: Mapping[str, Any], folder: Path) -> Path:
@@ -46,6 +49,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         ceilings=ceilings(report),
         published=published(report),
         costs=costs(report),
+        equal_steps=equal_steps(report),
         incomplete=any(of["tasks"] < len(report["tasks"]) for of in report["means"]),
         pictures=pictures,
         compared=bool(gaps(report)),
@@ -139,9 +143,7 @@ def costs(report: Mapping[str, Any]) -> Rows:
         rows.append(
             {
                 **mean,
-                "seconds": total([of["seconds"] for of in cells]),
-                "teacher_forwards": total([of["teacher_forwards"] for of in cells]),
-                "steps": total([of["steps"] for of in cells]),
+                **{key: total([of[key] for of in cells]) for key in COSTS},
             }
         )
     return rows

@@ -10,6 +10,7 @@ from sead_dist.config import RunConfig
 from sead_dist.distributed import World, from_main, on_every_rank
 from sead_dist.errors import UserError
 from sead_dist.forecast import Work, make_work
+from sead_dist.inputs import refuse_unused_text
 from sead_dist.memory import FULL, student_bytes
 from sead_dist.parts import quiet_libraries, read_inputs
 from sead_dist.planrates import given_rates, own_rates, read_given
@@ -41,6 +42,7 @@ def plan(
     began = time.monotonic()
     if config.encoders:
         raise UserError("plan is for distill: give teachers=[...] instead of encoders")
+    refuse_unused_text(config)
     size = ranks if ranks is not None else world.size
     if size < 1:
         raise UserError(f"--ranks {size} must be at least 1")

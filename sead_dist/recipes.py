@@ -19,6 +19,7 @@ from sead_dist.errors import UserError
 from sead_dist.evaluate import EvalResult, evaluate
 from sead_dist.forecast import foresee
 from sead_dist.hub import refuse_push
+from sead_dist.inputs import refuse_unused_text
 from sead_dist.outcome import conclude
 from sead_dist.parts import Parts, build
 from sead_dist.runfolder import already_finished
@@ -48,6 +49,7 @@ def distill(
         raise UserError(
             "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
         )
+    refuse_unused_text(config)
     if from_main(world, lambda: already_finished(config)):
         if world.is_main:
             print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
@@ -110,6 +112,7 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
         raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
+    refuse_unused_text(config)
     refuse_push(config, "finetune")
     teachers = teacher_runs(config)
     if (Path(config.output_dir) / "run.json").is_file():

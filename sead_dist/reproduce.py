@@ -24,6 +24,7 @@ from sead_dist.distributed import World, from_main
 from sead_dist.encoders import teacher_layers
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
+from sead_dist.inputs import refuse_unused_text
 from sead_dist.pretrained import locate
 from sead_dist.published import NOTE, WIDTHS, Figure, Width, sead_figures
 from sead_dist.recipes import distill, finetune
@@ -135,6 +136,8 @@ def configure(checkpoint: Checkpoint, words: Sequence[str], teachers: int) -> Ru
             f"task={config.task}, but {checkpoint.name} is a checkpoint for {checkpoint.task}; "
             "leave task out, or use finetune and distill"
         )
+    if config.ensemble == "none":
+        refuse_unused_text(config.model_copy(update={"encoders": []}))
     encoders = [entry for entry in config.encoders for _ in range(teachers)]
     return config.model_copy(update={"encoders": encoders})
 

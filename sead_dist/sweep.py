@@ -7,7 +7,7 @@ one folder, started by hand or by a SLURM array, share the runs between them.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,11 +25,12 @@ from sead_dist.page import render_page
 from sead_dist.recipes import distill
 from sead_dist.runfolder import refuse_other_keys, refuse_other_teachers, try_lock
 from sead_dist.runlog import is_finished, write_json
-from sead_dist.splits import load_examples
+from sead_dist.splits import load_examples, route_of
 from sead_dist.student import check_start
 from sead_dist.sweepplan import TEACHERS, Plan, Unit, make_plan
 from sead_dist.sweepreport import show, write_sweep_report
 from sead_dist.sweepscores import TaskData, failures, scores_of
+from sead_dist.sweepsteps import fix_steps, told_steps
 from sead_dist.tasks import constant_score
 from sead_dist.teachers.roster import device_model
 from sead_dist.zeroconfig import zero_config
@@ -43,9 +44,15 @@ def run_sweep(words: Sequence[str], world: World) -> None:
     A run that fails is written down and the others go on. Raises UserError for mistakes, before any
     run starts, and RunError at the end where runs have failed.
     """
-    plan = make_plan(words)
+    asked = make_plan(words)
     data: dict[str, TaskData] = {}
-    from_main(world, lambda: data.update(check_plan(plan, world)))
+
+    def check() -> Plan:
+        fixed, found = check_plan(asked, world)
+        data.update(found)
+        return fixed
+
+    plan = from_main(world, check)
     stop = StopFlag()
     try:
         with stop.listening():
@@ -90,8 +97,9 @@ def tell_end(plan: Plan, came_to_end: bool) -> None:
         print(f"stopped: {of_all}; give the same command again to go on", flush=True)
 
 
-def check_plan(plan: Plan, world: World) -> dict[str, TaskData]:
-    """What can be told of all runs before the first, and each task's data.
+def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
+    """What can be told of all runs before the first: the plan with its steps fixed, and each task's
+    data.
 
     Raises UserError for the first mistake.
     """
@@ -100,14 +108,29 @@ def check_plan(plan: Plan, world: World) -> dict[str, TaskData]:
         check_tracker(unit.config.tracker)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
-    return {name: read_task(plan, name) for name in plan.tasks if plan.students(name)}
+    plan, data = settle(plan, [name for name in plan.tasks if plan.students(name)])
+    for name, of in data.items():
+        print(told_steps(plan, name, of), flush=True)
+    return plan, data
+
+
+def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
+    """The plan with its steps fixed, and the data of these tasks, which are read.
+
+    Raises UserError where the data are wrong, or the folders hold other runs.
+    """
+    data = {name: read_task(plan, name) for name in tasks}
+    plan = fix_steps(plan, data)
+    for unit in plan.units:
+        refuse_other_unit(plan, unit)
+    for name, of in data.items():
+        refuse_other_data(plan, name, of)
+    return plan, data
 
 
 def check_runs(plan: Plan) -> None:
-    """Inputs of all runs, and whose runs the folders hold. Raises UserError for a mistake."""
+    """Inputs of all runs. Raises UserError for a mistake."""
     check_folder(plan.output)
-    for unit in plan.units:
-        refuse_other_keys(unit.config)
     starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
     for config in starts.values():
         start = config.student
@@ -120,7 +143,9 @@ def check_runs(plan: Plan) -> None:
             if unit.config.taught:
                 check_method(unit.config, task.kind)
         teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
-        for unit in (*teachers[:1], *students[:1]):  # the others ask for nothing else
+        with_text = [unit for unit in students if unit.config.transfer.path is not None]
+        # the others ask for nothing else
+        for unit in (*teachers[:1], *students[:1], *with_text[:1]):
             check_inputs(with_made_teachers(unit.config, teachers))
 
 
@@ -148,23 +173,58 @@ def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
 
 
 def read_task(plan: Plan, name: str) -> TaskData:
-    """Raises UserError where the data are wrong, or others than those of runs that are done."""
-    task, students = plan.tasks[name], plan.students(name)
-    # the column that names each row's teacher counts as data
-    plain = [unit for unit in students if unit.config.ensemble != "routed"]
-    examples = load_examples((plain or students)[0].config, task, lambda _line: None)
-    fingerprint = examples.fingerprint(task)
-    for unit in students:
-        saved = refuse_other_keys(unit.config)
+    """Raises UserError where the data are wrong."""
+    task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
+    # most rows first; the column that names each row's teacher is not there for all methods
+    students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
+    examples = load_examples(students[0], task, lambda _line: None)
+    dev = next(iter(examples.official.values()))
+    return TaskData(
+        task,
+        dev,
+        len(examples.train) - examples.transfer_rows,
+        examples.transfer_rows,
+        constant_score(task, dev),
+        {rows_key(students[0]): examples.fingerprint(task)},
+    )
+
+
+def rows_key(config: RunConfig) -> str:
+    """The keys that say which rows a run reads, and what of them."""
+    return repr((config.data, config.transfer, config.select, route_of(config)))
+
+
+def refuse_other_unit(plan: Plan, unit: Unit) -> None:
+    """Raises UserError where its folder holds a run of other keys."""
+    try:
+        refuse_other_keys(unit.config)
+    except UserError as error:
+        own = plan.lengthened.get((unit.task, unit.method))
+        if own is None or "max_steps" not in str(error):
+            raise
+        raise UserError(
+            f"{error} (max_steps={unit.config.max_steps} is of the longest method, and {own} are "
+            f"{unit.method}'s own: equal_steps=off leaves it those)"
+        ) from None
+
+
+def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
+    """Raises UserError where the data are others than those of runs that are there, or the teachers
+    others than those of a run that is done."""
+    known = data.fingerprints
+    for unit in plan.units:
+        # earlier versions gave unlabelled text to the teachers' fine-tuning as well
+        counts = unit.method != TEACHERS or data.unlabelled_rows > 0
+        saved = refuse_other_keys(unit.config) if unit.task == name and counts else None
         if saved is None:
             continue
-        if unit.config.ensemble != "routed" or not plain:
-            refuse_other(unit.folder, saved, replace(saved, data=fingerprint))
+        key = rows_key(unit.config)
+        if key not in known:
+            examples = load_examples(unit.config, data.task, lambda _line: None)
+            known[key] = examples.fingerprint(data.task)
+        refuse_other(unit.folder, saved, replace(saved, data=known[key]))
         if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
             refuse_other_teachers(unit.config)
-    dev = next(iter(examples.official.values()))
-    train_rows = len(examples.train) - examples.transfer_rows
-    return TaskData(task, dev, train_rows, constant_score(task, dev))
 
 
 @dataclass

@@ -4,13 +4,13 @@ Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config import RunConfig, Section, TeacherConfig
+from sead_dist.config import RunConfig, Section, TeacherConfig, TransferConfig
 from sead_dist.configfiles import (
     config_folder,
     explain,
@@ -23,6 +23,7 @@ from sead_dist.encoders import teacher_layers, teacher_runs
 from sead_dist.ensemble import misfit
 from sead_dist.errors import UserError
 from sead_dist.hub import refuse_push
+from sead_dist.inputs import refuse_unused_text
 from sead_dist.tasks import TaskSpec, load_task
 from sead_dist.taskspec import nearest
 from sead_dist.yamltext import parse_yaml
@@ -39,6 +40,7 @@ class SweepConfig(Section):
     tasks: Annotated[list[str], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    equal_steps: Literal["on", "off"]
     finetune: dict[str, Any]
     per_task: dict[str, dict[str, Any]]
 
@@ -70,7 +72,9 @@ class Unit:
 @dataclass(frozen=True)
 class Plan:
     """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
-    applied to the other; own_teachers: whether the sweep fine-tunes them."""
+    applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
+    methods of a task are to take as many steps; lengthened: (task, method) -> the steps of its own,
+    where it was given more (`sweepsteps.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -80,6 +84,8 @@ class Plan:
     units: list[Unit]
     unfit: dict[tuple[str, str], str]
     own_teachers: bool
+    equal_steps: bool
+    lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def students(self, task: str, method: str | None = None) -> list[Unit]:
         """The students of a task, of one method or of all."""
@@ -111,10 +117,12 @@ def make_plan(words: Sequence[str]) -> Plan:
     teachers: list[Unit] = []
     students: list[Unit] = []
     unfit: dict[tuple[str, str], str] = {}
+    texts: list[str] = []
     for given, task in zip(sweep.tasks, tasks, strict=True):
         layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
         common = resolve(layers)
         refuse_push(common, "a sweep")
+        texts += filter(None, [common.transfer.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         teachers += made
         for method in sweep.methods:
@@ -132,6 +140,7 @@ def make_plan(words: Sequence[str]) -> Plan:
             if found
             else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
         )
+    refuse_useless(texts, students)
     return Plan(
         outputs.pop(),
         tuple(words),
@@ -141,12 +150,22 @@ def make_plan(words: Sequence[str]) -> Plan:
         [*teachers, *students],
         unfit,
         own_teachers=bool(teachers),
+        equal_steps=sweep.equal_steps == "on",
     )
 
 
 def method_name(method: str) -> str:
     """A shipped method's name, or the stem of a person's own file."""
     return Path(method).stem
+
+
+def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
+    """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
+    if texts and all(unit.config.transfer.path is None for unit in students):
+        raise UserError(
+            f"transfer.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
+            "method of this sweep asks any; leave transfer.path out, or add a method, such as mean"
+        )
 
 
 def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -226,11 +245,13 @@ def teacher_units(
         raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
     folder = Path(common.output_dir) / task / TEACHERS
     config = resolve([*teacher_layers(layers), finetune, {"output_dir": str(folder)}])
+    refuse_unused_text(config)
     return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
 
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
-    """A student's configuration with its teachers, given or made, and the sweep's store.
+    """A student's configuration with its teachers, given or made, and the sweep's store; without
+    the unlabelled text where it asks no teacher, which alone can say something of it.
 
     Raises UserError where its method asks teachers and there are none.
     """
@@ -243,7 +264,11 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     store = config.store
     if store.path is None:
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
-    return config.model_copy(update={"teachers": teachers, "encoders": [], "store": store})
+    given = {"teachers": teachers, "encoders": [], "store": store}
+    config = config.model_copy(update=given)
+    if config.taught:
+        return config
+    return config.model_copy(update={"transfer": TransferConfig(path=None, ratio=None)})
 
 
 def student_units(

@@ -10,6 +10,10 @@ from sead_dist.report import print_table
 from sead_dist.runlog import write_json, written_aside
 from sead_dist.sweepplan import REFERENCE
 
+COSTS = (
+    *("labelled rows", "unlabelled rows", "steps"),
+    *("seconds of training", "teacher forwards needed"),
+)
 # behind a mean whose difference from the reference is larger than chance
 BEYOND = "\\*"
 
@@ -29,10 +33,7 @@ def show(report: Mapping[str, Any]) -> None:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The whole report, a pure function of report.json."""
-    cost = [
-        [c["task"], c["method"], c["steps"], seconds(c["seconds"]), c["teacher_forwards"]]
-        for c in report["cells"]
-    ]
+    cost = [[c["task"], c["method"], *costs(c)] for c in report["cells"]]
     parts = [
         f"# {title(report)}",
         f"`{shlex.join(report['command'])}` (of absolute paths the last part)",
@@ -49,7 +50,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "[differences](differences.svg), [score against time](cost.svg).",
         *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
         "## Cost",
-        table(["task", "method", "steps", "seconds of training", "teacher forwards needed"], cost),
+        table(["task", "method", *COSTS], cost),
+        f"Rows: those that a run of the method has. {equal_steps(report)}",
         "Seconds: of one run's training, median over seeds, without waiting for teachers. Teacher "
         "forwards: rows that teachers answered for all runs of the method, computed or read from "
         "the store, where each prediction is computed once for all methods.",
@@ -146,5 +148,21 @@ def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def costs(cell: Mapping[str, Any]) -> list[object]:
+    """What COSTS heads: "-" where no run is finished."""
+    seconds = None if cell["seconds"] is None else f"{cell['seconds']:.1f}"
+    found = (cell["labelled_rows"], cell["unlabelled_rows"], cell["steps"], seconds)
+    return [*("-" if one is None else one for one in found), cell["teacher_forwards"]]
+
+
+def equal_steps(report: Mapping[str, Any]) -> str:
+    """Whether the methods took as many steps, and which took more than their own rows make."""
+    if not report["equal_steps"]:
+        return "Steps: each method took those that its own rows make (equal_steps=off)."
+    more = [
+        f"{of['method']} on {of['task']} {of['own_steps']}"
+        for of in report["cells"]
+        if of["own_steps"] is not None
+    ]
+    own = f"; by their own rows they would be fewer: {', '.join(more)}" if more else ""
+    return f"Steps: all methods of a task take as many as the longest (equal_steps=on){own}."

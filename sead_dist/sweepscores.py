@@ -34,13 +34,17 @@ from sead_dist.tasks import TaskSpec
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a report needs of a task's data. dev: its first official split; train_rows: labelled
-    rows that students learn from; constant: the score of the best constant answer."""
+    """What a sweep needs of a task's data. dev: its first official split; train_rows: labelled
+    rows that students learn from; unlabelled_rows: those that students of teachers have beside
+    them; constant: the score of the best constant answer; fingerprints: of all that runs of one
+    `rows_key` read."""
 
     task: TaskSpec
     dev: ExampleSet
     train_rows: int
+    unlabelled_rows: int
     constant: float
+    fingerprints: dict[str, str]
 
     @property
     def metric(self) -> str:
@@ -112,12 +116,14 @@ def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
     )
 
 
-def cell(runs: Runs, difference: Difference | None, seeds: Sequence[int]) -> dict[str, Any]:
+def cell(
+    runs: Runs, difference: Difference | None, seeds: Sequence[int], own_steps: int | None
+) -> dict[str, Any]:
     """One task and method: scores by seed, mean, spread, difference, cost.
 
-    seconds: of training, median over seeds, without waiting for teachers, whose predictions the
-    first run computes and the others read. teacher_forwards: those that the runs needed, computed
-    or read.
+    own_steps: those that its own rows make, where equal_steps gave it more. seconds: of training,
+    median over seeds, without waiting for teachers, whose predictions the first run computes and
+    the others read. teacher_forwards: those that the runs needed, computed or read.
     """
     found, summaries = list(runs.scores.values()), list(runs.summaries.values())
     spent = [of["train_s"] - of["teacher_wait_s"] for of in summaries]
@@ -133,6 +139,11 @@ def cell(runs: Runs, difference: Difference | None, seeds: Sequence[int]) -> dic
         "seconds": statistics.median(spent) if spent else None,
         "teacher_forwards": sum(of["teacher_forwards"] + of["store_hits"] for of in summaries),
         "steps": max((of["steps"] for of in summaries), default=None),
+        "own_steps": own_steps,
+        "labelled_rows": max(
+            (of["train_rows"] - of["transfer_rows"] for of in summaries), default=None
+        ),
+        "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
     }
 
 
@@ -230,7 +241,8 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
                 difference = versus(found, runs[REFERENCE], int(units_of(of.dev).max()) + 1)
             if difference is not None:
                 differences[method][task] = difference
-            cells.append(cell(found, difference, plan.seeds))
+            own_steps = plan.lengthened.get((task, method))
+            cells.append(cell(found, difference, plan.seeds, own_steps))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
     compared = [one for one in cells if one["p"] is not None]
     for one, p in zip(compared, holm([one["p"] for one in compared]), strict=True):
@@ -244,6 +256,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         "ranks": ranks,
         "seeds": plan.seeds,
         "methods": plan.methods,
+        "equal_steps": plan.equal_steps,
         "selected_on_dev": any(unit.config.select.on == "dev" for unit in plan.units),
         "tasks": [
             {
@@ -251,6 +264,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
                 "metric": of.metric,
                 "dev_rows": len(of.dev),
                 "train_rows": of.train_rows,
+                "unlabelled_rows": of.unlabelled_rows,
                 "constant": of.constant,
             }
             for task, of in data.items()

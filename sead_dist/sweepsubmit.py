@@ -6,8 +6,9 @@ from pathlib import Path
 from sead_dist import jobs, slurm
 from sead_dist.launcher import Attempt, Launch, enqueue, job_folder, refuse_queued, sbatch_text
 from sead_dist.runlog import is_finished
-from sead_dist.sweep import check_runs
+from sead_dist.sweep import check_runs, settle
 from sead_dist.sweepplan import make_plan
+from sead_dist.sweepsteps import needs_rows
 
 
 def submit_sweep(
@@ -27,6 +28,7 @@ def submit_sweep(
     asked = (f"grace_s={settings.signal_delay}", *words)
     plan = make_plan(asked)
     check_runs(plan)
+    plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])
     out = plan.output.absolute()
     if all(is_finished(unit.folder) for unit in plan.units):
         print(f"{out.name} is finished: sead-dist sweep writes its report anew")

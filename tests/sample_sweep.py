@@ -49,6 +49,8 @@ def make_cell(task, method, seeds, chance):
     forwards = {"finetune": 0, "single": 1000}.get(method, 3000)
     slower = {"tinybert": 31.5, "minilm": 24.25}.get(method, 12.0 + METHODS.index(method) / 4)
     cell |= {"seconds": slower, "teacher_forwards": forwards * len(seeds), "steps": 320}
+    unlabelled = 0 if method == "finetune" else 600
+    cell |= {"own_steps": None, "labelled_rows": 900, "unlabelled_rows": unlabelled}
     return cell
 
 
@@ -68,6 +70,7 @@ def sample_report(tasks=("cola", "sst2", "stsb"), methods=METHODS[:4], seeds=(0,
         "ranks": 1,
         "seeds": list(seeds),
         "methods": list(methods),
+        "equal_steps": True,
         "selected_on_dev": False,
         "tasks": [
             {
@@ -111,7 +114,7 @@ def take_away(report, task, method, kind, reason):
         report[kind].append({"task": task, "method": method, "reason": reason})
     else:
         nothing = ("mean", "spread", "difference", "interval", "p", "beyond_chance", "seconds")
-        cell |= dict.fromkeys((*nothing, "steps"))
+        cell |= dict.fromkeys((*nothing, "steps", "labelled_rows", "unlabelled_rows"))
         cell |= {"scores": [None] * len(report["seeds"]), "teacher_forwards": 0}
         of = {"task": task, "method": method}
         why = {"reason": reason} if kind == "failed" else {}

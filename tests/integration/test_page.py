@@ -82,7 +82,7 @@ def test_a_click_on_a_head_sorts_and_another_turns_it(browser, path, report):
 
 def test_numbers_are_sorted_as_numbers_by_the_keyboard_too(browser, path):
     with open_page(browser, path) as (page, wrong):
-        column = page.locator("#cost-table tbody tr > :nth-child(3)")
+        column = page.locator("#cost-table tbody tr > :nth-child(6)")
         page.locator("#cost-table thead th", has_text="seconds").get_by_role("button").focus()
         page.keyboard.press("Enter")
         seconds = [float(cell) for cell in column.all_inner_texts()]

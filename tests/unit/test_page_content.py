@@ -97,11 +97,12 @@ def test_methods_stand_by_mean_and_the_best_of_each_task_is_emphasised(tmp_path)
 def test_cost_adds_up_over_tasks(tmp_path):
     report = sample_report()
     _, *rows = render(report, tmp_path)[1]["cost-table"]
-    for method, score, seconds, forwards, steps in rows:
+    for method, score, labelled, unlabelled, steps, seconds, forwards in rows:
         own = [of for of in report["cells"] if of["method"] == method]
         assert seconds == f"{sum(of['seconds'] for of in own):.1f}"
         assert forwards == f"{sum(of['teacher_forwards'] for of in own):,}"
-        assert steps == "960"
+        assert (labelled, steps) == ("2,700", "960")
+        assert unlabelled == ("0" if method == "finetune" else "1,800")
         (mean,) = [of["score"] for of in report["means"] if of["method"] == method]
         assert score == f"{mean:.4f}"
 

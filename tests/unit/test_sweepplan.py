@@ -77,6 +77,14 @@ def test_what_students_ask_of_teachers_does_not_change_the_teachers():
     assert of(before, "cola", "mean") != of(after, "cola", "mean")
 
 
+def test_unlabelled_text_is_for_students_that_ask_teachers_alone():
+    words = ["tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS]
+    found = plan(*words, "transfer.path={task}.tsv", "transfer.ratio=2")
+    given = {unit.method: unit.config.transfer for unit in found.units}
+    assert (given["mean"].path, given["mean"].ratio) == ("cola.tsv", 2)
+    assert {(given[m].path, given[m].ratio) for m in ("finetune", "teachers")} == {(None, None)}
+
+
 def test_the_students_layers_are_not_the_teachers(tmp_path):
     words = ["student=DIR", "student.layers=[1,3]", "encoders=[DIR]", "tasks=cola", "methods=mean"]
     found = make_plan([*words, "seeds=1", "output_dir=out"])
@@ -126,6 +134,12 @@ def test_a_sweep_is_told_from_a_run():
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
         (["tasks=[]"], r"tasks=\[\]"),
         (["tasks=null"], "tasks is not set"),
+        (["equal_steps=maybe"], "equal_steps='maybe'"),
+        (
+            ["methods=[finetune]", "transfer.path=more.tsv"],
+            r"transfer.path=more.tsv: unlabelled .* no method of this sweep asks any; leave",
+        ),
+        (["finetune.transfer.path=more.tsv"], "transfer.path=more.tsv: .*finetune asks none"),
         (["seeds=0"], r"seeds=0 is no number of seeds; give how many \(seeds=5\), or which"),
         (["seeds=[]"], r"seeds=\[\] is no number of seeds"),
         (["seeds=two"], r"seeds=two is no number of seeds"),

@@ -7,7 +7,8 @@ from sead_dist.sweepreport import markdown, write_sweep_report
 
 def cell(task, method, mean, **more):
     empty = dict.fromkeys(("spread", "difference", "interval", "p", "beyond_chance"))
-    cost = {"seconds": 12.34, "teacher_forwards": 40, "steps": 7}
+    cost = {"seconds": 12.34, "teacher_forwards": 40, "steps": 7, "own_steps": None}
+    cost |= {"labelled_rows": 30, "unlabelled_rows": 0 if method == "finetune" else 20}
     return {"task": task, "method": method, "scores": [mean], "mean": mean, **empty, **cost, **more}
 
 
@@ -26,6 +27,7 @@ def report(**changes):
         "ranks": 2,
         "seeds": [0, 1],
         "methods": ["finetune", "mean"],
+        "equal_steps": True,
         "selected_on_dev": False,
         "tasks": [{"name": "cola", "metric": "mcc"}, {"name": "rte", "metric": "accuracy"}],
         "cells": [
@@ -59,7 +61,16 @@ def test_means_spreads_and_marks_are_those_of_the_cells():
     assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 |" in rows(text)
     assert "| rte | A | accuracy | 0.7000 | on dev |" in rows(text)
     assert "| cola | teacher-0 | 0.8500 |" in rows(text)
-    assert "| cola | mean | 7 | 12.3 | 40 |" in rows(text)
+    assert "| cola | finetune | 30 | 0 | 7 | 12.3 | 40 |" in rows(text)
+    assert "| cola | mean | 30 | 20 | 7 | 12.3 | 40 |" in rows(text)
+
+
+def test_the_report_says_whether_methods_took_as_many_steps():
+    assert "as the longest (equal_steps=on)." in markdown(report())
+    lengthened = [cell("cola", "finetune", 0.7, own_steps=4), cell("cola", "mean", 0.8)]
+    text = markdown(report(cells=lengthened))
+    assert "(equal_steps=on); by their own rows they would be fewer: finetune on cola 4." in text
+    assert "its own rows make (equal_steps=off)" in markdown(report(equal_steps=False))
 
 
 def test_what_is_not_there_has_no_heading():

@@ -1,0 +1,180 @@
+"""A comparison is fair: a method gets the rows that it can use, and as many steps as the others.
+
+54 labelled and 20 unlabelled rows, 8 to a step: an epoch of the labels alone has 7 steps, and one
+of all rows has 10.
+"""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from small import ALONE, read, records, sweep_words, words, write_task
+
+from sead_dist import sweep
+from sead_dist.configfiles import load_config
+from sead_dist.errors import UserError
+from sead_dist.launcher import requests
+from sead_dist.plan import plan as plan_run
+from sead_dist.recipes import distill, finetune
+from sead_dist.slurm import SlurmSettings
+from sead_dist.sweep import run_sweep
+from sead_dist.sweepplan import make_plan
+from sead_dist.sweepsteps import needs_rows
+from sead_dist.sweepsubmit import submit_sweep
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    return write_task(tmp_path_factory.mktemp("fair") / "grammar")
+
+
+def fair_words(task: Path, output: Path, *more: str) -> list[str]:
+    """A sweep of two methods and one seed, one epoch, with unlabelled text."""
+    return sweep_words(
+        task,
+        output,
+        *("methods=[finetune,mean]", "seeds=1", "max_steps=null", "epochs=1"),
+        *("finetune.max_steps=2", f"transfer.path={task}/transfer.tsv", *more),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory) -> tuple[Path, str]:
+    """A sweep of equal steps, done, and what it said."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(sweep, "print", lambda *line, **_: said.append(" ".join(line)), raising=False)
+        run_sweep(fair_words(task, output), ALONE)
+    return output, "\n".join(said)
+
+
+def summaries(output: Path) -> dict[str, dict]:
+    return {
+        method: read(output / "grammar" / method / "seed-0" / "run_summary.json")
+        for method in ("finetune", "mean")
+    }
+
+
+def test_only_students_of_teachers_get_unlabelled_rows_and_all_take_as_many_steps(finished):
+    output, said = finished
+    found = summaries(output)
+    rows = {m: (of["train_rows"], of["transfer_rows"], of["steps"]) for m, of in found.items()}
+    assert rows == {"finetune": (54, 0, 10), "mean": (74, 20, 10)}
+    for teacher in (output / "grammar" / "teachers").glob("teacher-?"):
+        assert read(teacher / "run_summary.json")["transfer_rows"] == 0
+    assert (
+        "grammar: 54 labelled rows, 20 unlabelled ones for methods that ask teachers; every method "
+        "takes 10 steps (equal_steps=on; by their own rows: finetune 7)"
+    ) in said
+    # the best student is chosen among as many
+    scored = {
+        method: [of["step"] for of in records(output / "grammar" / method / "seed-0", "eval")]
+        for method in found
+    }
+    assert scored["finetune"] == scored["mean"] == [10]
+
+
+def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
+    output, _ = finished
+    report = read(output / "report" / "report.json")
+    assert report["equal_steps"] is True
+    keys = ("method", "labelled_rows", "unlabelled_rows", "steps", "own_steps")
+    cells = [tuple(cell[key] for key in keys) for cell in report["cells"]]
+    assert cells == [("finetune", 54, 0, 10, 7), ("mean", 54, 20, 10, None)]
+    text = (output / "report" / "report.md").read_text()
+    head = "| task | method | labelled rows | unlabelled rows | steps | seconds of training |"
+    assert head in text
+    assert re.search(r"\| grammar \| finetune \| 54 \| 0 \| 10 \| \d+\.\d \| 0 \|", text)
+    assert re.search(r"\| grammar \| mean \| 54 \| 20 \| 10 \| \d+\.\d \| \d+ \|", text)
+    for page in (text, (output / "report" / "report.html").read_text()):
+        assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
+
+
+def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys):
+    output, _ = finished
+    given = fair_words(task, output)
+    run_sweep(given, ALONE)
+    assert not re.search(r"run \d+ of", capsys.readouterr().out)
+    settings = SlurmSettings.model_construct(signal_delay=30)
+    submit_sweep(lambda *_: None, given, settings, 2, True, tmp_path)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, task):
+    output, _ = finished
+    with pytest.raises(UserError, match="max_steps was 10, is None"):
+        run_sweep(fair_words(task, output, "equal_steps=off"), ALONE)
+    record = output / "grammar" / "finetune" / "seed-0" / "run.json"
+    before = record.read_text()
+    record.write_text(before.replace('"max_steps": 10', '"max_steps": null'))
+    with pytest.raises(
+        UserError, match=r"max_steps was None, is 10; .*7 are finetune's own: equal"
+    ):
+        run_sweep(fair_words(task, output), ALONE)
+    record.write_text(before)
+    # earlier versions fine-tuned teachers on the unlabelled rows too
+    made = output / "grammar" / "teachers" / "teacher-0" / "run.json"
+    before = made.read_text()
+    identity = read(made)["identity"]
+    made.write_text(before.replace(identity["data"], "0" * 64))
+    with pytest.raises(UserError, match="teacher-0 holds another run: the fingerprint of data"):
+        run_sweep(fair_words(task, output), ALONE)
+    made.write_text(before)
+
+
+def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path, capsys):
+    teachers = finished[0] / "grammar" / "teachers" / "*"
+    given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
+    run_sweep([*given, "equal_steps=off"], ALONE)
+    assert {m: of["steps"] for m, of in summaries(tmp_path / "out").items()} == {
+        "finetune": 7,
+        "mean": 10,
+    }
+    assert "; steps: finetune 7, mean 10 (equal_steps=off)" in capsys.readouterr().out
+    assert "(equal_steps=off)" in (tmp_path / "out" / "report" / "report.md").read_text()
+
+
+def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_path, monkeypatch):
+    teachers = finished[0] / "grammar" / "teachers" / "*"
+    given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
+    run = tmp_path / "out" / "grammar" / "finetune" / "seed-0"
+    own = sweep.distill
+
+    def stopped(config, world, *, stop, **more):
+        stop.signal = signal.SIGTERM
+        return own(config, world, stop=stop, **more)
+
+    monkeypatch.setattr(sweep, "distill", stopped)
+    run_sweep(given, ALONE)
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    monkeypatch.setattr(sweep, "distill", own)
+    run_sweep(given, ALONE)
+    assert [of["total_steps"] for of in records(run, "start")] == [10, 10]
+    assert summaries(tmp_path / "out")["finetune"]["steps"] == 10
+
+
+def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
+    plan = make_plan(fair_words(task, tmp_path / "out", "max_steps=3"))
+    fixed, _ = sweep.settle(plan, ["grammar"])
+    assert fixed == plan
+    assert not needs_rows(plan, "grammar")
+
+
+def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
+    out, text = tmp_path / "out", f"transfer.path={task}/transfer.tsv"
+    untaught = load_config([*words(task, ["t"], out), text, "method=finetune"])
+    alone = load_config([*words(task, [], out), text])
+    encoder = f"encoders=[{task / 'student.yaml'}]"
+    with pytest.raises(UserError, match=r"^transfer.path=.*: unlabelled .*ensemble=none asks none"):
+        distill(untaught, ALONE)
+    with pytest.raises(UserError, match=r"none are given; leave transfer.path out, or give teach"):
+        distill(alone, ALONE)
+    with pytest.raises(UserError, match=r"finetune asks none; leave transfer.path out"):
+        finetune(load_config([*words(task, [], out), text, encoder]), ALONE)
+    with pytest.raises(UserError, match="asks none"):
+        plan_run(untaught, ALONE, None, None, None, False, None)
+    with pytest.raises(UserError, match="none are given"):
+        requests([*words(task, [], out), text], None)
+    assert not out.exists()
