@@ -44,7 +44,8 @@ def take(student, rival, engine, steps):
     for step in steps:
         engine.wake(step)
         before = {n: p.detach().clone() for n, p in student.named_parameters()}
-        engine.backward(loss_of(student, rival, step))
+        with engine.accumulate(last=True):
+            engine.backward(loss_of(student, rival, step))
         engine.step()
         after = dict(student.named_parameters())
         moved.append(max(float((after[n] - before[n]).abs().max()) for n in rival.rest.names))
