@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sead_dist.config import RunConfig
 from sead_dist.data import ORDER_RULES, Cursor
 from sead_dist.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.engine import Engine
@@ -30,6 +31,13 @@ from sead_dist.student import START_RULES
 FORMAT = 2
 # versions of what else decides a student than what its identity names
 RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
+# of the second stage of a method that has two (1: its optimiser state is as old as the run)
+STAGE_RULES = 2
+
+
+def rules_of(config: RunConfig) -> dict[str, int]:
+    """The versions of the rules that decide the student of this run."""
+    return {**RULES, "stages": STAGE_RULES} if config.internals == "tinybert" else RULES
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from sead_dist.config import RunConfig
@@ -26,6 +28,7 @@ from sead_dist.data import micro_batch_seed
 from sead_dist.distributed import World
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import unshared
+from sead_dist.rivals import Rest
 from sead_dist.zero import ZeroStudent
 from sead_dist.zeroconfig import zero_config
 
@@ -34,23 +37,59 @@ MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay only on matrices, not on biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: nn.Module, config: RunConfig, rest: Rest | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay only on matrices, not on biases and norms. Parameters at rest are
+    the last two of the groups, marked `rested`."""
+    names = rest.names if rest is not None else frozenset()
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for rested in (False, True) if rest is not None else (False,):
+        mine = [p for name, p in parameters if (name in names) == rested]
+        marked = {} if rest is None else {"rested": rested}
+        groups += [
+            {"params": [p for p in mine if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        for group in groups[-2:]:
+            group.update(marked)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int, rest: Rest | None = None
+) -> LambdaLR:
+    """The learning rate's way over the run, for each group of the optimiser."""
+    schedule: LambdaLR = get_scheduler(
+        SCHEDULES[config.schedule],
+        optimizer,
+        num_warmup_steps=round(config.warmup * total_steps),
+        num_training_steps=total_steps,
+    )
+    if rest is None:
+        return schedule
+    base = schedule.lr_lambdas[0]
+
+    def rested(step: int) -> float:
+        return float(base(step)) * rest.share(step)
+
+    both = {False: base, True: rested}
+    return LambdaLR(optimizer, [both[group["rested"]] for group in optimizer.param_groups])
 
 
 class Engine:
     """Owns the student's wrapper, optimiser and learning-rate schedule."""
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, world: World, total_steps: int
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        world: World,
+        total_steps: int,
+        rest: Rest | None = None,
     ) -> None:
         zero = zero_config(config, world.size)
         # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
@@ -67,13 +106,9 @@ class Engine:
         self.max_grad_norm = config.max_grad_norm
         self.seed = config.seed
         self.module = model
-        optimizer = build_optimizer(model, config)
-        self.schedule = get_scheduler(
-            SCHEDULES[config.schedule],
-            optimizer,
-            num_warmup_steps=round(config.warmup * total_steps),
-            num_training_steps=total_steps,
-        )
+        self.rest = rest
+        optimizer = build_optimizer(model, config, rest)
+        self.schedule = build_schedule(optimizer, config, total_steps, rest)
         self.model: nn.Module
         self.zero: ZeroStudent | None = None
         self.deepspeed = zero.name if zero is not None else None
@@ -121,6 +156,19 @@ class Engine:
             self.zero.backward(loss * self.world.size)
         else:
             self.accelerator.backward(loss * self.world.size)
+
+    def wake(self, step: int) -> None:
+        """Before step `step` (from 0), the first that teaches what rested: its optimiser state
+        becomes as new. Adam would else count the steps in which it had no gradient, take its
+        moments for settled ones, and go several learning rates far."""
+        if self.rest is None or step != self.rest.until:
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["rested"] else ():
+                # in place: DeepSpeed holds parts of these
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
 
     def step(self) -> float:
         """One optimiser step; returns the gradient's norm before clipping."""

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sead_dist.checkpoint import RULES, Checkpointer, Identity, teacher_identity
+from sead_dist.checkpoint import Checkpointer, Identity, rules_of, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream, Split
 from sead_dist.distributed import StopFlag, World, from_main, on_every_rank
@@ -23,6 +23,7 @@ from sead_dist.engine import Engine, check_arithmetic, check_tracker, slow_arith
 from sead_dist.ensemble import check_method
 from sead_dist.errors import UserError
 from sead_dist.hub import check_push
+from sead_dist.innercheck import check_inside, needs_attention
 from sead_dist.internals import find_anatomy
 from sead_dist.modelinputs import check_student, settle
 from sead_dist.pretrained import fitting_length, load_tokenizer, tokenizer_hash
@@ -112,7 +113,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: start_hash(config.student, config.teachers)),
-        RULES,
+        rules_of(config),
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
@@ -154,7 +155,8 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
         chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
         guide, rival = follow(config, world, chosen, model, batches.total_steps)
         log.say(f"internals={rival.method} of {guide.name}: {rival.variant}")
-    engine = Engine(model, config, world, batches.total_steps)
+    rest = None if rival is None else rival.rest
+    engine = Engine(model, config, world, batches.total_steps, rest)
     if config.tracker is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
@@ -201,6 +203,8 @@ def read_inputs(
     examples = load_examples(config, task, say)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
+    if config.internals is not None:
+        check_inside(model, tokenizer, config.internals, config.max_length, "the student")
     return task, examples, tokenizer, model
 
 
@@ -289,8 +293,9 @@ def follow(
     the method says so."""
 
     def load() -> tuple[Guide, Rival]:
+        assert config.internals is not None
         body = load_guide(config, teacher, world.device)
-        anatomy = find_anatomy(body, f"teacher {teacher.name}", config.internals != "distilbert")
+        anatomy = find_anatomy(body, f"teacher {teacher.name}", needs_attention(config.internals))
         rival = make_rival(config, model, anatomy, total_steps)
         if config.start == "guide":
             fits = start_as_guide(model, body)

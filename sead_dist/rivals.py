@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sead_dist.config import RunConfig
 from sead_dist.data import micro_batch_seed
 from sead_dist.errors import UserError
+from sead_dist.innercheck import needs_attention
 from sead_dist.innerlosses import (
     attention_loss,
     cosine_loss,
@@ -25,7 +26,7 @@ from sead_dist.innerlosses import (
     scores,
 )
 from sead_dist.internals import Anatomy, Internals, Wanted, find_anatomy, layer_stack, reading
-from sead_dist.loaded import body_of
+from sead_dist.loaded import body_of, head_names, pooler_names
 from sead_dist.losses import LossTerms
 
 # the student's child that holds what is learned beside it; no part of the final model
@@ -35,9 +36,24 @@ PROJECTION_SCALE = 0.02
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Parameters, by name, that nothing teaches before step `until` (from 0): their learning rate
+    is 0 until then, and rises over `warmup` steps to that of the others."""
+
+    names: frozenset[str]
+    until: int
+    warmup: int
+
+    def share(self, step: int) -> float:
+        """Their share of the learning rate at a step (from 0)."""
+        return max(0.0, min(1.0, (step - self.until + 1) / (self.warmup + 1)))
+
+
+@dataclass(frozen=True)
 class Rival:
     """One method's loss. mine, theirs: what is read of student and guide; until: the step (from 0)
-    before which the internals count; variant: the form used, in words."""
+    before which the internals count; variant: the form used, in words; rest: the student's
+    parameters that nothing teaches until then."""
 
     method: str
     student: Anatomy
@@ -48,6 +64,7 @@ class Rival:
     variant: str
     weight: float
     until: int
+    rest: Rest | None = None
 
     def has_no_head(self, step: int) -> bool:
         """Whether after this step (from 1) nothing has taught the student's head yet."""
@@ -146,7 +163,7 @@ def make_rival(
     """
     method = config.internals
     assert method is not None
-    student = find_anatomy(model, "the student", method != "distilbert")
+    student = find_anatomy(model, "the student", needs_attention(method))
     last, their_last = len(student.layers), len(guide.layers)
     chosen = layer_map(last, their_last)
     mine, theirs = {
@@ -160,15 +177,19 @@ def make_rival(
     names: tuple[str, ...] = ("embeddings", "hidden") if method == "tinybert" else ()
     if method == "distilbert" and student.width != guide.width:
         names = ("hidden",)
+    untaught = frozenset(head_names(model) | pooler_names(model))
     projections = new_projections(names, student.width, guide.width, config.seed)
     model.add_module(PROJECTIONS, projections)
     until = total_steps
     if method == "tinybert":
         # at least one step is left for the task
         until = min(round(config.inner_share * total_steps), total_steps - 1)
+    rest = None
+    if 0 < until < total_steps:
+        rest = Rest(untaught, until, round(config.warmup * (total_steps - until)))
     return Rival(
         method, student, guide, mine, theirs, projections, variant_of(method, student, guide),
-        config.inner_weight, until,
+        config.inner_weight, until, rest,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sead_dist.checkpoint import RULES, Identity, teacher_identity
+from sead_dist.checkpoint import Identity, rules_of, teacher_identity
 from sead_dist.config import RunConfig
 from sead_dist.data import BatchStream
 from sead_dist.distributed import StopFlag, StopRequestedError, World
@@ -94,7 +94,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         start_hash(config.student, config.teachers),
-        RULES,
+        rules_of(config),
     )
     words = tokenizer_hash(tokenizer)
     return Work(config, task, examples, splits, words, max_length, teachers, identity)

@@ -80,6 +80,7 @@ class Trainer:
                 began = time.perf_counter()
                 self.learn(lesson, tally)
                 learning_rate = self.engine.learning_rate
+                self.engine.wake(state.step)
                 self.update(state.step + 1)
                 self.watch.move(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began

@@ -5,6 +5,8 @@ tensors under the names and numbers that it has without DeepSpeed: a checkpoint 
 the stage and the number of ranks, and nothing is unpickled.
 """
 
+import bisect
+import itertools
 import logging
 import os
 import warnings
@@ -81,20 +83,21 @@ class ZeroStudent:
         """What the optimiser's state_dict would be without DeepSpeed; rank 0's counts."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        flat = self._flat_parameters()[0]
-        kept = self.optimizer.state.get(flat, {})
+        flats = self._flat_parameters()
+        kept = self.optimizer.state.get(flats[0], {})
         moments = [key for key, value in kept.items() if is_moment(value)]
         if kept:
             self._link_moments()
-        counters = {
-            key: value.cpu()
-            for key, value in kept.items()
-            if isinstance(value, torch.Tensor) and key not in moments
-        }
         state: dict[int, dict[str, torch.Tensor]] = {}
         for number, parameter in enumerate(self.params):
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in moments}
             if kept and self.world.is_main:
+                # one group may count other steps than another
+                counters = {
+                    key: value.cpu().clone()
+                    for key, value in self.optimizer.state[self._flat_of(number)].items()
+                    if isinstance(value, torch.Tensor) and key not in moments
+                }
                 state[number] = {**counters, **{key: value.cpu() for key, value in whole.items()}}
         groups, first = [], 0
         for group, size in zip(self.optimizer.param_groups, self.group_sizes, strict=True):
@@ -109,10 +112,11 @@ class ZeroStudent:
             group.update({key: value for key, value in kept.items() if key != "params"})
         if not saved["state"]:
             return
+        of_flat = {id(self._flat_of(number)): number for number in range(len(self.params))}
         for flat in self._flat_parameters():
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat) if is_moment(value) else value.to(flat.device).clone()
-                for key, value in saved["state"][0].items()
+                for key, value in saved["state"][of_flat.get(id(flat), 0)].items()
             }
         self._link_moments()
         for number, parameter in enumerate(self.params):
@@ -147,6 +151,15 @@ class ZeroStudent:
             else sharded.single_partition_of_fp32_groups
         )
         return flats
+
+    def _flat_of(self, number: int) -> torch.Tensor:
+        """The flat tensor with whose state a parameter's steps are counted. Stages 1 and 2 have one
+        for each group; in stage 3, where nothing ever rests, all count alike."""
+        flats = self._flat_parameters()
+        if self.stage == 3:
+            return flats[0]
+        group = bisect.bisect_right(list(itertools.accumulate(self.group_sizes)), number)
+        return flats[group]
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find a parameter's part of the flat moments. In stages 1 and 2 it does so

@@ -30,12 +30,16 @@ SHAPES = {
     # these know no attention but their own
     "deberta-v2": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "mpnet": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    # whose attention is more than its linear maps say
+    "roformer": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "convbert": {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_layer": 1, "n_head": 2},
 }
 
 
 def shape(kind: str = "bert", **more) -> dict:
     sizes = dict(SHAPES[kind]) if kind == "distilbert" else {"hidden_size": 32, **SHAPES[kind]}
-    if kind in ("electra", "albert"):
+    if kind in ("electra", "albert", "roformer", "convbert"):
         sizes["embedding_size"] = 32
     return {"model_type": kind, **sizes, "max_position_embeddings": 80, **more}
 

@@ -14,9 +14,11 @@ from sead_dist.config import RunConfig
 from sead_dist.data import Batch
 from sead_dist.distributed import World
 from sead_dist.errors import UserError
-from sead_dist.internals import Anatomy, Internals, Wanted, find_anatomy, reading
-from sead_dist.models import build_teacher, outline
+from sead_dist.innercheck import check_inside, check_kind
+from sead_dist.internals import Anatomy, Internals, Wanted, reading
+from sead_dist.models import outline
 from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.whole import load_by_rules
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,29 @@ def check_guide(
                 f"it the student's rows of up to {max_length}; give "
                 f"max_length={longest}{other}"
             )
+        check_padding(teacher, asks, other)
+        assert config.internals is not None
         parts = outline(teacher.config, config.trust_remote_code)
-        find_anatomy(parts, f"teacher {teacher.name}", config.internals != "distilbert")
+        name = f"teacher {teacher.name}"
+        check_kind(parts, teacher.tokenizer, config.internals, max_length, name)
+
+
+def check_padding(teacher: Teacher, asks: str, other: str) -> None:
+    """Raises UserError for a teacher that does not stand how the student's rows are padded. The two
+    have one tokeniser, which knows the side."""
+    side, found = teacher.tokenizer.padding_side, teacher.cut.padding
+    if found == side:
+        return
+    kind = teacher.config.model_type
+    stands = (
+        "whose answers change with the padding of a batch"
+        if found == "none"
+        else f"whose rows are to be padded on the {found}"
+    )
+    raise UserError(
+        f"teacher {teacher.name} is a {kind}, {stands}, and {asks} shows it the student's rows, "
+        f"padded on the {side}; leave it out{other}"
+    )
 
 
 def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
@@ -98,5 +121,12 @@ def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teac
 
 
 def load_guide(config: RunConfig, teacher: Teacher, device: torch.device) -> PreTrainedModel:
-    """The guide's model, in eval mode and its own dtype."""
-    return build_teacher(teacher.entry, teacher.dtype, device, config.trust_remote_code)
+    """The guide's model, in eval mode and its own dtype, fed by the same rules as any teacher.
+
+    Raises UserError where its internals are not what is read of it.
+    """
+    model = load_by_rules(teacher, device, config.trust_remote_code, {})
+    if config.internals is not None:
+        length, name = teacher.max_length, f"teacher {teacher.name}"
+        check_inside(model, teacher.tokenizer, config.internals, length, name)
+    return model

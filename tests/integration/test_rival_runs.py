@@ -18,6 +18,7 @@ from small import (
     run_distill,
     save_teacher,
     sentences,
+    shape,
     words,
     write_task,
 )
@@ -102,6 +103,16 @@ def test_another_loss_over_internals_is_another_run(tmp_path, task):
         with pytest.raises(UserError, match=said):
             keys = {"method": "minilm", "guide": "a", "max_steps": 2, **changes}
             run(task, tmp_path / "run", **keys)
+
+
+def test_a_student_that_would_be_misread_is_told_before_anything_is_written(tmp_path, task):
+    student = tmp_path / "student.yaml"
+    fields = shape("roformer", hidden_size=16, intermediate_size=32)
+    student.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    said = r"the student \(roformer\) would be misread: the attention of layer 1 differs"
+    with pytest.raises(UserError, match=said):
+        run(task, tmp_path / "run", method="minilm", student__shape=student)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """Which teacher may be the guide, and what it shows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small import ALONE, CPU, config, roster, save_teacher, small_split
+from small import ALONE, CPU, config, edit_json, roster, save_teacher, small_split
 
 from sead_dist.data import make_batch
 from sead_dist.distributed import World
@@ -22,6 +24,8 @@ def folders(tmp_path_factory):
     save_teacher(root / "plain")
     save_teacher(root / "deberta", "deberta-v2", seed=1)
     save_teacher(root / "short", seed=2, max_position_embeddings=20)
+    for kind in ("roformer", "convbert", "gpt2"):
+        save_teacher(root / kind, kind)
     return root
 
 
@@ -49,6 +53,20 @@ def examined(folders, entries, world=TWO, length=32, **keys):
         ),
         (["@short"], {}, "teacher short reads at most 20 tokens.* give max_length=20"),
         (["@deberta"], {}, r"teacher deberta: its attention \(deberta-v2\) is not BERT's"),
+        (
+            ["@roformer"],
+            {},
+            r"teacher roformer \(roformer\) would be misread: the attention of layer 1 differs from "
+            "its own by .* or a method that asks for logits alone",
+        ),
+        (
+            ["@convbert"],
+            {"method": "distilbert"},
+            "teacher convbert is a convbert, whose answers change with the padding of a batch, and "
+            "internals=distilbert shows it the student's rows, padded on the right; leave it out, "
+            "or name a teacher that can: guide=NAME",
+        ),
+        (["@gpt2"], {"method": "distilbert"}, "hidden states 1 differ from its own"),
     ],
 )
 def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said):
@@ -60,6 +78,33 @@ def test_a_guide_of_another_tokeniser_is_told(folders):
     teachers = roster([folders / "plain"])
     with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
         check_guide(config("teachers=[a]", method="minilm"), teachers, "other", 32, TWO)
+
+
+def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
+    (teacher,) = roster([folders / "plain"])
+    one = replace(teacher, cut=replace(teacher.cut, padding="left"))
+    said = "teacher plain is a bert, whose rows are to be padded on the left, and internals=minilm"
+    with pytest.raises(UserError, match=said):
+        check_guide(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
+
+
+def test_the_guide_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
+    # whatever its file says, the padding token is the tokeniser's
+    edit_json(save_teacher(tmp_path / "odd", seed=3) / "config.json", pad_token_id=7)
+    (teacher,) = roster([tmp_path / "odd"])
+    given = config("teachers=[a]", method="minilm")
+    assert load_guide(given, teacher, CPU).config.pad_token_id == 0
+    # and with its own weights its answers stand the padding
+    asked = replace(teacher, cut=replace(teacher.cut, padding="left"))
+    with pytest.raises(UserError, match="answers a text in a batch padded on the left otherwise"):
+        load_guide(given, asked, CPU)
+
+
+def test_a_guide_with_its_own_weights_is_compared_when_it_is_loaded(folders):
+    (teacher,) = roster([folders / "roformer"])
+    with pytest.raises(UserError, match=r"teacher roformer \(roformer\) would be misread: the att"):
+        load_guide(config("teachers=[a]", method="minilm"), teacher, CPU)
+    load_guide(config("teachers=[a]", method="distilbert"), teacher, CPU)
 
 
 def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
