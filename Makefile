@@ -51,10 +51,11 @@ test-browser: setup ## the tests of a sweep's page in chromium (Debian: apt-get 
 screenshot: setup ## REPORT=report.html PICTURE=report.png: the whole page as chromium shows it
 	$(VENV)/bin/python tests/browser.py $(REPORT) $(PICTURE)
 
-check: setup ## lint, formatting and types
+check: setup ## lint, formatting, types and the levels of imports
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 clean: ## remove all that these targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-run

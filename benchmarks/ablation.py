@@ -16,10 +16,10 @@ from pathlib import Path
 from inputs import alone, shape_file, small_folder
 from outcome_file import smoke_argument, table
 
-from sead_dist.bootstrap import Difference, mean_difference, units_of
-from sead_dist.sweep import run_sweep, settle
-from sead_dist.sweepplan import make_plan
-from sead_dist.sweepscores import read_runs, versus
+from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.results import read_runs, versus
+from sead_dist.sweep.run import run_sweep, settle
+from sead_dist.sweep.significance import Difference, mean_difference, units_of
 
 
 def told(of: Difference) -> list[object]:

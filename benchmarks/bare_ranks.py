@@ -14,7 +14,7 @@ from peers import TEACHER_ROWS, load, pad, random_batches, rows_of
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
-from sead_dist.distributed import World, barrier, gather_objects
+from sead_dist.runtime.distributed import World, barrier, gather_objects
 
 BATCH = 32
 

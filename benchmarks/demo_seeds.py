@@ -18,7 +18,7 @@ from pathlib import Path
 from inputs import alone
 from outcome_file import smoke_argument
 
-from sead_dist import demo
+from sead_dist.cli import demo
 
 RESULT = Path(__file__).parent.parent / "docs" / "results" / "demo.md"
 

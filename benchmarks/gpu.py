@@ -29,15 +29,15 @@ from outcome_file import (
 )
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sead_dist.data import Split, make_split
-from sead_dist.examples import build_examples
-from sead_dist.models import load_classifier
-from sead_dist.pretrained import locate
-from sead_dist.rates import operations
-from sead_dist.tasks import load_task
-from sead_dist.teachers.forward import SHAPES, Cut, batches_of, padded_length, predict
+from sead_dist.data.examples import build_examples
+from sead_dist.data.order import Split, make_split
+from sead_dist.data.task_files import load_task
+from sead_dist.models.pretrained import locate
+from sead_dist.models.sequence_classifier import load_classifier
+from sead_dist.teachers.inference import SHAPES, Cut, batches_of, padded_length, predict
 from sead_dist.teachers.packing import use_packs
-from sead_dist.teachers.roster import cut_of
+from sead_dist.teachers.rates import operations
+from sead_dist.teachers.teacher import cut_of
 
 TEACHERS = ("L2-H128", "L6-H384", "L12-H768", "L24-H1024")
 LONGEST = 128

@@ -23,7 +23,7 @@ from outcome_file import (
 from torch.func import functional_call, stack_module_state
 from transformers import PreTrainedModel
 
-from sead_dist.teachers.forward import rows_per_batch
+from sead_dist.teachers.inference import rows_per_batch
 
 LENGTHS = (16, 128)
 STACKED = 4

@@ -24,11 +24,11 @@ from outcome_file import (
     write_result,
 )
 
-from sead_dist.checkpoint import TrainState
-from sead_dist.distributed import StopFlag
-from sead_dist.evaluate import EvalResult
-from sead_dist.parts import build
-from sead_dist.recipes import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.evaluation import EvalResult
 
 
 def epoch_seconds(words: dict[str, object], device: str, streams: int) -> float:

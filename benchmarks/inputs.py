@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sead_dist import recipes
-from sead_dist.config import RunConfig
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import World
-from sead_dist.grammar import write_grammar_task
+from sead_dist.cli.grammar import write_grammar_task
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import RunConfig
+from sead_dist.runs import distillation as recipes
+from sead_dist.runtime.distributed import World
 
 LABELS = {0: "negative", 1: "positive"}
 MARKS = ("unk", "pad", "cls", "sep", "mask")

@@ -18,16 +18,16 @@ from inputs import LABELS, run_config
 from outcome_file import common_arguments, table, write_result
 from transformers import BertConfig
 
-from sead_dist.data import Split, make_split
-from sead_dist.distributed import World, barrier, gather_objects, join_world, leave_world
-from sead_dist.examples import build_examples
-from sead_dist.grammar import grammar_tokenizer, write_grammar_task
-from sead_dist.loading import load_split
-from sead_dist.models import new_classifier
-from sead_dist.tasks import load_task
-from sead_dist.teachers.forward import Cut, predict
-from sead_dist.teachers.roster import Teacher, call_roster
-from sead_dist.teachers.sharded import build_sharded, predict_together
+from sead_dist.cli.grammar import grammar_tokenizer, write_grammar_task
+from sead_dist.data.examples import build_examples
+from sead_dist.data.loading import load_split
+from sead_dist.data.order import Split, make_split
+from sead_dist.data.task_files import load_task
+from sead_dist.models.sequence_classifier import new_classifier
+from sead_dist.runtime.distributed import World, barrier, gather_objects, join_world, leave_world
+from sead_dist.teachers.inference import Cut, predict
+from sead_dist.teachers.sharding import build_sharded, predict_together
+from sead_dist.teachers.teacher import Teacher, call_roster
 from sead_dist.teachers.whole import load_whole
 
 GIB = 2**30

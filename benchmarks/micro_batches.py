@@ -19,13 +19,13 @@ import numpy as np
 from inputs import alone, laid_out, shape_file
 from outcome_file import common_arguments, set_threads, table, write_result
 
-from sead_dist import data
-from sead_dist.checkpoint import TrainState
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import StopFlag
-from sead_dist.evaluate import EvalResult
-from sead_dist.parts import build
-from sead_dist.recipes import make_trainer, prepare_teachers
+from sead_dist.config.load import load_config
+from sead_dist.data import order as data
+from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.evaluation import EvalResult
 
 SIZES = (32, 16, 8, 4)
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import sead_dist
-from sead_dist.teachers.roster import device_model
+from sead_dist.teachers.teacher import device_model
 
 RESULTS = Path(__file__).parent / "results"
 

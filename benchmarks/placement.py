@@ -27,8 +27,10 @@ import torch.distributed as dist
 from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 
-from sead_dist.checkpoint import TrainState
-from sead_dist.distributed import (
+from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.results import peak_memory
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import (
     StopFlag,
     World,
     barrier,
@@ -36,10 +38,8 @@ from sead_dist.distributed import (
     join_world,
     leave_world,
 )
-from sead_dist.outcome import peak_memory
-from sead_dist.parts import build
-from sead_dist.recipes import make_trainer, prepare_teachers
 from sead_dist.teachers.base import Request
+from sead_dist.training.checkpoint import TrainState
 
 RANKS = 2
 PLACEMENTS = ("partitioned", "colocated")

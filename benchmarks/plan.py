@@ -16,8 +16,8 @@ from pathlib import Path
 from inputs import alone, laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
 
-from sead_dist.plan import plan
-from sead_dist.recipes import distill
+from sead_dist.planning.table import plan
+from sead_dist.runs.distillation import distill
 
 TARGET = 0.15
 CLOCKS = {"wall": "the clock", "cpu": "the process's own on the processor"}

@@ -21,8 +21,8 @@ from typing import Any
 from inputs import laid_out, random_classifier
 from outcome_file import common_arguments, set_threads, table, write_result
 
-from sead_dist.runlog import is_finished, read_json
-from sead_dist.teach import worker_folder
+from sead_dist.runs.pool_worker import worker_folder
+from sead_dist.runtime.run_log import is_finished, read_json
 
 ALLOWED_SHARE = 0.05
 # dead after so long; long enough for four workers and a student on one core

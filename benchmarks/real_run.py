@@ -25,8 +25,8 @@ import torch
 from inputs import minilm, random_classifier, small_folder
 from outcome_file import set_threads, smoke_argument, table
 
-from sead_dist import cli
-from sead_dist.teachers.roster import device_model
+from sead_dist.cli import commands as cli
+from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "sst2.md"
 SPLITS = ("selection", "validation")

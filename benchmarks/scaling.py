@@ -34,11 +34,11 @@ from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
 from placement import counted_bytes
 
-from sead_dist.checkpoint import TrainState
-from sead_dist.distributed import StopFlag, World, gather_objects, join_world, leave_world
-from sead_dist.parts import build
-from sead_dist.recipes import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import StopFlag, World, gather_objects, join_world, leave_world
 from sead_dist.teachers import source as source_module
+from sead_dist.training.checkpoint import TrainState
 
 STUDENT = "L2-H128"
 MIXES = {"equal": ("L2-H128",), "mixed": ("L2-H128", "L2-H256", "L4-H128", "L4-H256")}

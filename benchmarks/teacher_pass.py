@@ -19,9 +19,9 @@ from inputs import alone, laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 from transformers import PreTrainedModel
 
-from sead_dist.data import Split
-from sead_dist.distributed import StopFlag
-from sead_dist.parts import build
+from sead_dist.data.order import Split
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import StopFlag
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.whole import load_whole
 

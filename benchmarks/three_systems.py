@@ -40,13 +40,13 @@ from inputs import (
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 from peers import Setting, run_bare, run_textbrewer, score
 
-from sead_dist.distributed import StopFlag
-from sead_dist.evaluate import EvalResult
-from sead_dist.outcome import conclude
-from sead_dist.parts import build
-from sead_dist.recipes import make_trainer, prepare_teachers, resume
-from sead_dist.splits import load_examples
-from sead_dist.tasks import load_task
+from sead_dist.data.splits import load_examples
+from sead_dist.data.task_files import load_task
+from sead_dist.runs.distillation import make_trainer, prepare_teachers, resume
+from sead_dist.runs.results import conclude
+from sead_dist.runs.setup import build
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.training.evaluation import EvalResult
 
 TARGETS = {  # the other's time over ours
     ("bare", "fp32", 3): 1.2,

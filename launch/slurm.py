@@ -2,6 +2,6 @@
 
 import sys
 
-from sead_dist.cli import main
+from sead_dist.cli.commands import main
 
 main(["submit", *sys.argv[1:]])

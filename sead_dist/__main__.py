@@ -1,5 +1,5 @@
 """`python -m sead_dist`, for launchers."""
 
-from sead_dist.cli import main
+from sead_dist.cli.commands import main
 
 main()

@@ -45,7 +45,7 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same folder `shape.yaml`, a student's shape."""
     import yaml
 
-    from sead_dist.grammar import write_grammar_task
+    from sead_dist.cli.grammar import write_grammar_task
 
     folder = tmp_path_factory.mktemp("grammar")
     write_grammar_task(folder, 0, 400, 100, 200, label_noise=0.0)
@@ -120,9 +120,9 @@ def distil() -> Distil:
     def run(words: Sequence[str]) -> Path:
         import torch
 
-        from sead_dist.configfiles import load_config
-        from sead_dist.distributed import World
-        from sead_dist.recipes import distill
+        from sead_dist.config.load import load_config
+        from sead_dist.runs.distillation import distill
+        from sead_dist.runtime.distributed import World
 
         return distill(load_config(words), World(0, 1, torch.device("cpu")))
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from sead_dist import forecast
-from sead_dist.teachers import forward, packing
+from sead_dist.planning import workload as forecast
+from sead_dist.teachers import inference as forward
+from sead_dist.teachers import packing
 
 SIZES = (512, 1024, 2048)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 WARM = [
-    "sead_dist.recipes",
-    "sead_dist.report",
+    "sead_dist.runs.distillation",
+    "sead_dist.reporting.report",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
     "sklearn.metrics",
@@ -100,7 +100,7 @@ def _rank(
     import torch
     import torch.distributed as dist
 
-    from sead_dist.distributed import World, join_world, leave_world
+    from sead_dist.runtime.distributed import World, join_world, leave_world
 
     torch.set_num_threads(1)
     world = World(0, 1, torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 import random
 
-from sead_dist.sweepscores import shared_tasks
+from sead_dist.sweep.results import shared_tasks
 
 METRICS = {
     "cola": "matthews",

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist.config import RunConfig
-from sead_dist.configfiles import load_config
-from sead_dist.data import Split, make_split
-from sead_dist.distributed import World
-from sead_dist.examples import ExampleSet, build_examples
-from sead_dist.grammar import LABELS, grammar_tokenizer, write_grammar_task
-from sead_dist.tasks import TaskSpec, load_task
+from sead_dist.cli.grammar import LABELS, grammar_tokenizer, write_grammar_task
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.order import Split, make_split
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -203,7 +203,7 @@ def config(*given, **changes) -> RunConfig:
 
 def run_distill(world: World, given: list[str]) -> None:
     """The real recipe (for `ranks.run_ranks`)."""
-    from sead_dist.recipes import distill
+    from sead_dist.runs.distillation import distill
 
     distill(load_config(given), world)
 
@@ -231,16 +231,16 @@ def grammar_task(folder: Path) -> TaskSpec:
 
 def roster(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
     """The teachers of these folders; a path may be an entry, `{path: DIR, weight: 2}`."""
-    from sead_dist.teachers.roster import call_roster
+    from sead_dist.teachers.teacher import call_roster
 
     given = config(f"teachers=[{','.join(map(str, paths))}]", max_length=32, **changes)
     return call_roster(given, task, world)
 
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
+    from sead_dist.store.store import PredictionStore
     from sead_dist.teachers.placement import share_rows
     from sead_dist.teachers.source import StoredSource
-    from sead_dist.teachers.store import PredictionStore
 
     placements = placements or ["colocated"] * len(teachers)
     costs_N = [float(teacher.parameters) for teacher in teachers]

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sead_dist.data import Batch, BatchStream, Split, Step
-from sead_dist.internals import Internals, TeacherLogits
+from sead_dist.data.order import Batch, BatchStream, Split, Step
+from sead_dist.models.hidden_states import Internals, TeacherLogits
 
 
 @dataclass(frozen=True)

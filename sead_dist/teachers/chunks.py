@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sead_dist.data import BatchStream, Split
+from sead_dist.data.order import BatchStream, Split
+from sead_dist.store.table import TeacherKey
+from sead_dist.store.tensor_file import digest
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.table import TeacherKey
-from sead_dist.teachers.tensorfile import digest
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sead_dist.errors import RunError
-from sead_dist.teachers.layout import Layout, explain, unique_name
+from sead_dist.store.layout import Layout, explain, unique_name
 
 # the least and most seconds between a holder's signs of life, and how many it gives in broken_s
 LEAST_BEAT_S, MOST_BEAT_S, BEATS = 0.02, 5.0, 10

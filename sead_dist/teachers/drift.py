@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sead_dist.data import Split
+from sead_dist.data.order import Split
 from sead_dist.teachers.base import Request, TeacherSource
-from sead_dist.teachers.roster import Teacher, in_fp32
 from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.teacher import Teacher, in_fp32
 
 # of a large selection split so many rows, evenly spread, are compared
 MOST_ROWS = 2000

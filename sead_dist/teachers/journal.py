@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from sead_dist.distributed import World, gather_objects
+from sead_dist.runtime.distributed import World, gather_objects
 
 
 class Journal:

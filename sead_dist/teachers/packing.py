@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sead_dist.data import TokenTable
+from sead_dist.data.order import TokenTable
 from sead_dist.errors import UserError
-from sead_dist.models import DTYPES, new_classifier
-from sead_dist.pretrained import OFFSET_POSITIONS, position_limit
+from sead_dist.models.pretrained import OFFSET_POSITIONS, position_limit
+from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 
 NAME = "packs-1"
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from rich.filesize import decimal
 
-from sead_dist.distributed import World, gather_objects
 from sead_dist.errors import UserError
+from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.roster import Teacher
+from sead_dist.teachers.teacher import Teacher
 
 # the share of a rank's free memory that teachers may take; the rest is the student's
 TEACHER_SHARE = 0.5

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data import Split, TokenTable, describe_cuts, tokenize
-from sead_dist.distributed import StopRequestedError, World, gather_objects
+from sead_dist.data.order import Split, TokenTable, describe_cuts, tokenize
 from sead_dist.errors import RunError
-from sead_dist.internals import TeacherLogits
-from sead_dist.modelinputs import CheckRows, real_rows
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.models.inputs import CheckRows, real_rows
+from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects
+from sead_dist.store.store import PredictionStore
+from sead_dist.store.table import Table
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.follow import Awaited, Follower
-from sead_dist.teachers.forward import NotFiniteError, predict
+from sead_dist.teachers.inference import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.placement import exchange, is_split, owners
-from sead_dist.teachers.roster import Teacher
-from sead_dist.teachers.sharded import agreed, build_sharded, check_sharded, predict_together
-from sead_dist.teachers.store import PredictionStore
-from sead_dist.teachers.table import Table
+from sead_dist.teachers.pool_client import Awaited, Follower
+from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, predict_together
+from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
 
 # predictions of a teacher that are kept together; a killed run loses fewer, and two batches' rows

@@ -24,12 +24,12 @@ from small import (
 )
 from test_gradients import teachers_of
 
-from sead_dist.data import BatchStream
-from sead_dist.distributed import StopFlag
-from sead_dist.engine import Engine
+from sead_dist.data.order import BatchStream
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.runtime.heartbeat import Watch
 from sead_dist.teachers.base import Lesson
-from sead_dist.trainer import Tally, Trainer
-from sead_dist.watch import Watch
+from sead_dist.training.engine import Engine
+from sead_dist.training.trainer import Tally, Trainer
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]

@@ -5,8 +5,8 @@ import pytest
 from ranks import run_ranks, try_ranks
 from small import make_source, roster, save_teacher, small_split
 
-from sead_dist.distributed import barrier
 from sead_dist.errors import RunError, UserError
+from sead_dist.runtime.distributed import barrier
 from sead_dist.teachers.base import Request
 
 MIXES = {

@@ -8,14 +8,14 @@ import torch
 from ranks import run_ranks
 from small import build_model, config, small_split
 
-from sead_dist.data import BatchStream
-from sead_dist.distributed import StopFlag
-from sead_dist.engine import Engine
+from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
-from sead_dist.internals import TeacherLogits
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.runtime.heartbeat import Watch
 from sead_dist.teachers.base import Lesson
-from sead_dist.trainer import Tally, Trainer
-from sead_dist.watch import Watch
+from sead_dist.training.engine import Engine
+from sead_dist.training.trainer import Tally, Trainer
 
 
 def teachers_of(batch) -> TeacherLogits:

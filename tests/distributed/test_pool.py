@@ -14,17 +14,17 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import model_bytes, read, run_distill, save_teacher, words, write_task
 
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import World
+from sead_dist.cli.submit import forget_refused
+from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
-from sead_dist.poolsubmit import forget_refused
-from sead_dist.recipes import distill
-from sead_dist.runfolder import followed_store, say_followed, try_lock
-from sead_dist.runlog import is_finished
-from sead_dist.teach import refuse_other_store, teach, worker_folder
-from sead_dist.teachers.follow import store_id
-from sead_dist.teachers.layout import create
-from sead_dist.teachers.worker import Worker
+from sead_dist.runs.claim import followed_store, say_followed, try_lock
+from sead_dist.runs.distillation import distill
+from sead_dist.runs.pool_worker import refuse_other_store, teach, worker_folder
+from sead_dist.runtime.distributed import World
+from sead_dist.runtime.run_log import is_finished
+from sead_dist.store.layout import create
+from sead_dist.teachers.pool import Worker
+from sead_dist.teachers.pool_client import store_id
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
 PAIRS = 3 * (54 + 6 + 20)
@@ -305,8 +305,8 @@ def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
     task, tmp_path, distil, monkeypatch, keys, of_the_other
 ):
     """Where scores decide who teaches, it has to know how all do on the selection split."""
-    for module in ("teach", "recipes"):  # these teachers know nothing
-        monkeypatch.setattr(f"sead_dist.{module}.admit", lambda *_: None)
+    for module in ("pool_worker", "distillation"):  # these teachers know nothing
+        monkeypatch.setattr(f"sead_dist.runs.{module}.admit", lambda *_: None)
     _, (one, two, three) = task
     pooled = [f"{{path: {path}, placement: pool}}" for path in (one, three)]
     entries = f"teachers=[{pooled[0]}, {two}, {pooled[1]}]"

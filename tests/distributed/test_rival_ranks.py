@@ -19,16 +19,16 @@ from small import (
     write_task,
 )
 
-from sead_dist.data import BatchStream
-from sead_dist.distributed import StopFlag
-from sead_dist.engine import Engine
+from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
-from sead_dist.internals import TeacherLogits, find_anatomy
-from sead_dist.rivals import make_rival
+from sead_dist.models.hidden_states import TeacherLogits, find_anatomy
+from sead_dist.objectives.feature_losses import make_rival
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.runtime.heartbeat import Watch
 from sead_dist.teachers.base import Lesson
-from sead_dist.teachers.guide import Guide
-from sead_dist.trainer import Tally, Trainer
-from sead_dist.watch import Watch
+from sead_dist.teachers.feature_teacher import Guide
+from sead_dist.training.engine import Engine
+from sead_dist.training.trainer import Tally, Trainer
 
 METHODS = ("distilbert", "tinybert", "minilm")
 

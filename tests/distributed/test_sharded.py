@@ -25,7 +25,7 @@ from small import (
 
 from sead_dist.errors import RunError
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.sharded import build_sharded
+from sead_dist.teachers.sharding import build_sharded
 
 SPLIT = small_split(21)
 # some rows, all rows (some are there by then), one row: fewer than there are ranks
@@ -95,7 +95,7 @@ def live_bytes() -> int:
 def weighed(world, folder, entry):
     """Bytes on this rank: most while loading, after it, most while computing, after it, and those
     read from the files."""
-    from sead_dist.teachers import sharded
+    from sead_dist.teachers import sharding as sharded
 
     (teacher,) = roster([entry], world)
     seen, read_bytes = [], []

@@ -8,10 +8,10 @@ import pytest
 from ranks import run_ranks
 from small import CPU, model_bytes, read, roster, save_teacher, student_shape, words, write_task
 
-from sead_dist.configfiles import load_config
-from sead_dist.plan import plan
-from sead_dist.rates import Rate, remember, remembered, teacher_key, this_machine
-from sead_dist.recipes import distill
+from sead_dist.config.load import load_config
+from sead_dist.planning.table import plan
+from sead_dist.runs.distillation import distill
+from sead_dist.teachers.rates import Rate, remember, remembered, teacher_key, this_machine
 
 RANKS = 2
 

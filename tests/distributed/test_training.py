@@ -25,7 +25,7 @@ def digest(tensors) -> str:
 
 def run_and_watch(world, given):
     """The student's weights after each step, and at the end, as this rank holds them."""
-    from sead_dist.engine import Engine
+    from sead_dist.training.engine import Engine
 
     seen, engines, step = [], [], Engine.step
 

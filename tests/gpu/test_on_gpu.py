@@ -23,16 +23,16 @@ pytestmark = [
 def test_a_prediction_on_a_gpu_has_the_same_bits_whatever_its_neighbours(
     grammar: Path, teachers: list[Path], dtype: str, packed: bool
 ) -> None:
-    from sead_dist.config import TeacherConfig
-    from sead_dist.data import make_split
-    from sead_dist.examples import build_examples
-    from sead_dist.loading import load_split
-    from sead_dist.models import build_teacher
-    from sead_dist.pretrained import load_tokenizer, locate
-    from sead_dist.tasks import load_task
-    from sead_dist.teachers.forward import predict
+    from sead_dist.config.schema import TeacherConfig
+    from sead_dist.data.examples import build_examples
+    from sead_dist.data.loading import load_split
+    from sead_dist.data.order import make_split
+    from sead_dist.data.task_files import load_task
+    from sead_dist.models.pretrained import load_tokenizer, locate
+    from sead_dist.models.sequence_classifier import build_teacher
+    from sead_dist.teachers.inference import predict
     from sead_dist.teachers.packing import use_packs
-    from sead_dist.teachers.roster import cut_of
+    from sead_dist.teachers.teacher import cut_of
 
     task = load_task(str(grammar / "task.yaml"))
     rows = load_split(task, "train", grammar, None, None, False)
@@ -68,11 +68,11 @@ def test_a_prediction_on_a_gpu_has_the_same_bits_whatever_its_neighbours(
 def test_packs_on_a_gpu_say_what_padded_batches_say(kind: str, hidden: int) -> None:
     from transformers import AutoConfig
 
-    from sead_dist.data import TokenTable
-    from sead_dist.models import new_classifier
-    from sead_dist.teachers.forward import predict
+    from sead_dist.data.order import TokenTable
+    from sead_dist.models.sequence_classifier import new_classifier
+    from sead_dist.teachers.inference import predict
     from sead_dist.teachers.packing import use_packs
-    from sead_dist.teachers.roster import cut_of
+    from sead_dist.teachers.teacher import cut_of
 
     config = AutoConfig.for_model(
         kind, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=hidden // 64,
@@ -115,7 +115,7 @@ def test_packs_on_a_gpu_say_what_padded_batches_say(kind: str, hidden: int) -> N
 def test_a_bf16_run_on_a_gpu_names_its_packs_in_the_numerics_class(
     words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from sead_dist.runlog import read_json
+    from sead_dist.runtime.run_log import read_json
 
     launch(1, words(tmp_path / "run", "teacher_precision=bf16"))
     manifest = read_json(tmp_path / "run" / "teacher_manifest.json")
@@ -142,7 +142,7 @@ def test_a_deterministic_run_on_one_gpu_gives_the_same_student_twice(
 def test_two_gpus_exchange_logits_over_nccl(
     words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from sead_dist.runlog import read_json
+    from sead_dist.runtime.run_log import read_json
 
     launch(2, words(tmp_path / "two", "placement=partitioned"))
     launch(1, words(tmp_path / "one"))
@@ -155,7 +155,7 @@ def test_two_gpus_exchange_logits_over_nccl(
 def test_a_sharded_teacher_on_gpus_says_what_the_whole_one_says(
     words: Callable[..., list[str]], teachers: list[Path], tmp_path: Path, offload: str
 ) -> None:
-    from sead_dist.runlog import read_json
+    from sead_dist.runtime.run_log import read_json
 
     ranks = min(GPUS, 2)
     entry = f"{{path: {teachers[0]}, placement: sharded, offload: {offload}, dtype: bf16}}"

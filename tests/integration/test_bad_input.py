@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from small import ALONE
 from transformers import AutoTokenizer
 
+from sead_dist.cli.grammar import write_grammar_task
 from sead_dist.errors import RunError, UserError
-from sead_dist.grammar import write_grammar_task
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -130,8 +130,8 @@ def without_special_tokens(folder):
 def test_a_text_without_a_token_is_refused_before_there_is_any_output(
     refused, changed, teacher, teachers, grammar, tmp_path, words
 ):
-    from sead_dist.configfiles import load_config
-    from sead_dist.recipes import finetune
+    from sead_dist.config.load import load_config
+    from sead_dist.runs.distillation import finetune
 
     lines = (grammar / "validation.tsv").read_text().split("\n")
     lines[3] = f" \u200b\t{lines[3].split(chr(9))[1]}"
@@ -463,7 +463,7 @@ def test_two_ranks_tell_nan_logits_once(cli, words, teachers, tmp_path):
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from sead_dist.cli import main
+from sead_dist.cli.commands import main
 main(sys.argv[2:])
 """
 
@@ -551,9 +551,9 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(
 def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
     words, grammar, finished, tmp_path
 ):
-    from sead_dist.configfiles import load_config
-    from sead_dist.distributed import World
-    from sead_dist.recipes import distill, finetune
+    from sead_dist.config.load import load_config
+    from sead_dist.runs.distillation import distill, finetune
+    from sead_dist.runtime.distributed import World
 
     alone = World(0, 1, torch.device("cpu"))
     given = [
@@ -581,9 +581,9 @@ def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
 
 
 def test_runs_of_different_sample_sizes_never_select_on_each_others_training_rows(words, grammar):
-    from sead_dist.configfiles import load_config
-    from sead_dist.splits import load_examples
-    from sead_dist.tasks import load_task
+    from sead_dist.config.load import load_config
+    from sead_dist.data.splits import load_examples
+    from sead_dist.data.task_files import load_task
 
     task = load_task(str(grammar / "task.yaml"))
     texts = {}
@@ -607,9 +607,9 @@ def test_a_head_that_is_missing_is_told_before_its_classes_are_asked_for(refused
 
 
 def test_teachers_are_not_put_among_other_things(words, grammar, tmp_path):
-    from sead_dist.configfiles import load_config
-    from sead_dist.distributed import World
-    from sead_dist.recipes import finetune
+    from sead_dist.config.load import load_config
+    from sead_dist.runs.distillation import finetune
+    from sead_dist.runtime.distributed import World
 
     (tmp_path / "notes.txt").write_text("mine")
     given = [f"encoders=[{grammar / 'shape.yaml'}]", f"student.tokenizer={grammar / 'tokenizer'}"]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from small import save_random_bert
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist.apply import evaluate_model, predict_file
-from sead_dist.cli import main
+from sead_dist.cli.commands import main
 from sead_dist.errors import RunError, UserError
+from sead_dist.runs.prediction import evaluate_model, predict_file
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -213,7 +213,7 @@ def test_where_scores_cannot_be_written_is_found_out_before_they_are_computed(
     teachers, grammar, tmp_path, monkeypatch, place
 ):
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr("sead_dist.apply.load_answerer", None)
+    monkeypatch.setattr("sead_dist.runs.prediction.load_answerer", None)
     file = str(tmp_path / place)
     with pytest.raises(UserError, match=f"--json {file}"):
         evaluate_model(str(teachers[0]), str(grammar / "task.yaml"), str(grammar), None, None, file)

@@ -13,12 +13,13 @@ from small import SHAPES, build_model, save_random_bert
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist import export, onnxfile
-from sead_dist.apply import evaluate_model
-from sead_dist.cli import main
+from sead_dist.cli.commands import main
 from sead_dist.errors import RunError, UserError
-from sead_dist.evaluate import EvalResult
-from sead_dist.export import export_onnx
+from sead_dist.runs import onnx_export as export
+from sead_dist.runs import onnx_file as onnxfile
+from sead_dist.runs.onnx_export import export_onnx
+from sead_dist.runs.prediction import evaluate_model
+from sead_dist.training.evaluation import EvalResult
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 FIXTURES = Path(__file__).parent.parent / "fixtures"

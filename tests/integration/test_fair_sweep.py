@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from small import ALONE, read, records, sweep_words, words, write_task
 
-from sead_dist import sweep
-from sead_dist.configfiles import load_config
+from sead_dist.cli.sweep_submit import submit_sweep
+from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
-from sead_dist.launcher import requests
-from sead_dist.plan import plan as plan_run
-from sead_dist.recipes import distill, finetune
-from sead_dist.slurm import SlurmSettings
-from sead_dist.sweep import run_sweep
-from sead_dist.sweepplan import make_plan
-from sead_dist.sweepsteps import needs_rows
-from sead_dist.sweepsubmit import submit_sweep
+from sead_dist.planning.table import plan as plan_run
+from sead_dist.runs.distillation import distill, finetune
+from sead_dist.slurm.settings import SlurmSettings
+from sead_dist.slurm.submit import requests
+from sead_dist.sweep import run as sweep
+from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.run import run_sweep
+from sead_dist.sweep.steps import needs_rows
 
 
 @pytest.fixture(scope="module")

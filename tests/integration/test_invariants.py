@@ -22,10 +22,10 @@ from small import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from sead_dist.configfiles import load_config
+from sead_dist.config.load import load_config
+from sead_dist.data.splits import load_examples
 from sead_dist.errors import UserError
-from sead_dist.runfiles import read_run
-from sead_dist.splits import load_examples
+from sead_dist.reporting.run_files import read_run
 
 
 @pytest.fixture(scope="module")

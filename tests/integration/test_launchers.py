@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sead_dist.distributed import World, join_world
-from sead_dist.engine import check_world
 from sead_dist.errors import UserError
+from sead_dist.runtime.distributed import World, join_world
+from sead_dist.training.engine import check_world
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

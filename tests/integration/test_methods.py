@@ -7,10 +7,10 @@ import pytest
 import yaml
 from small import ALONE, model_bytes, read, shape
 
-from sead_dist.configfiles import load_config, shipped_methods
+from sead_dist.cli.grammar import write_grammar_task
+from sead_dist.config.load import load_config, shipped_methods
 from sead_dist.errors import UserError
-from sead_dist.grammar import write_grammar_task
-from sead_dist.recipes import distill, finetune
+from sead_dist.runs.distillation import distill, finetune
 
 # the built-in task's classes are about equal in number: a constant answer gets half of them right
 MARGIN = 0.1

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist.configfiles import load_config
-from sead_dist.data import epoch_order
-from sead_dist.engine import micro_batch_seed
-from sead_dist.recipes import distill, finetune
-from sead_dist.splits import load_examples
-from sead_dist.tasks import load_task
+from sead_dist.config.load import load_config
+from sead_dist.data.order import epoch_order
+from sead_dist.data.splits import load_examples
+from sead_dist.data.task_files import load_task
+from sead_dist.runs.distillation import distill, finetune
+from sead_dist.training.engine import micro_batch_seed
 
 STEPS, BATCH, RATE, DECAY, CLIP, SEED = 5, 8, 1e-3, 0.1, 0.5, 3
 # two of five steps rise; TinyBERT's first stage has two, of the second's three one rises

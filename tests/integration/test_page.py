@@ -8,7 +8,7 @@ import pytest
 from browser import CHROMIUM, open_browser, open_page
 from sample_sweep import METHODS, sample_report, take_away
 
-from sead_dist.page import render_page
+from sead_dist.sweep.page import render_page
 
 pytestmark = pytest.mark.browser
 TASKS = ("cola", "sst2", "mrpc", "rte", "stsb", "wic")

@@ -12,15 +12,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from sead_dist.cli import main
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import World
+from sead_dist.cli.commands import main
+from sead_dist.cli.submit import requests
+from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
-from sead_dist.export import export_onnx
-from sead_dist.hub import check_push, push_run
-from sead_dist.poolsubmit import requests
-from sead_dist.recipes import finetune
-from sead_dist.sweepplan import make_plan
+from sead_dist.reporting.hub import check_push, push_run
+from sead_dist.runs.distillation import finetune
+from sead_dist.runs.onnx_export import export_onnx
+from sead_dist.runtime.distributed import World
+from sead_dist.sweep.grid import make_plan
 
 TOKEN = "hf_QwErTyUiOpAsDfGhJk"
 

@@ -12,10 +12,10 @@ import yaml
 from small import grammar_tokenizer, read, sentences
 from transformers import BertConfig, BertModel
 
-from sead_dist.cli import main
-from sead_dist.distributed import World
+from sead_dist.cli.commands import main
+from sead_dist.cli.reproduce import CHECKPOINTS, reproduce
 from sead_dist.errors import UserError
-from sead_dist.reproduce import CHECKPOINTS, reproduce
+from sead_dist.runtime.distributed import World
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -177,7 +177,7 @@ def test_sixteen_checkpoints_are_listed_with_their_figures(capsys):
 def test_without_the_hub_it_fails_at_once_and_names_all_that_is_missing(tmp_path, monkeypatch):
     """In a process of its own, where no variable says that it is offline: nobody answers at the
     hub's address."""
-    program = "import sys; from sead_dist.cli import main; main(sys.argv[1:])"
+    program = "import sys; from sead_dist.cli.commands import main; main(sys.argv[1:])"
     env = {
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": str(tmp_path / "home"),

@@ -24,9 +24,9 @@ from small import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from sead_dist.configfiles import load_config
+from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
-from sead_dist.recipes import distill
+from sead_dist.runs.distillation import distill
 
 METHODS = ("distilbert", "tinybert", "minilm")
 # 54 rows, eight a step, two epochs

@@ -43,7 +43,7 @@ def test_no_file_of_a_run_holds_a_secret_of_its_environment_or_words(
 
 
 def test_a_line_of_the_log_loses_its_tokens(tmp_path):
-    from sead_dist.runlog import RunLog
+    from sead_dist.runtime.run_log import RunLog
 
     log = RunLog(tmp_path, True, console=False)
     log.say(f"asked with {TOKENS['HF_TOKEN']} at https://a:b@example.org/x")

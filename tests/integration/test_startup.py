@@ -25,7 +25,7 @@ HEAVY = {
 # what the process has imported by the time that it would leave
 DUMP = """
 import json, sys
-from sead_dist import cli
+from sead_dist.cli import commands as cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as exit:

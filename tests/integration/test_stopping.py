@@ -43,8 +43,8 @@ def whole(task, tmp_path_factory):
 def slowly(world, given, where, seconds):
     """The recipe, with every teacher batch or student step taking longer; where="hang": one step
     of rank 1 never ends."""
-    from sead_dist.engine import Engine
     from sead_dist.teachers import source
+    from sead_dist.training.engine import Engine
 
     predict, step, count = source.predict, Engine.step, []
 

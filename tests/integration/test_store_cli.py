@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from sead_dist import storecli
-from sead_dist.cli import parser
+from sead_dist.cli import store as storecli
+from sead_dist.cli.commands import parser
 from sead_dist.errors import RunError, UserError
-from sead_dist.teachers.store import PredictionStore
-from sead_dist.teachers.table import TeacherKey
-from sead_dist.teachers.upkeep import list_store
+from sead_dist.store.maintenance import list_store
+from sead_dist.store.store import PredictionStore
+from sead_dist.store.table import TeacherKey
 
 
 @pytest.fixture(scope="module")

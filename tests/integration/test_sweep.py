@@ -12,10 +12,10 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import ALONE, model_bytes, read, records, student_shape, sweep_words, write_task
 
-from sead_dist import sweep
 from sead_dist.errors import RunError, UserError
-from sead_dist.runfolder import try_lock
-from sead_dist.sweep import run_sweep
+from sead_dist.runs.claim import try_lock
+from sead_dist.sweep import run as sweep
+from sead_dist.sweep.run import run_sweep
 
 METHODS = ("finetune", "mean", "single")
 

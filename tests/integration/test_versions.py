@@ -9,14 +9,14 @@ import pytest
 import torch
 from small import example_set
 
-from sead_dist.checkpoint import RULES, Identity, refuse_other
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import World
+from sead_dist.config.load import load_config
+from sead_dist.data.examples import fingerprint
+from sead_dist.data.task_files import Answer
 from sead_dist.errors import UserError
-from sead_dist.examples import fingerprint
-from sead_dist.recipes import distill
-from sead_dist.sweep import run_sweep
-from sead_dist.tasks import Answer
+from sead_dist.runs.distillation import distill
+from sead_dist.runtime.distributed import World
+from sead_dist.sweep.run import run_sweep
+from sead_dist.training.checkpoint import RULES, Identity, refuse_other
 
 OLD = Path(__file__).parents[1] / "data" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))

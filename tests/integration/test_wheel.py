@@ -75,7 +75,8 @@ def test_wheel_holds_every_module_config_template_and_the_licence(site):
     assert "deepspeed/zero2.json" in zero
     assert {"base.yaml", "tasks/sst2.yaml", "students/L6-H256-A8.yaml"} <= configs
     assert shipped("*.j2", site) == {
-        f"sead_dist/templates/{path.name}" for path in (ROOT / "sead_dist/templates").glob("*.j2")
+        f"sead_dist/reporting/templates/{path.name}"
+        for path in (ROOT / "sead_dist/reporting/templates").glob("*.j2")
     }
     assert (site / "sead_dist" / "py.typed").is_file()
     assert (dist_info(site) / "licenses" / "LICENSE").read_bytes() == (
@@ -101,7 +102,7 @@ def test_metadata_names_requirements_extras_licence_and_command(site):
     assert metadata.get_payload().startswith("# sead_dist")
     commands = configparser.ConfigParser()
     commands.read(dist_info(site) / "entry_points.txt")
-    assert commands["console_scripts"]["sead-dist"] == "sead_dist.cli:main"
+    assert commands["console_scripts"]["sead-dist"] == "sead_dist.cli.commands:main"
 
 
 def test_constraints_pin_every_requirement_to_a_public_version(site):
@@ -122,7 +123,7 @@ def test_constraints_pin_every_requirement_to_a_public_version(site):
 
 
 def test_unpacked_wheel_finds_its_own_configs_by_name(site, tmp_path):
-    where = "import sead_dist.configfiles as c; print(c.config_folder())"
+    where = "import sead_dist.config.load as c; print(c.config_folder())"
     done = run(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=site)
     assert done.stdout.strip() == str(site / "sead_dist" / "configs")
     words = ["distill", "sst2", "data.path=.", "student=L6-H256-A8", "output_dir=run"]

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from small import model_bytes, records, words
 
-from sead_dist import cli, jobs, slurm
+from sead_dist.cli import commands as cli
+from sead_dist.slurm import jobs
+from sead_dist.slurm import settings as slurm
 
 START = Path(__file__).with_name("start.sh")
 STEPS = 210

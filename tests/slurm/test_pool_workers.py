@@ -7,9 +7,10 @@ import pytest
 from small import model_bytes
 from submitted import Submitted, until
 
-from sead_dist import jobs, slurm
-from sead_dist.runlog import is_finished
-from sead_dist.teach import worker_folder
+from sead_dist.runs.pool_worker import worker_folder
+from sead_dist.runtime.run_log import is_finished
+from sead_dist.slurm import jobs
+from sead_dist.slurm import settings as slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 # of two teachers: 54 training, 6 selection and 20 dev rows

@@ -14,8 +14,9 @@ import pytest
 from small import model_bytes, records
 from submitted import PYTHON_FIRST, START, STEPS, Submitted, kill_rank, needed, rank_pid, run, until
 
-from sead_dist import jobs, slurm
 from sead_dist.errors import RunError, UserError
+from sead_dist.slurm import jobs
+from sead_dist.slurm import settings as slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 ROOT = Path(__file__).parents[2]

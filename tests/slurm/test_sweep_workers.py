@@ -4,7 +4,7 @@ import pytest
 from small import read, records, sweep_words, write_task
 from submitted import Submitted, run, until
 
-from sead_dist import slurm
+from sead_dist.slurm import settings as slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import yaml
 
-from sead_dist.report import write_predictions
-from sead_dist.runlog import write_json
+from sead_dist.reporting.report import write_predictions
+from sead_dist.runtime.run_log import write_json
 
 RESULTS = {
     "eval_accuracy": 0.9266,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import CPU, config
 
-from sead_dist.engine import slow_arithmetic
+from sead_dist.training.engine import slow_arithmetic
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import pytest
 from scipy.special import expit, stdtrit
 from scipy.stats import chi2, norm, ttest_1samp
 
-from sead_dist import bootstrap, metrics
-from sead_dist.bootstrap import (
+from sead_dist.data import metrics
+from sead_dist.data.metrics import Answer
+from sead_dist.sweep import significance as bootstrap
+from sead_dist.sweep.significance import (
     cautious_p,
     compare,
     draw_units,
@@ -18,7 +20,6 @@ from sead_dist.bootstrap import (
     units_of,
     variance_of_mean,
 )
-from sead_dist.metrics import Answer
 
 
 class Rows:

@@ -5,8 +5,8 @@ import yaml
 from huggingface_hub import ModelCard
 from sample_run import CONFIG, RESULTS, change, make_predictions, make_run
 
-from sead_dist.report import write_report
-from sead_dist.runlog import write_json
+from sead_dist.reporting.report import write_report
+from sead_dist.runtime.run_log import write_json
 
 
 def cells(card, first):

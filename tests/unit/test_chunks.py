@@ -7,11 +7,11 @@ import pytest
 import torch
 from small import ALONE, config, make_source, roster, save_teacher, small_split
 
-from sead_dist.data import BatchStream
-from sead_dist.ensemble import asked_teachers
+from sead_dist.data.order import BatchStream
+from sead_dist.objectives.ensemble import asked_teachers
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.claims import Claims
-from sead_dist.teachers.worker import Worker
+from sead_dist.teachers.pool import Worker
 
 TEACHERS, ROWS = 3, 8
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sead_dist.store.layout import create
 from sead_dist.teachers import claims as module
 from sead_dist.teachers.claims import Claims
-from sead_dist.teachers.layout import create
 
 FAR_PAST, FAR_FUTURE = 0.0, 4e9
 

@@ -24,22 +24,23 @@ from store_world import (
     start,
 )
 
-from sead_dist.teachers import ids as id_sets
-from sead_dist.teachers import layout, logits, tensorfile
-from sead_dist.teachers.coverage import Coverage
-from sead_dist.teachers.ids import common, is_sorted_unique, positions, union, unique_ids
-from sead_dist.teachers.upkeep import compact, list_store, plan_removal, remove, verify
+from sead_dist.store import ids as id_sets
+from sead_dist.store import layout, logits
+from sead_dist.store import tensor_file as tensorfile
+from sead_dist.store.coverage import Coverage
+from sead_dist.store.ids import common, is_sorted_unique, positions, union, unique_ids
+from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Small stores take the ways of large ones: mapped, in many chunks, in many pieces."""
     monkeypatch.setattr(tensorfile, "MAP_BYTES", 2000)
-    for module in ("table", "compaction", "keyblocks"):
-        monkeypatch.setattr(f"sead_dist.teachers.{module}.MAP_BYTES", 2000)
+    for module in ("table", "compaction", "key_blocks"):
+        monkeypatch.setattr(f"sead_dist.store.{module}.MAP_BYTES", 2000)
     monkeypatch.setattr(logits, "CHUNK_BYTES", 600)
     monkeypatch.setattr(id_sets, "PIECE", 128)
-    monkeypatch.setattr("sead_dist.teachers.coverage.PIECE", 128)
+    monkeypatch.setattr("sead_dist.store.coverage.PIECE", 128)
 
 
 def some(num: int, of: int, seed: int) -> np.ndarray:
@@ -313,8 +314,8 @@ def test_compact_sets_an_altered_compacted_block_aside(tmp_path):
 
 
 FILLED = """
-from sead_dist.teachers import merging
-from sead_dist.teachers.upkeep import compact
+from sead_dist.store import merging
+from sead_dist.store.maintenance import compact
 def tell(logits_MC):
     print("filled", flush=True)
     time.sleep(60)
@@ -382,7 +383,7 @@ def test_a_compact_without_room_is_one_line_and_loses_nothing(tmp_path):
     code = """
 import resource
 from sead_dist.errors import RunError
-from sead_dist.teachers.upkeep import compact
+from sead_dist.store.maintenance import compact
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     compact(Path(sys.argv[1]))
@@ -407,7 +408,7 @@ def test_a_compact_on_a_really_full_disk_is_one_line_too(tmp_path):
         pytest.skip("no permission to mount a small disk here")
     code = """
 from sead_dist.errors import RunError
-from sead_dist.teachers.upkeep import compact
+from sead_dist.store.maintenance import compact
 try:
     compact(Path(sys.argv[1]))
 except RunError as error:

@@ -5,10 +5,10 @@ import re
 import pytest
 from small import config
 
-from sead_dist.config import RunConfig, dump_config
-from sead_dist.configfiles import config_folder, load_config, shipped_methods
+from sead_dist.config.load import config_folder, load_config, shipped_methods
+from sead_dist.config.schema import RunConfig, dump_config
+from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
-from sead_dist.yamltext import parse_yaml
 
 
 def test_files_stack_left_to_right_and_words_come_last(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from small import config, example_set, sentences, small_split
 
-from sead_dist.data import (
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.examples import subset
+from sead_dist.data.order import (
     BatchStream,
     Cursor,
     cut_by_tokens,
@@ -21,10 +23,8 @@ from sead_dist.data import (
     tokenize,
 )
 from sead_dist.errors import UserError
-from sead_dist.examples import subset
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.internals import TeacherLogits
-from sead_dist.losses import total_loss
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.losses import total_loss
 from sead_dist.teachers.base import Request, stream
 
 

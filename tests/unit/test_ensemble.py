@@ -8,10 +8,16 @@ import pytest
 import torch
 from small import config
 
-from sead_dist.config import EnsembleMethod
-from sead_dist.ensemble import agreement, check_method, chosen_teacher, combine, frozen_weights
+from sead_dist.config.schema import EnsembleMethod
 from sead_dist.errors import UserError
-from sead_dist.internals import TeacherLogits
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.ensemble import (
+    agreement,
+    check_method,
+    chosen_teacher,
+    combine,
+    frozen_weights,
+)
 
 
 def logs(rows) -> torch.Tensor:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sead_dist.cli import attempt
-from sead_dist.configfiles import load_config
+from sead_dist.cli.commands import attempt
+from sead_dist.config.load import load_config
+from sead_dist.data.loading import read_rows
+from sead_dist.data.task_files import TASKS, load_task
 from sead_dist.errors import RunError, UserError, refusal
-from sead_dist.loading import read_rows
-from sead_dist.pretrained import Checkpoint, load_model_config
-from sead_dist.runfolder import try_lock
-from sead_dist.tasks import TASKS, load_task
-from sead_dist.teachers.layout import create
+from sead_dist.models.pretrained import Checkpoint, load_model_config
+from sead_dist.runs.claim import try_lock
+from sead_dist.store.layout import create
 
 
 @pytest.mark.parametrize(

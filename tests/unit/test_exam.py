@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from small import LABELS, example_set, roster, save_teacher, sentences
 
-from sead_dist.data import make_split
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.examples import build_examples
+from sead_dist.data.order import make_split
+from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.examples import build_examples
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.tasks import TASKS, TaskSpec
-from sead_dist.teachers.exam import admit, better_order, describe, examine
+from sead_dist.teachers.validation import admit, better_order, describe, examine
 
 TASK = TaskSpec(name="small", kind="classification", text_a="{sentence}", labels=LABELS)
 # 12 rows, 8 of them positive: the best constant answer is right 2/3 of the time

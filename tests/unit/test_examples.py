@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sead_dist.errors import UserError
-from sead_dist.examples import (
+from sead_dist.data.examples import (
     ExampleSet,
     build_examples,
     concatenate,
@@ -20,8 +19,9 @@ from sead_dist.examples import (
     sample,
     subset,
 )
-from sead_dist.loading import load_split
-from sead_dist.tasks import TASKS
+from sead_dist.data.loading import load_split
+from sead_dist.data.task_files import TASKS
+from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SST2, RTE, QQP = TASKS["sst2"], TASKS["rte"], TASKS["qqp"]

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sead_dist.data.examples import build_examples
+from sead_dist.data.loading import is_quoted, load_split, names_decide, read_rows
+from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.examples import build_examples
-from sead_dist.loading import is_quoted, load_split, names_decide, read_rows
-from sead_dist.tasks import TASKS, TaskSpec
 
 TONE = TaskSpec(
     name="tone", kind="classification", text_a="{text}", labels=("positive", "negative")
@@ -64,7 +64,7 @@ def test_names_that_are_numbers_leave_numbers_their_documented_meaning(tmp_path)
     ],
 )  # fmt: skip
 def test_the_hubs_names_are_read_for_every_shipped_task(task, names):
-    from sead_dist.tasks import align_name, file_values, normalise_label
+    from sead_dist.data.task_files import align_name, file_values, normalise_label
 
     spec = TASKS[task]
     assert names_decide(spec, names.split())

@@ -10,9 +10,9 @@ import pytest
 from small import ALONE, make_source, roster, save_teacher, small_split
 
 from sead_dist.errors import RunError
-from sead_dist.teachers import follow
-from sead_dist.teachers.follow import Awaited, Follower, store_id
-from sead_dist.teachers.layout import create
+from sead_dist.store.layout import create
+from sead_dist.teachers import pool_client as follow
+from sead_dist.teachers.pool_client import Awaited, Follower, store_id
 
 SILENT_S, LOOKS = 10.0, 40
 

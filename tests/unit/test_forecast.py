@@ -17,8 +17,10 @@ from small import (
     sentences,
 )
 
-from sead_dist.data import BatchStream, make_split
-from sead_dist.forecast import (
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.order import BatchStream, make_split
+from sead_dist.data.splits import RunExamples
+from sead_dist.planning.workload import (
     Work,
     asked_share,
     batch_shapes,
@@ -28,12 +30,10 @@ from sead_dist.forecast import (
     teachers_seconds,
     training_seconds,
 )
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.rates import Rate
-from sead_dist.splits import RunExamples
+from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.placement import share_rows
-from sead_dist.teachers.store import PredictionStore
+from sead_dist.teachers.rates import Rate
 
 RATE = Rate((16, 64), (0.1, 0.4), batch_s=1.0, once_s=5.0)
 

@@ -11,13 +11,13 @@ import torch
 from small import CPU, SHAPES, build_model, example_set, logits_of, sentences
 from transformers import AutoConfig
 
-from sead_dist.data import make_split
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.models import DTYPES
-from sead_dist.teachers.forward import (
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.order import make_split
+from sead_dist.models.sequence_classifier import DTYPES
+from sead_dist.teachers.inference import (
     SHAPES as BATCHES,
 )
-from sead_dist.teachers.forward import (
+from sead_dist.teachers.inference import (
     Cut,
     NotFiniteError,
     cut_into_batches,

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from sead_dist import grammar
+from sead_dist.cli import grammar
 
 CLAUSE = re.compile(r"the (\w+) was ((?:\w+ )*)(\w+)")
 STRONG = {"very", "really", "truly", "so", "extremely"}

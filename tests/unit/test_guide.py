@@ -6,13 +6,13 @@ import pytest
 import torch
 from small import ALONE, CPU, config, edit_json, roster, save_teacher, small_split
 
-from sead_dist.data import make_batch
-from sead_dist.distributed import World
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.order import make_batch
 from sead_dist.errors import UserError
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.internals import Wanted, find_anatomy
-from sead_dist.pretrained import tokenizer_hash
-from sead_dist.teachers.guide import Guide, check_guide, held_everywhere, load_guide
+from sead_dist.models.hidden_states import Wanted, find_anatomy
+from sead_dist.models.pretrained import tokenizer_hash
+from sead_dist.runtime.distributed import World
+from sead_dist.teachers.feature_teacher import Guide, check_guide, held_everywhere, load_guide
 
 OWN = tokenizer_hash(grammar_tokenizer())
 TWO = World(0, 2, CPU)

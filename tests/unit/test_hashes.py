@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sead_dist import hashes
+from sead_dist.runtime import files as hashes
 
 CLOCKED = hashes._clocked
 OLD = time.time() - 3600

@@ -5,11 +5,11 @@ import torch
 from small import build_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from sead_dist import innercheck
+from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.errors import UserError
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.innercheck import check_inside, check_kind
-from sead_dist.models import outline
+from sead_dist.models import hidden_states_check as innercheck
+from sead_dist.models.hidden_states_check import check_inside, check_kind
+from sead_dist.models.sequence_classifier import outline
 
 METHODS = ("distilbert", "tinybert", "minilm")
 SIZES = {

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from sead_dist.innerlosses import (
+from sead_dist.models.hidden_states import scores
+from sead_dist.objectives.inner_losses import (
     attention_loss,
     cosine_loss,
     hidden_loss,
@@ -15,7 +16,6 @@ from sead_dist.innerlosses import (
     relation_heads,
     relation_loss,
     relations_loss,
-    scores,
 )
 
 LOG = math.log

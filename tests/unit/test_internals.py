@@ -5,8 +5,7 @@ import torch
 from small import build_model
 
 from sead_dist.errors import UserError
-from sead_dist.innerlosses import scores
-from sead_dist.internals import Wanted, find_anatomy, reading
+from sead_dist.models.hidden_states import Wanted, find_anatomy, reading, scores
 
 KINDS = ["bert", "roberta", "electra", "distilbert"]
 

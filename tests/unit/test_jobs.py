@@ -6,8 +6,10 @@ import stat
 
 import pytest
 
-from sead_dist import cli, jobs, slurm
+from sead_dist.cli import commands as cli
 from sead_dist.errors import RunError, UserError
+from sead_dist.slurm import jobs
+from sead_dist.slurm import settings as slurm
 
 
 def make_run(folder, starts=1, steps=(10, 20), finished=False):

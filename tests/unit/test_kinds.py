@@ -9,9 +9,9 @@ import torch
 from kinds import KINDS, alone, save_kind, texts
 from small import CPU, example_set
 
-from sead_dist.data import tokenize
+from sead_dist.data.order import tokenize
 from sead_dist.errors import UserError
-from sead_dist.modelinputs import (
+from sead_dist.models.inputs import (
     check_student,
     check_teacher,
     probed_padding,
@@ -19,9 +19,9 @@ from sead_dist.modelinputs import (
     reset_attention,
     settle,
 )
-from sead_dist.models import load_classifier
-from sead_dist.pretrained import load_tokenizer, locate, position_limit
-from sead_dist.teachers.forward import Cut, predict
+from sead_dist.models.pretrained import load_tokenizer, locate, position_limit
+from sead_dist.models.sequence_classifier import load_classifier
+from sead_dist.teachers.inference import Cut, predict
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 LONGEST, ROWS = 64, 12

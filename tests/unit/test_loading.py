@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sead_dist.data.examples import build_examples, count_overlap
+from sead_dist.data.loading import load_split, read_rows
+from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.examples import build_examples, count_overlap
-from sead_dist.loading import load_split, read_rows
-from sead_dist.tasks import TASKS, TaskSpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SST2 = TASKS["sst2"]
@@ -243,7 +243,7 @@ def test_an_explicit_file_needs_no_name():
 
 def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
     code = (
-        "from sead_dist.loading import load_split; from sead_dist.tasks import TASKS\n"
+        "from sead_dist.data.loading import load_split; from sead_dist.data.task_files import TASKS\n"
         "from sead_dist.errors import UserError\n"
         "try: load_split(TASKS['rte'], 'validation', None, None, None, False)\n"
         "except UserError as error: print(error)\n"
@@ -259,8 +259,8 @@ def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
 
 def test_reading_local_files_does_not_import_datasets():
     code = (
-        "import sys; from pathlib import Path; from sead_dist.loading import read_rows\n"
-        "from sead_dist.tasks import TASKS; import sead_dist.examples\n"
+        "import sys; from pathlib import Path; from sead_dist.data.loading import read_rows\n"
+        "from sead_dist.data.task_files import TASKS; import sead_dist.data.examples\n"
         f"read_rows(Path({str(FIXTURES / 'sst2' / 'dev.tsv')!r}), TASKS['sst2'])\n"
         "print([m for m in ('datasets', 'torch', 'transformers') if m in sys.modules])\n"
     )

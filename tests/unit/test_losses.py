@@ -7,8 +7,8 @@ import torch
 from small import config
 from torch.nn import functional as F
 
-from sead_dist.ensemble import SoftTargets
-from sead_dist.losses import alpha_at, hard_loss, soft_loss, total_loss
+from sead_dist.objectives.ensemble import SoftTargets
+from sead_dist.objectives.losses import alpha_at, hard_loss, soft_loss, total_loss
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)

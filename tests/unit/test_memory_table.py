@@ -7,10 +7,10 @@ import pytest
 from small import CPU, roster, save_teacher
 from transformers import AutoConfig
 
-from sead_dist.models import build_teacher, outline
+from sead_dist.models.sequence_classifier import build_teacher, outline
 from sead_dist.teachers.placement import TEACHER_SHARE, held_bytes
-from sead_dist.teachers.roster import weight_bytes
-from sead_dist.teachers.sharded import layers_of
+from sead_dist.teachers.sharding import layers_of
+from sead_dist.teachers.teacher import weight_bytes
 
 PAGE = Path(__file__).parents[2] / "docs" / "placement.md"
 GB = 10**9

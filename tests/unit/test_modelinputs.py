@@ -30,15 +30,14 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from sead_dist.apply import data_of, load_answerer
-from sead_dist.configfiles import load_config
-from sead_dist.data import make_split, tokenize
-from sead_dist.distributed import World
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.config.load import load_config
+from sead_dist.data.examples import ExampleSet
+from sead_dist.data.order import make_split, tokenize
+from sead_dist.data.splits import load_official
+from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
-from sead_dist.examples import ExampleSet
-from sead_dist.export import load_original
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.modelinputs import (
+from sead_dist.models.inputs import (
     CheckRows,
     check_student,
     check_teacher,
@@ -47,15 +46,16 @@ from sead_dist.modelinputs import (
     real_rows,
     settle,
 )
-from sead_dist.models import load_classifier
-from sead_dist.parts import read_inputs
-from sead_dist.pretrained import locate
-from sead_dist.splits import load_official
-from sead_dist.tasks import load_task
+from sead_dist.models.pretrained import locate
+from sead_dist.models.sequence_classifier import load_classifier
+from sead_dist.runs.onnx_export import load_original
+from sead_dist.runs.prediction import data_of, load_answerer
+from sead_dist.runs.setup import read_inputs
+from sead_dist.runtime.distributed import World
 from sead_dist.teachers import whole
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.forward import predict
-from sead_dist.teachers.roster import call_roster
+from sead_dist.teachers.inference import predict
+from sead_dist.teachers.teacher import call_roster
 from sead_dist.teachers.whole import load_whole
 
 ALONE = World(0, 1, CPU)

@@ -19,10 +19,10 @@ from small import (
     sentences,
 )
 
-from sead_dist.config import TeacherConfig
+from sead_dist.config.schema import TeacherConfig
+from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
-from sead_dist.models import align_classes, build_teacher, head_weights, outline, save_model
-from sead_dist.pretrained import (
+from sead_dist.models.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
@@ -31,8 +31,14 @@ from sead_dist.pretrained import (
     weight_files,
     weights_hash,
 )
-from sead_dist.tasks import TASKS
-from sead_dist.teachers.roster import call_roster
+from sead_dist.models.sequence_classifier import (
+    align_classes,
+    build_teacher,
+    head_weights,
+    outline,
+    save_model,
+)
+from sead_dist.teachers.teacher import call_roster
 
 
 def test_invariant_04_classes_are_aligned_by_name_and_alias():
@@ -217,7 +223,7 @@ def test_position_limits():
 def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
     from transformers import pipeline
 
-    from sead_dist.grammar import grammar_tokenizer
+    from sead_dist.cli.grammar import grammar_tokenizer
 
     model = build_model()
     save_model(model, model.state_dict(), grammar_tokenizer(), tmp_path, 32)

@@ -13,13 +13,13 @@ import torch
 from packs import kernel, stand_in_for_packs
 from small import CPU, build_model, example_set, roster, save_teacher, sentences
 
-from sead_dist.data import TokenTable, make_split
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.order import TokenTable, make_split
 from sead_dist.errors import UserError
-from sead_dist.forecast import batch_shapes
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.measure import measure_teacher
+from sead_dist.planning.workload import batch_shapes
 from sead_dist.teachers import packing
-from sead_dist.teachers.forward import Cut, batches_of, predict
+from sead_dist.teachers.inference import Cut, batches_of, predict
+from sead_dist.teachers.rate_measurement import measure_teacher
 
 KINDS = ["bert", "roberta", "electra"]
 TEXTS = [*sentences(40), "good", "bad plot"]

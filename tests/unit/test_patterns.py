@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sead_dist.configfiles import load_config
+from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
-from sead_dist.runfolder import given_teachers
-from sead_dist.sweepplan import make_plan
+from sead_dist.runs.claim import given_teachers
+from sead_dist.sweep.grid import make_plan
 
 BASE = ["sst2", "student=s", "output_dir=o"]
 

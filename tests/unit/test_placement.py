@@ -12,8 +12,8 @@ import torch
 from small import ALONE, logits_of, make_source, roster, save_teacher, small_split
 
 from sead_dist.errors import RunError
-from sead_dist.models import load_classifier
-from sead_dist.pretrained import locate
+from sead_dist.models.pretrained import locate
+from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.placement import (
     UNEVEN,

@@ -18,17 +18,17 @@ from small import (
 )
 from transformers import AutoConfig
 
-from sead_dist import planrates
-from sead_dist.configfiles import load_config
-from sead_dist.distributed import World
+from sead_dist.config.load import load_config
+from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
-from sead_dist.memory import FULL, bytes_at_work, student_bytes, teacher_bytes
-from sead_dist.models import outline
-from sead_dist.plan import free_of, plan
-from sead_dist.rates import default_rates, remembered, teacher_key, this_machine
-from sead_dist.recipes import distill
+from sead_dist.models.sequence_classifier import outline
+from sead_dist.planning import rates as planrates
+from sead_dist.planning.memory import FULL, bytes_at_work, student_bytes, teacher_bytes
+from sead_dist.planning.table import free_of, plan
+from sead_dist.runs.distillation import distill
+from sead_dist.runtime.distributed import World
 from sead_dist.teachers.placement import share_rows
-from sead_dist.yamltext import parse_yaml
+from sead_dist.teachers.rates import default_rates, remembered, teacher_key, this_machine
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
@@ -207,7 +207,7 @@ def test_rates_that_cannot_be_kept_do_not_lose_the_plan(task, tmp_path, monkeypa
 
 def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, rates, monkeypatch):
     data, teachers = task
-    monkeypatch.setattr("sead_dist.plan.read_inputs", None)
+    monkeypatch.setattr("sead_dist.planning.table.read_inputs", None)
     run = load_config(words(data, teachers, tmp_path / "run"))
     for path, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "plan", "does not exist")):
         with pytest.raises(UserError, match=f"--json .*{said}"):
@@ -215,7 +215,7 @@ def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, rat
 
 
 def test_ranks_that_are_not_there_share_this_machines_memory(monkeypatch):
-    monkeypatch.setattr("sead_dist.plan.least_free", lambda _world: 1000)
+    monkeypatch.setattr("sead_dist.planning.table.least_free", lambda _world: 1000)
     assert [free_of(ALONE, size) for size in (1, 4)] == [1000, 250]
     assert free_of(World(0, 2, CPU), 4) == 500
     # GPUs bring their own

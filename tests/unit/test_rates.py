@@ -9,8 +9,8 @@ import pytest
 from small import CPU, roster, save_teacher
 from transformers import AutoConfig
 
-from sead_dist.measure import Stopwatch, grid, measure_batches
-from sead_dist.rates import (
+from sead_dist.teachers.rate_measurement import Stopwatch, grid, measure_batches
+from sead_dist.teachers.rates import (
     Rate,
     costs,
     default_rates,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sead_dist.redact import redact
+from sead_dist.runtime.redact import redact
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from sample_run import CONFIG, make_run, softmax
 
-from sead_dist.console import print_table
 from sead_dist.errors import UserError
-from sead_dist.plots import even_records, reliability
-from sead_dist.report import read_predictions, write_predictions, write_report
-from sead_dist.runlog import write_json
+from sead_dist.reporting.plots import even_records, reliability
+from sead_dist.reporting.report import read_predictions, write_predictions, write_report
+from sead_dist.runtime.console import print_table
+from sead_dist.runtime.run_log import write_json
 
 
 def sizes(run):

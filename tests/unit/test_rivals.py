@@ -5,15 +5,15 @@ import torch
 from small import build_model, config
 
 from sead_dist.errors import UserError
-from sead_dist.innerlosses import attention_loss, cosine_loss, hidden_loss, scores
-from sead_dist.internals import find_anatomy, reading
-from sead_dist.losses import LossTerms
-from sead_dist.rivals import (
+from sead_dist.models.hidden_states import find_anatomy, reading, scores
+from sead_dist.objectives.feature_losses import (
     check_rival,
     make_rival,
     start_as_guide,
     without_projections,
 )
+from sead_dist.objectives.inner_losses import attention_loss, cosine_loss, hidden_loss
+from sead_dist.objectives.losses import LossTerms
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 0, 0]])

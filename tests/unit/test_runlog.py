@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sead_dist import progress
 from sead_dist.errors import UserError
-from sead_dist.runlog import (
+from sead_dist.runtime import progress
+from sead_dist.runtime.run_log import (
     RunLog,
     environment,
     read_json,

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from small import edit_json, roster, save_teacher
 
 from sead_dist.errors import UserError
-from sead_dist.teachers import sharded
+from sead_dist.teachers import sharding as sharded
 from sead_dist.teachers.placement import check_placements, choose_placements, held_bytes
-from sead_dist.teachers.sharded import check_shardable, empty_model
+from sead_dist.teachers.sharding import check_shardable, empty_model
 
 
 @pytest.fixture

@@ -1,19 +1,21 @@
 """What sbatch is told, and what is refused before it is asked. No SLURM is needed."""
 
 import os
+import pickle
 import stat
 import subprocess
 
 import pytest
 from small import config, save_teacher, words, write_task
 
-from sead_dist import cli, slurm
-from sead_dist.configfiles import config_folder
+from sead_dist.cli import commands as cli
+from sead_dist.cli.submit import parse_seeds, requests
+from sead_dist.config.load import config_folder
+from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
-from sead_dist.launcher import Launch, job_folder, sbatch_text
-from sead_dist.poolsubmit import parse_seeds, requests
-from sead_dist.slurm import SlurmSettings, load_settings, minutes, sbatch_parameters
-from sead_dist.yamltext import parse_yaml
+from sead_dist.slurm import settings as slurm
+from sead_dist.slurm.settings import SlurmSettings, load_settings, minutes, sbatch_parameters
+from sead_dist.slurm.submit import Launch, job_folder, sbatch_text
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +314,10 @@ def test_a_mistake_with_a_pool_is_found_before_the_queue(more, message, task, tm
     given = words(*task, tmp_path / "run")
     assert command("submit", *given, *more, "--dry-run", "--teacher-workers", 2) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_job_pickled_before_the_packages_moved_finds_its_launch():
+    from sead_dist.cli.commands import attempt_recipe
+
+    assert pickle.loads(b"csead_dist.launcher\nLaunch\n.") is Launch
+    assert pickle.loads(b"csead_dist.cli\nattempt_recipe\n.") is attempt_recipe

@@ -24,21 +24,22 @@ from small import (
 )
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from sead_dist import models, resaved, student
-from sead_dist.apply import load_answerer
-from sead_dist.config import StudentConfig, TeacherConfig
-from sead_dist.configfiles import load_config
-from sead_dist.engine import check_whole
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import StudentConfig, TeacherConfig
+from sead_dist.data.task_files import TASKS
 from sead_dist.errors import RunError, UserError
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.internals import Wanted as Read
-from sead_dist.internals import find_anatomy, reading
-from sead_dist.loaded import body_of, head_names, pooler_names
-from sead_dist.models import build_teacher, unshared
-from sead_dist.recipes import distill, finetune
-from sead_dist.rivals import start_as_guide
-from sead_dist.student import CUT_KINDS, build_student, check_start
-from sead_dist.tasks import TASKS
+from sead_dist.models import resaved, student
+from sead_dist.models import sequence_classifier as models
+from sead_dist.models.hidden_states import Wanted as Read
+from sead_dist.models.hidden_states import find_anatomy, reading
+from sead_dist.models.loaded import body_of, head_names, pooler_names
+from sead_dist.models.sequence_classifier import build_teacher, unshared
+from sead_dist.models.student import CUT_KINDS, build_student, check_start
+from sead_dist.objectives.feature_losses import start_as_guide
+from sead_dist.runs.distillation import distill, finetune
+from sead_dist.runs.prediction import load_answerer
+from sead_dist.training.engine import check_whole
 
 TEXTS = sentences(5)
 PREFIXES = [

@@ -5,11 +5,11 @@ import pytest
 import torch
 from small import TASK, build_model, edit_json, logits_of, save_teacher, sentences, student_shape
 
-from sead_dist.config import StudentConfig, TeacherConfig
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.config.schema import StudentConfig, TeacherConfig
+from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.student import build_student, student_tokenizer
-from sead_dist.tasks import TASKS
+from sead_dist.models.student import build_student, student_tokenizer
 
 TEXTS = sentences(5)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from small import student_shape
 
-from sead_dist.configfiles import load_config, shipped_methods
+from sead_dist.config.load import load_config, shipped_methods
 from sead_dist.errors import UserError
-from sead_dist.sweepplan import is_sweep, make_plan
+from sead_dist.sweep.grid import is_sweep, make_plan
 
 GIVEN = ["data.path=data/{task}", "student=L6-H256-A8", "output_dir=out"]
 ENCODERS = "encoders=[L12-H384-A12,L6-H384-A12]"

@@ -10,11 +10,11 @@ from small import ALONE, TASK, config, edit_json, example_set, save_teacher
 from transformers import AutoConfig
 from transformers.tokenization_python import PythonBackend
 
-from sead_dist.data import make_split, tokenize
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.pretrained import position_limit, tokenizer_hash
-from sead_dist.splits import RunExamples, RunSplits, told_cuts
-from sead_dist.teachers.roster import call_roster
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.data.order import make_split, tokenize
+from sead_dist.data.splits import RunExamples, RunSplits, told_cuts
+from sead_dist.models.pretrained import position_limit, tokenizer_hash
+from sead_dist.teachers.teacher import call_roster
 
 
 @pytest.mark.parametrize(

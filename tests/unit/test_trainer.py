@@ -11,16 +11,16 @@ import pytest
 import torch
 from small import ALONE, build_model, config, small_split
 
-from sead_dist.checkpoint import Checkpointer, Identity, TrainState
-from sead_dist.data import BatchStream, micro_batch_seed
-from sead_dist.distributed import StopFlag, World
-from sead_dist.engine import Engine, check_world
-from sead_dist.ensemble import asked_teachers, chosen_teacher
+from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
-from sead_dist.evaluate import EvalResult
-from sead_dist.runlog import RunLog
-from sead_dist.trainer import Trainer, is_better
-from sead_dist.watch import Watch
+from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
+from sead_dist.runtime.distributed import StopFlag, World
+from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.run_log import RunLog
+from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
+from sead_dist.training.engine import Engine, check_world
+from sead_dist.training.evaluation import EvalResult
+from sead_dist.training.trainer import Trainer, is_better
 
 
 def rates(**keys):

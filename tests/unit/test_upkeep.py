@@ -21,10 +21,10 @@ from store_world import (
 )
 
 from sead_dist.errors import UserError
-from sead_dist.teachers import compaction, layout
-from sead_dist.teachers.keyblocks import read_key_block
-from sead_dist.teachers.store import PredictionStore
-from sead_dist.teachers.upkeep import compact, list_store, plan_removal, remove, verify
+from sead_dist.store import compaction, layout
+from sead_dist.store.key_blocks import read_key_block
+from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+from sead_dist.store.store import PredictionStore
 
 
 def fill_in_parts(folder: Path, ids: np.ndarray, key, num_parts: int, **more) -> None:
@@ -184,7 +184,7 @@ def test_a_compact_between_reading_a_block_and_reading_its_keys_goes_unnoticed(
         compact(tmp_path)
         return read_key_block(path)
 
-    monkeypatch.setattr("sead_dist.teachers.blockreader.read_key_block", compact_first)
+    monkeypatch.setattr("sead_dist.store.block_reader.read_key_block", compact_first)
     assert check_reads(tmp_path, ids, key) == []
     assert not any(path.exists() for path in old_keys)
     assert os.listdir(tmp_path / "quarantine") == []
@@ -213,7 +213,7 @@ def test_one_compact_at_a_time(tmp_path):
 
 COMPACT = """
 from sead_dist.errors import UserError
-from sead_dist.teachers.upkeep import compact
+from sead_dist.store.maintenance import compact
 print("ready", flush=True)
 while True:
     try:

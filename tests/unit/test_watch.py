@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sead_dist.config import WatchConfig
-from sead_dist.distributed import StopFlag, StopRequestedError, World
-from sead_dist.watch import Beat, Watch
+from sead_dist.config.schema import WatchConfig
+from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
+from sead_dist.runtime.heartbeat import Beat, Watch
 
 LIMITS = WatchConfig(silent_s=10.0, hang_s=100.0)
 

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from small import CPU, SHAPES, edit_json, roster, save_teacher
 
 from sead_dist.errors import UserError
-from sead_dist.models import build_teacher
+from sead_dist.models.sequence_classifier import build_teacher
 from sead_dist.teachers import whole
-from sead_dist.teachers.sharded import check_shardable
+from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.whole import load_whole
 
 FORMAT = {"format": "pt"}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sead_dist.config import SweepConfig
-from sead_dist.configfiles import load_config, read_layers
+from sead_dist.config.load import load_config, read_layers
+from sead_dist.config.overrides import read_word
+from sead_dist.config.schema import SweepConfig
 from sead_dist.errors import UserError
-from sead_dist.words import read_word
 
 BASE = ["sst2", "student=s", "output_dir=o"]
 AS_TYPED = (

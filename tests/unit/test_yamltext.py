@@ -2,15 +2,15 @@
 
 import pytest
 
-from sead_dist.config import StudentConfig
-from sead_dist.configfiles import load_config, read_method
+from sead_dist.cli.grammar import grammar_tokenizer
+from sead_dist.config.load import load_config, read_method
+from sead_dist.config.schema import StudentConfig
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
-from sead_dist.grammar import grammar_tokenizer
-from sead_dist.slurm import load_settings
-from sead_dist.student import check_start
-from sead_dist.sweepplan import make_plan
-from sead_dist.tasks import load_task
-from sead_dist.yamltext import parse_yaml
+from sead_dist.models.student import check_start
+from sead_dist.slurm.settings import load_settings
+from sead_dist.sweep.grid import make_plan
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from small import config
 
 from sead_dist.errors import UserError
-from sead_dist.zeroconfig import zero_config
+from sead_dist.training.deepspeed_config import zero_config
 
 SHIPPED = {"zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import BertConfig, BertForSequenceClassification, BertModel
-
 from sead_dist.grammar import LABELS, grammar_tokenizer, write_grammar_task
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 SIZES = {
     "num_hidden_layers": 1,

@@ -1,0 +1,296 @@
+"""The command line. Heavy imports happen in the command that needs them."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sead_dist import __version__
+from sead_dist.cli import arguments
+from sead_dist.errors import RunError, UserError, lacks_memory
+
+if TYPE_CHECKING:
+    from sead_dist.slurm.jobs import Job
+    from sead_dist.slurm.settings import SlurmSettings
+
+
+def run_recipe(name: str, words: Sequence[str]) -> None:
+    """`distill`, `finetune` and `teach I/N` (a worker of the pool): the same under any launcher."""
+    from sead_dist.config.load import load_config
+
+    config = load_config(words)
+    from sead_dist.runs import distillation as recipes
+    from sead_dist.runs.pool_worker import teach as fill_store
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    world = join_world()
+    recipe, _, worker = name.partition(" ")
+    if recipe == "teach":
+        fill_store(config, worker, world)
+    elif recipe == "finetune":
+        recipes.finetune(config, world)
+    else:
+        recipes.distill(config, world)
+    leave_world(world)
+
+
+def run_sweep(words: Sequence[str]) -> None:
+    from sead_dist.runtime.distributed import join_world, leave_world
+    from sead_dist.sweep import run as sweep
+
+    world = join_world()
+    sweep.run_sweep(words, world)
+    leave_world(world)
+
+
+def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
+    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it
+    failed, else None."""
+    return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
+
+
+def distill(args: argparse.Namespace) -> None:
+    run_recipe("distill", args.words)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    run_recipe("finetune", args.words)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    run_sweep(args.words)
+
+
+def teach(args: argparse.Namespace) -> None:
+    run_recipe(f"teach {args.worker}", args.words)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from sead_dist.config.load import load_config
+
+    config = load_config(args.words)
+    from sead_dist.planning.table import plan as plan_run
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    world = join_world()
+    rates, report = (None if path is None else Path(path) for path in (args.rates, args.json))
+    plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
+    leave_world(world)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from sead_dist.runs.prediction import evaluate_model
+
+    evaluate_model(args.model, args.task, args.data, args.labels, args.split, args.json)
+
+
+def predict(args: argparse.Namespace) -> None:
+    from sead_dist.runs.prediction import predict_file
+
+    output = None if args.output is None else Path(args.output)
+    predict_file(args.model, Path(args.file), args.task, output, args.labels)
+
+
+def export(args: argparse.Namespace) -> None:
+    from sead_dist.runs.onnx_export import export_onnx
+
+    export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, args.labels)
+
+
+def push(args: argparse.Namespace) -> None:
+    from sead_dist.reporting.hub import push_run
+
+    push_run(Path(args.run_folder), args.to, args.private)
+
+
+def store(args: argparse.Namespace) -> None:
+    from sead_dist.cli import store as storecli
+
+    storecli.run(args)
+
+
+def submit(args: argparse.Namespace) -> None:
+    from sead_dist.slurm.jobs import state_folder, wait
+    from sead_dist.slurm.settings import SlurmSettings, load_settings
+
+    options = {key: getattr(args, key, None) for key in SlurmSettings.model_fields}
+    made = queue(args, load_settings(args.slurm, options), state_folder(args.root))
+    if args.wait:
+        wait(made)
+
+
+def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "list[Job]":
+    """Submit a sweep, a run with a pool of teachers, or a run for each seed."""
+    from sead_dist.sweep.grid import is_sweep
+
+    sweeps, pools = is_sweep(args.words), args.teacher_workers is not None
+    if args.seeds is not None and (sweeps or pools):
+        raise UserError(
+            "--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]"
+            if sweeps
+            else "--teacher-workers serve one run; submit a run for each of --seeds"
+        )
+    if args.workers is not None and not sweeps:
+        raise UserError(
+            "--workers share a sweep (tasks=[...] methods=[...]); here is one run alone"
+        )
+    if sweeps and pools:
+        raise UserError("--teacher-workers serve one run; a sweep's runs have --workers")
+    if sweeps:
+        from sead_dist.cli.sweep_submit import submit_sweep
+
+        workers = args.workers or 1
+        return submit_sweep(attempt_recipe, args.words, settings, workers, args.dry_run, root)
+    if pools:
+        from sead_dist.cli.submit import submit_pool
+        from sead_dist.slurm.settings import load_settings
+
+        own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
+        workers, words = args.teacher_workers, args.words
+        return submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
+    from sead_dist.cli.submit import submit as submit_run
+
+    return submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+
+
+def jobs(args: argparse.Namespace) -> None:
+    from sead_dist.slurm import jobs
+
+    root = jobs.state_folder(args.root)
+    if args.verb is None:
+        jobs.show(root)
+    elif args.verb == "logs":
+        jobs.print_log(jobs.find(root, args.name), args.rank, args.follow)
+    elif args.verb == "cancel":
+        jobs.cancel(jobs.find(root, args.name))
+    else:
+        jobs.wait([jobs.find(root, args.name)])
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    from sead_dist.cli import reproduce
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    if args.checkpoint is None:
+        reproduce.show_checkpoints()
+        return
+    world = join_world()
+    reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
+    leave_world(world)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from sead_dist.cli.demo import run_demo
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    world = join_world()
+    run_demo(Path(args.output_dir), args.seed, world)
+    leave_world(world)
+
+
+GRACE_S = 1.0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="sead-dist",
+        description="Distil an ensemble of teachers into one small student.",
+    )
+    top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for run, add, help_ in (
+        (distill, arguments.add_words, "teach a student, or go on where a killed run stopped"),
+        (finetune, arguments.add_words, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
+        (
+            sweep,
+            arguments.add_words,
+            "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
+        ),
+        (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
+        (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
+        (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
+        (predict, arguments.add_predict, "label a file's rows"),
+        (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),
+        (push, arguments.add_push, "upload a finished run's model to the hub"),
+        (store, arguments.add_store, "look after kept teacher predictions"),
+        (submit, arguments.add_submit, "the same as a SLURM job, queued again until done"),
+        (jobs, arguments.add_jobs, "the runs that were submitted"),
+        (
+            reproduce,
+            arguments.add_reproduce,
+            "train a published checkpoint anew; alone: list all sixteen",
+        ),
+        (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
+    ):
+        command = commands.add_parser(run.__name__, help=help_)
+        add(command)
+        command.set_defaults(run=run)
+    return top
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; words may stand after its options too."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words = [*args.words, *rest]
+    return args
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def attempt(do: Callable[[], None]) -> int | None:
+    """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
+    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug."""
+    try:
+        do()
+    except (UserError, RunError) as error:
+        if is_main_process():
+            print(f"sead-dist: {error}", file=sys.stderr, flush=True)
+        else:
+            # a launcher ends all ranks with the first: rank 0 has to say its line before
+            time.sleep(GRACE_S)
+        return 2 if isinstance(error, UserError) else 3
+    except BrokenPipeError:
+        return 0
+    except OSError as error:  # a full disk, a folder that went away: no traceback helps
+        print(f"sead-dist: {error}; mend it, then give the same command again", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if lacks_memory(error):
+            what = next(iter(str(error).splitlines()), "") or type(error).__name__
+            mend = "lower micro_batch, or run where there is more, then give the same command again"
+            print(f"sead-dist: memory does not suffice: {what}; {mend}", file=sys.stderr)
+            return 3
+        traceback.print_exc()
+        return 1
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Exit codes: 0 done, and those of `attempt`."""
+    args = parse(argv)
+    code = attempt(lambda: args.run(args))
+    if code is not None:
+        leave(code)
+
+
+def leave(code: int) -> None:
+    """End at once: other threads and process groups may be in the middle of something."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The demo: the whole way on the built-in task, offline, in two processes.
+
+Three teachers of different shapes, the same small student with and without them, three seeds each.
+Every figure is measured in the run; the settings were chosen for time and are kept here.
+"""
+
+import statistics
+from pathlib import Path
+
+import yaml
+
+from sead_dist.cli.grammar import write_grammar_task
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import RunConfig
+from sead_dist.runs.distillation import distill, finetune
+from sead_dist.runtime.console import print_table
+from sead_dist.runtime.distributed import World, from_main
+from sead_dist.runtime.run_log import read_json
+
+# layers, width, heads, feed-forward width
+TEACHER_SHAPES = ((2, 128, 4, 256), (3, 96, 3, 192), (4, 64, 4, 128))
+STUDENT_SHAPE = (2, 64, 2, 128)
+SEEDS = 3
+TEACHER_WORDS = (
+    "max_steps=450",
+    "global_batch=32",
+    "micro_batch=16",
+    "learning_rate=1e-3",
+    "warmup=0.3",
+    # the last step's weights count, for teachers and students alike
+    "evaluate.every_steps=450",
+)
+STUDENT_WORDS = (
+    "max_steps=350",
+    "global_batch=64",
+    "micro_batch=32",
+    "learning_rate=2e-3",
+    "warmup=0.3",
+    "evaluate.every_steps=350",
+)
+SOFT_WORDS = ("temperature=2", "alpha=0.7", "placement=partitioned")
+
+
+def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:
+    layers, width, heads, inner = shape
+    fields = {
+        "model_type": "bert",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+
+
+def write_inputs(output: Path, seed: int) -> None:
+    """The task's files and the shapes' YAML files, once."""
+    if (output / "shapes" / "student.yaml").is_file():
+        return
+    write_grammar_task(output / "task", seed=seed, train_rows=1100, validation_rows=1000)
+    (output / "shapes").mkdir(exist_ok=True)
+    for index, shape in enumerate(TEACHER_SHAPES):
+        write_shape(output / "shapes" / f"teacher-{index}.yaml", shape, dropout=0.05)
+    write_shape(output / "shapes" / "student.yaml", STUDENT_SHAPE, dropout=0.0)
+
+
+def configure(output: Path, *words: str) -> RunConfig:
+    task = output / "task"
+    return load_config(
+        [
+            f"task={task / 'task.yaml'}",
+            f"data.path={task}",
+            f"student.tokenizer={task / 'tokenizer'}",
+            f"store={output / 'store'}",
+            "max_length=64",
+            "checkpoint.every_steps=0",
+            *words,
+        ]
+    )
+
+
+def run_demo(output: Path, seed: int, world: World) -> None:
+    """Fine-tune, distil, and print the closing table. Given again, it goes on where it stopped."""
+    from_main(world, lambda: write_inputs(output, seed))
+    shapes = output / "shapes"
+    encoders = [str(shapes / f"teacher-{index}.yaml") for index in range(len(TEACHER_SHAPES))]
+    heading(world, "1 of 3: fine-tune three teachers on the labelled rows")
+    teachers = finetune(
+        configure(
+            output, f"encoders=[{','.join(encoders)}]", f"output_dir={output / 'teachers'}",
+            f"seed={seed * 100}", *TEACHER_WORDS,
+        ),
+        world, show_table=False,
+    )  # fmt: skip
+    start = f"student.shape={shapes / 'student.yaml'}"
+    alone, taught = [], []
+    heading(world, "2 of 3: train the student without teachers, three seeds")
+    for number in range(SEEDS):
+        where = f"output_dir={output / f'alone-{number}'}"
+        words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)
+        alone.append(distill(configure(output, *words), world, show_table=False))
+    heading(world, "3 of 3: distil the teachers into the same student, three seeds")
+    names = f"teachers=[{','.join(str(run) for run in teachers)}]"
+    transfer = f"transfer.path={output / 'task' / 'transfer.tsv'}"
+    for number in range(SEEDS):
+        where = f"output_dir={output / f'distilled-{number}'}"
+        words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)
+        taught.append(
+            distill(
+                configure(output, *words, names, transfer, *SOFT_WORDS), world, show_table=False
+            )
+        )
+    if world.is_main:
+        show(teachers, alone, taught)
+
+
+def heading(world: World, line: str) -> None:
+    if world.is_main:
+        print(f"\n{line}", flush=True)
+
+
+def dev_scores(run: Path) -> dict[str, float]:
+    """Accuracy on the dev split of the run's student, and of its ensemble if it has one."""
+    split = read_json(run / "scores.json")["splits"]["validation"]
+    scores = {"student": float(split["student"]["accuracy"])}
+    if split["ensemble"]:
+        scores["ensemble"] = float(split["ensemble"]["accuracy"])
+    return scores
+
+
+def show(teachers: list[Path], alone: list[Path], taught: list[Path]) -> None:
+    """The closing table, from the scores that the runs wrote."""
+    rows: list[list[object]] = []
+    for index, run in enumerate(teachers):
+        layers, width = TEACHER_SHAPES[index][:2]
+        name = f"teacher-{index} (L{layers}-H{width})"
+        rows.append([name, f"{dev_scores(run)['student']:.3f}", "", str(run / "model")])
+    rows.append(["ensemble of the three", f"{dev_scores(taught[0])['ensemble']:.3f}", "", ""])
+    layers, width = STUDENT_SHAPE[:2]
+    for name, runs in (("without teachers", alone), ("distilled", taught)):
+        scores = [dev_scores(run)["student"] for run in runs]
+        rows.append(
+            [
+                f"student (L{layers}-H{width}) {name}",
+                f"{statistics.mean(scores):.3f}",
+                f"{statistics.stdev(scores):.3f}",
+                str(runs[0] / "model"),
+            ]
+        )
+    columns = ["dev accuracy", "mean", f"spread of {SEEDS} seeds", "model, card and plots"]
+    print_table("Built-in task", columns, rows)

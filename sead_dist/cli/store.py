@@ -1,0 +1,138 @@
+"""`sead-dist store ls | verify | compact | rm`: what a person sees of the prediction store."""
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from sead_dist.errors import RunError
+from sead_dist.runtime.console import AGE_S, parse_age, parse_size, print_table
+from sead_dist.store.inventory import Bad, Row
+from sead_dist.store.layout import default_store
+from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb that the command line named. Raises UserError where there is no store, RunError
+    (exit code 3) where `verify` found bad files."""
+    folder = Path(args.store) if args.store else default_store()
+    if args.verb == "ls":
+        show(folder)
+    elif args.verb == "verify":
+        check(folder, args.repair)
+    elif args.verb == "compact":
+        merge(folder)
+    else:
+        older_than_s = parse_age(args.older_than) if args.older_than else None
+        keep_bytes = parse_size(args.keep) if args.keep else None
+        drop(folder, args.teacher, args.task, older_than_s, keep_bytes, args.yes)
+
+
+def age(seconds: float) -> str:
+    """The largest unit that fits, rounded down: "3d", "12h", "0s"."""
+    seconds = max(seconds, 0.0)
+    unit = next((u for u in ("d", "h", "m") if seconds >= AGE_S[u]), "s")
+    return f"{int(seconds // AGE_S[unit])}{unit}"
+
+
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def print_rows(title: str, rows: Iterable[Row]) -> None:
+    columns = ["teacher", "fingerprint", "task", "split", "examples", "blocks", "size", "age"]
+    now = time.time()
+    cells = [
+        [
+            row.teacher,
+            row.fingerprint[:12],
+            row.task,
+            row.split,
+            f"{row.num_rows:,}",
+            row.num_blocks,
+            decimal(row.num_bytes),
+            age(now - row.newest),
+        ]
+        for row in rows
+    ]
+    print_table(title, columns, cells)
+
+
+def show(folder: Path) -> None:
+    found = list_store(folder)
+    whole = decimal(found.value_bytes + found.key_bytes)
+    print_rows(f"{folder}: {whole}", found.rows)
+    if len({row.numerics for row in found.rows}) > 1:
+        print("teachers of equal fingerprint differ in where they computed (numerics class)")
+    if found.quarantined:
+        print(f"{count(found.quarantined, 'bad file')} in {folder / 'quarantine'}, not used")
+    for live in found.live:
+        print(f"in use by {live.run} (process {live.pid} on {live.host})")
+
+
+def print_bad(bad: Iterable[Bad]) -> None:
+    for one in bad:
+        print(f"{one.path}: {one.reason}{'; moved to quarantine/' if one.moved else ''}")
+
+
+def check(folder: Path, repair: bool) -> None:
+    found = verify(folder, repair)
+    print_bad(found.bad)
+    left = [one for one in found.bad if not one.moved]
+    if left:
+        raise RunError(
+            f"{count(len(left), 'bad file')} in the prediction store {folder}: "
+            f"{', '.join(one.path.name for one in left[:3])}{', ...' if left[3:] else ''}; a run "
+            "that meets one sets it aside and computes it again, and so does verify --repair now"
+        )
+    print(
+        f"{folder}: {count(found.num_value_blocks, 'block')} and "
+        f"{count(found.num_key_blocks, 'key block')} checked, {decimal(found.num_bytes)} whole"
+        + (f"; {count(found.unfinished, 'unfinished file')}" if found.unfinished else "")
+        + (f"; {count(len(found.bad), 'bad file')} moved to quarantine/" if found.bad else "")
+    )
+
+
+def merge(folder: Path) -> None:
+    done = compact(folder)
+    print_bad(done.bad)
+    print(
+        f"{folder}: {count(done.blocks_before, 'block')} merged into {done.blocks_after:,}, "
+        f"{decimal(done.bytes_before)} into {decimal(done.bytes_after)}"
+    )
+    if done.left_for_live:
+        print(f"{count(done.left_for_live, 'large block')} left for runs that use them now")
+    if done.differing:
+        print(f"{count(done.differing, 'example')} were kept twice with unequal predictions")
+
+
+def drop(
+    folder: Path,
+    teacher: str | None,
+    task: str | None,
+    older_than_s: float | None,
+    keep_bytes: int | None,
+    yes: bool,
+) -> None:
+    """Print what would go and, with `yes`, remove it."""
+    plan = plan_removal(
+        folder, teacher=teacher, task=task, older_than_s=older_than_s, keep_bytes=keep_bytes
+    )
+    for row, live in plan.kept:
+        print(f"kept: {row.teacher}, {row.task} {row.split}: {live.run} uses it now")
+    if not plan.paths:
+        print(f"{folder}: nothing to remove")
+        return
+    print_rows("removing" if yes else "would be removed", plan.rows)
+    if not yes:
+        blocks = count(len(plan.paths), "block")
+        print(f"{blocks}, {decimal(plan.num_bytes)}; nothing is removed without --yes")
+        return
+    done = remove(plan)
+    print(f"{folder}: {count(done.num_blocks, 'block')} removed, {decimal(done.num_bytes)} freed")
+    if done.kept:
+        print(f"{count(done.kept, 'block')} kept: a run has begun to use them")
+    if done.changed:
+        print(f"{count(done.changed, 'block')} had gone already; look again with store ls")

@@ -1,0 +1,202 @@
+"""`sead-dist submit`: a run, one a seed, or a student and its pool's workers, as SLURM jobs.
+
+What can be wrong is looked for on the login node, before the queue. The workers of a pool are an
+array of jobs of their own, so they may be in another partition than the student, each is queued
+again by itself, and the student needs none in particular.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import RunConfig
+from sead_dist.errors import UserError
+from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.claim import already_finished, forget_followed, has_progress, try_lock
+from sead_dist.runs.inputs import check_inputs, refuse_unused_text
+from sead_dist.runs.pool_worker import worker_folder
+from sead_dist.runtime.run_log import is_finished
+from sead_dist.slurm import jobs
+from sead_dist.slurm import settings as slurm
+from sead_dist.slurm.submit import Attempt, Launch, enqueue, job_folder, refuse_queued, sbatch_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job to submit: the words of the run and what they mean."""
+
+    name: str
+    words: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def recipe(self) -> str:
+        return "finetune" if self.config.encoders else "distill"
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        out = Path(self.config.output_dir).absolute()
+        teachers = range(len(self.config.encoders))
+        return tuple(str(out / f"teacher-{n}") for n in teachers) or (str(out),)
+
+
+def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Request]]:
+    """The output folder, and a request for each seed (OUTPUT/seed-N), or one.
+
+    Raises UserError for words that cannot be, and for text that nothing can use."""
+    config = load_config(words)
+    refuse_unused_text(config)
+    out = Path(config.output_dir)
+    if seeds is None:
+        return out, [Request(out.absolute().name, tuple(words), config)]
+    refuse_push(config, "--seeds")
+    made = []
+    for seed in parse_seeds(seeds):
+        own = (*words, f"seed={seed}", f"output_dir={out / f'seed-{seed}'}")
+        made.append(Request(f"{out.absolute().name}/seed-{seed}", own, load_config(own)))
+    return out, made
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-4" or "0,3,7-9" as numbers. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise UserError(f"--seeds {text!r} is no list of seeds; give e.g. 0,1,2 or 0-4")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text!r} names no seed, or one twice; give e.g. 0,1,2 or 0-4")
+    return seeds
+
+
+def finished(request: Request) -> bool:
+    if request.recipe == "distill":
+        return already_finished(request.config)
+    return all(is_finished(Path(run)) for run in request.runs)
+
+
+def submit(
+    attempt: Attempt,
+    words: Sequence[str],
+    settings: slurm.SlurmSettings,
+    seeds: str | None,
+    dry_run: bool,
+    root: Path,
+) -> list[jobs.Job]:
+    """Check and submit the run, a job for each seed; they are registered in `root`. With `dry_run`
+    only the sbatch file is printed. Runs that are finished are passed over.
+
+    Raises UserError for whatever is found wrong, sbatch's refusal included.
+    """
+    # first, so that a word of the person's own counts
+    out, asked = requests((f"grace_s={settings.signal_delay}", *words), seeds)
+    for request in asked:
+        check_inputs(request.config)
+    open_ = [request for request in asked if not finished(request)]
+    for request in asked:
+        if request not in open_:
+            print(f"{request.name} is finished: nothing to do")
+    if not open_:
+        return []
+    folder = out.absolute() / ".slurm"
+    parameters = slurm.sbatch_parameters(settings, out.absolute().name, folder)
+    if dry_run:
+        print(sbatch_text(parameters, settings.python, folder, len(open_)))
+        return []
+    slurm.need("sbatch")
+    refuse_queued([request.runs for request in open_], root)
+    job_folder(out)
+    launches = {
+        request.name: Launch(attempt, request.recipe, request.words, request.runs, str(folder))
+        for request in open_
+    }
+    return enqueue(launches, parameters, settings.python, root)
+
+
+def submit_pool(
+    attempt: Attempt,
+    words: Sequence[str],
+    settings: slurm.SlurmSettings,
+    of_workers: slurm.SlurmSettings,
+    workers: int,
+    dry_run: bool,
+    root: Path,
+) -> list[jobs.Job]:
+    """Submit the workers, and the student to start when the first of them has. With `dry_run` only
+    the sbatch files are printed.
+
+    Raises UserError for whatever is found wrong; no job is left in the queue then.
+    """
+    # first, so that a word of the person's own counts
+    words = ("placement=pool", *words)
+    out, (student,) = requests(words, None)
+    if not student.config.pooled:
+        raise UserError(
+            "--teacher-workers are for teachers with placement=pool, and none has it; leave the "
+            "placement out, or the workers"
+        )
+    check_inputs(student.config)
+    if finished(student):
+        print(f"{student.name} is finished: nothing to do")
+        return []
+    folder = out.absolute() / ".slurm"
+    own = worker_settings(of_workers, workers)
+    parameters = slurm.sbatch_parameters(own, f"{out.absolute().name}-teachers", folder)
+    launches = launches_of(attempt, student, workers, folder)
+    if dry_run:
+        print(sbatch_text(parameters, own.python, folder, workers))
+        return submit(attempt, words, settings, None, dry_run, root)
+    slurm.need("sbatch")
+    refuse_queued([student.runs, *(launch.runs for launch in launches.values())], root)
+    job_folder(out)
+    forget_refused(Path(student.config.output_dir))
+    made = enqueue(launches, parameters, own.python, root)
+    # a student that waits in a job of its own while its workers are in the queue wastes nodes
+    later = {"dependency": f"after:{made[0].job}", **settings.sbatch}
+    try:
+        waiting = settings.model_copy(update={"sbatch": later})
+        return [*submit(attempt, words, waiting, None, dry_run, root), *made]
+    except UserError:
+        for job in made:
+            with suppress(UserError):
+                slurm.cancel(job.job)
+        raise
+
+
+def launches_of(
+    attempt: Attempt, student: Request, workers: int, folder: Path
+) -> dict[str, Launch]:
+    """A launch for each worker of this student's pool, by the name of its job."""
+    (run,) = student.runs
+    return {
+        f"{student.name}/worker-{number}": Launch(
+            attempt,
+            f"teach {number}/{workers}",
+            student.words,
+            (str(worker_folder(Path(run), number, workers)),),
+            str(folder),
+        )
+        for number in range(1, workers + 1)
+    }
+
+
+def worker_settings(settings: slurm.SlurmSettings, workers: int) -> slurm.SlurmSettings:
+    """The same for a worker, which is one process on one node, with a GPU where there are any."""
+    gpus = None if settings.gpus_per_node is None else 1
+    return settings.model_copy(update={"nodes": 1, "gpus_per_node": gpus, "concurrent": workers})
+
+
+def forget_refused(run: Path) -> None:
+    """What an earlier student expected does not count, since workers that start before the next one
+    would end by it: of its store, and, where it never took a step, of its teachers."""
+    if not run.is_dir():
+        return
+    with try_lock(run / ".lock") as free:
+        if free:
+            forget_followed(run)
+            if not has_progress(run):
+                (run / "teacher_manifest.json").unlink(missing_ok=True)

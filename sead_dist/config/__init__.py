@@ -1,0 +1,1 @@
+"""The run configuration: its fields, its files and its overrides."""

@@ -1,0 +1,215 @@
+"""Where a run's keys come from: base.yaml, the method's preset, YAML files from left to right, then
+KEY=VALUE words; later ones lie over earlier ones.
+"""
+
+import difflib
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from sead_dist.config.overrides import read_word
+from sead_dist.config.patterns import folders_of
+from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.errors import UserError, refusal
+
+# a scalar given for one of these keys means its `path`
+SHORTHAND = ("store", "student")
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie; in a checkout a link in the package leads to `configs/`."""
+    return Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = config_folder()
+    inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
+    for folder in ("", "tasks", "students"):
+        for suffix in ("", ".yaml"):
+            path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
+            if path.is_file():
+                return path
+    known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped tasks: {', '.join(known)}"
+    raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
+
+
+def shipped_methods() -> list[str]:
+    """The names of the methods whose presets are shipped."""
+    return sorted(path.stem for path in (config_folder() / "methods").glob("*.yaml"))
+
+
+def read_method(method: str) -> dict[str, Any]:
+    """The keys that a method sets: a shipped one by name, or a person's own YAML file.
+
+    Raises UserError for an unknown name, and for keys that are none of a method's.
+    """
+    path = config_folder() / "methods" / f"{method}.yaml"
+    if not path.is_file():
+        path = Path(method)
+    known = shipped_methods()
+    if not path.is_file():
+        near = difflib.get_close_matches(method, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        raise UserError(
+            f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
+        )
+    keys = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
+    if not isinstance(keys, dict) or others:
+        raise UserError(
+            f"method={method}: {others[0] if others else path} is no key of a method; its file may "
+            f"set {', '.join(METHOD_KEYS)}; give other keys beside it"
+        )
+    return keys
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, key by key; other values than mappings take the place of the old."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if key in SHORTHAND and (value is None or isinstance(value, str)):
+            value = {"path": value}
+        if isinstance(below, dict) and isinstance(value, Mapping):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, _, text = word.partition("=")
+    value = read_word(key.strip(), text) if text else None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return {} if value is None else dict(value)
+
+
+def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
+    """A string, glob or list of strings and mappings as a list of teacher mappings."""
+    items = [raw] if isinstance(raw, str | Mapping) else raw
+    if not isinstance(items, list):
+        return items
+    entries: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and glob.has_magic(item) and not Path(item).exists():
+            entries += [{"path": folder} for folder in folders_of(item, key, output)]
+        elif isinstance(item, str):
+            entries.append({"path": item})
+        elif isinstance(item, Mapping):
+            entries.append(item)
+        else:  # 007 would be the folder 7
+            raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
+    return entries
+
+
+def _shape_shorthand(student: Any) -> Any:
+    """`student=L6-H256-A8` and `student=FILE.yaml` mean shapes."""
+    path = student.get("path") if isinstance(student, dict) else None
+    if isinstance(path, str) and student.get("shape") is None and names_shape(path):
+        return {**student, "path": None, "shape": path}
+    return student
+
+
+def names_shape(path: str) -> bool:
+    """Whether a student or encoder is a shape: a YAML file, or named as the shipped ones are."""
+    like_shipped = re.fullmatch(r"L\d+-H\d+(-A\d+)?", path) is not None
+    return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
+
+
+def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
+    """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are listed in {listed_in}"
+        return f"unknown key {key!r}; {hint}"
+    if first["input"] is None:
+        return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
+
+
+def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        kind = next(iter(get_args(field.annotation)), field.annotation)  # X of list[X]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += _flat_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """The configuration that files and KEY=VALUE words describe, in their order, over base.yaml.
+
+    Raises UserError naming the key, its value and what is allowed.
+    """
+    return resolve(read_layers(words))
+
+
+def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The keys of each file and of each KEY=VALUE word: those that count for more come later."""
+    layers: list[Mapping[str, Any]] = []
+    for word in [word for word in words if "=" not in word]:
+        path = find_config(word)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise refusal(f"config {word!r} cannot be read: {error.strerror}", error) from None
+        except UnicodeDecodeError:
+            raise UserError(
+                f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+            ) from None
+        layer = parse_yaml(text, str(path))
+        if not isinstance(layer, Mapping):
+            raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+        layers.append(layer)
+    return layers + [_override(word) for word in words if "=" in word]
+
+
+def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """The configuration of these keys over those of the method and of base.yaml."""
+    base = config_folder() / "base.yaml"
+    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
+    methods = [layer["method"] for layer in layers if layer.get("method") is not None]
+    preset = [read_method(str(methods[-1]))] if methods else []
+    for layer in (*preset, *layers):
+        merged = merge(merged, layer)
+    for key in ("teachers", "encoders"):
+        merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
+    merged["student"] = _shape_shorthand(merged["student"])
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(explain(error, _flat_keys(RunConfig), "configs/base.yaml")) from None
+    student = config.student
+    if student.shape is not None and (student.path is not None or student.layers is not None):
+        ignored = "student.path" if student.path is not None else "student.layers"
+        raise UserError(
+            f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
+            "give one of the two"
+        )
+    if config.global_batch % config.micro_batch:
+        raise UserError(
+            f"micro_batch={config.micro_batch} does not divide global_batch={config.global_batch}; "
+            f"choose a divisor, e.g. micro_batch={_largest_divisor(config)}"
+        )
+    return config
+
+
+def _largest_divisor(config: RunConfig) -> int:
+    below = range(min(config.micro_batch, config.global_batch), 0, -1)
+    return next(size for size in below if config.global_batch % size == 0)

@@ -1,0 +1,1 @@
+"""Tasks, metrics, reading of files, splits and the order of rows."""

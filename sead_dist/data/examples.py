@@ -1,0 +1,274 @@
+"""Examples of one split: exact texts, labels and identities; and how splits are cut from them.
+
+Shapes: B examples, S sentences of an example, U unique examples. An identity is a 128-bit hash of
+the exact input texts, kept as two int64; equal rows have equal identities. Every cut is a pure
+function of contents and seed, never of the order in the file, and keeps the file's order.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from sead_dist.data.formats import Item, Route, read_items
+from sead_dist.data.task_files import Answer, TaskSpec
+from sead_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """B examples of one split. Text lists have length B * choices, choices of one example adjacent.
+
+    `labels_B`: int64 class index, -1 unlabelled; regression float64, NaN unlabelled.
+    `groups_B`: int64, multirc and record only. `ids_B2`: int64 identities. `rows_B`: int64, the row
+    of the source (from 0) that the example came from. `routes_B`: int64, the teacher that each row
+    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence,
+    case-folded and stripped; 0 if blank.
+    """
+
+    split: str
+    choices: int  # text rows per example: 1, or the number of choices (copa: 2)
+    texts_a: list[str]
+    texts_b: list[str] | None
+    labels_B: np.ndarray
+    groups_B: np.ndarray | None
+    answers: list[Answer] | None  # record: candidate and accepted answers of each row
+    ids_B2: np.ndarray
+    sentences_BS: np.ndarray
+    rows_B: np.ndarray
+    routes_B: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+
+def build_examples(
+    task: TaskSpec,
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
+    labelled: bool = True,
+    route: Route | None = None,
+) -> ExampleSet:
+    """The examples of `rows`. With `labelled=False` labels are not read and may be missing.
+
+    Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
+    is no text, a label outside the set and a split without rows.
+    """
+    items = list(read_items(task, rows, split, labelled, route))
+    if not items:
+        raise UserError(f"the {split} split has no rows; give a file that has some")
+    unlabelled, kind = (np.nan, np.float64) if task.kind == "regression" else (-1, np.int64)
+    labels = [unlabelled if item.label is None else item.label for item in items]
+    hashes: dict[str, int] = {}  # passages repeat: hash each once
+    sentences = [_sentence(text, hashes) for item in items for text in item.sentences]
+    answers = [item.answer for item in items if item.answer is not None]
+    return ExampleSet(
+        split=split,
+        choices=len(task.choices) or 1,
+        texts_a=[text for item in items for text in item.texts_a],
+        texts_b=[text for item in items for text in item.texts_b] if task.is_pair else None,
+        labels_B=np.array(labels, dtype=kind),
+        groups_B=_number_groups(items),
+        answers=answers or None,
+        ids_B2=_as_int64([_identity(item) for item in items]).reshape(-1, 2),
+        sentences_BS=np.array(sentences, dtype=np.int64).reshape(len(items), -1),
+        rows_B=np.array([item.row for item in items], dtype=np.int64),
+        routes_B=None if route is None else np.array([item.route for item in items], np.int64),
+    )
+
+
+def _identity(item: Item) -> bytes:
+    # Counts and lengths in front, so that no two inputs run together to the same bytes.
+    parts = [b"%d %d" % (len(item.texts_a), len(item.texts_b))]
+    for text in (*item.texts_a, *item.texts_b):
+        encoded = text.encode("utf-8", "surrogatepass")
+        parts += [b" %d:" % len(encoded), encoded]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+
+def _as_int64(digests: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), dtype=">i8").astype(np.int64)
+
+
+def _sentence(text: str, hashes: dict[str, int]) -> int:
+    if text not in hashes:
+        folded = text.casefold().strip().encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(folded, digest_size=8).digest()
+        hashes[text] = int.from_bytes(digest, "big", signed=True) if folded else 0
+    return hashes[text]
+
+
+def _number_groups(items: list[Item]) -> np.ndarray | None:
+    if items[0].group is None:
+        return None
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(item.group, len(numbers)) for item in items], np.int64)
+
+
+def subset(examples: ExampleSet, rows_B: np.ndarray) -> ExampleSet:
+    """The examples at positions (or where a mask) `rows_B`, in that order."""
+    if rows_B.dtype == np.bool_:
+        rows_B = np.flatnonzero(rows_B)
+    at = [i * examples.choices + c for i in rows_B.tolist() for c in range(examples.choices)]
+    texts_b, answers, groups_B = examples.texts_b, examples.answers, examples.groups_B
+    return replace(
+        examples,
+        texts_a=[examples.texts_a[i] for i in at],
+        texts_b=None if texts_b is None else [texts_b[i] for i in at],
+        labels_B=examples.labels_B[rows_B],
+        groups_B=None if groups_B is None else groups_B[rows_B],
+        answers=None if answers is None else [answers[i] for i in rows_B.tolist()],
+        ids_B2=examples.ids_B2[rows_B],
+        sentences_BS=examples.sentences_BS[rows_B],
+        rows_B=examples.rows_B[rows_B],
+        routes_B=None if examples.routes_B is None else examples.routes_B[rows_B],
+    )
+
+
+def concatenate(a: ExampleSet, b: ExampleSet) -> ExampleSet:
+    """`a` followed by `b` of the same task (transfer text); groups of `b` stay apart from `a`'s."""
+    groups_B = None
+    if a.groups_B is not None and b.groups_B is not None:
+        groups_B = np.concatenate([a.groups_B, b.groups_B + a.groups_B.max(initial=-1) + 1])
+    routes_B = None
+    if a.routes_B is not None and b.routes_B is not None:
+        routes_B = np.concatenate([a.routes_B, b.routes_B])
+    return replace(
+        a,
+        texts_a=a.texts_a + b.texts_a,
+        texts_b=None if a.texts_b is None else a.texts_b + (b.texts_b or []),
+        labels_B=np.concatenate([a.labels_B, b.labels_B]),
+        groups_B=groups_B,
+        answers=None if a.answers is None else a.answers + (b.answers or []),
+        ids_B2=np.concatenate([a.ids_B2, b.ids_B2]),
+        sentences_BS=np.concatenate([a.sentences_BS, b.sentences_BS]),
+        rows_B=np.concatenate([a.rows_B, b.rows_B]),
+        routes_B=routes_B,
+    )
+
+
+def sample(examples: ExampleSet, n: int, seed: int) -> ExampleSet:
+    """At most `n` examples, chosen by hash of seed and contents; groups whole or not at all."""
+    if n >= len(examples):
+        return examples
+    units_B = np.arange(len(examples)) if examples.groups_B is None else examples.groups_B
+    chosen_B = _choose(examples, units_B, n, seed)
+    if not chosen_B.any():
+        raise UserError(f"{n} examples of the {examples.split} split: none fit; ask for more")
+    return subset(examples, chosen_B)
+
+
+def hold_out(
+    task: TaskSpec, examples: ExampleSet, fraction: float, seed: int
+) -> tuple[ExampleSet, ExampleSet]:
+    """(train, selection): about `fraction` of the examples held out, none that share a sentence
+    or a group with a training example. A tied group that is larger than the fraction stays in
+    train. UserError where a side has no rows or selection has a single label."""
+    if not 0 < fraction < 1:
+        raise UserError(f"select.fraction is {fraction}; give a number between 0 and 1")
+    size = round(fraction * len(examples))
+    held_B = _choose(examples, _tied(examples), size, seed)
+    what = f"select.fraction={fraction} of {len(examples)} {examples.split} rows of {task.name}"
+    if not held_B.any():
+        raise UserError(f"{what} holds out no rows; raise select.fraction")
+    if len(np.unique(examples.labels_B[held_B])) < 2:
+        raise UserError(
+            f"{what} holds out rows of one label only (rows that share a text stay "
+            "together); raise select.fraction"
+        )
+    train, selection = subset(examples, ~held_B), subset(examples, held_B)
+    return train, replace(selection, split="selection")
+
+
+def _tied(examples: ExampleSet) -> np.ndarray:
+    """A number per example, equal where examples share a sentence, an identity or a group."""
+    count = len(examples)
+    rows, columns = np.nonzero(examples.sentences_BS)  # a blank text ties nothing
+    edges = [
+        (rows, examples.sentences_BS[rows, columns]),
+        (np.arange(count), entries(examples.ids_B2)[1]),
+    ]
+    if examples.groups_B is not None:
+        edges.append((np.arange(count), examples.groups_B))
+    sources, targets, offset = [], [], count
+    for source, key in edges:  # a node per example, then one per sentence, identity, group
+        unique, node = np.unique(key, return_inverse=True)
+        sources.append(source)
+        targets.append(node + offset)
+        offset += len(unique)
+    source, target = np.concatenate(sources), np.concatenate(targets)
+    graph = coo_array((np.ones(len(source), np.int8), (source, target)), shape=(offset, offset))
+    return connected_components(graph, directed=False)[1][:count]
+
+
+def _choose(examples: ExampleSet, units_B: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """bool [B]: units taken whole in the order of hash(seed, contents), as long as they fit."""
+    # A unit's contents are its smallest identity; ties (equal rows) go by label, then position.
+    order_B = np.lexsort((examples.labels_B, examples.ids_B2[:, 1], examples.ids_B2[:, 0]))
+    _, first_U, unit_B, size_U = np.unique(
+        units_B[order_B], return_index=True, return_inverse=True, return_counts=True
+    )
+    salt = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+    ids = np.ascontiguousarray(examples.ids_B2[order_B[first_U]].astype(">i8"))
+    digests = [hashlib.blake2b(id_.tobytes(), digest_size=8, key=salt).digest() for id_ in ids]
+    taken_U, room = np.zeros(len(first_U), bool), size
+    for unit in np.lexsort((first_U, _as_int64(digests))).tolist():
+        if size_U[unit] <= room:
+            taken_U[unit] = True
+            room -= int(size_U[unit])
+            if room == 0:
+                break
+    chosen_B = np.empty(len(examples), bool)
+    chosen_B[order_B] = taken_U[unit_B]
+    return chosen_B
+
+
+def _keys(ids_B2: np.ndarray) -> np.ndarray:
+    """One opaque 16-byte key per identity, for set operations."""
+    return np.ascontiguousarray(ids_B2).view(np.dtype((np.void, 16))).ravel()
+
+
+def _occurs_in(examples: ExampleSet, others: Sequence[ExampleSet]) -> np.ndarray:
+    known = {key for other in others for key in _keys(other.ids_B2).tolist()}
+    return np.array([key in known for key in _keys(examples.ids_B2).tolist()], dtype=bool)
+
+
+def remove_overlap(examples: ExampleSet, dev: ExampleSet) -> tuple[ExampleSet, int]:
+    """`examples` without those whose exact texts are in `dev`, and how many were removed."""
+    found_B = _occurs_in(examples, [dev])
+    return subset(examples, ~found_B), int(found_B.sum())
+
+
+def count_overlap(dev: ExampleSet, *others: ExampleSet) -> int:
+    """How many examples of `dev` have exact texts that occur in `others`."""
+    return int(_occurs_in(dev, others).sum())
+
+
+def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_U2, entry_B): the unique identities in lexicographic order, and the place in them of
+    each example."""
+    order_B = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
+    sorted_B2 = ids_B2[order_B]
+    new_B = np.ones(len(ids_B2), dtype=bool)
+    new_B[1:] = (sorted_B2[1:] != sorted_B2[:-1]).any(axis=1)
+    entry_B = np.empty(len(ids_B2), dtype=np.int64)
+    entry_B[order_B] = np.cumsum(new_B) - 1
+    return sorted_B2[new_B], entry_B
+
+
+def fingerprint(examples: ExampleSet) -> str:
+    """A hash of identities, labels, routes, groups, accepted answers and their order."""
+    kind = "<f8" if examples.labels_B.dtype.kind == "f" else "<i8"
+    digest = hashlib.blake2b(examples.ids_B2.astype("<i8").tobytes(), digest_size=16)
+    digest.update(examples.labels_B.astype(kind).tobytes())
+    if examples.routes_B is not None:
+        digest.update(examples.routes_B.astype("<i8").tobytes())
+    if examples.groups_B is not None:
+        digest.update(examples.groups_B.astype("<i8").tobytes())
+    if examples.answers is not None:
+        digest.update(repr(examples.answers).encode())
+    return digest.hexdigest()

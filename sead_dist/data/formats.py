@@ -1,0 +1,249 @@
+"""Rows of a file or of the hub -> the texts, label and group of each example.
+
+Each task has one flat form: named text columns, a label and, for MultiRC and ReCoRD, a group. The
+official nested forms and the hub's forms are brought to it here. Both forms of a row give the
+same texts.
+
+    copa     premise What was the cause? (or: What happened as a result?) | choice
+    wsc      the noun in stars and the pronoun in hashes: "*Mark* told Pete ... #He# should ..."
+    multirc  paragraph | question answer; one row per answer, the group is the question
+    record   passage | query with @placeholder filled; one row per candidate entity (each distinct
+             text once, sorted), the group is the query
+"""
+
+import math
+import re
+import string
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sead_dist.data.task_files import Answer, TaskSpec, file_values, normalise_label
+from sead_dist.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+class Route(NamedTuple):
+    """The column of the data that names each example's teacher, and the teachers' names."""
+
+    column: str
+    teachers: tuple[str, ...]
+
+
+class Item(NamedTuple):
+    """One example: `choices` first texts, as many second texts or none, and what goes with it."""
+
+    texts_a: tuple[str, ...]
+    texts_b: tuple[str, ...]
+    sentences: tuple[str, ...]
+    label: float | None
+    group: Hashable | None
+    answer: Answer | None
+    row: int  # position of the row that it came from, from 0
+    route: int | None  # the teacher that the row names
+
+
+def read_items(
+    task: TaskSpec, rows: Sequence[Row], split: str, labelled: bool, route: Route | None = None
+) -> Iterator[Item]:
+    """The examples of `rows`, in order; UserError names the split, the row and what is allowed."""
+    text_a = _template(task.text_a)
+    second = task.choices or ((task.text_b,) if task.text_b is not None else ())
+    texts_b = [_template(text) for text in second]
+    read = READERS[task.reader]
+    parse = _score if task.kind == "regression" else _class_index
+    values = file_values(task)
+    for position, row in enumerate(rows):
+        where = f"{split} row {position + 1}"
+        if task.renames:
+            row = _renamed(task, row, where)
+        try:
+            flats = list(read(row, position))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{where} does not have the form of task {task.name!r}: {error!r} with columns "
+                f"{', '.join(row)}; see the task's official files or its form on the hub"
+            ) from error
+        for flat in flats:
+            _check_texts(task, flat, where)
+            first = text_a(flat)
+            yield Item(
+                (first,) * (len(task.choices) or 1),
+                tuple(text(flat) for text in texts_b),
+                tuple(flat[name] for name in task.sentences),
+                parse(task, flat, values, where) if labelled else None,
+                flat.get("group"),
+                flat.get("candidate"),
+                position,
+                None if route is None else _teacher_index(route, flat, where),
+            )
+
+
+def _renamed(task: TaskSpec, row: Row, where: str) -> Row:
+    renamed = dict(row)
+    for old, name in task.renames.items():
+        if old in row:
+            if str(renamed.get(name, row[old])) != str(row[old]):
+                raise UserError(
+                    f"{where}: columns {old!r} and {name!r} both are the task's {name!r}, and "
+                    "hold other values; remove one of them"
+                )
+            renamed[name] = row[old]
+    return renamed
+
+
+def _template(template: str) -> Callable[[Row], str]:
+    parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    if len(parts) == 1 and not parts[0][0] and parts[0][1] is not None:
+        only = parts[0][1]
+        return lambda flat: flat[only]
+    return lambda flat: "".join(
+        text + (flat[name] if name is not None else "") for text, name in parts
+    )
+
+
+def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
+    for name in task.fields:
+        if not isinstance(flat.get(name), str):
+            if name in flat:
+                raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; it must be text")
+            raise UserError(_no_column(name, flat, where))
+
+
+def _no_column(name: str, flat: Row, where: str) -> str:
+    return f"{where}: no column {name!r}; its columns: {', '.join(flat)}; rename one in the file"
+
+
+def _label(task: TaskSpec, flat: Row, where: str) -> Any:
+    if task.label_column not in flat:
+        raise UserError(_no_column(task.label_column, flat, where))
+    return flat[task.label_column]
+
+
+def _class_index(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
+    value = _label(task, flat, where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with a gap is read as floats
+    if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
+        value = whole[1]  # and written as such
+    index = values.get(normalise_label(str(value)))
+    if index is None:
+        numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]
+        allowed = ", ".join([*task.labels, *(n for n in numbers if n not in task.labels)])
+        raise UserError(
+            f"{where}: label {value!r} in column {task.label_column!r} is outside the set; "
+            f"allowed: {allowed}; mend the row"
+        )
+    return index
+
+
+def _score(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
+    low, high = task.score_range or (-math.inf, math.inf)
+    value = _label(task, flat, where)
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not low <= score <= high:  # also false for NaN
+        raise UserError(
+            f"{where}: score {value!r} in column {task.label_column!r}; "
+            f"allowed: a number from {low:g} to {high:g}; mend the row"
+        )
+    return score
+
+
+def _teacher_index(route: Route, flat: Row, where: str) -> int:
+    if route.column not in flat:
+        raise UserError(_no_column(route.column, flat, where))
+    name = str(flat[route.column])
+    if name not in route.teachers:
+        raise UserError(
+            f"{where}: {name!r} in column {route.column!r} is no teacher of this run: "
+            f"{', '.join(route.teachers)}; name the teachers as the column does: "
+            f"teachers=[{{path: DIR, name: {name}}}, ...]"
+        )
+    return route.teachers.index(name)
+
+
+def _plain(row: Row, position: int) -> Iterator[Row]:
+    yield row
+
+
+def _copa(row: Row, position: int) -> Iterator[Row]:
+    questions = {"cause": "What was the cause?", "effect": "What happened as a result?"}
+    yield {**row, "question": questions.get(row["question"], row["question"])}
+
+
+def _wsc(row: Row, position: int) -> Iterator[Row]:
+    target = row.get("target", row)
+    text = row["text"]
+    spans = [
+        (*_find_span(text, target[f"span{n}_text"], int(target[f"span{n}_index"])), mark)
+        for n, mark in ((1, "*"), (2, "#"))
+    ]
+    marked = text
+    for start, end, mark in sorted(spans, reverse=True):  # from the end: offsets stay right
+        marked = f"{marked[:start]}{mark}{marked[start:end]}{mark}{marked[end:]}"
+    yield {**row, "marked": marked}
+
+
+def _find_span(text: str, span: str, word: int) -> tuple[int, int]:
+    """Where `span` stands in `text`: its occurrence nearest to word number `word`.
+
+    The official indices count words between spaces; some are off by one or two.
+    """
+    words = [match.start() for match in re.finditer(r"\S+", text)]
+    expected = words[min(max(word, 0), len(words) - 1)]
+    spaced = r"\s+".join(map(re.escape, span.split()))  # some spans hold a line break
+    found = [m.span() for m in re.finditer(rf"(?<!\w){spaced}(?!\w)", text, re.IGNORECASE)]
+    if not spaced or not found:
+        raise KeyError(f"span {span!r} is not in the text")
+    return min(found, key=lambda at: abs(at[0] - expected))
+
+
+def _multirc(row: Row, position: int) -> Iterator[Row]:
+    if "passage" not in row:  # the hub's form: one answer a row
+        key: Row = row["idx"] if isinstance(row.get("idx"), Mapping) else row
+        group = (key["paragraph"], key["question"])
+        yield {**row, "group": group}
+        return
+    for number, question in enumerate(row["passage"]["questions"]):
+        for answer in question["answers"]:
+            flat = {
+                "paragraph": row["passage"]["text"],
+                "question": question["question"],
+                "answer": answer["text"],
+                "group": (position, number),
+            }
+            yield flat | ({"label": answer["label"]} if "label" in answer else {})
+
+
+def _record(row: Row, position: int) -> Iterator[Row]:
+    if isinstance(row["passage"], str):  # the hub's form: one query a row
+        queries: list[Row] = [row]
+        passage, entities = row["passage"], row["entities"]
+    else:
+        queries, passage = row["qas"], row["passage"]["text"]
+        # Official spans include their last character.
+        entities = [passage[e["start"] : e["end"] + 1] for e in row["passage"]["entities"]]
+    for number, query in enumerate(queries):
+        answers = query.get("answers")
+        gold = [a if isinstance(a, str) else a["text"] for a in answers or ()]
+        accepted = tuple(sorted(set(gold)))
+        for candidate in sorted(set(entities)):
+            flat = {
+                "passage": passage,
+                "query": query["query"].replace("@placeholder", candidate),
+                "group": (position, number),
+                "candidate": Answer(candidate, accepted),
+            }
+            yield flat | ({} if answers is None else {"label": candidate in accepted})
+
+
+READERS: dict[str, Callable[[Row, int], Iterator[Row]]] = {
+    "plain": _plain,
+    "copa": _copa,
+    "wsc": _wsc,
+    "multirc": _multirc,
+    "record": _record,
+}

@@ -1,0 +1,394 @@
+"""Tokenise, order, slice and pad: examples -> Batch, and the Cursor that says where a run stands.
+
+The order is a pure function of the number of rows, seed, epoch and global batch size (invariant 1):
+never of the number of ranks, of look-ahead, or of restarts. A global batch is a uniform random
+sample of the epoch's rows. Lengths count inside it only: they decide its micro-batches.
+
+Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text rows per example,
+S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from sead_dist.data.examples import ExampleSet, entries
+from sead_dist.errors import UserError
+
+# Version of the rules below: which rows make a global batch and a micro-batch. A run goes on under
+# the rules that it began with, or not at all. (1: batches sorted by length over the whole data.)
+ORDER_RULES = 2
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Batches *consumed*: the next step is batch `batch` of epoch `epoch`."""
+
+    epoch: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]. cut: the text rows
+    that lost tokens to the maximum length."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    offsets: np.ndarray
+    choices: int
+    pad_id: int
+    pad_type: int
+    cut: np.ndarray
+    side: str = "right"
+
+    @property
+    def truncated(self) -> int:
+        """How many text rows lost tokens."""
+        return len(self.cut)
+
+    def cut_of(self, rows: slice = slice(None)) -> tuple[int, int]:
+        """(text rows that lost tokens, all) of the examples in a slice."""
+        first, after, _ = rows.indices((len(self.offsets) - 1) // self.choices)
+        first, after = first * self.choices, after * self.choices
+        return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
+
+    def lengths_B(self) -> np.ndarray:
+        """Tokens of each example: of its longest text row."""
+        rows = np.diff(self.offsets).reshape(-1, self.choices)
+        return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
+
+    def pad(
+        self, rows_B: np.ndarray, length: int, side: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs [B*K, length] of these examples, padded on `side`, else the tokeniser's."""
+        flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
+        counts = (self.offsets[flat + 1] - self.offsets[flat])[:, None]
+        columns = np.arange(length)[None, :]
+        if (side or self.side) == "left":
+            columns = columns - (length - counts)
+        mask = (columns >= 0) & (columns < counts)
+        index = np.where(mask, self.offsets[flat][:, None] + columns, 0)
+        inputs = {
+            "input_ids": np.where(mask, self.ids[index], self.pad_id).astype(np.int64),
+            "attention_mask": mask.astype(np.int64),
+        }
+        if self.types is not None:
+            padded = np.where(mask, self.types[index], self.pad_type)
+            inputs["token_type_ids"] = padded.astype(np.int64)
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
+) -> TokenTable:
+    """Every text row of `examples`, truncated to `max_length` tokens (longest text first)."""
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    cut: list[int] = []
+    uses_types = "token_type_ids" in tokenizer.model_input_names
+    for start in range(0, len(examples.texts_a), 4096):
+        part = slice(start, start + 4096)
+        encoded = tokenizer(
+            examples.texts_a[part],
+            examples.texts_b[part] if examples.texts_b is not None else None,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=uses_types,
+            return_attention_mask=False,
+        )
+        lengths += [len(row) for row in encoded["input_ids"]]
+        ids.append(np.array([i for row in encoded["input_ids"] for i in row], dtype=np.int32))
+        if uses_types:
+            flat = [i for row in encoded["token_type_ids"] for i in row]
+            types.append(np.array(flat, dtype=np.int8))
+        cut += [start + place for place in cut_rows(tokenizer, encoded, examples, part, max_length)]
+    refuse_empty(examples, lengths)
+    return TokenTable(
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        types=np.concatenate(types) if uses_types and types else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        choices=examples.choices,
+        pad_id=int(tokenizer.pad_token_id),
+        pad_type=int(tokenizer.pad_token_type_id),
+        cut=np.array(cut, np.int64),
+        side=str(tokenizer.padding_side),
+    )
+
+
+def cut_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: BatchEncoding,
+    examples: ExampleSet,
+    part: slice,
+    max_length: int,
+) -> list[int]:
+    """Which of these text rows lost tokens to `max_length`. Tokenisers written in Python do not
+    say: they are asked again, without a limit, for the rows that fill it."""
+    if encoded.encodings is not None:
+        return [place for place, row in enumerate(encoded.encodings) if row.overflowing]
+    full = [place for place, row in enumerate(encoded["input_ids"]) if len(row) >= max_length]
+    if not full:
+        return []
+    texts_a = [examples.texts_a[part][place] for place in full]
+    texts_b = examples.texts_b
+    others = None if texts_b is None else [texts_b[part][place] for place in full]
+    whole = tokenizer(texts_a, others, truncation=False, verbose=False)["input_ids"]
+    return [place for place, row in zip(full, whole, strict=True) if len(row) > max_length]
+
+
+def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str | None:
+    """A line on text rows that lost tokens, by counts (cut, all) of each split; None for none."""
+    if not any(cut for cut, _ in counts.values()):
+        return None
+    parts = ", ".join(f"{cut} of {rows} in {split}" for split, (cut, rows) in counts.items())
+    return f"text rows cut at {max_length} tokens: {parts}"
+
+
+def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
+    """Raises UserError for a text of which the tokeniser makes no token at all."""
+    if 0 in lengths:
+        row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1
+        raise UserError(
+            f"row {row} of {examples.split} has a text without a token, and this tokeniser adds "
+            "none of its own; fill in its text, or remove the row"
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """One example set as a run uses it. entry_B: each row's unique example; ids_U2: their ids;
+    row_U: one row that holds each; tokens: the student's."""
+
+    examples: ExampleSet
+    tokens: TokenTable
+    ids_U2: np.ndarray
+    entry_B: np.ndarray
+    row_U: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.examples.labels_B)
+
+
+def make_split(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+    ids_U2, entry_B = entries(examples.ids_B2)
+    row_U = np.zeros(len(ids_U2), np.int64)
+    # backwards, so that the first row of equal ones stands for them
+    row_U[entry_B[::-1]] = np.arange(len(entry_B))[::-1]
+    tokens = tokenize(tokenizer, examples, max_length)
+    return Split(examples, tokens, ids_U2, entry_B, row_U)
+
+
+def epoch_order(count: int, seed: int, epoch: int, global_batch: int) -> np.ndarray:
+    """The rows of each step of an epoch, order_SG: a permutation of `count` rows, cut into batches.
+
+    The last batch has -1 where it has no row.
+    """
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    steps = -(-count // global_batch)
+    order_SG = np.full(steps * global_batch, -1, np.int64)
+    order_SG[:count] = random.permutation(count)
+    return order_SG.reshape(steps, global_batch)
+
+
+def cut_by_tokens(lengths_G: np.ndarray, parts: int) -> list[int]:
+    """Where to cut rows that are sorted by length, longest first, into at most `parts` groups: the
+    number of rows of each, chosen so that the most padded tokens of a group are as few as can be.
+
+    Groups of equal tokens keep ranks equally busy, and waste less padding than groups of equal
+    rows. (Our own: a search for the least bound that groups filled from the longest row on keep.)
+    """
+    if len(lengths_G) == 0:
+        return []
+
+    def filled(bound: int) -> list[int]:
+        counts: list[int] = []
+        start = 0
+        while start < len(lengths_G):
+            counts.append(min(bound // max(int(lengths_G[start]), 1), len(lengths_G) - start))
+            start += counts[-1]
+        return counts
+
+    least = max(int(lengths_G[0]), 1)
+    most = least * -(-len(lengths_G) // parts)
+    while least < most:
+        middle = (least + most) // 2
+        if len(filled(middle)) <= parts:
+            most = middle
+        else:
+            least = middle + 1
+    return filled(least)
+
+
+def cut_into_micro_batches(
+    rows_G: np.ndarray, lengths_G: np.ndarray, parts: int
+) -> list[np.ndarray]:
+    """rows_B of each of `parts` micro-batches of a global batch, longest rows first; no rows where
+    it has too few. A pure function of the batch: no rank's share depends on the number of ranks."""
+    by_length_G = rows_G[np.argsort(-lengths_G, kind="stable")]
+    ends = np.cumsum(cut_by_tokens(-np.sort(-lengths_G), parts))
+    cut = np.split(by_length_G, ends[:-1]) if len(ends) else []
+    return [*cut, *[np.zeros(0, np.int64)] * (parts - len(cut))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. step: the global batch's number in the run; micro: which part of it.
+
+    inputs: tensors [B*K, L]; labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled);
+    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row;
+    routes_B: the teacher that each row names, where the run asks for it.
+    """
+
+    step: int
+    micro: int
+    entries_B: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    labels_B: torch.Tensor
+    valid_B: torch.Tensor
+    group_ids_B: torch.Tensor | None
+    routes_B: torch.Tensor | None
+
+
+def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) -> Batch:
+    """The micro-batch of these rows (-1: a filler), padded to its own longest row."""
+    valid_B = rows_B >= 0
+    # a filler is a copy of a valid row, or of the shortest row where there is none
+    stand_in = rows_B[valid_B][0] if valid_B.any() else int(split.tokens.lengths_B().argmin())
+    filled_B = np.where(valid_B, rows_B, stand_in)
+    length = int(split.tokens.lengths_B()[filled_B].max())
+    groups_B, routes_B = split.examples.groups_B, split.examples.routes_B
+    labels_B = split.examples.labels_B[filled_B]
+    if labels_B.dtype == np.float64:
+        labels_B = labels_B.astype(np.float32)
+    return Batch(
+        step=step,
+        micro=micro,
+        entries_B=torch.from_numpy(split.entry_B[filled_B].astype(np.int64)),
+        inputs=split.tokens.pad(filled_B, length),
+        labels_B=torch.from_numpy(labels_B.copy()),
+        valid_B=torch.from_numpy(valid_B.copy()),
+        group_ids_B=None if groups_B is None else torch.from_numpy(groups_B[filled_B].copy()),
+        routes_B=None if routes_B is None else torch.from_numpy(routes_B[filled_B].copy()),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch: this rank's micro-batches, and how many valid rows all ranks have."""
+
+    number: int
+    cursor_after: Cursor
+    batches: list[Batch]
+    valid_rows: int
+
+
+class BatchStream:
+    """The run's global batches in their order, and this rank's share of each.
+
+    A global batch makes global_batch / micro_batch micro-batches of like padded tokens. Rank r
+    takes micro-batches r, r + size, ...; where ranks do not divide them, micro-batches of one
+    filler make the numbers equal, because every rank must do the same number of forwards.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        epochs: int,
+        max_steps: int | None,
+        rank: int,
+        size: int,
+    ) -> None:
+        if len(split) == 0:
+            raise UserError("the training split is empty; lower select.fraction or give more rows")
+        self.split = split
+        self.seed = seed
+        self.global_batch = global_batch
+        self.parts = global_batch // micro_batch
+        self.rank, self.size = rank, size
+        self.lengths_B = split.tokens.lengths_B()
+        self.steps_per_epoch = -(-len(split) // global_batch)
+        whole = epochs * self.steps_per_epoch
+        self.total_steps = whole if max_steps is None else max_steps
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def order_SG(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(len(self.split), self.seed, epoch, self.global_batch)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def cursor(self, step: int) -> Cursor:
+        return Cursor(*divmod(step, self.steps_per_epoch))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a global batch, in the order of the epoch."""
+        at = self.cursor(step)
+        rows_G = self.order_SG(at.epoch)[at.batch]
+        return np.asarray(rows_G[rows_G >= 0])
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """rows_B of each micro-batch of a step, over all ranks; the last ones may have none."""
+        rows_G = self.rows(step)
+        return cut_into_micro_batches(rows_G, self.lengths_B[rows_G], self.parts)
+
+    def micro_count(self) -> int:
+        """Micro-batches per step and rank."""
+        return -(-self.parts // self.size)
+
+    def step(self, number: int) -> Step:
+        rows_MB = self.micro_batches(number)
+        batches = []
+        for turn in range(self.micro_count()):
+            micro = turn * self.size + self.rank
+            rows_B = rows_MB[micro] if micro < len(rows_MB) else rows_MB[0][:0]
+            if len(rows_B) == 0:
+                rows_B = np.array([-1])
+            batches.append(make_batch(self.split, rows_B, number, micro))
+        return Step(number, self.cursor(number + 1), batches, sum(map(len, rows_MB)))
+
+    def windows(self, start: int, most_rows: int) -> Iterator[range]:
+        """Runs of steps from `start` whose rows are at most `most_rows` (at least one step).
+
+        A window ends with its epoch: what comes later may be read from the store by then.
+        """
+        per_window = max(1, most_rows // self.global_batch)
+        while start < self.total_steps:
+            epoch_end = (self.cursor(start).epoch + 1) * self.steps_per_epoch
+            stop = min(start + per_window, epoch_end, self.total_steps)
+            yield range(start, stop)
+            start = stop
+
+    def entries(self, steps: Sequence[int] | range) -> np.ndarray:
+        """The unique examples of these steps, ascending."""
+        rows = np.concatenate([self.rows(step) for step in steps])
+        return np.unique(self.split.entry_B[rows])
+
+
+def padding_waste(batches: Sequence[Batch]) -> tuple[int, int]:
+    """(padding tokens, all tokens) of these micro-batches, fillers counted as padding."""
+    used = total = 0
+    for batch in batches:
+        mask = batch.inputs["attention_mask"]
+        choices = mask.shape[0] // batch.valid_B.shape[0]
+        used += int((mask.reshape(-1, choices * mask.shape[1]).sum(1) * batch.valid_B).sum())
+        total += mask.numel()
+    return total - used, total
+
+
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """The generator's seed before a micro-batch, from what it is, not from who computes it.
+
+    (Our own mixing: three odd 64-bit multipliers, folded to 63 bits.)
+    """
+    mixed = (seed + 1) * 0x9E3779B97F4A7C15
+    mixed ^= (step + 1) * 0xC2B2AE3D27D4EB4F
+    mixed ^= (micro + 1) * 0x165667B19E3779F9
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)

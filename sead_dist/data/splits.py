@@ -1,0 +1,219 @@
+"""The splits of a run: training (with transfer text), selection, and the official ones.
+
+Shapes: B rows.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.config.schema import DataConfig, RunConfig, teacher_names
+from sead_dist.data.examples import (
+    ExampleSet,
+    build_examples,
+    concatenate,
+    count_overlap,
+    fingerprint,
+    hold_out,
+    remove_overlap,
+    sample,
+)
+from sead_dist.data.formats import Route
+from sead_dist.data.loading import load_split, read_rows
+from sead_dist.data.order import Split, describe_cuts, make_split
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunExamples:
+    """train holds labelled rows, then transfer rows. official: the task's evaluation splits, the
+    first one first. dev_in_training: official texts that occur in the training or transfer text."""
+
+    train: ExampleSet
+    selection: ExampleSet
+    official: dict[str, ExampleSet]
+    transfer_rows: int
+    dev_in_training: int
+
+    def fingerprint(self, task: TaskSpec) -> str:
+        """Of every text, label and their order, and of the task that reads them."""
+        digest = hashlib.sha256(repr(task).encode())
+        for part in (self.train, self.selection, *self.official.values()):
+            digest.update(fingerprint(part).encode())
+        return digest.hexdigest()
+
+
+def route_of(config: RunConfig) -> Route | None:
+    """How rows name their teachers, where the run's method asks for it."""
+    if not config.taught or config.ensemble != "routed" or config.route is None:
+        return None
+    return Route(config.route, tuple(teacher_names(config.teachers)))
+
+
+def load_official(
+    task: TaskSpec, data: DataConfig, split: str, route: Route | None = None
+) -> ExampleSet:
+    """One split as its files have it."""
+    given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
+    rows = load_split(
+        task,
+        split,
+        Path(data.path) if data.path is not None else None,
+        Path(given) if given is not None else None,
+        data.revision,
+        data.skip_malformed,
+    )
+    return build_examples(task, rows, split, route=route)
+
+
+def _load_transfer(
+    config: RunConfig, task: TaskSpec, labelled: int, held: list[ExampleSet]
+) -> tuple[ExampleSet, int]:
+    """Transfer text without the texts of `held`, and how many rows were removed."""
+    path = Path(config.transfer.path or "")
+    rows = read_rows(path, task, config.data.skip_malformed)
+    if not rows:
+        raise UserError(f"transfer.path={path} has no rows; give a file that has some")
+    examples = build_examples(task, rows, "transfer", labelled=False, route=route_of(config))
+    removed = 0
+    for other in held:
+        examples, count = remove_overlap(examples, other)
+        removed += count
+    if config.transfer.ratio is not None:
+        most = max(1, round(config.transfer.ratio * labelled))
+        examples = sample(examples, most, config.select.seed)
+    return examples, removed
+
+
+def split_off(
+    config: RunConfig, task: TaskSpec, train: ExampleSet, dev: ExampleSet
+) -> tuple[ExampleSet, ExampleSet]:
+    """(train, selection). Rows are held out of the whole training split before it is sampled, so
+    that runs of different data.max_train_examples never select on each other's training rows."""
+    most, seed = config.data.max_train_examples, config.select.seed
+    if config.select.on == "dev":
+        return (train if most is None else sample(train, most, seed)), replace(
+            dev, split="selection"
+        )
+    share = config.select.fraction
+    kept, selection = hold_out(task, train, share, seed)
+    if most is not None:
+        held = max(1, round(share * most))
+        kept, selection = sample(kept, max(1, most - held), seed), sample(selection, held, seed)
+    if task.kind == "classification" and len(set(selection.labels_B.tolist())) < 2:
+        raise UserError(
+            f"the selection split has {len(selection)} rows, all of one label; raise "
+            f"select.fraction={share} or data.max_train_examples={most}"
+        )
+    return kept, selection
+
+
+def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
+    """All splits of a run. Raises UserError for whatever is wrong with the files."""
+    names = [split for split in task.splits if split != "train"]
+    route = route_of(config)
+    train = load_official(task, config.data, "train", route)
+    official = {split: load_official(task, config.data, split, route) for split in names}
+    train, selection = split_off(config, task, train, official[names[0]])
+    labelled, transfer_rows = len(train), 0
+    if config.transfer.path is not None:
+        held = [selection, *official.values()]
+        transfer, removed = _load_transfer(config, task, labelled, held)
+        transfer_rows = len(transfer)
+        say(f"transfer text: {transfer_rows} rows; {removed} removed, equal to held-out texts")
+        train = replace(concatenate(train, transfer), split="train")
+    overlap = sum(count_overlap(dev, train) for dev in official.values())
+    sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
+    say(
+        f"task {task.name}: train {labelled} labelled + {transfer_rows} transfer, "
+        f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
+    )
+    return RunExamples(train, selection, official, transfer_rows, overlap)
+
+
+def check_tokens(examples: RunExamples, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Raises UserError for a row of which one of these tokenisers (whose -> it) makes no token.
+
+    A tokeniser that adds special tokens always makes some, and others are asked about texts
+    without a letter or digit alone: so it costs little, and is known before a run is claimed.
+    """
+    for whose, tokenizer in tokenizers.items():
+        if adds_tokens(tokenizer):
+            continue
+        for part in (*examples.official.values(), examples.selection, examples.train):
+            found = tokenless_row(part, tokenizer)
+            if found is not None:
+                raise UserError(
+                    f"{source_row(examples, part, found)} has a text without a token for {whose}, "
+                    "whose tokeniser adds none of its own; fill in the text, or remove the row"
+                )
+
+
+def adds_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text of nothing has tokens too."""
+    return len(tokenizer("")["input_ids"]) > 0
+
+
+def tokenless_row(part: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first example with a text row of which `tokenizer` makes no token."""
+    for row, first in enumerate(part.texts_a):
+        second = None if part.texts_b is None else part.texts_b[row]
+        if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):
+            continue
+        if not tokenizer(first, second)["input_ids"]:
+            return row // part.choices
+    return None
+
+
+def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
+    """Where an example came from, as a person finds it: "row 4 of train"."""
+    name = "train" if part is examples.selection else part.split
+    if part is examples.train and index >= len(part) - examples.transfer_rows:
+        name = "the transfer text"
+    return f"row {int(part.rows_B[index]) + 1} of {name}"
+
+
+@dataclass(frozen=True)
+class RunSplits:
+    """The same, tokenised for the student."""
+
+    train: Split
+    selection: Split
+    official: dict[str, Split]
+
+
+def tokenize_splits(
+    examples: RunExamples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RunSplits:
+    return RunSplits(
+        make_split(examples.train, tokenizer, max_length),
+        make_split(examples.selection, tokenizer, max_length),
+        {
+            name: make_split(split, tokenizer, max_length)
+            for name, split in examples.official.items()
+        },
+    )
+
+
+def told_cuts(
+    examples: RunExamples, splits: RunSplits, asked: int, max_length: int
+) -> Iterator[str]:
+    """Lines on the student's text rows that lost tokens, in every split, and on a maximum length
+    that its positions do not reach."""
+    if max_length < asked:
+        yield f"max_length={asked}, but the student's positions end at {max_length}"
+    train = splits.train.tokens
+    labelled = len(examples.train) - examples.transfer_rows
+    counts = {"train": train.cut_of(slice(labelled))}
+    if examples.transfer_rows:
+        counts["transfer"] = train.cut_of(slice(labelled, None))
+    counts["selection"] = splits.selection.tokens.cut_of()
+    counts |= {name: split.tokens.cut_of() for name, split in splits.official.items()}
+    line = describe_cuts(counts, max_length)
+    if line is not None:
+        yield f"student: {line}"

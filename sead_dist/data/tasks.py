@@ -1,0 +1,180 @@
+"""What a task is, and a person's own task read from a YAML file of the same fields.
+
+C classes.
+"""
+
+import difflib
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data import metrics
+from sead_dist.data.metrics import Kind
+from sead_dist.errors import UserError, refusal
+
+_SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. Templates name columns in braces: "{premise}". Only the first three are required
+    in a YAML file, and `labels` or `score_range`."""
+
+    name: str
+    kind: Kind
+    text_a: str
+    text_b: str | None = None
+    choices: tuple[str, ...] = ()  # kind "choice": second text of each choice, in label order
+    labels: tuple[str, ...] = ()  # canonical names in class order; () for regression
+    aliases: dict[str, str] = field(default_factory=dict)  # other name -> label, files and models
+    value_aliases: dict[str, str] = field(default_factory=dict)  # the same, files only
+    label_column: str = "label"
+    score_range: tuple[float, float] | None = None  # regression: lowest and highest score
+    metrics: tuple[str, ...] = ("accuracy",)  # metrics[0] is the one that selection uses
+    hub: tuple[str, str | None] | None = None  # data set on the hub and its configuration
+    splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_SPLITS))
+    columns: tuple[str, ...] = ()  # official column order of files without a header
+    renames: dict[str, str] = field(default_factory=dict)  # column in some files -> column here
+    reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"  # row shapes
+    fields: tuple[str, ...] = ()  # columns read as text; default: those in the templates
+    sentences: tuple[str, ...] = ()  # columns that tie rows together; default: `fields`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", self.fields or self.templates)
+        object.__setattr__(self, "sentences", self.sentences or self.fields)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The columns that the templates name."""
+        texts = [self.text_a, self.text_b or "", *self.choices]
+        parts = (part for text in texts for part in string.Formatter().parse(text))
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+
+    @property
+    def num_labels(self) -> int:
+        """C: the classes, or 1 for regression."""
+        return len(self.labels) or 1
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether every text row has a second text."""
+        return self.text_b is not None or bool(self.choices)
+
+
+def normalise_label(name: str) -> str:
+    """The form in which label names are compared: case-folded, spaces and hyphens as `_`."""
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.5)
+    meant = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{meant} known: {', '.join(known)}"
+
+
+def read_task_file(path: Path) -> TaskSpec:
+    """The task that a YAML file describes; UserError names the file, the key and the mend."""
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
+    except OSError as error:
+        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
+    known = [f.name for f in fields(TaskSpec)]
+    for key in raw:
+        if key not in known:
+            raise UserError(f"task file {path}: unknown key {key!r}{nearest(str(key), known)}")
+    raw = _defaults(raw)
+    for f in fields(TaskSpec):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
+            raise UserError(f"task file {path}: key {f.name!r} is missing; add it")
+    try:
+        task = TypeAdapter(TaskSpec).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        mend = (
+            " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
+        )
+        where = ".".join(map(str, first["loc"]))
+        what = f"{where} is {first['input']!r}: " if where else "in text_a, text_b or choices: "
+        raise UserError(f"task file {path}: {what}{first['msg']}{mend}") from error
+    if problem := find_problem(task):
+        raise UserError(f"task file {path}: {problem}")
+    return task
+
+
+def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    regression = raw.get("score_range") is not None
+    raw = {"kind": "regression" if regression else "classification", **raw}
+    if raw["kind"] == "regression":
+        raw.setdefault("metrics", ["pearson", "spearmanr"])
+    if isinstance(raw.get("value_aliases"), dict):  # YAML reads a bare 4 as a number
+        raw["value_aliases"] = {str(value): label for value, label in raw["value_aliases"].items()}
+    return raw
+
+
+def find_problem(task: TaskSpec) -> str | None:
+    """What in `task` contradicts the rest, as the end of an error message, or None."""
+    for key, columns in (
+        ("text_a, text_b or choices", task.templates),
+        ("sentences", task.sentences),
+    ):
+        if missing := set(columns) - set(task.fields):
+            return f"{key} names {sorted(missing)}, which fields does not list; add them there"
+    if not re.fullmatch(r"[\w.-]+", task.name):
+        return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    if not task.templates:
+        return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
+    if "train" not in task.splits or len(task.splits) < 2:
+        return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
+    allowed = metrics.names(task.kind, task.reader)
+    if not task.metrics or set(task.metrics) - set(allowed):
+        return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
+    if task.kind == "regression":
+        low, high = task.score_range or (0.0, 0.0)
+        if task.labels or not low < high:
+            return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
+        return None
+    if task.score_range is not None:
+        return f"score_range is for kind 'regression', not {task.kind!r}; leave one out"
+    return _label_problem(task)
+
+
+def _label_problem(task: TaskSpec) -> str | None:
+    labels = [normalise_label(label) for label in task.labels]
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        return f"labels is {list(task.labels)}; give two or more different names"
+    if says_nothing := [name for name in labels if re.fullmatch(r"label_\d+", name)]:
+        return f"labels has {says_nothing[0]!r}, which says nothing; name what it stands for"
+    if "f1" in task.metrics and task.reader == "plain" and len(labels) != 2:
+        return f"metrics has 'f1', which needs two labels, not {len(labels)}; use f1_macro"
+    if (task.kind == "choice") != bool(task.choices) or len(task.choices) not in (0, len(labels)):
+        return f"choices has {len(task.choices)} templates; kind 'choice' needs one for each label"
+    for alias, label in {**task.aliases, **task.value_aliases}.items():
+        if label not in task.labels:
+            return f"alias {alias!r} stands for {label!r}; allowed: {', '.join(task.labels)}"
+    return _twice_named(task)
+
+
+def _twice_named(task: TaskSpec) -> str | None:
+    """A name that stands for two labels, of which one would count without a word."""
+    meant = {normalise_label(label): (label, "labels") for label in task.labels}
+    for key in ("aliases", "value_aliases"):
+        for alias, label in getattr(task, key).items():
+            before, where = meant.setdefault(normalise_label(alias), (label, key))
+            if before != label:
+                return (
+                    f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "
+                    "(capitals, blanks, - and _ do not tell names apart); remove one"
+                )
+    return None

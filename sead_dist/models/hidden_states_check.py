@@ -1,0 +1,252 @@
+"""Whether what the hooks read inside a model is what the model itself works with.
+
+Kinds may do more to queries and keys than their linear maps say (rotate them), order tokens in
+another way inside, or normalise what a layer gives. So before training two rows are asked, and what
+is read is compared with the model's own `output_hidden_states` and `output_attentions`.
+
+Shapes: R text rows, L tokens, H width, A heads.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.errors import UserError
+from sead_dist.models.hidden_states import (
+    NEVER,
+    Anatomy,
+    Internals,
+    Wanted,
+    find_anatomy,
+    reading,
+    scores,
+)
+from sead_dist.models.inputs import (
+    dense,
+    make_tell_apart,
+    padded,
+    probes_alone,
+    shallow,
+)
+from sead_dist.models.pretrained import fitting_length
+from sead_dist.models.sequence_classifier import new_classifier
+
+# of the largest value; rounding differs between the model's own products and ours
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def needs_attention(method: str) -> bool:
+    return method != "distilbert"
+
+
+def check_inside(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    max_length: int,
+    who: str,
+) -> None:
+    """Ask two rows of unlike length, padded as the tokeniser pads, and compare all that `method`
+    (distilbert, tinybert or minilm) reads of this kind and of this model, on its device.
+
+    Raises UserError, naming `who`, for what differs in value or number.
+    """
+    # weights that are new, small or neutral may hide what the kind does
+    check_kind(model, tokenizer, method, max_length, who)
+    rows = two_rows(tokenizer, fitting_length(max_length, model.config))
+    batches = asked(rows, tokenizer, int(tokenizer.pad_token_id))
+    refuse(model, who, method, first_difference(model, who, method, batches))
+
+
+def check_kind(
+    whole: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    max_length: int,
+    who: str,
+) -> None:
+    """The same of a shallow model of the kind with random weights, before any weights are read.
+    whole: the model, or its outline. What cannot be cut down is looked at when it is loaded.
+
+    Raises UserError, naming `who`, for what differs in value or number.
+    """
+    attention = needs_attention(method)
+    layers = find_anatomy(whole, who, attention).layers
+    try:
+        rows, config = dense(
+            two_rows(tokenizer, fitting_length(max_length, whole.config)),
+            shallow(whole.config),
+            int(tokenizer.pad_token_id),
+        )
+        model = random_model(config)
+        if type(find_anatomy(model, who, attention).layers[0]) is not type(layers[0]):
+            return
+        pad_id = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+        differs = first_difference(model, who, method, asked(rows, tokenizer, pad_id))
+    except Exception:  # kinds have many ways to be no shallow model
+        return
+    refuse(whole, who, method, differs)
+
+
+def two_rows(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Sequence[dict[str, torch.Tensor]]:
+    return probes_alone(tokenizer, max_length)[:2]
+
+
+def asked(
+    rows: Sequence[dict[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase, pad_id: int
+) -> list[dict[str, torch.Tensor]]:
+    """All as a batch, and the shortest alone, since some kinds lengthen short rows inside."""
+    together = padded(rows, tokenizer.padding_side, pad_id, int(tokenizer.pad_token_type_id))
+    return [together, rows[0]]
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A classifier in eval mode in which no weight is neutral: new norms and biases do nothing. The
+    generator is as before."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = new_classifier(config).eval()
+        make_tell_apart(model)
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def wanted_by(method: str, anatomy: Anatomy) -> Wanted:
+    """All that a method may read of a model."""
+    last = len(anatomy.layers)
+    return {
+        "distilbert": Wanted((last,)),
+        "tinybert": Wanted(tuple(range(last + 1)), tuple(range(1, last + 1))),
+        "minilm": Wanted((), (last,)),
+    }[method]
+
+
+def refuse(model: PreTrainedModel, who: str, method: str, differs: str | None) -> None:
+    """Raises UserError where something differs."""
+    if differs is None:
+        return
+    others = "a method that asks for logits alone (method=single)"
+    if needs_attention(method):
+        others = f"method=distilbert, which needs hidden states alone, or {others}"
+    raise UserError(
+        f"{who} ({model.config.model_type}) would be misread: {differs}; give a model built like "
+        f"BERT (bert, roberta, electra, distilbert), or {others}"
+    )
+
+
+def first_difference(
+    model: PreTrainedModel,
+    who: str,
+    method: str,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+) -> str | None:
+    """What the first of the batches shows that does. Asked is a copy of the model: Transformers
+    leaves hooks of its own in one that has told its hidden states."""
+    other = copy.deepcopy(model).eval()
+    # fused kernels give no attentions
+    other.set_attn_implementation("eager")
+    anatomy = find_anatomy(other, who, needs_attention(method))
+    wanted = wanted_by(method, anatomy)
+    found = (difference(other, anatomy, wanted, batch) for batch in batches)
+    return next((differs for differs in found if differs is not None), None)
+
+
+def difference(
+    model: PreTrainedModel, anatomy: Anatomy, wanted: Wanted, batch: Mapping[str, torch.Tensor]
+) -> str | None:
+    """What of the wanted the model itself gives otherwise than it is read; None: nothing."""
+    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    asks = {"output_hidden_states": True, "output_attentions": True, "return_dict": True}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), reading(anatomy, wanted) as found:
+            torch.manual_seed(0)  # some attention draws
+            own = model(**on_device, **asks)
+    except Exception as error:  # models with code of their own raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"asked for its own hidden states and attentions, it fails ({reason})"
+    mask_RL = on_device["attention_mask"].bool()
+    close = CLOSE.get(model.dtype, 1e-4)
+    hidden, attentions = getattr(own, "hidden_states", None), getattr(own, "attentions", None)
+    differs = None
+    if wanted.hidden:
+        differs = hidden_difference(found, anatomy, wanted.hidden, hidden, mask_RL, close)
+    if wanted.attention and differs is None:
+        differs = attention_difference(found, anatomy, wanted.attention, attentions, mask_RL, close)
+    return differs
+
+
+def hidden_difference(
+    found: Internals,
+    anatomy: Anatomy,
+    numbers: Sequence[int],
+    own: Sequence[torch.Tensor] | None,
+    mask_RL: torch.Tensor,
+    close: float,
+) -> str | None:
+    """The first of the hidden states that differs, own text tokens alone."""
+    count = len(anatomy.layers) + 1
+    if len(own or ()) != count:
+        return f"{count} hidden states are read, and it gives {len(own or ())}"
+    assert own is not None
+    for number in numbers:
+        if number not in found.hidden:
+            return f"hidden states {number} do not come from a layer that can be found"
+        read_RLH, own_RLH = found.hidden[number], own[number]
+        if read_RLH.shape != own_RLH.shape or read_RLH.shape[:2] != mask_RL.shape:
+            return (
+                f"hidden states {number} are read as {list(read_RLH.shape)}, and it gives "
+                f"{list(own_RLH.shape)}"
+            )
+        off = share(read_RLH, own_RLH, mask_RL)
+        if not off <= close:
+            return f"hidden states {number} differ from its own by {off:.2g} of the largest"
+    return None
+
+
+def attention_difference(
+    found: Internals,
+    anatomy: Anatomy,
+    numbers: Sequence[int],
+    own: Sequence[torch.Tensor] | None,
+    mask_RL: torch.Tensor,
+    close: float,
+) -> str | None:
+    """The first layer in which the softmax of what is read is not the attention, own text tokens
+    alone."""
+    count = len(anatomy.layers)
+    if len(own or ()) != count:
+        return f"the attention of {count} layers is read, and it gives {len(own or ())}"
+    assert own is not None
+    outside_R11L = ~mask_RL[:, None, None, :]
+    for number in numbers:
+        if not all(number in part for part in (found.queries, found.keys, found.values)):
+            return f"the attention of layer {number} does not call its linear maps"
+        query_RLH, own_RALL = found.queries[number], own[number - 1]
+        key_RLH, value_RLH = found.keys[number], found.values[number]
+        said = f"the attention of layer {number} is read as "
+        if query_RLH.shape != key_RLH.shape or value_RLH.shape[:2] != mask_RL.shape:
+            maps = [list(one.shape) for one in (query_RLH, key_RLH, value_RLH)]
+            return f"{said}queries, keys and values of {', '.join(map(str, maps))}"
+        if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % anatomy.heads:
+            return f"{said}queries of {list(query_RLH.shape)} for {anatomy.heads} heads"
+        read_RALL = scores(query_RLH, key_RLH, anatomy.heads)
+        read_RALL = read_RALL.masked_fill(outside_R11L, NEVER).softmax(-1)
+        if read_RALL.shape != own_RALL.shape:
+            return f"{said}{list(read_RALL.shape)}, and it gives {list(own_RALL.shape)}"
+        off = share(read_RALL.transpose(1, 2), own_RALL.transpose(1, 2), mask_RL)
+        if not off <= close:
+            return f"the attention of layer {number} differs from its own by {off:.2g}"
+    return None
+
+
+def share(read: torch.Tensor, own: torch.Tensor, mask_RL: torch.Tensor) -> float:
+    """The largest difference at text tokens (the first two dimensions), of the largest value."""
+    # what is no number in both is no difference of theirs; it is told elsewhere
+    mine, theirs = (one.float()[mask_RL].nan_to_num() for one in (read, own))
+    return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))

@@ -1,0 +1,246 @@
+"""A pretrained checkpoint's folder: where it is, its weights' files, its config, its tokeniser.
+
+Nothing here loads weights.
+"""
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from sead_dist.errors import UserError, refusal
+from sead_dist.runtime.files import files_hash
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# what no tokeniser is read from
+NOT_WORDS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx"),
+    *(".md", ".png", ".svg"),
+)
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "*.py"]
+# their positions start after the padding index
+OFFSET_POSITIONS = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
+    *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
+    *("esm", "lilt", "markuplm", "layoutlmv3"),
+)
+# of these the padding index is the code's, whatever the config says
+FIXED_PADDING = {"mpnet": 1}
+# what sizes a table of positions, by kind of model the first of these that its config has
+LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
+# relative positions, without a table that could end, whatever number their files still carry
+# (T5's n_positions, Funnel's max_position_embeddings, XLNet's -1)
+UNLIMITED = ("bloom", "funnel", "mt5", "t5", "umt5", "xlnet")
+# what a tokeniser written in Python makes of these is part of what it is
+PROBES = (
+    "The film is a warm, funny and moving story of two old friends.",
+    "  Don't: it's 12.50 \u20ac (or $13), at http://a.bc/d?e=1 @f #g \n\tok\u2026 \u201cno\u201d",
+    "na\u00efve CAF\u00c9 Stra\u00dfe \u0130 e\u0301 \ufb01n \u00a0 \u200b x\u00b2",
+    "\u041f\u0440\u0438 \u05e9\u05dc \u0645\u0631 \u0928\u092e \u3053\u4e16\u754c \U0001f600",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with weights, and where it came from. `name` is what the person wrote."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def locate(
+    path: str, revision: str | None = None, marks: tuple[str, ...] = ("config.json",)
+) -> Checkpoint:
+    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id.
+
+    marks: file names of which a checkpoint's folder holds one.
+
+    Raises UserError when it is not there, or the hub cannot be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        for place in (folder, folder / "model"):
+            if any((place / mark).is_file() for mark in marks):
+                return Checkpoint(path, place, revision)
+        if (folder / "run.json").is_file():
+            raise UserError(f"the run {path} is not finished; give its own command again")
+        raise UserError(
+            f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
+        )
+    name, _, tag = path.partition("@")
+    if folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or folder.exists():
+        raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id")
+    try:
+        found = snapshot_download(name, revision=tag or revision, allow_patterns=WANTED)
+    except Exception as error:
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        raise UserError(
+            f"{path} is neither a folder nor reachable on the hub{offline}: "
+            f"{type(error).__name__}; give a folder that exists, or check the id and the network"
+        ) from None
+    return Checkpoint(path, Path(found), Path(found).name)
+
+
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that hold the weights. Raises UserError when there are none."""
+    for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
+        path = checkpoint.folder / name
+        if path.is_file() and name.endswith(".index.json"):
+            try:
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"{checkpoint.name}: {name} has no weight_map that names the weights' files; "
+                    "copy the whole folder again"
+                ) from None
+            files = [checkpoint.folder / shard for shard in sorted(shards)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise UserError(f"{checkpoint.name} lacks the weights {missing[0]}; copy it there")
+            return files
+        if path.is_file():
+            return [path]
+    raise UserError(
+        f"{checkpoint.name} holds no weights; "
+        f"looked for {', '.join(WEIGHT_FILES + OLD_WEIGHT_FILES)}"
+    )
+
+
+def weights_hash(checkpoint: Checkpoint) -> str:
+    """sha256 over the weight files' bytes."""
+    return files_hash(weight_files(checkpoint))
+
+
+def setting_hash(checkpoint: Checkpoint) -> str:
+    """sha256 over the files beside the weights: where they are equal, so are the tokeniser and the
+    model's shape."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and path.suffix not in NOT_WORDS:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise refusal(
+            f"{checkpoint.name}: its config.json cannot be used: {reason}", error
+        ) from None
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokeniser. Raises UserError when there is none or it cannot pad."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise refusal(f"{checkpoint.name}: no usable tokeniser: {reason}", error) from None
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{checkpoint.name}: its tokeniser has no padding token; "
+            'set "pad_token" in its tokenizer_config.json'
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"{checkpoint.name}: its tokeniser has no vocabulary; "
+            "copy tokenizer.json or vocab.txt into the folder"
+        )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies what a tokeniser does to a text (truncation and padding are ours)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # version, truncation and padding come first; parsing a whole vocabulary takes long
+        text = backend.to_str()
+        rules = text[text.index('"added_tokens"') :]
+    else:
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    extra = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_input_names]
+    if tokenizer.truncation_side != "right":
+        extra.append(tokenizer.truncation_side)
+    if getattr(tokenizer, "split_special_tokens", False):
+        extra.append("split_special_tokens")
+    if backend is None or is_own_code(type(tokenizer)):
+        extra.append(_deeds(tokenizer))
+    about = json.dumps(extra, sort_keys=True, default=str)
+    return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
+
+
+def _deeds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokeniser written in Python is besides its vocabulary: its files, and what it makes of
+    fixed texts, alone and as a pair."""
+    names = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]
+    files = [Path(tokenizer.name_or_path) / name for name in sorted(names)]
+    return {
+        "files": {f.name: files_hash([f]) for f in files if f.is_file()},
+        "ids": [
+            *(tokenizer(text)["input_ids"] for text in PROBES),
+            tokenizer(PROBES[0], PROBES[1])["input_ids"],
+        ],
+    }
+
+
+def is_own_code(kind: type) -> bool:
+    """Whether a class is not of Transformers: it came with a checkpoint."""
+    return kind.__module__.partition(".")[0] != "transformers"
+
+
+def code_hash(checkpoint: Checkpoint, *kinds: type) -> str | None:
+    """sha256 over the Python files that a checkpoint brings, and those of these classes; None where
+    none of the classes is its own. Where a file lies does not count."""
+    own = [kind for kind in kinds if is_own_code(kind)]
+    if not own:
+        return None
+    places = {*checkpoint.folder.rglob("*.py"), *(Path(inspect.getfile(kind)) for kind in own)}
+    found = {(place.name, files_hash([place])) for place in places}
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens a model's positions allow; None where they never end."""
+    if config.model_type in UNLIMITED:
+        return None
+    sizes = (getattr(config, name, None) for name in LIMITS)
+    limit = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if limit is None:
+        return None
+    if config.model_type not in OFFSET_POSITIONS:
+        return limit
+    return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
+
+
+def fitting_length(asked: int, config: PretrainedConfig) -> int:
+    """`asked` tokens, or fewer where the model's positions end before."""
+    return min(asked, position_limit(config) or asked)
+
+
+def check_vocabulary(
+    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Raises UserError where the tokeniser knows more words than the model has embeddings."""
+    size = getattr(config, "vocab_size", None)
+    if size is not None and len(tokenizer) > size:
+        raise UserError(
+            f"{name} has {size} word embeddings but its tokeniser has {len(tokenizer)} words; "
+            "give the tokeniser that the model was trained with"
+        )

@@ -1,0 +1,132 @@
+"""The student saved, read again by plain Transformers, and asked the same row (invariant 11)."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from sead_dist.data.order import Split, make_batch
+from sead_dist.errors import RunError, UserError
+from sead_dist.models.sequence_classifier import load_plain, unshared, write_weights
+
+# of the largest logit, at least 1; autocast rounds every product
+CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+
+
+def one_row(split: Split) -> dict[str, torch.Tensor]:
+    """The model inputs of the split's first example, unpadded where it is one text row."""
+    return make_batch(split, np.array([0])).inputs
+
+
+def answer(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `forward` gives in eval mode, on the CPU. The generators are as before."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(0)  # some attention draws
+        logits_RC = forward().float().cpu()
+    model.train(was_training)
+    return logits_RC
+
+
+def plain_answer(model: PreTrainedModel, row: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    on_device = {name: tensor.to(model.device) for name, tensor in row.items()}
+    return answer(model, lambda: model(**on_device).logits)
+
+
+def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
+    """The largest difference between logits, as a share of the largest logit (at least 1)."""
+    if one_RC.shape != other_RC.shape:
+        return math.inf
+    # what is no number in both is no difference of theirs; training will tell
+    one_RC, other_RC = one_RC.double().nan_to_num(), other_RC.double().nan_to_num()
+    return float((one_RC - other_RC).abs().max() / one_RC.abs().max().clamp(min=1.0))
+
+
+def check_saving(
+    model: PreTrainedModel, row: Mapping[str, torch.Tensor], folder: Path, trust_remote_code: bool
+) -> None:
+    """Save the student in a folder of its own in `folder`, read it back and compare the row, before
+    any training; nothing stays. It costs one save, one load and two forwards of a row.
+
+    Raises UserError where the two differ.
+    """
+    kind = model.config.model_type
+    mend = "give a student of another kind, or its whole model (without student.layers)"
+    for left in folder.glob(".trial-*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as aside:
+            own = dict(vars(model.config))
+            write_weights(model, unshared(model), Path(aside))
+            vars(model.config).clear()  # saving notes dtype and class in it
+            vars(model.config).update(own)
+            again = load_plain(Path(aside), trust_remote_code)
+            off = difference(plain_answer(model, row), plain_answer(again.float(), row))
+            del again  # its weights may be mapped from the folder
+    except UserError as error:
+        raise UserError(f"the student ({kind}), saved before training: {error}; {mend}") from None
+    except (OSError, SafetensorError, RunError) as error:
+        raise RunError(
+            f"the student cannot be saved in {folder}: {error}; free space, raise the limit "
+            "(ulimit -f) or give another output_dir"
+        ) from None
+    if not off <= CLOSE["fp32"]:
+        raise UserError(
+            f"the student ({kind}), saved before training and read by plain Transformers, gives "
+            f"other logits for the first row (by {off:.2g} of the largest); {mend}"
+        )
+
+
+def check_saved(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    trained_RC: torch.Tensor,
+    row: Mapping[str, torch.Tensor],
+    precision: str,
+    trust_remote_code: bool,
+) -> None:
+    """Read the finished student by plain Transformers: every weight as it was trained, and the
+    same logits for the row, but for the precision that it was asked in.
+
+    Raises RunError where they differ.
+    """
+    try:
+        again = load_plain(folder, trust_remote_code).float()
+    except UserError as error:
+        refuse(folder, str(error))
+    state = again.state_dict()
+    other = [
+        name
+        for name, tensor in weights.items()
+        if name not in state or not torch.equal(state[name].float(), tensor.float().cpu())
+    ]
+    if other:
+        refuse(folder, f"{other[0]} differs in it")
+    off = difference(trained_RC, plain_answer(again, row))
+    if not off <= CLOSE[precision]:
+        refuse(
+            folder,
+            "read by plain Transformers it gives other logits for the first row "
+            f"(by {off:.2g} of the largest)",
+        )
+
+
+def refuse(folder: Path, reason: str) -> NoReturn:
+    """Set the model aside, so that nothing takes it for the run's, and raise RunError."""
+    aside = folder.with_name(f"{folder.name}.refused")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    raise RunError(
+        f"the saved model is not what was trained: {reason}; it lies in {aside}, and the last "
+        "checkpoint is intact; mend the disk or change the version of Transformers, then give the "
+        "same command again"
+    )

@@ -1,0 +1,315 @@
+"""Classifiers, and the alignment of their classes by label name.
+
+The only file that imports AutoModel*. Weights are read from safetensors, or from older
+`pytorch_model.bin` files with weights_only=True; nothing foreign is unpickled.
+"""
+
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sead_dist.config.schema import TeacherConfig
+from sead_dist.data.task_files import TaskSpec, align_name
+from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.models.loaded import (
+    Loaded,
+    body_of,
+    head_names,
+    pooler_names,
+    refuse_gaps,
+    some,
+    wrapping,
+)
+from sead_dist.models.pretrained import Checkpoint, locate, weight_files
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_generic(names: Sequence[str]) -> bool:
+    """LABEL_0, LABEL_1, ... say nothing about the classes."""
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+
+
+def width(task: TaskSpec) -> int:
+    """How many logits a model gives per text row."""
+    return len(task.labels) if task.kind == "classification" else 1
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+
+def align_classes(
+    task: TaskSpec,
+    model: str,
+    names: Sequence[str],
+    labels: Sequence[str] | str | None,
+    mend: str | None = None,
+) -> list[int]:
+    """For each task class, the column of the model's own logits: order_C with
+    logits_task = logits_model[:, order_C]. (Invariant 4; our own rule.)
+
+    names: the model's label names; labels: what the person says they are, or "task_order"; mend:
+    how to say it, ready to copy (default: a teacher's entry). Raises UserError with that line.
+    """
+    entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
+    mend = mend or f"{entry} or labels: task_order"
+    if len(names) != width(task):
+        raise UserError(
+            f"{model} has num_labels={len(names)} but task {task.name} needs {width(task)}"
+            + (f" ({', '.join(task.labels)})" if task.kind == "classification" else "")
+            + "; give a model fine-tuned for this task"
+        )
+    if task.kind != "classification" or labels == "task_order":
+        return list(range(len(names)))
+    said = list(labels) if labels is not None else list(names)
+    if labels is None and is_generic(names):
+        raise UserError(
+            f"{model} names its classes {', '.join(names)}, which says nothing of their order; "
+            f"say the order that it was trained with: {mend}"
+        )
+    found = [align_name(task, name) for name in said]
+    wrong = [name for name, index in zip(said, found, strict=True) if index is None]
+    if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
+        reason = f"{wrong[0]!r} is no label of" if wrong else "they are not one each of"
+        raise UserError(
+            f"{model} names its classes {', '.join(said)}: {reason} task {task.name}, whose "
+            f"labels are {', '.join(task.labels)}; was it trained for another task? then leave it "
+            f"out, else say what its classes mean, in its own order: {mend}"
+        )
+    return [found.index(index) for index in range(len(names))]
+
+
+def problem_type(task: TaskSpec) -> str | None:
+    """What Transformers calls a model of this task. It has no word for choices: one logit for each
+    text, of which the largest of an example counts."""
+    types = {"classification": "single_label_classification", "regression": "regression"}
+    return types.get(task.kind)
+
+
+def check_problem_type(task: TaskSpec, name: str, config: PretrainedConfig) -> None:
+    """Raises UserError for a model whose config says that its logits mean something else than the
+    task's would: sigmoids of classes that may hold together, or scores."""
+    said, wanted = config.problem_type, problem_type(task)
+    if said is None or wanted is None or said == wanted:
+        return
+    raise UserError(
+        f"{name} says problem_type={said} in its config.json, but task {task.name} needs {wanted}; "
+        f"leave it out, or correct that word where it was trained as {wanted}"
+    )
+
+
+def load_classifier(
+    checkpoint: Checkpoint, dtype: str = "fp32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
+    or of another shape."""
+    model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
+    head = sorted(head_names(model) & loaded.missing)
+    if head:
+        raise UserError(
+            f"{checkpoint.name} lacks the weights {', '.join(head[:3])}, so it was "
+            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+        )
+    refuse_gaps(checkpoint.name, model, loaded, set())
+    return model
+
+
+def load_start(
+    checkpoint: Checkpoint, trust_remote_code: bool, on_meta: bool = False, **changes: Any
+) -> tuple[PreTrainedModel, Loaded]:
+    """A classifier to train from, in fp32, its head new where the files have none; `changes` go to
+    its config (num_labels, ...); on_meta: without the weights, to see whether they fit.
+
+    Raises UserError where more than the head, and a pooler that the files lack altogether, would
+    be new.
+    """
+    if on_meta:
+        changes["device_map"] = "meta"
+    model, loaded = read_classifier(checkpoint, "fp32", trust_remote_code, **changes)
+    pooler = pooler_names(model)
+    allowed = head_names(model) | (pooler if pooler <= loaded.missing else set())
+    refuse_gaps(f"start {checkpoint.name}", model, loaded, allowed)
+    return model, loaded
+
+
+def read_classifier(
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **given: Any
+) -> tuple[PreTrainedModel, Loaded]:
+    """A classifier with what its files hold, known prefixes of their names taken off, and the
+    account of that; the rest is drawn from torch's generator."""
+    before = torch.get_rng_state()
+    model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
+    body = body_of(model)
+    prefix = wrapping(loaded, body[0] if body is not None else "")
+    if prefix is None:
+        return model, loaded
+    # what is new shall be what it is with files that have no prefix
+    torch.set_rng_state(before)
+    pattern = f"^{re.escape(prefix)}"
+    given = {**given, "key_mapping": {pattern: ""}}
+    model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
+    # else save_pretrained would put the prefix back
+    model._weight_conversions = [
+        one for one in model._weight_conversions if one.source_patterns != [pattern]
+    ]
+    return model, replace(loaded, prefix=prefix)
+
+
+def _read(
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, given: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Loaded]:
+    files = weight_files(checkpoint)
+    try:
+        model, notes = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint.folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=files[0].suffix == ".safetensors",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **given,
+        )
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{checkpoint.name}: its weights cannot be read: {files[0].name} holds more than "
+            f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
+            "save it anew as model.safetensors where you trust it"
+        ) from None
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise refusal(f"{checkpoint.name}: its weights cannot be read: {reason}", error) from None
+    mismatched = sorted(
+        (name, tuple(theirs), tuple(ours)) for name, theirs, ours in notes["mismatched_keys"]
+    )
+    return model, Loaded(
+        len(model.state_dict()),
+        frozenset(notes["missing_keys"]),
+        tuple(mismatched),
+        frozenset(notes["unexpected_keys"]),
+    )
+
+
+def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """What Transformers alone makes of a folder. Raises UserError where that is nothing whole."""
+    try:
+        model, notes = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise refusal(f"plain Transformers cannot load it: {reason}", error) from None
+    if notes["missing_keys"] or notes["mismatched_keys"]:
+        lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
+        raise UserError(f"plain Transformers finds no {some(lacking)} in it")
+    return model.eval()
+
+
+def build_teacher(
+    entry: TeacherConfig, dtype: str, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A teacher in eval mode, without gradients, in its dtype on its device."""
+    checkpoint = locate(entry.path, entry.revision)
+    model = load_classifier(checkpoint, dtype, trust_remote_code).to(device)
+    for parameter in model.parameters():
+        # weights mapped from a file lie at any address, and bits depend on their alignment
+        parameter.data = parameter.data.clone()
+    return model.eval().requires_grad_(False)
+
+
+def new_classifier(
+    config: PretrainedConfig, trust_remote_code: bool = False, dtype: str = "fp32"
+) -> PreTrainedModel:
+    """A sequence classifier of this shape with new weights, from torch's seed.
+
+    Raises UserError for a shape that no model can have.
+    """
+    try:
+        return AutoModelForSequenceClassification.from_config(
+            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"a {config.model_type} of this shape cannot be built: {reason}") from None
+
+
+def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same without weights (on the meta device): to look at its parts."""
+    with torch.device("meta"):
+        return new_classifier(config, trust_remote_code)
+
+
+def head_weights(model: PreTrainedModel) -> list[str]:
+    """The names of the weights that classify, apart from the encoder's."""
+    head = head_names(model)
+    return [name for name, _ in model.named_parameters() if name in head]
+
+
+def write_weights(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """model.safetensors and config.json."""
+    model.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)
+
+
+def save_model(
+    model: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int,
+) -> None:
+    """model.safetensors, config with label names, and the tokeniser, as Transformers reads them.
+
+    weights: the model's state, of which the model itself may hold a part only. Written aside and
+    renamed. Raises RunError when that fails.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write_weights(model, weights, aside)
+        tokenizer.model_max_length = max_length
+        # a teacher with the same tokeniser may have set another length last
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.enable_truncation(max_length)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(
+            f"the model cannot be written to {folder}: {error}; free space or mend the folder, "
+            "then give the same command again"
+        ) from error
+
+
+def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state without second names of a shared tensor (safetensors holds each once)."""
+    seen: set[int] = set()
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state

@@ -1,0 +1,1 @@
+"""Ensembles, losses and feature losses."""

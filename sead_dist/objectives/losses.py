@@ -1,0 +1,91 @@
+"""Losses: pure functions from logits to LossTerms.
+
+Shapes: B rows, C classes. Every function returns per-row losses; `total_loss` divides by the valid
+rows of the *global* batch, so a sum over micro-batches and ranks is the global batch's mean.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.objectives.ensemble import SoftTargets, known
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
+
+    soft, hard and inner (over a teacher's internals) are before their shares, for the log; total is
+    what is differentiated.
+    """
+
+    total: torch.Tensor
+    soft: torch.Tensor
+    hard: torch.Tensor
+    inner: torch.Tensor
+
+
+def alpha_at(config: RunConfig, step: int, total_steps: int) -> float:
+    """The share of the soft loss at a step (from 0): alpha, or evenly from alpha at the first step
+    to alpha_end at the last."""
+    if config.alpha_end is None or total_steps < 2:
+        return config.alpha
+    done = step / (total_steps - 1)
+    return (1 - done) * config.alpha + done * config.alpha_end
+
+
+def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
+    """Per-row loss_B against the soft targets.
+
+    kl: T^2 * KL(targets || softmax(student / T)) (Hinton et al. 2015, section 2: gradients of soft
+    targets scale with 1/T^2). mse: mean over classes of the squared difference of logits (or of
+    scores, for regression).
+    """
+    if loss == "mse":
+        return F.mse_loss(student_BC, soft.logits_BC, reduction="none").mean(-1)
+    log_q_BC = F.log_softmax(student_BC / soft.temperature, dim=-1)
+    kl_BC = F.kl_div(log_q_BC, soft.targets_BC, reduction="none")
+    return kl_BC.sum(-1) * soft.temperature**2
+
+
+def hard_loss(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """Per-row loss_B against the gold labels, 0 where unlabelled: cross-entropy, or squared error
+    when labels are scores."""
+    if labels_B.is_floating_point():
+        known_B = ~torch.isnan(labels_B)
+        gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
+        return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
+    return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
+
+
+def total_loss(
+    student_BC: torch.Tensor,
+    labels_B: torch.Tensor,
+    valid_B: torch.Tensor,
+    soft: SoftTargets | None,
+    loss: str,
+    alpha: float,
+    valid_rows: int,
+) -> LossTerms:
+    """Labelled rows: alpha * soft + (1 - alpha) * hard; unlabelled rows: soft alone; without
+    teachers: hard alone. Rows that are not valid count nothing. (Invariant 2.)
+
+    valid_rows: valid rows of the global batch, over all micro-batches and ranks.
+    """
+    zero_B = student_BC.new_zeros(student_BC.shape[0])
+    hard_B = torch.where(valid_B, hard_loss(student_BC, labels_B), zero_B)
+    if soft is None:
+        hard = hard_B.sum() / valid_rows
+        none = torch.zeros_like(hard.detach())
+        return LossTerms(total=hard, soft=none, hard=hard.detach(), inner=none)
+    soft_B = torch.where(valid_B, soft_loss(student_BC, soft, loss), zero_B)
+    share_B = torch.where(known(labels_B), alpha, 1.0)
+    total = (share_B * soft_B + (1 - share_B) * hard_B).sum() / valid_rows
+    return LossTerms(
+        total=total,
+        soft=soft_B.sum().detach() / valid_rows,
+        hard=hard_B.sum().detach() / valid_rows,
+        inner=torch.zeros_like(total.detach()),
+    )

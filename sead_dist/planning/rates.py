@@ -1,0 +1,333 @@
+"""The rates that a plan goes by: given in a file, remembered, measured now, or scaled.
+
+Shapes: N teachers.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sead_dist.config.schema import Precision, RunConfig, Section
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError, refusal
+from sead_dist.models.sequence_classifier import DTYPES
+from sead_dist.planning.workload import Work
+from sead_dist.runtime.distributed import World, from_main, gather_objects
+from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
+from sead_dist.teachers.rate_measurement import (
+    GRID,
+    TURNS,
+    Stopwatch,
+    full_batch,
+    grid,
+    measure_batches,
+    measure_teacher,
+    random_inputs,
+)
+from sead_dist.teachers.rates import (
+    COST_TOKENS,
+    STEP_FORWARDS,
+    Rate,
+    default_rates,
+    operations,
+    remember,
+    remembered,
+    scaled_rate,
+    student_key,
+    teacher_key,
+    this_machine,
+)
+from sead_dist.teachers.teacher import Teacher
+from sead_dist.training.engine import build_optimizer
+
+# of a plan's 30 seconds: from its first line to the last measurement. What comes before and behind
+# (imports, the tables) takes the rest.
+BUDGET_S = 20.0
+# bytes of weights that are read into a model in a second, at least
+LOAD_PER_S = 200 * 2**20
+
+Speed = Annotated[float, Field(gt=0)]
+
+
+class GivenRates(Section):
+    """Rates of other hardware, from a file of --rates. forward and training: operations (additions
+    and multiplications) per second that a teacher's forward and the student's step reach there, by
+    the numbers they compute in; link: bytes per second that a rank receives from the others."""
+
+    hardware: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    forward: dict[Precision, Speed]
+    training: dict[Precision, Speed]
+    link: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """hardware: what they hold for; link: bytes a rank receives in a second, where known; notes:
+    where they come from, for the reader."""
+
+    hardware: str
+    device: str
+    student: Rate
+    teachers_N: list[Rate]
+    link: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_given(path: Path) -> GivenRates:
+    """The file of --rates. Raises UserError where it is not as GivenRates says."""
+    try:
+        fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise refusal(
+            f"--rates {path} cannot be read ({error}); give a YAML or JSON file", error
+        ) from None
+    known = ", ".join(GivenRates.model_fields)
+    if not isinstance(fields, dict):
+        raise UserError(f"--rates {path} holds no keys; give {known}")
+    try:
+        return GivenRates.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        value = first["input"]
+        said = "" if isinstance(value, dict) else f", not {value!r}"
+        if first["type"] == "extra_forbidden":
+            reason, said = "there is no such key", ""
+        raise UserError(f"--rates {path}: {key}: {reason}{said}; its keys are {known}") from None
+
+
+def given_rates(
+    given: GivenRates,
+    path: Path,
+    config: RunConfig,
+    student: PreTrainedModel,
+    choices: int,
+    teachers: Sequence[Teacher],
+) -> Rates:
+    """Every rate scaled by operations from what the file says. Raises UserError where it says
+    nothing of numbers that the run computes in."""
+
+    def speed(kind: str, dtype: str) -> float:
+        speeds: dict[Precision, float] = getattr(given, kind)
+        for name, reached in speeds.items():
+            if name == dtype:
+                return reached
+        raise UserError(f"--rates {path}: {kind} has no {dtype}, which the run computes in; add it")
+
+    def by_length(model_config: PretrainedConfig, reached: float, times: int) -> Rate:
+        works = [times * operations(model_config, at, config.trust_remote_code) for at in GRID]
+        return Rate(GRID, tuple(work / reached for work in works), 0.0, 0.0, scaled=True)
+
+    step = speed("training", config.precision)
+    return Rates(
+        given.hardware,
+        given.device,
+        by_length(student.config, step, STEP_FORWARDS * choices),
+        [by_length(t.config, speed("forward", t.dtype), 1) for t in teachers],
+        given.link,
+        (f"every rate is scaled from {path}",),
+    )
+
+
+def own_rates(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    student: PreTrainedModel,
+    teachers: Sequence[Teacher],
+    work: Work,
+    fresh: bool,
+    began: float,
+) -> Rates:
+    """This machine's rates: remembered ones that reach to the task's lengths, the others measured
+    until BUDGET_S after `began` (monotonic seconds), and what that did not allow scaled. Every rank
+    calls this, and all measure at the same time: a figure is the slowest rank's."""
+    machine, path = this_machine(world.device), default_rates()
+    found = from_main(world, lambda: {} if fresh else remembered(path))
+    own_key = student_key(student, config, task.kind, machine)
+    keys_N = [teacher_key(teacher, machine) for teacher in teachers]
+    keys = {own_key, *keys_N}
+    own_K = grid(work.lengths_SM, config.max_length)
+    grids_N = [grid(work.lengths_SM, min(config.max_length, t.max_length)) for t in teachers]
+    # one of each shape; the quickest first, so that something is known to scale the others from
+    kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
+    short = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
+    share_s = BUDGET_S / max(1, len(short) + (not _reaches(found.get(own_key), own_K)))
+    rows_N = [partial(full_batch, teacher, world.device) for teacher in teachers]
+    todo = [n for n in short if _wanted(found.get(keys_N[n]), grids_N[n], rows_N[n], share_s)]
+    todo.sort(key=lambda n: teachers[n].parameters)
+    mine: dict[str, Rate] = {}
+    if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch, share_s):
+        now = time.monotonic()
+        until = now + (began + BUDGET_S - now) / (1 + len(todo))
+        mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
+    for place, n in enumerate(todo):
+        now = time.monotonic()
+        until = now + (began + BUDGET_S - now) / (len(todo) - place)
+        if _can_be_loaded(teachers[n], world.device, until - now):
+            mine[keys_N[n]] = measure_teacher(
+                teachers[n], world.device, config.trust_remote_code, grids_N[n], until
+            )
+    measured = {
+        key: rate
+        for key, rate in _slowest(gather_objects(world, mine)).items()
+        if key not in found or rate.lengths_K[-1] >= found[key].lengths_K[-1]
+    }
+    notes = [
+        f"rates: {len(measured)} measured now, {len(keys & {*found} - {*measured})} remembered"
+    ]
+    if world.is_main and measured:
+        notes += keep(path, measured)
+    known = {**found, **measured}
+    known_N = [known.get(key) for key in keys_N]
+    rates_N = fill(config, student, known[own_key], work.choices, teachers, known_N)
+    return Rates(
+        machine.device,
+        world.device.type,
+        _marked(known[own_key], own_K),
+        [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, grids_N, strict=True)],
+        notes=tuple(notes),
+    )
+
+
+def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
+    """Remember rates; a line where that cannot be, which is no reason to lose the plan."""
+    try:
+        remember(path, measured)
+    except OSError as error:
+        return [
+            f"they could not be kept in {path} ({error.strerror}), and will be measured again; "
+            "name another file with SEAD_DIST_RATES"
+        ]
+    return []
+
+
+def _wanted(
+    rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int], share_s: float
+) -> bool:
+    """Whether to measure a model: it is not known, or only up to shorter texts, and in share_s one
+    comes to the task's."""
+    if rate is None:
+        return True
+    if _reaches(rate, lengths_K):
+        return False
+    once_s = rate.seconds(lengths_K, [rows_of(length) for length in lengths_K])
+    return rate.once_s + (TURNS + 1) * once_s < share_s
+
+
+def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:
+    return rate is not None and rate.lengths_K[-1] >= lengths_K[-1]
+
+
+def _marked(rate: Rate, lengths_K: Sequence[int]) -> Rate:
+    """What was not measured up to the task's longest is scaled beyond."""
+    return rate if _reaches(rate, lengths_K) else replace(rate, scaled=True)
+
+
+def _can_be_loaded(teacher: Teacher, device: torch.device, seconds: float) -> bool:
+    room = TEACHER_SHARE * free_bytes(device)
+    return teacher.bytes <= min(room, seconds * LOAD_PER_S)
+
+
+def _slowest(everyone: Sequence[dict[str, Rate]]) -> dict[str, Rate]:
+    """Of what all ranks have measured, the slowest."""
+    shared = set(everyone[0]).intersection(*everyone)
+    return {
+        key: max((mine[key] for mine in everyone), key=lambda rate: rate.row_s_K[0])
+        for key in sorted(shared)
+    }
+
+
+def fill(
+    config: RunConfig,
+    student: PreTrainedModel,
+    student_rate: Rate,
+    choices: int,
+    teachers: Sequence[Teacher],
+    known_N: Sequence[Rate | None],
+) -> list[Rate]:
+    """Every teacher's rate: what is not known is scaled by operations from the teacher nearest to
+    it of those that are, if possible of the same numbers; where there is none, from the student's
+    step."""
+    trust = config.trust_remote_code
+    works_N = [operations(t.config, COST_TOKENS, trust) for t in teachers]
+    step = STEP_FORWARDS * choices * operations(student.config, COST_TOKENS, trust)
+
+    def scaled(n: int) -> Rate:
+        near = [
+            (
+                teachers[m].dtype != teachers[n].dtype,
+                abs(math.log(works_N[n] / works_N[m])),
+                m,
+                rate,
+            )
+            for m, rate in enumerate(known_N)
+            if rate is not None
+        ]
+        if not near:
+            return scaled_rate(student_rate, works_N[n] / step)
+        _, _, m, rate = min(near, key=lambda one: one[:3])
+        return scaled_rate(rate, works_N[n] / works_N[m])
+
+    return [rate if rate is not None else scaled(n) for n, rate in enumerate(known_N)]
+
+
+def measure_student(
+    model: PreTrainedModel,
+    config: RunConfig,
+    device: torch.device,
+    choices: int,
+    lengths_K: Sequence[int],
+    until: float,
+) -> Rate:
+    """The rate of the student's step on micro-batches of config.micro_batch examples, as one
+    process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
+    model = model.to(device).train()
+    optimizer = build_optimizer(model, config)
+    mixed = config.precision != "fp32"
+
+    def batch(rows: int, length: int) -> Callable[[], None]:
+        inputs = random_inputs(model, rows * choices, length, device)
+
+        def learn() -> None:
+            dtype = DTYPES[config.precision]
+            with torch.autocast(device.type, dtype) if mixed else nullcontext():
+                logits = model(**inputs).logits
+            logits.float().square().mean().backward()
+
+        return learn
+
+    def work(length: int) -> float:
+        return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
+
+    watch = Stopwatch(device, until)
+    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
+    rate = Rate(*found, once_s=0.0)
+    shortest = rate.lengths_K[0]
+    learn = batch(config.micro_batch, shortest)
+
+    def step() -> None:
+        learn()  # into new gradients, as the first micro-batch of each step does
+        if config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer.zero_grad(set_to_none=True)
+    # by a watch of its own, which times its first piece of work however late it is
+    step_s = Stopwatch(device, until).time(step, work(shortest))
+    assert step_s is not None
+    micro_s = rate.seconds([shortest], [config.micro_batch])
+    return replace(rate, once_s=max(0.0, step_s - micro_s))

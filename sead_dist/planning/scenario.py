@@ -1,0 +1,155 @@
+"""A run under one placement of its teachers or another: what it needs and how long it takes.
+
+Shapes: N teachers, W ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.errors import UserError
+from sead_dist.planning.memory import FULL, student_bytes, teacher_bytes
+from sead_dist.planning.rates import Rates
+from sead_dist.planning.workload import (
+    Work,
+    batch_shapes,
+    bound,
+    teachers_seconds,
+    training_seconds,
+)
+from sead_dist.runs.setup import check_placed
+from sead_dist.teachers.placement import choose_placements, held_bytes, share_rows
+from sead_dist.teachers.rates import costs
+from sead_dist.teachers.teacher import Teacher
+
+PLACEMENTS = ("colocated", "partitioned", "sharded", "pool")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made of. free: bytes that placement counts on, on the smallest rank; memory:
+    of a GPU, where it was given."""
+
+    config: RunConfig
+    teachers: list[Teacher]
+    student: PreTrainedModel
+    work: Work
+    rates: Rates
+    size: int
+    free: int
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run under one placement. Bytes are of the rank that needs most. seconds: until the last
+    step is trained; start-up, scoring the student, and what the student's ranks exchange are not in
+    it. workers: how many a pool needs for the student never to wait for long, which is what the
+    times are for; each computes as quickly as a rank. at_least: the transfer of split teachers'
+    weights, whose speed is not known, is not in the seconds. refused: why this cannot be."""
+
+    placement: str
+    placements: list[str]
+    student_bytes: int
+    teacher_bytes: int
+    fits: bool | None
+    teachers_s: float
+    training_s: float
+    seconds: float
+    examples_per_second: float
+    bound: float
+    workers: int
+    at_least: bool
+    refused: str | None
+
+
+def forecasts(setting: Setting) -> list[Forecast]:
+    """The run under each placement, and under its own where that is a mixture."""
+    count = len(setting.teachers)
+    if not count:
+        return [forecast(setting, "no teachers", [])]
+    found = [forecast(setting, name, [name] * count) for name in PLACEMENTS]
+    own, _ = own_placements(setting)
+    if len({*own}) > 1:
+        found.append(forecast(setting, "this run", own))
+    return found
+
+
+def own_placements(setting: Setting) -> tuple[list[str], str]:
+    """Where this run's teachers go, and why."""
+    default = setting.config.placement
+    return choose_placements(setting.teachers, default, setting.size, setting.free)
+
+
+def forecast(setting: Setting, name: str, placements: list[str]) -> Forecast:
+    """The run with its teachers placed so."""
+    config, teachers, rates, size = setting.config, setting.teachers, setting.rates, setting.size
+    work, workers_s = without_pool(setting, placements)
+    refused = None
+    try:
+        check_placed(config, teachers, placements)
+    except UserError as error:
+        refused = str(error)
+    costs_N = costs(teachers, rates.teachers_N)
+    share_NW = share_rows(teachers, placements, costs_N, size, setting.free)
+    held = teacher_bytes(teachers, placements, share_NW, config.trust_remote_code)
+    own = student_bytes(setting.student.config, config, size)
+    teachers_s = teachers_seconds(work, teachers, rates.teachers_N, share_NW, rates.device)
+    split = size > 1 and "sharded" in placements
+    if split and rates.link is not None:
+        teachers_s += gathered_bytes(setting, work, placements) / rates.link
+    training_s = training_seconds(work, rates.student, size)
+    seconds = teachers_s + training_s
+    return Forecast(
+        placement=name,
+        placements=placements,
+        student_bytes=own,
+        teacher_bytes=held,
+        fits=fits(setting, placements, own + held),
+        teachers_s=teachers_s,
+        training_s=training_s,
+        seconds=seconds,
+        examples_per_second=work.examples / max(seconds, 1e-12),
+        bound=bound(work, teachers, rates.teachers_N, rates.student, size, rates.device),
+        workers=int(np.ceil(workers_s / max(seconds, 1e-12))),
+        at_least=split and rates.link is None,
+        refused=refused,
+    )
+
+
+def without_pool(setting: Setting, placements: Sequence[str]) -> tuple[Work, float]:
+    """The work that is the run's own, and the seconds that one worker takes for the rest."""
+    work, rates = setting.work, setting.rates
+    sides: list[list[list[np.ndarray]]] = [[], []]
+    for placement, requests in zip(placements, work.requests_N, strict=True):
+        for side, mine in zip(sides, (placement != "pool", placement == "pool"), strict=True):
+            side.append(requests if mine else [])
+    own, pooled = (replace(work, requests_N=side) for side in sides)
+    alone_N1 = np.ones((len(placements), 1))
+    return own, teachers_seconds(pooled, setting.teachers, rates.teachers_N, alone_N1, rates.device)
+
+
+def fits(setting: Setting, placements: Sequence[str], needed: int) -> bool | None:
+    """Whether FULL of a given memory holds the fullest rank, and each whole teacher a worker."""
+    if setting.memory is None:
+        return None
+    pairs = zip(setting.teachers, placements, strict=True)
+    pooled = max((teacher.bytes for teacher, place in pairs if place == "pool"), default=0)
+    return max(needed, pooled) <= FULL * setting.memory
+
+
+def gathered_bytes(setting: Setting, work: Work, placements: Sequence[str]) -> int:
+    """Weights that a rank receives from the others while split teachers compute its rows: all but
+    its own part, for every batch."""
+    size, received = setting.size, 0
+    for teacher, placement, requests in zip(
+        setting.teachers, placements, work.requests_N, strict=True
+    ):
+        if placement == "sharded":
+            mine = [rows[::size] for rows in requests if len(rows)]
+            batches = len(batch_shapes(teacher, mine, setting.rates.device)[0])
+            received += batches * (teacher.bytes - held_bytes(teacher.bytes, "sharded", size))
+    return received

@@ -1,0 +1,93 @@
+"""`sead-dist plan`: memory and time of a run, for each placement, before it is started."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import fitting_length, tokenizer_hash
+from sead_dist.planning.memory import FULL, student_bytes
+from sead_dist.planning.rates import given_rates, own_rates, read_given
+from sead_dist.planning.rendering import as_json, show
+from sead_dist.planning.scenario import Setting, forecasts
+from sead_dist.planning.workload import Work, make_work
+from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runtime.console import parse_size
+from sead_dist.runtime.distributed import World, from_main, on_every_rank
+from sead_dist.runtime.run_log import check_writable, write_json
+from sead_dist.store.layout import default_store
+from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.feature_teacher import check_guide, held_everywhere
+from sead_dist.teachers.placement import least_free
+from sead_dist.teachers.teacher import call_roster
+
+
+def plan(
+    config: RunConfig,
+    world: World,
+    ranks: int | None,
+    gpu_memory: str | None,
+    rates_file: Path | None,
+    fresh: bool,
+    json_file: Path | None,
+) -> None:
+    """Measure what is not known, and print the plan. Every rank calls this.
+
+    Raises UserError for a mistake in what is asked, as the run itself would.
+    """
+    began = time.monotonic()
+    if config.encoders:
+        raise UserError("plan is for distill: give teachers=[...] instead of encoders")
+    refuse_unused_text(config)
+    size = ranks if ranks is not None else world.size
+    if size < 1:
+        raise UserError(f"--ranks {size} must be at least 1")
+    if json_file is not None:
+        from_main(world, partial(check_writable, "--json", json_file))
+    memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
+    given = None if rates_file is None else read_given(rates_file)
+    quiet_libraries(world)
+    task, examples, tokenizer, student = on_every_rank(
+        world, lambda: read_inputs(config, lambda _note: None)
+    )
+    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    max_length = fitting_length(config.max_length, student.config)
+    words = tokenizer_hash(tokenizer)
+    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    teachers = held_everywhere(config, teachers)
+    folder = Path(config.store.path) if config.store.path else default_store()
+
+    def count() -> Work:
+        store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
+        return make_work(config, task.name, examples, tokenizer, max_length, teachers, store)
+
+    work = from_main(world, count)
+    own_bytes = student_bytes(student.config, config, size)
+    if memory is not None and own_bytes > FULL * memory:
+        raise UserError(
+            f"--gpu-memory {gpu_memory}: the student's training state alone takes "
+            f"{decimal(own_bytes)} of each of {size} ranks, and {FULL:.0%} of the memory may be "
+            "taken; split the student (deepspeed=zero2, zero3), or give more ranks or memory"
+        )
+    free = memory if memory is not None else free_of(world, size)
+    if given is not None and rates_file is not None:
+        rates = given_rates(given, rates_file, config, student, work.choices, teachers)
+    else:
+        rates = own_rates(config, task, world, student, teachers, work, fresh, began)
+    if world.is_main:
+        setting = Setting(config, teachers, student, work, rates, size, free, memory)
+        found = forecasts(setting)
+        show(setting, task.name, found)
+        if json_file is not None:
+            write_json(json_file, as_json(setting, task.name, found))
+
+
+def free_of(world: World, size: int) -> int:
+    """Bytes free on the smallest of `size` ranks. More ranks than there are now would share the
+    memory of this machine, or have GPUs of their own."""
+    free = least_free(world)
+    return free if world.device.type == "cuda" else free * world.size // max(size, world.size)

@@ -1,0 +1,240 @@
+"""What a run still has to do, and how long that takes at known rates.
+
+Shapes: N teachers, W ranks, R rows of one request to the teachers, B rows of the training split, S
+steps of an epoch, M micro-batches of a step, G rows of a global batch, U unique examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import ExampleSet, entries, sample
+from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
+from sead_dist.data.splits import RunExamples
+from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.inference import (
+    cut_into_batches,
+    padded_length,
+    rows_for,
+)
+from sead_dist.teachers.packing import SIZES, size_for
+from sead_dist.teachers.placement import deal
+from sead_dist.teachers.rates import (
+    Rate,
+)
+from sead_dist.teachers.teacher import Teacher
+
+# rows whose tokens are counted, and steps that are cut into micro-batches; others are like them
+SAMPLE = 4000
+SAMPLE_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has before it. requests_N: for each teacher the tokens of the rows it has to
+    compute, one array for each request. lengths_SM, rows_SM: padded length and rows of the
+    micro-batches of an epoch or of its first steps. steps, examples: those still to be trained."""
+
+    requests_N: list[list[np.ndarray]]
+    lengths_SM: np.ndarray
+    rows_SM: np.ndarray
+    steps: int
+    examples: int
+    choices: int
+
+    @property
+    def passes(self) -> int:
+        """Teacher forwards, counted in rows."""
+        return sum(len(rows) for requests in self.requests_N for rows in requests)
+
+
+def spread(lengths: np.ndarray, count: int) -> np.ndarray:
+    """So many lengths, distributed like these."""
+    places = (np.arange(count) + 0.5) / max(count, 1) * len(lengths)
+    return np.asarray(np.sort(lengths)[places.astype(np.int64)])
+
+
+def sampled_lengths(
+    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
+) -> np.ndarray:
+    return tokenize(tokenizer, sample(examples, SAMPLE, 0), max_length).lengths_B()
+
+
+def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
+    """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
+    chooses only after the examination, the costliest stands for the chosen."""
+    names = [teacher.name for teacher in teachers]
+    if config.ensemble == "single":
+        largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
+        chosen = largest if config.guide is None else names.index(config.guide)
+        return [float(n == chosen) for n in range(len(names))]
+    if config.ensemble == "random":
+        return [1 - (1 - 1 / len(names)) ** config.epochs] * len(names)
+    if config.ensemble == "routed" and train.routes_B is not None:
+        return [float((train.routes_B == n).mean()) for n in range(len(names))]
+    if config.ensemble == "fixed":
+        return [float(teacher.entry.weight > 0) for teacher in teachers]
+    return [1.0] * len(names)
+
+
+def make_work(
+    config: RunConfig,
+    task: str,
+    examples: RunExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    teachers: Sequence[Teacher],
+    store: PredictionStore | None,
+    done: int = 0,
+) -> Work:
+    """The work of a run that has `done` steps behind it. What the store holds is no work; None: it
+    holds nothing. Of a run that asks for a part of the rows, the store is taken to hold those
+    first: it does where this run was cut off, and not where another one asked for other rows."""
+    train = examples.train
+    lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
+    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch)
+    lengths_SM, rows_SM = micro_batch_shapes(
+        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch // config.micro_batch
+    )
+    total = config.max_steps or config.epochs * len(order_SG)
+    in_time = min(1.0, total / len(order_SG))
+    shares_N = [share * in_time for share in asked_share(config, teachers, train)]
+    requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
+    counted: dict[tuple[str, int, str], np.ndarray] = {}
+    for split in (train, examples.selection, *examples.official.values()):
+        ids_U2, _ = entries(split.ids_B2)
+        for n, teacher in enumerate(teachers):
+            needed, present = len(ids_U2), 0
+            if split is train:
+                needed = round(needed * shares_N[n])
+            if store is not None:
+                accept_any = config.store.accept == "any"
+                table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
+                present = int(table.present_U.sum())
+            missing = max(0, needed - present)
+            key = (teacher.tokenizer_hash, teacher.max_length, split.split)
+            if missing and key not in counted:
+                counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
+            parts = -(-missing // config.look_ahead)
+            sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
+            requests_N[n] += [spread(counted[key], size) for size in sizes]
+    left = max(0, total - done)
+    rows = round(left * len(train) / len(order_SG))
+    return Work(requests_N, lengths_SM, rows_SM, left, rows, train.choices)
+
+
+def micro_batch_shapes(
+    order_SG: np.ndarray, lengths_B: np.ndarray, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths_SM, rows_SM): padded length and rows of each micro-batch of these steps. One without
+    rows is a single filler of the shortest length."""
+    shape = (len(order_SG), parts)
+    lengths_SM, rows_SM = np.full(shape, lengths_B.min()), np.ones(shape, np.int64)
+    for step, rows_G in enumerate(order_SG):
+        lengths_G = lengths_B[rows_G[rows_G >= 0]]
+        micro_batches = cut_into_micro_batches(np.arange(len(lengths_G)), lengths_G, parts)
+        for micro, rows_B in enumerate(micro_batches):
+            if len(rows_B):
+                lengths_SM[step, micro] = lengths_G[rows_B[0]]
+                rows_SM[step, micro] = len(rows_B)
+    return lengths_SM, rows_SM
+
+
+def store_bytes(work: Work, teachers: Sequence[Teacher]) -> int:
+    """What the passes add to the store: 4 bytes for each class of a prediction."""
+    return sum(
+        4 * teacher.key.classes * sum(map(len, requests))
+        for teacher, requests in zip(teachers, work.requests_N, strict=True)
+    )
+
+
+def batch_shapes(
+    teacher: Teacher, requests: Sequence[np.ndarray], device: str
+) -> tuple[list[int], list[int]]:
+    """(padded length, rows) of the batches into which these rows will be cut; of packs, their mean
+    length and as many rows of it as a pack's tokens make."""
+    lengths_P: list[int] = []
+    rows_P: list[int] = []
+    for tokens_R in requests:
+        if teacher.cut.pack_from is not None:
+            mean, total = max(1, round(tokens_R.mean())), int(tokens_R.sum())
+            sizes = [SIZES[-1]] * (total // SIZES[-1])
+            sizes += [size_for(total % SIZES[-1], 1, teacher.cut.pack_from)]
+            lengths_P += [mean] * len(sizes)
+            rows_P += [size // mean for size in sizes]
+            continue
+        cut = teacher.cut
+        for part, length in cut_into_batches(tokens_R, device, cut.longest, cut.padding):
+            lengths_P.append(length)
+            rows_P.append(rows_for(len(part), length, device, teacher.cut.free_rows))
+    return lengths_P, rows_P
+
+
+def teachers_seconds(
+    work: Work,
+    teachers: Sequence[Teacher],
+    rates_N: Sequence[Rate],
+    share_NW: np.ndarray,
+    device: str,
+) -> float:
+    """Seconds until the last rank has computed its share, loading included."""
+
+    def of_rank(rank: int) -> float:
+        spent = 0.0
+        for n, requests in enumerate(work.requests_N):
+            own = [rows[deal(share_NW[n], len(rows)) == rank] for rows in requests]
+            own = [rows for rows in own if len(rows)]
+            if own:
+                lengths_P, rows_P = batch_shapes(teachers[n], own, device)
+                batches_s = rates_N[n].seconds(lengths_P, work.choices * np.array(rows_P))
+                spent += rates_N[n].once_s + batches_s
+        return spent
+
+    size = share_NW.shape[1]
+    # equal shares are equal work
+    equal = bool((share_NW == 1 / size).all())
+    return max((of_rank(rank) for rank in range(1 if equal else size)), default=0.0)
+
+
+def training_seconds(work: Work, rate: Rate, size: int) -> float:
+    """Seconds of the student's steps: in every turn all ranks wait for the slowest micro-batch.
+    What ranks send each other is not in it."""
+    steps, micro_batches = work.lengths_SM.shape
+    turns = -(-micro_batches // size)
+    spent_SM = np.zeros((steps, turns * size))
+    spent_SM[:, :micro_batches] = rate.row_s(work.lengths_SM) * work.rows_SM + rate.batch_s
+    epoch_s = float(spent_SM.reshape(-1, size).max(axis=1).sum())
+    shapes = set(zip(work.lengths_SM.flat, work.rows_SM.flat, strict=True))
+    first_s = rate.shape_s * len(shapes) if work.steps else 0.0
+    return work.steps * (epoch_s / int(steps) + rate.once_s) + first_s
+
+
+def bound(
+    work: Work,
+    teachers: Sequence[Teacher],
+    rates_N: Sequence[Rate],
+    rate: Rate,
+    size: int,
+    device: str,
+) -> float:
+    """The most examples/s that these rates allow on `size` ranks which teach and learn in turns:
+    size / (1 / student's rate + sum of 1 / teacher's rate), every batch full, every rank busy, no
+    batch the first of its shape."""
+    spent = 0.0
+    for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
+        for tokens_R in requests:
+            padded_R = tokens_R
+            if teacher.cut.pack_from is None:
+                longest = max(teacher.cut.longest, 2)
+                padded_R = np.minimum(padded_length(tokens_R, device), longest)
+            full_R = teacher.cut.full_rows(padded_R, device)
+            each_R = work.choices * teacher_rate.row_s(padded_R)
+            spent += float(np.sum(each_R + teacher_rate.batch_s / full_R))
+    lengths = work.lengths_SM.reshape(-1)
+    steady = replace(rate, shape_s=0.0)
+    epoch_s = steady.seconds(lengths, work.rows_SM.reshape(-1))
+    spent += work.steps * epoch_s / len(work.lengths_SM)
+    return work.examples / max(spent / size + work.steps * rate.once_s, 1e-12)

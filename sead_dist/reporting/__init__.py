@@ -1,0 +1,1 @@
+"""Model card, plots and tables of a run."""

@@ -1,0 +1,125 @@
+"""Uploading a finished model to the hub: whether it can be done, and doing it.
+
+The token is huggingface_hub's own affair (HF_TOKEN, or a login); it is never read here.
+"""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import (  # type: ignore[attr-defined] # not in its __all__, but documented
+    disable_progress_bars,
+    validate_repo_id,
+)
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.errors import RunError, UserError
+from sead_dist.reporting.model_card import model_name
+from sead_dist.reporting.run_files import read_run
+from sead_dist.runtime.redact import without_secrets
+from sead_dist.runtime.run_log import is_finished
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, without what is secret."""
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split())[:400])
+
+
+def refuse_push(config: RunConfig, what: str) -> None:
+    """Raises UserError where several runs would be uploaded, all to one repository."""
+    if config.push_to_hub:
+        raise UserError(
+            f"push_to_hub=true is for one run of distill, not for {what}; upload a run when it is "
+            "finished: sead-dist push RUN --to ID"
+        )
+
+
+def check_push(repo: str | None) -> None:
+    """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
+    bare name under the owner, or None). Raises UserError, before any work."""
+    later = "or leave push_to_hub out and upload later: sead-dist push RUN"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
+            f"{later}"
+        )
+    try:
+        if repo is not None:
+            validate_repo_id(repo)
+        account = HfApi().whoami()
+    except HFValidationError as error:
+        raise UserError(f"hub_model_id={repo}: {reason(error)}; give owner/name") from None
+    except LocalTokenNotFoundError:
+        raise UserError(
+            "uploading needs a token of the hub and there is none; hf auth login, or set "
+            f"HF_TOKEN, {later}"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"the hub ({constants.ENDPOINT}) does not accept the token: {reason(error)}; "
+            f"hf auth login anew, {later}"
+        ) from None
+    except Exception as error:  # the connection's own kinds of error are many
+        raise UserError(
+            f"cannot reach the hub at {constants.ENDPOINT}: {type(error).__name__}; "
+            f"check the network, {later}"
+        ) from None
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(
+            f"the token of {account['name']} may only read; give one that may write, {later}"
+        )
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
+    owner = repo.split("/")[0] if repo is not None and "/" in repo else account["name"]
+    if owner not in owners:
+        raise UserError(
+            f"hub_model_id={repo}: the token is of {account['name']}, which may write to "
+            f"{', '.join(owners)}; give one of these as owner"
+        )
+
+
+def upload(run: Path, repo: str | None, private: bool | None) -> str:
+    """Upload RUN/model with its card and plots, in one commit; the address of the repository,
+    which is made where it is not there. Raises what huggingface_hub raises."""
+    disable_progress_bars()
+    api = HfApi()
+    name = repo or re.sub(r"[^\w.-]+", "-", model_name(read_run(run)))
+    made = api.create_repo(name, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=made.repo_id, folder_path=run / "model", commit_message="Upload by sead_dist"
+    )
+    return str(made)
+
+
+def push_at_end(run: Path, config: RunConfig) -> str:
+    """Upload what a run has made; a line to say, also where that failed: the run is finished."""
+    try:
+        address = upload(run, config.hub_model_id, config.hub_private_repo)
+    except Exception as error:
+        return (
+            f"the run is finished, but its upload failed: {reason(error)}; upload it later: "
+            f"sead-dist push {run}"
+        )
+    return f"uploaded to {address}"
+
+
+def push_run(run: Path, repo: str | None, private: bool | None) -> None:
+    """`sead-dist push`: upload a finished run to `repo`, else to its own hub_model_id, else under
+    the name on its card.
+
+    Raises UserError for a folder that is no finished run and a hub that cannot be written to,
+    RunError where the upload fails.
+    """
+    if not is_finished(run):
+        raise UserError(f"{run} is no finished run; give a run folder with run_summary.json")
+    config = read_run(run).config
+    repo = repo or config.get("hub_model_id")
+    private = config.get("hub_private_repo") if private is None else private
+    check_push(repo)
+    try:
+        address = upload(run, repo, private)
+    except Exception as error:
+        raise RunError(
+            f"the upload of {run} failed: {reason(error)}; give the same command again"
+        ) from error
+    print(f"uploaded to {address}")

@@ -1,0 +1,288 @@
+"""The model card: what a run's files say, as a README.md with the metadata that the hub reads.
+
+Nothing of this machine reaches the card: names, paths and configuration pass through `redact`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sead_dist.reporting.run_files import RunFiles, onnx_rows
+from sead_dist.runtime.console import table
+from sead_dist.runtime.redact import redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from sead_dist.data.task_files import TaskSpec
+
+HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?:@[\w./-]+)?")
+HUB_METRICS = {"pearson": "pearsonr", "f1_macro": "f1", "f1_a": "f1"}  # ours: the hub's
+ENDS = ("runtime", "samples_per_second", "steps_per_second", "loss", "samples")
+COST = {
+    "steps": "optimiser steps",
+    "examples_per_second": "examples per second",
+    "teacher_forwards": "teacher forwards (unique teacher-example pairs)",
+    "store_hits": "teacher predictions read from the store",
+    "teacher_wait_s": "time spent waiting for teachers (s)",
+    "padding_waste": "share of tokens that were padding",
+    "peak_memory_bytes": "peak memory of each rank (MiB)",
+    "world_size": "ranks",
+    "placement": "placement of the teachers",
+}
+
+
+def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]) -> str:
+    """Compose the model card.
+
+    Args:
+        files: the run.
+        plots: file names of the pictures in plots/.
+        errors: expected calibration error by "student" and "ensemble"; empty for regression.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = (
+        resources.files("sead_dist.reporting.templates").joinpath("card.md.j2").read_text("utf-8")
+    )
+    jinja = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    spec = _task_spec(files)
+    worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+    split = files.evaluation_splits[0]
+    text = jinja.from_string(template).render(
+        metadata=_metadata(files, spec),
+        name=model_name(files),
+        task=_task(files),
+        student=_student(files),
+        teachers=files.teacher_manifest,
+        selected_on_dev=bool(files.mark),
+        results=_result_tables(files),
+        evaluations=_evaluation_tables(files),
+        calibration=f"Expected calibration error on {split}{files.mark}, 10 bins: {worded}."
+        if errors
+        else "",
+        method=_method(files),
+        teacher_table=_teacher_table(files),
+        cost=_cost(files.run_summary),
+        onnx=files.onnx,
+        onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
+        pair=spec is not None and spec.is_pair,
+        limits=_limits(files, spec),
+        hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),
+        versions=list(_versions(files.environment)),
+        plots=plots,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _task(files: RunFiles) -> str:
+    """Its name; the config may name a file of any name."""
+    named = files.scores.get("task") or PurePosixPath(str(files.config["task"])).stem
+    return str(redact(named))
+
+
+def _task_spec(files: RunFiles) -> "TaskSpec | None":
+    """The built-in task of this run; None for a person's own."""
+    from sead_dist.data.task_files import TASKS
+
+    return TASKS.get(_task(files))
+
+
+def _student(files: RunFiles) -> str:
+    """What the student started from: a checkpoint, or the name of a shape."""
+    student = redact(files.config.get("student"))
+    if isinstance(student, Mapping):
+        student = student.get("path") or str(student.get("shape")).removesuffix(".yaml")
+    return str(student or "random weights")
+
+
+def _base_model(files: RunFiles) -> str | None:
+    """The hub id that the student started from.
+
+    `base_model` of run_summary.json decides where it is given, since only the loader knows;
+    otherwise a student path written as owner/name is taken for one.
+    """
+    if "base_model" in files.run_summary:
+        known = files.run_summary["base_model"]
+        return None if known is None else str(redact(known))
+    student = files.config.get("student")
+    path = student.get("path") if isinstance(student, Mapping) else student
+    match = HUB_ID.fullmatch(path) if isinstance(path, str) else None
+    return match["id"] if match else None
+
+
+def model_name(files: RunFiles) -> str:
+    """What the card calls the model."""
+    student = _student(files).split("@")[0].rsplit("/", 1)[-1].replace(" ", "-")
+    return f"{'SEAD-' if files.teacher_manifest else ''}{student}-{_task(files)}"
+
+
+def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
+    from huggingface_hub import ModelCardData
+
+    hub = spec.hub if spec else None
+    results = list(_model_index(files, hub))
+    task = _task(files)
+    tags = ["SEAD", "knowledge-distillation"] if files.teacher_manifest else ["SEAD"]
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=[*tags, task],
+        datasets=[hub[0]] if hub else None,
+        metrics=sorted({result.metric_type for result in results}),
+        base_model=_base_model(files),
+        model_name=model_name(files),
+        eval_results=results or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _model_index(files: RunFiles, hub: tuple[str, str | None] | None) -> Iterable["EvalResult"]:
+    from huggingface_hub import EvalResult
+
+    for split in files.evaluation_splits:
+        for name, value in files.scores["splits"][split]["student"].items():
+            if value is None or not math.isfinite(value):
+                continue  # the hub reads JSON, which has no NaN
+            yield EvalResult(
+                task_type="text-classification",
+                task_name="Text Classification",
+                dataset_type=hub[0] if hub else _task(files),
+                dataset_name=_task(files),
+                dataset_config=hub[1] if hub else None,
+                dataset_split=split,
+                metric_type=HUB_METRICS.get(name, name),
+                metric_name=f"{name}{files.mark}",
+                metric_value=value,
+            )
+
+
+def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
+    splits = files.evaluation_splits
+    if "selection" in files.scores["splits"] and "selection" not in splits:
+        splits = [*splits, "selection"]
+    for split in splits:
+        rows = files.split_rows(split)
+        names = list(rows[0][2])
+        cells = [(name, *(metrics.get(n) for n in names)) for _, name, metrics in rows]
+        role = ""
+        if split == "selection":
+            where = "on dev" if files.mark else "held out of train"
+            role = f" ({where}; the checkpoint was chosen on it)"
+        yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
+
+
+def _evaluation_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
+    """One table in the seed card's form per evaluation split.
+
+    The keys of the first split are `eval_accuracy`, those of a further one `eval_SPLIT_accuracy`.
+    """
+    results, splits = files.eval_results, files.evaluation_splits
+    keys = {split: [k for k in results if k.startswith(f"eval_{split}_")] for split in splits}
+    further = {key for named in keys.values() for key in named}
+    keys[splits[0]] = keys[splits[0]] or [k for k in results if k not in further and k != "epoch"]
+
+    def place(key: str) -> int:  # 0 for a metric
+        return next((n for n, end in enumerate(ENDS, 1) if key.endswith(f"_{end}")), 0)
+
+    for split, named in keys.items():
+        if named:
+            named.sort(key=place)
+            header = [k if place(k) and not k.endswith("_loss") else k + files.mark for k in named]
+            yield split, table(header, [[results[key] for key in named]])
+
+
+def _method(files: RunFiles) -> Iterable[tuple[str, object]]:
+    config = redact(files.config)
+    ensemble = config.get("ensemble") or {}
+    method = ensemble.get("method") if isinstance(ensemble, Mapping) else ensemble
+    for name, value in (
+        ("ensemble", method),
+        ("temperature", config.get("temperature")),
+        ("alpha (weight of the soft targets beside the labels)", config.get("alpha")),
+    ):
+        if value is not None:
+            yield name, value
+
+
+def _teacher_table(files: RunFiles) -> str:
+    exams = {exam["name"]: exam for exam in files.examination}
+    drifted = any(exam.get("drift") for exam in files.examination)
+    rows = []
+    for teacher in files.teacher_manifest:
+        exam = exams.get(teacher["name"], {})
+        source, revision = redact(str(teacher.get("path", ""))), teacher.get("revision")
+        row = [
+            redact(teacher["name"]),
+            f"{source}@{str(revision)[:12]}" if revision else source,
+            teacher.get("parameters"),
+            f"`{str(teacher.get('weights_sha256'))[:16]}`",
+            exam.get("score"),
+            exam.get("constant_score"),
+            redact(teacher.get("placement")),
+        ]
+        rows.append(row + _drift_cells(teacher, exam.get("drift")) if drifted else row)
+    scored = f"exam, {files.examination[0]['metric']}" if files.examination else "exam"
+    columns = ["teacher", "from", "parameters", "weights", scored, "constant", "placement"]
+    if drifted:
+        columns += ["computed in", "largest logit difference to fp32", "predictions changed"]
+    return table(columns, rows)
+
+
+def _drift_cells(teacher: Mapping[str, Any], drift: Mapping[str, Any] | None) -> list[object]:
+    numbers = teacher.get("dtype")
+    if teacher.get("weights"):
+        numbers = f"{numbers}, {teacher['weights']} weights"
+    if not drift:
+        return [numbers, None, None]
+    changed = None if drift["changed"] is None else f"{drift['changed']} of {drift['rows']}"
+    return [numbers, f"{drift['largest']:.4g}", changed]
+
+
+def _cost(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for key, words in COST.items():
+        value = redact(summary.get(key))
+        if key == "peak_memory_bytes" and value is not None:
+            value = [value] if isinstance(value, (int, float)) else value
+            value = ", ".join(f"{(size or 0) / 2**20:.0f}" for size in value)
+        if value is not None:
+            rows.append((words, value))
+    return table(("what", "value"), rows)
+
+
+def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
+    yield f"It was trained and scored on {_task(files)} only; other texts were not tried."
+    yield "The scores are those of one run with one seed."
+    rows = files.eval_results.get("eval_samples")
+    accuracy = files.eval_results.get("eval_accuracy")
+    if rows and accuracy is not None:
+        points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
+        yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
+    if spec is not None and spec.kind == "choice":
+        yield "One call scores one choice: score all choices and take the highest."
+    for exam in files.examination:
+        name = redact(exam["name"])
+        if not exam.get("passed", True):
+            yield f"Teacher {name} was no better than a constant answer."
+        if exam.get("better_order"):
+            order = ", ".join(exam["better_order"])
+            yield f"Teacher {name} would score better with its classes in the order {order}."
+        if cut := exam.get("truncated_rows"):
+            yield f"Teacher {name} saw {cut} exam rows cut at its maximum length."
+    found = max((exam.get("dev_texts_in_training") or 0 for exam in files.examination), default=0)
+    if found:
+        yield f"{found} dev texts also occur in the training or transfer text."
+
+
+def _versions(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if "python" in environment:
+        yield "python", environment["python"]
+    yield from (environment.get("versions") or {}).items()

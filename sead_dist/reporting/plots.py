@@ -1,0 +1,262 @@
+"""The three pictures of a report, each a function of plain numbers and the path to write.
+
+Shapes: B examples, C classes, K bins of confidence.
+Colours are those of Okabe and Ito (2008), told apart with any kind of colour vision.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sead_dist.runtime.run_log import written_aside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+LOSSES = {
+    "loss": ("total", BLUE, "-"),
+    "loss_soft": ("soft (teachers)", ORANGE, "--"),
+    "loss_hard": ("hard (labelled rows)", GREEN, ":"),
+}
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often a model is right, by how sure it says it is.
+
+    Bins are equal steps of the largest class probability; an empty bin holds NaN in both means.
+    """
+
+    confidence_K: NDArray[np.float64]
+    accuracy_K: NDArray[np.float64]
+    count_K: NDArray[np.int64]
+    error: float  # expected calibration error, 0 to 1
+
+
+def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10) -> Reliability:
+    """Work out the reliability of class probabilities (Guo et al. 2017, equal-width bins).
+
+    Args:
+        probabilities_BC: rows that sum to 1.
+        labels_B: class indices; rows below 0 (unlabelled) are passed over.
+        bins: number of bins from 0 to 1; a bin holds its upper edge.
+    """
+    known_B = (labels_B >= 0) & np.isfinite(probabilities_BC).all(axis=1)
+    confidence_B = probabilities_BC[known_B].max(axis=1).astype(np.float64)
+    right_B = probabilities_BC[known_B].argmax(axis=1) == labels_B[known_B]
+    bin_B = np.clip(np.ceil(confidence_B * bins).astype(np.int64) - 1, 0, bins - 1)
+    count_K = np.bincount(bin_B, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence_K = np.bincount(bin_B, weights=confidence_B, minlength=bins) / count_K
+        accuracy_K = np.bincount(bin_B, weights=right_B, minlength=bins) / count_K
+    gap_K = np.nan_to_num(np.abs(accuracy_K - confidence_K))
+    error = float((gap_K * count_K).sum() / max(int(count_K.sum()), 1))
+    return Reliability(confidence_K, accuracy_K, count_K, error)
+
+
+def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> None:
+    """Draw the loss parts, and below them the selection score, over steps."""
+    figure = _figure(8, 6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    train = even_records([r for r in records if r.get("event") == "train"])
+    window = _window(len(train))
+    for key, (label, colour, style) in LOSSES.items():
+        points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
+        if points:
+            _line(top, np.array(points, dtype=float), label, colour, style, window)
+    top.set_ylim(bottom=0)
+    top.set(ylabel="training loss", title="Training loss and selection score")
+    _legend(top, f"mean of {window} records" if window > 1 else None)
+
+    evals = [r for r in records if r.get("event") == "eval" and r.get("split") == "selection"]
+    scores = [(r["step"], r["metrics"][metric]) for r in evals if metric in r["metrics"]]
+    scores = [(step, score) for step, score in scores if score is not None]
+    if scores:
+        steps, values = zip(*scores, strict=True)
+        best = int(np.argmax(values))
+        bottom.plot(steps, values, "o-", color=BLUE, markersize=4, label=f"student, {metric}")
+        label = f"best, {values[best]:.4f}"
+        bottom.plot(steps[best], values[best], "*", color=RED, markersize=13, label=label)
+        _legend(bottom)
+    else:
+        _note(bottom, "no evaluation on the selection split")
+    bottom.set(xlabel="optimiser step", ylabel=f"selection {metric}")
+    _save(figure, path)
+
+
+def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of training, those of few rows joined with their neighbours: a score or the end
+    of the run cuts a record short, and the mean of a few rows is no point of a curve.
+
+    Losses are means over rows; a joined record has the step of its last one.
+    """
+    if not all("rows" in record for record in train):
+        return [dict(record) for record in train]  # of a version that did not count them
+    full = max((record["rows"] for record in train), default=0)
+    joined: list[dict[str, Any]] = []
+    for record in train:
+        if joined and joined[-1]["rows"] < full / 2:
+            joined.append(_join(joined.pop(), record))
+        else:
+            joined.append(dict(record))
+    if len(joined) > 1 and joined[-1]["rows"] < full / 2:
+        last = joined.pop()
+        joined.append(_join(joined.pop(), last))
+    return joined
+
+
+def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    rows = first["rows"] + second["rows"]
+    both = {**second, "rows": rows}
+    for key in LOSSES:
+        if first.get(key) is not None and second.get(key) is not None:
+            both[key] = (first[key] * first["rows"] + second[key] * second["rows"]) / rows
+    return both
+
+
+def plot_scores(
+    panels: Mapping[str, Sequence[tuple[str, str, float]]], metric: str, path: Path
+) -> None:
+    """Draw one panel of horizontal bars per split.
+
+    Args:
+        panels: per split its (role, name, score), from the top down; the role is "student",
+            "ensemble" or "teacher" and gives the colour.
+        metric: what the scores are.
+        path: the PNG to write.
+    """
+    colours = {"student": BLUE, "ensemble": ORANGE, "teacher": GREY}
+    rows = max(len(bars) for bars in panels.values())
+    figure = _figure(8, len(panels) * (1.3 + 0.42 * rows))
+    values = [score for bars in panels.values() for _, _, score in bars]
+    for axes, (split, bars) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        for y, (role, _, score) in enumerate(bars):
+            axes.barh(y, score, height=0.66, color=colours[role])
+            axes.annotate(
+                f"{score:.4f}",
+                (max(score, 0.0), y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_yticks(range(len(bars)), [short(name) for _, name, _ in bars])
+        axes.invert_yaxis()
+        # Bars start at zero and the axis ends at the best possible score, so that their
+        # lengths can be compared.
+        axes.set_xlim(min([0.0, *values]) * 1.1, max([1.0, *values]))
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel=metric, title=f"Scores on {split}")
+    _save(figure, path, grid="x")
+
+
+def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path: Path) -> None:
+    """Draw how often the student (and the ensemble) is right against how sure it is."""
+    figure = _figure(8, 6.5)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = len(next(iter(reliabilities.values())).count_K)
+    width = 0.84 / (bins * len(reliabilities))
+    lowest = bins
+    for n, (name, result) in enumerate(reliabilities.items()):
+        colour, marker = ((BLUE, "o"), (ORANGE, "s"))[n]
+        filled_K = result.count_K > 0
+        lowest = min(lowest, *np.flatnonzero(filled_K), bins - 1)
+        label = f"{name}, calibration\nerror {result.error:.4f}"
+        means = result.confidence_K[filled_K], result.accuracy_K[filled_K]
+        top.plot(*means, marker=marker, color=colour, label=label)
+        left_K = (np.arange(bins) + 0.08) / bins + n * width
+        share_K = result.count_K / max(int(result.count_K.sum()), 1)
+        bottom.bar(left_K, share_K, width=0.95 * width, align="edge", color=colour)
+    top.plot((0, 1), (0, 1), color=GREY, linestyle="--", linewidth=1, label="perfect")
+    # Confidence is never below one over the number of classes: start at the first bin in use.
+    top.set(xlim=(lowest / bins, 1), ylim=(0, 1.02), ylabel="share of rows that are right")
+    top.set_title(f"Calibration on {split}")
+    bottom.set(xlabel="confidence (largest class probability)", ylabel="share of rows")
+    _legend(top)
+    _save(figure, path)
+
+
+def plot_regression(
+    gold_B: Floats, predicted: Mapping[str, Floats], split: str, path: Path
+) -> None:
+    """Draw predicted against gold scores, for the student and the ensemble."""
+    figure = _figure(0.5 + 4.5 * len(predicted), 5)
+    known_B = np.isfinite(gold_B)
+    everything = np.concatenate([gold_B[known_B], *(p_B[known_B] for p_B in predicted.values())])
+    low, high = (float(f(everything, initial=0.0)) for f in (np.nanmin, np.nanmax))
+    margin = 0.03 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    panels = figure.subplots(1, len(predicted), sharey=True, squeeze=False)[0]
+    for axes, (name, predicted_B), colour in zip(
+        panels, predicted.items(), (BLUE, ORANGE), strict=False
+    ):
+        error = float(np.nanmean(np.abs(predicted_B - gold_B)[known_B]))
+        axes.plot(limits, limits, color="black", linestyle="--", linewidth=1, zorder=3)
+        axes.scatter(gold_B[known_B], predicted_B[known_B], s=14, alpha=0.4, color=colour, lw=0)
+        axes.set(xlim=limits, ylim=limits, xlabel="gold score (dashed: predicted = gold)")
+        axes.set_title(f"{name}, mean absolute error {error:.3f}", fontsize="medium")
+    panels[0].set_ylabel("predicted score")
+    figure.suptitle(f"Predicted against gold on {split}")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Not pyplot: it keeps figures in global state and may look for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _window(records: int) -> int:
+    """How many records a smoothed point is the mean of; few records are drawn as they are."""
+    return records // 40 if records >= 120 else 1
+
+
+def _line(axes: "Axes", points: Floats, label: str, colour: str, style: str, window: int) -> None:
+    """Draw a line; where it has many points, the running mean over the faint points."""
+    steps, values = points.T
+    if window == 1 or len(values) < window:
+        axes.plot(steps, values, style, color=colour, label=label, marker="o", markersize=3)
+        return
+    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    middle = steps[(window - 1) // 2 :][: len(mean)]
+    axes.plot(middle, mean, style, color=colour, linewidth=2, label=label)
+
+
+def _legend(axes: "Axes", title: str | None = None) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            title=title,
+            alignment="left",
+            loc="upper left",
+            bbox_to_anchor=(1.02, 1.0),
+            frameon=False,
+            borderaxespad=0.0,
+        )
+
+
+def _note(axes: "Axes", text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def short(name: str, longest: int = 32) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] = "both") -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis=grid, alpha=0.25)
+        axes.set_axisbelow(True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")

@@ -1,0 +1,194 @@
+"""The report of a run: predictions as Parquet, tables, plots and the model card.
+
+Shapes: B examples, C classes (1 for regression).
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sead_dist.errors import refusal
+from sead_dist.reporting.model_card import card_text
+from sead_dist.reporting.plots import (
+    Reliability,
+    plot_calibration,
+    plot_loss,
+    plot_regression,
+    plot_scores,
+    reliability,
+)
+from sead_dist.reporting.run_files import read_run
+from sead_dist.runtime.run_log import read_metrics, written_aside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The rows of one predictions/<split>.parquet."""
+
+    ids_B2: NDArray[np.int64]
+    labels_B: NDArray[Any]  # int64 class index, -1 unlabelled; regression float64, NaN unlabelled
+    student_logits_BC: NDArray[Any]
+    ensemble_probabilities_BC: NDArray[Any] | None  # regression: the ensemble's scores, C = 1
+
+
+def write_report(run: Path) -> None:
+    """Write README.md and plots/ from the other files of a run folder, and into run/model/.
+
+    A pure function of those files: it may be called again at any time.
+
+    Raises:
+        UserError: a file that the report needs is missing or cannot be read.
+    """
+    files = read_run(run)
+    plots = run / "plots"
+    plots.mkdir(exist_ok=True)
+    mark = files.mark
+    plot_loss(read_metrics(run), files.metric, plots / "loss.png")
+    panels = {
+        f"{split}{mark}": [
+            (role, name, metrics[files.metric])
+            for role, name, metrics in files.split_rows(split)
+            if metrics.get(files.metric) is not None
+        ]
+        for split in files.evaluation_splits
+    }
+    plot_scores(panels, files.metric, plots / "scores.png")
+    names = ["loss.png", "scores.png"]
+    split = files.evaluation_splits[0]
+    errors = {}
+    if (run / "predictions" / f"{split}.parquet").exists():
+        predictions = read_predictions(run / "predictions" / f"{split}.parquet")
+        found = _plot_predictions(predictions, f"{split}{mark}", plots / "calibration.png")
+        errors = {name: result.error for name, result in found.items()}
+        names.append("calibration.png")
+    with written_aside(run / "README.md") as aside:
+        aside.write_text(card_text(files, names, errors), "utf-8")
+    if (run / "model").is_dir():
+        _copy_aside(run / "README.md", run / "model" / "README.md")
+        (run / "model" / "plots").mkdir(exist_ok=True)
+        for name in names:
+            _copy_aside(plots / name, run / "model" / "plots" / name)
+        if files.onnx:
+            _link_folder(run / "onnx", run / "model" / "onnx")
+
+
+def write_predictions(
+    path: Path,
+    ids_B2: NDArray[np.int64],
+    labels_B: NDArray[Any],
+    student_logits_BC: NDArray[Any],
+    ensemble_probabilities_BC: NDArray[Any] | None,
+) -> None:
+    """Write one split's predictions as Parquet: id (32 hex digits), label, lists of floats.
+
+    Args:
+        path: predictions/<split>.parquet; its folder is made.
+        ids_B2: the 128-bit example ids, as two int64.
+        labels_B: class indices, or the gold scores of a regression.
+        student_logits_BC: the student's raw outputs.
+        ensemble_probabilities_BC: the ensemble's class probabilities (for a regression its
+            scores, C = 1), or None without teachers.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    halves_B2 = np.ascontiguousarray(ids_B2, dtype=np.int64).view(np.uint64)
+    ensemble = ensemble_probabilities_BC
+    columns = {
+        "id": pa.array([f"{high:016x}{low:016x}" for high, low in halves_B2.tolist()], pa.string()),
+        "label": pa.array(labels_B),
+        "student_logits": _as_lists(student_logits_BC),
+        "ensemble_probabilities": pa.nulls(len(labels_B), pa.list_(pa.float32()))
+        if ensemble is None
+        else _as_lists(ensemble),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        parquet.write_table(pa.table(columns), aside)
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote, with the same bits.
+
+    Raises:
+        UserError: the file is missing, is not Parquet or lacks a column.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        read = parquet.read_table(path)
+        halves = [[int(i[:16], 16), int(i[16:], 16)] for i in read["id"].to_pylist()]
+        ensemble = read["ensemble_probabilities"]
+        return Predictions(
+            ids_B2=np.array(halves, dtype=np.uint64).view(np.int64),
+            labels_B=read["label"].to_numpy(),
+            student_logits_BC=_as_array(read["student_logits"]),
+            ensemble_probabilities_BC=None if ensemble.null_count else _as_array(ensemble),
+        )
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise refusal(
+            f"{path} cannot be read as predictions ({reason}): evaluate the run again", error
+        ) from None
+
+
+def _plot_predictions(predictions: Predictions, split: str, path: Path) -> dict[str, Reliability]:
+    """Draw the calibration, or for a regression the scatter, which has none to return."""
+    logits_BC = predictions.student_logits_BC.astype(np.float64)
+    ensemble_BC = predictions.ensemble_probabilities_BC
+    if np.issubdtype(predictions.labels_B.dtype, np.floating):
+        predicted = {"student": logits_BC[:, 0]}
+        if ensemble_BC is not None:
+            predicted["ensemble"] = ensemble_BC[:, 0]
+        plot_regression(predictions.labels_B, predicted, split, path)
+        return {}
+    exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
+    shares = {"student": exp_BC / exp_BC.sum(axis=1, keepdims=True)}
+    if ensemble_BC is not None:
+        shares["ensemble"] = ensemble_BC
+    results = {name: reliability(p_BC, predictions.labels_B) for name, p_BC in shares.items()}
+    plot_calibration(results, split, path)
+    return results
+
+
+def _as_lists(values_BC: NDArray[Any]) -> "pa.ListArray":
+    import pyarrow as pa
+
+    offsets = np.arange(len(values_BC) + 1, dtype=np.int32) * values_BC.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_BC.reshape(-1)))
+
+
+def _as_array(lists: "pa.ChunkedArray") -> NDArray[Any]:
+    values = np.concatenate([chunk.flatten().to_numpy() for chunk in lists.chunks])
+    return values.reshape(len(lists), -1)
+
+
+def _copy_aside(source: Path, target: Path) -> None:
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """`target` becomes a second name for the files of `source`, or a copy where the file system
+    has no such names."""
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+
+    aside = target.with_name(f".{target.name}.{os.getpid()}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside, copy_function=link)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)

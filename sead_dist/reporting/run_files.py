@@ -1,0 +1,96 @@
+"""The files of a run folder that a report is made of, read once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.errors import UserError
+from sead_dist.runtime.redact import redact
+from sead_dist.runtime.run_log import read_json
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the files of a run folder hold, read once; the fields have the files' names."""
+
+    config: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    eval_results: Mapping[str, Any]
+    examination: Sequence[Mapping[str, Any]] = ()
+    teacher_manifest: Sequence[Mapping[str, Any]] = ()
+    run_summary: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    onnx: Mapping[str, Any] = field(default_factory=dict)  # onnx/export.json
+
+    @property
+    def metric(self) -> str:
+        return str(self.scores["metric"])
+
+    @property
+    def evaluation_splits(self) -> list[str]:
+        """The official splits; the selection split alone where there is no other."""
+        splits = list(self.scores["splits"])
+        return [split for split in splits if split != "selection"] or splits
+
+    @property
+    def mark(self) -> str:
+        """What stands beside every figure of a run that chose its checkpoint on dev."""
+        return " (selected on dev)" if self.scores.get("selected_on") == "dev" else ""
+
+    def split_rows(self, split: str) -> list[tuple[str, str, Mapping[str, float]]]:
+        """The (role, name, metrics) of student, ensemble and teachers, those there are."""
+        scores = self.scores["splits"][split]
+        rows = [("student", "student", scores["student"])]
+        if scores.get("ensemble"):
+            rows.append(("ensemble", "ensemble", scores["ensemble"]))
+        for teacher in scores.get("teachers") or ():
+            rows.append(("teacher", redact(teacher["name"]), teacher["metrics"]))
+        return rows
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read the files of a run folder that a report needs.
+
+    Raises:
+        UserError: config.yaml, scores.json or eval_results.json is missing, or a file is broken.
+    """
+    try:
+        text = (run / "config.yaml").read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run folder?") from None
+
+    def optional(name: str, default: Any) -> Any:
+        path = run / name
+        return (read_json(path) or default) if path.exists() else default
+
+    return RunFiles(
+        config=parse_yaml(text, str(run / "config.yaml")),
+        scores=read_json(run / "scores.json"),
+        eval_results=read_json(run / "eval_results.json"),
+        examination=optional("examination.json", []),
+        teacher_manifest=optional("teacher_manifest.json", []),
+        run_summary=optional("run_summary.json", {}),
+        environment=optional("environment.json", {}),
+        onnx=optional("onnx/export.json", {}),
+    )
+
+
+def onnx_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:
+    """(columns, rows) of the table of an export, from its export.json: a row for each model and
+    split, the times of a model once."""
+    metric, sizes = record["metric"], list(record["latency_tokens"])
+    rows: list[list[object]] = []
+    for model in record["models"]:
+        times = [f"{model['latency_ms'][size]:.1f}" for size in sizes]
+        mib: str | None = f"{model['bytes'] / 2**20:.1f}"
+        for split, metrics in model["metrics"].items():
+            off = (model["largest_difference"] or {}).get(split)
+            off = None if off is None else f"{off:.1e}"
+            agreed = (model["agreement"] or {}).get(split)
+            rows.append([model["name"], split, metrics[metric], off, agreed, mib, *times])
+            mib, times = "", [""] * len(sizes)
+    columns = ["", "split", metric, "largest logit difference", "same answer", "MiB"]
+    tokens = record["latency_tokens"]
+    return [*columns, *(f"ms, {size} x {tokens[size]} tokens" for size in sizes)], rows

@@ -1,0 +1,199 @@
+"""Whose run an output folder holds: nothing of another run is ever written over.
+
+run.json is the claim; a claim without progress (a run that was refused before it had trained)
+gives way to a new one. A lock keeps a second process out while one is at work.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sead_dist.config.schema import RunConfig, dump_config
+from sead_dist.data.splits import load_examples
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError, refusal
+from sead_dist.models.student import start_hash
+from sead_dist.runtime.redact import without_secrets
+from sead_dist.runtime.run_log import (
+    environment,
+    is_finished,
+    read_json,
+    read_metrics,
+    write_json,
+    written_aside,
+)
+from sead_dist.training.checkpoint import RULES, Identity, refuse_other
+
+# what a run leaves before its first checkpoint; a new claim starts without it
+EARLY_FILES = (
+    *("metrics.jsonl", "log.txt", "progress.json"),
+    *("examination.json", "teacher_manifest.json"),
+)
+
+# where a student leaves word for workers of its pool
+FOLLOWED = Path(".pool") / "student.json"
+
+
+def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
+    """Teachers as they were written, placement aside."""
+    return [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
+
+
+def has_progress(run: Path) -> bool:
+    """Whether there is anything here that took long to make."""
+    if is_finished(run) or any((run / "checkpoints").glob("*-*[0-9]")):
+        return True
+    return any(record.get("event") == "train" for record in read_metrics(run))
+
+
+def already_finished(config: RunConfig) -> bool:
+    """Whether the output folder holds this very run, finished. Reads, never writes.
+
+    Raises UserError where it holds something else.
+    """
+    run = Path(config.output_dir)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir={run} is a file; give a folder")
+    # names with a dot: the lock, and files aside, of a process killed before its claim
+    if not run.is_dir() or all(path.name.startswith(".") for path in run.iterdir()):
+        return False
+    if run.stat().st_uid != os.getuid():
+        # what a resume reads from it would be somebody else's
+        raise UserError(
+            f"output_dir={run} belongs to user {run.stat().st_uid}, and you are {os.getuid()}; "
+            "give a folder of your own"
+        )
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"output_dir={run} holds other files and no run; give a new or empty folder"
+        )
+    saved = refuse_other_keys(config)
+    if saved is None or not is_finished(run):
+        return False
+    refuse_other_teachers(config)
+    task = load_task(config.task)
+    data = load_examples(config, task, lambda _line: None).fingerprint(task)
+    start = saved.start
+    with suppress(UserError):  # a start that is gone now is no other one
+        start = start_hash(config.student, config.teachers)
+    refuse_other(run, saved, replace(saved, data=data, start=start))
+    return True
+
+
+def refuse_other_keys(config: RunConfig) -> Identity | None:
+    """Whose run the output folder holds, None where there is no progress. Data are not looked at.
+
+    Raises UserError where its keys are others.
+    """
+    run = Path(config.output_dir)
+    if not (run / "run.json").is_file() or not has_progress(run):
+        return None
+    saved = Identity(**read_json(run / "run.json")["identity"])
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=RULES))
+    return saved
+
+
+def refuse_other_teachers(config: RunConfig) -> None:
+    """Raises UserError where a finished run was given other teachers."""
+    run = Path(config.output_dir)
+    given = read_json(run / "run.json")["teachers_given"]
+    if given != given_teachers(config):
+        names = ", ".join(entry["path"] for entry in given) or "none"
+        raise UserError(
+            f"output_dir={run} holds a finished run with the teachers {names}; "
+            "give another output_dir"
+        )
+
+
+def claim(run: Path, config: RunConfig, identity: Identity) -> None:
+    """Write down whose run this folder holds, or compare with what is written.
+
+    Raises UserError when there is progress of another run.
+    """
+    record = run / "run.json"
+    if record.is_file():
+        saved = Identity(**read_json(record)["identity"])
+        if has_progress(run):
+            refuse_other(run, saved, identity)
+        elif saved.differences(identity):
+            for name in (*EARLY_FILES, FOLLOWED):
+                (run / name).unlink(missing_ok=True)
+            shutil.rmtree(run / "teacher_rows", ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
+    # first: whatever else lies here belongs to a claim
+    write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
+    if Path(config.task).is_file():
+        shutil.copyfile(config.task, run / "task.yaml")
+    with written_aside(run / "config.yaml") as aside:
+        aside.write_text(without_secrets(dump_config(config)), encoding="utf-8")
+    write_json(run / "environment.json", environment())
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other processes out of this run folder. Raises UserError where one is at work."""
+    path = run / ".lock"
+    with try_lock(path) as taken:
+        if not taken:
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            raise UserError(
+                f"output_dir={run} is being written by {holder}; wait for it, stop it, or give "
+                "another output_dir"
+            )
+        yield
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock file, which a process that ends in any way gives back.
+
+    Raises UserError or RunError where its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise refusal(
+            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield True
+    finally:
+        os.close(handle)
+
+
+def say_followed(run: Path, root: Path, store_id: str) -> None:
+    """Leave word for workers in the run folder of a student: the store that it follows."""
+    path = run / FOLLOWED
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"store": str(root.absolute()), "id": store_id})
+
+
+def followed_store(run: Path) -> tuple[str, str] | None:
+    """(path, id) of the store that the student in `run` follows; None where none has come."""
+    try:
+        said = json.loads((run / FOLLOWED).read_bytes())
+    except FileNotFoundError:
+        return None
+    return said["store"], said["id"]
+
+
+def forget_followed(run: Path) -> None:
+    """The word of an earlier student is no longer good."""
+    (run / FOLLOWED).unlink(missing_ok=True)

@@ -1,0 +1,270 @@
+"""The recipes: build the parts of a run from its configuration, then run them.
+
+Distillation, and fine-tuning of teachers, which is distillation with no teacher.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import load_tokenizer
+from sead_dist.models.student import check_start, student_tokenizer
+from sead_dist.objectives.ensemble import asked_teachers, frozen_weights
+from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.claim import already_finished
+from sead_dist.runs.encoders import teacher_runs
+from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.results import conclude
+from sead_dist.runs.setup import Parts, build
+from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
+from sead_dist.runtime.run_log import is_finished, steps_done, write_json
+from sead_dist.teachers.drift import measure_drift
+from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
+from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.evaluation import EvalResult, evaluate
+from sead_dist.training.trainer import Trainer
+
+STOPPED_EARLY = (
+    "stopped while teachers computed; what they have computed is kept; "
+    "give the same command again to go on"
+)
+
+
+def distill(
+    config: RunConfig, world: World, show_table: bool = True, stop: StopFlag | None = None
+) -> Path:
+    """Run, resume or find finished the distillation that `config` describes; its run folder.
+
+    stop: the caller's flag, which then knows too that a stop was asked for. Raises UserError before
+    any long work, RunError during it.
+    """
+    run = Path(config.output_dir)
+    if config.encoders:
+        raise UserError(
+            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+        )
+    refuse_unused_text(config)
+    if from_main(world, lambda: already_finished(config)):
+        if world.is_main:
+            print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
+        return run
+    stop = stop or StopFlag()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        try:
+            parts = build(config, world, stack, stop)
+        except StopRequestedError:
+            if world.is_main:
+                print(STOPPED_EARLY)
+            return run
+        try:
+            run_parts(parts, show_table)
+        except StopRequestedError:
+            parts.log.say(STOPPED_EARLY)
+            return run
+        except RuntimeError as error:
+            # a collective breaks when another rank dies: name that rank rather than the collective
+            parts.watch.explain(error)
+            raise
+    barrier(world)
+    return run
+
+
+def run_parts(parts: Parts, show_table: bool) -> None:
+    """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    state = resume(parts)
+    weights_N = prepare_teachers(parts)
+    touch_past(parts, weights_N, state.step)
+    if parts.config.grace_s is not None:
+        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.grace_s))
+    state = make_trainer(parts, weights_N).run(state)
+    if state.step < parts.batches.total_steps:
+        parts.log.say(
+            f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
+            "give the same command again to go on"
+        )
+        return
+    conclude(parts, state, weights_N, show_table)
+
+
+def against_grace(save_s: float, grace_s: float) -> str:
+    """What a save costs, beside the notice that the scheduler gives."""
+    line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (grace_s)"
+    if 2 * save_s > grace_s:
+        line += (
+            "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "
+            "or lower checkpoint.every_steps so that little is lost"
+        )
+    return line
+
+
+def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[Path]:
+    """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run folders
+    OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over."""
+    if not config.encoders:
+        raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
+    if config.teachers:
+        raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
+    refuse_unused_text(config)
+    refuse_push(config, "finetune")
+    teachers = teacher_runs(config)
+    if (Path(config.output_dir) / "run.json").is_file():
+        raise UserError(
+            f"output_dir={config.output_dir} holds a run; give another folder for the teachers"
+        )
+    from_main(world, lambda: check_folder(Path(config.output_dir)))
+    for one in teachers:
+        check_start(one.student, one.trust_remote_code)
+    check_texts(teachers)
+    runs: list[Path] = []
+    for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
+        if world.is_main:
+            print(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}", flush=True)
+        runs.append(distill(one, world, show_table))
+        if not from_main(world, lambda: is_finished(runs[-1])):
+            break  # it was asked to stop
+    return runs
+
+
+def check_texts(teachers: Sequence[RunConfig]) -> None:
+    """Raises UserError before the first is trained for a text of which a later one's tokeniser
+    makes no token. The data are read for it where such a tokeniser is among them."""
+    tokenizers = {}
+    for one in teachers:
+        source = student_tokenizer(one.student, [])
+        tokenizers[source.name] = load_tokenizer(source, one.trust_remote_code)
+    if not all(adds_tokens(tokenizer) for tokenizer in tokenizers.values()):
+        task = load_task(teachers[0].task)
+        check_tokens(load_examples(teachers[0], task, lambda _line: None), tokenizers)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where the folder holds other things than teachers."""
+    others = [path.name for path in folder.glob("[!.]*") if not path.name.startswith("teacher-")]
+    if others:
+        raise UserError(
+            f"output_dir={folder} holds other files ({sorted(others)[0]!r}); give a new folder"
+        )
+
+
+def resume(parts: Parts) -> TrainState:
+    """The state to start from: the newest checkpoint's, or a new one."""
+    found = parts.checkpointer.latest()
+    taken = steps_done(Path(parts.config.output_dir))
+    if found is None:
+        if taken > 0:
+            parts.log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
+        parts.log.truncate_after(0)
+        return TrainState(world_size=parts.world.size)
+    folder, state = found
+    parts.engine.load(folder)
+    parts.log.truncate_after(state.step)
+    repeated = taken - state.step
+    lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
+    parts.log.say(
+        f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
+    )
+    return state
+
+
+def touch_past(parts: Parts, weights_N: torch.Tensor, done: int) -> None:
+    """Count what teachers said for the steps that a resumed run has behind it."""
+    if parts.source is None:
+        return
+    batches = parts.batches
+    for steps in batches.windows(0, parts.config.window_rows):
+        steps = range(steps.start, min(steps.stop, done))
+        if len(steps):
+            entries_R = batches.entries(steps)
+            asked_NR = asked_teachers(batches, parts.config, weights_N, steps, entries_R)
+            parts.source.touch(parts.splits.train, entries_R, asked_NR)
+
+
+def prepare_teachers(parts: Parts) -> torch.Tensor:
+    """Examine the teachers, and freeze the ensemble's weights_N before the first step."""
+    config, task, teachers = parts.config, parts.task, parts.teachers
+    if parts.source is None:
+        return torch.zeros(0)
+    exams: list[Examination] = []
+    if needs_examination(config) or config.drift == "on":
+        selection = parts.splits.selection
+        logits_NBC = ask_all(
+            parts.source, selection, len(teachers), config.look_ahead, "the examination"
+        )
+        exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        if config.drift == "on":
+            drifts = measure_drift(parts.source, selection)
+            exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
+        for exam, teacher in zip(exams, teachers, strict=True):
+            parts.log.say(describe(exam, teacher, len(selection)))
+        if parts.world.is_main:
+            record = [asdict(exam) for exam in exams]
+            write_json(Path(config.output_dir) / "examination.json", record)
+        if config.gate == "on":
+            admit(task, exams, teachers)
+    weights_N = weigh(config, teachers, exams)
+    if config.ensemble == "single":
+        parts.log.say(f"the one teacher of this student: {teachers[int(weights_N.argmax())].name}")
+    return weights_N
+
+
+def needs_examination(config: RunConfig) -> bool:
+    """Whether nothing may be taught before the teachers' scores are known."""
+    return config.gate == "on" or chosen_by_score(config)
+
+
+def chosen_by_score(config: RunConfig) -> bool:
+    """Whether the teachers' scores decide who teaches, and how much each counts."""
+    return config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
+
+
+def weigh(
+    config: RunConfig, teachers: Sequence[Teacher], exams: Sequence[Examination]
+) -> torch.Tensor:
+    """The ensemble's weights_N."""
+    names = [teacher.name for teacher in teachers]
+    return frozen_weights(
+        config.ensemble,
+        [teacher.entry.weight for teacher in teachers],
+        [exam.score for exam in exams],
+        None if config.guide is None else names.index(config.guide),
+    )
+
+
+def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
+    def select(step: int) -> EvalResult:
+        return evaluate(
+            parts.task,
+            parts.engine.model,
+            parts.forward,
+            parts.splits.selection,
+            parts.world,
+            step,
+        )
+
+    return Trainer(
+        config=parts.config,
+        world=parts.world,
+        engine=parts.engine,
+        batches=parts.batches,
+        source=parts.source,
+        teacher_names=[teacher.name for teacher in parts.teachers],
+        weights_N=weights_N,
+        regression=parts.task.kind == "regression",
+        checkpointer=parts.checkpointer,
+        log=parts.log,
+        select=select,
+        metric=parts.task.metrics[0],
+        stop=parts.stop,
+        watch=parts.watch,
+        live=parts.guide,
+        rival=parts.rival,
+    )

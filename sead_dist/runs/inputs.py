@@ -1,0 +1,53 @@
+"""What is quickly told of a run before any long work: its task, method, files and checkpoints."""
+
+from pathlib import Path
+
+from sead_dist.config.load import names_shape
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.loading import find_files
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import locate
+from sead_dist.models.student import check_start
+from sead_dist.objectives.ensemble import check_method
+
+
+def refuse_unused_text(config: RunConfig) -> None:
+    """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
+    batches and teach nothing."""
+    if config.transfer.path is None or config.taught:
+        return
+    if config.encoders:
+        why, fix = "finetune asks none", "and give it to distill"
+    elif config.teachers:
+        why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
+    else:
+        why, fix = "none are given", "or give teachers=[DIR, ...]"
+    raise UserError(
+        f"transfer.path={config.transfer.path}: unlabelled rows are learnt from teachers alone, "
+        f"and {why}; leave transfer.path out, {fix}"
+    )
+
+
+def check_inputs(config: RunConfig) -> None:
+    """What is quickly told of a run before it is queued: task, method, files and checkpoints.
+    Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
+    task = load_task(config.task)
+    if config.taught:
+        check_method(config, task.kind)
+    first_dev = list(task.splits)[1]
+    given = {"train": config.data.train, first_dev: config.data.validation}
+    for split in task.splits:
+        file = given.get(split)
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"data file {file} does not exist; give an existing file")
+        if file is None and config.data.path is not None:
+            find_files(task, split, Path(config.data.path))
+    if config.transfer.path is not None and not Path(config.transfer.path).is_file():
+        raise UserError(f"transfer.path={config.transfer.path} does not exist; give a file")
+    for entry in (*config.teachers, *config.encoders):
+        if not names_shape(entry.path):
+            locate(entry.path, entry.revision)
+    # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
+    if config.student.path is not None or config.student.tokenizer is not None:
+        check_start(config.student, config.trust_remote_code)

@@ -1,0 +1,304 @@
+"""`sead-dist export`: a finished model as an ONNX file, compared with PyTorch, and timed.
+
+What is compared is the file as another program will load it, on every official split of the task.
+
+Shapes: B examples, C classes (task order), R text rows (all choices of B examples), L tokens.
+"""
+
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.data.order import Split, make_batch, make_split
+from sead_dist.data.splits import load_official
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import RunError, UserError
+from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.pretrained import load_tokenizer, locate
+from sead_dist.models.sequence_classifier import label_names, load_classifier
+from sead_dist.reporting.report import write_report
+from sead_dist.reporting.run_files import onnx_rows
+from sead_dist.runs.onnx_file import (
+    NEEDED,
+    Run,
+    check_installed,
+    open_onnx,
+    quantize,
+    save_tokenizer,
+    write_onnx,
+)
+from sead_dist.runs.prediction import class_order, data_of, longest, task_of
+from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runtime.console import print_table
+from sead_dist.runtime.distributed import World
+from sead_dist.runtime.run_log import write_json
+from sead_dist.training.evaluation import EvalResult, evaluate
+
+# An fp32 file may differ from PyTorch by so much: of logits relative to the largest of them (at
+# least 1), of metrics as such. Sums in another order differ by a hundredth of it.
+LOGIT_TOLERANCE = 1e-4
+METRIC_TOLERANCE = 1e-4
+BATCHES = (1, 32)
+# each model's forwards of one batch are timed in turns, until both are reached, or the most
+TIMED_ROUNDS, TIMED_S, MOST_ROUNDS = 5, 3.0, 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model as it was found. metrics and the two comparisons by split name; the comparisons
+    are with the first model, None for itself (and agreement None for regression)."""
+
+    name: str
+    bytes: int
+    metrics: dict[str, dict[str, float]]
+    largest_difference: dict[str, float] | None
+    agreement: dict[str, float | None] | None
+    latency_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Original:
+    """The PyTorch model and what its task asks of it; order_C: its own column of each class."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: Path
+    task: TaskSpec
+    order_C: list[int]
+    max_length: int
+    splits: list[Split]
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits_RC: torch.Tensor = self.model(**inputs).logits
+        return logits_RC
+
+    def score(self, run: Run) -> list[EvalResult]:
+        """What `run` answers to every official split."""
+
+        def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+            logits = run(inputs)
+            return logits.reshape(-1, choices) if choices > 1 else logits[:, self.order_C]
+
+        alone = World(0, 1, torch.device("cpu"))
+        return [evaluate(self.task, self.model, forward, s, alone, step=0) for s in self.splits]
+
+
+def export_onnx(
+    name: str,
+    quantized: bool,
+    output: str | None,
+    task_name: str | None,
+    data: str | None,
+    labels: str | None,
+) -> None:
+    """Write `name` (a run folder or model folder) as ONNX into OUTPUT (default: NAME/onnx):
+    model.onnx, with `quantized` model_int8.onnx too, tokeniser, config.json with the label names,
+    and export.json with what was measured. A run's card is made anew with it.
+
+    Raises UserError before any work; RunError, leaving nothing behind, where the fp32 file does
+    not answer as PyTorch does.
+    """
+    check_installed()
+    folder = output_folder(name, output)
+    quiet_libraries(World(0, 1, torch.device("cpu")))
+    original = load_original(name, task_name, data, labels)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.aside")
+    older = aside.with_suffix(".older")
+    try:
+        aside.mkdir()
+        record = write_and_measure(original, aside, quantized)
+        if folder.exists():
+            folder.rename(older)
+        aside.rename(folder)
+    except OSError as error:
+        raise RunError(f"--output {folder} cannot be written: {error.strerror}") from error
+    finally:
+        if older.exists() and not folder.exists():
+            older.rename(folder)
+        for rest in (aside, older):
+            shutil.rmtree(rest, ignore_errors=True)
+    title = f"{record['task']}, CPU, threads: {record['threads']}"
+    print_table(title, *onnx_rows(record))
+    print(f"written to {folder}")
+    if folder == Path(name) / "onnx" and (Path(name) / "run_summary.json").is_file():
+        write_report(Path(name))
+        print(f"the model card links it: {Path(name) / 'README.md'}")
+
+
+def output_folder(name: str, output: str | None) -> Path:
+    """Where the files go. Raises UserError for a place that holds something else."""
+    if output is None and not Path(name).is_dir():
+        raise UserError(
+            f"{name} does not exist here; give an existing run or model folder, or of a model of "
+            "the hub say where to: --output DIR"
+        )
+    folder = Path(output) if output is not None else Path(name) / "onnx"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"--output {folder} is the working folder or holds it; give a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "export.json").is_file():
+        raise UserError(f"--output {folder} holds other files than an export; give a new folder")
+    if not folder.parent.is_dir():
+        raise UserError(f"--output {folder}: no folder {folder.parent}; make it, or give another")
+    if not os.access(folder.parent, os.W_OK):
+        raise RunError(f"--output {folder}: folder {folder.parent} is not writable; give another")
+    return folder
+
+
+def load_original(
+    name: str, task_name: str | None, data: str | None, labels: str | None
+) -> Original:
+    """The model on the CPU in fp32, with its task's official splits."""
+    task = task_of(name, task_name)
+    source = data_of(name, task_name, data)
+    sets = [load_official(task, source, split) for split in task.splits if split != "train"]
+    checkpoint = locate(name)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_classifier(checkpoint).eval()
+    settle(tokenizer, model.config)
+    order_C = class_order(name, model.config, task, labels)
+    limit = longest(tokenizer, model.config)
+    check_student(model, tokenizer, limit, name, sets[0])
+    splits = [make_split(examples, tokenizer, limit) for examples in sets]
+    return Original(model, tokenizer, checkpoint.folder, task, order_C, limit, splits)
+
+
+def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict[str, Any]:
+    """Write all files of the export; what export.json holds."""
+    threads = torch.get_num_threads()
+    write_onnx(original.model, batch_inputs(original.splits[0], 2), folder / "model.onnx")
+    original.model.config.save_pretrained(folder)
+    save_tokenizer(original.tokenizer, folder, original.max_length)
+    runs: dict[str, Run] = {
+        "PyTorch": original.run,
+        "ONNX": open_onnx(folder / "model.onnx", threads),
+    }
+    results = {name: original.score(run) for name, run in runs.items()}
+    for before, after in zip(results["PyTorch"], results["ONNX"], strict=True):
+        refuse_difference(before, after)
+    if quantized:
+        quantize(folder / "model.onnx", folder / "model_int8.onnx")
+        runs["ONNX int8"] = open_onnx(folder / "model_int8.onnx", threads)
+        results["ONNX int8"] = original.score(runs["ONNX int8"])
+    sizes = {
+        "PyTorch": file_bytes(original.weights, "*.safetensors"),
+        "ONNX": file_bytes(folder, "model.onnx*"),
+        "ONNX int8": file_bytes(folder, "model_int8.onnx*"),
+    }
+    batches = {size: batch_inputs(original.splits[0], size) for size in BATCHES}
+    timed = {str(size): latencies(runs, inputs) for size, inputs in batches.items()}
+    models = [
+        measured(
+            name,
+            sizes[name],
+            results[name],
+            None if name == "PyTorch" else results["PyTorch"],
+            {size: ms[name] for size, ms in timed.items()},
+        )
+        for name in runs
+    ]
+    record = {
+        "task": original.task.name,
+        "metric": original.task.metrics[0],
+        "labels": label_names(original.model.config),
+        "rows": {split.examples.split: len(split) for split in original.splits},
+        "max_length": original.max_length,
+        "tolerance": {"logits": LOGIT_TOLERANCE, "metrics": METRIC_TOLERANCE},
+        "threads": threads,
+        "machine": platform.machine(),
+        "latency_tokens": {str(n): of["input_ids"].shape[1] for n, of in batches.items()},
+        "versions": {package: metadata.version(package) for package in ("torch", *NEEDED)},
+        "models": [asdict(one) for one in models],
+    }
+    write_json(folder / "export.json", record)
+    return record
+
+
+def file_bytes(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))
+
+
+def batch_inputs(split: Split, size: int) -> dict[str, torch.Tensor]:
+    """Inputs [R, L] of `size` examples of middling length; rows of a short split come again."""
+    by_length_B = np.argsort(split.tokens.lengths_B(), kind="stable")
+    start = max(0, (len(by_length_B) - size) // 2)
+    return make_batch(split, np.take(by_length_B, range(start, start + size), mode="wrap")).inputs
+
+
+def refuse_difference(before: EvalResult, after: EvalResult) -> None:
+    """Raises RunError where the fp32 file does not answer as PyTorch does."""
+    scale = max(1.0, float(np.abs(before.logits_BC).max()))
+    difference = largest_difference(before, after)
+    if not difference <= LOGIT_TOLERANCE * scale:
+        raise RunError(
+            f"the ONNX file differs from PyTorch by {difference:.3g} in a logit of {before.split}; "
+            f"at most {LOGIT_TOLERANCE * scale:.3g} is allowed; nothing was written; use the "
+            "PyTorch model, or other versions of torch and onnxruntime"
+        )
+    for metric, value in before.metrics.items():
+        if not abs(value - after.metrics[metric]) <= METRIC_TOLERANCE:
+            raise RunError(
+                f"the ONNX file has {metric} {after.metrics[metric]:.4f} on {before.split}, "
+                f"PyTorch has {value:.4f}; at most {METRIC_TOLERANCE:g} of difference is allowed; "
+                "nothing was written; use the PyTorch model, or other versions of torch and "
+                "onnxruntime"
+            )
+
+
+def largest_difference(before: EvalResult, after: EvalResult) -> float:
+    return float(np.abs(before.logits_BC - after.logits_BC).max())
+
+
+def agreement(before: EvalResult, after: EvalResult) -> float | None:
+    """The share of examples with the same answer; None for scores."""
+    if before.logits_BC.shape[1] == 1:
+        return None
+    return float((before.logits_BC.argmax(1) == after.logits_BC.argmax(1)).mean())
+
+
+def measured(
+    name: str,
+    size: int,
+    results: Sequence[EvalResult],
+    original: Sequence[EvalResult] | None,
+    latency_ms: dict[str, float],
+) -> Measured:
+    pairs = None if original is None else list(zip(original, results, strict=True))
+    return Measured(
+        name,
+        size,
+        {result.split: result.metrics for result in results},
+        None if pairs is None else {b.split: largest_difference(b, a) for b, a in pairs},
+        None if pairs is None else {b.split: agreement(b, a) for b, a in pairs},
+        latency_ms,
+    )
+
+
+def latencies(runs: Mapping[str, Run], inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The median time of one forward of each model, in ms. They take turns, so that what else the
+    machine does falls on all alike; the first forward of each does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(inputs)
+    began = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= TIMED_ROUNDS and time.perf_counter() - began > TIMED_S:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(inputs)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(statistics.median(taken), 3) for name, taken in times.items()}

@@ -1,0 +1,302 @@
+"""`sead-dist teach`: a worker of the teacher pool. It fills the store for one student's run, in the
+order in which that student will ask: the selection split where it examines its teachers, the
+training rows by step, and the official splits. It is given the words of the student's run, and
+needs no student to be there.
+"""
+
+import json
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import BatchStream
+from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.models.pretrained import fitting_length, tokenizer_hash
+from sead_dist.models.student import start_hash
+from sead_dist.objectives.ensemble import asked_teachers
+from sead_dist.runs.claim import followed_store
+from sead_dist.runs.distillation import chosen_by_score, needs_examination, weigh
+from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
+from sead_dist.runtime.run_log import RunLog, is_finished, read_json, write_json
+from sead_dist.runtime.shared import node_name
+from sead_dist.store.layout import Layout, default_store
+from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
+from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.pool import Worker
+from sead_dist.teachers.pool_client import differing_facts, store_id
+from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
+from sead_dist.teachers.validation import Examination, admit, ask_all, examine
+from sead_dist.training.checkpoint import Identity, rules_of, teacher_identity
+
+
+def worker_folder(run: Path, number: int, workers: int) -> Path:
+    """Where a worker's own files lie, in the student's run folder."""
+    return run / ".pool" / f"worker-{number}-of-{workers}"
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """ "2/16" as (2, 16). Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= workers:
+        raise UserError(f"--worker {text!r} is no worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
+    return number, workers
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker has to know of the student's run. words: its tokeniser's hash."""
+
+    config: RunConfig
+    task: TaskSpec
+    examples: RunExamples
+    splits: RunSplits
+    words: str
+    max_length: int
+    teachers: list[Teacher]
+    identity: Identity
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def pooled_N(self) -> list[bool]:
+        """Which teachers are in the pool."""
+        default = self.config.placement
+        return [(teacher.entry.placement or default) == "pool" for teacher in self.teachers]
+
+    @property
+    def accept_any(self) -> bool:
+        return self.config.store.accept == "any"
+
+
+def read_work(config: RunConfig, world: World) -> Work:
+    """Raises UserError for whatever is wrong with task, data, student or teachers."""
+    task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
+    max_length = fitting_length(config.max_length, model.config)
+    splits = tokenize_splits(examples, tokenizer, max_length)
+    teachers = call_roster(config, task, world, tokenizer)
+    check_tokens(examples, tokenizers_of(teachers))
+    identity = Identity(
+        config.identity(),
+        examples.fingerprint(task),
+        [teacher_identity(teacher.manifest()) for teacher in teachers],
+        start_hash(config.student, config.teachers),
+        rules_of(config),
+    )
+    words = tokenizer_hash(tokenizer)
+    return Work(config, task, examples, splits, words, max_length, teachers, identity)
+
+
+def teach(config: RunConfig, worker: str, world: World) -> Path:
+    """Work until all that the student of `config` will ask of its teachers is in the store, or the
+    student is finished, or a stop is asked for. Returns the worker's own folder, which holds a
+    finished run then (not after a stop). Teachers that are not in the pool are left to the student;
+    where their scores decide who teaches, they answer for the selection split here too.
+
+    Raises UserError before any long work, and where the student expects other teachers, data or
+    settings; RunError during it.
+    """
+    number, workers = parse_worker(worker)
+    refuse_other_starts(config, world)
+    quiet_libraries(world)
+    work = read_work(config, world)
+    refuse_other_student(work)
+    folder = worker_folder(work.run, number, workers)
+    make_folder(folder, work.run)
+    stop = StopFlag()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        log = RunLog(folder, is_main=True, console=True)
+        stack.callback(log.close)
+        (folder / "run_summary.json").unlink(missing_ok=True)
+        hand = open_worker(work, number, workers, world, stop, log, stack)
+        try:
+            whole = fill_all(hand, work)
+        except StopRequestedError:
+            log.say("stopped; what was computed is kept, and other workers take over the rest")
+            return folder
+        why = "all predictions are in the store" if whole else f"{work.run} is finished"
+        log.say(f"done, {why}; this worker has computed {hand.rows} rows")
+        write_json(folder / "run_summary.json", {"finished": True, "rows": hand.rows})
+    return folder
+
+
+def open_worker(
+    work: Work,
+    number: int,
+    workers: int,
+    world: World,
+    stop: StopFlag,
+    log: RunLog,
+    stack: ExitStack,
+) -> Worker:
+    """A worker over the store; `stack` closes what it opens."""
+    config, teachers, run = work.config, work.teachers, work.run
+    store = PredictionStore(Path(config.store.path or default_store()), log.say)
+    refuse_other_store(run, store.layout)
+    keys = [teacher.key for teacher in teachers]
+    stack.enter_context(store.hold(str(run), keys, work.accept_any))
+
+    def heed(_doing: str) -> None:
+        if stop.signal is not None:
+            raise StopRequestedError
+
+    def check() -> bool:
+        heed("")
+        refuse_other_student(work)
+        refuse_other_store(run, store.layout)
+        return not is_finished(run)
+
+    source = StoredSource(
+        teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)), world, store,
+        work.task.name, worker_folder(run, number, workers), work.accept_any,
+        config.trust_remote_code, log.say, heed,
+    )  # fmt: skip
+    stack.callback(source.close)
+    for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
+        source.share_tokens(split, work.words, work.max_length)
+    pooled = sum(work.pooled_N)
+    log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
+    claims = Claims(store.layout, config.pool.claim_s)
+    return Worker(source, claims, number, workers, check, log.say)
+
+
+def fill_all(hand: Worker, work: Work) -> bool:
+    """The whole work in its order; True when all is in the store, False when it ended before."""
+    config, splits, teachers = work.config, work.splits, work.teachers
+    source, rows, count = hand.source, config.pool.chunk_rows, len(teachers)
+    # Scores that decide which rows the student asks of whom are found here as it finds them, which
+    # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
+    everyone = chosen_by_score(config)
+    examining = [
+        chunk
+        for chunk in chunks_of_split(splits.selection, count, rows)
+        if everyone or work.pooled_N[chunk.teacher]
+    ]
+    exams: list[Examination] = []
+    if needs_examination(config):
+        if not hand.fill(examining):
+            return False
+        if everyone or all(work.pooled_N):
+            exams = examine_all(source, work)
+    batches = BatchStream(
+        splits.train, config.seed, config.global_batch, config.micro_batch, config.epochs,
+        config.max_steps, 0, 1,
+    )  # fmt: skip
+    asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
+    chunks = chunks_of_training(batches, count, rows, asked)
+    if not needs_examination(config):
+        chunks += examining
+    for split in splits.official.values():
+        chunks += chunks_of_split(split, count, rows)
+    return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
+
+
+def examine_all(source: StoredSource, work: Work) -> list[Examination]:
+    """Every teacher's examination, as the student holds it. Raises UserError where one fails."""
+    config, selection, teachers = work.config, work.splits.selection, work.teachers
+    logits_NBC = ask_all(
+        source, selection, len(teachers), config.pool.chunk_rows, "the examination"
+    )
+    exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
+    if config.gate == "on":
+        admit(work.task, exams, teachers)
+    return exams
+
+
+def refuse_other_starts(config: RunConfig, world: World) -> None:
+    """Raises UserError where there is nothing to teach, or a worker of several processes."""
+    if config.encoders:
+        raise UserError("encoders are for finetune; a pool has teachers: teachers=[DIR, ...]")
+    if not config.taught:
+        raise UserError("nothing asks teachers here; give teachers=[DIR, ...] and an ensemble")
+    if not config.pooled:
+        raise UserError(
+            f"no teacher of this run is in the pool (placement={config.placement}), so its student "
+            "computes them all; give worker and student placement=pool, or entries of teachers "
+            "placement: pool"
+        )
+    if world.size > 1:
+        raise UserError(
+            f"a worker is one process, and WORLD_SIZE={world.size}; start several, each without "
+            f"a launcher: sead-dist teach ... --worker {os.environ.get('RANK', '0')}/{world.size}"
+        )
+
+
+def make_folder(folder: Path, run: Path) -> None:
+    """Raises RunError where a worker may not write into the student's run folder, UserError where
+    it cannot be a folder."""
+    remedy = "give worker and student an output_dir, a folder that both may write"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(
+            f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
+            f"({error.strerror}); {remedy}",
+            error,
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
+
+
+def refuse_other_store(run: Path, layout: Layout) -> None:
+    """Raises UserError where the student in `run` follows another store than this one: it would
+    wait in vain."""
+    theirs = followed_store(run)
+    if theirs is not None and theirs[1] != store_id(layout):
+        raise UserError(
+            f"the student in {run} follows the store {theirs[0]}, and this worker would fill "
+            f"{layout.root} on {node_name()}, which is another; give both the same store=, a "
+            "folder that their machines share, or start the student with this one first"
+        )
+
+
+def refuse_other_student(work: Work) -> None:
+    """Raises UserError where the run folder holds a student that waits for something else."""
+    run, teachers = work.run, work.teachers
+    try:
+        expected = json.loads((run / "teacher_manifest.json").read_bytes())
+    except FileNotFoundError:
+        return  # the student has not come yet, or is just giving its claim anew
+    remedy = "give worker and student the same words and files, or another output_dir"
+    if len(expected) != len(teachers):
+        raise UserError(
+            f"this worker has {len(teachers)} teachers, the student in {run} {len(expected)}; "
+            f"{remedy}"
+        )
+    for teacher, entry, pooled in zip(teachers, expected, work.pooled_N, strict=True):
+        if entry["placement"] == "pool" and not pooled:
+            raise UserError(
+                f"teacher {teacher.name}: the student in {run} waits for it to come from the pool, "
+                "and this worker would leave it to the student; give both the same placement words"
+            )
+        if entry["fingerprint"] != teacher.key.fingerprint:
+            raise UserError(
+                f"teacher {teacher.name}: the fingerprint of its weights and settings is "
+                f"{teacher.key.fingerprint[:16]} here, and the student in {run} expects "
+                f"{entry['fingerprint'][:16]}; {remedy}"
+            )
+        if entry["numerics"] != teacher.key.numerics and not work.accept_any:
+            facts = differing_facts(teacher.key.numerics, entry["numerics"])
+            raise UserError(
+                f"teacher {teacher.name}: the student in {run} reads another numerics class than "
+                f"this worker computes in ({facts}); run workers on machines like the student's "
+                "with the same teacher_precision, or give both store.accept=any"
+            )
+    saved = Identity(**read_json(run / "run.json")["identity"])
+    differences = saved.differences(work.identity)
+    if differences:
+        raise UserError(f"the student in {run} has other settings: {differences[0]}; {remedy}")

@@ -1,0 +1,328 @@
+"""A finished model put to use: scored on a task's splits, or asked to label the rows of a file.
+
+MODEL is a run folder, a model folder or a hub id; its classes are aligned with the task's by name
+(invariant 4).
+
+Shapes: B examples, C classes (task order).
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from sead_dist.config.schema import DataConfig
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.loading import Rows, read_rows
+from sead_dist.data.order import Split, describe_cuts, make_split
+from sead_dist.data.splits import load_official
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.errors import RunError, UserError
+from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.pretrained import load_model_config, load_tokenizer, locate, position_limit
+from sead_dist.models.sequence_classifier import (
+    DTYPES,
+    align_classes,
+    check_problem_type,
+    label_names,
+    load_classifier,
+)
+from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runtime.console import table
+from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
+from sead_dist.runtime.run_log import check_writable, write_json, written_aside
+from sead_dist.training.evaluation import Forward, evaluate, student_logits
+
+WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
+# most tokens of a row for a model that sets no limit of its own
+LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model in eval mode; `forward` gives its logits in the task's class order, float32."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    forward: Forward
+
+
+def run_config(name: str) -> Mapping[str, Any]:
+    """The configuration of the run folder `name`; empty where it is no run folder."""
+    path = Path(name) / "config.yaml"
+    found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def task_of(name: str, given: str | None) -> TaskSpec:
+    """The task that was asked for, else the run folder's own. Raises UserError for neither."""
+    own = Path(name) / "task.yaml"
+    asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
+    if asked is None:
+        raise UserError(f"{name} is no run folder that names its task; give --task NAME or FILE")
+    return load_task(asked)
+
+
+def load_answerer(
+    name: str, task: TaskSpec, labels: str | None, device: torch.device, examples: ExampleSet
+) -> Answerer:
+    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order"; examples: some
+    that it will be asked.
+
+    A run's model computes in the run's precision, any other in fp32. Raises UserError for a model
+    that cannot be loaded or whose classes are not the task's.
+    """
+    checkpoint = locate(name)
+    config = load_model_config(checkpoint, trust_remote_code=False)
+    order_C = class_order(name, config, task, labels)
+    check_problem_type(task, name, config)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_classifier(checkpoint).to(device).eval()
+    settle(tokenizer, model.config)
+    check_student(model, tokenizer, longest(tokenizer, config), name, examples)
+    dtype = DTYPES[run_config(name).get("precision", "fp32")]
+
+    def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+        on_device = {key: tensor.to(device) for key, tensor in inputs.items()}
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            logits: torch.Tensor = model(**on_device).logits
+        logits = logits.float()
+        if not bool(torch.isfinite(logits).all()):
+            raise RunError(f"{name} gives NaN or infinite logits; check its weights")
+        return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
+
+    return Answerer(model, tokenizer, longest(tokenizer, config), forward)
+
+
+def class_order(
+    name: str, config: PretrainedConfig, task: TaskSpec, labels: str | None
+) -> list[int]:
+    """order_C: for each class of the task the column of the model's own logits. Raises UserError
+    where the names do not say it."""
+    said = (
+        labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
+    )
+    mend = f"--labels {','.join(task.labels)} or --labels task_order"
+    return align_classes(task, name, label_names(config), said, mend)
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """The most tokens of a row: what its tokeniser says, within the model's positions."""
+    said, limit = int(tokenizer.model_max_length), position_limit(config)
+    if limit is not None:
+        return min(said, limit)
+    # a tokeniser that says nothing says a number beyond all texts
+    return said if said < VERY_LARGE_INTEGER else LONGEST
+
+
+def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
+    """Where rows are looked for: the folder `data`; of a run on its own task, where the run found
+    its rows; else the hub."""
+    own = run_config(name).get("data") if data is None and task_name is None else None
+    own = own or {"path": data}
+    return DataConfig(
+        path=own.get("path"),
+        train=own.get("train"),
+        validation=own.get("validation"),
+        revision=own.get("revision"),
+        max_train_examples=None,
+        skip_malformed=bool(own.get("skip_malformed")),
+    )
+
+
+def evaluate_model(
+    name: str,
+    task_name: str | None,
+    data: str | None,
+    labels: str | None,
+    split: str | None,
+    json_file: str | None,
+) -> None:
+    """Print the line of scores that model cards carry, for `split` or every official one.
+
+    json_file: where to write the same, under the keys of a run's eval_results.json. Raises
+    UserError for files or a model that do not fit the task.
+    """
+    world = join_world()
+    quiet_libraries(world)
+    if json_file is not None:
+        from_main(world, partial(check_writable, "--json", Path(json_file)))
+    task = task_of(name, task_name)
+    wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
+    source = data_of(name, task_name, data)
+    sets = [load_official(task, source, key) for key in wanted]
+    answerer = load_answerer(name, task, labels, world.device, sets[0])
+    results: dict[str, float] = {}
+    for examples in sets:
+        ready = make_split(examples, answerer.tokenizer, answerer.max_length)
+        tell_cuts(ready, answerer.max_length, world)
+        result = evaluate(task, answerer.model, answerer.forward, ready, world, step=0)
+        # the keys of the first split carry no name, as in eval_results.json
+        card = result.card("eval" if examples is sets[0] else f"eval_{examples.split}")
+        results.update(card)
+        if world.is_main:
+            print(f"\n{name} on {task.name} {examples.split}\n\n{as_table(card)}")
+    if json_file is not None:
+        from_main(world, lambda: write_scores(results, Path(json_file)))
+    leave_world(world)
+
+
+def tell_cuts(split: Split, max_length: int, world: World) -> None:
+    """Say on stderr how many text rows lost tokens."""
+    line = describe_cuts({split.examples.split: split.tokens.cut_of()}, max_length)
+    if line is not None and world.is_main:
+        print(line, file=sys.stderr)
+
+
+def write_scores(results: Mapping[str, float], path: Path) -> None:
+    try:
+        write_json(path, results)
+    except OSError as error:
+        raise RunError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def as_table(card: Mapping[str, float]) -> str:
+    """The card's line as Markdown: metrics first, then time, loss and size."""
+
+    def place(key: str) -> int:
+        ends = ("_runtime", "_samples_per_second", "_steps_per_second", "_loss", "_samples")
+        return next((n for n, end in enumerate(ends, 1) if key.endswith(end)), 0)
+
+    keys = sorted(card, key=place)
+    return table(keys, [[card[key] for key in keys]])
+
+
+def predict_file(
+    name: str, file: Path, task_name: str | None, output: Path | None, labels: str | None
+) -> None:
+    """Write the rows of `file`, in their order, with what the model answers to each.
+
+    Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
+    `predicted_score`. Where a row of the file holds several examples (official MultiRC, ReCoRD),
+    one row is written for each: the number of its `row` (from 1) and its texts. The file needs no
+    labels. output: new.tsv's is new.predicted.tsv where none is given. Raises UserError before any
+    work, also where `output` exists.
+    """
+    if output is None:
+        kind = file.suffix if file.suffix.lower() in WRITTEN else ".parquet"
+        output = file.with_name(f"{file.stem}.predicted{kind}")
+    check_output(output)
+    world = join_world()
+    quiet_libraries(world)
+    task = task_of(name, task_name)
+    rows = read_rows(file, task)
+    examples = build_examples(task, rows, file.name, labelled=False)
+    columns = input_columns(rows, examples)
+    added = [f"probability_{label}" for label in task.labels] + ["predicted_label"]
+    if clash := sorted({*added, "predicted_score"} & set(columns)):
+        raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
+    if output.suffix.lower() == ".tsv":
+        check_no_tabs(columns, output)
+    answerer = load_answerer(name, task, labels, world.device, examples)
+    split = make_split(examples, answerer.tokenizer, answerer.max_length)
+    tell_cuts(split, answerer.max_length, world)
+    logits_BC = student_logits(answerer.model, answerer.forward, split, world)
+    columns |= answers(task, logits_BC)
+    from_main(world, lambda: write_table(columns, output))
+    leave_world(world)
+
+
+def check_output(output: Path) -> None:
+    if output.suffix.lower() not in WRITTEN:
+        raise UserError(
+            f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
+        )
+    if output.exists():
+        raise UserError(f"--output {output} exists and is not written over; give a new name")
+    check_writable("--output", output)
+
+
+def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
+    """The file's own columns; of nested rows (several examples each) the row and the texts."""
+    if np.array_equal(examples.rows_B, np.arange(len(rows))):
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+    columns: dict[str, list[Any]] = {"row": (examples.rows_B + 1).tolist()}
+    columns["text_a"] = examples.texts_a
+    if examples.texts_b is not None:
+        columns["text_b"] = examples.texts_b
+    return columns
+
+
+def answers(task: TaskSpec, logits_BC: np.ndarray) -> dict[str, list[Any]]:
+    """The columns that a prediction adds."""
+    if task.kind == "regression":
+        return {"predicted_score": np.round(logits_BC[:, 0].astype(float), 6).tolist()}
+    chosen_B = logits_BC.argmax(axis=1)
+    probabilities_BC = torch.from_numpy(logits_BC).double().softmax(dim=1).numpy().round(6)
+    columns: dict[str, list[Any]] = {"predicted_label": [task.labels[c] for c in chosen_B]}
+    for label, probabilities_B in zip(task.labels, probabilities_BC.T, strict=True):
+        columns[f"probability_{label}"] = probabilities_B.tolist()
+    return columns
+
+
+def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
+    """TSV is not quoted here, so it cannot hold every text."""
+    for name, values in columns.items():
+        for number, value in enumerate(values, 1):
+            if any(mark in as_text(value) for mark in "\t\n\r"):
+                raise UserError(
+                    f"--output {output}: {name!r} of row {number} holds a tab or line break, which "
+                    "TSV cannot; choose .csv, .jsonl or .parquet"
+                )
+
+
+def as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+
+
+def write_table(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
+    """Write the columns in the kind that the suffix names, aside and renamed; say so.
+
+    Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
+    """
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    try:
+        with written_aside(output) as aside:
+            if output.suffix.lower() == ".parquet":
+                pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
+            else:
+                text = as_lines(rows, list(columns), output.suffix.lower())
+                aside.write_text(text, encoding="utf-8", newline="")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"--output {output}: {str(error).splitlines()[0]}; choose .jsonl instead"
+        ) from None
+    except OSError as error:
+        raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
+    print(f"{len(rows)} rows written to {output}")
+
+
+def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:
+    if kind == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+        return "".join(line + "\n" for line in lines)
+    texts = [list(names), *([as_text(row[name]) for name in names] for row in rows)]
+    if kind == ".tsv":
+        return "".join("\t".join(fields) + "\n" for fields in texts)
+    written = io.StringIO(newline="")
+    csv.writer(written, lineterminator="\n").writerows(texts)
+    return written.getvalue()

@@ -1,0 +1,236 @@
+"""The end of a run: the final model, its scores, predictions, summary and report.
+
+Shapes: N teachers, B rows, C classes.
+"""
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sead_dist.data.order import Split
+from sead_dist.data.task_files import compute_metrics
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.models.pretrained import fitting_length
+from sead_dist.models.resaved import answer, check_saved, one_row
+from sead_dist.models.sequence_classifier import save_model
+from sead_dist.objectives.ensemble import combine
+from sead_dist.objectives.feature_losses import without_projections
+from sead_dist.reporting.hub import push_at_end
+from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.setup import Parts
+from sead_dist.runtime.console import print_table
+from sead_dist.runtime.distributed import from_main, gather_objects
+from sead_dist.runtime.run_log import write_json
+from sead_dist.teachers.validation import ask_all
+from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.evaluation import EvalResult, evaluate
+
+
+def ensemble_logits(
+    parts: Parts, logits_NBC: np.ndarray, weights_N: torch.Tensor, routes_B: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(combined logits_BC, probabilities_BC at temperature 1; scores for regression). Gold labels
+    are not looked at: the score is what the ensemble would answer to a new text."""
+    teachers = TeacherLogits(
+        torch.from_numpy(logits_NBC), torch.ones(logits_NBC.shape[:2], dtype=torch.bool)
+    )
+    regression = parts.task.kind == "regression"
+    routes = None if routes_B is None else torch.from_numpy(routes_B)
+    # of a new text no micro-batch says which teacher: together they are their mean
+    asked = parts.config.ensemble
+    method = "mean_probabilities" if asked == "random" and not regression else asked
+    soft = combine(method, teachers, None, weights_N, 1.0, regression, routes)
+    return soft.logits_BC.numpy(), soft.targets_BC.numpy()
+
+
+def score_split(
+    parts: Parts, split: Split, weights_N: torch.Tensor, step: int
+) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
+    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
+    result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
+    scores: dict[str, Any] = {"student": result.metrics, "teachers": [], "ensemble": None}
+    if parts.source is None:
+        return result, scores, None
+    logits_NBC = ask_all(
+        parts.source, split, len(parts.teachers), parts.config.look_ahead, split.examples.split
+    )
+    routes_B = split.examples.routes_B
+    combined_BC, probabilities_BC = ensemble_logits(parts, logits_NBC, weights_N, routes_B)
+    scores["teachers"] = [
+        {"name": t.name, "metrics": compute_metrics(parts.task, logits_BC, split.examples)}
+        for t, logits_BC in zip(parts.teachers, logits_NBC, strict=True)
+    ]
+    scores["ensemble"] = compute_metrics(parts.task, combined_BC, split.examples)
+    return result, scores, probabilities_BC
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this rank held: of its GPU, or of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
+    """RUN/run_summary.json. Every rank calls this."""
+    totals = {
+        "rows": 0.0,
+        "train_s": 0.0,
+        "wait_s": 0.0,
+        "padding": 0.0,
+        "tokens": 0.0,
+        "live_rows": 0.0,
+    }
+    totals.update(state.totals)
+    forwards, hits = parts.source.counts() if parts.source is not None else (0, 0)
+    start = parts.config.student.path
+    is_hub_id = start is not None and not Path(start).exists()
+    return {
+        "finished": True,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "best_metric": state.best_metric,
+        "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
+        "train_s": round(totals["train_s"], 3),
+        "teacher_forwards": forwards + int(totals["live_rows"]),
+        "store_hits": hits,
+        "internals": internals_record(parts, int(totals["live_rows"])),
+        "numerics": parts.source.numerics_read() if parts.source is not None else [],
+        "teachers_s": round(parts.source.spent_s if parts.source is not None else 0.0, 3),
+        "teacher_wait_s": round(totals["wait_s"], 3),
+        "padding_waste": round(totals["padding"] / max(totals["tokens"], 1.0), 4),
+        "peak_memory_bytes": gather_objects(parts.world, peak_memory(parts.world.device)),
+        "world_size": parts.world.size,
+        "placement": placement_word(parts),
+        "deepspeed": parts.engine.deepspeed,
+        "train_rows": len(parts.splits.train),
+        "transfer_rows": parts.examples.transfer_rows,
+        "base_model": start if is_hub_id else None,
+    }
+
+
+def internals_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
+    """Whose internals the student followed and how; `forwards` of it are live ones, which are made
+    anew in every epoch (those of steps that a killed run repeated are not counted)."""
+    if parts.guide is None or parts.rival is None:
+        return None
+    rival = parts.rival
+    return {
+        "method": rival.method,
+        "guide": parts.guide.name,
+        "variant": rival.variant,
+        "until_step": rival.until,
+        "forwards": forwards,
+    }
+
+
+def placement_word(parts: Parts) -> str | None:
+    """The placement of all teachers, or each one's where they differ."""
+    if parts.source is None:
+        return None
+    return ", ".join(dict.fromkeys(parts.source.placements))
+
+
+def save_student(parts: Parts, state: TrainState) -> None:
+    """Write the best student, which is the engine's from now on, to model/, and check that plain
+    Transformers reads the same model there."""
+    config, module = parts.config, parts.engine.module
+    longest = fitting_length(config.max_length, module.config)
+    if state.best_step is not None:
+        parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
+    weights = without_projections(parts.engine.weights())
+    folder = Path(config.output_dir) / "model"
+    from_main(parts.world, lambda: save_model(module, weights, parts.tokenizer, folder, longest))
+    row = one_row(parts.splits.train)
+    # every rank: a student that DeepSpeed splits answers on all of them at once
+    trained = answer(parts.engine.model, lambda: parts.engine.forward(row, 1))
+    from_main(
+        parts.world,
+        lambda: check_saved(
+            folder, weights, trained, row, config.precision, config.trust_remote_code
+        ),
+    )
+
+
+def score_splits(
+    parts: Parts, state: TrainState, weights_N: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """(scores of student and teachers by split, the student's on the official ones as the card has
+    them). Every prediction is written to predictions/."""
+    splits = {"selection": parts.splits.selection, **parts.splits.official}
+    scores: dict[str, Any] = {}
+    results: dict[str, float] = {}
+    for name, split in splits.items():
+        result, scores[name], probabilities_BC = score_split(parts, split, weights_N, state.step)
+        if name != "selection":
+            first = not results
+            results.update(result.card("eval" if first else f"eval_{name}"))
+        if parts.world.is_main:
+            write_predictions(
+                Path(parts.config.output_dir) / "predictions" / f"{name}.parquet",
+                split.examples.ids_B2,
+                split.examples.labels_B,
+                result.logits_BC,
+                probabilities_BC,
+            )
+    return scores, results
+
+
+def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_table: bool) -> None:
+    """Bring back the best student, save it, score it once on the official splits, and report.
+
+    Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
+    """
+    world, config = parts.world, parts.config
+    run = Path(config.output_dir)
+    save_student(parts, state)
+    scores, results = score_splits(parts, state, weights_N)
+    closing = summary(parts, state)
+    results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
+
+    def write() -> None:
+        write_json(run / "eval_results.json", results)
+        record = {
+            "task": parts.task.name,
+            "metric": parts.task.metrics[0],
+            "splits": scores,
+            "selected_on": config.select.on,
+        }
+        write_json(run / "scores.json", record)
+        # the report quotes the summary, and the run is finished only with its report
+        write_json(run / "run_summary.json", {**closing, "finished": False})
+        write_report(run)
+        write_json(run / "run_summary.json", closing)
+
+    from_main(world, write)
+    if show_table and world.is_main:
+        tell(parts, scores)
+    parts.log.say(
+        f"{closing['steps']} steps, {closing['examples_per_second']} examples/s, "
+        f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
+        f"store; model, card and plots: {run / 'model'}"
+    )
+    if config.push_to_hub:
+        line = from_main(world, lambda: push_at_end(run, config))
+        parts.log.say(line)
+
+
+def tell(parts: Parts, scores: dict[str, Any]) -> None:
+    """The closing table on the console."""
+    metric = parts.task.metrics[0]
+    mark = " (selected on dev)" if parts.config.select.on == "dev" else ""
+    rows: list[list[object]] = []
+    for index, teacher in enumerate(parts.teachers):
+        rows.append(
+            [teacher.name, *(of["teachers"][index]["metrics"][metric] for of in scores.values())]
+        )
+    if parts.teachers:
+        rows.append(["ensemble", *(of["ensemble"][metric] for of in scores.values())])
+    rows.append(["student", *(of["student"][metric] for of in scores.values())])
+    title = f"{parts.task.name}: {metric}{mark}"
+    print_table(title, ["", *scores], rows)

@@ -1,0 +1,329 @@
+"""The parts of a run, built from its configuration before the first step.
+
+All of a person's mistakes come to light here or in the examination.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import BatchStream, Split
+from sead_dist.data.splits import (
+    RunExamples,
+    RunSplits,
+    check_tokens,
+    load_examples,
+    tokenize_splits,
+    told_cuts,
+)
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.errors import UserError
+from sead_dist.models.hidden_states import find_anatomy
+from sead_dist.models.hidden_states_check import check_inside, needs_attention
+from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.models.resaved import check_saving, one_row
+from sead_dist.models.student import build_student, start_hash, student_tokenizer
+from sead_dist.objectives.ensemble import check_method
+from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
+from sead_dist.reporting.hub import check_push
+from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
+from sead_dist.runtime.heartbeat import Watch, watching
+from sead_dist.runtime.run_log import RunLog, write_json
+from sead_dist.runtime.shared import check_shared
+from sead_dist.store.layout import default_store
+from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.feature_teacher import (
+    Guide,
+    candidates,
+    check_guide,
+    held_everywhere,
+    load_guide,
+)
+from sead_dist.teachers.placement import (
+    check_placements,
+    choose_placements,
+    describe_shares,
+    least_free,
+    share_rows,
+)
+from sead_dist.teachers.pool_client import Follower, store_id
+from sead_dist.teachers.rates import known_costs
+from sead_dist.teachers.sharding import check_shardable
+from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
+from sead_dist.teachers.validation import best_teacher
+from sead_dist.training.checkpoint import Checkpointer, Identity, rules_of, teacher_identity
+from sead_dist.training.deepspeed_config import zero_config
+from sead_dist.training.engine import Engine, check_arithmetic, check_tracker, slow_arithmetic
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before its first step."""
+
+    config: RunConfig
+    task: TaskSpec
+    world: World
+    log: RunLog
+    examples: RunExamples
+    splits: RunSplits
+    tokenizer: PreTrainedTokenizerBase
+    teachers: list[Teacher]
+    source: StoredSource | None
+    engine: Engine
+    batches: BatchStream
+    checkpointer: Checkpointer
+    stop: StopFlag
+    watch: Watch
+    guide: Guide | None
+    rival: Rival | None
+
+    def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+        """The student's logits in scoring, where every rank does the same number of forwards: a
+        long split is no hang."""
+        self.watch.move("scoring the student")
+        return self.engine.forward(inputs, choices)
+
+
+def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> Parts:
+    """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
+    run = Path(config.output_dir)
+    store = Path(config.store.path) if config.store.path else default_store()
+    quiet_libraries(world)
+    check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
+    check_setting(config, world)
+    notes = slow_arithmetic(config, world.device)
+    task, examples, tokenizer, model = on_every_rank(
+        world, lambda: read_inputs(config, notes.append)
+    )
+    max_length = fitting_length(config.max_length, model.config)
+    splits = tokenize_splits(examples, tokenizer, max_length)
+    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    check_tokens(examples, tokenizers_of(teachers))
+    words = tokenizer_hash(tokenizer)
+    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    teachers = held_everywhere(config, teachers)
+    identity = Identity(
+        config.identity(),
+        examples.fingerprint(task),
+        [teacher_identity(teacher.manifest()) for teacher in teachers],
+        from_main(world, lambda: start_hash(config.student, config.teachers)),
+        rules_of(config),
+    )
+    from_main(world, lambda: stack.enter_context(locked(run)))
+    row = one_row(splits.train)
+    from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
+    from_main(world, lambda: claim(run, config, identity))
+    watch = stack.enter_context(watching(run, world, stop, config.watch))
+    log = RunLog(run, world.is_main, console=True)
+    stack.callback(log.close)
+    for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
+        log.say(note)
+    batches = BatchStream(
+        splits.train,
+        config.seed,
+        config.global_batch,
+        config.micro_batch,
+        config.epochs,
+        config.max_steps,
+        world.rank,
+        world.size,
+    )
+    # one for each start of the run, resumed ones too
+    log.metrics("start", total_steps=batches.total_steps, world_size=world.size)
+    for line in uneven(config, world.size):
+        log.say(line)
+    if config.deterministic:
+        # what CUDA's matrix products ask for; read when the first one runs
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    if not teachers:
+        log.say("no teachers: the student learns from the labels alone")
+    source = (
+        hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
+    )
+    if source is not None:
+        for split in (splits.train, splits.selection, *splits.official.values()):
+            source.share_tokens(split, words, max_length)
+    guide, rival = None, None
+    if config.internals is not None and source is not None:
+        chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
+        guide, rival = follow(config, world, chosen, model, batches.total_steps)
+        log.say(f"internals={rival.method} of {guide.name}: {rival.variant}")
+    rest = None if rival is None else rival.rest
+    engine = Engine(model, config, world, batches.total_steps, rest)
+    if config.tracker is not None:
+        engine.start_tracker("tracker", config.identity())
+    stack.callback(engine.close)
+    checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
+    return Parts(
+        config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
+        checkpointer, stop, watch, guide, rival,
+    )  # fmt: skip
+
+
+def check_setting(config: RunConfig, world: World) -> None:
+    """What can be told from the settings alone, before anything is read. Raises UserError."""
+    check_tracker(config.tracker)
+    if config.push_to_hub:
+        from_main(world, lambda: check_push(config.hub_model_id))
+    check_arithmetic(config.precision, world.device)
+    zero = zero_config(config, world.size)
+    check_rival(config, zero.stage if zero is not None else None)
+
+
+def uneven(config: RunConfig, ranks: int) -> list[str]:
+    """A line where some ranks have nothing to do in a part of every step."""
+    micro_batches = config.global_batch // config.micro_batch
+    if micro_batches % ranks == 0:
+        return []
+    return [
+        f"global_batch={config.global_batch} makes {micro_batches} micro-batches, which "
+        f"{ranks} ranks cannot share evenly: some ranks idle; lower micro_batch"
+    ]
+
+
+def read_inputs(
+    config: RunConfig, say: Callable[[str], None]
+) -> tuple[TaskSpec, RunExamples, PreTrainedTokenizerBase, PreTrainedModel]:
+    """Task, examples, and the student with its tokeniser."""
+    task = load_task(config.task)
+    if config.taught:
+        check_method(config, task.kind)
+    tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
+    model = build_student(
+        config.student, task, tokenizer, config.seed, config.trust_remote_code, say
+    )
+    settle(tokenizer, model.config)
+    examples = load_examples(config, task, say)
+    check_tokens(examples, {"the student": tokenizer})
+    check_student(model, tokenizer, config.max_length, "the student", examples.train)
+    if config.internals is not None:
+        check_inside(model, tokenizer, config.internals, config.max_length, "the student")
+    return task, examples, tokenizer, model
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Not what DeepSpeed says on every CPU, as soon as Accelerate imports it."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+def quiet_libraries(world: World) -> None:
+    """Transformers' reports of new heads and its progress bars say nothing a run does not."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(is_news)
+    if not world.is_main:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def hire(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    teachers: Sequence[Teacher],
+    run: Path,
+    folder: Path,
+    log: RunLog,
+    watch: Watch,
+    stack: ExitStack,
+) -> StoredSource:
+    """The teacher source over the store in `folder`, with every teacher placed."""
+    free = least_free(world)
+    placements, reason = choose_placements(teachers, config.placement, world.size, free)
+    on_every_rank(world, lambda: check_placed(config, teachers, placements))
+    # what is remembered of rates may differ from machine to machine, and owners must be agreed
+    costs_N = from_main(world, lambda: known_costs(teachers, world.device))
+    share_NW = share_rows(teachers, placements, costs_N, world.size, free)
+    log.say(reason)
+    if "partitioned" in placements and world.size > 1:
+        log.say(describe_shares(teachers, placements, share_NW))
+    report = log.say if world.is_main else _on_stderr
+    store = on_every_rank(world, lambda: PredictionStore(folder, report))
+    keys = [teacher.key for teacher in teachers]
+    accept_any = config.store.accept == "any"
+    stack.enter_context(store.hold(str(run), keys, accept_any) if world.is_main else nullcontext())
+    manifest = [
+        {**teacher.manifest(), "placement": placement}
+        for teacher, placement in zip(teachers, placements, strict=True)
+    ]
+    from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
+    follower = None
+    from_main(world, lambda: forget_followed(run))
+    if "pool" in placements:
+        root = store.layout.root
+        from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
+        follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
+    source = StoredSource(
+        teachers, placements, share_NW, world, store, task.name, run, accept_any,
+        config.trust_remote_code, log.say, watch.heed, follower,
+    )  # fmt: skip
+    stack.callback(source.close)
+    return source
+
+
+def choose_guide(
+    config: RunConfig,
+    task: TaskSpec,
+    teachers: Sequence[Teacher],
+    source: StoredSource,
+    selection: Split,
+    watch: Watch,
+) -> Teacher:
+    """The teacher that `guide` names, else the best on the selection split, as for `single`."""
+    named = candidates(config, teachers)
+    if len(named) == 1:
+        return named[0]
+    try:
+        return teachers[best_teacher(source, task, selection, len(teachers), config.look_ahead)]
+    except RuntimeError as error:
+        watch.explain(error)  # a collective breaks when another rank dies
+        raise
+
+
+def follow(
+    config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
+) -> tuple[Guide, Rival]:
+    """The guide at work, and the loss over its internals; the student at its start, changed where
+    the method says so."""
+
+    def load() -> tuple[Guide, Rival]:
+        assert config.internals is not None
+        body = load_guide(config, teacher, world.device)
+        anatomy = find_anatomy(body, f"teacher {teacher.name}", needs_attention(config.internals))
+        rival = make_rival(config, model, anatomy, total_steps)
+        if config.start == "guide":
+            fits = start_as_guide(model, body)
+            start = "the guide's layers" if fits else "its own, the guide's layers do not fit"
+            rival = replace(rival, variant=f"{rival.variant}; start: {start}")
+        return Guide(teacher.name, body, anatomy, rival.theirs, rival.until), rival
+
+    return on_every_rank(world, load)
+
+
+def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
+    """Raises UserError where a teacher cannot be placed as it should be."""
+    check_placements(teachers, placements)
+    if "pool" in placements and config.drift == "on":
+        raise UserError(
+            "drift=on asks teachers in fp32 in the student's processes, and placement=pool is for "
+            "teachers that are not there; measure the drift in a run with another placement"
+        )
+    for teacher, placement in zip(teachers, placements, strict=True):
+        if placement == "sharded":
+            check_shardable(teacher, config.trust_remote_code)
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)

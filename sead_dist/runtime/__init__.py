@@ -1,0 +1,1 @@
+"""Ranks, heartbeat, files, run directories and the log."""

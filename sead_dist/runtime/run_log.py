@@ -1,0 +1,300 @@
+"""What a run writes down and says: metrics.jsonl, log.txt, JSON files, console lines and bars.
+
+Every file that replaces another is written aside and renamed, so a reader (or a killed run)
+sees the old file or the new one, never half of one.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich import progress as bars
+from rich.console import Console
+
+from sead_dist.errors import RunError, UserError
+from sead_dist.runtime.progress import Bar, Lines
+from sead_dist.runtime.redact import without_secrets
+
+PROGRESS = "progress.json"
+PACKAGES = (
+    *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
+    *("safetensors", "deepspeed", "numpy", "scikit-learn", "scipy"),
+)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it takes the place of `path`.
+
+    On any error the file aside is removed and `path` stays as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside{path.suffix}")
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        # a write through an open file fails without saying which
+        error.filename = str(path)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Write `obj` as strict JSON, aside and renamed; NaN and infinity become null."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises UserError where no file can be at `path`, RunError where it may not be written, before
+    any long work."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise RunError(f"{option} {path}: folder {path.parent} is not writable; give another")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is {path.parent} a run folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it or start a new run") from None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether this run folder holds a run that came to its end."""
+    summary = run / "run_summary.json"
+    return summary.is_file() and bool(read_json(summary).get("finished"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the records of a run folder's metrics.jsonl, oldest first.
+
+    A last line that a killed run left unfinished is passed over; no file gives no records.
+
+    Raises:
+        UserError: a line before the last is not a JSON object.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    last = max((n for n, line in enumerate(lines) if line.strip()), default=-1)
+    records = []
+    for n, line in enumerate(lines[: last + 1]):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif n < last:
+            raise UserError(f"{path} line {n + 1} is not a JSON object: mend or delete that line")
+    return records
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a run ran on: versions, platform, processors, threads, commit.
+
+    Holds no environment variables, paths, user or host names.
+    """
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    # Not imported for this: a process that computes has it loaded, and any other has no threads.
+    torch = sys.modules.get("torch")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": None if torch is None else torch.get_num_threads(),
+        "git_commit": _git_commit(Path(__file__)),
+        "versions": versions,
+    }
+
+
+def steps_done(folder: Path) -> int:
+    """The last step that a run in this folder took, saved or not; 0 where none is known."""
+    try:
+        return int(json.loads((folder / PROGRESS).read_text("utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+class RunLog:
+    """The files and the console of one run folder; on ranks other than 0 every call is quiet.
+
+    Args:
+        folder: the run folder; made if it is missing.
+        is_main: whether this is rank 0, the only one that writes.
+        console: whether rank 0 also speaks on standard output.
+    """
+
+    def __init__(self, folder: Path, is_main: bool, console: bool) -> None:
+        self.folder = folder
+        self.is_main = is_main
+        self.console = Console(highlight=False, quiet=not (is_main and console))
+        self._metrics: BinaryIO | None = None
+        self._progress: int | None = None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _repair(self._metrics_path)
+            self._metrics = self._metrics_path.open("ab")
+
+    @property
+    def _metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def metrics(self, event: str, **values: object) -> None:
+        """Append one record to metrics.jsonl and flush it; NaN and infinity become null."""
+        if self._metrics is None:
+            return
+        record = _plain({"event": event, **values})
+        self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._metrics.flush()
+
+    def step_done(self, step: int, total: int) -> None:
+        """Note the step in progress.json, which a killed run leaves behind.
+
+        Written in place, since it changes at every step: one short line of a fixed length.
+        """
+        if self.is_main:
+            if self._progress is None:
+                self._progress = os.open(self.folder / PROGRESS, os.O_WRONLY | os.O_CREAT, 0o644)
+            line = json.dumps({"step": step, "total": total})
+            os.pwrite(self._progress, f"{line:<62}\n".encode(), 0)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the records of steps after `step`, which a resumed run will write again."""
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        kept = [r for r in read_metrics(self.folder) if r.get("step", step) <= step]
+        with written_aside(self._metrics_path) as aside:
+            aside.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
+        self._metrics = self._metrics_path.open("ab")
+
+    def say(self, line: str) -> None:
+        """Put one line on the console and, with the time, into log.txt."""
+        if not self.is_main:
+            return
+        line = without_secrets(line)
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        self._print(line)
+
+    @contextmanager
+    def progress(self, description: str, total: int, done: int = 0) -> Iterator["Bar | Lines"]:
+        """Show how far a piece of work is: a bar in a terminal, else a line every 10%.
+
+        Args:
+            description: what is being done, a few words.
+            total: units of work in all.
+            done: units done before, by the run that this one resumes.
+        """
+        if self.console.quiet or not self.console.is_terminal:
+            yield Lines(self._print, description, total, done)
+            return
+        columns = (
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[shown]}", markup=False),
+        )
+        with bars.Progress(*columns, console=self.console) as display:
+            yield Bar(display, display.add_task(description, total=total, completed=done, shown=""))
+
+    def close(self) -> None:
+        """Close the files; later records are not written."""
+        if self._progress is not None:
+            os.close(self._progress)
+            self._progress = None
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+def _plain(obj: object) -> Any:
+    """Turn arrays, scalars and paths into what strict JSON can hold."""
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, Path):
+        return str(obj)
+    if hasattr(obj, "tolist"):  # NumPy arrays and scalars, tensors
+        return _plain(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _repair(path: Path) -> None:
+    """Cut the unfinished last line that a killed run left, or give it its missing line end."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    start = content.rfind(b"\n") + 1
+    if start == len(content):
+        return
+    whole = _record(content[start:]) is not None
+    with path.open("rb+") as file:
+        if whole:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:
+            file.truncate(start)
+
+
+def _git_commit(file: Path) -> str | None:
+    """Return the commit (and "-dirty") of the checkout that tracks `file`, if one does."""
+    git = ["git", "-C", str(file.parent)]
+    try:
+        # A virtual environment may lie inside some other project's checkout.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", file.name], check=True, capture_output=True
+        )
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,1 @@
+"""Settings of SLURM, submission and jobs."""

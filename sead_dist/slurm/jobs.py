@@ -1,0 +1,235 @@
+"""`sead-dist jobs`: the runs that this user has submitted, how far they are, and what they say.
+
+Each is a small file in the user's state folder. Its state comes from SLURM, all else from the
+run's own folder, so a run can still be followed when SLURM has forgotten the job.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sead_dist.errors import RunError, UserError
+from sead_dist.runtime.console import print_table
+from sead_dist.runtime.run_log import is_finished, read_json, read_metrics, write_json
+from sead_dist.slurm import settings as slurm
+
+POLL_S = 2.0
+# SLURM may not know a job for a moment, e.g. while its controller restarts.
+FORGOTTEN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted run: `job` is SLURM's number, `folder` holds the job's own files, `runs` are the
+    run folders that it fills one after the other (several when it fine-tunes teachers)."""
+
+    name: str
+    job: str
+    folder: str
+    runs: list[str]
+    submitted: str
+
+    @property
+    def finished(self) -> bool:
+        return all(is_finished(Path(run)) for run in self.runs)
+
+    @property
+    def at_work_on(self) -> Path:
+        """The first run that is not finished, else the last."""
+        return next((Path(r) for r in self.runs if not is_finished(Path(r))), Path(self.runs[-1]))
+
+    def log(self, rank: int) -> Path:
+        return Path(self.folder) / f"{self.job}_{rank}_log.out"
+
+    def exit_codes(self) -> list[int]:
+        """Of the ranks that ended by themselves when the job ran last."""
+        texts = [file.read_text("utf-8") for file in Path(self.folder).glob(f"{self.job}.*.exit")]
+        return [int(text) for text in texts if text.strip().isdigit()]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; None where it has not come to it."""
+
+    step: int | None = None
+    total: int | None = None
+    score: float | None = None
+    examples_per_s: float | None = None
+    restarts: int = 0
+
+
+def state_folder(root: str | None) -> Path:
+    """Where runs register: `root`, else sead_dist/jobs in XDG_STATE_HOME or ~/.local/state."""
+    if root is not None:
+        return Path(root)
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "sead_dist" / "jobs"
+
+
+def register(folder: Path, job: Job) -> None:
+    """Write a job down; it takes the place of an earlier one of the same run and name."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # the workers of a sweep have their runs in common
+    key = hashlib.sha256(f"{job.runs[0]}\n{job.name}".encode()).hexdigest()[:16]
+    write_json(folder / f"{key}.json", asdict(job))
+
+
+def registered(folder: Path) -> list[Job]:
+    """All jobs written down, oldest first. Raises UserError for a file that is none."""
+    found: list[Job] = []
+    for path in folder.glob("[!.]*.json"):
+        try:
+            found.append(Job(**read_json(path)))
+        except TypeError:
+            raise UserError(f"{path} describes no job of sead-dist; remove it") from None
+    return sorted(found, key=lambda job: (job.submitted, job.name))
+
+
+def find(folder: Path, word: str) -> Job:
+    """The newest job of this name, number or run folder. Raises UserError where there is none."""
+    jobs = registered(folder)
+    asked = str(Path(word).absolute())
+    for job in reversed(jobs):
+        if word in (job.name, job.job) or asked in job.runs:
+            return job
+    names = ", ".join(job.name for job in jobs) or "none"
+    raise UserError(f"no submitted run is called {word!r}; those registered: {names}")
+
+
+def progress(job: Job) -> Progress:
+    """Read from the run folder. The score is the selection split's so far, and the first official
+    split's once the run is finished."""
+    run = job.at_work_on
+    records = read_metrics(run)
+    starts = [record for record in records if record["event"] == "start"]
+    steps = [record for record in records if record["event"] == "train"]
+    evals = [record for record in records if record["event"] == "eval"]
+    score = None
+    if evals:
+        score = next(iter(evals[-1]["metrics"].values()), None)
+    if is_finished(run):
+        scores = read_json(run / "scores.json")
+        official = [name for name in scores["splits"] if name != "selection"]
+        score = scores["splits"][(official or ["selection"])[0]]["student"][scores["metric"]]
+    return Progress(
+        step=steps[-1]["step"] if steps else None,
+        total=starts[-1]["total_steps"] if starts else None,
+        score=score,
+        examples_per_s=steps[-1]["examples_per_second"] if steps else None,
+        restarts=max(len(starts) - 1, 0),
+    )
+
+
+def state_of(job: Job, known: str | None) -> str:
+    """SLURM's word; where SLURM has none, what the run folder tells."""
+    if known == "COMPLETED" and not job.finished:
+        return "STOPPED"  # it was asked to stop, saved, and was not queued again
+    if known is not None:
+        return known
+    return "COMPLETED" if job.finished else "GONE"
+
+
+def last_line(job: Job) -> str:
+    """The last line of rank 0's log that is the run's own, not of what started it."""
+    try:
+        lines = job.log(0).read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    said = [line.strip() for line in lines if line.strip()]
+    own = [line for line in said if not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
+    return (own or said or [""])[-1]
+
+
+def show(folder: Path) -> None:
+    """Print the table of all registered jobs."""
+    jobs = registered(folder)
+    if not jobs:
+        print(f"no submitted runs in {folder}; sead-dist submit adds them")
+        return
+    known = slurm.job_states([job.job for job in jobs])
+    rows: list[list[object]] = []
+    for job in jobs:
+        at = progress(job)
+        step = "" if at.step is None else f"{at.step}/{at.total or '?'}"
+        state = state_of(job, known.get(job.job))
+        line = last_line(job)
+        line = line if len(line) <= 60 else line[:57] + "..."
+        row: list[object] = [
+            job.name,
+            job.job,
+            state,
+            step,
+            at.score,
+            at.examples_per_s,
+            at.restarts,
+            line,
+        ]
+        rows.append(["" if cell is None else cell for cell in row])
+    columns = ["run", "job", "state", "step", "score", "examples/s", "restarts", "last line"]
+    print_table("", columns, rows)
+
+
+def wait(jobs: Sequence[Job]) -> None:
+    """Return when all have ended and their runs are finished.
+
+    Raises UserError (exit code 2) where a run ended by a person's mistake, RunError (3) where it
+    ended in any other way, or SLURM no longer knows it.
+    """
+    for job in jobs:
+        state = state_of(job, _end_of(job))
+        if job.finished:
+            continue
+        said = f"{job.name} (job {job.job}) ended {state}: {last_line(job) or 'it said nothing'}"
+        said += f"; more in {job.log(0)}"
+        raise UserError(said) if 2 in job.exit_codes() else RunError(said)
+
+
+def _end_of(job: Job) -> str | None:
+    """The state that a job ended in; None where SLURM has forgotten it."""
+    heard = time.monotonic()
+    while True:
+        state = slurm.job_states([job.job]).get(job.job)
+        if state in slurm.ENDED:
+            return state
+        if state is not None:
+            heard = time.monotonic()
+        elif job.finished or time.monotonic() - heard > FORGOTTEN_S:
+            return None
+        time.sleep(POLL_S)
+
+
+def print_log(job: Job, rank: int, follow: bool) -> None:
+    """Print a rank's log; with `follow` go on until the job has ended.
+
+    Raises UserError where there is no log yet and nobody waits for it.
+    """
+    path = job.log(rank)
+    if not follow and not path.exists():
+        state = state_of(job, slurm.job_states([job.job]).get(job.job))
+        raise UserError(f"{path} is not there: job {job.job} is {state}; wait for it with -f")
+    position, unheard = 0, 0
+    while True:
+        known = slurm.job_states([job.job]).get(job.job) if follow else None
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                text = file.read()
+            position += len(text)
+            print(text.decode("utf-8", errors="replace"), end="", flush=True)
+        unheard = unheard + 1 if known is None else 0
+        if not follow or known in slurm.ENDED or unheard * POLL_S > FORGOTTEN_S:
+            return
+        time.sleep(POLL_S)
+
+
+def cancel(job: Job) -> None:
+    slurm.cancel(job.job)
+    print(f"{job.name}: job {job.job} cancelled; submit the same line again to go on")
+
+
+def exit_file(folder: str, job: str, rank: int) -> Path:
+    """Where a rank that ends by itself leaves its exit code."""
+    return Path(folder) / f"{job}.{rank}.exit"

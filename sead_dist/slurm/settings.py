@@ -1,0 +1,229 @@
+"""SLURM: the settings of a job, what sbatch is told, and what the controller says of jobs.
+
+Settings come from configs/slurm/base.yaml, the file of --slurm and the command line, in this order.
+"""
+
+import difflib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from sead_dist.config.load import config_folder, explain
+from sead_dist.config.schema import Section
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.errors import UserError
+
+# States that a job does not leave by itself.
+ENDED = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
+    "TIMEOUT".split()
+)
+SQUEUE = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
+# How long srun waits for the other ranks once the first has ended: they still have to say why.
+LINGER_S = 60
+# Before srun: forget what the ranks of an earlier start left.
+CLEAR = """\
+folder={folder}
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+rm -f "$folder/$job".*.exit"""
+# After srun. Each rank that ends by itself leaves its exit code in JOB.RANK.exit. Where some rank
+# left none, it was killed or lost with its node: the job is queued again, a few times. Its own
+# state says whether somebody else has ended it or queued it again.
+RESTART = """\
+code=$?
+said=$(cat "$folder/$job".*.exit 2>/dev/null | wc -l)
+lost=$(cat "$folder/$job.lost" 2>/dev/null | wc -l)
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+if [ "$code" -ne 0 ] && [ "$said" -lt {tasks} ] && [ "$state" = RUNNING ]; then
+    if [ "$code" -eq {early} ]; then
+        echo "sead-dist: notice came before the run could listen; job $job is queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ "$lost" -lt {restarts} ]; then
+        echo "$code" >>"$folder/$job.lost"
+        echo "sead-dist: a rank was killed or lost (exit code $code);" \\
+            "starting again from the last checkpoint, $((lost + 1)) of at most {restarts} times"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "sead-dist: a rank was killed or lost (exit code $code), after $lost restarts;" \\
+            "look for the cause, then submit the same line again to go on"
+    fi
+fi
+exit $code"""
+
+
+class SlurmSettings(Section):
+    """What a job asks of SLURM; every key is explained in configs/slurm/base.yaml."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gres: str | None
+    nodes: Annotated[int, Field(gt=0)]
+    gpus_per_node: Annotated[int | None, Field(gt=0)]
+    cpus_per_task: Annotated[int | None, Field(gt=0)]
+    mem: str | None
+    time: str
+    exclusive: bool
+    signal_delay: Annotated[int, Field(gt=0)]
+    concurrent: Annotated[int | None, Field(gt=0)]
+    restarts: Annotated[int, Field(ge=0)]
+    setup: list[str]
+    srun: list[str]
+    python: str | None
+    sbatch: dict[str, str | int | bool]
+
+
+def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings:
+    """The settings of the file `name` (or None) over base.yaml, and `options` over both; an option
+    that is None was not given.
+
+    Raises UserError naming the key, its value and what is allowed.
+    """
+    base = config_folder() / "slurm" / "base.yaml"
+    merged: dict[str, Any] = {}
+    for path in (base, *([] if name is None else [_find(name)])):
+        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(layer, Mapping):
+            raise UserError(f"{path} holds no settings; it must be a YAML mapping")
+        merged.update(layer)
+    merged.update({key: value for key, value in options.items() if value is not None})
+    try:
+        settings = SlurmSettings.model_validate(merged)
+    except ValidationError as error:
+        known = list(SlurmSettings.model_fields)
+        raise UserError(explain(error, known, "configs/slurm/base.yaml")) from None
+    if minutes(settings.time) * 60 < 2 * settings.signal_delay:
+        raise UserError(
+            f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"
+            " be told to stop before it gets anywhere; give more time or a shorter delay"
+        )
+    return settings
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    shipped = config_folder() / "slurm"
+    if (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(known)}"
+    raise UserError(f"--slurm {name!r} is neither a file nor shipped settings; {hint}")
+
+
+def minutes(text: str) -> int:
+    """A time limit as SLURM writes it (30, 30:00, 1:00:00, 2-12, 2-12:30:00), rounded up."""
+    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise UserError(
+            f"time={text!r} is not a time limit; give MINUTES, H:MM:SS or DAYS-HH:MM:SS"
+        )
+    days, *parts = match.groups()
+    first, second, third = (None if part is None else int(part) for part in parts)
+    if days is not None:
+        seconds = int(days) * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
+    elif third is not None:
+        seconds = (first or 0) * 3600 + (second or 0) * 60 + third
+    else:
+        seconds = (first or 0) * 60 + (second or 0)
+    if seconds == 0:
+        raise UserError(f"time={text!r} is no time at all; give MINUTES, H:MM:SS or DAYS-HH:MM:SS")
+    return -(-seconds // 60)
+
+
+def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[str, Any]:
+    """The settings in submitit's words, for a job called `name` with its files in `folder`."""
+    srun = [f"--wait={LINGER_S}"]
+    setup = CLEAR.format(folder=shlex.quote(str(folder))).splitlines()
+    if settings.cpus_per_task is not None:
+        # srun does not take it from sbatch
+        srun.append(f"--cpus-per-task={settings.cpus_per_task}")
+        setup.append(f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{settings.cpus_per_task}}}")
+    tasks = settings.gpus_per_node or 1
+    early = 128 + signal.SIGUSR2
+    restart = RESTART.format(tasks=settings.nodes * tasks, restarts=settings.restarts, early=early)
+    given = {
+        "job_name": name,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "gres": settings.gres,
+        "nodes": settings.nodes,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": settings.gpus_per_node,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem": settings.mem,
+        "time": minutes(settings.time),
+        "exclusive": settings.exclusive or None,
+        "signal_delay_s": settings.signal_delay,
+        "array_parallelism": settings.concurrent,
+        "setup": [*setup, *settings.setup],
+        "teardown": restart.splitlines(),
+        "srun_args": [*srun, *settings.srun],
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, **settings.sbatch},
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def need(program: str) -> None:
+    """Raises UserError where SLURM's command is not there."""
+    if shutil.which(program) is None:
+        raise UserError(
+            f"there is no {program} on this machine; use a login node of a SLURM cluster, or see "
+            "what would be submitted: sead-dist submit ... --dry-run"
+        )
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, str]:
+    """The state of each job that SLURM remembers: from squeue, which also knows those that ended a
+    while ago, else from sacct, where there is accounting."""
+    if not jobs:
+        return {}
+    found = dict(_pairs(_answer(SQUEUE)))
+    forgotten = [job for job in jobs if job not in found]
+    if forgotten:
+        numbers = ",".join(forgotten)
+        account = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={numbers}"]
+        found.update(_pairs(_answer([*account, "--format=JobID,State"])))
+    return {job: found[job] for job in jobs if job in found}
+
+
+def _answer(command: Sequence[str]) -> str:
+    """What a SLURM command prints; nothing where it is missing or refuses."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _pairs(text: str) -> Iterable[tuple[str, str]]:
+    for line in text.splitlines():
+        job, _, state = line.strip().partition("|")
+        # `CANCELLED by 1000`
+        if job and state:
+            yield job, state.split()[0]
+
+
+def is_running(job: str) -> bool:
+    """Whether this job runs and nobody has ended it or queued it again."""
+    return job_states([job]).get(job) == "RUNNING"
+
+
+def cancel(job: str) -> None:
+    """Raises UserError where SLURM refuses."""
+    need("scancel")
+    done = subprocess.run(["scancel", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"job {job} was not cancelled: {done.stderr.strip() or 'scancel failed'}")

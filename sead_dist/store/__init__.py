@@ -1,0 +1,1 @@
+"""The prediction store: kept predictions of teachers."""

@@ -1,0 +1,205 @@
+"""Value blocks of the prediction store: what is in them, how they are written, read and checked.
+
+K ids of the key block, M rows of a value block, C classes (the teacher's own, in its own order).
+Every block is a safetensors file named by the hash of its content, so that writing the same rows
+twice makes the same file, and a file whose content does not give its name is bad. The name of a
+compacted block is the hash of the sums of its chunks, so that it is known without reading all rows.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sead_dist.store.coverage import WORD, Coverage
+from sead_dist.store.ids import Ints
+from sead_dist.store.key_blocks import ensure_key_block
+from sead_dist.store.layout import (
+    BLOCK_SUFFIX,
+    FORMAT,
+    PLAIN_FORMAT,
+    Layout,
+    make_folder,
+    write_aside,
+)
+from sead_dist.store.logits import Logits, chunk_rows
+from sead_dist.store.tensor_file import (
+    BadBlockError,
+    digest,
+    read_tensors,
+    write_tensors,
+)
+
+# What is checked of a block before it is used: its header alone; all but the rows of a compacted
+# block, which are checked when they are first touched; all.
+Check = Literal["header", "touched", "all"]
+
+
+@dataclass(frozen=True)
+class ValueBlock:
+    """Logits [M, C] of one teacher key on those ids of one key block that it covers.
+
+    written_at: seconds since the epoch; path: None before writing.
+    """
+
+    keys: str
+    task: str
+    split: str
+    teacher: str
+    numerics: str
+    name: str
+    runs: tuple[str, ...]
+    written_at: float
+    covers: Coverage
+    logits: Logits
+    path: Path | None = None
+    num_bytes: int = 0
+
+    @property
+    def compacted(self) -> bool:
+        return self.logits.sums_S is not None
+
+    @property
+    def content_hash(self) -> str:
+        about = [self.keys, str(self.covers.num_keys), self.task, self.split]
+        about += [self.teacher, self.numerics]
+        values, sums = self.logits.values_MC, self.logits.sums_S
+        if sums is not None:
+            parts = self.covers.tensors
+            named = [part for name in sorted(parts) for part in (name, parts[name])]
+            return digest("compacted", *about, *named, str(values.shape), sums)
+        rows = np.empty(0, np.int32) if self.covers.rows_M is None else self.covers.rows_M
+        return digest("values", *about, rows, str(values.shape), values)
+
+    @property
+    def folder(self) -> str:
+        return teacher_folder(self.teacher, self.numerics)
+
+
+def teacher_folder(fingerprint: str, numerics: str) -> str:
+    """The folder under values/ of one teacher in one numerics class."""
+    return f"{fingerprint[:16]}-{digest(numerics)[:8]}"
+
+
+def read_value_block(path: Path, check: Check) -> ValueBlock:
+    """A value block. Raises BadBlockError (truncated, altered, not a block, another teacher's),
+    FileNotFoundError."""
+    tensors, about = read_tensors(path)
+    formats = {str(PLAIN_FORMAT), str(FORMAT)}
+    if about.get("format") not in formats or about.get("kind") != "values":
+        raise BadBlockError("not a value block of this format")
+    try:
+        num_keys = int(about["num_keys"])
+        block = ValueBlock(
+            keys=about["keys"],
+            task=about["task"],
+            split=about["split"],
+            teacher=about["teacher"],
+            numerics=about["numerics"],
+            name=about["name"],
+            runs=tuple(json.loads(about["runs"])),
+            written_at=datetime.fromisoformat(about["written_at"]).timestamp(),
+            covers=Coverage(num_keys, tensors.pop("rows", None), tensors.pop("words", None)),
+            logits=Logits(tensors.pop("logits"), tensors.pop("sums", None), path),
+            path=path,
+            num_bytes=path.stat().st_size,
+        )
+        checksum = about.pop("checksum")
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadBlockError(
+            f"metadata of no value block ({type(error).__name__}: {error})"
+        ) from error
+    if block.folder != path.parent.name:
+        raise BadBlockError(f"it belongs to the teacher in {block.folder}: foreign")
+    _check_shapes(block, tensors)
+    if check == "header":
+        return block
+    content = block.content_hash
+    if path.name != content + BLOCK_SUFFIX or checksum != _checksum(content, about):
+        raise BadBlockError("its content does not give its checksum: altered")
+    if trouble := block.covers.trouble():
+        raise BadBlockError(trouble)
+    if check == "all" and (chunks := block.logits.bad_chunks()):
+        altered = sum(len(chunk) for chunk in chunks)
+        raise BadBlockError(f"{altered} of its {len(block.logits.values_MC)} rows are altered")
+    return block
+
+
+def _check_shapes(block: ValueBlock, other_tensors: dict[str, npt.NDArray[Any]]) -> None:
+    logits, sums = block.logits.values_MC, block.logits.sums_S
+    rows, words = block.covers.rows_M, block.covers.words
+    if other_tensors or logits.dtype != np.float32 or logits.ndim != 2 or not logits.size:
+        raise BadBlockError("not a value block: logits should be float32 [M, C]")
+    if sums is not None:
+        num_chunks = -(-len(logits) // chunk_rows(logits.shape[1]))
+        if sums.dtype != np.uint64 or sums.shape != (num_chunks,):
+            raise BadBlockError(f"{sums.shape} sums for {num_chunks} chunks of rows")
+    if rows is not None and (rows.dtype != np.int32 or rows.ndim != 1):
+        raise BadBlockError("not a value block: rows should be int32 [M]")
+    num_words = -(-block.covers.num_keys // WORD)
+    if words is not None and (words.dtype != np.uint64 or words.shape != (num_words,)):
+        raise BadBlockError(f"not a value block: words should be uint64 [{num_words}]")
+    if len(logits) != block.covers.num_rows:
+        raise BadBlockError(f"{len(logits)} rows of logits for {block.covers.num_rows} keys")
+
+
+def _checksum(content: str, about: dict[str, str]) -> str:
+    return digest(content, json.dumps(about, sort_keys=True))
+
+
+def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
+    """What the header of the block says besides its tensors; `content` is its content hash."""
+    about = {
+        "format": str(FORMAT if block.compacted else PLAIN_FORMAT),
+        "kind": "values",
+        "keys": block.keys,
+        "num_keys": str(block.covers.num_keys),
+        "task": block.task,
+        "split": block.split,
+        "teacher": block.teacher,
+        "numerics": block.numerics,
+        "name": block.name,
+        "runs": json.dumps(block.runs),
+        "written_at": datetime.fromtimestamp(block.written_at, timezone.utc).isoformat(),
+    }
+    return {**about, "checksum": _checksum(content, about)}
+
+
+def write_value_block(layout: Layout, block: ValueBlock, ids_K2: Ints, sound: set[str]) -> Path:
+    """Write a plain value block, and before it whatever it needs; returns its path.
+
+    A whole file of the same content is left as it is. `sound`: as in `ensure_key_block`. Raises
+    RunError.
+    """
+    content = block.content_hash
+    path = layout.values / block.folder / (content + BLOCK_SUFFIX)
+    # Under the lock nobody removes as unused what the new block is about to use.
+    with layout.lock("store.lock", exclusive=False):
+        ensure_key_block(layout, block.keys, ids_K2, sound)
+        describe_teacher(layout, block)
+        try:
+            read_value_block(path, "all")
+        except (BadBlockError, OSError):
+            tensors = {"logits": block.logits.values_MC, **block.covers.tensors}
+            write_tensors(layout, path, tensors, metadata_of(block, content))
+    return path
+
+
+def describe_teacher(layout: Layout, block: ValueBlock) -> None:
+    """Make the folder of the block's teacher, with its teacher.json, where it is missing."""
+    path = layout.values / block.folder / "teacher.json"
+    if path.exists():
+        return
+    make_folder(layout, path.parent)
+    description = {
+        "format": PLAIN_FORMAT,
+        "name": block.name,
+        "fingerprint": block.teacher,
+        "numerics": block.numerics,
+        "classes": block.logits.values_MC.shape[1],
+    }
+    write_aside(layout, path, [json.dumps(description, indent=1).encode()])

@@ -1,0 +1,158 @@
+"""Removal from a prediction store, by teacher, task, age and size: first a plan, then the deed."""
+
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from sead_dist.errors import UserError
+from sead_dist.store.blocks import ValueBlock
+from sead_dist.store.inventory import (
+    Row,
+    alone,
+    headers,
+    key_sizes,
+    remove_unused_keys,
+    rows_of,
+)
+from sead_dist.store.layout import BLOCK_SUFFIX, Layout, existing
+from sead_dist.store.live import LiveRun, live_runs
+
+MIN_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What would go (rows, paths), and what was chosen but is kept, with the run that holds it.
+
+    num_bytes: freed, key blocks that nothing needs any more included.
+    """
+
+    root: Path
+    rows: tuple[Row, ...]
+    paths: tuple[Path, ...]
+    num_bytes: int
+    kept: tuple[tuple[Row, LiveRun], ...]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What went. kept: blocks that a run took hold of after the plan was made; changed: planned
+    blocks that were gone already, perhaps merged into another by a compaction: plan again."""
+
+    num_blocks: int
+    num_bytes: int
+    kept: int
+    changed: int
+
+
+def plan_removal(
+    folder: Path,
+    *,
+    teacher: str | None = None,
+    task: str | None = None,
+    older_than_s: float | None = None,
+    keep_bytes: int | None = None,
+) -> Removal:
+    """Choose the blocks that meet every condition given; removes nothing.
+
+    teacher: its name as given to a run, or the first digits (6 or more) of its fingerprint;
+    older_than_s: since it was written (a merged block counts as its newest part); keep_bytes:
+    oldest first, and only until the store is no larger than this. Raises UserError where no
+    condition is given, or a teacher or task is not in the store.
+    """
+    if teacher is None and task is None and older_than_s is None and keep_bytes is None:
+        raise UserError("nothing says what to remove; give a teacher, a task, an age or a size")
+    layout = existing(folder)
+    blocks = headers(layout)
+    tasks = {block.task for block in blocks}
+    known = any(_is_teacher(block, teacher) for block in blocks) if teacher else False
+    _check_known("teacher", teacher, known, {block.name for block in blocks})
+    _check_known("task", task, task in tasks, tasks)
+    limit = time.time() - (older_than_s or 0.0)
+    chosen = [
+        block
+        for block in sorted(blocks, key=lambda block: block.written_at)
+        if (teacher is None or _is_teacher(block, teacher))
+        and (task is None or block.task == task)
+        and (older_than_s is None or block.written_at < limit)
+    ]
+    runs, _ = live_runs(layout)
+    holder = {block.folder: run for block in chosen for run in runs if run.holds(block.folder)}
+    free = [block for block in chosen if block.folder not in holder]
+    kept = [block for block in chosen if block.folder in holder]
+    going, num_bytes = _until_small(layout, blocks, free, keep_bytes)
+    if keep_bytes is not None and len(going) < len(free):
+        kept = []  # small enough without them
+    return Removal(
+        root=layout.root,
+        rows=tuple(rows_of(layout, going)),
+        paths=tuple(block.path for block in going if block.path is not None),
+        num_bytes=num_bytes,
+        kept=tuple((row, holder[row.folder]) for row in rows_of(layout, kept)),
+    )
+
+
+def _is_teacher(block: ValueBlock, wanted: str) -> bool:
+    prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
+    return prefix or block.name == wanted
+
+
+def _check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:
+    if wanted is not None and not found:
+        near = get_close_matches(wanted, known, 1, 0) or ["nothing at all"]
+        raise UserError(f"no {kind} {wanted!r} is in the store; the nearest there is {near[0]!r}")
+
+
+def _until_small(
+    layout: Layout, blocks: list[ValueBlock], free: list[ValueBlock], keep_bytes: int | None
+) -> tuple[list[ValueBlock], int]:
+    """The first of `free` whose going leaves at most keep_bytes (None: all), and what they free."""
+    key_bytes = key_sizes(layout)
+    users = Counter(block.keys for block in blocks)
+    total = sum(key_bytes.values()) + sum(block.num_bytes for block in blocks)
+    going: list[ValueBlock] = []
+    freed = 0
+    for block in free:
+        if keep_bytes is not None and total - freed <= keep_bytes:
+            break
+        going.append(block)
+        freed += block.num_bytes
+        users[block.keys] -= 1
+        if not users[block.keys]:
+            freed += key_bytes.get(block.keys, 0)
+    return going, freed
+
+
+def remove(plan: Removal) -> Removed:
+    """Carry out a plan, but for what a run has taken hold of since.
+
+    Raises UserError where a compaction or another removal is at work.
+    """
+    layout = existing(plan.root)
+    kept = changed = num_blocks = num_bytes = 0
+    with alone(layout), layout.lock("store.lock", exclusive=True):
+        before = sum(key_sizes(layout).values())
+        runs, _ = live_runs(layout)
+        for path in plan.paths:
+            if any(run.holds(path.parent.name) for run in runs):
+                kept += 1
+                continue
+            try:
+                size = path.stat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                changed += 1
+                continue
+            num_blocks += 1
+            num_bytes += size
+        remove_unused_keys(layout)
+        num_bytes += before - sum(key_sizes(layout).values())
+        for folder in {path.parent for path in plan.paths}:
+            if not list(folder.glob(f"*{BLOCK_SUFFIX}")):
+                (folder / "teacher.json").unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+    return Removed(num_blocks, num_bytes, kept, changed)

@@ -1,0 +1,272 @@
+"""A sweep is a list of runs: teachers first, then students of every task, method and seed.
+
+Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sead_dist.config.load import (
+    config_folder,
+    explain,
+    merge,
+    read_layers,
+    resolve,
+    shipped_methods,
+)
+from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, TransferConfig
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import nearest
+from sead_dist.errors import UserError
+from sead_dist.objectives.ensemble import misfit
+from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.encoders import teacher_layers, teacher_runs
+from sead_dist.runs.inputs import refuse_unused_text
+
+TEACHERS = "teachers"
+# folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
+TAKEN = ("report", "store", TEACHERS)
+# what the others are compared with
+REFERENCE = "finetune"
+Layers = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run folders that
+    have to be finished before."""
+
+    task: str
+    method: str
+    config: RunConfig
+    needs: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} {self.method} {self.folder.name}"
+
+    @property
+    def failure(self) -> Path:
+        """The file that says why this run failed when it was last tried."""
+        return self.folder.with_name(f"{self.folder.name}.failed.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
+    applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
+    methods of a task are to take as many steps; lengthened: (task, method) -> the steps of its own,
+    where it was given more (`sweepsteps.fix_steps`)."""
+
+    output: Path
+    words: tuple[str, ...]
+    tasks: dict[str, TaskSpec]
+    methods: list[str]
+    seeds: list[int]
+    units: list[Unit]
+    unfit: dict[tuple[str, str], str]
+    own_teachers: bool
+    equal_steps: bool
+    lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def students(self, task: str, method: str | None = None) -> list[Unit]:
+        """The students of a task, of one method or of all."""
+        wanted = self.methods if method is None else [method]
+        return [unit for unit in self.units if unit.task == task and unit.method in wanted]
+
+
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether these words describe a sweep rather than one run."""
+    return any(key in layer for layer in read_layers(words) for key in SweepConfig.model_fields)
+
+
+def make_plan(words: Sequence[str]) -> Plan:
+    """The runs that these words stand for. Only configurations are read.
+
+    Raises UserError for whatever is wrong with them, in any of the runs.
+    """
+    own, run = split_layers(read_layers(words))
+    refuse_single(run)
+    sweep = read_sweep(own)
+    tasks = [load_task(given) for given in sweep.tasks]
+    different("tasks", [task.name for task in tasks])
+    different("methods", [method_name(method) for method in sweep.methods])
+    different("seeds", [str(seed) for seed in sweep.seeds])
+    for name in sweep.per_task:
+        if name not in [task.name for task in tasks]:
+            known = nearest(name, [task.name for task in tasks])
+            raise UserError(f"per_task: {name!r} is no task of this sweep{known}")
+    teachers: list[Unit] = []
+    students: list[Unit] = []
+    unfit: dict[tuple[str, str], str] = {}
+    texts: list[str] = []
+    for given, task in zip(sweep.tasks, tasks, strict=True):
+        layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
+        common = resolve(layers)
+        refuse_push(common, "a sweep")
+        texts += filter(None, [common.transfer.path])
+        made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
+        teachers += made
+        for method in sweep.methods:
+            config = student_config(made, resolve([*layers, {"method": method}]))
+            reason = misfit(config, task.kind)
+            if reason is not None:
+                unfit[task.name, method_name(method)] = reason
+            else:
+                students += student_units(task.name, method_name(method), config, sweep.seeds, made)
+    outputs = {unit.folder.parent.parent.parent for unit in students}
+    if len(outputs) != 1:
+        found = " and ".join(sorted(map(str, outputs)))
+        raise UserError(
+            f"output_dir is {found}; give one for all tasks"
+            if found
+            else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
+        )
+    refuse_useless(texts, students)
+    return Plan(
+        outputs.pop(),
+        tuple(words),
+        {task.name: task for task in tasks},
+        [method_name(method) for method in sweep.methods],
+        sweep.seeds,
+        [*teachers, *students],
+        unfit,
+        own_teachers=bool(teachers),
+        equal_steps=sweep.equal_steps == "on",
+    )
+
+
+def method_name(method: str) -> str:
+    """A shipped method's name, or the stem of a person's own file."""
+    return Path(method).stem
+
+
+def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
+    """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
+    if texts and all(unit.config.transfer.path is None for unit in students):
+        raise UserError(
+            f"transfer.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
+            "method of this sweep asks any; leave transfer.path out, or add a method, such as mean"
+        )
+
+
+def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """(the sweep's own keys, the layers of its runs)."""
+    keys = SweepConfig.model_fields
+    own: dict[str, Any] = {}
+    for layer in layers:
+        own = merge(own, {key: value for key, value in layer.items() if key in keys})
+    return own, [{key: layer[key] for key in layer if key not in keys} for layer in layers]
+
+
+def refuse_single(run: Layers) -> None:
+    """Raises UserError for a run's key where the sweep has one that says it for all runs."""
+    for layer in run:
+        for one, all_ in (("method", "methods"), ("seed", "seeds")):
+            if one in layer:
+                raise UserError(
+                    f"{one}={layer[one]} is of one run, and this is a sweep ({all_} say it for "
+                    f"all runs); give {all_}=[{layer[one]}]"
+                )
+
+
+def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
+    """Raises UserError naming the key, its value and what is allowed."""
+    file = config_folder() / "sweep.yaml"
+    raw = merge(parse_yaml(file.read_text(encoding="utf-8"), str(file)), own)
+    for key in ("tasks", "methods"):
+        if isinstance(raw[key], str):
+            raw[key] = [raw[key]]
+    if raw["methods"] is None:
+        raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
+    if isinstance(raw["seeds"], int) and raw["seeds"] > 0:
+        raw["seeds"] = list(range(raw["seeds"]))
+    if not isinstance(raw["seeds"], list) or not raw["seeds"]:
+        raise UserError(
+            f"seeds={raw['seeds']} is no number of seeds; give how many (seeds=5), or which "
+            "(seeds=[0,3])"
+        )
+    try:
+        return SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(
+            explain(error, list(SweepConfig.model_fields), "configs/sweep.yaml")
+        ) from None
+
+
+def different(key: str, names: Sequence[str]) -> None:
+    """Folders are called by these names. Raises UserError where two are alike, or one is taken."""
+    for n, name in enumerate(names):
+        if name in names[:n]:
+            raise UserError(f"{key} names {name!r} twice; give each once")
+        if name in TAKEN:
+            raise UserError(f"{key}: {name!r} is a folder of the sweep's own; give another name")
+
+
+def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
+    """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
+    shipped = config_folder() / "tasks" / f"{given}.yaml"
+    first = parse_yaml(shipped.read_text(encoding="utf-8"), given) if shipped.is_file() else {}
+    return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
+
+
+def named(value: Any, task: str) -> Any:
+    """`value` with the task's name for {task} in all of its texts."""
+    if isinstance(value, Mapping):
+        return {key: named(inside, task) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [named(inside, task) for inside in value]
+    return value.replace("{task}", task) if isinstance(value, str) else value
+
+
+def teacher_units(
+    task: str, common: RunConfig, layers: Layers, finetune: Mapping[str, Any]
+) -> list[Unit]:
+    """The runs that fine-tune a task's teachers; none where its teachers are given."""
+    if common.teachers and common.encoders:
+        raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
+    folder = Path(common.output_dir) / task / TEACHERS
+    config = resolve([*teacher_layers(layers), finetune, {"output_dir": str(folder)}])
+    refuse_unused_text(config)
+    return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
+
+
+def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
+    """A student's configuration with its teachers, given or made, and the sweep's store; without
+    the unlabelled text where it asks no teacher, which alone can say something of it.
+
+    Raises UserError where its method asks teachers and there are none.
+    """
+    teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
+    if config.ensemble != "none" and not teachers:
+        raise UserError(
+            f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
+            f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"
+        )
+    store = config.store
+    if store.path is None:
+        store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
+    given = {"teachers": teachers, "encoders": [], "store": store}
+    config = config.model_copy(update=given)
+    if config.taught:
+        return config
+    return config.model_copy(update={"transfer": TransferConfig(path=None, ratio=None)})
+
+
+def student_units(
+    task: str, method: str, config: RunConfig, seeds: Sequence[int], made: Sequence[Unit]
+) -> list[Unit]:
+    """OUTPUT/TASK/METHOD/seed-0, ..."""
+    folder = Path(config.output_dir) / task / method
+    needs = tuple(unit.folder for unit in made)
+    of_seeds = [{"seed": seed, "output_dir": str(folder / f"seed-{seed}")} for seed in seeds]
+    return [Unit(task, method, config.model_copy(update=of), needs) for of in of_seeds]

@@ -1,0 +1,206 @@
+"""The report of a sweep as Markdown, and its files in OUTPUT/report."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sead_dist.runtime.console import print_table, table
+from sead_dist.runtime.run_log import write_json, written_aside
+from sead_dist.sweep.grid import REFERENCE
+
+COSTS = (
+    *("labelled rows", "unlabelled rows", "steps"),
+    *("seconds of training", "teacher forwards needed"),
+)
+# behind a mean whose difference from the reference is larger than chance
+BEYOND = "\\*"
+
+
+def write_sweep_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write report.json and report.md into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report)
+    with written_aside(folder / "report.md") as aside:
+        aside.write_text(markdown(report), encoding="utf-8")
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the table of means on the console."""
+    print_table(title(report), ["task", *report["methods"]], scores(report, "*"))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report, a pure function of report.json."""
+    cost = [[c["task"], c["method"], *costs(c)] for c in report["cells"]]
+    parts = [
+        f"# {title(report)}",
+        f"`{shlex.join(report['command'])}` (of absolute paths the last part)",
+        ran(report),
+        "## Scores",
+        table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),
+        how_to_read(report),
+        *section(
+            f"Differences from {REFERENCE}",
+            ["task", "method", "difference", "95% interval", "p"],
+            differences(report),
+        ),
+        "The same as a page: [report.html](report.html); its plots: "
+        "[differences](differences.svg), [score against time](cost.svg).",
+        *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
+        "## Cost",
+        table(["task", "method", *COSTS], cost),
+        f"Rows: those that a run of the method has. {equal_steps(report)}",
+        "Seconds: of one run's training, median over seeds, without waiting for teachers. Teacher "
+        "forwards: rows that teachers answered for all runs of the method, computed or read from "
+        "the store, where each prediction is computed once for all methods.",
+        *section(
+            "Published figures",
+            ["task", "who", "metric", "score", "note"],
+            report["published"],
+        ),
+        *section("Failed", ["task", "method", "seed", "reason"], report["failed"]),
+        *section("Not run yet", ["task", "method", "seed"], report["missing"]),
+        *section("Does not apply", ["task", "method", "reason"], report["not_applicable"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(report: Mapping[str, Any]) -> str:
+    mark = " (selected on dev)" if report["selected_on_dev"] else ""
+    return f"Sweep: {report['title']}{mark}"
+
+
+def ran(report: Mapping[str, Any]) -> str:
+    made = report["made_with"]
+    names = [f"{name} {made[name]}" for name in ("sead_dist", "torch", "transformers")]
+    seeds = ", ".join(map(str, report["seeds"]))
+    return f"Seeds {seeds}; ranks: {report['ranks']}; {made['device']}; {', '.join(names)}."
+
+
+def scores(report: Mapping[str, Any], mark: str, metric: bool = False) -> list[list[object]]:
+    """A row for each task: mean ± spread of every method; the last row is over all tasks."""
+    found = {(c["task"], c["method"]): c for c in report["cells"]}
+    rows: list[list[object]] = []
+    for task in report["tasks"]:
+        cells = [found.get((task["name"], method)) for method in report["methods"]]
+        first = [task["name"], task["metric"]] if metric else [task["name"]]
+        rows.append([*first, *(score(cell, mark) for cell in cells)])
+    if len(report["tasks"]) > 1:
+        first = ["mean", ""] if metric else ["mean"]
+        rows.append([*first, *(over_tasks(of, mark) for of in report["means"])])
+    return rows
+
+
+def score(cell: Mapping[str, Any] | None, mark: str) -> str:
+    if cell is None or cell["mean"] is None:
+        return "-"
+    spread = "" if cell["spread"] is None else f" ± {cell['spread']:.4f}"
+    return f"{cell['mean']:.4f}{spread}{mark if cell['beyond_chance'] else ''}"
+
+
+def over_tasks(mean: Mapping[str, Any], mark: str) -> str:
+    if mean["score"] is None:
+        return "-"
+    return f"{mean['score']:.4f}{mark if mean['beyond_chance'] else ''}"
+
+
+def means_over(report: Mapping[str, Any]) -> str:
+    """Which tasks the means are over; nothing where there is one task."""
+    names = [task["name"] for task in report["tasks"]]
+    if len(names) < 2:
+        return ""
+    if not report["mean_tasks"]:
+        return "No task has a score of every method, so there is no mean over tasks."
+    left = [name for name in names if name not in report["mean_tasks"]]
+    shared = ", ".join(report["mean_tasks"])
+    told = f"Means are over the tasks that every method with a score has: {shared}."
+    return f"{told} Left out: {', '.join(left)}." if left else told
+
+
+def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an interval and a mark say, as (name, sentences); nothing where there is neither."""
+    if len(report["seeds"]) < 3:
+        return []
+    three = (
+        " Three seeds find fewer of the true differences than five."
+        if len(report["seeds"]) < 5
+        else ""
+    )
+    return [
+        (
+            "Interval",
+            f"the 95% interval of the difference from {REFERENCE} over the same seeds: dev rows "
+            "and seeds as crossed random effects, Student's t. It is conditional on one sample of "
+            "training rows and one set of teachers: other samples and teachers would vary more.",
+        ),
+        (
+            "Larger than chance",
+            "the interval leaves out 0. Where nothing differs, one cell in twenty is marked by "
+            "luck (3% to 7% in simulations), each taken by itself: one mark among many says "
+            f"little.{three}",
+        ),
+    ]
+
+
+def how_to_read(report: Mapping[str, Any]) -> str:
+    if len(report["seeds"]) < 2:
+        return " ".join(
+            [
+                "Single runs: one seed tells nothing of the spread, so none is given, and no "
+                "difference is called larger than chance.",
+                means_over(report),
+            ]
+        ).strip()
+    chosen = "" if report["selected_on_dev"] else ", which nothing was chosen by"
+    told = [f"Mean ± standard deviation over seeds, on the official dev split{chosen}."]
+    told.append(means_over(report))
+    if len(report["seeds"]) < 3:
+        told.append("Two seeds hardly tell a spread: no difference is called larger than chance.")
+    else:
+        told.append(f"{BEYOND}: the difference from {REFERENCE} is larger than chance.")
+        told += [f"{name}: {words}" for name, words in chance_of(report)]
+    return " ".join(part for part in told if part)
+
+
+def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A heading and a table of these keys; nothing where there are no rows."""
+    if not rows:
+        return []
+    return [f"## {head}", table(columns, [[row[column] for column in columns] for row in rows])]
+
+
+def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each task and method, and for each method over all tasks."""
+    over = [{**of, "task": "mean", "p": None} for of in report["means"] if of["tasks"] > 1]
+    return [
+        {
+            "task": of["task"],
+            "method": of["method"],
+            "difference": f"{of['difference']:+.4f}",
+            "95% interval": f"{of['interval'][0]:+.4f} to {of['interval'][1]:+.4f}",
+            "p": None if of["p"] is None else f"{of['p']:.3f}",
+        }
+        for of in (*report["cells"], *over)
+        if of["difference"] is not None
+    ]
+
+
+def costs(cell: Mapping[str, Any]) -> list[object]:
+    """What COSTS heads: "-" where no run is finished."""
+    seconds = None if cell["seconds"] is None else f"{cell['seconds']:.1f}"
+    found = (cell["labelled_rows"], cell["unlabelled_rows"], cell["steps"], seconds)
+    return [*("-" if one is None else one for one in found), cell["teacher_forwards"]]
+
+
+def equal_steps(report: Mapping[str, Any]) -> str:
+    """Whether the methods took as many steps, and which took more than their own rows make."""
+    if not report["equal_steps"]:
+        return "Steps: each method took those that its own rows make (equal_steps=off)."
+    more = [
+        f"{of['method']} on {of['task']} {of['own_steps']}"
+        for of in report["cells"]
+        if of["own_steps"] is not None
+    ]
+    own = f"; by their own rows they would be fewer: {', '.join(more)}" if more else ""
+    return f"Steps: all methods of a task take as many as the longest (equal_steps=on){own}."

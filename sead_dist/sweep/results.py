@@ -1,0 +1,309 @@
+"""What a sweep has found so far, read from its finished run folders: all that report.json holds.
+
+Shapes: B examples, C classes, S seeds, R resamples.
+"""
+
+import statistics
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sead_dist.data.examples import ExampleSet
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.reporting.report import read_predictions
+from sead_dist.runtime.console import counted
+from sead_dist.runtime.redact import redact
+from sead_dist.runtime.run_log import environment, is_finished, read_json
+from sead_dist.sweep.grid import REFERENCE, TEACHERS, Plan, Unit
+from sead_dist.sweep.published import FIGURES, NOTE
+from sead_dist.sweep.significance import (
+    Difference,
+    Floats,
+    compare,
+    holm,
+    mean_difference,
+    resampled_scores,
+    units_of,
+)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a sweep needs of a task's data. dev: its first official split; train_rows: labelled
+    rows that students learn from; unlabelled_rows: those that students of teachers have beside
+    them; constant: the score of the best constant answer; fingerprints: of all that runs of one
+    `rows_key` read."""
+
+    task: TaskSpec
+    dev: ExampleSet
+    train_rows: int
+    unlabelled_rows: int
+    constant: float
+    fingerprints: dict[str, str]
+
+    @property
+    def metric(self) -> str:
+        return self.task.metrics[0]
+
+    @property
+    def draws(self) -> int:
+        """The seed of the bootstrap: another for each task, the same at every time."""
+        return zlib.crc32(self.task.name.encode())
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished students of one method on one task, and what they scored, by seed.
+
+    resampled_SR: rows in the order of `scores`; None below two seeds.
+    """
+
+    task: str
+    method: str
+    scores: dict[int, float]
+    summaries: dict[int, Mapping[str, Any]]
+    resampled_SR: Floats | None
+
+
+def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
+    """Raises UserError for a run folder whose files are missing or are of other data."""
+    task, split = data.task.name, data.dev.split
+    units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
+    scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
+    summaries = {u.config.seed: read_json(u.folder / "run_summary.json") for u in units}
+    resampled_SR = None
+    if len(units) > 1:
+        logits_SBC = [logits_of(unit, data.dev) for unit in units]
+        kind = data.task.kind
+        resampled_SR = resampled_scores(data.metric, kind, logits_SBC, data.dev, data.draws)
+    return Runs(task, method, scores, summaries, resampled_SR)
+
+
+def score_in(run: Path, split: str, metric: str) -> float:
+    return float(read_json(run / "scores.json")["splits"][split]["student"][metric])
+
+
+def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
+    """The student's logits_BC on the dev rows."""
+    path = unit.folder / "predictions" / f"{dev.split}.parquet"
+    predictions = read_predictions(path)
+    if not np.array_equal(predictions.ids_B2, dev.ids_B2):
+        raise UserError(
+            f"{path} is of other rows than the {dev.split} split; give the data that the sweep was "
+            "run on, or another output_dir"
+        )
+    return predictions.student_logits_BC
+
+
+def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
+    """The difference over the seeds that both have; None where there are not three: of two the
+    spread is hardly known."""
+    common = [s for s in runs.scores if s in reference.scores]
+    if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
+        return None
+    at, other = list(runs.scores), list(reference.scores)
+    return compare(
+        [runs.scores[s] for s in common],
+        [reference.scores[s] for s in common],
+        runs.resampled_SR[[at.index(s) for s in common]],
+        reference.resampled_SR[[other.index(s) for s in common]],
+        units,
+    )
+
+
+def cell(
+    runs: Runs, difference: Difference | None, seeds: Sequence[int], own_steps: int | None
+) -> dict[str, Any]:
+    """One task and method: scores by seed, mean, spread, difference, cost.
+
+    own_steps: those that its own rows make, where equal_steps gave it more. seconds: of training,
+    median over seeds, without waiting for teachers, whose predictions the first run computes and
+    the others read. teacher_forwards: those that the runs needed, computed or read.
+    """
+    found, summaries = list(runs.scores.values()), list(runs.summaries.values())
+    spent = [of["train_s"] - of["teacher_wait_s"] for of in summaries]
+    return {
+        "task": runs.task,
+        "method": runs.method,
+        "scores": [runs.scores.get(seed) for seed in seeds],
+        "mean": statistics.mean(found) if found else None,
+        "spread": statistics.stdev(found) if len(found) > 1 else None,
+        **described(difference),
+        "p": None if difference is None else difference.p,
+        "seconds": statistics.median(spent) if spent else None,
+        "teacher_forwards": sum(of["teacher_forwards"] + of["store_hits"] for of in summaries),
+        "steps": max((of["steps"] for of in summaries), default=None),
+        "own_steps": own_steps,
+        "labelled_rows": max(
+            (of["train_rows"] - of["transfer_rows"] for of in summaries), default=None
+        ),
+        "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
+    }
+
+
+def described(difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {"difference": None, "interval": None, "beyond_chance": None}
+    return {
+        "difference": difference.value,
+        "interval": list(difference.interval),
+        "beyond_chance": difference.beyond_chance,
+    }
+
+
+def shared_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks that every shown method has a score of; a method without any score is not shown."""
+    scored = {(of["task"], of["method"]) for of in cells if of["mean"] is not None}
+    shown = {method for _, method in scored}
+    tasks = dict.fromkeys(of["task"] for of in cells)
+    return [task for task in tasks if shown and all((task, method) in scored for method in shown)]
+
+
+def mean_over_tasks(
+    method: str,
+    cells: Sequence[Mapping[str, Any]],
+    differences: Mapping[str, Difference],
+    shared: Sequence[str],
+) -> dict[str, Any]:
+    """A method over the tasks that are shared, and its difference over them."""
+    own = [of for of in cells if of["method"] == method and of["task"] in shared]
+    scores = [of["mean"] for of in own if of["mean"] is not None]
+    known = [differences[task] for task in shared if task in differences]
+    over = mean_difference(known) if known and len(known) == len(shared) else None
+    return {
+        "method": method,
+        "score": statistics.mean(scores) if scores else None,
+        "tasks": len(scores),
+        **described(over),
+    }
+
+
+def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
+    """What each teacher and the ensemble score on the dev split, as a finished student was told:
+    one of `mean` where there is one."""
+    taught = [
+        unit
+        for unit in plan.students(data.task.name)
+        if unit.config.taught and is_finished(unit.folder)
+    ]
+    if not taught:
+        return []
+    # an ensemble of all teachers, and of the plainest kind, comes first
+    order = {"mean_logits": 0, "single": 2}
+    best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
+    scores = read_json(best.folder / "scores.json")["splits"][data.dev.split]
+    found = [(teacher["name"], teacher["metrics"]) for teacher in scores["teachers"]]
+    if best.config.ensemble != "single":
+        found.append(("ensemble", scores["ensemble"]))
+    task = data.task.name
+    return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
+
+
+def failures(plan: Plan) -> list[dict[str, Any]]:
+    """The runs that failed when they were last tried."""
+    return [
+        {**place(unit), "reason": redact(read_json(unit.failure)["reason"])}
+        for unit in plan.units
+        if unit.failure.is_file() and not is_finished(unit.folder)
+    ]
+
+
+def place(unit: Unit) -> dict[str, Any]:
+    return {"task": unit.task, "method": unit.method, "seed": unit.config.seed}
+
+
+def missing(plan: Plan, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The places of the students that are neither finished nor failed."""
+    excused = [{key: of[key] for key in ("task", "method", "seed")} for of in failed]
+    students = [unit for unit in plan.units if unit.method != TEACHERS]
+    return [
+        place(unit)
+        for unit in students
+        if place(unit) not in excused and not is_finished(unit.folder)
+    ]
+
+
+def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
+    """All that report.json holds; scores are fractions. data: of each task that has students.
+
+    Raises UserError for a finished run whose files are missing or are of other data.
+    """
+    cells: list[dict[str, Any]] = []
+    differences: dict[str, dict[str, Difference]] = {method: {} for method in plan.methods}
+    ranks = 0
+    for task, of in data.items():
+        runs = {
+            method: read_runs(plan, of, method)
+            for method in plan.methods
+            if (task, method) not in plan.unfit
+        }
+        for method, found in runs.items():
+            difference = None
+            if REFERENCE in runs and method != REFERENCE:
+                difference = versus(found, runs[REFERENCE], int(units_of(of.dev).max()) + 1)
+            if difference is not None:
+                differences[method][task] = difference
+            own_steps = plan.lengthened.get((task, method))
+            cells.append(cell(found, difference, plan.seeds, own_steps))
+            ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
+    add_holm(cells, differences)
+    shared = shared_tasks(cells)
+    failed = failures(plan)
+    return {
+        "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
+        f"{counted(len(plan.seeds), 'seed')}",
+        "command": ["sead-dist", "sweep", *(redact(word) for word in plan.words)],
+        "made_with": {**versions(), "device": device},
+        "ranks": ranks,
+        "seeds": plan.seeds,
+        "methods": plan.methods,
+        "equal_steps": plan.equal_steps,
+        "selected_on_dev": any(unit.config.select.on == "dev" for unit in plan.units),
+        "tasks": [
+            {
+                "name": task,
+                "metric": of.metric,
+                "dev_rows": len(of.dev),
+                "train_rows": of.train_rows,
+                "unlabelled_rows": of.unlabelled_rows,
+                "constant": of.constant,
+            }
+            for task, of in data.items()
+        ],
+        "cells": cells,
+        "mean_tasks": shared,
+        "means": [mean_over_tasks(name, cells, differences[name], shared) for name in plan.methods],
+        "ceilings": [row for of in data.values() for row in ceilings(plan, of)],
+        "published": [
+            {"task": of.task, "who": of.who, "metric": of.metric, "score": of.score, "note": NOTE}
+            for of in FIGURES
+            if of.task in data
+        ],
+        "failed": failed,
+        "missing": missing(plan, failed),
+        "not_applicable": [
+            {"task": task, "method": method, "reason": reason}
+            for (task, method), reason in plan.unfit.items()
+        ],
+    }
+
+
+def add_holm(
+    cells: Sequence[dict[str, Any]], differences: Mapping[str, Mapping[str, Difference]]
+) -> None:
+    """Give every cell that is compared its p among all of them, `p_holm`."""
+    found = [(of, differences[of["method"]].get(of["task"])) for of in cells]
+    ps = [(of, one.p_among) for of, one in found if one is not None and one.p_among is not None]
+    for (of, _), p in zip(ps, holm([p for _, p in ps]), strict=True):
+        of["p_holm"] = p
+
+
+def versions() -> dict[str, str | None]:
+    found = environment()["versions"]
+    return {name: found.get(name) for name in ("sead_dist", "torch", "transformers")}

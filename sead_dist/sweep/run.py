@@ -1,0 +1,352 @@
+"""`sead-dist sweep`: workers go through the list of a sweep's runs and do what is open.
+
+A worker is a process, or a world of ranks that take part in every run together. What is done, what
+failed and what another worker has in hand is told by the run folders alone, so several workers on
+one folder, started by hand or by a SLURM array, share the runs between them.
+"""
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.data.splits import check_tokens, load_examples, route_of
+from sead_dist.data.task_files import constant_score
+from sead_dist.errors import RunError, UserError
+from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
+from sead_dist.models.student import check_start
+from sead_dist.objectives.ensemble import check_method
+from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers, try_lock
+from sead_dist.runs.distillation import distill
+from sead_dist.runs.inputs import check_inputs
+from sead_dist.runtime.distributed import StopFlag, World, from_main
+from sead_dist.runtime.run_log import is_finished, write_json
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit, make_plan
+from sead_dist.sweep.page import render_page
+from sead_dist.sweep.report import show, write_sweep_report
+from sead_dist.sweep.results import TaskData, failures, scores_of
+from sead_dist.sweep.steps import fix_steps, told_steps
+from sead_dist.teachers.teacher import device_model
+from sead_dist.training.checkpoint import refuse_other
+from sead_dist.training.deepspeed_config import zero_config
+from sead_dist.training.engine import check_arithmetic, check_tracker
+
+POLL_S = 2.0
+
+
+def run_sweep(words: Sequence[str], world: World) -> None:
+    """Do what is open of the sweep that these words describe, and write its report.
+
+    A run that fails is written down and the others go on. Raises UserError for mistakes, before any
+    run starts, and RunError at the end where runs have failed.
+    """
+    asked = make_plan(words)
+    data: dict[str, TaskData] = {}
+
+    def check() -> Plan:
+        fixed, found = check_plan(asked, world)
+        data.update(found)
+        return fixed
+
+    plan = from_main(world, check)
+    stop = StopFlag()
+    try:
+        with stop.listening():
+            came_to_end = work(plan, world, stop)
+    except BaseException:
+        if world.is_main:
+            # what is there can be seen; what ended it is told
+            with suppress(UserError, OSError):
+                report(plan, data, world.device)
+        raise
+    from_main(world, lambda: report(plan, data, world.device))
+    from_main(world, lambda: tell_end(plan, came_to_end))
+
+
+def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
+    """Write OUTPUT/report; one worker at a time."""
+    folder = plan.output / "report"
+    found = scores_of(plan, data, device_model(device))
+    with ExitStack() as stack:
+        while not stack.enter_context(try_lock(folder / ".lock")):
+            time.sleep(POLL_S / 10)
+        write_sweep_report(found, folder)
+        render_page(found, folder)
+    show(found)
+
+
+def tell_end(plan: Plan, came_to_end: bool) -> None:
+    """Say how it ended. Raises RunError where runs have failed."""
+    done = sum(is_finished(unit.folder) for unit in plan.units)
+    of_all = f"{done} of {len(plan.units)} runs are done; report: {plan.output / 'report'}"
+    failed = failures(plan)
+    if failed:
+        named = ", ".join(f"{of['task']} {of['method']} seed {of['seed']}" for of in failed[:4])
+        more = ", ..." if len(failed) > 4 else ""
+        raise RunError(
+            f"{len(failed)} of {len(plan.units)} runs failed: {named}{more}; the first because: "
+            f"{failed[0]['reason']}; mend it and give the same command again. {of_all}"
+        )
+    if came_to_end:
+        print(of_all, flush=True)
+    else:
+        print(f"stopped: {of_all}; give the same command again to go on", flush=True)
+
+
+def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
+    """What can be told of all runs before the first: the plan with its steps fixed, and each task's
+    data.
+
+    Raises UserError for the first mistake.
+    """
+    check_runs(plan)
+    for unit in plan.units:
+        check_tracker(unit.config.tracker)
+        check_arithmetic(unit.config.precision, world.device)
+        zero_config(unit.config, world.size)
+    plan, data = settle(plan, [name for name in plan.tasks if plan.students(name)])
+    for name, of in data.items():
+        print(told_steps(plan, name, of), flush=True)
+    return plan, data
+
+
+def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
+    """The plan with its steps fixed, and the data of these tasks, which are read.
+
+    Raises UserError where the data are wrong, or the folders hold other runs.
+    """
+    data = {name: read_task(plan, name) for name in tasks}
+    plan = fix_steps(plan, data)
+    for unit in plan.units:
+        refuse_other_unit(plan, unit)
+    for name, of in data.items():
+        refuse_other_data(plan, name, of)
+    return plan, data
+
+
+def check_runs(plan: Plan) -> None:
+    """Inputs of all runs. Raises UserError for a mistake."""
+    check_folder(plan.output)
+    starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
+    for config in starts.values():
+        start = config.student
+        # else it takes the tokeniser of a teacher, which is looked at below
+        if start.path is not None or start.tokenizer is not None or not config.teachers:
+            check_start(start, config.trust_remote_code)
+    for name, task in plan.tasks.items():
+        students = plan.students(name)
+        for unit in students:
+            if unit.config.taught:
+                check_method(unit.config, task.kind)
+        teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
+        with_text = [unit for unit in students if unit.config.transfer.path is not None]
+        # the others ask for nothing else
+        for unit in (*teachers[:1], *students[:1], *with_text[:1]):
+            check_inputs(with_made_teachers(unit.config, teachers))
+
+
+def check_folder(output: Path) -> None:
+    """Raises UserError where it is no folder of a sweep: that holds folders alone."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir={output} is a file; give a folder")
+    for path in sorted(output.glob("[!.]*")):
+        if not path.is_dir():
+            raise UserError(
+                f"output_dir={output} holds other files ({path.name!r}); give a new folder for the "
+                "sweep"
+            )
+
+
+def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
+    """What can be looked at of a run while its teachers are not made: a student of a shape takes
+    the first one's tokeniser, which that one starts with."""
+    if not config.teachers or not made:
+        return config
+    student, start = config.student, made[0].config.student
+    if student.shape is not None and student.tokenizer is None:
+        student = student.model_copy(update={"tokenizer": start.tokenizer or start.path})
+    return config.model_copy(update={"teachers": [], "student": student})
+
+
+def read_task(plan: Plan, name: str) -> TaskData:
+    """Raises UserError where the data are wrong."""
+    task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
+    # most rows first; the column that names each row's teacher is not there for all methods
+    students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
+    examples = load_examples(students[0], task, lambda _line: None)
+    check_tokens(examples, start_tokenizers(plan, name))
+    dev = next(iter(examples.official.values()))
+    return TaskData(
+        task,
+        dev,
+        len(examples.train) - examples.transfer_rows,
+        examples.transfer_rows,
+        constant_score(task, dev),
+        {rows_key(students[0]): examples.fingerprint(task)},
+    )
+
+
+def rows_key(config: RunConfig) -> str:
+    """The keys that say which rows a run reads, and what of them."""
+    return repr((config.data, config.transfer, config.select, route_of(config)))
+
+
+def refuse_other_unit(plan: Plan, unit: Unit) -> None:
+    """Raises UserError where its folder holds a run of other keys."""
+    try:
+        refuse_other_keys(unit.config)
+    except UserError as error:
+        own = plan.lengthened.get((unit.task, unit.method))
+        if own is None or "max_steps" not in str(error):
+            raise
+        raise UserError(
+            f"{error} (max_steps={unit.config.max_steps} is of the longest method, and {own} are "
+            f"{unit.method}'s own: equal_steps=off leaves it those)"
+        ) from None
+
+
+def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
+    """Raises UserError where the data are others than those of runs that are there, or the teachers
+    others than those of a run that is done."""
+    known = data.fingerprints
+    for unit in plan.units:
+        # earlier versions gave unlabelled text to the teachers' fine-tuning as well
+        counts = unit.method != TEACHERS or data.unlabelled_rows > 0
+        saved = refuse_other_keys(unit.config) if unit.task == name and counts else None
+        if saved is None:
+            continue
+        key = rows_key(unit.config)
+        if key not in known:
+            examples = load_examples(unit.config, data.task, lambda _line: None)
+            known[key] = examples.fingerprint(data.task)
+        refuse_other(unit.folder, saved, replace(saved, data=known[key]))
+        if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
+            refuse_other_teachers(unit.config)
+
+
+def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase]:
+    """What a task's runs read texts with: made teachers read as their encoders do."""
+    sources: dict[str, TeacherConfig] = {}
+    for unit in [unit for unit in plan.units if unit.task == task]:
+        start = unit.config.student.tokenizer or unit.config.student.path
+        given = [] if plan.own_teachers or not unit.config.taught else unit.config.teachers
+        for entry in (*([TeacherConfig(path=start)] if start else []), *given):
+            sources.setdefault(entry.path, entry)
+    trust = plan.units[0].config.trust_remote_code
+    return {
+        path: load_tokenizer(locate(path, entry.revision, marks=TOKENIZER_FILES), trust)
+        for path, entry in sources.items()
+    }
+
+
+@dataclass
+class Memory:
+    """What a worker knows. before: when failures of earlier tries were written down (ns);
+    done: runs that are finished; failed: runs that failed under this worker or one beside it."""
+
+    before: dict[Path, int]
+    done: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    said: str = ""
+
+
+def work(plan: Plan, world: World, stop: StopFlag) -> bool:
+    """Run what is open until nothing is; False when it was asked to stop before."""
+    memory = from_main(world, lambda: Memory(failure_times(plan)))
+    while not stop.agreed(world):
+        with ExitStack() as held:
+            index, waiting = from_main(world, lambda: choose(plan, memory, held))
+            if index is not None:
+                run_unit(plan, index, memory, world, stop)
+            elif not waiting:
+                return True
+            else:
+                time.sleep(POLL_S)
+    return False
+
+
+def failed_at(unit: Unit) -> int | None:
+    """When its failure was written down (ns); another worker may take the file away at any time."""
+    try:
+        return unit.failure.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def failure_times(plan: Plan) -> dict[Path, int]:
+    times = {unit.failure: failed_at(unit) for unit in plan.units}
+    return {file: at for file, at in times.items() if at is not None}
+
+
+def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
+    """(the next run, whose lock is `held` from now on, or None; how many others have in hand).
+
+    Runs that failed before come last, so that those behind them get their turn.
+    """
+    # a file that was not there, or is newer, is the failure of a worker beside this one
+    memory.failed |= {
+        n
+        for n, unit in enumerate(plan.units)
+        if (at := failed_at(unit)) is not None and memory.before.get(unit.failure) != at
+    }
+    failed = {plan.units[n].folder for n in memory.failed}
+    waiting = 0
+    for n in sorted(range(len(plan.units)), key=lambda n: plan.units[n].failure in memory.before):
+        unit = plan.units[n]
+        if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
+            continue
+        if is_finished(unit.folder):
+            # perhaps by another command in the same folder
+            refuse_other_keys(unit.config)
+            memory.done.add(n)
+        elif not all(is_finished(need) for need in unit.needs):
+            waiting += 1
+        else:
+            lock = held.enter_context(ExitStack())
+            taken = lock.enter_context(try_lock(unit.folder.with_name(f".{unit.folder.name}.lock")))
+            # it may have been finished just before
+            if taken and not is_finished(unit.folder):
+                return n, waiting
+            lock.close()
+            waiting += 1
+    if waiting and memory.said != "waiting":
+        memory.said = "waiting"
+        print(f"{waiting} runs are left to other processes; waiting for them", flush=True)
+    return None, waiting
+
+
+def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
+    """Run it; where it fails, write down why.
+
+    Raises again what is no mistake of a person, in a world of several ranks whatever was not found
+    before the run began: there the ranks may no longer agree on what comes next.
+    """
+    unit = plan.units[index]
+    if world.is_main:
+        print(f"\nrun {index + 1} of {len(plan.units)}: {unit.title}", flush=True)
+        memory.said = unit.title
+    try:
+        distill(unit.config, world, show_table=False, stop=stop)
+    except Exception as error:
+        if world.is_main:
+            note_failure(unit, error)
+            memory.failed.add(index)
+        if isinstance(error, UserError) or (isinstance(error, RunError) and world.size == 1):
+            return
+        raise
+    if world.is_main and is_finished(unit.folder):
+        unit.failure.unlink(missing_ok=True)
+        # a finished run goes by its model; hundreds of these would fill a disk
+        shutil.rmtree(unit.folder / "checkpoints", ignore_errors=True)
+
+
+def note_failure(unit: Unit, error: Exception) -> None:
+    reason = str(error) or type(error).__name__
+    print(f"sead-dist: {unit.title} failed: {reason}", flush=True)
+    write_json(unit.failure, {"run": unit.title, "reason": reason})

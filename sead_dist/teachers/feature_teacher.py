@@ -1,0 +1,132 @@
+"""The guide: the one teacher whose internals the student follows.
+
+Internals are too large to keep, so every rank holds the guide and runs it on the student's own
+micro-batches, in every epoch. Its logits come from the store as any teacher's do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import Batch
+from sead_dist.errors import UserError
+from sead_dist.models.hidden_states import Anatomy, Internals, Wanted, reading
+from sead_dist.models.hidden_states_check import check_inside, check_kind
+from sead_dist.models.sequence_classifier import outline
+from sead_dist.runtime.distributed import World
+from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.whole import load_by_rules
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A teacher at work on the student's batches. until: the step (from 0) from which the method
+    asks for its internals no more."""
+
+    name: str
+    model: PreTrainedModel
+    anatomy: Anatomy
+    wanted: Wanted
+    until: int
+
+    # not inference_mode: what it makes may not be part of a graph
+    @torch.no_grad()
+    def look(self, batch: Batch) -> Internals:
+        """The wanted internals of a micro-batch's text rows, fillers included."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
+        with reading(self.anatomy, self.wanted) as found:
+            self.model(**inputs)
+        return found
+
+
+def candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
+    """The teachers that may become the guide: the one that `guide` names, else all of them."""
+    if config.internals is None:
+        return []
+    return [t for t in teachers if config.guide is None or t.name == config.guide]
+
+
+def check_guide(
+    config: RunConfig,
+    teachers: Sequence[Teacher],
+    tokenizer_hash: str,
+    max_length: int,
+    world: World,
+) -> None:
+    """Raises UserError for a teacher that may become the guide and cannot show its internals on the
+    student's batches. tokenizer_hash, max_length: the student's."""
+    asks = f"internals={config.internals}"
+    other = "" if config.guide is not None else ", or name a teacher that can: guide=NAME"
+    for teacher in candidates(config, teachers):
+        placement = teacher.entry.placement or config.placement
+        if placement in ("partitioned", "sharded") and world.size > 1:
+            raise UserError(
+                f"teacher {teacher.name} is {placement}, and {asks} needs it on every rank; give "
+                f"its entry placement: colocated{other}"
+            )
+        if teacher.entry.weights is not None:
+            raise UserError(
+                f"teacher {teacher.name} has weights={teacher.entry.weights}, and {asks} needs its "
+                f"hidden states as they are; leave weights out, give dtype: bf16{other}"
+            )
+        if teacher.tokenizer_hash != tokenizer_hash:
+            raise UserError(
+                f"teacher {teacher.name} has another tokeniser than the student, and {asks} "
+                f"compares them token by token; give a student with the teacher's tokeniser{other}"
+            )
+        longest = teacher.cut.longest
+        if longest < max_length:
+            raise UserError(
+                f"teacher {teacher.name} reads at most {longest} tokens, and {asks} shows "
+                f"it the student's rows of up to {max_length}; give "
+                f"max_length={longest}{other}"
+            )
+        check_padding(teacher, asks, other)
+        assert config.internals is not None
+        parts = outline(teacher.config, config.trust_remote_code)
+        name = f"teacher {teacher.name}"
+        check_kind(parts, teacher.tokenizer, config.internals, max_length, name)
+
+
+def check_padding(teacher: Teacher, asks: str, other: str) -> None:
+    """Raises UserError for a teacher that does not stand how the student's rows are padded. The two
+    have one tokeniser, which knows the side."""
+    side, found = teacher.tokenizer.padding_side, teacher.cut.padding
+    if found == side:
+        return
+    kind = teacher.config.model_type
+    stands = (
+        "whose answers change with the padding of a batch"
+        if found == "none"
+        else f"whose rows are to be padded on the {found}"
+    )
+    raise UserError(
+        f"teacher {teacher.name} is a {kind}, {stands}, and {asks} shows it the student's rows, "
+        f"padded on the {side}; leave it out{other}"
+    )
+
+
+def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
+    """The teachers, those that may become the guide colocated where the run may choose."""
+    may = {teacher.name for teacher in candidates(config, teachers)}
+    return [
+        replace(teacher, entry=teacher.entry.model_copy(update={"placement": "colocated"}))
+        if teacher.name in may and config.placement == "auto" and teacher.entry.placement is None
+        else teacher
+        for teacher in teachers
+    ]
+
+
+def load_guide(config: RunConfig, teacher: Teacher, device: torch.device) -> PreTrainedModel:
+    """The guide's model, in eval mode and its own dtype, fed by the same rules as any teacher.
+
+    Raises UserError where its internals are not what is read of it.
+    """
+    model = load_by_rules(teacher, device, config.trust_remote_code, {})
+    if config.internals is not None:
+        length, name = teacher.max_length, f"teacher {teacher.name}"
+        check_inside(model, teacher.tokenizer, config.internals, length, name)
+    return model

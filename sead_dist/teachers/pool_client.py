@@ -1,0 +1,161 @@
+"""How a student follows teachers of the pool: it waits for rows that workers put into the store.
+
+Shapes: U unique examples of a split, M examples of one rank.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sead_dist.errors import RunError
+from sead_dist.store.layout import Layout, explain, unique_name
+from sead_dist.store.table import Table, TeacherKey
+
+# seconds between two looks at the store: doubled up to the most while nothing comes
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
+# A longer time between two looks is not all counted as silence: this process was suspended.
+MOST_COUNTED_S = 30.0
+SAY_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """The rows of a teacher that a request needs. touched_U: all that this run has come to."""
+
+    name: str
+    table: Table
+    entries_M: np.ndarray
+    touched_U: np.ndarray
+
+    def missing(self) -> int:
+        return int((~self.table.lookup(self.entries_M)[1]).sum())
+
+    def come(self) -> int:
+        """Grows with whatever comes of this teacher, be it rows of another split."""
+        return int(self.table.present_U.sum()) + self.table.blocks_seen
+
+    def ahead(self) -> int:
+        """Rows that are there and that the student has not come to yet."""
+        return int((self.table.present_U & ~self.touched_U).sum())
+
+
+class Follower:
+    """Waits for rows of teachers in the pool. `say` takes a line now and then; `heed` is told at
+    every look, and may raise StopRequestedError."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        silent_s: float,
+        say: Callable[[str], None],
+        heed: Callable[[str], None],
+    ) -> None:
+        self.layout, self.silent_s, self.say, self.heed = layout, silent_s, say, heed
+        self._said_at: dict[str, float] = {}
+
+    def wait(self, awaited: Sequence[Awaited], what: str) -> None:
+        """Return when all rows of the teachers in the pool are in the store.
+
+        Raises RunError naming a teacher when for `silent_s` none of them has got any further.
+        """
+        silent, come, pause = 0.0, -1, FIRST_PAUSE_S
+        looked_at = time.monotonic()
+        while lacking := [one for one in awaited if one.missing()]:
+            for one in awaited:
+                one.table.refresh()
+            now, before = time.monotonic(), come
+            silent += min(now - looked_at, MOST_COUNTED_S)
+            looked_at, come = now, sum(one.come() for one in awaited)
+            if come > before:
+                silent, pause = 0.0, FIRST_PAUSE_S
+                continue
+            if silent > self.silent_s:
+                raise RunError(self._given_up(lacking[0], what))
+            short = f"{lacking[0].missing()} of {len(lacking[0].entries_M)} rows"
+            line = (
+                f"waiting for the pool: {short} of {what} are missing of {lacking[0].name} in the "
+                f"store {self.layout.root}"
+            )
+            self._say("waiting", line)
+            self.heed(line)
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_S)
+
+    def tell(self, awaited: Sequence[Awaited], what: str) -> None:
+        """Say how far ahead of the student the pool is."""
+        ahead = [(one.ahead(), one.name) for one in awaited]
+        (least, slow), (most, fast) = min(ahead), max(ahead)
+        line = f"{what}: the pool is {least} rows ahead"
+        self._say("ahead", line if least == most else f"{line} ({slow}) to {most} ({fast})")
+
+    def _say(self, kind: str, line: str) -> None:
+        """Say a line of this kind, unless the last one was a moment ago."""
+        now = time.monotonic()
+        if now - self._said_at.get(kind, -SAY_EVERY_S) >= SAY_EVERY_S:
+            self._said_at[kind] = now
+            self.say(line)
+
+    def _given_up(self, one: Awaited, what: str) -> str:
+        others = classes_besides(self.layout, one.table.key)
+        hint = "see to its workers, or start one: sead-dist teach, with the words of this run"
+        if others:
+            facts = differing_facts(one.table.key.numerics, others[0])
+            hint = (
+                f"the store holds predictions of it in another numerics class ({facts}): start "
+                "workers on a machine like this one, or read those with store.accept=any"
+            )
+        return (
+            f"teacher {one.name}: nothing has come from the pool for {self.silent_s:g} s "
+            f"(pool.silent_s), and {one.missing()} of {len(one.entries_M)} rows of {what} are "
+            f"missing in the store {self.layout.root}; {hint}; then give the same command again"
+        )
+
+
+def store_id(layout: Layout) -> str:
+    """What tells this store from others, under whatever path a machine sees it; given once.
+
+    Raises RunError where it cannot be written.
+    """
+    path = layout.root / "id"
+    if not path.exists():
+        aside = layout.tmp / unique_name("id")
+        try:
+            aside.write_text(uuid.uuid4().hex + "\n", encoding="ascii")
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                pass  # another process was quicker, and its id stays
+            except OSError:  # no second names here: of two who are as quick the last gives the id
+                os.replace(aside, path)
+            aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(explain(layout.root, "id", error)) from error
+    return path.read_text(encoding="ascii").strip()
+
+
+def classes_besides(layout: Layout, key: TeacherKey) -> list[str]:
+    """The other numerics classes in which the store holds predictions of this teacher."""
+    found: list[str] = []
+    for path in sorted(layout.values.glob(f"{key.fingerprint[:16]}-*/teacher.json")):
+        try:
+            numerics = str(json.loads(path.read_bytes())["numerics"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if numerics != key.numerics:
+            found.append(numerics)
+    return found
+
+
+def differing_facts(here: str, there: str) -> str:
+    """In what two numerics classes (canonical JSON) differ, by name."""
+    own, other = json.loads(here), json.loads(there)
+    return ", ".join(
+        f"{fact} {other.get(fact)!r}, here {own.get(fact)!r}"
+        for fact in sorted({*own, *other})
+        if own.get(fact) != other.get(fact)
+    )

@@ -1,0 +1,311 @@
+"""One teacher's parameters split over all ranks: torch's FSDP2, loaded slice by slice.
+
+Every rank holds an equal part of each parameter. A forward gathers one layer at a time, whole, and
+lets it go again, so it is the ranks' common work: all do the same number of forwards, each on a
+batch of its own (invariant 8). Gathering moves bits and computes nothing, so the logits are those
+of the unsharded teacher. The weights travel over the exchange group, from the thread that alone
+uses it.
+
+Shapes: R rows of a request, P rows of one batch, C the model's own classes.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sead_dist.data.order import TokenTable
+from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.models.inputs import CheckRows, check_teacher, reset_attention
+from sead_dist.models.pretrained import weight_files
+from sead_dist.models.sequence_classifier import new_classifier
+from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects, raise_first
+from sead_dist.teachers.inference import Cut, batches_of, own_logits
+from sead_dist.teachers.packing import use_packs
+from sead_dist.teachers.teacher import Teacher
+
+T = TypeVar("T")
+# numbers that are what they say; others are codes whose scales stand elsewhere
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+MEND = "give it placement=partitioned or colocated"
+
+
+class TornForwardError(RunError, RuntimeError):
+    """A forward of all ranks broke off on this one: nothing more can be agreed with the others.
+
+    A RuntimeError too, as every collective that breaks because another rank died.
+    """
+
+
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model's outermost lists: what a forward gathers and lets go one by one."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from layers_of(child)
+
+
+def empty_model(teacher: Teacher, trust_remote_code: bool) -> PreTrainedModel:
+    """The teacher with parameters that have shapes and no memory. Its buffers are real: those that
+    are computed (position ids) stand in no file."""
+    with init_empty_weights(include_buffers=False):
+        model = new_classifier(copy.deepcopy(teacher.config), trust_remote_code, teacher.dtype)
+    model.tie_weights()  # the context makes every parameter anew, tied ones twice
+    return model.eval().requires_grad_(False)
+
+
+def check_shardable(teacher: Teacher, trust_remote_code: bool) -> None:
+    """Whether a teacher can be split and read in slices, before anything is loaded.
+
+    Raises UserError saying what is in the way.
+    """
+    model = empty_model(teacher, trust_remote_code)
+    tensor_files(teacher, model)
+    layers = list(layers_of(model))
+    if not layers:
+        raise UserError(
+            f"teacher {teacher.name}: placement=sharded cannot split {type(model).__name__}: it "
+            f"has no list of layers; {MEND}"
+        )
+    units = [list(layer.modules()) for layer in dict.fromkeys(layers)]
+    inside = {id(module) for modules in units for module in modules}
+    units.append([module for module in model.modules() if id(module) not in inside])
+    seen: set[int] = set()
+    for modules in units:
+        own = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+        if seen & own.keys() or any(parameter.dim() == 0 for parameter in own.values()):
+            raise UserError(
+                f"teacher {teacher.name}: placement=sharded cannot split {type(model).__name__}: "
+                f"its layers share parameters or hold scalars; {MEND}"
+            )
+        seen |= own.keys()
+
+
+def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
+    """For each parameter (by its first name) and each saved buffer the file that holds it, and its
+    name there; tied parameters stand under one of their names.
+
+    Raises UserError where the checkpoint is not in safetensors, is quantised or lacks a parameter.
+    """
+    files = weight_files(teacher.checkpoint)
+    if files[0].suffix != ".safetensors":
+        raise UserError(
+            f"teacher {teacher.name}: placement=sharded reads slices of safetensors, and its "
+            f"weights are {files[0].name}; save it anew with save_pretrained, or {MEND}"
+        )
+    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    coded: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                about = file.get_slice(name)
+                stored[name] = (path, tuple(about.get_shape()))
+                if about.get_dtype() not in PLAIN_DTYPES:
+                    coded.add(name)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, tuple[Path, str]] = {}
+    for name, parameter in model.named_parameters():
+        known = [one for one in names[id(parameter)] if one in stored]
+        if not known or stored[known[0]][1] != tuple(parameter.shape):
+            shape = list(parameter.shape)
+            raise UserError(
+                f"teacher {teacher.name}: placement=sharded found no tensor {name} of shape "
+                f"{shape} in its files; save it anew with save_pretrained, or {MEND}"
+            )
+        if known[0] in coded:
+            raise UserError(
+                f"teacher {teacher.name}: the weights of {name} are quantised in its files, and "
+                f"placement=sharded reads plain numbers; save it anew in bf16, or {MEND}"
+            )
+        found[name] = (stored[known[0]][0], known[0])
+    for name, buffer in model.named_buffers():
+        if name in stored and stored[name][1] == tuple(buffer.shape):
+            found[name] = (stored[name][0], name)
+    return found
+
+
+def check_sharded(model: PreTrainedModel, teacher: Teacher, rows: CheckRows) -> None:
+    """Try a split teacher on these rows, the same on every rank: all ranks call this, and do the
+    same forwards. One that takes packs knows no padded batch; packing.packs_from has compared the
+    two for its kind.
+
+    Raises UserError, on all ranks; TornForwardError where a forward broke off on this one.
+    """
+    if teacher.cut.pack_from is not None:
+        return
+    try:
+        check_teacher(model, rows, teacher.cut.padding, teacher.name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise TornForwardError(f"{type(error).__name__}: {error}") from error
+
+
+def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> PreTrainedModel:
+    """The teacher in eval mode, its parameters split over the ranks: this rank reads and holds its
+    own slices. Offloaded, they lie in the CPU's memory and come to the GPU layer by layer.
+
+    Raises UserError.
+    """
+    model = empty_model(teacher, trust_remote_code)
+    files = tensor_files(teacher, model)
+    mesh = DeviceMesh.from_group(_group(world), world.device.type)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    policy = offload if teacher.entry.offload else OffloadPolicy()
+    # the rest of the model, embeddings and head, is a unit too and is let go after the forward
+    for unit in [*dict.fromkeys(layers_of(model)), model]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
+    buffers = dict(model.named_buffers())
+    model.to_empty(device="cpu" if teacher.entry.offload else world.device)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(world.device))
+    try:
+        _read_slices(model, files, mesh)
+    except (OSError, SafetensorError) as error:
+        raise refusal(
+            f"teacher {teacher.name}: its weights cannot be read: {error}; copy the files again",
+            error,
+        ) from None
+    reset_attention(model)
+    return model
+
+
+def _group(world: World) -> dist.ProcessGroup:
+    """The exchange group. A world of one has none, and FSDP asks for one all the same."""
+    if world.exchange is not None:
+        return world.exchange
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    alone = dist.group.WORLD
+    assert alone is not None
+    return alone
+
+
+def _read_slices(
+    model: PreTrainedModel, files: dict[str, tuple[Path, str]], mesh: DeviceMesh
+) -> None:
+    """Fill this rank's part of every parameter (rows are cut as torch.chunk cuts them) and the
+    saved buffers, one tensor at a time."""
+    parts: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in files:
+            path, stored = files[name]
+            parts.setdefault(path, []).append((stored, tensor))
+    for path, tensors in parts.items():
+        with safe_open(path, framework="pt") as file:
+            for stored, tensor in tensors:
+                if not isinstance(tensor, DTensor):
+                    tensor.copy_(file.get_tensor(stored))
+                    continue
+                local = tensor.to_local()
+                start = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())
+                if len(local):
+                    local.copy_(file.get_slice(stored)[start : start + len(local)])
+
+
+# inference_mode makes tensors without the version counters that FSDP reads in a world of one
+@torch.no_grad()
+def predict_together(
+    model: PreTrainedModel,
+    tokens: TokenTable,
+    rows_R: np.ndarray,
+    world: World,
+    cut: Cut,
+    done: Callable[[np.ndarray, np.ndarray], None],
+) -> None:
+    """As `forward.predict`, for a teacher that is split over the ranks: all ranks call this, each
+    with its own rows, perhaps none.
+
+    Before each forward the ranks agree whether there is one: they go on while any has a batch left
+    and none has failed. A rank without a batch runs a filler. So a failure on one rank ends the
+    pass on all, after the same forward; this one raises it, the others return early.
+
+    Raises NotFiniteError and what `done` raises; TornForwardError where the forward itself broke.
+    """
+    try:
+        batches = batches_of(tokens, rows_R, world.device, cut, model.config)
+        filler = _filler(tokens, world, cut, model)
+    except Exception as error:
+        raise TornForwardError(f"{type(error).__name__}: {error}") from error
+    failure: Exception | None = None
+    while True:
+        try:
+            batch = next(batches, None)
+            more, failed = _any_rank(world, batch is not None, failure is not None)
+            if failed or not more:
+                break
+            part_P, inputs = (None, filler) if batch is None else batch
+            logits = model(**inputs).logits
+        except Exception as error:
+            raise TornForwardError(f"{type(error).__name__}: {error}") from error
+        if part_P is not None:
+            try:
+                done(part_P, own_logits(logits, part_P, tokens.choices))
+            except Exception as error:  # told after the next agreement
+                failure = error
+    if failure is not None:
+        raise failure
+
+
+def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) -> dict[str, Any]:
+    """The first example: any input will do."""
+    first = np.zeros(1, np.int64)
+    if cut.pack_from is not None:
+        return next(batches_of(tokens, first, world.device, cut, model.config))[1]
+    inputs = tokens.pad(first, int(tokens.lengths_B()[0]), cut.padding)
+    return {name: tensor.to(world.device) for name, tensor in inputs.items()}
+
+
+def _any_rank(world: World, *mine: bool) -> list[bool]:
+    """For each question whether any rank says yes; the same on all."""
+    if world.size == 1:
+        return list(mine)
+    said = torch.tensor(mine, dtype=torch.int32, device=world.device)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=world.exchange)
+    return [bool(answer) for answer in said.tolist()]
+
+
+def agreed(world: World, what: str, do: Callable[[], T]) -> T:
+    """`do()` on this rank, in the teachers' pass at `what`; what fails on any rank is raised on all
+    of them as RunError or UserError. Only a forward of all ranks that broke off is raised here
+    alone: the others are still in it, and end when this process does."""
+    failure: Exception | None = None
+    rank = world.rank
+    try:
+        result = do()
+    except TornForwardError as error:
+        line = f"rank {rank}: a sharded teacher's forward broke off at {what}: {error}"
+        # the command line tells a RunError on rank 0 alone
+        print(f"sead-dist: {line}", file=sys.stderr, flush=True)
+        raise TornForwardError(line) from error
+    except (RunError, UserError, StopRequestedError) as error:
+        failure = error
+    except OSError as error:
+        failure = RunError(f"rank {rank}: teachers' pass: {error}")
+    except Exception as error:  # the other ranks are told, whatever it was
+        failure = RunError(
+            f"rank {rank} failed in the teachers' pass at {what}: {type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+    raise_first(gather_objects(world, failure, world.exchange))
+    return result

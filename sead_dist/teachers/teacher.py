@@ -1,0 +1,332 @@
+"""The run's teachers: where each lies, what it is, and how its classes map to the task's.
+
+Everything here is known before a teacher's weights are loaded as a model, so that a person's
+mistake is found before any long work.
+"""
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.models.inputs import INPUT_RULES, Padding, probed_padding, settle
+from sead_dist.models.loaded import bare_names
+from sead_dist.models.pretrained import (
+    Checkpoint,
+    check_vocabulary,
+    code_hash,
+    fitting_length,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    position_limit,
+    setting_hash,
+    tokenizer_hash,
+    weight_files,
+    weights_hash,
+)
+from sead_dist.models.sequence_classifier import (
+    DTYPES,
+    align_classes,
+    check_problem_type,
+    head_weights,
+    label_names,
+    outline,
+    width,
+)
+from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
+from sead_dist.store.table import TeacherKey
+from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
+from sead_dist.teachers.packing import NAME as PACKS
+from sead_dist.teachers.packing import packs_from
+from sead_dist.teachers.quantize import check_quantize, quantizer
+
+# parts of a model's config that say nothing about its logits
+SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """order_C: own logits column of each task class. parameters: weights without word embeddings,
+    what a forward costs. cut: how its rows become batches."""
+
+    entry: TeacherConfig
+    name: str
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
+    order_C: list[int]
+    max_length: int
+    dtype: str
+    weights_sha256: str
+    parameters: int
+    bytes: int
+    key: TeacherKey
+    cut: Cut
+
+    def manifest(self) -> dict[str, Any]:
+        """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
+        its identity."""
+        return {
+            "name": self.name,
+            "path": self.entry.path,
+            "revision": self.checkpoint.revision,
+            "weights_sha256": self.weights_sha256,
+            "fingerprint": self.key.fingerprint,
+            "numerics": self.key.numerics,
+            "labels": label_names(self.config) if self.entry.labels is None else self.entry.labels,
+            "order": self.order_C,
+            "weight": self.entry.weight,
+            "parameters": self.parameters,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+            "weights": self.entry.weights,
+        }
+
+
+def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
+    """(parameters without embeddings of words, those of embeddings of words), from the files'
+    headers.
+
+    Raises UserError where a weight of `head` is not in them.
+    """
+    counted = words = 0
+    missing = set(head)
+    for path in weight_files(checkpoint):
+        if path.suffix != ".safetensors":  # an old file says what it holds only when it is loaded
+            return path.stat().st_size // 4, 0
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    count = math.prod(file.get_slice(name).get_shape())
+                    missing.difference_update([name, *bare_names(name)])
+                    if "word_embeddings" in name:
+                        words += count
+                    else:
+                        counted += count
+        except SafetensorError as error:
+            raise UserError(
+                f"{checkpoint.name}: its weights cannot be read: {path.name}: {error}; "
+                "copy the whole file again"
+            ) from None
+    if missing:
+        raise UserError(
+            f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
+            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+        )
+    return counted, words
+
+
+def weight_bytes(parameters: int, words: int, dtype: str, weights: str | None) -> int:
+    """Memory of a teacher's weights. In int8 all but the embeddings of words are counted at one
+    byte: nearly all of them are in linear layers."""
+    each = DTYPES[dtype].itemsize
+    return parameters * (1 if weights == "int8" else each) + words * each
+
+
+def device_model(device: torch.device) -> str:
+    """What decides which kernels run: the GPU's name, or the processor and its vector units."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def numerics_class(
+    device: torch.device, dtype: str, weights: str | None, attention: str, cut: Cut
+) -> str:
+    """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
+
+    Placement is not in it: a sharded teacher's weights are gathered before they are used.
+    """
+    facts: dict[str, Any] = {
+        "device": device_model(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": dtype,
+        "attention": attention,
+        "shapes": SHAPES[device.type].name if cut.pack_from is None else PACKS,
+    }
+    if weights is not None:
+        facts["weights"] = quantizer()
+    if cut.free_rows is None and device.type == "cpu":
+        # the self-check found that bits depend on how work is split: over threads as well
+        facts["threads"] = torch.get_num_threads()
+    return json.dumps(facts, sort_keys=True)
+
+
+def _fingerprint(
+    weights: str,
+    config: PretrainedConfig,
+    tokens: str,
+    max_length: int,
+    padding: Padding,
+    code: str | None,
+) -> str:
+    """What a prediction depends on. Rows padded on the right stand for themselves: so the first
+    rules of input made them, and what was kept under those stays good where the tensors are the
+    same. A padding id or segments that were others then are in the config and the tokeniser.
+    code: the hash of the Python files that came with the checkpoint and were run."""
+    shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
+    facts: list[Any] = [weights, shape, tokens, max_length]
+    if padding != "right":
+        facts.append({"padding": padding, "rules of input": INPUT_RULES})
+    if code is not None:
+        facts.append({"code": code})
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash_all(checkpoints: Sequence[Checkpoint], world: World) -> list[str]:
+    """Every checkpoint's weight hash; each rank reads a share of the files."""
+
+    def mine() -> dict[int, str]:
+        share = range(world.rank, len(checkpoints), world.size)
+        return {index: weights_hash(checkpoints[index]) for index in share}
+
+    shares = gather_objects(world, on_every_rank(world, mine))
+    return [shares[index % world.size][index] for index in range(len(checkpoints))]
+
+
+def call_roster(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    student: PreTrainedTokenizerBase | None = None,
+) -> list[Teacher]:
+    """The teachers of a run, in the order given; those that read texts as the student does hold its
+    tokeniser. Raises UserError for the first that cannot teach.
+
+    Every rank gets the same list.
+    """
+    checkpoints = on_every_rank(
+        world, lambda: [locate(entry.path, entry.revision) for entry in config.teachers]
+    )
+    hashes = _hash_all(checkpoints, world)
+    teachers = on_every_rank(
+        world, lambda: _call(config, task, world.device, checkpoints, hashes, student)
+    )
+    _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
+    return teachers
+
+
+def _call(
+    config: RunConfig,
+    task: TaskSpec,
+    device: torch.device,
+    checkpoints: Sequence[Checkpoint],
+    hashes: Sequence[str],
+    student: PreTrainedTokenizerBase | None,
+) -> list[Teacher]:
+    entries = config.teachers
+    checked: dict[tuple[str, str, str | None, str, int], Cut] = {}
+    alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
+    tokenizers = {} if student is None else {tokenizer_hash(student): student}
+    teachers: list[Teacher] = []
+    for entry, name, checkpoint, weights in zip(
+        entries, teacher_names(entries), checkpoints, hashes, strict=True
+    ):
+        shape = load_model_config(checkpoint, config.trust_remote_code)
+        setting = setting_hash(checkpoint)
+        if setting in alike:
+            settle(alike[setting][0], shape)
+        else:  # loading these 64 times would take seconds and half a gigabyte
+            loaded = load_tokenizer(checkpoint, config.trust_remote_code)
+            settle(loaded, shape)
+            check_vocabulary(checkpoint.name, loaded, shape)
+            tokens = tokenizer_hash(loaded)
+            parts = outline(shape, config.trust_remote_code)
+            alike[setting] = tokenizers.setdefault(tokens, loaded), tokens, parts
+        tokenizer, tokens, parts = alike[setting]
+        # before the names of the classes: those of an encoder without a head mean nothing
+        parameters, words = size_of(checkpoint, head_weights(parts))
+        order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
+        check_problem_type(task, entry.path, shape)
+        max_length = fitting_length(entry.max_length or config.max_length, shape)
+        dtype = entry.dtype or config.teacher_precision
+        if entry.weights is not None:
+            check_quantize(name)
+        facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
+        kind = (facts, dtype, entry.weights, tokens, max_length)
+        if kind not in checked:
+            padding = probed_padding(tokenizer, shape, max_length)
+            checked[kind] = cut_of(shape, dtype, device, entry.weights, padding)
+        attention = parts.config._attn_implementation
+        numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
+        classes = len(task.labels) if task.kind == "choice" else width(task)
+        code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
+        padding = checked[kind].padding
+        fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
+        key = TeacherKey(fingerprint, numerics, entry.path, classes)
+        teachers.append(
+            Teacher(
+                entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
+                dtype, weights, parameters, weight_bytes(parameters, words, dtype, entry.weights),
+                key, checked[kind],
+            )
+        )  # fmt: skip
+    return teachers
+
+
+def tokenizers_of(teachers: Sequence[Teacher]) -> dict[str, PreTrainedTokenizerBase]:
+    """Each tokeniser once, under the name of the first teacher that has it."""
+    first = {teacher.tokenizer_hash: teacher for teacher in reversed(teachers)}
+    return {f"teacher {teacher.name}": teacher.tokenizer for teacher in first.values()}
+
+
+def cut_of(
+    config: PretrainedConfig,
+    dtype: str,
+    device: torch.device,
+    weights: str | None,
+    padding: Padding = "right",
+) -> Cut:
+    """How rows of a model of this shape are cut, by the self-checks."""
+    packs = packs_from(probe_config(config), dtype, device) if weights is None else None
+    # the check of row counts compares batches padded on the right
+    free_rows = free_rows_from(config, dtype, device, weights) if padding == "right" else None
+    return Cut(position_limit(config) or 1 << 30, free_rows, packs, padding)
+
+
+def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
+    """The same teacher, computing in fp32 with its weights as they are in its files."""
+    cut = cut_of(teacher.config, "fp32", device, None, teacher.cut.padding)
+    attention = json.loads(teacher.key.numerics)["attention"]
+    numerics = numerics_class(device, "fp32", None, attention, cut)
+    return replace(
+        teacher,
+        entry=teacher.entry.model_copy(update={"dtype": "fp32", "weights": None}),
+        dtype="fp32",
+        key=replace(teacher.key, numerics=numerics),
+        cut=cut,
+    )
+
+
+def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
+    """A run computes in one numerics class: ranks on unequal hardware would mix two."""
+    everyone = gather_objects(world, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0] and config.store.accept != "any":
+            raise UserError(
+                f"rank {rank} computes as {theirs[0]} but rank 0 as {everyone[0][0]}; run on "
+                "equal machines, or accept mixed predictions with store.accept=any"
+            )

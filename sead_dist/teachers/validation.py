@@ -1,0 +1,171 @@
+"""The examination: no teacher teaches before it has shown, on the selection split, that it knows
+more than the best constant answer (invariant 5).
+
+Shapes: N teachers, U unique examples, B rows, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from sead_dist.data.order import Split, tokenize
+from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
+from sead_dist.errors import UserError
+from sead_dist.teachers.base import Request, TeacherSource
+from sead_dist.teachers.drift import Drift, describe_drift
+from sead_dist.teachers.teacher import Teacher
+
+# orders of classes tried: 4! = 24
+MOST_CLASSES_REORDERED = 4
+# here the best constant answer is the state of the art, so a failure is only told
+LENIENT_TASKS = ("wnli",)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """better_order: the labels in the order under which the teacher would score better, if any.
+    off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
+    drift: against itself in fp32, where that was asked for and it is not in fp32.
+    """
+
+    name: str
+    metric: str
+    score: float
+    constant_score: float
+    passed: bool
+    better_order: list[str] | None
+    off_scale: tuple[float, float] | None
+    truncated_rows: int
+    dev_texts_in_training: int
+    drift: Drift | None = None
+
+
+def ask_all(
+    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str
+) -> np.ndarray:
+    """Every teacher's task-order logits_NBC for every row of a split. All ranks call this."""
+    wanted = np.arange(len(split.ids_U2))
+    pieces = []
+    for start in range(0, len(wanted), look_ahead):
+        request = Request(split, wanted[start : start + look_ahead], None, what)
+        pieces.append(source.submit(request).result().logits_NBC.numpy())
+    return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
+
+
+def best_teacher(
+    source: TeacherSource, task: TaskSpec, split: Split, teachers: int, look_ahead: int
+) -> int:
+    """The teacher that scores best on a split, the first of equals. All ranks call this."""
+    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the guide")
+    metric = task.metrics[0]
+    scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
+    return scores.index(max(scores))
+
+
+def better_order(
+    task: TaskSpec, logits_BC: np.ndarray, split: Split, score: float
+) -> list[str] | None:
+    """The order of labels, in the model's own columns as aligned now, that would score best, when
+    that is better than the present one."""
+    classes = logits_BC.shape[1]
+    if task.kind != "classification" or classes > MOST_CLASSES_REORDERED:
+        return None
+    best, found = score, None
+    for order in permutations(range(classes)):
+        tried = compute_metrics(task, logits_BC[:, list(order)], split.examples)[task.metrics[0]]
+        if tried > best:
+            best, found = tried, list(order)
+    return None if found is None else [task.labels[found.index(c)] for c in range(classes)]
+
+
+def off_scale(task: TaskSpec, logits_BC: np.ndarray, split: Split) -> tuple[float, float] | None:
+    """The range of a regression teacher's scores, where one constant score would be nearer to the
+    gold ones: correlations do not see another scale, the student's squared error does."""
+    if task.kind != "regression":
+        return None
+    scores_B, labels_B = logits_BC[:, 0].astype(float), split.examples.labels_B
+    error = float(np.mean((scores_B - labels_B) ** 2))
+    return (float(scores_B.min()), float(scores_B.max())) if error > labels_B.var() else None
+
+
+def examine(
+    task: TaskSpec,
+    teachers: Sequence[Teacher],
+    logits_NBC: np.ndarray,
+    split: Split,
+    dev_texts_in_training: int,
+) -> list[Examination]:
+    """Each teacher's score on the selection split beside the best constant answer's."""
+    metric = task.metrics[0]
+    constant = constant_score(task, split.examples)
+    results = []
+    truncated: dict[tuple[str, int], int] = {}
+    for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
+        score = compute_metrics(task, logits_BC, split.examples)[metric]
+        range_ = off_scale(task, logits_BC, split)
+        key = (teacher.tokenizer_hash, teacher.max_length)
+        if key not in truncated:
+            table = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
+            truncated[key] = table.truncated
+        results.append(
+            Examination(
+                name=teacher.name,
+                metric=metric,
+                score=score,
+                constant_score=constant,
+                passed=score > constant and range_ is None,
+                better_order=better_order(task, logits_BC, split, score),
+                off_scale=range_,
+                truncated_rows=truncated[key],
+                dev_texts_in_training=dev_texts_in_training,
+            )
+        )
+    return results
+
+
+def describe(exam: Examination, teacher: Teacher, rows: int) -> str:
+    line = (
+        f"examined {exam.name}: {exam.metric} {exam.score:.4f} (constant {exam.constant_score:.4f})"
+    )
+    if exam.better_order is not None:
+        line += f"; WARNING: it would score better with {_suggestion(exam, teacher)}"
+    if exam.truncated_rows:
+        line += f"; {exam.truncated_rows} of {rows} rows truncated to {teacher.max_length} tokens"
+    if exam.dev_texts_in_training:
+        line += f"; {exam.dev_texts_in_training} dev texts occur in the training text"
+    if exam.drift is not None:
+        line += f"; {describe_drift(exam.drift)}"
+    return line
+
+
+def _suggestion(exam: Examination, teacher: Teacher) -> str:
+    """The entry to write: labels in the model's own column order."""
+    own = [""] * len(teacher.order_C)
+    for task_class, column in enumerate(teacher.order_C):
+        own[column] = (exam.better_order or [])[task_class]
+    return f"{{path: {teacher.entry.path}, labels: [{', '.join(own)}]}}"
+
+
+def admit(task: TaskSpec, exams: Sequence[Examination], teachers: Sequence[Teacher]) -> None:
+    """Stop the run for a teacher that failed. Raises UserError naming it and the mend."""
+    for exam, teacher in zip(exams, teachers, strict=True):
+        if exam.passed or task.name in LENIENT_TASKS:
+            continue
+        if exam.off_scale is not None and task.score_range is not None:
+            (low, high), (least, most) = exam.off_scale, task.score_range
+            raise UserError(
+                f"teacher {exam.name} failed its examination: its scores run from {low:.3g} to "
+                f"{high:.3g} on the selection split, those of {task.name} from {least:g} to "
+                f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
+                "scale, or teach all the same with gate=off"
+            )
+        hint = "check its task and labels"
+        if exam.better_order is not None:
+            hint = f"with other class names it would score better: {_suggestion(exam, teacher)}"
+        raise UserError(
+            f"teacher {exam.name} failed its examination: {exam.metric} {exam.score:.4f} on the "
+            f"selection split, no better than a constant answer ({exam.constant_score:.4f}); "
+            f"{hint}; leave it out, or teach all the same with gate=off"
+        )

@@ -1,0 +1,1 @@
+"""Engine, loop, checkpoint and evaluation."""

@@ -1,0 +1,207 @@
+"""The DeepSpeed settings of a run: asked for by the key `deepspeed` or by `accelerate launch`, read
+from a JSON file, and every `auto` filled from the run's own configuration.
+
+What a launcher asks for and this package would ignore is refused here.
+"""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sead_dist.config.load import config_folder
+from sead_dist.config.schema import RunConfig
+from sead_dist.errors import UserError, refusal
+
+# sections of a DeepSpeed file that a run has keys of its own for
+OURS = {
+    "optimizer": "optimizer, learning_rate and weight_decay",
+    "scheduler": "schedule and warmup",
+    "bf16": "precision",
+    "fp16": "precision",
+    "torch_autocast": "precision",
+}
+OFFLOADS = ("offload_optimizer", "offload_param")
+# other ways to split a student that Accelerate knows
+FOREIGN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """name: of the file, without its ending; values: what DeepSpeed is given, nothing `auto`."""
+
+    name: str
+    values: dict[str, Any]
+
+    @property
+    def stage(self) -> int:
+        """1: optimiser state is split over the ranks; 2: gradients too; 3: parameters too."""
+        return int(self.values["zero_optimization"]["stage"])
+
+
+def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
+    """What the key and the launcher ask for, for so many ranks; None: no DeepSpeed.
+
+    Raises UserError for settings that contradict the run's, or each other, or would be ignored.
+    """
+    refuse_ignored(config)
+    launcher = asked_by_launcher(config)
+    if config.deepspeed and launcher and find_file(config.deepspeed) != find_file(launcher):
+        raise UserError(
+            f"deepspeed={config.deepspeed}, but accelerate launch asks for {launcher}; "
+            "leave one of the two out"
+        )
+    asked = config.deepspeed or launcher
+    if asked is None:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"deepspeed={asked} is asked for, but DeepSpeed is not installed; "
+            "pip install 'sead-dist[deepspeed]', or leave it out"
+        )
+    path = find_file(asked)
+    return ZeroConfig(path.stem, filled(path, config, ranks))
+
+
+def refuse_ignored(config: RunConfig) -> None:
+    """Raises UserError for settings of `accelerate launch` that a run would not heed."""
+    for name in FOREIGN:
+        if _is_true(name):
+            raise UserError(
+                f"{name}=true, but the student is split by DeepSpeed alone; use "
+                "launch/zero3.yaml, or deepspeed=zero3 with any launcher"
+            )
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", config.precision):
+        raise UserError(
+            f"accelerate launch asks for mixed_precision={mixed}, but this run has "
+            f"precision={config.precision}, which counts; give precision={mixed}, or launch with "
+            "--mixed_precision no"
+        )
+
+
+def asked_by_launcher(config: RunConfig) -> str | None:
+    """The file or shipped name that `accelerate launch` was told to use DeepSpeed with."""
+    if not _is_true("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        return file
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping != "none" and float(clipping) != config.max_grad_norm:
+        raise UserError(
+            f"accelerate launch asks for gradient_clipping={clipping}, but this run has "
+            f"max_grad_norm={config.max_grad_norm}, which counts; leave gradient_clipping out"
+        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    devices = [
+        os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
+        for what in ("OPTIMIZER", "PARAM")
+    ]
+    return f"zero{stage}" + ("_offload" if devices != ["none", "none"] else "")
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes")
+
+
+def find_file(asked: str) -> Path:
+    """A DeepSpeed file by path, or by name among the shipped (`zero2`)."""
+    if Path(asked).is_file():
+        return Path(asked)
+    shipped = config_folder() / "deepspeed"
+    path = shipped / f"{Path(asked).name.removesuffix('.json')}.json"
+    # so the path in a checkout finds the shipped file from anywhere
+    if path.is_file() and str(Path(asked).parent) in (".", "configs/deepspeed"):
+        return path
+    known = ", ".join(sorted(path.stem for path in shipped.glob("*.json")))
+    raise UserError(f"deepspeed={asked} is neither a file nor a shipped name; shipped: {known}")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file. Raises UserError where it splits nothing, or keeps state elsewhere than on
+    a device or in memory."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        zero = values["zero_optimization"]
+        stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refusal(
+            f"{path} is no DeepSpeed configuration with zero_optimization.stage "
+            f"({type(error).__name__}: {error}); see configs/deepspeed/zero2.json",
+            error,
+        ) from None
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{path} has zero_optimization.stage={stage}; 1, 2 and 3 split something, and a run "
+            "without deepspeed is stage 0"
+        )
+    for key, device in devices.items():
+        if device not in ("cpu", "none"):
+            raise UserError(f"{path} has {key}.device={device}; only cpu and none are supported")
+    return values
+
+
+def refuse_sections(path: Path, values: dict[str, Any]) -> None:
+    """Raises UserError for sections of a file that would stand against keys of the run."""
+    for section, keys in OURS.items():
+        given = values.get(section, {"enabled": False})
+        if section in ("optimizer", "scheduler") and section in values:
+            raise UserError(f"{path} has a section {section!r}; remove it: a run has {keys}")
+        if given.get("enabled", True) not in ("auto", False):
+            raise UserError(f'{path} sets {section}.enabled; a run has {keys}: write "auto"')
+
+
+def from_the_run(
+    path: Path, values: dict[str, Any], config: RunConfig, ranks: int
+) -> dict[str, float]:
+    """The batch sizes and the clipping of this run. Raises UserError where the file has others."""
+    micro_batches = -(-config.global_batch // (config.micro_batch * ranks))
+    ours: dict[str, float] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": config.micro_batch * micro_batches * ranks,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    for key, value in ours.items():
+        if values.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"{path} sets {key}={values[key]}, but this run on {ranks} ranks has {value}; "
+                'write "auto"'
+            )
+    return ours
+
+
+def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
+    """The file's values with every `auto` filled or left to DeepSpeed's default."""
+    values = read_file(path)
+    refuse_sections(path, values)
+    if config.precision == "fp16":
+        raise UserError(
+            "precision=fp16 is not offered under DeepSpeed, which would keep the weights in fp16; "
+            "give precision=bf16 or fp32"
+        )
+    autocast: dict[str, Any] = {"enabled": config.precision == "bf16"}
+    if autocast["enabled"]:
+        # as without DeepSpeed: weights, gradients and their exchange stay fp32
+        autocast.update(dtype="bfloat16", lower_precision_safe_modules=[])
+    theirs = {key: value for key, value in values.items() if key not in OURS}
+    return {
+        "steps_per_print": 2**31,
+        **_without_auto(theirs),
+        **from_the_run(path, values, config, ranks),
+        "torch_autocast": autocast,
+        # the optimiser is ours, also where its state is offloaded: nothing is compiled for it
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }

@@ -1,0 +1,312 @@
+"""The student under Accelerate or DeepSpeed: prepare, forward, backward, step, save, load.
+
+The only file that imports accelerate. Loss terms arrive normalised over the valid rows of the
+global batch (invariant 2), so micro-batches and ranks are summed here, never averaged.
+
+Shapes: B rows, C classes, K text rows per example, L tokens.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, get_scheduler
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import micro_batch_seed
+from sead_dist.errors import RunError, UserError
+from sead_dist.models.sequence_classifier import unshared
+from sead_dist.objectives.feature_losses import Rest
+from sead_dist.runtime.distributed import World
+from sead_dist.training.deepspeed import ZeroStudent
+from sead_dist.training.deepspeed_config import zero_config
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# Transformers' own "constant" has no warm-up
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def build_optimizer(
+    model: nn.Module, config: RunConfig, rest: Rest | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay only on matrices, not on biases and norms. Parameters at rest are
+    the last two of the groups, marked `rested`."""
+    names = rest.names if rest is not None else frozenset()
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for rested in (False, True) if rest is not None else (False,):
+        mine = [p for name, p in parameters if (name in names) == rested]
+        marked = {} if rest is None else {"rested": rested}
+        groups += [
+            {"params": [p for p in mine if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        for group in groups[-2:]:
+            group.update(marked)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int, rest: Rest | None = None
+) -> LambdaLR:
+    """The learning rate's way over the run, for each group of the optimiser."""
+    schedule: LambdaLR = get_scheduler(
+        SCHEDULES[config.schedule],
+        optimizer,
+        num_warmup_steps=round(config.warmup * total_steps),
+        num_training_steps=total_steps,
+    )
+    if rest is None:
+        return schedule
+    base = schedule.lr_lambdas[0]
+
+    def rested(step: int) -> float:
+        return float(base(step)) * rest.share(step)
+
+    both = {False: base, True: rested}
+    return LambdaLR(optimizer, [both[group["rested"]] for group in optimizer.param_groups])
+
+
+class Engine:
+    """Owns the student's wrapper, optimiser and learning-rate schedule."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        world: World,
+        total_steps: int,
+        rest: Rest | None = None,
+    ) -> None:
+        zero = zero_config(config, world.size)
+        # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
+        with deepspeed_is_ours():
+            self.accelerator = Accelerator(
+                mixed_precision=MIXED[config.precision],
+                cpu=world.device.type == "cpu",
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+                log_with=config.tracker,
+                project_dir=config.output_dir,
+            )
+        check_world(self.accelerator.num_processes, world)
+        self.world = world
+        self.max_grad_norm = config.max_grad_norm
+        self.seed = config.seed
+        self.module = model
+        self.rest = rest
+        optimizer = build_optimizer(model, config, rest)
+        self.schedule = build_schedule(optimizer, config, total_steps, rest)
+        self.model: nn.Module
+        self.zero: ZeroStudent | None = None
+        self.deepspeed = zero.name if zero is not None else None
+        if zero is None:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        else:
+            self.zero = ZeroStudent(model, optimizer, zero, world)
+            self.model, self.optimizer = self.zero.engine, optimizer
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
+        """Student logits_BC: [B, width], or [B, K] where K text rows make an example."""
+        on_device = {name: tensor.to(self.world.device) for name, tensor in inputs.items()}
+        logits: torch.Tensor = self.model(**on_device).logits.float()
+        return logits.reshape(-1, choices) if choices > 1 else logits
+
+    def seed_micro_batch(self, step: int, micro: int) -> None:
+        """Seed the generator that dropout draws from: this rank's device's alone."""
+        seed = micro_batch_seed(self.seed, step, micro)
+        device = self.world.device
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        if self.zero is not None:
+            with self.zero.accumulate(last):
+                yield
+        elif last or self.world.size == 1:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this rank's share. The wrapper averages over ranks; the loss is a
+        sum over them, hence the factor."""
+        if self.zero is not None:
+            self.zero.backward(loss * self.world.size)
+        else:
+            self.accelerator.backward(loss * self.world.size)
+
+    def wake(self, step: int) -> None:
+        """Before step `step` (from 0), the first that teaches what rested: its optimiser state
+        becomes as new. Adam would else count the steps in which it had no gradient, take its
+        moments for settled ones, and go several learning rates far."""
+        if self.rest is None or step != self.rest.until:
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["rested"] else ():
+                # in place: DeepSpeed holds parts of these
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+
+    def step(self) -> float:
+        """One optimiser step; returns the gradient's norm before clipping."""
+        if self.zero is not None:
+            norm = self.zero.step()
+            self.schedule.step()
+            return norm
+        # without clipping the norm is looked at all the same
+        most = self.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole student, on rank 0. Every rank calls this."""
+        return self.zero.weights() if self.zero is not None else unshared(self.module)
+
+    def save_weights(self, folder: Path) -> None:
+        """The student, written by rank 0. Every rank calls this."""
+        weights = self.weights()
+        if self.world.is_main:
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, folder / "student.safetensors")
+
+    def load_weights(self, folder: Path) -> None:
+        """The weights that `save_weights` wrote, on every rank."""
+        weights = load_file(folder / "student.safetensors")
+        check_whole(self.module, weights.keys(), folder)
+        if self.zero is not None:
+            self.zero.load_weights(weights)
+        else:
+            self.module.load_state_dict(weights, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """Student, optimiser and schedule: the same files with and without DeepSpeed."""
+        optimizer = self.zero.optimizer_state() if self.zero else self.optimizer.state_dict()
+        self.save_weights(folder)
+        if self.world.is_main:
+            state = {
+                "optimizer": optimizer,
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
+        self.load_weights(folder)
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        if self.zero is not None:
+            self.zero.load_optimizer_state(state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def start_tracker(self, run: str, values: dict[str, object]) -> None:
+        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}
+        self.accelerator.init_trackers(run, plain)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Finish the trackers, and forget Accelerate's process-wide state: the next run of this
+        process may want another precision. (Its own end_training would end the process group.)"""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.zero is not None:
+            self.zero.close()
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Raises RunError, naming one, for a tensor that a checkpoint lacks or has too many. Second
+    names of a shared tensor are not in it."""
+    state = model.state_dict(keep_vars=True)
+    held = {tensor.data_ptr() or id(tensor) for name, tensor in state.items() if name in names}
+    lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
+    strange = [name for name in names if name not in state]
+    if lost or strange:
+        which = f"lacks the tensor {lost[0]}" if lost else f"holds a tensor {strange[0]} too many"
+        raise RunError(
+            f"{folder / 'student.safetensors'} {which}, so it is no checkpoint of this student; "
+            f"remove {folder} to go on from an earlier one, or give another output_dir"
+        )
+
+
+def check_tracker(name: str | None) -> None:
+    """Raises UserError for a tracker that Accelerate does not know, or that is not installed."""
+    known = [str(kind) for kind in LoggerType if str(kind) != "all"]
+    if name is not None and name not in known:
+        raise UserError(f"tracker={name} is none that Accelerate knows: {', '.join(known)}")
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(f"tracker={name} is not installed; pip install it, or leave tracker out")
+
+
+def check_arithmetic(precision: str, device: torch.device) -> None:
+    """Raises UserError for fp16 on a CPU, where autocast computes in fp32 and says nothing."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; on a CPU give precision=bf16 or fp32")
+
+
+def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
+    """A line where the run computes in numbers that this processor is slow in."""
+    dtypes = {entry.dtype or config.teacher_precision for entry in config.teachers}
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type != "cpu" or capability != "AVX2" or "bf16" not in {config.precision, *dtypes}:
+        return []
+    return [
+        "this processor (AVX2) has no instructions for bf16, which takes several times as long as "
+        "fp32; precision=fp32, teacher_precision=fp32, or dtype: fp32 in a teacher's entry, is "
+        "faster"
+    ]
+
+
+def check_world(seen: int, world: World) -> None:
+    """Accelerate silently trains alone under some launchers; then the run must not start."""
+    if seen != world.size:
+        setting = os.environ.get("ACCELERATE_USE_CPU", "unset")
+        raise UserError(
+            f"{world.size} processes were launched but Accelerate sees {seen} "
+            f"(ACCELERATE_USE_CPU={setting}); start with "
+            f"torchrun --nproc_per_node {world.size} -m sead_dist ..."
+        )
+
+
+@contextmanager
+def deepspeed_is_ours() -> Iterator[None]:
+    """Accelerate must not see that its launcher asked for DeepSpeed: on a CPU it would ignore that
+    without a word, and elsewhere wrap the student a second time."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked

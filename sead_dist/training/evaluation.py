@@ -1,0 +1,109 @@
+"""Score a student on a split, and print the line that model cards of this family carry.
+
+Shapes: B rows, C classes, R rows of an evaluation batch.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sead_dist.data.order import Split, make_batch
+from sead_dist.data.task_files import TaskSpec, compute_metrics
+from sead_dist.objectives.ensemble import known
+from sead_dist.objectives.losses import hard_loss
+from sead_dist.runtime.distributed import World, gather_objects
+
+ROWS_PER_BATCH = 32
+Forward = Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """loss: mean hard loss of the labelled rows; runtime_s: of forwards, tokenising excluded;
+    logits_BC float32 in row order, the same on every rank."""
+
+    task: str
+    split: str
+    step: int
+    num_examples: int
+    metrics: dict[str, float]
+    loss: float
+    runtime_s: float
+    logits_BC: np.ndarray
+
+    def card(self, prefix: str = "eval") -> dict[str, float]:
+        """The card's keys, as Hugging Face's Trainer names them."""
+        steps = -(-self.num_examples // ROWS_PER_BATCH)
+        return {
+            **{f"{prefix}_{name}": value for name, value in self.metrics.items()},
+            f"{prefix}_loss": self.loss,
+            f"{prefix}_runtime": round(self.runtime_s, 4),
+            f"{prefix}_samples_per_second": round(self.num_examples / self.runtime_s, 3),
+            f"{prefix}_steps_per_second": round(steps / self.runtime_s, 3),
+            f"{prefix}_samples": self.num_examples,
+        }
+
+
+def student_logits(
+    model: torch.nn.Module, forward: Forward, split: Split, world: World
+) -> np.ndarray:
+    """The student's logits_BC for every row, in eval mode. All ranks call this.
+
+    Rows are sorted by length and cut into batches without regard to the number of ranks; every
+    rank does the same number of forwards.
+    """
+    by_length_B = np.argsort(split.tokens.lengths_B(), kind="stable")
+    count = -(-len(by_length_B) // ROWS_PER_BATCH)
+    turns = -(-count // world.size)
+    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for turn in range(turns):
+            start = (turn * world.size + world.rank) * ROWS_PER_BATCH
+            rows_R = by_length_B[start : start + ROWS_PER_BATCH]
+            asked_R = rows_R if len(rows_R) else np.array([-1])
+            batch = make_batch(split, asked_R)
+            logits_RC = forward(batch.inputs, split.tokens.choices).float().cpu().numpy()
+            mine.append((rows_R, logits_RC[: len(rows_R)]))
+    model.train(was_training)
+    logits_BC = np.zeros((len(split), mine[0][1].shape[1]), np.float32)
+    for pieces in gather_objects(world, mine):
+        for rows_R, logits_RC in pieces:
+            logits_BC[rows_R] = logits_RC
+    return logits_BC
+
+
+def mean_loss(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
+    """Mean hard loss of the labelled rows; NaN where there are none."""
+    labels = torch.from_numpy(labels_B)
+    labels = labels.float() if labels.is_floating_point() else labels
+    losses_B = hard_loss(torch.from_numpy(logits_BC), labels)
+    return float(losses_B[known(labels)].mean())
+
+
+def evaluate(
+    task: TaskSpec,
+    model: torch.nn.Module,
+    forward: Forward,
+    split: Split,
+    world: World,
+    step: int,
+) -> EvalResult:
+    """The student's metrics and loss on a split, the same on every rank."""
+    began = time.perf_counter()
+    logits_BC = student_logits(model, forward, split, world)
+    runtime_s = time.perf_counter() - began
+    return EvalResult(
+        task=task.name,
+        split=split.examples.split,
+        step=step,
+        num_examples=len(split),
+        metrics=compute_metrics(task, logits_BC, split.examples),
+        loss=mean_loss(logits_BC, split.examples.labels_B),
+        runtime_s=runtime_s,
+        logits_BC=logits_BC,
+    )

@@ -1,0 +1,291 @@
+"""The training loop: the way of the data, one step at a time.
+
+Shapes: B rows of a micro-batch, C classes, N teachers.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import Batch, BatchStream, padding_waste
+from sead_dist.errors import RunError
+from sead_dist.models.hidden_states import Internals, TeacherLogits
+from sead_dist.objectives.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
+from sead_dist.objectives.feature_losses import Rival
+from sead_dist.objectives.losses import alpha_at, total_loss
+from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, gather_objects
+from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.run_log import RunLog
+from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
+from sead_dist.training.checkpoint import Checkpointer, TrainState
+from sead_dist.training.engine import Engine
+from sead_dist.training.evaluation import EvalResult
+
+LOG_EVERY = 10
+
+
+def until_stopped(lessons: Iterator[Lesson]) -> Iterator[Lesson]:
+    """The lessons, up to a stop that is asked for while teachers compute."""
+    with suppress(StopRequestedError):
+        yield from lessons
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of a run, and its loop. `select` scores the student on the selection split."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    batches: BatchStream
+    source: TeacherSource | None
+    teacher_names: list[str]
+    weights_N: torch.Tensor
+    regression: bool
+    checkpointer: Checkpointer
+    log: RunLog
+    select: Callable[[int], EvalResult]
+    metric: str
+    stop: StopFlag
+    watch: Watch
+    live: LiveTeacher | None = None
+    rival: Rival | None = None
+
+    def run(self, state: TrainState) -> TrainState:
+        """Train from `state` to the last step; returns where it stopped (before the last step when
+        a stop was asked for, with a checkpoint saved)."""
+        depth = 1 if self.world.device.type == "cuda" else 0
+        total = self.batches.total_steps
+        lessons = stream(
+            self.batches,
+            self.source,
+            state.step,
+            self.config.window_rows,
+            depth,
+            partial(asked_teachers, self.batches, self.config, self.weights_N),
+            self.live,
+        )
+        tally = Tally(len(self.teacher_names))
+        self.engine.model.train()
+        with self.log.progress("training", total, state.step) as bar:
+            for lesson in until_stopped(lessons):
+                self.watch.move(f"training, step {state.step + 1} of {total}")
+                began = time.perf_counter()
+                self.learn(lesson, tally)
+                learning_rate = self.engine.learning_rate
+                self.engine.wake(state.step)
+                self.update(state.step + 1)
+                self.watch.move(f"training, after step {state.step + 1} of {total}")
+                spent_s = time.perf_counter() - began
+                step = lesson.step.number + 1
+                state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
+                    rows=lesson.step.valid_rows,
+                    train_s=spent_s + lesson.waited_s,
+                    wait_s=lesson.waited_s,
+                    live_rows=lesson.live_rows,
+                )
+                tally.seconds += spent_s + lesson.waited_s
+                tally.waited_s += lesson.waited_s
+                tally.rows += lesson.step.valid_rows
+                stopping = self.stop.agreed(self.world)
+                evaluating = self.evaluates_after(step)
+                saving = self.saves_after(step) or stopping
+                if step % LOG_EVERY == 0 or evaluating or saving or step == total:
+                    shown, state = self.report(tally, state, learning_rate)
+                    bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
+                    tally = Tally(len(self.teacher_names))
+                if evaluating:
+                    self.watch.move(f"scoring the student of step {step}")
+                    state = self.score(state)
+                if saving:
+                    self.watch.move(f"saving step {step}")
+                    self.checkpointer.save(self.engine, state)
+                self.log.step_done(step, total)
+                bar.advance(1)
+                if stopping:
+                    break
+        if state.step < total and not self.checkpointer.holds(state.step):
+            self.checkpointer.save(self.engine, state)
+        return state
+
+    def learn(self, lesson: Lesson, tally: "Tally") -> None:
+        """Forward and backward of this rank's micro-batches."""
+        batches = lesson.step.batches
+        for place, (batch, teachers) in enumerate(lesson.micro_batches()):
+            self.engine.seed_micro_batch(batch.step, batch.micro)
+            with self.engine.accumulate(last=place == len(batches) - 1):
+                student_BC, inside = self.forward(batch, lesson.live is not None)
+                labels_B = batch.labels_B.to(student_BC.device)
+                valid_B = batch.valid_B.to(student_BC.device)
+                soft = None
+                if teachers is not None:
+                    on_device = TeacherLogits(
+                        teachers.logits_NBC.to(student_BC.device),
+                        teachers.present_NB.to(student_BC.device),
+                    )
+                    soft = combine(
+                        self.config.ensemble,
+                        on_device,
+                        labels_B,
+                        self.weights_for(batch.step, batch.micro),
+                        self.config.temperature,
+                        self.regression,
+                        None if batch.routes_B is None else batch.routes_B.to(student_BC.device),
+                    )
+                    if not self.regression:
+                        tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
+                terms = total_loss(
+                    student_BC,
+                    labels_B,
+                    valid_B,
+                    soft,
+                    self.loss,
+                    alpha_at(self.config, batch.step, self.batches.total_steps),
+                    lesson.step.valid_rows,
+                )
+                if self.rival is not None:
+                    shown = None if teachers is None else teachers.internals
+                    mask_RL = batch.inputs["attention_mask"].to(student_BC.device)
+                    terms = self.rival.join(
+                        terms, inside, shown, mask_RL, valid_B, lesson.step.valid_rows
+                    )
+                self.engine.backward(terms.total)
+            self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
+            tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
+            parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.inner])
+            # a row counts alike in the log, whatever batch it was in
+            tally.losses += parts.cpu() * lesson.step.valid_rows
+        tally.steps += 1
+        waste, tokens = padding_waste(batches)
+        tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
+
+    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, Internals | None]:
+        """The student's logits_BC, and its internals where they are compared."""
+        reading = self.rival.reading() if reads and self.rival is not None else nullcontext()
+        with reading as inside:
+            choices = self.batches.split.tokens.choices
+            return self.engine.forward(batch.inputs, choices), inside
+
+    @property
+    def loss(self) -> str:
+        if self.config.loss == "auto":
+            return "mse" if self.regression else "kl"
+        return self.config.loss
+
+    def update(self, step: int) -> None:
+        """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
+        norm = self.engine.step()
+        # fp16 meets such gradients and passes over them
+        if self.config.precision != "fp16" and not math.isfinite(norm):
+            raise RunError(
+                f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
+                "lower learning_rate, or train in fp32 (precision=fp32)"
+            )
+
+    def weights_for(self, step: int, micro: int) -> torch.Tensor:
+        """weights_N of a micro-batch: frozen ones, or the one teacher that `random` chose."""
+        if self.config.ensemble != "random":
+            return self.weights_N
+        chosen = chosen_teacher(self.config.seed, step, micro, len(self.weights_N))
+        return torch.nn.functional.one_hot(torch.tensor(chosen), len(self.weights_N)).float()
+
+    def report(
+        self, tally: "Tally", state: TrainState, learning_rate: float
+    ) -> tuple[dict[str, float], TrainState]:
+        """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
+        parts = gather_objects(self.world, tally)
+        losses = torch.stack([part.losses for part in parts]).sum(0) / tally.rows
+        total, soft, hard, inner = losses.tolist()
+        if not np.isfinite(total):
+            raise RunError(
+                f"the loss is {total} at step {state.step}; the last checkpoint is intact; "
+                "lower learning_rate, or train in fp32 (precision=fp32)"
+            )
+        same, asked = torch.stack([part.agreement_2N for part in parts]).sum(0).tolist()
+        padding, tokens = torch.stack([part.padding for part in parts]).sum(0).tolist()
+        waited_s = max(p.waited_s for p in parts)
+        shown = {
+            "epoch": round(state.step / self.batches.steps_per_epoch, 4),
+            "loss": total,
+            "rows": tally.rows,
+            "learning_rate": learning_rate,
+            "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
+            "teacher_wait_s": round(waited_s, 4),
+        }
+        # of the labelled rows, which may be few beside the transfer text
+        with_label = sum(part.labelled for part in parts)
+        hard_mean = hard * tally.rows / with_label if with_label else None
+        taught = bool(self.teacher_names)
+        rates = {n: s / a for n, s, a in zip(self.teacher_names, same, asked, strict=True) if a}
+        self.log.metrics(
+            "train",
+            step=state.step,
+            **shown,
+            loss_soft=soft if taught else None,
+            loss_hard=hard_mean,
+            loss_inner=None if self.rival is None else inner,
+            agreement=rates,
+        )
+        if self.config.tracker is not None:
+            parts_of_loss = {"loss_soft": soft, "loss_hard": hard_mean or 0.0}
+            self.engine.track({**shown, **parts_of_loss}, state.step)
+        return shown, state.add(padding=padding, tokens=tokens)
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.config.evaluate.every_steps or self.batches.steps_per_epoch
+        return step % every == 0 or step == self.batches.total_steps
+
+    def saves_after(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every > 0 and (step % every == 0 or step == self.batches.total_steps)
+
+    def score(self, state: TrainState) -> TrainState:
+        """Score the selection split, and keep the student when it is the best so far."""
+        result = self.select(state.step)
+        score = result.metrics[self.metric]
+        self.log.metrics(
+            "eval",
+            step=state.step,
+            split="selection",
+            loss=result.loss,
+            metrics=result.metrics,
+        )
+        if self.config.tracker is not None:
+            scores = {f"selection_{name}": value for name, value in result.metrics.items()}
+            self.engine.track({**scores, "selection_loss": result.loss}, state.step)
+        if self.rival is not None and self.rival.has_no_head(state.step):
+            return state  # its score is that of a head as it was made
+        if self.config.graduate == "last" or is_better(score, result.loss, state):
+            state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
+            self.checkpointer.save_best(self.engine, state.step)
+        return state
+
+
+def is_better(score: float, loss: float, state: TrainState) -> bool:
+    """Whether a student is better than the best so far: by its score, and by its loss where the
+    scores are equal, as they often are on a small selection split."""
+    if state.best_metric is None or score > state.best_metric:
+        return True
+    return score == state.best_metric and (state.best_loss is None or loss < state.best_loss)
+
+
+class Tally:
+    """What this rank saw since the last line of the log. losses: total, soft, hard, inner, each
+    summed over rows."""
+
+    def __init__(self, teachers: int) -> None:
+        self.losses = torch.zeros(4)
+        self.agreement_2N = torch.zeros(2, teachers)
+        self.padding = torch.zeros(2, dtype=torch.float64)
+        self.labelled = 0
+        self.steps = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.waited_s = 0.0
