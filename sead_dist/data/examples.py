@@ -61,8 +61,8 @@ def build_examples(
     items = list(read_items(task, rows, split, labelled, route))
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
-    unlabelled, kind = (np.nan, np.float64) if task.kind == "regression" else (-1, np.int64)
-    labels = [unlabelled if item.label is None else item.label for item in items]
+    kind = task.task_kind
+    labels = [kind.unlabelled if item.label is None else item.label for item in items]
     hashes: dict[str, int] = {}  # passages repeat: hash each once
     sentences = [_sentence(text, hashes) for item in items for text in item.sentences]
     answers = [item.answer for item in items if item.answer is not None]
@@ -71,7 +71,7 @@ def build_examples(
         choices=len(task.choices) or 1,
         texts_a=[text for item in items for text in item.texts_a],
         texts_b=[text for item in items for text in item.texts_b] if task.is_pair else None,
-        labels_B=np.array(labels, dtype=kind),
+        labels_B=np.array(labels, dtype=kind.label_type),
         groups_B=_number_groups(items),
         answers=answers or None,
         ids_B2=_as_int64([_identity(item) for item in items]).reshape(-1, 2),

@@ -11,13 +11,12 @@ same texts.
              text once, sorted), the group is the query
 """
 
-import math
 import re
 import string
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sead_dist.data.task_files import Answer, TaskSpec, file_values, normalise_label
+from sead_dist.data.task_files import Answer, TaskSpec
 from sead_dist.errors import UserError
 
 Row = Mapping[str, Any]
@@ -51,8 +50,7 @@ def read_items(
     second = task.choices or ((task.text_b,) if task.text_b is not None else ())
     texts_b = [_template(text) for text in second]
     read = READERS[task.reader]
-    parse = _score if task.kind == "regression" else _class_index
-    values = file_values(task)
+    parse = task.task_kind.label_parser(task)
     for position, row in enumerate(rows):
         where = f"{split} row {position + 1}"
         if task.renames:
@@ -71,7 +69,7 @@ def read_items(
                 (first,) * (len(task.choices) or 1),
                 tuple(text(flat) for text in texts_b),
                 tuple(flat[name] for name in task.sentences),
-                parse(task, flat, values, where) if labelled else None,
+                parse(_label(task, flat, where), where) if labelled else None,
                 flat.get("group"),
                 flat.get("candidate"),
                 position,
@@ -118,38 +116,6 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     if task.label_column not in flat:
         raise UserError(_no_column(task.label_column, flat, where))
     return flat[task.label_column]
-
-
-def _class_index(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
-    value = _label(task, flat, where)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with a gap is read as floats
-    if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
-        value = whole[1]  # and written as such
-    index = values.get(normalise_label(str(value)))
-    if index is None:
-        numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]
-        allowed = ", ".join([*task.labels, *(n for n in numbers if n not in task.labels)])
-        raise UserError(
-            f"{where}: label {value!r} in column {task.label_column!r} is outside the set; "
-            f"allowed: {allowed}; mend the row"
-        )
-    return index
-
-
-def _score(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
-    low, high = task.score_range or (-math.inf, math.inf)
-    value = _label(task, flat, where)
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not low <= score <= high:  # also false for NaN
-        raise UserError(
-            f"{where}: score {value!r} in column {task.label_column!r}; "
-            f"allowed: a number from {low:g} to {high:g}; mend the row"
-        )
-    return score
 
 
 def _teacher_index(route: Route, flat: Row, where: str) -> int:

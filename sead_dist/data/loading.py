@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.data.task_files import TASKS, TaskSpec, align_name, is_label
+from sead_dist.data.task_files import TASKS, TaskSpec, align_name
 from sead_dist.errors import UserError, refusal
 
 Rows = list[dict[str, Any]]
@@ -264,7 +264,7 @@ def _has_header(lines: list[list[str]], task: TaskSpec) -> bool:
         return True
     place = task.columns.index(task.label_column)
     wide = next((fields for fields in lines if len(fields) == len(task.columns)), None)
-    return wide is None or not is_label(task, wide[place])
+    return wide is None or not task.task_kind.is_label(task, wide[place])
 
 
 def _tell(path: Path, skipped: int) -> None:
@@ -365,7 +365,7 @@ def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     themselves. Of a class that is not the task's, a row that has it is refused by its name."""
     if all(align_name(task, name) is not None for name in names):
         return True
-    return task.kind == "classification" and not all(re.fullmatch(r"-?\d+", n) for n in names)
+    return task.task_kind.head_of_labels and not all(re.fullmatch(r"-?\d+", n) for n in names)
 
 
 def _line(error: BaseException) -> str:

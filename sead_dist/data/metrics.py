@@ -8,13 +8,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-Kind = Literal["classification", "regression", "choice"]
 
 
 class Answer(NamedTuple):
@@ -81,10 +79,10 @@ GROUPED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
 ANSWERS: dict[str, Callable[[str, str], float]] = {"exact_match": _exact_answer, "f1": _token_f1}
 
 
-def names(kind: Kind, reader: str) -> list[str]:
-    """The metrics that a task of this kind and row shape can have."""
+def names_of_classes(reader: str) -> list[str]:
+    """The metrics that a task with classes and of this row shape can have."""
     grouped: dict[str, list[str]] = {"multirc": list(GROUPED), "record": list(ANSWERS)}
-    return grouped.get(reader) or list(REGRESSION if kind == "regression" else CLASSIFICATION)
+    return grouped.get(reader) or list(CLASSIFICATION)
 
 
 def _answer_scores(name: str, answers: Sequence[Answer]) -> np.ndarray:
@@ -98,21 +96,31 @@ def _best_rows(logits_BC: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
     return order_B[np.unique(groups_B[order_B], return_index=True)[1]]
 
 
-def compute(
-    names: Sequence[str], kind: Kind, logits_BC: np.ndarray, inputs: MetricInputs
-) -> dict[str, float]:
-    """Metrics `names` of `logits_BC` [B, C] (regression: [B, 1], the score itself).
-
-    Raises ValueError where the shapes differ or a row has no label.
-    """
-    labels_B, groups_B, answers = inputs.labels_B, inputs.groups_B, inputs.answers
+def _check(logits_BC: np.ndarray, labels_B: np.ndarray, known_B: np.ndarray) -> None:
     if len(labels_B) == 0 or logits_BC.ndim != 2 or len(logits_BC) != len(labels_B):
         raise ValueError(f"logits of shape {logits_BC.shape} for {len(labels_B)} labels")
-    if np.isnan(labels_B).any() or (kind != "regression" and labels_B.min() < 0):
+    if not known_B.all():
         raise ValueError("a metric needs a label in every row")
-    if kind == "regression":
-        scores_B = logits_BC[:, 0].astype(np.float64)
-        return {name: REGRESSION[name](labels_B, scores_B) for name in names}
+
+
+def of_scores(
+    names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
+) -> dict[str, float]:
+    """Metrics `names` of scores, logits_BC [B, 1]. Raises ValueError where the shapes differ or a
+    row has no label."""
+    labels_B = inputs.labels_B
+    _check(logits_BC, labels_B, ~np.isnan(labels_B))
+    scores_B = logits_BC[:, 0].astype(np.float64)
+    return {name: REGRESSION[name](labels_B, scores_B) for name in names}
+
+
+def of_classes(
+    names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
+) -> dict[str, float]:
+    """Metrics `names` of the classes of the largest logits. Raises ValueError where the shapes
+    differ or a row has no label."""
+    labels_B, groups_B, answers = inputs.labels_B, inputs.groups_B, inputs.answers
+    _check(logits_BC, labels_B, labels_B >= 0)
     if answers is not None and groups_B is not None:
         rows = _best_rows(logits_BC, groups_B)
         chosen = [answers[row] for row in rows]
@@ -123,13 +131,13 @@ def compute(
     return {name: CLASSIFICATION[name](labels_B, predictions_B) for name in names}
 
 
-def constant(name: str, kind: Kind, num_classes: int, inputs: MetricInputs) -> float:
+def constant(name: str, num_classes: int, inputs: MetricInputs) -> float:
     """The best score under metric `name` that a prediction without looking can reach.
 
-    0 for correlations. Where a group's best candidate is asked for (ReCoRD), equal scores say
+    0 for MCC. Where a group's best candidate is asked for (ReCoRD), equal scores say
     nothing, so it is the expectation over a candidate drawn by chance.
     """
-    if kind == "regression" or name == "matthews_correlation":
+    if name == "matthews_correlation":
         return 0.0
     if inputs.answers is not None and inputs.groups_B is not None:
         scores_B = _answer_scores(name, inputs.answers)
@@ -137,6 +145,6 @@ def constant(name: str, kind: Kind, num_classes: int, inputs: MetricInputs) -> f
         return float(np.mean(np.bincount(group_B, weights=scores_B) / np.bincount(group_B)))
     rows = len(inputs.labels_B)
     return max(
-        compute([name], kind, np.tile(one_hot_C, (rows, 1)), inputs)[name]
+        of_classes([name], np.tile(one_hot_C, (rows, 1)), inputs)[name]
         for one_hot_C in np.eye(num_classes)
     )

@@ -105,7 +105,7 @@ def split_off(
     if most is not None:
         held = max(1, round(share * most))
         kept, selection = sample(kept, max(1, most - held), seed), sample(selection, held, seed)
-    if task.kind == "classification" and len(set(selection.labels_B.tolist())) < 2:
+    if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
             f"select.fraction={share} or data.max_train_examples={most}"

@@ -3,16 +3,14 @@
 One row per task; label order is the hub's. Shapes: B examples, C classes.
 """
 
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sead_dist.data import metrics
+from sead_dist.data.kinds import align_name, file_values, normalise_label
 from sead_dist.data.metrics import Answer, MetricInputs
-from sead_dist.data.tasks import TaskSpec, nearest, normalise_label, read_task_file
+from sead_dist.data.tasks import TaskSpec, nearest, read_task_file
 from sead_dist.errors import UserError
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "compute_metrics",
     "constant_score",
     "file_values",
-    "is_label",
     "load_task",
     "normalise_label",
 ]
@@ -103,52 +100,16 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 
-def _names(task: TaskSpec) -> dict[str, int]:
-    names = {normalise_label(alias): task.labels.index(to) for alias, to in task.aliases.items()}
-    return names | {normalise_label(label): i for i, label in enumerate(task.labels)}
-
-
-def file_values(task: TaskSpec) -> dict[str, int]:
-    """Label values of a file (normalised) -> class index.
-
-    Numbers are class indices, unless the labels are numbers or the task says what they mean.
-    """
-    named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
-    named |= _names(task)
-    if any(re.fullmatch(r"-?\d+", name) for name in named):
-        return named
-    return named | {str(index): index for index in range(len(task.labels))}
-
-
-def is_label(task: TaskSpec, value: str) -> bool:
-    """Whether a file's value can be a label of the task."""
-    if task.kind == "regression":
-        low, high = task.score_range or (-math.inf, math.inf)
-        try:
-            return low <= float(value) <= high
-        except ValueError:
-            return False
-    return normalise_label(value) in file_values(task)
-
-
-def align_name(task: TaskSpec, name: str) -> int | None:
-    """The class index of a model's label name, or None where the name does not say which.
-
-    `LABEL_0` never says; a bare number says only where the task's own labels are numbers.
-    """
-    return _names(task).get(normalise_label(name))
-
-
 def compute_metrics(
     task: TaskSpec, logits_BC: np.ndarray, examples: MetricInputs
 ) -> dict[str, float]:
     """The official metrics of `logits_BC` [B, C]; ValueError where a row has no label."""
-    return metrics.compute(task.metrics, task.kind, logits_BC, examples)
+    return task.task_kind.compute(task.metrics, logits_BC, examples)
 
 
 def constant_score(task: TaskSpec, examples: MetricInputs) -> float:
     """The best constant prediction under `task.metrics[0]` (0 for correlations and MCC)."""
-    return metrics.constant(task.metrics[0], task.kind, task.num_labels, examples)
+    return task.task_kind.baseline(task.metrics[0], task.num_labels, examples)
 
 
 def load_task(name_or_yaml: str | Path) -> TaskSpec:

@@ -9,14 +9,23 @@ import string
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticKnownError
 
 from sead_dist.config.yaml_text import parse_yaml
-from sead_dist.data import metrics
-from sead_dist.data.metrics import Kind
+from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError, refusal
+
+
+def _known_kind(kind: Any) -> Any:
+    if kind not in list(KINDS):
+        *others, last = map(repr, KINDS)
+        expected = f"{', '.join(others)} or {last}"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return kind
+
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -27,7 +36,7 @@ class TaskSpec:
     in a YAML file, and `labels` or `score_range`."""
 
     name: str
-    kind: Kind
+    kind: Annotated[str, BeforeValidator(_known_kind)]  # a name of KINDS
     text_a: str
     text_b: str | None = None
     choices: tuple[str, ...] = ()  # kind "choice": second text of each choice, in label order
@@ -57,6 +66,10 @@ class TaskSpec:
         return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
 
     @property
+    def task_kind(self) -> TaskKind:
+        return KINDS[self.kind]
+
+    @property
     def num_labels(self) -> int:
         """C: the classes, or 1 for regression."""
         return len(self.labels) or 1
@@ -65,11 +78,6 @@ class TaskSpec:
     def is_pair(self) -> bool:
         """Whether every text row has a second text."""
         return self.text_b is not None or bool(self.choices)
-
-
-def normalise_label(name: str) -> str:
-    """The form in which label names are compared: case-folded, spaces and hyphens as `_`."""
-    return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -116,8 +124,8 @@ def read_task_file(path: Path) -> TaskSpec:
 def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
     regression = raw.get("score_range") is not None
     raw = {"kind": "regression" if regression else "classification", **raw}
-    if raw["kind"] == "regression":
-        raw.setdefault("metrics", ["pearson", "spearmanr"])
+    if kind := KINDS.get(str(raw["kind"])):
+        raw.setdefault("metrics", list(kind.metrics))
     if isinstance(raw.get("value_aliases"), dict):  # YAML reads a bare 4 as a number
         raw["value_aliases"] = {str(value): label for value, label in raw["value_aliases"].items()}
     return raw
@@ -137,44 +145,7 @@ def find_problem(task: TaskSpec) -> str | None:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:
         return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
-    allowed = metrics.names(task.kind, task.reader)
+    allowed = task.task_kind.metric_names(task.reader)
     if not task.metrics or set(task.metrics) - set(allowed):
         return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
-    if task.kind == "regression":
-        low, high = task.score_range or (0.0, 0.0)
-        if task.labels or not low < high:
-            return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
-        return None
-    if task.score_range is not None:
-        return f"score_range is for kind 'regression', not {task.kind!r}; leave one out"
-    return _label_problem(task)
-
-
-def _label_problem(task: TaskSpec) -> str | None:
-    labels = [normalise_label(label) for label in task.labels]
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        return f"labels is {list(task.labels)}; give two or more different names"
-    if says_nothing := [name for name in labels if re.fullmatch(r"label_\d+", name)]:
-        return f"labels has {says_nothing[0]!r}, which says nothing; name what it stands for"
-    if "f1" in task.metrics and task.reader == "plain" and len(labels) != 2:
-        return f"metrics has 'f1', which needs two labels, not {len(labels)}; use f1_macro"
-    if (task.kind == "choice") != bool(task.choices) or len(task.choices) not in (0, len(labels)):
-        return f"choices has {len(task.choices)} templates; kind 'choice' needs one for each label"
-    for alias, label in {**task.aliases, **task.value_aliases}.items():
-        if label not in task.labels:
-            return f"alias {alias!r} stands for {label!r}; allowed: {', '.join(task.labels)}"
-    return _twice_named(task)
-
-
-def _twice_named(task: TaskSpec) -> str | None:
-    """A name that stands for two labels, of which one would count without a word."""
-    meant = {normalise_label(label): (label, "labels") for label in task.labels}
-    for key in ("aliases", "value_aliases"):
-        for alias, label in getattr(task, key).items():
-            before, where = meant.setdefault(normalise_label(alias), (label, key))
-            if before != label:
-                return (
-                    f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "
-                    "(capitals, blanks, - and _ do not tell names apart); remove one"
-                )
-    return None
+    return task.task_kind.find_problem(task)

@@ -46,7 +46,7 @@ def is_generic(names: Sequence[str]) -> bool:
 
 def width(task: TaskSpec) -> int:
     """How many logits a model gives per text row."""
-    return len(task.labels) if task.kind == "classification" else 1
+    return len(task.task_kind.outputs(task))
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
@@ -71,10 +71,10 @@ def align_classes(
     if len(names) != width(task):
         raise UserError(
             f"{model} has num_labels={len(names)} but task {task.name} needs {width(task)}"
-            + (f" ({', '.join(task.labels)})" if task.kind == "classification" else "")
+            + (f" ({', '.join(task.labels)})" if task.task_kind.head_of_labels else "")
             + "; give a model fine-tuned for this task"
         )
-    if task.kind != "classification" or labels == "task_order":
+    if not task.task_kind.head_of_labels or labels == "task_order":
         return list(range(len(names)))
     said = list(labels) if labels is not None else list(names)
     if labels is None and is_generic(names):
@@ -94,17 +94,10 @@ def align_classes(
     return [found.index(index) for index in range(len(names))]
 
 
-def problem_type(task: TaskSpec) -> str | None:
-    """What Transformers calls a model of this task. It has no word for choices: one logit for each
-    text, of which the largest of an example counts."""
-    types = {"classification": "single_label_classification", "regression": "regression"}
-    return types.get(task.kind)
-
-
 def check_problem_type(task: TaskSpec, name: str, config: PretrainedConfig) -> None:
     """Raises UserError for a model whose config says that its logits mean something else than the
     task's would: sigmoids of classes that may hold together, or scores."""
-    said, wanted = config.problem_type, problem_type(task)
+    said, wanted = config.problem_type, task.task_kind.problem_type
     if said is None or wanted is None or said == wanted:
         return
     raise UserError(

@@ -32,7 +32,6 @@ from sead_dist.models.sequence_classifier import (
     load_start,
     new_classifier,
     outline,
-    problem_type,
 )
 
 # Version of the rules by which a start becomes a student: which weights are new, how they are drawn
@@ -188,13 +187,13 @@ def build_student(
     its layer that ends in classes is made anew (from the seed). say: takes the line on what was
     loaded and what is new.
     """
-    names = list(task.labels) if task.kind == "classification" else ["score"]
+    names = task.task_kind.outputs(task)
     changes: dict[str, Any] = {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         # never what the start says of itself
-        "problem_type": problem_type(task),
+        "problem_type": task.task_kind.problem_type,
     }
     torch.manual_seed(seed)
     if student.shape is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import EnsembleMethod, RunConfig, teacher_names
+from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
@@ -35,13 +36,14 @@ class SoftTargets:
     temperature: float
 
 
-def misfit(config: RunConfig, kind: str) -> str | None:
+def misfit(config: RunConfig, kind: TaskKind) -> str | None:
     """Why the method cannot be applied to a task of this kind; None where it can."""
     method = config.ensemble
-    if kind == "regression" and method in NEED_CLASSES:
-        return f"ensemble={method} needs classes; for a regression task use ensemble=mean_logits"
-    if kind == "regression" and config.loss == "kl":
-        return "loss=kl needs classes; for a regression task use loss=mse, or loss=auto"
+    if not kind.has_classes and method in NEED_CLASSES:
+        return f"ensemble={method} needs classes; for a {kind.name} task use ensemble=mean_logits"
+    if config.loss not in ("auto", *kind.soft_losses):
+        use = f"use loss={kind.soft_losses[0]}, or loss=auto"
+        return f"loss={config.loss} needs classes; for a {kind.name} task {use}"
     if method == "routed" and config.route is None:
         return (
             "ensemble=routed needs route=COLUMN, the column of the data that names each example's "
@@ -50,7 +52,7 @@ def misfit(config: RunConfig, kind: str) -> str | None:
     return None
 
 
-def check_method(config: RunConfig, kind: str) -> None:
+def check_method(config: RunConfig, kind: TaskKind) -> None:
     """What is asked of the teachers fits the task and the other keys. Raises UserError."""
     reason = misfit(config, kind)
     if reason is not None:

@@ -50,14 +50,25 @@ def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.T
     return kl_BC.sum(-1) * soft.temperature**2
 
 
-def hard_loss(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """Per-row loss_B against the gold labels, 0 where unlabelled: cross-entropy, or squared error
-    when labels are scores."""
-    if labels_B.is_floating_point():
-        known_B = ~torch.isnan(labels_B)
-        gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
-        return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
+def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    known_B = ~torch.isnan(labels_B)
+    gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
+    return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
+
+
+def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
+
+
+# those that a kind of task names
+HARD_LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+
+
+def hard_loss(
+    student_BC: torch.Tensor, labels_B: torch.Tensor, loss: str = "cross_entropy"
+) -> torch.Tensor:
+    """Per-row loss_B against the gold labels (squared_error: scores), 0 where unlabelled."""
+    return HARD_LOSSES[loss](student_BC, labels_B)
 
 
 def total_loss(
@@ -68,18 +79,20 @@ def total_loss(
     loss: str,
     alpha: float,
     valid_rows: int,
+    hard: str = "cross_entropy",
 ) -> LossTerms:
     """Labelled rows: alpha * soft + (1 - alpha) * hard; unlabelled rows: soft alone; without
     teachers: hard alone. Rows that are not valid count nothing. (Invariant 2.)
 
-    valid_rows: valid rows of the global batch, over all micro-batches and ranks.
+    loss, hard: names of the soft and the hard loss. valid_rows: valid rows of the global batch,
+    over all micro-batches and ranks.
     """
     zero_B = student_BC.new_zeros(student_BC.shape[0])
-    hard_B = torch.where(valid_B, hard_loss(student_BC, labels_B), zero_B)
+    hard_B = torch.where(valid_B, hard_loss(student_BC, labels_B, hard), zero_B)
     if soft is None:
-        hard = hard_B.sum() / valid_rows
-        none = torch.zeros_like(hard.detach())
-        return LossTerms(total=hard, soft=none, hard=hard.detach(), inner=none)
+        total = hard_B.sum() / valid_rows
+        none = torch.zeros_like(total.detach())
+        return LossTerms(total=total, soft=none, hard=total.detach(), inner=none)
     soft_B = torch.where(valid_B, soft_loss(student_BC, soft, loss), zero_B)
     share_B = torch.where(known(labels_B), alpha, 1.0)
     total = (share_B * soft_B + (1 - share_B) * hard_B).sum() / valid_rows

@@ -266,8 +266,8 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     if rows and accuracy is not None:
         points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
-    if spec is not None and spec.kind == "choice":
-        yield "One call scores one choice: score all choices and take the highest."
+    if spec is not None and spec.task_kind.limit is not None:
+        yield spec.task_kind.limit
     for exam in files.examination:
         name = redact(exam["name"])
         if not exam.get("passed", True):

@@ -258,7 +258,7 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
         source=parts.source,
         teacher_names=[teacher.name for teacher in parts.teachers],
         weights_N=weights_N,
-        regression=parts.task.kind == "regression",
+        kind=parts.task.task_kind,
         checkpointer=parts.checkpointer,
         log=parts.log,
         select=select,

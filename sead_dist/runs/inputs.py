@@ -34,7 +34,7 @@ def check_inputs(config: RunConfig) -> None:
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
     task = load_task(config.task)
     if config.taught:
-        check_method(config, task.kind)
+        check_method(config, task.task_kind)
     first_dev = list(task.splits)[1]
     given = {"train": config.data.train, first_dev: config.data.validation}
     for split in task.splits:

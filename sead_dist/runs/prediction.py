@@ -227,8 +227,9 @@ def predict_file(
     rows = read_rows(file, task)
     examples = build_examples(task, rows, file.name, labelled=False)
     columns = input_columns(rows, examples)
-    added = [f"probability_{label}" for label in task.labels] + ["predicted_label"]
-    if clash := sorted({*added, "predicted_score"} & set(columns)):
+    added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
+    # nor what a prediction of another kind of task added before
+    if clash := sorted({*added, "predicted_label", "predicted_score"} & set(columns)):
         raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
@@ -236,7 +237,7 @@ def predict_file(
     split = make_split(examples, answerer.tokenizer, answerer.max_length)
     tell_cuts(split, answerer.max_length, world)
     logits_BC = student_logits(answerer.model, answerer.forward, split, world)
-    columns |= answers(task, logits_BC)
+    columns |= task.task_kind.answers(task, logits_BC)
     from_main(world, lambda: write_table(columns, output))
     leave_world(world)
 
@@ -260,18 +261,6 @@ def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
     columns["text_a"] = examples.texts_a
     if examples.texts_b is not None:
         columns["text_b"] = examples.texts_b
-    return columns
-
-
-def answers(task: TaskSpec, logits_BC: np.ndarray) -> dict[str, list[Any]]:
-    """The columns that a prediction adds."""
-    if task.kind == "regression":
-        return {"predicted_score": np.round(logits_BC[:, 0].astype(float), 6).tolist()}
-    chosen_B = logits_BC.argmax(axis=1)
-    probabilities_BC = torch.from_numpy(logits_BC).double().softmax(dim=1).numpy().round(6)
-    columns: dict[str, list[Any]] = {"predicted_label": [task.labels[c] for c in chosen_B]}
-    for label, probabilities_B in zip(task.labels, probabilities_BC.T, strict=True):
-        columns[f"probability_{label}"] = probabilities_B.tolist()
     return columns
 
 

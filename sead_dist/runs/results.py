@@ -38,12 +38,12 @@ def ensemble_logits(
     teachers = TeacherLogits(
         torch.from_numpy(logits_NBC), torch.ones(logits_NBC.shape[:2], dtype=torch.bool)
     )
-    regression = parts.task.kind == "regression"
+    scores = not parts.task.task_kind.has_classes
     routes = None if routes_B is None else torch.from_numpy(routes_B)
     # of a new text no micro-batch says which teacher: together they are their mean
     asked = parts.config.ensemble
-    method = "mean_probabilities" if asked == "random" and not regression else asked
-    soft = combine(method, teachers, None, weights_N, 1.0, regression, routes)
+    method = "mean_probabilities" if asked == "random" and not scores else asked
+    soft = combine(method, teachers, None, weights_N, 1.0, scores, routes)
     return soft.logits_BC.numpy(), soft.targets_BC.numpy()
 
 

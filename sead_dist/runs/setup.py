@@ -200,7 +200,7 @@ def read_inputs(
     """Task, examples, and the student with its tokeniser."""
     task = load_task(config.task)
     if config.taught:
-        check_method(config, task.kind)
+        check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
     model = build_student(
         config.student, task, tokenizer, config.seed, config.trust_remote_code, say

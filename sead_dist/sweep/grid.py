@@ -118,7 +118,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         teachers += made
         for method in sweep.methods:
             config = student_config(made, resolve([*layers, {"method": method}]))
-            reason = misfit(config, task.kind)
+            reason = misfit(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, method_name(method)] = reason
             else:

@@ -80,7 +80,7 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
     resampled_SR = None
     if len(units) > 1:
         logits_SBC = [logits_of(unit, data.dev) for unit in units]
-        kind = data.task.kind
+        kind = data.task.task_kind
         resampled_SR = resampled_scores(data.metric, kind, logits_SBC, data.dev, data.draws)
     return Runs(task, method, scores, summaries, resampled_SR)
 

@@ -143,7 +143,7 @@ def check_runs(plan: Plan) -> None:
         students = plan.students(name)
         for unit in students:
             if unit.config.taught:
-                check_method(unit.config, task.kind)
+                check_method(unit.config, task.task_kind)
         teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
         with_text = [unit for unit in students if unit.config.transfer.path is not None]
         # the others ask for nothing else

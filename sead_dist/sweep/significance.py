@@ -24,7 +24,8 @@ from scipy.special import fdtri, stdtr, stdtrit
 from scipy.stats import rankdata
 
 from sead_dist.data import metrics
-from sead_dist.data.metrics import Answer, Kind, MetricInputs
+from sead_dist.data.kinds import TaskKind
+from sead_dist.data.metrics import Answer, MetricInputs
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -83,13 +84,13 @@ def draw_units(units: int, seed: int) -> Iterator[Floats]:
 
 
 def rescorer(
-    name: str, kind: Kind, logits_BC: NDArray[np.float32], inputs: MetricInputs
+    name: str, kind: TaskKind, logits_BC: NDArray[np.float32], inputs: MetricInputs
 ) -> Rescore:
     """The metric `name` of these logits as a function of how often each unit counts.
 
-    With every unit counted once it is `metrics.compute`'s value.
+    With every unit counted once it is the kind's own value.
     """
-    if kind == "regression":
+    if name in metrics.REGRESSION:
         return _correlation(name, inputs.labels_B, logits_BC[:, 0].astype(np.float64))
     if inputs.answers is not None or name == "exact_match":
         return _mean_of_groups(name, kind, logits_BC, inputs)
@@ -150,17 +151,14 @@ CONFUSION: dict[str, Callable[[Floats], Floats]] = {
 
 
 def _mean_of_groups(
-    name: str, kind: Kind, logits_BC: NDArray[np.float32], inputs: MetricInputs
+    name: str, kind: TaskKind, logits_BC: NDArray[np.float32], inputs: MetricInputs
 ) -> Rescore:
     """A metric that is the mean of each group's own score."""
     units_B = units_of(inputs)
     order_B = np.argsort(units_B, kind="stable")
     groups = np.split(order_B, np.flatnonzero(np.diff(units_B[order_B])) + 1)
     own_U = np.array(
-        [
-            metrics.compute([name], kind, logits_BC[rows], _some(inputs, rows))[name]
-            for rows in groups
-        ]
+        [kind.compute([name], logits_BC[rows], _some(inputs, rows))[name] for rows in groups]
     )
 
     def scores(times_RU: Floats) -> Floats:
@@ -202,7 +200,11 @@ def _pearson(a_B: Floats, b_B: Floats) -> float:
 
 
 def resampled_scores(
-    name: str, kind: Kind, logits_SBC: list[NDArray[np.float32]], inputs: MetricInputs, seed: int
+    name: str,
+    kind: TaskKind,
+    logits_SBC: list[NDArray[np.float32]],
+    inputs: MetricInputs,
+    seed: int,
 ) -> Floats:
     """scores_SR of each seed's logits on the same RESAMPLES draws of units, which `seed` and the
     number of units decide."""

@@ -44,7 +44,6 @@ from sead_dist.models.sequence_classifier import (
     head_weights,
     label_names,
     outline,
-    width,
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
 from sead_dist.store.table import TeacherKey
@@ -272,11 +271,10 @@ def _call(
             checked[kind] = cut_of(shape, dtype, device, entry.weights, padding)
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
-        classes = len(task.labels) if task.kind == "choice" else width(task)
         code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
         padding = checked[kind].padding
         fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
-        key = TeacherKey(fingerprint, numerics, entry.path, classes)
+        key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
         teachers.append(
             Teacher(
                 entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,

@@ -70,7 +70,7 @@ def better_order(
     """The order of labels, in the model's own columns as aligned now, that would score best, when
     that is better than the present one."""
     classes = logits_BC.shape[1]
-    if task.kind != "classification" or classes > MOST_CLASSES_REORDERED:
+    if not task.task_kind.head_of_labels or classes > MOST_CLASSES_REORDERED:
         return None
     best, found = score, None
     for order in permutations(range(classes)):
@@ -83,7 +83,7 @@ def better_order(
 def off_scale(task: TaskSpec, logits_BC: np.ndarray, split: Split) -> tuple[float, float] | None:
     """The range of a regression teacher's scores, where one constant score would be nearer to the
     gold ones: correlations do not see another scale, the student's squared error does."""
-    if task.kind != "regression":
+    if task.task_kind.has_classes:
         return None
     scores_B, labels_B = logits_BC[:, 0].astype(float), split.examples.labels_B
     error = float(np.mean((scores_B - labels_B) ** 2))

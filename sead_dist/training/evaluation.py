@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.task_files import TaskSpec, compute_metrics
 from sead_dist.objectives.ensemble import known
@@ -77,11 +78,11 @@ def student_logits(
     return logits_BC
 
 
-def mean_loss(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
+def mean_loss(kind: TaskKind, logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
     """Mean hard loss of the labelled rows; NaN where there are none."""
     labels = torch.from_numpy(labels_B)
     labels = labels.float() if labels.is_floating_point() else labels
-    losses_B = hard_loss(torch.from_numpy(logits_BC), labels)
+    losses_B = hard_loss(torch.from_numpy(logits_BC), labels, kind.hard_loss)
     return float(losses_B[known(labels)].mean())
 
 
@@ -103,7 +104,7 @@ def evaluate(
         step=step,
         num_examples=len(split),
         metrics=compute_metrics(task, logits_BC, split.examples),
-        loss=mean_loss(logits_BC, split.examples.labels_B),
+        loss=mean_loss(task.task_kind, logits_BC, split.examples.labels_B),
         runtime_s=runtime_s,
         logits_BC=logits_BC,
     )

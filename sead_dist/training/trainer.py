@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import Internals, TeacherLogits
@@ -48,7 +49,7 @@ class Trainer:
     source: TeacherSource | None
     teacher_names: list[str]
     weights_N: torch.Tensor
-    regression: bool
+    kind: TaskKind
     checkpointer: Checkpointer
     log: RunLog
     select: Callable[[int], EvalResult]
@@ -136,10 +137,10 @@ class Trainer:
                         labels_B,
                         self.weights_for(batch.step, batch.micro),
                         self.config.temperature,
-                        self.regression,
+                        not self.kind.has_classes,
                         None if batch.routes_B is None else batch.routes_B.to(student_BC.device),
                     )
-                    if not self.regression:
+                    if self.kind.has_classes:
                         tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
                 terms = total_loss(
                     student_BC,
@@ -149,6 +150,7 @@ class Trainer:
                     self.loss,
                     alpha_at(self.config, batch.step, self.batches.total_steps),
                     lesson.step.valid_rows,
+                    self.kind.hard_loss,
                 )
                 if self.rival is not None:
                     shown = None if teachers is None else teachers.internals
@@ -175,9 +177,7 @@ class Trainer:
 
     @property
     def loss(self) -> str:
-        if self.config.loss == "auto":
-            return "mse" if self.regression else "kl"
-        return self.config.loss
+        return self.kind.soft_losses[0] if self.config.loss == "auto" else self.config.loss
 
     def update(self, step: int) -> None:
         """The optimiser's step; a gradient that is no number never reaches a checkpoint."""

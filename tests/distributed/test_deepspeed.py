@@ -24,6 +24,7 @@ from small import (
 )
 from test_gradients import teachers_of
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Watch
@@ -50,8 +51,8 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     engine = Engine(model, given, world, batches.total_steps)
     engine.model.train()
     return Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]), False,
-        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
+        KINDS["classification"], None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
     )  # fmt: skip
 
 

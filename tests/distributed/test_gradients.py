@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks
 from small import build_model, config, small_split
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
@@ -42,8 +43,8 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     model = build_model(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     engine = Engine(model, given, world, batches.total_steps)
     trainer = Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]), False,
-        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
+        KINDS["classification"], None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter

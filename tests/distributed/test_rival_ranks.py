@@ -19,6 +19,7 @@ from small import (
     write_task,
 )
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits, find_anatomy
@@ -55,8 +56,8 @@ def gradients(world, method):
     engine = Engine(student, given, world, batches.total_steps)
     guide = Guide("a", body, anatomy, rival.theirs, rival.until)
     trainer = Trainer(
-        given, world, engine, batches, None, ["a"], torch.ones(1), False, None, None, None,
-        "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch), guide, rival,
+        given, world, engine, batches, None, ["a"], torch.ones(1), KINDS["classification"],
+        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch), guide, rival,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, stdtrit
 from scipy.stats import chi2, norm, ttest_1samp
 
-from sead_dist.data import metrics
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.metrics import Answer
 from sead_dist.sweep import significance as bootstrap
 from sead_dist.sweep.significance import (
@@ -70,10 +70,10 @@ def test_every_metric_of_a_draw_is_the_official_one_of_its_rows(kind, name, rows
     logits_BC = np.random.default_rng(1).normal(size=(40, classes)).astype(np.float32)
     logits_BC = logits_BC.round(1)  # ties, as ranks know them
     times_RU = next(draw_units(int(units_of(rows).max()) + 1, seed=3))[:20]
-    got_R = rescorer(name, kind, logits_BC, rows)(times_RU)
+    got_R = rescorer(name, KINDS[kind], logits_BC, rows)(times_RU)
     for got, times_U in zip(got_R, times_RU, strict=True):
         numbers, some = drawn_rows(rows, times_U)
-        want = metrics.compute([name], kind, logits_BC[numbers], some)[name]
+        want = KINDS[kind].compute([name], logits_BC[numbers], some)[name]
         assert got == pytest.approx(want, abs=1e-9)
 
 
@@ -92,7 +92,7 @@ def judge(labels_B, method_SBC, reference_SBC, seed=0):
     found = []
     for logits_SBC in (method_SBC, reference_SBC):
         scores_S = [float((logits_BC.argmax(1) == labels_B).mean()) for logits_BC in logits_SBC]
-        scores_SR = resampled_scores("accuracy", "classification", logits_SBC, rows, seed)
+        scores_SR = resampled_scores("accuracy", KINDS["classification"], logits_SBC, rows, seed)
         found.append((scores_S, scores_SR))
     (method_S, method_SR), (reference_S, reference_SR) = found
     units = int(units_of(rows).max()) + 1
@@ -309,9 +309,9 @@ def test_rows_are_paired():
     other = random.permutation(400)
     rows, mixed = Rows(labels_B), Rows(labels_B[other])
     method_SR = resampled_scores(
-        "accuracy", "classification", [of[other] for of in method], mixed, 0
+        "accuracy", KINDS["classification"], [of[other] for of in method], mixed, 0
     )
-    reference_SR = resampled_scores("accuracy", "classification", reference, rows, 0)
+    reference_SR = resampled_scores("accuracy", KINDS["classification"], reference, rows, 0)
     scores = [float((of.argmax(1) == labels_B).mean()) for of in (method[0], reference[0])]
     broken = compare([scores[0]] * 3, [scores[1]] * 3, method_SR, reference_SR, 400)
     assert broken.value == pytest.approx(found.value)
@@ -344,7 +344,7 @@ def test_examples_of_a_group_are_drawn_together():
     wrong_B = np.repeat(random.random(50) < 0.3, 10)
     logits_BC = np.eye(2, dtype=np.float32)[np.where(wrong_B, 1 - labels_B, labels_B)]
     spread = {
-        name: resampled_scores("accuracy", "classification", [logits_BC], rows, 0).std()
+        name: resampled_scores("accuracy", KINDS["classification"], [logits_BC], rows, 0).std()
         for name, rows in (("whole", Rows(labels_B, groups_B)), ("alone", Rows(labels_B)))
     }
     assert spread["whole"] == pytest.approx(spread["alone"] * np.sqrt(10), rel=0.1)

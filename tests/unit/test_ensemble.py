@@ -9,6 +9,7 @@ import torch
 from small import config
 
 from sead_dist.config.schema import EnsembleMethod
+from sead_dist.data.kinds import KINDS
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import (
@@ -148,15 +149,15 @@ def test_regression_takes_the_mean_of_scores():
 def test_what_regression_cannot_do_is_refused(method, loss, message):
     given = config("teachers=[a,b]", ensemble=method, loss=loss)
     with pytest.raises(UserError, match=message):
-        check_method(given, "regression")
-    check_method(given, "classification")
+        check_method(given, KINDS["regression"])
+    check_method(given, KINDS["classification"])
 
 
 def test_a_method_without_what_it_needs_is_refused():
     with pytest.raises(UserError, match="ensemble=routed needs route=COLUMN"):
-        check_method(config("teachers=[a,b]", ensemble="routed"), "classification")
+        check_method(config("teachers=[a,b]", ensemble="routed"), KINDS["classification"])
     with pytest.raises(UserError, match="guide=c is no teacher of this run; its teachers: a, b"):
-        check_method(config("teachers=[a,b]", guide="c"), "classification")
+        check_method(config("teachers=[a,b]", guide="c"), KINDS["classification"])
 
 
 def test_single_is_the_best_teacher_by_selection_or_the_guide():

@@ -55,7 +55,9 @@ def test_hard_loss_by_hand_and_nothing_where_there_is_no_label():
     student_BC = torch.tensor([[0.0, LN3], [0.0, LN3], [7.0, -7.0]])
     found = hard_loss(student_BC, torch.tensor([1, 0, -1]))
     torch.testing.assert_close(found, -torch.tensor([0.75, 0.25, 1.0]).log())
-    scores = hard_loss(torch.tensor([[2.0], [9.0]]), torch.tensor([3.5, float("nan")]))
+    scores = hard_loss(
+        torch.tensor([[2.0], [9.0]]), torch.tensor([3.5, float("nan")]), "squared_error"
+    )
     assert scores.tolist() == [2.25, 0.0]
 
 
@@ -117,7 +119,7 @@ def test_regression_gradients_agree_with_finite_differences_with_a_missing_score
     valid_B = torch.ones(3, dtype=torch.bool)
 
     def total(logits_BC):
-        return total_loss(logits_BC, labels_B, valid_B, soft, "mse", 0.4, valid_rows=3).total
+        return total_loss(logits_BC, labels_B, valid_B, soft, "mse", 0.4, 3, "squared_error").total
 
     assert torch.autograd.gradcheck(total, (student_BC,))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small import ALONE, build_model, config, small_split
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
 from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
@@ -112,7 +113,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         source=None,
         teacher_names=list(names),
         weights_N=torch.ones(len(names)) / max(1, len(names)),
-        regression=False,
+        kind=KINDS["classification"],
         checkpointer=Checkpointer(tmp_path, Identity({}, "", []), ALONE, 3, print),
         log=RunLog(tmp_path, True, console=False),
         select=score,

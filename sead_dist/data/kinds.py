@@ -1,0 +1,264 @@
+"""Kinds of task: what a label is, what a model's head gives, how it is learnt, answered, scored.
+
+A decision that depends on the kind of a task stands here and nowhere else.
+
+Shapes: B examples, C classes (1 where a label is a score).
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sead_dist.data import metrics
+from sead_dist.data.metrics import MetricInputs
+from sead_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from sead_dist.data.tasks import TaskSpec
+
+
+class TaskKind(ABC):
+    """One kind of task. A subclass gives every attribute that has no value here."""
+
+    name: str  # as a task says it: kind: NAME
+    has_classes: bool  # the largest logit is the answer; else the one logit is a score
+    head_of_labels: bool  # a text row has a logit for each label, aligned by name; else it has one
+    label_type: type[np.generic]
+    unlabelled: float
+    hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
+    soft_losses: tuple[str, ...]  # values of `loss` that apply; loss=auto is the first
+    metrics: tuple[str, ...]  # of a task that names none
+    problem_type: str | None = None  # Transformers' word for it, where it has one
+    limit: str | None = None  # what a user of the model alone has to know, for the card
+
+    def outputs(self, task: "TaskSpec") -> tuple[str, ...]:
+        """The names of the logits that a model gives for one text row."""
+        return task.labels if self.head_of_labels else ("score",)
+
+    @abstractmethod
+    def find_problem(self, task: "TaskSpec") -> str | None:
+        """What in the task's labels or scores is wrong, as the end of an error message, or None."""
+
+    @abstractmethod
+    def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:
+        """(value in a file, its place) -> class index or score; UserError names the place."""
+
+    @abstractmethod
+    def is_label(self, task: "TaskSpec", value: str) -> bool:
+        """Whether a file's value can be a label of the task."""
+
+    @abstractmethod
+    def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
+        """The columns that a prediction adds, each of B values."""
+
+    @abstractmethod
+    def metric_names(self, reader: str) -> list[str]:
+        """The metrics that a task of this kind and row shape can have."""
+
+    @abstractmethod
+    def compute(
+        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
+    ) -> dict[str, float]:
+        """Metrics `names` of logits_BC. Raises ValueError where a row has no label."""
+
+    @abstractmethod
+    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
+        """The best score under metric `name` that a prediction without looking can reach."""
+
+
+class Classification(TaskKind):
+    name = "classification"
+    has_classes = True
+    head_of_labels = True
+    label_type = np.int64
+    unlabelled = -1
+    hard_loss = "cross_entropy"
+    soft_losses = ("kl", "mse")
+    metrics = ("accuracy",)
+    problem_type: str | None = "single_label_classification"
+
+    def find_problem(self, task: "TaskSpec") -> str | None:
+        if task.score_range is not None:
+            return f"score_range is for kind 'regression', not {task.kind!r}; leave one out"
+        labels = [normalise_label(label) for label in task.labels]
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            return f"labels is {list(task.labels)}; give two or more different names"
+        if says_nothing := [name for name in labels if re.fullmatch(r"label_\d+", name)]:
+            return f"labels has {says_nothing[0]!r}, which says nothing; name what it stands for"
+        if "f1" in task.metrics and task.reader == "plain" and len(labels) != 2:
+            return f"metrics has 'f1', which needs two labels, not {len(labels)}; use f1_macro"
+        choices = len(task.choices)
+        if choices != (0 if self.head_of_labels else len(labels)):
+            return f"choices has {choices} templates; kind 'choice' needs one for each label"
+        for alias, label in {**task.aliases, **task.value_aliases}.items():
+            if label not in task.labels:
+                return f"alias {alias!r} stands for {label!r}; allowed: {', '.join(task.labels)}"
+        return _twice_named(task)
+
+    def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:
+        values = file_values(task)
+
+        def parse(value: Any, where: str) -> float:
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # a column of whole numbers with a gap is read as floats
+            if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
+                value = whole[1]  # and written as such
+            index = values.get(normalise_label(str(value)))
+            if index is None:
+                numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]
+                allowed = ", ".join([*task.labels, *(n for n in numbers if n not in task.labels)])
+                raise UserError(
+                    f"{where}: label {value!r} in column {task.label_column!r} is outside the "
+                    f"set; allowed: {allowed}; mend the row"
+                )
+            return index
+
+        return parse
+
+    def is_label(self, task: "TaskSpec", value: str) -> bool:
+        return normalise_label(value) in file_values(task)
+
+    def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
+        import torch  # tasks are read without it
+
+        chosen_B = logits_BC.argmax(axis=1)
+        probabilities_BC = torch.from_numpy(logits_BC).double().softmax(dim=1).numpy().round(6)
+        columns: dict[str, list[Any]] = {"predicted_label": [task.labels[c] for c in chosen_B]}
+        for label, probabilities_B in zip(task.labels, probabilities_BC.T, strict=True):
+            columns[f"probability_{label}"] = probabilities_B.tolist()
+        return columns
+
+    def metric_names(self, reader: str) -> list[str]:
+        return metrics.names_of_classes(reader)
+
+    def compute(
+        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
+    ) -> dict[str, float]:
+        return metrics.of_classes(names, logits_BC, inputs)
+
+    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
+        return metrics.constant(name, classes, inputs)
+
+
+class Choice(Classification):
+    """The texts of an example are scored one by one; the label is the place of the right one."""
+
+    name = "choice"
+    head_of_labels = False
+    problem_type = None  # Transformers has no word for it
+    limit = "One call scores one choice: score all choices and take the highest."
+
+
+class Regression(TaskKind):
+    name = "regression"
+    has_classes = False
+    head_of_labels = False
+    label_type = np.float64
+    unlabelled = math.nan
+    hard_loss = "squared_error"
+    soft_losses = ("mse",)
+    metrics = ("pearson", "spearmanr")
+    problem_type = "regression"
+
+    def find_problem(self, task: "TaskSpec") -> str | None:
+        low, high = task.score_range or (0.0, 0.0)
+        if task.labels or not low < high:
+            return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
+        return None
+
+    def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:
+        low, high = task.score_range or (-math.inf, math.inf)
+
+        def parse(value: Any, where: str) -> float:
+            try:
+                score = float(value)
+            except (TypeError, ValueError):
+                score = math.nan
+            if not low <= score <= high:  # also false for NaN
+                raise UserError(
+                    f"{where}: score {value!r} in column {task.label_column!r}; "
+                    f"allowed: a number from {low:g} to {high:g}; mend the row"
+                )
+            return score
+
+        return parse
+
+    def is_label(self, task: "TaskSpec", value: str) -> bool:
+        try:
+            self.label_parser(task)(value, "")
+        except UserError:
+            return False
+        return True
+
+    def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
+        return {"predicted_score": np.round(logits_BC[:, 0].astype(float), 6).tolist()}
+
+    def metric_names(self, reader: str) -> list[str]:
+        return list(metrics.REGRESSION)
+
+    def compute(
+        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
+    ) -> dict[str, float]:
+        return metrics.of_scores(names, logits_BC, inputs)
+
+    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
+        return 0.0  # a constant correlates with nothing
+
+
+KINDS: dict[str, TaskKind] = {
+    kind.name: kind for kind in (Classification(), Regression(), Choice())
+}
+
+
+def register_task_kind(kind: TaskKind) -> None:
+    """Let tasks name this kind. Raises UserError where another has the name."""
+    if type(KINDS.setdefault(kind.name, kind)) is not type(kind):
+        raise UserError(f"a task kind {kind.name!r} is registered already; give another name")
+
+
+def normalise_label(name: str) -> str:
+    """The form in which label names are compared: case-folded, spaces and hyphens as `_`."""
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def _names(task: "TaskSpec") -> dict[str, int]:
+    names = {normalise_label(alias): task.labels.index(to) for alias, to in task.aliases.items()}
+    return names | {normalise_label(label): i for i, label in enumerate(task.labels)}
+
+
+def file_values(task: "TaskSpec") -> dict[str, int]:
+    """Label values of a file (normalised) -> class index.
+
+    Numbers are class indices, unless the labels are numbers or the task says what they mean.
+    """
+    named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
+    named |= _names(task)
+    if any(re.fullmatch(r"-?\d+", name) for name in named):
+        return named
+    return named | {str(index): index for index in range(len(task.labels))}
+
+
+def align_name(task: "TaskSpec", name: str) -> int | None:
+    """The class index of a model's label name, or None where the name does not say which.
+
+    `LABEL_0` never says; a bare number says only where the task's own labels are numbers.
+    """
+    return _names(task).get(normalise_label(name))
+
+
+def _twice_named(task: "TaskSpec") -> str | None:
+    """A name that stands for two labels, of which one would count without a word."""
+    meant = {normalise_label(label): (label, "labels") for label in task.labels}
+    for key in ("aliases", "value_aliases"):
+        for alias, label in getattr(task, key).items():
+            before, where = meant.setdefault(normalise_label(alias), (label, key))
+            if before != label:
+                return (
+                    f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "
+                    "(capitals, blanks, - and _ do not tell names apart); remove one"
+                )
+    return None
