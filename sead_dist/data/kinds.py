@@ -31,9 +31,15 @@ class TaskKind(ABC):
     unlabelled: float
     hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
     soft_losses: tuple[str, ...]  # values of `loss` that apply; loss=auto is the first
-    metrics: tuple[str, ...]  # of a task that names none
+    default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card
+    # the metrics that a task with this row shape can have
+    metric_names: Callable[[str], list[str]]
+    # metrics of logits_BC, by name; ValueError where a row has no label
+    compute: Callable[[Sequence[str], np.ndarray, MetricInputs], dict[str, float]]
+    # the best score under a metric that a prediction without looking can reach, of C classes
+    baseline: Callable[[str, int, MetricInputs], float]
 
     def outputs(self, task: "TaskSpec") -> tuple[str, ...]:
         """The names of the logits that a model gives for one text row."""
@@ -55,20 +61,6 @@ class TaskKind(ABC):
     def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
         """The columns that a prediction adds, each of B values."""
 
-    @abstractmethod
-    def metric_names(self, reader: str) -> list[str]:
-        """The metrics that a task of this kind and row shape can have."""
-
-    @abstractmethod
-    def compute(
-        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
-    ) -> dict[str, float]:
-        """Metrics `names` of logits_BC. Raises ValueError where a row has no label."""
-
-    @abstractmethod
-    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
-        """The best score under metric `name` that a prediction without looking can reach."""
-
 
 class Classification(TaskKind):
     name = "classification"
@@ -78,8 +70,11 @@ class Classification(TaskKind):
     unlabelled = -1
     hard_loss = "cross_entropy"
     soft_losses = ("kl", "mse")
-    metrics = ("accuracy",)
+    default_metrics = ("accuracy",)
     problem_type: str | None = "single_label_classification"
+    metric_names = staticmethod(metrics.names_of_classes)
+    compute = staticmethod(metrics.of_classes)
+    baseline = staticmethod(metrics.constant)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         if task.score_range is not None:
@@ -132,17 +127,6 @@ class Classification(TaskKind):
             columns[f"probability_{label}"] = probabilities_B.tolist()
         return columns
 
-    def metric_names(self, reader: str) -> list[str]:
-        return metrics.names_of_classes(reader)
-
-    def compute(
-        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
-    ) -> dict[str, float]:
-        return metrics.of_classes(names, logits_BC, inputs)
-
-    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
-        return metrics.constant(name, classes, inputs)
-
 
 class Choice(Classification):
     """The texts of an example are scored one by one; the label is the place of the right one."""
@@ -161,8 +145,12 @@ class Regression(TaskKind):
     unlabelled = math.nan
     hard_loss = "squared_error"
     soft_losses = ("mse",)
-    metrics = ("pearson", "spearmanr")
+    default_metrics = ("pearson", "spearmanr")
     problem_type = "regression"
+    metric_names = staticmethod(lambda reader: list(metrics.REGRESSION))
+    compute = staticmethod(metrics.of_scores)
+    # a constant correlates with nothing
+    baseline = staticmethod(lambda name, classes, inputs: 0.0)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         low, high = task.score_range or (0.0, 0.0)
@@ -197,17 +185,6 @@ class Regression(TaskKind):
     def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
         return {"predicted_score": np.round(logits_BC[:, 0].astype(float), 6).tolist()}
 
-    def metric_names(self, reader: str) -> list[str]:
-        return list(metrics.REGRESSION)
-
-    def compute(
-        self, names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
-    ) -> dict[str, float]:
-        return metrics.of_scores(names, logits_BC, inputs)
-
-    def baseline(self, name: str, classes: int, inputs: MetricInputs) -> float:
-        return 0.0  # a constant correlates with nothing
-
 
 KINDS: dict[str, TaskKind] = {
     kind.name: kind for kind in (Classification(), Regression(), Choice())
@@ -216,8 +193,9 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    if type(KINDS.setdefault(kind.name, kind)) is not type(kind):
-        raise UserError(f"a task kind {kind.name!r} is registered already; give another name")
+    if kind.name in KINDS:
+        raise UserError(f"a task kind {kind.name!r} is there already; give yours another name")
+    KINDS[kind.name] = kind
 
 
 def normalise_label(name: str) -> str:

@@ -125,7 +125,7 @@ def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
     regression = raw.get("score_range") is not None
     raw = {"kind": "regression" if regression else "classification", **raw}
     if kind := KINDS.get(str(raw["kind"])):
-        raw.setdefault("metrics", list(kind.metrics))
+        raw.setdefault("metrics", list(kind.default_metrics))
     if isinstance(raw.get("value_aliases"), dict):  # YAML reads a bare 4 as a number
         raw["value_aliases"] = {str(value): label for value, label in raw["value_aliases"].items()}
     return raw

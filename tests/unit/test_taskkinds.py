@@ -1,0 +1,95 @@
+"""Every decision that depends on the kind of a task is that kind's own; a new kind registers."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sead_dist
+from sead_dist.data.examples import build_examples
+from sead_dist.data.kinds import KINDS, Classification, register_task_kind
+from sead_dist.data.task_files import TASKS, compute_metrics, constant_score, load_task
+from sead_dist.errors import UserError
+from sead_dist.models.sequence_classifier import align_classes
+from sead_dist.objectives.losses import HARD_LOSSES, hard_loss
+
+GRADES = 'name: mine\nkind: graded\ntext_a: "{text}"\nlabels: [bad, fair, good]\n'
+
+
+class Graded(Classification):
+    """Classes with an order: the answer is the mean grade, rounded."""
+
+    name = "graded"
+    soft_losses = ("mse",)
+
+    def answers(self, task, logits_BC):
+        p_BC = torch.from_numpy(logits_BC).softmax(1)
+        grades_B = (p_BC * torch.arange(len(task.labels))).sum(1).round().int()
+        return {"grade": grades_B.tolist()}
+
+
+@pytest.fixture
+def graded():
+    register_task_kind(Graded())
+    yield
+    del KINDS["graded"]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "task.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_registered_kind_is_read_aligned_scored_and_answers_in_its_own_columns(graded, tmp_path):
+    task = load_task(write(tmp_path, GRADES))
+    rows = [{"text": "a", "label": "good"}, {"text": "b", "label": 0}]
+    examples = build_examples(task, rows, "train")
+    assert examples.labels_B.tolist() == [2, 0]
+    assert align_classes(task, "model", ["good", "bad", "fair"], None) == [1, 2, 0]
+    logits_BC = np.array([[9.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
+    assert task.task_kind.answers(task, logits_BC) == {"grade": [1, 0]}
+    assert compute_metrics(task, logits_BC, examples) == {"accuracy": 0.5}
+    assert constant_score(task, examples) == 0.5
+
+
+def test_a_kind_that_is_not_registered_is_refused_with_those_that_are(tmp_path):
+    allowed = "kind is 'graded': Input should be 'classification', 'regression' or 'choice'$"
+    with pytest.raises(UserError, match=allowed):
+        load_task(write(tmp_path, GRADES))
+    with pytest.raises(UserError, match="kind is \\['choice'\\]: Input should be"):
+        load_task(write(tmp_path, GRADES.replace("graded", "[choice]")))
+
+
+def test_a_name_that_is_taken_is_refused(graded):
+    with pytest.raises(UserError, match="'graded' is there already"):
+        register_task_kind(Graded())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_says_all_that_is_asked_of_it(name):
+    kind = KINDS[name]
+    task = next(task for task in TASKS.values() if task.task_kind is kind)
+    classes = task.num_labels
+    assert kind.has_classes == (classes > 1)
+    assert len(kind.outputs(task)) == (classes if kind.head_of_labels else 1)
+    assert kind.hard_loss in HARD_LOSSES
+    assert set(kind.default_metrics) <= set(kind.metric_names("plain"))
+    assert all(len(values) == 3 for values in kind.answers(task, np.eye(3, classes)).values())
+    unlabelled_B = torch.from_numpy(np.array([kind.unlabelled], kind.label_type))
+    assert hard_loss(torch.ones(1, classes), unlabelled_B, kind.hard_loss).tolist() == [0.0]
+
+
+def test_no_other_file_asks_for_the_name_of_a_kind():
+    package = Path(sead_dist.__file__).parent
+    asking = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Compare)
+        for of in ast.walk(node)
+        if isinstance(of, ast.Constant) and of.value in tuple(KINDS)
+    ]
+    assert asking == []
