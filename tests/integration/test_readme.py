@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 # in this order: a page's lines may use what the README's lines left behind
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("runs", "store", "sweeps", "slurm")))
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("runs", "store", "sweeps")))
 # what the test puts in the place of the README's own folders
 VARIABLES = ("DATA", "ENCODER", "STUDENT", "TICKETS")
 
