@@ -2,11 +2,11 @@
 
 Both start from one folder and train on the training rows of a run of ours. The same are: global
 batch, epochs, learning rate, linear schedule, warm-up, weight decay, clipping, maximum length, the
-model's own dropout, and for a seed the new head. Order of rows and dropout are each one's own. Ours
-is `distill` with method=finetune and graduate=last; its micro-batches are as a run has them,
-Trainer's are whole. The final weights of both are scored on the official dev split by Trainer's
-`predict`; "scored apart" is the most that the package's own score of the same weights differs from
-that. Seconds are those of the training loop. Systems take turns, in one process.
+model's own dropout, and for a seed the head that the start lacks. Order of rows and dropout are
+each one's own. Ours is `distill` with method=finetune and graduate=last; its micro-batches are as a
+run has them, Trainer's are whole. The final weights of both are scored on the official dev split by
+Trainer's `predict`; "scored apart" is the most that the package's own score of the same weights
+differs from that. Seconds are those of the training loop. Systems take turns, in one process.
 
 Shapes: B rows, C classes.
 """
@@ -208,18 +208,20 @@ def main() -> None:
     parser = common_arguments(__doc__, rows=1000, repeat=5)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "mrpc"])
     parser.add_argument("--start", type=Path, help="folder; default: the extra's encoder")
+    parser.add_argument("--shape", help="such as L1-H64: new weights, with the start's tokeniser")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", default="1e-4")
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.repeat, args.epochs, args.tasks = 100, 2, 1, ["sst2"]
+        args.start, args.shape = None, "L1-H32"
     set_threads(args.threads)
     found: list[Found] = []
     lines: list[list[object]] = []
     with laid_out(args) as (work, small, tokenizer):
         start = args.start or minilm()
-        if args.smoke:
-            start = random_classifier(work / "start", "L1-H32", tokenizer, 0)
+        if args.shape is not None:
+            start = random_classifier(work / args.shape, args.shape, args.start or tokenizer, 0)
         if start is None:
             sys.exit("give --start DIR, or pip install 'sead-dist[benchmark]'")
         words = [f"data.max_train_examples={args.rows}", f"epochs={args.epochs}"]

@@ -278,24 +278,29 @@ class InOurOrder(Trainer):
         return OurOrder(len(self.train_dataset))
 
 
+@pytest.mark.parametrize("case", ["cross-entropy", "regression"])
 def test_transformers_trainer_given_the_order_of_the_rows_ends_with_the_same_student(
-    tmp_path, place
+    tmp_path, place, case
 ):
-    """Two epochs, each with an incomplete last batch."""
-    given = words_of(place, "cross-entropy", tmp_path / "run")
-    given += ["max_steps=null", "epochs=2", "warmup=0.25"]
-    run, config, start = run_case(ALONE, given), load_config(given), place / "classes" / "start"
+    """Two epochs, each with an incomplete last batch; some steps are clipped, others are not."""
+    most = {"cross-entropy": 6.0, "regression": 50.0}[case]
+    given = words_of(place, case, tmp_path / "run")
+    given += ["method=finetune", "max_steps=null", "epochs=2", "warmup=0.25"]
+    given.append(f"max_grad_norm={most}")
+    run, config = run_case(ALONE, given), load_config(given)
+    start = place / ("scores" if case == "regression" else "classes") / "start"
     rows = load_examples(config, load_task(config.task), lambda _line: None).train
     assert len(rows) % BATCH
     tokenizer = AutoTokenizer.from_pretrained(start)
+    texts_b = rows.texts_b or [None] * len(rows)
     encoded = [
-        {**tokenizer(text), "label": label}
-        for text, label in zip(rows.texts_a, rows.labels_B.tolist(), strict=True)
+        {**tokenizer(one, other), "label": label}
+        for one, other, label in zip(rows.texts_a, texts_b, rows.labels_B.tolist(), strict=True)
     ]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "theirs"), use_cpu=True, num_train_epochs=2,
         per_device_train_batch_size=BATCH, learning_rate=RATE, warmup_steps=0.25,
-        lr_scheduler_type="linear", weight_decay=DECAY, max_grad_norm=CLIP,
+        lr_scheduler_type="linear", weight_decay=DECAY, max_grad_norm=most,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = InOurOrder(
