@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.data.task_files import TASKS, TaskSpec, align_name, is_label
+from sead_dist.data.task_files import TASKS, TaskSpec, is_label, number_name
 from sead_dist.errors import UserError, refusal
 
 Rows = list[dict[str, Any]]
@@ -199,8 +199,12 @@ def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, lis
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
     elif quoted:
         _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
+    # in a file of one column an empty line is an empty text, but around its rows
+    one_column = all(len(fields) == 1 for fields in lines)
+    texts = range(filled[0], filled[-1]) if filled and one_column else range(0)
     for number, fields in enumerate(lines, start=1):
-        if fields != [""]:
+        if fields != [""] or number in texts:
             yield number, [_unquoted(field) for field in fields] if quoted else fields
 
 
@@ -361,11 +365,12 @@ def _table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 
 
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
-    """Whether the names of a ClassLabel say what its numbers mean: not where they are numbers
-    themselves. Of a class that is not the task's, a row that has it is refused by its name."""
-    if all(align_name(task, name) is not None for name in names):
+    """Whether the names of a ClassLabel say what its numbers mean. Names that are numbers do where
+    a file may hold each of them (`datasets` sorts them as texts: 0, 1, 10, 2). Of a class that is
+    not the task's, a row that has it is refused by its name."""
+    if all(is_label(task, name) for name in names):
         return True
-    return task.kind == "classification" and not all(re.fullmatch(r"-?\d+", n) for n in names)
+    return task.kind == "classification" and any(number_name(name) is None for name in names)
 
 
 def _line(error: BaseException) -> str:

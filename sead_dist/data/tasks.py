@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,14 @@ class TaskSpec:
 def normalise_label(name: str) -> str:
     """The form in which label names are compared: case-folded, spaces and hyphens as `_`."""
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def number_name(name: str) -> str | None:
+    """The form in which numbers are compared (+1, 1.0 and 1 are one); None for what is none."""
+    if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", name, re.ASCII):
+        return None
+    plain = format(Decimal(name.strip()).normalize(), "f")
+    return "0" if plain == "-0" else plain
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,13 @@ def locate(
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none."""
+    """The files that hold the weights. Raises UserError when there are none, or where an adapter,
+    which plain Transformers leaves out where peft is not installed, lies beside them."""
+    if (checkpoint.folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{checkpoint.name} holds an adapter (adapter_config.json), which is not read; merge "
+            "it into the weights (merge_and_unload), and save the whole model"
+        )
     for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
         path = checkpoint.folder / name
         if path.is_file() and name.endswith(".index.json"):
