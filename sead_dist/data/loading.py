@@ -199,6 +199,11 @@ def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, lis
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
     elif quoted:
         _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    elif task.name not in TASKS and (marked := _marked(lines)) and _are_whole(marked):
+        _log.warning(
+            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
+            'field has a doubled one (""): name it .csv to have them off', path
+        )  # fmt: skip
     filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
     # in a file of one column an empty line is an empty text, but around its rows
     one_column = all(len(fields) == 1 for fields in lines)
@@ -211,9 +216,16 @@ def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, lis
 def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
     """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
     own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    marked = [field for fields in lines for field in fields if '"' in field]
-    whole = all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
-    return whole and any('""' in field[1:-1] for field in marked)
+    marked = _marked(lines)
+    return _are_whole(marked) and any('""' in field[1:-1] for field in marked)
+
+
+def _marked(lines: Sequence[Sequence[str]]) -> list[str]:
+    return [field for fields in lines for field in fields if '"' in field]
+
+
+def _are_whole(marked: Sequence[str]) -> bool:
+    return all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
 
 
 def _unquoted(field: str) -> str:

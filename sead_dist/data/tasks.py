@@ -142,6 +142,10 @@ def find_problem(task: TaskSpec) -> str | None:
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
     if not re.fullmatch(r"[\w.-]+", task.name):
         return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    for text in (task.text_a, task.text_b or "", *task.choices):
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if name is not None and (not name or spec or conversion):
+                return f"the template {text!r} has braces that hold no column's name alone"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:

@@ -241,3 +241,19 @@ def test_an_empty_line_between_rows_of_one_column_is_an_empty_text(tmp_path):
     assert [row["text"] for row in read_rows(tmp_path / "a.tsv", TONE)] == ["one", "", "three"]
     (tmp_path / "b.tsv").write_text("text\tlabel\none\tpositive\n\nthree\tnegative\n\n")
     assert len(read_rows(tmp_path / "b.tsv", TONE)) == 2
+
+
+@pytest.mark.parametrize("template", ["{text!r}", "{text:>30}", "{} x"])
+def test_a_template_of_which_a_part_would_be_left_out_is_refused(tmp_path, template):
+    file = tmp_path / "task.yaml"
+    file.write_text(f"name: own\ntext_a: '{template}'\nlabels: [a, b]\n")
+    with pytest.raises(UserError, match=r"the template .* has braces that hold no column's name"):
+        read_task_file(file)
+
+
+def test_quotation_marks_that_stay_though_all_are_around_whole_fields_are_told(tmp_path, caplog):
+    for name, text, told in (("a", '"x, y"', True), ("b", '"x" y', False), ("c", "x", False)):
+        caplog.clear()
+        (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\tpositive\n")
+        assert read_rows(tmp_path / f"{name}.tsv", TONE)[0]["text"] == text
+        assert ("quotation marks stay" in caplog.text) == told
