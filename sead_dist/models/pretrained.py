@@ -243,10 +243,12 @@ def fitting_length(asked: int, config: PretrainedConfig) -> int:
 def check_vocabulary(
     name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Raises UserError where the tokeniser knows more words than the model has embeddings."""
+    """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
     size = getattr(config, "vocab_size", None)
-    if size is not None and len(tokenizer) > size:
+    # numbers of words may have gaps
+    words = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if size is not None and words > size:
         raise UserError(
-            f"{name} has {size} word embeddings but its tokeniser has {len(tokenizer)} words; "
+            f"{name} has {size} word embeddings but its tokeniser has {words} words; "
             "give the tokeniser that the model was trained with"
         )

@@ -1,18 +1,19 @@
 """Checkpoints that were read wrongly without a word: what they hold beside, and what they say."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, edit_json, logits_of, roster, save_teacher, sentences
+from small import CPU, TASK, edit_json, logits_of, roster, save_teacher, sentences
 
 from sead_dist.config.schema import StudentConfig
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import locate
+from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import load_classifier
-from sead_dist.models.student import check_start
+from sead_dist.models.student import build_student, check_start
 from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.whole import load_whole
 
@@ -89,3 +90,36 @@ def test_invariant_04_names_of_classes_that_contradict_each_other_are_refused(
         roster([folder])
     said = f"{{path: {folder}, labels: [positive, negative]}}"
     assert roster([said])[0].order_C == [1, 0]
+
+
+def with_words(folder, change):
+    path = folder / "tokenizer.json"
+    held = json.loads(path.read_text())
+    change(held["model"]["vocab"])
+    path.write_text(json.dumps(held))
+    return folder
+
+
+def test_a_word_whose_number_is_beyond_the_embeddings_is_refused(tmp_path):
+    def gap(words):
+        words[list(words)[-1]] = len(words) + 50
+
+    folder = with_words(save_teacher(tmp_path / "gap"), gap)
+    with pytest.raises(UserError, match=r"123 word embeddings but its tokeniser has 174 words"):
+        roster([folder])
+
+
+def test_a_tokeniser_of_other_words_than_the_starts_is_told(tmp_path):
+    def swap(words):
+        one, two = list(words)[-2:]
+        words[one], words[two] = words[two], words[one]
+
+    plain = save_teacher(tmp_path / "plain")
+    same = shutil.copytree(plain, tmp_path / "same")
+    other = with_words(shutil.copytree(plain, tmp_path / "other"), swap)
+    for given, told in ((None, False), (same, False), (other, True)):
+        said: list[str] = []
+        named = None if given is None else str(given)
+        entry = StudentConfig(path=str(plain), shape=None, layers=None, tokenizer=named)
+        build_student(entry, TASK, load_tokenizer(locate(named or str(plain))), 0, say=said.append)
+        assert ("WARNING: 2 of the 123 words of student.tokenizer=" in said[0]) == told
