@@ -7,6 +7,7 @@ leaves the process as it was (`runtime/surroundings.py`). What the commands prin
 Shapes: N teachers, B rows, C classes (1: a score).
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -303,10 +304,15 @@ def distillation_loss(
 @contextmanager
 def call() -> Iterator[World]:
     """What every call does around its work: join the launcher's world, and leave the process as it
-    was. Errors of the machine become RunErrors."""
+    was. Errors of the machine become RunErrors.
+
+    Ranks that have met stay together until the process ends: they could not meet a second time.
+    """
     with as_before():
         ours = not dist.is_initialized()
         world = join_world()
+        if ours and world.size > 1:
+            atexit.register(leave_world, world)
         try:
             quiet_libraries(world)
             yield world
@@ -317,9 +323,6 @@ def call() -> Iterator[World]:
             if line is None:
                 raise
             raise line from error
-        finally:
-            if ours:
-                leave_world(world)
 
 
 def to_logger(line: str) -> None:

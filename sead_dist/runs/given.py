@@ -1,4 +1,4 @@
-"""What a call from Python gives - a task, data, keys - as a run's configuration, and as files in its
+"""What a call from Python gives (a task, data, keys) as a run's configuration, and as files in its
 folder where it is in memory.
 """
 
@@ -52,24 +52,21 @@ class Plan:
 
 def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     """What a call of `distill` or `finetune` asks for."""
-    own = checked_task(task) if isinstance(task, TaskSpec) else None
-    layers = [*([] if own is not None else task_layers(task)), as_layer(keys)]
-    if own is not None:
-        layers.append({"task": "not kept yet"})
+    layer = as_layer(keys)
+    if isinstance(task, TaskSpec):
+        own: TaskSpec | None = checked_task(task)
+        layers = [{"task": str(kept_task(Path(layer.get("output_dir") or "")))}, layer]
+    else:
+        own, layers = None, [*task_layers(task), layer]
     config = resolve(layers)
-    run = Path(config.output_dir)
-    if own is not None:
-        layers.append({"task": str(kept_task(run))})
-    spec = own or load_task(config.task)
-    told, tables = data_layer(data, spec, config)
+    told, tables = data_layer(data, own or load_task(config.task), config)
     return Plan(resolve([*layers, told]), tables, own)
 
 
-def task_layers(task: Task) -> list[Mapping[str, Any]]:
+def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, Any]]:
     """The keys that a task's name, a file or a configuration stand for."""
     if isinstance(task, RunConfig):
         return [task.model_dump(mode="json")]
-    assert not isinstance(task, TaskSpec)
     name = os.fspath(task)
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         try:
@@ -173,21 +170,16 @@ def split_table(split: str, part: Data, spec: TaskSpec, skip_malformed: bool) ->
 
 def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet]:
     """The examples of data that are given to be scored: by split, or of one split."""
-    names: dict[str, Any] = {split or list(spec.splits)[1]: None}
-    if split is not None and split not in spec.splits:
-        raise UserError(
-            f"task {spec.name!r} has no split {split!r}; it has {', '.join(spec.splits)}"
-        )
-    parts = dict.fromkeys(names, data)
+    parts = {split or list(spec.splits)[1]: data}
     if isinstance(data, Mapping):
         names = split_names(spec, data)
-        wanted = [s for s in wanted_splits(spec, split) if s in names]
-        if not wanted:
-            raise UserError(
-                f"data has no split {split or list(spec.splits)[1]!r}; it has "
-                f"{', '.join(map(str, data))}"
-            )
-        parts = {key: data[names[key]] for key in wanted}
+        parts = {key: data[names[key]] for key in wanted_splits(spec, split) if key in names}
+    if not parts or not set(parts) <= set(spec.splits):
+        held = f"; data has {', '.join(map(str, data))}" if isinstance(data, Mapping) else ""
+        raise UserError(
+            f"split={split!r} cannot be scored: task {spec.name!r} has {', '.join(spec.splits)}"
+            f"{held}"
+        )
     return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
 
 
