@@ -49,12 +49,15 @@ from sead_dist.runtime.run_log import tell as tell_line
 from sead_dist.runtime.surroundings import as_before
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Run:
     """A run's folder, and what a finished run left in it. It stands for its model wherever a model
     is asked for."""
 
     path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", Path(path))
 
     def __fspath__(self) -> str:
         return str(self.path)

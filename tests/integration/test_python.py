@@ -290,6 +290,7 @@ assert sd.evaluate(run)["eval_accuracy"] == run.scores["validation"]["student"][
 """
 
 
+@pytest.mark.slow
 def test_the_same_script_runs_under_a_launcher(grammar, teachers, tmp_path):
     (tmp_path / "script.py").write_text(RANKS)
     launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
