@@ -53,11 +53,12 @@ class Plan:
 def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     """What a call of `distill` or `finetune` asks for."""
     layer = as_layer(keys)
+    own = checked_task(task) if isinstance(task, TaskSpec) else None
+    layers: list[Mapping[str, Any]]
     if isinstance(task, TaskSpec):
-        own: TaskSpec | None = checked_task(task)
         layers = [{"task": str(kept_task(Path(layer.get("output_dir") or "")))}, layer]
     else:
-        own, layers = None, [*task_layers(task), layer]
+        layers = [*task_layers(task), layer]
     config = resolve(layers)
     told, tables = data_layer(data, own or load_task(config.task), config)
     return Plan(resolve([*layers, told]), tables, own)
