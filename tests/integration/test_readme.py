@@ -112,9 +112,11 @@ def test_predictions_of_new_rows_are_written(worked):
 def test_python_block_runs(worked, monkeypatch, capsys):
     folder, _ = worked
     monkeypatch.chdir(folder)
-    (block,) = blocks("python", README)
-    exec(compile(block, "README.md", "exec"), {})
-    assert re.search(r"'label': '(positive|negative)'", capsys.readouterr().out)
+    for block in blocks("python", README):
+        exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert re.search(r"'label': '(positive|negative)'", said)
+    assert re.search(r"^(positive|negative)$", said, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
