@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data import metrics
 from sead_dist.data.metrics import Kind
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -82,12 +82,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_task_file(path: Path) -> TaskSpec:
     """The task that a YAML file describes; UserError names the file, the key and the mend."""
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
-    except OSError as error:
-        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
+    raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
     known = [f.name for f in fields(TaskSpec)]

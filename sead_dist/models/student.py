@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from sead_dist.config.load import config_folder
 from sead_dist.config.schema import StudentConfig, TeacherConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import layer_stack
@@ -84,7 +84,7 @@ def _shape_file(shape: str) -> Path:
 
 def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     path = _shape_file(shape)
-    fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    fields = read_yaml(path)
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(
             f"student.shape={shape} does not say model_type; it must hold the fields of a "

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.order import Split, describe_cuts, make_split
@@ -64,7 +64,7 @@ class Answerer:
 def run_config(name: str) -> Mapping[str, Any]:
     """The configuration of the run folder `name`; empty where it is no run folder."""
     path = Path(name) / "config.yaml"
-    found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    found = read_yaml(path) if path.is_file() else {}
     return found if isinstance(found, Mapping) else {}
 
 

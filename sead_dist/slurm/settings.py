@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from sead_dist.config.load import config_folder, explain
 from sead_dist.config.schema import Section
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 
 # States that a job does not leave by itself.
@@ -90,7 +90,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     base = config_folder() / "slurm" / "base.yaml"
     merged: dict[str, Any] = {}
     for path in (base, *([] if name is None else [_find(name)])):
-        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        layer = read_yaml(path)
         if not isinstance(layer, Mapping):
             raise UserError(f"{path} holds no settings; it must be a YAML mapping")
         merged.update(layer)

@@ -19,7 +19,7 @@ from sead_dist.config.load import (
     shipped_methods,
 )
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, TransferConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
 from sead_dist.errors import UserError
@@ -182,7 +182,7 @@ def refuse_single(run: Layers) -> None:
 def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     """Raises UserError naming the key, its value and what is allowed."""
     file = config_folder() / "sweep.yaml"
-    raw = merge(parse_yaml(file.read_text(encoding="utf-8"), str(file)), own)
+    raw = merge(read_yaml(file), own)
     for key in ("tasks", "methods"):
         if isinstance(raw[key], str):
             raw[key] = [raw[key]]
@@ -215,7 +215,7 @@ def different(key: str, names: Sequence[str]) -> None:
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
     """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
     shipped = config_folder() / "tasks" / f"{given}.yaml"
-    first = parse_yaml(shipped.read_text(encoding="utf-8"), given) if shipped.is_file() else {}
+    first = read_yaml(shipped) if shipped.is_file() else {}
     return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
 
 
