@@ -70,6 +70,9 @@ def reason(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if type(error).__name__ == "ValidationError":  # pydantic's, of many lines
+        mistake = error.errors()[0]  # type: ignore[attr-defined]
+        return one_line(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}")[:300]
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
     return one_line(f"{kind}: {first}" if first else kind)[:300]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sead_dist.data.task_files import Answer, TaskSpec, file_values, normalise_label
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reason
 
 Row = Mapping[str, Any]
 
@@ -59,10 +59,10 @@ def read_items(
             row = _renamed(task, row, where)
         try:
             flats = list(read(row, position))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except Exception as error:  # rows may hold anything in anything
             raise UserError(
-                f"{where} does not have the form of task {task.name!r}: {error!r} with columns "
-                f"{', '.join(row)}; see the task's official files or its form on the hub"
+                f"{where} does not have the form of task {task.name!r}: {reason(error)} with "
+                f"columns {', '.join(row)}; see the task's official files or its form on the hub"
             ) from error
         for flat in flats:
             _check_texts(task, flat, where)
@@ -142,7 +142,7 @@ def _score(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> 
     value = _label(task, flat, where)
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not low <= score <= high:  # also false for NaN
         raise UserError(

@@ -4,6 +4,7 @@ C classes.
 """
 
 import difflib
+import math
 import re
 import string
 from collections.abc import Iterable
@@ -137,7 +138,7 @@ def find_problem(task: TaskSpec) -> str | None:
         return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
     if task.kind == "regression":
         low, high = task.score_range or (0.0, 0.0)
-        if task.labels or not low < high:
+        if task.labels or not -math.inf < low < high < math.inf:
             return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
         return None
     if task.score_range is not None:
