@@ -4,6 +4,7 @@ KEY=VALUE words; later ones lie over earlier ones.
 
 import difflib
 import glob
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,5 +211,9 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
 
 
 def _largest_divisor(config: RunConfig) -> int:
-    below = range(min(config.micro_batch, config.global_batch), 0, -1)
-    return next(size for size in below if config.global_batch % size == 0)
+    pairs = [
+        (size, config.global_batch // size)
+        for size in range(1, math.isqrt(config.global_batch) + 1)
+        if config.global_batch % size == 0
+    ]
+    return max(size for pair in pairs for size in pair if size <= config.micro_batch)

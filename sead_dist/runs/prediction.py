@@ -32,7 +32,13 @@ from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import check_student, settle
-from sead_dist.models.pretrained import load_model_config, load_tokenizer, locate, position_limit
+from sead_dist.models.pretrained import (
+    check_vocabulary,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    position_limit,
+)
 from sead_dist.models.sequence_classifier import (
     DTYPES,
     align_classes,
@@ -91,6 +97,7 @@ def load_answerer(
     order_C = class_order(name, config, task, labels)
     check_problem_type(task, name, config)
     tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(checkpoint.name, tokenizer, config)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
     check_student(model, tokenizer, longest(tokenizer, config), name, examples)

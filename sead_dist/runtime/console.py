@@ -34,7 +34,7 @@ def parse_size(text: str, option: str = "--keep") -> int:
 
 
 def _parse(option: str, text: str, units: dict[str, float] | dict[str, int], such: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", text.strip())
     folded = {unit.casefold(): amount for unit, amount in units.items()}
     if match is None or match[2].casefold() not in folded:
         raise UserError(

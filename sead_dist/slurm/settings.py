@@ -21,6 +21,7 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 
 # States that a job does not leave by itself.
+NUMBER = "[0-9]{1,6}"
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
     "TIMEOUT".split()
@@ -122,7 +123,9 @@ def _find(name: str) -> Path:
 
 def minutes(text: str) -> int:
     """A time limit as SLURM writes it (30, 30:00, 1:00:00, 2-12, 2-12:30:00), rounded up."""
-    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    match = re.fullmatch(
+        rf"(?:(?P<days>{NUMBER})-)?({NUMBER})(?::({NUMBER}))?(?::({NUMBER}))?", text.strip()
+    )
     if match is None:
         raise UserError(
             f"time={text!r} is not a time limit; give MINUTES, H:MM:SS or DAYS-HH:MM:SS"

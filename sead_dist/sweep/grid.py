@@ -33,6 +33,8 @@ TEACHERS = "teachers"
 TAKEN = ("report", "store", TEACHERS)
 # what the others are compared with
 REFERENCE = "finetune"
+# of one sweep, given as their number
+MOST_SEEDS = 1000
 Layers = Sequence[Mapping[str, Any]]
 
 
@@ -188,12 +190,12 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
             raw[key] = [raw[key]]
     if raw["methods"] is None:
         raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
-    if isinstance(raw["seeds"], int) and raw["seeds"] > 0:
+    if isinstance(raw["seeds"], int) and 0 < raw["seeds"] <= MOST_SEEDS:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
         raise UserError(
             f"seeds={raw['seeds']} is no number of seeds; give how many (seeds=5), or which "
-            "(seeds=[0,3])"
+            f"(seeds=[0,3]), at most {MOST_SEEDS}"
         )
     try:
         return SweepConfig.model_validate(raw)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small import TASK, save_teacher
+from small import ALONE, TASK, save_teacher
 
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import StudentConfig
@@ -34,11 +34,13 @@ from sead_dist.planning.rates import read_given
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import read_run
 from sead_dist.runs.claim import followed_store, has_progress, refuse_other_keys
+from sead_dist.runs.prediction import predict_file
 from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
 from sead_dist.slurm.settings import load_settings
 from sead_dist.sweep.grid import make_plan
 from sead_dist.teachers.rates import remembered
+from sead_dist.teachers.teacher import call_roster
 from sead_dist.training.checkpoint import Identity
 from sead_dist.training.deepspeed_config import read_file
 
@@ -156,11 +158,24 @@ def use_model(folder):
     weight_files(checkpoint)
 
 
-def fuzz_models(fuzzer, folder):
+def fuzz_models(fuzzer, words, folder):
     save_teacher(folder)
+    config = load_config(words(folder.parent / "out", f"teachers=[{folder}]"))
+    task = load_task(config.task)
+    for name, times in (("config.json", 60), ("tokenizer_config.json", 30)):
+        fuzzer.file(folder / name, lambda: call_roster(config, task, ALONE), times)
+    rows, out = folder.parent / "rows.tsv", folder.parent / "answers.tsv"
+    rows.write_text("sentence\nthe plot was good\n")
+
+    def answer():
+        out.unlink(missing_ok=True)
+        predict_file(str(folder), rows, config.task, out, None)
+
+    for name in ("config.json", "tokenizer_config.json"):
+        fuzzer.file(folder / name, answer, 20)
     index = folder / "model.safetensors.index.json"
     for path, times in (
-        (folder / "config.json", 200),
+        (folder / "config.json", 120),
         (folder / "tokenizer.json", 60),
         (folder / "tokenizer_config.json", 60),
     ):
@@ -286,7 +301,7 @@ def test_a_thousand_odd_files_give_no_traceback_and_no_hang(fuzzer, finished, wo
     }
     fuzz_yaml(fuzzer, tmp_path / "yaml", sound)
     fuzz_data(fuzzer, tmp_path / "data")
-    fuzz_models(fuzzer, tmp_path / "model")
+    fuzz_models(fuzzer, words, tmp_path / "model")
     fuzz_runs(fuzzer, finished, config, tmp_path)
     spent = time.monotonic() - began
     print(f"{fuzzer.tried} inputs, {fuzzer.told} refused, {spent:.0f} s")
