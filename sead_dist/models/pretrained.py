@@ -199,7 +199,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """What is broken in a tokeniser's files raises here, and not with the first row."""
     if tokenizer.pad_token_id is None or not len(tokenizer):
         return
-    tokenizer(PROBES[0], PROBES[1], truncation=True, max_length=8)
+    tokenizer(PROBES[0], PROBES[1])  # leaves no truncation behind
     int(tokenizer.model_max_length)
     tokenizer_hash(tokenizer)
 
