@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from sead_dist.data.task_files import TASKS, TaskSpec, is_label, number_name
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -114,21 +113,22 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     `task` says which columns a TSV without a header has. Raises UserError naming file and line.
     """
     kind = kind_of(path)
-    try:
-        if path.is_dir():
-            return _from_saved_folder(path, task)
-        if kind in (".parquet", ".arrow"):
-            return _binary_rows(path, task)
-        if kind in (".tsv", ".csv", ".jsonl", ".json"):
-            return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
-    except FileNotFoundError as error:
-        raise UserError(f"data file {path} does not exist; give an existing file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise refusal(f"data file {path} cannot be read: {_line(error)}", error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
-    except pa.ArrowException as error:
-        raise UserError(f"data file {path} is not a whole {kind} file: {_line(error)}") from error
+    with reading(path, "give a whole file, and no pipe", f"data file {path}"):
+        try:
+            if path.is_dir():
+                return _from_saved_folder(path, task)
+            if kind in (".parquet", ".arrow"):
+                return _binary_rows(path, task)
+            if kind in (".tsv", ".csv", ".jsonl", ".json"):
+                return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+        except FileNotFoundError as error:
+            raise UserError(f"data file {path} does not exist; give an existing file") from error
+        except UnicodeDecodeError as error:
+            line = reason(error)
+            raise UserError(f"data file {path} is not UTF-8: {line}; convert it") from error
+        except pa.ArrowException as error:
+            line = reason(error)
+            raise UserError(f"data file {path} is not a whole {kind} file: {line}") from error
     raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
 
 
@@ -168,9 +168,12 @@ def _parse(text: str, where: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}; {_SKIP_HINT}") from error
+        parsed = json.loads(text, object_pairs_hook=once)
+        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_SKIP_HINT}") from error
 
 
 def _refuse_twins(names: Sequence[str], where: str, what: str) -> None:
@@ -302,6 +305,8 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
+        # a length beyond the end of a buffer would be followed
+        table.validate(full=True)
         return table_rows(table, task, f"data file {path}")
 
 
@@ -336,7 +341,7 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
     except Exception as error:  # the libraries below raise a dozen kinds
         raise UserError(
             f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
-            f"{_line(error)}; give data.path, a folder of files"
+            f"{reason(error)}; give data.path, a folder of files"
         ) from error
     return table_rows(dataset_table(loaded), task, f"hub data set {name!r}")
 
@@ -384,10 +389,6 @@ def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     if all(is_label(task, name) for name in names):
         return True
     return task.kind == "classification" and any(number_name(name) is None for name in names)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _list(names: Any) -> str:

@@ -4,6 +4,7 @@ C classes.
 """
 
 import difflib
+import math
 import re
 import string
 from collections.abc import Iterable
@@ -14,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data import metrics
 from sead_dist.data.metrics import Kind
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -91,12 +92,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_task_file(path: Path) -> TaskSpec:
     """The task that a YAML file describes; UserError names the file, the key and the mend."""
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
-    except OSError as error:
-        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
+    raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
     return task_from(raw, f"task file {path}")
@@ -160,7 +156,7 @@ def find_problem(task: TaskSpec) -> str | None:
         return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
     if task.kind == "regression":
         low, high = task.score_range or (0.0, 0.0)
-        if task.labels or not low < high:
+        if task.labels or not -math.inf < low < high < math.inf:
             return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
         return None
     if task.score_range is not None:

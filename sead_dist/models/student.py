@@ -11,9 +11,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from sead_dist.config.load import config_folder
 from sead_dist.config.schema import StudentConfig, TeacherConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reading
 from sead_dist.models.hidden_states import layer_stack
 from sead_dist.models.loaded import final_layer, head_names
 from sead_dist.models.pretrained import (
@@ -55,7 +55,8 @@ def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str
     """
     digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
     if student.shape is not None:
-        digest.update(_shape_file(student.shape).read_bytes())
+        with reading(_shape_file(student.shape), "give a YAML file"):
+            digest.update(_shape_file(student.shape).read_bytes())
     elif student.path is not None:
         checkpoint = locate(student.path)
         digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
@@ -84,7 +85,7 @@ def _shape_file(shape: str) -> Path:
 
 def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     path = _shape_file(shape)
-    fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    fields = read_yaml(path)
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(
             f"student.shape={shape} does not say model_type; it must hold the fields of a "
@@ -92,10 +93,11 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
         )
     fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
     try:
-        config = AutoConfig.for_model(**fields)
-        outline(config)
-    except (TypeError, ValueError, UserError) as error:
-        raise UserError(f"student.shape={shape}: {str(error).splitlines()[0]}") from None
+        with reading(str(path), "see the fields of a Transformers config"):
+            config = AutoConfig.for_model(**fields)
+            outline(config)
+    except UserError as error:
+        raise UserError(f"student.shape={shape}: {error}") from error
     return config
 
 

@@ -5,7 +5,6 @@ gives way to a new one. A lock keeps a second process out while one is at work.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -16,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+
 from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
@@ -25,7 +26,7 @@ from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,
     is_finished,
-    read_json,
+    read_as,
     read_metrics,
     write_json,
     written_aside,
@@ -106,7 +107,7 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     run = Path(config.output_dir)
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
-    saved = Identity(**read_json(run / "run.json")["identity"])
+    saved = Identity.read(run / "run.json")
     refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules_of(config)))
     return saved
 
@@ -114,9 +115,9 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
 def refuse_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run was given other teachers."""
     run = Path(config.output_dir)
-    given = read_json(run / "run.json")["teachers_given"]
+    given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
     if given != given_teachers(config):
-        names = ", ".join(entry["path"] for entry in given) or "none"
+        names = ", ".join(str(entry.get("path")) for entry in given) or "none"
         raise UserError(
             f"output_dir={run} holds a finished run with the teachers {names}; "
             "give another output_dir"
@@ -130,7 +131,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     """
     record = run / "run.json"
     if record.is_file():
-        saved = Identity(**read_json(record)["identity"])
+        saved = Identity.read(record)
         if has_progress(run):
             refuse_other(run, saved, identity)
         elif saved.differences(identity):
@@ -188,6 +189,13 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+class Followed(TypedDict):
+    """The store that a student follows."""
+
+    store: str
+    id: str
+
+
 def say_followed(run: Path, root: Path, store_id: str) -> None:
     """Leave word for workers in the run folder of a student: the store that it follows."""
     path = run / FOLLOWED
@@ -198,8 +206,10 @@ def say_followed(run: Path, root: Path, store_id: str) -> None:
 def followed_store(run: Path) -> tuple[str, str] | None:
     """(path, id) of the store that the student in `run` follows; None where none has come."""
     try:
-        said = json.loads((run / FOLLOWED).read_bytes())
-    except FileNotFoundError:
+        said = read_as(Followed, run / FOLLOWED)
+    except UserError:
+        if (run / FOLLOWED).exists():
+            raise
         return None
     return said["store"], said["id"]
 

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.order import Split, describe_cuts, make_split
@@ -32,7 +32,13 @@ from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import check_student, settle
-from sead_dist.models.pretrained import load_model_config, load_tokenizer, locate, position_limit
+from sead_dist.models.pretrained import (
+    check_vocabulary,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    position_limit,
+)
 from sead_dist.models.sequence_classifier import (
     DTYPES,
     align_classes,
@@ -65,7 +71,7 @@ class Answerer:
 def run_config(name: str) -> Mapping[str, Any]:
     """The configuration of the run folder `name`; empty where it is no run folder."""
     path = Path(name) / "config.yaml"
-    found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    found = read_yaml(path) if path.is_file() else {}
     return found if isinstance(found, Mapping) else {}
 
 
@@ -95,6 +101,7 @@ def load_answerer(
     order_C = class_order(name, config, task, labels)
     check_problem_type(task, name, config)
     tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(checkpoint.name, tokenizer, config)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
     check_student(model, tokenizer, longest(tokenizer, config), name, examples)

@@ -5,6 +5,7 @@ only.
 """
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
+
+LAUNCHED = "start with torchrun or accelerate launch, or unset it"
 
 # how starters that are no torch launchers say how many processes they started
 STARTERS = {
@@ -58,7 +61,7 @@ def join_world() -> World:
     """
     refuse_other_world()
     refuse_lone_process()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = number_from("WORLD_SIZE", 1, 1)
     # `accelerate launch --cpu` writes True
     cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     on_gpu = torch.cuda.is_available() and not cpu_asked
@@ -72,7 +75,10 @@ def join_world() -> World:
             f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
             "accelerate launch, or unset WORLD_SIZE"
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if number_from("RANK", 0, 0) >= size:
+        raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
+    place = number_from("LOCAL_RANK", 0, 0)
+    device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
@@ -83,20 +89,29 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, exchange, control)
 
 
+def number_from(name: str, default: int, lowest: int) -> int:
+    """A number that a launcher sets. Raises UserError for anything else."""
+    text = os.environ.get(name, str(default))
+    if re.fullmatch("[0-9]{1,9}", text) is None or int(text) < lowest:
+        raise UserError(f"{name}={text!r} is no whole number from {lowest}; {LAUNCHED}")
+    return int(text)
+
+
 def refuse_other_world() -> None:
     """Raises UserError where processes were started that do not know of each other: each would
     train alone, or in a world of another size than the launcher's."""
     for name, starter in STARTERS.items():
         count = os.environ.get(name, "1")
-        if count.isdigit() and int(count) > 1 and "WORLD_SIZE" not in os.environ:
+        if re.fullmatch("[0-9]{1,9}", count) and int(count) > 1 and "WORLD_SIZE" not in os.environ:
             raise UserError(
                 f"{starter} started {count} processes ({name}={count}) but WORLD_SIZE is not set, "
                 "so each would train alone; start with torchrun --nproc_per_node N -m sead_dist ..."
             )
     asked = os.environ.get("WORLD_SIZE")
-    if dist.is_initialized() and asked is not None and int(asked) != dist.get_world_size():
+    size = dist.get_world_size() if dist.is_initialized() else None
+    if size is not None and asked is not None and number_from("WORLD_SIZE", 1, 1) != size:
         raise UserError(
-            f"WORLD_SIZE={asked}, but the process group has {dist.get_world_size()} ranks; start "
+            f"WORLD_SIZE={asked}, but the process group has {size} ranks; start "
             "every process by one launcher"
         )
 

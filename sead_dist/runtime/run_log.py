@@ -18,10 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
 from rich import progress as bars
-from rich.console import Console
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, reading, reason
+from sead_dist.runtime.console import PipedConsole
 from sead_dist.runtime.progress import Bar, Lines
 from sead_dist.runtime.redact import without_secrets
 
@@ -77,18 +78,32 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or is not JSON.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is {path.parent} a run folder?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or start a new run") from None
+    with reading(path, "restore it or start a new run"):
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: is {path.parent} a run folder?") from error
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({reason(error)}): restore it or start a new run"
+            ) from error
+
+
+def read_as(kind: Any, path: Path, key: str | None = None) -> Any:
+    """One JSON file, or what it holds under a key, as a value of this type.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    found, check = read_json(path), TypeAdapter(kind)
+    with reading(path, "restore it or start a new run"):
+        return check.validate_python(found if key is None else found[key])
 
 
 def is_finished(run: Path) -> bool:
     """Whether this run folder holds a run that came to its end."""
     summary = run / "run_summary.json"
-    return summary.is_file() and bool(read_json(summary).get("finished"))
+    return summary.is_file() and bool(read_as(dict[str, Any], summary).get("finished"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -102,7 +117,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    with reading(path, "remove it"):
+        lines = path.read_bytes().split(b"\n")
     last = max((n for n, line in enumerate(lines) if line.strip()), default=-1)
     records = []
     for n, line in enumerate(lines[: last + 1]):
@@ -150,7 +166,7 @@ def steps_done(folder: Path) -> int:
     """The last step that a run in this folder took, saved or not; 0 where none is known."""
     try:
         return int(json.loads((folder / PROGRESS).read_text("utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return 0
 
 
@@ -167,7 +183,7 @@ class RunLog:
         self.folder = folder
         self.is_main = is_main
         self._on_console = console
-        self.console = Console(highlight=False, quiet=not (is_main and console))
+        self.console = PipedConsole(highlight=False, quiet=not (is_main and console))
         self._metrics: BinaryIO | None = None
         self._progress: int | None = None
         if is_main:
@@ -274,7 +290,7 @@ def _plain(obj: object) -> Any:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
