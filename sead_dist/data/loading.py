@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.data.task_files import TASKS, TaskSpec, align_name, is_label
+from sead_dist.data.task_files import TASKS, TaskSpec, is_label, number_name
 from sead_dist.errors import UserError, refusal
 
 Rows = list[dict[str, Any]]
@@ -199,17 +199,33 @@ def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, lis
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
     elif quoted:
         _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    elif task.name not in TASKS and (marked := _marked(lines)) and _are_whole(marked):
+        _log.warning(
+            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
+            'field has a doubled one (""): name it .csv to have them off', path
+        )  # fmt: skip
+    filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
+    # in a file of one column an empty line is an empty text, but around its rows
+    one_column = all(len(fields) == 1 for fields in lines)
+    texts = range(filled[0], filled[-1]) if filled and one_column else range(0)
     for number, fields in enumerate(lines, start=1):
-        if fields != [""]:
+        if fields != [""] or number in texts:
             yield number, [_unquoted(field) for field in fields] if quoted else fields
 
 
 def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
     """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
     own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    marked = [field for fields in lines for field in fields if '"' in field]
-    whole = all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
-    return whole and any('""' in field[1:-1] for field in marked)
+    marked = _marked(lines)
+    return _are_whole(marked) and any('""' in field[1:-1] for field in marked)
+
+
+def _marked(lines: Sequence[Sequence[str]]) -> list[str]:
+    return [field for fields in lines for field in fields if '"' in field]
+
+
+def _are_whole(marked: Sequence[str]) -> bool:
+    return all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
 
 
 def _unquoted(field: str) -> str:
@@ -362,11 +378,12 @@ def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 
 
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
-    """Whether the names of a ClassLabel say what its numbers mean: not where they are numbers
-    themselves. Of a class that is not the task's, a row that has it is refused by its name."""
-    if all(align_name(task, name) is not None for name in names):
+    """Whether the names of a ClassLabel say what its numbers mean. Names that are numbers do where
+    a file may hold each of them (`datasets` sorts them as texts: 0, 1, 10, 2). Of a class that is
+    not the task's, a row that has it is refused by its name."""
+    if all(is_label(task, name) for name in names):
         return True
-    return task.kind == "classification" and not all(re.fullmatch(r"-?\d+", n) for n in names)
+    return task.kind == "classification" and any(number_name(name) is None for name in names)
 
 
 def _line(error: BaseException) -> str:

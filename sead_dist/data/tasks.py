@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,14 @@ class TaskSpec:
 def normalise_label(name: str) -> str:
     """The form in which label names are compared: case-folded, spaces and hyphens as `_`."""
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def number_name(name: str) -> str | None:
+    """The form in which numbers are compared (+1, 1.0 and 1 are one); None for what is none."""
+    if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", name, re.ASCII):
+        return None
+    plain = format(Decimal(name.strip()).normalize(), "f")
+    return "0" if plain == "-0" else plain
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -138,6 +147,10 @@ def find_problem(task: TaskSpec) -> str | None:
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
     if not re.fullmatch(r"[\w.-]+", task.name):
         return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    for text in (task.text_a, task.text_b or "", *task.choices):
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if name is not None and (not name or spec or conversion):
+                return f"the template {text!r} has braces that hold no column's name alone"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:

@@ -30,7 +30,7 @@ from sead_dist.runtime.run_log import (
     write_json,
     written_aside,
 )
-from sead_dist.training.checkpoint import RULES, Identity, refuse_other
+from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
@@ -107,7 +107,7 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
     saved = Identity(**read_json(run / "run.json")["identity"])
-    refuse_other(run, saved, replace(saved, config=config.identity(), rules=RULES))
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules_of(config)))
     return saved
 
 
