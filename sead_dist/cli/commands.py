@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sead_dist import __version__
 from sead_dist.cli import arguments
-from sead_dist.errors import RunError, UserError, lacks_memory
+from sead_dist.errors import RunError, UserError, run_error
 
 if TYPE_CHECKING:
     from sead_dist.slurm.jobs import Job
@@ -261,16 +261,12 @@ def attempt(do: Callable[[], None]) -> int | None:
         return 2 if isinstance(error, UserError) else 3
     except BrokenPipeError:
         return 0
-    except OSError as error:  # a full disk, a folder that went away: no traceback helps
-        print(f"sead-dist: {error}; mend it, then give the same command again", file=sys.stderr)
-        return 3
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if lacks_memory(error):
-            what = next(iter(str(error).splitlines()), "") or type(error).__name__
-            mend = "lower micro_batch, or run where there is more, then give the same command again"
-            print(f"sead-dist: memory does not suffice: {what}; {mend}", file=sys.stderr)
+        machines = run_error(error)  # no traceback helps
+        if machines is not None:
+            print(f"sead-dist: {machines}", file=sys.stderr)
             return 3
         traceback.print_exc()
         return 1

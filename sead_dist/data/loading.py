@@ -302,7 +302,7 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-        return _table_rows(table, task, f"data file {path}")
+        return table_rows(table, task, f"data file {path}")
 
 
 def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
@@ -311,7 +311,7 @@ def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         raise UserError(f"data file {path} holds several splits; give it as data.path")
-    return _dataset_rows(saved, task, f"data file {path}")
+    return table_rows(dataset_table(saved), task, f"data file {path}")
 
 
 def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
@@ -338,7 +338,7 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
             f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
             f"{_line(error)}; give data.path, a folder of files"
         ) from error
-    return _dataset_rows(loaded, task, f"hub data set {name!r}")
+    return table_rows(dataset_table(loaded), task, f"hub data set {name!r}")
 
 
 def reach_hub(name: str, revision: str | None) -> None:
@@ -350,14 +350,15 @@ def reach_hub(name: str, revision: str | None) -> None:
         HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
-def _dataset_rows(dataset: Any, task: TaskSpec, where: str) -> Rows:
+def dataset_table(dataset: Any) -> Any:
+    """The Arrow table of a data set of `datasets`, with the names of its ClassLabels."""
     # Through the Arrow format a row mapping (a selection, a shuffle) is applied first.
     table = dataset.with_format("arrow")[:]
     metadata = dataset.features.arrow_schema.metadata
-    return _table_rows(table.replace_schema_metadata(metadata), task, where)
+    return table.replace_schema_metadata(metadata)
 
 
-def _table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
+def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
     """Rows of an Arrow table; numbers of a ClassLabel become its names, which decide.
 
     The order of a data set's class names need not be the task's, and some may be of no row.

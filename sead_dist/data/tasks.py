@@ -99,14 +99,19 @@ def read_task_file(path: Path) -> TaskSpec:
         raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
+    return task_from(raw, f"task file {path}")
+
+
+def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
+    """The task that these keys describe; UserError begins with `where` and names key and mend."""
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:
-            raise UserError(f"task file {path}: unknown key {key!r}{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
     raw = _defaults(raw)
     for f in fields(TaskSpec):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
-            raise UserError(f"task file {path}: key {f.name!r} is missing; add it")
+            raise UserError(f"{where}: key {f.name!r} is missing; add it")
     try:
         task = TypeAdapter(TaskSpec).validate_python(raw)
     except ValidationError as error:
@@ -114,11 +119,11 @@ def read_task_file(path: Path) -> TaskSpec:
         mend = (
             " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
         )
-        where = ".".join(map(str, first["loc"]))
-        what = f"{where} is {first['input']!r}: " if where else "in text_a, text_b or choices: "
-        raise UserError(f"task file {path}: {what}{first['msg']}{mend}") from error
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key} is {first['input']!r}: " if key else "in text_a, text_b or choices: "
+        raise UserError(f"{where}: {what}{first['msg']}{mend}") from error
     if problem := find_problem(task):
-        raise UserError(f"task file {path}: {problem}")
+        raise UserError(f"{where}: {problem}")
     return task
 
 
