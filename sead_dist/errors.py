@@ -34,6 +34,20 @@ def refusal(message: str, error: BaseException) -> UserError | RunError:
     return RunError(message) if own else UserError(message)
 
 
+def run_error(error: Exception) -> RunError | None:
+    """What an error of the machine says in one line (a full disk, a folder that went away, too
+    little memory); None for any other, which is a bug."""
+    if isinstance(error, OSError):
+        return RunError(f"{error}; mend it, then give the same command again")
+    if lacks_memory(error):
+        what = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return RunError(
+            f"memory does not suffice: {what}; lower micro_batch, or run where there is more, then "
+            "give the same command again"
+        )
+    return None
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, PyTorch on a GPU, or PyTorch on the CPU found no memory."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sead_dist import __version__
 from sead_dist.cli import arguments
-from sead_dist.errors import RunError, UserError, lacks_memory, one_line
+from sead_dist.errors import RunError, UserError, one_line, run_error
 
 if TYPE_CHECKING:
     from sead_dist.slurm.jobs import Job
@@ -270,20 +270,14 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     except BrokenPipeError:  # `| head -1` has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that went away: no traceback helps
-        if debug:
-            show_traceback(error)
-        print(f"sead-dist: {error}; mend it, then give the same command again", file=sys.stderr)
-        return 3
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if lacks_memory(error):
+        machines = run_error(error)  # no traceback helps
+        if machines is not None:
             if debug:
                 show_traceback(error)
-            what = next(iter(str(error).splitlines()), "") or type(error).__name__
-            mend = "lower micro_batch, or run where there is more, then give the same command again"
-            print(f"sead-dist: memory does not suffice: {what}; {mend}", file=sys.stderr)
+            print(f"sead-dist: {one_line(str(machines))}", file=sys.stderr)
             return 3
         traceback.print_exc()
         return 1

@@ -139,7 +139,8 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
 
 

@@ -4,12 +4,13 @@ Defaults live in configs/base.yaml alone. Keys marked Operational may change on 
 others are the run's identity.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -24,6 +25,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`epochs: true` would be one epoch."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        held = value if isinstance(value, list) else [value]
+        if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
+            raise ValueError("input should be a number, not true or false")
+        return value
 
 
 class DataConfig(Section):

@@ -19,8 +19,8 @@ class _TwiceError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where `on`, `off`, `yes`, `no` are words, `1e-5` is a number (as in YAML 1.2), and a
-    mapping has each key once."""
+    """YAML where `on`, `off`, `yes`, `no`, `010`, `1_0` and `1:30` are words, `1e-5` is a number
+    (as in YAML 1.2), and a mapping has each key once."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -78,11 +78,16 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":int"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

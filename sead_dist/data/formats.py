@@ -17,7 +17,14 @@ import string
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sead_dist.data.task_files import Answer, TaskSpec, file_values, normalise_label
+from sead_dist.data.task_files import (
+    Answer,
+    TaskSpec,
+    class_of,
+    file_values,
+    number_name,
+    score_of,
+)
 from sead_dist.errors import UserError, reason
 
 Row = Mapping[str, Any]
@@ -122,14 +129,13 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
 
 def _class_index(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
     value = _label(task, flat, where)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with a gap is read as floats
-    if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
-        value = whole[1]  # and written as such
-    index = values.get(normalise_label(str(value)))
+    # what is not there is no label, though a task may have one of the name None
+    there = value is not None and value == value
+    index = class_of(values, str(value)) if there else None
     if index is None:
-        numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]
-        allowed = ", ".join([*task.labels, *(n for n in numbers if n not in task.labels)])
+        of_labels = {number_name(label) for label in task.labels}
+        numbers = [name for name in values if number_name(name) == name and name not in of_labels]
+        allowed = ", ".join([*task.labels, *numbers])
         raise UserError(
             f"{where}: label {value!r} in column {task.label_column!r} is outside the set; "
             f"allowed: {allowed}; mend the row"
@@ -140,10 +146,7 @@ def _class_index(task: TaskSpec, flat: Row, values: Mapping[str, int], where: st
 def _score(task: TaskSpec, flat: Row, values: Mapping[str, int], where: str) -> float:
     low, high = task.score_range or (-math.inf, math.inf)
     value = _label(task, flat, where)
-    try:
-        score = float(value)
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
+    score = score_of(value)
     if not low <= score <= high:  # also false for NaN
         raise UserError(
             f"{where}: score {value!r} in column {task.label_column!r}; "

@@ -4,7 +4,7 @@ One row per task; label order is the hub's. Shapes: B examples, C classes.
 """
 
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ import numpy as np
 
 from sead_dist.data import metrics
 from sead_dist.data.metrics import Answer, MetricInputs
-from sead_dist.data.tasks import TaskSpec, nearest, normalise_label, read_task_file
+from sead_dist.data.tasks import (
+    TaskSpec,
+    nearest,
+    normalise_label,
+    number_name,
+    read_task_file,
+)
 from sead_dist.errors import UserError
 
 __all__ = [
@@ -21,12 +27,15 @@ __all__ = [
     "MetricInputs",
     "TaskSpec",
     "align_name",
+    "class_of",
     "compute_metrics",
     "constant_score",
     "file_values",
     "is_label",
     "load_task",
     "normalise_label",
+    "number_name",
+    "score_of",
 ]
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"
@@ -115,20 +124,42 @@ def file_values(task: TaskSpec) -> dict[str, int]:
     """
     named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
     named |= _names(task)
-    if any(re.fullmatch(r"-?\d+", name) for name in named):
-        return named
-    return named | {str(index): index for index in range(len(task.labels))}
+    said = {**task.value_aliases, **task.aliases, **{label: label for label in task.labels}}
+    meant: dict[str, set[int]] = {}
+    for name, label in said.items():
+        if (number := number_name(name)) is not None:
+            meant.setdefault(number, set()).add(task.labels.index(label))
+    if not meant:
+        meant = {str(index): {index} for index in range(len(task.labels))}
+    # of "1.10" and "1.1" as two labels, each is itself
+    return {number: min(of) for number, of in meant.items() if len(of) == 1} | named
+
+
+def class_of(values: Mapping[str, int], value: str) -> int | None:
+    """The class of a file's value by `file_values`: of its name, else of the number that it is, as
+    a column of whole numbers with a gap is read and written: 1.0."""
+    index = values.get(normalise_label(value))
+    if index is None and (number := number_name(value)) is not None:
+        index = values.get(number)
+    return index
+
+
+def score_of(value: Any) -> float:
+    """A file's score; NaN for what is none, such as True or 4_0, which Python takes for numbers."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def is_label(task: TaskSpec, value: str) -> bool:
     """Whether a file's value can be a label of the task."""
     if task.kind == "regression":
         low, high = task.score_range or (-math.inf, math.inf)
-        try:
-            return low <= float(value) <= high
-        except ValueError:
-            return False
-    return normalise_label(value) in file_values(task)
+        return low <= score_of(value) <= high
+    return class_of(file_values(task), value) is not None
 
 
 def align_name(task: TaskSpec, name: str) -> int | None:

@@ -99,7 +99,13 @@ def locate(
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none."""
+    """The files that hold the weights. Raises UserError when there are none, or where an adapter,
+    which plain Transformers leaves out where peft is not installed, lies beside them."""
+    if (checkpoint.folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{checkpoint.name} holds an adapter (adapter_config.json), which is not read; merge "
+            "it into the weights (merge_and_unload), and save the whole model"
+        )
     for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
         path = checkpoint.folder / name
         if path.is_file() and name.endswith(".index.json"):
@@ -275,10 +281,12 @@ def fitting_length(asked: int, config: PretrainedConfig) -> int:
 def check_vocabulary(
     name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Raises UserError where the tokeniser knows more words than the model has embeddings."""
+    """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
     size = getattr(config, "vocab_size", None)
-    if size is not None and len(tokenizer) > size:
+    # numbers of words may have gaps
+    words = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if size is not None and words > size:
         raise UserError(
-            f"{name} has {size} word embeddings but its tokeniser has {len(tokenizer)} words; "
+            f"{name} has {size} word embeddings but its tokeniser has {words} words; "
             "give the tokeniser that the model was trained with"
         )

@@ -32,6 +32,7 @@ from sead_dist.models.loaded import (
     head_names,
     pooler_names,
     refuse_gaps,
+    refuse_leftovers,
     some,
     wrapping,
 )
@@ -51,7 +52,14 @@ def width(task: TaskSpec) -> int:
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    return [str(config.id2label[index]) for index in range(config.num_labels)]
+    """The names of a model's classes in its own order, by id2label. One that label2id gives another
+    number, or that has none, carries a remark, so that it is no label of a task."""
+    numbers, names = config.label2id or {}, []
+    for index in range(config.num_labels):
+        name = str(config.id2label.get(index, f"without a name ({index})"))
+        other = numbers.get(name, index)
+        names.append(name if other == index else f"{name} (label2id: {other})")
+    return names
 
 
 def align_classes(
@@ -118,7 +126,7 @@ def load_classifier(
     checkpoint: Checkpoint, dtype: str = "fp32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
-    or of another shape."""
+    or of another shape, and where its files hold more of it."""
     model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
     head = sorted(head_names(model) & loaded.missing)
     if head:
@@ -127,6 +135,7 @@ def load_classifier(
             "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
         )
     refuse_gaps(checkpoint.name, model, loaded, set())
+    refuse_leftovers(checkpoint.name, model, loaded.unused)
     return model
 
 

@@ -210,6 +210,7 @@ def build_student(
         own = load_model_config(checkpoint, trust_remote_code)
         check_vocabulary(checkpoint.name, tokenizer, own)
         model, account = _start_from(checkpoint, own, task, changes, trust_remote_code)
+        account += _other_words(student, tokenizer)
         if student.layers is not None:
             keep_layers(model, student.layers)
             account += f"; of its layers {student.layers} are kept"
@@ -218,6 +219,24 @@ def build_student(
     if say is not None:
         say(account)
     return model.float()
+
+
+def _other_words(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is to be said of a tokeniser that is given beside a start, whose embeddings are then
+    those of other words."""
+    if student.tokenizer is None or student.path is None:
+        return ""
+    folder = locate(student.path).folder
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return ""  # it came without words
+    own, given = load_tokenizer(locate(student.path)).get_vocab(), tokenizer.get_vocab()
+    other = sum(own.get(word) != place for word, place in given.items())
+    if not other:
+        return ""
+    return (
+        f"; WARNING: {other} of the {len(given)} words of student.tokenizer={student.tokenizer} "
+        "have embeddings of other words, or new ones"
+    )
 
 
 def _start_from(

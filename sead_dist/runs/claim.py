@@ -31,7 +31,7 @@ from sead_dist.runtime.run_log import (
     write_json,
     written_aside,
 )
-from sead_dist.training.checkpoint import RULES, Identity, refuse_other
+from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
@@ -55,12 +55,11 @@ def has_progress(run: Path) -> bool:
     return any(record.get("event") == "train" for record in read_metrics(run))
 
 
-def already_finished(config: RunConfig) -> bool:
-    """Whether the output folder holds this very run, finished. Reads, never writes.
+def holds_run(run: Path) -> bool:
+    """Whether there is a run in this folder; False where it is new or empty.
 
-    Raises UserError where it holds something else.
+    Raises UserError where it holds something else, or is not ours.
     """
-    run = Path(config.output_dir)
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir={run} is a file; give a folder")
     # names with a dot: the lock, and files aside, of a process killed before its claim
@@ -76,6 +75,17 @@ def already_finished(config: RunConfig) -> bool:
         raise UserError(
             f"output_dir={run} holds other files and no run; give a new or empty folder"
         )
+    return True
+
+
+def already_finished(config: RunConfig) -> bool:
+    """Whether the output folder holds this very run, finished. Reads, never writes.
+
+    Raises UserError where it holds something else.
+    """
+    run = Path(config.output_dir)
+    if not holds_run(run):
+        return False
     saved = refuse_other_keys(config)
     if saved is None or not is_finished(run):
         return False
@@ -98,7 +108,7 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
     saved = Identity.read(run / "run.json")
-    refuse_other(run, saved, replace(saved, config=config.identity(), rules=RULES))
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules_of(config)))
     return saved
 
 

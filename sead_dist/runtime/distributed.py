@@ -7,6 +7,7 @@ only.
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ T = TypeVar("T")
 # A whole window of a large teacher may pass before the other ranks hear of it.
 TIMEOUT = timedelta(hours=2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
 
 LAUNCHED = "start with torchrun or accelerate launch, or unset it"
 
@@ -201,15 +203,21 @@ class StopRequestedError(Exception):
 
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR2 (a scheduler's notice) on any rank; the ranks agree on it
-    at a step boundary. Further signals change nothing, but a second Ctrl-C ends the process."""
+    at a step boundary. Further signals change nothing, but a second Ctrl-C does what `second` says:
+    it ends the process, or is an exception where the process is not ours to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: SecondCtrlC = signal.SIG_DFL) -> None:
         self.signal: int | None = None
+        self.second = second
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the signals set this flag; afterwards their handlers are as before."""
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        """While inside, the signals set this flag; afterwards their handlers are as before. Only
+        the main thread may listen; a handler that is not Python's stays where it is."""
+        before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            before = {number: own for number, own in handlers.items() if own is not None}
         for number in before:
             signal.signal(number, self._note)
         try:
@@ -221,7 +229,7 @@ class StopFlag:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.second)
 
     def agreed(self, world: World) -> bool:
         """True on all ranks when any rank was asked to stop."""

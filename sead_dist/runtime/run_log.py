@@ -5,6 +5,7 @@ sees the old file or the new one, never half of one.
 """
 
 import json
+import logging
 import math
 import os
 import platform
@@ -26,6 +27,8 @@ from sead_dist.runtime.progress import Bar, Lines
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"
+# where lines go that are not for the console
+_log = logging.getLogger("sead_dist")
 PACKAGES = (
     *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "deepspeed", "numpy", "scikit-learn", "scipy"),
@@ -151,6 +154,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def tell(line: str, console: bool) -> None:
+    """One line on standard output, or to the logger `sead_dist`."""
+    if console:
+        print(line, flush=True)
+    else:
+        _log.info("%s", line)
+
+
 def steps_done(folder: Path) -> int:
     """The last step that a run in this folder took, saved or not; 0 where none is known."""
     try:
@@ -165,12 +176,13 @@ class RunLog:
     Args:
         folder: the run folder; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
-        console: whether rank 0 also speaks on standard output.
+        console: whether rank 0 also speaks on standard output; else to the logger `sead_dist`.
     """
 
     def __init__(self, folder: Path, is_main: bool, console: bool) -> None:
         self.folder = folder
         self.is_main = is_main
+        self._on_console = console
         self.console = PipedConsole(highlight=False, quiet=not (is_main and console))
         self._metrics: BinaryIO | None = None
         self._progress: int | None = None
@@ -254,7 +266,10 @@ class RunLog:
             self._metrics = None
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        if self._on_console:
+            self.console.print(line, markup=False, soft_wrap=True)
+        else:
+            _log.info("%s", line)
 
 
 def _plain(obj: object) -> Any:

@@ -67,7 +67,7 @@ class Plan:
     """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
     applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
     methods of a task are to take as many steps; lengthened: (task, method) -> the steps of its own,
-    where it was given more (`sweepsteps.fix_steps`)."""
+    where it was given more (`steps.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from sead_dist.data.order import TokenTable
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.inputs import CheckRows, check_teacher, reset_attention
+from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import COPY, weight_files
 from sead_dist.models.sequence_classifier import new_classifier
 from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects, raise_first
@@ -98,7 +99,8 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     """For each parameter (by its first name) and each saved buffer the file that holds it, and its
     name there; tied parameters stand under one of their names.
 
-    Raises UserError where the checkpoint is not in safetensors, is quantised or lacks a parameter.
+    Raises UserError where the checkpoint is not in safetensors, is quantised, lacks a parameter or
+    holds more of the model than that.
     """
     files = weight_files(teacher.checkpoint)
     if files[0].suffix != ".safetensors":
@@ -136,6 +138,8 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     for name, buffer in model.named_buffers():
         if name in stored and stored[name][1] == tuple(buffer.shape):
             found[name] = (stored[name][0], name)
+    used = {name for twins in names.values() for name in twins} | found.keys()
+    refuse_leftovers(f"teacher {teacher.name}", model, stored.keys() - used)
     return found
 
 

@@ -1,7 +1,8 @@
 """The student under Accelerate or DeepSpeed: prepare, forward, backward, step, save, load.
 
-The only file that imports accelerate. Loss terms arrive normalised over the valid rows of the
-global batch (invariant 2), so micro-batches and ranks are summed here, never averaged.
+Beside teachers/sharding.py the only file that imports accelerate. Loss terms arrive normalised over
+the valid rows of the global batch (invariant 2), so micro-batches and ranks are summed here, never
+averaged.
 
 Shapes: B rows, C classes, K text rows per example, L tokens.
 """
