@@ -146,7 +146,7 @@ def class_of(values: Mapping[str, int], value: str) -> int | None:
 
 def score_of(value: Any) -> float:
     """A file's score; NaN for what is none, such as True or 4_0, which Python takes for numbers."""
-    if isinstance(value, bool) or "_" in str(value):
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return math.nan
     try:
         return float(value)
