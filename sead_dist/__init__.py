@@ -1,3 +1,56 @@
-"""Distil an ensemble of N teachers into one small student for language understanding."""
+"""Distil an ensemble of N teachers into one small student for language understanding.
+
+From Python: `import sead_dist as sd`; docs/python.md. Nothing is imported before it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sead_dist.api import (
+        Run,
+        distill,
+        distillation_loss,
+        evaluate,
+        finetune,
+        load_config,
+        predict,
+        soft_targets,
+    )
+    from sead_dist.config.schema import RunConfig
+    from sead_dist.data.tasks import TaskSpec
+    from sead_dist.errors import RunError, UserError
 
 __version__ = "0.1.0"
+__all__ = [
+    "Run",
+    "RunConfig",
+    "RunError",
+    "TaskSpec",
+    "UserError",
+    "__version__",
+    "distill",
+    "distillation_loss",
+    "evaluate",
+    "finetune",
+    "load_config",
+    "predict",
+    "soft_targets",
+]
+# the others are the interface's own
+_ELSEWHERE = {
+    "RunConfig": "sead_dist.config.schema",
+    "RunError": "sead_dist.errors",
+    "TaskSpec": "sead_dist.data.tasks",
+    "UserError": "sead_dist.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

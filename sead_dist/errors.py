@@ -1,9 +1,12 @@
-"""The two ways a run can end badly, and the exit code of each.
+"""The two ways a run can end badly, the exit code of each, and the boundary of foreign bytes.
 
 Every message is one line: what was wrong, the value, what is allowed, what to do.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # what no other words would change: disk, permission, memory, limits of the machine
 OF_ENVIRONMENT = frozenset(
@@ -31,7 +34,64 @@ def refusal(message: str, error: BaseException) -> UserError | RunError:
     return RunError(message) if own else UserError(message)
 
 
+def run_error(error: Exception) -> RunError | None:
+    """What an error of the machine says in one line (a full disk, a folder that went away, too
+    little memory); None for any other, which is a bug."""
+    if isinstance(error, OSError):
+        return RunError(f"{error}; mend it, then give the same command again")
+    if lacks_memory(error):
+        what = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return RunError(
+            f"memory does not suffice: {what}; lower micro_batch, or run where there is more, then "
+            "give the same command again"
+        )
+    return None
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, PyTorch on a GPU, or PyTorch on the CPU found no memory."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@contextmanager
+def reading(path: Path | str, fix: str, name: str | None = None) -> Iterator[None]:
+    """The boundary around bytes that others wrote: whatever is raised inside becomes one line with
+    the file's name, chained to what raised it. Code that only uses what was read stays outside, so
+    that a bug of it is a traceback.
+
+    path: what is read; fix: what the person can do; name: what the file is called (default: path).
+    Raises UserError, or RunError for the environment's failures.
+    """
+    try:
+        if isinstance(path, Path) and path.exists() and not (path.is_file() or path.is_dir()):
+            # a pipe that nobody fills is waited for without end
+            raise UserError(f"{name or path} is a pipe or a device, not a file; {fix}")
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise refusal(f"{name or path} cannot be read: {reason(error)}; {fix}", error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what libraries written in Rust raise
+            raise
+        raise UserError(f"{name or path} cannot be read: {reason(error)}; {fix}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, in one line of at most 300 characters."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if type(error).__name__ == "ValidationError":  # pydantic's, of many lines
+        mistake = error.errors()[0]  # type: ignore[attr-defined]
+        return one_line(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}")[:300]
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    return one_line(f"{kind}: {first}" if first else kind)[:300]
+
+
+def one_line(text: str) -> str:
+    """A text that any terminal and file takes, in one line: other characters are escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,6 +1,7 @@
 """What can be written after each command of the command line."""
 
 import argparse
+import re
 
 WORDS = "YAML files or shipped names (sst2), laid over base.yaml in order, then KEY=VALUE"
 ROOT = "folder where submitted runs register; default: the user's state folder"
@@ -17,10 +18,9 @@ def add_teach(command: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A number of at least one, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is none; give 1 or more")
-    return number
+    if re.fullmatch("[0-9]{1,6}", text) is None or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 999999; give one")
+    return int(text)
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:

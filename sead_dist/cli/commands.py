@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sead_dist import __version__
 from sead_dist.cli import arguments
-from sead_dist.errors import RunError, UserError, lacks_memory
+from sead_dist.errors import RunError, UserError, one_line, run_error
 
 if TYPE_CHECKING:
     from sead_dist.slurm.jobs import Job
@@ -200,6 +200,9 @@ def parser() -> argparse.ArgumentParser:
         prog="sead-dist",
         description="Distil an ensemble of teachers into one small student.",
     )
+    top.add_argument(
+        "--debug", action="store_true", help="with an error its whole traceback, after any command"
+    )
     top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run, add, help_ in (
@@ -234,8 +237,10 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; words may stand after its options too."""
+    given = list(sys.argv[1:] if argv is None else argv)
     top = parser()
-    args, rest = top.parse_known_args(argv)
+    args, rest = top.parse_known_args([word for word in given if word != "--debug"])
+    args.debug = "--debug" in given
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -247,40 +252,51 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def attempt(do: Callable[[], None]) -> int | None:
+def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
-    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug."""
+    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug. debug: its traceback too."""
     try:
         do()
+        sys.stdout.flush()
     except (UserError, RunError) as error:
+        if debug:
+            show_traceback(error)
         if is_main_process():
-            print(f"sead-dist: {error}", file=sys.stderr, flush=True)
+            print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:
             # a launcher ends all ranks with the first: rank 0 has to say its line before
             time.sleep(GRACE_S)
         return 2 if isinstance(error, UserError) else 3
-    except BrokenPipeError:
+    except BrokenPipeError:  # `| head -1` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that went away: no traceback helps
-        print(f"sead-dist: {error}; mend it, then give the same command again", file=sys.stderr)
-        return 3
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if lacks_memory(error):
-            what = next(iter(str(error).splitlines()), "") or type(error).__name__
-            mend = "lower micro_batch, or run where there is more, then give the same command again"
-            print(f"sead-dist: memory does not suffice: {what}; {mend}", file=sys.stderr)
+        machines = run_error(error)  # no traceback helps
+        if machines is not None:
+            if debug:
+                show_traceback(error)
+            print(f"sead-dist: {machines}", file=sys.stderr)
             return 3
         traceback.print_exc()
         return 1
     return None
 
 
+def show_traceback(error: BaseException) -> None:
+    """The whole of it: also what stands behind an error that hides its cause."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__suppress_context__ = link.__cause__ is not None
+        link = link.__cause__ or link.__context__
+    traceback.print_exception(error)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exit codes: 0 done, and those of `attempt`."""
     args = parse(argv)
-    code = attempt(lambda: args.run(args))
+    code = attempt(lambda: args.run(args), args.debug)
     if code is not None:
         leave(code)
 

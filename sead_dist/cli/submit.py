@@ -23,6 +23,9 @@ from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Attempt, Launch, enqueue, job_folder, refuse_queued, sbatch_text
 
+# of an array of runs
+MOST_SEEDS = 10_000
+
 
 @dataclass(frozen=True)
 class Request:
@@ -64,12 +67,14 @@ def parse_seeds(text: str) -> list[int]:
     """ "0-4" or "0,3,7-9" as numbers. Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
         if match is None:
             raise UserError(f"--seeds {text!r} is no list of seeds; give e.g. 0,1,2 or 0-4")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r} names no seed, or one twice; give e.g. 0,1,2 or 0-4")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)[:MOST_SEEDS]
+    if not 0 < len(seeds) < MOST_SEEDS or len(set(seeds)) != len(seeds):
+        raise UserError(
+            f"--seeds {text!r} names none, one twice or too many; give e.g. 0,1,2 or 0-4"
+        )
     return seeds
 
 

@@ -4,6 +4,7 @@ KEY=VALUE words; later ones lie over earlier ones.
 
 import difflib
 import glob
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from pydantic import ValidationError
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
-from sead_dist.config.yaml_text import parse_yaml
-from sead_dist.errors import UserError, refusal
+from sead_dist.config.yaml_text import parse_yaml, read_yaml
+from sead_dist.errors import UserError, reading
 
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
@@ -63,7 +64,7 @@ def read_method(method: str) -> dict[str, Any]:
         raise UserError(
             f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
         )
-    keys = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    keys = read_yaml(path)
     others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
     if not isinstance(keys, dict) or others:
         raise UserError(
@@ -138,7 +139,8 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
 
 
@@ -165,14 +167,13 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
     layers: list[Mapping[str, Any]] = []
     for word in [word for word in words if "=" not in word]:
         path = find_config(word)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise refusal(f"config {word!r} cannot be read: {error.strerror}", error) from None
-        except UnicodeDecodeError:
-            raise UserError(
-                f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
-            ) from None
+        with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+                ) from error
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
@@ -183,7 +184,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
 def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     """The configuration of these keys over those of the method and of base.yaml."""
     base = config_folder() / "base.yaml"
-    merged = dict(parse_yaml(base.read_text(encoding="utf-8"), str(base)))
+    merged = dict(read_yaml(base))
     methods = [layer["method"] for layer in layers if layer.get("method") is not None]
     preset = [read_method(str(methods[-1]))] if methods else []
     for layer in (*preset, *layers):
@@ -211,5 +212,9 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
 
 
 def _largest_divisor(config: RunConfig) -> int:
-    below = range(min(config.micro_batch, config.global_batch), 0, -1)
-    return next(size for size in below if config.global_batch % size == 0)
+    pairs = [
+        (size, config.global_batch // size)
+        for size in range(1, math.isqrt(config.global_batch) + 1)
+        if config.global_batch % size == 0
+    ]
+    return max(size for pair in pairs for size in pair if size <= config.micro_batch)

@@ -4,22 +4,37 @@ Defaults live in configs/base.yaml alone. Keys marked Operational may change on 
 others are the run's identity.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
 Placed = Literal["colocated", "partitioned", "sharded", "pool"]
 Placement = Literal["auto", Placed]
+# what is counted from one to it would have no end
+MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`epochs: true` would be one epoch."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        held = value if isinstance(value, list) else [value]
+        if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
+            raise ValueError("input should be a number, not true or false")
+        return value
 
 
 class DataConfig(Section):
@@ -58,7 +73,7 @@ class TeacherConfig(Section):
     revision: str | None = None
     dtype: Precision | None = None
     weights: Literal["int8"] | None = None
-    max_length: Annotated[int | None, Field(gt=0)] = None
+    max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -88,16 +103,16 @@ METHOD_KEYS = (
 
 
 class EvaluateConfig(Section):
-    every_steps: Annotated[int | None, Field(gt=0), Operational]
+    every_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
 
 
 class CheckpointConfig(Section):
-    every_steps: Annotated[int, Field(ge=0), Operational]
-    keep_last: Annotated[int, Field(ge=1), Operational]
+    every_steps: Annotated[int, Field(ge=0, le=MANY), Operational]
+    keep_last: Annotated[int, Field(ge=1, le=MANY), Operational]
 
 
 class PoolConfig(Section):
-    chunk_rows: Annotated[int, Field(gt=0), Operational]
+    chunk_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
     claim_s: Annotated[float, Field(gt=0), Operational]
     silent_s: Annotated[float, Field(gt=0), Operational]
 
@@ -124,7 +139,7 @@ class RunConfig(Section):
     encoders: list[TeacherConfig]
     placement: Annotated[Placement, Operational]
     teacher_precision: Precision
-    look_ahead: Annotated[int, Field(gt=0), Operational]
+    look_ahead: Annotated[int, Field(gt=0, le=MANY), Operational]
     gate: Annotated[Literal["on", "off"], Operational]
     drift: Annotated[Literal["on", "off"], Operational]
     trust_remote_code: Annotated[bool, Operational]
@@ -142,11 +157,11 @@ class RunConfig(Section):
     inner_weight: Annotated[float, Field(gt=0)]
     inner_share: Annotated[float, Field(gt=0, lt=1)]
     start: Literal["own", "guide"]
-    epochs: Annotated[int, Field(gt=0)]
-    max_steps: Annotated[int | None, Field(gt=0)]
-    global_batch: Annotated[int, Field(gt=0)]
-    micro_batch: Annotated[int, Field(gt=0)]
-    max_length: Annotated[int, Field(gt=1)]
+    epochs: Annotated[int, Field(gt=0, le=MANY)]
+    max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
+    global_batch: Annotated[int, Field(gt=0, le=MANY)]
+    micro_batch: Annotated[int, Field(gt=0, le=MANY)]
+    max_length: Annotated[int, Field(gt=1, le=MANY)]
     optimizer: Literal["adamw", "sgd"]
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["linear", "cosine", "constant"]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sead_dist.data.task_files import Answer, TaskSpec
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reason
 
 Row = Mapping[str, Any]
 
@@ -57,10 +57,10 @@ def read_items(
             row = _renamed(task, row, where)
         try:
             flats = list(read(row, position))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except Exception as error:  # rows may hold anything in anything
             raise UserError(
-                f"{where} does not have the form of task {task.name!r}: {error!r} with columns "
-                f"{', '.join(row)}; see the task's official files or its form on the hub"
+                f"{where} does not have the form of task {task.name!r}: {reason(error)} with "
+                f"columns {', '.join(row)}; see the task's official files or its form on the hub"
             ) from error
         for flat in flats:
             _check_texts(task, flat, where)

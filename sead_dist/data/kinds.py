@@ -8,7 +8,8 @@ Shapes: B examples, C classes (1 where a label is a score).
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,14 +99,13 @@ class Classification(TaskKind):
         values = file_values(task)
 
         def parse(value: Any, where: str) -> float:
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)  # a column of whole numbers with a gap is read as floats
-            if isinstance(value, str) and (whole := re.fullmatch(r"\s*(-?\d+)\.0+\s*", value)):
-                value = whole[1]  # and written as such
-            index = values.get(normalise_label(str(value)))
+            # what is not there is no label, though a task may have one of the name None
+            there = value is not None and value == value
+            index = class_of(values, str(value)) if there else None
             if index is None:
-                numbers = [name for name in values if re.fullmatch(r"-?\d+", name)]
-                allowed = ", ".join([*task.labels, *(n for n in numbers if n not in task.labels)])
+                of_labels = {number_name(label) for label in task.labels}
+                numbers = [name for name in values if number_name(name) == name]
+                allowed = ", ".join([*task.labels, *(n for n in numbers if n not in of_labels)])
                 raise UserError(
                     f"{where}: label {value!r} in column {task.label_column!r} is outside the "
                     f"set; allowed: {allowed}; mend the row"
@@ -115,7 +115,7 @@ class Classification(TaskKind):
         return parse
 
     def is_label(self, task: "TaskSpec", value: str) -> bool:
-        return normalise_label(value) in file_values(task)
+        return class_of(file_values(task), value) is not None
 
     def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
         import torch  # tasks are read without it
@@ -154,7 +154,7 @@ class Regression(TaskKind):
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         low, high = task.score_range or (0.0, 0.0)
-        if task.labels or not low < high:
+        if task.labels or not -math.inf < low < high < math.inf:
             return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
         return None
 
@@ -162,10 +162,7 @@ class Regression(TaskKind):
         low, high = task.score_range or (-math.inf, math.inf)
 
         def parse(value: Any, where: str) -> float:
-            try:
-                score = float(value)
-            except (TypeError, ValueError):
-                score = math.nan
+            score = score_of(value)
             if not low <= score <= high:  # also false for NaN
                 raise UserError(
                     f"{where}: score {value!r} in column {task.label_column!r}; "
@@ -208,6 +205,14 @@ def _names(task: "TaskSpec") -> dict[str, int]:
     return names | {normalise_label(label): i for i, label in enumerate(task.labels)}
 
 
+def number_name(name: str) -> str | None:
+    """The form in which numbers are compared (+1, 1.0 and 1 are one); None for what is none."""
+    if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", name, re.ASCII):
+        return None
+    plain = format(Decimal(name.strip()).normalize(), "f")
+    return "0" if plain == "-0" else plain
+
+
 def file_values(task: "TaskSpec") -> dict[str, int]:
     """Label values of a file (normalised) -> class index.
 
@@ -215,9 +220,34 @@ def file_values(task: "TaskSpec") -> dict[str, int]:
     """
     named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
     named |= _names(task)
-    if any(re.fullmatch(r"-?\d+", name) for name in named):
-        return named
-    return named | {str(index): index for index in range(len(task.labels))}
+    said = {**task.value_aliases, **task.aliases, **{label: label for label in task.labels}}
+    meant: dict[str, set[int]] = {}
+    for name, label in said.items():
+        if (number := number_name(name)) is not None:
+            meant.setdefault(number, set()).add(task.labels.index(label))
+    if not meant:
+        meant = {str(index): {index} for index in range(len(task.labels))}
+    # of "1.10" and "1.1" as two labels, each is itself
+    return {number: min(of) for number, of in meant.items() if len(of) == 1} | named
+
+
+def class_of(values: Mapping[str, int], value: str) -> int | None:
+    """The class of a file's value by `file_values`: of its name, else of the number that it is, as
+    a column of whole numbers with a gap is read and written: 1.0."""
+    index = values.get(normalise_label(value))
+    if index is None and (number := number_name(value)) is not None:
+        index = values.get(number)
+    return index
+
+
+def score_of(value: Any) -> float:
+    """A file's score; NaN for what is none, such as True or 4_0, which Python takes for numbers."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def align_name(task: "TaskSpec", name: str) -> int | None:

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +20,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.data.task_files import TASKS, TaskSpec, align_name
-from sead_dist.errors import UserError, refusal
+from sead_dist.data.task_files import TASKS, TaskSpec, number_name
+from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -114,21 +113,22 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     `task` says which columns a TSV without a header has. Raises UserError naming file and line.
     """
     kind = kind_of(path)
-    try:
-        if path.is_dir():
-            return _from_saved_folder(path, task)
-        if kind in (".parquet", ".arrow"):
-            return _binary_rows(path, task)
-        if kind in (".tsv", ".csv", ".jsonl", ".json"):
-            return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
-    except FileNotFoundError as error:
-        raise UserError(f"data file {path} does not exist; give an existing file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise refusal(f"data file {path} cannot be read: {_line(error)}", error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8: {_line(error)}; convert it") from error
-    except pa.ArrowException as error:
-        raise UserError(f"data file {path} is not a whole {kind} file: {_line(error)}") from error
+    with reading(path, "give a whole file, and no pipe", f"data file {path}"):
+        try:
+            if path.is_dir():
+                return _from_saved_folder(path, task)
+            if kind in (".parquet", ".arrow"):
+                return _binary_rows(path, task)
+            if kind in (".tsv", ".csv", ".jsonl", ".json"):
+                return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+        except FileNotFoundError as error:
+            raise UserError(f"data file {path} does not exist; give an existing file") from error
+        except UnicodeDecodeError as error:
+            line = reason(error)
+            raise UserError(f"data file {path} is not UTF-8: {line}; convert it") from error
+        except pa.ArrowException as error:
+            line = reason(error)
+            raise UserError(f"data file {path} is not a whole {kind} file: {line}") from error
     raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
 
 
@@ -168,9 +168,12 @@ def _parse(text: str, where: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}; {_SKIP_HINT}") from error
+        parsed = json.loads(text, object_pairs_hook=once)
+        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_SKIP_HINT}") from error
 
 
 def _refuse_twins(names: Sequence[str], where: str, what: str) -> None:
@@ -199,17 +202,33 @@ def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, lis
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
     elif quoted:
         _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    elif task.name not in TASKS and (marked := _marked(lines)) and _are_whole(marked):
+        _log.warning(
+            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
+            'field has a doubled one (""): name it .csv to have them off', path
+        )  # fmt: skip
+    filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
+    # in a file of one column an empty line is an empty text, but around its rows
+    one_column = all(len(fields) == 1 for fields in lines)
+    texts = range(filled[0], filled[-1]) if filled and one_column else range(0)
     for number, fields in enumerate(lines, start=1):
-        if fields != [""]:
+        if fields != [""] or number in texts:
             yield number, [_unquoted(field) for field in fields] if quoted else fields
 
 
 def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
     """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
     own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    marked = [field for fields in lines for field in fields if '"' in field]
-    whole = all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
-    return whole and any('""' in field[1:-1] for field in marked)
+    marked = _marked(lines)
+    return _are_whole(marked) and any('""' in field[1:-1] for field in marked)
+
+
+def _marked(lines: Sequence[Sequence[str]]) -> list[str]:
+    return [field for fields in lines for field in fields if '"' in field]
+
+
+def _are_whole(marked: Sequence[str]) -> bool:
+    return all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
 
 
 def _unquoted(field: str) -> str:
@@ -286,7 +305,9 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-        return _table_rows(table, task, f"data file {path}")
+        # a length beyond the end of a buffer would be followed
+        table.validate(full=True)
+        return table_rows(table, task, f"data file {path}")
 
 
 def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
@@ -295,7 +316,7 @@ def _from_saved_folder(path: Path, task: TaskSpec) -> Rows:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         raise UserError(f"data file {path} holds several splits; give it as data.path")
-    return _dataset_rows(saved, task, f"data file {path}")
+    return table_rows(dataset_table(saved), task, f"data file {path}")
 
 
 def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
@@ -320,9 +341,9 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
     except Exception as error:  # the libraries below raise a dozen kinds
         raise UserError(
             f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
-            f"{_line(error)}; give data.path, a folder of files"
+            f"{reason(error)}; give data.path, a folder of files"
         ) from error
-    return _dataset_rows(loaded, task, f"hub data set {name!r}")
+    return table_rows(dataset_table(loaded), task, f"hub data set {name!r}")
 
 
 def reach_hub(name: str, revision: str | None) -> None:
@@ -334,14 +355,15 @@ def reach_hub(name: str, revision: str | None) -> None:
         HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
-def _dataset_rows(dataset: Any, task: TaskSpec, where: str) -> Rows:
+def dataset_table(dataset: Any) -> Any:
+    """The Arrow table of a data set of `datasets`, with the names of its ClassLabels."""
     # Through the Arrow format a row mapping (a selection, a shuffle) is applied first.
     table = dataset.with_format("arrow")[:]
     metadata = dataset.features.arrow_schema.metadata
-    return _table_rows(table.replace_schema_metadata(metadata), task, where)
+    return table.replace_schema_metadata(metadata)
 
 
-def _table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
+def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
     """Rows of an Arrow table; numbers of a ClassLabel become its names, which decide.
 
     The order of a data set's class names need not be the task's, and some may be of no row.
@@ -361,15 +383,12 @@ def _table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 
 
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
-    """Whether the names of a ClassLabel say what its numbers mean: not where they are numbers
-    themselves. Of a class that is not the task's, a row that has it is refused by its name."""
-    if all(align_name(task, name) is not None for name in names):
+    """Whether the names of a ClassLabel say what its numbers mean. Names that are numbers do where
+    a file may hold each of them (`datasets` sorts them as texts: 0, 1, 10, 2). Of a class that is
+    not the task's, a row that has it is refused by its name."""
+    if all(task.task_kind.is_label(task, name) for name in names):
         return True
-    return task.task_kind.head_of_labels and not all(re.fullmatch(r"-?\d+", n) for n in names)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)
 
 
 def _list(names: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sead_dist.data.kinds import align_name, file_values, normalise_label
+from sead_dist.data.kinds import align_name, file_values, normalise_label, number_name
 from sead_dist.data.metrics import Answer, MetricInputs
 from sead_dist.data.tasks import TaskSpec, nearest, read_task_file
 from sead_dist.errors import UserError
@@ -24,6 +24,7 @@ __all__ = [
     "file_values",
     "load_task",
     "normalise_label",
+    "number_name",
 ]
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError
 
 
 def _known_kind(kind: Any) -> Any:
@@ -90,22 +90,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_task_file(path: Path) -> TaskSpec:
     """The task that a YAML file describes; UserError names the file, the key and the mend."""
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), f"task file {path}")
-    except OSError as error:
-        raise refusal(f"task file {path}: {error.strerror}; give a readable file", error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"task file {path} is no text: {error}; save it as UTF-8") from error
+    raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
+    return task_from(raw, f"task file {path}")
+
+
+def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
+    """The task that these keys describe; UserError begins with `where` and names key and mend."""
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:
-            raise UserError(f"task file {path}: unknown key {key!r}{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
     raw = _defaults(raw)
     for f in fields(TaskSpec):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
-            raise UserError(f"task file {path}: key {f.name!r} is missing; add it")
+            raise UserError(f"{where}: key {f.name!r} is missing; add it")
     try:
         task = TypeAdapter(TaskSpec).validate_python(raw)
     except ValidationError as error:
@@ -113,11 +113,11 @@ def read_task_file(path: Path) -> TaskSpec:
         mend = (
             " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
         )
-        where = ".".join(map(str, first["loc"]))
-        what = f"{where} is {first['input']!r}: " if where else "in text_a, text_b or choices: "
-        raise UserError(f"task file {path}: {what}{first['msg']}{mend}") from error
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key} is {first['input']!r}: " if key else "in text_a, text_b or choices: "
+        raise UserError(f"{where}: {what}{first['msg']}{mend}") from error
     if problem := find_problem(task):
-        raise UserError(f"task file {path}: {problem}")
+        raise UserError(f"{where}: {problem}")
     return task
 
 
@@ -141,6 +141,10 @@ def find_problem(task: TaskSpec) -> str | None:
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
     if not re.fullmatch(r"[\w.-]+", task.name):
         return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    for text in (task.text_a, task.text_b or "", *task.choices):
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if name is not None and (not name or spec or conversion):
+                return f"the template {text!r} has braces that hold no column's name alone"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:

@@ -13,11 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
+from sead_dist.models.hidden_states import layer_stack
 
 # what wrappers put before the names of a model's tensors: DataParallel, torch.compile, sentence
 # encoders, training loops with a student in them
 WRAPPER = re.compile(r"(?:module|model|student|encoder_model|_orig_mod|(?:\d+\.)?auto_model)\.")
 NAMED = 3
+# buffers that older versions saved in layers; they are computed, not learned
+OLD_BUFFERS = ("masked_bias", "inv_freq", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -150,4 +153,34 @@ def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: se
             f"{who}: {len(missing)} of {loaded.total} tensors of a {model.config.model_type} are "
             f"not in its files{others}: {some(missing)}; give a checkpoint whose files hold them "
             "under the names that Transformers uses (save_pretrained writes them so)"
+        )
+
+
+def refuse_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Raises UserError, naming them, where a trained model's files hold more than the model takes:
+    layers beyond its depth, adapters on its modules, a second copy of its tensors. A pooler or a
+    language model's head that nothing asks is no part of a classifier."""
+    modules, body, stack = dict(model.named_modules()), body_of(model), layer_stack(model)
+    layers = next((name for name, one in modules.items() if one is stack and stack is not None), "")
+    names = set(model.state_dict())
+    ignored = [re.compile(one) for one in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def is_part(name: str) -> bool:
+        owner = modules.get(name.rpartition(".")[0])
+        inside = bool(layers) and name.startswith(f"{layers}.")
+        own = None if owner is None else next(owner.parameters(recurse=False), None)
+        return inside or name in names or own is not None
+
+    left = set()
+    for name in unused:
+        if name.endswith(OLD_BUFFERS) or any(one.search(name) for one in ignored):
+            continue
+        bare = [name, *bare_names(name)]
+        if any(map(is_part, bare + ([f"{body[0]}.{one}" for one in bare] if body else []))):
+            left.add(name)
+    if left:
+        raise UserError(
+            f"{who}: its files hold {len(left)} tensors that a {model.config.model_type} of its "
+            f"config.json has no place for: {some(left)}; give the config.json that belongs to "
+            "these weights, merge adapters into them, and save one copy alone"
         )

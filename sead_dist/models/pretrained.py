@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError, reading
 from sead_dist.runtime.files import files_hash
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -35,6 +35,14 @@ OFFSET_POSITIONS = (
 FIXED_PADDING = {"mpnet": 1}
 # what sizes a table of positions, by kind of model the first of these that its config has
 LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
+# what else is counted in a config that every model has
+COUNTED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "type_vocab_size", "pad_token_id"),
+)
+# no size of a model is larger
+LARGEST = 2**31
+COPY = "mend it, or copy the whole folder again"
 # relative positions, without a table that could end, whatever number their files still carry
 # (T5's n_positions, Funnel's max_position_embeddings, XLNet's -1)
 UNLIMITED = ("bloom", "funnel", "mt5", "t5", "umt5", "xlnet")
@@ -86,24 +94,25 @@ def locate(
         raise UserError(
             f"{path} is neither a folder nor reachable on the hub{offline}: "
             f"{type(error).__name__}; give a folder that exists, or check the id and the network"
-        ) from None
+        ) from error
     return Checkpoint(path, Path(found), Path(found).name)
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none."""
+    """The files that hold the weights. Raises UserError when there are none, or where an adapter,
+    which plain Transformers leaves out where peft is not installed, lies beside them."""
+    if (checkpoint.folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{checkpoint.name} holds an adapter (adapter_config.json), which is not read; merge "
+            "it into the weights (merge_and_unload), and save the whole model"
+        )
     for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
         path = checkpoint.folder / name
         if path.is_file() and name.endswith(".index.json"):
-            try:
-                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"{checkpoint.name}: {name} has no weight_map that names the weights' files; "
-                    "copy the whole folder again"
-                ) from None
-            files = [checkpoint.folder / shard for shard in sorted(shards)]
-            if missing := [file.name for file in files if not file.is_file()]:
+            with reading(path, COPY, f"{checkpoint.name}: {name}"):
+                files = [checkpoint.folder / shard for shard in _shards(checkpoint, path)]
+                missing = [file.name for file in files if not file.is_file()]
+            if missing:
                 raise UserError(f"{checkpoint.name} lacks the weights {missing[0]}; copy it there")
             return files
         if path.is_file():
@@ -112,6 +121,18 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
         f"{checkpoint.name} holds no weights; "
         f"looked for {', '.join(WEIGHT_FILES + OLD_WEIGHT_FILES)}"
     )
+
+
+def _shards(checkpoint: Checkpoint, index: Path) -> list[str]:
+    named = json.loads(index.read_text(encoding="utf-8"))
+    shards = named.get("weight_map") if isinstance(named, dict) else None
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(shard, str) for shard in names):
+        raise UserError(
+            f"{checkpoint.name}: {index.name} has no weight_map that names the weights' files; "
+            f"{COPY}"
+        )
+    return sorted(set(names))
 
 
 def weights_hash(checkpoint: Checkpoint) -> str:
@@ -131,28 +152,42 @@ def setting_hash(checkpoint: Checkpoint) -> str:
 
 
 def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
+    """A checkpoint's config.json. Raises UserError where it is none, or its values are of types
+    that no model has."""
+    path = checkpoint.folder / "config.json"
+    with reading(path, COPY, f"{checkpoint.name}: its config.json"):
+        config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise refusal(
-            f"{checkpoint.name}: its config.json cannot be used: {reason}", error
-        ) from None
+        _check_types(config)
+        return config
+
+
+def _check_types(config: PretrainedConfig) -> None:
+    """Raises ValueError for values of other types than those which are read from any config."""
+    names = config.id2label
+    if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
+        raise ValueError(f"id2label is {names!r}, which does not name the classes 0, 1, ...")
+    for key in (*LIMITS, *COUNTED):
+        value = getattr(config, key, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{key} is {value!r}, no whole number")
+        if value is not None and abs(value) >= LARGEST:
+            raise ValueError(f"{key} is {value}, too large for a model")
+    for key in ("problem_type", "model_type"):
+        if not isinstance(getattr(config, key, None), str | None):
+            raise ValueError(f"{key} is {getattr(config, key)!r}, no text")
 
 
 def load_tokenizer(
     checkpoint: Checkpoint, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """A checkpoint's tokeniser. Raises UserError when there is none or it cannot pad."""
-    try:
+    with reading(checkpoint.folder, COPY, f"{checkpoint.name}: no usable tokeniser: it"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise refusal(f"{checkpoint.name}: no usable tokeniser: {reason}", error) from None
+        _try_out(tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"{checkpoint.name}: its tokeniser has no padding token; "
@@ -164,6 +199,15 @@ def load_tokenizer(
             "copy tokenizer.json or vocab.txt into the folder"
         )
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What is broken in a tokeniser's files raises here, and not with the first row."""
+    if tokenizer.pad_token_id is None or not len(tokenizer):
+        return
+    tokenizer(PROBES[0], PROBES[1])  # leaves no truncation behind
+    int(tokenizer.model_max_length)
+    tokenizer_hash(tokenizer)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -237,10 +281,12 @@ def fitting_length(asked: int, config: PretrainedConfig) -> int:
 def check_vocabulary(
     name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Raises UserError where the tokeniser knows more words than the model has embeddings."""
+    """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
     size = getattr(config, "vocab_size", None)
-    if size is not None and len(tokenizer) > size:
+    # numbers of words may have gaps
+    words = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if size is not None and words > size:
         raise UserError(
-            f"{name} has {size} word embeddings but its tokeniser has {len(tokenizer)} words; "
+            f"{name} has {size} word embeddings but its tokeniser has {words} words; "
             "give the tokeniser that the model was trained with"
         )

@@ -7,7 +7,8 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 import pickle
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ from transformers import (
 
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.task_files import TaskSpec, align_name
-from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.errors import RunError, UserError, reading, reason, refusal
 from sead_dist.models.loaded import (
     Loaded,
     body_of,
     head_names,
     pooler_names,
     refuse_gaps,
+    refuse_leftovers,
     some,
     wrapping,
 )
-from sead_dist.models.pretrained import Checkpoint, locate, weight_files
+from sead_dist.models.pretrained import COPY, Checkpoint, locate, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +52,14 @@ def width(task: TaskSpec) -> int:
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    return [str(config.id2label[index]) for index in range(config.num_labels)]
+    """The names of a model's classes in its own order, by id2label. One that label2id gives another
+    number, or that has none, carries a remark, so that it is no label of a task."""
+    numbers, names = config.label2id or {}, []
+    for index in range(config.num_labels):
+        name = str(config.id2label.get(index, f"without a name ({index})"))
+        other = numbers.get(name, index)
+        names.append(name if other == index else f"{name} (label2id: {other})")
+    return names
 
 
 def align_classes(
@@ -110,7 +119,7 @@ def load_classifier(
     checkpoint: Checkpoint, dtype: str = "fp32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
-    or of another shape."""
+    or of another shape, and where its files hold more of it."""
     model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
     head = sorted(head_names(model) & loaded.missing)
     if head:
@@ -119,6 +128,7 @@ def load_classifier(
             "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
         )
     refuse_gaps(checkpoint.name, model, loaded, set())
+    refuse_leftovers(checkpoint.name, model, loaded.unused)
     return model
 
 
@@ -167,7 +177,8 @@ def _read(
     checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, given: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, Loaded]:
     files = weight_files(checkpoint)
-    try:
+    name = f"{checkpoint.name}: its weights"
+    with reading(checkpoint.folder, COPY, name), _no_code(checkpoint, files[0]):
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             checkpoint.folder,
             dtype=DTYPES[dtype],
@@ -178,16 +189,6 @@ def _read(
             ignore_mismatched_sizes=True,
             **given,
         )
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{checkpoint.name}: its weights cannot be read: {files[0].name} holds more than "
-            f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
-            "save it anew as model.safetensors where you trust it"
-        ) from None
-    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise refusal(f"{checkpoint.name}: its weights cannot be read: {reason}", error) from None
     mismatched = sorted(
         (name, tuple(theirs), tuple(ours)) for name, theirs, ours in notes["mismatched_keys"]
     )
@@ -199,18 +200,29 @@ def _read(
     )
 
 
+@contextmanager
+def _no_code(checkpoint: Checkpoint, file: Path) -> Iterator[None]:
+    """Says that an old file of weights holds more than tensors."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{checkpoint.name}: its weights cannot be read: {file.name} holds more than "
+            f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
+            "save it anew as model.safetensors where you trust it"
+        ) from error
+
+
 def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """What Transformers alone makes of a folder. Raises UserError where that is nothing whole."""
-    try:
+    with reading(folder, COPY, f"plain Transformers cannot load it: {folder}"):
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise refusal(f"plain Transformers cannot load it: {reason}", error) from None
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
         raise UserError(f"plain Transformers finds no {some(lacking)} in it")
@@ -240,9 +252,11 @@ def new_classifier(
         return AutoModelForSequenceClassification.from_config(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"a {config.model_type} of this shape cannot be built: {reason}") from None
+    except Exception as error:  # a config's values go into arithmetic of every kind
+        said = reason(error)
+        raise refusal(
+            f"a {config.model_type} of this shape cannot be built: {said}", error
+        ) from error
 
 
 def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -11,9 +11,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from sead_dist.config.load import config_folder
 from sead_dist.config.schema import StudentConfig, TeacherConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reading
 from sead_dist.models.hidden_states import layer_stack
 from sead_dist.models.loaded import final_layer, head_names
 from sead_dist.models.pretrained import (
@@ -54,7 +54,8 @@ def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str
     """
     digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
     if student.shape is not None:
-        digest.update(_shape_file(student.shape).read_bytes())
+        with reading(_shape_file(student.shape), "give a YAML file"):
+            digest.update(_shape_file(student.shape).read_bytes())
     elif student.path is not None:
         checkpoint = locate(student.path)
         digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
@@ -83,7 +84,7 @@ def _shape_file(shape: str) -> Path:
 
 def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     path = _shape_file(shape)
-    fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    fields = read_yaml(path)
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(
             f"student.shape={shape} does not say model_type; it must hold the fields of a "
@@ -91,10 +92,11 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
         )
     fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
     try:
-        config = AutoConfig.for_model(**fields)
-        outline(config)
-    except (TypeError, ValueError, UserError) as error:
-        raise UserError(f"student.shape={shape}: {str(error).splitlines()[0]}") from None
+        with reading(str(path), "see the fields of a Transformers config"):
+            config = AutoConfig.for_model(**fields)
+            outline(config)
+    except UserError as error:
+        raise UserError(f"student.shape={shape}: {error}") from error
     return config
 
 
@@ -207,6 +209,7 @@ def build_student(
         own = load_model_config(checkpoint, trust_remote_code)
         check_vocabulary(checkpoint.name, tokenizer, own)
         model, account = _start_from(checkpoint, own, task, changes, trust_remote_code)
+        account += _other_words(student, tokenizer)
         if student.layers is not None:
             keep_layers(model, student.layers)
             account += f"; of its layers {student.layers} are kept"
@@ -215,6 +218,24 @@ def build_student(
     if say is not None:
         say(account)
     return model.float()
+
+
+def _other_words(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is to be said of a tokeniser that is given beside a start, whose embeddings are then
+    those of other words."""
+    if student.tokenizer is None or student.path is None:
+        return ""
+    folder = locate(student.path).folder
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return ""  # it came without words
+    own, given = load_tokenizer(locate(student.path)).get_vocab(), tokenizer.get_vocab()
+    other = sum(own.get(word) != place for word, place in given.items())
+    if not other:
+        return ""
+    return (
+        f"; WARNING: {other} of the {len(given)} words of student.tokenizer={student.tokenizer} "
+        "have embeddings of other words, or new ones"
+    )
 
 
 def _start_from(

@@ -17,9 +17,9 @@ from pydantic import Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import Precision, RunConfig, Section
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
 from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
@@ -86,12 +86,7 @@ class Rates:
 
 def read_given(path: Path) -> GivenRates:
     """The file of --rates. Raises UserError where it is not as GivenRates says."""
-    try:
-        fields = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise refusal(
-            f"--rates {path} cannot be read ({error}); give a YAML or JSON file", error
-        ) from None
+    fields = read_yaml(path, f"--rates {path}")
     known = ", ".join(GivenRates.model_fields)
     if not isinstance(fields, dict):
         raise UserError(f"--rates {path} holds no keys; give {known}")

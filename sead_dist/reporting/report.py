@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sead_dist.errors import refusal
+from sead_dist.errors import reading
 from sead_dist.reporting.model_card import card_text
 from sead_dist.reporting.plots import (
     Reliability,
@@ -121,10 +121,9 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         UserError: the file is missing, is not Parquet or lacks a column.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
-    try:
+    with reading(path, "evaluate the run again"):
         read = parquet.read_table(path)
         halves = [[int(i[:16], 16), int(i[16:], 16)] for i in read["id"].to_pylist()]
         ensemble = read["ensemble_probabilities"]
@@ -134,11 +133,6 @@ def read_predictions(path: Path) -> Predictions:
             student_logits_BC=_as_array(read["student_logits"]),
             ensemble_probabilities_BC=None if ensemble.null_count else _as_array(ensemble),
         )
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise refusal(
-            f"{path} cannot be read as predictions ({reason}): evaluate the run again", error
-        ) from None
 
 
 def _plot_predictions(predictions: Predictions, split: str, path: Path) -> dict[str, Reliability]:

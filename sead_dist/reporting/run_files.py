@@ -3,12 +3,39 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from sead_dist.config.yaml_text import parse_yaml
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
-from sead_dist.runtime.run_log import read_json
+from sead_dist.runtime.run_log import read_as
+
+
+class TeacherScore(TypedDict):
+    """Of one teacher on one split."""
+
+    name: str
+    metrics: dict[str, float | None]
+
+
+@with_config(ConfigDict(extra="allow"))
+class SplitScores(TypedDict):
+    """What was scored on one split."""
+
+    student: dict[str, float | None]
+    ensemble: NotRequired[dict[str, float | None] | None]
+    teachers: NotRequired[list[TeacherScore] | None]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Scores(TypedDict):
+    """The file scores.json."""
+
+    metric: str
+    splits: dict[str, SplitScores]
 
 
 @dataclass(frozen=True)
@@ -56,24 +83,26 @@ def read_run(run: Path) -> RunFiles:
     Raises:
         UserError: config.yaml, scores.json or eval_results.json is missing, or a file is broken.
     """
-    try:
-        text = (run / "config.yaml").read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run folder?") from None
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run folder?")
+    config = read_yaml(run / "config.yaml")
+    if not isinstance(config, dict):
+        raise UserError(f"{run / 'config.yaml'} holds no keys; restore it or start a new run")
 
-    def optional(name: str, default: Any) -> Any:
+    def optional(name: str, kind: Any, default: Any) -> Any:
         path = run / name
-        return (read_json(path) or default) if path.exists() else default
+        return (read_as(kind | None, path) or default) if path.exists() else default
 
+    keys = dict[str, Any]
     return RunFiles(
-        config=parse_yaml(text, str(run / "config.yaml")),
-        scores=read_json(run / "scores.json"),
-        eval_results=read_json(run / "eval_results.json"),
-        examination=optional("examination.json", []),
-        teacher_manifest=optional("teacher_manifest.json", []),
-        run_summary=optional("run_summary.json", {}),
-        environment=optional("environment.json", {}),
-        onnx=optional("onnx/export.json", {}),
+        config=config,
+        scores=read_as(Scores, run / "scores.json"),
+        eval_results=read_as(keys, run / "eval_results.json"),
+        examination=optional("examination.json", list[keys], []),
+        teacher_manifest=optional("teacher_manifest.json", list[keys], []),
+        run_summary=optional("run_summary.json", keys, {}),
+        environment=optional("environment.json", keys, {}),
+        onnx=optional("onnx/export.json", keys, {}),
     )
 
 

@@ -5,7 +5,6 @@ gives way to a new one. A lock keeps a second process out while one is at work.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -16,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+
 from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
@@ -25,12 +26,12 @@ from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,
     is_finished,
-    read_json,
+    read_as,
     read_metrics,
     write_json,
     written_aside,
 )
-from sead_dist.training.checkpoint import RULES, Identity, refuse_other
+from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
@@ -54,12 +55,11 @@ def has_progress(run: Path) -> bool:
     return any(record.get("event") == "train" for record in read_metrics(run))
 
 
-def already_finished(config: RunConfig) -> bool:
-    """Whether the output folder holds this very run, finished. Reads, never writes.
+def holds_run(run: Path) -> bool:
+    """Whether there is a run in this folder; False where it is new or empty.
 
-    Raises UserError where it holds something else.
+    Raises UserError where it holds something else, or is not ours.
     """
-    run = Path(config.output_dir)
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir={run} is a file; give a folder")
     # names with a dot: the lock, and files aside, of a process killed before its claim
@@ -75,6 +75,17 @@ def already_finished(config: RunConfig) -> bool:
         raise UserError(
             f"output_dir={run} holds other files and no run; give a new or empty folder"
         )
+    return True
+
+
+def already_finished(config: RunConfig) -> bool:
+    """Whether the output folder holds this very run, finished. Reads, never writes.
+
+    Raises UserError where it holds something else.
+    """
+    run = Path(config.output_dir)
+    if not holds_run(run):
+        return False
     saved = refuse_other_keys(config)
     if saved is None or not is_finished(run):
         return False
@@ -96,17 +107,17 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     run = Path(config.output_dir)
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
-    saved = Identity(**read_json(run / "run.json")["identity"])
-    refuse_other(run, saved, replace(saved, config=config.identity(), rules=RULES))
+    saved = Identity.read(run / "run.json")
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules_of(config)))
     return saved
 
 
 def refuse_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run was given other teachers."""
     run = Path(config.output_dir)
-    given = read_json(run / "run.json")["teachers_given"]
+    given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
     if given != given_teachers(config):
-        names = ", ".join(entry["path"] for entry in given) or "none"
+        names = ", ".join(str(entry.get("path")) for entry in given) or "none"
         raise UserError(
             f"output_dir={run} holds a finished run with the teachers {names}; "
             "give another output_dir"
@@ -120,7 +131,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     """
     record = run / "run.json"
     if record.is_file():
-        saved = Identity(**read_json(record)["identity"])
+        saved = Identity.read(record)
         if has_progress(run):
             refuse_other(run, saved, identity)
         elif saved.differences(identity):
@@ -178,6 +189,13 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+class Followed(TypedDict):
+    """The store that a student follows."""
+
+    store: str
+    id: str
+
+
 def say_followed(run: Path, root: Path, store_id: str) -> None:
     """Leave word for workers in the run folder of a student: the store that it follows."""
     path = run / FOLLOWED
@@ -188,8 +206,10 @@ def say_followed(run: Path, root: Path, store_id: str) -> None:
 def followed_store(run: Path) -> tuple[str, str] | None:
     """(path, id) of the store that the student in `run` follows; None where none has come."""
     try:
-        said = json.loads((run / FOLLOWED).read_bytes())
-    except FileNotFoundError:
+        said = read_as(Followed, run / FOLLOWED)
+    except UserError:
+        if (run / FOLLOWED).exists():
+            raise
         return None
     return said["store"], said["id"]
 

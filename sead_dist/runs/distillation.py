@@ -24,7 +24,7 @@ from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
-from sead_dist.runtime.run_log import is_finished, steps_done, write_json
+from sead_dist.runtime.run_log import is_finished, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
@@ -39,12 +39,17 @@ STOPPED_EARLY = (
 
 
 def distill(
-    config: RunConfig, world: World, show_table: bool = True, stop: StopFlag | None = None
+    config: RunConfig,
+    world: World,
+    show_table: bool = True,
+    stop: StopFlag | None = None,
+    console: bool = True,
 ) -> Path:
     """Run, resume or find finished the distillation that `config` describes; its run folder.
 
-    stop: the caller's flag, which then knows too that a stop was asked for. Raises UserError before
-    any long work, RunError during it.
+    stop: the caller's flag, which then knows too that a stop was asked for. console: whether lines
+    and the closing table are printed; else the lines go to the logger `sead_dist`. Raises UserError
+    before any long work, RunError during it.
     """
     run = Path(config.output_dir)
     if config.encoders:
@@ -54,19 +59,20 @@ def distill(
     refuse_unused_text(config)
     if from_main(world, lambda: already_finished(config)):
         if world.is_main:
-            print(f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}")
+            done = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
+            tell(done, console)
         return run
     stop = stop or StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         try:
-            parts = build(config, world, stack, stop)
+            parts = build(config, world, stack, stop, console)
         except StopRequestedError:
             if world.is_main:
-                print(STOPPED_EARLY)
+                tell(STOPPED_EARLY, console)
             return run
         try:
-            run_parts(parts, show_table)
+            run_parts(parts, show_table and console)
         except StopRequestedError:
             parts.log.say(STOPPED_EARLY)
             return run
@@ -106,9 +112,16 @@ def against_grace(save_s: float, grace_s: float) -> str:
     return line
 
 
-def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[Path]:
+def finetune(
+    config: RunConfig,
+    world: World,
+    show_table: bool = True,
+    stop: StopFlag | None = None,
+    console: bool = True,
+) -> list[Path]:
     """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run folders
-    OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over."""
+    OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop and console:
+    as for `distill`."""
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
@@ -127,8 +140,8 @@ def finetune(config: RunConfig, world: World, show_table: bool = True) -> list[P
     runs: list[Path] = []
     for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
         if world.is_main:
-            print(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}", flush=True)
-        runs.append(distill(one, world, show_table))
+            tell(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}", console)
+        runs.append(distill(one, world, show_table, stop, console))
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop
     return runs

@@ -4,7 +4,6 @@ training rows by step, and the official splits. It is given the words of the stu
 needs no student to be there.
 """
 
-import json
 import os
 import re
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
@@ -26,7 +26,7 @@ from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import chosen_by_score, needs_examination, weigh
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
-from sead_dist.runtime.run_log import RunLog, is_finished, read_json, write_json
+from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
@@ -264,12 +264,23 @@ def refuse_other_store(run: Path, layout: Layout) -> None:
         )
 
 
+class Expected(TypedDict):
+    """What a student's manifest says of one teacher."""
+
+    placement: str
+    fingerprint: str
+    numerics: str
+
+
 def refuse_other_student(work: Work) -> None:
     """Raises UserError where the run folder holds a student that waits for something else."""
     run, teachers = work.run, work.teachers
+    manifest = run / "teacher_manifest.json"
     try:
-        expected = json.loads((run / "teacher_manifest.json").read_bytes())
-    except FileNotFoundError:
+        expected = read_as(list[Expected], manifest)
+    except UserError:
+        if manifest.exists():
+            raise
         return  # the student has not come yet, or is just giving its claim anew
     remedy = "give worker and student the same words and files, or another output_dir"
     if len(expected) != len(teachers):
@@ -296,7 +307,7 @@ def refuse_other_student(work: Work) -> None:
                 f"this worker computes in ({facts}); run workers on machines like the student's "
                 "with the same teacher_precision, or give both store.accept=any"
             )
-    saved = Identity(**read_json(run / "run.json")["identity"])
+    saved = Identity.read(run / "run.json")
     differences = saved.differences(work.identity)
     if differences:
         raise UserError(f"the student in {run} has other settings: {differences[0]}; {remedy}")

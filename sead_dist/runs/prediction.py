@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.order import Split, describe_cuts, make_split
@@ -32,7 +32,13 @@ from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import check_student, settle
-from sead_dist.models.pretrained import load_model_config, load_tokenizer, locate, position_limit
+from sead_dist.models.pretrained import (
+    check_vocabulary,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    position_limit,
+)
 from sead_dist.models.sequence_classifier import (
     DTYPES,
     align_classes,
@@ -40,6 +46,7 @@ from sead_dist.models.sequence_classifier import (
     label_names,
     load_classifier,
 )
+from sead_dist.runs.kept_data import KEPT_DATA
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
@@ -64,7 +71,7 @@ class Answerer:
 def run_config(name: str) -> Mapping[str, Any]:
     """The configuration of the run folder `name`; empty where it is no run folder."""
     path = Path(name) / "config.yaml"
-    found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    found = read_yaml(path) if path.is_file() else {}
     return found if isinstance(found, Mapping) else {}
 
 
@@ -73,7 +80,10 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:
-        raise UserError(f"{name} is no run folder that names its task; give --task NAME or FILE")
+        raise UserError(
+            f"{name} is no run folder that names its task; give --task NAME or FILE (in Python: "
+            "task=...)"
+        )
     return load_task(asked)
 
 
@@ -91,6 +101,7 @@ def load_answerer(
     order_C = class_order(name, config, task, labels)
     check_problem_type(task, name, config)
     tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(checkpoint.name, tokenizer, config)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
     check_student(model, tokenizer, longest(tokenizer, config), name, examples)
@@ -134,6 +145,8 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
     its rows; else the hub."""
     own = run_config(name).get("data") if data is None and task_name is None else None
     own = own or {"path": data}
+    if (Path(name) / KEPT_DATA).is_dir():  # a run may have been moved, with what it was given
+        own = {key: moved(value, Path(name)) for key, value in own.items()}
     return DataConfig(
         path=own.get("path"),
         train=own.get("train"),
@@ -142,6 +155,15 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
         max_train_examples=None,
         skip_malformed=bool(own.get("skip_malformed")),
     )
+
+
+def moved(value: Any, run: Path) -> Any:
+    """A path among the data that a run keeps, as it is in the run folder of today."""
+    if not isinstance(value, str) or Path(value).exists():
+        return value
+    if Path(value).name == KEPT_DATA:
+        return str(run / KEPT_DATA)
+    return str(run / KEPT_DATA / Path(value).name) if KEPT_DATA in Path(value).parts else value
 
 
 def evaluate_model(
@@ -162,30 +184,56 @@ def evaluate_model(
     if json_file is not None:
         from_main(world, partial(check_writable, "--json", Path(json_file)))
     task = task_of(name, task_name)
-    wanted = [split] if split is not None else [key for key in task.splits if key != "train"]
     source = data_of(name, task_name, data)
-    sets = [load_official(task, source, key) for key in wanted]
-    answerer = load_answerer(name, task, labels, world.device, sets[0])
-    results: dict[str, float] = {}
-    for examples in sets:
-        ready = make_split(examples, answerer.tokenizer, answerer.max_length)
-        tell_cuts(ready, answerer.max_length, world)
-        result = evaluate(task, answerer.model, answerer.forward, ready, world, step=0)
-        # the keys of the first split carry no name, as in eval_results.json
-        card = result.card("eval" if examples is sets[0] else f"eval_{examples.split}")
-        results.update(card)
-        if world.is_main:
-            print(f"\n{name} on {task.name} {examples.split}\n\n{as_table(card)}")
+    sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
+    cards = score_sets(name, task, sets, labels, world, on_stderr)
+    if world.is_main:
+        for key, card in cards.items():
+            print(f"\n{name} on {task.name} {key}\n\n{as_table(card)}")
     if json_file is not None:
+        results = {key: value for card in cards.values() for key, value in card.items()}
         from_main(world, lambda: write_scores(results, Path(json_file)))
     leave_world(world)
 
 
-def tell_cuts(split: Split, max_length: int, world: World) -> None:
-    """Say on stderr how many text rows lost tokens."""
+def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
+    """The split that was asked for, else every official one to evaluate on."""
+    return [split] if split is not None else [key for key in task.splits if key != "train"]
+
+
+def score_sets(
+    name: str,
+    task: TaskSpec,
+    sets: Sequence[ExampleSet],
+    labels: str | None,
+    world: World,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """The scores of the model `name` on each of these splits, by the split's name.
+
+    The keys of the first one carry no name, as in a run's eval_results.json. say: hears of text
+    rows that lost tokens. Raises UserError for a model that does not fit the task.
+    """
+    answerer = load_answerer(name, task, labels, world.device, sets[0])
+    cards: dict[str, dict[str, float]] = {}
+    for examples in sets:
+        ready = make_split(examples, answerer.tokenizer, answerer.max_length)
+        tell_cuts(ready, answerer.max_length, world, say)
+        result = evaluate(task, answerer.model, answerer.forward, ready, world, step=0)
+        first = examples is sets[0]
+        cards[examples.split] = result.card("eval" if first else f"eval_{examples.split}")
+    return cards
+
+
+def on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], None]) -> None:
+    """Say how many text rows lost tokens."""
     line = describe_cuts({split.examples.split: split.tokens.cut_of()}, max_length)
     if line is not None and world.is_main:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:
@@ -233,13 +281,25 @@ def predict_file(
         raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
-    answerer = load_answerer(name, task, labels, world.device, examples)
-    split = make_split(examples, answerer.tokenizer, answerer.max_length)
-    tell_cuts(split, answerer.max_length, world)
-    logits_BC = student_logits(answerer.model, answerer.forward, split, world)
-    columns |= task.task_kind.answers(task, logits_BC)
+    columns |= answer_examples(name, task, examples, labels, world, on_stderr)
     from_main(world, lambda: write_table(columns, output))
     leave_world(world)
+
+
+def answer_examples(
+    name: str,
+    task: TaskSpec,
+    examples: ExampleSet,
+    labels: str | None,
+    world: World,
+    say: Callable[[str], None],
+) -> dict[str, list[Any]]:
+    """What the model `name` answers: the columns that a prediction adds, a value an example."""
+    answerer = load_answerer(name, task, labels, world.device, examples)
+    split = make_split(examples, answerer.tokenizer, answerer.max_length)
+    tell_cuts(split, answerer.max_length, world, say)
+    logits_BC = student_logits(answerer.model, answerer.forward, split, world)
+    return task.task_kind.answers(task, logits_BC)
 
 
 def check_output(output: Path) -> None:

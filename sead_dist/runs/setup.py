@@ -96,7 +96,9 @@ class Parts:
         return self.engine.forward(inputs, choices)
 
 
-def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> Parts:
+def build(
+    config: RunConfig, world: World, stack: ExitStack, stop: StopFlag, console: bool = True
+) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
     run = Path(config.output_dir)
     store = Path(config.store.path) if config.store.path else default_store()
@@ -126,7 +128,7 @@ def build(config: RunConfig, world: World, stack: ExitStack, stop: StopFlag) -> 
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
     watch = stack.enter_context(watching(run, world, stop, config.watch))
-    log = RunLog(run, world.is_main, console=True)
+    log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
         log.say(note)

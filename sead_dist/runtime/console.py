@@ -9,6 +9,14 @@ from rich.table import Table
 
 from sead_dist.errors import UserError
 
+
+class PipedConsole(Console):
+    """A console that leaves a closed pipe to the command, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 AGE_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
@@ -26,7 +34,7 @@ def parse_size(text: str, option: str = "--keep") -> int:
 
 
 def _parse(option: str, text: str, units: dict[str, float] | dict[str, int], such: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", text.strip())
     folded = {unit.casefold(): amount for unit, amount in units.items()}
     if match is None or match[2].casefold() not in folded:
         raise UserError(
@@ -57,9 +65,9 @@ def number(value: object) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on the console: the first column to the left, the others to the right."""
-    console = Console(highlight=False)
+    console = PipedConsole(highlight=False)
     if not console.is_terminal:  # a log file has no width to fit into
-        console = Console(highlight=False, width=max(console.width, 160))
+        console = PipedConsole(highlight=False, width=max(console.width, 160))
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for n, column in enumerate(columns):
         drawn.add_column(column, justify="right" if n else "left", no_wrap=n > 0)

@@ -5,7 +5,9 @@ only.
 """
 
 import os
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ T = TypeVar("T")
 # A whole window of a large teacher may pass before the other ranks hear of it.
 TIMEOUT = timedelta(hours=2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
+
+LAUNCHED = "start with torchrun or accelerate launch, or unset it"
 
 # how starters that are no torch launchers say how many processes they started
 STARTERS = {
@@ -56,7 +61,7 @@ def join_world() -> World:
     """
     refuse_other_world()
     refuse_lone_process()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = number_from("WORLD_SIZE", 1, 1)
     # `accelerate launch --cpu` writes True
     cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     on_gpu = torch.cuda.is_available() and not cpu_asked
@@ -70,7 +75,10 @@ def join_world() -> World:
             f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
             "accelerate launch, or unset WORLD_SIZE"
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if number_from("RANK", 0, 0) >= size:
+        raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
+    place = number_from("LOCAL_RANK", 0, 0)
+    device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
@@ -81,20 +89,29 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, exchange, control)
 
 
+def number_from(name: str, default: int, lowest: int) -> int:
+    """A number that a launcher sets. Raises UserError for anything else."""
+    text = os.environ.get(name, str(default))
+    if re.fullmatch("[0-9]{1,9}", text) is None or int(text) < lowest:
+        raise UserError(f"{name}={text!r} is no whole number from {lowest}; {LAUNCHED}")
+    return int(text)
+
+
 def refuse_other_world() -> None:
     """Raises UserError where processes were started that do not know of each other: each would
     train alone, or in a world of another size than the launcher's."""
     for name, starter in STARTERS.items():
         count = os.environ.get(name, "1")
-        if count.isdigit() and int(count) > 1 and "WORLD_SIZE" not in os.environ:
+        if re.fullmatch("[0-9]{1,9}", count) and int(count) > 1 and "WORLD_SIZE" not in os.environ:
             raise UserError(
                 f"{starter} started {count} processes ({name}={count}) but WORLD_SIZE is not set, "
                 "so each would train alone; start with torchrun --nproc_per_node N -m sead_dist ..."
             )
     asked = os.environ.get("WORLD_SIZE")
-    if dist.is_initialized() and asked is not None and int(asked) != dist.get_world_size():
+    size = dist.get_world_size() if dist.is_initialized() else None
+    if size is not None and asked is not None and number_from("WORLD_SIZE", 1, 1) != size:
         raise UserError(
-            f"WORLD_SIZE={asked}, but the process group has {dist.get_world_size()} ranks; start "
+            f"WORLD_SIZE={asked}, but the process group has {size} ranks; start "
             "every process by one launcher"
         )
 
@@ -186,15 +203,21 @@ class StopRequestedError(Exception):
 
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR2 (a scheduler's notice) on any rank; the ranks agree on it
-    at a step boundary. Further signals change nothing, but a second Ctrl-C ends the process."""
+    at a step boundary. Further signals change nothing, but a second Ctrl-C does what `second` says:
+    it ends the process, or is an exception where the process is not ours to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: SecondCtrlC = signal.SIG_DFL) -> None:
         self.signal: int | None = None
+        self.second = second
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the signals set this flag; afterwards their handlers are as before."""
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        """While inside, the signals set this flag; afterwards their handlers are as before. Only
+        the main thread may listen; a handler that is not Python's stays where it is."""
+        before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            before = {number: own for number, own in handlers.items() if own is not None}
         for number in before:
             signal.signal(number, self._note)
         try:
@@ -206,7 +229,7 @@ class StopFlag:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.second)
 
     def agreed(self, world: World) -> bool:
         """True on all ranks when any rank was asked to stop."""

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from sead_dist.errors import UserError
+
 # what is quick to read is not remembered
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
@@ -28,12 +30,25 @@ CLOCKED = (
 )
 
 
+def user_folder(variable: str, below: str, own: str) -> Path:
+    """A folder of this user: where an XDG variable says, else below the home folder.
+
+    own: how the person can name the folder that is asked for. Raises UserError for no home.
+    """
+    if named := os.environ.get(variable):
+        return Path(named)
+    try:
+        return Path.home() / below
+    except RuntimeError as error:
+        raise UserError(f"this user has no home folder; set HOME, or {own}") from error
+
+
 def default_hashes() -> Path:
     """SEAD_DIST_HASHES, else a folder in the user's cache."""
     if named := os.environ.get("SEAD_DIST_HASHES"):
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "sead_dist" / "hashes"
+    cache = user_folder("XDG_CACHE_HOME", ".cache", "SEAD_DIST_HASHES=DIR")
+    return cache / "sead_dist" / "hashes"
 
 
 def files_hash(paths: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ sees the old file or the new one, never half of one.
 """
 
 import json
+import logging
 import math
 import os
 import platform
@@ -17,14 +18,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
 from rich import progress as bars
-from rich.console import Console
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, reading, reason
+from sead_dist.runtime.console import PipedConsole
 from sead_dist.runtime.progress import Bar, Lines
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"
+# where lines go that are not for the console
+_log = logging.getLogger("sead_dist")
 PACKAGES = (
     *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "deepspeed", "numpy", "scikit-learn", "scipy"),
@@ -74,18 +78,32 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or is not JSON.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is {path.parent} a run folder?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or start a new run") from None
+    with reading(path, "restore it or start a new run"):
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: is {path.parent} a run folder?") from error
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({reason(error)}): restore it or start a new run"
+            ) from error
+
+
+def read_as(kind: Any, path: Path, key: str | None = None) -> Any:
+    """One JSON file, or what it holds under a key, as a value of this type.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    found, check = read_json(path), TypeAdapter(kind)
+    with reading(path, "restore it or start a new run"):
+        return check.validate_python(found if key is None else found[key])
 
 
 def is_finished(run: Path) -> bool:
     """Whether this run folder holds a run that came to its end."""
     summary = run / "run_summary.json"
-    return summary.is_file() and bool(read_json(summary).get("finished"))
+    return summary.is_file() and bool(read_as(dict[str, Any], summary).get("finished"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -99,7 +117,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    with reading(path, "remove it"):
+        lines = path.read_bytes().split(b"\n")
     last = max((n for n, line in enumerate(lines) if line.strip()), default=-1)
     records = []
     for n, line in enumerate(lines[: last + 1]):
@@ -135,11 +154,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def tell(line: str, console: bool) -> None:
+    """One line on standard output, or to the logger `sead_dist`."""
+    if console:
+        print(line, flush=True)
+    else:
+        _log.info("%s", line)
+
+
 def steps_done(folder: Path) -> int:
     """The last step that a run in this folder took, saved or not; 0 where none is known."""
     try:
         return int(json.loads((folder / PROGRESS).read_text("utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return 0
 
 
@@ -149,13 +176,14 @@ class RunLog:
     Args:
         folder: the run folder; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
-        console: whether rank 0 also speaks on standard output.
+        console: whether rank 0 also speaks on standard output; else to the logger `sead_dist`.
     """
 
     def __init__(self, folder: Path, is_main: bool, console: bool) -> None:
         self.folder = folder
         self.is_main = is_main
-        self.console = Console(highlight=False, quiet=not (is_main and console))
+        self._on_console = console
+        self.console = PipedConsole(highlight=False, quiet=not (is_main and console))
         self._metrics: BinaryIO | None = None
         self._progress: int | None = None
         if is_main:
@@ -238,7 +266,10 @@ class RunLog:
             self._metrics = None
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        if self._on_console:
+            self.console.print(line, markup=False, soft_wrap=True)
+        else:
+            _log.info("%s", line)
 
 
 def _plain(obj: object) -> Any:
@@ -259,7 +290,7 @@ def _plain(obj: object) -> Any:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

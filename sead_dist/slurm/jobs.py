@@ -5,15 +5,19 @@ run's own folder, so a run can still be followed when SLURM has forgotten the jo
 """
 
 import hashlib
-import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from sead_dist.errors import RunError, UserError
+from pydantic import TypeAdapter
+
+from sead_dist.errors import RunError, UserError, reading
 from sead_dist.runtime.console import print_table
-from sead_dist.runtime.run_log import is_finished, read_json, read_metrics, write_json
+from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.run_log import is_finished, read_as, read_metrics, write_json
 from sead_dist.slurm import settings as slurm
 
 POLL_S = 2.0
@@ -46,8 +50,9 @@ class Job:
 
     def exit_codes(self) -> list[int]:
         """Of the ranks that ended by themselves when the job ran last."""
-        texts = [file.read_text("utf-8") for file in Path(self.folder).glob(f"{self.job}.*.exit")]
-        return [int(text) for text in texts if text.strip().isdigit()]
+        files = Path(self.folder).glob(f"{self.job}.*.exit")
+        texts = [file.read_text("utf-8", errors="replace").strip() for file in files]
+        return [int(text) for text in texts if re.fullmatch("[0-9]{1,3}", text)]
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def state_folder(root: str | None) -> Path:
     """Where runs register: `root`, else sead_dist/jobs in XDG_STATE_HOME or ~/.local/state."""
     if root is not None:
         return Path(root)
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "sead_dist" / "jobs"
+    state = user_folder("XDG_STATE_HOME", ".local/state", "give --root DIR")
+    return state / "sead_dist" / "jobs"
 
 
 def register(folder: Path, job: Job) -> None:
@@ -82,9 +87,12 @@ def registered(folder: Path) -> list[Job]:
     found: list[Job] = []
     for path in folder.glob("[!.]*.json"):
         try:
-            found.append(Job(**read_json(path)))
-        except TypeError:
-            raise UserError(f"{path} describes no job of sead-dist; remove it") from None
+            job: Job = read_as(Job, path)
+        except UserError as error:
+            raise UserError(f"{path} describes no job of sead-dist; remove it") from error
+        if not job.runs:
+            raise UserError(f"{path} describes a job without runs; remove it")
+        found.append(job)
     return sorted(found, key=lambda job: (job.submitted, job.name))
 
 
@@ -103,7 +111,12 @@ def progress(job: Job) -> Progress:
     """Read from the run folder. The score is the selection split's so far, and the first official
     split's once the run is finished."""
     run = job.at_work_on
-    records = read_metrics(run)
+    with reading(run, "restore the files of this run folder"):
+        return _progress(run)
+
+
+def _progress(run: Path) -> Progress:
+    records = [record for record in read_metrics(run) if isinstance(record.get("event"), str)]
     starts = [record for record in records if record["event"] == "start"]
     steps = [record for record in records if record["event"] == "train"]
     evals = [record for record in records if record["event"] == "eval"]
@@ -111,16 +124,18 @@ def progress(job: Job) -> Progress:
     if evals:
         score = next(iter(evals[-1]["metrics"].values()), None)
     if is_finished(run):
-        scores = read_json(run / "scores.json")
+        scores = read_as(dict[str, Any], run / "scores.json")
         official = [name for name in scores["splits"] if name != "selection"]
         score = scores["splits"][(official or ["selection"])[0]]["student"][scores["metric"]]
-    return Progress(
+    found = Progress(
         step=steps[-1]["step"] if steps else None,
         total=starts[-1]["total_steps"] if starts else None,
         score=score,
         examples_per_s=steps[-1]["examples_per_second"] if steps else None,
         restarts=max(len(starts) - 1, 0),
     )
+    checked: Progress = TypeAdapter(Progress).validate_python(asdict(found))
+    return checked
 
 
 def state_of(job: Job, known: str | None) -> str:

@@ -17,10 +17,11 @@ from pydantic import Field, ValidationError
 
 from sead_dist.config.load import config_folder, explain
 from sead_dist.config.schema import Section
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 
 # States that a job does not leave by itself.
+NUMBER = "[0-9]{1,6}"
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
     "TIMEOUT".split()
@@ -90,7 +91,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     base = config_folder() / "slurm" / "base.yaml"
     merged: dict[str, Any] = {}
     for path in (base, *([] if name is None else [_find(name)])):
-        layer = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        layer = read_yaml(path)
         if not isinstance(layer, Mapping):
             raise UserError(f"{path} holds no settings; it must be a YAML mapping")
         merged.update(layer)
@@ -122,7 +123,9 @@ def _find(name: str) -> Path:
 
 def minutes(text: str) -> int:
     """A time limit as SLURM writes it (30, 30:00, 1:00:00, 2-12, 2-12:30:00), rounded up."""
-    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    match = re.fullmatch(
+        rf"(?:(?P<days>{NUMBER})-)?({NUMBER})(?::({NUMBER}))?(?::({NUMBER}))?", text.strip()
+    )
     if match is None:
         raise UserError(
             f"time={text!r} is not a time limit; give MINUTES, H:MM:SS or DAYS-HH:MM:SS"

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.errors import RunError, UserError, reason, refusal
+from sead_dist.runtime.files import user_folder
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2
@@ -108,8 +109,9 @@ class Layout:
 def default_store() -> Path:
     """SEAD_DIST_STORE, else a folder in the user's cache."""
     named = os.environ.get("SEAD_DIST_STORE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "sead_dist" / "store"
+    if named:
+        return Path(named)
+    return user_folder("XDG_CACHE_HOME", ".cache", "store=DIR") / "sead_dist" / "store"
 
 
 def create(root: Path) -> Layout:
@@ -173,9 +175,9 @@ def _check_format(layout: Layout) -> int:
     path = layout.root / "format.json"
     try:
         found = json.loads(path.read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise refusal(
-            f"{path} cannot be read ({error}); it should hold "
+            f"{path} cannot be read ({reason(error)}); it should hold "
             f'{{"format": N}}: mend it or name another store=',
             error,
         ) from error

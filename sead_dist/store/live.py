@@ -85,5 +85,5 @@ def _read_run(text: str) -> LiveRun:
         about = json.loads(text)
         teachers = tuple(about["teachers"])
         return LiveRun(about["host"], about["pid"], about["run"], teachers)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return LiveRun("?", 0, "?", ("*",))

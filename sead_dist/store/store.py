@@ -1,4 +1,4 @@
-"""The content-addressed store of teacher predictions (invariant 3; design, section 3).
+"""The content-addressed store of teacher predictions (invariant 3).
 
 A prediction is identified by the example's id and the teacher key, and by nothing else: task, split
 and run only describe it.

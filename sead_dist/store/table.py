@@ -238,7 +238,7 @@ class Table:
             classes = json.loads(path.read_bytes())["classes"]
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             self._reader.set_aside(path, error)
             return
         if classes != self.key.classes:

@@ -19,7 +19,7 @@ from sead_dist.config.load import (
     shipped_methods,
 )
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, TransferConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
 from sead_dist.errors import UserError
@@ -33,6 +33,8 @@ TEACHERS = "teachers"
 TAKEN = ("report", "store", TEACHERS)
 # what the others are compared with
 REFERENCE = "finetune"
+# of one sweep, given as their number
+MOST_SEEDS = 1000
 Layers = Sequence[Mapping[str, Any]]
 
 
@@ -65,7 +67,7 @@ class Plan:
     """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
     applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
     methods of a task are to take as many steps; lengthened: (task, method) -> the steps of its own,
-    where it was given more (`sweepsteps.fix_steps`)."""
+    where it was given more (`steps.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -182,18 +184,18 @@ def refuse_single(run: Layers) -> None:
 def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     """Raises UserError naming the key, its value and what is allowed."""
     file = config_folder() / "sweep.yaml"
-    raw = merge(parse_yaml(file.read_text(encoding="utf-8"), str(file)), own)
+    raw = merge(read_yaml(file), own)
     for key in ("tasks", "methods"):
         if isinstance(raw[key], str):
             raw[key] = [raw[key]]
     if raw["methods"] is None:
         raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
-    if isinstance(raw["seeds"], int) and raw["seeds"] > 0:
+    if isinstance(raw["seeds"], int) and 0 < raw["seeds"] <= MOST_SEEDS:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
         raise UserError(
             f"seeds={raw['seeds']} is no number of seeds; give how many (seeds=5), or which "
-            "(seeds=[0,3])"
+            f"(seeds=[0,3]), at most {MOST_SEEDS}"
         )
     try:
         return SweepConfig.model_validate(raw)
@@ -215,7 +217,7 @@ def different(key: str, names: Sequence[str]) -> None:
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
     """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
     shipped = config_folder() / "tasks" / f"{given}.yaml"
-    first = parse_yaml(shipped.read_text(encoding="utf-8"), given) if shipped.is_file() else {}
+    first = read_yaml(shipped) if shipped.is_file() else {}
     return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
 
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reading
 from sead_dist.reporting.report import read_predictions
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
-from sead_dist.runtime.run_log import environment, is_finished, read_json
+from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
 from sead_dist.sweep.grid import REFERENCE, TEACHERS, Plan, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 from sead_dist.sweep.significance import (
@@ -76,7 +76,8 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
     task, split = data.task.name, data.dev.split
     units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
-    summaries = {u.config.seed: read_json(u.folder / "run_summary.json") for u in units}
+    keys = dict[str, Any]
+    summaries = {u.config.seed: read_as(keys, u.folder / "run_summary.json") for u in units}
     resampled_SR = None
     if len(units) > 1:
         logits_SBC = [logits_of(unit, data.dev) for unit in units]
@@ -86,7 +87,9 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 
 def score_in(run: Path, split: str, metric: str) -> float:
-    return float(read_json(run / "scores.json")["splits"][split]["student"][metric])
+    path = run / "scores.json"
+    with reading(path, "restore it, or train this run anew"):
+        return float(read_json(path)["splits"][split]["student"][metric])
 
 
 def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
@@ -197,18 +200,20 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
     # an ensemble of all teachers, and of the plainest kind, comes first
     order = {"mean_logits": 0, "single": 2}
     best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
-    scores = read_json(best.folder / "scores.json")["splits"][data.dev.split]
-    found = [(teacher["name"], teacher["metrics"]) for teacher in scores["teachers"]]
-    if best.config.ensemble != "single":
-        found.append(("ensemble", scores["ensemble"]))
-    task = data.task.name
-    return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
+    path = best.folder / "scores.json"
+    with reading(path, "restore it, or train this run anew"):
+        scores = read_json(path)["splits"][data.dev.split]
+        found = [(str(teacher["name"]), teacher["metrics"]) for teacher in scores["teachers"]]
+        if best.config.ensemble != "single":
+            found.append(("ensemble", scores["ensemble"]))
+        task = data.task.name
+        return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
 
 
 def failures(plan: Plan) -> list[dict[str, Any]]:
     """The runs that failed when they were last tried."""
     return [
-        {**place(unit), "reason": redact(read_json(unit.failure)["reason"])}
+        {**place(unit), "reason": redact(str(read_as(dict[str, Any], unit.failure).get("reason")))}
         for unit in plan.units
         if unit.failure.is_file() and not is_finished(unit.folder)
     ]

@@ -8,7 +8,7 @@ that of row by seed, which both hold, so that each part counts once. What seeds 
 where an F test does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom are fewer than
 Satterthwaite's (1946), which few seeds overstate; interval and p are Student's t. Variances over
 rows come from resamples, since most metrics are no means over rows. How often it is wrong is
-simulated in the tests; `docs/decisions.md` says how the constants were chosen.
+simulated in the tests; docs/decisions/0023-sweep-statistics.md says how the constants were chosen.
 
 Shapes: B examples, C classes, U units that are drawn whole (an example, or all examples of a
 group), R resamples, S seeds, K statistics of a unit.

@@ -21,7 +21,7 @@ def epoch_steps(config: RunConfig, data: TaskData) -> int:
 
 
 def steps_of(config: RunConfig, data: TaskData) -> int:
-    """Steps of a run by its own keys, as `data.BatchStream` counts them."""
+    """Steps of a run by its own keys, as `data.order.BatchStream` counts them."""
     return config.max_steps or config.epochs * epoch_steps(config, data)
 
 

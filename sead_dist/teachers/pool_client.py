@@ -144,7 +144,7 @@ def classes_besides(layout: Layout, key: TeacherKey) -> list[str]:
     for path in sorted(layout.values.glob(f"{key.fingerprint[:16]}-*/teacher.json")):
         try:
             numerics = str(json.loads(path.read_bytes())["numerics"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
         if numerics != key.numerics:
             found.append(numerics)

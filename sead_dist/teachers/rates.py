@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.models.sequence_classifier import outline
+from sead_dist.runtime.files import user_folder
 from sead_dist.runtime.run_log import written_aside
 from sead_dist.teachers.teacher import SILENT, Teacher, device_model
 
@@ -141,8 +142,10 @@ def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machi
 def default_rates() -> Path:
     """SEAD_DIST_RATES, else a file in the user's cache."""
     named = os.environ.get("SEAD_DIST_RATES")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "sead_dist" / "rates.json"
+    if named:
+        return Path(named)
+    cache = user_folder("XDG_CACHE_HOME", ".cache", "SEAD_DIST_RATES=FILE")
+    return cache / "sead_dist" / "rates.json"
 
 
 def remembered(path: Path) -> dict[str, Rate]:
@@ -153,7 +156,7 @@ def remembered(path: Path) -> dict[str, Rate]:
         if read["format"] != FORMAT:
             return {}
         return {key: _rate(fields) for key, fields in read["rates"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # whatever may stand there
         return {}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -27,9 +27,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sead_dist.data.order import TokenTable
-from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.inputs import CheckRows, check_teacher, reset_attention
-from sead_dist.models.pretrained import weight_files
+from sead_dist.models.loaded import refuse_leftovers
+from sead_dist.models.pretrained import COPY, weight_files
 from sead_dist.models.sequence_classifier import new_classifier
 from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects, raise_first
 from sead_dist.teachers.inference import Cut, batches_of, own_logits
@@ -98,7 +99,8 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     """For each parameter (by its first name) and each saved buffer the file that holds it, and its
     name there; tied parameters stand under one of their names.
 
-    Raises UserError where the checkpoint is not in safetensors, is quantised or lacks a parameter.
+    Raises UserError where the checkpoint is not in safetensors, is quantised, lacks a parameter or
+    holds more of the model than that.
     """
     files = weight_files(teacher.checkpoint)
     if files[0].suffix != ".safetensors":
@@ -109,7 +111,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     coded: set[str] = set()
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with reading(path, COPY), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 about = file.get_slice(name)
                 stored[name] = (path, tuple(about.get_shape()))
@@ -136,6 +138,8 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     for name, buffer in model.named_buffers():
         if name in stored and stored[name][1] == tuple(buffer.shape):
             found[name] = (stored[name][0], name)
+    used = {name for twins in names.values() for name in twins} | found.keys()
+    refuse_leftovers(f"teacher {teacher.name}", model, stored.keys() - used)
     return found
 
 
@@ -177,13 +181,8 @@ def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> Pr
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(world.device))
-    try:
+    with reading(teacher.checkpoint.folder, COPY, f"teacher {teacher.name}: its weights"):
         _read_slices(model, files, mesh)
-    except (OSError, SafetensorError) as error:
-        raise refusal(
-            f"teacher {teacher.name}: its weights cannot be read: {error}; copy the files again",
-            error,
-        ) from None
     reset_attention(model)
     return model
 

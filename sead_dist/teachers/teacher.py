@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import INPUT_RULES, Padding, probed_padding, settle
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import (
+    COPY,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -107,20 +108,16 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
     for path in weight_files(checkpoint):
         if path.suffix != ".safetensors":  # an old file says what it holds only when it is loaded
             return path.stat().st_size // 4, 0
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    count = math.prod(file.get_slice(name).get_shape())
-                    missing.difference_update([name, *bare_names(name)])
-                    if "word_embeddings" in name:
-                        words += count
-                    else:
-                        counted += count
-        except SafetensorError as error:
-            raise UserError(
-                f"{checkpoint.name}: its weights cannot be read: {path.name}: {error}; "
-                "copy the whole file again"
-            ) from None
+        said = f"{checkpoint.name}: {path.name}: its weights"
+        with reading(path, COPY, said), safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        for name, shape in shapes.items():
+            count = math.prod(shape)
+            missing.difference_update([name, *bare_names(name)])
+            if "word_embeddings" in name:
+                words += count
+            else:
+                counted += count
     if missing:
         raise UserError(
             f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "

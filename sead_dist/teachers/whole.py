@@ -50,7 +50,7 @@ def load_by_rules(
     empty: MutableMapping[str, PreTrainedModel],
     rows: CheckRows | None = None,
 ) -> PreTrainedModel:
-    """The same for padded batches, which are made by the rules of `modelinputs`.
+    """The same for padded batches, which are made by the rules of `models.inputs`.
 
     Raises UserError where its weights cannot be read, or do not stand their padding.
     """

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import ORDER_RULES, Cursor
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, reading, reason
 from sead_dist.models.inputs import INPUT_RULES
 from sead_dist.models.student import START_RULES
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
-from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.training.engine import Engine
 
 # of state.json (1: without rules, start and best_loss)
@@ -51,9 +51,19 @@ class Identity:
     start: str = ""
     rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
 
+    @classmethod
+    def read(cls, record: Path) -> "Identity":
+        """The identity in a run.json or state.json. Raises UserError where there is none."""
+        saved: Identity = read_as(cls, record, "identity")
+        with reading(record, "restore it, or give another output_dir"):
+            _names(saved.teachers)
+        return saved
+
     def other_rules(self, other: "Identity") -> list[str]:
-        """The rules that have another version in `other`."""
-        names = {**self.rules, **other.rules}
+        """The rules that have another version in `other`. Where the two are of unlike methods, one
+        may have rules that the other never has: the methods are the difference then."""
+        alike = self.config.get("internals") == other.config.get("internals")
+        names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
     def differences(self, other: "Identity") -> list[str]:
@@ -208,7 +218,7 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)
         needed = {state.best_step}
         for kept in steps[-self.keep_last :]:
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
                 needed.add(
                     json.loads((kept / "state.json").read_text("utf-8"))["state"]["best_step"]
                 )
@@ -227,7 +237,7 @@ class Checkpointer:
             for folder in sorted(self.folder.glob("step-*[0-9]"), reverse=True):
                 record = self._read(folder)
                 if record is not None:
-                    saved = Identity(**record["identity"])
+                    saved = Identity.read(folder / "state.json")
                     refuse_other(self.folder.parent, saved, self.identity)
                     if record["format"] != FORMAT:
                         raise UserError(
@@ -235,9 +245,8 @@ class Checkpointer:
                             f"sead_dist reads format {FORMAT}; give another output_dir, or go on "
                             "with the version that wrote it"
                         )
-                    fields = dict(record["state"])
-                    fields["cursor"] = Cursor(**fields["cursor"])
-                    return folder, TrainState(**fields)
+                    state: TrainState = read_as(TrainState, folder / "state.json", "state")
+                    return folder, state
             if any(self.folder.glob("step-*[0-9]")):
                 self.say("no checkpoint can be used: starting over from step 0")
             return None
@@ -258,9 +267,9 @@ class Checkpointer:
             # never run what else it holds (invariant 9)
             self.say(f"checkpoint {folder.name}: optimizer.pt is not ours; trying an earlier one")
             return None
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.say(f"checkpoint {folder.name} is damaged ({reason}); trying an earlier one")
+        except Exception as error:  # damaged bytes are whatever their readers say of them
+            said = reason(error)
+            self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
         return record
 
@@ -305,8 +314,7 @@ def _sync(path: Path) -> None:
 
 
 def _cannot_save(final: Path, error: Exception) -> RunError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RunError(
-        f"checkpoint {final.name} cannot be written in {final.parent}: {reason}; the last "
+        f"checkpoint {final.name} cannot be written in {final.parent}: {reason(error)}; the last "
         "checkpoint is intact; free space or mend the folder, then give the same command again"
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from sead_dist.config.load import config_folder
 from sead_dist.config.schema import RunConfig
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError, reason, refusal
 
 # sections of a DeepSpeed file that a run has keys of its own for
 OURS = {
@@ -127,12 +127,12 @@ def read_file(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         zero = values["zero_optimization"]
         stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise refusal(
             f"{path} is no DeepSpeed configuration with zero_optimization.stage "
-            f"({type(error).__name__}: {error}); see configs/deepspeed/zero2.json",
+            f"({reason(error)}); see configs/deepspeed/zero2.json",
             error,
-        ) from None
+        ) from error
     if stage not in (1, 2, 3):
         raise UserError(
             f"{path} has zero_optimization.stage={stage}; 1, 2 and 3 split something, and a run "

@@ -1,7 +1,8 @@
 """The student under Accelerate or DeepSpeed: prepare, forward, backward, step, save, load.
 
-The only file that imports accelerate. Loss terms arrive normalised over the valid rows of the
-global batch (invariant 2), so micro-batches and ranks are summed here, never averaged.
+Beside teachers/sharding.py the only file that imports accelerate. Loss terms arrive normalised over
+the valid rows of the global batch (invariant 2), so micro-batches and ranks are summed here, never
+averaged.
 
 Shapes: B rows, C classes, K text rows per example, L tokens.
 """
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import micro_batch_seed
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.sequence_classifier import unshared
 from sead_dist.objectives.feature_losses import Rest
 from sead_dist.runtime.distributed import World
@@ -219,14 +220,16 @@ class Engine:
     def load(self, folder: Path) -> None:
         """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
         self.load_weights(folder)
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        if self.zero is not None:
-            self.zero.load_optimizer_state(state["optimizer"])
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        path = folder / "optimizer.pt"
+        with reading(path, f"remove {folder.name} to go on from the checkpoint before it"):
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            if self.zero is not None:
+                self.zero.load_optimizer_state(state["optimizer"])
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def start_tracker(self, run: str, values: dict[str, object]) -> None:
         plain = {k: v for k, v in values.items() if isinstance(v, int | float | str | bool)}

@@ -21,7 +21,13 @@ from sead_dist.models.hidden_states import Internals, TeacherLogits
 from sead_dist.objectives.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
 from sead_dist.objectives.feature_losses import Rival
 from sead_dist.objectives.losses import alpha_at, total_loss
-from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, gather_objects
+from sead_dist.runtime.distributed import (
+    StopFlag,
+    StopRequestedError,
+    World,
+    from_main,
+    gather_objects,
+)
 from sead_dist.runtime.heartbeat import Watch
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
@@ -262,10 +268,15 @@ class Trainer:
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if self.rival is not None and self.rival.has_no_head(state.step):
             return state  # its score is that of a head as it was made
-        if self.config.graduate == "last" or is_better(score, result.loss, state):
+        if self.config.graduate == "last" or self.agreed_better(score, result.loss, state):
             state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
             self.checkpointer.save_best(self.engine, state.step)
         return state
+
+    def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
+        """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving
+        the best student is for all ranks together (invariant 8)."""
+        return from_main(self.world, lambda: is_better(score, loss, state))
 
 
 def is_better(score: float, loss: float, state: TrainState) -> bool:

@@ -276,7 +276,7 @@ def test_a_teacher_whose_weights_are_cut_off(refused, teacher):
     folder = teacher()
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    refused(r"teacher: its weights cannot be read: ", f"teachers=[{folder}]")
+    refused(r"teacher: model.safetensors: its weights cannot be read: ", f"teachers=[{folder}]")
 
 
 def test_a_teacher_that_is_no_checkpoint(refused, tmp_path):

@@ -1,4 +1,5 @@
-"""An independent oracle: a plain PyTorch loop over the same rows ends with the same student.
+"""An independent oracle: a plain PyTorch loop over the same rows ends with the same student, and
+so does Transformers' own Trainer.
 
 The loop shares no line with the package's training code. It takes the order of the rows and the
 seed of the projections from the package, and does all else by hand: tokens, forward, loss, AdamW,
@@ -16,7 +17,13 @@ from safetensors.torch import load_file
 from small import ALONE, save_teacher, sentences, words, write_task
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from sead_dist.config.load import load_config
 from sead_dist.data.order import epoch_order
@@ -249,6 +256,61 @@ def test_a_plain_loop_by_hand_ends_with_the_same_student(tmp_path, place, case):
     run = run_case(ALONE, words_of(place, case, tmp_path / "run"))
     data = place / ("scores" if case == "regression" else "classes")
     compare(run, by_hand(place, case, tmp_path / "run"), data / "start")
+
+
+class OurOrder:
+    """A sampler that goes the way of a run, epoch by epoch."""
+
+    def __init__(self, count):
+        self.count, self.epoch = count, -1
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        self.epoch += 1
+        rows_B = epoch_order(self.count, SEED, self.epoch, BATCH).reshape(-1)
+        return iter(rows_B[rows_B >= 0].tolist())
+
+
+class InOurOrder(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return OurOrder(len(self.train_dataset))
+
+
+@pytest.mark.parametrize("case", ["cross-entropy", "regression"])
+def test_transformers_trainer_given_the_order_of_the_rows_ends_with_the_same_student(
+    tmp_path, place, case
+):
+    """Two epochs, each with an incomplete last batch; some steps are clipped, others are not."""
+    most = {"cross-entropy": 6.0, "regression": 50.0}[case]
+    given = words_of(place, case, tmp_path / "run")
+    given += ["method=finetune", "max_steps=null", "epochs=2", "warmup=0.25"]
+    given.append(f"max_grad_norm={most}")
+    run, config = run_case(ALONE, given), load_config(given)
+    start = place / ("scores" if case == "regression" else "classes") / "start"
+    rows = load_examples(config, load_task(config.task), lambda _line: None).train
+    assert len(rows) % BATCH
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    texts_b = rows.texts_b or [None] * len(rows)
+    encoded = [
+        {**tokenizer(one, other), "label": label}
+        for one, other, label in zip(rows.texts_a, texts_b, rows.labels_B.tolist(), strict=True)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "theirs"), use_cpu=True, num_train_epochs=2,
+        per_device_train_batch_size=BATCH, learning_rate=RATE, warmup_steps=0.25,
+        lr_scheduler_type="linear", weight_decay=DECAY, max_grad_norm=most,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = InOurOrder(
+        model_in(start),
+        arguments,
+        train_dataset=encoded,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.train()
+    compare(run, trainer.model.state_dict(), start)
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def test_another_loss_over_internals_is_another_run(tmp_path, task):
     for changes, said in (
         ({"inner_weight": 2.0}, r"inner_weight was 1\.0, is 2\.0"),
         ({"guide": "b"}, "guide was 'a', is 'b'"),
+        # whose second stage has rules of its own
+        ({"method": "tinybert"}, "holds another run: .*internals was 'minilm', is 'tinybert'"),
     ):
         with pytest.raises(UserError, match=said):
             keys = {"method": "minilm", "guide": "a", "max_steps": 2, **changes}

@@ -129,8 +129,9 @@ def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine)
         assert checkpoints.latest() is None
         assert "step-00000001" in said[-2]
         assert not mark.exists()
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(UserError, match="remove step-00000001") as caught:
         engine.load(path.parent)
+    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
     assert not mark.exists()
 
 

@@ -1,20 +1,25 @@
 """Exit codes: 2 for a person's mistake, 3 for what the machine does not grant."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from sead_dist.cli.commands import attempt
+from sead_dist.cli.commands import attempt, parse
 from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows
 from sead_dist.data.task_files import TASKS, load_task
-from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.errors import RunError, UserError, reading, refusal
 from sead_dist.models.pretrained import Checkpoint, load_model_config
 from sead_dist.runs.claim import try_lock
-from sead_dist.store.layout import create
+from sead_dist.runtime.distributed import join_world
+from sead_dist.slurm.jobs import state_folder
+from sead_dist.store.layout import create, default_store
 
 
 @pytest.mark.parametrize(
@@ -62,3 +67,86 @@ def test_too_little_memory_is_told_in_one_line(capsys):
         said = capsys.readouterr().err
         assert said.startswith("sead-dist: memory does not suffice: ")
         assert said.count("\n") == 1
+
+
+def test_what_a_reader_raises_is_one_line_chained_and_a_bug_elsewhere_a_traceback(capsys):
+    def read():
+        with reading("a.json", "mend it"):
+            json.loads("{\n\0")
+
+    with pytest.raises(
+        UserError, match=r"^a.json cannot be read: JSONDecodeError: .*; mend it$"
+    ) as e:
+        read()
+    assert isinstance(e.value.__cause__, json.JSONDecodeError)
+    assert attempt(read) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert attempt(read, debug=True) == 2
+    said = capsys.readouterr().err
+    assert "JSONDecodeError" in said.split("direct cause")[0]
+    assert said.splitlines()[-1].startswith("sead-dist: a.json cannot be read")
+    assert attempt(lambda: {}["a bug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_may_stand_anywhere_after_the_command():
+    for words in (["--debug", "jobs"], ["jobs", "--debug"], ["jobs", "logs", "a", "--debug"]):
+        assert parse(words).debug
+    assert not parse(["jobs"]).debug
+
+
+def test_a_message_is_one_line_whatever_value_it_names(capsys):
+    def fail():
+        raise UserError("label 'a\nb\x1b[1m\ud800' is unknown")
+
+    assert attempt(fail) == 2
+    assert capsys.readouterr().err == "sead-dist: label 'a\\nb\\x1b[1m\\ud800' is unknown\n"
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    shown = subprocess.Popen(
+        [sys.executable, "-m", "sead_dist", "jobs", "--root", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    shown.stdout.close()
+    assert (shown.stderr.read(), shown.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-1"), ("RANK", "x"), ("RANK", "9")],
+)
+def test_what_a_launcher_sets_is_checked(monkeypatch, name, value):
+    for variable, sound in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(variable, sound)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}='?{value}"):
+        join_world()
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    for name in ("SEAD_DIST_STORE", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="set HOME, or store=DIR"):
+        default_store()
+    with pytest.raises(UserError, match="set HOME, or give --root DIR"):
+        state_folder(None)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("learning_rate=.inf", "temperature=1e999", "pool.silent_s=.inf"),
+        *("epochs=99999999999999999999999", "max_steps=1e400", "seed=" + "9" * 400),
+        *("global_batch=2305843009213693951", "micro_batch=[" + "[" * 5000),
+    ],
+)
+def test_infinite_and_huge_numbers_are_refused_at_once(word):
+    with pytest.raises(UserError):
+        load_config(["sst2", "output_dir=a", "global_batch=2147483647", word])

@@ -13,6 +13,7 @@ import pytest
 from sead_dist.data.examples import build_examples
 from sead_dist.data.loading import is_quoted, load_split, names_decide, read_rows
 from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.data.tasks import read_task_file
 from sead_dist.errors import UserError
 
 TONE = TaskSpec(
@@ -178,3 +179,81 @@ def test_the_texts_of_official_files_keep_their_marks():
             assert {value for row in rows for value in row.values()} <= fields, path
             read += 1
     assert read >= 8
+
+
+def own_task(tmp_path: Path, more: str) -> TaskSpec:
+    file = tmp_path / "task.yaml"
+    file.write_text(f'name: own\ntext_a: "{{text}}"\n{more}\n')
+    return read_task_file(file)
+
+
+def named(task: TaskSpec, *values: object) -> list[str]:
+    rows = [{"text": "a", "label": value} for value in values]
+    return [task.labels[index] for index in build_examples(task, rows, "train").labels_B]
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "expected"),
+    [
+        ("labels: ['1.0', '1.5', '2.0']", (1.0, "1.0", 1, "2"), "1.0 1.0 1.0 2.0"),
+        (
+            "labels: [bad, good]\nvalue_aliases: {0.0: good, 1.0: bad}",
+            (0.0, "1.0", 0, "1"),
+            "good bad good bad",
+        ),
+        ("labels: ['+1', '-1']", (1, -1, "+1", "-1.0"), "+1 -1 +1 -1"),
+        ("labels: ['01', '1']", ("01", "1"), "01 1"),
+    ],
+)
+def test_numbers_of_labels_are_numbers_however_they_are_written(tmp_path, keys, values, expected):
+    assert named(own_task(tmp_path, keys), *values) == expected.split()
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_label_that_is_not_there_is_no_label_of_that_name(tmp_path, value):
+    task = own_task(tmp_path, "labels: [none, nan, favor]")
+    assert named(task, "None", "NaN") == ["none", "nan"]
+    with pytest.raises(UserError, match=r"row 2: label (None|nan) in column 'label' is outside"):
+        named(task, "favor", value)
+
+
+def test_invariant_04_numbers_that_datasets_sorted_as_texts_are_those_numbers(tmp_path):
+    task = own_task(tmp_path, f"labels: [{', '.join(f'c{n}' for n in range(11))}]")
+    path = class_label(tmp_path / "a.parquet", sorted(map(str, range(11))), [1, 2, 3, 10])
+    assert labels_of(path, task) == ["c1", "c10", "c2", "c9"]
+    signs = own_task(tmp_path, "labels: [bad, good]\nvalue_aliases: {-1: bad, 1: good}")
+    path = class_label(tmp_path / "b.parquet", ["-1", "1"], [0, 1])
+    assert labels_of(path, signs) == ["bad", "good"]
+    stars = own_task(tmp_path, "score_range: [0, 5]")
+    path = class_label(tmp_path / "c.parquet", ["1", "3", "5"], [0, 1, 2])
+    assert build_examples(stars, read_rows(path, stars), "train").labels_B.tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize("value", [True, "1_0", "nan", None])
+def test_what_only_python_takes_for_a_score_is_refused(tmp_path, value):
+    task = own_task(tmp_path, "score_range: [0, 20]")
+    with pytest.raises(UserError, match=r"score .* allowed: a number from 0 to 20"):
+        build_examples(task, [{"text": "a", "label": value}], "train")
+
+
+def test_an_empty_line_between_rows_of_one_column_is_an_empty_text(tmp_path):
+    (tmp_path / "a.tsv").write_text("\ntext\none\n\nthree\n\n")
+    assert [row["text"] for row in read_rows(tmp_path / "a.tsv", TONE)] == ["one", "", "three"]
+    (tmp_path / "b.tsv").write_text("text\tlabel\none\tpositive\n\nthree\tnegative\n\n")
+    assert len(read_rows(tmp_path / "b.tsv", TONE)) == 2
+
+
+@pytest.mark.parametrize("template", ["{text!r}", "{text:>30}", "{} x"])
+def test_a_template_of_which_a_part_would_be_left_out_is_refused(tmp_path, template):
+    file = tmp_path / "task.yaml"
+    file.write_text(f"name: own\ntext_a: '{template}'\nlabels: [a, b]\n")
+    with pytest.raises(UserError, match=r"the template .* has braces that hold no column's name"):
+        read_task_file(file)
+
+
+def test_quotation_marks_that_stay_though_all_are_around_whole_fields_are_told(tmp_path, caplog):
+    for name, text, told in (("a", '"x, y"', True), ("b", '"x" y', False), ("c", "x", False)):
+        caplog.clear()
+        (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\tpositive\n")
+        assert read_rows(tmp_path / f"{name}.tsv", TONE)[0]["text"] == text
+        assert ("quotation marks stay" in caplog.text) == told

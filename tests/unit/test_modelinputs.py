@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.load import load_config
@@ -157,6 +158,27 @@ def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused():
     for rows in (real, fixed):
         with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the r"):
             check_teacher(model, rows, "right", "a")
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("bfloat16", 0.02), ("float32", 5e-6)])
+def test_rounding_of_a_score_near_zero_is_no_misreading(dtype, rounding):
+    model = build_model(labels=("score",)).to(getattr(torch, dtype))
+    (one,) = probe_rows(grammar_tokenizer(), 32, CPU).alone[1:2]
+    longer = {name: torch.nn.functional.pad(tensor, (0, 20)) for name, tensor in one.items()}
+    off = {"padded": 0.0}
+
+    def score(*given, attention_mask, **inputs):
+        """As of a head whose sum is near 0: what padding changes does not shrink with it."""
+        padded = attention_mask.shape[1] > one["input_ids"].shape[1]
+        return SequenceClassifierOutput(logits=torch.tensor([[off["padded"] * padded + 1e-6]]))
+
+    model.forward = score
+    rows = CheckRows([one], lambda _side: [longer])
+    off["padded"] = rounding
+    check_teacher(model, rows, "right", "it")
+    off["padded"] = 10 * rounding
+    with pytest.raises(UserError, match="teacher it answers a text in a batch padded on the right"):
+        check_teacher(model, rows, "right", "it")
 
 
 def test_the_rows_tried_are_the_shortest_a_middle_and_the_longest_as_transformers_makes_them():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import edit_json, roster, save_teacher
+from small import roster, save_teacher
 
 from sead_dist.errors import UserError
 from sead_dist.teachers import sharding as sharded
@@ -46,7 +46,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(folder):
 
 
 def test_a_model_without_layers_is_refused(folder):
-    edit_json(folder / "config.json", num_hidden_layers=0)
+    save_teacher(folder, num_hidden_layers=0)
     refused(folder, "cannot split BertForSequenceClassification: it has no list of layers")
 
 

@@ -260,5 +260,5 @@ def test_mistakes_in_an_own_task_are_named(tmp_path, text, message):
 
 
 def test_missing_task_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none.yaml: No such file"):
+    with pytest.raises(UserError, match=r"none.yaml cannot be read: No such file"):
         load_task(str(tmp_path / "none.yaml"))

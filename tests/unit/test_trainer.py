@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import ALONE, build_model, config, small_split
+from small import ALONE, build_model, config, records, small_split
 
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream, micro_batch_seed
@@ -166,6 +166,23 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
     trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
     state = trainer.run(TrainState())
     assert (state.best_step, state.best_metric) == (4, 0.7)
+
+
+def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path):
+    split = small_split(21)
+    # three batches, the last of five rows; nothing is learnt between them, or dropped out
+    trainer = make_trainer(tmp_path, split=split, epochs=1, global_batch=8, micro_batch=4)
+    trainer.engine.step = lambda: 1.0
+    model = trainer.engine.module.eval()
+    trainer.engine.model.train = lambda *_: None
+    inputs = split.tokens.pad(np.arange(21), int(split.tokens.lengths_B().max()))
+    with torch.no_grad():
+        labels_B = torch.from_numpy(split.examples.labels_B)
+        expected = torch.nn.functional.cross_entropy(model(**inputs).logits, labels_B)
+    trainer.run(TrainState())
+    found = [line for line in records(tmp_path) if line["step"] == 3]
+    assert [line["rows"] for line in found] == [21]
+    assert found[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):

@@ -83,7 +83,7 @@ def test_brackets_left_open_and_keys_given_twice_are_refused():
 
 
 def test_a_path_that_yaml_reads_as_a_number_is_refused_in_a_file(tmp_path):
-    (tmp_path / "mine.yaml").write_text("teachers: [007]\n")
+    (tmp_path / "mine.yaml").write_text("teachers: [7]\n")
     with pytest.raises(UserError, match="teachers: 7 is no text in YAML; put the path in quot"):
         load_config([str(tmp_path / "mine.yaml"), *BASE])
 

@@ -40,7 +40,7 @@ def test_a_key_that_stands_twice_is_refused_in_every_file_with_its_line(tmp_path
 
 
 def test_keys_that_are_one_number_are_one_key_and_unlike_ones_are_not():
-    for text in ('{0: a, "0": b}', "{7: a, 007: b}"):
+    for text in ('{0: a, "0": b}', "{7: a, +7: b}"):
         with pytest.raises(UserError, match="stands twice"):
             parse_yaml(text, "here")
     assert parse_yaml("{a: 1, A: 2, 1: {a: 3}}", "here") == {"a": 1, "A": 2, 1: {"a": 3}}
@@ -49,3 +49,17 @@ def test_keys_that_are_one_number_are_one_key_and_unlike_ones_are_not():
 def test_a_merged_mapping_may_be_laid_over():
     read = parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "here")
     assert read["b"] == {"x": 3, "y": 2}
+
+
+def test_numbers_are_read_as_they_look():
+    read = parse_yaml("[010, 1_0, 1:30, 0x10, 12, -3, 0, 1e2]", "here")
+    assert read == ["010", "1_0", "1:30", "0x10", 12, -3, 0, 100.0]
+    assert load_config(["sst2", "student=s", "output_dir=o", "seed=010"]).seed == 10
+    with pytest.raises(UserError, match="temperature='1:30': input should be a valid number"):
+        load_config(["sst2", "student=s", "output_dir=o", "temperature=1:30"])
+
+
+@pytest.mark.parametrize("word", ["epochs=true", "alpha=true", "student.layers=[1, true]"])
+def test_true_is_no_number(word):
+    with pytest.raises(UserError, match=r"True.*: input should be a number, not true or false"):
+        load_config(["sst2", "student=s", "output_dir=o", word])

@@ -1,0 +1,343 @@
+"""The Python interface: what the commands do, as functions that return values.
+
+A mistake is an exception of one line: UserError before any long work, RunError during it. A call
+leaves the process as it was (`runtime/surroundings.py`). What the commands print goes to the logger
+`sead_dist`. The same call works under a launcher, whose variables say which rank this process is.
+
+Shapes: N teachers, B rows, C classes (1: a score).
+"""
+
+import atexit
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from sead_dist.config.load import read_layers, resolve
+from sead_dist.config.schema import EnsembleMethod, RunConfig
+from sead_dist.data.examples import build_examples
+from sead_dist.data.splits import load_official
+from sead_dist.data.tasks import TaskSpec
+from sead_dist.errors import RunError, UserError, run_error
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.ensemble import SoftTargets, combine, known
+from sead_dist.objectives.losses import total_loss
+from sead_dist.runs import distillation, prediction
+from sead_dist.runs.claim import holds_run
+from sead_dist.runs.given import (
+    Data,
+    Task,
+    as_layer,
+    as_rows,
+    checked_task,
+    given_sets,
+    is_folder,
+    is_path,
+    planned,
+)
+from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runtime.distributed import StopFlag, World, from_main, join_world, leave_world
+from sead_dist.runtime.run_log import is_finished, read_json
+from sead_dist.runtime.run_log import tell as tell_line
+from sead_dist.runtime.surroundings import as_before
+
+
+@dataclass(frozen=True, init=False)
+class Run:
+    """A run's folder, and what a finished run left in it. It stands for its model wherever a model
+    is asked for."""
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return is_finished(self.path)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's whole configuration."""
+        return load_config(str(self.path / "config.yaml"))
+
+    @property
+    def model_dir(self) -> Path:
+        """The student, as a Transformers checkpoint. Raises UserError where there is none yet."""
+        return self._ended() / "model"
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """By split (`selection`, `validation`, ...): the metrics of `student`, of `ensemble` (None
+        without teachers) and of each of `teachers`. Raises UserError before the run's end."""
+        splits: dict[str, Any] = read_json(self._ended() / "scores.json")["splits"]
+        return splits
+
+    def predictions(self, split: str) -> Any:
+        """A pandas DataFrame of a split's rows: id, label (class index or score), student_logits,
+        ensemble_probabilities. Raises UserError for a split that the run has not."""
+        folder = self._ended() / "predictions"
+        path = folder / f"{split}.parquet"
+        if not path.is_file():
+            there = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
+            raise UserError(f"{self.path} has no predictions of {split!r}; it has {there}")
+        return pq.read_table(path).to_pandas()
+
+    def _ended(self) -> Path:
+        if not self.finished:
+            raise UserError(
+                f"{self.path} holds no finished run; give the call that started it again"
+            )
+        return self.path
+
+
+def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
+    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE words and keys, later ones
+    over earlier ones. Raises UserError naming the key, its value and what is allowed."""
+    return resolve([*read_layers([os.fspath(word) for word in words]), as_layer(keys)])
+
+
+def distill(
+    task: Task,
+    *,
+    data: Data = None,
+    teachers: Any = None,
+    student: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> Run:
+    """Distil the teachers into the student: run, resume or find finished, as `sead-dist distill`.
+
+    data: None is the hub's. Data in memory are kept in the run's folder. student: a checkpoint, a
+    shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
+    dotted: `**{"select.fraction": 0.2}`.
+
+    Raises UserError before any long work, RunError during it (also where SIGTERM or SIGUSR2 asked
+    for a stop: the run is saved), KeyboardInterrupt when a Ctrl-C did.
+    """
+    given = {"teachers": teachers, "student": student, "output_dir": output_dir}
+    with call() as world, ExitStack() as stack:
+        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        from_main(world, lambda: stack.enter_context(plan.keeping(holds_run)))
+        stop = StopFlag(second=signal.default_int_handler)
+        folder = distillation.distill(plan.config, world, stop=stop, console=False)
+        return ended(Run(folder), stop, world)
+
+
+def finetune(
+    task: Task,
+    *,
+    data: Data = None,
+    encoders: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> list[Run]:
+    """Fine-tune a teacher from each of `encoders` (OUTPUT/teacher-0, ...), as `sead-dist finetune`.
+    Arguments and errors are those of `distill`."""
+    given = {"encoders": encoders, "output_dir": output_dir}
+    with call() as world, ExitStack() as stack:
+        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        check = distillation.check_folder
+        from_main(world, lambda: stack.enter_context(plan.keeping(check)))
+        stop = StopFlag(second=signal.default_int_handler)
+        folders = distillation.finetune(plan.config, world, stop=stop, console=False)
+        return [ended(Run(folder), stop, world) for folder in folders]
+
+
+def ended(run: Run, stop: StopFlag, world: World) -> Run:
+    """The run, where it came to its end and was not stopped."""
+    if from_main(world, lambda: run.finished):
+        return run
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise RunError(f"{run.path} was stopped and is saved; give the same call again to go on")
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    *,
+    task: str | os.PathLike[str] | TaskSpec | None = None,
+    data: Data = None,
+    split: str | None = None,
+    labels: str | Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The scores of a model (a run, a folder, a hub id) on a task's splits, under the keys of a
+    run's eval_results.json (`eval_accuracy`, ...), as `sead-dist evaluate`.
+
+    task: None is the run's own. data: None is the run's own, or the hub's; data of one split are
+    those of `split`, else of the task's first one to evaluate on. labels: the model's class order,
+    or "task_order". Raises UserError for data or a model that do not fit the task.
+    """
+    name = os.fspath(model)
+    with call() as world:
+        spec = spec_of(name, task)
+        path = None if data is None or not is_path(data) else os.fspath(data)
+        if data is None or (path is not None and is_folder(path)):
+            # a run's own data are those of its own task
+            source = prediction.data_of(name, None if task is None else spec.name, path)
+            wanted = prediction.wanted_splits(spec, split)
+            sets = [load_official(spec, source, key) for key in wanted]
+        else:
+            sets = given_sets(spec, data, split)
+        cards = prediction.score_sets(name, spec, sets, order(labels), world, to_logger)
+    return {key: value for card in cards.values() for key, value in card.items()}
+
+
+def predict(
+    model: str | os.PathLike[str],
+    texts_or_rows: Any,
+    *,
+    task: str | os.PathLike[str] | TaskSpec | None = None,
+    labels: str | Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """What a model says of each text or row: `predicted_label` and `probability_LABEL` of every
+    label, or `predicted_score`.
+
+    texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
+    of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
+    (official MultiRC, ReCoRD) have an answer for each of their examples. Other arguments and
+    errors: as for `evaluate`.
+    """
+    name = os.fspath(model)
+    if isinstance(texts_or_rows, str):
+        raise UserError("texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)")
+    with call() as world:
+        spec = spec_of(name, task)
+        rows = as_rows(spec, texts_or_rows)
+        examples = build_examples(spec, rows, "given", labelled=False)
+        columns = prediction.answer_examples(name, spec, examples, order(labels), world, to_logger)
+    return [dict(zip(columns, said, strict=True)) for said in zip(*columns.values(), strict=True)]
+
+
+def soft_targets(
+    logits_NBC: torch.Tensor,
+    *,
+    ensemble: EnsembleMethod = "mean_logits",
+    temperature: float = 2.0,
+    weights_N: torch.Tensor | None = None,
+    labels_B: torch.Tensor | None = None,
+    routes_B: torch.Tensor | None = None,
+) -> SoftTargets:
+    """The soft targets of teachers' logits in one class order (C = 1: scores): `targets_BC`,
+    `logits_BC` and `weights_NB`.
+
+    weights_N: of the teachers, for `fixed`, `score` and `single`. labels_B: gold labels (-1:
+    none) or scores (NaN: none), for `confidence` and `answers`. routes_B: the number of each row's
+    teacher, for `routed`. `random` draws in a run alone. Raises UserError for what does not fit.
+    """
+    if logits_NBC.dim() != 3:
+        raise UserError(f"logits_NBC has shape {tuple(logits_NBC.shape)}; expected [N, B, C]")
+    N, B, C = logits_NBC.shape
+    allowed = [name for name in get_args(EnsembleMethod) if name not in ("none", "random")]
+    if ensemble not in allowed:
+        raise UserError(f"ensemble={ensemble!r} is none here; allowed: {', '.join(allowed)}")
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature}; expected a number above 0")
+    if C == 1 and ensemble in ("mean_probabilities", "confidence", "entropy"):
+        raise UserError(f"ensemble={ensemble} needs classes, and C is 1; use mean_logits")
+    for name, value, asked, size in (
+        ("weights_N", weights_N, ensemble in ("fixed", "score", "single"), N),
+        ("routes_B", routes_B, ensemble == "routed", B),
+        ("labels_B", labels_B, False, B),
+    ):
+        if value is None and asked:
+            raise UserError(f"ensemble={ensemble} needs {name}; give a tensor of {size}")
+        if value is not None and tuple(value.shape) != (size,):
+            raise UserError(f"{name} has shape {tuple(value.shape)}; expected [{size}]")
+    weights_N = torch.ones(N) if weights_N is None else weights_N.float()
+    present_NB = torch.ones((N, B), dtype=torch.bool, device=logits_NBC.device)
+    teachers = TeacherLogits(logits_NBC, present_NB)
+    routes_B = routes_B if ensemble == "routed" else None
+    return combine(ensemble, teachers, labels_B, weights_N, temperature, C == 1, routes_B)
+
+
+def distillation_loss(
+    student_BC: torch.Tensor,
+    soft: SoftTargets | None,
+    labels_B: torch.Tensor | None = None,
+    *,
+    loss: Literal["auto", "kl", "mse"] = "auto",
+    alpha: float = 0.5,
+) -> torch.Tensor:
+    """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
+    hard of labelled rows, soft of rows without a label, hard alone where `soft` is None.
+
+    labels_B: class indices (-1: none) or scores (NaN: none); None: no row has one. loss: as the
+    key of a run. Raises UserError for what does not fit.
+    """
+    if student_BC.dim() != 2:
+        raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
+    if loss not in ("auto", "kl", "mse"):
+        raise UserError(f"loss={loss!r} is no loss; allowed: auto, kl, mse")
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
+    B, C = student_BC.shape
+    if soft is not None and soft.logits_BC.shape != student_BC.shape:
+        there = tuple(soft.logits_BC.shape)
+        raise UserError(f"student_BC has shape {(B, C)}, and the soft targets {there}")
+    if soft is None and labels_B is None:
+        raise UserError("there is nothing to learn from; give soft targets, labels_B or both")
+    if C == 1 and loss == "kl":
+        raise UserError("loss=kl needs classes, and C is 1; use mse, or auto")
+    if labels_B is None:
+        nothing = torch.nan if C == 1 else -1
+        dtype = torch.float32 if C == 1 else torch.long
+        labels_B = torch.full((B,), nothing, dtype=dtype, device=student_BC.device)
+    if tuple(labels_B.shape) != (B,):
+        raise UserError(f"labels_B has shape {tuple(labels_B.shape)}; expected [{B}]")
+    labels_B = labels_B.float() if C == 1 else labels_B
+    if soft is None and not bool(known(labels_B).any()):
+        raise UserError("no row has a label, and there are no soft targets; give either")
+    valid_B = torch.ones(B, dtype=torch.bool, device=student_BC.device)
+    kind = ("mse" if C == 1 else "kl") if loss == "auto" else loss
+    return total_loss(student_BC.float(), labels_B, valid_B, soft, kind, alpha, B).total
+
+
+@contextmanager
+def call() -> Iterator[World]:
+    """What every call does around its work: join the launcher's world, and leave the process as it
+    was. Errors of the machine become RunErrors.
+
+    Ranks that have met stay together until the process ends: they could not meet a second time.
+    """
+    with as_before():
+        ours = not dist.is_initialized()
+        world = join_world()
+        if ours and world.size > 1:
+            atexit.register(leave_world, world)
+        try:
+            quiet_libraries(world)
+            yield world
+        except (UserError, RunError):
+            raise
+        except Exception as error:
+            line = run_error(error)
+            if line is None:
+                raise
+            raise line from error
+
+
+def to_logger(line: str) -> None:
+    tell_line(line, console=False)
+
+
+def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskSpec:
+    if isinstance(task, TaskSpec):
+        return checked_task(task)
+    return prediction.task_of(model, None if task is None else os.fspath(task))
+
+
+def order(labels: str | Sequence[str] | None) -> str | None:
+    """The model's class order as the command line has it."""
+    return labels if labels is None or isinstance(labels, str) else ",".join(labels)

@@ -1,0 +1,193 @@
+"""What a call from Python gives (a task, data, keys) as a run's configuration, and as files in its
+folder where it is in memory.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sead_dist.config.load import merge, read_layers, resolve
+from sead_dist.config.schema import RunConfig
+from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.in_memory import text_rows, to_rows, to_table
+from sead_dist.data.loading import Rows, read_rows
+from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import TaskSpec, task_from
+from sead_dist.errors import UserError
+from sead_dist.runs.kept_data import KEPT_DATA, kept, kept_file, kept_task
+from sead_dist.runs.prediction import wanted_splits
+
+# a folder, a file, a pandas DataFrame, a datasets.Dataset, rows, or a mapping of splits of these
+Data = Any
+# a shipped task's name, a YAML file of a task or of a configuration, or one of these in memory
+Task = str | os.PathLike[str] | TaskSpec | RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's configuration, and what is given in memory to be kept in its folder."""
+
+    config: RunConfig
+    tables: Callable[[], Mapping[str, pa.Table]] | None
+    task: TaskSpec | None
+
+    @contextmanager
+    def keeping(self, check: Callable[[Path], object]) -> Iterator[None]:
+        """While inside, data and task lie in the run's folder, which `check` has looked at."""
+        if self.tables is None and self.task is None:
+            yield
+            return
+        run = Path(self.config.output_dir)
+        check(run)
+        tables = {} if self.tables is None else self.tables()
+        with kept(run, tables, self.task):
+            yield
+
+
+def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
+    """What a call of `distill` or `finetune` asks for."""
+    layer = as_layer(keys)
+    own = checked_task(task) if isinstance(task, TaskSpec) else None
+    layers: list[Mapping[str, Any]]
+    if isinstance(task, TaskSpec):
+        layers = [{"task": str(kept_task(Path(layer.get("output_dir") or "")))}, layer]
+    else:
+        layers = [*task_layers(task), layer]
+    config = resolve(layers)
+    told, tables = data_layer(data, own or load_task(config.task), config)
+    return Plan(resolve([*layers, told]), tables, own)
+
+
+def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, Any]]:
+    """The keys that a task's name, a file or a configuration stand for."""
+    if isinstance(task, RunConfig):
+        return [task.model_dump(mode="json")]
+    name = os.fspath(task)
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        try:
+            raw = parse_yaml(Path(name).read_text(encoding="utf-8"), name)
+        except (OSError, UnicodeDecodeError):
+            return [{"task": name}]  # whoever reads it says what is wrong
+        if isinstance(raw, dict) and "text_a" in raw:
+            return [{"task": name}]
+    return read_layers([name])
+
+
+def checked_task(task: TaskSpec) -> TaskSpec:
+    """The same task. Raises UserError for what a YAML file of it would be refused for."""
+    return task_from(dict(vars(task)), f"task {task.name!r}")
+
+
+def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as a YAML file would have them: dotted ones nested, paths as text."""
+    layer: dict[str, Any] = {}
+    for key, given in keys.items():
+        value: Any = as_plain(given)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        layer = merge(layer, value)
+    return layer
+
+
+def as_plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return value
+
+
+def is_path(data: Data) -> bool:
+    return isinstance(data, str | os.PathLike)
+
+
+def is_folder(path: str) -> bool:
+    """Whether it holds splits: not what `datasets.save_to_disk` made of a single one."""
+    return not Path(path).is_file() and not (Path(path) / "state.json").is_file()
+
+
+def split_names(spec: TaskSpec, data: Mapping[Any, Any]) -> dict[str, Any]:
+    """The task's split -> the key that it has among these data."""
+    names = {split: (split, *files) for split, files in spec.splits.items()}
+    found = {
+        split: next((name for name in allowed if name in data), None)
+        for split, allowed in names.items()
+    }
+    return {split: name for split, name in found.items() if name is not None}
+
+
+def data_layer(
+    data: Data, spec: TaskSpec, config: RunConfig
+) -> tuple[dict[str, Any], Callable[[], Mapping[str, pa.Table]] | None]:
+    """The keys that say where the rows are, and the tables that have to be put there, if any."""
+    run, first = Path(config.output_dir), list(spec.splits)[1]
+    if data is None:
+        return {}, None
+    if is_path(data):
+        path = os.fspath(data)
+        return {"data": {"path" if is_folder(path) else "train": path}}, None
+    if not isinstance(data, Mapping):
+        if spec.hub is None and config.data.validation is None and config.data.path is None:
+            raise UserError(
+                f"data is the training split alone; give data={{'train': ..., {first!r}: ...}}"
+            )
+        told = {"data": {"train": str(kept_file(run, "train"))}}
+        return told, lambda: {"train": to_table(data, "data")}
+    names = split_names(spec, data)
+    if missing := [split for split in spec.splits if split not in names]:
+        raise UserError(
+            f"data has no split {missing[0]!r}; it has {', '.join(map(str, data))}, and task "
+            f"{spec.name!r} needs {', '.join(spec.splits)}"
+        )
+    parts = {split: data[name] for split, name in names.items()}
+    if all(is_path(part) for part in parts.values()) and set(parts) == {"train", first}:
+        files = {"train": os.fspath(parts["train"]), "validation": os.fspath(parts[first])}
+        return {"data": {"path": None, **files}}, None
+    folder: dict[str, str | None] = {
+        "path": str(run / KEPT_DATA),
+        "train": None,
+        "validation": None,
+    }
+    skip = config.data.skip_malformed
+    return {"data": folder}, lambda: {
+        key: split_table(key, part, spec, skip) for key, part in parts.items()
+    }
+
+
+def split_table(split: str, part: Data, spec: TaskSpec, skip_malformed: bool) -> pa.Table:
+    """One split's rows, of a file or in memory."""
+    if is_path(part):
+        part = read_rows(Path(os.fspath(part)), spec, skip_malformed)
+    return to_table(part, f"data[{split!r}]")
+
+
+def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet]:
+    """The examples of data that are given to be scored: by split, or of one split."""
+    parts = {split or list(spec.splits)[1]: data}
+    if isinstance(data, Mapping):
+        names = split_names(spec, data)
+        parts = {key: data[names[key]] for key in wanted_splits(spec, split) if key in names}
+    if not parts or not set(parts) <= set(spec.splits):
+        held = f"; data has {', '.join(map(str, data))}" if isinstance(data, Mapping) else ""
+        raise UserError(
+            f"split={split!r} cannot be scored: task {spec.name!r} has {', '.join(spec.splits)}"
+            f"{held}"
+        )
+    return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
+
+
+def as_rows(spec: TaskSpec, given: Any) -> Rows:
+    """Rows of a file, of a table in memory, or of bare texts."""
+    if is_path(given):
+        return read_rows(Path(os.fspath(given)), spec)
+    if isinstance(given, list | tuple) and given and not isinstance(given[0], Mapping):
+        return text_rows(given, spec)
+    return to_rows(given, spec, "what is given")

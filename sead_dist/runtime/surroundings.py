@@ -1,0 +1,102 @@
+"""What a process has of its own beside what it computes: random state, environment, loggers and
+switches of the libraries. A call from Python leaves it as it found it.
+"""
+
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """After the block all of this is as it was, however the block ended. (The handlers of signals
+    are restored by whoever sets them: `StopFlag.listening`.)"""
+    with ExitStack() as stack:
+        for part in (_environment, _random_state, _torch_switches, _transformers_words, _loggers):
+            stack.enter_context(part())
+        stack.enter_context(warnings.catch_warnings())
+        yield
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update({k: v for k, v in before.items() if os.environ.get(k) != v})
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    # a GPU that is not in use yet has no state of the caller's
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if on_gpu else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _torch_switches() -> Iterator[None]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        cudnn.deterministic, cudnn.benchmark = flags
+
+
+@contextmanager
+def _transformers_words() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        else:
+            transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def _loggers() -> Iterator[None]:
+    """Handlers, filters and levels of all loggers that there are; and what `disable` was told."""
+    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    before = [
+        (one, one.level, list(one.handlers), list(one.filters), one.propagate, one.disabled)
+        for one in known
+        if isinstance(one, logging.Logger)
+    ]
+    off = logging.root.manager.disable
+    try:
+        yield
+    finally:
+        logging.disable(off)
+        for one, level, handlers, filters, propagate, disabled in before:
+            one.setLevel(level)
+            one.handlers[:], one.filters[:] = handlers, filters
+            one.propagate, one.disabled = propagate, disabled

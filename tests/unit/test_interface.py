@@ -1,0 +1,186 @@
+"""The Python interface: what its import costs, its pure functions, and how given data become rows."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import sead_dist as sd
+from sead_dist.config.load import load_config
+from sead_dist.data.in_memory import text_rows, to_rows
+from sead_dist.data.loading import read_rows
+from sead_dist.data.task_files import TASKS
+from sead_dist.objectives.losses import hard_loss, soft_loss
+from sead_dist.runs.given import planned
+
+N, B, C = 3, 5, 4
+HEAVY = {"numpy", "pandas", "pyarrow", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", ["sead_dist", "sead_dist.config", "sead_dist.slurm"])
+def test_import_loads_nothing_heavy(module):
+    code = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert HEAVY & set(json.loads(done.stdout)) == set()
+
+
+def test_every_name_of_the_interface_is_there():
+    names = "distill finetune evaluate predict load_config RunConfig TaskSpec soft_targets distillation_loss"
+    assert {*names.split(), "Run", "UserError", "RunError"} <= set(dir(sd))
+    assert all(getattr(sd, name) is not None for name in sd.__all__)
+    with pytest.raises(AttributeError, match="distil"):
+        sd.distil  # noqa: B018
+
+
+@pytest.fixture
+def logits_NBC():
+    return torch.randn(N, B, C, generator=torch.Generator().manual_seed(0))
+
+
+def test_soft_targets_are_the_softmax_of_the_mean_of_logits(logits_NBC):
+    soft = sd.soft_targets(logits_NBC, temperature=3.0)
+    torch.testing.assert_close(soft.logits_BC, logits_NBC.mean(0))
+    torch.testing.assert_close(soft.targets_BC, (logits_NBC.mean(0) / 3).softmax(-1))
+
+
+def test_soft_targets_follow_given_weights_and_gold_labels(logits_NBC):
+    weights_N = torch.tensor([1.0, 3.0, 0.0])
+    soft = sd.soft_targets(logits_NBC, ensemble="fixed", weights_N=weights_N, temperature=1.0)
+    probabilities_NBC = logits_NBC.softmax(-1)
+    torch.testing.assert_close(
+        soft.targets_BC, (probabilities_NBC[0] + 3 * probabilities_NBC[1]) / 4
+    )
+    labels_B = torch.arange(B) % C
+    soft = sd.soft_targets(logits_NBC, ensemble="answers", labels_B=labels_B)
+    said_NB = probabilities_NBC[:, torch.arange(B), labels_B]
+    torch.testing.assert_close(soft.weights_NB, said_NB / said_NB.sum(0))
+    routes_B = torch.tensor([0, 1, 2, 1, 0])
+    soft = sd.soft_targets(logits_NBC, ensemble="routed", routes_B=routes_B)
+    torch.testing.assert_close(soft.logits_BC, logits_NBC[routes_B, torch.arange(B)])
+
+
+def test_distillation_loss_is_the_mean_of_a_runs_loss(logits_NBC):
+    student_BC = torch.randn(B, C, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    labels_B = torch.tensor([0, 1, -1, 3, 2])
+    soft = sd.soft_targets(logits_NBC)
+    loss = sd.distillation_loss(student_BC, soft, labels_B, alpha=0.25)
+    soft_B, hard_B = soft_loss(student_BC, soft, "kl"), hard_loss(student_BC, labels_B)
+    by_hand_B = torch.where(labels_B >= 0, 0.25 * soft_B + 0.75 * hard_B, soft_B)
+    torch.testing.assert_close(loss, by_hand_B.mean())
+    loss.backward()
+    assert student_BC.grad is not None
+    torch.testing.assert_close(sd.distillation_loss(student_BC, soft), soft_B.mean())
+    labelled = sd.distillation_loss(student_BC, None, labels_B)
+    torch.testing.assert_close(labelled, hard_B.mean())
+
+
+def test_scores_are_learnt_by_squared_error():
+    logits_NBC = torch.tensor([[[1.0], [2.0]], [[3.0], [2.0]]])
+    soft = sd.soft_targets(logits_NBC)
+    student_BC = torch.tensor([[0.0], [2.0]])
+    assert sd.distillation_loss(student_BC, soft).item() == pytest.approx((2.0**2 + 0) / 2)
+    labels_B = torch.tensor([1.0, float("nan")])
+    by_hand = (0.5 * 4.0 + 0.5 * 1.0 + 0.0) / 2
+    assert sd.distillation_loss(student_BC, soft, labels_B).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda t: sd.soft_targets(t[0]), "expected [N, B, C]"),
+        (lambda t: sd.soft_targets(t, ensemble="fixed"), "ensemble=fixed needs weights_N"),
+        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' is none here"),
+        (lambda t: sd.soft_targets(t, ensemble="routed", routes_B=torch.zeros(2)), "expected [5]"),
+        (lambda t: sd.soft_targets(t, temperature=0.0), "temperature=0.0; expected"),
+        (lambda t: sd.soft_targets(t[..., :1], ensemble="entropy"), "needs classes"),
+        (lambda t: sd.distillation_loss(t[0, :, :2], sd.soft_targets(t)), "the soft targets (5, 4)"),
+        (lambda t: sd.distillation_loss(t[0], None), "nothing to learn from"),
+        (lambda t: sd.distillation_loss(t[0], None, torch.full((B,), -1)), "no row has a label"),
+        (lambda t: sd.distillation_loss(t[0], sd.soft_targets(t), alpha=2.0), "alpha=2.0; expected"),
+        (lambda t: sd.distillation_loss(t[0], sd.soft_targets(t), loss="l1"), "loss='l1' is no loss"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(logits_NBC, call, says):
+    with pytest.raises(sd.UserError) as error:
+        call(logits_NBC)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_of_a_call_are_those_of_the_command(tmp_path):
+    given = {"method": "entropy", "select.fraction": 0.2, "store": tmp_path / "store"}
+    asked = planned("sst2", tmp_path, {"output_dir": tmp_path / "run", "epochs": 2, **given})
+    words = ["sst2", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}", "epochs=2"]
+    words += ["method=entropy", "select.fraction=0.2", f"store={tmp_path / 'store'}"]
+    assert asked.config == load_config(words) == sd.load_config(*words)
+    assert sd.load_config("sst2", output_dir="run").max_length == 64
+    again = planned(asked.config, None, {"seed": 3, "select": {"seed": 4}})
+    assert again.config == load_config([*words, "seed=3", "select.seed=4"])
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "keys", "says"),
+    [
+        ("sst2", None, {"epoch": 3}, "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("mrcp", None, {}, "did you mean 'mrpc'?"),
+        ("sst2", None, {"epochs": "many"}, "epochs='many'"),
+        ("sst2", {"train": "a.tsv"}, {}, "data has no split 'validation'; it has train"),
+        (sd.TaskSpec("own", "classification", "{text}"), None, {}, "task 'own': labels is []"),
+    ],
+)
+def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):
+    with pytest.raises(sd.UserError) as error:
+        planned(task, data, {"output_dir": "unused", **keys})
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_table_alone_needs_rows_to_evaluate_on():
+    own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
+    with pytest.raises(sd.UserError, match="data is the training split alone"):
+        planned(own, [{"text": "x", "label": "a"}], {"output_dir": "unused"})
+
+
+def test_rows_in_memory_are_those_of_a_file(tmp_path):
+    import datasets
+    import pandas as pd
+
+    rows = [{"sentence": "good", "label": 1}, {"sentence": 'a "bad" one', "label": 0}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sst2 = TASKS["sst2"]
+    assert to_rows(pd.DataFrame(rows, index=[7, 3]), sst2, "data") == rows
+    assert to_rows(rows, sst2, "data") == read_rows(tmp_path / "x.jsonl", sst2) == rows
+    # class names of a data set decide, whatever order they have there
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["positive", "negative"]),
+        }
+    )
+    named = datasets.Dataset.from_list(rows, features=features)
+    assert [row["label"] for row in to_rows(named, sst2, "data")] == ["negative", "positive"]
+    chosen = named.select([1])
+    assert [row["sentence"] for row in to_rows(chosen, sst2, "data")] == ['a "bad" one']
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (3, "data is of type int; give a folder, a file"),
+        ([{"sentence": "a"}, {"sentence": 1}], "data cannot be a table"),
+        (np.zeros(3), "data is of type ndarray"),
+    ],
+)
+def test_what_is_no_table_is_refused(data, says):
+    with pytest.raises(sd.UserError, match=says):
+        to_rows(data, TASKS["sst2"], "data")
+
+
+def test_texts_become_rows_of_the_tasks_columns():
+    assert text_rows(["a", "b"], TASKS["sst2"]) == [{"sentence": "a"}, {"sentence": "b"}]
+    assert text_rows([("a", "b")], TASKS["rte"]) == [{"sentence1": "a", "sentence2": "b"}]
+    with pytest.raises(sd.UserError, match="text 1 is 'a', but task 'rte' reads sentence1, sent"):
+        text_rows(["a"], TASKS["rte"])
