@@ -23,6 +23,7 @@ import torch.distributed as dist
 from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.schema import EnsembleMethod, RunConfig
 from sead_dist.data.examples import build_examples
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
@@ -300,8 +301,10 @@ def distillation_loss(
     if soft is None and not bool(known(labels_B).any()):
         raise UserError("no row has a label, and there are no soft targets; give either")
     valid_B = torch.ones(B, dtype=torch.bool, device=student_BC.device)
-    kind = ("mse" if C == 1 else "kl") if loss == "auto" else loss
-    return total_loss(student_BC.float(), labels_B, valid_B, soft, kind, alpha, B).total
+    kind = KINDS["regression" if C == 1 else "classification"]
+    name = kind.soft_losses[0] if loss == "auto" else loss
+    logits_BC = student_BC.float()
+    return total_loss(logits_BC, labels_B, valid_B, soft, name, alpha, B, kind.hard_loss).total
 
 
 @contextmanager
