@@ -17,7 +17,7 @@ from sead_dist.errors import UserError
 from sead_dist.planning.table import plan as plan_run
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
-from sead_dist.slurm.submit import requests
+from sead_dist.cli.submit import requests
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.run import run_sweep

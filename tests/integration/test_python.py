@@ -79,6 +79,7 @@ def run(grammar, frames, keys, own, tmp_path_factory):
     random.seed(1)
     torch.manual_seed(2)
     transformers_logging.set_verbosity_info()
+    transformers_logging.enable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
     before = surroundings()
     output = tmp_path_factory.mktemp("python") / "run"

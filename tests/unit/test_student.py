@@ -95,6 +95,7 @@ def test_a_head_whose_classes_align_is_kept_in_task_order(tmp_path):
         model.classifier.bias.copy_(torch.tensor([0.5, -0.5]))
     backward = save_teacher(tmp_path / "b", labels=("positive", "negative"))
     model.config.id2label = {0: "positive", 1: "negative"}
+    model.config.label2id = {"positive": 0, "negative": 1}
     model.save_pretrained(backward)
     one, two = start(path=str(forward)).eval(), start(path=str(backward)).eval()
     assert two.config.id2label == {0: "negative", 1: "positive"}
