@@ -26,7 +26,7 @@ demo: setup ## teachers, ensemble and student on the built-in task, two processe
 		-m sead_dist demo
 
 test: setup ## all tests but the slow ones and those that need a cluster or a browser
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not slurm and not browser'
+	$(PYTEST) -n $(WORKERS) --dist loadfile --durations=20 -m 'not slow and not slurm and not browser'
 
 # a benchmark alone needs it, so it is kept out of the environment itself
 peers: setup ## what a benchmark compares with, beside the environment; test-slow finds it there
@@ -34,7 +34,7 @@ peers: setup ## what a benchmark compares with, beside the environment; test-slo
 		--target $(VENV)/peers textbrewer
 
 test-slow: setup ## the slow tests, with the smoke of every benchmark
-	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) --durations=20 -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
 test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
 	$(PYTEST) -m slurm tests/slurm
