@@ -37,7 +37,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import TaskSpec, compute_metrics, load_task
-from sead_dist.models.sequence_classifier import problem_type, width
+from sead_dist.models.sequence_classifier import width
 from sead_dist.runs.distillation import distill
 from sead_dist.training.evaluation import mean_loss
 
@@ -128,7 +128,7 @@ def scored(job: Job, trainer: Trainer) -> tuple[float, float]:
     """(the task's first metric, mean loss) of the dev split, by Trainer."""
     logits_BC = trainer.predict(encoded(job, job.dev)).predictions.reshape(len(job.dev), -1)
     metrics = compute_metrics(job.task, logits_BC, job.dev)
-    return metrics[job.task.metrics[0]], mean_loss(logits_BC, job.dev.labels_B)
+    return metrics[job.task.metrics[0]], mean_loss(job.task.task_kind, logits_BC, job.dev.labels_B)
 
 
 def run_ours(job: Job, seed: int, folder: Path) -> Found:
@@ -147,7 +147,7 @@ def run_ours(job: Job, seed: int, folder: Path) -> Found:
 def run_trainer(job: Job, seed: int, folder: Path) -> Found:
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        job.start, num_labels=width(job.task), problem_type=problem_type(job.task)
+        job.start, num_labels=width(job.task), problem_type=job.task.task_kind.problem_type
     )
     trainer = trainer_of(job, model, seed, folder)
     seconds = trainer.train().metrics["train_runtime"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from small import ALONE, read, records, sweep_words, words, write_task
 
+from sead_dist.cli.submit import requests
 from sead_dist.cli.sweep_submit import submit_sweep
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.planning.table import plan as plan_run
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
-from sead_dist.cli.submit import requests
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.run import run_sweep
