@@ -5,6 +5,7 @@ run's own folder, so a run can still be followed when SLURM has forgotten the jo
 """
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ def registered(folder: Path) -> list[Job]:
             raise UserError(f"{path} describes no job of sead-dist; remove it") from error
         if not job.runs:
             raise UserError(f"{path} describes a job without runs; remove it")
+        if any(len(os.fsencode(part)) > 255 for run in job.runs for part in Path(run).parts):
+            raise UserError(f"{path} names a run's folder that no file system holds; remove it")
         found.append(job)
     return sorted(found, key=lambda job: (job.submitted, job.name))
 
