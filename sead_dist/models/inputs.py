@@ -237,11 +237,13 @@ def dense(
     return fewer, small
 
 
-def shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """The same with two layers, where a kind can have fewer than it has."""
+def shallow(config: PretrainedConfig, layers: int = 2) -> PretrainedConfig:
+    """The same with at most so many layers, where a kind can have fewer than it has."""
     small = copy.deepcopy(config)
     with suppress(NotImplementedError, AttributeError):  # Funnel counts its layers in blocks
-        small.num_hidden_layers = min(2, int(getattr(config, "num_hidden_layers", 2) or 2))
+        small.num_hidden_layers = min(
+            layers, int(getattr(config, "num_hidden_layers", layers) or layers)
+        )
     return small
 
 

@@ -18,7 +18,7 @@ from sead_dist.models.hidden_states_check import check_inside, check_kind
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.whole import load_by_rules
+from sead_dist.teachers.whole import load_whole
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def load_guide(config: RunConfig, teacher: Teacher, device: torch.device) -> Pre
 
     Raises UserError where its internals are not what is read of it.
     """
-    model = load_by_rules(teacher, device, config.trust_remote_code, {})
+    # its rows are the student's, padded: no packs
+    padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))
+    model = load_whole(padded, device, config.trust_remote_code, {})
     if config.internals is not None:
         length, name = teacher.max_length, f"teacher {teacher.name}"
         check_inside(model, teacher.tokenizer, config.internals, length, name)

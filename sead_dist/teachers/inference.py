@@ -12,9 +12,7 @@ Shapes: R rows of a request, P rows of one batch (or their positions in the requ
 own classes, L tokens, H hidden.
 """
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data.order import TokenTable
-from sead_dist.models.inputs import Padding
+from sead_dist.models.inputs import Padding, shallow
 from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
@@ -245,9 +243,7 @@ def predict(
 
 def probe_config(config: PretrainedConfig) -> PretrainedConfig:
     """The same widths with one layer and few words: cheap to run, the same kernels."""
-    probe = copy.deepcopy(config)
-    with suppress(NotImplementedError):  # Funnel counts its layers in blocks
-        probe.num_hidden_layers = 1
+    probe = shallow(config, layers=1)
     if hasattr(probe, "vocab_size"):
         probe.vocab_size = max(128, (getattr(probe, "pad_token_id", 0) or 0) + 1)
     return probe

@@ -128,10 +128,11 @@ def store_id(layout: Layout) -> str:
             aside.write_text(uuid.uuid4().hex + "\n", encoding="ascii")
             try:
                 os.link(aside, path)
-            except FileExistsError:
-                pass  # another process was quicker, and its id stays
-            except OSError:  # no second names here: of two who are as quick the last gives the id
-                os.replace(aside, path)
+            except OSError as error:
+                # the id of a quicker process stays; a file system without second names refuses the
+                # link, and there the last of two gives the id
+                if not isinstance(error, FileExistsError):
+                    os.replace(aside, path)
             aside.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(explain(layout.root, "id", error)) from error

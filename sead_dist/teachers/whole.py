@@ -36,24 +36,6 @@ def load_whole(
 
     Raises UserError where its weights cannot be read, or its answers depend on the batch.
     """
-    model = load_by_rules(teacher, device, trust_remote_code, empty, rows)
-    # packs answer as padded batches do: packing.packs_from has looked
-    if teacher.cut.pack_from is not None:
-        use_packs(model)
-    return model
-
-
-def load_by_rules(
-    teacher: Teacher,
-    device: torch.device,
-    trust_remote_code: bool,
-    empty: MutableMapping[str, PreTrainedModel],
-    rows: CheckRows | None = None,
-) -> PreTrainedModel:
-    """The same for padded batches, which are made by the rules of `models.inputs`.
-
-    Raises UserError where its weights cannot be read, or do not stand their padding.
-    """
     model = None if trust_remote_code else _filled(teacher, device, empty)
     if model is None:  # Transformers knows older files and other names
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
@@ -64,6 +46,9 @@ def load_by_rules(
     # one in 8 bits against itself alone: how far it is from fp32 is for the drift report
     rows = rows or probe_rows(teacher.tokenizer, teacher.max_length, device)
     check_teacher(model, rows, teacher.cut.padding, teacher.name)
+    # packs answer as padded batches do: packing.packs_from has looked
+    if teacher.cut.pack_from is not None:
+        use_packs(model)
     return model
 
 
