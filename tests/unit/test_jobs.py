@@ -103,6 +103,13 @@ def test_a_file_that_is_no_job_is_named(registry):
         jobs.registered(registry)
 
 
+def test_a_job_whose_runs_folder_cannot_be_is_named(registry):
+    job = {"name": "x", "job": "1", "folder": "f", "runs": ["/r/" + "ä" * 130], "submitted": ""}
+    (registry / "x.json").write_text(json.dumps(job))
+    with pytest.raises(UserError, match=r"x\.json names a run's folder that no file system holds"):
+        jobs.registered(registry)
+
+
 def test_logs_are_printed_and_followed_to_the_end(registry, states, capsys, monkeypatch):
     assert command("jobs", "logs", "going", "--root", registry) is None
     assert "going says\n" in capsys.readouterr().out
