@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from sead_dist.data.formats import Item, Route, read_items
 from sead_dist.data.task_files import Answer, TaskSpec
@@ -186,6 +184,9 @@ def hold_out(
 
 def _tied(examples: ExampleSet) -> np.ndarray:
     """A number per example, equal where examples share a sentence, an identity or a group."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     count = len(examples)
     rows, columns = np.nonzero(examples.sentences_BS)  # a blank text ties nothing
     edges = [

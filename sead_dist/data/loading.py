@@ -17,8 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
 
 from sead_dist.data.task_files import TASKS, TaskSpec, number_name
 from sead_dist.errors import UserError, reading, reason
@@ -349,6 +347,9 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
 def reach_hub(name: str, revision: str | None) -> None:
     """Raises at once where the hub cannot be reached; `datasets` would try for half a minute. With
     HF_HUB_OFFLINE it does not try, and what it has kept serves."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
     if constants.HF_HUB_OFFLINE:
         return
     with suppress(HfHubHTTPError):  # the hub answered; what is wrong is said when rows are loaded

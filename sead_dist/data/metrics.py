@@ -1,5 +1,7 @@
 """Official task metrics, under Hugging Face's names, computed by scikit-learn and SciPy.
 
+The two take a second to import, so each is imported by the metric that needs it.
+
 Shapes: B examples, C classes. Sources: GLUE (Wang et al. 2018), SuperGLUE (Wang et al. 2019),
 ReCoRD's token F1 as SQuAD defines it (Rajpurkar et al. 2016).
 """
@@ -8,11 +10,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 class Answer(NamedTuple):
@@ -33,11 +33,29 @@ class MetricInputs(Protocol):
     def answers(self) -> Sequence[Answer] | None: ...
 
 
-def _correlation(function: Callable[..., Any], labels_B: np.ndarray, scores_B: np.ndarray) -> float:
+def _correlation(name: str, labels_B: np.ndarray, scores_B: np.ndarray) -> float:
+    from scipy import stats
+
     # A constant has no correlation with anything: 0 rather than NaN, which no JSON reader takes.
     if len(labels_B) < 2 or np.ptp(labels_B) == 0 or np.ptp(scores_B) == 0:
         return 0.0
-    return float(function(labels_B, scores_B).statistic)
+    return float(getattr(stats, name)(labels_B, scores_B).statistic)
+
+
+def _accuracy(labels_B: np.ndarray, predictions_B: np.ndarray) -> float:
+    return float(np.mean(labels_B == predictions_B))
+
+
+def _f1(labels_B: np.ndarray, predictions_B: np.ndarray, average: str = "binary") -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels_B, predictions_B, average=average, zero_division=0.0))
+
+
+def _matthews(labels_B: np.ndarray, predictions_B: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels_B, predictions_B))
 
 
 def _exact_groups(labels_B: np.ndarray, predictions_B: np.ndarray, groups_B: np.ndarray) -> float:
@@ -62,19 +80,19 @@ def _exact_answer(candidate: str, gold: str) -> float:
 
 
 REGRESSION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "pearson": lambda y, p: _correlation(pearsonr, y, p),
-    "spearmanr": lambda y, p: _correlation(spearmanr, y, p),
+    "pearson": lambda y, p: _correlation("pearsonr", y, p),
+    "spearmanr": lambda y, p: _correlation("spearmanr", y, p),
 }
 CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda y, p: float(accuracy_score(y, p)),
-    "f1": lambda y, p: float(f1_score(y, p, zero_division=0.0)),  # of class 1; two classes only
-    "f1_macro": lambda y, p: float(f1_score(y, p, average="macro", zero_division=0.0)),
-    "matthews_correlation": lambda y, p: float(matthews_corrcoef(y, p)),
+    "accuracy": _accuracy,
+    "f1": _f1,  # of class 1; two classes only
+    "f1_macro": lambda y, p: _f1(y, p, "macro"),
+    "matthews_correlation": _matthews,
 }
 GROUPED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
-    "f1_a": lambda y, p, g: float(f1_score(y, p, zero_division=0.0)),
+    "f1_a": lambda y, p, g: _f1(y, p),
     "exact_match": _exact_groups,
-    "accuracy": lambda y, p, g: float(accuracy_score(y, p)),
+    "accuracy": lambda y, p, g: _accuracy(y, p),
 }
 ANSWERS: dict[str, Callable[[str, str], float]] = {"exact_match": _exact_answer, "f1": _token_f1}
 

@@ -10,17 +10,16 @@ S steps of an epoch, G rows of a global batch, M micro-batches of a global batch
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sead_dist.data.examples import ExampleSet, entries
 from sead_dist.errors import UserError
 
-# Version of the rules below: which rows make a global batch and a micro-batch. A run goes on under
-# the rules that it began with, or not at all. (1: batches sorted by length over the whole data.)
-ORDER_RULES = 2
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,10 @@ class TokenTable:
 
     def pad(
         self, rows_B: np.ndarray, length: int, side: str | None = None
-    ) -> dict[str, torch.Tensor]:
+    ) -> "dict[str, torch.Tensor]":
         """Model inputs [B*K, length] of these examples, padded on `side`, else the tokeniser's."""
+        import torch  # data are read without it
+
         flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
         counts = (self.offsets[flat + 1] - self.offsets[flat])[:, None]
         columns = np.arange(length)[None, :]
@@ -83,7 +84,7 @@ class TokenTable:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
+    tokenizer: "PreTrainedTokenizerBase", examples: ExampleSet, max_length: int
 ) -> TokenTable:
     """Every text row of `examples`, truncated to `max_length` tokens (longest text first)."""
     ids: list[np.ndarray] = []
@@ -121,8 +122,8 @@ def tokenize(
 
 
 def cut_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: BatchEncoding,
+    tokenizer: "PreTrainedTokenizerBase",
+    encoded: "BatchEncoding",
     examples: ExampleSet,
     part: slice,
     max_length: int,
@@ -174,7 +175,9 @@ class Split:
         return len(self.examples.labels_B)
 
 
-def make_split(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+def make_split(
+    examples: ExampleSet, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> Split:
     ids_U2, entry_B = entries(examples.ids_B2)
     row_U = np.zeros(len(ids_U2), np.int64)
     # backwards, so that the first row of equal ones stands for them
@@ -246,16 +249,18 @@ class Batch:
 
     step: int
     micro: int
-    entries_B: torch.Tensor
-    inputs: dict[str, torch.Tensor]
-    labels_B: torch.Tensor
-    valid_B: torch.Tensor
-    group_ids_B: torch.Tensor | None
-    routes_B: torch.Tensor | None
+    entries_B: "torch.Tensor"
+    inputs: "dict[str, torch.Tensor]"
+    labels_B: "torch.Tensor"
+    valid_B: "torch.Tensor"
+    group_ids_B: "torch.Tensor | None"
+    routes_B: "torch.Tensor | None"
 
 
 def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) -> Batch:
     """The micro-batch of these rows (-1: a filler), padded to its own longest row."""
+    import torch
+
     valid_B = rows_B >= 0
     # a filler is a copy of a valid row, or of the shortest row where there is none
     stand_in = rows_B[valid_B][0] if valid_B.any() else int(split.tokens.lengths_B().argmin())

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sead_dist.config.schema import DataConfig, RunConfig, teacher_names
 from sead_dist.data.examples import (
@@ -27,6 +26,9 @@ from sead_dist.data.loading import load_split, read_rows
 from sead_dist.data.order import Split, describe_cuts, make_split
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     return RunExamples(train, selection, official, transfer_rows, overlap)
 
 
-def check_tokens(examples: RunExamples, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+def check_tokens(
+    examples: RunExamples, tokenizers: "Mapping[str, PreTrainedTokenizerBase]"
+) -> None:
     """Raises UserError for a row of which one of these tokenisers (whose -> it) makes no token.
 
     A tokeniser that adds special tokens always makes some, and others are asked about texts
@@ -154,12 +158,12 @@ def check_tokens(examples: RunExamples, tokenizers: Mapping[str, PreTrainedToken
                 )
 
 
-def adds_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a text of nothing has tokens too."""
     return len(tokenizer("")["input_ids"]) > 0
 
 
-def tokenless_row(part: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def tokenless_row(part: ExampleSet, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The first example with a text row of which `tokenizer` makes no token."""
     for row, first in enumerate(part.texts_a):
         second = None if part.texts_b is None else part.texts_b[row]
@@ -188,7 +192,7 @@ class RunSplits:
 
 
 def tokenize_splits(
-    examples: RunExamples, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: RunExamples, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> RunSplits:
     return RunSplits(
         make_split(examples.train, tokenizer, max_length),

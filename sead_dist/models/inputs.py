@@ -26,9 +26,6 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import OFFSET_POSITIONS, fitting_length
 from sead_dist.models.sequence_classifier import new_classifier
 
-# Version of the rules of this file. A run goes on under the rules that it began with, or not at
-# all. (1: padded on the right, with the ids and names that config and tokeniser happened to have.)
-INPUT_RULES = 2
 Padding = Literal["right", "left", "none"]
 # a model's own answer to a text, and the one it gives in a batch, differ by rounding alone
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -8,13 +8,13 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import constants, snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.files import files_hash
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -87,6 +87,8 @@ def locate(
     name, _, tag = path.partition("@")
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or folder.exists():
         raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id")
+    from huggingface_hub import constants, snapshot_download
+
     try:
         found = snapshot_download(name, revision=tag or revision, allow_patterns=WANTED)
     except Exception as error:
@@ -151,9 +153,11 @@ def setting_hash(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
     """A checkpoint's config.json. Raises UserError where it is none, or its values are of types
     that no model has."""
+    from transformers import AutoConfig  # files are found and compared without it
+
     path = checkpoint.folder / "config.json"
     with reading(path, COPY, f"{checkpoint.name}: its config.json"):
         config = AutoConfig.from_pretrained(
@@ -163,7 +167,7 @@ def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Pretra
         return config
 
 
-def _check_types(config: PretrainedConfig) -> None:
+def _check_types(config: "PretrainedConfig") -> None:
     """Raises ValueError for values of other types than those which are read from any config."""
     names = config.id2label
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
@@ -181,8 +185,10 @@ def _check_types(config: PretrainedConfig) -> None:
 
 def load_tokenizer(
     checkpoint: Checkpoint, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+) -> "PreTrainedTokenizerBase":
     """A checkpoint's tokeniser. Raises UserError when there is none or it cannot pad."""
+    from transformers import AutoTokenizer
+
     with reading(checkpoint.folder, COPY, f"{checkpoint.name}: no usable tokeniser: it"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -201,7 +207,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+def _try_out(tokenizer: "PreTrainedTokenizerBase") -> None:
     """What is broken in a tokeniser's files raises here, and not with the first row."""
     if tokenizer.pad_token_id is None or not len(tokenizer):
         return
@@ -210,7 +216,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer_hash(tokenizer)
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Identifies what a tokeniser does to a text (truncation and padding are ours)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -230,7 +236,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
 
 
-def _deeds(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _deeds(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What a tokeniser written in Python is besides its vocabulary: its files, and what it makes of
     fixed texts, alone and as a pair."""
     names = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]
@@ -260,7 +266,7 @@ def code_hash(checkpoint: Checkpoint, *kinds: type) -> str | None:
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
+def position_limit(config: "PretrainedConfig") -> int | None:
     """The most tokens a model's positions allow; None where they never end."""
     if config.model_type in UNLIMITED:
         return None
@@ -273,13 +279,13 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
 
 
-def fitting_length(asked: int, config: PretrainedConfig) -> int:
+def fitting_length(asked: int, config: "PretrainedConfig") -> int:
     """`asked` tokens, or fewer where the model's positions end before."""
     return min(asked, position_limit(config) or asked)
 
 
 def check_vocabulary(
-    name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    name: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
 ) -> None:
     """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
     size = getattr(config, "vocab_size", None)

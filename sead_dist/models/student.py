@@ -1,16 +1,13 @@
 """The student at its start: a checkpoint, chosen layers of one, or a new shape."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sead_dist.config.load import config_folder
-from sead_dist.config.schema import StudentConfig, TeacherConfig
+from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
@@ -23,8 +20,6 @@ from sead_dist.models.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
-    setting_hash,
-    weights_hash,
 )
 from sead_dist.models.sequence_classifier import (
     align_classes,
@@ -33,9 +28,8 @@ from sead_dist.models.sequence_classifier import (
     new_classifier,
     outline,
 )
+from sead_dist.models.start import shape_file, student_tokenizer
 
-# Version of the rules by which a start becomes a student: which weights are new, how they are drawn
-START_RULES = 2
 # whose layers lie in one list and know nothing of their place in it; tables of relative positions
 # and what follows the first layer (DeBERTa-v2's convolution) lie beside it and stay
 CUT_KINDS = (
@@ -47,43 +41,8 @@ COUNTS = {"n_layers", "num_layers", "num_hidden_layers"}
 NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
-def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str:
-    """Of the files that decide the student's weights before the first step, and its tokeniser.
-
-    Raises UserError where they are not there.
-    """
-    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
-    if student.shape is not None:
-        with reading(_shape_file(student.shape), "give a YAML file"):
-            digest.update(_shape_file(student.shape).read_bytes())
-    elif student.path is not None:
-        checkpoint = locate(student.path)
-        digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
-    return digest.hexdigest()
-
-
-def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
-    """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
-    sources = [student.tokenizer, student.path, *(teacher.path for teacher in teachers)]
-    source = next((source for source in sources if source is not None), None)
-    if source is None:
-        raise UserError(
-            "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give teachers"
-        )
-    return locate(source, marks=TOKENIZER_FILES)
-
-
-def _shape_file(shape: str) -> Path:
-    named = config_folder() / "students" / f"{shape}.yaml"
-    path = named if named.is_file() else Path(shape)
-    if not path.is_file():
-        known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
-        raise UserError(f"{shape} is no shape of a model; known: {', '.join(known)}, or a file")
-    return path
-
-
 def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    path = _shape_file(shape)
+    path = shape_file(shape)
     fields = read_yaml(path)
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(

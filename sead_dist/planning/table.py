@@ -14,7 +14,7 @@ from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
 from sead_dist.planning.scenario import Setting, forecasts
 from sead_dist.planning.workload import Work, make_work
-from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.console import parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank

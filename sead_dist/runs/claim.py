@@ -21,7 +21,7 @@ from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
-from sead_dist.models.student import start_hash
+from sead_dist.models.start import start_hash
 from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,
@@ -31,7 +31,7 @@ from sead_dist.runtime.run_log import (
     write_json,
     written_aside,
 )
-from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
+from sead_dist.training.identity import Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (

@@ -15,12 +15,12 @@ from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
-from sead_dist.models.student import check_start, student_tokenizer
+from sead_dist.models.start import student_tokenizer
+from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import asked_teachers, frozen_weights
 from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.claim import already_finished
 from sead_dist.runs.encoders import teacher_runs
-from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
@@ -52,14 +52,9 @@ def distill(
     before any long work, RunError during it.
     """
     run = Path(config.output_dir)
-    if config.encoders:
-        raise UserError(
-            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
-        )
-    refuse_unused_text(config)
-    if from_main(world, lambda: already_finished(config)):
+    done = from_main(world, lambda: nothing_to_do(config))
+    if done is not None:
         if world.is_main:
-            done = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
             tell(done, console)
         return run
     stop = stop or StopFlag()

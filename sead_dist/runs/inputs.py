@@ -12,23 +12,6 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
 
 
-def refuse_unused_text(config: RunConfig) -> None:
-    """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
-    batches and teach nothing."""
-    if config.transfer.path is None or config.taught:
-        return
-    if config.encoders:
-        why, fix = "finetune asks none", "and give it to distill"
-    elif config.teachers:
-        why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
-    else:
-        why, fix = "none are given", "or give teachers=[DIR, ...]"
-    raise UserError(
-        f"transfer.path={config.transfer.path}: unlabelled rows are learnt from teachers alone, "
-        f"and {why}; leave transfer.path out, {fix}"
-    )
-
-
 def check_inputs(config: RunConfig) -> None:
     """What is quickly told of a run before it is queued: task, method, files and checkpoints.
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""

@@ -20,7 +20,7 @@ from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
-from sead_dist.models.student import start_hash
+from sead_dist.models.start import start_hash
 from sead_dist.objectives.ensemble import asked_teachers
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import chosen_by_score, needs_examination, weigh
@@ -37,7 +37,7 @@ from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
 from sead_dist.teachers.validation import Examination, admit, ask_all, examine
-from sead_dist.training.checkpoint import Identity, rules_of, teacher_identity
+from sead_dist.training.identity import Identity, rules_of, teacher_identity
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:

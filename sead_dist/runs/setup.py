@@ -32,7 +32,8 @@ from sead_dist.models.hidden_states_check import check_inside, needs_attention
 from sead_dist.models.inputs import check_student, settle
 from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.models.resaved import check_saving, one_row
-from sead_dist.models.student import build_student, start_hash, student_tokenizer
+from sead_dist.models.start import start_hash, student_tokenizer
+from sead_dist.models.student import build_student
 from sead_dist.objectives.ensemble import check_method
 from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.reporting.hub import check_push
@@ -63,9 +64,10 @@ from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
 from sead_dist.teachers.validation import best_teacher
-from sead_dist.training.checkpoint import Checkpointer, Identity, rules_of, teacher_identity
+from sead_dist.training.checkpoint import Checkpointer
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import Engine, check_arithmetic, check_tracker, slow_arithmetic
+from sead_dist.training.identity import Identity, rules_of, teacher_identity
 
 
 @dataclass(frozen=True)

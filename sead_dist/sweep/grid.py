@@ -26,7 +26,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import misfit
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.encoders import teacher_layers, teacher_runs
-from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.finished import refuse_unused_text
 
 TEACHERS = "teachers"
 # folders of OUTPUT and of OUTPUT/TASK that are no task's or method's

@@ -33,9 +33,9 @@ from sead_dist.sweep.report import show, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
 from sead_dist.sweep.steps import fix_steps, told_steps
 from sead_dist.teachers.teacher import device_model
-from sead_dist.training.checkpoint import refuse_other
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
+from sead_dist.training.identity import refuse_other
 
 POLL_S = 2.0
 

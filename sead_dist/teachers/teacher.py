@@ -18,10 +18,11 @@ import transformers
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sead_dist.config.rules import INPUT_RULES
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
-from sead_dist.models.inputs import INPUT_RULES, Padding, probed_padding, settle
+from sead_dist.models.inputs import Padding, probed_padding, settle
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import (
     COPY,

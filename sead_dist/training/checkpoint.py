@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,92 +18,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sead_dist.config.schema import RunConfig
-from sead_dist.data.order import ORDER_RULES, Cursor
-from sead_dist.errors import RunError, UserError, reading, reason
-from sead_dist.models.inputs import INPUT_RULES
-from sead_dist.models.student import START_RULES
+from sead_dist.data.order import Cursor
+from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.training.engine import Engine
+from sead_dist.training.identity import Identity, refuse_other
 
 # of state.json (1: without rules, start and best_loss)
 FORMAT = 2
-# versions of what else decides a student than what its identity names
-RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
-# of the second stage of a method that has two (1: its optimiser state is as old as the run)
-STAGE_RULES = 2
-
-
-def rules_of(config: RunConfig) -> dict[str, int]:
-    """The versions of the rules that decide the student of this run."""
-    return {**RULES, "stages": STAGE_RULES} if config.internals == "tinybert" else RULES
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a resumed run must share with the run it continues. start: a hash of the files that the
-    student starts from. rules: versions; what was written before there were any has all 1."""
-
-    config: dict[str, Any]
-    data: str
-    teachers: list[dict[str, Any]]
-    start: str = ""
-    rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
-
-    @classmethod
-    def read(cls, record: Path) -> "Identity":
-        """The identity in a run.json or state.json. Raises UserError where there is none."""
-        saved: Identity = read_as(cls, record, "identity")
-        with reading(record, "restore it, or give another output_dir"):
-            _names(saved.teachers)
-        return saved
-
-    def other_rules(self, other: "Identity") -> list[str]:
-        """The rules that have another version in `other`. Where the two are of unlike methods, one
-        may have rules that the other never has: the methods are the difference then."""
-        alike = self.config.get("internals") == other.config.get("internals")
-        names = {**self.rules, **other.rules} if alike else RULES
-        return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
-
-    def differences(self, other: "Identity") -> list[str]:
-        """One phrase for each difference, `other` being what is asked for now."""
-        found = [
-            f"the rules of {name} were version {self.rules.get(name, 1)}, are version "
-            f"{other.rules.get(name, 1)}"
-            for name in self.other_rules(other)
-        ]
-        keys = [key for key in {**self.config, **other.config}]
-        found += [
-            f"{key} was {self.config.get(key)!r}, is {other.config.get(key)!r}"
-            for key in keys
-            if self.config.get(key) != other.config.get(key)
-        ]
-        if len(self.teachers) != len(other.teachers):
-            found.append(f"teachers were {_names(self.teachers)}, are {_names(other.teachers)}")
-        for number, (old, new) in enumerate(zip(self.teachers, other.teachers, strict=False)):
-            found += [
-                f"{key} of teacher {number + 1} was {_short(old[key])}, is {_short(new[key])}"
-                for key in old
-                if old[key] != new.get(key)
-            ]
-        if self.start != other.start:
-            found.append(f"the student's start was {self.start[:12]}, is {other.start[:12]}")
-        if self.data != other.data:
-            found.append(
-                f"the fingerprint of data and task was {self.data[:12]}, is {other.data[:12]}"
-            )
-        return found
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:12]}..."
-
-
-def _names(teachers: list[dict[str, Any]]) -> str:
-    said = [f"{entry['fingerprint'][:8]} ({'/'.join(entry['labels'])})" for entry in teachers]
-    return ", ".join(said) or "none"
 
 
 @dataclass(frozen=True)
@@ -272,37 +195,6 @@ class Checkpointer:
             self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
         return record
-
-
-def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
-    """Raises UserError when a run folder holds another run than the one asked for."""
-    if names := saved.other_rules(asked):
-        old = ", ".join(f"{name} {saved.rules.get(name, 1)}" for name in names)
-        new = ", ".join(f"{name} {asked.rules.get(name, 1)}" for name in names)
-        raise UserError(
-            f"output_dir={run} holds a run of another version of sead_dist, with the rules {old}; "
-            f"this version has {new}, under which the same settings make another student; give "
-            "another output_dir, or go on with the version that began it"
-        )
-    different = saved.differences(asked)
-    if different:
-        raise UserError(
-            f"output_dir={run} holds another run: {'; '.join(different[:4])}"
-            + ("; ..." if len(different) > 4 else "")
-            + "; give the same settings to resume it, or another output_dir"
-        )
-
-
-def teacher_identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a teacher's manifest that a resume compares."""
-    labels = manifest["labels"]
-    return {
-        "fingerprint": manifest["fingerprint"],
-        "labels": [labels] if isinstance(labels, str) else list(labels),
-        "order": list(manifest["order"]),
-        "weight": manifest["weight"],
-        "numerics": manifest["numerics"],
-    }
 
 
 def _sync(path: Path) -> None:

@@ -41,8 +41,8 @@ from sead_dist.slurm.settings import load_settings
 from sead_dist.sweep.grid import make_plan
 from sead_dist.teachers.rates import remembered
 from sead_dist.teachers.teacher import call_roster
-from sead_dist.training.checkpoint import Identity
 from sead_dist.training.deepspeed_config import read_file
+from sead_dist.training.identity import Identity
 
 SEED = 20261129
 # of the clock: a pipe is waited for without computing

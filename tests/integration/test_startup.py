@@ -1,10 +1,13 @@
 """The command line starts quickly: what is heavy is imported only where it is used."""
 
+import gc
 import json
 import subprocess
 import sys
 
 import pytest
+
+from sead_dist.cli.commands import importing
 
 HEAVY = {
     "accelerate",
@@ -34,6 +37,14 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
+def imported_by(code, *words):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    said, imported = done.stdout.rstrip().rsplit("\n", 1)
+    return said, set(json.loads(imported))
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -42,12 +53,42 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     ],
 )
 def test_help_imports_nothing_heavy(words):
-    done = subprocess.run(
-        [sys.executable, "-c", DUMP, *words], capture_output=True, text=True, check=True
-    )
-    said, imported = done.stdout.rstrip().rsplit("\n", 1)
+    said, imported = imported_by(DUMP, *words)
     assert "sead-dist" in said
-    assert HEAVY & set(json.loads(imported)) == set()
+    assert HEAVY & imported == set()
+
+
+def test_a_finished_runs_command_is_answered_without_torch(finished, words):
+    said, imported = imported_by(DUMP, "distill", *words(finished, "epochs=6"))
+    assert "holds this run, finished: nothing to do" in said
+    assert "numpy" in imported
+    slow = {"torch", "transformers", "accelerate", "datasets", "pandas", "sklearn", "matplotlib"}
+    assert slow & imported == set()
+
+
+def test_accuracy_is_computed_without_scikit_learn_and_scipy():
+    score = """
+import numpy as np
+from sead_dist.data.metrics import CLASSIFICATION
+print(CLASSIFICATION["accuracy"](np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])))
+"""
+    said, imported = imported_by("import json, sys" + score + DUMP.splitlines()[-1])
+    assert said == "0.75"
+    assert {"scipy", "sklearn", "pandas"} & imported == set()
+
+
+def test_the_collector_rests_while_heavy_modules_are_imported():
+    frozen = gc.get_freeze_count()
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        with pytest.raises(ImportError), importing():
+            import sead_dist.not_there  # noqa: F401
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
 def test_a_mistyped_command_is_refused_before_anything_heavy_is_imported():

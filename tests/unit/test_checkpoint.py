@@ -10,8 +10,9 @@ from small import ALONE, build_model, config
 
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError
-from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState, teacher_identity
+from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
+from sead_dist.training.identity import Identity, teacher_identity
 
 TEACHERS = [
     {

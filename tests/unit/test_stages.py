@@ -6,8 +6,8 @@ from small import ALONE, build_model, config
 
 from sead_dist.models.hidden_states import find_anatomy
 from sead_dist.objectives.feature_losses import Rest, make_rival
-from sead_dist.training.checkpoint import RULES, rules_of
 from sead_dist.training.engine import Engine
+from sead_dist.training.identity import RULES, rules_of
 
 STEPS, UNTIL, RATE = 40, 20, 1e-3
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])

@@ -9,7 +9,8 @@ from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
-from sead_dist.models.student import build_student, student_tokenizer
+from sead_dist.models.start import student_tokenizer
+from sead_dist.models.student import build_student
 
 TEXTS = sentences(5)
 

@@ -18,9 +18,10 @@ from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import Watch
 from sead_dist.runtime.run_log import RunLog
-from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
+from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine, check_world
 from sead_dist.training.evaluation import EvalResult
+from sead_dist.training.identity import Identity
 from sead_dist.training.trainer import Trainer, is_better
 
 

@@ -1,0 +1,106 @@
+"""A `sead-dist distill` of few rows as a whole process, against what it cannot do without.
+
+The floor is a process that imports torch, transformers, accelerate and datasets, and loads three
+models with their tokenisers. Each turn starts a process of every kind. Processor seconds are what
+the process itself used, with its end: other processes of the machine slow them down less than
+seconds of the clock. Targets: a run at most 1.4 times the floor, and the command of a finished run,
+given again, at most 2 seconds of the clock.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from inputs import laid_out, random_classifier, shape_file
+from outcome_file import common_arguments, set_threads, spread, table, write_result
+
+TARGET, TARGET_S = 1.4, 2.0
+FLOOR = """
+import sys
+import torch, transformers, accelerate, datasets
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+for folder in sys.argv[1:]:
+    AutoTokenizer.from_pretrained(folder)
+    AutoModelForSequenceClassification.from_pretrained(folder)
+"""
+
+
+def measure(*words: object) -> dict[str, float]:
+    """Processor seconds and seconds of the clock of a Python process. Raises CalledProcessError
+    where it fails."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu": used, "clock": seconds}
+
+
+def one_turn(
+    models: Sequence[Path], words: Sequence[str], output: Path
+) -> dict[str, dict[str, float]]:
+    distill = ["-m", "sead_dist", "distill", *words, f"output_dir={output}"]
+    return {
+        "floor": measure("-c", FLOOR, *models),
+        "distill": measure(*distill, f"store={output}-store"),
+        "again": measure(*distill, f"store={output}-store"),
+    }
+
+
+def report(turns: Sequence[dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
+    ratios = [turn["distill"]["cpu"] / turn["floor"]["cpu"] for turn in turns]
+    again_s = statistics.median(turn["again"]["clock"] for turn in turns)
+    rows = [
+        [name, *(spread([turn[kind][unit] for turn in turns]) for unit in ("cpu", "clock"))]
+        for kind, name in (
+            ("floor", "imports and three models"),
+            ("distill", "distill"),
+            ("again", "the same command again"),
+        )
+    ]
+    reached = [statistics.median(ratios) <= TARGET, again_s <= TARGET_S]
+    said = ["yes" if well else "no" for well in reached]
+    return "\n\n".join(
+        [
+            f"`sead-dist distill` of {args.rows} rows with two teachers L2-H128, as a whole "
+            f"process; {args.repeat} interleaved repetitions; median (least-most).",
+            table(["process", "processor, s", "clock, s"], rows),
+            f"distill / floor, processor seconds: {spread(ratios)}; at most {TARGET}: {said[0]}. "
+            f"The same command again: {again_s:.3f} s; at most {TARGET_S}: {said[1]}.",
+        ]
+    )
+
+
+def main() -> None:
+    args = common_arguments(__doc__, rows=200, repeat=7).parse_args()
+    if args.smoke:
+        args.rows, args.repeat = 40, 1
+    set_threads(args.threads)
+    with laid_out(args) as (work, data, tokenizer):
+        os.environ["SEAD_DIST_RATES"] = str(work / "rates.json")
+        os.environ["SEAD_DIST_HASHES"] = str(work / "hashes")
+        teachers = [
+            random_classifier(work / f"model-{n}", "L2-H128", tokenizer, n) for n in range(2)
+        ]
+        words = [
+            "sst2",
+            f"data.path={data}",
+            f"teachers=[{teachers[0]},{teachers[1]}]",
+            f"student.shape={shape_file(work / 'student.yaml', 'L2-H128')}",
+            "epochs=1",
+            "gate=off",
+        ]
+        models = [*teachers, teachers[0]]
+        turns = [one_turn(models, words, work / f"run-{turn}") for turn in range(args.repeat + 1)]
+    # the first turn reads the packages from the disk, and is not counted
+    text = report(turns[1:], args)
+    write_result("whole_process", "A small distillation as a whole process", text, turns[1:], args)
+
+
+if __name__ == "__main__":
+    main()

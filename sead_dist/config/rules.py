@@ -1,0 +1,17 @@
+"""Versions of the rules that decide a student beside its settings and its data.
+
+A run goes on under the rules that it began with, or not at all: a change of what a row, a start or
+an input is raises the version.
+"""
+
+# Which rows make a global batch and a micro-batch (data/order.py).
+# 1: batches sorted by length over the whole data.
+ORDER_RULES = 2
+# How a start becomes a student: which weights are new, how they are drawn (models/student.py).
+START_RULES = 2
+# What a model is fed (models/inputs.py).
+# 1: padded on the right, with the ids and names that config and tokeniser happened to have.
+INPUT_RULES = 2
+# Of the second stage of a method that has two (objectives/feature_losses.py).
+# 1: its optimiser state is as old as the run.
+STAGE_RULES = 2
