@@ -143,8 +143,13 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str
         new = new_name(plain)
         if new is not None and (new in known or new not in RENAMED.values()):
             return f"the key {key!r} is {new} now; give {new} instead"
-        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are listed in {listed_in}"
+        old = [key for key, new in RENAMED.items() if new in known]
+        near = difflib.get_close_matches(plain, [*known, *old], n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {RENAMED.get(near[0], near[0])!r}?"
+            if near
+            else f"the keys are listed in {listed_in}"
+        )
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"

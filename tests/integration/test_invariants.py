@@ -169,7 +169,7 @@ def test_invariant_10_the_dev_labels_are_not_looked_at_before_the_end(tmp_path, 
     # the teacher is right on every dev row, and wrong once they are flipped
     told = [score["splits"]["validation"]["teachers"][0]["metrics"]["accuracy"] for score in scores]
     assert told == [1.0, 0.0]
-    assert scores[0]["selected_on"] == "select"
+    assert scores[0]["selected_on"] == "held_out"
 
 
 def test_invariant_10_selecting_on_dev_does_look_and_is_marked_everywhere(tmp_path, task):

@@ -12,14 +12,16 @@ from sead_dist.errors import UserError
 
 
 def test_files_stack_left_to_right_and_words_come_last(tmp_path):
-    (tmp_path / "a.yaml").write_text("task: sst2\noutput_dir: x\nseed: 1\nselect: {fraction: 0.2}")
-    (tmp_path / "b.yaml").write_text("seed: 2\nselect: {seed: 9}\n")
+    (tmp_path / "a.yaml").write_text(
+        "task: sst2\noutput_dir: x\nseed: 1\nselection: {fraction: 0.2}"
+    )
+    (tmp_path / "b.yaml").write_text("seed: 2\nselection: {seed: 9}\n")
     found = load_config(
         [str(tmp_path / "a.yaml"), "num_train_epochs=7", str(tmp_path / "b.yaml"), "seed=3"]
     )
-    assert (found.seed, found.epochs) == (3, 7)
+    assert (found.seed, found.num_train_epochs) == (3, 7)
     # a section is laid over, not replaced
-    assert (found.select.fraction, found.select.seed) == (0.2, 9)
+    assert (found.selection.fraction, found.selection.seed) == (0.2, 9)
 
 
 def test_every_key_has_a_default_or_must_be_given_and_a_comment():
@@ -61,9 +63,9 @@ def test_on_and_off_are_words_and_exponents_are_numbers():
     found = config(
         "teacher_validation=off", "learning_rate=1e-3", "selection.split=dev", "deterministic=true"
     )
-    assert found.gate == "off"
+    assert found.teacher_validation == "off"
     assert found.learning_rate == 0.001
-    assert found.select.on == "dev"
+    assert found.selection.split == "dev"
     assert found.deterministic is True
 
 
@@ -71,7 +73,7 @@ def test_on_and_off_are_words_and_exponents_are_numbers():
     ("given", "message"),
     [
         ("epoch=3", "unknown key 'epoch'; did you mean 'num_train_epochs'"),
-        ("select.fractoin=0.2", "did you mean 'selection.fraction'"),
+        ("selection.fractoin=0.2", "did you mean 'selection.fraction'"),
         ("alpha=1.5", "alpha=1.5"),
         ("temperature=0", "temperature=0"),
         ("placement=everywhere", "placement='everywhere'.*'colocated'"),
@@ -180,6 +182,8 @@ def test_an_unknown_method_is_told_the_known_ones():
 
 def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text("alpha: 0.2\nepochs: 9\n")
-    with pytest.raises(UserError, match="epochs is no key of a method; its file may set ensemble,"):
+    own.write_text("alpha: 0.2\nnum_train_epochs: 9\n")
+    with pytest.raises(
+        UserError, match="num_train_epochs is no key of a method; its file may set ensemble,"
+    ):
         config(method=own)

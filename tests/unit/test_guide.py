@@ -111,7 +111,7 @@ def test_a_guide_with_its_own_weights_is_compared_when_it_is_loaded(folders):
 
 def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
     (teacher,) = roster([folders / "plain"])
-    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    entry = teacher.entry.model_copy(update={"quantization": "int8"})
     teachers = [type(teacher)(**{**vars(teacher), "entry": entry})]
     with pytest.raises(
         UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"

@@ -124,7 +124,7 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
     words += ["method=entropy", "selection.fraction=0.2", f"store={tmp_path / 'store'}"]
     assert asked.config == load_config(words) == sd.load_config(*words)
     assert sd.load_config("sst2", output_dir="run").max_length == 64
-    again = planned(asked.config, None, {"seed": 3, "select": {"seed": 4}})
+    again = planned(asked.config, None, {"seed": 3, "selection": {"seed": 4}})
     assert again.config == load_config([*words, "seed=3", "selection.seed=4"])
 
 

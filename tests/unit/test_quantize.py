@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def int8(folder, **more):
-    keys = {"path": folder, "weights": "int8", **more}
+    keys = {"path": folder, "quantization": "int8", **more}
     return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}"
 
 

@@ -190,7 +190,7 @@ def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, size
         (
             ["student_init=feature_teacher", "teachers=[a]"],
             None,
-            "student_init=feature_teacher is for a method with internals",
+            "student_init=feature_teacher is for a method with a feature_loss",
         ),
     ],
 )

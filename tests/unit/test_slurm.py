@@ -319,5 +319,5 @@ def test_a_mistake_with_a_pool_is_found_before_the_queue(more, message, task, tm
 def test_a_job_pickled_before_the_packages_moved_finds_its_launch():
     from sead_dist.cli.commands import attempt_recipe
 
-    assert pickle.loads(b"csead_dist.launcher\nLaunch\n.") is Launch
+    assert pickle.loads(b"csead_dist.launcher\nLaunch\n.").__base__ is Launch
     assert pickle.loads(b"csead_dist.cli\nattempt_recipe\n.") is attempt_recipe

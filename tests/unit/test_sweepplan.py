@@ -58,15 +58,18 @@ def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
     found = plan(
         *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "num_train_epochs=2"),
         *(
-            "finetune={epochs: 9, learning_rate: 1e-3, seed: 40}",
-            "per_task.rte.epochs=4",
+            "finetune={num_train_epochs: 9, learning_rate: 1e-3, seed: 40}",
+            "per_task.rte.num_train_epochs=4",
             "alpha=0.1",
         ),
     )
-    assert of(found, "cola", "mean")[0].epochs == 2
-    assert of(found, "rte", "mean")[0].epochs == 4
+    assert of(found, "cola", "mean")[0].num_train_epochs == 2
+    assert of(found, "rte", "mean")[0].num_train_epochs == 4
     teachers = of(found, "rte", "teachers")
-    assert [(t.epochs, t.learning_rate, t.seed) for t in teachers] == [(9, 1e-3, 40), (9, 1e-3, 41)]
+    assert [(t.num_train_epochs, t.learning_rate, t.seed) for t in teachers] == [
+        (9, 1e-3, 40),
+        (9, 1e-3, 41),
+    ]
 
 
 def test_what_students_ask_of_teachers_does_not_change_the_teachers():
@@ -147,7 +150,10 @@ def test_a_sweep_is_told_from_a_run():
         (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
         (["seeds=[-1]"], "seeds.0=-1"),
-        (["per_task.cb.epochs=3"], "per_task: 'cb' is no task of this sweep; known: cola"),
+        (
+            ["per_task.cb.num_train_epochs=3"],
+            "per_task: 'cb' is no task of this sweep; known: cola",
+        ),
         (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),

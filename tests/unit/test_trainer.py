@@ -96,7 +96,14 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
     batches = BatchStream(
-        split, given.seed, given.global_batch, given.micro_batch, given.epochs, None, 0, 1
+        split,
+        given.seed,
+        given.global_batch_size,
+        given.micro_batch_size,
+        given.num_train_epochs,
+        None,
+        0,
+        1,
     )
     engine = Engine(build_model(), given, ALONE, batches.total_steps)
 
@@ -119,7 +126,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.watch),
+        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 

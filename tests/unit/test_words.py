@@ -31,7 +31,12 @@ def test_a_word_is_of_its_keys_own_type():
             "teacher_validation=off",
         ]
     )
-    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
+    assert (read.num_train_epochs, read.learning_rate, read.alpha_end, read.teacher_validation) == (
+        7,
+        1e-3,
+        None,
+        "off",
+    )
     assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
     assert load_config([*BASE, 'data.path="null"']).data.path == "null"
     assert load_config([*BASE, "teacher=a", "teacher=null"]).teacher is None
@@ -57,7 +62,7 @@ def test_a_path_in_a_list_or_mapping_is_what_was_typed_too(text):
         "path": text,
         "layers": [0, 1],
     }
-    assert read_word("per_task", f"{{rte: {{data: {{path: {text}}}, epochs: 5}}}}") == {
+    assert read_word("per_task", f"{{rte: {{data: {{path: {text}}}, num_train_epochs: 5}}}}") == {
         "rte": {"data": {"path": text}, "num_train_epochs": 5}
     }
     assert read_word("per_task.rte.data.path", text) == text
@@ -84,7 +89,7 @@ def test_brackets_left_open_and_keys_given_twice_are_refused():
     for key, text, message in (
         ("teachers", "[a, b", r"the value of teachers, '\[a, b', has a \[ that is not closed"),
         ("student", "{path: a, path: b}", "the key 'path' stands twice"),
-        ("select", "{on: dev, on: dev}", "the key 'on' stands twice"),
+        ("selection", "{split: dev, split: dev}", "the key 'split' stands twice"),
     ):
         with pytest.raises(UserError, match=message):
             read_word(key, text)
