@@ -92,8 +92,8 @@ def main() -> None:
             f"data.path={data}",
             f"teachers=[{teachers[0]},{teachers[1]}]",
             f"student.shape={shape_file(work / 'student.yaml', 'L2-H128')}",
-            "epochs=1",
-            "gate=off",
+            "num_train_epochs=1",
+            "teacher_validation=off",
         ]
         models = [*teachers, teachers[0]]
         turns = [one_turn(models, words, work / f"run-{turn}") for turn in range(args.repeat + 1)]

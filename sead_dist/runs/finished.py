@@ -30,7 +30,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
 def refuse_unused_text(config: RunConfig) -> None:
     """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
     batches and teach nothing."""
-    if config.transfer.path is None or config.taught:
+    if config.unlabeled.path is None or config.taught:
         return
     if config.encoders:
         why, fix = "finetune asks none", "and give it to distill"
@@ -39,6 +39,6 @@ def refuse_unused_text(config: RunConfig) -> None:
     else:
         why, fix = "none are given", "or give teachers=[DIR, ...]"
     raise UserError(
-        f"transfer.path={config.transfer.path}: unlabelled rows are learnt from teachers alone, "
-        f"and {why}; leave transfer.path out, {fix}"
+        f"unlabeled.path={config.unlabeled.path}: unlabelled rows are learnt from teachers alone, "
+        f"and {why}; leave unlabeled.path out, {fix}"
     )

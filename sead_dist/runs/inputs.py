@@ -26,8 +26,8 @@ def check_inputs(config: RunConfig) -> None:
             raise UserError(f"data file {file} does not exist; give an existing file")
         if file is None and config.data.path is not None:
             find_files(task, split, Path(config.data.path))
-    if config.transfer.path is not None and not Path(config.transfer.path).is_file():
-        raise UserError(f"transfer.path={config.transfer.path} does not exist; give a file")
+    if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
+        raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
         if not names_shape(entry.path):
             locate(entry.path, entry.revision)

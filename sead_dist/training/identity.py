@@ -4,10 +4,11 @@ It is read and compared without torch, so that a finished run is found at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sead_dist.config.names import renamed
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, STAGE_RULES, START_RULES
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
@@ -19,7 +20,7 @@ RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
 
 def rules_of(config: RunConfig) -> dict[str, int]:
     """The versions of the rules that decide the student of this run."""
-    return {**RULES, "stages": STAGE_RULES} if config.internals == "tinybert" else RULES
+    return {**RULES, "stages": STAGE_RULES} if config.feature_loss == "tinybert" else RULES
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Identity:
         saved: Identity = read_as(cls, record, "identity")
         with reading(record, "restore it, or give another output_dir"):
             _names(saved.teachers)
-        return saved
+            return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one
         may have rules that the other never has: the methods are the difference then."""
-        alike = self.config.get("internals") == other.config.get("internals")
+        alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 

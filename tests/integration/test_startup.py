@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy(words):
 
 
 def test_a_finished_runs_command_is_answered_without_torch(finished, words):
-    said, imported = imported_by(DUMP, "distill", *words(finished, "epochs=6"))
+    said, imported = imported_by(DUMP, "distill", *words(finished, "num_train_epochs=6"))
     assert "holds this run, finished: nothing to do" in said
     assert "numpy" in imported
     slow = {"torch", "transformers", "accelerate", "datasets", "pandas", "sklearn", "matplotlib"}
