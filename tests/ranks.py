@@ -1,8 +1,7 @@
 """Ranks for tests: gloo processes that plain pytest starts, watches and, if need be, kills.
 
-They are forked from a server that has imported everything and computed nothing (a process that
-has run backward cannot be forked, and a fresh one takes seconds to import). They meet over a file,
-so there are no ports to collide.
+They are forked from a server that has imported everything and computed nothing (`warm.py`). They
+meet over a file, so there are no ports to collide.
 """
 
 import multiprocessing
@@ -12,20 +11,27 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-WARM = [
-    "sead_dist.runs.distillation",
-    "sead_dist.reporting.report",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.bert.tokenization_bert",
-    "sklearn.metrics",
-    "matplotlib.pyplot",
-]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(WARM)
+CONTEXT.set_forkserver_preload(["warm"])
+
+
+def serve() -> None:
+    """Start the server that ranks are forked from, where it does not run yet."""
+    here = str(Path(__file__).parent)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = here if before is None else f"{here}{os.pathsep}{before}"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def start(
@@ -39,6 +45,7 @@ def start(
     for rank in range(size):
         (folder / f"rank-{rank}.pkl").unlink(missing_ok=True)
     meeting = folder / f"meet-{uuid.uuid4().hex}"
+    serve()
     ranks = [
         CONTEXT.Process(target=_rank, args=(rank, size, meeting, env, work, args))
         for rank in range(size)
