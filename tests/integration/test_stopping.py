@@ -148,7 +148,7 @@ def computed_rows(root: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_notice_in_the_examination_keeps_what_was_computed(words, tmp_path):
+def test_a_notice_in_the_validation_keeps_what_was_computed(words, tmp_path):
     given = words(tmp_path / "run", f"store={tmp_path / 'store'}")
     ranks = start(2, tmp_path / "ranks", slowly, given, "teachers", 0.5)
     wait_for((tmp_path / "run" / "teacher_manifest.json").exists)
