@@ -172,5 +172,6 @@ def require_passed(
         raise UserError(
             f"teacher {validation.name} failed its validation: {validation.metric} "
             f"{validation.score:.4f} on the selection split, no better than a constant answer "
-            f"({validation.constant_score:.4f}); {hint}; leave it out, or teach all the same with teacher_validation=off"
+            f"({validation.constant_score:.4f}); {hint}; leave it out, or teach all the "
+            "same with teacher_validation=off"
         )
