@@ -4,8 +4,10 @@ VENV := .venv
 # One thread per process: ranks and test workers already take a core each. Nothing asks the hub.
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
-# Tests of one file share what they made, so a file stays with one worker.
+# Tests of one file share what they made, so a file stays with one worker. The files come in their
+# order: those of the quick unit tests last, so that the workers end together.
 WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 
 .PHONY: help setup demo peers test test-slow test-slurm test-quantize test-browser \
 	screenshot check clean
@@ -26,7 +28,7 @@ demo: setup ## teachers, ensemble and student on the built-in task, two processe
 		-m sead_dist demo
 
 test: setup ## all tests but the slow ones and those that need a cluster or a browser
-	$(PYTEST) -n $(WORKERS) --dist loadfile --durations=20 -m 'not slow and not slurm and not browser'
+	$(PYTEST) $(SHARED) -m 'not slow and not slurm and not browser'
 
 # a benchmark alone needs it, so it is kept out of the environment itself
 peers: setup ## what a benchmark compares with, beside the environment; test-slow finds it there
@@ -34,7 +36,7 @@ peers: setup ## what a benchmark compares with, beside the environment; test-slo
 		--target $(VENV)/peers textbrewer
 
 test-slow: setup ## the slow tests, with the smoke of every benchmark
-	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) --durations=20 -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) $(SHARED) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
 test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
 	$(PYTEST) -m slurm tests/slurm

@@ -3,6 +3,8 @@
 Everything lies in pytest's temporary folders; the hub is never asked, the user's store never used.
 """
 
+import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from forked import run_command
 
 # before huggingface_hub is imported, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +30,11 @@ TINY = {
 LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: without this the collector spends a quarter of the tests on it."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The default store of this session's runs; their measured rates and remembered hashes
@@ -39,6 +47,21 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, made by the first of this run's workers that asks for it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' own folders lie in it
+    folder, done = root / f"made-{name}", root / f"made-{name}.done"
+    with (root / f"made-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in task, small: 400 training rows, 100 dev rows, 200 transfer rows; and in the
@@ -47,10 +70,11 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from sead_dist.cli.grammar import write_grammar_task
 
-    folder = tmp_path_factory.mktemp("grammar")
-    write_grammar_task(folder, 0, 400, 100, 200, label_noise=0.0)
-    (folder / "shape.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
-    return folder
+    def make(folder: Path) -> None:
+        write_grammar_task(folder, 0, 400, 100, 200, label_noise=0.0)
+        (folder / "shape.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+
+    return made_once(tmp_path_factory, "grammar", make)
 
 
 def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], steps: int) -> None:
@@ -88,9 +112,12 @@ def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], st
 def teachers(grammar: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two teachers of the built-in task that pass their validation; the second one names its
     classes in the other order."""
-    root = tmp_path_factory.mktemp("teachers")
-    train_teacher(grammar, root / "a", 0, ["negative", "positive"], 60)
-    train_teacher(grammar, root / "b", 1, ["positive", "negative"], 60)
+
+    def make(root: Path) -> None:
+        train_teacher(grammar, root / "a", 0, ["negative", "positive"], 60)
+        train_teacher(grammar, root / "b", 1, ["positive", "negative"], 60)
+
+    root = made_once(tmp_path_factory, "teachers", make)
     return [root / "a", root / "b"]
 
 
@@ -138,21 +165,31 @@ def finished(
 
 
 @pytest.fixture(scope="session")
-def cli() -> RunCli:
-    """`cli("evaluate", OUT, ..., ranks=2, cwd=DIR)`: the command in a process of its own."""
+def cli(tmp_path_factory: pytest.TempPathFactory) -> RunCli:
+    """`cli("evaluate", OUT, ..., ranks=2, cwd=DIR)`: the command in a forked process, or on several
+    ranks. launched: in a process of its own, or several ones under torchrun."""
+    folder = tmp_path_factory.mktemp("said")
 
     def run(
-        *args: object, ranks: int = 1, cwd: Path | None = None, env: dict[str, str] | None = None
+        *args: object,
+        ranks: int = 1,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        launched: bool = False,
     ) -> "subprocess.CompletedProcess[str]":
+        words = [str(arg) for arg in args]
+        whole = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
+        if not launched:
+            return run_command(words, ranks, cwd or Path.cwd(), whole, folder)
         start = [sys.executable, "-m"]
         if ranks > 1:
             start += [*LAUNCHER.split(), str(ranks), "-m"]
         return subprocess.run(
-            [*start, "sead_dist", *map(str, args)],
+            [*start, "sead_dist", *words],
             capture_output=True,
             text=True,
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
+            env=whole,
             timeout=300,
             check=False,
         )

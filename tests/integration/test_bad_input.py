@@ -411,7 +411,7 @@ def test_a_mistake_exits_with_2_and_one_line(cli, words, grammar, tmp_path):
         ["distill", *words(tmp_path / "out", "temperatur=3")],
         ["distill", *words(tmp_path / "out", f"data.path={grammar / 'tokenizer'}")],
     ):
-        result = cli(*args)
+        result = cli(*args, launched=True)
         one_line(result, 2)
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -419,7 +419,7 @@ def test_a_mistake_exits_with_2_and_one_line(cli, words, grammar, tmp_path):
 
 def test_two_ranks_tell_a_mistake_once(cli, words, teacher, tmp_path):
     bad = teacher(id2label={"0": "spam", "1": "ham"})
-    result = cli("distill", *words(tmp_path / "out", f"teachers=[{bad}]"), ranks=2)
+    result = cli("distill", *words(tmp_path / "out", f"teachers=[{bad}]"), ranks=2, launched=True)
     assert "'spam' is no label of" in one_line(result, 1)  # torchrun's own code
     assert re.search(r"exitcode *: 2", result.stderr)
     assert not (tmp_path / "out").exists()
@@ -460,8 +460,7 @@ def test_nan_logits_name_teacher_step_and_example(words, distil, teachers, tmp_p
 def test_two_ranks_tell_nan_logits_once(cli, words, teachers, tmp_path):
     more = spoilt(teachers, tmp_path)
     result = cli("distill", *words(tmp_path / "run", *more), ranks=2)
-    assert "teacher spoilt gave NaN" in one_line(result, 1)
-    assert re.search(r"exitcode *: 3", result.stderr)
+    assert "teacher spoilt gave NaN" in one_line(result, 3)
 
 
 LIMITED = """

@@ -40,8 +40,14 @@ def launch(launcher, words, cwd, **env):
 
 @pytest.mark.parametrize(
     "launcher",
-    [TORCHRUN, [*ACCELERATE, "--config_file", str(ROOT / "launch" / "cpu2.yaml")]],
-    ids=["torchrun", "accelerate"],
+    [
+        pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(
+            [*ACCELERATE, "--config_file", str(ROOT / "launch" / "cpu2.yaml")],
+            id="accelerate",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_two_processes_are_one_world(launcher, words, tmp_path):
     run = tmp_path / "run"
@@ -105,6 +111,7 @@ def run_in_two(launcher, words, tmp_path, **env) -> dict:
     return summary
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_deepspeed_is_not_ignored_where_the_cpu_is_asked_for(
     words, tmp_path
 ):

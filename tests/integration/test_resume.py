@@ -204,7 +204,11 @@ def test_invariant_06_killed_again_and_again_the_student_is_the_same(
 
 
 @pytest.mark.parametrize(
-    ("size", "moments"), [(1, [in_a_block, in_a_checkpoint(7)]), (2, [in_a_checkpoint(5)])]
+    ("size", "moments"),
+    [
+        (1, [in_a_block, in_a_checkpoint(7)]),
+        pytest.param(2, [in_a_checkpoint(5)], marks=pytest.mark.slow),
+    ],
 )
 def test_invariant_06_the_real_command_killed_and_given_again(
     tmp_path, task, references, size, moments
