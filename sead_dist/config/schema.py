@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from sead_dist.config.registered import NO_ENSEMBLE, ROUTED, expected, names
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -19,6 +29,18 @@ Placement = Literal["auto", Placed]
 # what is counted from one to it would have no end
 MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
+
+
+def one_of(what: str, *more: str) -> BeforeValidator:
+    """A name that is registered by the time that a configuration is checked."""
+
+    def check(name: Any) -> Any:
+        allowed = [*more, *names(what)]
+        if name not in allowed:
+            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+        return name
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):
@@ -82,19 +104,6 @@ class StoreConfig(Section):
     accept: Literal["exact", "any"]
 
 
-EnsembleMethod = Literal[
-    "none",
-    "single",
-    "mean_logits",
-    "mean_probabilities",
-    "fixed",
-    "score",
-    "confidence",
-    "entropy",
-    "answers",
-    "random",
-    "routed",
-]
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
     *("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate"),
@@ -145,10 +154,10 @@ class RunConfig(Section):
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
-    ensemble: EnsembleMethod
+    ensemble: Annotated[str, one_of("ensemble")]
     guide: str | None
     route: str | None
-    loss: Literal["auto", "kl", "mse"]
+    loss: Annotated[str, one_of("loss", "auto")]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
@@ -183,7 +192,17 @@ class RunConfig(Section):
     @property
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
-        return bool(self.teachers) and self.ensemble != "none"
+        return bool(self.teachers) and self.asks_teachers
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether the ensemble is one of teachers, be they given or not."""
+        return self.ensemble != NO_ENSEMBLE
+
+    @property
+    def routed(self) -> bool:
+        """Whether a column of the data names each row's teacher."""
+        return self.ensemble == ROUTED
 
     @property
     def pooled(self) -> bool:

@@ -31,7 +31,7 @@ class TaskKind(ABC):
     label_type: type[np.generic]
     unlabelled: float
     hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
-    soft_losses: tuple[str, ...]  # values of `loss` that apply; loss=auto is the first
+    soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.registered import expected
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError
@@ -21,9 +22,7 @@ from sead_dist.errors import UserError
 
 def _known_kind(kind: Any) -> Any:
     if kind not in list(KINDS):
-        *others, last = map(repr, KINDS)
-        expected = f"{', '.join(others)} or {last}"
-        raise PydanticKnownError("literal_error", {"expected": expected})
+        raise PydanticKnownError("literal_error", {"expected": expected(list(KINDS))})
     return kind
 
 

@@ -33,6 +33,7 @@ from sead_dist.models.inputs import check_student, settle
 from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.student import build_student, start_hash, student_tokenizer
+from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
 from sead_dist.objectives.ensemble import check_method
 from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.reporting.hub import check_push
@@ -87,7 +88,7 @@ class Parts:
     stop: StopFlag
     watch: Watch
     guide: Guide | None
-    rival: Rival | None
+    loss: DistillationLoss
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
@@ -171,7 +172,8 @@ def build(
     checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
-        checkpointer, stop, watch, guide, rival,
+        checkpointer, stop, watch, guide,
+        make_loss(config, task.task_kind, batches.total_steps, rival),
     )  # fmt: skip
 
 

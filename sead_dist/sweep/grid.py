@@ -249,7 +249,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     Raises UserError where its method asks teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.ensemble != "none" and not teachers:
+    if config.asks_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"

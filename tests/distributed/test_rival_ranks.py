@@ -23,6 +23,8 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits, find_anatomy
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.objectives.feature_losses import make_rival
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Watch
@@ -55,9 +57,11 @@ def gradients(world, method):
     rival = make_rival(given, student, anatomy, total_steps=100)
     engine = Engine(student, given, world, batches.total_steps)
     guide = Guide("a", body, anatomy, rival.theirs, rival.until)
+    kind = KINDS["classification"]
     trainer = Trainer(
-        given, world, engine, batches, None, ["a"], torch.ones(1), KINDS["classification"],
-        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch), guide, rival,
+        given, world, engine, batches, None, ["a"], make_ensemble(given, kind, torch.ones(1)),
+        make_loss(given, kind, batches.total_steps, rival),
+        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch), guide,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)
