@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sead_dist.config.load import read_layers, resolve
+from sead_dist.config.plugins import kept_plugins
 from sead_dist.config.registered import ROUTED
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import build_examples
@@ -73,7 +74,8 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The run's whole configuration."""
-        return load_config(str(self.path / "config.yaml"))
+        kept = kept_plugins(self.path)
+        return load_config(str(self.path / "config.yaml"), **({"plugins": kept} if kept else {}))
 
     @property
     def model_dir(self) -> Path:

@@ -9,48 +9,50 @@ from contextlib import contextmanager
 
 from sead_dist.errors import UserError
 
+# a teacher that Transformers loads
+MODEL = "model"
+# the ensemble that asks no teacher, and the one whose data name each row's teacher
+NO_ENSEMBLE, ROUTED = "none", "routed"
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "loss": ("kl", "mse"),
     "hard loss": ("cross_entropy", "squared_error"),
     "ensemble": (
-        *("none", "single", "mean_logits", "mean_probabilities", "fixed", "score"),
-        *("confidence", "entropy", "answers", "random", "routed"),
+        *(NO_ENSEMBLE, "single", "mean_logits", "mean_probabilities", "fixed", "score"),
+        *("fitted", "confidence", "entropy", "answers", "random", ROUTED),
     ),
-    "kind of teacher": ("model",),
+    "kind of teacher": (MODEL,),
     "kind of task": ("classification", "regression", "choice"),
 }
-# the ensemble that asks no teacher, and the one whose data name each row's teacher
-NO_ENSEMBLE, ROUTED = "none", "routed"
 
 
 class Added:
-    """What was registered beside the built-in names: what -> name -> the plugin that did it. Python
-    code that registers without a plugin stands as ''."""
+    """What was registered beside the built-in names. owners: what -> name -> the hash of the plugin
+    that did it, '' for Python code without a plugin. files: hash -> path of each plugin."""
 
     def __init__(self) -> None:
         self.owners: dict[str, dict[str, str]] = {what: {} for what in BUILT_IN}
+        self.files: dict[str, str] = {"": "this process"}
         self.loading = ""
 
     @contextmanager
-    def by(self, plugin: str) -> Iterator[None]:
-        """Inside, what is registered is this plugin's. What it registered before is forgotten."""
-        for owners in self.owners.values():
-            for name in [name for name, owner in owners.items() if owner == plugin]:
-                del owners[name]
+    def by(self, plugin: str, path: str) -> Iterator[None]:
+        """Inside, what is registered is this plugin's. Where it raises, nothing of it stays."""
         before, self.loading = self.loading, plugin
+        self.files[plugin] = path
         try:
             yield
+        except BaseException:
+            self.forget(plugin)
+            raise
         finally:
             self.loading = before
 
-    def of(self, plugin: str) -> list[tuple[str, str]]:
-        """(what, name) of all that a plugin registered."""
-        return [
-            (what, name)
-            for what, owners in self.owners.items()
-            for name, owner in owners.items()
-            if owner == plugin
-        ]
+    def forget(self, plugin: str) -> None:
+        """Give back the names that a plugin has registered."""
+        self.files.pop(plugin, None)
+        for owners in self.owners.values():
+            for name in [name for name, owner in owners.items() if owner == plugin]:
+                del owners[name]
 
 
 ADDED = Added()
@@ -67,7 +69,7 @@ def claim_name(what: str, name: str) -> None:
         raise UserError(f"{name!r} is no name of a {what}; give letters, digits and _")
     if name in names(what):
         owner = ADDED.owners[what].get(name)
-        by = "built in" if owner is None else f"registered by {owner or 'this process'}"
+        by = "built in" if owner is None else f"registered by {ADDED.files[owner]}"
         raise UserError(f"a {what} {name!r} is there already ({by}); give yours another name")
     ADDED.owners[what][name] = ADDED.loading
 

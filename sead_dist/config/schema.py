@@ -20,7 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from sead_dist.config.registered import NO_ENSEMBLE, ROUTED, expected, names
+from sead_dist.config.plugins import hashes
+from sead_dist.config.registered import MODEL, NO_ENSEMBLE, ROUTED, expected, names
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -89,6 +90,7 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     path: str
     name: str | None = None
+    kind: Annotated[str, one_of("kind of teacher")] = MODEL
     placement: Placed | None = None
     offload: bool = False
     labels: Labels = None
@@ -97,6 +99,11 @@ class TeacherConfig(Section):
     weights: Literal["int8"] | None = None
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model that Transformers loads, not of a kind that a plugin registered."""
+        return self.kind == MODEL
 
 
 class StoreConfig(Section):
@@ -139,6 +146,8 @@ class RunConfig(Section):
     method: Annotated[str | None, Operational]
     output_dir: Annotated[str, Operational]
     seed: Annotated[int, Field(ge=0)]
+    # what they hold counts, not where they lie
+    plugins: Annotated[list[str], Operational]
     data: DataConfig
     transfer: TransferConfig
     select: SelectConfig
@@ -216,8 +225,10 @@ class RunConfig(Section):
         return min(self.look_ahead, self.pool.chunk_rows) if self.pooled else self.look_ahead
 
     def identity(self) -> dict[str, Any]:
-        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
-        return _identity(self, "")
+        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
+        plugin's hash."""
+        held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
+        return {**_identity(self, ""), **held}
 
 
 class SweepConfig(Section):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sead_dist.config.registered import claim_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError
@@ -190,8 +191,7 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    if kind.name in KINDS:
-        raise UserError(f"a task kind {kind.name!r} is there already; give yours another name")
+    claim_name("kind of task", kind.name)
     KINDS[kind.name] = kind
 
 

@@ -14,7 +14,13 @@ from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets
-from sead_dist.objectives.weightings import WEIGHTINGS, Known, Weighting, check_weights
+from sead_dist.objectives.weightings import (
+    WEIGHTINGS,
+    Known,
+    Weighting,
+    check_weights,
+    has_label,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,18 @@ def asks_selection(config: RunConfig) -> bool:
     """Whether teachers' answers on the selection split decide who teaches, and how much each
     counts."""
     return config.taught and WEIGHTINGS[config.ensemble].asks_selection(config)
+
+
+def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:
+    """Raises UserError where the selection split has too few labelled rows for the weighting."""
+    fewest = WEIGHTINGS[config.ensemble].fewest_rows if config.taught else 0
+    count = int(has_label(labels_B).sum())
+    if count < fewest:
+        raise UserError(
+            f"ensemble={config.ensemble} needs {fewest} labelled rows in the selection split, and "
+            f"it has {count}; give more rows, raise select.fraction={config.select.fraction:g}, or "
+            "use ensemble=mean_probabilities"
+        )
 
 
 def misfit(config: RunConfig, kind: TaskKind) -> str | None:

@@ -15,6 +15,7 @@ from sead_dist.config.registered import claim_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
+from sead_dist.objectives.fitted import fit_probabilities, fit_scores
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,39 @@ class Score(Weighting):
         return torch.tensor([max(score, 0.0) for score in known.scores], dtype=torch.float32)
 
 
+class Fitted(Weighting):
+    """By the gold labels of the selection split: the highest likelihood of a mean of probabilities,
+    the least squared error of a mean of scores."""
+
+    # with fewer, weights follow chance (docs/decisions/0043)
+    fewest_rows = 200
+
+    def asks_selection(self, config: RunConfig) -> bool:
+        return True
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        logits_NBC, labels_B = known.logits_NBC, known.labels_B
+        assert logits_NBC is not None
+        assert labels_B is not None
+        rows_B = np.flatnonzero(has_label(labels_B))
+        if labels_B.dtype.kind == "f":
+            weights_N = fit_scores(logits_NBC[:, rows_B, 0], labels_B[rows_B])
+        else:
+            weights_N = fit_probabilities(logits_NBC[:, rows_B], labels_B[rows_B])
+        return torch.from_numpy(weights_N).float()
+
+    def asked(
+        self,
+        batches: BatchStream,
+        weights_N: torch.Tensor,
+        seed: int,
+        steps: range,
+        entries_R: np.ndarray,
+    ) -> np.ndarray | None:
+        # a worker of the pool on another machine may find 0 where the student finds next to nothing
+        return None
+
+
 class Random(Weighting):
     """One teacher for each micro-batch, drawn by its place in the run."""
 
@@ -312,6 +346,11 @@ def known(labels_B: torch.Tensor) -> torch.Tensor:
     return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
 
 
+def has_label(labels_B: np.ndarray) -> np.ndarray:
+    """has_B: the same of an array."""
+    return np.asarray(known(torch.from_numpy(labels_B)))
+
+
 def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
     for scores the squared error over the teachers' mean one, so that the scale does not count."""
@@ -330,6 +369,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "mean_probabilities": MeanProbabilities(),
     "fixed": Fixed(),
     "score": Score(),
+    "fitted": Fitted(),
     "confidence": ByRow(confidence, needs_classes=True, needs_labels=True),
     "entropy": ByRow(entropy, needs_classes=True),
     "answers": ByRow(answers, needs_labels=True),
@@ -338,14 +378,28 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def register_ensemble(name: str, weighting: Weighting | RowWeights) -> None:
+def register_ensemble(
+    name: str,
+    weighting: Weighting | RowWeights,
+    *,
+    of_logits: bool = False,
+    needs_classes: bool = False,
+    needs_labels: bool = False,
+) -> None:
     """Let `ensemble` name this weighting of teachers.
 
-    weighting: an object, or a function of logits_NBC and None to weights_NB (`ByRow` says of one
-    what it needs). Raises UserError where the name is taken.
+    weighting: weights(logits_NBC, labels_B) -> weights_NB, not negative and not all 0 in a row; or
+    a `Weighting`, which says itself what it needs. labels_B: class indices (below 0: none) or
+    scores (NaN: none), None unless needs_labels, and for a new text. of_logits: logits are
+    averaged, not probabilities. needs_classes: refuse it for tasks whose labels are scores.
+    Raises UserError where the name is taken.
     """
     claim_name("ensemble", name)
-    WEIGHTINGS[name] = weighting if isinstance(weighting, Weighting) else ByRow(weighting)
+    if not isinstance(weighting, Weighting):
+        weighting = ByRow(
+            weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels
+        )
+    WEIGHTINGS[name] = weighting
 
 
 def check_weights(name: str, weights_N: torch.Tensor) -> torch.Tensor:

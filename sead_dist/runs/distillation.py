@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Split
@@ -31,7 +32,7 @@ from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
-from sead_dist.runtime.run_log import is_finished, steps_done, tell, write_json
+from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
@@ -233,10 +234,32 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
         if config.gate == "on":
             admit(task, exams, teachers)
     ensemble = weigh(config, task, teachers, exams, logits_NBC, parts.splits.selection)
+    names = [teacher.name for teacher in teachers]
+    kept = from_main(
+        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
+    )
+    ensemble = replace(ensemble, weights_N=torch.tensor(kept))
     if ensemble.weighting.one_teacher:
         chosen = teachers[int(ensemble.weights_N.argmax())]
         parts.log.say(f"the one teacher of this student: {chosen.name}")
+    elif ensemble.weighting.has_frozen_weights:
+        weights = zip(names, kept, strict=True)
+        parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
     return ensemble
+
+
+def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> list[float]:
+    """The weights that the run began with; at its first start these, which are kept."""
+    path = run / "ensemble.json"
+    if not path.is_file():
+        write_json(path, {"teachers": list(names), "weights": weights_N.tolist()})
+    kept: list[float] = read_as(list[float], path, "weights")
+    if len(kept) != len(weights_N):
+        raise UserError(
+            f"{path} holds {len(kept)} weights for {len(weights_N)} teachers; restore it or start "
+            "a new run"
+        )
+    return kept
 
 
 def needs_examination(config: RunConfig) -> bool:

@@ -34,7 +34,7 @@ from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenize
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.student import build_student, start_hash, student_tokenizer
 from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
-from sead_dist.objectives.ensemble import check_method
+from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
@@ -211,6 +211,7 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     examples = load_examples(config, task, say)
+    check_selection(config, examples.selection.labels_B)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.internals is not None:
