@@ -99,7 +99,7 @@ def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:
     if count < fewest:
         raise UserError(
             f"ensemble={config.ensemble} needs {fewest} labelled rows in the selection split, and "
-            f"it has {count}; give more rows, raise select.fraction={config.select.fraction:g}, or "
+            f"it has {count}; give more rows, raise selection.fraction={config.selection.fraction:g}, or "
             "use ensemble=mean_probabilities"
         )
 
@@ -123,9 +123,9 @@ def check_method(config: RunConfig, kind: TaskKind) -> None:
     if reason is not None:
         raise UserError(reason)
     names = teacher_names(config.teachers)
-    if config.guide is not None and config.guide not in names:
+    if config.teacher is not None and config.teacher not in names:
         raise UserError(
-            f"guide={config.guide} is no teacher of this run; its teachers: {', '.join(names)}"
+            f"teacher={config.teacher} is no teacher of this run; its teachers: {', '.join(names)}"
         )
 
 

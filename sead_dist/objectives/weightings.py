@@ -156,7 +156,7 @@ class Single(Weighting):
     precedence = 2
 
     def asks_selection(self, config: RunConfig) -> bool:
-        return config.guide is None
+        return config.teacher is None
 
     def frozen(self, known: Known) -> torch.Tensor:
         chosen, scores = known.chosen, list(known.scores)
@@ -263,10 +263,10 @@ class Routed(Weighting):
     of_logits = True
 
     def problem(self, config: RunConfig) -> str | None:
-        if config.route is not None:
+        if config.teacher_column is not None:
             return None
         return (
-            "ensemble=routed needs route=COLUMN, the column of the data that names each example's "
+            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each example's "
             "teacher"
         )
 

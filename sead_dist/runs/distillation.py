@@ -97,8 +97,8 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     state = resume(parts)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)
-    if parts.config.grace_s is not None:
-        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.grace_s))
+    if parts.config.preemption_notice_s is not None:
+        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s))
     state = make_trainer(parts, ensemble).run(state)
     if state.step < parts.batches.total_steps:
         parts.log.say(
@@ -115,7 +115,7 @@ def against_grace(save_s: float, grace_s: float) -> str:
     if 2 * save_s > grace_s:
         line += (
             "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "
-            "or lower checkpoint.every_steps so that little is lost"
+            "or lower save_steps so that little is lost"
         )
     return line
 
@@ -220,7 +220,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     if needs_examination(config) or config.drift == "on":
         selection = parts.splits.selection
         logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.look_ahead, "the examination"
+            parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
         )
         exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
         if config.drift == "on":
@@ -231,7 +231,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
         if parts.world.is_main:
             record = [asdict(exam) for exam in exams]
             write_json(Path(config.output_dir) / "examination.json", record)
-        if config.gate == "on":
+        if config.teacher_validation == "on":
             admit(task, exams, teachers)
     ensemble = weigh(config, task, teachers, exams, logits_NBC, parts.splits.selection)
     names = [teacher.name for teacher in teachers]
@@ -264,7 +264,7 @@ def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> li
 
 def needs_examination(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.gate == "on" or asks_selection(config)
+    return config.teacher_validation == "on" or asks_selection(config)
 
 
 def weigh(
@@ -280,7 +280,7 @@ def weigh(
     names = [teacher.name for teacher in teachers]
     known = Known(
         given=[teacher.entry.weight for teacher in teachers],
-        chosen=None if config.guide is None else names.index(config.guide),
+        chosen=None if config.teacher is None else names.index(config.teacher),
         scores=[exam.score for exam in exams],
         logits_NBC=logits_NBC,
         labels_B=selection.examples.labels_B,

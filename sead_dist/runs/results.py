@@ -38,7 +38,7 @@ def score_split(
     if parts.source is None or ensemble is None:
         return result, scores, None
     logits_NBC = ask_all(
-        parts.source, split, len(parts.teachers), parts.config.look_ahead, split.examples.split
+        parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
     )
     routes_B = split.examples.routes_B
     answer = ensemble.answer(
@@ -183,7 +183,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
             "task": parts.task.name,
             "metric": parts.task.metrics[0],
             "splits": scores,
-            "selected_on": config.select.on,
+            "selected_on": config.selection.split,
         }
         write_json(run / "scores.json", record)
         # the report quotes the summary, and the run is finished only with its report
@@ -207,7 +207,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
 def tell(parts: Parts, scores: dict[str, Any]) -> None:
     """The closing table on the console."""
     metric = parts.task.metrics[0]
-    mark = " (selected on dev)" if parts.config.select.on == "dev" else ""
+    mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
     for index, teacher in enumerate(parts.teachers):
         rows.append(

@@ -25,7 +25,7 @@ from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.sweep.run import run_sweep
 
-FITTED = {"ensemble": "fitted", "select__fraction": 0.5, "max_steps": 4}
+FITTED = {"ensemble": "fitted", "selection__fraction": 0.5, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_weights_are_those_of_the_selection_split_and_stay_when_the_run_is_resum
 
 def test_too_few_labelled_rows_are_refused_with_their_number(task, tmp_path):
     data, teachers = task
-    changes = {**FITTED, "select__fraction": 0.4}
+    changes = {**FITTED, "selection__fraction": 0.4}
     needs = "ensemble=fitted needs 200 labelled rows in the selection split, and it has 1[67][0-9];"
     with pytest.raises(UserError, match=needs):
         distill(load_config(words(data, teachers, tmp_path / "run", **changes)), ALONE)

@@ -94,7 +94,7 @@ def test_one_file_adds_one_thing(task, tmp_path, plugin):
 def test_a_word_list_teaches_what_its_words_say(task, tmp_path):
     data, _ = task
     given = words(data, [word_list(data)], tmp_path / "run", plugins=own("word_list"))
-    run("distill", [*given, "drift=on"])
+    run("distill", [*given, "teacher_validation=fp32"])
     scores = read(tmp_path / "run" / "scores.json")["splits"]["validation"]
     assert scores["teachers"][0]["name"] == "words.tsv"
     assert scores["ensemble"] == scores["teachers"][0]["metrics"]
