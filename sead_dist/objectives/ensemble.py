@@ -99,8 +99,8 @@ def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:
     if count < fewest:
         raise UserError(
             f"ensemble={config.ensemble} needs {fewest} labelled rows in the selection split, and "
-            f"it has {count}; give more rows, raise selection.fraction={config.selection.fraction:g}, or "
-            "use ensemble=mean_probabilities"
+            f"it has {count}; give more rows, raise "
+            f"selection.fraction={config.selection.fraction:g}, or use ensemble=mean_probabilities"
         )
 
 

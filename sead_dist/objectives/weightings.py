@@ -266,8 +266,8 @@ class Routed(Weighting):
         if config.teacher_column is not None:
             return None
         return (
-            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each example's "
-            "teacher"
+            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each "
+            "example's teacher"
         )
 
     def of_rows(

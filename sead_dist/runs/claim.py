@@ -17,6 +17,7 @@ from typing import Any
 
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
+from sead_dist.config.names import renamed
 from sead_dist.config.plugins import keep_plugins, kept_paths
 from sead_dist.config.registered import MODEL
 from sead_dist.config.schema import RunConfig, dump_config
@@ -119,6 +120,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run was given other teachers."""
     run = Path(config.output_dir)
     given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
+    given = [renamed(entry, "teachers.") for entry in given]
     if given != given_teachers(config):
         names = ", ".join(str(entry.get("path")) for entry in given) or "none"
         raise UserError(

@@ -98,7 +98,11 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
-        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s))
+        parts.log.say(
+            against_grace(
+                parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
+            )
+        )
     state = make_trainer(parts, ensemble).run(state)
     if state.step < parts.batches.total_steps:
         parts.log.say(
@@ -217,13 +221,13 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
         return None
     exams: list[Examination] = []
     logits_NBC: np.ndarray | None = None
-    if needs_examination(config) or config.drift == "on":
+    if needs_examination(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
         )
         exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
-        if config.drift == "on":
+        if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
             exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
         for exam, teacher in zip(exams, teachers, strict=True):
@@ -231,7 +235,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
         if parts.world.is_main:
             record = [asdict(exam) for exam in exams]
             write_json(Path(config.output_dir) / "examination.json", record)
-        if config.teacher_validation == "on":
+        if config.validates:
             admit(task, exams, teachers)
     ensemble = weigh(config, task, teachers, exams, logits_NBC, parts.splits.selection)
     names = [teacher.name for teacher in teachers]
@@ -264,7 +268,7 @@ def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> li
 
 def needs_examination(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.teacher_validation == "on" or asks_selection(config)
+    return config.validates or asks_selection(config)
 
 
 def weigh(

@@ -194,8 +194,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or all(work.pooled_N):
             exams, logits_NBC = examine_all(source, work)
     batches = BatchStream(
-        splits.train, config.seed, config.global_batch_size, config.micro_batch_size, config.num_train_epochs,
-        config.max_steps, 0, 1,
+        splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
+        config.num_train_epochs, config.max_steps, 0, 1,
     )  # fmt: skip
     ensemble = weigh(config, work.task, teachers, exams, logits_NBC, splits.selection)
     asked = partial(ensemble.asked, batches)
@@ -211,11 +211,9 @@ def examine_all(source: StoredSource, work: Work) -> tuple[list[Examination], np
     """Every teacher's examination, as the student holds it, and logits_NBC of the selection split.
     Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(
-        source, selection, len(teachers), config.pool.item_rows, "the examination"
-    )
+    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the examination")
     exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
-    if config.teacher_validation == "on":
+    if config.validates:
         admit(work.task, exams, teachers)
     return exams, logits_NBC
 

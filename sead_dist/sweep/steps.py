@@ -29,7 +29,7 @@ def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
     counted = any(config.max_steps is None for config in students)
-    return plan.equal_steps and counted and len({of.transfer.path for of in students}) > 1
+    return plan.equal_steps and counted and len({of.unlabeled.path for of in students}) > 1
 
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
@@ -58,8 +58,7 @@ def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConf
     """The same run with the steps of the longest. It is scored on the selection split as often too:
     else the best student would be chosen among more of them."""
     every = config.eval_steps or epoch_steps(longest, data)
-    evaluate = config.evaluate.model_copy(update={"every_steps": every})
-    return config.model_copy(update={"max_steps": steps_of(longest, data), "evaluate": evaluate})
+    return config.model_copy(update={"max_steps": steps_of(longest, data), "eval_steps": every})
 
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:

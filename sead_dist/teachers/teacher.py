@@ -96,7 +96,7 @@ class Teacher:
             "parameters": self.parameters,
             "max_length": self.max_length,
             "dtype": self.dtype,
-            "weights": self.entry.weights,
+            "weights": self.entry.quantization,
             **({} if self.answers is None else {"kind": self.entry.kind}),
         }
 
@@ -244,7 +244,7 @@ def registered_teacher(
     """A teacher of a kind that a plugin has registered. Raises UserError for keys of its entry that
     only mean something to a model."""
     plain = TeacherConfig(path=entry.path)
-    for of_model in ("revision", "offload", "dtype", "weights", "max_length"):
+    for of_model in ("revision", "offload", "dtype", "quantization", "max_length"):
         if getattr(entry, of_model) != getattr(plain, of_model):
             raise UserError(
                 f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
@@ -299,15 +299,15 @@ def _call(
         check_problem_type(task, entry.path, shape)
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
-        if entry.weights is not None:
+        if entry.quantization is not None:
             check_quantize(name)
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
-        kind = (facts, dtype, entry.weights, tokens, max_length)
+        kind = (facts, dtype, entry.quantization, tokens, max_length)
         if kind not in checked:
             padding = probed_padding(tokenizer, shape, max_length)
-            checked[kind] = cut_of(shape, dtype, device, entry.weights, padding)
+            checked[kind] = cut_of(shape, dtype, device, entry.quantization, padding)
         attention = parts.config._attn_implementation
-        numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
+        numerics = numerics_class(device, dtype, entry.quantization, attention, checked[kind])
         code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
         padding = checked[kind].padding
         fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
@@ -315,8 +315,8 @@ def _call(
         teachers.append(
             Teacher(
                 entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
-                dtype, weights, parameters, weight_bytes(parameters, words, dtype, entry.weights),
-                key, checked[kind],
+                dtype, weights, parameters,
+                weight_bytes(parameters, words, dtype, entry.quantization), key, checked[kind],
             )
         )  # fmt: skip
     return teachers
@@ -350,7 +350,7 @@ def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
     numerics = numerics_class(device, "fp32", None, attention, cut)
     return replace(
         teacher,
-        entry=teacher.entry.model_copy(update={"dtype": "fp32", "weights": None}),
+        entry=teacher.entry.model_copy(update={"dtype": "fp32", "quantization": None}),
         dtype="fp32",
         key=replace(teacher.key, numerics=numerics),
         cut=cut,
