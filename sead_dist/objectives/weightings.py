@@ -194,7 +194,7 @@ class Fitted(Weighting):
     """By the gold labels of the selection split: the highest likelihood of a mean of probabilities,
     the least squared error of a mean of scores."""
 
-    # with fewer, weights follow chance (docs/decisions/0043)
+    # fewer were not tried (docs/decisions/0043-losses-and-ensembles.md)
     fewest_rows = 200
 
     def asks_selection(self, config: RunConfig) -> bool:

@@ -2,6 +2,7 @@
 the command line, a resume, a sweep, workers of a pool and the words of a SLURM job."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,25 +13,38 @@ import yaml
 from small import ALONE, model_bytes, read, save_teacher, words, write_task
 
 from sead_dist.cli.commands import attempt_recipe
+from sead_dist.cli.grammar import ADJECTIVES, LABELS
 from sead_dist.cli.submit import requests
 from sead_dist.config.load import load_config
 from sead_dist.config.plugins import load_plugins
+from sead_dist.config.registered import ADDED
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import StopFlag
 
+PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
 PLUGINS = Path(__file__).parents[1] / "fixtures" / "plugins"
-WORDS = "good\tpositive\nbad\tnegative\ngreat\tpositive\ndull\tnegative\nnot\tnegative\n"
+WORDS = "".join(f"{word}\t{LABELS[of > 0]}\n" for of, words in ADJECTIVES.items() for word in words)
+
+
+def tone_of(text: str) -> int:
+    return sum(of for of, words in ADJECTIVES.items() for word in text.split() if word in words)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """The built-in task, once more as one of the kind `graded`, a word list and a model."""
+    """Clauses with the label of their adjectives (a tie is negative, for the word list too), once
+    more as a task of the kind `graded`; a list of these words, and a model."""
     root = tmp_path_factory.mktemp("plugins")
     data = write_task(root / "data")
     fields = yaml.safe_load((data / "task.yaml").read_text())
     (data / "graded.yaml").write_text(yaml.safe_dump({**fields, "kind": "graded"}))
     (data / "words.tsv").write_text(WORDS)
+    for name in ("train", "validation"):
+        path = data / f"{name}.tsv"
+        texts = [line.split("\t")[0] for line in path.read_text().splitlines()[1:]]
+        lines = [f"{text}\t{LABELS[tone_of(text) > 0]}" for text in texts]
+        path.write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     save_teacher(root / "model")
     return data, root / "model"
 
@@ -94,12 +108,14 @@ def test_one_file_adds_one_thing(task, tmp_path, plugin):
 def test_a_word_list_teaches_what_its_words_say(task, tmp_path):
     data, _ = task
     given = words(data, [word_list(data)], tmp_path / "run", plugins=own("word_list"))
-    run("distill", [*given, "teacher_validation=fp32"])
+    # as any teacher it is validated first
+    run("distill", [*given, "teacher_validation=fp32", "selection.fraction=0.4"])
     scores = read(tmp_path / "run" / "scores.json")["splits"]["validation"]
     assert scores["teachers"][0]["name"] == "words.tsv"
     assert scores["ensemble"] == scores["teachers"][0]["metrics"]
     # its predictions are kept: a second student asks none
-    run("distill", [*given[:-1], f"output_dir={tmp_path / 'again'}", "seed=1"])
+    more = [f"output_dir={tmp_path / 'again'}", "seed=1", "selection.fraction=0.4"]
+    run("distill", [*given, *more])
     assert read(tmp_path / "again" / "run_summary.json")["teacher_forwards"] == 0
 
 
@@ -193,6 +209,23 @@ def test_a_submitted_job_runs_with_the_plugins(task, tmp_path):
     subprocess.run(job, check=True)
     run("distill", all_words(task, tmp_path / "alone"))
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "alone")
+
+
+def test_each_example_of_the_page_is_a_plugin_that_registers_one_thing(tmp_path):
+    for plugin in [plugin for plugin in ADDED.files if plugin]:
+        ADDED.forget(plugin)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+    found = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"block{number}.py"
+        path.write_text(block)
+        before = {what: [*names] for what, names in ADDED.owners.items()}
+        load_plugins([str(path)])
+        added = {what: set(names) - set(before[what]) for what, names in ADDED.owners.items()}
+        found.append([what for what, new in added.items() for _ in new])
+    assert found == [["loss"], ["ensemble"], ["kind of teacher"], ["kind of task"]]
+    for plugin in [plugin for plugin in ADDED.files if plugin]:
+        ADDED.forget(plugin)
 
 
 def refused(match: str, *paths: Path) -> None:
