@@ -10,8 +10,8 @@ import torch
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import TaskKind
-from sead_dist.models.hidden_states import Internals
-from sead_dist.objectives.feature_losses import Rival
+from sead_dist.models.hidden_states import LayerOutputs
+from sead_dist.objectives.feature_losses import FeatureLoss
 from sead_dist.objectives.losses import LossTerms, SoftTargets, total_loss
 
 
@@ -26,7 +26,7 @@ class DistillationLoss:
     alpha: float
     alpha_end: float | None
     total_steps: int
-    feature: Rival | None = None
+    feature: FeatureLoss | None = None
 
     def alpha_at(self, step: int) -> float:
         """The share of the soft loss at a step (from 0): alpha, or evenly from alpha at the first
@@ -36,7 +36,7 @@ class DistillationLoss:
         done = step / (self.total_steps - 1)
         return (1 - done) * self.alpha + done * self.alpha_end
 
-    def reading(self, compared: bool) -> AbstractContextManager[Internals | None]:
+    def reading(self, compared: bool) -> AbstractContextManager[LayerOutputs | None]:
         """Inside, the student's forward fills what the feature loss compares, where it does."""
         if self.feature is None or not compared:
             return nullcontext()
@@ -50,8 +50,8 @@ class DistillationLoss:
         soft: SoftTargets | None,
         step: int,
         valid_rows: int,
-        student: Internals | None = None,
-        teacher: Internals | None = None,
+        student: LayerOutputs | None = None,
+        teacher: LayerOutputs | None = None,
         mask_RL: torch.Tensor | None = None,
     ) -> LossTerms:
         """A micro-batch's share of the loss of its step, by `valid_rows` of the global batch.
@@ -75,7 +75,7 @@ class DistillationLoss:
 
 
 def make_loss(
-    config: RunConfig, kind: TaskKind, total_steps: int, feature: Rival | None = None
+    config: RunConfig, kind: TaskKind, total_steps: int, feature: FeatureLoss | None = None
 ) -> DistillationLoss:
     """The loss that `config` describes, for tasks of this kind."""
     soft = kind.soft_losses[0] if config.loss == "auto" else config.loss

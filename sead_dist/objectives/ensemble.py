@@ -104,7 +104,7 @@ def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:
         )
 
 
-def misfit(config: RunConfig, kind: TaskKind) -> str | None:
+def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
     """Why the method cannot be applied to a task of this kind; None where it can."""
     method, loss = config.ensemble, config.loss
     weighting = WEIGHTINGS.get(method)
@@ -119,7 +119,7 @@ def misfit(config: RunConfig, kind: TaskKind) -> str | None:
 
 def check_method(config: RunConfig, kind: TaskKind) -> None:
     """What is asked of the teachers fits the task and the other keys. Raises UserError."""
-    reason = misfit(config, kind)
+    reason = why_unfit(config, kind)
     if reason is not None:
         raise UserError(reason)
     names = teacher_names(config.teachers)

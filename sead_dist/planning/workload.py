@@ -66,7 +66,7 @@ def sampled_lengths(
 
 def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
     """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
-    chooses only after the examination, the costliest stands for the chosen."""
+    chooses only after the validation, the costliest stands for the chosen."""
     if not teachers:
         return []
     names = [teacher.name for teacher in teachers]

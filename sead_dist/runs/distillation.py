@@ -35,7 +35,7 @@ from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, b
 from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
+from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
@@ -86,7 +86,7 @@ def distill(
             return run
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
-            parts.watch.explain(error)
+            parts.heartbeat.explain(error)
             raise
     barrier(world)
     return run
@@ -219,25 +219,29 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     config, task, teachers = parts.config, parts.task, parts.teachers
     if parts.source is None:
         return None
-    exams: list[Examination] = []
+    validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None
-    if needs_examination(config):
+    if needs_validation(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
+            parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
         )
-        exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        validations = validate(
+            task, teachers, logits_NBC, selection, parts.examples.dev_in_training
+        )
         if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
-            exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
-        for exam, teacher in zip(exams, teachers, strict=True):
-            parts.log.say(describe(exam, teacher, len(selection)))
+            validations = [
+                replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
+            ]
+        for validation, teacher in zip(validations, teachers, strict=True):
+            parts.log.say(describe(validation, teacher, len(selection)))
         if parts.world.is_main:
-            record = [asdict(exam) for exam in exams]
-            write_json(Path(config.output_dir) / "examination.json", record)
+            record = [asdict(validation) for validation in validations]
+            write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
-            admit(task, exams, teachers)
-    ensemble = weigh(config, task, teachers, exams, logits_NBC, parts.splits.selection)
+            require_passed(task, validations, teachers)
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits.selection)
     names = [teacher.name for teacher in teachers]
     kept = from_main(
         parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
@@ -266,7 +270,7 @@ def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> li
     return kept
 
 
-def needs_examination(config: RunConfig) -> bool:
+def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
     return config.validates or asks_selection(config)
 
@@ -275,7 +279,7 @@ def weigh(
     config: RunConfig,
     task: TaskSpec,
     teachers: Sequence[Teacher],
-    exams: Sequence[Examination],
+    validations: Sequence[Validation],
     logits_NBC: np.ndarray | None,
     selection: Split,
 ) -> Ensemble:
@@ -285,7 +289,7 @@ def weigh(
     known = Known(
         given=[teacher.entry.weight for teacher in teachers],
         chosen=None if config.teacher is None else names.index(config.teacher),
-        scores=[exam.score for exam in exams],
+        scores=[validation.score for validation in validations],
         logits_NBC=logits_NBC,
         labels_B=selection.examples.labels_B,
     )
@@ -317,6 +321,6 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
         select=select,
         metric=parts.task.metrics[0],
         stop=parts.stop,
-        watch=parts.watch,
-        live=parts.guide,
+        heartbeat=parts.heartbeat,
+        live=parts.feature_teacher,
     )

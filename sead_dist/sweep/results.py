@@ -89,7 +89,7 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 def score_in(run: Path, split: str, metric: str) -> float:
     path = run / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         return float(read_json(path)["splits"][split]["student"][metric])
 
 
@@ -201,7 +201,7 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
     # an ensemble of all teachers, and of the plainest kind, comes first
     best = min(taught, key=lambda unit: WEIGHTINGS[unit.config.ensemble].precedence)
     path = best.folder / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         scores = read_json(path)["splits"][data.dev.split]
         found = [(str(teacher["name"]), teacher["metrics"]) for teacher in scores["teachers"]]
         if not WEIGHTINGS[best.config.ensemble].one_teacher:

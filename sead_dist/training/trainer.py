@@ -15,7 +15,7 @@ import torch
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
-from sead_dist.models.hidden_states import Internals, TeacherLogits
+from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
 from sead_dist.objectives.distillation_loss import DistillationLoss
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.weightings import known
@@ -26,9 +26,9 @@ from sead_dist.runtime.distributed import (
     from_main,
     gather_objects,
 )
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
-from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
+from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
 from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
@@ -36,10 +36,10 @@ from sead_dist.training.evaluation import EvalResult
 LOG_EVERY = 10
 
 
-def until_stopped(lessons: Iterator[Lesson]) -> Iterator[Lesson]:
-    """The lessons, up to a stop that is asked for while teachers compute."""
+def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
+    """The steps with predictions, up to a stop that is asked for while teachers compute."""
     with suppress(StopRequestedError):
-        yield from lessons
+        yield from taught_steps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Trainer:
     select: Callable[[int], EvalResult]
     metric: str
     stop: StopFlag
-    watch: Watch
+    heartbeat: Heartbeat
     live: LiveTeacher | None = None
 
     def run(self, state: TrainState) -> TrainState:
@@ -67,7 +67,7 @@ class Trainer:
         a stop was asked for, with a checkpoint saved)."""
         depth = 1 if self.world.device.type == "cuda" else 0
         total = self.batches.total_steps
-        lessons = stream(
+        taught_steps = stream(
             self.batches,
             self.source,
             state.step,
@@ -79,25 +79,25 @@ class Trainer:
         tally = Tally(len(self.teacher_names))
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
-            for lesson in until_stopped(lessons):
-                self.watch.move(f"training, step {state.step + 1} of {total}")
+            for taught in until_stopped(taught_steps):
+                self.heartbeat.move(f"training, step {state.step + 1} of {total}")
                 began = time.perf_counter()
-                self.learn(lesson, tally)
+                self.learn(taught, tally)
                 learning_rate = self.engine.learning_rate
                 self.engine.wake(state.step)
                 self.update(state.step + 1)
-                self.watch.move(f"training, after step {state.step + 1} of {total}")
+                self.heartbeat.move(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began
-                step = lesson.step.number + 1
-                state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
-                    rows=lesson.step.valid_rows,
-                    train_s=spent_s + lesson.waited_s,
-                    wait_s=lesson.waited_s,
-                    live_rows=lesson.live_rows,
+                step = taught.step.number + 1
+                state = replace(state, step=step, cursor=taught.step.cursor_after).add(
+                    rows=taught.step.valid_rows,
+                    train_s=spent_s + taught.waited_s,
+                    wait_s=taught.waited_s,
+                    live_rows=taught.live_rows,
                 )
-                tally.seconds += spent_s + lesson.waited_s
-                tally.waited_s += lesson.waited_s
-                tally.rows += lesson.step.valid_rows
+                tally.seconds += spent_s + taught.waited_s
+                tally.waited_s += taught.waited_s
+                tally.rows += taught.step.valid_rows
                 stopping = self.stop.agreed(self.world)
                 evaluating = self.evaluates_after(step)
                 saving = self.saves_after(step) or stopping
@@ -106,10 +106,10 @@ class Trainer:
                     bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
-                    self.watch.move(f"scoring the student of step {step}")
+                    self.heartbeat.move(f"scoring the student of step {step}")
                     state = self.score(state)
                 if saving:
-                    self.watch.move(f"saving step {step}")
+                    self.heartbeat.move(f"saving step {step}")
                     self.checkpointer.save(self.engine, state)
                 self.log.step_done(step, total)
                 bar.advance(1)
@@ -119,13 +119,13 @@ class Trainer:
             self.checkpointer.save(self.engine, state)
         return state
 
-    def learn(self, lesson: Lesson, tally: "Tally") -> None:
+    def learn(self, taught: TaughtStep, tally: "Tally") -> None:
         """Forward and backward of this rank's micro-batches."""
-        batches = lesson.step.batches
-        for place, (batch, teachers) in enumerate(lesson.micro_batches()):
+        batches = taught.step.batches
+        for place, (batch, teachers) in enumerate(taught.micro_batches()):
             self.engine.seed_micro_batch(batch.step, batch.micro)
             with self.engine.accumulate(last=place == len(batches) - 1):
-                student_BC, inside = self.forward(batch, lesson.live is not None)
+                student_BC, inside = self.forward(batch, taught.live is not None)
                 device = student_BC.device
                 labels_B, valid_B = batch.labels_B.to(device), batch.valid_B.to(device)
                 soft = None
@@ -138,23 +138,23 @@ class Trainer:
                         said, labels_B, routes_B, batch.step, batch.micro
                     )
                     tally.agreement_2N += self.ensemble.agreement(student_BC, said, valid_B).cpu()
-                shown = None if teachers is None else teachers.internals
+                shown = None if teachers is None else teachers.layer_outputs
                 terms = self.loss.terms(
-                    student_BC, labels_B, valid_B, soft, batch.step, lesson.step.valid_rows,
+                    student_BC, labels_B, valid_B, soft, batch.step, taught.step.valid_rows,
                     inside, shown, batch.inputs["attention_mask"],
                 )  # fmt: skip
                 self.engine.backward(terms.total)
-            self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
+            self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
             parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.inner])
             # a row counts alike in the log, whatever batch it was in
-            tally.losses += parts.cpu() * lesson.step.valid_rows
+            tally.losses += parts.cpu() * taught.step.valid_rows
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
 
-    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, Internals | None]:
-        """The student's logits_BC, and its internals where they are compared."""
+    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, LayerOutputs | None]:
+        """The student's logits_BC, and its hidden states and attention where they are compared."""
         with self.loss.reading(reads) as inside:
             choices = self.batches.split.tokens.choices
             return self.engine.forward(batch.inputs, choices), inside

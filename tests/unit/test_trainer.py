@@ -18,7 +18,7 @@ from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.objectives.weightings import chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
 from sead_dist.training.engine import Engine, check_world
@@ -132,7 +132,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
+        heartbeat=Heartbeat(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 
