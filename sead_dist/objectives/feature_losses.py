@@ -207,10 +207,10 @@ def make_feature_loss(
         until = min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
     rest = None
     if 0 < until < total_steps:
-        rest = Rest(untaught, until, config.warmup_steps(total_steps - until))
+        rest = Rest(untaught, until, config.warmup(total_steps - until))
     return FeatureLoss(
-        method, student, feature_teacher, mine, theirs, projections, variant_of(method, student, feature_teacher),
-        config.feature_loss_weight, until, rest,
+        method, student, feature_teacher, mine, theirs, projections,
+        variant_of(method, student, feature_teacher), config.feature_loss_weight, until, rest,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def build_schedule(
     schedule: LambdaLR = get_scheduler(
         SCHEDULES[config.lr_scheduler_type],
         optimizer,
-        num_warmup_steps=config.warmup_steps(total_steps),
+        num_warmup_steps=config.warmup(total_steps),
         num_training_steps=total_steps,
     )
     if rest is None:

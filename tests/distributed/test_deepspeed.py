@@ -55,7 +55,7 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     kind = KINDS["classification"]
     return Trainer(
         given, world, engine, batches, None, ["a", "b"],
-        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
 
 

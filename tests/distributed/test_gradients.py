@@ -47,7 +47,7 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     kind = KINDS["classification"]
     trainer = Trainer(
         given, world, engine, batches, None, ["a", "b"],
-        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter

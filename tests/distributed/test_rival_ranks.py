@@ -63,7 +63,7 @@ def gradients(world, method):
     trainer = Trainer(
         given, world, engine, batches, None, ["a"], make_ensemble(given, kind, torch.ones(1)),
         make_loss(given, kind, batches.total_steps, feature_loss),
-        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch), feature_teacher,
+        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat), feature_teacher,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)
