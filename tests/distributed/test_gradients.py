@@ -34,8 +34,8 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     """This rank's gradients, flat, of one step in train mode with dropout, and the loss."""
     given = config(
         "teachers=[a,b]",
-        global_batch=global_batch,
-        micro_batch=micro_batch,
+        global_batch_size=global_batch,
+        micro_batch_size=micro_batch,
         ensemble=ensemble,
         seed=3,
     )
