@@ -12,6 +12,7 @@ import pytest
 import yaml
 from small import ALONE, model_bytes, read, save_teacher, words, write_task
 
+import sead_dist as sd
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.cli.grammar import ADJECTIVES, LABELS
 from sead_dist.cli.submit import requests
@@ -169,6 +170,9 @@ def test_a_run_directory_is_resumed_and_used_without_the_files_that_made_it(task
     subprocess.run([*command, "predict", str(moved), rows, "--output", str(out)], check=True)
     first = json.loads(out.read_text().splitlines()[0])
     assert 0 <= first["grade"] <= 1
+    assert sd.Run(moved).config.loss == "huber"
+    (answer,) = sd.predict(moved, ["the plot was good"])
+    assert set(answer) == {"grade"}
 
 
 def test_a_sweep_hands_plugins_to_its_runs(task, tmp_path):

@@ -1,6 +1,8 @@
 """Names of what can be registered: those of the configuration are those of the code."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import sead_dist
@@ -15,6 +17,24 @@ def test_built_in_names_are_those_that_the_code_has():
     assert set(BUILT_IN["hard loss"]) == set(HARD_LOSSES)
     assert set(BUILT_IN["ensemble"]) - {NO_ENSEMBLE} <= set(WEIGHTINGS)
     assert set(BUILT_IN["kind of task"]) <= set(KINDS)
+
+
+def test_names_are_checked_without_torch():
+    code = """
+import sys
+from sead_dist.config.load import load_config
+from sead_dist.errors import UserError
+
+for word in ("loss=mse", "ensemble=answers", "teachers=[{kind: model, path: a}]"):
+    load_config(["task=sst2", "output_dir=unused", word])
+try:
+    load_config(["task=sst2", "output_dir=unused", "ensemble=best"])
+except UserError as error:
+    print(error)
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ensemble='best': input should be 'none', 'single', 'mean_logits'" in done.stdout
 
 
 def test_no_file_asks_for_the_name_of_an_ensemble():
