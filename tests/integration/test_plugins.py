@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import ALONE, model_bytes, read, save_teacher, words, write_task
+from ranks import run_ranks
+from small import ALONE, model_bytes, read, run_distill, save_teacher, words, write_task
 
 import sead_dist as sd
 from sead_dist.cli.commands import attempt_recipe
@@ -201,6 +202,16 @@ def test_workers_of_a_pool_ask_a_plugins_teacher(task, tmp_path):
     run("distill", given)
     run("distill", all_words(task, tmp_path / "alone", store=tmp_path / "other"))
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "alone")
+
+
+def test_every_rank_runs_the_plugins(task, tmp_path):
+    given = all_words(task, tmp_path / "run")
+    run_ranks(2, tmp_path / "ranks", run_distill, given)
+    run("distill", all_words(task, tmp_path / "alone"))
+    two, one = (read(tmp_path / name / "scores.json")["splits"] for name in ("run", "alone"))
+    # students of one and of two ranks differ in a last digit, what teachers say in none
+    for key in ("teachers", "ensemble"):
+        assert two["validation"][key] == one["validation"][key]
 
 
 def test_a_submitted_job_runs_with_the_plugins(task, tmp_path):
