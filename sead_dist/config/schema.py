@@ -48,7 +48,17 @@ class DataConfig(Section):
 
 class TransferConfig(Section):
     path: Annotated[str | None, Operational]
+    rest: Annotated[bool | None, Operational]
     ratio: Annotated[float | None, Field(gt=0)]
+
+
+Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
+
+
+class AugmentConfig(Section):
+    copies: Annotated[int, Field(gt=0, le=MANY)] | Literal["auto"] | None
+    operations: Annotated[list[Operation], Field(min_length=1)] | None
+    gold_labels: bool
 
 
 class SelectConfig(Section):
@@ -132,6 +142,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)]
     data: DataConfig
     transfer: TransferConfig
+    augment: AugmentConfig
     select: SelectConfig
     student: StudentConfig
     # identity of the teachers is their manifest (weights, labels), not how they are written here
@@ -186,6 +197,22 @@ class RunConfig(Section):
         return bool(self.teachers) and self.ensemble != "none"
 
     @property
+    def uses_rest(self) -> bool:
+        """Whether rows that the sample left out serve as unlabelled text."""
+        return self.taught and self.transfer.rest is not False
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there may be rows of unlabelled text."""
+        left_over = self.uses_rest and self.data.max_train_examples is not None
+        return self.transfer.path is not None or left_over
+
+    @property
+    def uses_copies(self) -> bool:
+        """Whether copies of rows may be made: without teachers only under gold labels."""
+        return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
+
+    @property
     def pooled(self) -> bool:
         """Whether a teacher is in the pool."""
         return "pool" in {entry.placement or self.placement for entry in self.teachers}
@@ -197,8 +224,12 @@ class RunConfig(Section):
         return min(self.look_ahead, self.pool.chunk_rows) if self.pooled else self.look_ahead
 
     def identity(self) -> dict[str, Any]:
-        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
-        return _identity(self, "")
+        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000). Without
+        copies those of `augment` decide nothing, and are left out."""
+        keys = _identity(self, "")
+        if self.augment.copies is None:
+            return {key: value for key, value in keys.items() if not key.startswith("augment.")}
+        return keys
 
 
 class SweepConfig(Section):

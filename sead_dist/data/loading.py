@@ -10,10 +10,12 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,19 +44,39 @@ def load_split(
     Raises UserError for a split that the task has not, a missing file or folder, a malformed
     file, a split without rows, and a hub that cannot be reached.
     """
+    return [
+        row
+        for chunk in split_chunks(task, split, path, file, revision, skip_malformed, None)
+        for row in chunk
+    ]
+
+
+def split_chunks(
+    task: TaskSpec,
+    split: str,
+    path: Path | None,
+    file: Path | None,
+    revision: str | None,
+    skip_malformed: bool,
+    size: int | None,
+) -> Iterator[Rows]:
+    """The same rows in chunks, as of `row_chunks`."""
     if split not in task.splits:
         raise UserError(f"task {task.name!r} has no split {split!r}; it has {_list(task.splits)}")
-    if file is not None:
-        rows, source = read_rows(file, task, skip_malformed), str(file)
-    elif path is not None:
-        files = find_files(task, split, path)
-        rows = [row for found in files for row in read_rows(found, task, skip_malformed)]
-        source = str(files[0])
+    if file is None and path is None:
+        chunks, source = iter([_from_hub(task, split, revision)]), f"hub data set {task.hub}"
     else:
-        rows, source = _from_hub(task, split, revision), f"hub data set {task.hub}"
-    if not rows:
+        files = [file] if file is not None else find_files(task, split, path or Path())
+        source = str(files[0])
+        chunks = (
+            chunk for found in files for chunk in row_chunks(found, task, skip_malformed, size)
+        )
+    read = 0
+    for chunk in chunks:
+        read += len(chunk)
+        yield chunk
+    if not read:
         raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
-    return rows
 
 
 def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
@@ -113,14 +135,21 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     `task` says which columns a TSV without a header has. Raises UserError naming file and line.
     """
     kind = kind_of(path)
+    with _reading_data(path, kind):
+        if path.is_dir():
+            return _from_saved_folder(path, task)
+        if kind in (".parquet", ".arrow"):
+            return _binary_rows(path, task)
+        if kind in (".tsv", ".csv", ".jsonl", ".json"):
+            return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
+
+
+@contextmanager
+def _reading_data(path: Path, kind: str) -> Iterator[None]:
     with reading(path, "give a whole file, and no pipe", f"data file {path}"):
         try:
-            if path.is_dir():
-                return _from_saved_folder(path, task)
-            if kind in (".parquet", ".arrow"):
-                return _binary_rows(path, task)
-            if kind in (".tsv", ".csv", ".jsonl", ".json"):
-                return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+            yield
         except FileNotFoundError as error:
             raise UserError(f"data file {path} does not exist; give an existing file") from error
         except UnicodeDecodeError as error:
@@ -129,37 +158,95 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
         except pa.ArrowException as error:
             line = reason(error)
             raise UserError(f"data file {path} is not a whole {kind} file: {line}") from error
-    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
+
+
+def row_chunks(
+    path: Path, task: TaskSpec, skip_malformed: bool, size: int | None
+) -> Iterator[Rows]:
+    """The same rows, at most `size` of them in memory at a time where the file is TSV, JSONL or
+    Parquet and not packed; else, and where size is None, all at once. No rows: no chunk."""
+    kind = kind_of(path)
+    streamed = {".tsv": _tsv_stream, ".jsonl": _json_stream}
+    plain = size is not None and path.is_file() and path.suffix.lower() == kind
+    if plain and kind in (*streamed, ".parquet") and not (kind == ".jsonl" and _is_array(path)):
+        with _reading_data(path, kind):
+            if kind == ".parquet":
+                yield from _parquet_chunks(path, task, size or 1)
+            else:
+                rows = streamed[kind](path, task, skip_malformed)
+                while chunk := list(islice(rows, size)):
+                    yield chunk
+    elif rows_at_once := read_rows(path, task, skip_malformed):
+        yield rows_at_once
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a JSON file is one list, which is no line for each row."""
+    with _reading_data(path, ".jsonl"):
+        first = next((line for line in _text_lines(path) if line.strip()), "")
+    return first.lstrip().startswith("[")
+
+
+def _tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[dict[str, Any]]:
+    def lines() -> Iterator[list[str]]:
+        # each question about the whole file is a pass over it
+        return (line.removesuffix("\r").split("\t") for line in _text_lines(path))
+
+    quoted = _quoting(lines(), path, task)
+    return _records(partial(_tsv_lines, lines, quoted), path, task, skip_malformed)
+
+
+def _json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[dict[str, Any]]:
+    return _json_lines(_text_lines(path), path, skip_malformed)
+
+
+def _parquet_chunks(path: Path, task: TaskSpec, size: int) -> Iterator[Rows]:
+    _refuse_twin_fields(pq.read_schema(path), f"data file {path}")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(size):
+            table = pa.Table.from_batches([batch], file.schema_arrow)
+            table.validate(full=True)
+            yield table_rows(table, task, f"data file {path}")
 
 
 def _text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> Rows:
     if kind_of(path) == ".tsv":
-        return _records(_tsv_lines(text, path, task), path, task, skip_malformed)
+        split = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+        quoted = _quoting(split, path, task)
+        lines = partial(_tsv_lines, lambda: split, quoted)
+        return list(_records(lines, path, task, skip_malformed))
     if kind_of(path) == ".csv":
-        return _records(_csv_lines(text, path), path, task, skip_malformed)
+        numbered = list(_csv_lines(text, path))
+        return list(_records(lambda: iter(numbered), path, task, skip_malformed))
     if text.lstrip().startswith("["):
         rows = _parse(text, f"data file {path}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"data file {path}: expected a list of objects; mend the file")
         return rows
-    return _json_lines(text, path, skip_malformed)
+    return list(_json_lines(text.split("\n"), path, skip_malformed))
 
 
-def _json_lines(text: str, path: Path, skip_malformed: bool) -> Rows:
-    rows, skipped = [], 0
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Iterator[dict[str, Any]]:
+    skipped = 0
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 row = _parse(line, f"{path}:{number}")
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected an object; {_SKIP_HINT}")
-                rows.append(row)
             except UserError:
                 if not skip_malformed:
                     raise
                 skipped += 1
+                continue
+            yield row
     _tell(path, skipped)
-    return rows
 
 
 def _parse(text: str, where: str) -> Any:
@@ -194,41 +281,65 @@ def _refuse_twin_fields(schema: Any, where: str) -> None:
             kinds.append(kind.value_type)
 
 
-def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, list[str]]]:
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    quoted = is_quoted(lines)
-    if quoted and task.name in TASKS:
-        quoted = False  # official files have no quoting, and QQP's look as if they had
+def _quoting(lines: Iterable[Sequence[str]], path: Path, task: TaskSpec) -> bool:
+    """Whether the quotation marks of a TSV are taken off; a warning says so, or why not."""
+    marked = Marks.of(lines)
+    if marked.quoted and task.name in TASKS:
+        # official files have no quoting, and QQP's look as if they had
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
-    elif quoted:
+        return False
+    if marked.quoted:
         _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
-    elif task.name not in TASKS and (marked := _marked(lines)) and _are_whole(marked):
+    elif task.name not in TASKS and marked.any and marked.whole:
         _log.warning(
             "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
             'field has a doubled one (""): name it .csv to have them off', path
         )  # fmt: skip
-    filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
-    # in a file of one column an empty line is an empty text, but around its rows
-    one_column = all(len(fields) == 1 for fields in lines)
-    texts = range(filled[0], filled[-1]) if filled and one_column else range(0)
-    for number, fields in enumerate(lines, start=1):
-        if fields != [""] or number in texts:
+    return marked.quoted
+
+
+def _tsv_lines(
+    lines: Callable[[], Iterable[list[str]]], quoted: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """The numbered lines of a TSV that are rows. lines: begins anew at each call."""
+    first = last = 0
+    one_column = True
+    for number, fields in enumerate(lines(), start=1):
+        one_column = one_column and len(fields) == 1
+        if fields != [""]:
+            first, last = first or number, number
+    for number, fields in enumerate(lines(), start=1):
+        # in a file of one column an empty line is an empty text, but around its rows
+        if fields != [""] or (one_column and first < number < last):
             yield number, [_unquoted(field) for field in fields] if quoted else fields
 
 
-def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
+class Marks(NamedTuple):
+    """Of the fields with a quotation mark: whether there are any, all of them are quoted whole with
+    their own marks doubled, and some has such a doubled mark."""
+
+    any: bool
+    whole: bool
+    doubled: bool
+
+    @classmethod
+    def of(cls, lines: Iterable[Sequence[str]]) -> "Marks":
+        found, whole, doubled = False, True, False
+        for field in (field for fields in lines for field in fields if '"' in field):
+            found = True
+            whole = whole and re.fullmatch(r'"(?:[^"]|"")*"', field) is not None
+            doubled = doubled or '""' in field[1:-1]
+        return cls(found, whole, doubled)
+
+    @property
+    def quoted(self) -> bool:
+        return self.whole and self.doubled
+
+
+def is_quoted(lines: Iterable[Sequence[str]]) -> bool:
     """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
     own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    marked = _marked(lines)
-    return _are_whole(marked) and any('""' in field[1:-1] for field in marked)
-
-
-def _marked(lines: Sequence[Sequence[str]]) -> list[str]:
-    return [field for fields in lines for field in fields if '"' in field]
-
-
-def _are_whole(marked: Sequence[str]) -> bool:
-    return all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
+    return Marks.of(lines).quoted
 
 
 def _unquoted(field: str) -> str:
@@ -251,18 +362,20 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _records(
-    lines: Iterator[tuple[int, list[str]]], path: Path, task: TaskSpec, skip_malformed: bool
-) -> Rows:
-    """Rows of a file with a header, or of one in the task's official column order without."""
-    numbered = list(lines)
-    header = list(task.columns)
-    if numbered and _has_header([fields for _, fields in numbered], task):
-        header = numbered.pop(0)[1]
+    lines: Callable[[], Iterator[tuple[int, list[str]]]],
+    path: Path,
+    task: TaskSpec,
+    skip_malformed: bool,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a file with a header, or of one in the task's official column order without. lines:
+    begins anew at each call."""
+    header, numbered, skipped = list(task.columns), lines(), 0
+    if _has_header(lines, task):
+        header = next(numbered)[1]
         _refuse_twins(header, str(path), "column")
-    rows, skipped = [], 0
     for number, fields in numbered:
         if len(fields) == len(header):
-            rows.append(dict(zip(header, fields, strict=True)))
+            yield dict(zip(header, fields, strict=True))
         elif skip_malformed:
             skipped += 1
         else:
@@ -271,18 +384,20 @@ def _records(
                 f"({_list(header)}); {_SKIP_HINT}"
             )
     _tell(path, skipped)
-    return rows
 
 
-def _has_header(lines: list[list[str]], task: TaskSpec) -> bool:
+def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: TaskSpec) -> bool:
     """Whether the first line names columns. It does not where the first line of the official width
     holds a label in the official place: a name of another column is never taken for data."""
-    if {*task.fields, task.label_column, *task.renames} & set(lines[0]):
+    first = next(lines(), None)
+    if first is None:
+        return False
+    if {*task.fields, task.label_column, *task.renames} & set(first[1]):
         return True
     if task.label_column not in task.columns:
         return True
     place = task.columns.index(task.label_column)
-    wide = next((fields for fields in lines if len(fields) == len(task.columns)), None)
+    wide = next((fields for _, fields in lines() if len(fields) == len(task.columns)), None)
     return wide is None or not task.task_kind.is_label(task, wide[place])
 
 

@@ -178,14 +178,14 @@ def read_task(plan: Plan, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
     task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
-    students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
+    students.sort(key=lambda of: (not of.has_text, of.ensemble == "routed"))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
     dev = next(iter(examples.official.values()))
     return TaskData(
         task,
         dev,
-        len(examples.train) - examples.transfer_rows,
+        examples.labelled_rows,
         examples.transfer_rows,
         constant_score(task, dev),
         {rows_key(students[0]): examples.fingerprint(task)},
@@ -194,7 +194,8 @@ def read_task(plan: Plan, name: str) -> TaskData:
 
 def rows_key(config: RunConfig) -> str:
     """The keys that say which rows a run reads, and what of them."""
-    return repr((config.data, config.transfer, config.select, route_of(config)))
+    rest = config.uses_rest
+    return repr((config.data, config.transfer, rest, config.select, route_of(config)))
 
 
 def refuse_other_unit(plan: Plan, unit: Unit) -> None:
