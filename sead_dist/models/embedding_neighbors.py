@@ -53,7 +53,7 @@ def near_words(
         # one number for each pair of nearness and place: no two are equal
         keys_QV = (vectors_VH[places_Q] @ vectors_VH.T).astype(np.int64) * len(names)
         keys_QV -= np.arange(len(names))
-        keys_QV[np.arange(len(part)), places_Q] = np.iinfo(np.int64).min
+        keys_QV[np.arange(len(part)), places_Q] = -(2**62)
         count = min(NEAREST, len(names) - 1)
         best_QK = np.argpartition(-keys_QV, count, axis=1)[:, :count] if count else keys_QV[:, :0]
         for row, word in enumerate(part):
