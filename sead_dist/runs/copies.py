@@ -16,7 +16,7 @@ from sead_dist.data.augmentation import (
     fitting_operations,
     make_copies,
 )
-from sead_dist.data.examples import ExampleSet, concatenate, subset
+from sead_dist.data.examples import ExampleSet, concatenate
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
@@ -41,9 +41,8 @@ def add_copies(
     if asked is None or not config.uses_copies:
         return examples
     in_all = automatic_copies(examples.labelled_rows, examples.transfer_rows)
+    # without teachers there is no text among them
     sources = examples.train
-    if not config.taught:
-        sources = subset(sources, np.arange(examples.labelled_rows))
     table = start_table(config, model)
     operations = fitting_operations(
         config.augment.operations, task, table is not None, gold_alone=not config.taught

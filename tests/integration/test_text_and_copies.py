@@ -208,10 +208,9 @@ def test_finetune_gets_neither_text_nor_copies_without_gold_labels(task, tmp_pat
 
 def test_a_student_with_new_embeddings_has_no_neighbours(task, tmp_path):
     shape = {"student.shape": task[0] / "student.yaml", "student.path": "null"}
-    own = {**shape, "student.tokenizer": task[0] / "tokenizer"}
     words(task[0], [], tmp_path / "run")  # writes the shape
-    assert set(examples_of(given_words(task, tmp_path, **own)).copied) == {"mask", "ngram"}
-    asked = given_words(task, tmp_path, augment__operations="[neighbor]", **own)
+    assert set(examples_of(given_words(task, tmp_path, **shape)).copied) == {"mask", "ngram"}
+    asked = given_words(task, tmp_path, augment__operations="[neighbor]", **shape)
     with pytest.raises(UserError, match=r"augment.operations names 'neighbor': .*leave it out"):
         examples_of(asked)
 

@@ -164,6 +164,12 @@ def test_odd_tables_are_the_same_in_chunks(tmp_path, text):
         assert [row for chunk in chunks for row in chunk] == read_rows(path, task, True)
 
 
+def test_an_empty_line_is_an_empty_text_between_rows_of_one_column_alone(tmp_path):
+    (tmp_path / "x.tsv").write_text("\n\nsentence\na\n\nb\n\n")
+    rows = [row["sentence"] for (row,) in row_chunks(tmp_path / "x.tsv", SST2, False, 1)]
+    assert rows == ["a", "", "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
