@@ -77,9 +77,9 @@ class RunExamples:
 
 def route_of(config: RunConfig) -> Route | None:
     """How rows name their teachers, where the run's method asks for it."""
-    if not config.taught or config.ensemble != "routed" or config.route is None:
+    if not config.taught or config.ensemble != "routed" or config.teacher_column is None:
         return None
-    return Route(config.route, tuple(teacher_names(config.teachers)))
+    return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 
 
 def load_official(
@@ -110,11 +110,11 @@ def split_off(
     """(train, selection, the training rows that the sample left out). Rows are held out of the
     whole training split before it is sampled, so that runs of different data.max_train_examples
     never select on each other's training rows, nor on each other's text."""
-    most, seed = config.data.max_train_examples, config.select.seed
-    if config.select.on == "dev":
+    most, seed = config.data.max_train_examples, config.selection.seed
+    if config.selection.split == "dev":
         sampled, rest = divide(train, len(train) if most is None else most, seed)
         return sampled, replace(dev, split="selection"), rest
-    share = config.select.fraction
+    share = config.selection.fraction
     kept, selection = hold_out(task, train, share, seed)
     size = len(kept)
     if most is not None:
@@ -123,7 +123,7 @@ def split_off(
     if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
-            f"select.fraction={share} or data.max_train_examples={most}"
+            f"selection.fraction={share} or data.max_train_examples={most}"
         )
     sampled, rest = divide(kept, size, seed)
     return sampled, selection, rest
@@ -138,9 +138,9 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     train, selection, rest = split_off(config, task, train, official[names[0]])
     labelled, held = len(train), [selection, *official.values()]
     text = UnlabelledText(None, 0, 0)
-    if config.transfer.path is not None or config.uses_rest:
+    if config.unlabeled.path is not None or config.uses_rest:
         text = gather_text(config, task, labelled, rest, held, route)
-    if text.examples is not None or config.transfer.path is not None or config.transfer.rest:
+    if text.examples is not None or config.unlabeled.path is not None or config.unlabeled.rest:
         say(text.describe())
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")

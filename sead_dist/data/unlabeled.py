@@ -72,14 +72,14 @@ def gather_text(
 
     Raises UserError for whatever is wrong with the file.
     """
-    known, seed = known_sentences(held), config.select.seed
-    ratio = config.transfer.ratio
+    known, seed = known_sentences(held), config.selection.seed
+    ratio = config.unlabeled.ratio
     most = None if ratio is None else max(1, round(ratio * labelled))
     shared_B = shares_sentence(rest, known) if config.uses_rest else np.ones(len(rest), bool)
     removed = int(shared_B.sum()) if config.uses_rest else 0
     text = without_labels(subset(rest, ~shared_B), task.task_kind.unlabelled)
     own = len(text)
-    if config.transfer.path is not None:
+    if config.unlabeled.path is not None:
         other, more = text_of_file(config, task, known, most, route)
         removed += more
         text = concatenate(text, other)
@@ -97,7 +97,7 @@ def text_of_file(
 ) -> tuple[ExampleSet, int]:
     """(the rows of `unlabeled.path`, how many were removed), read in chunks: of a long file only a
     chunk and what is kept of it are in memory. At most `most` are kept, as `sample` does."""
-    path, seed = Path(config.transfer.path or ""), config.select.seed
+    path, seed = Path(config.unlabeled.path or ""), config.selection.seed
     parts: list[ExampleSet] = []
     read = removed = 0
     for rows in row_chunks(path, task, config.data.skip_malformed, chunk_size(task)):
@@ -109,6 +109,6 @@ def text_of_file(
         if most is not None and sum(map(len, parts)) > most + CHUNK:
             parts = [sample(concatenate(*parts), most, seed)]
     if not parts:
-        raise UserError(f"transfer.path={path} has no rows; give a file that has some")
+        raise UserError(f"unlabeled.path={path} has no rows; give a file that has some")
     text = concatenate(*parts)
     return (text if most is None else sample(text, most, seed)), removed

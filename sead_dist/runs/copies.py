@@ -52,7 +52,7 @@ def add_copies(
         near = near_words(table, tokenizer, words_of(sources))
         material = replace(material, neighbors=near, table=table_hash(table))
     of_each = None if asked == "auto" else asked
-    wanted = Wanted(operations, config.select.seed, of_each, in_all, config.augment.gold_labels)
+    wanted = Wanted(operations, config.selection.seed, of_each, in_all, config.augment.gold_labels)
     held = [examples.selection, *examples.official.values()]
     copies = make_copies(task, sources, held, wanted, material)
     counts = Counter(copies.operations)

@@ -17,7 +17,7 @@ def without_teachers_text(config: RunConfig) -> RunConfig:
     something of: unlabelled text, and copies without gold labels."""
     if config.taught:
         return config
-    text = config.transfer.model_copy(update={"path": None, "rest": None, "ratio": None})
+    text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
     copies = config.augment.copies if config.augment.gold_labels else None
     augment = config.augment.model_copy(update={"copies": copies})
     return config.model_copy(update={"transfer": text, "augment": augment})
@@ -28,9 +28,9 @@ def refuse_unused_text(config: RunConfig) -> None:
     teacher: such rows would fill the batches and teach nothing. (`augment.copies=auto` is none.)"""
     if config.taught:
         return
-    copies, rest = config.augment.copies, config.transfer.rest
-    if config.transfer.path is not None:
-        key, what = f"transfer.path={config.transfer.path}", "unlabelled rows are learnt"
+    copies, rest = config.augment.copies, config.unlabeled.rest
+    if config.unlabeled.path is not None:
+        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
     elif rest:
         key, what = "transfer.rest=true", "unlabelled rows are learnt"
     elif isinstance(copies, int) and not config.augment.gold_labels:
@@ -62,8 +62,8 @@ def check_inputs(config: RunConfig) -> None:
             raise UserError(f"data file {file} does not exist; give an existing file")
         if file is None and config.data.path is not None:
             find_files(task, split, Path(config.data.path))
-    if config.transfer.path is not None and not Path(config.transfer.path).is_file():
-        raise UserError(f"transfer.path={config.transfer.path} does not exist; give a file")
+    if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
+        raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
         if not names_shape(entry.path):
             locate(entry.path, entry.revision)

@@ -29,8 +29,8 @@ from sead_dist.runs.shown_data import show_data
 from sead_dist.sweep.grid import make_plan
 from sead_dist.training.checkpoint import Identity
 
-SAMPLED = {"data__max_train_examples": 40, "epochs": 1, "checkpoint__every_steps": 2}
-COPIED = {**SAMPLED, "augment__copies": 2, "transfer__ratio": 0.5}
+SAMPLED = {"data__max_train_examples": 40, "num_train_epochs": 1, "save_steps": 2}
+COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_another_embedding_table_or_number_of_copies_is_another_run(task, whole,
 
 
 def test_no_row_of_text_and_no_copy_has_a_held_out_sentence(task, tmp_path):
-    given = given_words(task, tmp_path, augment__copies=20, transfer__path=task[0] / "transfer.tsv")
+    given = given_words(task, tmp_path, augment__copies=20, unlabeled__path=task[0] / "transfer.tsv")
     # half of dev is in the text
     data = shutil.copytree(task[0], tmp_path / "data")
     dev = (data / "validation.tsv").read_text().splitlines()[1:11]
@@ -173,7 +173,7 @@ def test_only_the_soft_loss_sees_copies_unless_gold_labels_are_asked_for(task, t
 
 
 def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labels(task, tmp_path):
-    alone = {"teachers": [], "transfer__ratio": "null"}
+    alone = {"teachers": [], "unlabeled__ratio": "null"}
     given = given_words(task, tmp_path, augment__gold_labels="true", **alone)
     distill(load_config(given), ALONE)
     summary = read(tmp_path / "run" / "run_summary.json")
@@ -196,7 +196,7 @@ def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labe
 
 
 def test_finetune_gets_neither_text_nor_copies_without_gold_labels(task, tmp_path):
-    encoders = {"encoders": f"[{task[2]}]", "teachers": [], "transfer__ratio": "null"}
+    encoders = {"encoders": f"[{task[2]}]", "teachers": [], "unlabeled__ratio": "null"}
     own = {"student.path": "null"}
     with pytest.raises(UserError, match=r"augment.copies=2: copies without .* finetune asks none"):
         finetune(load_config(given_words(task, tmp_path, **encoders, **own)), ALONE)
@@ -238,8 +238,8 @@ def test_runs_of_other_kinds_have_copies_too(tmp_path, kind):
     bert = save_random_bert(tmp_path / "teacher", tmp_path / "grammar" / "tokenizer", labels)
     given = [
         *(f"task={task}", f"data.path={folder}", f"teachers=[{bert}]", f"student={bert}"),
-        *(f"output_dir={tmp_path / 'run'}", f"store={tmp_path / 'store'}", "gate=off"),
-        *("max_steps=3", "global_batch=8", "micro_batch=8", "data.max_train_examples=30"),
+        *(f"output_dir={tmp_path / 'run'}", f"store={tmp_path / 'store'}", "teacher_validation=off"),
+        *("max_steps=3", "global_batch_size=8", "micro_batch_size=8", "data.max_train_examples=30"),
         "augment.copies=auto",
     ]
     distill(load_config(given), ALONE)
@@ -311,7 +311,7 @@ def test_a_sweep_gives_text_and_copies_to_methods_that_ask_teachers_alone(task, 
         make_plan(given)
     plan = make_plan([*given, "max_steps=2"])
     uses = {
-        unit.method: (unit.config.transfer.rest, unit.config.augment.copies) for unit in plan.units
+        unit.method: (unit.config.unlabeled.rest, unit.config.augment.copies) for unit in plan.units
     }
     assert uses == {"finetune": (None, None), "mean": (True, 2)}
     gold = make_plan([*given, "max_steps=2", "augment.gold_labels=true"])

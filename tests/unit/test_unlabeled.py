@@ -91,7 +91,7 @@ def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
 
 
 def test_text_of_a_file_stands_beside_the_rest_and_the_ratio_is_of_both(data):
-    more = {"transfer__path": data / "more.tsv", "data__max_train_examples": 30}
+    more = {"unlabeled__path": data / "more.tsv", "data__max_train_examples": 30}
     examples, notes = load(data, **more)
     counts = {kind: kinds(examples).count(kind) for kind in ("labelled", "rest", "text")}
     # 22 rows, of which five are dev rows
@@ -104,7 +104,7 @@ def test_text_of_a_file_stands_beside_the_rest_and_the_ratio_is_of_both(data):
     assert (
         f"{counts['rest']} rows of the train file, {counts['text']} of unlabeled.path" in notes[0]
     )
-    half, _ = load(data, transfer__ratio=1, **more)
+    half, _ = load(data, unlabeled__ratio=1, **more)
     assert half.transfer_rows == 27
     both = {kind: kinds(half).count(kind) for kind in ("rest", "text")}
     assert both["rest"] > 10
@@ -124,10 +124,10 @@ def test_rest_keeps_the_data_of_runs_that_have_nothing_left_over(data):
 
 
 def test_a_file_is_read_in_chunks_as_it_is_read_whole(data, monkeypatch):
-    wanted = {"transfer__path": data / "more.tsv", "data__max_train_examples": 30}
-    whole = [load(data, **wanted, **more)[0] for more in ({}, {"transfer__ratio": 0.2})]
+    wanted = {"unlabeled__path": data / "more.tsv", "data__max_train_examples": 30}
+    whole = [load(data, **wanted, **more)[0] for more in ({}, {"unlabeled__ratio": 0.2})]
     monkeypatch.setattr(unlabeled, "CHUNK", 4)
-    parts = [load(data, **wanted, **more)[0] for more in ({}, {"transfer__ratio": 0.2})]
+    parts = [load(data, **wanted, **more)[0] for more in ({}, {"unlabeled__ratio": 0.2})]
     for one, other in zip(whole, parts, strict=True):
         assert one.fingerprint(SST2) == other.fingerprint(SST2)
         assert one.train.rows_B.tolist() == other.train.rows_B.tolist()
@@ -193,5 +193,5 @@ def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeyp
     rows = [{"sentence": text} for text in TEXTS[120:130]] + [{"sentence": None}]
     (data / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="unlabelled text row 11: column 'sentence' holds None"):
-        load(data, transfer__path=data / "more.jsonl")
+        load(data, unlabeled__path=data / "more.jsonl")
     assert np.unique(load(data)[0].train.rows_B).size == 90
