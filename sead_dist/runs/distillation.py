@@ -90,7 +90,11 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     weights_N = prepare_teachers(parts)
     touch_past(parts, weights_N, state.step)
     if parts.config.preemption_notice_s is not None:
-        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s))
+        parts.log.say(
+            against_grace(
+                parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
+            )
+        )
     state = make_trainer(parts, weights_N).run(state)
     if state.step < parts.batches.total_steps:
         parts.log.say(
@@ -207,13 +211,13 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     exams: list[Examination] = []
-    if needs_examination(config) or config.drift == "on":
+    if needs_examination(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
         )
         exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
-        if config.drift == "on":
+        if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
             exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
         for exam, teacher in zip(exams, teachers, strict=True):
@@ -221,7 +225,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
         if parts.world.is_main:
             record = [asdict(exam) for exam in exams]
             write_json(Path(config.output_dir) / "examination.json", record)
-        if config.teacher_validation == "on":
+        if config.validates:
             admit(task, exams, teachers)
     weights_N = weigh(config, teachers, exams)
     if config.ensemble == "single":
@@ -231,7 +235,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
 
 def needs_examination(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.teacher_validation == "on" or chosen_by_score(config)
+    return config.validates or chosen_by_score(config)
 
 
 def chosen_by_score(config: RunConfig) -> bool:

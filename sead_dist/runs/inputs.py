@@ -20,7 +20,7 @@ def without_teachers_text(config: RunConfig) -> RunConfig:
     text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
     copies = config.augment.copies if config.augment.gold_labels else None
     augment = config.augment.model_copy(update={"copies": copies})
-    return config.model_copy(update={"transfer": text, "augment": augment})
+    return config.model_copy(update={"unlabeled": text, "augment": augment})
 
 
 def refuse_unused_text(config: RunConfig) -> None:
@@ -32,7 +32,7 @@ def refuse_unused_text(config: RunConfig) -> None:
     if config.unlabeled.path is not None:
         key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
     elif rest:
-        key, what = "transfer.rest=true", "unlabelled rows are learnt"
+        key, what = "unlabeled.rest=true", "unlabelled rows are learnt"
     elif isinstance(copies, int) and not config.augment.gold_labels:
         key, what = f"augment.copies={copies}", "copies without gold labels are learnt"
     else:

@@ -194,8 +194,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or all(work.pooled_N):
             exams = examine_all(source, work)
     batches = BatchStream(
-        splits.train, config.seed, config.global_batch_size, config.micro_batch_size, config.num_train_epochs,
-        config.max_steps, 0, 1,
+        splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
+        config.num_train_epochs, config.max_steps, 0, 1,
     )  # fmt: skip
     asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
     chunks = chunks_of_training(batches, count, rows, asked)
@@ -209,11 +209,9 @@ def fill_all(hand: Worker, work: Work) -> bool:
 def examine_all(source: StoredSource, work: Work) -> list[Examination]:
     """Every teacher's examination, as the student holds it. Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(
-        source, selection, len(teachers), config.pool.item_rows, "the examination"
-    )
+    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the examination")
     exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
-    if config.teacher_validation == "on":
+    if config.validates:
         admit(work.task, exams, teachers)
     return exams
 

@@ -306,9 +306,11 @@ def follow(
     def load() -> tuple[Guide, Rival]:
         assert config.feature_loss is not None
         body = load_guide(config, teacher, world.device)
-        anatomy = find_anatomy(body, f"teacher {teacher.name}", needs_attention(config.feature_loss))
+        anatomy = find_anatomy(
+            body, f"teacher {teacher.name}", needs_attention(config.feature_loss)
+        )
         rival = make_rival(config, model, anatomy, total_steps)
-        if config.student_init == "guide":
+        if config.student_init == "feature_teacher":
             fits = start_as_guide(model, body)
             start = "the guide's layers" if fits else "its own, the guide's layers do not fit"
             rival = replace(rival, variant=f"{rival.variant}; start: {start}")
@@ -320,10 +322,11 @@ def follow(
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
     """Raises UserError where a teacher cannot be placed as it should be."""
     check_placements(teachers, placements)
-    if "pool" in placements and config.drift == "on":
+    if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(
-            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and placement=pool is for "
-            "teachers that are not there; measure the drift in a run with another placement"
+            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and "
+            "placement=pool is for teachers that are not there; compare them in a run with another "
+            "placement"
         )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":

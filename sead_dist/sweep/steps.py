@@ -58,8 +58,7 @@ def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConf
     """The same run with the steps of the longest. It is scored on the selection split as often too:
     else the best student would be chosen among more of them."""
     every = config.eval_steps or epoch_steps(longest, data)
-    evaluate = config.evaluate.model_copy(update={"every_steps": every})
-    return config.model_copy(update={"max_steps": steps_of(longest, data), "evaluate": evaluate})
+    return config.model_copy(update={"max_steps": steps_of(longest, data), "eval_steps": every})
 
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:

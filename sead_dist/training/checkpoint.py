@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sead_dist.config.names import renamed
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import ORDER_RULES, Cursor
 from sead_dist.errors import RunError, UserError, reading, reason
@@ -59,7 +60,7 @@ class Identity:
         saved: Identity = read_as(cls, record, "identity")
         with reading(record, "restore it, or give another output_dir"):
             _names(saved.teachers)
-        return saved
+            return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one

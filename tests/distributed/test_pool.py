@@ -290,7 +290,9 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
     until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
     os.kill(worker[0].pid, signal.SIGSTOP)
     with pytest.raises(RunError, match="nothing has come from the pool"):
-        distill(load_config([*given, "pool.timeout_s=0.05", f"store={tmp_path / 'other'}"]), alone())
+        distill(
+            load_config([*given, "pool.timeout_s=0.05", f"store={tmp_path / 'other'}"]), alone()
+        )
     os.kill(worker[0].pid, signal.SIGCONT)
     (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
     assert isinstance(outcome, UserError)
@@ -299,7 +301,11 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
 
 @pytest.mark.parametrize(
     ("keys", "of_the_other"),
-    [({"teacher_validation": "off"}, 0), ({"teacher_validation": "on"}, 0), ({"ensemble": "score"}, 6)],
+    [
+        ({"teacher_validation": "off"}, 0),
+        ({"teacher_validation": "on"}, 0),
+        ({"ensemble": "score"}, 6),
+    ],
 )
 def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
     task, tmp_path, distil, monkeypatch, keys, of_the_other
@@ -431,7 +437,9 @@ def test_a_worker_is_one_process(tmp_path, task):
 
 
 def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
-    with pytest.raises(UserError, match="teacher_validation=fp32 asks teachers in fp32 in the student's"):
+    with pytest.raises(
+        UserError, match="teacher_validation=fp32 asks teachers in fp32 in the student's"
+    ):
         distil(given_words(task, tmp_path, drift="on"))
 
 

@@ -114,7 +114,9 @@ def test_an_empty_split(refused, changed, tmp_path):
 
 
 def test_a_selection_split_without_rows(refused):
-    refused(r"selection.fraction=0.0001 of 400 .* raise selection.fraction", "selection.fraction=0.0001")
+    refused(
+        r"selection.fraction=0.0001 of 400 .* raise selection.fraction", "selection.fraction=0.0001"
+    )
 
 
 def without_special_tokens(folder):
@@ -314,7 +316,9 @@ def test_a_teacher_no_better_than_a_constant(words, distil, teacher, tmp_path):
         str(caught.value),
     )
     # refused before its first step, it does not hold the folder: the mend works as it is written
-    run = distil(words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1", "teacher_validation=off"))
+    run = distil(
+        words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1", "teacher_validation=off")
+    )
     assert (run / "model" / "model.safetensors").is_file()
 
 

@@ -98,7 +98,10 @@ def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_men
     line = str(caught.value).partition("it would score better: ")[2].partition("; leave")[0]
     assert line == f"{{path: {silent}, labels: [positive, negative]}}"
     # the suggested line, copied, is a teacher that passes
-    distill(tmp_path, [*words(data, [], tmp_path / "mended", teacher_validation="on"), f"teachers=[{a},{line}]"])
+    distill(
+        tmp_path,
+        [*words(data, [], tmp_path / "mended", teacher_validation="on"), f"teachers=[{a},{line}]"],
+    )
     exams = read(tmp_path / "mended" / "examination.json")
     assert [exam["score"] for exam in exams] == [1.0, 1.0]
     assert all(exam["passed"] for exam in exams)
@@ -151,7 +154,12 @@ def test_invariant_10_the_dev_labels_are_not_looked_at_before_the_end(tmp_path, 
     for name, folder in (("one", data), ("two", tmp_path / "flipped")):
         # a student whose answers are varied from the start, so that its steps score differently
         changes = {"student__path": b, "student__shape": "", "learning_rate": 5e-3}
-        changes |= {"num_train_epochs": 4, "eval_steps": 2, "ensemble": "score", "teacher_validation": "on"}
+        changes |= {
+            "num_train_epochs": 4,
+            "eval_steps": 2,
+            "ensemble": "score",
+            "teacher_validation": "on",
+        }
         distill(tmp_path, words(folder, [a], tmp_path / name, **changes))
         scores.append(read(tmp_path / name / "scores.json"))
         evaluated = [record["metrics"]["accuracy"] for record in records(tmp_path / name, "eval")]
@@ -177,7 +185,14 @@ def test_invariant_10_selecting_on_dev_does_look_and_is_marked_everywhere(tmp_pa
     flip_labels((shutil.copytree(data, tmp_path / "mixed")) / "validation.tsv")
     with pytest.raises(UserError, match="failed its examination"):
         distill(
-            tmp_path, words(tmp_path / "mixed", [a], tmp_path / "two", selection__split="dev", teacher_validation="on")
+            tmp_path,
+            words(
+                tmp_path / "mixed",
+                [a],
+                tmp_path / "two",
+                selection__split="dev",
+                teacher_validation="on",
+            ),
         )
 
 

@@ -269,12 +269,22 @@ def test_a_call_from_a_thread_works(own, frames, keys, tmp_path):
 
 
 def test_finetuned_teachers_of_data_in_memory_teach(own, frames, keys, grammar, tmp_path):
-    short = {"max_steps": 3, "teacher_validation": "off", "student.tokenizer": grammar / "tokenizer"}
+    short = {
+        "max_steps": 3,
+        "teacher_validation": "off",
+        "student.tokenizer": grammar / "tokenizer",
+    }
     made = sd.finetune(
         own, data=frames, encoders=[grammar / "shape.yaml"], output_dir=tmp_path / "t", **short
     )
     assert [one.path.name for one in made] == ["teacher-0"]
-    student = {**keys, "teachers": made, "student": made[0], "max_steps": 3, "teacher_validation": "off"}
+    student = {
+        **keys,
+        "teachers": made,
+        "student": made[0],
+        "max_steps": 3,
+        "teacher_validation": "off",
+    }
     out = sd.distill(own, data=frames, output_dir=tmp_path / "student", **student)
     assert out.scores["validation"]["teachers"][0]["name"] == "teacher-0"
 

@@ -138,7 +138,9 @@ def test_another_embedding_table_or_number_of_copies_is_another_run(task, whole,
 
 
 def test_no_row_of_text_and_no_copy_has_a_held_out_sentence(task, tmp_path):
-    given = given_words(task, tmp_path, augment__copies=20, unlabeled__path=task[0] / "transfer.tsv")
+    given = given_words(
+        task, tmp_path, augment__copies=20, unlabeled__path=task[0] / "transfer.tsv"
+    )
     # half of dev is in the text
     data = shutil.copytree(task[0], tmp_path / "data")
     dev = (data / "validation.tsv").read_text().splitlines()[1:11]
@@ -184,7 +186,10 @@ def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labe
     assert set(examples.copied) == {"mask", "neighbor"}
     for changes, said in (
         ({"augment__copies": 2}, r"augment.copies=2: copies without gold labels are learnt from"),
-        ({"transfer__rest": "true"}, r"transfer.rest=true: unlabelled rows are learnt from teach"),
+        (
+            {"unlabeled__rest": "true"},
+            r"unlabeled.rest=true: unlabelled rows are learnt from teach",
+        ),
         ({"ensemble": "none", "teachers": task[1]}, "augment.copies=2: .*ensemble=none asks none"),
     ):
         with pytest.raises(UserError, match=said):
@@ -238,7 +243,11 @@ def test_runs_of_other_kinds_have_copies_too(tmp_path, kind):
     bert = save_random_bert(tmp_path / "teacher", tmp_path / "grammar" / "tokenizer", labels)
     given = [
         *(f"task={task}", f"data.path={folder}", f"teachers=[{bert}]", f"student={bert}"),
-        *(f"output_dir={tmp_path / 'run'}", f"store={tmp_path / 'store'}", "teacher_validation=off"),
+        *(
+            f"output_dir={tmp_path / 'run'}",
+            f"store={tmp_path / 'store'}",
+            "teacher_validation=off",
+        ),
         *("max_steps=3", "global_batch_size=8", "micro_batch_size=8", "data.max_train_examples=30"),
         "augment.copies=auto",
     ]
@@ -298,14 +307,14 @@ def test_the_data_command_needs_no_student_where_there_are_no_copies(task):
     assert found.rows == {"labelled": 54}
     assert len(found.shown) == 4
     with pytest.raises(UserError, match=r"transfer\.rest=true: unlabelled rows are learnt"):
-        show_data(load_config([*given, "transfer.rest=true"]), 4)
+        show_data(load_config([*given, "unlabeled.rest=true"]), 4)
 
 
 def test_a_sweep_gives_text_and_copies_to_methods_that_ask_teachers_alone(task, tmp_path):
     given = [
         *(f"tasks=[{task[0] / 'task.yaml'}]", "methods=[finetune,mean]", "seeds=1"),
         *(f"teachers=[{task[1][0]}]", f"data.path={task[0]}", f"student={task[2]}"),
-        *("transfer.rest=true", "augment.copies=2", f"output_dir={tmp_path}"),
+        *("unlabeled.rest=true", "augment.copies=2", f"output_dir={tmp_path}"),
     ]
     with pytest.raises(UserError, match=r"augment.copies=2: the steps of a sweep .*max_steps=N"):
         make_plan(given)

@@ -83,7 +83,9 @@ def test_a_guide_of_another_tokeniser_is_told(folders):
 def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
     (teacher,) = roster([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
-    said = "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
+    said = (
+        "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
+    )
     with pytest.raises(UserError, match=said):
         check_guide(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
 
@@ -111,7 +113,9 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
     (teacher,) = roster([folders / "plain"])
     entry = teacher.entry.model_copy(update={"quantization": "int8"})
     teachers = [type(teacher)(**{**vars(teacher), "entry": entry})]
-    with pytest.raises(UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"):
+    with pytest.raises(
+        UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"
+    ):
         check_guide(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
 
 

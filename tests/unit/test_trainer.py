@@ -96,7 +96,14 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
     batches = BatchStream(
-        split, given.seed, given.global_batch_size, given.micro_batch_size, given.num_train_epochs, None, 0, 1
+        split,
+        given.seed,
+        given.global_batch_size,
+        given.micro_batch_size,
+        given.num_train_epochs,
+        None,
+        0,
+        1,
     )
     engine = Engine(build_model(), given, ALONE, batches.total_steps)
 
@@ -171,7 +178,9 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
 def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path):
     split = small_split(21)
     # three batches, the last of five rows; nothing is learnt between them, or dropped out
-    trainer = make_trainer(tmp_path, split=split, num_train_epochs=1, global_batch_size=8, micro_batch_size=4)
+    trainer = make_trainer(
+        tmp_path, split=split, num_train_epochs=1, global_batch_size=8, micro_batch_size=4
+    )
     trainer.engine.step = lambda: 1.0
     model = trainer.engine.module.eval()
     trainer.engine.model.train = lambda *_: None

@@ -68,14 +68,14 @@ def test_held_out_rows_that_the_selection_sample_left_out_are_no_text(data):
 
 
 def test_selecting_on_dev_leaves_text_over_too(data):
-    examples, _ = load(data, 'select={"on": dev}', data__max_train_examples=30)
+    examples, _ = load(data, "selection.split=dev", data__max_train_examples=30)
     assert examples.labelled_rows == 30
     assert examples.transfer_rows in (69, 70)
 
 
 def test_a_run_without_teachers_or_with_rest_false_has_no_such_text(data):
     sampled = {"data__max_train_examples": 30}
-    for changes in ({"teachers": "[]"}, {"ensemble": "none"}, {"transfer__rest": "false"}):
+    for changes in ({"teachers": "[]"}, {"ensemble": "none"}, {"unlabeled__rest": "false"}):
         examples, notes = load(data, **sampled, **changes)
         assert len(examples.train) == 27
         assert not any("unlabelled text" in note for note in notes)
@@ -83,7 +83,7 @@ def test_a_run_without_teachers_or_with_rest_false_has_no_such_text(data):
 
 def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
     assert not any("unlabelled text" in note for note in load(data)[1])
-    notes = load(data, transfer__rest="true")[1]
+    notes = load(data, unlabeled__rest="true")[1]
     assert notes[0] == (
         "unlabelled text: 0 rows (0 removed): no other row of the train file is left over; give a "
         "file of text: unlabeled.path=FILE"
@@ -113,12 +113,12 @@ def test_text_of_a_file_stands_beside_the_rest_and_the_ratio_is_of_both(data):
     for text, kind in zip(half.train.texts_a, kinds(half), strict=True):
         assert kinds(examples)[texts.index(text)] == kind or texts.count(text) > 1
     assert source_row(half, half.train, len(half.train) - 1).endswith("of the unlabelled text")
-    alone, _ = load(data, transfer__rest="false", **more)
+    alone, _ = load(data, unlabeled__rest="false", **more)
     assert kinds(alone).count("rest") == 0
 
 
 def test_rest_keeps_the_data_of_runs_that_have_nothing_left_over(data):
-    first, second = load(data)[0], load(data, transfer__rest="false")[0]
+    first, second = load(data)[0], load(data, unlabeled__rest="false")[0]
     assert first.fingerprint(SST2) == second.fingerprint(SST2)
     assert first.fingerprint(replace(SST2, symmetric=True)) == first.fingerprint(SST2)
 
