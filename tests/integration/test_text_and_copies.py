@@ -306,7 +306,7 @@ def test_the_data_command_needs_no_student_where_there_are_no_copies(task):
     found = show_data(load_config(given), 4)
     assert found.rows == {"labelled": 54}
     assert len(found.shown) == 4
-    with pytest.raises(UserError, match=r"transfer\.rest=true: unlabelled rows are learnt"):
+    with pytest.raises(UserError, match=r"unlabeled\.rest=true: unlabelled rows are learnt"):
         show_data(load_config([*given, "unlabeled.rest=true"]), 4)
 
 
