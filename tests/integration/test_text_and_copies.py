@@ -5,6 +5,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from small import (
     write_task,
 )
 
+import sead_dist as sd
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
@@ -325,6 +327,32 @@ def test_a_sweep_gives_text_and_copies_to_methods_that_ask_teachers_alone(task, 
     assert uses == {"finetune": (None, None), "mean": (True, 2)}
     gold = make_plan([*given, "max_steps=2", "augment.gold_labels=true"])
     assert {unit.config.augment.copies for unit in gold.units} == {2}
+
+
+def test_text_can_be_given_from_python(task, tmp_path):
+    lines = (task[0] / "transfer.tsv").read_text().splitlines()[1:]
+    keys = {
+        **{"data": task[0], "teachers": [task[1][0]], "student": str(task[2]), "max_steps": 1},
+        **{"teacher_validation": "off", "store": str(tmp_path / "store")},
+    }
+    frame = pd.DataFrame({"sentence": lines})
+    named = {"unlabeled.ratio": 0.25}
+    for name, text in (("frame", frame), ("texts", lines), ("file", task[0] / "transfer.tsv")):
+        run = sd.distill(task[0] / "task.yaml", output_dir=tmp_path / name, unlabeled=text, **keys)
+        assert read(run.path / "run_summary.json")["transfer_rows"] == 20
+        # found again, and none of it is asked for again
+        assert sd.distill(
+            task[0] / "task.yaml", output_dir=tmp_path / name, unlabeled=text, **keys
+        ).finished
+    section = {"path": str(task[0] / "transfer.tsv"), "ratio": 0.25}
+    run = sd.distill(task[0] / "task.yaml", output_dir=tmp_path / "s", unlabeled=section, **keys)
+    assert read(run.path / "run_summary.json")["transfer_rows"] == 14
+    run = sd.distill(
+        task[0] / "task.yaml", output_dir=tmp_path / "r", unlabeled=frame, **keys, **named
+    )
+    assert read(run.path / "run_summary.json")["transfer_rows"] == 14
+    with pytest.raises(UserError, match="unlabeled is of type int"):
+        sd.distill(task[0] / "task.yaml", output_dir=tmp_path / "t", unlabeled=7, **keys)
 
 
 def test_symmetric_is_of_tasks_with_two_texts(tmp_path):

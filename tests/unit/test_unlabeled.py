@@ -1,6 +1,7 @@
 """Unlabelled text: what the sample left out, rows of a file, and what is removed from both."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -186,6 +187,22 @@ def test_what_is_wrong_with_a_file_is_said_of_chunks_too(tmp_path, name, content
         path.write_bytes(content)
     with pytest.raises(UserError, match=what):
         list(row_chunks(path, SST2, False, 2))
+
+
+def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypatch):
+    (data / "long.tsv").write_text(
+        "sentence\n" + "".join(f"row number {n}\n" for n in range(40000))
+    )
+    wanted = {"unlabeled__path": data / "long.tsv", "unlabeled__ratio": 2}
+    peaks = []
+    for size in (100_000, 1000):
+        monkeypatch.setattr(unlabeled, "CHUNK", size)
+        tracemalloc.start()
+        examples, _ = load(data, **wanted)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert examples.transfer_rows == 180
+    assert peaks[1] < peaks[0] / 10
 
 
 def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeypatch):
