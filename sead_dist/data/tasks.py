@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError
 
 
 def _known_kind(kind: Any) -> Any:
-    if kind not in list(KINDS):
-        *others, last = map(repr, KINDS)
-        expected = f"{', '.join(others)} or {last}"
-        raise PydanticKnownError("literal_error", {"expected": expected})
+    allowed = names("kind of task")
+    if kind not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
     return kind
 
 
@@ -92,7 +92,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_task_file(path: Path) -> TaskSpec:
-    """The task that a YAML file describes; UserError names the file, the key and the mend."""
+    """The task that a YAML file describes; UserError names the file, the key and the fix."""
     raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
@@ -100,7 +100,7 @@ def read_task_file(path: Path) -> TaskSpec:
 
 
 def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
-    """The task that these keys describe; UserError begins with `where` and names key and mend."""
+    """The task that these keys describe; UserError begins with `where` and names key and fix."""
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:

@@ -18,7 +18,7 @@ from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 
 Row = dict[str, Any]
-_SKIP_HINT = "mend the line, or pass over such lines with data.skip_malformed=true"
+_SKIP_HINT = "fix the line, or pass over such lines with data.skip_malformed=true"
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +65,7 @@ def text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> li
     if text.lstrip().startswith("["):
         rows = _parse(text, f"data file {path}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"data file {path}: expected a list of objects; mend the file")
+            raise UserError(f"data file {path}: expected a list of objects; fix the file")
         return rows
     return list(_json_lines(text.split("\n"), path, skip_malformed))
 
@@ -182,7 +182,7 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, fields
     except csv.Error as error:
         raise UserError(
-            f"{path}:{reader.line_num}: not CSV: {error}; mend the line, or name it .tsv"
+            f"{path}:{reader.line_num}: not CSV: {error}; fix the line, or name it .tsv"
         ) from error
     finally:
         csv.field_size_limit(limit)

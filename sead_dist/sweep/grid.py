@@ -16,6 +16,7 @@ from sead_dist.config.load import (
     merge,
     read_layers,
     resolve,
+    run_plugins,
     shipped_methods,
 )
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
@@ -23,7 +24,7 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import misfit
+from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.encoders import teacher_layers, teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text, without_teachers_text
@@ -99,6 +100,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     own, run = split_layers(read_layers(words))
     refuse_single(run)
     sweep = read_sweep(own)
+    for layer in run:  # a task may be of a plugin's kind
+        run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
     different("methods", [method_name(method) for method in sweep.methods])
@@ -120,7 +123,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         teachers += made
         for method in sweep.methods:
             config = student_config(made, resolve([*layers, {"method": method}]))
-            reason = misfit(config, task.task_kind)
+            reason = why_unfit(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, method_name(method)] = reason
             else:
@@ -261,7 +264,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     Raises UserError where its method asks teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.ensemble != "none" and not teachers:
+    if config.asks_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"
