@@ -28,9 +28,18 @@ def nothing_to_do(config: RunConfig) -> str | None:
 
 
 def refuse_unused_text(config: RunConfig) -> None:
-    """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
-    batches and teach nothing."""
-    if config.unlabeled.path is None or config.taught:
+    """Raises UserError for unlabelled text, or copies without gold labels, in a run that asks no
+    teacher: such rows would fill the batches and teach nothing. (`augment.copies=auto` is none.)"""
+    if config.taught:
+        return
+    copies, rest = config.augment.copies, config.unlabeled.rest
+    if config.unlabeled.path is not None:
+        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
+    elif rest:
+        key, what = "unlabeled.rest=true", "unlabelled rows are learnt"
+    elif isinstance(copies, int) and not config.augment.gold_labels:
+        key, what = f"augment.copies={copies}", "copies without gold labels are learnt"
+    else:
         return
     if config.encoders:
         why, fix = "finetune asks none", "and give it to distill"
@@ -38,7 +47,6 @@ def refuse_unused_text(config: RunConfig) -> None:
         why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
     else:
         why, fix = "none are given", "or give teachers=[DIR, ...]"
-    raise UserError(
-        f"unlabeled.path={config.unlabeled.path}: unlabelled rows are learnt from teachers alone, "
-        f"and {why}; leave unlabeled.path out, {fix}"
-    )
+    name = key.partition("=")[0]
+    own = " (augment.gold_labels=true keeps them)" if name == "augment.copies" else ""
+    raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")

@@ -12,6 +12,17 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
 
 
+def without_teachers_text(config: RunConfig) -> RunConfig:
+    """The configuration of a run that asks no teacher without the rows that only a teacher can say
+    something of: unlabelled text, and copies without gold labels."""
+    if config.taught:
+        return config
+    text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
+    copies = config.augment.copies if config.augment.gold_labels else None
+    augment = config.augment.model_copy(update={"copies": copies})
+    return config.model_copy(update={"unlabeled": text, "augment": augment})
+
+
 def check_inputs(config: RunConfig) -> None:
     """What is quickly told of a run before it is queued: task, method, files and checkpoints.
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
