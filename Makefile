@@ -4,8 +4,8 @@ VENV := .venv
 # One thread per process: ranks and test workers already take a core each. Nothing asks the hub.
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
-# Tests of one file share what they made, so a file stays with one worker. The files come in their
-# order: those of the quick unit tests last, so that the workers end together.
+# Tests of one file share what they made, so a file stays with one worker. The files come in the
+# order that tests/conftest.py gives them.
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 

@@ -27,7 +27,18 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+# The files that take longest come first, so that workers which share the files end together.
+LONGEST = (
+    *("test_benchmarks", "test_sweep", "test_bad_input", "test_deepspeed", "test_resume"),
+    *("test_launchers", "test_pool", "test_methods", "test_sharded", "test_stopping"),
+    *("test_export", "test_reproduce", "test_exchange", "test_feature_loss_runs", "test_python"),
+)
 LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
