@@ -28,7 +28,7 @@ from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.ensemble import SoftTargets, combine, known
+from sead_dist.objectives.ensemble import NEED_CLASSES, SoftTargets, combine, known
 from sead_dist.objectives.losses import total_loss
 from sead_dist.runs import distillation, prediction
 from sead_dist.runs.claim import holds_run
@@ -224,8 +224,8 @@ def predict(
 def soft_targets(
     logits_NBC: torch.Tensor,
     *,
-    ensemble: EnsembleMethod = "mean_logits",
-    temperature: float = 2.0,
+    ensemble: EnsembleMethod = "mean_probabilities",
+    temperature: float = 1.0,
     weights_N: torch.Tensor | None = None,
     labels_B: torch.Tensor | None = None,
     routes_B: torch.Tensor | None = None,
@@ -245,7 +245,7 @@ def soft_targets(
         raise UserError(f"ensemble={ensemble!r} is none here; allowed: {', '.join(allowed)}")
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")
-    if C == 1 and ensemble in ("mean_probabilities", "confidence", "entropy"):
+    if C == 1 and ensemble in NEED_CLASSES:
         raise UserError(f"ensemble={ensemble} needs classes, and C is 1; use mean_logits")
     for name, value, asked, size in (
         ("weights_N", weights_N, ensemble in ("fixed", "score", "single"), N),
@@ -268,8 +268,8 @@ def distillation_loss(
     soft: SoftTargets | None,
     labels_B: torch.Tensor | None = None,
     *,
-    loss: Literal["auto", "kl", "mse"] = "auto",
-    alpha: float = 0.5,
+    loss: Literal["auto", "kl", "mse", "mse_centered"] = "auto",
+    alpha: float = 0.9,
 ) -> torch.Tensor:
     """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
     hard of labelled rows, soft of rows without a label, hard alone where `soft` is None.
@@ -279,8 +279,9 @@ def distillation_loss(
     """
     if student_BC.dim() != 2:
         raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
-    if loss not in ("auto", "kl", "mse"):
-        raise UserError(f"loss={loss!r} is no loss; allowed: auto, kl, mse")
+    allowed = ("auto", *KINDS["classification"].soft_losses)
+    if loss not in allowed:
+        raise UserError(f"loss={loss!r} is no loss; allowed: {', '.join(allowed)}")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape
@@ -289,8 +290,8 @@ def distillation_loss(
         raise UserError(f"student_BC has shape {(B, C)}, and the soft targets {there}")
     if soft is None and labels_B is None:
         raise UserError("there is nothing to learn from; give soft targets, labels_B or both")
-    if C == 1 and loss == "kl":
-        raise UserError("loss=kl needs classes, and C is 1; use mse, or auto")
+    if C == 1 and loss not in ("auto", "mse"):
+        raise UserError(f"loss={loss} needs classes, and C is 1; use mse, or auto")
     if labels_B is None:
         nothing = torch.nan if C == 1 else -1
         dtype = torch.float32 if C == 1 else torch.long

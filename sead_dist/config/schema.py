@@ -97,7 +97,7 @@ EnsembleMethod = Literal[
 ]
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
-    *("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate"),
+    *("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end"),
     *("internals", "inner_weight", "inner_share", "start"),
 )
 
@@ -148,22 +148,21 @@ class RunConfig(Section):
     ensemble: EnsembleMethod
     guide: str | None
     route: str | None
-    loss: Literal["auto", "kl", "mse"]
+    loss: Literal["auto", "kl", "mse", "mse_centered"]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    graduate: Literal["best", "last"]
     internals: Literal["distilbert", "tinybert", "minilm"] | None
     inner_weight: Annotated[float, Field(gt=0)]
     inner_share: Annotated[float, Field(gt=0, lt=1)]
     start: Literal["own", "guide"]
-    epochs: Annotated[int, Field(gt=0, le=MANY)]
+    epochs: Annotated[int | None, Field(gt=0, le=MANY)]
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
     global_batch: Annotated[int, Field(gt=0, le=MANY)]
     micro_batch: Annotated[int, Field(gt=0, le=MANY)]
     max_length: Annotated[int, Field(gt=1, le=MANY)]
     optimizer: Literal["adamw", "sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float | None, Field(gt=0)]
     schedule: Literal["linear", "cosine", "constant"]
     warmup: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -171,6 +170,8 @@ class RunConfig(Section):
     precision: Precision
     deterministic: bool
     deepspeed: Annotated[str | None, Operational]
+    final_checkpoint: Literal["auto", "best", "last", "average"]
+    average_share: Annotated[float, Field(gt=0, le=1)]
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
     grace_s: Annotated[float | None, Field(gt=0), Operational]

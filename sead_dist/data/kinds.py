@@ -70,7 +70,7 @@ class Classification(TaskKind):
     label_type = np.int64
     unlabelled = -1
     hard_loss = "cross_entropy"
-    soft_losses = ("kl", "mse")
+    soft_losses = ("kl", "mse", "mse_centered")
     default_metrics = ("accuracy",)
     problem_type: str | None = "single_label_classification"
     metric_names = staticmethod(metrics.names_of_classes)

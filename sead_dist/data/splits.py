@@ -40,6 +40,18 @@ class RunExamples:
     transfer_rows: int
     dev_in_training: int
 
+    @property
+    def labelled_rows(self) -> int:
+        """Training rows that have a label."""
+        return len(self.train) - self.transfer_rows
+
+    def mean_score(self, task: TaskSpec) -> float | None:
+        """Of the training rows; None where labels are classes, or there are none."""
+        labels_B = self.train.labels_B[: self.labelled_rows]
+        if task.task_kind.has_classes or len(labels_B) == 0:
+            return None
+        return float(labels_B.mean())
+
     def fingerprint(self, task: TaskSpec) -> str:
         """Of every text, label and their order, and of the task that reads them."""
         digest = hashlib.sha256(repr(task).encode())

@@ -22,7 +22,7 @@ from sead_dist.models.hidden_states import TeacherLogits
 FIXED_METHODS = ("single", "mean_logits", "mean_probabilities", "fixed", "score", "random")
 # what one teacher says is its own logits, not what they become on the way over probabilities
 OF_LOGITS = ("mean_logits", "single", "random", "routed")
-NEED_CLASSES = ("mean_probabilities", "confidence", "entropy")
+NEED_CLASSES = ("confidence", "entropy")
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,24 @@ def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.T
 
     kl: T^2 * KL(targets || softmax(student / T)) (Hinton et al. 2015, section 2: gradients of soft
     targets scale with 1/T^2). mse: mean over classes of the squared difference of logits (or of
-    scores, for regression).
+    scores, for regression). mse_centered: the same of logits less their row's mean.
     """
+    if loss == "mse_centered":
+        return mse_centered(student_BC, soft.logits_BC)
     if loss == "mse":
         return F.mse_loss(student_BC, soft.logits_BC, reduction="none").mean(-1)
     log_q_BC = F.log_softmax(student_BC / soft.temperature, dim=-1)
     kl_BC = F.kl_div(log_q_BC, soft.targets_BC, reduction="none")
     return kl_BC.sum(-1) * soft.temperature**2
+
+
+def mse_centered(student_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
+    """loss_B: mean over classes of the squared difference of logits less their row's mean, which
+    probabilities do not depend on (as KL at a high temperature: Hinton et al. 2015, section 2.1;
+    logits by MSE: Kim et al. 2021)."""
+    own_BC = student_BC - student_BC.mean(-1, keepdim=True)
+    their_BC = target_BC - target_BC.mean(-1, keepdim=True)
+    return F.mse_loss(own_BC, their_BC, reduction="none").mean(-1)
 
 
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:

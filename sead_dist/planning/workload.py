@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, entries, sample
 from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
@@ -63,16 +64,18 @@ def sampled_lengths(
     return tokenize(tokenizer, sample(examples, SAMPLE, 0), max_length).lengths_B()
 
 
-def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
-    """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
-    chooses only after the examination, the costliest stands for the chosen."""
+def asked_share(
+    config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet, passes: int
+) -> list[float]:
+    """The part of the training rows that each teacher is asked for, over so many passes. Where
+    `single` chooses only after the examination, the costliest stands for the chosen."""
     names = [teacher.name for teacher in teachers]
     if config.ensemble == "single":
         largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
         chosen = largest if config.guide is None else names.index(config.guide)
         return [float(n == chosen) for n in range(len(names))]
     if config.ensemble == "random":
-        return [1 - (1 - 1 / len(names)) ** config.epochs] * len(names)
+        return [1 - (1 - 1 / len(names)) ** passes] * len(names)
     if config.ensemble == "routed" and train.routes_B is not None:
         return [float((train.routes_B == n).mean()) for n in range(len(names))]
     if config.ensemble == "fixed":
@@ -99,9 +102,10 @@ def make_work(
     lengths_SM, rows_SM = micro_batch_shapes(
         order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch // config.micro_batch
     )
-    total = config.max_steps or config.epochs * len(order_SG)
+    total = run_steps(config, examples.labelled_rows, len(train))
     in_time = min(1.0, total / len(order_SG))
-    shares_N = [share * in_time for share in asked_share(config, teachers, train)]
+    passes = -(-total // len(order_SG))
+    shares_N = [share * in_time for share in asked_share(config, teachers, train, passes)]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
     counted: dict[tuple[str, int, str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):

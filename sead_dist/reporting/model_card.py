@@ -73,7 +73,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
         pair=spec is not None and spec.is_pair,
         limits=_limits(files, spec),
-        hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),
+        hyperparameters=_hyperparameters(files),
         versions=list(_versions(files.environment)),
         plots=plots,
     )
@@ -175,7 +175,8 @@ def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
         role = ""
         if split == "selection":
             where = "on dev" if files.mark else "held out of train"
-            role = f" ({where}; the checkpoint was chosen on it)"
+            kept = files.run_summary.get("chosen", {}).get("final_checkpoint", "best")
+            role = f" ({where}; the checkpoint was chosen on it)" if kept == "best" else f" ({where})"
         yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
 
 
@@ -280,6 +281,12 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     found = max((exam.get("dev_texts_in_training") or 0 for exam in files.examination), default=0)
     if found:
         yield f"{found} dev texts also occur in the training or transfer text."
+
+
+def _hyperparameters(files: RunFiles) -> str:
+    """The configuration, with what the run took for keys that were left to it."""
+    keys = {**files.config, **files.run_summary.get("chosen", {})}
+    return yaml.safe_dump(redact(keys), sort_keys=False).strip()
 
 
 def _versions(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
+from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
@@ -193,8 +194,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or all(work.pooled_N):
             exams = examine_all(source, work)
     batches = BatchStream(
-        splits.train, config.seed, config.global_batch, config.micro_batch, config.epochs,
-        config.max_steps, 0, 1,
+        splits.train, config.seed, config.global_batch, config.micro_batch, None,
+        run_steps(config, work.examples.labelled_rows, len(splits.train)), 0, 1,
     )  # fmt: skip
     asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
     chunks = chunks_of_training(batches, count, rows, asked)

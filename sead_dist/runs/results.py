@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import learning_rate
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
 from sead_dist.models.hidden_states import TeacherLogits
@@ -27,6 +28,7 @@ from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import write_json
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.engine import width_of
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 
@@ -95,6 +97,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "best_metric": state.best_metric,
+        "chosen": chosen(parts),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
@@ -111,6 +114,16 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_rows": len(parts.splits.train),
         "transfer_rows": parts.examples.transfer_rows,
         "base_model": start if is_hub_id else None,
+    }
+
+
+def chosen(parts: Parts) -> dict[str, Any]:
+    """What the run took for keys that were left to it."""
+    config = parts.config
+    return {
+        "max_steps": config.max_steps,
+        "learning_rate": learning_rate(config, width_of(parts.engine.module)),
+        "final_checkpoint": config.final_checkpoint,
     }
 
 
@@ -137,8 +150,8 @@ def placement_word(parts: Parts) -> str | None:
 
 
 def save_student(parts: Parts, state: TrainState) -> None:
-    """Write the best student, which is the engine's from now on, to model/, and check that plain
-    Transformers reads the same model there."""
+    """Write the student that is kept, which is the engine's from now on, to model/, and check that
+    plain Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
     longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
@@ -182,7 +195,7 @@ def score_splits(
 
 
 def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_table: bool) -> None:
-    """Bring back the best student, save it, score it once on the official splits, and report.
+    """Bring back the student that is kept, save it, score it once on the official splits, report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
     """
@@ -191,6 +204,8 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     save_student(parts, state)
     scores, results = score_splits(parts, state, weights_N)
     closing = summary(parts, state)
+    if closing["best_metric"] is None:  # an average is scored when it is the engine's
+        closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:

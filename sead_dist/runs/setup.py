@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import (
@@ -36,6 +37,7 @@ from sead_dist.models.student import build_student, start_hash, student_tokenize
 from sead_dist.objectives.ensemble import check_method
 from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
 from sead_dist.reporting.hub import check_push
+from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Watch, watching
@@ -130,8 +132,13 @@ def build(
     watch = stack.enter_context(watching(run, world, stop, config.watch))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
-    for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
+    for note in (
+        *told_choices(config, task, examples, splits, model, world),
+        *notes,
+        *told_cuts(examples, splits, config.max_length, max_length),
+    ):
         log.say(note)
+    config = with_choices(config, examples)
     batches = BatchStream(
         splits.train,
         config.seed,
@@ -152,6 +159,8 @@ def build(
     torch.use_deterministic_algorithms(config.deterministic)
     if not teachers:
         log.say("no teachers: the student learns from the labels alone")
+    if config.method == DEFAULT_METHOD and len(teachers) == 1:
+        log.say(f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`")
     source = (
         hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
     )
@@ -204,11 +213,17 @@ def read_inputs(
     if config.taught:
         check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
+    examples = load_examples(config, task, say)
     model = build_student(
-        config.student, task, tokenizer, config.seed, config.trust_remote_code, say
+        config.student,
+        task,
+        tokenizer,
+        config.seed,
+        config.trust_remote_code,
+        say,
+        examples.mean_score(task),
     )
     settle(tokenizer, model.config)
-    examples = load_examples(config, task, say)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.internals is not None:

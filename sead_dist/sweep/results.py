@@ -198,7 +198,7 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
     if not taught:
         return []
     # an ensemble of all teachers, and of the plainest kind, comes first
-    order = {"mean_logits": 0, "single": 2}
+    order = {"mean_logits": 0, "mean_probabilities": 0, "single": 2}
     best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
     path = best.folder / "scores.json"
     with reading(path, "restore it, or train this run anew"):

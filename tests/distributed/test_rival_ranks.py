@@ -121,7 +121,7 @@ def two_ranks(task, tmp_path_factory):
 
 def tinybert_words(task, root, **changes):
     data, teacher = task
-    keys = {"micro_batch": 2, "evaluate__every_steps": 4, "graduate": "last", **changes}
+    keys = {"micro_batch": 2, "evaluate__every_steps": 4, "final_checkpoint": "last", **changes}
     return words(data, [teacher], root / "run", method="tinybert", **keys)
 
 

@@ -71,8 +71,8 @@ def words_of(place: Path, case: str, output: Path) -> list[str]:
     start = data / "start"
     keys = {
         "max_steps": STEPS, "global_batch": BATCH, "micro_batch": 2, "learning_rate": RATE,
-        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup": WARM / STEPS, "seed": SEED,
-        "graduate": "last", "schedule": "linear", "checkpoint__every_steps": 0, "student__path": start, "student__shape": "null", "student__tokenizer": "null", "max_length": 48, **CASES[case],
+        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup": WARM / STEPS, "seed": SEED, "method": "mean",
+        "final_checkpoint": "last", "schedule": "linear", "checkpoint__every_steps": 0, "student__path": start, "student__shape": "null", "student__tokenizer": "null", "max_length": 48, **CASES[case],
     }  # fmt: skip
     teachers = [data / "a", data / "b"]
     if case == "regression":

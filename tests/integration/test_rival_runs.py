@@ -50,7 +50,7 @@ def killable(task, root: Path) -> list[str]:
     data, teachers = task
     return words(
         data, teachers, root / "run", root / "store", method="tinybert", guide="a", epochs=2,
-        checkpoint__every_steps=1, evaluate__every_steps=5, graduate="last",
+        checkpoint__every_steps=1, evaluate__every_steps=5, final_checkpoint="last",
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from small import config
 from torch.nn import functional as F
 
 from sead_dist.objectives.ensemble import SoftTargets
-from sead_dist.objectives.losses import alpha_at, hard_loss, soft_loss, total_loss
+from sead_dist.objectives.losses import alpha_at, hard_loss, mse_centered, soft_loss, total_loss
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)
@@ -42,13 +42,21 @@ def test_the_factor_keeps_the_gradient_of_soft_targets_as_large_at_any_temperatu
 def test_a_student_that_says_what_its_teachers_say_has_no_soft_loss():
     # in fp32 rounding alone, times T^2, can pass 1e-6
     logits_BC = torch.randn(5, 3, dtype=torch.float64)
-    for loss in ("kl", "mse"):
+    for loss in ("kl", "mse", "mse_centered"):
         assert soft_loss(logits_BC, soft_of(logits_BC, 3.0), loss).abs().max() < 1e-12
 
 
 def test_squared_error_is_the_mean_over_classes():
     found = soft_loss(torch.tensor([[1.0, 5.0]]), soft_of(torch.tensor([[3.0, 4.0]]), 2.0), "mse")
     assert found.tolist() == [(4 + 1) / 2]
+
+
+def test_centred_squared_error_does_not_see_what_probabilities_do_not_depend_on():
+    student_BC, target_BC = torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, 4.0]])
+    # less their means: (-2, 2) and (-.5, .5)
+    assert mse_centered(student_BC, target_BC).tolist() == [1.5**2]
+    shifted = soft_loss(student_BC + 7, soft_of(target_BC - 2, 1.0), "mse_centered")
+    assert shifted.tolist() == [1.5**2]
 
 
 def test_hard_loss_by_hand_and_nothing_where_there_is_no_label():
