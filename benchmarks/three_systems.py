@@ -6,7 +6,7 @@ forwards and training are timed; importing, and scoring the selection split, are
 AdamW, one learning-rate schedule, batches of 32, KL at temperature 2 with alpha 0.5, and as many
 threads. bf16 means bf16 teachers and autocast for the student, for all.
 
-- ours: the parts of `sead-dist distill` in its order, gate=off, a new store for each run. What it
+- ours: the parts of `sead-dist distill` in its order, teacher_validation=off, a new store for each run. What it
   does beyond (scores, predictions, plots, the card) stands in a column of its own.
 - textbrewer: MultiTeacherDistiller 0.2.1.post1, random batches padded to their longest row.
 - textbrewer-cache: the same with its cache of teacher logits, which keeps the first epoch's
@@ -79,7 +79,7 @@ def run_ours(setting: Setting) -> dict[str, float]:
             "alpha": setting.alpha,
             "gate": "off",
             # the student's final weights, as the peers keep theirs, not the best epoch's
-            "evaluate.every_steps": 1_000_000,
+            "eval_steps": 1_000_000,
             "store": setting.folder / "store",
             "output_dir": setting.folder / "run",
         }

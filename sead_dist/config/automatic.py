@@ -25,7 +25,7 @@ RATE_BEYOND = 2e-5
 
 def epoch_steps(config: RunConfig, labelled: int, rows: int) -> int:
     """Steps of one epoch over the labelled rows, or over all rows where none has a label."""
-    return -(-(labelled or rows) // config.global_batch)
+    return -(-(labelled or rows) // config.global_batch_size)
 
 
 def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
@@ -37,11 +37,11 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     epoch = epoch_steps(config, labelled, rows)
     if config.max_steps is not None:
         return config.max_steps
-    if config.epochs is not None:
-        return config.epochs * epoch
+    if config.num_train_epochs is not None:
+        return config.num_train_epochs * epoch
     if not config.taught:
         return max(EPOCHS * epoch, LEAST_FINETUNING)
-    passes = PASSES * -(-rows // config.global_batch)
+    passes = PASSES * -(-rows // config.global_batch_size)
     return min(max(passes, LEAST_STEPS), MOST_STEPS)
 
 
@@ -50,8 +50,8 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     steps = run_steps(config, labelled, rows)
     if config.max_steps is not None:
         return f"{steps} steps (max_steps)"
-    if config.epochs is not None:
-        return f"{steps} steps (epochs={config.epochs} over {labelled or rows} labelled rows)"
+    if config.num_train_epochs is not None:
+        return f"{steps} steps (num_train_epochs={config.num_train_epochs} over {labelled or rows} labelled rows)"
     if not config.taught:
         why = f"three epochs over {labelled or rows} labelled rows, at least {LEAST_FINETUNING}"
     else:

@@ -102,7 +102,7 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     lines += uneven(setting.config, setting.size)
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
-    if setting.config.internals is not None:
+    if setting.config.feature_loss is not None:
         lines.append("the guide's own forwards in each step are not counted")
     if setting.teachers:
         lines.append(

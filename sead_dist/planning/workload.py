@@ -72,7 +72,7 @@ def asked_share(
     names = [teacher.name for teacher in teachers]
     if config.ensemble == "single":
         largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
-        chosen = largest if config.guide is None else names.index(config.guide)
+        chosen = largest if config.teacher is None else names.index(config.teacher)
         return [float(n == chosen) for n in range(len(names))]
     if config.ensemble == "random":
         return [1 - (1 - 1 / len(names)) ** passes] * len(names)
@@ -98,9 +98,9 @@ def make_work(
     first: it does where this run was cut off, and not where another one asked for other rows."""
     train = examples.train
     lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
-    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch)
+    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch_size)
     lengths_SM, rows_SM = micro_batch_shapes(
-        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch // config.micro_batch
+        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
     )
     total = run_steps(config, examples.labelled_rows, len(train))
     in_time = min(1.0, total / len(order_SG))
@@ -122,7 +122,7 @@ def make_work(
             key = (teacher.tokenizer_hash, teacher.max_length, split.split)
             if missing and key not in counted:
                 counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
-            parts = -(-missing // config.look_ahead)
+            parts = -(-missing // config.prefetch_rows)
             sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
             requests_N[n] += [spread(counted[key], size) for size in sizes]
     left = max(0, total - done)

@@ -23,7 +23,7 @@ from sead_dist.training.engine import width_of
 def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
     labelled, rows = examples.labelled_rows, len(examples.train)
-    every = config.evaluate.every_steps or epoch_steps(config, labelled, rows)
+    every = config.eval_steps or epoch_steps(config, labelled, rows)
     return config.model_copy(
         update={
             "max_steps": run_steps(config, labelled, rows),
@@ -66,8 +66,8 @@ def known_step_seconds(
         rate = remembered(default_rates()).get(key)
         if rate is None:
             return None
-        micro_batches = -(-config.global_batch // (config.micro_batch * world.size))
-        rows_s = config.micro_batch * float(rate.row_s(train.tokens.lengths_B().mean()))
+        micro_batches = -(-config.global_batch_size // (config.micro_batch_size * world.size))
+        rows_s = config.micro_batch_size * float(rate.row_s(train.tokens.lengths_B().mean()))
         return micro_batches * (rows_s + rate.batch_s) + rate.once_s
 
     return from_main(world, find)

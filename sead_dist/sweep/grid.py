@@ -115,7 +115,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
         common = resolve(layers)
         refuse_push(common, "a sweep")
-        texts += filter(None, [common.transfer.path])
+        texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         teachers += made
         for method in sweep.methods:
@@ -154,10 +154,10 @@ def method_name(method: str) -> str:
 
 def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
     """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
-    if texts and all(unit.config.transfer.path is None for unit in students):
+    if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
-            f"transfer.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
-            "method of this sweep asks any; leave transfer.path out, or add a method, such as mean"
+            f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
+            "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
         )
 
 

@@ -17,14 +17,14 @@ from sead_dist.sweep.results import TaskData
 
 def steps_of(config: RunConfig, data: TaskData) -> int:
     """Steps of a run by its own keys."""
-    unlabelled = data.unlabelled_rows if config.transfer.path is not None else 0
+    unlabelled = data.unlabelled_rows if config.unlabeled.path is not None else 0
     return run_steps(config, data.train_rows, data.train_rows + unlabelled)
 
 
 def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
-    left = any(config.max_steps is None and config.epochs is None for config in students)
+    left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
     return plan.equal_steps and left and len({config.taught for config in students}) > 1
 
 

@@ -133,8 +133,8 @@ def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machi
         model.config,
         machine,
         dtype=config.precision,
-        optimizer=config.optimizer,
-        rows=config.micro_batch,
+        optimizer=config.optim,
+        rows=config.micro_batch_size,
         task=task_kind,
     )
 

@@ -45,7 +45,7 @@ STAGE_RULES = 2
 
 def rules_of(config: RunConfig) -> dict[str, int]:
     """The versions of the rules that decide the student of this run."""
-    return {**RULES, "stages": STAGE_RULES} if config.internals == "tinybert" else RULES
+    return {**RULES, "stages": STAGE_RULES} if config.feature_loss == "tinybert" else RULES
 
 
 @dataclass(frozen=True)

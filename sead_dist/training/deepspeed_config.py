@@ -158,11 +158,11 @@ def from_the_run(
     path: Path, values: dict[str, Any], config: RunConfig, ranks: int
 ) -> dict[str, float]:
     """The batch sizes and the clipping of this run. Raises UserError where the file has others."""
-    micro_batches = -(-config.global_batch // (config.micro_batch * ranks))
+    micro_batches = -(-config.global_batch_size // (config.micro_batch_size * ranks))
     ours: dict[str, float] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": config.micro_batch * micro_batches * ranks,
+        "train_batch_size": config.micro_batch_size * micro_batches * ranks,
         "gradient_clipping": config.max_grad_norm,
     }
     for key, value in ours.items():

@@ -240,17 +240,17 @@ class Trainer:
             loss_inner=None if self.rival is None else inner,
             agreement=rates,
         )
-        if self.config.tracker is not None:
+        if self.config.report_to is not None:
             parts_of_loss = {"loss_soft": soft, "loss_hard": hard_mean or 0.0}
             self.engine.track({**shown, **parts_of_loss}, state.step)
         return shown, state.add(padding=padding, tokens=tokens)
 
     def evaluates_after(self, step: int) -> bool:
-        every = self.config.evaluate.every_steps or self.batches.steps_per_epoch
+        every = self.config.eval_steps or self.batches.steps_per_epoch
         return step % every == 0 or step == self.batches.total_steps
 
     def saves_after(self, step: int) -> bool:
-        every = self.config.checkpoint.every_steps
+        every = self.config.save_steps
         return every > 0 and (step % every == 0 or step == self.batches.total_steps)
 
     def score(self, state: TrainState) -> TrainState:
@@ -264,7 +264,7 @@ class Trainer:
             loss=result.loss,
             metrics=result.metrics,
         )
-        if self.config.tracker is not None:
+        if self.config.report_to is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if self.rival is not None and self.rival.has_no_head(state.step):

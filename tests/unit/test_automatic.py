@@ -11,7 +11,7 @@ TAUGHT = "teachers=[a,b]"
 
 def steps(labelled, rows, *given, **keys):
     return run_steps(
-        config(*given, **{"global_batch": 32, "micro_batch": 16, **keys}), labelled, rows
+        config(*given, **{"global_batch_size": 32, "micro_batch_size": 16, **keys}), labelled, rows
     )
 
 
@@ -28,23 +28,23 @@ def test_without_teachers_it_is_three_epochs_and_200_steps_at_least():
 
 
 def test_epochs_are_of_the_labelled_rows_however_much_text_there_is():
-    assert steps(2250, 2250, TAUGHT, epochs=2) == 2 * 71
-    assert steps(2250, 80_000, TAUGHT, epochs=2) == 2 * 71
-    assert epoch_steps(config(global_batch=32), 2250, 80_000) == 71
+    assert steps(2250, 2250, TAUGHT, num_train_epochs=2) == 2 * 71
+    assert steps(2250, 80_000, TAUGHT, num_train_epochs=2) == 2 * 71
+    assert epoch_steps(config(global_batch_size=32), 2250, 80_000) == 71
     # of a run that has no labels, of its text
-    assert steps(0, 640, TAUGHT, epochs=2) == 2 * 20
+    assert steps(0, 640, TAUGHT, num_train_epochs=2) == 2 * 20
 
 
 def test_steps_that_are_given_count():
-    assert steps(2250, 80_000, TAUGHT, epochs=2, max_steps=7) == 7
+    assert steps(2250, 80_000, TAUGHT, num_train_epochs=2, max_steps=7) == 7
 
 
 def test_the_length_is_told_with_its_reason():
     said = told_length(config(TAUGHT), 54, 74)
     assert said.startswith("1500 steps (automatic: three passes over 74 rows, at least 1500, ")
     assert "epochs or max_steps change that" in said
-    assert told_length(config(TAUGHT, epochs=2), 54, 74) == (
-        "14 steps (epochs=2 over 54 labelled rows)"
+    assert told_length(config(TAUGHT, num_train_epochs=2), 54, 74) == (
+        "14 steps (num_train_epochs=2 over 54 labelled rows)"
     )
     assert "three epochs over 54 labelled rows, at least 200" in told_length(config(), 54, 54)
 

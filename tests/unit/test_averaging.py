@@ -18,10 +18,10 @@ from sead_dist.training.engine import Engine
 
 # 21 rows, eight a step: six steps in two epochs
 KEYS = {
-    "epochs": 2,
+    "num_train_epochs": 2,
     "final_checkpoint": "average",
     "average_share": 0.5,
-    "checkpoint__every_steps": 1,
+    "save_steps": 1,
 }
 
 
