@@ -100,7 +100,15 @@ def main() -> None:
         times = f"{min(s for s, _ in seen):.3f}-{max(s for s, _ in seen):.3f}"
         lines.append([task, size, how, step_s, times, seen[0][1], step_s / whole])
     lines.sort(key=lambda line: (args.tasks.index(line[0]), -line[1], line[2]))
-    columns = ["task", "micro_batch_size", "cut by", "s/step", "range", "padding", "of one micro-batch"]
+    columns = [
+        "task",
+        "micro_batch_size",
+        "cut by",
+        "s/step",
+        "range",
+        "padding",
+        "of one micro-batch",
+    ]
     raw = [[*key, seen] for key, seen in found.items()]
     title = "Micro-batches: their size, and how a global batch is cut"
     write_result("micro_batches", title, table(columns, lines), raw, args)

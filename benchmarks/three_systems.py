@@ -6,7 +6,8 @@ forwards and training are timed; importing, and scoring the selection split, are
 AdamW, one learning-rate schedule, batches of 32, KL at temperature 2 with alpha 0.5, and as many
 threads. bf16 means bf16 teachers and autocast for the student, for all.
 
-- ours: the parts of `sead-dist distill` in its order, teacher_validation=off, a new store for each run. What it
+- ours: the parts of `sead-dist distill` in its order, teacher_validation=off, a new store for each
+run. What it
   does beyond (scores, predictions, plots, the card) stands in a column of its own.
 - textbrewer: MultiTeacherDistiller 0.2.1.post1, random batches padded to their longest row.
 - textbrewer-cache: the same with its cache of teacher logits, which keeps the first epoch's
@@ -149,8 +150,8 @@ def prepare(args: argparse.Namespace, work: Path, rows: int) -> tuple[Setting, P
             for n in range(args.teachers)
         ]
     else:
-        lesson = data_folder(work / "teacher-data", args.teacher_rows, False, seed=1)
-        runs = finetuned_teachers(work / "teachers", lesson, args.teachers, args.layers, 1)
+        taught = data_folder(work / "teacher-data", args.teacher_rows, False, seed=1)
+        runs = finetuned_teachers(work / "teachers", taught, args.teachers, args.layers, 1)
         teachers = [run / "model" for run in runs]
     config = run_config({"data.path": data, "output_dir": work / "unused"})
     examples = load_examples(config, load_task("sst2"), lambda _line: None)

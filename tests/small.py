@@ -197,7 +197,13 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
 
 def config(*given, **changes) -> RunConfig:
     """A run's configuration for tests that build parts by hand."""
-    keys = {"task": "sst2", "output_dir": "unused", "global_batch_size": 8, "micro_batch_size": 2, **changes}
+    keys = {
+        "task": "sst2",
+        "output_dir": "unused",
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        **changes,
+    }
     return load_config([*given, *(f"{k.replace('__', '.')}={v}" for k, v in keys.items())])
 
 
@@ -229,7 +235,7 @@ def grammar_task(folder: Path) -> TaskSpec:
     return load_task(folder / "task.yaml")
 
 
-def roster(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
+def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
     """The teachers of these folders; a path may be an entry, `{path: DIR, weight: 2}`."""
     from sead_dist.teachers.teacher import call_roster
 

@@ -146,13 +146,13 @@ class RunConfig(Section):
     store: StoreConfig
     pool: PoolConfig
     ensemble: EnsembleMethod
-    guide: str | None
+    feature_teacher: str | None
     route: str | None
     loss: Literal["auto", "kl", "mse", "mse_centered"]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    internals: Literal["distilbert", "tinybert", "minilm"] | None
+    layer_outputs: Literal["distilbert", "tinybert", "minilm"] | None
     inner_weight: Annotated[float, Field(gt=0)]
     inner_share: Annotated[float, Field(gt=0, lt=1)]
     start: Literal["own", "guide"]

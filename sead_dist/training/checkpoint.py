@@ -333,5 +333,5 @@ def _sync(path: Path) -> None:
 def _cannot_save(final: Path, error: Exception) -> RunError:
     return RunError(
         f"checkpoint {final.name} cannot be written in {final.parent}: {reason(error)}; the last "
-        "checkpoint is intact; free space or mend the folder, then give the same command again"
+        "checkpoint is intact; free space or fix the folder, then give the same command again"
     )

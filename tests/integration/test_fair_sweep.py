@@ -177,7 +177,9 @@ def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
     untaught = load_config([*words(task, ["t"], out), text, "method=finetune"])
     alone = load_config([*words(task, [], out), text])
     encoder = f"encoders=[{task / 'student.yaml'}]"
-    with pytest.raises(UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"):
+    with pytest.raises(
+        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"
+    ):
         distill(untaught, ALONE)
     with pytest.raises(UserError, match=r"none are given; leave unlabeled.path out, or give teach"):
         distill(alone, ALONE)

@@ -225,7 +225,7 @@ def test_a_full_disk_is_a_run_error(own, frames, keys, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(distillation, "run_parts", full)
-    with pytest.raises(sd.RunError, match="No space left on device; mend it"):
+    with pytest.raises(sd.RunError, match="No space left on device; fix it"):
         sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
 
 
@@ -236,7 +236,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(run, own, frames, keys, tmp_path
 
     class AtStep(logging.Handler):
         def emit(self, record):
-            if "examination" in record.getMessage() or "teacher" in record.getMessage():
+            if "validation" in record.getMessage() or "teacher" in record.getMessage():
                 os.kill(os.getpid(), signal.SIGINT)
 
     logger, handler = logging.getLogger("sead_dist"), AtStep()
@@ -269,12 +269,22 @@ def test_a_call_from_a_thread_works(own, frames, keys, tmp_path):
 
 
 def test_finetuned_teachers_of_data_in_memory_teach(own, frames, keys, grammar, tmp_path):
-    short = {"max_steps": 3, "teacher_validation": "off", "student.tokenizer": grammar / "tokenizer"}
+    short = {
+        "max_steps": 3,
+        "teacher_validation": "off",
+        "student.tokenizer": grammar / "tokenizer",
+    }
     made = sd.finetune(
         own, data=frames, encoders=[grammar / "shape.yaml"], output_dir=tmp_path / "t", **short
     )
     assert [one.path.name for one in made] == ["teacher-0"]
-    student = {**keys, "teachers": made, "student": made[0], "max_steps": 3, "teacher_validation": "off"}
+    student = {
+        **keys,
+        "teachers": made,
+        "student": made[0],
+        "max_steps": 3,
+        "teacher_validation": "off",
+    }
     out = sd.distill(own, data=frames, output_dir=tmp_path / "student", **student)
     assert out.scores["validation"]["teachers"][0]["name"] == "teacher-0"
 

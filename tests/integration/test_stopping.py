@@ -148,7 +148,7 @@ def computed_rows(root: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_notice_in_the_examination_keeps_what_was_computed(words, tmp_path):
+def test_a_notice_in_the_validation_keeps_what_was_computed(words, tmp_path):
     given = words(tmp_path / "run", f"store={tmp_path / 'store'}")
     ranks = start(2, tmp_path / "ranks", slowly, given, "teachers", 0.5)
     wait_for((tmp_path / "run" / "teacher_manifest.json").exists)
@@ -205,7 +205,9 @@ def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, task):
 @pytest.mark.slow
 def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
     data, teachers = task
-    given = given_words((data, teachers[:1]), tmp_path, heartbeat__timeout_s=9, heartbeat__hang_timeout_s=6)
+    given = given_words(
+        (data, teachers[:1]), tmp_path, heartbeat__timeout_s=9, heartbeat__hang_timeout_s=6
+    )
     ranks = start(2, tmp_path / "ranks", slowly, given, "teachers", 0.9)
     finish(ranks, tmp_path / "ranks", 90.0)
     assert read(tmp_path / "run" / "run_summary.json")["finished"]
@@ -213,7 +215,9 @@ def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
 
 @pytest.mark.parametrize(("grace_s", "warned"), [(600, False), (1e-6, True)])
 def test_a_save_is_timed_against_the_notice(tmp_path, task, grace_s, warned):
-    run_ranks(1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, preemption_notice_s=grace_s))
+    run_ranks(
+        1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, preemption_notice_s=grace_s)
+    )
     (line,) = [line for line in log(tmp_path).splitlines() if "a save takes" in line]
     assert ("WARNING" in line) == warned
     assert not (tmp_path / "run" / "checkpoints" / "trial").exists()

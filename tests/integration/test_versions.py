@@ -21,7 +21,13 @@ from sead_dist.training.checkpoint import RULES, Identity, refuse_other
 OLD = Path(__file__).parents[1] / "data" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))
 WORDS = [
-    *("task=task/task.yaml", "data.path=task", "teachers=[teacher]", "student=start", "teacher_validation=off"),
+    *(
+        "task=task/task.yaml",
+        "data.path=task",
+        "teachers=[teacher]",
+        "student=start",
+        "teacher_validation=off",
+    ),
     *("num_train_epochs=2", "store=new-store", "selection.fraction=0.2", "micro_batch_size=16"),
 ]
 
@@ -44,7 +50,10 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
     said = str(caught.value)
     assert "\n" not in said
     assert f"output_dir={run} holds a run of another version of sead_dist, " in said
-    assert "rules order 1, start 1, input 1, defaults 1; this version has order 2, start 3, input 2, " in said
+    assert (
+        "rules order 1, start 1, input 1, defaults 1; this version has order 2, start 3, input 2, "
+        in said
+    )
     assert "give another output_dir" in said
     after = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
     after.pop(old / run / ".lock", None)
@@ -53,8 +62,20 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
 
 def test_a_sweep_of_old_rules_is_not_mixed_with_new_runs(old):
     keys = [
-        *("tasks=[task/task.yaml]", "methods=[finetune]", "seeds=1", "data.path=task", "teacher_validation=off"),
-        *("teachers=[teacher]", "student=start", "num_train_epochs=1", "output_dir=sweep", "store=new-store"),
+        *(
+            "tasks=[task/task.yaml]",
+            "methods=[finetune]",
+            "seeds=1",
+            "data.path=task",
+            "teacher_validation=off",
+        ),
+        *(
+            "teachers=[teacher]",
+            "student=start",
+            "num_train_epochs=1",
+            "output_dir=sweep",
+            "store=new-store",
+        ),
     ]
     with pytest.raises(UserError, match="holds a run of another version of sead_dist"):
         run_sweep(keys, ALONE)
@@ -78,7 +99,9 @@ def test_every_rule_has_a_part_in_the_identity():
     now = Identity({}, "data", [], "start", dict(RULES))
     for name in RULES:
         other = replace(now, rules={**RULES, name: 0})
-        with pytest.raises(UserError, match=f"rules {name} 0; this version has {name} {RULES[name]}"):
+        with pytest.raises(
+            UserError, match=f"rules {name} 0; this version has {name} {RULES[name]}"
+        ):
             refuse_other(Path("run"), other, now)
     written = json.loads(json.dumps({"config": {}, "data": "data", "teachers": []}))
     assert set(Identity(**written).other_rules(now)) == set(RULES)

@@ -12,9 +12,13 @@ from sead_dist.errors import UserError
 
 
 def test_files_stack_left_to_right_and_words_come_last(tmp_path):
-    (tmp_path / "a.yaml").write_text("task: sst2\noutput_dir: x\nseed: 1\nselection: {fraction: 0.2}")
+    (tmp_path / "a.yaml").write_text(
+        "task: sst2\noutput_dir: x\nseed: 1\nselection: {fraction: 0.2}"
+    )
     (tmp_path / "b.yaml").write_text("seed: 2\nselection: {seed: 9}\n")
-    found = load_config([str(tmp_path / "a.yaml"), "num_train_epochs=7", str(tmp_path / "b.yaml"), "seed=3"])
+    found = load_config(
+        [str(tmp_path / "a.yaml"), "num_train_epochs=7", str(tmp_path / "b.yaml"), "seed=3"]
+    )
     assert (found.seed, found.num_train_epochs) == (3, 7)
     # a section is laid over, not replaced
     assert (found.selection.fraction, found.selection.seed) == (0.2, 9)
@@ -56,7 +60,9 @@ def test_a_glob_of_teachers_is_sorted_and_must_match(tmp_path):
 
 
 def test_on_and_off_are_words_and_exponents_are_numbers():
-    found = config("teacher_validation=off", "learning_rate=1e-3", "selection.split=dev", "deterministic=true")
+    found = config(
+        "teacher_validation=off", "learning_rate=1e-3", "selection.split=dev", "deterministic=true"
+    )
     assert found.teacher_validation == "off"
     assert found.learning_rate == 0.001
     assert found.selection.split == "dev"
@@ -72,7 +78,10 @@ def test_on_and_off_are_words_and_exponents_are_numbers():
         ("temperature=0", "temperature=0"),
         ("placement=everywhere", "placement='everywhere'.*'colocated'"),
         ("output_dir=", "output_dir is not set"),
-        ("micro_batch_size=3", "micro_batch_size=3 does not divide global_batch_size=8.*micro_batch_size=2"),
+        (
+            "micro_batch_size=3",
+            "micro_batch_size=3 does not divide global_batch_size=8.*micro_batch_size=2",
+        ),
         ("seed=[1", "the value of seed"),
     ],
 )
@@ -97,7 +106,9 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
 
 
 def test_the_dump_gives_the_same_configuration_again(tmp_path):
-    first = config("teachers=[{path: a, labels: [x, y]}]", "teacher_validation=off", "selection.split=dev")
+    first = config(
+        "teachers=[{path: a, labels: [x, y]}]", "teacher_validation=off", "selection.split=dev"
+    )
     (tmp_path / "again.yaml").write_text(dump_config(first))
     assert load_config([str(tmp_path / "again.yaml")]) == first
 
@@ -112,7 +123,13 @@ def test_identity_holds_what_decides_the_student_and_not_where_or_how_it_runs():
         "save_total_limit=9",
     ]
     assert config(*free, output_dir="elsewhere").identity() == base
-    fixed = ["seed=5", "alpha=0.1", "num_train_epochs=9", "micro_batch_size=4", "selection.fraction=0.3"]
+    fixed = [
+        "seed=5",
+        "alpha=0.1",
+        "num_train_epochs=9",
+        "micro_batch_size=4",
+        "selection.fraction=0.3",
+    ]
     fixed += ["data.max_train_examples=7", "ensemble=score", "student.shape=s", "precision=bf16"]
     for word in fixed:
         key = word.split("=")[0]
@@ -195,5 +212,7 @@ def test_an_unknown_method_is_told_the_known_ones():
 def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("alpha: 0.2\nnum_train_epochs: 9\n")
-    with pytest.raises(UserError, match="num_train_epochs is no key of a method; its file may set ensemble,"):
+    with pytest.raises(
+        UserError, match="num_train_epochs is no key of a method; its file may set ensemble,"
+    ):
         config(method=own)

@@ -301,7 +301,9 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
         match=r"rows of one label only \(rows that share a text .*\); raise selection.fraction",
     ):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(40)]), 0.1, 0)
-    with pytest.raises(UserError, match=r"selection.fraction is 1.5; give a number between 0 and 1"):
+    with pytest.raises(
+        UserError, match=r"selection.fraction is 1.5; give a number between 0 and 1"
+    ):
         hold_out(SST2, sentences(("a", 1)), 1.5, 0)
 
 

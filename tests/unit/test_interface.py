@@ -117,8 +117,15 @@ def test_what_does_not_fit_is_refused_in_one_line(logits_NBC, call, says):
 
 def test_keys_of_a_call_are_those_of_the_command(tmp_path):
     given = {"method": "entropy", "selection.fraction": 0.2, "store": tmp_path / "store"}
-    asked = planned("sst2", tmp_path, {"output_dir": tmp_path / "run", "num_train_epochs": 2, **given})
-    words = ["sst2", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}", "num_train_epochs=2"]
+    asked = planned(
+        "sst2", tmp_path, {"output_dir": tmp_path / "run", "num_train_epochs": 2, **given}
+    )
+    words = [
+        "sst2",
+        f"data.path={tmp_path}",
+        f"output_dir={tmp_path / 'run'}",
+        "num_train_epochs=2",
+    ]
     words += ["method=entropy", "selection.fraction=0.2", f"store={tmp_path / 'store'}"]
     assert asked.config == load_config(words) == sd.load_config(*words)
     assert sd.load_config("sst2", output_dir="run").max_length == 64

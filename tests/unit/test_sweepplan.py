@@ -66,7 +66,10 @@ def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
     assert of(found, "cola", "mean")[0].num_train_epochs == 2
     assert of(found, "rte", "mean")[0].num_train_epochs == 4
     teachers = of(found, "rte", "teachers")
-    assert [(t.num_train_epochs, t.learning_rate, t.seed) for t in teachers] == [(9, 1e-3, 40), (9, 1e-3, 41)]
+    assert [(t.num_train_epochs, t.learning_rate, t.seed) for t in teachers] == [
+        (9, 1e-3, 40),
+        (9, 1e-3, 41),
+    ]
 
 
 def test_what_students_ask_of_teachers_does_not_change_the_teachers():
@@ -147,7 +150,10 @@ def test_a_sweep_is_told_from_a_run():
         (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
         (["seeds=[-1]"], "seeds.0=-1"),
-        (["per_task.cb.num_train_epochs=3"], "per_task: 'cb' is no task of this sweep; known: cola"),
+        (
+            ["per_task.cb.num_train_epochs=3"],
+            "per_task: 'cb' is no task of this sweep; known: cola",
+        ),
         (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),

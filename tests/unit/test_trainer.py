@@ -16,7 +16,7 @@ from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
 from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
 from sead_dist.training.engine import Engine, check_world
@@ -96,7 +96,14 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
     batches = BatchStream(
-        split, given.seed, given.global_batch_size, given.micro_batch_size, given.num_train_epochs, None, 0, 1
+        split,
+        given.seed,
+        given.global_batch_size,
+        given.micro_batch_size,
+        given.num_train_epochs,
+        None,
+        0,
+        1,
     )
     engine = Engine(build_model(), given, ALONE, batches.total_steps)
 
@@ -119,7 +126,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
+        heartbeat=Heartbeat(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 
@@ -162,8 +169,8 @@ def test_a_student_whose_head_nothing_has_taught_is_not_kept(tmp_path):
             return nullcontext()
 
     keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
-    rival = TwoStages(has_no_head=lambda step: step <= 2)
-    trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
+    feature_loss = TwoStages(has_no_head=lambda step: step <= 2)
+    trainer = replace(make_trainer(tmp_path, **keys), feature_loss=feature_loss)
     state = trainer.run(TrainState())
     assert (state.best_step, state.best_metric) == (4, 0.7)
 
@@ -171,7 +178,9 @@ def test_a_student_whose_head_nothing_has_taught_is_not_kept(tmp_path):
 def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path):
     split = small_split(21)
     # three batches, the last of five rows; nothing is learnt between them, or dropped out
-    trainer = make_trainer(tmp_path, split=split, num_train_epochs=1, global_batch_size=8, micro_batch_size=4)
+    trainer = make_trainer(
+        tmp_path, split=split, num_train_epochs=1, global_batch_size=8, micro_batch_size=4
+    )
     trainer.engine.step = lambda: 1.0
     model = trainer.engine.module.eval()
     trainer.engine.model.train = lambda *_: None

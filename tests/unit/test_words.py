@@ -22,8 +22,21 @@ def test_a_path_is_what_was_typed(text):
 
 
 def test_a_word_is_of_its_keys_own_type():
-    read = load_config([*BASE, "num_train_epochs=7", "learning_rate=1e-3", "alpha_end=null", "teacher_validation=off"])
-    assert (read.num_train_epochs, read.learning_rate, read.alpha_end, read.teacher_validation) == (7, 1e-3, None, "off")
+    read = load_config(
+        [
+            *BASE,
+            "num_train_epochs=7",
+            "learning_rate=1e-3",
+            "alpha_end=null",
+            "teacher_validation=off",
+        ]
+    )
+    assert (read.num_train_epochs, read.learning_rate, read.alpha_end, read.teacher_validation) == (
+        7,
+        1e-3,
+        None,
+        "off",
+    )
     assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
     assert load_config([*BASE, 'data.path="null"']).data.path == "null"
     assert load_config([*BASE, "teacher=a", "teacher=null"]).teacher is None
