@@ -3,11 +3,11 @@
 Both start from one folder and train on the training rows of a run of ours. The same are: global
 batch, epochs, learning rate, linear schedule, warm-up, weight decay, clipping, maximum length, the
 model's own dropout, and for a seed the head that the start lacks. Order of rows and dropout are
-each one's own. Ours is `distill` with method=finetune and final_checkpoint=last; its micro-batches
-are as a run has them, Trainer's are whole. The final weights of both are scored on the official dev
-split by Trainer's `predict`; "scored apart" is the most that the package's own score of the same
-weights differs from that. Seconds are those of the training loop. Systems take turns, in one
-process.
+each one's own. Ours is `distill` with method=finetune and
+final_checkpoint=last; its micro-batches are as a run has them, Trainer's are whole. The final
+weights of both are scored on the official dev split by
+Trainer's `predict`; "scored apart" is the most that the package's own score of the same weights
+differs from that. Seconds are those of the training loop. Systems take turns, in one process.
 
 Shapes: B rows, C classes.
 """

@@ -89,8 +89,8 @@ def main() -> None:
                                 task, f"data.path={folders[task]}", "method=finetune",
                                 f"data.max_train_examples={args.rows}", f"student.shape={shape}",
                                 f"student.tokenizer={tokenizer}", f"micro_batch_size={size}",
-                                f"precision={args.precision}", "num_train_epochs=1", "max_length=128",
-                                "save_steps=0", f"output_dir={run}/run",
+                                f"precision={args.precision}", "num_train_epochs=1",
+                                "max_length=128", "save_steps=0", f"output_dir={run}/run",
                             ]  # fmt: skip
                             found.setdefault((task, how, size), []).append(measure(words))
     lines = []

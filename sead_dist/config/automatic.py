@@ -50,13 +50,14 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     steps = run_steps(config, labelled, rows)
     if config.max_steps is not None:
         return f"{steps} steps (max_steps)"
-    if config.num_train_epochs is not None:
-        return f"{steps} steps (num_train_epochs={config.num_train_epochs} over {labelled or rows} labelled rows)"
+    epochs = config.num_train_epochs
+    if epochs is not None:
+        return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
     if not config.taught:
         why = f"three epochs over {labelled or rows} labelled rows, at least {LEAST_FINETUNING}"
     else:
         why = f"three passes over {rows} rows, at least {LEAST_STEPS}, at most {MOST_STEPS}"
-    return f"{steps} steps (automatic: {why}; epochs or max_steps change that)"
+    return f"{steps} steps (automatic: {why}; num_train_epochs or max_steps change that)"
 
 
 def learning_rate(config: RunConfig, width: int) -> float:

@@ -46,8 +46,8 @@ def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
         return f"loss={config.loss} needs classes; for a {kind.name} task {use}"
     if method == "routed" and config.teacher_column is None:
         return (
-            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each example's "
-            "teacher"
+            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each "
+            "example's teacher"
         )
     return None
 

@@ -160,9 +160,10 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
     """Raises UserError for a loss over layer outputs that the run's other keys rule out."""
     asks = f"feature_loss={config.feature_loss}"
     if config.feature_loss is None:
-        if config.student_init == "guide":
+        if config.student_init == "feature_teacher":
             raise UserError(
-                "student_init=feature_teacher is for a method with layer outputs; give method=distilbert, or student_init=own"
+                "student_init=feature_teacher is for a method with a feature_loss; "
+                "give method=distilbert, or student_init=own"
             )
     elif not config.taught:
         missing = "ensemble=none asks none" if config.teachers else "there are none"
@@ -206,10 +207,10 @@ def make_feature_loss(
         until = min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
     rest = None
     if 0 < until < total_steps:
-        rest = Rest(untaught, until, round(config.warmup_steps * (total_steps - until)))
+        rest = Rest(untaught, until, config.warmup(total_steps - until))
     return FeatureLoss(
-        method, student, feature_teacher, mine, theirs, projections, variant_of(method, student, feature_teacher),
-        config.feature_loss_weight, until, rest,
+        method, student, feature_teacher, mine, theirs, projections,
+        variant_of(method, student, feature_teacher), config.feature_loss_weight, until, rest,
     )  # fmt: skip
 
 
@@ -297,9 +298,10 @@ def check_same_states(
         off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
         if not off <= (1e-3 if dtype == torch.float32 else 0.1):
             raise UserError(
-                f"student_init=feature_teacher: with the feature teacher's weights the student's hidden states {number} "
-                f"differ from the feature teacher's by {off:.2g}; give a student whose config differs from "
-                "the feature teacher's in its number of layers alone, or student_init=own"
+                "student_init=feature_teacher: with that teacher's weights the student's hidden "
+                f"states {number} differ from the teacher's by {off:.2g}; give a student whose "
+                "config differs from the teacher's in its number of layers alone, or "
+                "student_init=own"
             )
 
 

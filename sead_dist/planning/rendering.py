@@ -46,7 +46,7 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
         full_R = teacher.cut.full_rows(lengths, rates.device)
         each_R = work.choices * rate.row_s(lengths) + rate.batch_s / full_R
         row_s = float(np.mean(each_R))
-        dtype = teacher.dtype if teacher.entry.weights is None else teacher.entry.weights
+        dtype = teacher.dtype if teacher.entry.quantization is None else teacher.entry.quantization
         rows.append(
             {
                 "model": f"{teacher.name} {shape_name(teacher.config)}",

@@ -98,7 +98,9 @@ def read_run(run: Path) -> RunFiles:
         config=config,
         scores=read_as(Scores, run / "scores.json"),
         eval_results=read_as(keys, run / "eval_results.json"),
-        validations=optional("examination.json", list[keys], []),
+        # runs of before keys had their present names called it examination.json
+        validations=optional("teacher_validation.json", list[keys], [])
+        or optional("examination.json", list[keys], []),
         teacher_manifest=optional("teacher_manifest.json", list[keys], []),
         run_summary=optional("run_summary.json", keys, {}),
         environment=optional("environment.json", keys, {}),

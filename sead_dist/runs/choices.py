@@ -28,7 +28,7 @@ def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
         update={
             "max_steps": run_steps(config, labelled, rows),
             "final_checkpoint": final_checkpoint(config, len(examples.selection)),
-            "evaluate": config.evaluate.model_copy(update={"every_steps": every}),
+            "eval_steps": every,
         }
     )
 

@@ -211,7 +211,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     validations: list[Validation] = []
-    if needs_validation(config) or config.drift == "on":
+    if needs_validation(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
@@ -219,7 +219,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
         validations = validate(
             task, teachers, logits_NBC, selection, parts.examples.dev_in_training
         )
-        if config.drift == "on":
+        if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
             validations = [
                 replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
@@ -229,7 +229,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
         if parts.world.is_main:
             record = [asdict(validation) for validation in validations]
             write_json(Path(config.output_dir) / "teacher_validation.json", record)
-        if config.teacher_validation == "on":
+        if config.validates:
             require_passed(task, validations, teachers)
     weights_N = weigh(config, teachers, validations)
     if config.ensemble == "single":
@@ -239,7 +239,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
 
 def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.teacher_validation == "on" or chosen_by_score(config)
+    return config.validates or chosen_by_score(config)
 
 
 def chosen_by_score(config: RunConfig) -> bool:

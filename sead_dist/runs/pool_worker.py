@@ -213,7 +213,7 @@ def validate_all(source: StoredSource, work: Work) -> list[Validation]:
     validations = validate(
         work.task, teachers, logits_NBC, selection, work.examples.dev_in_training
     )
-    if config.teacher_validation == "on":
+    if config.validates:
         require_passed(work.task, validations, teachers)
     return validations
 

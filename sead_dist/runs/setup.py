@@ -333,7 +333,7 @@ def follow(
             body, f"teacher {teacher.name}", needs_attention(config.feature_loss)
         )
         feature_loss = make_feature_loss(config, model, layer_parts, total_steps)
-        if config.student_init == "guide":
+        if config.student_init == "feature_teacher":
             fits = start_as_feature_teacher(model, body)
             start = (
                 "the feature teacher's layers"
@@ -351,10 +351,11 @@ def follow(
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
     """Raises UserError where a teacher cannot be placed as it should be."""
     check_placements(teachers, placements)
-    if "pool" in placements and config.drift == "on":
+    if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(
-            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and placement=pool is for "
-            "teachers that are not there; measure the drift in a run with another placement"
+            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and "
+            "placement=pool is for teachers that are not there; compare them in a run with another "
+            "placement"
         )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":

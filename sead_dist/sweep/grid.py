@@ -18,7 +18,7 @@ from sead_dist.config.load import (
     resolve,
     shipped_methods,
 )
-from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, TransferConfig
+from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, UnlabeledConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
@@ -261,7 +261,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     config = config.model_copy(update=given)
     if config.taught:
         return config
-    return config.model_copy(update={"transfer": TransferConfig(path=None, ratio=None)})
+    return config.model_copy(update={"unlabeled": UnlabeledConfig(path=None, ratio=None)})
 
 
 def student_units(

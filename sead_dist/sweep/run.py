@@ -178,7 +178,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
     task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
-    students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
+    students.sort(key=lambda of: (of.unlabeled.path is None, of.ensemble == "routed"))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
     dev = next(iter(examples.official.values()))

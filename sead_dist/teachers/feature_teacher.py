@@ -68,10 +68,11 @@ def check_feature_teacher(
                 f"teacher {teacher.name} is {placement}, and {asks} needs it on every rank; give "
                 f"its entry placement: colocated{other}"
             )
-        if teacher.entry.weights is not None:
+        if teacher.entry.quantization is not None:
             raise UserError(
-                f"teacher {teacher.name} has weights={teacher.entry.weights}, and {asks} needs its "
-                f"hidden states as they are; leave weights out, give dtype: bf16{other}"
+                f"teacher {teacher.name} has quantization={teacher.entry.quantization}, and {asks} "
+                f"needs its hidden states as they are; leave quantization out, "
+                f"give dtype: bf16{other}"
             )
         if teacher.tokenizer_hash != tokenizer_hash:
             raise UserError(

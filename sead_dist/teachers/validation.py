@@ -126,7 +126,8 @@ def validate(
 
 
 def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
-    line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} (constant {validation.constant_score:.4f})"
+    line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} "
+    line += f"(constant {validation.constant_score:.4f})"
     if validation.better_order is not None:
         line += f"; WARNING: it would score better with {_suggestion(validation, teacher)}"
     if validation.truncated_rows:
@@ -158,8 +159,8 @@ def require_passed(
         if validation.off_scale is not None and task.score_range is not None:
             (low, high), (least, most) = validation.off_scale, task.score_range
             raise UserError(
-                f"teacher {validation.name} failed its validation: its scores run from {low:.3g} to "
-                f"{high:.3g} on the selection split, those of {task.name} from {least:g} to "
+                f"teacher {validation.name} failed its validation: its scores run from {low:.3g} "
+                f"to {high:.3g} on the selection split, those of {task.name} from {least:g} to "
                 f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
                 "scale, or teach all the same with teacher_validation=off"
             )
@@ -169,7 +170,8 @@ def require_passed(
                 f"with other class names it would score better: {_suggestion(validation, teacher)}"
             )
         raise UserError(
-            f"teacher {validation.name} failed its validation: {validation.metric} {validation.score:.4f} on the "
-            f"selection split, no better than a constant answer ({validation.constant_score:.4f}); "
-            f"{hint}; leave it out, or teach all the same with teacher_validation=off"
+            f"teacher {validation.name} failed its validation: {validation.metric} "
+            f"{validation.score:.4f} on the selection split, no better than a constant answer "
+            f"({validation.constant_score:.4f}); {hint}; leave it out, or teach all the "
+            "same with teacher_validation=off"
         )

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sead_dist.config.automatic import DEFAULT_RULES
+from sead_dist.config.names import renamed
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import ORDER_RULES, Cursor
 from sead_dist.errors import RunError, UserError, reading, reason
@@ -65,12 +66,12 @@ class Identity:
         saved: Identity = read_as(cls, record, "identity")
         with reading(record, "restore it, or give another output_dir"):
             _names(saved.teachers)
-        return saved
+            return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one
         may have rules that the other never has: the methods are the difference then."""
-        alike = self.config.get("internals") == other.config.get("internals")
+        alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 

@@ -17,8 +17,8 @@ from sead_dist.errors import UserError, reason, refusal
 
 # sections of a DeepSpeed file that a run has keys of its own for
 OURS = {
-    "optimizer": "optimizer, learning_rate and weight_decay",
-    "scheduler": "schedule and warmup",
+    "optimizer": "optim, learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type and warmup_steps",
     "bf16": "precision",
     "fp16": "precision",
     "torch_autocast": "precision",

@@ -75,7 +75,7 @@ def build_schedule(
     schedule: LambdaLR = get_scheduler(
         SCHEDULES[config.lr_scheduler_type],
         optimizer,
-        num_warmup_steps=round(config.warmup_steps * total_steps),
+        num_warmup_steps=config.warmup(total_steps),
         num_training_steps=total_steps,
     )
     if rest is None:
@@ -305,7 +305,9 @@ def check_tracker(name: str | None) -> None:
     if name is not None and name not in known:
         raise UserError(f"report_to={name} is none that Accelerate knows: {', '.join(known)}")
     if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"report_to={name} is not installed; pip install it, or leave tracker out")
+        raise UserError(
+            f"report_to={name} is not installed; pip install it, or leave report_to out"
+        )
 
 
 def check_arithmetic(precision: str, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import example_set
+from submitit.helpers import DelayedSubmission
 
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import fingerprint
@@ -114,3 +115,17 @@ def test_groups_and_accepted_answers_are_part_of_the_data():
         replace(plain, answers=[Answer("a", ("a", more)), Answer("b", ("b",))]) for more in "cd"
     ]
     assert len({fingerprint(each) for each in (plain, *grouped, *answered)}) == 5
+
+
+def test_a_job_that_was_pickled_before_the_keys_had_their_names_still_runs(old, capfd):
+    launch = DelayedSubmission.load("waiting.pkl").function
+    assert launch.attempt(launch.recipe, launch.words) is None
+    assert (old / "waiting" / "model" / "model.safetensors").is_file()
+
+
+def test_a_pickled_job_with_a_checkpoint_of_old_rules_ends_in_one_line(old, capfd):
+    launch = DelayedSubmission.load("killed.pkl").function
+    assert launch.attempt(launch.recipe, launch.words) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "output_dir=killed" in line]
+    assert len(said) == 1
+    assert "holds a run of another version of sead_dist" in said[0]
