@@ -38,7 +38,7 @@ STUDENT_WORDS = (
     "warmup_steps=0.3",
     "eval_steps=350",
 )
-SOFT_WORDS = ("temperature=2", "alpha=0.7", "placement=partitioned")
+SOFT_WORDS = ("method=sead", "placement=partitioned")
 
 
 def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:

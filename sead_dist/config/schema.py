@@ -132,6 +132,7 @@ class RunConfig(Section):
     teacher_precision: Precision
     prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
     teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational]
+    baseline: Annotated[str | None, Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig

@@ -68,6 +68,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         else "",
         method=_method(files),
         teacher_table=_teacher_table(files),
+        learnable=_learnable(files),
         cost=_cost(files.run_summary),
         onnx=files.onnx,
         onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
@@ -286,6 +287,33 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     )
     if found:
         yield f"{found} dev texts also occur in the training or transfer text."
+
+
+def _learnable(files: RunFiles) -> str:
+    """What there was to learn, on the selection split, and what of it was kept."""
+    found = files.learnable
+    if not found:
+        return ""
+    rows: list[tuple[object, ...]] = [("majority baseline", found["majority"])]
+    if found["finetuned"] is not None:
+        rows.append(("fine-tuned student", found["finetuned"]))
+    rows.append((f"best teacher ({redact(found['best_name'])})", found["best_teacher"]))
+    rows.append(("ensemble", found["ensemble"]))
+    low, high = found["interval"]
+    over = "the best constant answer" if found["finetuned"] is None else "the fine-tuned student"
+    few = " from so few rows" if found["verdict"] == "cannot be told" else ""
+    text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
+    text += (
+        f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
+        f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
+    )
+    for split, of in (found.get("splits") or {}).items():
+        if "share" in of and split != "selection":
+            text += (
+                f" On {split} the student keeps {of['share']:.0%} of the gap between fine-tuned "
+                f"student ({of['finetuned']:.4f}) and ensemble ({of['ensemble']:.4f})."
+            )
+    return text
 
 
 def _hyperparameters(files: RunFiles) -> str:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig
@@ -21,7 +22,14 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.claim import already_finished
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
-from sead_dist.runs.results import conclude
+from sead_dist.runs.learnable import (
+    FILE,
+    Learnable,
+    baseline_logits,
+    told,
+    weigh_up,
+)
+from sead_dist.runs.results import conclude, ensemble_logits
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
 from sead_dist.runtime.run_log import is_finished, steps_done, tell, write_json
@@ -234,12 +242,43 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     weights_N = weigh(config, teachers, validations)
     if config.ensemble == "single":
         parts.log.say(f"the one teacher of this student: {teachers[int(weights_N.argmax())].name}")
+    if validations:
+        say_learnable(parts, validations, logits_NBC, weights_N)
     return weights_N
+
+
+def say_learnable(
+    parts: Parts,
+    validations: Sequence[Validation],
+    logits_NBC: np.ndarray,
+    weights_N: torch.Tensor,
+) -> None:
+    """Say, and write down, whether the teachers together know more than a fine-tuned student."""
+    selection, baseline = parts.splits.selection.examples, parts.config.baseline
+
+    def find() -> Learnable:
+        ensemble_BC, _ = ensemble_logits(parts, logits_NBC, weights_N, selection.routes_B)
+        finetuned_BC = None
+        if baseline is not None:
+            finetuned_BC = baseline_logits(Path(baseline), parts.task, selection)
+        return weigh_up(
+            parts.task,
+            selection,
+            [validation.score for validation in validations],
+            [validation.name for validation in validations],
+            ensemble_BC,
+            finetuned_BC,
+        )
+
+    found = from_main(parts.world, find)
+    parts.log.say(told(found))
+    if parts.world.is_main:
+        write_json(Path(parts.config.output_dir) / FILE, asdict(found))
 
 
 def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.validates or chosen_by_score(config)
+    return config.validates or chosen_by_score(config) or config.baseline is not None
 
 
 def chosen_by_score(config: RunConfig) -> bool:

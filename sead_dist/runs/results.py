@@ -22,10 +22,11 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.learnable import FILE, kept_shares, told_shares
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
-from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
@@ -206,6 +207,11 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     closing = summary(parts, state)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
+    shares: dict[str, dict[str, float]] = {}
+    if parts.source is not None and config.baseline is not None:
+        shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+    for line in told_shares(shares):
+        parts.log.say(line)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -217,6 +223,9 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
             "selected_on": config.selection.split,
         }
         write_json(run / "scores.json", record)
+        if shares:
+            found = read_as(dict[str, Any], run / FILE)
+            write_json(run / FILE, {**found, "splits": shares})
         # the report quotes the summary, and the run is finished only with its report
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)

@@ -44,6 +44,7 @@ from sead_dist.objectives.feature_losses import (
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -120,6 +121,9 @@ def build(
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
+    if teachers and config.baseline is not None:
+        given = Path(config.baseline)
+        on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
