@@ -52,7 +52,7 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     engine.model.train()
     return Trainer(
         given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
 
 

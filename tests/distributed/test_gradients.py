@@ -44,7 +44,7 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     engine = Engine(model, given, world, batches.total_steps)
     trainer = Trainer(
         given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter

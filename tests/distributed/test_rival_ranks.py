@@ -59,7 +59,7 @@ def gradients(world, method):
     )
     trainer = Trainer(
         given, world, engine, batches, None, ["a"], torch.ones(1), KINDS["classification"],
-        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch), feature_teacher, feature_loss,
+        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat), feature_teacher, feature_loss,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)

@@ -1,6 +1,7 @@
 """What a run takes for keys that are left to it: told first in the log, kept in summary and card."""
 
 import torch
+from safetensors.torch import load_file
 from small import read
 
 from sead_dist.config import automatic
@@ -57,7 +58,8 @@ def test_sead_with_one_teacher_says_that_it_is_single(distil, words, teachers, t
     line = "method=sead counts several teachers alike; with one it is `single`"
     assert line in "\n".join(said(run))
     single = distil(words(tmp_path / "single", *one, "method=single"))
-    weights = [(of / "model" / "model.safetensors").read_bytes() for of in (run, single)]
-    assert weights[0] == weights[1]
+    weights = [load_file(of / "model" / "model.safetensors") for of in (run, single)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
     both = distil(words(tmp_path / "both", "max_steps=3"))
     assert line not in "\n".join(said(both))
