@@ -306,7 +306,10 @@ def say_learnable(
         )
 
     found = from_main(parts.world, find)
-    parts.log.say(told(found))
+    line = told(found)
+    if ensemble.weighting.fewest_rows:
+        line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
+    parts.log.say(line)
     if parts.world.is_main:
         write_json(Path(parts.config.output_dir) / FILE, asdict(found))
 
