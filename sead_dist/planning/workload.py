@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, entries, sample
 from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
 from sead_dist.data.splits import RunExamples
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
+from sead_dist.runs.choices import steps_of
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.inference import (
     cut_into_batches,
@@ -100,7 +100,7 @@ def make_work(
     lengths_SM, rows_SM = micro_batch_shapes(
         order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
     )
-    total = run_steps(config, examples.labelled_rows, len(train))
+    total = steps_of(config, examples)
     in_time = min(1.0, total / len(order_SG))
     passes = -(-total // len(order_SG))
     shares_N = [share * in_time for share in asked_share(config, teachers, train, passes)]

@@ -11,6 +11,7 @@ from sead_dist.config.automatic import (
     told_length,
 )
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.order import Split
 from sead_dist.data.splits import RunExamples, RunSplits
 from sead_dist.data.task_files import TaskSpec
@@ -22,11 +23,12 @@ from sead_dist.training.engine import width_of
 
 def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
-    labelled, rows = examples.labelled_rows, len(examples.train)
+    labelled = examples.labelled_rows
+    rows = rows_asked(config, labelled, examples.transfer_rows)
     every = config.eval_steps or epoch_steps(config, labelled, rows)
     return config.model_copy(
         update={
-            "max_steps": run_steps(config, labelled, rows),
+            "max_steps": steps_of(config, examples),
             "final_checkpoint": final_checkpoint(config, len(examples.selection)),
             "eval_steps": every,
         }
@@ -42,8 +44,9 @@ def told_choices(
     world: World,
 ) -> list[str]:
     """Lines on the length of the run, its learning rate and which student is kept."""
-    labelled, rows = examples.labelled_rows, len(examples.train)
-    steps = run_steps(config, labelled, rows)
+    labelled = examples.labelled_rows
+    rows = rows_asked(config, labelled, examples.transfer_rows)
+    steps = steps_of(config, examples)
     length = told_length(config, labelled, rows)
     step_s = known_step_seconds(config, task, splits.train, model, world)
     if step_s is not None:
@@ -71,3 +74,9 @@ def known_step_seconds(
         return micro_batches * (rows_s + rate.batch_s) + rate.once_s
 
     return from_main(world, find)
+
+
+def steps_of(config: RunConfig, examples: RunExamples) -> int:
+    """Optimiser steps of the run."""
+    labelled = examples.labelled_rows
+    return run_steps(config, labelled, rows_asked(config, labelled, examples.transfer_rows))

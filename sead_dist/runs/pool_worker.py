@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
-from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
@@ -23,6 +22,7 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.models.student import start_hash
 from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.setup import quiet_libraries, read_inputs
@@ -96,6 +96,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         start_hash(config.student, config.teachers),
         rules_of(config),
+        examples.copies,
     )
     words = tokenizer_hash(tokenizer)
     return Work(config, task, examples, splits, words, max_length, teachers, identity)
@@ -196,7 +197,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
             validations, logits_NBC = validate_all(source, work)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
-        run_steps(config, work.examples.labelled_rows, len(splits.train)), 0, 1,
+        steps_of(config, work.examples), 0, 1,
     )  # fmt: skip
     ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
     asked = partial(ensemble.asked, batches)

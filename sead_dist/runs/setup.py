@@ -45,6 +45,7 @@ from sead_dist.objectives.feature_losses import (
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
@@ -134,6 +135,7 @@ def build(
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: start_hash(config.student, config.teachers)),
         rules_of(config),
+        examples.copies,
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
@@ -240,6 +242,7 @@ def read_inputs(
         examples.mean_score(task),
     )
     settle(tokenizer, model.config)
+    examples = add_copies(config, task, examples, tokenizer, model, say)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:

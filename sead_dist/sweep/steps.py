@@ -11,14 +11,15 @@ from typing import Any
 
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.augmentation import rows_asked
 from sead_dist.sweep.grid import Plan
 from sead_dist.sweep.results import TaskData
 
 
 def steps_of(config: RunConfig, data: TaskData) -> int:
     """Steps of a run by its own keys."""
-    unlabelled = data.unlabelled_rows if config.unlabeled.path is not None else 0
-    return run_steps(config, data.train_rows, data.train_rows + unlabelled)
+    unlabelled = data.unlabelled_rows if config.has_text else 0
+    return run_steps(config, data.train_rows, rows_asked(config, data.train_rows, unlabelled))
 
 
 def needs_rows(plan: Plan, task: str) -> bool:
