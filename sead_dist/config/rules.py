@@ -8,10 +8,14 @@ an input is raises the version.
 # 1: batches sorted by length over the whole data.
 ORDER_RULES = 2
 # How a start becomes a student: which weights are new, how they are drawn (models/student.py).
-START_RULES = 2
+# 2: the bias of a new head of scores began at 0.
+START_RULES = 3
 # What a model is fed (models/inputs.py).
 # 1: padded on the right, with the ids and names that config and tokeniser happened to have.
 INPUT_RULES = 2
+# What `null` and `auto` stand for (config/automatic.py).
+# 1: three epochs over all rows, 5e-5, the best checkpoint.
+DEFAULT_RULES = 2
 # Of the second stage of a method that has two (objectives/feature_losses.py).
 # 1: its optimiser state is as old as the run.
 STAGE_RULES = 2

@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.names import renamed
-from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, STAGE_RULES, START_RULES
+from sead_dist.config.rules import (
+    DEFAULT_RULES,
+    INPUT_RULES,
+    ORDER_RULES,
+    STAGE_RULES,
+    START_RULES,
+)
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.run_log import read_as
 
 # versions of what else decides a student than what its identity names
-RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
+RULES = {
+    "order": ORDER_RULES,
+    "start": START_RULES,
+    "input": INPUT_RULES,
+    "defaults": DEFAULT_RULES,
+}
 
 
 def rules_of(config: RunConfig) -> dict[str, int]:

@@ -174,6 +174,7 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
                 "lower learning_rate, or train in fp32 (precision=fp32)"
             )
+        self.engine.average_weights(step)
 
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
@@ -226,7 +227,7 @@ class Trainer:
         return every > 0 and (step % every == 0 or step == self.batches.total_steps)
 
     def score(self, state: TrainState) -> TrainState:
-        """Score the selection split, and keep the student when it is the best so far."""
+        """Score the selection split, and keep the student when it is the one to keep so far."""
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
@@ -241,10 +242,22 @@ class Trainer:
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if not self.loss.teaches_head(state.step):
             return state  # its score is that of a head as it was made
-        if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
-            state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
-            self.checkpointer.save_best(self.engine, state.step)
-        return state
+        return self.keep(score, result.loss, state)
+
+    def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
+        """Keep the student as it is now, where it is the one that is asked for."""
+        kept = self.config.final_checkpoint
+        if kept in ("last", "average"):
+            if state.step < self.batches.total_steps:
+                return state
+        elif not self.agreed_better(score, loss, state):
+            return state
+        if kept == "average":
+            # scored at the end with the official splits, when it is the engine's
+            self.checkpointer.save_average(self.engine, state.step)
+            return replace(state, best_step=state.step)
+        self.checkpointer.save_best(self.engine, state.step)
+        return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
         """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving

@@ -29,7 +29,7 @@ from sead_dist.runs.pool_worker import teach
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runs.shown_data import show_data
 from sead_dist.sweep.grid import make_plan
-from sead_dist.training.checkpoint import Identity
+from sead_dist.training.identity import Identity
 
 SAMPLED = {"data__max_train_examples": 40, "num_train_epochs": 1, "save_steps": 2}
 COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5}
