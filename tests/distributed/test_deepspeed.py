@@ -319,6 +319,7 @@ def check_memory(tmp_path, size, ways):
                 assert promised < rank[way] < promised + (1.3 if way == "zero2" else 0.4), way
 
 
+@pytest.mark.slow
 def test_memory_falls_as_the_stages_promise(tmp_path):
     check_memory(tmp_path, 2, [None, "zero1", "zero2", "zero3"])
 
@@ -355,6 +356,7 @@ def whole_run(task, root, size, **changes):
     return root / "run"
 
 
+@pytest.mark.slow
 def test_invariant_06_a_run_under_zero3_killed_after_a_checkpoint_ends_with_the_same_model(
     task, tmp_path
 ):

@@ -63,7 +63,7 @@ def sharded_and_not(world, entries, root):
     return *found, counts, kinds
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_invariant_03_a_sharded_teachers_logits_are_the_unsharded_ones_bit_for_bit(
     tmp_path, folders, size
 ):

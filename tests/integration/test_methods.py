@@ -14,6 +14,8 @@ from sead_dist.runs.distillation import distill, finetune
 
 # the built-in task's classes are about equal in number: a constant answer gets half of them right
 MARGIN = 0.1
+# one of each kind: labels alone, averaged teachers, drawn ones, and two stages; the others are slow
+QUICK = ("finetune", "sead", "random", "tinybert")
 
 
 def run_words(task: Path, *more: str) -> list[str]:
@@ -65,7 +67,13 @@ def run_method(task: Path, method: str, output: Path, *more: str) -> Path:
     return distill(load_config(words), ALONE, show_table=False)
 
 
-@pytest.mark.parametrize("method", shipped_methods())
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[] if method in QUICK else pytest.mark.slow)
+        for method in shipped_methods()
+    ],
+)
 def test_the_student_of_each_method_beats_a_constant_answer(world_of_methods, tmp_path, method):
     # half of tinybert's steps teach the head
     longer = ["max_steps=200"] if method == "tinybert" else []

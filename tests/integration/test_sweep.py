@@ -280,6 +280,7 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
     assert not (task / "report").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_part_in_every_run(task, tmp_path):
     """The first try is told to stop: it saves, reports what is missing, and goes on from there."""
     output = tmp_path / "out"
