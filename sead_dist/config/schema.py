@@ -107,7 +107,7 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Annotated[int, Field(ge=0, le=MANY), Operational]
+    every_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
     keep_last: Annotated[int, Field(ge=1, le=MANY), Operational]
 
 
@@ -173,6 +173,7 @@ class RunConfig(Section):
     deepspeed: Annotated[str | None, Operational]
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    keep_training_state: Annotated[bool, Operational]
     grace_s: Annotated[float | None, Field(gt=0), Operational]
     watch: WatchConfig
     tracker: Annotated[str | None, Operational]

@@ -99,6 +99,12 @@ def already_finished(config: RunConfig) -> bool:
     return True
 
 
+def drop_training_state(config: RunConfig) -> None:
+    """A finished run goes by its model: its checkpoints go, but where the key keeps them."""
+    if not config.keep_training_state:
+        shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
+
+
 def refuse_other_keys(config: RunConfig) -> Identity | None:
     """Whose run the output folder holds, None where there is no progress. Data are not looked at.
 

@@ -18,7 +18,7 @@ from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.student import check_start, student_tokenizer
 from sead_dist.objectives.ensemble import asked_teachers, frozen_weights
 from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.claim import already_finished
+from sead_dist.runs.claim import already_finished, drop_training_state
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.results import conclude
@@ -59,6 +59,7 @@ def distill(
     refuse_unused_text(config)
     if from_main(world, lambda: already_finished(config)):
         if world.is_main:
+            drop_training_state(config)  # a kill may have come between its end and this
             done = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
             tell(done, console)
         return run

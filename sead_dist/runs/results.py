@@ -21,6 +21,7 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
@@ -206,6 +207,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)
         write_json(run / "run_summary.json", closing)
+        drop_training_state(config)
 
     from_main(world, write)
     if show_table and world.is_main:

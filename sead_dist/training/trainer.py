@@ -31,6 +31,7 @@ from sead_dist.runtime.distributed import (
 from sead_dist.runtime.heartbeat import Watch
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
+from sead_dist.training.cadence import SaveClock
 from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
@@ -80,6 +81,7 @@ class Trainer:
             self.live,
         )
         tally = Tally(len(self.teacher_names))
+        clock = SaveClock()
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
             for lesson in until_stopped(lessons):
@@ -101,9 +103,10 @@ class Trainer:
                 tally.seconds += spent_s + lesson.waited_s
                 tally.waited_s += lesson.waited_s
                 tally.rows += lesson.step.valid_rows
-                stopping = self.stop.agreed(self.world)
+                due = self.saves_by_time and self.world.is_main and clock.due()
+                stopping, due = self.stop.agreed_with(self.world, due)
                 evaluating = self.evaluates_after(step)
-                saving = self.saves_after(step) or stopping
+                saving = self.saves_after(step) or stopping or due
                 if step % LOG_EVERY == 0 or evaluating or saving or step == total:
                     shown, state = self.report(tally, state, learning_rate)
                     bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
@@ -111,9 +114,11 @@ class Trainer:
                 if evaluating:
                     self.watch.move(f"scoring the student of step {step}")
                     state = self.score(state)
+                    # without its state a new best student would be lost with the run
+                    saving = saving or (self.saves_by_time and state.best_step == step)
                 if saving:
                     self.watch.move(f"saving step {step}")
-                    self.checkpointer.save(self.engine, state)
+                    clock.save(partial(self.checkpointer.save, self.engine, state))
                 self.log.step_done(step, total)
                 bar.advance(1)
                 if stopping:
@@ -250,7 +255,13 @@ class Trainer:
 
     def saves_after(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
-        return every > 0 and (step % every == 0 or step == self.batches.total_steps)
+        if step == self.batches.total_steps:
+            return every != 0
+        return every is not None and every > 0 and step % every == 0
+
+    @property
+    def saves_by_time(self) -> bool:
+        return self.config.checkpoint.every_steps is None
 
     def score(self, state: TrainState) -> TrainState:
         """Score the selection split, and keep the student when it is the best so far."""

@@ -36,6 +36,7 @@ PAIRS = 2 * (60 + 20 + 20)
 KEYS = {
     "epochs": 2,
     "checkpoint__every_steps": 1,
+    "keep_training_state": "true",
     "evaluate__every_steps": 3,
     "look_ahead": 8,
 }

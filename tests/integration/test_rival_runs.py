@@ -51,6 +51,7 @@ def killable(task, root: Path) -> list[str]:
     return words(
         data, teachers, root / "run", root / "store", method="tinybert", guide="a", epochs=2,
         checkpoint__every_steps=1, evaluate__every_steps=5, graduate="last",
+        keep_training_state="true",
     )  # fmt: skip
 
 
