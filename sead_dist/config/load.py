@@ -5,6 +5,7 @@ KEY=VALUE words; later ones lie over earlier ones.
 import difflib
 import glob
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,15 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     return entries
 
 
+def _at_home(value: Any) -> Any:
+    """Every text that begins with `~/` with the home folder instead: YAML knows no shell."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    return [_at_home(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _shape_shorthand(student: Any) -> Any:
     """`student=L6-H256-A8` and `student=FILE.yaml` mean shapes."""
     path = student.get("path") if isinstance(student, dict) else None
@@ -189,6 +199,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     preset = [read_method(str(methods[-1]))] if methods else []
     for layer in (*preset, *layers):
         merged = merge(merged, layer)
+    merged = _at_home(merged)
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])

@@ -5,6 +5,7 @@ others are the run's identity.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,12 @@ MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
 
 
+def writable(text: str) -> bool:
+    """Whether logs, plots, job scripts and file names take this text: no control characters, no
+    bytes that are not UTF-8 (halves of surrogate pairs)."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -34,6 +41,9 @@ class Section(BaseModel):
         held = value if isinstance(value, list) else [value]
         if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
             raise ValueError("input should be a number, not true or false")
+        for one in held:
+            if isinstance(one, str) and not writable(one):
+                raise ValueError("expected a text without line ends or other control characters")
         return value
 
 
@@ -66,7 +76,7 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     path: str
-    name: str | None = None
+    name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
     placement: Placed | None = None
     offload: bool = False
     labels: Labels = None

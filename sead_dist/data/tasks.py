@@ -131,6 +131,18 @@ def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+FILE_NAME = "use at most 100 letters, digits, _, - and ., not dots alone (it names files)"
+
+
+def names_file(name: str) -> bool:
+    """Whether files can be called by this name, in the run's own folder."""
+    return (
+        re.fullmatch(r"[\w.-]+", name) is not None
+        and name.strip(".") != ""
+        and len(name.encode()) <= 100
+    )
+
+
 def find_problem(task: TaskSpec) -> str | None:
     """What in `task` contradicts the rest, as the end of an error message, or None."""
     for key, columns in (
@@ -139,8 +151,11 @@ def find_problem(task: TaskSpec) -> str | None:
     ):
         if missing := set(columns) - set(task.fields):
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
-    if not re.fullmatch(r"[\w.-]+", task.name):
-        return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    if not names_file(task.name):
+        return f"name is {task.name!r}; {FILE_NAME}"
+    for split in task.splits:
+        if not names_file(split) or split == "selection":
+            return f"splits has {split!r}; {FILE_NAME}, and not selection, which is held out"
     for text in (task.text_a, task.text_b or "", *task.choices):
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):

@@ -249,7 +249,9 @@ def _note(axes: "Axes", text: str) -> None:
 
 
 def short(name: str, longest: int = 32) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """A name as a plot shows it; two dollar signs would make a formula of what is between them."""
+    cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return cut.replace("$", r"\$")
 
 
 def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] = "both") -> None:

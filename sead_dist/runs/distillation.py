@@ -21,6 +21,7 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.claim import already_finished, drop_training_state
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
@@ -87,6 +88,7 @@ def distill(
 
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    from_main(parts.world, lambda: rehearse(parts))
     state = resume(parts)
     weights_N = prepare_teachers(parts)
     touch_past(parts, weights_N, state.step)

@@ -211,7 +211,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
 
     from_main(world, write)
     if show_table and world.is_main:
-        tell(parts, scores)
+        print_table(*closing_table(parts, scores))
     parts.log.say(
         f"{closing['steps']} steps, {closing['examples_per_second']} examples/s, "
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
@@ -222,8 +222,10 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
         parts.log.say(line)
 
 
-def tell(parts: Parts, scores: dict[str, Any]) -> None:
-    """The closing table on the console."""
+def closing_table(
+    parts: Parts, scores: dict[str, Any]
+) -> tuple[str, list[str], list[list[object]]]:
+    """(title, columns, rows) of what the console shows at the end."""
     metric = parts.task.metrics[0]
     mark = " (selected on dev)" if parts.config.select.on == "dev" else ""
     rows: list[list[object]] = []
@@ -235,4 +237,4 @@ def tell(parts: Parts, scores: dict[str, Any]) -> None:
         rows.append(["ensemble", *(of["ensemble"][metric] for of in scores.values())])
     rows.append(["student", *(of["student"][metric] for of in scores.values())])
     title = f"{parts.task.name}: {metric}{mark}"
-    print_table(title, ["", *scores], rows)
+    return title, ["", *scores], rows
