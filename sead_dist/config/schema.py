@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -33,15 +33,19 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    # keys whose texts may hold line ends
+    any_text: ClassVar[frozenset[str]] = frozenset()
+
     @field_validator("*", mode="before")
     @classmethod
     def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`epochs: true` would be one epoch."""
         kind = str(cls.model_fields[info.field_name or ""].annotation)
-        held = value if isinstance(value, list) else [value]
+        held = [*value, *value.values()] if isinstance(value, dict) else value
+        held = held if isinstance(held, list) else [held]
         if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
             raise ValueError("input should be a number, not true or false")
-        for one in held:
+        for one in held if info.field_name not in cls.any_text else []:
             if isinstance(one, str) and not writable(one):
                 raise ValueError("expected a text without line ends or other control characters")
         return value

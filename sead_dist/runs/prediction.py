@@ -50,7 +50,8 @@ from sead_dist.runs.kept_data import KEPT_DATA
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
-from sead_dist.runtime.run_log import check_writable, write_json, written_aside
+from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.training.evaluation import Forward, evaluate, student_logits
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
@@ -238,7 +239,7 @@ def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:
     try:
-        write_json(path, results)
+        write_json_for_person(path, results)
     except OSError as error:
         raise RunError(f"--json {path} cannot be written: {error.strerror}") from error
 
@@ -307,7 +308,7 @@ def check_output(output: Path) -> None:
         raise UserError(
             f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
         )
-    if output.exists():
+    if output.exists() and not is_stream(output):
         raise UserError(f"--output {output} exists and is not written over; give a new name")
     check_writable("--output", output)
 
@@ -350,7 +351,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
     try:
-        with written_aside(output) as aside:
+        with written_for_person(output) as aside:
             if output.suffix.lower() == ".parquet":
                 pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
             else:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
@@ -61,6 +61,8 @@ exit $code"""
 
 class SlurmSettings(Section):
     """What a job asks of SLURM; every key is explained in configs/slurm/base.yaml."""
+
+    any_text: ClassVar[frozenset[str]] = frozenset({"setup"})  # lines of shell, as they are given
 
     partition: str | None
     account: str | None
