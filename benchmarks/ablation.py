@@ -39,8 +39,8 @@ def small_sweep(work: Path) -> list[str]:
         f"encoders=[{shape},{shape}]",
         f"student={shape}",
         f"student.tokenizer={task / 'tokenizer'}",
-        "epochs=1",
-        "gate=off",
+        "num_train_epochs=1",
+        "teacher_validation=off",
         f"output_dir={work / 'sweep'}",
     ]
     run_sweep(words, alone())

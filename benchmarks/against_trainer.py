@@ -3,8 +3,9 @@
 Both start from one folder and train on the training rows of a run of ours. The same are: global
 batch, epochs, learning rate, linear schedule, warm-up, weight decay, clipping, maximum length, the
 model's own dropout, and for a seed the head that the start lacks. Order of rows and dropout are
-each one's own. Ours is `distill` with method=finetune and graduate=last; its micro-batches are as a
-run has them, Trainer's are whole. The final weights of both are scored on the official dev split by
+each one's own. Ours is `distill` with method=finetune and
+final_checkpoint=last; its micro-batches are as a run has them, Trainer's are whole. The final
+weights of both are scored on the official dev split by
 Trainer's `predict`; "scored apart" is the most that the package's own score of the same weights
 differs from that. Seconds are those of the training loop. Systems take turns, in one process.
 
@@ -74,11 +75,22 @@ class Found:
 def read_job(name: str, data: Path, start: Path, words: Sequence[str]) -> Job:
     """The rows as a run of ours reads and splits them."""
     fixed = [
-        *(name, f"data.path={data}", "method=finetune", f"student={start}", "graduate=last"),
-        *("global_batch=32", "schedule=linear", "warmup=0.1", "weight_decay=0.01"),
+        *(
+            name,
+            f"data.path={data}",
+            "method=finetune",
+            f"student={start}",
+            "final_checkpoint=last",
+        ),
+        *(
+            "global_batch_size=32",
+            "lr_scheduler_type=linear",
+            "warmup_steps=0.1",
+            "weight_decay=0.01",
+        ),
         *("max_grad_norm=1.0", "precision=fp32", "output_dir=unset"),
         # nothing but the last step is looked at or saved
-        *("evaluate.every_steps=1000000", "checkpoint.every_steps=0"),
+        *("eval_steps=1000000", "save_steps=0"),
     ]
     config = load_config([*fixed, *words])
     task = load_task(config.task)
@@ -105,12 +117,12 @@ def trainer_of(job: Job, model: PreTrainedModel, seed: int, folder: Path) -> Tra
         args=TrainingArguments(
             output_dir=str(folder),
             seed=seed,
-            per_device_train_batch_size=config.global_batch,
-            per_device_eval_batch_size=config.global_batch,
-            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.global_batch_size,
+            per_device_eval_batch_size=config.global_batch_size,
+            num_train_epochs=config.num_train_epochs,
             learning_rate=config.learning_rate,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=config.warmup,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             use_cpu=True,
@@ -224,7 +236,7 @@ def main() -> None:
             start = random_classifier(work / args.shape, args.shape, args.start or tokenizer, 0)
         if start is None:
             sys.exit("give --start DIR, or pip install 'sead-dist[benchmark]'")
-        words = [f"data.max_train_examples={args.rows}", f"epochs={args.epochs}"]
+        words = [f"data.max_train_examples={args.rows}", f"num_train_epochs={args.epochs}"]
         words += [f"learning_rate={args.learning_rate}"]
         for name in args.tasks:
             data = small if args.smoke else Path(os.environ["SEAD_DIST_DATA"]) / name

@@ -48,11 +48,11 @@ def scores_of(output: Path) -> list[float]:
 def run_short(work: Path, seed: int) -> list[float]:
     """The same of two steps a run and fewer of them."""
     began = time.perf_counter()
-    lengths = ("max_steps=", "evaluate.every_steps=")
+    lengths = ("max_steps=", "eval_steps=")
     for name in ("TEACHER_WORDS", "STUDENT_WORDS"):
         kept = [word for word in getattr(demo, name) if not word.startswith(lengths)]
-        setattr(demo, name, (*kept, "max_steps=2", "evaluate.every_steps=2"))
-    demo.SOFT_WORDS += ("gate=off",)  # its teachers have learned nothing
+        setattr(demo, name, (*kept, "max_steps=2", "eval_steps=2"))
+    demo.SOFT_WORDS += ("teacher_validation=off",)  # its teachers have learned nothing
     demo.SEEDS = 2
     demo.run_demo(work, seed, alone())
     return [*scores_of(work), time.perf_counter() - began]

@@ -136,8 +136,8 @@ def finetuned_teachers(
         f"data.path={data}",
         f"encoders=[{','.join([str(encoder)] * count)}]",
         f"student.layers={layers}",
-        f"epochs={epochs}",
-        "micro_batch=32",
+        f"num_train_epochs={epochs}",
+        "micro_batch_size=32",
         "max_length=64",
         f"output_dir={folder}",
     ]

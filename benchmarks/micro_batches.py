@@ -88,9 +88,9 @@ def main() -> None:
                             words = [
                                 task, f"data.path={folders[task]}", "method=finetune",
                                 f"data.max_train_examples={args.rows}", f"student.shape={shape}",
-                                f"student.tokenizer={tokenizer}", f"micro_batch={size}",
-                                f"precision={args.precision}", "epochs=1", "max_length=128",
-                                "checkpoint.every_steps=0", f"output_dir={run}/run",
+                                f"student.tokenizer={tokenizer}", f"micro_batch_size={size}",
+                                f"precision={args.precision}", "num_train_epochs=1",
+                                "max_length=128", "save_steps=0", f"output_dir={run}/run",
                             ]  # fmt: skip
                             found.setdefault((task, how, size), []).append(measure(words))
     lines = []
@@ -100,7 +100,15 @@ def main() -> None:
         times = f"{min(s for s, _ in seen):.3f}-{max(s for s, _ in seen):.3f}"
         lines.append([task, size, how, step_s, times, seen[0][1], step_s / whole])
     lines.sort(key=lambda line: (args.tasks.index(line[0]), -line[1], line[2]))
-    columns = ["task", "micro_batch", "cut by", "s/step", "range", "padding", "of one micro-batch"]
+    columns = [
+        "task",
+        "micro_batch_size",
+        "cut by",
+        "s/step",
+        "range",
+        "padding",
+        "of one micro-batch",
+    ]
     raw = [[*key, seen] for key, seen in found.items()]
     title = "Micro-batches: their size, and how a global batch is cut"
     write_result("micro_batches", title, table(columns, lines), raw, args)

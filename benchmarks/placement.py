@@ -107,9 +107,9 @@ def work(setting: dict[str, Any]) -> None:
                     "student": setting["student"],
                     "teachers": setting["folders"][:count],
                     "placement": placement,
-                    "epochs": 1,
-                    "micro_batch": 16,
-                    "gate": "off",
+                    "num_train_epochs": 1,
+                    "micro_batch_size": 16,
+                    "teacher_validation": "off",
                     "store": folder / "store",
                     "output_dir": folder / "run",
                 }

@@ -75,8 +75,8 @@ def main() -> None:
                         "teacher_precision": precision,
                         "precision": precision,
                         "placement": "colocated",
-                        "epochs": 2,
-                        "gate": "off",
+                        "num_train_epochs": 2,
+                        "teacher_validation": "off",
                         "store": folder / "store",
                         "output_dir": folder / "run",
                     }

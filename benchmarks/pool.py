@@ -206,10 +206,10 @@ def main() -> None:
             f"student={random_classifier(folder / 'student', 'L2-H128', tokenizer, 0)}",
             f"teachers=[{','.join(teachers)}]",
             "placement=pool",
-            f"pool.chunk_rows={args.chunk_rows}",
-            f"pool.claim_s={CLAIM_S}",
-            "epochs=1",
-            "gate=off",
+            f"pool.item_rows={args.chunk_rows}",
+            f"pool.lease_s={CLAIM_S}",
+            "num_train_epochs=1",
+            "teacher_validation=off",
         ]
         root = Path(tempfile.mkdtemp(dir=folder))
         peace = one_run(root / "peace", words, args, None)

@@ -40,17 +40,17 @@ STUDENTS = {
 def commands(args: argparse.Namespace) -> list[list[str]]:
     """The command lines, with DATA, MINILM and RUNS for folders."""
     common = ["sst2", "data.path=DATA/sst2", f"data.max_train_examples={args.rows}"]
-    common += ["max_length=64", "micro_batch=32", "learning_rate=1e-4", "precision=bf16"]
-    common += ["checkpoint.every_steps=0"]
+    common += ["max_length=64", "micro_batch_size=32", "learning_rate=1e-4", "precision=bf16"]
+    common += ["save_steps=0"]
     if args.smoke:  # its teachers have learned nothing
-        common += ["gate=off"]
-    epochs = f"epochs={args.epochs}"
+        common += ["teacher_validation=off"]
+    epochs = f"num_train_epochs={args.epochs}"
     lines = [
         ["finetune", *common, epochs, "encoders=[MINILM,MINILM,MINILM]", "output_dir=RUNS/teachers"]
     ]
     taught = ["teachers=RUNS/teachers/*", "teacher_precision=bf16", "store=RUNS/store"]
     # one epoch: the unlabelled text is several times the labelled
-    transfer = [*taught, "epochs=1", "transfer.path=DATA/sst2/train.tsv"]
+    transfer = [*taught, "num_train_epochs=1", "unlabeled.path=DATA/sst2/train.tsv"]
     ways = {"alone": [epochs], "taught": [*taught, epochs], "transfer": transfer}
     for seed in args.seeds:
         student = [*common, "student=MINILM", "student.layers=[1,3,5]", f"seed={seed}"]

@@ -72,12 +72,12 @@ def main() -> None:
                 "data.path": data,
                 "student.shape": shape_file(work / f"{shape}.yaml", shape),
                 "student.tokenizer": tokenizer,
-                "epochs": 1,
-                "micro_batch": args.micro_batch,
-                "global_batch": args.micro_batch,
+                "num_train_epochs": 1,
+                "micro_batch_size": args.micro_batch,
+                "global_batch_size": args.micro_batch,
                 "precision": args.precision,
-                "gate": "off",
-                "checkpoint.every_steps": 0,
+                "teacher_validation": "off",
+                "save_steps": 0,
             }
             taught = {**common, "teachers": teachers, "store": work / "store"}
             raw[shape] = []

@@ -1,6 +1,16 @@
-"""Jobs that were submitted before packages had their present places name `Launch` here. To go with
-the next version."""
+"""Jobs that were submitted before packages and keys had their present names: they name `Launch`
+here, and their words hold the keys of then. To go with the next version."""
 
-from sead_dist.slurm.submit import Launch
+from typing import Any
+
+from sead_dist.config.names import renamed_words
+from sead_dist.slurm import submit
 
 __all__ = ["Launch"]
+
+
+class Launch(submit.Launch):
+    """A pickled launch whose words get the present names of their keys."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "words": renamed_words(tuple(state["words"]))})

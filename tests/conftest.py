@@ -105,7 +105,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
             f"teachers=[{teachers[0]},{teachers[1]}]",
             f"student.shape={grammar / 'shape.yaml'}",
             f"output_dir={output_dir}",
-            "epochs=1",
+            "num_train_epochs=1",
             "learning_rate=5e-3",
             *more,
         ]
@@ -134,7 +134,7 @@ def finished(
     words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A finished run folder, made once; tests only read it."""
-    more = ("epochs=6", "keep_training_state=true")
+    more = ("num_train_epochs=6", "keep_training_state=true")
     return distil(words(tmp_path_factory.mktemp("runs") / "finished", *more))
 
 

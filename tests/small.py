@@ -161,11 +161,11 @@ def words(data: Path, teachers, output: Path, store: Path | None = None, **chang
         "student.tokenizer": data / "tokenizer",
         "store": store or output.parent / "store",
         "output_dir": output,
-        "epochs": 1,
-        "global_batch": 8,
-        "micro_batch": 4,
+        "num_train_epochs": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
         "learning_rate": 1e-3,
-        "gate": "off",
+        "teacher_validation": "off",
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     return [f"{key}={value}" for key, value in keys.items()]
@@ -185,11 +185,11 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
         f"student={shape}",
         f"student.tokenizer={task / 'tokenizer'}",
         "max_steps=4",
-        "global_batch=8",
-        "micro_batch=4",
+        "global_batch_size=8",
+        "micro_batch_size=4",
         "learning_rate=1e-3",
-        "gate=off",
-        "checkpoint.every_steps=1",
+        "teacher_validation=off",
+        "save_steps=1",
         f"output_dir={output}",
         *more,
     ]
@@ -197,7 +197,13 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
 
 def config(*given, **changes) -> RunConfig:
     """A run's configuration for tests that build parts by hand."""
-    keys = {"task": "sst2", "output_dir": "unused", "global_batch": 8, "micro_batch": 2, **changes}
+    keys = {
+        "task": "sst2",
+        "output_dir": "unused",
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        **changes,
+    }
     return load_config([*given, *(f"{k.replace('__', '.')}={v}" for k, v in keys.items())])
 
 

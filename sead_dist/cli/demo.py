@@ -26,20 +26,20 @@ SEEDS = 3
 MARK = ".sead-dist-demo"
 TEACHER_WORDS = (
     "max_steps=450",
-    "global_batch=32",
-    "micro_batch=16",
+    "global_batch_size=32",
+    "micro_batch_size=16",
     "learning_rate=1e-3",
-    "warmup=0.3",
+    "warmup_steps=0.3",
     # the last step's weights count, for teachers and students alike
-    "evaluate.every_steps=450",
+    "eval_steps=450",
 )
 STUDENT_WORDS = (
     "max_steps=350",
-    "global_batch=64",
-    "micro_batch=32",
+    "global_batch_size=64",
+    "micro_batch_size=32",
     "learning_rate=2e-3",
-    "warmup=0.3",
-    "evaluate.every_steps=350",
+    "warmup_steps=0.3",
+    "eval_steps=350",
 )
 SOFT_WORDS = ("temperature=2", "alpha=0.7", "placement=partitioned")
 
@@ -84,7 +84,7 @@ def configure(output: Path, *words: str) -> RunConfig:
             f"student.tokenizer={task / 'tokenizer'}",
             f"store={output / 'store'}",
             "max_length=64",
-            "checkpoint.every_steps=0",
+            "save_steps=0",
             *words,
         ]
     )
@@ -112,7 +112,7 @@ def run_demo(output: Path, seed: int, world: World) -> None:
         alone.append(distill(configure(output, *words), world, show_table=False))
     heading(world, "3 of 3: distil the teachers into the same student, three seeds")
     names = f"teachers=[{','.join(str(run) for run in teachers)}]"
-    transfer = f"transfer.path={output / 'task' / 'transfer.tsv'}"
+    transfer = f"unlabeled.path={output / 'task' / 'transfer.tsv'}"
     for number in range(SEEDS):
         where = f"output_dir={output / f'distilled-{number}'}"
         words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)

@@ -120,7 +120,7 @@ def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:
         str(config_folder() / "reproduce.yaml"),
         f"task={checkpoint.task}",
         f"student={checkpoint.student}",
-        f"epochs={checkpoint.epochs}",
+        f"num_train_epochs={checkpoint.epochs}",
         f"output_dir=reproduce/{checkpoint.name}",
         *words,
     ]

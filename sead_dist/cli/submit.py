@@ -98,7 +98,7 @@ def submit(
     Raises UserError for whatever is found wrong, sbatch's refusal included.
     """
     # first, so that a word of the person's own counts
-    out, asked = requests((f"grace_s={settings.signal_delay}", *words), seeds)
+    out, asked = requests((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
     for request in asked:
         check_inputs(request.config)
     open_ = [request for request in asked if not finished(request)]

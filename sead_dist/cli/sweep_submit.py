@@ -26,7 +26,7 @@ def submit_sweep(
     Raises UserError for whatever is found wrong, sbatch's refusal included.
     """
     # first, so that a word of the person's own counts
-    asked = (f"grace_s={settings.signal_delay}", *words)
+    asked = (f"preemption_notice_s={settings.signal_delay}", *words)
     plan = make_plan(asked)
     check_runs(plan)
     plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])

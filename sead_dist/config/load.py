@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from sead_dist.config.names import RENAMED, new_name
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
@@ -66,6 +67,10 @@ def read_method(method: str) -> dict[str, Any]:
             f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
         )
     keys = read_yaml(path)
+    old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
+    if old:
+        new = RENAMED[old[0]]
+        raise UserError(f"method={method}: the key {old[0]!r} is {new} now; give {new} instead")
     others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
     if not isinstance(keys, dict) or others:
         raise UserError(
@@ -140,12 +145,21 @@ def names_shape(path: str) -> bool:
 
 def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
     """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
-        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are listed in {listed_in}"
+        new = new_name(plain)
+        if new is not None and (new in known or new not in RENAMED.values()):
+            return f"the key {key!r} is {new} now; give {new} instead"
+        old = [key for key, new in RENAMED.items() if new in known]
+        near = difflib.get_close_matches(plain, [*known, *old], n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {RENAMED.get(near[0], near[0])!r}?"
+            if near
+            else f"the keys are listed in {listed_in}"
+        )
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
@@ -214,18 +228,19 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
             "give one of the two"
         )
-    if config.global_batch % config.micro_batch:
+    if config.global_batch_size % config.micro_batch_size:
         raise UserError(
-            f"micro_batch={config.micro_batch} does not divide global_batch={config.global_batch}; "
-            f"choose a divisor, e.g. micro_batch={_largest_divisor(config)}"
+            f"micro_batch_size={config.micro_batch_size} does not divide "
+            f"global_batch_size={config.global_batch_size}; "
+            f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
 
 
 def _largest_divisor(config: RunConfig) -> int:
     pairs = [
-        (size, config.global_batch // size)
-        for size in range(1, math.isqrt(config.global_batch) + 1)
-        if config.global_batch % size == 0
+        (size, config.global_batch_size // size)
+        for size in range(1, math.isqrt(config.global_batch_size) + 1)
+        if config.global_batch_size % size == 0
     ]
-    return max(size for pair in pairs for size in pair if size <= config.micro_batch)
+    return max(size for pair in pairs for size in pair if size <= config.micro_batch_size)

@@ -39,7 +39,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`epochs: true` would be one epoch."""
+        """`num_train_epochs: true` would be one epoch."""
         kind = str(cls.model_fields[info.field_name or ""].annotation)
         held = [*value, *value.values()] if isinstance(value, dict) else value
         held = held if isinstance(held, list) else [held]
@@ -60,15 +60,15 @@ class DataConfig(Section):
     skip_malformed: bool
 
 
-class TransferConfig(Section):
+class UnlabeledConfig(Section):
     path: Annotated[str | None, Operational]
     ratio: Annotated[float | None, Field(gt=0)]
 
 
-class SelectConfig(Section):
+class SelectionConfig(Section):
     fraction: Annotated[float, Field(gt=0, lt=1)]
     seed: int
-    on: Literal["select", "dev"]
+    split: Literal["held_out", "dev"]
 
 
 class StudentConfig(Section):
@@ -86,7 +86,7 @@ class TeacherConfig(Section):
     labels: Labels = None
     revision: str | None = None
     dtype: Precision | None = None
-    weights: Literal["int8"] | None = None
+    quantization: Literal["int8"] | None = None
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
 
@@ -111,29 +111,20 @@ EnsembleMethod = Literal[
 ]
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
-    *("ensemble", "guide", "loss", "temperature", "alpha", "alpha_end", "graduate"),
-    *("internals", "inner_weight", "inner_share", "start"),
+    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end", "final_checkpoint"),
+    *("feature_loss", "feature_loss_weight", "feature_stage_ratio", "student_init"),
 )
 
 
-class EvaluateConfig(Section):
-    every_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
-
-
-class CheckpointConfig(Section):
-    every_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
-    keep_last: Annotated[int, Field(ge=1, le=MANY), Operational]
-
-
 class PoolConfig(Section):
-    chunk_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
-    claim_s: Annotated[float, Field(gt=0), Operational]
-    silent_s: Annotated[float, Field(gt=0), Operational]
+    item_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
+    lease_s: Annotated[float, Field(gt=0), Operational]
+    timeout_s: Annotated[float, Field(gt=0), Operational]
 
 
-class WatchConfig(Section):
-    silent_s: Annotated[float, Field(gt=0), Operational]
-    hang_s: Annotated[float, Field(gt=0), Operational]
+class HeartbeatConfig(Section):
+    timeout_s: Annotated[float, Field(gt=0), Operational]
+    hang_timeout_s: Annotated[float, Field(gt=0), Operational]
 
 
 class RunConfig(Section):
@@ -145,52 +136,52 @@ class RunConfig(Section):
     output_dir: Annotated[str, Operational]
     seed: Annotated[int, Field(ge=0)]
     data: DataConfig
-    transfer: TransferConfig
-    select: SelectConfig
+    unlabeled: UnlabeledConfig
+    selection: SelectionConfig
     student: StudentConfig
     # identity of the teachers is their manifest (weights, labels), not how they are written here
     teachers: Annotated[list[TeacherConfig], Operational]
     encoders: list[TeacherConfig]
     placement: Annotated[Placement, Operational]
     teacher_precision: Precision
-    look_ahead: Annotated[int, Field(gt=0, le=MANY), Operational]
-    gate: Annotated[Literal["on", "off"], Operational]
-    drift: Annotated[Literal["on", "off"], Operational]
+    prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
+    teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
     ensemble: EnsembleMethod
-    guide: str | None
-    route: str | None
+    teacher: str | None
+    teacher_column: str | None
     loss: Literal["auto", "kl", "mse"]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    graduate: Literal["best", "last"]
-    internals: Literal["distilbert", "tinybert", "minilm"] | None
-    inner_weight: Annotated[float, Field(gt=0)]
-    inner_share: Annotated[float, Field(gt=0, lt=1)]
-    start: Literal["own", "guide"]
-    epochs: Annotated[int, Field(gt=0, le=MANY)]
+    final_checkpoint: Literal["best", "last"]
+    feature_loss: Literal["distilbert", "tinybert", "minilm"] | None
+    feature_loss_weight: Annotated[float, Field(gt=0)]
+    feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)]
+    student_init: Literal["own", "feature_teacher"]
+    num_train_epochs: Annotated[int, Field(gt=0, le=MANY)]
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
-    global_batch: Annotated[int, Field(gt=0, le=MANY)]
-    micro_batch: Annotated[int, Field(gt=0, le=MANY)]
+    global_batch_size: Annotated[int, Field(gt=0, le=MANY)]
+    micro_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     max_length: Annotated[int, Field(gt=1, le=MANY)]
-    optimizer: Literal["adamw", "sgd"]
+    optim: Literal["adamw", "sgd"]
     learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup: Annotated[float, Field(ge=0, le=1)]
+    lr_scheduler_type: Literal["linear", "cosine", "constant"]
+    warmup_steps: Annotated[float, Field(ge=0, le=MANY)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(ge=0)]
     precision: Precision
     deterministic: bool
     deepspeed: Annotated[str | None, Operational]
-    evaluate: EvaluateConfig
-    checkpoint: CheckpointConfig
+    eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
+    save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
+    save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational]
     keep_training_state: Annotated[bool, Operational]
-    grace_s: Annotated[float | None, Field(gt=0), Operational]
-    watch: WatchConfig
-    tracker: Annotated[str | None, Operational]
+    preemption_notice_s: Annotated[float | None, Field(gt=0), Operational]
+    heartbeat: HeartbeatConfig
+    report_to: Annotated[str | None, Operational]
     push_to_hub: Annotated[bool, Operational]
     hub_model_id: Annotated[str | None, Operational]
     hub_private_repo: Annotated[bool | None, Operational]
@@ -208,8 +199,18 @@ class RunConfig(Section):
     @property
     def window_rows(self) -> int:
         """Most rows of training steps that are asked of the teachers at once. Of a pool no more
-        than a chunk, so that the student waits for little at a time."""
-        return min(self.look_ahead, self.pool.chunk_rows) if self.pooled else self.look_ahead
+        than a work item, so that the student waits for little at a time."""
+        rows = self.prefetch_rows
+        return min(rows, self.pool.item_rows) if self.pooled else rows
+
+    @property
+    def validates(self) -> bool:
+        """Whether teachers are validated before they teach."""
+        return self.teacher_validation != "off"
+
+    def warmup(self, steps: int) -> int:
+        """Steps over which the learning rate rises, of so many: warmup_steps, below 1 a share."""
+        return round(self.warmup_steps * steps if self.warmup_steps < 1 else self.warmup_steps)
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""

@@ -169,16 +169,16 @@ def hold_out(
     or a group with a training example. A tied group that is larger than the fraction stays in
     train. UserError where a side has no rows or selection has a single label."""
     if not 0 < fraction < 1:
-        raise UserError(f"select.fraction is {fraction}; give a number between 0 and 1")
+        raise UserError(f"selection.fraction is {fraction}; give a number between 0 and 1")
     size = round(fraction * len(examples))
     held_B = _choose(examples, _tied(examples), size, seed)
-    what = f"select.fraction={fraction} of {len(examples)} {examples.split} rows of {task.name}"
+    what = f"selection.fraction={fraction} of {len(examples)} {examples.split} rows of {task.name}"
     if not held_B.any():
-        raise UserError(f"{what} holds out no rows; raise select.fraction")
+        raise UserError(f"{what} holds out no rows; raise selection.fraction")
     if len(np.unique(examples.labels_B[held_B])) < 2:
         raise UserError(
             f"{what} holds out rows of one label only (rows that share a text stay "
-            "together); raise select.fraction"
+            "together); raise selection.fraction"
         )
     train, selection = subset(examples, ~held_B), subset(examples, held_B)
     return train, replace(selection, split="selection")

@@ -307,7 +307,9 @@ class BatchStream:
         size: int,
     ) -> None:
         if len(split) == 0:
-            raise UserError("the training split is empty; lower select.fraction or give more rows")
+            raise UserError(
+                "the training split is empty; lower selection.fraction or give more rows"
+            )
         self.split = split
         self.seed = seed
         self.global_batch = global_batch

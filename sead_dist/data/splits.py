@@ -50,9 +50,9 @@ class RunExamples:
 
 def route_of(config: RunConfig) -> Route | None:
     """How rows name their teachers, where the run's method asks for it."""
-    if not config.taught or config.ensemble != "routed" or config.route is None:
+    if not config.taught or config.ensemble != "routed" or config.teacher_column is None:
         return None
-    return Route(config.route, tuple(teacher_names(config.teachers)))
+    return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 
 
 def load_official(
@@ -75,18 +75,18 @@ def _load_transfer(
     config: RunConfig, task: TaskSpec, labelled: int, held: list[ExampleSet]
 ) -> tuple[ExampleSet, int]:
     """Transfer text without the texts of `held`, and how many rows were removed."""
-    path = Path(config.transfer.path or "")
+    path = Path(config.unlabeled.path or "")
     rows = read_rows(path, task, config.data.skip_malformed)
     if not rows:
-        raise UserError(f"transfer.path={path} has no rows; give a file that has some")
+        raise UserError(f"unlabeled.path={path} has no rows; give a file that has some")
     examples = build_examples(task, rows, "transfer", labelled=False, route=route_of(config))
     removed = 0
     for other in held:
         examples, count = remove_overlap(examples, other)
         removed += count
-    if config.transfer.ratio is not None:
-        most = max(1, round(config.transfer.ratio * labelled))
-        examples = sample(examples, most, config.select.seed)
+    if config.unlabeled.ratio is not None:
+        most = max(1, round(config.unlabeled.ratio * labelled))
+        examples = sample(examples, most, config.selection.seed)
     return examples, removed
 
 
@@ -95,12 +95,12 @@ def split_off(
 ) -> tuple[ExampleSet, ExampleSet]:
     """(train, selection). Rows are held out of the whole training split before it is sampled, so
     that runs of different data.max_train_examples never select on each other's training rows."""
-    most, seed = config.data.max_train_examples, config.select.seed
-    if config.select.on == "dev":
+    most, seed = config.data.max_train_examples, config.selection.seed
+    if config.selection.split == "dev":
         return (train if most is None else sample(train, most, seed)), replace(
             dev, split="selection"
         )
-    share = config.select.fraction
+    share = config.selection.fraction
     kept, selection = hold_out(task, train, share, seed)
     if most is not None:
         held = max(1, round(share * most))
@@ -108,7 +108,7 @@ def split_off(
     if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
-            f"select.fraction={share} or data.max_train_examples={most}"
+            f"selection.fraction={share} or data.max_train_examples={most}"
         )
     return kept, selection
 
@@ -121,7 +121,7 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     official = {split: load_official(task, config.data, split, route) for split in names}
     train, selection = split_off(config, task, train, official[names[0]])
     labelled, transfer_rows = len(train), 0
-    if config.transfer.path is not None:
+    if config.unlabeled.path is not None:
         held = [selection, *official.values()]
         transfer, removed = _load_transfer(config, task, labelled, held)
         transfer_rows = len(transfer)

@@ -44,10 +44,10 @@ def misfit(config: RunConfig, kind: TaskKind) -> str | None:
     if config.loss not in ("auto", *kind.soft_losses):
         use = f"use loss={kind.soft_losses[0]}, or loss=auto"
         return f"loss={config.loss} needs classes; for a {kind.name} task {use}"
-    if method == "routed" and config.route is None:
+    if method == "routed" and config.teacher_column is None:
         return (
-            "ensemble=routed needs route=COLUMN, the column of the data that names each example's "
-            "teacher"
+            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each "
+            "example's teacher"
         )
     return None
 
@@ -58,9 +58,9 @@ def check_method(config: RunConfig, kind: TaskKind) -> None:
     if reason is not None:
         raise UserError(reason)
     names = teacher_names(config.teachers)
-    if config.guide is not None and config.guide not in names:
+    if config.teacher is not None and config.teacher not in names:
         raise UserError(
-            f"guide={config.guide} is no teacher of this run; its teachers: {', '.join(names)}"
+            f"teacher={config.teacher} is no teacher of this run; its teachers: {', '.join(names)}"
         )
 
 

@@ -145,11 +145,12 @@ class Rival:
 
 def check_rival(config: RunConfig, zero_stage: int | None) -> None:
     """Raises UserError for a loss over internals that the run's other keys rule out."""
-    asks = f"internals={config.internals}"
-    if config.internals is None:
-        if config.start == "guide":
+    asks = f"feature_loss={config.feature_loss}"
+    if config.feature_loss is None:
+        if config.student_init == "feature_teacher":
             raise UserError(
-                "start=guide is for a method with internals; give method=distilbert, or start=own"
+                "student_init=feature_teacher is for a method with a feature_loss; "
+                "give method=distilbert, or student_init=own"
             )
     elif not config.taught:
         missing = "ensemble=none asks none" if config.teachers else "there are none"
@@ -168,7 +169,7 @@ def make_rival(
 
     Raises UserError for a student that cannot be read.
     """
-    method = config.internals
+    method = config.feature_loss
     assert method is not None
     student = find_anatomy(model, "the student", needs_attention(method))
     last, their_last = len(student.layers), len(guide.layers)
@@ -190,13 +191,13 @@ def make_rival(
     until = total_steps
     if method == "tinybert":
         # at least one step is left for the task
-        until = min(round(config.inner_share * total_steps), total_steps - 1)
+        until = min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
     rest = None
     if 0 < until < total_steps:
-        rest = Rest(untaught, until, round(config.warmup * (total_steps - until)))
+        rest = Rest(untaught, until, config.warmup(total_steps - until))
     return Rival(
         method, student, guide, mine, theirs, projections, variant_of(method, student, guide),
-        config.inner_weight, until, rest,
+        config.feature_loss_weight, until, rest,
     )  # fmt: skip
 
 
@@ -281,9 +282,10 @@ def check_same_states(
         off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
         if not off <= (1e-3 if dtype == torch.float32 else 0.1):
             raise UserError(
-                f"start=guide: with the guide's weights the student's hidden states {number} "
-                f"differ from the guide's by {off:.2g}; give a student whose config differs from "
-                "the guide's in its number of layers alone, or start=own"
+                "student_init=feature_teacher: with that teacher's weights the student's hidden "
+                f"states {number} differ from the teacher's by {off:.2g}; give a student whose "
+                "config differs from the teacher's in its number of layers alone, or "
+                "student_init=own"
             )
 
 

@@ -36,7 +36,7 @@ def student_bytes(student: PretrainedConfig, config: RunConfig, size: int) -> in
     parameters = int(
         sum(p.numel() for p in outline(student, config.trust_remote_code).parameters())
     )
-    moments = MOMENTS[config.optimizer]
+    moments = MOMENTS[config.optim]
     zero = zero_config(config, size)
     stage = zero.stage if zero is not None else 0
     settings = zero.values["zero_optimization"] if zero is not None else {}

@@ -164,7 +164,7 @@ def own_rates(
     todo = [n for n in short if _wanted(found.get(keys_N[n]), grids_N[n], rows_N[n], share_s)]
     todo.sort(key=lambda n: teachers[n].parameters)
     mine: dict[str, Rate] = {}
-    if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch, share_s):
+    if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch_size, share_s):
         now = time.monotonic()
         until = now + (began + BUDGET_S - now) / (1 + len(todo))
         mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
@@ -287,7 +287,7 @@ def measure_student(
     lengths_K: Sequence[int],
     until: float,
 ) -> Rate:
-    """The rate of the student's step on micro-batches of config.micro_batch examples, as one
+    """The rate of the student's step on micro-batches of config.micro_batch_size examples, as one
     process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
     model = model.to(device).train()
     optimizer = build_optimizer(model, config)
@@ -308,10 +308,10 @@ def measure_student(
         return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
 
     watch = Stopwatch(device, until)
-    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch, batch, work)
+    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch_size, batch, work)
     rate = Rate(*found, once_s=0.0)
     shortest = rate.lengths_K[0]
-    learn = batch(config.micro_batch, shortest)
+    learn = batch(config.micro_batch_size, shortest)
 
     def step() -> None:
         learn()  # into new gradients, as the first micro-batch of each step does
@@ -324,5 +324,5 @@ def measure_student(
     # by a watch of its own, which times its first piece of work however late it is
     step_s = Stopwatch(device, until).time(step, work(shortest))
     assert step_s is not None
-    micro_s = rate.seconds([shortest], [config.micro_batch])
+    micro_s = rate.seconds([shortest], [config.micro_batch_size])
     return replace(rate, once_s=max(0.0, step_s - micro_s))

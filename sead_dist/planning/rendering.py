@@ -53,7 +53,7 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
         full_R = teacher.cut.full_rows(lengths, rates.device)
         each_R = work.choices * rate.row_s(lengths) + rate.batch_s / full_R
         row_s = float(np.mean(each_R))
-        dtype = teacher.dtype if teacher.entry.weights is None else teacher.entry.weights
+        dtype = teacher.dtype if teacher.entry.quantization is None else teacher.entry.quantization
         rows.append(
             {
                 "model": f"{teacher.name} {shape_name(teacher.config)}",
@@ -109,7 +109,7 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     lines += uneven(setting.config, setting.size)
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
-    if setting.config.internals is not None:
+    if setting.config.feature_loss is not None:
         lines.append("the guide's own forwards in each step are not counted")
     if setting.teachers:
         lines.append(

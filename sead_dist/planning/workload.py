@@ -69,10 +69,10 @@ def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSe
     names = [teacher.name for teacher in teachers]
     if config.ensemble == "single":
         largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
-        chosen = largest if config.guide is None else names.index(config.guide)
+        chosen = largest if config.teacher is None else names.index(config.teacher)
         return [float(n == chosen) for n in range(len(names))]
     if config.ensemble == "random":
-        return [1 - (1 - 1 / len(names)) ** config.epochs] * len(names)
+        return [1 - (1 - 1 / len(names)) ** config.num_train_epochs] * len(names)
     if config.ensemble == "routed" and train.routes_B is not None:
         return [float((train.routes_B == n).mean()) for n in range(len(names))]
     if config.ensemble == "fixed":
@@ -95,11 +95,11 @@ def make_work(
     first: it does where this run was cut off, and not where another one asked for other rows."""
     train = examples.train
     lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
-    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch)
+    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch_size)
     lengths_SM, rows_SM = micro_batch_shapes(
-        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch // config.micro_batch
+        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
     )
-    total = config.max_steps or config.epochs * len(order_SG)
+    total = config.max_steps or config.num_train_epochs * len(order_SG)
     in_time = min(1.0, total / len(order_SG))
     shares_N = [share * in_time for share in asked_share(config, teachers, train)]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
@@ -118,7 +118,7 @@ def make_work(
             key = (teacher.tokenizer_hash, teacher.max_length, split.split)
             if missing and key not in counted:
                 counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
-            parts = -(-missing // config.look_ahead)
+            parts = -(-missing // config.prefetch_rows)
             sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
             requests_N[n] += [spread(counted[key], size) for size in sizes]
     left = max(0, total - done)

@@ -17,6 +17,7 @@ from typing import Any
 
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
+from sead_dist.config.names import renamed
 from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
@@ -137,6 +138,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run was given other teachers."""
     run = Path(config.output_dir)
     given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
+    given = [renamed(entry, "teachers.") for entry in given]
     if given != given_teachers(config):
         names = ", ".join(str(entry.get("path")) for entry in given) or "none"
         raise UserError(

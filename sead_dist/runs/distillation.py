@@ -92,8 +92,12 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     state = resume(parts)
     weights_N = prepare_teachers(parts)
     touch_past(parts, weights_N, state.step)
-    if parts.config.grace_s is not None:
-        parts.log.say(against_grace(parts.checkpointer.measure(parts.engine), parts.config.grace_s))
+    if parts.config.preemption_notice_s is not None:
+        parts.log.say(
+            against_grace(
+                parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
+            )
+        )
     state = make_trainer(parts, weights_N).run(state)
     if state.step < parts.batches.total_steps:
         parts.log.say(
@@ -110,7 +114,7 @@ def against_grace(save_s: float, grace_s: float) -> str:
     if 2 * save_s > grace_s:
         line += (
             "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "
-            "or lower checkpoint.every_steps so that little is lost"
+            "or lower save_steps so that little is lost"
         )
     return line
 
@@ -210,13 +214,13 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     if parts.source is None:
         return torch.zeros(0)
     exams: list[Examination] = []
-    if needs_examination(config) or config.drift == "on":
+    if needs_examination(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.look_ahead, "the examination"
+            parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
         )
         exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
-        if config.drift == "on":
+        if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
             exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
         for exam, teacher in zip(exams, teachers, strict=True):
@@ -224,7 +228,7 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
         if parts.world.is_main:
             record = [asdict(exam) for exam in exams]
             write_json(Path(config.output_dir) / "examination.json", record)
-        if config.gate == "on":
+        if config.validates:
             admit(task, exams, teachers)
     weights_N = weigh(config, teachers, exams)
     if config.ensemble == "single":
@@ -234,12 +238,12 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
 
 def needs_examination(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.gate == "on" or chosen_by_score(config)
+    return config.validates or chosen_by_score(config)
 
 
 def chosen_by_score(config: RunConfig) -> bool:
     """Whether the teachers' scores decide who teaches, and how much each counts."""
-    return config.ensemble == "score" or (config.ensemble == "single" and config.guide is None)
+    return config.ensemble == "score" or (config.ensemble == "single" and config.teacher is None)
 
 
 def weigh(
@@ -251,7 +255,7 @@ def weigh(
         config.ensemble,
         [teacher.entry.weight for teacher in teachers],
         [exam.score for exam in exams],
-        None if config.guide is None else names.index(config.guide),
+        None if config.teacher is None else names.index(config.teacher),
     )
 
 

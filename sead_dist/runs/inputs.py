@@ -15,7 +15,7 @@ from sead_dist.objectives.ensemble import check_method
 def refuse_unused_text(config: RunConfig) -> None:
     """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
     batches and teach nothing."""
-    if config.transfer.path is None or config.taught:
+    if config.unlabeled.path is None or config.taught:
         return
     if config.encoders:
         why, fix = "finetune asks none", "and give it to distill"
@@ -24,8 +24,8 @@ def refuse_unused_text(config: RunConfig) -> None:
     else:
         why, fix = "none are given", "or give teachers=[DIR, ...]"
     raise UserError(
-        f"transfer.path={config.transfer.path}: unlabelled rows are learnt from teachers alone, "
-        f"and {why}; leave transfer.path out, {fix}"
+        f"unlabeled.path={config.unlabeled.path}: unlabelled rows are learnt from teachers alone, "
+        f"and {why}; leave unlabeled.path out, {fix}"
     )
 
 
@@ -43,8 +43,8 @@ def check_inputs(config: RunConfig) -> None:
             raise UserError(f"data file {file} does not exist; give an existing file")
         if file is None and config.data.path is not None:
             find_files(task, split, Path(config.data.path))
-    if config.transfer.path is not None and not Path(config.transfer.path).is_file():
-        raise UserError(f"transfer.path={config.transfer.path} does not exist; give a file")
+    if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
+        raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
         if not names_shape(entry.path):
             locate(entry.path, entry.revision)

@@ -170,14 +170,14 @@ def open_worker(
         source.share_tokens(split, work.words, work.max_length)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
-    claims = Claims(store.layout, config.pool.claim_s)
+    claims = Claims(store.layout, config.pool.lease_s)
     return Worker(source, claims, number, workers, check, log.say)
 
 
 def fill_all(hand: Worker, work: Work) -> bool:
     """The whole work in its order; True when all is in the store, False when it ended before."""
     config, splits, teachers = work.config, work.splits, work.teachers
-    source, rows, count = hand.source, config.pool.chunk_rows, len(teachers)
+    source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
     # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
     everyone = chosen_by_score(config)
@@ -193,8 +193,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or all(work.pooled_N):
             exams = examine_all(source, work)
     batches = BatchStream(
-        splits.train, config.seed, config.global_batch, config.micro_batch, config.epochs,
-        config.max_steps, 0, 1,
+        splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
+        config.num_train_epochs, config.max_steps, 0, 1,
     )  # fmt: skip
     asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
     chunks = chunks_of_training(batches, count, rows, asked)
@@ -208,11 +208,9 @@ def fill_all(hand: Worker, work: Work) -> bool:
 def examine_all(source: StoredSource, work: Work) -> list[Examination]:
     """Every teacher's examination, as the student holds it. Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(
-        source, selection, len(teachers), config.pool.chunk_rows, "the examination"
-    )
+    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the examination")
     exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
-    if config.gate == "on":
+    if config.validates:
         admit(work.task, exams, teachers)
     return exams
 

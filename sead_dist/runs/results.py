@@ -57,7 +57,7 @@ def score_split(
     if parts.source is None:
         return result, scores, None
     logits_NBC = ask_all(
-        parts.source, split, len(parts.teachers), parts.config.look_ahead, split.examples.split
+        parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
     )
     routes_B = split.examples.routes_B
     combined_BC, probabilities_BC = ensemble_logits(parts, logits_NBC, weights_N, routes_B)
@@ -200,7 +200,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
             "task": parts.task.name,
             "metric": parts.task.metrics[0],
             "splits": scores,
-            "selected_on": config.select.on,
+            "selected_on": config.selection.split,
         }
         write_json(run / "scores.json", record)
         # the report quotes the summary, and the run is finished only with its report
@@ -227,7 +227,7 @@ def closing_table(
 ) -> tuple[str, list[str], list[list[object]]]:
     """(title, columns, rows) of what the console shows at the end."""
     metric = parts.task.metrics[0]
-    mark = " (selected on dev)" if parts.config.select.on == "dev" else ""
+    mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
     for index, teacher in enumerate(parts.teachers):
         rows.append(

@@ -127,7 +127,7 @@ def build(
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
-    watch = stack.enter_context(watching(run, world, stop, config.watch))
+    watch = stack.enter_context(watching(run, world, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
@@ -135,9 +135,9 @@ def build(
     batches = BatchStream(
         splits.train,
         config.seed,
-        config.global_batch,
-        config.micro_batch,
-        config.epochs,
+        config.global_batch_size,
+        config.micro_batch_size,
+        config.num_train_epochs,
         config.max_steps,
         world.rank,
         world.size,
@@ -159,16 +159,16 @@ def build(
         for split in (splits.train, splits.selection, *splits.official.values()):
             source.share_tokens(split, words, max_length)
     guide, rival = None, None
-    if config.internals is not None and source is not None:
+    if config.feature_loss is not None and source is not None:
         chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
         guide, rival = follow(config, world, chosen, model, batches.total_steps)
-        log.say(f"internals={rival.method} of {guide.name}: {rival.variant}")
+        log.say(f"feature_loss={rival.method} of {guide.name}: {rival.variant}")
     rest = None if rival is None else rival.rest
     engine = Engine(model, config, world, batches.total_steps, rest)
-    if config.tracker is not None:
+    if config.report_to is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
-    checkpointer = Checkpointer(run, identity, world, config.checkpoint.keep_last, log.say)
+    checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
         checkpointer, stop, watch, guide, rival,
@@ -177,7 +177,7 @@ def build(
 
 def check_setting(config: RunConfig, world: World) -> None:
     """What can be told from the settings alone, before anything is read. Raises UserError."""
-    check_tracker(config.tracker)
+    check_tracker(config.report_to)
     if config.push_to_hub:
         from_main(world, lambda: check_push(config.hub_model_id))
     check_arithmetic(config.precision, world.device)
@@ -187,11 +187,11 @@ def check_setting(config: RunConfig, world: World) -> None:
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
     """A line where some ranks have nothing to do in a part of every step."""
-    micro_batches = config.global_batch // config.micro_batch
+    micro_batches = config.global_batch_size // config.micro_batch_size
     if micro_batches % ranks == 0:
         return []
     return [
-        f"global_batch={config.global_batch} makes {micro_batches} micro-batches, which "
+        f"global_batch_size={config.global_batch_size} makes {micro_batches} micro-batches, which "
         f"{ranks} ranks cannot share evenly: some ranks idle; lower micro_batch"
     ]
 
@@ -211,8 +211,8 @@ def read_inputs(
     examples = load_examples(config, task, say)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
-    if config.internals is not None:
-        check_inside(model, tokenizer, config.internals, config.max_length, "the student")
+    if config.feature_loss is not None:
+        check_inside(model, tokenizer, config.feature_loss, config.max_length, "the student")
     return task, examples, tokenizer, model
 
 
@@ -266,7 +266,7 @@ def hire(
     if "pool" in placements:
         root = store.layout.root
         from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
-        follower = Follower(store.layout, config.pool.silent_s, log.say, watch.heed)
+        follower = Follower(store.layout, config.pool.timeout_s, log.say, watch.heed)
     source = StoredSource(
         teachers, placements, share_NW, world, store, task.name, run, accept_any,
         config.trust_remote_code, log.say, watch.heed, follower,
@@ -288,7 +288,7 @@ def choose_guide(
     if len(named) == 1:
         return named[0]
     try:
-        return teachers[best_teacher(source, task, selection, len(teachers), config.look_ahead)]
+        return teachers[best_teacher(source, task, selection, len(teachers), config.prefetch_rows)]
     except RuntimeError as error:
         watch.explain(error)  # a collective breaks when another rank dies
         raise
@@ -301,11 +301,13 @@ def follow(
     the method says so."""
 
     def load() -> tuple[Guide, Rival]:
-        assert config.internals is not None
+        assert config.feature_loss is not None
         body = load_guide(config, teacher, world.device)
-        anatomy = find_anatomy(body, f"teacher {teacher.name}", needs_attention(config.internals))
+        anatomy = find_anatomy(
+            body, f"teacher {teacher.name}", needs_attention(config.feature_loss)
+        )
         rival = make_rival(config, model, anatomy, total_steps)
-        if config.start == "guide":
+        if config.student_init == "feature_teacher":
             fits = start_as_guide(model, body)
             start = "the guide's layers" if fits else "its own, the guide's layers do not fit"
             rival = replace(rival, variant=f"{rival.variant}; start: {start}")
@@ -317,10 +319,11 @@ def follow(
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
     """Raises UserError where a teacher cannot be placed as it should be."""
     check_placements(teachers, placements)
-    if "pool" in placements and config.drift == "on":
+    if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(
-            "drift=on asks teachers in fp32 in the student's processes, and placement=pool is for "
-            "teachers that are not there; measure the drift in a run with another placement"
+            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and "
+            "placement=pool is for teachers that are not there; compare them in a run with another "
+            "placement"
         )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":

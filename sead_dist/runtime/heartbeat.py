@@ -2,7 +2,7 @@
 ends, naming it.
 
 RUN/.ranks/rank-K.json is rank K's sign of life, written aside and renamed several times in
-`silent_s`. It goes by files because a process group that is broken cannot carry the news, and
+`timeout_s`. It goes by files because a process group that is broken cannot carry the news, and
 because ranks of several machines share the run folder. An observer counts on its own monotonic
 clock how long a file has not changed: clocks of machines are never compared. (Our own scheme.)
 """
@@ -34,9 +34,9 @@ class Limits(Protocol):
     """After how many seconds without a sign of life, and without progress, a rank is given up."""
 
     @property
-    def silent_s(self) -> float: ...
+    def timeout_s(self) -> float: ...
     @property
-    def hang_s(self) -> float: ...
+    def hang_timeout_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Watch:
 
     def __init__(self, run: Path, world: World, stop: StopFlag, limits: Limits) -> None:
         self.run, self.world, self.stop, self.limits = run, world, stop, limits
-        self.beat_s = min(MOST_BEAT_S, limits.silent_s / 10)
+        self.beat_s = min(MOST_BEAT_S, limits.timeout_s / 10)
         self.count, self.moves, self.place, self.doing = 0, 0, 0, "starting"
         now = time.monotonic()
         others = [rank for rank in range(world.size) if rank != world.rank]
@@ -114,7 +114,7 @@ class Watch:
 
     def look(self, now: float) -> None:
         """Read the others' signs of life, and hear of a stop that was asked of one of them."""
-        if now - self.looked_at > self.limits.silent_s / 2:
+        if now - self.looked_at > self.limits.timeout_s / 2:
             # this process was itself suspended, perhaps with all the others: count anew
             self.moved_at = now
             for peer in self.peers.values():
@@ -146,7 +146,7 @@ class Watch:
 
     def verdict(self, now: float) -> str | None:
         """Why this run cannot go on, or None."""
-        silent_s, hang_s = self.limits.silent_s, self.limits.hang_s
+        silent_s, hang_s = self.limits.timeout_s, self.limits.hang_timeout_s
         dead = self.dead(now, silent_s)
         if dead:
             return self._epitaph(dead[0], f"has given no sign of life for {silent_s:g} s", dead)
@@ -214,7 +214,7 @@ class Watch:
             self.look(now)
             line = self.verdict(now)
             if line is not None and not over.is_set():
-                self.end(line, self.dead(now, self.limits.silent_s))
+                self.end(line, self.dead(now, self.limits.timeout_s))
 
 
 @contextmanager

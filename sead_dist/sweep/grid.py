@@ -18,7 +18,7 @@ from sead_dist.config.load import (
     resolve,
     shipped_methods,
 )
-from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, TransferConfig
+from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, UnlabeledConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
@@ -115,7 +115,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
         common = resolve(layers)
         refuse_push(common, "a sweep")
-        texts += filter(None, [common.transfer.path])
+        texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         teachers += made
         for method in sweep.methods:
@@ -154,10 +154,10 @@ def method_name(method: str) -> str:
 
 def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
     """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
-    if texts and all(unit.config.transfer.path is None for unit in students):
+    if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
-            f"transfer.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
-            "method of this sweep asks any; leave transfer.path out, or add a method, such as mean"
+            f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
+            "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
         )
 
 
@@ -261,7 +261,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     config = config.model_copy(update=given)
     if config.taught:
         return config
-    return config.model_copy(update={"transfer": TransferConfig(path=None, ratio=None)})
+    return config.model_copy(update={"unlabeled": UnlabeledConfig(path=None, ratio=None)})
 
 
 def student_units(

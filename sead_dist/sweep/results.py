@@ -269,7 +269,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         "seeds": plan.seeds,
         "methods": plan.methods,
         "equal_steps": plan.equal_steps,
-        "selected_on_dev": any(unit.config.select.on == "dev" for unit in plan.units),
+        "selected_on_dev": any(unit.config.selection.split == "dev" for unit in plan.units),
         "tasks": [
             {
                 "name": task,

@@ -106,7 +106,7 @@ def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
     """
     check_runs(plan)
     for unit in plan.units:
-        check_tracker(unit.config.tracker)
+        check_tracker(unit.config.report_to)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
     plan, data = settle(plan, [name for name in plan.tasks if plan.students(name)])
@@ -144,7 +144,7 @@ def check_runs(plan: Plan) -> None:
             if unit.config.taught:
                 check_method(unit.config, task.task_kind)
         teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
-        with_text = [unit for unit in students if unit.config.transfer.path is not None]
+        with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
         # the others ask for nothing else
         for unit in (*teachers[:1], *students[:1], *with_text[:1]):
             check_inputs(with_made_teachers(unit.config, teachers))
@@ -177,7 +177,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
     task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
-    students.sort(key=lambda of: (of.transfer.path is None, of.ensemble == "routed"))
+    students.sort(key=lambda of: (of.unlabeled.path is None, of.ensemble == "routed"))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
     dev = next(iter(examples.official.values()))
@@ -193,7 +193,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
 
 def rows_key(config: RunConfig) -> str:
     """The keys that say which rows a run reads, and what of them."""
-    return repr((config.data, config.transfer, config.select, route_of(config)))
+    return repr((config.data, config.unlabeled, config.selection, route_of(config)))
 
 
 def refuse_other_unit(plan: Plan, unit: Unit) -> None:

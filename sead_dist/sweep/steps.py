@@ -16,20 +16,20 @@ from sead_dist.sweep.results import TaskData
 
 def epoch_steps(config: RunConfig, data: TaskData) -> int:
     """Steps of one pass over the rows that a run has."""
-    rows = data.train_rows + (data.unlabelled_rows if config.transfer.path is not None else 0)
-    return -(-rows // config.global_batch)
+    rows = data.train_rows + (data.unlabelled_rows if config.unlabeled.path is not None else 0)
+    return -(-rows // config.global_batch_size)
 
 
 def steps_of(config: RunConfig, data: TaskData) -> int:
     """Steps of a run by its own keys, as `data.order.BatchStream` counts them."""
-    return config.max_steps or config.epochs * epoch_steps(config, data)
+    return config.max_steps or config.num_train_epochs * epoch_steps(config, data)
 
 
 def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
     counted = any(config.max_steps is None for config in students)
-    return plan.equal_steps and counted and len({of.transfer.path for of in students}) > 1
+    return plan.equal_steps and counted and len({of.unlabeled.path for of in students}) > 1
 
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
@@ -57,9 +57,8 @@ def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
 def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConfig:
     """The same run with the steps of the longest. It is scored on the selection split as often too:
     else the best student would be chosen among more of them."""
-    every = config.evaluate.every_steps or epoch_steps(longest, data)
-    evaluate = config.evaluate.model_copy(update={"every_steps": every})
-    return config.model_copy(update={"max_steps": steps_of(longest, data), "evaluate": evaluate})
+    every = config.eval_steps or epoch_steps(longest, data)
+    return config.model_copy(update={"max_steps": steps_of(longest, data), "eval_steps": every})
 
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:

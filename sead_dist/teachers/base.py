@@ -95,7 +95,7 @@ def stream(
 ) -> Iterator[Lesson]:
     """The steps from `start` on, each with its teachers' logits, and a live one's internals.
 
-    Teachers work in windows of up to `look_ahead` rows, `depth` windows ahead of the student
+    Teachers work in windows of up to `prefetch_rows` rows, `depth` windows ahead of the student
     (0: a window is computed when the student gets there). What a teacher says does not depend on
     either (invariant 3).
     """

@@ -34,7 +34,7 @@ def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
 
 
 def is_reduced(teacher: Teacher) -> bool:
-    return teacher.dtype != "fp32" or teacher.entry.weights is not None
+    return teacher.dtype != "fp32" or teacher.entry.quantization is not None
 
 
 def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:

@@ -44,9 +44,9 @@ class Guide:
 
 def candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
     """The teachers that may become the guide: the one that `guide` names, else all of them."""
-    if config.internals is None:
+    if config.feature_loss is None:
         return []
-    return [t for t in teachers if config.guide is None or t.name == config.guide]
+    return [t for t in teachers if config.teacher is None or t.name == config.teacher]
 
 
 def check_guide(
@@ -58,8 +58,8 @@ def check_guide(
 ) -> None:
     """Raises UserError for a teacher that may become the guide and cannot show its internals on the
     student's batches. tokenizer_hash, max_length: the student's."""
-    asks = f"internals={config.internals}"
-    other = "" if config.guide is not None else ", or name a teacher that can: guide=NAME"
+    asks = f"feature_loss={config.feature_loss}"
+    other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
         placement = teacher.entry.placement or config.placement
         if placement in ("partitioned", "sharded") and world.size > 1:
@@ -67,10 +67,11 @@ def check_guide(
                 f"teacher {teacher.name} is {placement}, and {asks} needs it on every rank; give "
                 f"its entry placement: colocated{other}"
             )
-        if teacher.entry.weights is not None:
+        if teacher.entry.quantization is not None:
             raise UserError(
-                f"teacher {teacher.name} has weights={teacher.entry.weights}, and {asks} needs its "
-                f"hidden states as they are; leave weights out, give dtype: bf16{other}"
+                f"teacher {teacher.name} has quantization={teacher.entry.quantization}, and {asks} "
+                f"needs its hidden states as they are; leave quantization out, "
+                f"give dtype: bf16{other}"
             )
         if teacher.tokenizer_hash != tokenizer_hash:
             raise UserError(
@@ -85,10 +86,10 @@ def check_guide(
                 f"max_length={longest}{other}"
             )
         check_padding(teacher, asks, other)
-        assert config.internals is not None
+        assert config.feature_loss is not None
         parts = outline(teacher.config, config.trust_remote_code)
         name = f"teacher {teacher.name}"
-        check_kind(parts, teacher.tokenizer, config.internals, max_length, name)
+        check_kind(parts, teacher.tokenizer, config.feature_loss, max_length, name)
 
 
 def check_padding(teacher: Teacher, asks: str, other: str) -> None:
@@ -128,7 +129,7 @@ def load_guide(config: RunConfig, teacher: Teacher, device: torch.device) -> Pre
     # its rows are the student's, padded: no packs
     padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))
     model = load_whole(padded, device, config.trust_remote_code, {})
-    if config.internals is not None:
+    if config.feature_loss is not None:
         length, name = teacher.max_length, f"teacher {teacher.name}"
-        check_inside(model, teacher.tokenizer, config.internals, length, name)
+        check_inside(model, teacher.tokenizer, config.feature_loss, length, name)
     return model

@@ -100,10 +100,11 @@ def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> 
                 f"teacher {teacher.name}: offload=true is for placement=sharded, and it is "
                 f"{placement}; give its entry placement: sharded, or leave offload out"
             )
-        if teacher.entry.weights is not None and placement == "sharded":
+        if teacher.entry.quantization is not None and placement == "sharded":
             raise UserError(
-                f"teacher {teacher.name}: weights={teacher.entry.weights} cannot be split over "
-                "ranks (placement=sharded); give its entry another placement, or dtype: bf16"
+                f"teacher {teacher.name}: quantization={teacher.entry.quantization} cannot be "
+                "split over ranks (placement=sharded); give its entry another placement, "
+                "or dtype: bf16"
             )
 
 

@@ -111,7 +111,7 @@ class Follower:
             )
         return (
             f"teacher {one.name}: nothing has come from the pool for {self.silent_s:g} s "
-            f"(pool.silent_s), and {one.missing()} of {len(one.entries_M)} rows of {what} are "
+            f"(pool.timeout_s), and {one.missing()} of {len(one.entries_M)} rows of {what} are "
             f"missing in the store {self.layout.root}; {hint}; then give the same command again"
         )
 

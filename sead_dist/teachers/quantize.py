@@ -16,7 +16,7 @@ def check_quantize(teacher: str) -> None:
     """Raises UserError where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            f"teacher {teacher}: weights=int8 needs torchao, which is not installed; "
+            f"teacher {teacher}: quantization=int8 needs torchao, which is not installed; "
             "pip install 'sead-dist[quantize]', or leave weights out"
         )
 

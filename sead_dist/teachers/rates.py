@@ -122,7 +122,7 @@ def _key(kind: str, config: PretrainedConfig, machine: Machine, **more: object) 
 def teacher_key(teacher: Teacher, machine: Machine) -> str:
     """What a teacher's rate depends on."""
     shapes = json.loads(teacher.key.numerics)["shapes"]
-    about = {"dtype": teacher.dtype, "weights": teacher.entry.weights, "shapes": shapes}
+    about = {"dtype": teacher.dtype, "weights": teacher.entry.quantization, "shapes": shapes}
     return _key("teacher", teacher.config, machine, **about)
 
 
@@ -133,8 +133,8 @@ def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machi
         model.config,
         machine,
         dtype=config.precision,
-        optimizer=config.optimizer,
-        rows=config.micro_batch,
+        optimizer=config.optim,
+        rows=config.micro_batch_size,
         task=task_kind,
     )
 

@@ -93,7 +93,7 @@ class Teacher:
             "parameters": self.parameters,
             "max_length": self.max_length,
             "dtype": self.dtype,
-            "weights": self.entry.weights,
+            "weights": self.entry.quantization,
         }
 
 
@@ -259,15 +259,15 @@ def _call(
         check_problem_type(task, entry.path, shape)
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision
-        if entry.weights is not None:
+        if entry.quantization is not None:
             check_quantize(name)
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
-        kind = (facts, dtype, entry.weights, tokens, max_length)
+        kind = (facts, dtype, entry.quantization, tokens, max_length)
         if kind not in checked:
             padding = probed_padding(tokenizer, shape, max_length)
-            checked[kind] = cut_of(shape, dtype, device, entry.weights, padding)
+            checked[kind] = cut_of(shape, dtype, device, entry.quantization, padding)
         attention = parts.config._attn_implementation
-        numerics = numerics_class(device, dtype, entry.weights, attention, checked[kind])
+        numerics = numerics_class(device, dtype, entry.quantization, attention, checked[kind])
         code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
         padding = checked[kind].padding
         fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
@@ -275,8 +275,8 @@ def _call(
         teachers.append(
             Teacher(
                 entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
-                dtype, weights, parameters, weight_bytes(parameters, words, dtype, entry.weights),
-                key, checked[kind],
+                dtype, weights, parameters,
+                weight_bytes(parameters, words, dtype, entry.quantization), key, checked[kind],
             )
         )  # fmt: skip
     return teachers

@@ -159,7 +159,7 @@ def admit(task: TaskSpec, exams: Sequence[Examination], teachers: Sequence[Teach
                 f"teacher {exam.name} failed its examination: its scores run from {low:.3g} to "
                 f"{high:.3g} on the selection split, those of {task.name} from {least:g} to "
                 f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
-                "scale, or teach all the same with gate=off"
+                "scale, or teach all the same with teacher_validation=off"
             )
         hint = "check its task and labels"
         if exam.better_order is not None:
@@ -167,5 +167,5 @@ def admit(task: TaskSpec, exams: Sequence[Examination], teachers: Sequence[Teach
         raise UserError(
             f"teacher {exam.name} failed its examination: {exam.metric} {exam.score:.4f} on the "
             f"selection split, no better than a constant answer ({exam.constant_score:.4f}); "
-            f"{hint}; leave it out, or teach all the same with gate=off"
+            f"{hint}; leave it out, or teach all the same with teacher_validation=off"
         )

@@ -41,7 +41,7 @@ def load_whole(
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
     model.config.pad_token_id = teacher.config.pad_token_id
     reset_attention(model)
-    if teacher.entry.weights is not None:
+    if teacher.entry.quantization is not None:
         quantize(model)
     # one in 8 bits against itself alone: how far it is from fp32 is for the drift report
     rows = rows or probe_rows(teacher.tokenizer, teacher.max_length, device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sead_dist.config.names import renamed
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import ORDER_RULES, Cursor
 from sead_dist.errors import RunError, UserError, reading, reason
@@ -37,7 +38,7 @@ STAGE_RULES = 2
 
 def rules_of(config: RunConfig) -> dict[str, int]:
     """The versions of the rules that decide the student of this run."""
-    return {**RULES, "stages": STAGE_RULES} if config.internals == "tinybert" else RULES
+    return {**RULES, "stages": STAGE_RULES} if config.feature_loss == "tinybert" else RULES
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Identity:
         saved: Identity = read_as(cls, record, "identity")
         with reading(record, "restore it, or give another output_dir"):
             _names(saved.teachers)
-        return saved
+            return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one

@@ -17,8 +17,8 @@ from sead_dist.errors import UserError, reason, refusal
 
 # sections of a DeepSpeed file that a run has keys of its own for
 OURS = {
-    "optimizer": "optimizer, learning_rate and weight_decay",
-    "scheduler": "schedule and warmup",
+    "optimizer": "optim, learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type and warmup_steps",
     "bf16": "precision",
     "fp16": "precision",
     "torch_autocast": "precision",
@@ -158,11 +158,11 @@ def from_the_run(
     path: Path, values: dict[str, Any], config: RunConfig, ranks: int
 ) -> dict[str, float]:
     """The batch sizes and the clipping of this run. Raises UserError where the file has others."""
-    micro_batches = -(-config.global_batch // (config.micro_batch * ranks))
+    micro_batches = -(-config.global_batch_size // (config.micro_batch_size * ranks))
     ours: dict[str, float] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": config.micro_batch * micro_batches * ranks,
+        "train_batch_size": config.micro_batch_size * micro_batches * ranks,
         "gradient_clipping": config.max_grad_norm,
     }
     for key, value in ours.items():

@@ -55,7 +55,7 @@ def build_optimizer(
         ]
         for group in groups[-2:]:
             group.update(marked)
-    if config.optimizer == "sgd":
+    if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
@@ -65,9 +65,9 @@ def build_schedule(
 ) -> LambdaLR:
     """The learning rate's way over the run, for each group of the optimiser."""
     schedule: LambdaLR = get_scheduler(
-        SCHEDULES[config.schedule],
+        SCHEDULES[config.lr_scheduler_type],
         optimizer,
-        num_warmup_steps=round(config.warmup * total_steps),
+        num_warmup_steps=config.warmup(total_steps),
         num_training_steps=total_steps,
     )
     if rest is None:
@@ -99,7 +99,7 @@ class Engine:
                 mixed_precision=MIXED[config.precision],
                 cpu=world.device.type == "cpu",
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-                log_with=config.tracker,
+                log_with=config.report_to,
                 project_dir=config.output_dir,
             )
         check_world(self.accelerator.num_processes, world)
@@ -268,9 +268,11 @@ def check_tracker(name: str | None) -> None:
     """Raises UserError for a tracker that Accelerate does not know, or that is not installed."""
     known = [str(kind) for kind in LoggerType if str(kind) != "all"]
     if name is not None and name not in known:
-        raise UserError(f"tracker={name} is none that Accelerate knows: {', '.join(known)}")
+        raise UserError(f"report_to={name} is none that Accelerate knows: {', '.join(known)}")
     if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"tracker={name} is not installed; pip install it, or leave tracker out")
+        raise UserError(
+            f"report_to={name} is not installed; pip install it, or leave report_to out"
+        )
 
 
 def check_arithmetic(precision: str, device: torch.device) -> None:

@@ -244,24 +244,24 @@ class Trainer:
             loss_inner=None if self.rival is None else inner,
             agreement=rates,
         )
-        if self.config.tracker is not None:
+        if self.config.report_to is not None:
             parts_of_loss = {"loss_soft": soft, "loss_hard": hard_mean or 0.0}
             self.engine.track({**shown, **parts_of_loss}, state.step)
         return shown, state.add(padding=padding, tokens=tokens)
 
     def evaluates_after(self, step: int) -> bool:
-        every = self.config.evaluate.every_steps or self.batches.steps_per_epoch
+        every = self.config.eval_steps or self.batches.steps_per_epoch
         return step % every == 0 or step == self.batches.total_steps
 
     def saves_after(self, step: int) -> bool:
-        every = self.config.checkpoint.every_steps
+        every = self.config.save_steps
         if step == self.batches.total_steps:
             return every != 0
         return every is not None and every > 0 and step % every == 0
 
     @property
     def saves_by_time(self) -> bool:
-        return self.config.checkpoint.every_steps is None
+        return self.config.save_steps is None
 
     def score(self, state: TrainState) -> TrainState:
         """Score the selection split, and keep the student when it is the best so far."""
@@ -274,12 +274,12 @@ class Trainer:
             loss=result.loss,
             metrics=result.metrics,
         )
-        if self.config.tracker is not None:
+        if self.config.report_to is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if self.rival is not None and self.rival.has_no_head(state.step):
             return state  # its score is that of a head as it was made
-        if self.config.graduate == "last" or self.agreed_better(score, result.loss, state):
+        if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
             state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
             self.checkpointer.save_best(self.engine, state.step)
         return state

@@ -41,7 +41,7 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     """A trainer of a small student with dropout: 8 rows a step in micro-batches of 2."""
     given = config(
         "teachers=[a,b]", seed=3, weight_decay=0.1,
-        **{"learning_rate": 1e-3, "micro_batch": 2, **changes}, **({"deepspeed": way} if way else {}),
+        **{"learning_rate": 1e-3, "micro_batch_size": 2, **changes}, **({"deepspeed": way} if way else {}),
     )  # fmt: skip
     batches = BatchStream(
         small_split(40), 3, 8, given.micro_batch, 20, None, world.rank, world.size
@@ -98,7 +98,7 @@ def in_every_way(world, ways, steps, **changes):
 
 
 def sgd(world, ways):
-    return in_every_way(world, ways, 50, optimizer="sgd", learning_rate=0.01)
+    return in_every_way(world, ways, 50, optim="sgd", learning_rate=0.01)
 
 
 def adamw(world, ways):
@@ -240,7 +240,7 @@ def bytes_held(world, ways, root):
     for way in ways:
         before = set(storages())
         trainer = make_trainer(
-            world, with_small_buckets(way, root / f"{world.rank}"), wide=True, micro_batch=1
+            world, with_small_buckets(way, root / f"{world.rank}"), wide=True, micro_batch_size=1
         )
         size = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters())
         train(trainer, range(1))
@@ -347,7 +347,7 @@ def task(tmp_path_factory):
 
 
 def whole_run(task, root, size, **changes):
-    given = words(*task, root / "run", root / "store", checkpoint__every_steps=2, **changes)
+    given = words(*task, root / "run", root / "store", save_steps=2, **changes)
     finish(start(size, root / "ranks", run_distill, given), root / "ranks", 300.0)
     return root / "run"
 
@@ -357,7 +357,7 @@ def test_invariant_06_a_run_under_zero3_killed_after_a_checkpoint_ends_with_the_
 ):
     whole = whole_run(task, tmp_path / "whole", 2, deepspeed="zero3")
     root = tmp_path / "killed"
-    given = words(*task, root / "run", root / "store", checkpoint__every_steps=2, deepspeed="zero3")
+    given = words(*task, root / "run", root / "store", save_steps=2, deepspeed="zero3")
     ranks = start(2, root / "ranks", run_distill, given)
     first = root / "run" / "checkpoints" / "step-00000002"
     while not first.is_dir():

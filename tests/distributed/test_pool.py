@@ -28,7 +28,7 @@ from sead_dist.teachers.pool_client import store_id
 
 # 54 training, 6 selection and 20 dev rows of three teachers; two epochs of 7 steps
 PAIRS = 3 * (54 + 6 + 20)
-KEYS = {"epochs": 2, "pool__chunk_rows": 16, "pool__silent_s": 300.0}
+KEYS = {"num_train_epochs": 2, "pool__item_rows": 16, "pool__timeout_s": 300.0}
 WAIT_S = 90.0
 
 
@@ -130,7 +130,7 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
 
 
 def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
-    given = given_words(task, tmp_path, pool__claim_s=1.0)
+    given = given_words(task, tmp_path, pool__lease_s=1.0)
     run, claims = tmp_path / "run", tmp_path / "store" / "claims"
     student = start(1, tmp_path / "student", run_distill, given)
     victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
@@ -157,18 +157,18 @@ def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, tas
 
 
 def test_a_student_without_workers_ends_and_names_the_teacher(tmp_path, task, distil):
-    given = given_words(task, tmp_path, pool__silent_s=0.2)
+    given = given_words(task, tmp_path, pool__timeout_s=0.2)
     with pytest.raises(RunError) as caught:
         distil(given)
     line = str(caught.value)
-    assert line.startswith("teacher a: nothing has come from the pool for 0.2 s (pool.silent_s)")
+    assert line.startswith("teacher a: nothing has come from the pool for 0.2 s (pool.timeout_s)")
     assert "16 of 16 rows of steps 1-2 are missing" in line
     assert f"are missing of a in the store {tmp_path / 'store'}" in said(tmp_path / "run")
     assert "sead-dist teach, with the words of this run" in line
 
 
 def test_a_student_that_finds_another_class_in_the_store_says_which(tmp_path, task, distil):
-    given = given_words(task, tmp_path, pool__silent_s=0.2)
+    given = given_words(task, tmp_path, pool__timeout_s=0.2)
     teach(load_config([*given, "teacher_precision=bf16"]), "1/1", alone())
     with pytest.raises(RunError, match=r"another numerics class \(dtype 'bf16', here 'fp32'\)"):
         distil(given)
@@ -184,7 +184,7 @@ def alone():
 def waited(task, tmp_path_factory):
     """The words and the run folder of a student that is there and found no workers."""
     root = tmp_path_factory.mktemp("waited")
-    given = given_words(task, root, pool__silent_s=0.05)
+    given = given_words(task, root, pool__timeout_s=0.05)
     with pytest.raises(RunError):
         distill(load_config(given), alone())
     return given, root / "run"
@@ -210,7 +210,7 @@ def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_i
     task, tmp_path
 ):
     """Teachers were mended after it ended; the new workers start before the new student."""
-    given, run = given_words(task, tmp_path, pool__silent_s=0.05), tmp_path / "run"
+    given, run = given_words(task, tmp_path, pool__timeout_s=0.05), tmp_path / "run"
     with pytest.raises(RunError):
         distill(load_config(given), alone())
     mended = save_teacher(tmp_path / "b", "roberta", seed=9)
@@ -290,7 +290,9 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
     until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
     os.kill(worker[0].pid, signal.SIGSTOP)
     with pytest.raises(RunError, match="nothing has come from the pool"):
-        distill(load_config([*given, "pool.silent_s=0.05", f"store={tmp_path / 'other'}"]), alone())
+        distill(
+            load_config([*given, "pool.timeout_s=0.05", f"store={tmp_path / 'other'}"]), alone()
+        )
     os.kill(worker[0].pid, signal.SIGCONT)
     (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
     assert isinstance(outcome, UserError)
@@ -299,7 +301,11 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
 
 @pytest.mark.parametrize(
     ("keys", "of_the_other"),
-    [({"gate": "off"}, 0), ({"gate": "on"}, 0), ({"ensemble": "score"}, 6)],
+    [
+        ({"teacher_validation": "off"}, 0),
+        ({"teacher_validation": "on"}, 0),
+        ({"ensemble": "score"}, 6),
+    ],
 )
 def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
     task, tmp_path, distil, monkeypatch, keys, of_the_other
@@ -338,7 +344,7 @@ def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(t
     until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
     os.kill(worker[0].pid, signal.SIGSTOP)
     with pytest.raises(RunError, match="nothing has come from the pool"):
-        distill(load_config([*given, "pool.silent_s=0.05"]), alone())
+        distill(load_config([*given, "pool.timeout_s=0.05"]), alone())
     os.kill(worker[0].pid, signal.SIGCONT)
     (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
     assert isinstance(outcome, UserError)
@@ -431,13 +437,15 @@ def test_a_worker_is_one_process(tmp_path, task):
 
 
 def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
-    with pytest.raises(UserError, match="drift=on asks teachers in fp32 in the student's"):
+    with pytest.raises(
+        UserError, match="teacher_validation=fp32 asks teachers in fp32 in the student's"
+    ):
         distil(given_words(task, tmp_path, drift="on"))
 
 
 def test_a_worker_examines_teachers_as_the_student_does(tmp_path, task):
     """It ends before the training rows, with the student's own line."""
-    given = [*given_words(task, tmp_path), "gate=on"]
+    given = [*given_words(task, tmp_path), "teacher_validation=on"]
     with pytest.raises(UserError, match="failed its examination"):
         teach(load_config(given), "1/1", alone())
     assert rows_of(tmp_path / "run", 1, 1) == 3 * 6

@@ -44,7 +44,7 @@ def said_of(batch) -> TeacherLogits:
 def gradients(world, method):
     """This rank's gradients, flat, of a step of four micro-batches that five of eight rows fill, in
     train mode with dropout; and the losses."""
-    given = config("teachers=[a]", method=method, global_batch=8, micro_batch=2, seed=3)
+    given = config("teachers=[a]", method=method, global_batch_size=8, micro_batch_size=2, seed=3)
     batches = BatchStream(small_split(21), given.seed, 8, 2, 2, None, world.rank, world.size)
     step = next(n for n in range(3) if len(batches.rows(n)) < batches.global_batch)
     student = build_model(
@@ -121,7 +121,7 @@ def two_ranks(task, tmp_path_factory):
 
 def tinybert_words(task, root, **changes):
     data, teacher = task
-    keys = {"micro_batch": 2, "evaluate__every_steps": 4, "graduate": "last", **changes}
+    keys = {"micro_batch_size": 2, "eval_steps": 4, "final_checkpoint": "last", **changes}
     return words(data, [teacher], root / "run", method="tinybert", **keys)
 
 
@@ -141,7 +141,7 @@ def test_a_guide_that_is_not_on_every_rank_is_refused_when_the_run_is_built(tmp_
     given = words(data, [teacher], tmp_path / "run", method="minilm", placement="partitioned")
     for outcome in try_ranks(2, tmp_path / "ranks", run_distill, given):
         assert isinstance(outcome, UserError)
-        assert "teacher a is partitioned, and internals=minilm needs it" in str(outcome)
+        assert "teacher a is partitioned, and feature_loss=minilm needs it" in str(outcome)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -160,4 +160,4 @@ def test_tinybert_under_zero_3_is_refused(tmp_path, task):
     given = words(data, [teacher], tmp_path / "run", method="tinybert", deepspeed="zero3")
     (outcome,) = try_ranks(1, tmp_path / "ranks", run_distill, given)
     assert isinstance(outcome, UserError)
-    assert "internals=tinybert needs each rank to hold the student whole" in str(outcome)
+    assert "feature_loss=tinybert needs each rank to hold the student whole" in str(outcome)

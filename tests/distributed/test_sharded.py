@@ -265,7 +265,7 @@ def test_a_run_with_a_sharded_and_a_whole_teacher_gives_the_student_of_whole_one
 
 def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_same_student(tmp_path, task):
     data, teachers = task
-    keys = {"placement": "sharded", "checkpoint__every_steps": 1, "look_ahead": 8, "epochs": 2}
+    keys = {"placement": "sharded", "save_steps": 1, "prefetch_rows": 8, "num_train_epochs": 2}
     run_ranks(2, tmp_path / "r", run_distill, words(data, teachers, tmp_path / "whole", **keys))
     given = words(data, teachers, tmp_path / "killed", tmp_path / "st", **keys)
     ranks = start(2, tmp_path / "ranks", run_distill, given)

@@ -69,7 +69,7 @@ def test_invariant_03_and_08_a_teacher_is_split_by_measured_cost_and_the_student
     write_rates(rates, teachers, seconds)
     for placement in ("colocated", "partitioned"):
         run = tmp_path / placement / "run"
-        given = words(data, teachers, run, placement=placement, global_batch=16)
+        given = words(data, teachers, run, placement=placement, global_batch_size=16)
         store = tmp_path / f"{placement}-new"
         run_ranks(RANKS, tmp_path / "ranks", run_and_plan, given, store, rates, timeout_s=240.0)
     assert model_bytes(tmp_path / "partitioned" / "run") == model_bytes(

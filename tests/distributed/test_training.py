@@ -46,8 +46,8 @@ def run_and_watch(world, given):
 def test_invariant_07_ranks_hold_equal_parameters_after_every_step(tmp_path, task, size):
     data, teachers = task
     given = words(
-        data, teachers, tmp_path / "run", placement="partitioned", epochs=2,
-        transfer__path=data / "transfer.tsv", micro_batch=2, evaluate__every_steps=4,
+        data, teachers, tmp_path / "run", placement="partitioned", num_train_epochs=2,
+        unlabeled__path=data / "transfer.tsv", micro_batch_size=2, eval_steps=4,
         keep_training_state="true",
     )  # fmt: skip
     found = run_ranks(size, tmp_path / "ranks", run_and_watch, given)

@@ -130,10 +130,10 @@ def launch(ranks: int, words: list[str]) -> None:
 def test_a_deterministic_run_on_one_gpu_gives_the_same_student_twice(
     words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    whole = words(tmp_path / "whole", "precision=bf16", "deterministic=true", "epochs=2")
+    whole = words(tmp_path / "whole", "precision=bf16", "deterministic=true", "num_train_epochs=2")
     launch(1, whole)
     weights = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
-    again = words(tmp_path / "again", "precision=bf16", "deterministic=true", "epochs=2")
+    again = words(tmp_path / "again", "precision=bf16", "deterministic=true", "num_train_epochs=2")
     launch(1, again)
     assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == weights
 

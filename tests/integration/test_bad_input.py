@@ -82,7 +82,7 @@ def teacher(teachers, tmp_path):
 def test_a_missing_data_folder_or_file(refused, grammar):
     refused(r"data.path /no/where does not exist; give the folder", "data.path=/no/where")
     refused(r"/no/dev.tsv does not exist; give an existing", "data.validation=/no/dev.tsv")
-    refused(r"/no/more.tsv does not exist; give an existing", "transfer.path=/no/more.tsv")
+    refused(r"/no/more.tsv does not exist; give an existing", "unlabeled.path=/no/more.tsv")
     line = refused(r"no train file in .*looked for train", f"data.path={grammar / 'tokenizer'}")
     assert "data.train=FILE" in line
 
@@ -110,11 +110,13 @@ def test_an_empty_split(refused, changed, tmp_path):
     data = changed("validation.tsv", "sentence\tlabel\n")
     refused(r"the validation split has no rows in .*validation.tsv; give a file", data)
     (tmp_path / "empty.tsv").write_text("sentence\n")
-    refused(r"transfer.path=.*empty.tsv has no rows", f"transfer.path={tmp_path / 'empty.tsv'}")
+    refused(r"unlabeled.path=.*empty.tsv has no rows", f"unlabeled.path={tmp_path / 'empty.tsv'}")
 
 
 def test_a_selection_split_without_rows(refused):
-    refused(r"select.fraction=0.0001 of 400 .* raise select.fraction", "select.fraction=0.0001")
+    refused(
+        r"selection.fraction=0.0001 of 400 .* raise selection.fraction", "selection.fraction=0.0001"
+    )
 
 
 def without_special_tokens(folder):
@@ -159,12 +161,12 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
         ("temperatur=3", r"unknown key 'temperatur'; did you mean 'temperature'"),
         ("data.pth=x", r"unknown key 'data.pth'; did you mean 'data.path'"),
         ("teachers=[{path: a, lables: [x]}]", r"unknown key 'teachers.0.lables'; did you mean 'teachers.labels'"),
-        ("epochs=many", r"epochs='many': .*valid integer.*; see epochs in configs/base.yaml"),
-        ("epochs=0", r"epochs=0: .*greater than 0"),
+        ("num_train_epochs=many", r"num_train_epochs='many': .*valid integer.*; see num_train_epochs in configs/base.yaml"),
+        ("num_train_epochs=0", r"num_train_epochs=0: .*greater than 0"),
         ("ensemble=best", r"ensemble='best': .*'mean_logits'.*'random'"),
         ("task=", r"task is not set; give task=VALUE"),
         ("task=sst3", r"unknown task 'sst3'; did you mean 'sst2'\?"),
-        ("micro_batch=7", r"micro_batch=7 does not divide global_batch=32; .*micro_batch=4"),
+        ("micro_batch_size=7", r"micro_batch_size=7 does not divide global_batch_size=32; .*micro_batch_size=4"),
         ("select=[1, 2", r"the value of select.* is not valid YAML"),
         ("student.shape=L6-H257", r"L6-H257 is no shape of a model; known: L12-H384-A12, L6"),
         ("student.shape=null", r"no student is set; give student=DIR"),
@@ -180,7 +182,7 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
     for text, message in (
         ("epochs: 3\nalpha: [1, 2\nseed: 4\n", r"mine.yaml, line 3 is not valid YAML"),
         ("- epochs\n", r"mine.yaml' holds no keys; it must be a YAML mapping"),
-        ("epoch: 3\n", r"unknown key 'epoch'; did you mean 'epochs'"),
+        ("epoch: 3\n", r"unknown key 'epoch'; did you mean 'num_train_epochs'"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message) as caught:
@@ -201,8 +203,8 @@ def test_a_config_that_is_no_text(words, distil, teachers, tmp_path):
 
 def test_fp16_on_a_cpu_and_a_tracker_that_is_not_there(refused):
     refused("precision=fp16 needs a GPU; on a CPU give precision=bf16", "precision=fp16")
-    refused("tracker=wandb is not installed; pip install it", "tracker=wandb")
-    refused("tracker=diary is none that Accelerate knows", "tracker=diary")
+    refused("report_to=wandb is not installed; pip install it", "report_to=wandb")
+    refused("report_to=diary is none that Accelerate knows", "report_to=diary")
 
 
 def test_a_config_file_that_is_not_there(words, distil, tmp_path):
@@ -310,11 +312,13 @@ def test_a_teacher_no_better_than_a_constant(words, distil, teacher, tmp_path):
         distil(words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1"))
     assert re.search(
         r"teacher teacher failed its examination: accuracy 0\.\d+ on the selection split, no better "
-        r"than a constant answer \(0\.\d+\).*gate=off",
+        r"than a constant answer \(0\.\d+\).*teacher_validation=off",
         str(caught.value),
     )
     # refused before its first step, it does not hold the folder: the mend works as it is written
-    run = distil(words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1", "gate=off"))
+    run = distil(
+        words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1", "teacher_validation=off")
+    )
     assert (run / "model" / "model.safetensors").is_file()
 
 
@@ -329,13 +333,13 @@ def test_an_output_folder_that_holds_another_run(finished, words, distil, teache
         ([f"teachers=[{teachers[0]}]"], r"holds a finished run with the teachers .*another output"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            distil(words(finished, "epochs=6", *more))
+            distil(words(finished, "num_train_epochs=6", *more))
         assert "\n" not in str(caught.value)
     assert contents(finished) == before
 
 
 def test_an_unfinished_run_with_other_teachers(words, distil, teachers, tmp_path):
-    run = distil(words(tmp_path / "run", "max_steps=2", "checkpoint.every_steps=1"))
+    run = distil(words(tmp_path / "run", "max_steps=2", "save_steps=1"))
     (run / "run_summary.json").unlink()
     before = contents(run)
     with pytest.raises(UserError, match=r"holds another run: teachers were .* are "):
@@ -347,7 +351,7 @@ def test_an_unfinished_run_with_other_teachers(words, distil, teachers, tmp_path
 
 
 def test_a_run_that_has_trained_but_not_saved_is_not_written_over(words, distil, tmp_path):
-    more = ["max_steps=2", "checkpoint.every_steps=0"]
+    more = ["max_steps=2", "save_steps=0"]
     run = distil(words(tmp_path / "run", *more))
     # as a kill before the first evaluation would leave it
     for name in ("run_summary.json", "eval_results.json"):
@@ -384,7 +388,7 @@ def test_an_output_folder_of_other_things(words, distil, tmp_path):
 
 def test_the_same_words_again_do_nothing(finished, words, distil, capsys):
     before = contents(finished)
-    distil(words(finished, "epochs=6"))
+    distil(words(finished, "num_train_epochs=6"))
     assert "finished: nothing to do" in capsys.readouterr().out
     assert contents(finished) == before
 
@@ -431,7 +435,7 @@ def spoilt(teachers, tmp_path):
     token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("##z")
     weights["bert.embeddings.word_embeddings.weight"][token] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return [f"teachers=[{folder}]", f"transfer.path={tmp_path / 'zzz.tsv'}"]
+    return [f"teachers=[{folder}]", f"unlabeled.path={tmp_path / 'zzz.tsv'}"]
 
 
 def test_nan_logits_name_teacher_step_and_example(words, distil, teachers, tmp_path):
@@ -447,7 +451,7 @@ def test_nan_logits_name_teacher_step_and_example(words, distil, teachers, tmp_p
     assert found, line
     # with windows of one step the run gets as far as the step before
     with pytest.raises(RunError, match=re.escape(line)):
-        distil(words(tmp_path / "slow", *more, "look_ahead=1", "checkpoint.every_steps=1"))
+        distil(words(tmp_path / "slow", *more, "prefetch_rows=1", "save_steps=1"))
     last = max((tmp_path / "slow" / "checkpoints").glob("step-*"))
     assert last.name == f"step-{int(found[1]) - 1:08d}"
 
@@ -478,7 +482,7 @@ def parameters(run):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, distil, tmp_path):
-    saving = ["checkpoint.every_steps=4", "checkpoint.keep_last=9", "keep_training_state=true"]
+    saving = ["save_steps=4", "save_total_limit=9", "keep_training_state=true"]
     run = distil(words(tmp_path / "run", *saving))
     expected = parameters(run)
     # as a kill after step 4 would leave it
@@ -508,7 +512,7 @@ def test_a_store_that_cannot_be_written_is_told(grammar, words, distil, tmp_path
     more = [
         f"task={task / 'task.yaml'}",
         f"data.path={task}",
-        f"transfer.path={task / 'transfer.tsv'}",
+        f"unlabeled.path={task / 'transfer.tsv'}",
         f"student.shape={tmp_path / 'shape.yaml'}",
         "max_steps=1",
     ]
@@ -542,9 +546,9 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(
     lines = (other / "train.tsv").read_text("utf-8").splitlines()
     (other / "train.tsv").write_text("\n".join(lines[:-9]) + "\n", "utf-8")
     with pytest.raises(UserError, match="the fingerprint of data and task was"):
-        distil(words(finished, "epochs=6", f"data.path={other}"))
+        distil(words(finished, "num_train_epochs=6", f"data.path={other}"))
     with pytest.raises(UserError, match="nowhere"):
-        distil(words(finished, "epochs=6", f"data.path={tmp_path / 'nowhere'}"))
+        distil(words(finished, "num_train_epochs=6", f"data.path={tmp_path / 'nowhere'}"))
 
 
 def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(

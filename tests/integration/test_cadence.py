@@ -19,7 +19,7 @@ def task(tmp_path_factory):
 
 
 def given_words(task, root, **changes):
-    return words(*task, root / "run", root / "store", epochs=2, **changes)
+    return words(*task, root / "run", root / "store", num_train_epochs=2, **changes)
 
 
 class Clock:
@@ -122,7 +122,7 @@ def at_every_step_of_rank_0(world, given, folder):
 def test_invariant_08_rank_0_decides_when_a_state_is_saved_and_the_student_is_the_same(
     tmp_path, task
 ):
-    plain = given_words(task, tmp_path / "plain", checkpoint__every_steps=0)
+    plain = given_words(task, tmp_path / "plain", save_steps=0)
     run_ranks(2, tmp_path / "r", run_distill, plain)
     given = given_words(task, tmp_path / "often", keep_training_state="true")
     found = run_ranks(2, tmp_path / "r", at_every_step_of_rank_0, given, tmp_path)

@@ -34,8 +34,8 @@ def fair_words(task: Path, output: Path, *more: str) -> list[str]:
     return sweep_words(
         task,
         output,
-        *("methods=[finetune,mean]", "seeds=1", "max_steps=null", "epochs=1"),
-        *("finetune.max_steps=2", f"transfer.path={task}/transfer.tsv", *more),
+        *("methods=[finetune,mean]", "seeds=1", "max_steps=null", "num_train_epochs=1"),
+        *("finetune.max_steps=2", f"unlabeled.path={task}/transfer.tsv", *more),
     )
 
 
@@ -163,15 +163,17 @@ def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
 
 
 def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
-    out, text = tmp_path / "out", f"transfer.path={task}/transfer.tsv"
+    out, text = tmp_path / "out", f"unlabeled.path={task}/transfer.tsv"
     untaught = load_config([*words(task, ["t"], out), text, "method=finetune"])
     alone = load_config([*words(task, [], out), text])
     encoder = f"encoders=[{task / 'student.yaml'}]"
-    with pytest.raises(UserError, match=r"^transfer.path=.*: unlabelled .*ensemble=none asks none"):
+    with pytest.raises(
+        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"
+    ):
         distill(untaught, ALONE)
-    with pytest.raises(UserError, match=r"none are given; leave transfer.path out, or give teach"):
+    with pytest.raises(UserError, match=r"none are given; leave unlabeled.path out, or give teach"):
         distill(alone, ALONE)
-    with pytest.raises(UserError, match=r"finetune asks none; leave transfer.path out"):
+    with pytest.raises(UserError, match=r"finetune asks none; leave unlabeled.path out"):
         finetune(load_config([*words(task, [], out), text, encoder]), ALONE)
     with pytest.raises(UserError, match="asks none"):
         plan_run(untaught, ALONE, None, None, None, False, None)

@@ -298,7 +298,12 @@ def test_a_thousand_odd_files_give_no_traceback_and_no_hang(fuzzer, finished, wo
         "task": task,
         "rates": {"hardware": "a", "forward": {"fp32": 1e12}, "training": {"fp32": 1e12}},
         "slurm": {"partition": "a", "time": "1:00", "nodes": 2},
-        "sweep": {"tasks": [config.task], "methods": ["mean", "labels"], "seeds": [0], "epochs": 2},
+        "sweep": {
+            "tasks": [config.task],
+            "methods": ["mean", "labels"],
+            "seeds": [0],
+            "num_train_epochs": 2,
+        },
     }
     fuzz_yaml(fuzzer, tmp_path / "yaml", sound)
     fuzz_data(fuzzer, tmp_path / "data")

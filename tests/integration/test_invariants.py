@@ -91,14 +91,17 @@ def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_men
 ):
     data, (a, _) = task
     silent = turned(a, tmp_path / "turned", names=False)
-    given = words(data, [a, silent], tmp_path / "run", gate="on")
+    given = words(data, [a, silent], tmp_path / "run", teacher_validation="on")
     with pytest.raises(UserError, match="teacher turned failed its examination") as caught:
         distill(tmp_path, given)
     assert not records(tmp_path / "run")  # before the first step
     line = str(caught.value).partition("it would score better: ")[2].partition("; leave")[0]
     assert line == f"{{path: {silent}, labels: [positive, negative]}}"
     # the suggested line, copied, is a teacher that passes
-    distill(tmp_path, [*words(data, [], tmp_path / "mended", gate="on"), f"teachers=[{a},{line}]"])
+    distill(
+        tmp_path,
+        [*words(data, [], tmp_path / "mended", teacher_validation="on"), f"teachers=[{a},{line}]"],
+    )
     exams = read(tmp_path / "mended" / "examination.json")
     assert [exam["score"] for exam in exams] == [1.0, 1.0]
     assert all(exam["passed"] for exam in exams)
@@ -110,7 +113,7 @@ def test_invariant_05_on_wnli_a_failure_is_only_told(tmp_path, task):
     own = tmp_path / "wnli" / "task.yaml"
     own.write_text(own.read_text().replace("name: grammar", "name: wnli"))
     silent = turned(a, tmp_path / "turned", names=False)
-    distill(tmp_path, words(tmp_path / "wnli", [silent], tmp_path / "run", gate="on"))
+    distill(tmp_path, words(tmp_path / "wnli", [silent], tmp_path / "run", teacher_validation="on"))
     (exam,) = read(tmp_path / "run" / "examination.json")
     assert not exam["passed"]
     assert "it would score better" in (tmp_path / "run" / "log.txt").read_text()
@@ -151,7 +154,12 @@ def test_invariant_10_the_dev_labels_are_not_looked_at_before_the_end(tmp_path, 
     for name, folder in (("one", data), ("two", tmp_path / "flipped")):
         # a student whose answers are varied from the start, so that its steps score differently
         changes = {"student__path": b, "student__shape": "", "learning_rate": 5e-3}
-        changes |= {"epochs": 4, "evaluate__every_steps": 2, "ensemble": "score", "gate": "on"}
+        changes |= {
+            "num_train_epochs": 4,
+            "eval_steps": 2,
+            "ensemble": "score",
+            "teacher_validation": "on",
+        }
         distill(tmp_path, words(folder, [a], tmp_path / name, **changes))
         scores.append(read(tmp_path / name / "scores.json"))
         evaluated = [record["metrics"]["accuracy"] for record in records(tmp_path / name, "eval")]
@@ -161,12 +169,12 @@ def test_invariant_10_the_dev_labels_are_not_looked_at_before_the_end(tmp_path, 
     # the teacher is right on every dev row, and wrong once they are flipped
     told = [score["splits"]["validation"]["teachers"][0]["metrics"]["accuracy"] for score in scores]
     assert told == [1.0, 0.0]
-    assert scores[0]["selected_on"] == "select"
+    assert scores[0]["selected_on"] == "held_out"
 
 
 def test_invariant_10_selecting_on_dev_does_look_and_is_marked_everywhere(tmp_path, task):
     data, (a, _) = task
-    given = words(data, [a], tmp_path / "run", select__on="dev", gate="on")
+    given = words(data, [a], tmp_path / "run", selection__split="dev", teacher_validation="on")
     distill(tmp_path, given)
     assert read(tmp_path / "run" / "scores.json")["selected_on"] == "dev"
     assert "(selected on dev)" in (tmp_path / "run" / "README.md").read_text()
@@ -177,7 +185,14 @@ def test_invariant_10_selecting_on_dev_does_look_and_is_marked_everywhere(tmp_pa
     flip_labels((shutil.copytree(data, tmp_path / "mixed")) / "validation.tsv")
     with pytest.raises(UserError, match="failed its examination"):
         distill(
-            tmp_path, words(tmp_path / "mixed", [a], tmp_path / "two", select__on="dev", gate="on")
+            tmp_path,
+            words(
+                tmp_path / "mixed",
+                [a],
+                tmp_path / "two",
+                selection__split="dev",
+                teacher_validation="on",
+            ),
         )
 
 
@@ -192,7 +207,7 @@ def test_invariant_10_rows_that_share_text_are_held_out_together(tmp_path, task)
     more = [f"{text.upper()}\t{label}" for text, label in rows]
     more += [f"{text}\t{flip[label]}" for text, label in rows]
     path.write_text("\n".join([header, *lines, *more]) + "\n")
-    given = load_config(words(folder, [a], tmp_path / "run", select__fraction=0.2))
+    given = load_config(words(folder, [a], tmp_path / "run", selection__fraction=0.2))
     found = load_examples(given, grammar_task(folder), print)
     sides = [{text.casefold() for text in side.texts_a} for side in (found.train, found.selection)]
     assert not sides[0] & sides[1]

@@ -23,11 +23,11 @@ def run_words(task: Path, *more: str) -> list[str]:
         f"student.tokenizer={task / 'tokenizer'}",
         f"store={task / 'store'}",
         "max_length=32",
-        "global_batch=64",
-        "micro_batch=32",
+        "global_batch_size=64",
+        "micro_batch_size=32",
         "learning_rate=4e-3",
-        "warmup=0.2",
-        "checkpoint.every_steps=0",
+        "warmup_steps=0.2",
+        "save_steps=0",
         *more,
     ]
 
@@ -59,7 +59,7 @@ def run_method(task: Path, method: str, output: Path, *more: str) -> Path:
         f"method={method}",
         "max_steps=100",
         f"output_dir={output}",
-        *(["route=who"] if method == "routed" else []),
+        *(["teacher_column=who"] if method == "routed" else []),
         *more,
     )
     return distill(load_config(words), ALONE, show_table=False)
@@ -110,4 +110,4 @@ def test_a_row_that_names_no_teacher_of_the_run_is_told_before_work(world_of_met
     with pytest.raises(UserError, match=said):
         run_method(world_of_methods, "routed", tmp_path / "run", f"teachers=[{', '.join(entries)}]")
     with pytest.raises(UserError, match="no column 'whom'"):
-        run_method(world_of_methods, "routed", tmp_path / "run", "route=whom")
+        run_method(world_of_methods, "routed", tmp_path / "run", "teacher_column=whom")

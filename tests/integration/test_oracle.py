@@ -42,9 +42,9 @@ CASES = {
     "kl": {"temperature": 3.0, "alpha": 0.7},
     "mse": {"loss": "mse", "alpha": 0.6},
     "regression": {"alpha": 0.6},
-    "distilbert": {"method": "distilbert", "guide": "b", "start": "own", "alpha": 0.5},
-    "tinybert": {"method": "tinybert", "guide": "b"},
-    "minilm": {"method": "minilm", "guide": "b", "alpha": 0.5, "inner_weight": 2.0},
+    "distilbert": {"method": "distilbert", "teacher": "b", "student_init": "own", "alpha": 0.5},
+    "tinybert": {"method": "tinybert", "teacher": "b"},
+    "minilm": {"method": "minilm", "teacher": "b", "alpha": 0.5, "feature_loss_weight": 2.0},
 }
 
 
@@ -70,9 +70,9 @@ def words_of(place: Path, case: str, output: Path) -> list[str]:
     data = place / ("scores" if case == "regression" else "classes")
     start = data / "start"
     keys = {
-        "max_steps": STEPS, "global_batch": BATCH, "micro_batch": 2, "learning_rate": RATE,
-        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup": WARM / STEPS, "seed": SEED,
-        "graduate": "last", "schedule": "linear", "checkpoint__every_steps": 0, "student__path": start, "student__shape": "null", "student__tokenizer": "null", "max_length": 48, **CASES[case],
+        "max_steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "learning_rate": RATE,
+        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup_steps": WARM / STEPS, "seed": SEED,
+        "final_checkpoint": "last", "lr_scheduler_type": "linear", "save_steps": 0, "student__path": start, "student__shape": "null", "student__tokenizer": "null", "max_length": 48, **CASES[case],
     }  # fmt: skip
     teachers = [data / "a", data / "b"]
     if case == "regression":
@@ -168,7 +168,7 @@ def loss_by_hand(case, step, student, guide, said_NBC, labels_B, mask_BL, projec
     loss = keys["alpha"] * soft + (1 - keys["alpha"]) * hard
     if case in ("distilbert", "minilm"):
         inner = inner_by_hand(case, student, guide, mask_BL, projections)
-        loss = loss + keys.get("inner_weight", 1.0) * inner
+        loss = loss + keys.get("feature_loss_weight", 1.0) * inner
     return loss
 
 
@@ -285,7 +285,7 @@ def test_transformers_trainer_given_the_order_of_the_rows_ends_with_the_same_stu
     """Two epochs, each with an incomplete last batch; some steps are clipped, others are not."""
     most = {"cross-entropy": 6.0, "regression": 50.0}[case]
     given = words_of(place, case, tmp_path / "run")
-    given += ["method=finetune", "max_steps=null", "epochs=2", "warmup=0.25"]
+    given += ["method=finetune", "max_steps=null", "num_train_epochs=2", "warmup_steps=0.25"]
     given.append(f"max_grad_norm={most}")
     run, config = run_case(ALONE, given), load_config(given)
     start = place / ("scores" if case == "regression" else "classes") / "start"

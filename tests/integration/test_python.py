@@ -51,7 +51,7 @@ def keys(grammar, teachers):
         "teachers": teachers,
         "student": grammar / "shape.yaml",
         "learning_rate": 5e-3,
-        "epochs": 1,
+        "num_train_epochs": 1,
     }
 
 
@@ -117,7 +117,7 @@ def test_the_second_call_of_a_process_gives_the_same_student(run, grammar, keys,
 def test_a_run_has_scores_predictions_and_its_configuration(run, grammar):
     made, _, _ = run
     assert made.finished
-    assert made.config.epochs == 1
+    assert made.config.num_train_epochs == 1
     assert (made.model_dir / "config.json").is_file()
     score = made.scores["validation"]["student"]["accuracy"]
     said = made.predictions("validation")
@@ -214,7 +214,7 @@ def test_a_mistake_is_an_exception_of_one_line(own, frames, keys, grammar, teach
     assert capfd.readouterr() == ("", "")
     assert surroundings() == before
     # what was refused stands in nobody's way
-    more = {"max_steps": 2, "gate": "off"}
+    more = {"max_steps": 2, "teacher_validation": "off"}
     assert sd.distill(own, data=frames, output_dir=tmp_path / "a", **{**keys, **more}).finished
 
 
@@ -257,7 +257,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(run, own, frames, keys, tmp_path
 def test_a_call_from_a_thread_works(own, frames, keys, tmp_path):
     """Signals are the main thread's."""
     found = []
-    keys = {**keys, "max_steps": 1, "gate": "off"}
+    keys = {**keys, "max_steps": 1, "teacher_validation": "off"}
     thread = threading.Thread(
         target=lambda: found.append(
             sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
@@ -269,12 +269,22 @@ def test_a_call_from_a_thread_works(own, frames, keys, tmp_path):
 
 
 def test_finetuned_teachers_of_data_in_memory_teach(own, frames, keys, grammar, tmp_path):
-    short = {"max_steps": 3, "gate": "off", "student.tokenizer": grammar / "tokenizer"}
+    short = {
+        "max_steps": 3,
+        "teacher_validation": "off",
+        "student.tokenizer": grammar / "tokenizer",
+    }
     made = sd.finetune(
         own, data=frames, encoders=[grammar / "shape.yaml"], output_dir=tmp_path / "t", **short
     )
     assert [one.path.name for one in made] == ["teacher-0"]
-    student = {**keys, "teachers": made, "student": made[0], "max_steps": 3, "gate": "off"}
+    student = {
+        **keys,
+        "teachers": made,
+        "student": made[0],
+        "max_steps": 3,
+        "teacher_validation": "off",
+    }
     out = sd.distill(own, data=frames, output_dir=tmp_path / "student", **student)
     assert out.scores["validation"]["teachers"][0]["name"] == "teacher-0"
 
@@ -285,7 +295,7 @@ import pandas as pd
 import sead_dist as sd
 folder, output, *teachers = sys.argv[1:]
 frames = {n: pd.read_csv(f"{folder}/{n}.tsv", sep="\\t") for n in ("train", "validation")}
-keys = dict(student=f"{folder}/shape.yaml", learning_rate=5e-3, max_steps=3, gate="off")
+keys = dict(student=f"{folder}/shape.yaml", learning_rate=5e-3, max_steps=3, teacher_validation="off")
 run = sd.distill(f"{folder}/task.yaml", data=frames, teachers=teachers, output_dir=output, **keys)
 assert sd.evaluate(run)["eval_accuracy"] == run.scores["validation"]["student"]["accuracy"]
 """

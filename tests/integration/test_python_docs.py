@@ -37,7 +37,7 @@ def test_the_pages_snippets_run(tmp_path):
     assert len(said) == 3
     assert 0 <= float(said[0]) <= 1
     assert re.fullmatch(r"(positive|negative) [\d.]+", said[1])
-    assert said[2] == "unknown key 'epoch'; did you mean 'epochs'?"
+    assert said[2] == "unknown key 'epoch'; did you mean 'num_train_epochs'?"
 
 
 def test_the_pages_links_lead_to_files():

@@ -69,7 +69,7 @@ def words(models, data, output, width, *more):
         f"encoders=[{models / 'bert'}]",
         f"student={models / f'h{width}'}",
         f"output_dir={output}",
-        "gate=off",
+        "teacher_validation=off",
         "max_steps=2",
         *more,
     ]
@@ -146,8 +146,8 @@ def write_rows(folder, task):
 def test_scores_and_several_splits_and_metrics_are_reproduced_too(name, models, tmp_path):
     task, _, width = name.partition("-h")
     data = FIXTURES / task if task == "mnli" else write_rows(tmp_path / "data", task)
-    given = words(models, data, tmp_path / "out", width, "select.fraction=0.5")
-    reproduce(name, [*given, "max_steps=1", "global_batch=4", "micro_batch=4"], 1, ALONE)
+    given = words(models, data, tmp_path / "out", width, "selection.fraction=0.5")
+    reproduce(name, [*given, "max_steps=1", "global_batch_size=4", "micro_batch_size=4"], 1, ALONE)
     made = [
         (one["split"], one["metric"], one["published"])
         for one in read(tmp_path / "out" / "reproduce.json")["figures"]
@@ -216,7 +216,7 @@ def test_mistakes_are_told_first(models, grammar, tmp_path):
         ("sst-h256", (), 1, "unknown checkpoint 'sst-h256'; did you mean 'sst2-h256'"),
         ("cola-h256", (), 1, "unknown checkpoint 'cola-h256'.* known: sst2-h256, sst2-h384"),
         ("sst2-h256", ("task=rte",), 1, "task=rte, but sst2-h256 is a checkpoint for sst2"),
-        ("sst2-h256", ("epoch=1",), 1, "unknown key 'epoch'; did you mean 'epochs'"),
+        ("sst2-h256", ("epoch=1",), 1, "unknown key 'epoch'; did you mean 'num_train_epochs'"),
         ("sst2-h256", (), 0, "--teachers 0: give at least 1"),
         ("sst2-h256", ("push_to_hub=true",), 1, "HF_HUB_OFFLINE is set"),
     ):

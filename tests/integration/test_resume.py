@@ -34,11 +34,11 @@ from sead_dist.errors import UserError
 STEPS = 20
 PAIRS = 2 * (60 + 20 + 20)
 KEYS = {
-    "epochs": 2,
-    "checkpoint__every_steps": 1,
+    "num_train_epochs": 2,
+    "save_steps": 1,
+    "eval_steps": 3,
+    "prefetch_rows": 8,
     "keep_training_state": "true",
-    "evaluate__every_steps": 3,
-    "look_ahead": 8,
 }
 RANKS = {
     1: [sys.executable, "-m", "sead_dist", "distill"],
@@ -60,7 +60,7 @@ def task(tmp_path_factory):
 def given_words(task, root: Path, store: Path | None = None, teachers=None, **changes):
     data = task[0]
     teachers = teachers or task[1]
-    keys = {**KEYS, "transfer__path": data / "transfer.tsv", **changes}
+    keys = {**KEYS, "unlabeled__path": data / "transfer.tsv", **changes}
     return words(data, teachers, root / "run", store or root / "store", **keys)
 
 
@@ -272,7 +272,7 @@ def test_invariant_06_what_may_change_on_a_resume_changes_nothing_in_one_rank(
 ):
     root = copy_of(halfway, tmp_path)
     changed = given_words(
-        task, root, look_ahead=50, placement="partitioned", checkpoint__keep_last=1,
+        task, root, prefetch_rows=50, placement="partitioned", save_total_limit=1,
         store=tmp_path / "another-store",
     )  # fmt: skip
     run_ranks(1, root / "ranks", run_distill, changed)
@@ -281,7 +281,7 @@ def test_invariant_06_what_may_change_on_a_resume_changes_nothing_in_one_rank(
 
 def test_invariant_06_a_run_may_go_on_with_another_number_of_ranks(tmp_path, task, halfway):
     root = copy_of(halfway, tmp_path)
-    changed = given_words(task, root, placement="partitioned", checkpoint__every_steps=7)
+    changed = given_words(task, root, placement="partitioned", save_steps=7)
     run_ranks(2, root / "ranks", run_distill, changed)
     summary = read(root / "run" / "run_summary.json")
     assert (summary["steps"], summary["world_size"]) == (STEPS, 2)
@@ -304,7 +304,7 @@ def other_teachers(task, root):
     [
         (lambda *_: {"alpha": 0.25}, r"alpha was 0\.5, is 0\.25"),
         (lambda *_: {"learning_rate": 0.002}, r"learning_rate was 0\.001, is 0\.002"),
-        (lambda *_: {"global_batch": 16}, "global_batch was 8, is 16"),
+        (lambda *_: {"global_batch_size": 16}, "global_batch_size was 8, is 16"),
         (other_data, "the fingerprint of data and task was"),
         (other_teachers, "fingerprint of teacher 2 was"),
         (lambda task, _: {"teachers": task[1][::-1]}, "fingerprint of teacher 1 was"),

@@ -49,8 +49,8 @@ def killable(task, root: Path) -> list[str]:
     """A run whose every step is saved; the seventh is the last of tinybert's first stage."""
     data, teachers = task
     return words(
-        data, teachers, root / "run", root / "store", method="tinybert", guide="a", epochs=2,
-        checkpoint__every_steps=1, evaluate__every_steps=5, graduate="last",
+        data, teachers, root / "run", root / "store", method="tinybert", teacher="a", num_train_epochs=2,
+        save_steps=1, eval_steps=5, final_checkpoint="last",
         keep_training_state="true",
     )  # fmt: skip
 
@@ -96,15 +96,15 @@ def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp
 
 
 def test_another_loss_over_internals_is_another_run(tmp_path, task):
-    run(task, tmp_path / "run", method="minilm", guide="a", max_steps=2)
+    run(task, tmp_path / "run", method="minilm", teacher="a", max_steps=2)
     for changes, said in (
-        ({"inner_weight": 2.0}, r"inner_weight was 1\.0, is 2\.0"),
-        ({"guide": "b"}, "guide was 'a', is 'b'"),
+        ({"feature_loss_weight": 2.0}, r"feature_loss_weight was 1\.0, is 2\.0"),
+        ({"teacher": "b"}, "teacher was 'a', is 'b'"),
         # whose second stage has rules of its own
         ({"method": "tinybert"}, "holds another run: .*internals was 'minilm', is 'tinybert'"),
     ):
         with pytest.raises(UserError, match=said):
-            keys = {"method": "minilm", "guide": "a", "max_steps": 2, **changes}
+            keys = {"method": "minilm", "teacher": "a", "max_steps": 2, **changes}
             run(task, tmp_path / "run", **keys)
 
 
@@ -128,7 +128,7 @@ def plain(task, tmp_path_factory):
 def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_followed(
     tmp_path, task, plain, method
 ):
-    output = run(task, tmp_path / "run", method=method, guide="b", max_steps=4)
+    output = run(task, tmp_path / "run", method=method, teacher="b", max_steps=4)
     with (
         safe_open(output / "model" / "model.safetensors", "pt") as own,
         safe_open(plain / "model" / "model.safetensors", "pt") as other,
@@ -156,7 +156,7 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
     assert single["internals"] is None
     live = summary["internals"]["forwards"]
     assert needed - live == single["teacher_forwards"] + single["store_hits"]
-    assert f"internals={method} of b: " in (output / "log.txt").read_text()
+    assert f"feature_loss={method} of b: " in (output / "log.txt").read_text()
 
 
 def test_the_guide_is_the_best_teacher_of_the_selection_split_as_for_single(tmp_path, task, plain):

@@ -17,9 +17,9 @@ def test_no_file_of_a_run_holds_a_secret_of_its_environment_or_words(
     given = words(
         tmp_path / "run",
         "max_steps=2",
-        "tracker=tensorboard",
+        "report_to=tensorboard",
         f"store={tmp_path / 'store'}",
-        "gate=off",
+        "teacher_validation=off",
     )
     # as a person would give them by mistake; the configuration itself knows no such key
     by_mistake = [

@@ -24,7 +24,7 @@ def task(tmp_path_factory):
 
 
 def given_words(task, root, **changes):
-    keys = {"max_steps": STEPS, "epochs": 3, "checkpoint__every_steps": 6, **changes}
+    keys = {"max_steps": STEPS, "num_train_epochs": 3, "save_steps": 6, **changes}
     return words(*task, root / "run", placement="partitioned", **keys)
 
 
@@ -172,7 +172,7 @@ def test_a_notice_in_the_examination_keeps_what_was_computed(words, tmp_path):
     ],
 )
 def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, task, number, said):
-    given = given_words(task, tmp_path, watch__silent_s=3)
+    given = given_words(task, tmp_path, heartbeat__timeout_s=3)
     ranks = start(2, tmp_path / "ranks", slowly, given, "student", 0.1)
     wait_for(at_step(tmp_path, 7))
     os.kill(ranks[1].pid, number)
@@ -192,7 +192,7 @@ def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, task, number, 
 
 
 def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, task):
-    given = given_words(task, tmp_path, watch__hang_s=3)
+    given = given_words(task, tmp_path, heartbeat__hang_timeout_s=3)
     ranks = start(2, tmp_path / "ranks", slowly, given, "hang", 0.0)
     for rank in ranks:
         rank.join(60)
@@ -205,15 +205,19 @@ def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, task):
 @pytest.mark.slow
 def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
     data, teachers = task
-    given = given_words((data, teachers[:1]), tmp_path, watch__silent_s=9, watch__hang_s=6)
+    given = given_words(
+        (data, teachers[:1]), tmp_path, heartbeat__timeout_s=9, heartbeat__hang_timeout_s=6
+    )
     ranks = start(2, tmp_path / "ranks", slowly, given, "teachers", 0.9)
     finish(ranks, tmp_path / "ranks", 90.0)
     assert read(tmp_path / "run" / "run_summary.json")["finished"]
 
 
-@pytest.mark.parametrize(("grace_s", "warned"), [(600, False), (1e-6, True)])
+@pytest.mark.parametrize(("preemption_notice_s", "warned"), [(600, False), (1e-6, True)])
 def test_a_save_is_timed_against_the_notice(tmp_path, task, grace_s, warned):
-    run_ranks(1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, grace_s=grace_s))
+    run_ranks(
+        1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, preemption_notice_s=grace_s)
+    )
     (line,) = [line for line in log(tmp_path).splitlines() if "a save takes" in line]
     assert ("WARNING" in line) == warned
     assert not (tmp_path / "run" / "checkpoints" / "trial").exists()

@@ -221,7 +221,7 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, c
     output = tmp_path / "out"
     words = sweep_words(task, output, "seeds=1", "methods=[mean,finetune]")
     with pytest.raises(RunError, match=r"1 of 4 runs failed: grammar mean seed 0; .*examination"):
-        run_sweep([*words, "gate=on", "finetune.learning_rate=1e-9"], ALONE)
+        run_sweep([*words, "teacher_validation=on", "finetune.learning_rate=1e-9"], ALONE)
     report = report_of(output)
     (failed,) = report["failed"]
     assert (failed["task"], failed["method"], failed["seed"]) == ("grammar", "mean", 0)
@@ -230,7 +230,7 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, c
     assert "failed its examination" in (output / "report" / "report.md").read_text()
     assert (output / "grammar" / "finetune" / "seed-0" / "run_summary.json").is_file()
     # tried again by the same command; here with what was wrong mended
-    run_sweep([*words, "gate=off", "finetune.learning_rate=1e-9"], ALONE)
+    run_sweep([*words, "teacher_validation=off", "finetune.learning_rate=1e-9"], ALONE)
     assert report_of(output)["failed"] == []
     assert not list(output.glob("*/*/*.failed.json"))
 
@@ -269,9 +269,9 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
         (["student=nothing.yaml"], "nothing.yaml is no shape"),
         ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "nothing.yaml is no shape"),
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
-        (["guide=nobody"], "guide=nobody is no teacher of this run; its teachers: teacher-0, "),
+        (["teacher=nobody"], "teacher=nobody is no teacher of this run; its teachers: teacher-0, "),
         (["precision=fp16"], "fp16"),
-        (["tracker=nothing"], "nothing"),
+        (["report_to=nothing"], "nothing"),
         ([f"output_dir={task}"], "holds other files"),
     ):
         with pytest.raises(UserError, match=line):

@@ -4,7 +4,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def test_tensorboard_shows_what_the_log_holds(words, distil, tmp_path):
-    run = distil(words(tmp_path / "run", "tracker=tensorboard", "max_steps=10"))
+    run = distil(words(tmp_path / "run", "report_to=tensorboard", "max_steps=10"))
     seen = EventAccumulator(str(run / "tracker"))
     seen.Reload()
     tags = seen.Tags()["scalars"]

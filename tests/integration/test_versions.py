@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import example_set
+from submitit.helpers import DelayedSubmission
 
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import fingerprint
@@ -21,8 +22,14 @@ from sead_dist.training.checkpoint import RULES, Identity, refuse_other
 OLD = Path(__file__).parents[1] / "data" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))
 WORDS = [
-    *("task=task/task.yaml", "data.path=task", "teachers=[teacher]", "student=start", "gate=off"),
-    *("epochs=2", "store=new-store", "select.fraction=0.2", "micro_batch=16"),
+    *(
+        "task=task/task.yaml",
+        "data.path=task",
+        "teachers=[teacher]",
+        "student=start",
+        "teacher_validation=off",
+    ),
+    *("num_train_epochs=2", "store=new-store", "selection.fraction=0.2", "micro_batch_size=16"),
 ]
 
 
@@ -38,7 +45,7 @@ def old(tmp_path, monkeypatch):
 @pytest.mark.parametrize("run", ["finished", "killed"])
 def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
     before = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
-    epochs = ["epochs=2000"] if run == "killed" else []
+    epochs = ["num_train_epochs=2000"] if run == "killed" else []
     with pytest.raises(UserError) as caught:
         distill(load_config([*WORDS, *epochs, f"output_dir={run}"]), ALONE)
     said = str(caught.value)
@@ -53,8 +60,20 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
 
 def test_a_sweep_of_old_rules_is_not_mixed_with_new_runs(old):
     keys = [
-        *("tasks=[task/task.yaml]", "methods=[finetune]", "seeds=1", "data.path=task", "gate=off"),
-        *("teachers=[teacher]", "student=start", "epochs=1", "output_dir=sweep", "store=new-store"),
+        *(
+            "tasks=[task/task.yaml]",
+            "methods=[finetune]",
+            "seeds=1",
+            "data.path=task",
+            "teacher_validation=off",
+        ),
+        *(
+            "teachers=[teacher]",
+            "student=start",
+            "num_train_epochs=1",
+            "output_dir=sweep",
+            "store=new-store",
+        ),
     ]
     with pytest.raises(UserError, match="holds a run of another version of sead_dist"):
         run_sweep(keys, ALONE)
@@ -91,3 +110,17 @@ def test_groups_and_accepted_answers_are_part_of_the_data():
         replace(plain, answers=[Answer("a", ("a", more)), Answer("b", ("b",))]) for more in "cd"
     ]
     assert len({fingerprint(each) for each in (plain, *grouped, *answered)}) == 5
+
+
+def test_a_job_that_was_pickled_before_the_keys_had_their_names_still_runs(old, capfd):
+    launch = DelayedSubmission.load("waiting.pkl").function
+    assert launch.attempt(launch.recipe, launch.words) is None
+    assert (old / "waiting" / "model" / "model.safetensors").is_file()
+
+
+def test_a_pickled_job_with_a_checkpoint_of_old_rules_ends_in_one_line(old, capfd):
+    launch = DelayedSubmission.load("killed.pkl").function
+    assert launch.attempt(launch.recipe, launch.words) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "output_dir=killed" in line]
+    assert len(said) == 1
+    assert "holds a run of another version of sead_dist" in said[0]

@@ -17,7 +17,7 @@ from sead_dist.slurm import settings as slurm
 
 START = Path(__file__).with_name("start.sh")
 STEPS = 210
-KEYS = {"epochs": 30, "checkpoint__every_steps": 10}
+KEYS = {"num_train_epochs": 30, "save_steps": 10}
 
 
 def run(*command, check=True):

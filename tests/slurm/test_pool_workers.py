@@ -19,7 +19,7 @@ PAIRS = 2 * (54 + 6 + 20)
 
 @pytest.fixture
 def submitted(tmp_path, task):
-    made = Submitted(tmp_path, task, pool__chunk_rows=8)
+    made = Submitted(tmp_path, task, pool__item_rows=8)
     yield made
     for job in made.jobs:  # a test that failed leaves the nodes free
         subprocess.run(["scancel", job.job], capture_output=True, check=False)

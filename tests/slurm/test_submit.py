@@ -145,7 +145,7 @@ def test_a_job_is_not_queued_twice_and_a_cancelled_one_stays_cancelled(submitted
 
 
 def test_an_array_over_seeds_makes_a_run_of_each(task, tmp_path):
-    made = Submitted(tmp_path, task, epochs=2)
+    made = Submitted(tmp_path, task, num_train_epochs=2)
     assert made.submit("--seeds", "0-1", "--concurrent", 1, "--wait", nodes=1) is None
     names = [job.name for job in made.jobs]
     assert names == ["run/seed-0", "run/seed-1"]
@@ -216,7 +216,7 @@ def test_accounting_knows_what_the_controller_has_forgotten(task, tmp_path, monk
     monkeypatch.setenv("ACCT", "1")
     run(START, folder)
     try:
-        made = Submitted(tmp_path, task, epochs=2)
+        made = Submitted(tmp_path, task, num_train_epochs=2)
         assert made.submit("--wait") is None
         job = made.id
         made.submit("--seeds", "5", nodes=1)

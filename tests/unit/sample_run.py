@@ -72,7 +72,7 @@ def make_run(run, steps=400):
         {
             "metric": "accuracy",
             "splits": {"validation": split, "selection": selection},
-            "selected_on": "select",
+            "selected_on": "held_out",
         },
     )
     write_json(run / "eval_results.json", RESULTS)

@@ -88,7 +88,7 @@ def test_two_evaluation_splits_have_a_table_and_a_result_each(tmp_path):
     names = ("validation_matched", "validation_mismatched")
     splits = {n: {"student": {"accuracy": s}} for n, s in zip(names, (0.8277, 0.831), strict=True)}
     write_json(
-        run / "scores.json", {"metric": "accuracy", "splits": splits, "selected_on": "select"}
+        run / "scores.json", {"metric": "accuracy", "splits": splits, "selected_on": "held_out"}
     )
     further = {k.replace("eval_", "eval_validation_mismatched_"): v for k, v in RESULTS.items()}
     write_json(run / "eval_results.json", {**RESULTS, **further})

@@ -18,7 +18,7 @@ TEACHERS, ROWS = 3, 8
 
 def chunks(split, **changes):
     """(the training chunks, the stream, what it asks of whom) of three epochs of 6 steps."""
-    given = config(global_batch=4, micro_batch=2, **changes)
+    given = config(global_batch_size=4, micro_batch_size=2, **changes)
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
     asked = partial(asked_teachers, batches, given, weights_N)

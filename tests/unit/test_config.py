@@ -12,12 +12,16 @@ from sead_dist.errors import UserError
 
 
 def test_files_stack_left_to_right_and_words_come_last(tmp_path):
-    (tmp_path / "a.yaml").write_text("task: sst2\noutput_dir: x\nseed: 1\nselect: {fraction: 0.2}")
-    (tmp_path / "b.yaml").write_text("seed: 2\nselect: {seed: 9}\n")
-    found = load_config([str(tmp_path / "a.yaml"), "epochs=7", str(tmp_path / "b.yaml"), "seed=3"])
-    assert (found.seed, found.epochs) == (3, 7)
+    (tmp_path / "a.yaml").write_text(
+        "task: sst2\noutput_dir: x\nseed: 1\nselection: {fraction: 0.2}"
+    )
+    (tmp_path / "b.yaml").write_text("seed: 2\nselection: {seed: 9}\n")
+    found = load_config(
+        [str(tmp_path / "a.yaml"), "num_train_epochs=7", str(tmp_path / "b.yaml"), "seed=3"]
+    )
+    assert (found.seed, found.num_train_epochs) == (3, 7)
     # a section is laid over, not replaced
-    assert (found.select.fraction, found.select.seed) == (0.2, 9)
+    assert (found.selection.fraction, found.selection.seed) == (0.2, 9)
 
 
 def test_every_key_has_a_default_or_must_be_given_and_a_comment():
@@ -56,29 +60,34 @@ def test_a_glob_of_teachers_is_sorted_and_must_match(tmp_path):
 
 
 def test_on_and_off_are_words_and_exponents_are_numbers():
-    found = config("gate=off", "learning_rate=1e-3", "select.on=dev", "deterministic=true")
-    assert found.gate == "off"
+    found = config(
+        "teacher_validation=off", "learning_rate=1e-3", "selection.split=dev", "deterministic=true"
+    )
+    assert found.teacher_validation == "off"
     assert found.learning_rate == 0.001
-    assert found.select.on == "dev"
+    assert found.selection.split == "dev"
     assert found.deterministic is True
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("epoch=3", "unknown key 'epoch'; did you mean 'epochs'"),
-        ("select.fractoin=0.2", "did you mean 'select.fraction'"),
+        ("epoch=3", "unknown key 'epoch'; did you mean 'num_train_epochs'"),
+        ("selection.fractoin=0.2", "did you mean 'selection.fraction'"),
         ("alpha=1.5", "alpha=1.5"),
         ("temperature=0", "temperature=0"),
         ("placement=everywhere", "placement='everywhere'.*'colocated'"),
         ("output_dir=", "output_dir is not set"),
-        ("micro_batch=3", "micro_batch=3 does not divide global_batch=8.*micro_batch=2"),
+        (
+            "micro_batch_size=3",
+            "micro_batch_size=3 does not divide global_batch_size=8.*micro_batch_size=2",
+        ),
         ("seed=[1", "the value of seed"),
     ],
 )
 def test_mistakes_name_the_key_the_value_and_the_mend(given, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_config(["sst2", "output_dir=x", "global_batch=8", given])
+        load_config(["sst2", "output_dir=x", "global_batch_size=8", given])
     assert "\n" not in str(caught.value)
 
 
@@ -97,22 +106,30 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
 
 
 def test_the_dump_gives_the_same_configuration_again(tmp_path):
-    first = config("teachers=[{path: a, labels: [x, y]}]", "gate=off", "select.on=dev")
+    first = config(
+        "teachers=[{path: a, labels: [x, y]}]", "teacher_validation=off", "selection.split=dev"
+    )
     (tmp_path / "again.yaml").write_text(dump_config(first))
     assert load_config([str(tmp_path / "again.yaml")]) == first
 
 
 def test_identity_holds_what_decides_the_student_and_not_where_or_how_it_runs():
     base = config().identity()
-    free = ["placement=partitioned", "look_ahead=5", "checkpoint.every_steps=3", "store=S"]
+    free = ["placement=partitioned", "prefetch_rows=5", "save_steps=3", "store=S"]
     free += [
-        "evaluate.every_steps=2",
-        "tracker=tensorboard",
+        "eval_steps=2",
+        "report_to=tensorboard",
         "data.path=D",
-        "checkpoint.keep_last=9",
+        "save_total_limit=9",
     ]
     assert config(*free, output_dir="elsewhere").identity() == base
-    fixed = ["seed=5", "alpha=0.1", "epochs=9", "micro_batch=4", "select.fraction=0.3"]
+    fixed = [
+        "seed=5",
+        "alpha=0.1",
+        "num_train_epochs=9",
+        "micro_batch_size=4",
+        "selection.fraction=0.3",
+    ]
     fixed += ["data.max_train_examples=7", "ensemble=score", "student.shape=s", "precision=bf16"]
     for word in fixed:
         key = word.split("=")[0]
@@ -165,6 +182,8 @@ def test_an_unknown_method_is_told_the_known_ones():
 
 def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text("alpha: 0.2\nepochs: 9\n")
-    with pytest.raises(UserError, match="epochs is no key of a method; its file may set ensemble,"):
+    own.write_text("alpha: 0.2\nnum_train_epochs: 9\n")
+    with pytest.raises(
+        UserError, match="num_train_epochs is no key of a method; its file may set ensemble,"
+    ):
         config(method=own)

@@ -293,9 +293,13 @@ def test_an_empty_training_split_is_refused():
 
 
 def test_the_config_names_the_shapes_of_a_step():
-    given = config(global_batch=12, micro_batch=4)
+    given = config(global_batch_size=12, micro_batch_size=4)
     batches = batches_of(
-        small_split(21), 1, 2, global_batch=given.global_batch, micro_batch=given.micro_batch
+        small_split(21),
+        1,
+        2,
+        global_batch=given.global_batch_size,
+        micro_batch=given.micro_batch_size,
     )
     # three micro-batches for two ranks: two turns, the fourth is fillers
     assert batches.micro_count() == 2

@@ -66,7 +66,7 @@ def test_a_runs_drift_stands_in_the_examination_and_in_the_card(words, distil, t
     given = words(
         tmp_path / "run", f"teachers=[{teachers[0]},{{path: {teachers[1]}, dtype: bf16}}]"
     )
-    run = distil([*given, "drift=on", "gate=off", f"store={tmp_path / 'st'}"])
+    run = distil([*given, "teacher_validation=fp32", f"store={tmp_path / 'st'}"])
     whole, reduced = json.loads((run / "examination.json").read_text())
     assert whole["drift"] is None
     assert reduced["drift"]["rows"] > 20

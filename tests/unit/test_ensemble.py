@@ -154,10 +154,10 @@ def test_what_regression_cannot_do_is_refused(method, loss, message):
 
 
 def test_a_method_without_what_it_needs_is_refused():
-    with pytest.raises(UserError, match="ensemble=routed needs route=COLUMN"):
+    with pytest.raises(UserError, match="ensemble=routed needs teacher_column=COLUMN"):
         check_method(config("teachers=[a,b]", ensemble="routed"), KINDS["classification"])
-    with pytest.raises(UserError, match="guide=c is no teacher of this run; its teachers: a, b"):
-        check_method(config("teachers=[a,b]", guide="c"), KINDS["classification"])
+    with pytest.raises(UserError, match="teacher=c is no teacher of this run; its teachers: a, b"):
+        check_method(config("teachers=[a,b]", teacher="c"), KINDS["classification"])
 
 
 def test_single_is_the_best_teacher_by_selection_or_the_guide():

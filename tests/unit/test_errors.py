@@ -142,11 +142,11 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
 @pytest.mark.parametrize(
     "word",
     [
-        *("learning_rate=.inf", "temperature=1e999", "pool.silent_s=.inf"),
-        *("epochs=99999999999999999999999", "max_steps=1e400", "seed=" + "9" * 400),
-        *("global_batch=2305843009213693951", "micro_batch=[" + "[" * 5000),
+        *("learning_rate=.inf", "temperature=1e999", "pool.timeout_s=.inf"),
+        *("num_train_epochs=99999999999999999999999", "max_steps=1e400", "seed=" + "9" * 400),
+        *("global_batch_size=2305843009213693951", "micro_batch_size=[" + "[" * 5000),
     ],
 )
 def test_infinite_and_huge_numbers_are_refused_at_once(word):
     with pytest.raises(UserError):
-        load_config(["sst2", "output_dir=a", "global_batch=2147483647", word])
+        load_config(["sst2", "output_dir=a", "global_batch_size=2147483647", word])

@@ -53,7 +53,7 @@ def test_invariant_05_an_inverted_teacher_is_told_the_better_order(teacher):
     with pytest.raises(UserError) as caught:
         admit(TASK, [inverted], [teacher])
     assert line in str(caught.value)
-    assert "gate=off" in str(caught.value)
+    assert "teacher_validation=off" in str(caught.value)
     assert line in describe(inverted, teacher, 12)
     # the line that is suggested is the order of the model's own columns
     turned = replace(teacher, order_C=[1, 0])
@@ -128,4 +128,4 @@ def test_invariant_04_a_regression_teacher_on_another_scale_is_refused(teacher):
         UserError, match=r"run from 0\.12 to 0\.92 .* of stsb from 0 to 5"
     ) as caught:
         admit(stsb, [scaled], [teacher])
-    assert "gate=off" in str(caught.value)
+    assert "teacher_validation=off" in str(caught.value)

@@ -293,15 +293,17 @@ def test_hold_out_keeps_groups_and_passages_whole():
 
 def test_hold_out_that_cannot_choose_says_what_to_raise():
     with pytest.raises(
-        UserError, match=r"select.fraction=0.1 of 4 train rows of sst2 holds out no rows"
+        UserError, match=r"selection.fraction=0.1 of 4 train rows of sst2 holds out no rows"
     ):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(4)]), 0.1, 0)
     with pytest.raises(
         UserError,
-        match=r"rows of one label only \(rows that share a text .*\); raise select.fraction",
+        match=r"rows of one label only \(rows that share a text .*\); raise selection.fraction",
     ):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(40)]), 0.1, 0)
-    with pytest.raises(UserError, match=r"select.fraction is 1.5; give a number between 0 and 1"):
+    with pytest.raises(
+        UserError, match=r"selection.fraction is 1.5; give a number between 0 and 1"
+    ):
         hold_out(SST2, sentences(("a", 1)), 1.5, 0)
 
 

@@ -54,7 +54,7 @@ def teachers(tmp_path_factory):
 
 
 def work_of(teachers, store=None, done=0, **changes):
-    given = config(**{"max_length": 32, "epochs": 2, **changes})
+    given = config(**{"max_length": 32, "num_train_epochs": 2, **changes})
     tokenizer = grammar_tokenizer()
     return make_work(given, TASK.name, EXAMPLES, tokenizer, 32, teachers, store, done)
 
@@ -64,8 +64,8 @@ def test_the_teachers_have_every_row_of_every_split_once(teachers):
     assert work.passes == 2 * (50 + 10 + 20)
     assert work.steps == 2 * 7
     assert work.examples == 2 * 50
-    # requests are of at most look_ahead rows
-    assert [len(rows) for rows in work_of(teachers, look_ahead=20).requests_N[0][:3]] == [
+    # requests are of at most prefetch_rows rows
+    assert [len(rows) for rows in work_of(teachers, prefetch_rows=20).requests_N[0][:3]] == [
         17,
         17,
         16,
@@ -127,11 +127,11 @@ def test_micro_batches_are_as_long_as_those_of_the_run(teachers):
 
 def test_asked_share_follows_the_method(teachers):
     def shares(**changes):
-        return asked_share(config(epochs=2, **changes), teachers, EXAMPLES.train)
+        return asked_share(config(num_train_epochs=2, **changes), teachers, EXAMPLES.train)
 
     assert shares() == [1.0, 1.0]
     assert shares(ensemble="random") == [0.75, 0.75]
-    assert shares(ensemble="single", guide="b") == [0.0, 1.0]
+    assert shares(ensemble="single", teacher="b") == [0.0, 1.0]
     routed = replace(EXAMPLES.train, routes_B=np.array([0] * 40 + [1] * 10))
     assert asked_share(config(ensemble="routed"), teachers, routed) == [0.8, 0.2]
     free = [

@@ -41,8 +41,8 @@ def examined(folders, entries, world=TWO, length=32, **keys):
         (
             ["{path: @plain, placement: partitioned}"],
             {},
-            "teacher plain is partitioned, and internals=minilm needs it on every rank; "
-            "give its entry placement: colocated, or name a teacher that can: guide=NAME",
+            "teacher plain is partitioned, and feature_loss=minilm needs it on every rank; "
+            "give its entry placement: colocated, or name a teacher that can: teacher=NAME",
         ),
         (["@plain"], {"placement": "partitioned"}, "teacher plain is partitioned"),
         (["@plain"], {"placement": "sharded"}, "teacher plain is sharded"),
@@ -63,8 +63,8 @@ def examined(folders, entries, world=TWO, length=32, **keys):
             ["@convbert"],
             {"method": "distilbert"},
             "teacher convbert is a convbert, whose answers change with the padding of a batch, and "
-            "internals=distilbert shows it the student's rows, padded on the right; leave it out, "
-            "or name a teacher that can: guide=NAME",
+            "feature_loss=distilbert shows it the student's rows, padded on the right; leave it out, "
+            "or name a teacher that can: teacher=NAME",
         ),
         (["@gpt2"], {"method": "distilbert"}, "hidden states 1 differ from its own"),
     ],
@@ -83,7 +83,9 @@ def test_a_guide_of_another_tokeniser_is_told(folders):
 def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
     (teacher,) = roster([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
-    said = "teacher plain is a bert, whose rows are to be padded on the left, and internals=minilm"
+    said = (
+        "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
+    )
     with pytest.raises(UserError, match=said):
         check_guide(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
 
@@ -109,9 +111,11 @@ def test_a_guide_with_its_own_weights_is_compared_when_it_is_loaded(folders):
 
 def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
     (teacher,) = roster([folders / "plain"])
-    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    entry = teacher.entry.model_copy(update={"quantization": "int8"})
     teachers = [type(teacher)(**{**vars(teacher), "entry": entry})]
-    with pytest.raises(UserError, match=r"weights=int8, and internals=minilm .* give dtype: bf16"):
+    with pytest.raises(
+        UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"
+    ):
         check_guide(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
 
 
@@ -122,7 +126,7 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
         # alone, every placement is the same
         (["@plain"], ALONE, {"placement": "partitioned"}),
         # only the one that is named must be able to
-        (["@plain", "{path: @short, placement: partitioned}"], TWO, {"guide": "plain"}),
+        (["@plain", "{path: @short, placement: partitioned}"], TWO, {"teacher": "plain"}),
         # hidden states alone are read of any attention
         (["@deberta"], TWO, {"method": "distilbert"}),
         # without internals nothing is asked
@@ -139,7 +143,7 @@ def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
         (method, guide): [
             teacher.entry.placement
             for teacher in held_everywhere(
-                config("teachers=[a]", method=method, guide=guide, placement="auto"), teachers
+                config("teachers=[a]", method=method, teacher=guide, placement="auto"), teachers
             )
         ]
         for method, guide in (("minilm", "plain"), ("minilm", "short"), ("single", "plain"))

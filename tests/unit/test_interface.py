@@ -111,22 +111,29 @@ def test_what_does_not_fit_is_refused_in_one_line(logits_NBC, call, says):
 
 
 def test_keys_of_a_call_are_those_of_the_command(tmp_path):
-    given = {"method": "entropy", "select.fraction": 0.2, "store": tmp_path / "store"}
-    asked = planned("sst2", tmp_path, {"output_dir": tmp_path / "run", "epochs": 2, **given})
-    words = ["sst2", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}", "epochs=2"]
-    words += ["method=entropy", "select.fraction=0.2", f"store={tmp_path / 'store'}"]
+    given = {"method": "entropy", "selection.fraction": 0.2, "store": tmp_path / "store"}
+    asked = planned(
+        "sst2", tmp_path, {"output_dir": tmp_path / "run", "num_train_epochs": 2, **given}
+    )
+    words = [
+        "sst2",
+        f"data.path={tmp_path}",
+        f"output_dir={tmp_path / 'run'}",
+        "num_train_epochs=2",
+    ]
+    words += ["method=entropy", "selection.fraction=0.2", f"store={tmp_path / 'store'}"]
     assert asked.config == load_config(words) == sd.load_config(*words)
     assert sd.load_config("sst2", output_dir="run").max_length == 64
-    again = planned(asked.config, None, {"seed": 3, "select": {"seed": 4}})
-    assert again.config == load_config([*words, "seed=3", "select.seed=4"])
+    again = planned(asked.config, None, {"seed": 3, "selection": {"seed": 4}})
+    assert again.config == load_config([*words, "seed=3", "selection.seed=4"])
 
 
 @pytest.mark.parametrize(
     ("task", "data", "keys", "says"),
     [
-        ("sst2", None, {"epoch": 3}, "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("sst2", None, {"epoch": 3}, "unknown key 'epoch'; did you mean 'num_train_epochs'?"),
         ("mrcp", None, {}, "did you mean 'mrpc'?"),
-        ("sst2", None, {"epochs": "many"}, "epochs='many'"),
+        ("sst2", None, {"num_train_epochs": "many"}, "num_train_epochs='many'"),
         ("sst2", {"train": "a.tsv"}, {}, "data has no split 'validation'; it has train"),
         (sd.TaskSpec("own", "classification", "{text}"), None, {}, "task 'own': labels is []"),
     ],

@@ -241,7 +241,7 @@ def test_a_model_is_tried_on_rows_of_the_run_whatever_it_is_there_for(tmp_path, 
 def test_a_model_is_tried_after_its_weights_are_in_8_bits(tmp_path, monkeypatch):
     folder = save_teacher(tmp_path / "t")
     teacher = call_roster(config(teachers=[{"path": str(folder)}], max_length=32), TASK, ALONE)[0]
-    entry = teacher.entry.model_copy(update={"weights": "int8"})
+    entry = teacher.entry.model_copy(update={"quantization": "int8"})
     order = []
     monkeypatch.setattr(whole, "quantize", lambda model: order.append("quantize"))
     monkeypatch.setattr(whole, "check_teacher", lambda *given: order.append("check"))

@@ -312,13 +312,13 @@ def test_the_students_bytes_are_those_of_the_table():
     student = AutoConfig.for_model("bert", **SIZES)
     parameters = sum(p.numel() for p in outline(student).parameters())
     for stage, each in ((None, 16), ("zero1", 9.5), ("zero2", 6), ("zero3", 2.5)):
-        given = config(global_batch=16, **({} if stage is None else {"deepspeed": stage}))
+        given = config(global_batch_size=16, **({} if stage is None else {"deepspeed": stage}))
         assert student_bytes(student, given, 8) == pytest.approx(each * parameters, rel=1e-6)
-    assert student_bytes(student, config(optimizer="sgd"), 1) == 8 * parameters
+    assert student_bytes(student, config(optim="sgd"), 1) == 8 * parameters
     # on its GPU an offloaded student leaves its parameters, or the layers at work
-    given = config(global_batch=16, deepspeed="zero2_offload")
+    given = config(global_batch_size=16, deepspeed="zero2_offload")
     assert student_bytes(student, given, 8) == 4 * parameters
-    given = config(global_batch=16, deepspeed="zero3_offload")
+    given = config(global_batch_size=16, deepspeed="zero3_offload")
     assert student_bytes(student, given, 8) == bytes_at_work(student, "fp32", False)
 
 

@@ -26,13 +26,13 @@ def folder(tmp_path_factory):
 
 
 def int8(folder, **more):
-    keys = {"path": folder, "weights": "int8", **more}
+    keys = {"path": folder, "quantization": "int8", **more}
     return f"{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}"
 
 
 def test_int8_without_torchao_is_refused_in_one_line_that_says_what_to_install(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"weights=int8 needs torchao.*sead-dist\[quantize\]"):
+    with pytest.raises(UserError, match=r"quantization=int8 needs torchao.*sead-dist\[quantize\]"):
         roster([int8(folder)])
 
 
@@ -67,5 +67,5 @@ def test_an_int8_teacher_is_close_to_itself_smaller_and_of_another_class(folder,
 @needs_torchao
 def test_an_int8_teacher_cannot_be_sharded(folder):
     teachers = roster([int8(folder)])
-    with pytest.raises(UserError, match="weights=int8 cannot be split over ranks"):
+    with pytest.raises(UserError, match="quantization=int8 cannot be split over ranks"):
         check_placements(teachers, ["sharded"])

@@ -57,7 +57,7 @@ def test_a_run_without_teachers(tmp_path):
         {
             "metric": "accuracy",
             "splits": {"validation": {"student": {"accuracy": 0.9}, "ensemble": None}},
-            "selected_on": "select",
+            "selected_on": "held_out",
         },
     )
     predictions = read_predictions(run / "predictions" / "validation.parquet")
@@ -86,7 +86,7 @@ def test_a_regression_run_has_a_scatter_and_no_calibration_error(tmp_path):
     split = {"teachers": [], "ensemble": {**scores, "pearson": -0.1}, "student": scores}
     write_json(
         run / "scores.json",
-        {"metric": "pearson", "splits": {"validation": split}, "selected_on": "select"},
+        {"metric": "pearson", "splits": {"validation": split}, "selected_on": "held_out"},
     )
     write_json(run / "eval_results.json", {"eval_pearson": 0.8962, "eval_samples": 1500})
     generator = np.random.default_rng(2)

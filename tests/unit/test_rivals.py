@@ -176,14 +176,22 @@ def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, size
 @pytest.mark.parametrize(
     ("words", "stage", "said"),
     [
-        (["internals=minilm"], None, "internals=minilm needs a teacher to follow, and there are"),
         (
-            ["internals=minilm", "teachers=[a]", "ensemble=none"],
+            ["feature_loss=minilm"],
+            None,
+            "feature_loss=minilm needs a teacher to follow, and there are",
+        ),
+        (
+            ["feature_loss=minilm", "teachers=[a]", "ensemble=none"],
             None,
             "and ensemble=none asks none; give teachers",
         ),
-        (["method=tinybert", "teachers=[a]"], 3, "internals=tinybert .* give deepspeed=zero2"),
-        (["start=guide", "teachers=[a]"], None, "start=guide is for a method with internals"),
+        (["method=tinybert", "teachers=[a]"], 3, "feature_loss=tinybert .* give deepspeed=zero2"),
+        (
+            ["student_init=feature_teacher", "teachers=[a]"],
+            None,
+            "student_init=feature_teacher is for a method with a feature_loss",
+        ),
     ],
 )
 def test_what_rules_internals_out_is_told(words, stage, said):

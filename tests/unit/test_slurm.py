@@ -149,10 +149,10 @@ def test_launch_slurm_py_is_sead_dist_submit(task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("epoch=2", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("epoch=2", "unknown key 'epoch'; did you mean 'num_train_epochs'?"),
         ("data.path=nowhere", "data.path nowhere does not exist"),
         ("data.train=nowhere.tsv", "data file nowhere.tsv does not exist"),
-        ("transfer.path=nowhere.tsv", "transfer.path=nowhere.tsv does not exist"),
+        ("unlabeled.path=nowhere.tsv", "unlabeled.path=nowhere.tsv does not exist"),
         ("teachers=[./nowhere]", "./nowhere is not a folder"),
         ("loss=mse", None),
         ("ensemble=score", None),
@@ -200,7 +200,7 @@ def test_seeds_make_a_run_each():
     assert [request.config.seed for request in asked] == [3, 4]
     assert asked[0].config.output_dir == "out/seed-3"
     # what is held out stays the same
-    assert {request.config.select.seed for request in asked} == {config().select.seed}
+    assert {request.config.selection.seed for request in asked} == {config().selection.seed}
 
 
 def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
@@ -319,5 +319,5 @@ def test_a_mistake_with_a_pool_is_found_before_the_queue(more, message, task, tm
 def test_a_job_pickled_before_the_packages_moved_finds_its_launch():
     from sead_dist.cli.commands import attempt_recipe
 
-    assert pickle.loads(b"csead_dist.launcher\nLaunch\n.") is Launch
+    assert pickle.loads(b"csead_dist.launcher\nLaunch\n.").__base__ is Launch
     assert pickle.loads(b"csead_dist.cli\nattempt_recipe\n.") is attempt_recipe

@@ -17,7 +17,7 @@ def built(kind="bert", **keys):
     """A student, its rival and its engine, all of them from the run's own functions."""
     given = config(
         "teachers=[a]", "method=tinybert", learning_rate=RATE, max_grad_norm=0,
-        **{"warmup": 0, "schedule": "constant", **keys},
+        **{"warmup_steps": 0, "lr_scheduler_type": "constant", **keys},
     )  # fmt: skip
     student = build_model(kind)
     guide = find_anatomy(build_model(seed=1), "teacher a", True)
@@ -77,7 +77,7 @@ def test_first_steps_of_the_second_stage_go_no_further_than_the_learning_rate(de
 
 
 def test_the_learning_rate_of_what_rested_rises_over_a_warm_up_of_its_own():
-    student, rival, engine = built(warmup=0.25)
+    student, rival, engine = built(warmup_steps=0.25)
     assert rival.rest.warmup == 5
     take(student, rival, engine, range(UNTIL))
     moved = take(student, rival, engine, range(UNTIL, UNTIL + 7))
@@ -91,12 +91,12 @@ def test_the_learning_rate_of_what_rested_rises_over_a_warm_up_of_its_own():
 
 @pytest.mark.parametrize("stop", [UNTIL - 1, UNTIL, UNTIL + 1, UNTIL + 9])
 def test_invariant_06_resumed_around_the_second_stage_every_bit_is_the_same(tmp_path, stop):
-    student, rival, engine = built(warmup=0.1, schedule="linear")
+    student, rival, engine = built(warmup_steps=0.1, lr_scheduler_type="linear")
     take(student, rival, engine, range(stop))
     engine.save(tmp_path)
     take(student, rival, engine, range(stop, STEPS))
     engine.close()
-    again, other, resumed = built(warmup=0.1, schedule="linear")
+    again, other, resumed = built(warmup_steps=0.1, lr_scheduler_type="linear")
     resumed.load(tmp_path)
     take(again, other, resumed, range(stop, STEPS))
     resumed.close()
@@ -105,7 +105,7 @@ def test_invariant_06_resumed_around_the_second_stage_every_bit_is_the_same(tmp_
 
 
 def test_sgd_has_the_second_stages_learning_rate_too():
-    student, rival, engine = built(optimizer="sgd")
+    student, rival, engine = built(optim="sgd")
     assert take(student, rival, engine, range(UNTIL)) == [0.0] * UNTIL
     assert take(student, rival, engine, [UNTIL])[0] > 0
     engine.close()

@@ -459,7 +459,7 @@ def test_a_checkpoint_may_lack_second_names_of_shared_tensors_alone(tmp_path):
 
 
 def test_a_resume_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
-    given = in_order(tmp_path, checkpoint__every_steps=1, keep_training_state="true")
+    given = in_order(tmp_path, save_steps=1, keep_training_state="true")
     folder = run(given)
     (folder / "run_summary.json").unlink()
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
@@ -493,7 +493,7 @@ def test_a_student_as_deep_as_its_guide_has_the_guides_hidden_states(kind):
 
 def test_a_student_whose_arithmetic_is_not_the_guides_is_told():
     guide, own = make("bert", seed=1), make("bert", seed=2, hidden_act="relu")
-    with pytest.raises(UserError, match=r"hidden states 1 differ .*start=own"):
+    with pytest.raises(UserError, match=r"hidden states 1 differ .*student_init=own"):
         start_as_guide(own, guide)
     assert len(guide.bert.encoder.layer) == 3
 

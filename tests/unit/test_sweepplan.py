@@ -56,22 +56,25 @@ def test_students_are_told_apart_by_task_method_and_seed_alone():
 
 def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
     found = plan(
-        *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "epochs=2"),
+        *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "num_train_epochs=2"),
         *(
-            "finetune={epochs: 9, learning_rate: 1e-3, seed: 40}",
-            "per_task.rte.epochs=4",
+            "finetune={num_train_epochs: 9, learning_rate: 1e-3, seed: 40}",
+            "per_task.rte.num_train_epochs=4",
             "alpha=0.1",
         ),
     )
-    assert of(found, "cola", "mean")[0].epochs == 2
-    assert of(found, "rte", "mean")[0].epochs == 4
+    assert of(found, "cola", "mean")[0].num_train_epochs == 2
+    assert of(found, "rte", "mean")[0].num_train_epochs == 4
     teachers = of(found, "rte", "teachers")
-    assert [(t.epochs, t.learning_rate, t.seed) for t in teachers] == [(9, 1e-3, 40), (9, 1e-3, 41)]
+    assert [(t.num_train_epochs, t.learning_rate, t.seed) for t in teachers] == [
+        (9, 1e-3, 40),
+        (9, 1e-3, 41),
+    ]
 
 
 def test_what_students_ask_of_teachers_does_not_change_the_teachers():
     words = ["tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS]
-    asked = ["alpha=0.1", "temperature=9", "route=column", "student.layers=null"]
+    asked = ["alpha=0.1", "temperature=9", "teacher_column=column", "student.layers=null"]
     before, after = plan(*words), plan(*words, *asked)
     assert of(before, "cola", "teachers") == of(after, "cola", "teachers")
     assert of(before, "cola", "mean") != of(after, "cola", "mean")
@@ -79,8 +82,8 @@ def test_what_students_ask_of_teachers_does_not_change_the_teachers():
 
 def test_unlabelled_text_is_for_students_that_ask_teachers_alone():
     words = ["tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS]
-    found = plan(*words, "transfer.path={task}.tsv", "transfer.ratio=2")
-    given = {unit.method: unit.config.transfer for unit in found.units}
+    found = plan(*words, "unlabeled.path={task}.tsv", "unlabeled.ratio=2")
+    given = {unit.method: unit.config.unlabeled for unit in found.units}
     assert (given["mean"].path, given["mean"].ratio) == ("cola.tsv", 2)
     assert {(given[m].path, given[m].ratio) for m in ("finetune", "teachers")} == {(None, None)}
 
@@ -112,7 +115,7 @@ def test_by_default_every_shipped_method_and_what_does_not_apply_is_marked():
     assert found.methods[0] == "finetune"
     assert sorted(found.methods) == shipped_methods()
     assert "needs classes" in found.unfit["stsb", "confidence"]
-    assert "needs route=COLUMN" in found.unfit["cola", "routed"]
+    assert "needs teacher_column=COLUMN" in found.unfit["cola", "routed"]
     ran = {(unit.task, unit.method) for unit in found.units}
     assert ran == {(t, m) for t in ("stsb", "cola") for m in found.methods} - set(found.unfit)
 
@@ -136,10 +139,10 @@ def test_a_sweep_is_told_from_a_run():
         (["tasks=null"], "tasks is not set"),
         (["equal_steps=maybe"], "equal_steps='maybe'"),
         (
-            ["methods=[finetune]", "transfer.path=more.tsv"],
-            r"transfer.path=more.tsv: unlabelled .* no method of this sweep asks any; leave",
+            ["methods=[finetune]", "unlabeled.path=more.tsv"],
+            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep asks any; leave",
         ),
-        (["finetune.transfer.path=more.tsv"], "transfer.path=more.tsv: .*finetune asks none"),
+        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune asks none"),
         (["seeds=0"], r"seeds=0 is no number of seeds; give how many \(seeds=5\), or which"),
         (["seeds=[]"], r"seeds=\[\] is no number of seeds"),
         (["seeds=two"], r"seeds=two is no number of seeds"),
@@ -147,10 +150,13 @@ def test_a_sweep_is_told_from_a_run():
         (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
         (["seeds=[-1]"], "seeds.0=-1"),
-        (["per_task.cb.epochs=3"], "per_task: 'cb' is no task of this sweep; known: cola"),
-        (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
-        (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
-        (["epohs=3"], "unknown key 'epohs'; did you mean 'epochs'"),
+        (
+            ["per_task.cb.num_train_epochs=3"],
+            "per_task: 'cb' is no task of this sweep; known: cola",
+        ),
+        (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
+        (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
+        (["epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["teachers=[t]"], "teachers and encoders are both given"),
         (["encoders=[]"], "method mean needs teachers; give encoders="),
         (["tasks=[cola,rte]", "output_dir=out/{task}"], "give one for all tasks"),

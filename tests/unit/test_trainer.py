@@ -37,14 +37,14 @@ def rates(**keys):
 
 def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing():
     rising = [0.0, 0.5]
-    assert rates(schedule="linear", warmup=0.2) == pytest.approx(
+    assert rates(lr_scheduler_type="linear", warmup_steps=0.2) == pytest.approx(
         rising + [1 - n / 8 for n in range(8)]
     )
-    assert rates(schedule="cosine", warmup=0.2) == pytest.approx(
+    assert rates(lr_scheduler_type="cosine", warmup_steps=0.2) == pytest.approx(
         rising + [0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8)]
     )
-    assert rates(schedule="constant", warmup=0.2) == rising + [1.0] * 8
-    assert rates(schedule="constant", warmup=0.0) == [1.0] * 10
+    assert rates(lr_scheduler_type="constant", warmup_steps=0.2) == rising + [1.0] * 8
+    assert rates(lr_scheduler_type="constant", warmup_steps=0.0) == [1.0] * 10
 
 
 def test_weight_decay_leaves_biases_and_norms_alone():
@@ -59,10 +59,10 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     for most, expected in ((1.0, 1.0), (0.0, None)):
         given = config(
             max_grad_norm=most,
-            optimizer="sgd",
-            schedule="constant",
+            optim="sgd",
+            lr_scheduler_type="constant",
             learning_rate=1.0,
-            warmup=0,
+            warmup_steps=0,
             weight_decay=0,
         )
         engine = Engine(build_model(), given, ALONE, total_steps=10**6)
@@ -96,7 +96,14 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
     batches = BatchStream(
-        split, given.seed, given.global_batch, given.micro_batch, given.epochs, None, 0, 1
+        split,
+        given.seed,
+        given.global_batch_size,
+        given.micro_batch_size,
+        given.num_train_epochs,
+        None,
+        0,
+        1,
     )
     engine = Engine(build_model(), given, ALONE, batches.total_steps)
 
@@ -119,26 +126,26 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.watch),
+        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 
 def test_the_loop_evaluates_and_saves_when_asked_to(tmp_path):
-    keys = {"epochs": 2, "checkpoint.every_steps": 2, "evaluate.every_steps": 4}
+    keys = {"num_train_epochs": 2, "save_steps": 2, "eval_steps": 4}
     trainer = make_trainer(tmp_path, **{k.replace(".", "__"): v for k, v in keys.items()})
     assert trainer.batches.total_steps == 6
     assert [s for s in range(1, 7) if trainer.evaluates_after(s)] == [4, 6]
     # the end too, or a kill while the report is written would cost the last steps
     assert [s for s in range(1, 7) if trainer.saves_after(s)] == [2, 4, 6]
-    never = make_trainer(tmp_path, checkpoint__every_steps=0)
+    never = make_trainer(tmp_path, save_steps=0)
     assert not any(never.saves_after(s) for s in range(1, 7))
-    default = make_trainer(tmp_path, epochs=2)
+    default = make_trainer(tmp_path, num_train_epochs=2)
     assert [s for s in range(1, 7) if default.evaluates_after(s)] == [3, 6]
 
 
 def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
     scores = {2: 0.5, 4: 0.7, 6: 0.7}
-    trainer = make_trainer(tmp_path, select=scores, epochs=2, evaluate__every_steps=2)
+    trainer = make_trainer(tmp_path, select=scores, num_train_epochs=2, eval_steps=2)
     state = trainer.run(TrainState())
     assert (state.step, state.best_step, state.best_metric) == (6, 4, 0.7)
     assert (tmp_path / "checkpoints" / "best-00000004" / "student.safetensors").is_file()
@@ -146,8 +153,8 @@ def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
 
 
 def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
-    keys = {"select": {2: 0.5, 4: 0.7, 6: 0.6}, "epochs": 2, "evaluate__every_steps": 2}
-    last = make_trainer(tmp_path, **keys, graduate="last")
+    keys = {"select": {2: 0.5, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
+    last = make_trainer(tmp_path, **keys, final_checkpoint="last")
     state = last.run(TrainState())
     assert (state.best_step, state.best_metric) == (6, 0.6)
     assert last.checkpointer.best_folder(6).is_dir()
@@ -161,7 +168,7 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
         def reading(self):
             return nullcontext()
 
-    keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "epochs": 2, "evaluate__every_steps": 2}
+    keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
     rival = TwoStages(has_no_head=lambda step: step <= 2)
     trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
     state = trainer.run(TrainState())
@@ -171,7 +178,9 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
 def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path):
     split = small_split(21)
     # three batches, the last of five rows; nothing is learnt between them, or dropped out
-    trainer = make_trainer(tmp_path, split=split, epochs=1, global_batch=8, micro_batch=4)
+    trainer = make_trainer(
+        tmp_path, split=split, num_train_epochs=1, global_batch_size=8, micro_batch_size=4
+    )
     trainer.engine.step = lambda: 1.0
     model = trainer.engine.module.eval()
     trainer.engine.model.train = lambda *_: None
@@ -186,7 +195,7 @@ def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path)
 
 
 def test_a_stop_is_taken_at_a_step_boundary_with_a_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, epochs=2)
+    trainer = make_trainer(tmp_path, num_train_epochs=2)
     trainer.stop.signal = 15
     state = trainer.run(TrainState())
     assert state.step == 1
@@ -205,7 +214,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(tmp_path,
 
 
 def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, checkpoint__every_steps=1)
+    trainer = make_trainer(tmp_path, save_steps=1)
     backward = trainer.engine.backward
 
     def spoilt(loss):
@@ -263,7 +272,7 @@ def test_routed_asks_each_rows_own_teacher_and_equal_rows_may_ask_two(tmp_path):
     batches.split = replace(split, examples=twins, entry_B=entry_B)
     steps = range(0, 3)
     entries_R = batches.entries(steps)
-    given = config("teachers=[a,b]", ensemble="routed", route="column")
+    given = config("teachers=[a,b]", ensemble="routed", teacher_column="column")
     asked_NR = asked_teachers(batches, given, torch.full((2,), 0.5), steps, entries_R)
     assert asked_NR[:, np.searchsorted(entries_R, entry_B[0])].tolist() == [True, True]
     assert asked_NR.sum() == len(split)

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sead_dist.config.schema import WatchConfig
+from sead_dist.config.schema import HeartbeatConfig
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
 from sead_dist.runtime.heartbeat import Beat, Watch
 
-LIMITS = WatchConfig(silent_s=10.0, hang_s=100.0)
+LIMITS = HeartbeatConfig(timeout_s=10.0, hang_timeout_s=100.0)
 
 
 @pytest.fixture

@@ -22,11 +22,24 @@ def test_a_path_is_what_was_typed(text):
 
 
 def test_a_word_is_of_its_keys_own_type():
-    read = load_config([*BASE, "epochs=7", "learning_rate=1e-3", "alpha_end=null", "gate=off"])
-    assert (read.epochs, read.learning_rate, read.alpha_end, read.gate) == (7, 1e-3, None, "off")
+    read = load_config(
+        [
+            *BASE,
+            "num_train_epochs=7",
+            "learning_rate=1e-3",
+            "alpha_end=null",
+            "teacher_validation=off",
+        ]
+    )
+    assert (read.num_train_epochs, read.learning_rate, read.alpha_end, read.teacher_validation) == (
+        7,
+        1e-3,
+        None,
+        "off",
+    )
     assert load_config([*BASE, "data.path=a", "data.path=null"]).data.path is None
     assert load_config([*BASE, 'data.path="null"']).data.path == "null"
-    assert load_config([*BASE, "guide=a", "guide=null"]).guide is None
+    assert load_config([*BASE, "teacher=a", "teacher=null"]).teacher is None
     assert load_config([*BASE, "store=a", "store=null"]).store.path is None
     assert load_config([*BASE, "teachers=[a]", "teachers=null"]).teachers == []
     assert load_config([*BASE, 'store="null"']).store.path == "null"
@@ -34,8 +47,8 @@ def test_a_word_is_of_its_keys_own_type():
     assert load_config([*BASE, "student={path: a, layers: [0, 1]}"]).student.layers == [0, 1]
     named = load_config([*BASE, "teachers=[a, {path: b, name: c}]"]).teachers
     assert [(entry.path, entry.name) for entry in named] == [("a", None), ("b", "c")]
-    with pytest.raises(UserError, match="epochs='many'"):
-        load_config([*BASE, "epochs=many"])
+    with pytest.raises(UserError, match="num_train_epochs='many'"):
+        load_config([*BASE, "num_train_epochs=many"])
 
 
 @pytest.mark.parametrize("text", AS_TYPED)
@@ -49,8 +62,8 @@ def test_a_path_in_a_list_or_mapping_is_what_was_typed_too(text):
         "path": text,
         "layers": [0, 1],
     }
-    assert read_word("per_task", f"{{rte: {{data: {{path: {text}}}, epochs: 5}}}}") == {
-        "rte": {"data": {"path": text}, "epochs": 5}
+    assert read_word("per_task", f"{{rte: {{data: {{path: {text}}}, num_train_epochs: 5}}}}") == {
+        "rte": {"data": {"path": text}, "num_train_epochs": 5}
     }
     assert read_word("per_task.rte.data.path", text) == text
     assert read_word("finetune.store", text) == text
@@ -66,7 +79,7 @@ def test_what_yaml_says_of_lists_and_mappings_still_holds():
          {"path": "a", "layers": None, "tokenizer": "x # y"}),
         ("seeds", "[0, 3]", [0, 3]),
         ("student.layers", "[1, 3]", [1, 3]),
-        ("finetune", "{epochs: 5, learning_rate: 1e-5}", {"epochs": 5, "learning_rate": 1e-5}),
+        ("finetune", "{num_train_epochs: 5, learning_rate: 1e-5}", {"num_train_epochs": 5, "learning_rate": 1e-5}),
         ("data.max_train_examples", "null", None),
     ):  # fmt: skip
         assert read_word(key, text) == value, text
@@ -76,7 +89,7 @@ def test_brackets_left_open_and_keys_given_twice_are_refused():
     for key, text, message in (
         ("teachers", "[a, b", r"the value of teachers, '\[a, b', has a \[ that is not closed"),
         ("student", "{path: a, path: b}", "the key 'path' stands twice"),
-        ("select", "{on: dev, on: dev}", "the key 'on' stands twice"),
+        ("selection", "{split: dev, split: dev}", "the key 'split' stands twice"),
     ):
         with pytest.raises(UserError, match=message):
             read_word(key, text)

@@ -59,7 +59,9 @@ def test_numbers_are_read_as_they_look():
         load_config(["sst2", "student=s", "output_dir=o", "temperature=1:30"])
 
 
-@pytest.mark.parametrize("word", ["epochs=true", "alpha=true", "student.layers=[1, true]"])
+@pytest.mark.parametrize(
+    "word", ["num_train_epochs=true", "alpha=true", "student.layers=[1, true]"]
+)
 def test_true_is_no_number(word):
     with pytest.raises(UserError, match=r"True.*: input should be a number, not true or false"):
         load_config(["sst2", "student=s", "output_dir=o", word])

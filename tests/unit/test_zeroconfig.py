@@ -20,7 +20,7 @@ def launched_plainly(monkeypatch):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_auto_is_filled_from_the_run_and_from_nothing_else(name):
-    given = config(deepspeed=name, global_batch=24, micro_batch=2, max_grad_norm=0.5)
+    given = config(deepspeed=name, global_batch_size=24, micro_batch_size=2, max_grad_norm=0.5)
     zero = zero_config(given, 4)
     assert (zero.name, zero.stage) == (name, SHIPPED[name])
     assert zero.values["train_micro_batch_size_per_gpu"] == 2
@@ -32,7 +32,7 @@ def test_auto_is_filled_from_the_run_and_from_nothing_else(name):
 
 
 def test_ranks_that_do_not_divide_the_batch_all_do_the_same_number_of_micro_batches():
-    zero = zero_config(config(deepspeed="zero2", global_batch=6, micro_batch=2), 2)
+    zero = zero_config(config(deepspeed="zero2", global_batch_size=6, micro_batch_size=2), 2)
     assert zero.values["gradient_accumulation_steps"] == 2
     assert zero.values["train_batch_size"] == 8
 

@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 import yaml
 from sead_dist.grammar import LABELS, grammar_tokenizer, write_grammar_task
+from submitit.helpers import DelayedSubmission
 from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from sead_dist.cli import attempt_recipe
+from sead_dist.launcher import Launch
 
 SIZES = {
     "num_hidden_layers": 1,
@@ -67,10 +71,28 @@ def main(folder: Path) -> None:
     lines = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in sweep.items()}
     words = [f"{key}={line.splitlines()[0]}" for key, line in lines.items()]
     subprocess.run([*command, "sweep", *words], check=True)
+    pickles()
     for left in [*Path().rglob("plots"), *Path().rglob("report"), *Path().rglob("live")]:
         shutil.rmtree(left)
     for lock in Path().rglob("*.lock"):
         lock.unlink()
+
+
+def pickles() -> None:
+    """Two jobs as submitit kept them: one that had not started, one with a checkpoint."""
+    for name, own in (
+        ("waiting", ("store=new-store", "micro_batch=16", "epochs=1")),
+        ("killed", ("store=store", "epochs=2000", "checkpoint.every_steps=3")),
+    ):
+        words = tuple(word for word in WORDS if not word.startswith("store="))
+        launch = Launch(
+            attempt_recipe,
+            "distill",
+            (*words, *own, f"output_dir={name}"),
+            (name,),
+            f"{name}/.slurm",
+        )
+        DelayedSubmission(launch).dump(Path(f"{name}.pkl"))
 
 
 main(Path(sys.argv[1]))

@@ -1,0 +1,93 @@
+"""Names of configuration keys: the one map from those that keys had to those that they have.
+
+It serves the refusal of an old key, and the reading of what was written with old keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# of a run, dotted as on the command line
+RENAMED = {
+    "epochs": "num_train_epochs",
+    "global_batch": "global_batch_size",
+    "micro_batch": "micro_batch_size",
+    "warmup": "warmup_steps",
+    "schedule": "lr_scheduler_type",
+    "optimizer": "optim",
+    "evaluate.every_steps": "eval_steps",
+    "checkpoint.every_steps": "save_steps",
+    "checkpoint.keep_last": "save_total_limit",
+    "tracker": "report_to",
+    "grace_s": "preemption_notice_s",
+    "watch.silent_s": "heartbeat.timeout_s",
+    "watch.hang_s": "heartbeat.hang_timeout_s",
+    "gate": "teacher_validation",
+    "drift": "teacher_validation",
+    "graduate": "final_checkpoint",
+    "guide": "teacher",
+    "route": "teacher_column",
+    "internals": "feature_loss",
+    "inner_weight": "feature_loss_weight",
+    "inner_share": "feature_stage_ratio",
+    "start": "student_init",
+    "transfer.path": "unlabeled.path",
+    "transfer.ratio": "unlabeled.ratio",
+    "select.fraction": "selection.fraction",
+    "select.seed": "selection.seed",
+    "select.on": "selection.split",
+    "look_ahead": "prefetch_rows",
+    "pool.chunk_rows": "pool.item_rows",
+    "pool.claim_s": "pool.lease_s",
+    "pool.silent_s": "pool.timeout_s",
+    "teachers.weights": "teachers.quantization",
+    "encoders.weights": "encoders.quantization",
+}
+VALUES = {
+    ("start", "guide"): "feature_teacher",
+    ("select.on", "select"): "held_out",
+    ("drift", "on"): "fp32",
+    # all steps were a share of 1, which is one step now
+    ("warmup", 1.0): "all steps",
+    ("warmup", "1"): "0.999999999",
+    ("warmup", "1.0"): "0.999999999",
+}
+# before keys of a run in a sweep's words
+SWEEP_PREFIXES = ("finetune.", "per_task.")
+
+
+def new_name(key: str) -> str | None:
+    """The present name of a (dotted) key or section that had another; None where it had none."""
+    if key in RENAMED:
+        return RENAMED[key]
+    inside = [new for old, new in RENAMED.items() if old.startswith(f"{key}.")]
+    sections = {new.rpartition(".")[0] or new for new in inside}
+    return " and ".join(sorted(sections)) if inside and sections != {key} else None
+
+
+def renamed(keys: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """Flat keys of a run, as its identity holds them, under their present names and values; or
+    those inside a section (`teachers.`)."""
+    names = {key: RENAMED.get(inside + key, inside + key).removeprefix(inside) for key in keys}
+    return {names[key]: _value(inside + key, value) for key, value in keys.items()}
+
+
+def renamed_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The KEY=VALUE words of a command under the keys' present names."""
+    off = any(word.strip() == "gate=off" for word in words)
+    found = [_word(word) for word in words if not (word.startswith("drift=") and off)]
+    return tuple(word for word in found if word != "teacher_validation=off" or off)
+
+
+def _word(word: str) -> str:
+    key, is_, value = word.partition("=")
+    prefix, bare = "", key
+    if key.startswith("finetune."):
+        prefix, bare = "finetune.", key.removeprefix("finetune.")
+    elif key.startswith("per_task."):
+        head = key.split(".", 2)
+        prefix, bare = ".".join(head[:2]) + ".", head[2] if len(head) > 2 else ""
+    return f"{prefix}{RENAMED.get(bare, bare)}{is_}{_value(bare, value)}" if is_ else word
+
+
+def _value(key: str, value: Any) -> Any:
+    return VALUES.get((key, value), value) if isinstance(value, str | float) else value

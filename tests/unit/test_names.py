@@ -1,0 +1,55 @@
+"""The one map of configuration keys, old to new."""
+
+import pytest
+
+from sead_dist.config.load import load_config
+from sead_dist.config.names import RENAMED, renamed, renamed_words
+from sead_dist.errors import UserError
+
+
+@pytest.mark.parametrize("old", [key for key in RENAMED if not key.startswith(("teach", "enc"))])
+def test_an_old_key_is_refused_with_the_new_one_named(old):
+    with pytest.raises(UserError) as caught:
+        load_config(["sst2", "output_dir=x", f"{old}=1"])
+    said = str(caught.value)
+    assert f"{old.split('.')[0]}" in said
+    assert RENAMED[old] in said or RENAMED[old].split(".")[0] in said
+    assert "now; give" in said
+    assert "\n" not in said
+
+
+def test_an_old_key_of_a_teacher_and_of_a_file_is_refused_likewise(tmp_path):
+    with pytest.raises(UserError, match=r"'teachers\.0\.weights' is teachers\.quantization now"):
+        load_config(["sst2", "output_dir=x", "teachers=[{path: a, quantization: int8}]"])
+    (tmp_path / "old.yaml").write_text("checkpoint: {every_steps: 3}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="'checkpoint' is save_steps and save_total_limit now"):
+        load_config(["sst2", "output_dir=x", str(tmp_path / "old.yaml")])
+    (tmp_path / "method.yaml").write_text("graduate: last\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the key 'graduate' is final_checkpoint now"):
+        load_config(["sst2", "output_dir=x", f"method={tmp_path / 'method.yaml'}"])
+
+
+def test_keys_of_an_old_identity_read_as_todays():
+    old = {"epochs": 3, "select.on": "select", "start": "guide", "alpha": 0.5, "warmup": 0.1}
+    assert renamed(old) == {
+        "num_train_epochs": 3,
+        "selection.split": "held_out",
+        "student_init": "feature_teacher",
+        "alpha": 0.5,
+        "warmup_steps": 0.1,
+    }
+
+
+def test_words_of_an_old_command_become_todays():
+    old = ("sst2", "gate=off", "drift=on", "per_task.cb.epochs=5", "finetune.epochs=2", "seed=1")
+    assert renamed_words(old) == (
+        *("sst2", "teacher_validation=off", "per_task.cb.num_train_epochs=5"),
+        *("finetune.num_train_epochs=2", "seed=1"),
+    )
+    assert renamed_words(("drift=on",)) == ("teacher_validation=fp32",)
+
+
+def test_a_share_of_all_steps_is_not_read_as_one_step():
+    config = load_config(["sst2", "output_dir=x", *renamed_words(("warmup=1",))])
+    assert config.warmup(200) == 200
+    assert load_config(["sst2", "output_dir=x", "warmup_steps=3"]).warmup(200) == 3
