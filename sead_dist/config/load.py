@@ -2,7 +2,6 @@
 KEY=VALUE words; later ones lie over earlier ones.
 """
 
-import difflib
 import glob
 import math
 import os
@@ -13,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sead_dist.config.names import RENAMED, new_name
+from sead_dist.config.names import RENAMED, nearest, new_name
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
@@ -41,8 +40,8 @@ def find_config(name: str) -> Path:
             if path.is_file():
                 return path
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
-    near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped tasks: {', '.join(known)}"
+    near = nearest(Path(name).stem, known)
+    hint = f"; did you mean {near!r}?" if near else f"; shipped tasks: {', '.join(known)}"
     raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
 
 
@@ -61,8 +60,8 @@ def read_method(method: str) -> dict[str, Any]:
         path = Path(method)
     known = shipped_methods()
     if not path.is_file():
-        near = difflib.get_close_matches(method, known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        near = nearest(method, known)
+        meant = f"; did you mean {near!r}?" if near else ";"
         raise UserError(
             f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
         )
@@ -143,8 +142,9 @@ def names_shape(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
-def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
-    """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
+def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None = None) -> str:
+    """The first mistake of a configuration as one line; `listed_in` is the file in which its keys
+    are explained, None for a run's, of which `sead-dist keys` tells."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
@@ -154,18 +154,18 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str
         if new is not None and (new in known or new not in RENAMED.values()):
             return f"the key {key!r} is {new} now; give {new} instead"
         old = [key for key, new in RENAMED.items() if new in known]
-        near = difflib.get_close_matches(plain, [*known, *old], n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {RENAMED.get(near[0], near[0])!r}?"
-            if near
-            else f"the keys are listed in {listed_in}"
-        )
+        near = nearest(plain, [*known, *old])
+        hint = f"the keys are listed in {listed_in}" if listed_in else "`sead-dist keys` lists all"
+        if near is not None:
+            hint = f"did you mean {RENAMED.get(near, near)!r}?"
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
+    plain = ".".join(part for part in first["loc"] if isinstance(part, str))
+    where = f"see {key} in {listed_in}" if listed_in else f"see `sead-dist keys {plain}`"
+    return f"{key}={first['input']!r}: {message}; {where}"
 
 
 def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
@@ -201,7 +201,8 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
-        layers.append(layer)
+        # a task's own file stands for the task
+        layers.append({"task": str(path)} if "text_a" in layer else layer)
     return layers + [_override(word) for word in words if "=" in word]
 
 
@@ -220,7 +221,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(explain(error, _flat_keys(RunConfig), "configs/base.yaml")) from None
+        raise UserError(explain(error, _flat_keys(RunConfig))) from None
     student = config.student
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"

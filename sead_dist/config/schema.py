@@ -57,6 +57,7 @@ class DataConfig(Section):
     validation: Annotated[str | None, Operational]
     revision: Annotated[str | None, Operational]
     max_train_examples: Annotated[int | None, Field(gt=0)]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), Operational]
     skip_malformed: bool
 
 

@@ -3,7 +3,6 @@
 C classes.
 """
 
-import difflib
 import re
 import string
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.names import nearest as close
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError
@@ -83,8 +83,8 @@ class TaskSpec:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, and all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close else ";"
+    near = close(name, known)
+    meant = f"; did you mean {near!r}?" if near else ";"
     return f"{meant} known: {', '.join(known)}"
 
 

@@ -154,6 +154,7 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
         validation=own.get("validation"),
         revision=own.get("revision"),
         max_train_examples=None,
+        validation_fraction=own.get("validation_fraction", 0.1),  # runs of before had two files
         skip_malformed=bool(own.get("skip_malformed")),
     )
 

@@ -127,7 +127,7 @@ def refuse_lone_process() -> None:
         raise UserError(
             "accelerate launch was asked for several processes but started this one alone "
             "(MASTER_PORT is set, WORLD_SIZE is not); on CPU start with torchrun --standalone "
-            "--nproc_per_node N -m sead_dist ..., or a config file like launch/cpu2.yaml"
+            "--nproc_per_node N -m sead_dist ..., or a config file of `accelerate config`"
         )
 
 

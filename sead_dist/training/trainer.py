@@ -82,6 +82,7 @@ class Trainer:
         )
         tally = Tally(len(self.teacher_names))
         clock = SaveClock()
+        shown: dict[str, object] = {}
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
             for lesson in until_stopped(lessons):
@@ -108,12 +109,14 @@ class Trainer:
                 evaluating = self.evaluates_after(step)
                 saving = self.saves_after(step) or stopping or due
                 if step % LOG_EVERY == 0 or evaluating or saving or step == total:
-                    shown, state = self.report(tally, state, learning_rate)
-                    bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
+                    line, state = self.report(tally, state, learning_rate)
+                    shown |= {"loss": line["loss"], "per_s": line["examples_per_second"]}
+                    bar.update(**shown)
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
                     self.watch.move(f"scoring the student of step {step}")
-                    state = self.score(state)
+                    state, shown[f"selection_{self.metric}"] = self.score(state)
+                    bar.update(**shown)
                     # without its state a new best student would be lost with the run
                     saving = saving or (self.saves_by_time and state.best_step == step)
                 if saving:
@@ -263,8 +266,8 @@ class Trainer:
     def saves_by_time(self) -> bool:
         return self.config.save_steps is None
 
-    def score(self, state: TrainState) -> TrainState:
-        """Score the selection split, and keep the student when it is the best so far."""
+    def score(self, state: TrainState) -> tuple[TrainState, float]:
+        """Score the selection split, and keep the student when it is the best so far; the score."""
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
@@ -278,11 +281,11 @@ class Trainer:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if self.rival is not None and self.rival.has_no_head(state.step):
-            return state  # its score is that of a head as it was made
+            return state, score  # it is that of a head as it was made
         if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
             state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
             self.checkpointer.save_best(self.engine, state.step)
-        return state
+        return state, score
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
         """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving

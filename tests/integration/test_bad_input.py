@@ -98,7 +98,7 @@ def test_a_missing_column(refused, changed):
 def test_a_label_outside_the_set(refused, changed):
     text = "sentence\tlabel\ngood\tpositive\nbad\tterrible\n"
     line = refused(r"train row 2: label 'terrible'", changed("train.tsv", text))
-    assert "allowed: negative, positive, 0, 1; mend the row" in line
+    assert "allowed: negative, positive, 0, 1; outside it are 'terrible' (1 row)" in line
 
 
 def test_a_malformed_row(refused, changed):
@@ -161,7 +161,7 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
         ("temperatur=3", r"unknown key 'temperatur'; did you mean 'temperature'"),
         ("data.pth=x", r"unknown key 'data.pth'; did you mean 'data.path'"),
         ("teachers=[{path: a, lables: [x]}]", r"unknown key 'teachers.0.lables'; did you mean 'teachers.labels'"),
-        ("num_train_epochs=many", r"num_train_epochs='many': .*valid integer.*; see num_train_epochs in configs/base.yaml"),
+        ("num_train_epochs=many", r"num_train_epochs='many': .*valid integer.*; see `sead-dist keys num_train_epochs`"),
         ("num_train_epochs=0", r"num_train_epochs=0: .*greater than 0"),
         ("ensemble=best", r"ensemble='best': .*'mean_logits'.*'random'"),
         ("task=", r"task is not set; give task=VALUE"),
