@@ -128,6 +128,11 @@ class HeartbeatConfig(Section):
     hang_timeout_s: Annotated[float, Field(gt=0), Operational]
 
 
+class CardConfig(Section):
+    license: Annotated[str | None, Field(min_length=1), Operational]
+    language: Annotated[str | None, Field(min_length=1), Operational]
+
+
 class RunConfig(Section):
     """The whole configuration of a run; every key is explained in configs/base.yaml."""
 
@@ -186,6 +191,7 @@ class RunConfig(Section):
     push_to_hub: Annotated[bool, Operational]
     hub_model_id: Annotated[str | None, Operational]
     hub_private_repo: Annotated[bool | None, Operational]
+    card: CardConfig
 
     @property
     def taught(self) -> bool:

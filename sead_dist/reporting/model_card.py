@@ -57,6 +57,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
     text = jinja.from_string(template).render(
         metadata=_metadata(files, spec),
         name=model_name(files),
+        by=method_name(files),
         task=_task(files),
         student=_student(files),
         teachers=files.teacher_manifest,
@@ -119,7 +120,16 @@ def _base_model(files: RunFiles) -> str | None:
 def model_name(files: RunFiles) -> str:
     """What the card calls the model."""
     student = _student(files).split("@")[0].rsplit("/", 1)[-1].replace(" ", "-")
-    return f"{'SEAD-' if files.teacher_manifest else ''}{student}-{_task(files)}"
+    return f"{method_name(files)}-{student}-{_task(files)}"
+
+
+def method_name(files: RunFiles) -> str:
+    """The method that the run named, else its ensemble; "finetune" where no teacher was asked."""
+    config = redact(files.config)
+    if not files.teacher_manifest:
+        return "finetune"
+    method = config.get("method")
+    return PurePosixPath(str(method)).stem if method else str(config.get("ensemble"))
 
 
 def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
@@ -128,10 +138,11 @@ def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
     hub = spec.hub if spec else None
     results = list(_model_index(files, hub))
     task = _task(files)
-    tags = ["SEAD", "knowledge-distillation"] if files.teacher_manifest else ["SEAD"]
+    tags = ["knowledge-distillation", method_name(files)] if files.teacher_manifest else []
+    said = files.config.get("card") or {}
     data = ModelCardData(
-        language="en",
-        license="apache-2.0",
+        language=said.get("language"),
+        license=said.get("license"),
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=[*tags, task],
