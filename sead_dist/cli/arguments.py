@@ -41,7 +41,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ranks", type=int, metavar="N", help="default: as started, or 1")
     command.add_argument("--gpu-memory", metavar="SIZE", help="of each rank's GPU: 24GB, 80GiB")
     command.add_argument("--rates", metavar="FILE", help="speeds of other hardware: YAML or JSON")
-    command.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
+    command.add_argument("--fresh", action="store_true", help="measure again what is remembered")
     command.add_argument("--json", metavar="FILE", help="also write the plan here")
 
 
@@ -78,7 +78,7 @@ def add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_folder", metavar="RUN", help="run folder")
     command.add_argument("--to", metavar="ID", help="owner/name; default: the run's, or the card's")
     command.add_argument(
-        "--private", action="store_true", default=None, help="where the repository is made anew"
+        "--private", action="store_true", default=None, help="where the repository is made again"
     )
 
 

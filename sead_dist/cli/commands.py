@@ -248,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
         (
             reproduce,
             arguments.add_reproduce,
-            "train a published checkpoint anew; alone: list all sixteen",
+            "train a published checkpoint again; alone: list all sixteen",
         ),
         (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
     ):

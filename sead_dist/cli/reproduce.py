@@ -1,4 +1,4 @@
-"""`sead-dist reproduce NAME`: a published checkpoint of SEAD trained anew, with its teachers, and
+"""`sead-dist reproduce NAME`: a published checkpoint of SEAD trained again, with its teachers, and
 what came out beside what was published.
 
 One template (configs/reproduce.yaml) and one row for each checkpoint; a run is OUTPUT/teachers, as

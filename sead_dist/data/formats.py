@@ -129,7 +129,7 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
 def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
     """The error for a label outside the set, with all others that are outside it and how often they
     occur: more than a slip of one row is first a matter of the task's file."""
-    line = str(error).removesuffix("; mend the row")
+    line = str(error).removesuffix("; fix the row")
     if task.reader != "plain" or not task.task_kind.has_classes or line == str(error):
         return error
     counts = Counter(str(row.get(task.label_column)) for row in rows)
@@ -140,7 +140,7 @@ def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> U
     more = f" and {len(outside) - 10} more" if len(outside) > 10 else ""
     return UserError(
         f"{line}; outside it are {listed}{more}; add them to labels, or to value_aliases, in the "
-        "task's file, or mend the rows"
+        "task's file, or fix the rows"
     )
 
 

@@ -108,7 +108,7 @@ class Classification(TaskKind):
                 allowed = ", ".join([*task.labels, *(n for n in numbers if n not in of_labels)])
                 raise UserError(
                     f"{where}: label {value!r} in column {task.label_column!r} is outside the "
-                    f"set; allowed: {allowed}; mend the row"
+                    f"set; allowed: {allowed}; fix the row"
                 )
             return index
 
@@ -166,7 +166,7 @@ class Regression(TaskKind):
             if not low <= score <= high:  # also false for NaN
                 raise UserError(
                     f"{where}: score {value!r} in column {task.label_column!r}; "
-                    f"allowed: a number from {low:g} to {high:g}; mend the row"
+                    f"allowed: a number from {low:g} to {high:g}; fix the row"
                 )
             return score
 

@@ -25,7 +25,7 @@ from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
-_SKIP_HINT = "mend the line, or pass over such lines with data.skip_malformed=true"
+_SKIP_HINT = "fix the line, or pass over such lines with data.skip_malformed=true"
 _log = logging.getLogger(__name__)
 
 
@@ -140,7 +140,7 @@ def _text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> R
     if text.lstrip().startswith("["):
         rows = _parse(text, f"data file {path}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"data file {path}: expected a list of objects; mend the file")
+            raise UserError(f"data file {path}: expected a list of objects; fix the file")
         return rows
     return _json_lines(text, path, skip_malformed)
 
@@ -244,7 +244,7 @@ def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, fields
     except csv.Error as error:
         raise UserError(
-            f"{path}:{reader.line_num}: not CSV: {error}; mend the line, or name it .tsv"
+            f"{path}:{reader.line_num}: not CSV: {error}; fix the line, or name it .tsv"
         ) from error
     finally:
         csv.field_size_limit(limit)

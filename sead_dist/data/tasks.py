@@ -89,7 +89,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_task_file(path: Path) -> TaskSpec:
-    """The task that a YAML file describes; UserError names the file, the key and the mend."""
+    """The task that a YAML file describes; UserError names the file, the key and the fix."""
     raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
@@ -97,7 +97,7 @@ def read_task_file(path: Path) -> TaskSpec:
 
 
 def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
-    """The task that these keys describe; UserError begins with `where` and names key and mend."""
+    """The task that these keys describe; UserError begins with `where` and names key and fix."""
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:

@@ -186,7 +186,7 @@ def build_student(
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
     A head that came with the checkpoint is kept when its label names align with the task's; else
-    its layer that ends in classes is made anew (from the seed). say: takes the line on what was
+    its layer that ends in classes is made again (from the seed). say: takes the line on what was
     loaded and what is new.
     """
     names = task.task_kind.outputs(task)
@@ -278,7 +278,7 @@ def _place_in_order(final: torch.nn.Linear, order_C: Sequence[int]) -> None:
 
 
 def _renew(final: torch.nn.Linear, scale: float) -> None:
-    """Weights for classes that are unknown are worth nothing: draw them anew."""
+    """Weights for classes that are unknown are worth nothing: draw them again."""
     with torch.no_grad():
         final.weight.normal_(0.0, scale)
         if final.bias is not None:

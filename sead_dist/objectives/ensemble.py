@@ -36,7 +36,7 @@ class SoftTargets:
     temperature: float
 
 
-def misfit(config: RunConfig, kind: TaskKind) -> str | None:
+def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
     """Why the method cannot be applied to a task of this kind; None where it can."""
     method = config.ensemble
     if not kind.has_classes and method in NEED_CLASSES:
@@ -54,7 +54,7 @@ def misfit(config: RunConfig, kind: TaskKind) -> str | None:
 
 def check_method(config: RunConfig, kind: TaskKind) -> None:
     """What is asked of the teachers fits the task and the other keys. Raises UserError."""
-    reason = misfit(config, kind)
+    reason = why_unfit(config, kind)
     if reason is not None:
         raise UserError(reason)
     names = teacher_names(config.teachers)
@@ -65,13 +65,16 @@ def check_method(config: RunConfig, kind: TaskKind) -> None:
 
 
 def frozen_weights(
-    method: EnsembleMethod, given: Sequence[float], scores: Sequence[float], guide: int | None
+    method: EnsembleMethod,
+    given: Sequence[float],
+    scores: Sequence[float],
+    feature_teacher: int | None,
 ) -> torch.Tensor:
     """Per-teacher weights_N fixed before step 1: given ones (`fixed`), the selection scores above
-    zero (`score`), all for the guide or else for the first of the best scores (`single`), or equal
-    ones. Raises UserError when all are zero."""
+    zero (`score`), all for the feature teacher or else for the first of the best scores (`single`),
+    or equal ones. Raises UserError when all are zero."""
     if method == "single":
-        chosen = list(scores).index(max(scores)) if guide is None else guide
+        chosen = list(scores).index(max(scores)) if feature_teacher is None else feature_teacher
         return torch.eye(len(given))[chosen]
     raw = {"fixed": list(given), "score": [max(score, 0.0) for score in scores]}
     weights_N = torch.tensor(raw.get(method, [1.0] * len(given)), dtype=torch.float32)

@@ -17,8 +17,8 @@ from sead_dist.objectives.ensemble import SoftTargets, known
 class LossTerms:
     """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
 
-    soft, hard and inner (over a teacher's internals) are before their shares, for the log; total is
-    what is differentiated.
+    soft, hard and inner (over a teacher's hidden states and attention) are before their shares, for
+    the log; total is what is differentiated.
     """
 
     total: torch.Tensor

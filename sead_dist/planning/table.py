@@ -22,7 +22,7 @@ from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.feature_teacher import check_guide, held_everywhere
+from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
 from sead_dist.teachers.placement import least_free
 from sead_dist.teachers.teacher import call_roster
 
@@ -58,7 +58,7 @@ def plan(
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     max_length = fitting_length(config.max_length, student.config)
     words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
     folder = Path(config.store.path) if config.store.path else default_store()
 

@@ -65,7 +65,7 @@ def sampled_lengths(
 
 def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
     """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
-    chooses only after the examination, the costliest stands for the chosen."""
+    chooses only after the validation, the costliest stands for the chosen."""
     names = [teacher.name for teacher in teachers]
     if config.ensemble == "single":
         largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)

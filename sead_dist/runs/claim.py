@@ -38,7 +38,7 @@ from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
     *("metrics.jsonl", "log.txt", "progress.json"),
-    *("examination.json", "teacher_manifest.json"),
+    *("teacher_validation.json", "teacher_manifest.json"),
 )
 
 # where a student leaves word for workers of its pool

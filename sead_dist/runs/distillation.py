@@ -28,7 +28,7 @@ from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, b
 from sead_dist.runtime.run_log import is_finished, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
+from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
@@ -80,7 +80,7 @@ def distill(
             return run
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
-            parts.watch.explain(error)
+            parts.heartbeat.explain(error)
             raise
     barrier(world)
     return run
@@ -213,30 +213,34 @@ def prepare_teachers(parts: Parts) -> torch.Tensor:
     config, task, teachers = parts.config, parts.task, parts.teachers
     if parts.source is None:
         return torch.zeros(0)
-    exams: list[Examination] = []
-    if needs_examination(config):
+    validations: list[Validation] = []
+    if needs_validation(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
+            parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
         )
-        exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        validations = validate(
+            task, teachers, logits_NBC, selection, parts.examples.dev_in_training
+        )
         if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
-            exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
-        for exam, teacher in zip(exams, teachers, strict=True):
-            parts.log.say(describe(exam, teacher, len(selection)))
+            validations = [
+                replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
+            ]
+        for validation, teacher in zip(validations, teachers, strict=True):
+            parts.log.say(describe(validation, teacher, len(selection)))
         if parts.world.is_main:
-            record = [asdict(exam) for exam in exams]
-            write_json(Path(config.output_dir) / "examination.json", record)
+            record = [asdict(validation) for validation in validations]
+            write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
-            admit(task, exams, teachers)
-    weights_N = weigh(config, teachers, exams)
+            require_passed(task, validations, teachers)
+    weights_N = weigh(config, teachers, validations)
     if config.ensemble == "single":
         parts.log.say(f"the one teacher of this student: {teachers[int(weights_N.argmax())].name}")
     return weights_N
 
 
-def needs_examination(config: RunConfig) -> bool:
+def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
     return config.validates or chosen_by_score(config)
 
@@ -247,14 +251,14 @@ def chosen_by_score(config: RunConfig) -> bool:
 
 
 def weigh(
-    config: RunConfig, teachers: Sequence[Teacher], exams: Sequence[Examination]
+    config: RunConfig, teachers: Sequence[Teacher], validations: Sequence[Validation]
 ) -> torch.Tensor:
     """The ensemble's weights_N."""
     names = [teacher.name for teacher in teachers]
     return frozen_weights(
         config.ensemble,
         [teacher.entry.weight for teacher in teachers],
-        [exam.score for exam in exams],
+        [validation.score for validation in validations],
         None if config.teacher is None else names.index(config.teacher),
     )
 
@@ -284,7 +288,7 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
         select=select,
         metric=parts.task.metrics[0],
         stop=parts.stop,
-        watch=parts.watch,
-        live=parts.guide,
-        rival=parts.rival,
+        heartbeat=parts.heartbeat,
+        live=parts.feature_teacher,
+        feature_loss=parts.feature_loss,
     )

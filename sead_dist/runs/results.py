@@ -100,7 +100,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
         "store_hits": hits,
-        "internals": internals_record(parts, int(totals["live_rows"])),
+        "internals": feature_record(parts, int(totals["live_rows"])),
         "numerics": parts.source.numerics_read() if parts.source is not None else [],
         "teachers_s": round(parts.source.spent_s if parts.source is not None else 0.0, 3),
         "teacher_wait_s": round(totals["wait_s"], 3),
@@ -115,17 +115,17 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
     }
 
 
-def internals_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
-    """Whose internals the student followed and how; `forwards` of it are live ones, which are made
-    anew in every epoch (those of steps that a killed run repeated are not counted)."""
-    if parts.guide is None or parts.rival is None:
+def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
+    """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
+    made again in every epoch (those of steps that a killed run repeated are not counted)."""
+    if parts.feature_teacher is None or parts.feature_loss is None:
         return None
-    rival = parts.rival
+    feature_loss = parts.feature_loss
     return {
-        "method": rival.method,
-        "guide": parts.guide.name,
-        "variant": rival.variant,
-        "until_step": rival.until,
+        "method": feature_loss.method,
+        "guide": parts.feature_teacher.name,
+        "variant": feature_loss.variant,
+        "until_step": feature_loss.until,
         "forwards": forwards,
     }
 

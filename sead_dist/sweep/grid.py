@@ -23,7 +23,7 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import misfit
+from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.encoders import teacher_layers, teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
@@ -120,7 +120,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         teachers += made
         for method in sweep.methods:
             config = student_config(made, resolve([*layers, {"method": method}]))
-            reason = misfit(config, task.task_kind)
+            reason = why_unfit(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, method_name(method)] = reason
             else:

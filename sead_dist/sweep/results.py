@@ -88,7 +88,7 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 def score_in(run: Path, split: str, metric: str) -> float:
     path = run / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         return float(read_json(path)["splits"][split]["student"][metric])
 
 
@@ -201,7 +201,7 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
     order = {"mean_logits": 0, "single": 2}
     best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
     path = best.folder / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         scores = read_json(path)["splits"][data.dev.split]
         found = [(str(teacher["name"]), teacher["metrics"]) for teacher in scores["teachers"]]
         if best.config.ensemble != "single":

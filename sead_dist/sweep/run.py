@@ -90,7 +90,7 @@ def tell_end(plan: Plan, came_to_end: bool) -> None:
         more = ", ..." if len(failed) > 4 else ""
         raise RunError(
             f"{len(failed)} of {len(plan.units)} runs failed: {named}{more}; the first because: "
-            f"{failed[0]['reason']}; mend it and give the same command again. {of_all}"
+            f"{failed[0]['reason']}; fix it and give the same command again. {of_all}"
         )
     if came_to_end:
         print(of_all, flush=True)

@@ -63,7 +63,7 @@ class Identity:
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one
         may have rules that the other never has: the methods are the difference then."""
-        alike = self.config.get("internals") == other.config.get("internals")
+        alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
@@ -317,5 +317,5 @@ def _sync(path: Path) -> None:
 def _cannot_save(final: Path, error: Exception) -> RunError:
     return RunError(
         f"checkpoint {final.name} cannot be written in {final.parent}: {reason(error)}; the last "
-        "checkpoint is intact; free space or mend the folder, then give the same command again"
+        "checkpoint is intact; free space or fix the folder, then give the same command again"
     )

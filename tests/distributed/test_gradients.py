@@ -13,8 +13,8 @@ from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.runtime.heartbeat import Watch
-from sead_dist.teachers.base import Lesson
+from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine
 from sead_dist.training.trainer import Tally, Trainer
 
@@ -44,13 +44,13 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     engine = Engine(model, given, world, batches.total_steps)
     trainer = Trainer(
         given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
+        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter
     torch.rand(world.rank)
     work, tally = batches.step(step), Tally(2)
-    trainer.learn(Lesson(work, [teachers_of(batch) for batch in work.batches], 0.0), tally)
+    trainer.learn(TaughtStep(work, [teachers_of(batch) for batch in work.batches], 0.0), tally)
     flat = torch.cat([p.grad.flatten() for p in engine.module.parameters()])
     return flat.double().numpy(), tally.losses.double().numpy()
 

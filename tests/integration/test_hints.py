@@ -67,7 +67,7 @@ def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tm
     line = str(caught.value)
     assert line.startswith("train row 3: label 'neutral' in column 'label' is outside the set;")
     assert "outside it are 'neutral' (2 rows), 'mixed' (1 row); add them to labels" in line
-    assert line.endswith("in the task's file, or mend the rows")
+    assert line.endswith("in the task's file, or fix the rows")
 
 
 def one_file_words(data, root, **changes):

@@ -16,7 +16,7 @@ from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
 from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
 from sead_dist.training.engine import Engine, check_world
@@ -126,7 +126,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
+        heartbeat=Heartbeat(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 
@@ -169,8 +169,8 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
             return nullcontext()
 
     keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
-    rival = TwoStages(has_no_head=lambda step: step <= 2)
-    trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
+    feature_loss = TwoStages(has_no_head=lambda step: step <= 2)
+    trainer = replace(make_trainer(tmp_path, **keys), feature_loss=feature_loss)
     state = trainer.run(TrainState())
     assert (state.best_step, state.best_metric) == (4, 0.7)
 
