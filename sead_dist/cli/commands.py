@@ -24,6 +24,7 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
 
     config = load_config(words)
     from sead_dist.runs import distillation as recipes
+    from sead_dist.runs.inputs import refuse_untaught
     from sead_dist.runs.pool_worker import teach as fill_store
     from sead_dist.runtime.distributed import join_world, leave_world
 
@@ -34,6 +35,8 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     elif recipe == "finetune":
         recipes.finetune(config, world)
     else:
+        if not config.encoders:
+            refuse_untaught(config)
         recipes.distill(config, world)
     leave_world(world)
 

@@ -238,6 +238,20 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     return config
 
 
+def usual_values(config: RunConfig) -> dict[str, Any]:
+    """What keys have where nobody gives them, flat: by base.yaml and the method's file."""
+    preset = read_method(config.method) if config.method is not None else {}
+    return _flat(merge(dict(read_yaml(config_folder() / "base.yaml")), preset))
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inside is None else inside
+    return found
+
+
 def _largest_divisor(config: RunConfig) -> int:
     pairs = [
         (size, config.global_batch_size // size)

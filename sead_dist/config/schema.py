@@ -188,6 +188,7 @@ class RunConfig(Section):
     preemption_notice_s: Annotated[float | None, Field(gt=0), Operational]
     heartbeat: HeartbeatConfig
     report_to: Annotated[str | None, Operational]
+    prediction_texts: Annotated[bool, Operational]
     push_to_hub: Annotated[bool, Operational]
     hub_model_id: Annotated[str | None, Operational]
     hub_private_repo: Annotated[bool | None, Operational]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sead_dist.data.confusion import Confusion
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
 from sead_dist.runtime.console import table
 from sead_dist.runtime.redact import redact
@@ -37,13 +38,19 @@ COST = {
 }
 
 
-def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]) -> str:
+def card_text(
+    files: RunFiles,
+    plots: Sequence[str],
+    errors: Mapping[str, float],
+    found: Confusion | None = None,
+) -> str:
     """Compose the model card.
 
     Args:
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
+        found: gold labels against the student's on the first evaluation split; None for scores.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -64,6 +71,7 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
         selected_on_dev=bool(files.mark),
         results=_result_tables(files),
         evaluations=_evaluation_tables(files),
+        classes=found.tables(drawn=True) if found is not None else [],
         calibration=f"Expected calibration error on {split}{files.mark}, 10 bins: {worded}."
         if errors
         else "",
@@ -279,6 +287,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
     if spec is not None and spec.task_kind.limit is not None:
         yield spec.task_kind.limit
+    yield from (str(redact(line)) for line in files.scores.get("remarks") or ())
     for validation in files.validations:
         name = redact(validation["name"])
         if not validation.get("passed", True):

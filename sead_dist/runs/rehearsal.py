@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sead_dist.data.examples import subset
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.reporting.report import write_predictions, write_report
-from sead_dist.runs.results import closing_table
+from sead_dist.runs.results import closing_table, for_people
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.run_log import write_json
@@ -57,6 +58,7 @@ def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
         write_predictions(
             folder / "predictions" / f"{name}.parquet", examples.ids_B2[:ROWS], labels_B, logits_BC,
             np.full_like(logits_BC, 1 / parts.task.num_labels) if parts.teachers else None,
+            for_people(parts, subset(examples, np.arange(len(labels_B))), logits_BC),
         )  # fmt: skip
         result = EvalResult(parts.task.name, name, 1, ROWS, metrics, 1.0, 1.0, logits_BC)
         results.update(result.card(f"eval_{name}"))
@@ -67,7 +69,12 @@ def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
         }
     write_json(
         folder / "scores.json",
-        {"task": parts.task.name, "metric": parts.task.metrics[0], "splits": scores},
+        {
+            "task": parts.task.name,
+            "metric": parts.task.metrics[0],
+            "splits": scores,
+            "labels": list(parts.task.labels),
+        },
     )
     write_json(folder / "eval_results.json", results)
     write_report(folder)

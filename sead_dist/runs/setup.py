@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.unread import unread_keys
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import (
     RunExamples,
@@ -137,6 +138,8 @@ def build(
     stack.callback(log.close)
     for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
         log.say(note)
+    for line in unread_keys(config):
+        log.say(f"WARNING: {line}")
     batches = BatchStream(
         splits.train,
         config.seed,
