@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from sead_dist.config.plugins import hashes
+from sead_dist.config.registered import MODEL, NO_ENSEMBLE, ROUTED, expected, names
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -26,6 +37,18 @@ def writable(text: str) -> bool:
     """Whether logs, plots, job scripts and file names take this text: no control characters, no
     bytes that are not UTF-8 (halves of surrogate pairs)."""
     return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+
+
+def one_of(what: str, *more: str) -> BeforeValidator:
+    """A name that is registered by the time that a configuration is checked."""
+
+    def check(name: Any) -> Any:
+        allowed = [*more, *names(what)]
+        if name not in allowed:
+            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+        return name
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):
@@ -82,6 +105,7 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     path: str
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    kind: Annotated[str, one_of("kind of teacher")] = MODEL
     placement: Placed | None = None
     offload: bool = False
     labels: Labels = None
@@ -91,25 +115,17 @@ class TeacherConfig(Section):
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
 
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model that Transformers loads, not of a kind that a plugin registered."""
+        return self.kind == MODEL
+
 
 class StoreConfig(Section):
     path: Annotated[str | None, Operational]
     accept: Literal["exact", "any"]
 
 
-EnsembleMethod = Literal[
-    "none",
-    "single",
-    "mean_logits",
-    "mean_probabilities",
-    "fixed",
-    "score",
-    "confidence",
-    "entropy",
-    "answers",
-    "random",
-    "routed",
-]
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
     *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end", "final_checkpoint"),
@@ -141,6 +157,8 @@ class RunConfig(Section):
     method: Annotated[str | None, Operational]
     output_dir: Annotated[str, Operational]
     seed: Annotated[int, Field(ge=0)]
+    # what they hold counts, not where they lie
+    plugins: Annotated[list[str], Operational]
     data: DataConfig
     unlabeled: UnlabeledConfig
     selection: SelectionConfig
@@ -155,10 +173,10 @@ class RunConfig(Section):
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
-    ensemble: EnsembleMethod
+    ensemble: Annotated[str, one_of("ensemble")]
     teacher: str | None
     teacher_column: str | None
-    loss: Literal["auto", "kl", "mse"]
+    loss: Annotated[str, one_of("loss", "auto")]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
@@ -197,7 +215,17 @@ class RunConfig(Section):
     @property
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
-        return bool(self.teachers) and self.ensemble != "none"
+        return bool(self.teachers) and self.asks_teachers
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether the ensemble is one of teachers, be they given or not."""
+        return self.ensemble != NO_ENSEMBLE
+
+    @property
+    def routed(self) -> bool:
+        """Whether a column of the data names each row's teacher."""
+        return self.ensemble == ROUTED
 
     @property
     def pooled(self) -> bool:
@@ -221,8 +249,10 @@ class RunConfig(Section):
         return round(self.warmup_steps * steps if self.warmup_steps < 1 else self.warmup_steps)
 
     def identity(self) -> dict[str, Any]:
-        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
-        return _identity(self, "")
+        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
+        plugin's hash."""
+        held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
+        return {**_identity(self, ""), **held}
 
 
 class SweepConfig(Section):

@@ -12,7 +12,7 @@ OF_TEACHERS = (
 # ensembles that weight teachers alike, or by what they say of a row
 WITHOUT_WEIGHTS = (
     *("single", "mean_logits", "mean_probabilities", "score", "confidence", "entropy", "answers"),
-    *("random", "routed"),
+    *("random", "routed", "fitted"),
 )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sead_dist.config.registered import claim_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError
@@ -31,7 +32,7 @@ class TaskKind(ABC):
     label_type: type[np.generic]
     unlabelled: float
     hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
-    soft_losses: tuple[str, ...]  # values of `loss` that apply; loss=auto is the first
+    soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card
@@ -190,8 +191,7 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    if kind.name in KINDS:
-        raise UserError(f"a task kind {kind.name!r} is there already; give yours another name")
+    claim_name("kind of task", kind.name)
     KINDS[kind.name] = kind
 
 

@@ -50,7 +50,7 @@ class RunExamples:
 
 def route_of(config: RunConfig) -> Route | None:
     """How rows name their teachers, where the run's method asks for it."""
-    if not config.taught or config.ensemble != "routed" or config.teacher_column is None:
+    if not config.taught or not config.routed or config.teacher_column is None:
         return None
     return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 

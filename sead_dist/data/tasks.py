@@ -14,16 +14,16 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
 from sead_dist.config.names import nearest as close
+from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError
 
 
 def _known_kind(kind: Any) -> Any:
-    if kind not in list(KINDS):
-        *others, last = map(repr, KINDS)
-        expected = f"{', '.join(others)} or {last}"
-        raise PydanticKnownError("literal_error", {"expected": expected})
+    allowed = names("kind of task")
+    if kind not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
     return kind
 
 

@@ -64,7 +64,8 @@ def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str
 
 def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
     """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
-    sources = [student.tokenizer, student.path, *(teacher.path for teacher in teachers)]
+    models = [teacher.path for teacher in teachers if teacher.is_model]
+    sources = [student.tokenizer, student.path, *models]
     source = next((source for source in sources if source is not None), None)
     if source is None:
         raise UserError(

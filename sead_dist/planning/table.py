@@ -56,6 +56,12 @@ def plan(
         world, lambda: read_inputs(config, lambda _note: None)
     )
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    for teacher in teachers:
+        if teacher.answers is not None:
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
+                "told before; plan without it"
+            )
     max_length = fitting_length(config.max_length, student.config)
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))

@@ -58,7 +58,7 @@ def check_inputs(config: RunConfig) -> None:
     if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
         raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
-        if not names_shape(entry.path):
+        if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision)
     # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
     if config.student.path is not None or config.student.tokenizer is not None:

@@ -21,9 +21,9 @@ from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.models.student import start_hash
-from sead_dist.objectives.ensemble import asked_teachers
+from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.claim import followed_store
-from sead_dist.runs.distillation import chosen_by_score, needs_validation, weigh
+from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
@@ -180,23 +180,25 @@ def fill_all(hand: Worker, work: Work) -> bool:
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
     # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
-    everyone = chosen_by_score(config)
+    everyone = asks_selection(config)
     validating = [
         chunk
         for chunk in chunks_of_split(splits.selection, count, rows)
         if everyone or work.pooled_N[chunk.teacher]
     ]
     validations: list[Validation] = []
+    logits_NBC: np.ndarray | None = None
     if needs_validation(config):
         if not hand.fill(validating):
             return False
         if everyone or all(work.pooled_N):
-            validations = validate_all(source, work)
+            validations, logits_NBC = validate_all(source, work)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
         config.num_train_epochs, config.max_steps, 0, 1,
     )  # fmt: skip
-    asked = partial(asked_teachers, batches, config, weigh(config, teachers, validations))
+    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
+    asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
     if not needs_validation(config):
         chunks += validating
@@ -205,8 +207,9 @@ def fill_all(hand: Worker, work: Work) -> bool:
     return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
 
 
-def validate_all(source: StoredSource, work: Work) -> list[Validation]:
-    """Every teacher's validation, as the student holds it. Raises UserError where one fails."""
+def validate_all(source: StoredSource, work: Work) -> tuple[list[Validation], np.ndarray]:
+    """Every teacher's validation, as the student holds it, and logits_NBC of the selection split.
+    Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
     logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the validation")
     validations = validate(
@@ -214,7 +217,7 @@ def validate_all(source: StoredSource, work: Work) -> list[Validation]:
     )
     if config.validates:
         require_passed(work.task, validations, teachers)
-    return validations
+    return validations, logits_NBC
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:

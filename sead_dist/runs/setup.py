@@ -34,7 +34,8 @@ from sead_dist.models.inputs import check_student, settle
 from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.student import build_student, start_hash, student_tokenizer
-from sead_dist.objectives.ensemble import check_method
+from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
+from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.objectives.feature_losses import (
     FeatureLoss,
     check_feature_loss,
@@ -93,7 +94,7 @@ class Parts:
     stop: StopFlag
     heartbeat: Heartbeat
     feature_teacher: FeatureTeacher | None
-    feature_loss: FeatureLoss | None
+    loss: DistillationLoss
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
@@ -183,7 +184,8 @@ def build(
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
-        checkpointer, stop, heartbeat, feature_teacher, feature_loss,
+        checkpointer, stop, heartbeat, feature_teacher,
+        make_loss(config, task.task_kind, batches.total_steps, feature_loss),
     )  # fmt: skip
 
 
@@ -221,6 +223,7 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     examples = load_examples(config, task, say)
+    check_selection(config, examples.selection.labels_B)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:

@@ -16,6 +16,7 @@ from sead_dist.config.load import (
     merge,
     read_layers,
     resolve,
+    run_plugins,
     shipped_methods,
 )
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, UnlabeledConfig
@@ -99,6 +100,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     own, run = split_layers(read_layers(words))
     refuse_single(run)
     sweep = read_sweep(own)
+    for layer in run:  # a task may be of a plugin's kind
+        run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
     different("methods", [method_name(method) for method in sweep.methods])
@@ -249,7 +252,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     Raises UserError where its method asks teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.ensemble != "none" and not teachers:
+    if config.asks_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"

@@ -62,6 +62,11 @@ def check_feature_teacher(
     asks = f"feature_loss={config.feature_loss}"
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
+        if teacher.answers is not None:
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, and {asks} needs the "
+                f"hidden states of a model; leave it out{other}"
+            )
         placement = teacher.entry.placement or config.placement
         if placement in ("partitioned", "sharded") and world.size > 1:
             raise UserError(

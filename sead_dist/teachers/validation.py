@@ -118,7 +118,7 @@ def validate(
                 passed=score > constant and range_ is None,
                 better_order=better_order(task, logits_BC, split, score),
                 off_scale=range_,
-                truncated_rows=truncated[key],
+                truncated_rows=0 if teacher.answers is not None else truncated[key],
                 dev_texts_in_training=dev_texts_in_training,
             )
         )

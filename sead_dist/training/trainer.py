@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, C classes, N teachers.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
-from sead_dist.objectives.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
-from sead_dist.objectives.feature_losses import FeatureLoss
-from sead_dist.objectives.losses import alpha_at, total_loss
+from sead_dist.objectives.distillation_loss import DistillationLoss
+from sead_dist.objectives.ensemble import Ensemble
+from sead_dist.objectives.weightings import known
 from sead_dist.runtime.distributed import (
     StopFlag,
     StopRequestedError,
@@ -55,8 +54,8 @@ class Trainer:
     batches: BatchStream
     source: TeacherSource | None
     teacher_names: list[str]
-    weights_N: torch.Tensor
-    kind: TaskKind
+    ensemble: Ensemble | None
+    loss: DistillationLoss
     checkpointer: Checkpointer
     log: RunLog
     select: Callable[[int], EvalResult]
@@ -64,7 +63,6 @@ class Trainer:
     stop: StopFlag
     heartbeat: Heartbeat
     live: LiveTeacher | None = None
-    feature_loss: FeatureLoss | None = None
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step; returns where it stopped (before the last step when
@@ -77,7 +75,7 @@ class Trainer:
             state.step,
             self.config.window_rows,
             depth,
-            partial(asked_teachers, self.batches, self.config, self.weights_N),
+            self.asked,
             self.live,
         )
         tally = Tally(len(self.teacher_names))
@@ -137,41 +135,23 @@ class Trainer:
             self.engine.seed_micro_batch(batch.step, batch.micro)
             with self.engine.accumulate(last=place == len(batches) - 1):
                 student_BC, inside = self.forward(batch, taught.live is not None)
-                labels_B = batch.labels_B.to(student_BC.device)
-                valid_B = batch.valid_B.to(student_BC.device)
+                device = student_BC.device
+                labels_B, valid_B = batch.labels_B.to(device), batch.valid_B.to(device)
                 soft = None
-                if teachers is not None:
-                    on_device = TeacherLogits(
-                        teachers.logits_NBC.to(student_BC.device),
-                        teachers.present_NB.to(student_BC.device),
+                if teachers is not None and self.ensemble is not None:
+                    said = TeacherLogits(
+                        teachers.logits_NBC.to(device), teachers.present_NB.to(device)
                     )
-                    soft = combine(
-                        self.config.ensemble,
-                        on_device,
-                        labels_B,
-                        self.weights_for(batch.step, batch.micro),
-                        self.config.temperature,
-                        not self.kind.has_classes,
-                        None if batch.routes_B is None else batch.routes_B.to(student_BC.device),
+                    routes_B = None if batch.routes_B is None else batch.routes_B.to(device)
+                    soft = self.ensemble.soft_targets(
+                        said, labels_B, routes_B, batch.step, batch.micro
                     )
-                    if self.kind.has_classes:
-                        tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
-                terms = total_loss(
-                    student_BC,
-                    labels_B,
-                    valid_B,
-                    soft,
-                    self.loss,
-                    alpha_at(self.config, batch.step, self.batches.total_steps),
-                    taught.step.valid_rows,
-                    self.kind.hard_loss,
-                )
-                if self.feature_loss is not None:
-                    shown = None if teachers is None else teachers.layer_outputs
-                    mask_RL = batch.inputs["attention_mask"].to(student_BC.device)
-                    terms = self.feature_loss.join(
-                        terms, inside, shown, mask_RL, valid_B, taught.step.valid_rows
-                    )
+                    tally.agreement_2N += self.ensemble.agreement(student_BC, said, valid_B).cpu()
+                shown = None if teachers is None else teachers.layer_outputs
+                terms = self.loss.terms(
+                    student_BC, labels_B, valid_B, soft, batch.step, taught.step.valid_rows,
+                    inside, shown, batch.inputs["attention_mask"],
+                )  # fmt: skip
                 self.engine.backward(terms.total)
             self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
@@ -184,18 +164,15 @@ class Trainer:
 
     def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, LayerOutputs | None]:
         """The student's logits_BC, and its hidden states and attention where they are compared."""
-        reading = (
-            self.feature_loss.reading()
-            if reads and self.feature_loss is not None
-            else nullcontext()
-        )
-        with reading as inside:
+        with self.loss.reading(reads) as inside:
             choices = self.batches.split.tokens.choices
             return self.engine.forward(batch.inputs, choices), inside
 
-    @property
-    def loss(self) -> str:
-        return self.kind.soft_losses[0] if self.config.loss == "auto" else self.config.loss
+    def asked(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
+        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+        if self.ensemble is None:
+            return None
+        return self.ensemble.asked(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
         """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
@@ -206,13 +183,6 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
                 "lower learning_rate, or train in fp32 (precision=fp32)"
             )
-
-    def weights_for(self, step: int, micro: int) -> torch.Tensor:
-        """weights_N of a micro-batch: frozen ones, or the one teacher that `random` chose."""
-        if self.config.ensemble != "random":
-            return self.weights_N
-        chosen = chosen_teacher(self.config.seed, step, micro, len(self.weights_N))
-        return torch.nn.functional.one_hot(torch.tensor(chosen), len(self.weights_N)).float()
 
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
@@ -248,7 +218,7 @@ class Trainer:
             **shown,
             loss_soft=soft if taught else None,
             loss_hard=hard_mean,
-            loss_inner=None if self.feature_loss is None else inner,
+            loss_inner=None if self.loss.feature is None else inner,
             agreement=rates,
         )
         if self.config.report_to is not None:
@@ -284,7 +254,7 @@ class Trainer:
         if self.config.report_to is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
-        if self.feature_loss is not None and self.feature_loss.has_no_head(state.step):
+        if not self.loss.teaches_head(state.step):
             return state, score  # it is that of a head as it was made
         if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
             state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)

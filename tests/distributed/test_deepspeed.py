@@ -26,6 +26,8 @@ from test_gradients import teachers_of
 
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
@@ -50,9 +52,10 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     model = build_model(seed=seed, hidden_dropout_prob=0.2, **sizes)
     engine = Engine(model, given, world, batches.total_steps)
     engine.model.train()
+    kind = KINDS["classification"]
     return Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"],
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
 
 

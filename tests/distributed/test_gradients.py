@@ -12,6 +12,8 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
@@ -32,8 +34,8 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     """This rank's gradients, flat, of one step in train mode with dropout, and the loss."""
     given = config(
         "teachers=[a,b]",
-        global_batch=global_batch,
-        micro_batch=micro_batch,
+        global_batch_size=global_batch,
+        micro_batch_size=micro_batch,
         ensemble=ensemble,
         seed=3,
     )
@@ -42,9 +44,10 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     )
     model = build_model(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     engine = Engine(model, given, world, batches.total_steps)
+    kind = KINDS["classification"]
     trainer = Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"],
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter

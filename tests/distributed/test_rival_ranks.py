@@ -23,6 +23,8 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits, find_layer_parts
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.objectives.feature_losses import make_feature_loss
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
@@ -57,9 +59,11 @@ def gradients(world, method):
     feature_teacher = FeatureTeacher(
         "a", body, layer_parts, feature_loss.theirs, feature_loss.until
     )
+    kind = KINDS["classification"]
     trainer = Trainer(
-        given, world, engine, batches, None, ["a"], torch.ones(1), KINDS["classification"],
-        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.watch), feature_teacher, feature_loss,
+        given, world, engine, batches, None, ["a"], make_ensemble(given, kind, torch.ones(1)),
+        make_loss(given, kind, batches.total_steps, feature_loss),
+        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat), feature_teacher,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from small import ALONE, config, load_teachers, make_source, save_teacher, small_split
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
-from sead_dist.objectives.ensemble import asked_teachers
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.pool import Worker
@@ -21,7 +22,7 @@ def chunks(split, **changes):
     given = config(global_batch_size=4, micro_batch_size=2, **changes)
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
-    asked = partial(asked_teachers, batches, given, weights_N)
+    asked = partial(make_ensemble(given, KINDS["classification"], weights_N).asked, batches)
     return chunks_of_training(batches, TEACHERS, ROWS, asked), batches, asked
 
 
