@@ -10,6 +10,7 @@ from small import words, write_task
 
 from sead_dist.cli.demo import write_inputs
 from sead_dist.config.load import load_config
+from sead_dist.config.plugins import keep_plugins, kept_paths, load_plugins
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import holds_run, try_lock
 from sead_dist.runtime.own_files import check_writable, open_own, sweep_leftovers, written_aside
@@ -45,6 +46,17 @@ def test_files_that_a_run_adds_to_are_never_reached_through_a_link(tmp_path, for
         log = RunLog(tmp_path / "run", is_main=True, console=False)
         log.say("a line")
         log.step_done(1, 2)
+    assert foreign.read_text() == "somebody's"
+
+
+def test_a_kept_plugin_is_never_written_through_a_link(tmp_path, foreign):
+    (tmp_path / "mine.py").write_text("A = 1\n")
+    load_plugins([str(tmp_path / "mine.py")])
+    (kept,) = kept_paths([str(tmp_path / "mine.py")], tmp_path / "run")
+    Path(kept).parent.mkdir(parents=True)
+    Path(kept).symlink_to(foreign)
+    keep_plugins([str(tmp_path / "mine.py")], tmp_path / "run")
+    assert Path(kept).read_text() == "A = 1\n"
     assert foreign.read_text() == "somebody's"
 
 
