@@ -128,7 +128,7 @@ def distill(
 
     data: None is the hub's. Data in memory are kept in the run's folder. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
-    dotted: `**{"selection.fraction": 0.2}`.
+    dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 
     Raises UserError before any long work, RunError during it (also where SIGTERM or SIGUSR2 asked
     for a stop: the run is saved), KeyboardInterrupt when a Ctrl-C did.

@@ -45,6 +45,11 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="also write the plan here")
 
 
+def add_data(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    command.add_argument("--show", type=positive, default=20, metavar="N", help="rows to print")
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument("--data", help="folder of the task's files; default: the run's own")

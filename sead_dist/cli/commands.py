@@ -107,6 +107,15 @@ def plan(args: argparse.Namespace) -> None:
     leave_world(world)
 
 
+def data(args: argparse.Namespace) -> None:
+    from sead_dist.cli import data as data_command
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    world = join_world()
+    data_command.show(args.words, args.show, world)
+    leave_world(world)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from sead_dist.runs.prediction import evaluate_model
 
@@ -241,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
         (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
         (keys, arguments.add_keys, "every key with its default and what it does, searched by NAME"),
         (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
+        (data, arguments.add_data, "what goes into a run: rows by kind, and some of them"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),

@@ -86,7 +86,25 @@ class DataConfig(Section):
 
 class UnlabeledConfig(Section):
     path: Annotated[str | None, Operational]
+    rest: Annotated[bool | None, Operational]
     ratio: Annotated[float | None, Field(gt=0)]
+
+
+Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
+
+
+class AugmentConfig(Section):
+    copies: int | Literal["auto"] | None
+    operations: Annotated[list[Operation], Field(min_length=1)] | None
+    gold_labels: bool
+
+    @field_validator("copies", mode="before")
+    @classmethod
+    def a_number_or_auto(cls, value: Any) -> Any:
+        """In one line: a union of types would say one for each."""
+        if value in (None, "auto") or (isinstance(value, int) and 0 < value <= MANY):
+            return value
+        raise ValueError("give how many copies each row has, from 1, or auto, or null")
 
 
 class SelectionConfig(Section):
@@ -161,6 +179,7 @@ class RunConfig(Section):
     plugins: Annotated[list[str], Operational]
     data: DataConfig
     unlabeled: UnlabeledConfig
+    augment: AugmentConfig
     selection: SelectionConfig
     student: StudentConfig
     # identity of the teachers is their manifest (weights, labels), not how they are written here
@@ -228,6 +247,22 @@ class RunConfig(Section):
         return self.ensemble == ROUTED
 
     @property
+    def uses_rest(self) -> bool:
+        """Whether rows that the sample left out serve as unlabelled text."""
+        return self.taught and self.unlabeled.rest is not False
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there may be rows of unlabelled text."""
+        left_over = self.uses_rest and self.data.max_train_examples is not None
+        return self.unlabeled.path is not None or left_over
+
+    @property
+    def uses_copies(self) -> bool:
+        """Whether copies of rows may be made: without teachers only under gold labels."""
+        return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
+
+    @property
     def pooled(self) -> bool:
         """Whether a teacher is in the pool."""
         return "pool" in {entry.placement or self.placement for entry in self.teachers}
@@ -250,9 +285,12 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
-        plugin's hash."""
+        plugin's hash. Without copies the keys of `augment` decide nothing, and are left out."""
         held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
-        return {**_identity(self, ""), **held}
+        keys = {**_identity(self, ""), **held}
+        if self.augment.copies is None:
+            return {key: value for key, value in keys.items() if not key.startswith("augment.")}
+        return keys
 
 
 class SweepConfig(Section):

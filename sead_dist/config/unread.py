@@ -37,8 +37,11 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
-    if config.unlabeled.path is None:
-        yield "unlabeled.ratio", "there is no unlabeled.path"
+    if not config.has_text:
+        yield "unlabeled.ratio", "there is no unlabelled text"
+    if config.augment.copies is None:
+        yield "augment.operations", "augment.copies is null"
+        yield "augment.gold_labels", "augment.copies is null"
     if not config.taught:
         for key in OF_TEACHERS:
             yield key, "no teacher is asked"

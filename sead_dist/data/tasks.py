@@ -53,6 +53,9 @@ class TaskSpec:
     reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"  # row shapes
     fields: tuple[str, ...] = ()  # columns read as text; default: those in the templates
     sentences: tuple[str, ...] = ()  # columns that tie rows together; default: `fields`
+    # the label stays where the two texts are swapped. Not in the repr, which is part of the data's
+    # fingerprint: it changes no row
+    symmetric: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", self.fields or self.templates)
@@ -160,6 +163,8 @@ def find_problem(task: TaskSpec) -> str | None:
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):
                 return f"the template {text!r} has braces that hold no column's name alone"
+    if task.symmetric and task.text_b is None:
+        return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:

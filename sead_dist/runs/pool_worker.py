@@ -95,6 +95,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         start_hash(config.student, config.teachers),
         rules_of(config),
+        examples.copies,
     )
     words = tokenizer_hash(tokenizer)
     return Work(config, task, examples, splits, words, max_length, teachers, identity)

@@ -103,6 +103,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "deepspeed": parts.engine.deepspeed,
         "train_rows": len(parts.splits.train),
         "transfer_rows": parts.examples.transfer_rows,
+        "copy_rows": len(parts.examples.copied),
         "base_model": start if is_hub_id else None,
     }
 

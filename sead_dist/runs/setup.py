@@ -44,6 +44,7 @@ from sead_dist.objectives.feature_losses import (
 )
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runs.copies import add_copies
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -129,6 +130,7 @@ def build(
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: start_hash(config.student, config.teachers)),
         rules_of(config),
+        examples.copies,
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
@@ -223,6 +225,7 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     examples = load_examples(config, task, say)
+    examples = add_copies(config, task, examples, tokenizer, model, say)
     check_selection(config, examples.selection.labels_B)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)

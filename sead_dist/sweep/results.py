@@ -145,7 +145,8 @@ def cell(
         "steps": max((of["steps"] for of in summaries), default=None),
         "own_steps": own_steps,
         "labelled_rows": max(
-            (of["train_rows"] - of["transfer_rows"] for of in summaries), default=None
+            (of["train_rows"] - of["transfer_rows"] - of.get("copy_rows", 0) for of in summaries),
+            default=None,
         ),
         "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
     }

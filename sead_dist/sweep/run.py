@@ -177,7 +177,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
     task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
-    students.sort(key=lambda of: (of.unlabeled.path is None, of.routed))
+    students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
     for config in students:
@@ -186,7 +186,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
     return TaskData(
         task,
         dev,
-        len(examples.train) - examples.transfer_rows,
+        examples.labelled_rows,
         examples.transfer_rows,
         constant_score(task, dev),
         {rows_key(students[0]): examples.fingerprint(task)},
@@ -195,7 +195,8 @@ def read_task(plan: Plan, name: str) -> TaskData:
 
 def rows_key(config: RunConfig) -> str:
     """The keys that say which rows a run reads, and what of them."""
-    return repr((config.data, config.unlabeled, config.selection, route_of(config)))
+    rest = config.uses_rest
+    return repr((config.data, config.unlabeled, rest, config.selection, route_of(config)))
 
 
 def refuse_other_unit(plan: Plan, unit: Unit) -> None:

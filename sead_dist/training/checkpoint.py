@@ -44,13 +44,15 @@ def rules_of(config: RunConfig) -> dict[str, int]:
 @dataclass(frozen=True)
 class Identity:
     """What a resumed run must share with the run it continues. start: a hash of the files that the
-    student starts from. rules: versions; what was written before there were any has all 1."""
+    student starts from. rules: versions; what was written before there were any has all 1.
+    copies: a hash of the copies of rows and of the embedding table that they were made with."""
 
     config: dict[str, Any]
     data: str
     teachers: list[dict[str, Any]]
     start: str = ""
     rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
+    copies: str = ""
 
     @classmethod
     def read(cls, record: Path) -> "Identity":
@@ -94,6 +96,9 @@ class Identity:
             found.append(
                 f"the fingerprint of data and task was {self.data[:12]}, is {other.data[:12]}"
             )
+        if self.copies != other.copies:
+            before, now = (of.copies[:12] or "none" for of in (self, other))
+            found.append(f"the hash of the copies of rows was {before}, is {now}")
         return found
 
 

@@ -71,5 +71,5 @@ def test_print_config_prints_every_key_and_the_rows_and_trains_nothing(tmp_path,
     capsys.readouterr()
     said = run(capsys, "distill", *given, "--print-config")
     assert load_config(given).model_dump(mode="json") == yaml.safe_load(said)
-    assert "# task grammar: train 54 labelled + 0 transfer, selection 6, validation 20" in said
+    assert "# task grammar: train 54 labelled + 0 unlabelled, selection 6, validation 20" in said
     assert not (tmp_path / "run").exists()
