@@ -230,8 +230,8 @@ def predict(
 def soft_targets(
     logits_NBC: torch.Tensor,
     *,
-    ensemble: str = "mean_logits",
-    temperature: float = 2.0,
+    ensemble: str = "mean_probabilities",
+    temperature: float = 1.0,
     weights_N: torch.Tensor | None = None,
     labels_B: torch.Tensor | None = None,
     routes_B: torch.Tensor | None = None,
@@ -275,7 +275,7 @@ def distillation_loss(
     labels_B: torch.Tensor | None = None,
     *,
     loss: str = "auto",
-    alpha: float = 0.5,
+    alpha: float = 0.9,
 ) -> torch.Tensor:
     """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
     hard of labelled rows, soft of rows without a label, hard alone where `soft` is None.

@@ -30,18 +30,18 @@ TEACHER_WORDS = (
     "micro_batch_size=16",
     "learning_rate=1e-3",
     "warmup_steps=0.3",
-    # the last step's weights count, for teachers and students alike
+    # no score is needed before the end: the average of the last weights is kept
     "eval_steps=450",
 )
 STUDENT_WORDS = (
-    "max_steps=350",
-    "global_batch_size=64",
-    "micro_batch_size=32",
+    "max_steps=600",
+    "global_batch_size=32",
+    "micro_batch_size=16",
     "learning_rate=2e-3",
     "warmup_steps=0.3",
-    "eval_steps=350",
+    "eval_steps=600",
 )
-SOFT_WORDS = ("temperature=2", "alpha=0.7", "placement=partitioned")
+SOFT_WORDS = ("method=sead", "placement=partitioned")
 
 
 def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:

@@ -20,6 +20,9 @@ from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
 from sead_dist.config.yaml_text import parse_yaml, read_yaml
 from sead_dist.errors import UserError, reading
 
+# the method of a run that has teachers and names neither a method nor a key of one; base.yaml has
+# the same keys
+DEFAULT_METHOD = "sead"
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
 
@@ -219,6 +222,10 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])
+    keys = ("method", *METHOD_KEYS)
+    unsaid = all(layer.get(key) is None for layer in layers for key in keys)
+    if merged["teachers"] and unsaid:
+        merged["method"] = DEFAULT_METHOD
     merged["plugins"] = run_plugins(merged.get("plugins"))
     try:
         config = RunConfig.model_validate(merged)

@@ -146,7 +146,7 @@ class StoreConfig(Section):
 
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
-    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end", "final_checkpoint"),
+    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end"),
     *("feature_loss", "feature_loss_weight", "feature_stage_ratio", "student_init"),
 )
 
@@ -189,6 +189,7 @@ class RunConfig(Section):
     teacher_precision: Precision
     prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
     teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational]
+    baseline: Annotated[str | None, Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
@@ -199,18 +200,17 @@ class RunConfig(Section):
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    final_checkpoint: Literal["best", "last"]
     feature_loss: Literal["distilbert", "tinybert", "minilm"] | None
     feature_loss_weight: Annotated[float, Field(gt=0)]
     feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)]
     student_init: Literal["own", "feature_teacher"]
-    num_train_epochs: Annotated[int, Field(gt=0, le=MANY)]
+    num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)]
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     max_length: Annotated[int, Field(gt=1, le=MANY)]
     optim: Literal["adamw", "sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float | None, Field(gt=0)]
     lr_scheduler_type: Literal["linear", "cosine", "constant"]
     warmup_steps: Annotated[float, Field(ge=0, le=MANY)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -218,6 +218,8 @@ class RunConfig(Section):
     precision: Precision
     deterministic: bool
     deepspeed: Annotated[str | None, Operational]
+    final_checkpoint: Literal["auto", "best", "last", "average"]
+    average_share: Annotated[float, Field(gt=0, le=1)]
     eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
     save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
     save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational]

@@ -63,6 +63,13 @@ class RunExamples:
             return "rest" if place < self.rest_rows else "text"
         return self.copied[place - self.transfer_rows]
 
+    def mean_score(self, task: TaskSpec) -> float | None:
+        """Of the training rows; None where labels are classes, or there are none."""
+        labels_B = self.train.labels_B[: self.labelled_rows]
+        if task.task_kind.has_classes or len(labels_B) == 0:
+            return None
+        return float(labels_B.mean())
+
     def fingerprint(self, task: TaskSpec) -> str:
         """Of every text, label and their order, and of the task that reads them. Copies follow from
         these and have a hash of their own."""

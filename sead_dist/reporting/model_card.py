@@ -77,12 +77,13 @@ def card_text(
         else "",
         method=_method(files),
         teacher_table=_teacher_table(files),
+        learnable=_learnable(files),
         cost=_cost(files.run_summary),
         onnx=files.onnx,
         onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
         pair=spec is not None and spec.is_pair,
         limits=_limits(files, spec),
-        hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),
+        hyperparameters=_hyperparameters(files),
         versions=list(_versions(files.environment)),
         plots=plots,
     )
@@ -194,7 +195,10 @@ def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
         role = ""
         if split == "selection":
             where = "on dev" if files.mark else "held out of train"
-            role = f" ({where}; the checkpoint was chosen on it)"
+            kept = files.run_summary.get("chosen", {}).get("final_checkpoint", "best")
+            role = (
+                f" ({where}; the checkpoint was chosen on it)" if kept == "best" else f" ({where})"
+            )
         yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
 
 
@@ -303,6 +307,39 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     )
     if found:
         yield f"{found} dev texts also occur in the training or transfer text."
+
+
+def _learnable(files: RunFiles) -> str:
+    """What there was to learn, on the selection split, and what of it was kept."""
+    found = files.learnable
+    if not found:
+        return ""
+    rows: list[tuple[object, ...]] = [("majority baseline", found["majority"])]
+    if found["finetuned"] is not None:
+        rows.append(("fine-tuned student", found["finetuned"]))
+    rows.append((f"best teacher ({redact(found['best_name'])})", found["best_teacher"]))
+    rows.append(("ensemble", found["ensemble"]))
+    low, high = found["interval"]
+    over = "the best constant answer" if found["finetuned"] is None else "the fine-tuned student"
+    few = " from so few rows" if found["verdict"] == "cannot be told" else ""
+    text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
+    text += (
+        f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
+        f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
+    )
+    for split, of in (found.get("splits") or {}).items():
+        if "share" in of and split != "selection":
+            text += (
+                f" On {split} the student keeps {of['share']:.0%} of the gap between fine-tuned "
+                f"student ({of['finetuned']:.4f}) and ensemble ({of['ensemble']:.4f})."
+            )
+    return text
+
+
+def _hyperparameters(files: RunFiles) -> str:
+    """The configuration, with what the run took for keys that were left to it."""
+    keys = {**files.config, **files.run_summary.get("chosen", {})}
+    return yaml.safe_dump(redact(keys), sort_keys=False).strip()
 
 
 def _versions(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -40,7 +40,7 @@ from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
     *("metrics.jsonl", "log.txt", "progress.json"),
-    *("teacher_validation.json", "teacher_manifest.json", "ensemble.json"),
+    *("teacher_validation.json", "teacher_manifest.json", "ensemble.json", "learnable.json"),
 )
 
 # where a student leaves word for workers of its pool

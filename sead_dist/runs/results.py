@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import learning_rate
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
@@ -23,13 +24,15 @@ from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.claim import drop_training_state
+from sead_dist.runs.learnable import FILE, kept_shares, told_shares
 from sead_dist.runs.remarks import make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
-from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.engine import width_of
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 
@@ -88,6 +91,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "best_metric": state.best_metric,
+        "chosen": chosen(parts),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
@@ -108,6 +112,16 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
     }
 
 
+def chosen(parts: Parts) -> dict[str, Any]:
+    """What the run took for keys that were left to it."""
+    config = parts.config
+    return {
+        "max_steps": config.max_steps,
+        "learning_rate": learning_rate(config, width_of(parts.engine.module)),
+        "final_checkpoint": config.final_checkpoint,
+    }
+
+
 def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
     """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
     made again in every epoch (those of steps that a killed run repeated are not counted)."""
@@ -124,15 +138,12 @@ def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(parts: Parts) -> str | None:
-    """The placement of all teachers, or each one's where they differ."""
-    if parts.source is None:
-        return None
-    return ", ".join(dict.fromkeys(parts.source.placements))
+    return None if parts.source is None else parts.source.placement.word
 
 
 def save_student(parts: Parts, state: TrainState) -> None:
-    """Write the best student, which is the engine's from now on, to model/, and check that plain
-    Transformers reads the same model there."""
+    """Write the student that is kept, which is the engine's from now on, to model/, and check that
+    plain Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
     longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
@@ -198,7 +209,7 @@ def for_people(
 
 
 def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_table: bool) -> None:
-    """Bring back the best student, save it, score it once on the official splits, and report.
+    """Bring back the student that is kept, save it, score it once on the official splits, report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
     """
@@ -208,6 +219,13 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     scores, results = score_splits(parts, state, ensemble)
     closing = summary(parts, state)
     remarks = make_remarks(parts, scores)
+    if closing["best_metric"] is None:  # an average is scored when it is the engine's
+        closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
+    shares: dict[str, dict[str, float]] = {}
+    if parts.source is not None and config.baseline is not None:
+        shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+    for line in told_shares(shares):
+        parts.log.say(line)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -221,6 +239,9 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
             "remarks": remarks,
         }
         write_json(run / "scores.json", record)
+        if shares:
+            found = read_as(dict[str, Any], run / FILE)
+            write_json(run / FILE, {**found, "splits": shares})
         # the report quotes the summary, and the run is finished only with its report
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)

@@ -183,6 +183,7 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
                 "lower learning_rate, or train in fp32 (precision=fp32)"
             )
+        self.engine.average_weights(step)
 
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
@@ -241,7 +242,8 @@ class Trainer:
         return self.config.save_steps is None
 
     def score(self, state: TrainState) -> tuple[TrainState, float]:
-        """Score the selection split, and keep the student when it is the best so far; the score."""
+        """Score the selection split, and keep the student when it is the one to keep so far; the
+        score."""
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
@@ -256,10 +258,22 @@ class Trainer:
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if not self.loss.teaches_head(state.step):
             return state, score  # it is that of a head as it was made
-        if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
-            state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
-            self.checkpointer.save_best(self.engine, state.step)
-        return state, score
+        return self.keep(score, result.loss, state), score
+
+    def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
+        """Keep the student as it is now, where it is the one that is asked for."""
+        kept = self.config.final_checkpoint
+        if kept in ("last", "average"):
+            if state.step < self.batches.total_steps:
+                return state
+        elif not self.agreed_better(score, loss, state):
+            return state
+        if kept == "average":
+            # scored at the end with the official splits, when it is the engine's
+            self.checkpointer.save_average(self.engine, state.step)
+            return replace(state, best_step=state.step)
+        self.checkpointer.save_best(self.engine, state.step)
+        return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
         """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving
