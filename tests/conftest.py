@@ -135,7 +135,8 @@ def finished(
     words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A finished run folder, made once; tests only read it."""
-    return distil(words(tmp_path_factory.mktemp("runs") / "finished", "num_train_epochs=6"))
+    more = ("num_train_epochs=6", "keep_training_state=true")
+    return distil(words(tmp_path_factory.mktemp("runs") / "finished", *more))
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         return SweepConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(
-            explain(error, list(SweepConfig.model_fields), "configs/sweep.yaml")
+            explain(error, list(SweepConfig.model_fields), config_folder() / "sweep.yaml")
         ) from None
 
 
