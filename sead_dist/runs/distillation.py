@@ -36,6 +36,7 @@ from sead_dist.runs.learnable import (
     told,
     weigh_up,
 )
+from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
@@ -96,6 +97,7 @@ def distill(
 
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    from_main(parts.world, lambda: rehearse(parts))
     state = resume(parts)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.runs.claim import already_finished
+from sead_dist.runs.claim import already_finished, drop_training_state
 
 
 def nothing_to_do(config: RunConfig) -> str | None:
     """What to say where the output folder holds this very run, finished; None where there is work.
-    Reads, never writes.
+    Rank 0 alone calls this.
 
     Raises UserError where the folder holds something else, or `config` is none of a distillation.
     """
@@ -23,6 +23,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
     refuse_unused_text(config)
     if not already_finished(config):
         return None
+    drop_training_state(config)  # a kill may have come between its end and this
     run = Path(config.output_dir)
     return f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
 
@@ -50,3 +51,13 @@ def refuse_unused_text(config: RunConfig) -> None:
     name = key.partition("=")[0]
     own = " (augment.gold_labels=true keeps them)" if name == "augment.copies" else ""
     raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")
+
+
+def refuse_untaught(config: RunConfig) -> None:
+    """Raises UserError for `distill` with neither teachers nor a method: it would train on the gold
+    labels alone, which nobody asked for."""
+    if not config.teachers and config.method is None and config.ensemble != "none":
+        raise UserError(
+            "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
+            "method=finetune to train the student on the gold labels alone"
+        )

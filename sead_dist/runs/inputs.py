@@ -10,6 +10,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
+from sead_dist.runs.finished import refuse_untaught
 
 
 def without_teachers_text(config: RunConfig) -> RunConfig:
@@ -27,6 +28,8 @@ def check_inputs(config: RunConfig) -> None:
     """What is quickly told of a run before it is queued: task, method, files and checkpoints.
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
     task = load_task(config.task)
+    if not config.encoders:
+        refuse_untaught(config)
     if config.taught:
         check_method(config, task.task_kind)
     first_dev = list(task.splits)[1]

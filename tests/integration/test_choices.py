@@ -8,7 +8,8 @@ from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.data.task_files import load_task
 from sead_dist.models.pretrained import load_tokenizer
-from sead_dist.models.student import build_student, student_tokenizer
+from sead_dist.models.start import student_tokenizer
+from sead_dist.models.student import build_student
 from sead_dist.teachers.rates import Rate, default_rates, remember, student_key, this_machine
 
 
