@@ -107,6 +107,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
             f"output_dir={output_dir}",
             "num_train_epochs=1",
             "learning_rate=5e-3",
+            "augment.copies=null",
             *more,
         ]
 

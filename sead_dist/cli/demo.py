@@ -41,7 +41,8 @@ STUDENT_WORDS = (
     "warmup_steps=0.3",
     "eval_steps=600",
 )
-SOFT_WORDS = ("method=sead", "placement=partitioned")
+# its text is enough
+SOFT_WORDS = ("method=sead", "placement=partitioned", "augment.copies=null")
 
 
 def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:
