@@ -97,7 +97,7 @@ def test_predictions_have_rows_names_probabilities_and_texts(tmp_path, task, tex
         (["unlabeled.ratio=2"], ["unlabeled.ratio=2.0 is not read: there is no unlabelled text"]),
         (["teachers=[{path: a, weight: 2}]"], ["the weight of teacher a is not read: it is for"]),
         (["temperature=4", "alpha=0.1", "ensemble=fixed", "teachers=[{path: a, weight: 2}]"], []),
-        (["augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
+        (["augment.copies=null", "augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
         (["method=sead"], []),  # its own keys are nobody's mistake
         ([], []),
     ],
