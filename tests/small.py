@@ -245,7 +245,7 @@ def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes)
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
     from sead_dist.store.store import PredictionStore
-    from sead_dist.teachers.placement import share_rows
+    from sead_dist.teachers.placement import place, share_rows
     from sead_dist.teachers.source import StoredSource
 
     placements = placements or ["colocated"] * len(teachers)
@@ -253,5 +253,5 @@ def make_source(teachers, store: Path, run: Path, world: World = ALONE, placemen
     share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
     kept = PredictionStore(store, print)
     return StoredSource(
-        teachers, placements, share_NW, world, kept, "small", run, False, False, print, lambda _what: None
+        teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sead_dist.config.registered import claim_name
+from sead_dist.errors import UserError
 from sead_dist.objectives.weightings import known
 
 
@@ -114,8 +115,15 @@ def register_hard_loss(name: str, loss: HardFunction) -> None:
 
 
 def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
-    """Per-row loss_B against the soft targets, by the loss's name."""
-    return SOFT_LOSSES[loss].loss(student_BC, soft)
+    """Per-row loss_B against the soft targets, by the loss's name. Raises UserError for one that
+    gives anything else, which would be broadcast unseen."""
+    loss_B = SOFT_LOSSES[loss].loss(student_BC, soft)
+    if loss_B.shape != student_BC.shape[:1]:
+        raise UserError(
+            f"loss={loss} gave the shape {tuple(loss_B.shape)} for {len(student_BC)} rows; a loss "
+            "gives one value a row: correct its plugin"
+        )
+    return loss_B
 
 
 def hard_loss(

@@ -33,6 +33,7 @@ from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.leases import Leases
+from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Worker
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
@@ -162,8 +163,9 @@ def open_worker(
         refuse_other_store(run, store.layout)
         return not is_finished(run)
 
+    alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     source = StoredSource(
-        teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)), world, store,
+        teachers, alone, world, store,
         work.task.name, worker_folder(run, number, workers), work.accept_any,
         config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip

@@ -129,10 +129,7 @@ def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(parts: Parts) -> str | None:
-    """The placement of all teachers, or each one's where they differ."""
-    if parts.source is None:
-        return None
-    return ", ".join(dict.fromkeys(parts.source.placements))
+    return None if parts.source is None else parts.source.placement.word
 
 
 def save_student(parts: Parts, state: TrainState) -> None:

@@ -65,6 +65,7 @@ from sead_dist.teachers.placement import (
     choose_placements,
     describe_shares,
     least_free,
+    place,
     share_rows,
 )
 from sead_dist.teachers.pool_client import PoolClient, store_id
@@ -304,7 +305,7 @@ def place_teachers(
             store.layout, config.pool.timeout_s, log.say, heartbeat.progress_or_stop
         )
     source = StoredSource(
-        teachers, placements, share_NW, world, store, task.name, run, accept_any,
+        teachers, place(teachers, placements, share_NW), world, store, task.name, run, accept_any,
         config.trust_remote_code, log.say, heartbeat.progress_or_stop, pool_client,
     )  # fmt: skip
     stack.callback(source.close)

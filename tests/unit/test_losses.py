@@ -8,8 +8,16 @@ from small import config
 from torch.nn import functional as F
 
 from sead_dist.data.kinds import KINDS
+from sead_dist.errors import UserError
 from sead_dist.objectives.distillation_loss import make_loss
-from sead_dist.objectives.losses import SoftTargets, hard_loss, soft_loss, total_loss
+from sead_dist.objectives.losses import (
+    SOFT_LOSSES,
+    SoftLoss,
+    SoftTargets,
+    hard_loss,
+    soft_loss,
+    total_loss,
+)
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)
@@ -138,6 +146,15 @@ def test_the_hard_loss_is_cross_entropy():
     student_BC, labels_B = torch.randn(8, 4), torch.randint(4, (8,))
     expected = F.cross_entropy(student_BC, labels_B)
     torch.testing.assert_close(hard_loss(student_BC, labels_B).mean(), expected)
+
+
+def test_a_loss_that_gives_one_number_for_all_rows_is_refused(monkeypatch):
+    """It would be counted once for each row."""
+    monkeypatch.setitem(SOFT_LOSSES, "mean", SoftLoss(lambda student, soft: student.mean()))
+    with pytest.raises(
+        UserError, match=r"loss=mean gave the shape \(\) for 2 rows; a loss gives one"
+    ):
+        soft_loss(torch.ones(2, 3), soft_of(torch.ones(2, 3), 1.0), "mean")
 
 
 def test_the_share_of_the_soft_loss_goes_evenly_from_alpha_to_alpha_end():
