@@ -91,7 +91,9 @@ class Run:
 
     def predictions(self, split: str) -> Any:
         """A pandas DataFrame of a split's rows: id, label (class index or score), student_logits,
-        ensemble_probabilities. Raises UserError for a split that the run has not."""
+        ensemble_probabilities; row in the file (from 1), gold_label, predicted_label and
+        probability_LABEL (or predicted_score), texts. Raises UserError for a split that the run has
+        not."""
         folder = self._ended() / "predictions"
         path = folder / f"{split}.parquet"
         if not path.is_file():

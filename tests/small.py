@@ -162,6 +162,7 @@ def words(data: Path, teachers, output: Path, store: Path | None = None, **chang
         "store": store or output.parent / "store",
         "output_dir": output,
         "num_train_epochs": 1,
+        "augment.copies": "null",
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "learning_rate": 1e-3,
@@ -185,6 +186,7 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
         f"student={shape}",
         f"student.tokenizer={task / 'tokenizer'}",
         "max_steps=4",
+        "augment.copies=null",
         "global_batch_size=8",
         "micro_batch_size=4",
         "learning_rate=1e-3",
@@ -200,6 +202,7 @@ def config(*given, **changes) -> RunConfig:
     keys = {
         "task": "sst2",
         "output_dir": "unused",
+        "augment__copies": "null",
         "global_batch_size": 8,
         "micro_batch_size": 2,
         **changes,

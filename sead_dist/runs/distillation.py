@@ -26,7 +26,7 @@ from sead_dist.objectives.ensemble import (
 )
 from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.claim import already_finished
+from sead_dist.runs.claim import already_finished, drop_training_state
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.learnable import (
@@ -36,6 +36,7 @@ from sead_dist.runs.learnable import (
     told,
     weigh_up,
 )
+from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
@@ -74,6 +75,7 @@ def distill(
     refuse_unused_text(config)
     if from_main(world, lambda: already_finished(config)):
         if world.is_main:
+            drop_training_state(config)  # a kill may have come between its end and this
             done = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
             tell(done, console)
         return run
@@ -101,6 +103,7 @@ def distill(
 
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    from_main(parts.world, lambda: rehearse(parts))
     state = resume(parts)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.unread import unread_keys
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import (
     RunExamples,
@@ -151,6 +152,8 @@ def build(
         *told_cuts(examples, splits, config.max_length, max_length),
     ):
         log.say(note)
+    for line in unread_keys(config):
+        log.say(f"WARNING: {line}")
     config = with_choices(config, examples)
     batches = BatchStream(
         splits.train,

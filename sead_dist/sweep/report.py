@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.runtime.console import print_table, table
-from sead_dist.runtime.run_log import write_json, written_aside
+from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.run_log import write_json
 from sead_dist.sweep.grid import REFERENCE
 
 COSTS = (

@@ -5,7 +5,6 @@ failed and what another worker has in hand is told by the run folders alone, so 
 one folder, started by hand or by a SLURM array, share the runs between them.
 """
 
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -346,8 +345,6 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
         raise
     if world.is_main and is_finished(unit.folder):
         unit.failure.unlink(missing_ok=True)
-        # a finished run goes by its model; hundreds of these would fill a disk
-        shutil.rmtree(unit.folder / "checkpoints", ignore_errors=True)
 
 
 def note_failure(unit: Unit, error: Exception) -> None:

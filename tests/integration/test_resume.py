@@ -38,6 +38,7 @@ KEYS = {
     "save_steps": 1,
     "eval_steps": 3,
     "prefetch_rows": 8,
+    "keep_training_state": "true",
 }
 RANKS = {
     1: [sys.executable, "-m", "sead_dist", "distill"],
