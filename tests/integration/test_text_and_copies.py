@@ -33,7 +33,8 @@ from sead_dist.training.checkpoint import Identity
 from sead_dist.training.engine import Engine
 
 SAMPLED = {"data__max_train_examples": 40, "num_train_epochs": 1, "save_steps": 2}
-COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5}
+# one pass over the 156 rows
+COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5, "max_steps": 20}
 
 
 @pytest.fixture(scope="module")
