@@ -14,20 +14,13 @@ from sead_dist.planning.memory import FULL
 from sead_dist.planning.scenario import Forecast, Setting, own_placements
 from sead_dist.planning.workload import store_bytes, training_seconds
 from sead_dist.runs.setup import uneven
-from sead_dist.runtime.console import print_table
+from sead_dist.runtime.console import clock, print_table
 from sead_dist.teachers.placement import choose_placements
 from sead_dist.teachers.rates import shape_name
 
 
 def per_second(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """ "41 s", "12.3 min", "3.4 h"."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def counted(number: int, what: str) -> str:

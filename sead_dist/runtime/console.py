@@ -78,3 +78,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def clock(seconds: float) -> str:
+    """ "41 s", "12.3 min", "3.4 h"."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
