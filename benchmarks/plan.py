@@ -1,6 +1,6 @@
 """What `sead-dist plan` foresees of a run against what the run takes.
 
-Each case measures every rate anew, as `plan --fresh` does, and then runs the distillation over an
+Each case measures every rate again, as `plan --fresh` does, and then runs the distillation over an
 empty store in the same process. The error is of the time of teachers' pass and training together:
 |planned - took| / took. Target: a median of at most 15%. On a machine that others use, `--clock
 cpu` counts the process's own seconds on the processor, in the plan and in the run alike.

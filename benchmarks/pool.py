@@ -1,7 +1,7 @@
 """A pool of four workers, one killed 20 s after it is ready and so on, against one left in peace.
 
 Both pools fill an empty store for a student that follows it. Counted is what the workers wrote down
-as computed, and for each kill the whole chunk that the dead worker had a claim on, however far it
+as computed, and for each kill the whole chunk that the dead worker had a lease on, however far it
 was. Target: no more extra work than 5%, one chunk for each kill and one for each worker; and the
 student's parameters equal bit for bit.
 """
@@ -49,7 +49,7 @@ class Member:
 
 @dataclass
 class Pool:
-    """The workers of one run; `lost` holds the rows of chunks that dead ones had a claim on."""
+    """The workers of one run; `lost` holds the rows of chunks that dead ones had a lease on."""
 
     words: list[str]
     run: Path
@@ -70,8 +70,8 @@ class Pool:
         assert member.process is not None
         member.process.kill()
         member.process.wait()
-        claims = (self.store / "claims").iterdir()
-        held = [one for one in claims if f" {member.process.pid} " in text_of(one)]
+        leases = (self.store / "claims").iterdir()
+        held = [one for one in leases if f" {member.process.pid} " in text_of(one)]
         self.lost += [self.chunk_rows] * len(held)
 
     def computed(self) -> int:
@@ -170,7 +170,7 @@ def report(peace: dict[str, Any], killed: dict[str, Any], args: argparse.Namespa
         f"{args.workers} workers with {args.threads} thread each on the cores that this benchmark "
         f"may use ({len(os.sched_getaffinity(0))}), one after the other killed (SIGKILL) "
         f"{args.every_s:g} s after it is ready, and started again; {args.teachers} teachers "
-        f"{args.shape} with random weights, chunks of {args.chunk_rows} rows, a claim is broken "
+        f"{args.shape} with random weights, chunks of {args.chunk_rows} rows, a lease is broken "
         f"after {CLAIM_S:g} s, student L2-H128, {args.rows} rows of SST-2.\n\n"
         f"{table(columns, rows)}\n\n"
         f"The students' parameters are {same}. Target (5% + a chunk for each kill + a chunk for "

@@ -69,14 +69,15 @@ def timed_loading() -> Iterator[list[float]]:
 
 
 class FirstStep:
-    """Stands where the run's watch is, to note when the first step has its lesson."""
+    """Stands where the run's watch is, to note when the first step has its step with
+    predictions."""
 
-    def __init__(self, watch: Any) -> None:
-        self.watch, self.at = watch, 0.0
+    def __init__(self, heartbeat: Any) -> None:
+        self.heartbeat, self.at = heartbeat, 0.0
 
     def move(self, doing: str) -> None:
         self.at = self.at or time.perf_counter()
-        self.watch.move(doing)
+        self.heartbeat.move(doing)
 
 
 def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:
@@ -103,8 +104,8 @@ def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:
         exchanges = setting["folders"] and world.size > 1
         exchanged = stack.enter_context(counted_bytes()) if exchanges else []
         loads = stack.enter_context(timed_loading())
-        first = FirstStep(parts.watch)
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), watch=first)
+        first = FirstStep(parts.heartbeat)
+        trainer = replace(make_trainer(parts, prepare_teachers(parts)), heartbeat=first)
         state = trainer.run(TrainState(world_size=world.size))
         source = parts.source
         models = {} if source is None else source.models

@@ -1,7 +1,7 @@
 """The student's step with teachers read from the store, against the same step with no teacher.
 
 Both are the package's own training loop over the same rows in the same order; the one without
-teachers has the hard loss alone. Every repetition builds both runs anew over a store that was
+teachers has the hard loss alone. Every repetition builds both runs again over a store that was
 filled before, and trains one epoch of each, so reading the blocks from disk is counted. Building,
 scoring and saving are not. Target: at most 3% more.
 """

@@ -149,8 +149,8 @@ def prepare(args: argparse.Namespace, work: Path, rows: int) -> tuple[Setting, P
             for n in range(args.teachers)
         ]
     else:
-        lesson = data_folder(work / "teacher-data", args.teacher_rows, False, seed=1)
-        runs = finetuned_teachers(work / "teachers", lesson, args.teachers, args.layers, 1)
+        taught = data_folder(work / "teacher-data", args.teacher_rows, False, seed=1)
+        runs = finetuned_teachers(work / "teachers", taught, args.teachers, args.layers, 1)
         teachers = [run / "model" for run in runs]
     config = run_config({"data.path": data, "output_dir": work / "unused"})
     examples = load_examples(config, load_task("sst2"), lambda _line: None)

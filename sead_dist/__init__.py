@@ -18,8 +18,12 @@ if TYPE_CHECKING:
         soft_targets,
     )
     from sead_dist.config.schema import RunConfig
+    from sead_dist.data.kinds import register_task_kind
     from sead_dist.data.tasks import TaskSpec
     from sead_dist.errors import RunError, UserError
+    from sead_dist.objectives.losses import register_loss
+    from sead_dist.objectives.weightings import register_ensemble
+    from sead_dist.teachers.kinds import register_teacher
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +39,10 @@ __all__ = [
     "finetune",
     "load_config",
     "predict",
+    "register_ensemble",
+    "register_loss",
+    "register_task_kind",
+    "register_teacher",
     "soft_targets",
 ]
 # the others are the interface's own
@@ -43,6 +51,10 @@ _ELSEWHERE = {
     "RunError": "sead_dist.errors",
     "TaskSpec": "sead_dist.data.tasks",
     "UserError": "sead_dist.errors",
+    "register_ensemble": "sead_dist.objectives.weightings",
+    "register_loss": "sead_dist.objectives.losses",
+    "register_task_kind": "sead_dist.data.kinds",
+    "register_teacher": "sead_dist.teachers.kinds",
 }
 
 

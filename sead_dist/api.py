@@ -14,22 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from sead_dist.config.load import read_layers, resolve
-from sead_dist.config.schema import EnsembleMethod, RunConfig
+from sead_dist.config.plugins import kept_plugins
+from sead_dist.config.registered import ROUTED
+from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.ensemble import SoftTargets, combine, known
-from sead_dist.objectives.losses import total_loss
+from sead_dist.objectives.ensemble import combine
+from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
+from sead_dist.objectives.weightings import WEIGHTINGS, known
 from sead_dist.runs import distillation, prediction
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
@@ -71,7 +74,8 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The run's whole configuration."""
-        return load_config(str(self.path / "config.yaml"))
+        kept = kept_plugins(self.path)
+        return load_config(str(self.path / "config.yaml"), **({"plugins": kept} if kept else {}))
 
     @property
     def model_dir(self) -> Path:
@@ -122,7 +126,7 @@ def distill(
 
     data: None is the hub's. Data in memory are kept in the run's folder. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
-    dotted: `**{"selection.fraction": 0.2}`.
+    dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 
     Raises UserError before any long work, RunError during it (also where SIGTERM or SIGUSR2 asked
     for a stop: the run is saved), KeyboardInterrupt when a Ctrl-C did.
@@ -224,7 +228,7 @@ def predict(
 def soft_targets(
     logits_NBC: torch.Tensor,
     *,
-    ensemble: EnsembleMethod = "mean_logits",
+    ensemble: str = "mean_logits",
     temperature: float = 2.0,
     weights_N: torch.Tensor | None = None,
     labels_B: torch.Tensor | None = None,
@@ -240,16 +244,17 @@ def soft_targets(
     if logits_NBC.dim() != 3:
         raise UserError(f"logits_NBC has shape {tuple(logits_NBC.shape)}; expected [N, B, C]")
     N, B, C = logits_NBC.shape
-    allowed = [name for name in get_args(EnsembleMethod) if name not in ("none", "random")]
+    allowed = [name for name, of in WEIGHTINGS.items() if not of.goes_by_place]
     if ensemble not in allowed:
         raise UserError(f"ensemble={ensemble!r} is none here; allowed: {', '.join(allowed)}")
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")
-    if C == 1 and ensemble in ("mean_probabilities", "confidence", "entropy"):
+    weighting = WEIGHTINGS[ensemble]
+    if C == 1 and weighting.needs_classes:
         raise UserError(f"ensemble={ensemble} needs classes, and C is 1; use mean_logits")
     for name, value, asked, size in (
-        ("weights_N", weights_N, ensemble in ("fixed", "score", "single"), N),
-        ("routes_B", routes_B, ensemble == "routed", B),
+        ("weights_N", weights_N, weighting.has_frozen_weights, N),
+        ("routes_B", routes_B, ensemble == ROUTED, B),
         ("labels_B", labels_B, False, B),
     ):
         if value is None and asked:
@@ -259,8 +264,7 @@ def soft_targets(
     weights_N = torch.ones(N) if weights_N is None else weights_N.float()
     present_NB = torch.ones((N, B), dtype=torch.bool, device=logits_NBC.device)
     teachers = TeacherLogits(logits_NBC, present_NB)
-    routes_B = routes_B if ensemble == "routed" else None
-    return combine(ensemble, teachers, labels_B, weights_N, temperature, C == 1, routes_B)
+    return combine(weighting, teachers, labels_B, weights_N, temperature, C == 1, routes_B)
 
 
 def distillation_loss(
@@ -268,7 +272,7 @@ def distillation_loss(
     soft: SoftTargets | None,
     labels_B: torch.Tensor | None = None,
     *,
-    loss: Literal["auto", "kl", "mse"] = "auto",
+    loss: str = "auto",
     alpha: float = 0.5,
 ) -> torch.Tensor:
     """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
@@ -279,8 +283,8 @@ def distillation_loss(
     """
     if student_BC.dim() != 2:
         raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
-    if loss not in ("auto", "kl", "mse"):
-        raise UserError(f"loss={loss!r} is no loss; allowed: auto, kl, mse")
+    if loss not in ("auto", *SOFT_LOSSES):
+        raise UserError(f"loss={loss!r} is no loss; allowed: auto, {', '.join(SOFT_LOSSES)}")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape
@@ -289,8 +293,8 @@ def distillation_loss(
         raise UserError(f"student_BC has shape {(B, C)}, and the soft targets {there}")
     if soft is None and labels_B is None:
         raise UserError("there is nothing to learn from; give soft targets, labels_B or both")
-    if C == 1 and loss == "kl":
-        raise UserError("loss=kl needs classes, and C is 1; use mse, or auto")
+    if C == 1 and loss != "auto" and SOFT_LOSSES[loss].needs_classes:
+        raise UserError(f"loss={loss} needs classes, and C is 1; use mse, or auto")
     if labels_B is None:
         nothing = torch.nan if C == 1 else -1
         dtype = torch.float32 if C == 1 else torch.long

@@ -38,7 +38,7 @@ def run_error(error: Exception) -> RunError | None:
     """What an error of the machine says in one line (a full disk, a folder that went away, too
     little memory); None for any other, which is a bug."""
     if isinstance(error, OSError):
-        return RunError(f"{error}; mend it, then give the same command again")
+        return RunError(f"{error}; fix it, then give the same command again")
     if lacks_memory(error):
         what = next(iter(str(error).splitlines()), "") or type(error).__name__
         return RunError(

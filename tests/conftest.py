@@ -86,7 +86,7 @@ def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], st
 
 @pytest.fixture(scope="session")
 def teachers(grammar: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two teachers of the built-in task that pass their examination; the second one names its
+    """Two teachers of the built-in task that pass their validation; the second one names its
     classes in the other order."""
     root = tmp_path_factory.mktemp("teachers")
     train_teacher(grammar, root / "a", 0, ["negative", "positive"], 60)

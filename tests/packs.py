@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from sead_dist.planning import workload as forecast
+from sead_dist.planning import workload as estimate
 from sead_dist.teachers import inference as forward
 from sead_dist.teachers import packing
 
@@ -31,5 +31,5 @@ def kernel(query_THD, key_THD, value_THD, offsets, also, most, _most):
 def stand_in_for_packs(patch: pytest.MonkeyPatch) -> None:
     """The kernel, and packs of few tokens, which a CPU has through in no time."""
     patch.setattr(varlen, "varlen_attn", kernel)
-    for module in (packing, forward, forecast):
+    for module in (packing, forward, estimate):
         patch.setattr(module, "SIZES", SIZES)

@@ -235,7 +235,7 @@ def grammar_task(folder: Path) -> TaskSpec:
     return load_task(folder / "task.yaml")
 
 
-def roster(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
+def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
     """The teachers of these folders; a path may be an entry, `{path: DIR, weight: 2}`."""
     from sead_dist.teachers.teacher import call_roster
 

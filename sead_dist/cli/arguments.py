@@ -28,8 +28,13 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ranks", type=int, metavar="N", help="default: as started, or 1")
     command.add_argument("--gpu-memory", metavar="SIZE", help="of each rank's GPU: 24GB, 80GiB")
     command.add_argument("--rates", metavar="FILE", help="speeds of other hardware: YAML or JSON")
-    command.add_argument("--fresh", action="store_true", help="measure anew what is remembered")
+    command.add_argument("--fresh", action="store_true", help="measure again what is remembered")
     command.add_argument("--json", metavar="FILE", help="also write the plan here")
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    command.add_argument("--show", type=positive, default=20, metavar="N", help="rows to print")
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
@@ -65,7 +70,7 @@ def add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_folder", metavar="RUN", help="run folder")
     command.add_argument("--to", metavar="ID", help="owner/name; default: the run's, or the card's")
     command.add_argument(
-        "--private", action="store_true", default=None, help="where the repository is made anew"
+        "--private", action="store_true", default=None, help="where the repository is made again"
     )
 
 

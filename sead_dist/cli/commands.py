@@ -82,6 +82,15 @@ def plan(args: argparse.Namespace) -> None:
     leave_world(world)
 
 
+def data(args: argparse.Namespace) -> None:
+    from sead_dist.cli import data as data_command
+    from sead_dist.runtime.distributed import join_world, leave_world
+
+    world = join_world()
+    data_command.show(args.words, args.show, world)
+    leave_world(world)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from sead_dist.runs.prediction import evaluate_model
 
@@ -215,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
         ),
         (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
         (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
+        (data, arguments.add_data, "what goes into a run: rows by kind, and some of them"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),
@@ -225,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
         (
             reproduce,
             arguments.add_reproduce,
-            "train a published checkpoint anew; alone: list all sixteen",
+            "train a published checkpoint again; alone: list all sixteen",
         ),
         (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
     ):

@@ -1,4 +1,4 @@
-"""`sead-dist reproduce NAME`: a published checkpoint of SEAD trained anew, with its teachers, and
+"""`sead-dist reproduce NAME`: a published checkpoint of SEAD trained again, with its teachers, and
 what came out beside what was published.
 
 One template (configs/reproduce.yaml) and one row for each checkpoint; a run is OUTPUT/teachers, as
@@ -135,7 +135,7 @@ def configure(checkpoint: Checkpoint, words: Sequence[str], teachers: int) -> Ru
             f"task={config.task}, but {checkpoint.name} is a checkpoint for {checkpoint.task}; "
             "leave task out, or use finetune and distill"
         )
-    if config.ensemble == "none":
+    if not config.asks_teachers:
         refuse_unused_text(config.model_copy(update={"encoders": []}))
     encoders = [entry for entry in config.encoders for _ in range(teachers)]
     return config.model_copy(update={"encoders": encoders})

@@ -32,7 +32,7 @@ def submit_sweep(
     plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])
     out = plan.output.absolute()
     if all(is_finished(unit.folder) for unit in plan.units):
-        print(f"{out.name} is finished: sead-dist sweep writes its report anew")
+        print(f"{out.name} is finished: sead-dist sweep writes its report again")
         return []
     folder = out / ".slurm"
     parameters = slurm.sbatch_parameters(settings, out.name, folder)

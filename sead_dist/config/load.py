@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from sead_dist.config.names import RENAMED, new_name
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
+from sead_dist.config.plugins import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
 from sead_dist.config.yaml_text import parse_yaml, read_yaml
 from sead_dist.errors import UserError, reading
@@ -206,6 +207,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])
+    merged["plugins"] = run_plugins(merged.get("plugins"))
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -224,6 +226,15 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
+
+
+def run_plugins(given: Any) -> Any:
+    """What the key `plugins` holds, as a list where it can be one, its files run. Raises UserError
+    for a file that cannot be run."""
+    paths = [given] if isinstance(given, str) else given or []
+    if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
+        load_plugins(paths)
+    return paths
 
 
 def _largest_divisor(config: RunConfig) -> int:

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from sead_dist.config.plugins import hashes
+from sead_dist.config.registered import MODEL, NO_ENSEMBLE, ROUTED, expected, names
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -19,6 +30,18 @@ Placement = Literal["auto", Placed]
 # what is counted from one to it would have no end
 MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
+
+
+def one_of(what: str, *more: str) -> BeforeValidator:
+    """A name that is registered by the time that a configuration is checked."""
+
+    def check(name: Any) -> Any:
+        allowed = [*more, *names(what)]
+        if name not in allowed:
+            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+        return name
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):
@@ -48,7 +71,25 @@ class DataConfig(Section):
 
 class UnlabeledConfig(Section):
     path: Annotated[str | None, Operational]
+    rest: Annotated[bool | None, Operational]
     ratio: Annotated[float | None, Field(gt=0)]
+
+
+Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
+
+
+class AugmentConfig(Section):
+    copies: int | Literal["auto"] | None
+    operations: Annotated[list[Operation], Field(min_length=1)] | None
+    gold_labels: bool
+
+    @field_validator("copies", mode="before")
+    @classmethod
+    def a_number_or_auto(cls, value: Any) -> Any:
+        """In one line: a union of types would say one for each."""
+        if value in (None, "auto") or (isinstance(value, int) and 0 < value <= MANY):
+            return value
+        raise ValueError("give how many copies each row has, from 1, or auto, or null")
 
 
 class SelectionConfig(Section):
@@ -67,6 +108,7 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     path: str
     name: str | None = None
+    kind: Annotated[str, one_of("kind of teacher")] = MODEL
     placement: Placed | None = None
     offload: bool = False
     labels: Labels = None
@@ -76,25 +118,17 @@ class TeacherConfig(Section):
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
 
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model that Transformers loads, not of a kind that a plugin registered."""
+        return self.kind == MODEL
+
 
 class StoreConfig(Section):
     path: Annotated[str | None, Operational]
     accept: Literal["exact", "any"]
 
 
-EnsembleMethod = Literal[
-    "none",
-    "single",
-    "mean_logits",
-    "mean_probabilities",
-    "fixed",
-    "score",
-    "confidence",
-    "entropy",
-    "answers",
-    "random",
-    "routed",
-]
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
     *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end", "final_checkpoint"),
@@ -121,8 +155,11 @@ class RunConfig(Section):
     method: Annotated[str | None, Operational]
     output_dir: Annotated[str, Operational]
     seed: Annotated[int, Field(ge=0)]
+    # what they hold counts, not where they lie
+    plugins: Annotated[list[str], Operational]
     data: DataConfig
     unlabeled: UnlabeledConfig
+    augment: AugmentConfig
     selection: SelectionConfig
     student: StudentConfig
     # identity of the teachers is their manifest (weights, labels), not how they are written here
@@ -135,10 +172,10 @@ class RunConfig(Section):
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
-    ensemble: EnsembleMethod
+    ensemble: Annotated[str, one_of("ensemble")]
     teacher: str | None
     teacher_column: str | None
-    loss: Literal["auto", "kl", "mse"]
+    loss: Annotated[str, one_of("loss", "auto")]
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
@@ -174,7 +211,33 @@ class RunConfig(Section):
     @property
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
-        return bool(self.teachers) and self.ensemble != "none"
+        return bool(self.teachers) and self.asks_teachers
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether the ensemble is one of teachers, be they given or not."""
+        return self.ensemble != NO_ENSEMBLE
+
+    @property
+    def routed(self) -> bool:
+        """Whether a column of the data names each row's teacher."""
+        return self.ensemble == ROUTED
+
+    @property
+    def uses_rest(self) -> bool:
+        """Whether rows that the sample left out serve as unlabelled text."""
+        return self.taught and self.unlabeled.rest is not False
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there may be rows of unlabelled text."""
+        left_over = self.uses_rest and self.data.max_train_examples is not None
+        return self.unlabeled.path is not None or left_over
+
+    @property
+    def uses_copies(self) -> bool:
+        """Whether copies of rows may be made: without teachers only under gold labels."""
+        return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
 
     @property
     def pooled(self) -> bool:
@@ -198,8 +261,13 @@ class RunConfig(Section):
         return round(self.warmup_steps * steps if self.warmup_steps < 1 else self.warmup_steps)
 
     def identity(self) -> dict[str, Any]:
-        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000)."""
-        return _identity(self, "")
+        """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
+        plugin's hash. Without copies the keys of `augment` decide nothing, and are left out."""
+        held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
+        keys = {**_identity(self, ""), **held}
+        if self.augment.copies is None:
+            return {key: value for key, value in keys.items() if not key.startswith("augment.")}
+        return keys
 
 
 class SweepConfig(Section):

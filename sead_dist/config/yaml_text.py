@@ -107,7 +107,7 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document. Raises UserError with the place of the first mistake, such as a key that
     stands twice in a mapping."""
-    with reading(where, "mend it"):
+    with reading(where, "fix it"):
         try:
             return yaml.load(text, _Loader)
         except _TwiceError as error:

@@ -6,6 +6,7 @@ function of contents and seed, never of the order in the file, and keeps the fil
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +27,8 @@ class ExampleSet:
     `labels_B`: int64 class index, -1 unlabelled; regression float64, NaN unlabelled.
     `groups_B`: int64, multirc and record only. `ids_B2`: int64 identities. `rows_B`: int64, the row
     of the source (from 0) that the example came from. `routes_B`: int64, the teacher that each row
-    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence,
-    case-folded and stripped; 0 if blank.
+    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence, in
+    Unicode's normal form C, case-folded and stripped; 0 if blank.
     """
 
     split: str
@@ -52,19 +53,21 @@ def build_examples(
     split: str,
     labelled: bool = True,
     route: Route | None = None,
+    first: int = 0,
 ) -> ExampleSet:
-    """The examples of `rows`. With `labelled=False` labels are not read and may be missing.
+    """The examples of `rows`. With `labelled=False` labels are not read and may be missing. first:
+    the place of the first row in its file.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is no text, a label outside the set and a split without rows.
     """
-    items = list(read_items(task, rows, split, labelled, route))
+    items = list(read_items(task, rows, split, labelled, route, first))
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
     kind = task.task_kind
     labels = [kind.unlabelled if item.label is None else item.label for item in items]
     hashes: dict[str, int] = {}  # passages repeat: hash each once
-    sentences = [_sentence(text, hashes) for item in items for text in item.sentences]
+    sentences = [sentence_hash(text, hashes) for item in items for text in item.sentences]
     answers = [item.answer for item in items if item.answer is not None]
     return ExampleSet(
         split=split,
@@ -74,17 +77,22 @@ def build_examples(
         labels_B=np.array(labels, dtype=kind.label_type),
         groups_B=_number_groups(items),
         answers=answers or None,
-        ids_B2=_as_int64([_identity(item) for item in items]).reshape(-1, 2),
+        ids_B2=identities([(item.texts_a, item.texts_b) for item in items]),
         sentences_BS=np.array(sentences, dtype=np.int64).reshape(len(items), -1),
         rows_B=np.array([item.row for item in items], dtype=np.int64),
         routes_B=None if route is None else np.array([item.route for item in items], np.int64),
     )
 
 
-def _identity(item: Item) -> bytes:
+def identities(texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> np.ndarray:
+    """ids_B2 of examples by their (first texts, second texts)."""
+    return _as_int64([_identity(*both) for both in texts]).reshape(-1, 2)
+
+
+def _identity(texts_a: Sequence[str], texts_b: Sequence[str]) -> bytes:
     # Counts and lengths in front, so that no two inputs run together to the same bytes.
-    parts = [b"%d %d" % (len(item.texts_a), len(item.texts_b))]
-    for text in (*item.texts_a, *item.texts_b):
+    parts = [b"%d %d" % (len(texts_a), len(texts_b))]
+    for text in (*texts_a, *texts_b):
         encoded = text.encode("utf-8", "surrogatepass")
         parts += [b" %d:" % len(encoded), encoded]
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
@@ -94,10 +102,12 @@ def _as_int64(digests: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=">i8").astype(np.int64)
 
 
-def _sentence(text: str, hashes: dict[str, int]) -> int:
+def sentence_hash(text: str, hashes: dict[str, int]) -> int:
+    """The hash by which equal sentences are found, 0 of a blank one. hashes: those known so far."""
     if text not in hashes:
-        folded = text.casefold().strip().encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(folded, digest_size=8).digest()
+        folded = unicodedata.normalize("NFC", text).casefold().strip()
+        encoded = folded.encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(encoded, digest_size=8).digest()
         hashes[text] = int.from_bytes(digest, "big", signed=True) if folded else 0
     return hashes[text]
 
@@ -129,37 +139,49 @@ def subset(examples: ExampleSet, rows_B: np.ndarray) -> ExampleSet:
     )
 
 
-def concatenate(a: ExampleSet, b: ExampleSet) -> ExampleSet:
-    """`a` followed by `b` of the same task (transfer text); groups of `b` stay apart from `a`'s."""
-    groups_B = None
-    if a.groups_B is not None and b.groups_B is not None:
-        groups_B = np.concatenate([a.groups_B, b.groups_B + a.groups_B.max(initial=-1) + 1])
-    routes_B = None
-    if a.routes_B is not None and b.routes_B is not None:
-        routes_B = np.concatenate([a.routes_B, b.routes_B])
+def concatenate(*parts: ExampleSet) -> ExampleSet:
+    """Examples of one task after each other, at least one part; groups of different parts stay
+    apart."""
+    first = parts[0]
+    groups_B = routes_B = None
+    if all(part.groups_B is not None for part in parts):
+        groups, offset = [], 0
+        for part in parts:
+            assert part.groups_B is not None
+            groups.append(part.groups_B + offset)
+            offset = int(groups[-1].max(initial=offset - 1)) + 1
+        groups_B = np.concatenate(groups)
+    if all(part.routes_B is not None for part in parts):
+        routes_B = np.concatenate([part.routes_B for part in parts if part.routes_B is not None])
+    texts_b, answers = first.texts_b, first.answers
     return replace(
-        a,
-        texts_a=a.texts_a + b.texts_a,
-        texts_b=None if a.texts_b is None else a.texts_b + (b.texts_b or []),
-        labels_B=np.concatenate([a.labels_B, b.labels_B]),
+        first,
+        texts_a=[text for part in parts for text in part.texts_a],
+        texts_b=None if texts_b is None else [t for part in parts for t in part.texts_b or ()],
+        labels_B=np.concatenate([part.labels_B for part in parts]),
         groups_B=groups_B,
-        answers=None if a.answers is None else a.answers + (b.answers or []),
-        ids_B2=np.concatenate([a.ids_B2, b.ids_B2]),
-        sentences_BS=np.concatenate([a.sentences_BS, b.sentences_BS]),
-        rows_B=np.concatenate([a.rows_B, b.rows_B]),
+        answers=None if answers is None else [a for part in parts for a in part.answers or ()],
+        ids_B2=np.concatenate([part.ids_B2 for part in parts]),
+        sentences_BS=np.concatenate([part.sentences_BS for part in parts]),
+        rows_B=np.concatenate([part.rows_B for part in parts]),
         routes_B=routes_B,
     )
 
 
 def sample(examples: ExampleSet, n: int, seed: int) -> ExampleSet:
     """At most `n` examples, chosen by hash of seed and contents; groups whole or not at all."""
+    return divide(examples, n, seed)[0]
+
+
+def divide(examples: ExampleSet, n: int, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """(a sample as of `sample`, the examples that it leaves out)."""
     if n >= len(examples):
-        return examples
+        return examples, subset(examples, np.zeros(0, np.int64))
     units_B = np.arange(len(examples)) if examples.groups_B is None else examples.groups_B
     chosen_B = _choose(examples, units_B, n, seed)
     if not chosen_B.any():
         raise UserError(f"{n} examples of the {examples.split} split: none fit; ask for more")
-    return subset(examples, chosen_B)
+    return subset(examples, chosen_B), subset(examples, ~chosen_B)
 
 
 def hold_out(
@@ -237,10 +259,21 @@ def _occurs_in(examples: ExampleSet, others: Sequence[ExampleSet]) -> np.ndarray
     return np.array([key in known for key in _keys(examples.ids_B2).tolist()], dtype=bool)
 
 
-def remove_overlap(examples: ExampleSet, dev: ExampleSet) -> tuple[ExampleSet, int]:
-    """`examples` without those whose exact texts are in `dev`, and how many were removed."""
-    found_B = _occurs_in(examples, [dev])
-    return subset(examples, ~found_B), int(found_B.sum())
+def without_labels(examples: ExampleSet, unlabelled: float) -> ExampleSet:
+    """The same examples as rows of unlabelled text."""
+    return replace(examples, labels_B=np.full_like(examples.labels_B, unlabelled))
+
+
+def known_sentences(parts: Sequence[ExampleSet]) -> np.ndarray:
+    """The hashes of all sentences of these examples, ascending, blank ones left out."""
+    found: np.ndarray = np.unique(np.concatenate([part.sentences_BS.ravel() for part in parts]))
+    known: np.ndarray = found[found != 0]
+    return known
+
+
+def shares_sentence(examples: ExampleSet, known: np.ndarray) -> np.ndarray:
+    """bool [B]: which examples have a sentence (of a pair, either one) among these hashes."""
+    return np.asarray(np.isin(examples.sentences_BS, known).any(axis=1))
 
 
 def count_overlap(dev: ExampleSet, *others: ExampleSet) -> int:

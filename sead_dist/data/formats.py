@@ -43,15 +43,21 @@ class Item(NamedTuple):
 
 
 def read_items(
-    task: TaskSpec, rows: Sequence[Row], split: str, labelled: bool, route: Route | None = None
+    task: TaskSpec,
+    rows: Sequence[Row],
+    split: str,
+    labelled: bool,
+    route: Route | None = None,
+    start: int = 0,
 ) -> Iterator[Item]:
-    """The examples of `rows`, in order; UserError names the split, the row and what is allowed."""
+    """The examples of `rows`, in order; UserError names the split, the row and what is allowed.
+    start: the place of the first row in its file."""
     text_a = _template(task.text_a)
     second = task.choices or ((task.text_b,) if task.text_b is not None else ())
     texts_b = [_template(text) for text in second]
     read = READERS[task.reader]
     parse = task.task_kind.label_parser(task)
-    for position, row in enumerate(rows):
+    for position, row in enumerate(rows, start):
         where = f"{split} row {position + 1}"
         if task.renames:
             row = _renamed(task, row, where)

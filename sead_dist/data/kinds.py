@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sead_dist.config.registered import claim_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError
@@ -31,7 +32,7 @@ class TaskKind(ABC):
     label_type: type[np.generic]
     unlabelled: float
     hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
-    soft_losses: tuple[str, ...]  # values of `loss` that apply; loss=auto is the first
+    soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card
@@ -108,7 +109,7 @@ class Classification(TaskKind):
                 allowed = ", ".join([*task.labels, *(n for n in numbers if n not in of_labels)])
                 raise UserError(
                     f"{where}: label {value!r} in column {task.label_column!r} is outside the "
-                    f"set; allowed: {allowed}; mend the row"
+                    f"set; allowed: {allowed}; fix the row"
                 )
             return index
 
@@ -166,7 +167,7 @@ class Regression(TaskKind):
             if not low <= score <= high:  # also false for NaN
                 raise UserError(
                     f"{where}: score {value!r} in column {task.label_column!r}; "
-                    f"allowed: a number from {low:g} to {high:g}; mend the row"
+                    f"allowed: a number from {low:g} to {high:g}; fix the row"
                 )
             return score
 
@@ -190,8 +191,7 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    if kind.name in KINDS:
-        raise UserError(f"a task kind {kind.name!r} is there already; give yours another name")
+    claim_name("kind of task", kind.name)
     KINDS[kind.name] = kind
 
 

@@ -1,17 +1,14 @@
 """Rows of a split, from local files or from the hub. The only file that imports `datasets`.
 
-Rows keep the file's own columns; sead_dist.data.formats gives them meaning. An unquoted TSV is
-split on tabs and line feeds alone, since GLUE's sentences hold bare quotation marks.
+Rows keep the file's own columns; sead_dist.data.formats gives them meaning.
 """
 
-import csv
 import gzip
-import io
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,19 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from sead_dist.data.task_files import TASKS, TaskSpec, number_name
+from sead_dist.data.task_files import TaskSpec, number_name
+from sead_dist.data.text_files import (
+    is_array,
+    json_stream,
+    kind_of,
+    refuse_twins,
+    text_rows,
+    tsv_stream,
+)
 from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
-_SKIP_HINT = "mend the line, or pass over such lines with data.skip_malformed=true"
-_log = logging.getLogger(__name__)
 
 
 def load_split(
@@ -42,19 +45,39 @@ def load_split(
     Raises UserError for a split that the task has not, a missing file or folder, a malformed
     file, a split without rows, and a hub that cannot be reached.
     """
+    return [
+        row
+        for chunk in split_chunks(task, split, path, file, revision, skip_malformed, None)
+        for row in chunk
+    ]
+
+
+def split_chunks(
+    task: TaskSpec,
+    split: str,
+    path: Path | None,
+    file: Path | None,
+    revision: str | None,
+    skip_malformed: bool,
+    size: int | None,
+) -> Iterator[Rows]:
+    """The same rows in chunks, as of `row_chunks`."""
     if split not in task.splits:
         raise UserError(f"task {task.name!r} has no split {split!r}; it has {_list(task.splits)}")
-    if file is not None:
-        rows, source = read_rows(file, task, skip_malformed), str(file)
-    elif path is not None:
-        files = find_files(task, split, path)
-        rows = [row for found in files for row in read_rows(found, task, skip_malformed)]
-        source = str(files[0])
+    if file is None and path is None:
+        chunks, source = iter([_from_hub(task, split, revision)]), f"hub data set {task.hub}"
     else:
-        rows, source = _from_hub(task, split, revision), f"hub data set {task.hub}"
-    if not rows:
+        files = [file] if file is not None else find_files(task, split, path or Path())
+        source = str(files[0])
+        chunks = (
+            chunk for found in files for chunk in row_chunks(found, task, skip_malformed, size)
+        )
+    read = 0
+    for chunk in chunks:
+        read += len(chunk)
+        yield chunk
+    if not read:
         raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
-    return rows
 
 
 def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
@@ -95,12 +118,6 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
     return files
 
 
-def kind_of(path: Path) -> str:
-    """What a file's name says it holds: `.csv` of `train.csv` and of `train.csv.gz`."""
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return name.suffix.lower()
-
-
 def read_bytes(path: Path) -> bytes:
     """The whole of a file, unpacked where it is packed with gzip."""
     packed = path.suffix.lower() == ".gz"
@@ -113,14 +130,21 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
     `task` says which columns a TSV without a header has. Raises UserError naming file and line.
     """
     kind = kind_of(path)
+    with _reading_data(path, kind):
+        if path.is_dir():
+            return _from_saved_folder(path, task)
+        if kind in (".parquet", ".arrow"):
+            return _binary_rows(path, task)
+        if kind in (".tsv", ".csv", ".jsonl", ".json"):
+            return text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
+
+
+@contextmanager
+def _reading_data(path: Path, kind: str) -> Iterator[None]:
     with reading(path, "give a whole file, and no pipe", f"data file {path}"):
         try:
-            if path.is_dir():
-                return _from_saved_folder(path, task)
-            if kind in (".parquet", ".arrow"):
-                return _binary_rows(path, task)
-            if kind in (".tsv", ".csv", ".jsonl", ".json"):
-                return _text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
+            yield
         except FileNotFoundError as error:
             raise UserError(f"data file {path} does not exist; give an existing file") from error
         except UnicodeDecodeError as error:
@@ -129,166 +153,48 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
         except pa.ArrowException as error:
             line = reason(error)
             raise UserError(f"data file {path} is not a whole {kind} file: {line}") from error
-    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
 
 
-def _text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> Rows:
-    if kind_of(path) == ".tsv":
-        return _records(_tsv_lines(text, path, task), path, task, skip_malformed)
-    if kind_of(path) == ".csv":
-        return _records(_csv_lines(text, path), path, task, skip_malformed)
-    if text.lstrip().startswith("["):
-        rows = _parse(text, f"data file {path}")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"data file {path}: expected a list of objects; mend the file")
-        return rows
-    return _json_lines(text, path, skip_malformed)
+def row_chunks(
+    path: Path, task: TaskSpec, skip_malformed: bool, size: int | None
+) -> Iterator[Rows]:
+    """The same rows, at most `size` of them in memory at a time where the file is TSV, JSONL or
+    Parquet and not packed; else, and where size is None, all at once. No rows: no chunk."""
+    kind = kind_of(path)
+    streamed = {".tsv": tsv_stream, ".jsonl": json_stream}
+    plain = size is not None and path.is_file() and path.suffix.lower() == kind
+    with _reading_data(path, kind):
+        plain = plain and not (kind == ".jsonl" and is_array(path))
+    if plain and kind in (*streamed, ".parquet"):
+        with _reading_data(path, kind):
+            if kind == ".parquet":
+                yield from _parquet_chunks(path, task, size or 1)
+            else:
+                rows = streamed[kind](path, task, skip_malformed)
+                while chunk := list(islice(rows, size)):
+                    yield chunk
+    elif rows_at_once := read_rows(path, task, skip_malformed):
+        yield rows_at_once
 
 
-def _json_lines(text: str, path: Path, skip_malformed: bool) -> Rows:
-    rows, skipped = [], 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = _parse(line, f"{path}:{number}")
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected an object; {_SKIP_HINT}")
-                rows.append(row)
-            except UserError:
-                if not skip_malformed:
-                    raise
-                skipped += 1
-    _tell(path, skipped)
-    return rows
-
-
-def _parse(text: str, where: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_twins([name for name, _ in pairs], where, "key")
-        return dict(pairs)
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=once)
-        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
-            json.dumps(parsed, ensure_ascii=False).encode()
-        return parsed
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {reason(error)}; {_SKIP_HINT}") from error
-
-
-def _refuse_twins(names: Sequence[str], where: str, what: str) -> None:
-    """Raises UserError where two columns or keys have one name: only the last would count."""
-    twins = sorted({name for name in names if names.count(name) > 1})
-    if twins:
-        raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
+def _parquet_chunks(path: Path, task: TaskSpec, size: int) -> Iterator[Rows]:
+    _refuse_twin_fields(pq.read_schema(path), f"data file {path}")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(size):
+            table = pa.Table.from_batches([batch], file.schema_arrow)
+            table.validate(full=True)
+            yield table_rows(table, task, f"data file {path}")
 
 
 def _refuse_twin_fields(schema: Any, where: str) -> None:
     """The same of the columns of a table, and of what is nested in them."""
-    _refuse_twins([field.name for field in schema], where, "column")
+    refuse_twins([field.name for field in schema], where, "column")
     kinds = [field.type for field in schema]
     for kind in kinds:
         if pa.types.is_struct(kind):
             _refuse_twin_fields(list(kind), where)
         elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
             kinds.append(kind.value_type)
-
-
-def _tsv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, list[str]]]:
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    quoted = is_quoted(lines)
-    if quoted and task.name in TASKS:
-        quoted = False  # official files have no quoting, and QQP's look as if they had
-        _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
-    elif quoted:
-        _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
-    elif task.name not in TASKS and (marked := _marked(lines)) and _are_whole(marked):
-        _log.warning(
-            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
-            'field has a doubled one (""): name it .csv to have them off', path
-        )  # fmt: skip
-    filled = [number for number, fields in enumerate(lines, start=1) if fields != [""]]
-    # in a file of one column an empty line is an empty text, but around its rows
-    one_column = all(len(fields) == 1 for fields in lines)
-    texts = range(filled[0], filled[-1]) if filled and one_column else range(0)
-    for number, fields in enumerate(lines, start=1):
-        if fields != [""] or number in texts:
-            yield number, [_unquoted(field) for field in fields] if quoted else fields
-
-
-def is_quoted(lines: Sequence[Sequence[str]]) -> bool:
-    """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
-    own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    marked = _marked(lines)
-    return _are_whole(marked) and any('""' in field[1:-1] for field in marked)
-
-
-def _marked(lines: Sequence[Sequence[str]]) -> list[str]:
-    return [field for fields in lines for field in fields if '"' in field]
-
-
-def _are_whole(marked: Sequence[str]) -> bool:
-    return all(re.fullmatch(r'"(?:[^"]|"")*"', field) for field in marked)
-
-
-def _unquoted(field: str) -> str:
-    return field[1:-1].replace('""', '"') if field.startswith('"') else field
-
-
-def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(max(len(text), 1))
-    try:
-        for fields in reader:
-            if fields:
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.line_num}: not CSV: {error}; mend the line, or name it .tsv"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _records(
-    lines: Iterator[tuple[int, list[str]]], path: Path, task: TaskSpec, skip_malformed: bool
-) -> Rows:
-    """Rows of a file with a header, or of one in the task's official column order without."""
-    numbered = list(lines)
-    header = list(task.columns)
-    if numbered and _has_header([fields for _, fields in numbered], task):
-        header = numbered.pop(0)[1]
-        _refuse_twins(header, str(path), "column")
-    rows, skipped = [], 0
-    for number, fields in numbered:
-        if len(fields) == len(header):
-            rows.append(dict(zip(header, fields, strict=True)))
-        elif skip_malformed:
-            skipped += 1
-        else:
-            raise UserError(
-                f"{path}:{number}: {len(fields)} fields where {len(header)} are expected "
-                f"({_list(header)}); {_SKIP_HINT}"
-            )
-    _tell(path, skipped)
-    return rows
-
-
-def _has_header(lines: list[list[str]], task: TaskSpec) -> bool:
-    """Whether the first line names columns. It does not where the first line of the official width
-    holds a label in the official place: a name of another column is never taken for data."""
-    if {*task.fields, task.label_column, *task.renames} & set(lines[0]):
-        return True
-    if task.label_column not in task.columns:
-        return True
-    place = task.columns.index(task.label_column)
-    wide = next((fields for fields in lines if len(fields) == len(task.columns)), None)
-    return wide is None or not task.task_kind.is_label(task, wide[place])
-
-
-def _tell(path: Path, skipped: int) -> None:
-    if skipped:
-        _log.warning("%s: passed over %d malformed lines", path, skipped)
 
 
 def _binary_rows(path: Path, task: TaskSpec) -> Rows:

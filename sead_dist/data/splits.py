@@ -1,4 +1,4 @@
-"""The splits of a run: training (with transfer text), selection, and the official ones.
+"""The splits of a run: training (with unlabelled text), selection, and the official ones.
 
 Shapes: B rows.
 """
@@ -6,9 +6,10 @@ Shapes: B rows.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config.schema import DataConfig, RunConfig, teacher_names
@@ -17,40 +18,66 @@ from sead_dist.data.examples import (
     build_examples,
     concatenate,
     count_overlap,
+    divide,
     fingerprint,
     hold_out,
-    remove_overlap,
     sample,
+    subset,
 )
 from sead_dist.data.formats import Route
-from sead_dist.data.loading import load_split, read_rows
+from sead_dist.data.loading import split_chunks
 from sead_dist.data.order import Split, describe_cuts, make_split
 from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.unlabeled import UnlabelledText, chunk_size, gather_text
 from sead_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunExamples:
-    """train holds labelled rows, then transfer rows. official: the task's evaluation splits, the
-    first one first. dev_in_training: official texts that occur in the training or transfer text."""
+    """train holds labelled rows, then unlabelled text (the first rest_rows are of the train file),
+    then copies. official: the task's evaluation splits, the first one first. dev_in_training:
+    official texts that occur in the training rows or the text. copied: the operation of each copy;
+    copies: a hash of them. removed: rows that were left out, by what they were."""
 
     train: ExampleSet
     selection: ExampleSet
     official: dict[str, ExampleSet]
     transfer_rows: int
     dev_in_training: int
+    rest_rows: int = 0
+    copied: tuple[str, ...] = ()
+    copies: str = ""
+    removed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def labelled_rows(self) -> int:
+        return len(self.train) - self.transfer_rows - len(self.copied)
+
+    def kind(self, index: int) -> str:
+        """What a training row is: labelled, text of the train file or of a file, or the operation
+        that made a copy."""
+        place = index - self.labelled_rows
+        if place < 0:
+            return "labelled"
+        if place < self.transfer_rows:
+            return "rest" if place < self.rest_rows else "text"
+        return self.copied[place - self.transfer_rows]
 
     def fingerprint(self, task: TaskSpec) -> str:
-        """Of every text, label and their order, and of the task that reads them."""
+        """Of every text, label and their order, and of the task that reads them. Copies follow from
+        these and have a hash of their own."""
         digest = hashlib.sha256(repr(task).encode())
-        for part in (self.train, self.selection, *self.official.values()):
+        train = self.train
+        if self.copied:
+            train = subset(train, np.arange(len(train) - len(self.copied)))
+        for part in (train, self.selection, *self.official.values()):
             digest.update(fingerprint(part).encode())
         return digest.hexdigest()
 
 
 def route_of(config: RunConfig) -> Route | None:
     """How rows name their teachers, where the run's method asks for it."""
-    if not config.taught or config.ensemble != "routed" or config.teacher_column is None:
+    if not config.taught or not config.routed or config.teacher_column is None:
         return None
     return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 
@@ -60,80 +87,72 @@ def load_official(
 ) -> ExampleSet:
     """One split as its files have it."""
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
-    rows = load_split(
+    chunks = split_chunks(
         task,
         split,
         Path(data.path) if data.path is not None else None,
         Path(given) if given is not None else None,
         data.revision,
         data.skip_malformed,
+        chunk_size(task),
     )
-    return build_examples(task, rows, split, route=route)
-
-
-def _load_transfer(
-    config: RunConfig, task: TaskSpec, labelled: int, held: list[ExampleSet]
-) -> tuple[ExampleSet, int]:
-    """Transfer text without the texts of `held`, and how many rows were removed."""
-    path = Path(config.unlabeled.path or "")
-    rows = read_rows(path, task, config.data.skip_malformed)
-    if not rows:
-        raise UserError(f"unlabeled.path={path} has no rows; give a file that has some")
-    examples = build_examples(task, rows, "transfer", labelled=False, route=route_of(config))
-    removed = 0
-    for other in held:
-        examples, count = remove_overlap(examples, other)
-        removed += count
-    if config.unlabeled.ratio is not None:
-        most = max(1, round(config.unlabeled.ratio * labelled))
-        examples = sample(examples, most, config.selection.seed)
-    return examples, removed
+    parts: list[ExampleSet] = []
+    read = 0
+    for rows in chunks:
+        parts.append(build_examples(task, rows, split, route=route, first=read))
+        read += len(rows)
+    return concatenate(*parts)
 
 
 def split_off(
     config: RunConfig, task: TaskSpec, train: ExampleSet, dev: ExampleSet
-) -> tuple[ExampleSet, ExampleSet]:
-    """(train, selection). Rows are held out of the whole training split before it is sampled, so
-    that runs of different data.max_train_examples never select on each other's training rows."""
+) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
+    """(train, selection, the training rows that the sample left out). Rows are held out of the
+    whole training split before it is sampled, so that runs of different data.max_train_examples
+    never select on each other's training rows, nor on each other's text."""
     most, seed = config.data.max_train_examples, config.selection.seed
     if config.selection.split == "dev":
-        return (train if most is None else sample(train, most, seed)), replace(
-            dev, split="selection"
-        )
+        sampled, rest = divide(train, len(train) if most is None else most, seed)
+        return sampled, replace(dev, split="selection"), rest
     share = config.selection.fraction
     kept, selection = hold_out(task, train, share, seed)
+    size = len(kept)
     if most is not None:
         held = max(1, round(share * most))
-        kept, selection = sample(kept, max(1, most - held), seed), sample(selection, held, seed)
+        size, selection = max(1, most - held), sample(selection, held, seed)
     if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
             f"selection.fraction={share} or data.max_train_examples={most}"
         )
-    return kept, selection
+    sampled, rest = divide(kept, size, seed)
+    return sampled, selection, rest
 
 
 def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
-    """All splits of a run. Raises UserError for whatever is wrong with the files."""
+    """All splits of a run, without copies. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
     train = load_official(task, config.data, "train", route)
     official = {split: load_official(task, config.data, split, route) for split in names}
-    train, selection = split_off(config, task, train, official[names[0]])
-    labelled, transfer_rows = len(train), 0
-    if config.unlabeled.path is not None:
-        held = [selection, *official.values()]
-        transfer, removed = _load_transfer(config, task, labelled, held)
-        transfer_rows = len(transfer)
-        say(f"transfer text: {transfer_rows} rows; {removed} removed, equal to held-out texts")
-        train = replace(concatenate(train, transfer), split="train")
+    train, selection, rest = split_off(config, task, train, official[names[0]])
+    labelled, held = len(train), [selection, *official.values()]
+    text = UnlabelledText(None, 0, 0)
+    if config.unlabeled.path is not None or config.uses_rest:
+        text = gather_text(config, task, labelled, rest, held, route)
+    if text.examples is not None or config.unlabeled.path is not None or config.unlabeled.rest:
+        say(text.describe())
+    if text.examples is not None:
+        train = replace(concatenate(train, text.examples), split="train")
+    text_rows = len(train) - labelled
     overlap = sum(count_overlap(dev, train) for dev in official.values())
     sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
     say(
-        f"task {task.name}: train {labelled} labelled + {transfer_rows} transfer, "
+        f"task {task.name}: train {labelled} labelled + {text_rows} unlabelled, "
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
-    return RunExamples(train, selection, official, transfer_rows, overlap)
+    removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
+    return RunExamples(train, selection, official, text_rows, overlap, text.rest, removed=removed)
 
 
 def check_tokens(examples: RunExamples, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
@@ -173,8 +192,11 @@ def tokenless_row(part: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> int |
 def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
     """Where an example came from, as a person finds it: "row 4 of train"."""
     name = "train" if part is examples.selection else part.split
-    if part is examples.train and index >= len(part) - examples.transfer_rows:
-        name = "the transfer text"
+    kind = examples.kind(index) if part is examples.train else "labelled"
+    if kind == "text":
+        name = "the unlabelled text"
+    elif kind not in ("labelled", "rest"):
+        name = f"its file (a copy: {kind})"
     return f"row {int(part.rows_B[index]) + 1} of {name}"
 
 
@@ -208,10 +230,12 @@ def told_cuts(
     if max_length < asked:
         yield f"max_length={asked}, but the student's positions end at {max_length}"
     train = splits.train.tokens
-    labelled = len(examples.train) - examples.transfer_rows
+    labelled, text = examples.labelled_rows, examples.labelled_rows + examples.transfer_rows
     counts = {"train": train.cut_of(slice(labelled))}
     if examples.transfer_rows:
-        counts["transfer"] = train.cut_of(slice(labelled, None))
+        counts["unlabelled text"] = train.cut_of(slice(labelled, text))
+    if examples.copied:
+        counts["copies"] = train.cut_of(slice(text, None))
     counts["selection"] = splits.selection.tokens.cut_of()
     counts |= {name: split.tokens.cut_of() for name, split in splits.official.items()}
     line = describe_cuts(counts, max_length)

@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.errors import UserError
 
 
 def _known_kind(kind: Any) -> Any:
-    if kind not in list(KINDS):
-        *others, last = map(repr, KINDS)
-        expected = f"{', '.join(others)} or {last}"
-        raise PydanticKnownError("literal_error", {"expected": expected})
+    allowed = names("kind of task")
+    if kind not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
     return kind
 
 
@@ -53,6 +53,9 @@ class TaskSpec:
     reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"  # row shapes
     fields: tuple[str, ...] = ()  # columns read as text; default: those in the templates
     sentences: tuple[str, ...] = ()  # columns that tie rows together; default: `fields`
+    # the label stays where the two texts are swapped. Not in the repr, which is part of the data's
+    # fingerprint: it changes no row
+    symmetric: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", self.fields or self.templates)
@@ -89,7 +92,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_task_file(path: Path) -> TaskSpec:
-    """The task that a YAML file describes; UserError names the file, the key and the mend."""
+    """The task that a YAML file describes; UserError names the file, the key and the fix."""
     raw = read_yaml(path, f"task file {path}")
     if not isinstance(raw, dict):
         raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
@@ -97,7 +100,7 @@ def read_task_file(path: Path) -> TaskSpec:
 
 
 def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
-    """The task that these keys describe; UserError begins with `where` and names key and mend."""
+    """The task that these keys describe; UserError begins with `where` and names key and fix."""
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:
@@ -145,6 +148,8 @@ def find_problem(task: TaskSpec) -> str | None:
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):
                 return f"the template {text!r} has braces that hold no column's name alone"
+    if task.symmetric and task.text_b is None:
+        return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     if "train" not in task.splits or len(task.splits) < 2:

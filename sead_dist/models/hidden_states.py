@@ -33,7 +33,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Internals:
+class LayerOutputs:
     """Of one forward, float32, by layer (as in Wanted): each [R, L, H]. The maps of attention hold
     all heads side by side."""
 
@@ -44,7 +44,7 @@ class Internals:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class LayerParts:
     """Where a model's parts are. attention: per layer its maps for queries, keys and values, empty
     where they were not asked for."""
 
@@ -61,8 +61,8 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList | None:
     return next((found for found in lists if len(found) == depth), None)
 
 
-def find_anatomy(model: PreTrainedModel, who: str, attention: bool) -> Anatomy:
-    """The parts of a model that the losses over internals read.
+def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> LayerParts:
+    """The parts of a model that the losses over layer outputs read.
 
     Raises UserError, naming `who`, for a model that is not built like BERT.
     """
@@ -80,7 +80,7 @@ def find_anatomy(model: PreTrainedModel, who: str, attention: bool) -> Anatomy:
             "model built like BERT (bert, roberta, electra, distilbert), or method=distilbert, "
             "which needs hidden states alone"
         )
-    return Anatomy(
+    return LayerParts(
         list(layers),
         [found for found in maps if found is not None],
         model.config.hidden_size,
@@ -102,22 +102,22 @@ def attention_maps(layer: nn.Module) -> tuple[nn.Linear, ...] | None:
 
 
 @contextmanager
-def reading(anatomy: Anatomy, wanted: Wanted) -> Iterator[Internals]:
+def reading(layer_parts: LayerParts, wanted: Wanted) -> Iterator[LayerOutputs]:
     """Inside, a forward of the model fills what is given. Gradients flow through it."""
-    found = Internals()
+    found = LayerOutputs()
     with ExitStack() as hooks:
         if 0 in wanted.hidden:
-            enters = anatomy.layers[0].register_forward_pre_hook(
+            enters = layer_parts.layers[0].register_forward_pre_hook(
                 lambda _module, args, named: found.hidden.update({0: _first(args, named).float()}),
                 with_kwargs=True,
             )
             hooks.callback(enters.remove)
         for number in wanted.hidden:
             if number > 0:
-                hooks.callback(_keep(anatomy.layers[number - 1], found.hidden, number))
+                hooks.callback(_keep(layer_parts.layers[number - 1], found.hidden, number))
         for number in wanted.attention:
             kept = (found.queries, found.keys, found.values)
-            for module, into in zip(anatomy.attention[number - 1], kept, strict=True):
+            for module, into in zip(layer_parts.attention[number - 1], kept, strict=True):
                 hooks.callback(_keep(module, into, number))
         yield found
 
@@ -141,11 +141,11 @@ def _keep(module: nn.Module, into: dict[int, torch.Tensor], number: int) -> Call
 @dataclass(frozen=True)
 class TeacherLogits:
     """logits_NBC in task class order, float32; present_NB False where a teacher was not asked.
-    internals: of the run's guide, where the method asks for them."""
+    layer outputs: of the run's feature teacher, where the method asks for them."""
 
     logits_NBC: torch.Tensor
     present_NB: torch.Tensor
-    internals: Internals | None = None
+    layer_outputs: LayerOutputs | None = None
 
 
 # a score that no key with it has any weight

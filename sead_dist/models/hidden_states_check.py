@@ -16,10 +16,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import (
     NEVER,
-    Anatomy,
-    Internals,
+    LayerOutputs,
+    LayerParts,
     Wanted,
-    find_anatomy,
+    find_layer_parts,
     reading,
     scores,
 )
@@ -73,7 +73,7 @@ def check_kind(
     Raises UserError, naming `who`, for what differs in value or number.
     """
     attention = needs_attention(method)
-    layers = find_anatomy(whole, who, attention).layers
+    layers = find_layer_parts(whole, who, attention).layers
     try:
         rows, config = dense(
             two_rows(tokenizer, fitting_length(max_length, whole.config)),
@@ -81,7 +81,7 @@ def check_kind(
             int(tokenizer.pad_token_id),
         )
         model = random_model(config)
-        if type(find_anatomy(model, who, attention).layers[0]) is not type(layers[0]):
+        if type(find_layer_parts(model, who, attention).layers[0]) is not type(layers[0]):
             return
         pad_id = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
         differs = first_difference(model, who, method, asked(rows, tokenizer, pad_id))
@@ -117,9 +117,9 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def wanted_by(method: str, anatomy: Anatomy) -> Wanted:
+def wanted_by(method: str, layer_parts: LayerParts) -> Wanted:
     """All that a method may read of a model."""
-    last = len(anatomy.layers)
+    last = len(layer_parts.layers)
     return {
         "distilbert": Wanted((last,)),
         "tinybert": Wanted(tuple(range(last + 1)), tuple(range(1, last + 1))),
@@ -151,20 +151,23 @@ def first_difference(
     other = copy.deepcopy(model).eval()
     # fused kernels give no attentions
     other.set_attn_implementation("eager")
-    anatomy = find_anatomy(other, who, needs_attention(method))
-    wanted = wanted_by(method, anatomy)
-    found = (difference(other, anatomy, wanted, batch) for batch in batches)
+    layer_parts = find_layer_parts(other, who, needs_attention(method))
+    wanted = wanted_by(method, layer_parts)
+    found = (difference(other, layer_parts, wanted, batch) for batch in batches)
     return next((differs for differs in found if differs is not None), None)
 
 
 def difference(
-    model: PreTrainedModel, anatomy: Anatomy, wanted: Wanted, batch: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    layer_parts: LayerParts,
+    wanted: Wanted,
+    batch: Mapping[str, torch.Tensor],
 ) -> str | None:
     """What of the wanted the model itself gives otherwise than it is read; None: nothing."""
     on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     asks = {"output_hidden_states": True, "output_attentions": True, "return_dict": True}
     try:
-        with torch.no_grad(), torch.random.fork_rng(), reading(anatomy, wanted) as found:
+        with torch.no_grad(), torch.random.fork_rng(), reading(layer_parts, wanted) as found:
             torch.manual_seed(0)  # some attention draws
             own = model(**on_device, **asks)
     except Exception as error:  # models with code of their own raise anything
@@ -175,22 +178,24 @@ def difference(
     hidden, attentions = getattr(own, "hidden_states", None), getattr(own, "attentions", None)
     differs = None
     if wanted.hidden:
-        differs = hidden_difference(found, anatomy, wanted.hidden, hidden, mask_RL, close)
+        differs = hidden_difference(found, layer_parts, wanted.hidden, hidden, mask_RL, close)
     if wanted.attention and differs is None:
-        differs = attention_difference(found, anatomy, wanted.attention, attentions, mask_RL, close)
+        differs = attention_difference(
+            found, layer_parts, wanted.attention, attentions, mask_RL, close
+        )
     return differs
 
 
 def hidden_difference(
-    found: Internals,
-    anatomy: Anatomy,
+    found: LayerOutputs,
+    layer_parts: LayerParts,
     numbers: Sequence[int],
     own: Sequence[torch.Tensor] | None,
     mask_RL: torch.Tensor,
     close: float,
 ) -> str | None:
     """The first of the hidden states that differs, own text tokens alone."""
-    count = len(anatomy.layers) + 1
+    count = len(layer_parts.layers) + 1
     if len(own or ()) != count:
         return f"{count} hidden states are read, and it gives {len(own or ())}"
     assert own is not None
@@ -210,8 +215,8 @@ def hidden_difference(
 
 
 def attention_difference(
-    found: Internals,
-    anatomy: Anatomy,
+    found: LayerOutputs,
+    layer_parts: LayerParts,
     numbers: Sequence[int],
     own: Sequence[torch.Tensor] | None,
     mask_RL: torch.Tensor,
@@ -219,7 +224,7 @@ def attention_difference(
 ) -> str | None:
     """The first layer in which the softmax of what is read is not the attention, own text tokens
     alone."""
-    count = len(anatomy.layers)
+    count = len(layer_parts.layers)
     if len(own or ()) != count:
         return f"the attention of {count} layers is read, and it gives {len(own or ())}"
     assert own is not None
@@ -233,9 +238,9 @@ def attention_difference(
         if query_RLH.shape != key_RLH.shape or value_RLH.shape[:2] != mask_RL.shape:
             maps = [list(one.shape) for one in (query_RLH, key_RLH, value_RLH)]
             return f"{said}queries, keys and values of {', '.join(map(str, maps))}"
-        if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % anatomy.heads:
-            return f"{said}queries of {list(query_RLH.shape)} for {anatomy.heads} heads"
-        read_RALL = scores(query_RLH, key_RLH, anatomy.heads)
+        if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % layer_parts.heads:
+            return f"{said}queries of {list(query_RLH.shape)} for {layer_parts.heads} heads"
+        read_RALL = scores(query_RLH, key_RLH, layer_parts.heads)
         read_RALL = read_RALL.masked_fill(outside_R11L, NEVER).softmax(-1)
         if read_RALL.shape != own_RALL.shape:
             return f"{said}{list(read_RALL.shape)}, and it gives {list(own_RALL.shape)}"

@@ -41,7 +41,7 @@ class Loaded:
         return self.missing | {name for name, _, _ in self.mismatched}
 
     def describe(self, who: str, redrawn: Iterable[str] = ()) -> str:
-        """One line for the log; redrawn: what came from the files and was drawn anew since."""
+        """One line for the log; redrawn: what came from the files and was drawn again since."""
         new = sorted({*self.new, *redrawn})
         line = f"start {who}: {self.total - len(new)} of {self.total} tensors loaded; new: "
         line += ", ".join(new) or "none"

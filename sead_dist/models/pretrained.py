@@ -42,7 +42,7 @@ COUNTED = (
 )
 # no size of a model is larger
 LARGEST = 2**31
-COPY = "mend it, or copy the whole folder again"
+COPY = "fix it, or copy the whole folder again"
 # relative positions, without a table that could end, whatever number their files still carry
 # (T5's n_positions, Funnel's max_position_embeddings, XLNet's -1)
 UNLIMITED = ("bloom", "funnel", "mt5", "t5", "umt5", "xlnet")

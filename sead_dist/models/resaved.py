@@ -127,6 +127,6 @@ def refuse(folder: Path, reason: str) -> NoReturn:
     folder.rename(aside)
     raise RunError(
         f"the saved model is not what was trained: {reason}; it lies in {aside}, and the last "
-        "checkpoint is intact; mend the disk or change the version of Transformers, then give the "
+        "checkpoint is intact; fix the disk or change the version of Transformers, then give the "
         "same command again"
     )

@@ -72,7 +72,7 @@ def align_classes(
     """For each task class, the column of the model's own logits: order_C with
     logits_task = logits_model[:, order_C]. (Invariant 4; our own rule.)
 
-    names: the model's label names; labels: what the person says they are, or "task_order"; mend:
+    names: the model's label names; labels: what the person says they are, or "task_order"; fix:
     how to say it, ready to copy (default: a teacher's entry). Raises UserError with that line.
     """
     entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
@@ -210,7 +210,7 @@ def _no_code(checkpoint: Checkpoint, file: Path) -> Iterator[None]:
         raise UserError(
             f"{checkpoint.name}: its weights cannot be read: {file.name} holds more than "
             f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
-            "save it anew as model.safetensors where you trust it"
+            "save it again as model.safetensors where you trust it"
         ) from error
 
 
@@ -306,7 +306,7 @@ def save_model(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(
-            f"the model cannot be written to {folder}: {error}; free space or mend the folder, "
+            f"the model cannot be written to {folder}: {error}; free space or fix the folder, "
             "then give the same command again"
         ) from error
 

@@ -64,7 +64,8 @@ def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str
 
 def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
     """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
-    sources = [student.tokenizer, student.path, *(teacher.path for teacher in teachers)]
+    models = [teacher.path for teacher in teachers if teacher.is_model]
+    sources = [student.tokenizer, student.path, *models]
     source = next((source for source in sources if source is not None), None)
     if source is None:
         raise UserError(
@@ -186,7 +187,7 @@ def build_student(
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
     A head that came with the checkpoint is kept when its label names align with the task's; else
-    its layer that ends in classes is made anew (from the seed). say: takes the line on what was
+    its layer that ends in classes is made again (from the seed). say: takes the line on what was
     loaded and what is new.
     """
     names = task.task_kind.outputs(task)
@@ -278,7 +279,7 @@ def _place_in_order(final: torch.nn.Linear, order_C: Sequence[int]) -> None:
 
 
 def _renew(final: torch.nn.Linear, scale: float) -> None:
-    """Weights for classes that are unknown are worth nothing: draw them anew."""
+    """Weights for classes that are unknown are worth nothing: draw them again."""
     with torch.no_grad():
         final.weight.normal_(0.0, scale)
         if final.bias is not None:

@@ -1,24 +1,36 @@
-"""Losses: pure functions from logits to LossTerms.
+"""Losses: pure functions of logits, registered by name, and their sum.
 
 Shapes: B rows, C classes. Every function returns per-row losses; `total_loss` divides by the valid
 rows of the *global* batch, so a sum over micro-batches and ranks is the global batch's mean.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from sead_dist.config.schema import RunConfig
-from sead_dist.objectives.ensemble import SoftTargets, known
+from sead_dist.config.registered import claim_name
+from sead_dist.objectives.weightings import known
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """targets_BC: probabilities at `temperature` (regression: scores); logits_BC: the combined
+    logits whose softmax at `temperature` the targets are; weights_NB sum to 1 over teachers."""
+
+    targets_BC: torch.Tensor
+    logits_BC: torch.Tensor
+    weights_NB: torch.Tensor
+    temperature: float
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
 
-    soft, hard and inner (over a teacher's internals) are before their shares, for the log; total is
-    what is differentiated.
+    soft, hard and inner (over a teacher's hidden states and attention) are before their shares, for
+    the log; total is what is differentiated.
     """
 
     total: torch.Tensor
@@ -27,27 +39,29 @@ class LossTerms:
     inner: torch.Tensor
 
 
-def alpha_at(config: RunConfig, step: int, total_steps: int) -> float:
-    """The share of the soft loss at a step (from 0): alpha, or evenly from alpha at the first step
-    to alpha_end at the last."""
-    if config.alpha_end is None or total_steps < 2:
-        return config.alpha
-    done = step / (total_steps - 1)
-    return (1 - done) * config.alpha + done * config.alpha_end
+SoftFunction = Callable[[torch.Tensor, SoftTargets], torch.Tensor]
+HardFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
-    """Per-row loss_B against the soft targets.
+@dataclass(frozen=True)
+class SoftLoss:
+    """loss(student_BC, soft) -> loss_B. needs_classes: it means nothing for scores."""
 
-    kl: T^2 * KL(targets || softmax(student / T)) (Hinton et al. 2015, section 2: gradients of soft
-    targets scale with 1/T^2). mse: mean over classes of the squared difference of logits (or of
-    scores, for regression).
-    """
-    if loss == "mse":
-        return F.mse_loss(student_BC, soft.logits_BC, reduction="none").mean(-1)
+    loss: SoftFunction
+    needs_classes: bool = False
+
+
+def divergence(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Tensor:
+    """T^2 * KL(targets || softmax(student / T)) (Hinton et al. 2015, section 2: gradients of soft
+    targets scale with 1/T^2)."""
     log_q_BC = F.log_softmax(student_BC / soft.temperature, dim=-1)
     kl_BC = F.kl_div(log_q_BC, soft.targets_BC, reduction="none")
     return kl_BC.sum(-1) * soft.temperature**2
+
+
+def squared_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Tensor:
+    """The mean over classes of the squared difference of logits (or of scores, for regression)."""
+    return F.mse_loss(student_BC, soft.logits_BC, reduction="none").mean(-1)
 
 
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
@@ -60,8 +74,39 @@ def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Ten
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
 
 
+# those that `loss` names
+SOFT_LOSSES = {
+    "kl": SoftLoss(divergence, needs_classes=True),
+    "mse": SoftLoss(squared_difference),
+}
 # those that a kind of task names
-HARD_LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+HARD_LOSSES: dict[str, HardFunction] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+}
+
+
+def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False) -> None:
+    """Let `loss` name this soft loss: loss(student_BC, soft) -> loss_B, one value a row.
+
+    student_BC: the student's logits, or scores (C is 1). soft: `targets_BC`, `logits_BC`,
+    `temperature`. needs_classes: refuse it for tasks whose labels are scores. Raises UserError
+    where the name is taken.
+    """
+    claim_name("loss", name)
+    SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
+
+
+def register_hard_loss(name: str, loss: HardFunction) -> None:
+    """Let a kind of task name this hard loss: loss(student_BC, labels_B) -> loss_B, 0 where a row
+    has no gold label. Raises UserError where the name is taken."""
+    claim_name("hard loss", name)
+    HARD_LOSSES[name] = loss
+
+
+def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
+    """Per-row loss_B against the soft targets, by the loss's name."""
+    return SOFT_LOSSES[loss].loss(student_BC, soft)
 
 
 def hard_loss(

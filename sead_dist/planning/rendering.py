@@ -11,7 +11,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from sead_dist.planning.memory import FULL
-from sead_dist.planning.scenario import Forecast, Setting, own_placements
+from sead_dist.planning.scenario import Estimate, Setting, own_placements
 from sead_dist.planning.workload import store_bytes, training_seconds
 from sead_dist.runs.setup import uneven
 from sead_dist.runtime.console import clock, print_table
@@ -75,7 +75,7 @@ def choices(setting: Setting) -> list[str]:
     return lines
 
 
-def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
+def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     """What a reader of the tables should know: the choice and why, and what is not counted."""
     work, allowed = setting.work, [one for one in found if one.refused is None]
     lines = choices(setting)
@@ -103,7 +103,7 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
     if setting.config.feature_loss is not None:
-        lines.append("the guide's own forwards in each step are not counted")
+        lines.append("the feature teacher's own forwards in each step are not counted")
     if setting.teachers:
         lines.append(
             "examples/s and bound: training examples over all seconds, also those in which "
@@ -114,7 +114,7 @@ def notes(setting: Setting, found: Sequence[Forecast]) -> list[str]:
     return [*setting.rates.notes, *lines]
 
 
-def show(setting: Setting, task: str, found: Sequence[Forecast]) -> None:
+def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
     """The plan on the console."""
     work, rates = setting.work, setting.rates
     print_table(
@@ -163,7 +163,7 @@ def show(setting: Setting, task: str, found: Sequence[Forecast]) -> None:
         print(line)
 
 
-def as_json(setting: Setting, task: str, found: Sequence[Forecast]) -> dict[str, Any]:
+def as_json(setting: Setting, task: str, found: Sequence[Estimate]) -> dict[str, Any]:
     """The plan for --json."""
     chosen, reason = choose_placements(setting.teachers, "auto", setting.size, setting.free)
     return {

@@ -44,7 +44,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """A run under one placement. Bytes are of the rank that needs most. seconds: until the last
     step is trained; start-up, scoring the student, and what the student's ranks exchange are not in
     it. workers: how many a pool needs for the student never to wait for long, which is what the
@@ -66,15 +66,15 @@ class Forecast:
     refused: str | None
 
 
-def forecasts(setting: Setting) -> list[Forecast]:
+def forecasts(setting: Setting) -> list[Estimate]:
     """The run under each placement, and under its own where that is a mixture."""
     count = len(setting.teachers)
     if not count:
-        return [forecast(setting, "no teachers", [])]
-    found = [forecast(setting, name, [name] * count) for name in PLACEMENTS]
+        return [estimate(setting, "no teachers", [])]
+    found = [estimate(setting, name, [name] * count) for name in PLACEMENTS]
     own, _ = own_placements(setting)
     if len({*own}) > 1:
-        found.append(forecast(setting, "this run", own))
+        found.append(estimate(setting, "this run", own))
     return found
 
 
@@ -84,7 +84,7 @@ def own_placements(setting: Setting) -> tuple[list[str], str]:
     return choose_placements(setting.teachers, default, setting.size, setting.free)
 
 
-def forecast(setting: Setting, name: str, placements: list[str]) -> Forecast:
+def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
     """The run with its teachers placed so."""
     config, teachers, rates, size = setting.config, setting.teachers, setting.rates, setting.size
     work, workers_s = without_pool(setting, placements)
@@ -103,7 +103,7 @@ def forecast(setting: Setting, name: str, placements: list[str]) -> Forecast:
         teachers_s += gathered_bytes(setting, work, placements) / rates.link
     training_s = training_seconds(work, rates.student, size)
     seconds = teachers_s + training_s
-    return Forecast(
+    return Estimate(
         placement=name,
         placements=placements,
         student_bytes=own,

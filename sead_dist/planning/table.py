@@ -21,7 +21,7 @@ from sead_dist.runtime.distributed import World, from_main, on_every_rank
 from sead_dist.runtime.run_log import check_writable, write_json
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.feature_teacher import check_guide, held_everywhere
+from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
 from sead_dist.teachers.placement import least_free
 from sead_dist.teachers.teacher import call_roster
 
@@ -55,9 +55,15 @@ def plan(
         world, lambda: read_inputs(config, lambda _note: None)
     )
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    for teacher in teachers:
+        if teacher.answers is not None:
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
+                "told before; plan without it"
+            )
     max_length = fitting_length(config.max_length, student.config)
     words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
     folder = Path(config.store.path) if config.store.path else default_store()
 

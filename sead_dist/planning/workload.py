@@ -14,6 +14,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, entries, sample
 from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
 from sead_dist.data.splits import RunExamples
+from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.inference import (
     cut_into_batches,
@@ -65,19 +66,16 @@ def sampled_lengths(
 
 def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
     """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
-    chooses only after the examination, the costliest stands for the chosen."""
+    chooses only after the validation, the costliest stands for the chosen."""
+    if not teachers:
+        return []
     names = [teacher.name for teacher in teachers]
-    if config.ensemble == "single":
-        largest = max(range(len(names)), key=lambda n: teachers[n].parameters, default=0)
-        chosen = largest if config.teacher is None else names.index(config.teacher)
-        return [float(n == chosen) for n in range(len(names))]
-    if config.ensemble == "random":
-        return [1 - (1 - 1 / len(names)) ** config.num_train_epochs] * len(names)
-    if config.ensemble == "routed" and train.routes_B is not None:
-        return [float((train.routes_B == n).mean()) for n in range(len(names))]
-    if config.ensemble == "fixed":
-        return [float(teacher.entry.weight > 0) for teacher in teachers]
-    return [1.0] * len(names)
+    known = Known(
+        given=[teacher.entry.weight for teacher in teachers],
+        chosen=None if config.teacher is None else names.index(config.teacher),
+        sizes=[teacher.parameters for teacher in teachers],
+    )
+    return WEIGHTINGS[config.ensemble].shares(known, config.num_train_epochs, train.routes_B)
 
 
 def make_work(

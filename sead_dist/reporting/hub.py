@@ -58,7 +58,7 @@ def check_push(repo: str | None) -> None:
     except HfHubHTTPError as error:
         raise UserError(
             f"the hub ({constants.ENDPOINT}) does not accept the token: {reason(error)}; "
-            f"hf auth login anew, {later}"
+            f"hf auth login again, {later}"
         ) from None
     except Exception as error:  # the connection's own kinds of error are many
         raise UserError(

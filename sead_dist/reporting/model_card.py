@@ -213,23 +213,23 @@ def _method(files: RunFiles) -> Iterable[tuple[str, object]]:
 
 
 def _teacher_table(files: RunFiles) -> str:
-    exams = {exam["name"]: exam for exam in files.examination}
-    drifted = any(exam.get("drift") for exam in files.examination)
+    validations = {validation["name"]: validation for validation in files.validations}
+    drifted = any(validation.get("drift") for validation in files.validations)
     rows = []
     for teacher in files.teacher_manifest:
-        exam = exams.get(teacher["name"], {})
+        validation = validations.get(teacher["name"], {})
         source, revision = redact(str(teacher.get("path", ""))), teacher.get("revision")
         row = [
             redact(teacher["name"]),
             f"{source}@{str(revision)[:12]}" if revision else source,
             teacher.get("parameters"),
             f"`{str(teacher.get('weights_sha256'))[:16]}`",
-            exam.get("score"),
-            exam.get("constant_score"),
+            validation.get("score"),
+            validation.get("constant_score"),
             redact(teacher.get("placement")),
         ]
-        rows.append(row + _drift_cells(teacher, exam.get("drift")) if drifted else row)
-    scored = f"exam, {files.examination[0]['metric']}" if files.examination else "exam"
+        rows.append(row + _drift_cells(teacher, validation.get("drift")) if drifted else row)
+    scored = f"validation, {files.validations[0]['metric']}" if files.validations else "validation"
     columns = ["teacher", "from", "parameters", "weights", scored, "constant", "placement"]
     if drifted:
         columns += ["computed in", "largest logit difference to fp32", "predictions changed"]
@@ -268,16 +268,19 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
     if spec is not None and spec.task_kind.limit is not None:
         yield spec.task_kind.limit
-    for exam in files.examination:
-        name = redact(exam["name"])
-        if not exam.get("passed", True):
+    for validation in files.validations:
+        name = redact(validation["name"])
+        if not validation.get("passed", True):
             yield f"Teacher {name} was no better than a constant answer."
-        if exam.get("better_order"):
-            order = ", ".join(exam["better_order"])
+        if validation.get("better_order"):
+            order = ", ".join(validation["better_order"])
             yield f"Teacher {name} would score better with its classes in the order {order}."
-        if cut := exam.get("truncated_rows"):
-            yield f"Teacher {name} saw {cut} exam rows cut at its maximum length."
-    found = max((exam.get("dev_texts_in_training") or 0 for exam in files.examination), default=0)
+        if cut := validation.get("truncated_rows"):
+            yield f"Teacher {name} saw {cut} selection rows cut at its maximum length."
+    found = max(
+        (validation.get("dev_texts_in_training") or 0 for validation in files.validations),
+        default=0,
+    )
     if found:
         yield f"{found} dev texts also occur in the training or transfer text."
 

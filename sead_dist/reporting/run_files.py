@@ -45,7 +45,7 @@ class RunFiles:
     config: Mapping[str, Any]
     scores: Mapping[str, Any]
     eval_results: Mapping[str, Any]
-    examination: Sequence[Mapping[str, Any]] = ()
+    validations: Sequence[Mapping[str, Any]] = ()
     teacher_manifest: Sequence[Mapping[str, Any]] = ()
     run_summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +98,9 @@ def read_run(run: Path) -> RunFiles:
         config=config,
         scores=read_as(Scores, run / "scores.json"),
         eval_results=read_as(keys, run / "eval_results.json"),
-        examination=optional("examination.json", list[keys], []),
+        # runs of before keys had their present names called it examination.json
+        validations=optional("teacher_validation.json", list[keys], [])
+        or optional("examination.json", list[keys], []),
         teacher_manifest=optional("teacher_manifest.json", list[keys], []),
         run_summary=optional("run_summary.json", keys, {}),
         environment=optional("environment.json", keys, {}),

@@ -18,6 +18,8 @@ from typing import Any
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.names import renamed
+from sead_dist.config.plugins import keep_plugins, kept_paths
+from sead_dist.config.registered import MODEL
 from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
@@ -37,7 +39,7 @@ from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
     *("metrics.jsonl", "log.txt", "progress.json"),
-    *("examination.json", "teacher_manifest.json"),
+    *("teacher_validation.json", "teacher_manifest.json", "ensemble.json"),
 )
 
 # where a student leaves word for workers of its pool
@@ -45,8 +47,9 @@ FOLLOWED = Path(".pool") / "student.json"
 
 
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
-    """Teachers as they were written, placement aside."""
-    return [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
+    """Teachers as they were written, placement aside, and the kind that all once had."""
+    given = [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
+    return [{k: v for k, v in one.items() if (k, v) != ("kind", MODEL)} for one in given]
 
 
 def has_progress(run: Path) -> bool:
@@ -146,8 +149,10 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
     if Path(config.task).is_file():
         shutil.copyfile(config.task, run / "task.yaml")
+    keep_plugins(config.plugins, run)
+    kept = config.model_copy(update={"plugins": kept_paths(config.plugins, run)})
     with written_aside(run / "config.yaml") as aside:
-        aside.write_text(without_secrets(dump_config(config)), encoding="utf-8")
+        aside.write_text(without_secrets(dump_config(kept)), encoding="utf-8")
     write_json(run / "environment.json", environment())
 
 

@@ -8,15 +8,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import Split
 from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.student import check_start, student_tokenizer
-from sead_dist.objectives.ensemble import asked_teachers, frozen_weights
+from sead_dist.objectives.ensemble import (
+    Ensemble,
+    asks_selection,
+    frozen_weights,
+    make_ensemble,
+)
+from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.claim import already_finished
 from sead_dist.runs.encoders import teacher_runs
@@ -24,10 +32,10 @@ from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
-from sead_dist.runtime.run_log import is_finished, steps_done, tell, write_json
+from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.validation import Examination, admit, ask_all, describe, examine
+from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
@@ -78,7 +86,7 @@ def distill(
             return run
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
-            parts.watch.explain(error)
+            parts.heartbeat.explain(error)
             raise
     barrier(world)
     return run
@@ -87,22 +95,22 @@ def distill(
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
     state = resume(parts)
-    weights_N = prepare_teachers(parts)
-    touch_past(parts, weights_N, state.step)
+    ensemble = prepare_teachers(parts)
+    touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
         parts.log.say(
             against_grace(
                 parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
             )
         )
-    state = make_trainer(parts, weights_N).run(state)
+    state = make_trainer(parts, ensemble).run(state)
     if state.step < parts.batches.total_steps:
         parts.log.say(
             f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
             "give the same command again to go on"
         )
         return
-    conclude(parts, state, weights_N, show_table)
+    conclude(parts, state, ensemble, show_table)
 
 
 def against_grace(save_s: float, grace_s: float) -> str:
@@ -192,71 +200,103 @@ def resume(parts: Parts) -> TrainState:
     return state
 
 
-def touch_past(parts: Parts, weights_N: torch.Tensor, done: int) -> None:
+def touch_past(parts: Parts, ensemble: Ensemble | None, done: int) -> None:
     """Count what teachers said for the steps that a resumed run has behind it."""
-    if parts.source is None:
+    if parts.source is None or ensemble is None:
         return
     batches = parts.batches
     for steps in batches.windows(0, parts.config.window_rows):
         steps = range(steps.start, min(steps.stop, done))
         if len(steps):
             entries_R = batches.entries(steps)
-            asked_NR = asked_teachers(batches, parts.config, weights_N, steps, entries_R)
+            asked_NR = ensemble.asked(batches, steps, entries_R)
             parts.source.touch(parts.splits.train, entries_R, asked_NR)
 
 
-def prepare_teachers(parts: Parts) -> torch.Tensor:
-    """Examine the teachers, and freeze the ensemble's weights_N before the first step."""
+def prepare_teachers(parts: Parts) -> Ensemble | None:
+    """Examine the teachers, and freeze the ensemble's weights before the first step; None without
+    teachers."""
     config, task, teachers = parts.config, parts.task, parts.teachers
     if parts.source is None:
-        return torch.zeros(0)
-    exams: list[Examination] = []
-    if needs_examination(config):
+        return None
+    validations: list[Validation] = []
+    logits_NBC: np.ndarray | None = None
+    if needs_validation(config):
         selection = parts.splits.selection
         logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.prefetch_rows, "the examination"
+            parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
         )
-        exams = examine(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+        validations = validate(
+            task, teachers, logits_NBC, selection, parts.examples.dev_in_training
+        )
         if config.teacher_validation == "fp32":
             drifts = measure_drift(parts.source, selection)
-            exams = [replace(e, drift=drift) for e, drift in zip(exams, drifts, strict=True)]
-        for exam, teacher in zip(exams, teachers, strict=True):
-            parts.log.say(describe(exam, teacher, len(selection)))
+            validations = [
+                replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
+            ]
+        for validation, teacher in zip(validations, teachers, strict=True):
+            parts.log.say(describe(validation, teacher, len(selection)))
         if parts.world.is_main:
-            record = [asdict(exam) for exam in exams]
-            write_json(Path(config.output_dir) / "examination.json", record)
+            record = [asdict(validation) for validation in validations]
+            write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
-            admit(task, exams, teachers)
-    weights_N = weigh(config, teachers, exams)
-    if config.ensemble == "single":
-        parts.log.say(f"the one teacher of this student: {teachers[int(weights_N.argmax())].name}")
-    return weights_N
+            require_passed(task, validations, teachers)
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits.selection)
+    names = [teacher.name for teacher in teachers]
+    kept = from_main(
+        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
+    )
+    ensemble = replace(ensemble, weights_N=torch.tensor(kept))
+    if ensemble.weighting.one_teacher:
+        chosen = teachers[int(ensemble.weights_N.argmax())]
+        parts.log.say(f"the one teacher of this student: {chosen.name}")
+    elif ensemble.weighting.has_frozen_weights:
+        weights = zip(names, kept, strict=True)
+        parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
+    return ensemble
 
 
-def needs_examination(config: RunConfig) -> bool:
+def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> list[float]:
+    """The weights that the run began with; at its first start these, which are kept."""
+    path = run / "ensemble.json"
+    if not path.is_file():
+        write_json(path, {"teachers": list(names), "weights": weights_N.tolist()})
+    kept: list[float] = read_as(list[float], path, "weights")
+    if len(kept) != len(weights_N):
+        raise UserError(
+            f"{path} holds {len(kept)} weights for {len(weights_N)} teachers; restore it or start "
+            "a new run"
+        )
+    return kept
+
+
+def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.validates or chosen_by_score(config)
-
-
-def chosen_by_score(config: RunConfig) -> bool:
-    """Whether the teachers' scores decide who teaches, and how much each counts."""
-    return config.ensemble == "score" or (config.ensemble == "single" and config.teacher is None)
+    return config.validates or asks_selection(config)
 
 
 def weigh(
-    config: RunConfig, teachers: Sequence[Teacher], exams: Sequence[Examination]
-) -> torch.Tensor:
-    """The ensemble's weights_N."""
+    config: RunConfig,
+    task: TaskSpec,
+    teachers: Sequence[Teacher],
+    validations: Sequence[Validation],
+    logits_NBC: np.ndarray | None,
+    selection: Split,
+) -> Ensemble:
+    """The ensemble, its weights frozen by what is known of the teachers. logits_NBC: of the
+    selection split, where it was asked."""
     names = [teacher.name for teacher in teachers]
-    return frozen_weights(
-        config.ensemble,
-        [teacher.entry.weight for teacher in teachers],
-        [exam.score for exam in exams],
-        None if config.teacher is None else names.index(config.teacher),
+    known = Known(
+        given=[teacher.entry.weight for teacher in teachers],
+        chosen=None if config.teacher is None else names.index(config.teacher),
+        scores=[validation.score for validation in validations],
+        logits_NBC=logits_NBC,
+        labels_B=selection.examples.labels_B,
     )
+    return make_ensemble(config, task.task_kind, frozen_weights(config, known))
 
 
-def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
+def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
     def select(step: int) -> EvalResult:
         return evaluate(
             parts.task,
@@ -274,14 +314,13 @@ def make_trainer(parts: Parts, weights_N: torch.Tensor) -> Trainer:
         batches=parts.batches,
         source=parts.source,
         teacher_names=[teacher.name for teacher in parts.teachers],
-        weights_N=weights_N,
-        kind=parts.task.task_kind,
+        ensemble=ensemble,
+        loss=parts.loss,
         checkpointer=parts.checkpointer,
         log=parts.log,
         select=select,
         metric=parts.task.metrics[0],
         stop=parts.stop,
-        watch=parts.watch,
-        live=parts.guide,
-        rival=parts.rival,
+        heartbeat=parts.heartbeat,
+        live=parts.feature_teacher,
     )

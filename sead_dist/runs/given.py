@@ -29,12 +29,16 @@ Data = Any
 Task = str | os.PathLike[str] | TaskSpec | RunConfig
 
 
+# the tables to keep, by split
+Tables = Callable[[], Mapping[str, pa.Table]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run's configuration, and what is given in memory to be kept in its folder."""
 
     config: RunConfig
-    tables: Callable[[], Mapping[str, pa.Table]] | None
+    tables: Tables | None
     task: TaskSpec | None
 
     @contextmanager
@@ -51,8 +55,11 @@ class Plan:
 
 
 def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
-    """What a call of `distill` or `finetune` asks for."""
-    layer = as_layer(keys)
+    """What a call of `distill` or `finetune` asks for. The key `unlabeled` may also be unlabelled
+    text itself: a file, a table, rows or texts."""
+    text = keys.get("unlabeled")
+    text = None if isinstance(text, Mapping) else text
+    layer = as_layer({k: v for k, v in keys.items() if k != "unlabeled" or text is None})
     own = checked_task(task) if isinstance(task, TaskSpec) else None
     layers: list[Mapping[str, Any]]
     if isinstance(task, TaskSpec):
@@ -60,8 +67,28 @@ def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     else:
         layers = [*task_layers(task), layer]
     config = resolve(layers)
-    told, tables = data_layer(data, own or load_task(config.task), config)
+    spec = own or load_task(config.task)
+    told, tables = data_layer(data, spec, config)
+    if text is not None:
+        told, tables = with_text(told, tables, text, spec, config)
     return Plan(resolve([*layers, told]), tables, own)
+
+
+def with_text(
+    told: dict[str, Any], tables: Tables | None, text: Data, spec: TaskSpec, config: RunConfig
+) -> tuple[dict[str, Any], Tables | None]:
+    """The keys and tables of `data_layer` with those of unlabelled text."""
+    if is_path(text):
+        return {**told, "unlabeled": {"path": os.fspath(text)}}, tables
+    others = tables or dict
+
+    def all_tables() -> Mapping[str, pa.Table]:
+        bare = isinstance(text, list | tuple) and text and not isinstance(text[0], Mapping)
+        given = text_rows(text, spec) if bare else text
+        return {**others(), "unlabeled": to_table(given, "unlabeled")}
+
+    kept_there = str(kept_file(Path(config.output_dir), "unlabeled"))
+    return {**told, "unlabeled": {"path": kept_there}}, all_tables
 
 
 def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, Any]]:
@@ -126,7 +153,7 @@ def split_names(spec: TaskSpec, data: Mapping[Any, Any]) -> dict[str, Any]:
 
 def data_layer(
     data: Data, spec: TaskSpec, config: RunConfig
-) -> tuple[dict[str, Any], Callable[[], Mapping[str, pa.Table]] | None]:
+) -> tuple[dict[str, Any], Tables | None]:
     """The keys that say where the rows are, and the tables that have to be put there, if any."""
     run, first = Path(config.output_dir), list(spec.splits)[1]
     if data is None:

@@ -12,10 +12,30 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
 
 
+def without_teachers_text(config: RunConfig) -> RunConfig:
+    """The configuration of a run that asks no teacher without the rows that only a teacher can say
+    something of: unlabelled text, and copies without gold labels."""
+    if config.taught:
+        return config
+    text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
+    copies = config.augment.copies if config.augment.gold_labels else None
+    augment = config.augment.model_copy(update={"copies": copies})
+    return config.model_copy(update={"unlabeled": text, "augment": augment})
+
+
 def refuse_unused_text(config: RunConfig) -> None:
-    """Raises UserError for unlabelled text in a run that asks no teacher: its rows would fill the
-    batches and teach nothing."""
-    if config.unlabeled.path is None or config.taught:
+    """Raises UserError for unlabelled text, or copies without gold labels, in a run that asks no
+    teacher: such rows would fill the batches and teach nothing. (`augment.copies=auto` is none.)"""
+    if config.taught:
+        return
+    copies, rest = config.augment.copies, config.unlabeled.rest
+    if config.unlabeled.path is not None:
+        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
+    elif rest:
+        key, what = "unlabeled.rest=true", "unlabelled rows are learnt"
+    elif isinstance(copies, int) and not config.augment.gold_labels:
+        key, what = f"augment.copies={copies}", "copies without gold labels are learnt"
+    else:
         return
     if config.encoders:
         why, fix = "finetune asks none", "and give it to distill"
@@ -23,10 +43,9 @@ def refuse_unused_text(config: RunConfig) -> None:
         why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
     else:
         why, fix = "none are given", "or give teachers=[DIR, ...]"
-    raise UserError(
-        f"unlabeled.path={config.unlabeled.path}: unlabelled rows are learnt from teachers alone, "
-        f"and {why}; leave unlabeled.path out, {fix}"
-    )
+    name = key.partition("=")[0]
+    own = " (augment.gold_labels=true keeps them)" if name == "augment.copies" else ""
+    raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -46,7 +65,7 @@ def check_inputs(config: RunConfig) -> None:
     if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
         raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
-        if not names_shape(entry.path):
+        if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision)
     # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
     if config.student.path is not None or config.student.tokenizer is not None:

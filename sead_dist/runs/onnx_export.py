@@ -105,7 +105,7 @@ def export_onnx(
 ) -> None:
     """Write `name` (a run folder or model folder) as ONNX into OUTPUT (default: NAME/onnx):
     model.onnx, with `quantized` model_int8.onnx too, tokeniser, config.json with the label names,
-    and export.json with what was measured. A run's card is made anew with it.
+    and export.json with what was measured. A run's card is made again with it.
 
     Raises UserError before any work; RunError, leaving nothing behind, where the fp32 file does
     not answer as PyTorch does.

@@ -1,5 +1,5 @@
 """`sead-dist teach`: a worker of the teacher pool. It fills the store for one student's run, in the
-order in which that student will ask: the selection split where it examines its teachers, the
+order in which that student will ask: the selection split where it validates its teachers, the
 training rows by step, and the official splits. It is given the words of the student's run, and
 needs no student to be there.
 """
@@ -21,9 +21,9 @@ from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.models.student import start_hash
-from sead_dist.objectives.ensemble import asked_teachers
+from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.claim import followed_store
-from sead_dist.runs.distillation import chosen_by_score, needs_examination, weigh
+from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
@@ -31,12 +31,12 @@ from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
-from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.pool import Worker
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
-from sead_dist.teachers.validation import Examination, admit, ask_all, examine
+from sead_dist.teachers.validation import Validation, ask_all, require_passed, validate
 from sead_dist.training.checkpoint import Identity, rules_of, teacher_identity
 
 
@@ -95,6 +95,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         start_hash(config.student, config.teachers),
         rules_of(config),
+        examples.copies,
     )
     words = tokenizer_hash(tokenizer)
     return Work(config, task, examples, splits, words, max_length, teachers, identity)
@@ -150,12 +151,12 @@ def open_worker(
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, work.accept_any))
 
-    def heed(_doing: str) -> None:
+    def progress_or_stop(_doing: str) -> None:
         if stop.signal is not None:
             raise StopRequestedError
 
     def check() -> bool:
-        heed("")
+        progress_or_stop("")
         refuse_other_student(work)
         refuse_other_store(run, store.layout)
         return not is_finished(run)
@@ -163,15 +164,15 @@ def open_worker(
     source = StoredSource(
         teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)), world, store,
         work.task.name, worker_folder(run, number, workers), work.accept_any,
-        config.trust_remote_code, log.say, heed,
+        config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
         source.share_tokens(split, work.words, work.max_length)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
-    claims = Claims(store.layout, config.pool.lease_s)
-    return Worker(source, claims, number, workers, check, log.say)
+    leases = Leases(store.layout, config.pool.lease_s)
+    return Worker(source, leases, number, workers, check, log.say)
 
 
 def fill_all(hand: Worker, work: Work) -> bool:
@@ -180,39 +181,44 @@ def fill_all(hand: Worker, work: Work) -> bool:
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
     # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
-    everyone = chosen_by_score(config)
-    examining = [
+    everyone = asks_selection(config)
+    validating = [
         chunk
         for chunk in chunks_of_split(splits.selection, count, rows)
         if everyone or work.pooled_N[chunk.teacher]
     ]
-    exams: list[Examination] = []
-    if needs_examination(config):
-        if not hand.fill(examining):
+    validations: list[Validation] = []
+    logits_NBC: np.ndarray | None = None
+    if needs_validation(config):
+        if not hand.fill(validating):
             return False
         if everyone or all(work.pooled_N):
-            exams = examine_all(source, work)
+            validations, logits_NBC = validate_all(source, work)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
         config.num_train_epochs, config.max_steps, 0, 1,
     )  # fmt: skip
-    asked = partial(asked_teachers, batches, config, weigh(config, teachers, exams))
+    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
+    asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
-    if not needs_examination(config):
-        chunks += examining
+    if not needs_validation(config):
+        chunks += validating
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
     return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
 
 
-def examine_all(source: StoredSource, work: Work) -> list[Examination]:
-    """Every teacher's examination, as the student holds it. Raises UserError where one fails."""
+def validate_all(source: StoredSource, work: Work) -> tuple[list[Validation], np.ndarray]:
+    """Every teacher's validation, as the student holds it, and logits_NBC of the selection split.
+    Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the examination")
-    exams = examine(work.task, teachers, logits_NBC, selection, work.examples.dev_in_training)
+    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the validation")
+    validations = validate(
+        work.task, teachers, logits_NBC, selection, work.examples.dev_in_training
+    )
     if config.validates:
-        admit(work.task, exams, teachers)
-    return exams
+        require_passed(work.task, validations, teachers)
+    return validations, logits_NBC
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:
@@ -279,7 +285,7 @@ def refuse_other_student(work: Work) -> None:
     except UserError:
         if manifest.exists():
             raise
-        return  # the student has not come yet, or is just giving its claim anew
+        return  # the student has not come yet, or is just giving its lease again
     remedy = "give worker and student the same words and files, or another output_dir"
     if len(expected) != len(teachers):
         raise UserError(

@@ -23,6 +23,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from sead_dist.config.plugins import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
@@ -77,6 +78,7 @@ def run_config(name: str) -> Mapping[str, Any]:
 
 def task_of(name: str, given: str | None) -> TaskSpec:
     """The task that was asked for, else the run folder's own. Raises UserError for neither."""
+    load_kept(Path(name))
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:

@@ -13,11 +13,10 @@ import torch
 
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
-from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.models.pretrained import fitting_length
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model
-from sead_dist.objectives.ensemble import combine
+from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
@@ -30,42 +29,27 @@ from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 
-def ensemble_logits(
-    parts: Parts, logits_NBC: np.ndarray, weights_N: torch.Tensor, routes_B: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(combined logits_BC, probabilities_BC at temperature 1; scores for regression). Gold labels
-    are not looked at: the score is what the ensemble would answer to a new text."""
-    teachers = TeacherLogits(
-        torch.from_numpy(logits_NBC), torch.ones(logits_NBC.shape[:2], dtype=torch.bool)
-    )
-    scores = not parts.task.task_kind.has_classes
-    routes = None if routes_B is None else torch.from_numpy(routes_B)
-    # of a new text no micro-batch says which teacher: together they are their mean
-    asked = parts.config.ensemble
-    method = "mean_probabilities" if asked == "random" and not scores else asked
-    soft = combine(method, teachers, None, weights_N, 1.0, scores, routes)
-    return soft.logits_BC.numpy(), soft.targets_BC.numpy()
-
-
 def score_split(
-    parts: Parts, split: Split, weights_N: torch.Tensor, step: int
+    parts: Parts, split: Split, ensemble: Ensemble | None, step: int
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
     """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
     result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
     scores: dict[str, Any] = {"student": result.metrics, "teachers": [], "ensemble": None}
-    if parts.source is None:
+    if parts.source is None or ensemble is None:
         return result, scores, None
     logits_NBC = ask_all(
         parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
     )
     routes_B = split.examples.routes_B
-    combined_BC, probabilities_BC = ensemble_logits(parts, logits_NBC, weights_N, routes_B)
+    answer = ensemble.answer(
+        torch.from_numpy(logits_NBC), None if routes_B is None else torch.from_numpy(routes_B)
+    )
     scores["teachers"] = [
         {"name": t.name, "metrics": compute_metrics(parts.task, logits_BC, split.examples)}
         for t, logits_BC in zip(parts.teachers, logits_NBC, strict=True)
     ]
-    scores["ensemble"] = compute_metrics(parts.task, combined_BC, split.examples)
-    return result, scores, probabilities_BC
+    scores["ensemble"] = compute_metrics(parts.task, answer.logits_BC.numpy(), split.examples)
+    return result, scores, answer.targets_BC.numpy()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -99,7 +83,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
         "store_hits": hits,
-        "internals": internals_record(parts, int(totals["live_rows"])),
+        "internals": feature_record(parts, int(totals["live_rows"])),
         "numerics": parts.source.numerics_read() if parts.source is not None else [],
         "teachers_s": round(parts.source.spent_s if parts.source is not None else 0.0, 3),
         "teacher_wait_s": round(totals["wait_s"], 3),
@@ -110,21 +94,22 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "deepspeed": parts.engine.deepspeed,
         "train_rows": len(parts.splits.train),
         "transfer_rows": parts.examples.transfer_rows,
+        "copy_rows": len(parts.examples.copied),
         "base_model": start if is_hub_id else None,
     }
 
 
-def internals_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
-    """Whose internals the student followed and how; `forwards` of it are live ones, which are made
-    anew in every epoch (those of steps that a killed run repeated are not counted)."""
-    if parts.guide is None or parts.rival is None:
+def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
+    """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
+    made again in every epoch (those of steps that a killed run repeated are not counted)."""
+    feature_loss = parts.loss.feature
+    if parts.feature_teacher is None or feature_loss is None:
         return None
-    rival = parts.rival
     return {
-        "method": rival.method,
-        "guide": parts.guide.name,
-        "variant": rival.variant,
-        "until_step": rival.until,
+        "method": feature_loss.method,
+        "guide": parts.feature_teacher.name,
+        "variant": feature_loss.variant,
+        "until_step": feature_loss.until,
         "forwards": forwards,
     }
 
@@ -158,7 +143,7 @@ def save_student(parts: Parts, state: TrainState) -> None:
 
 
 def score_splits(
-    parts: Parts, state: TrainState, weights_N: torch.Tensor
+    parts: Parts, state: TrainState, ensemble: Ensemble | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """(scores of student and teachers by split, the student's on the official ones as the card has
     them). Every prediction is written to predictions/."""
@@ -166,7 +151,7 @@ def score_splits(
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
     for name, split in splits.items():
-        result, scores[name], probabilities_BC = score_split(parts, split, weights_N, state.step)
+        result, scores[name], probabilities_BC = score_split(parts, split, ensemble, state.step)
         if name != "selection":
             first = not results
             results.update(result.card("eval" if first else f"eval_{name}"))
@@ -181,7 +166,7 @@ def score_splits(
     return scores, results
 
 
-def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_table: bool) -> None:
+def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_table: bool) -> None:
     """Bring back the best student, save it, score it once on the official splits, and report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
@@ -189,7 +174,7 @@ def conclude(parts: Parts, state: TrainState, weights_N: torch.Tensor, show_tabl
     world, config = parts.world, parts.config
     run = Path(config.output_dir)
     save_student(parts, state)
-    scores, results = score_splits(parts, state, weights_N)
+    scores, results = score_splits(parts, state, ensemble)
     closing = summary(parts, state)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 

@@ -1,6 +1,6 @@
 """The parts of a run, built from its configuration before the first step.
 
-All of a person's mistakes come to light here or in the examination.
+All of a person's mistakes come to light here or in the validation.
 """
 
 import logging
@@ -27,28 +27,35 @@ from sead_dist.data.splits import (
 )
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import find_anatomy
+from sead_dist.models.hidden_states import find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside, needs_attention
 from sead_dist.models.inputs import check_student, settle
 from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.student import build_student, start_hash, student_tokenizer
-from sead_dist.objectives.ensemble import check_method
-from sead_dist.objectives.feature_losses import Rival, check_rival, make_rival, start_as_guide
+from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
+from sead_dist.objectives.ensemble import check_method, check_selection
+from sead_dist.objectives.feature_losses import (
+    FeatureLoss,
+    check_feature_loss,
+    make_feature_loss,
+    start_as_feature_teacher,
+)
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runs.copies import add_copies
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.runtime.heartbeat import Watch, watching
+from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.shared import check_shared
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.feature_teacher import (
-    Guide,
+    FeatureTeacher,
     candidates,
-    check_guide,
+    check_feature_teacher,
     held_everywhere,
-    load_guide,
+    load_feature_teacher,
 )
 from sead_dist.teachers.placement import (
     check_placements,
@@ -57,7 +64,7 @@ from sead_dist.teachers.placement import (
     least_free,
     share_rows,
 )
-from sead_dist.teachers.pool_client import Follower, store_id
+from sead_dist.teachers.pool_client import PoolClient, store_id
 from sead_dist.teachers.rates import known_costs
 from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.source import StoredSource
@@ -85,14 +92,14 @@ class Parts:
     batches: BatchStream
     checkpointer: Checkpointer
     stop: StopFlag
-    watch: Watch
-    guide: Guide | None
-    rival: Rival | None
+    heartbeat: Heartbeat
+    feature_teacher: FeatureTeacher | None
+    loss: DistillationLoss
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
         long split is no hang."""
-        self.watch.move("scoring the student")
+        self.heartbeat.move("scoring the student")
         return self.engine.forward(inputs, choices)
 
 
@@ -114,7 +121,7 @@ def build(
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
     words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_guide(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
     identity = Identity(
         config.identity(),
@@ -122,12 +129,13 @@ def build(
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: start_hash(config.student, config.teachers)),
         rules_of(config),
+        examples.copies,
     )
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
-    watch = stack.enter_context(watching(run, world, stop, config.heartbeat))
+    heartbeat = stack.enter_context(running_heartbeat(run, world, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
@@ -153,17 +161,21 @@ def build(
     if not teachers:
         log.say("no teachers: the student learns from the labels alone")
     source = (
-        hire(config, task, world, teachers, run, store, log, watch, stack) if teachers else None
+        place_teachers(config, task, world, teachers, run, store, log, heartbeat, stack)
+        if teachers
+        else None
     )
     if source is not None:
         for split in (splits.train, splits.selection, *splits.official.values()):
             source.share_tokens(split, words, max_length)
-    guide, rival = None, None
+    feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:
-        chosen = choose_guide(config, task, teachers, source, splits.selection, watch)
-        guide, rival = follow(config, world, chosen, model, batches.total_steps)
-        log.say(f"feature_loss={rival.method} of {guide.name}: {rival.variant}")
-    rest = None if rival is None else rival.rest
+        chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
+        feature_teacher, feature_loss = follow(config, world, chosen, model, batches.total_steps)
+        log.say(
+            f"feature_loss={feature_loss.method} of {feature_teacher.name}: {feature_loss.variant}"
+        )
+    rest = None if feature_loss is None else feature_loss.rest
     engine = Engine(model, config, world, batches.total_steps, rest)
     if config.report_to is not None:
         engine.start_tracker("tracker", config.identity())
@@ -171,7 +183,8 @@ def build(
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
     return Parts(
         config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
-        checkpointer, stop, watch, guide, rival,
+        checkpointer, stop, heartbeat, feature_teacher,
+        make_loss(config, task.task_kind, batches.total_steps, feature_loss),
     )  # fmt: skip
 
 
@@ -182,7 +195,7 @@ def check_setting(config: RunConfig, world: World) -> None:
         from_main(world, lambda: check_push(config.hub_model_id))
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)
-    check_rival(config, zero.stage if zero is not None else None)
+    check_feature_loss(config, zero.stage if zero is not None else None)
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
@@ -209,6 +222,8 @@ def read_inputs(
     )
     settle(tokenizer, model.config)
     examples = load_examples(config, task, say)
+    examples = add_copies(config, task, examples, tokenizer, model, say)
+    check_selection(config, examples.selection.labels_B)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:
@@ -230,7 +245,7 @@ def quiet_libraries(world: World) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def hire(
+def place_teachers(
     config: RunConfig,
     task: TaskSpec,
     world: World,
@@ -238,7 +253,7 @@ def hire(
     run: Path,
     folder: Path,
     log: RunLog,
-    watch: Watch,
+    heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
     """The teacher source over the store in `folder`, with every teacher placed."""
@@ -261,57 +276,65 @@ def hire(
         for teacher, placement in zip(teachers, placements, strict=True)
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
-    follower = None
+    pool_client = None
     from_main(world, lambda: forget_followed(run))
     if "pool" in placements:
         root = store.layout.root
         from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
-        follower = Follower(store.layout, config.pool.timeout_s, log.say, watch.heed)
+        pool_client = PoolClient(
+            store.layout, config.pool.timeout_s, log.say, heartbeat.progress_or_stop
+        )
     source = StoredSource(
         teachers, placements, share_NW, world, store, task.name, run, accept_any,
-        config.trust_remote_code, log.say, watch.heed, follower,
+        config.trust_remote_code, log.say, heartbeat.progress_or_stop, pool_client,
     )  # fmt: skip
     stack.callback(source.close)
     return source
 
 
-def choose_guide(
+def choose_feature_teacher(
     config: RunConfig,
     task: TaskSpec,
     teachers: Sequence[Teacher],
     source: StoredSource,
     selection: Split,
-    watch: Watch,
+    heartbeat: Heartbeat,
 ) -> Teacher:
-    """The teacher that `guide` names, else the best on the selection split, as for `single`."""
+    """The teacher that `teacher` names, else the best on the selection split, as for `single`."""
     named = candidates(config, teachers)
     if len(named) == 1:
         return named[0]
     try:
         return teachers[best_teacher(source, task, selection, len(teachers), config.prefetch_rows)]
     except RuntimeError as error:
-        watch.explain(error)  # a collective breaks when another rank dies
+        heartbeat.explain(error)  # a collective breaks when another rank dies
         raise
 
 
 def follow(
     config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
-) -> tuple[Guide, Rival]:
-    """The guide at work, and the loss over its internals; the student at its start, changed where
-    the method says so."""
+) -> tuple[FeatureTeacher, FeatureLoss]:
+    """The feature teacher at work, and the loss over its hidden states and attention; the student
+    at its start, changed where the method says so."""
 
-    def load() -> tuple[Guide, Rival]:
+    def load() -> tuple[FeatureTeacher, FeatureLoss]:
         assert config.feature_loss is not None
-        body = load_guide(config, teacher, world.device)
-        anatomy = find_anatomy(
+        body = load_feature_teacher(config, teacher, world.device)
+        layer_parts = find_layer_parts(
             body, f"teacher {teacher.name}", needs_attention(config.feature_loss)
         )
-        rival = make_rival(config, model, anatomy, total_steps)
+        feature_loss = make_feature_loss(config, model, layer_parts, total_steps)
         if config.student_init == "feature_teacher":
-            fits = start_as_guide(model, body)
-            start = "the guide's layers" if fits else "its own, the guide's layers do not fit"
-            rival = replace(rival, variant=f"{rival.variant}; start: {start}")
-        return Guide(teacher.name, body, anatomy, rival.theirs, rival.until), rival
+            fits = start_as_feature_teacher(model, body)
+            start = (
+                "the feature teacher's layers"
+                if fits
+                else "its own, the feature teacher's layers do not fit"
+            )
+            feature_loss = replace(feature_loss, variant=f"{feature_loss.variant}; start: {start}")
+        return FeatureTeacher(
+            teacher.name, body, layer_parts, feature_loss.theirs, feature_loss.until
+        ), feature_loss
 
     return on_every_rank(world, load)
 

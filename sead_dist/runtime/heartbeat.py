@@ -1,5 +1,5 @@
-"""The watch: ranks tell each other that they live and move, and a run with a dead or hanging rank
-ends, naming it.
+"""The heartbeat: ranks tell each other that they live and move, and a run with a dead or hanging
+rank ends, naming it.
 
 RUN/.ranks/rank-K.json is rank K's sign of life, written aside and renamed several times in
 `timeout_s`. It goes by files because a process group that is broken cannot carry the news, and
@@ -62,7 +62,7 @@ class Peer:
     ended: bool = False
 
 
-class Watch:
+class Heartbeat:
     """This rank's signs of life, and its eye on the others; in a world of one it only counts."""
 
     def __init__(self, run: Path, world: World, stop: StopFlag, limits: Limits) -> None:
@@ -82,7 +82,7 @@ class Watch:
         self.place += 1
         self._note(doing)
 
-    def heed(self, doing: str) -> None:
+    def progress_or_stop(self, doing: str) -> None:
         """This rank has come further with work of its own, where a stop may be taken at once.
 
         Raises StopRequestedError.
@@ -113,7 +113,7 @@ class Watch:
     def look(self, now: float) -> None:
         """Read the others' signs of life, and hear of a stop that was asked of one of them."""
         if now - self.looked_at > self.limits.timeout_s / 2:
-            # this process was itself suspended, perhaps with all the others: count anew
+            # this process was itself suspended, perhaps with all the others: count again
             self.moved_at = now
             for peer in self.peers.values():
                 peer.changed_at = peer.moved_at = now
@@ -147,17 +147,17 @@ class Watch:
         silent_s, hang_s = self.limits.timeout_s, self.limits.hang_timeout_s
         dead = self.dead(now, silent_s)
         if dead:
-            return self._epitaph(dead[0], f"has given no sign of life for {silent_s:g} s", dead)
+            return self._end_line(dead[0], f"has given no sign of life for {silent_s:g} s", dead)
         at_work = [peer for peer in self.peers.values() if not peer.ended]
         if now - max([self.moved_at, *(peer.moved_at for peer in at_work)]) > hang_s:
             # the others went on until they had to wait for it
             places = {r: p.beat.place for r, p in self.peers.items() if p.beat and not p.ended}
             places[self.world.rank] = self.place
             first = min(places, key=lambda rank: places[rank])
-            return self._epitaph(first, f"hangs: no rank has moved for {hang_s:g} s", [])
+            return self._end_line(first, f"hangs: no rank has moved for {hang_s:g} s", [])
         return None
 
-    def _epitaph(self, rank: int, what: str, dead: list[int]) -> str:
+    def _end_line(self, rank: int, what: str, dead: list[int]) -> str:
         beat = self.own() if rank == self.world.rank else self.peers[rank].beat
         where = f" (process {beat.pid} on {beat.host})" if beat is not None else ""
         last = beat.doing if beat is not None else "not yet started"
@@ -177,7 +177,7 @@ class Watch:
             gone = [rank for rank, peer in self.peers.items() if peer.ended or self._vanished(peer)]
             gone = gone or self.dead(now, 5 * self.beat_s)
             if gone:
-                self.end(self._epitaph(gone[0], f"is gone ({reason[:120]})", gone), gone)
+                self.end(self._end_line(gone[0], f"is gone ({reason[:120]})", gone), gone)
             time.sleep(self.beat_s / 4)
 
     def _vanished(self, peer: Peer) -> bool:
@@ -204,7 +204,7 @@ class Watch:
             time.sleep(LAST_WORDS_S)
         os._exit(3)
 
-    def patrol(self, over: threading.Event) -> None:
+    def watch_peers(self, over: threading.Event) -> None:
         """Beat and look until `over`."""
         while not over.wait(self.beat_s):
             now = time.monotonic()
@@ -216,25 +216,27 @@ class Watch:
 
 
 @contextmanager
-def watching(run: Path, world: World, stop: StopFlag, limits: Limits) -> Iterator[Watch]:
+def running_heartbeat(
+    run: Path, world: World, stop: StopFlag, limits: Limits
+) -> Iterator[Heartbeat]:
     """The watch of this rank over a run, for as long as the block lasts. Every rank enters it."""
-    watch = Watch(run, world, stop, limits)
+    heartbeat = Heartbeat(run, world, stop, limits)
     if world.size == 1:
-        yield watch
+        yield heartbeat
         return
     from_main(world, lambda: clear(run / FOLDER))
     over = threading.Event()
-    thread = threading.Thread(target=watch.patrol, args=(over,), name="watch", daemon=True)
-    watch.beat()
+    thread = threading.Thread(target=heartbeat.watch_peers, args=(over,), name="watch", daemon=True)
+    heartbeat.beat()
     thread.start()
     try:
-        yield watch
+        yield heartbeat
     finally:
         over.set()
         thread.join()
-        watch.path(world.rank).unlink(missing_ok=True)
+        heartbeat.path(world.rank).unlink(missing_ok=True)
         with suppress(OSError):  # the last one removes it
-            watch.path(world.rank).parent.rmdir()
+            heartbeat.path(world.rank).parent.rmdir()
 
 
 def clear(folder: Path) -> None:

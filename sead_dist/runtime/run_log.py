@@ -126,7 +126,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif n < last:
-            raise UserError(f"{path} line {n + 1} is not a JSON object: mend or delete that line")
+            raise UserError(f"{path} line {n + 1} is not a JSON object: fix or delete that line")
     return records
 
 

@@ -83,7 +83,7 @@ class BlockReader:
         with self.layout.lock("store.lock", exclusive=False):
             trouble = ensure_key_block(self.layout, ids.hash, ids.ids_U2, self.sound_keys)
         if trouble:
-            self.report(f"store: keys/{trouble}; moved to quarantine/ and written anew")
+            self.report(f"store: keys/{trouble}; moved to quarantine/ and written again")
 
 
 def check_num_keys(block: ValueBlock, num_keys: int) -> None:

@@ -178,7 +178,7 @@ def _check_format(layout: Layout) -> int:
     except Exception as error:
         raise refusal(
             f"{path} cannot be read ({reason(error)}); it should hold "
-            f'{{"format": N}}: mend it or name another store=',
+            f'{{"format": N}}: fix it or name another store=',
             error,
         ) from error
     if found not in (PLAIN_FORMAT, FORMAT):
@@ -201,7 +201,7 @@ def explain(root: Path, name: str, error: OSError) -> str:
 
 def unreadable(path: Path, error: OSError) -> RunError:
     return RunError(
-        f"the prediction store cannot read {path} ({error.strerror}); mend that or name another "
+        f"the prediction store cannot read {path} ({error.strerror}); fix that or name another "
         "store="
     )
 

@@ -12,7 +12,10 @@ from sead_dist.errors import UserError
 # what the others are compared with where nothing else is named
 FINETUNE = "finetune"
 # arms are compared on the same rows, and with the same teachers
-COMMON_KEYS = ("task", "seed", "output_dir", "data", "selection", "teachers", "encoders")
+COMMON_KEYS = (
+    *("task", "seed", "output_dir", "data", "selection"),
+    *("teachers", "encoders", "plugins"),
+)
 # what says how many steps a run takes
 STEP_KEYS = ("max_steps", "num_train_epochs", "global_batch_size", "unlabeled", "augment")
 

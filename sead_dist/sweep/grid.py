@@ -16,17 +16,18 @@ from sead_dist.config.load import (
     merge,
     read_layers,
     resolve,
+    run_plugins,
     shipped_methods,
 )
-from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig, UnlabeledConfig
+from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tasks import nearest
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import misfit
+from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.encoders import teacher_layers, teacher_runs
-from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.inputs import refuse_unused_text, without_teachers_text
 from sead_dist.sweep.arms import FINETUNE, Arm, read_arms, reference_of
 
 TEACHERS = "teachers"
@@ -111,6 +112,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     own, run = split_layers(read_layers(words))
     refuse_single(run)
     sweep = read_sweep(own)
+    for layer in run:  # a task may be of a plugin's kind
+        run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
     arms = read_arms(sweep.methods, sweep.equal_steps == "on")
@@ -137,7 +140,7 @@ def make_plan(words: Sequence[str]) -> Plan:
             own = named(arm.keys, task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
             refuse_push(config, "a sweep")
-            reason = misfit(config, task.task_kind)
+            reason = why_unfit(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, arm.name] = reason
             else:
@@ -152,6 +155,7 @@ def make_plan(words: Sequence[str]) -> Plan:
             else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
         )
     refuse_useless(texts, students)
+    refuse_unknown_steps(students)
     return Plan(
         outputs.pop(),
         tuple(words),
@@ -175,6 +179,17 @@ def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
             f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
             "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
         )
+
+
+def refuse_unknown_steps(students: Sequence[Unit]) -> None:
+    """Raises UserError where there are copies and no number of steps: how many copies are kept is
+    known only when a run begins, and all methods are to take as many steps."""
+    for unit in students:
+        if unit.config.uses_copies and unit.config.max_steps is None:
+            raise UserError(
+                f"augment.copies={unit.config.augment.copies}: the steps of a sweep with copies do "
+                "not follow from its rows; give them: max_steps=N"
+            )
 
 
 def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -260,12 +275,12 @@ def teacher_units(
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     """A student's configuration with its teachers, given or made, and the sweep's store; without
-    the unlabelled text where it asks no teacher, which alone can say something of it.
+    the unlabelled text, and copies without gold labels, where it asks no teacher.
 
     Raises UserError where its method asks teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.ensemble != "none" and not teachers:
+    if config.asks_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"
@@ -274,10 +289,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     if store.path is None:
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
     given = {"teachers": teachers, "encoders": [], "store": store}
-    config = config.model_copy(update=given)
-    if config.taught:
-        return config
-    return config.model_copy(update={"unlabeled": UnlabeledConfig(path=None, ratio=None)})
+    return without_teachers_text(config.model_copy(update=given))
 
 
 def student_units(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
+from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.reporting.report import read_predictions
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
@@ -89,7 +90,7 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 def score_in(run: Path, split: str, metric: str) -> float:
     path = run / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         return float(read_json(path)["splits"][split]["student"][metric])
 
 
@@ -145,7 +146,8 @@ def cell(
         "steps": max((of["steps"] for of in summaries), default=None),
         "own_steps": own_steps,
         "labelled_rows": max(
-            (of["train_rows"] - of["transfer_rows"] for of in summaries), default=None
+            (of["train_rows"] - of["transfer_rows"] - of.get("copy_rows", 0) for of in summaries),
+            default=None,
         ),
         "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
     }
@@ -199,13 +201,12 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
     if not taught:
         return []
     # an ensemble of all teachers, and of the plainest kind, comes first
-    order = {"mean_logits": 0, "single": 2}
-    best = min(taught, key=lambda unit: order.get(unit.config.ensemble, 1))
+    best = min(taught, key=lambda unit: WEIGHTINGS[unit.config.ensemble].precedence)
     path = best.folder / "scores.json"
-    with reading(path, "restore it, or train this run anew"):
+    with reading(path, "restore it, or train this run again"):
         scores = read_json(path)["splits"][data.dev.split]
         found = [(str(teacher["name"]), teacher["metrics"]) for teacher in scores["teachers"]]
-        if best.config.ensemble != "single":
+        if not WEIGHTINGS[best.config.ensemble].one_teacher:
             found.append(("ensemble", scores["ensemble"]))
         task = data.task.name
         return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]

@@ -20,7 +20,7 @@ from sead_dist.data.task_files import constant_score
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start
-from sead_dist.objectives.ensemble import check_method
+from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers, try_lock
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.inputs import check_inputs
@@ -104,7 +104,7 @@ def tell_end(plan: Plan, came_to_end: bool) -> None:
         more = ", ..." if len(failed) > 4 else ""
         raise RunError(
             f"{len(failed)} of {len(plan.units)} runs failed: {named}{more}; the first because: "
-            f"{failed[0]['reason']}; mend it and give the same command again. {of_all}"
+            f"{failed[0]['reason']}; fix it and give the same command again. {of_all}"
         )
     if came_to_end:
         print(of_all, flush=True)
@@ -191,14 +191,16 @@ def read_task(plan: Plan, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
     task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
-    students.sort(key=lambda of: (of.unlabeled.path is None, of.ensemble == "routed"))
+    students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
+    for config in students:
+        check_selection(config, examples.selection.labels_B)
     dev = next(iter(examples.official.values()))
     return TaskData(
         task,
         dev,
-        len(examples.train) - examples.transfer_rows,
+        examples.labelled_rows,
         examples.transfer_rows,
         constant_score(task, dev),
         {rows_key(students[0]): examples.fingerprint(task)},
@@ -207,7 +209,8 @@ def read_task(plan: Plan, name: str) -> TaskData:
 
 def rows_key(config: RunConfig) -> str:
     """The keys that say which rows a run reads, and what of them."""
-    return repr((config.data, config.unlabeled, config.selection, route_of(config)))
+    rest = config.uses_rest
+    return repr((config.data, config.unlabeled, rest, config.selection, route_of(config)))
 
 
 def refuse_other_unit(plan: Plan, unit: Unit) -> None:
@@ -249,6 +252,7 @@ def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase
     for unit in [unit for unit in plan.units if unit.task == task]:
         start = unit.config.student.tokenizer or unit.config.student.path
         given = [] if plan.own_teachers or not unit.config.taught else unit.config.teachers
+        given = [entry for entry in given if entry.is_model]
         for entry in (*([TeacherConfig(path=start)] if start else []), *given):
             sources.setdefault(entry.path, entry)
     trust = plan.units[0].config.trust_remote_code

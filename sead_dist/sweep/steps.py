@@ -16,7 +16,7 @@ from sead_dist.sweep.results import TaskData
 
 def epoch_steps(config: RunConfig, data: TaskData) -> int:
     """Steps of one pass over the rows that a run has."""
-    rows = data.train_rows + (data.unlabelled_rows if config.unlabeled.path is not None else 0)
+    rows = data.train_rows + (data.unlabelled_rows if config.has_text else 0)
     return -(-rows // config.global_batch_size)
 
 
@@ -29,7 +29,7 @@ def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
     counted = any(config.max_steps is None for config in students)
-    return plan.equal_steps and counted and len({of.unlabeled.path for of in students}) > 1
+    return plan.equal_steps and counted and len({of.has_text for of in students}) > 1
 
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sead_dist.data.order import Batch, BatchStream, Split, Step
-from sead_dist.models.hidden_states import Internals, TeacherLogits
+from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class LiveTeacher(Protocol):
     @property
     def until(self) -> int: ...
 
-    def look(self, batch: Batch) -> Internals: ...
+    def look(self, batch: Batch) -> LayerOutputs: ...
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaughtStep:
     """A step with its teachers' logits per micro-batch, and the seconds spent waiting for them.
-    live: the teacher that also shows its internals in this step."""
+    live: the teacher that also shows its hidden states and attention in this step."""
 
     step: Step
     teachers: list[TeacherLogits] | None
@@ -62,12 +62,12 @@ class Lesson:
     live: LiveTeacher | None = None
 
     def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
-        """Each micro-batch with what its teachers say. Internals are computed when it is its turn,
-        so that those of one micro-batch are held at a time."""
+        """Each micro-batch with what its teachers say. Layer outputs are computed when it is its
+        turn, so that those of one micro-batch are held at a time."""
         for place, batch in enumerate(self.step.batches):
             said = None if self.teachers is None else self.teachers[place]
             if said is not None and self.live is not None:
-                said = replace(said, internals=self.live.look(batch))
+                said = replace(said, layer_outputs=self.live.look(batch))
             yield batch, said
 
     @property
@@ -92,8 +92,8 @@ def stream(
     depth: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
     live: LiveTeacher | None = None,
-) -> Iterator[Lesson]:
-    """The steps from `start` on, each with its teachers' logits, and a live one's internals.
+) -> Iterator[TaughtStep]:
+    """The steps from `start` on, each with its teachers' logits, and a live one's layer outputs.
 
     Teachers work in windows of up to `prefetch_rows` rows, `depth` windows ahead of the student
     (0: a window is computed when the student gets there). What a teacher says does not depend on
@@ -101,7 +101,7 @@ def stream(
     """
     if source is None:
         for number in range(start, batches.total_steps):
-            yield Lesson(batches.step(number), None, 0.0)
+            yield TaughtStep(batches.step(number), None, 0.0)
         return
     windows = batches.windows(start, look_ahead)
     ahead: deque[tuple[range, np.ndarray, Pending]] = deque()
@@ -133,5 +133,5 @@ def stream(
             step = batches.step(number)
             parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
             shows = live is not None and number < live.until
-            yield Lesson(step, parts, waited_s, live if shows else None)
+            yield TaughtStep(step, parts, waited_s, live if shows else None)
             waited_s = 0.0

@@ -53,7 +53,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
         source.share_NW[reduced],
         source.world, source.store, source.task, source.run / "drift",
         False,  # predictions of another class would be compared with themselves
-        source.trust_remote_code, source.say, source.heed,
+        source.trust_remote_code, source.say, source.progress_or_stop,
     )  # fmt: skip
     try:
         said_NRC, fp32_NRC = (_ask(one, split, entries_R) for one in (source, twins))

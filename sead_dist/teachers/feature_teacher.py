@@ -1,7 +1,7 @@
-"""The guide: the one teacher whose internals the student follows.
+"""The feature teacher: the one teacher whose layer outputs the student follows.
 
-Internals are too large to keep, so every rank holds the guide and runs it on the student's own
-micro-batches, in every epoch. Its logits come from the store as any teacher's do.
+Layer outputs are too large to keep, so every rank holds the feature teacher and runs it on the
+student's own micro-batches, in every epoch. Its logits come from the store as any teacher's do.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Anatomy, Internals, Wanted, reading
+from sead_dist.models.hidden_states import LayerOutputs, LayerParts, Wanted, reading
 from sead_dist.models.hidden_states_check import check_inside, check_kind
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.distributed import World
@@ -22,45 +22,51 @@ from sead_dist.teachers.whole import load_whole
 
 
 @dataclass(frozen=True)
-class Guide:
+class FeatureTeacher:
     """A teacher at work on the student's batches. until: the step (from 0) from which the method
-    asks for its internals no more."""
+    asks for its hidden states and attention no more."""
 
     name: str
     model: PreTrainedModel
-    anatomy: Anatomy
+    layer_parts: LayerParts
     wanted: Wanted
     until: int
 
     # not inference_mode: what it makes may not be part of a graph
     @torch.no_grad()
-    def look(self, batch: Batch) -> Internals:
-        """The wanted internals of a micro-batch's text rows, fillers included."""
+    def look(self, batch: Batch) -> LayerOutputs:
+        """The wanted layer outputs of a micro-batch's text rows, fillers included."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
-        with reading(self.anatomy, self.wanted) as found:
+        with reading(self.layer_parts, self.wanted) as found:
             self.model(**inputs)
         return found
 
 
 def candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
-    """The teachers that may become the guide: the one that `guide` names, else all of them."""
+    """The teachers that may become the feature teacher: the one that `teacher` names, else all of
+    them."""
     if config.feature_loss is None:
         return []
     return [t for t in teachers if config.teacher is None or t.name == config.teacher]
 
 
-def check_guide(
+def check_feature_teacher(
     config: RunConfig,
     teachers: Sequence[Teacher],
     tokenizer_hash: str,
     max_length: int,
     world: World,
 ) -> None:
-    """Raises UserError for a teacher that may become the guide and cannot show its internals on the
-    student's batches. tokenizer_hash, max_length: the student's."""
+    """Raises UserError for a teacher that may become the feature teacher and cannot show its hidden
+    states and attention on the student's batches. tokenizer_hash, max_length: the student's."""
     asks = f"feature_loss={config.feature_loss}"
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
+        if teacher.answers is not None:
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, and {asks} needs the "
+                f"hidden states of a model; leave it out{other}"
+            )
         placement = teacher.entry.placement or config.placement
         if placement in ("partitioned", "sharded") and world.size > 1:
             raise UserError(
@@ -111,7 +117,8 @@ def check_padding(teacher: Teacher, asks: str, other: str) -> None:
 
 
 def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
-    """The teachers, those that may become the guide colocated where the run may choose."""
+    """The teachers, those that may become the feature teacher colocated where the run may
+    choose."""
     may = {teacher.name for teacher in candidates(config, teachers)}
     return [
         replace(teacher, entry=teacher.entry.model_copy(update={"placement": "colocated"}))
@@ -121,10 +128,13 @@ def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teac
     ]
 
 
-def load_guide(config: RunConfig, teacher: Teacher, device: torch.device) -> PreTrainedModel:
-    """The guide's model, in eval mode and its own dtype, fed by the same rules as any teacher.
+def load_feature_teacher(
+    config: RunConfig, teacher: Teacher, device: torch.device
+) -> PreTrainedModel:
+    """The feature teacher's model, in eval mode and its own dtype, fed by the same rules as any
+    teacher.
 
-    Raises UserError where its internals are not what is read of it.
+    Raises UserError where its hidden states and attention are not what is read of it.
     """
     # its rows are the student's, padded: no packs
     padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))

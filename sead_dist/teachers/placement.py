@@ -95,6 +95,11 @@ def is_split(teacher: Teacher, placement: str, world: World) -> bool:
 def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
     """Raises UserError for an entry whose keys its placement cannot honour."""
     for teacher, placement in zip(teachers, placements, strict=True):
+        if teacher.answers is not None and placement == "sharded":
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, and only a model can be "
+                "sharded; give its entry placement: colocated"
+            )
         if teacher.entry.offload and placement != "sharded":
             raise UserError(
                 f"teacher {teacher.name}: offload=true is for placement=sharded, and it is "

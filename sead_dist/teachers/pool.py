@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sead_dist.teachers.chunks import Chunk
-from sead_dist.teachers.claims import Claim, Claims
+from sead_dist.teachers.leases import Lease, Leases
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.source import StoredSource
 
@@ -22,13 +22,13 @@ class Worker:
     def __init__(
         self,
         source: StoredSource,
-        claims: Claims,
+        leases: Leases,
         number: int,
         workers: int,
         check: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
-        self.source, self.claims, self.check, self.say = source, claims, check, say
+        self.source, self.claims, self.check, self.say = source, leases, check, say
         # where in the list the first chunk is looked for; from then on the oldest comes first
         self.turn = number - 1
         # how far from the front of the list a chunk may be preferred to those before it
@@ -50,15 +50,15 @@ class Worker:
                 self.drop_finished(left)
                 time.sleep(min(self.claims.broken_s / 10, MOST_PAUSE_S))
                 continue
-            chunk, claim = taken
-            with claim:
+            chunk, lease = taken
+            with lease:
                 self.compute(chunk)
             left.remove(chunk)
-        # a worker killed between its block and its claim has left the claim
+        # a worker killed between its block and its lease has left the lease
         self.claims.clear([self.name(chunk) for chunk in chunks])
         return True
 
-    def take(self, left: list[Chunk]) -> tuple[Chunk, Claim] | None:
+    def take(self, left: list[Chunk]) -> tuple[Chunk, Lease] | None:
         """The first open chunk, the very first time from this worker's place in the front of the
         list. Where not all teachers fit into memory, those that are loaded come before others in
         the front. Chunks that are in the store leave the list."""
@@ -71,13 +71,13 @@ class Worker:
             if self.is_finished(chunk):
                 left.remove(chunk)
                 continue
-            claim = self.claims.take(self.name(chunk))
-            if claim is not None:
+            lease = self.claims.take(self.name(chunk))
+            if lease is not None:
                 self.turn = 0
-                if claim.taken_from is not None:
+                if lease.taken_from is not None:
                     name = self.source.teachers[chunk.teacher].name
-                    self.say(f"{name}, {chunk.what}: taken over from {claim.taken_from}")
-                return chunk, claim
+                    self.say(f"{name}, {chunk.what}: taken over from {lease.taken_from}")
+                return chunk, lease
         return None
 
     def name(self, chunk: Chunk) -> str:

@@ -44,7 +44,7 @@ class Awaited:
         return int((self.table.present_U & ~self.touched_U).sum())
 
 
-class Follower:
+class PoolClient:
     """Waits for rows of teachers in the pool. `say` takes a line now and then; `heed` is told at
     every look, and may raise StopRequestedError."""
 
@@ -53,9 +53,14 @@ class Follower:
         layout: Layout,
         silent_s: float,
         say: Callable[[str], None],
-        heed: Callable[[str], None],
+        progress_or_stop: Callable[[str], None],
     ) -> None:
-        self.layout, self.silent_s, self.say, self.heed = layout, silent_s, say, heed
+        self.layout, self.silent_s, self.say, self.progress_or_stop = (
+            layout,
+            silent_s,
+            say,
+            progress_or_stop,
+        )
         self._said_at: dict[str, float] = {}
 
     def wait(self, awaited: Sequence[Awaited], what: str) -> None:
@@ -82,7 +87,7 @@ class Follower:
                 f"store {self.layout.root}"
             )
             self._say("waiting", line)
-            self.heed(line)
+            self.progress_or_stop(line)
             time.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_S)
 

@@ -64,7 +64,7 @@ def empty_model(teacher: Teacher, trust_remote_code: bool) -> PreTrainedModel:
     are computed (position ids) stand in no file."""
     with init_empty_weights(include_buffers=False):
         model = new_classifier(copy.deepcopy(teacher.config), trust_remote_code, teacher.dtype)
-    model.tie_weights()  # the context makes every parameter anew, tied ones twice
+    model.tie_weights()  # the context makes every parameter again, tied ones twice
     return model.eval().requires_grad_(False)
 
 
@@ -106,7 +106,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     if files[0].suffix != ".safetensors":
         raise UserError(
             f"teacher {teacher.name}: placement=sharded reads slices of safetensors, and its "
-            f"weights are {files[0].name}; save it anew with save_pretrained, or {MEND}"
+            f"weights are {files[0].name}; save it again with save_pretrained, or {MEND}"
         )
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     coded: set[str] = set()
@@ -127,12 +127,12 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
             shape = list(parameter.shape)
             raise UserError(
                 f"teacher {teacher.name}: placement=sharded found no tensor {name} of shape "
-                f"{shape} in its files; save it anew with save_pretrained, or {MEND}"
+                f"{shape} in its files; save it again with save_pretrained, or {MEND}"
             )
         if known[0] in coded:
             raise UserError(
                 f"teacher {teacher.name}: the weights of {name} are quantised in its files, and "
-                f"placement=sharded reads plain numbers; save it anew in bf16, or {MEND}"
+                f"placement=sharded reads plain numbers; save it again in bf16, or {MEND}"
             )
         found[name] = (stored[known[0]][0], known[0])
     for name, buffer in model.named_buffers():

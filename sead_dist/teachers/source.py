@@ -28,8 +28,9 @@ from sead_dist.store.table import Table
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.inference import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
+from sead_dist.teachers.kinds import answer_rows
 from sead_dist.teachers.placement import exchange, is_split, owners
-from sead_dist.teachers.pool_client import Awaited, Follower
+from sead_dist.teachers.pool_client import Awaited, PoolClient
 from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, predict_together
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
@@ -57,13 +58,13 @@ class StoredSource:
         accept_any: bool,
         trust_remote_code: bool,
         say: Callable[[str], None],
-        heed: Callable[[str], None],
-        follower: Follower | None = None,
+        progress_or_stop: Callable[[str], None],
+        pool_client: PoolClient | None = None,
     ) -> None:
         self.teachers, self.placements, self.share_NW = teachers, placements, share_NW
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
-        self.heed, self.follower = heed, follower
+        self.progress_or_stop, self.pool_client = progress_or_stop, pool_client
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.empty: dict[str, PreTrainedModel] = {}
@@ -174,7 +175,7 @@ class StoredSource:
 
     def _follow(self, request: Request, own_NR: np.ndarray) -> None:
         """Wait for this rank's share of the rows of all teachers in the pool."""
-        if self.follower is None:
+        if self.pool_client is None:
             raise ValueError("a teacher's placement is pool, and there is no follower")
         touched_NU = self.touched[request.split.examples.split]
         awaited = [
@@ -187,9 +188,9 @@ class StoredSource:
             for n, placement in enumerate(self.placements)
             if placement == "pool"
         ]
-        self.follower.wait(awaited, request.what)
+        self.pool_client.wait(awaited, request.what)
         if request.step_of is not None:
-            self.follower.tell(awaited, request.what)
+            self.pool_client.tell(awaited, request.what)
 
     def _missing(self, n: int, request: Request, entries_M: np.ndarray) -> np.ndarray:
         """Which of these entries are not in the store."""
@@ -253,11 +254,15 @@ class StoredSource:
         def done(part: np.ndarray, logits_PC: np.ndarray) -> None:
             held.append((part, logits_PC))
             keep(ROWS_PER_BLOCK)
-            self.heed(f"teacher {teacher.name}, {request.what}")
+            self.progress_or_stop(f"teacher {teacher.name}, {request.what}")
 
-        model, tokens = self._load(n, split), self._tokens(n, split)
         limits = (teacher.cut, done)
         try:
+            if teacher.answers is not None:
+                classes = teacher.key.classes
+                answer_rows(teacher.answers, teacher.name, split.examples, classes, rows_M, done)
+                return keep(1)
+            model, tokens = self._load(n, split), self._tokens(n, split)
             if is_split(teacher, self.placements[n], self.world):
                 predict_together(model, tokens, rows_M, self.world, *limits)
             else:

@@ -49,6 +49,7 @@ from sead_dist.models.sequence_classifier import (
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
 from sead_dist.store.table import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
+from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
 from sead_dist.teachers.quantize import check_quantize, quantizer
@@ -60,7 +61,8 @@ SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2l
 @dataclass(frozen=True)
 class Teacher:
     """order_C: own logits column of each task class. parameters: weights without word embeddings,
-    what a forward costs. cut: how its rows become batches."""
+    what a forward costs. cut: how its rows become batches. answers: of a registered kind, which is
+    no model: checkpoint, config and tokenizer mean nothing then."""
 
     entry: TeacherConfig
     name: str
@@ -76,6 +78,7 @@ class Teacher:
     bytes: int
     key: TeacherKey
     cut: Cut
+    answers: Answers | None = None
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
@@ -87,14 +90,19 @@ class Teacher:
             "weights_sha256": self.weights_sha256,
             "fingerprint": self.key.fingerprint,
             "numerics": self.key.numerics,
-            "labels": label_names(self.config) if self.entry.labels is None else self.entry.labels,
+            "labels": self.labels() if self.entry.labels is None else self.entry.labels,
             "order": self.order_C,
             "weight": self.entry.weight,
             "parameters": self.parameters,
             "max_length": self.max_length,
             "dtype": self.dtype,
             "weights": self.entry.quantization,
+            **({} if self.answers is None else {"kind": self.entry.kind}),
         }
+
+    def labels(self) -> list[str]:
+        """The names of its outputs, in its own order."""
+        return label_names(self.config) if self.answers is None else list(self.answers.labels)
 
 
 def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
@@ -192,12 +200,13 @@ def _fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hash_all(checkpoints: Sequence[Checkpoint], world: World) -> list[str]:
-    """Every checkpoint's weight hash; each rank reads a share of the files."""
+def _hash_all(checkpoints: Sequence[Checkpoint | None], world: World) -> list[str]:
+    """Every checkpoint's weight hash ('' without one); each rank reads a share of the files."""
 
     def mine() -> dict[int, str]:
         share = range(world.rank, len(checkpoints), world.size)
-        return {index: weights_hash(checkpoints[index]) for index in share}
+        found = {index: checkpoints[index] for index in share}
+        return {index: "" if of is None else weights_hash(of) for index, of in found.items()}
 
     shares = gather_objects(world, on_every_rank(world, mine))
     return [shares[index % world.size][index] for index in range(len(checkpoints))]
@@ -214,9 +223,7 @@ def call_roster(
 
     Every rank gets the same list.
     """
-    checkpoints = on_every_rank(
-        world, lambda: [locate(entry.path, entry.revision) for entry in config.teachers]
-    )
+    checkpoints = on_every_rank(world, lambda: [checkpoint_of(entry) for entry in config.teachers])
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
         world, lambda: _call(config, task, world.device, checkpoints, hashes, student)
@@ -225,11 +232,39 @@ def call_roster(
     return teachers
 
 
+def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
+    """Where a teacher's model lies; None for a registered kind, which has none."""
+    return locate(entry.path, entry.revision) if entry.is_model else None
+
+
+def registered_teacher(
+    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
+    student: PreTrainedTokenizerBase,
+) -> Teacher:  # fmt: skip
+    """A teacher of a kind that a plugin has registered. Raises UserError for keys of its entry that
+    only mean something to a model."""
+    plain = TeacherConfig(path=entry.path)
+    for of_model in ("revision", "offload", "dtype", "quantization", "max_length"):
+        if getattr(entry, of_model) != getattr(plain, of_model):
+            raise UserError(
+                f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
+                f"kind is {entry.kind}; leave it out"
+            )
+    answers, order_C = open_answers(entry, name, task)
+    numerics = json.dumps({"shapes": entry.kind})
+    key = TeacherKey(fingerprint_of(entry, answers), numerics, entry.path, task.num_labels)
+    return Teacher(
+        entry, name, Checkpoint(entry.path, Path(entry.path), None), PretrainedConfig(), student,
+        tokenizer_hash(student), order_C, config.max_length, "fp32", "", 0, 0, key,
+        Cut(1 << 30, None), answers,
+    )  # fmt: skip
+
+
 def _call(
     config: RunConfig,
     task: TaskSpec,
     device: torch.device,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Checkpoint | None],
     hashes: Sequence[str],
     student: PreTrainedTokenizerBase | None,
 ) -> list[Teacher]:
@@ -241,6 +276,11 @@ def _call(
     for entry, name, checkpoint, weights in zip(
         entries, teacher_names(entries), checkpoints, hashes, strict=True
     ):
+        if checkpoint is None:
+            if student is None:
+                raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
+            teachers.append(registered_teacher(config, task, entry, name, student))
+            continue
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)
         if setting in alike:
@@ -284,7 +324,8 @@ def _call(
 
 def tokenizers_of(teachers: Sequence[Teacher]) -> dict[str, PreTrainedTokenizerBase]:
     """Each tokeniser once, under the name of the first teacher that has it."""
-    first = {teacher.tokenizer_hash: teacher for teacher in reversed(teachers)}
+    models = [teacher for teacher in teachers if teacher.answers is None]
+    first = {teacher.tokenizer_hash: teacher for teacher in reversed(models)}
     return {f"teacher {teacher.name}": teacher.tokenizer for teacher in first.values()}
 
 
@@ -309,7 +350,7 @@ def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
     numerics = numerics_class(device, "fp32", None, attention, cut)
     return replace(
         teacher,
-        entry=teacher.entry.model_copy(update={"dtype": "fp32", "weights": None}),
+        entry=teacher.entry.model_copy(update={"dtype": "fp32", "quantization": None}),
         dtype="fp32",
         key=replace(teacher.key, numerics=numerics),
         cut=cut,

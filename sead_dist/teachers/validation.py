@@ -1,4 +1,4 @@
-"""The examination: no teacher teaches before it has shown, on the selection split, that it knows
+"""The validation: no teacher teaches before it has shown, on the selection split, that it knows
 more than the best constant answer (invariant 5).
 
 Shapes: N teachers, U unique examples, B rows, C classes.
@@ -24,7 +24,7 @@ LENIENT_TASKS = ("wnli",)
 
 
 @dataclass(frozen=True)
-class Examination:
+class Validation:
     """better_order: the labels in the order under which the teacher would score better, if any.
     off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
     drift: against itself in fp32, where that was asked for and it is not in fp32.
@@ -58,7 +58,7 @@ def best_teacher(
     source: TeacherSource, task: TaskSpec, split: Split, teachers: int, look_ahead: int
 ) -> int:
     """The teacher that scores best on a split, the first of equals. All ranks call this."""
-    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the guide")
+    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
@@ -90,13 +90,13 @@ def off_scale(task: TaskSpec, logits_BC: np.ndarray, split: Split) -> tuple[floa
     return (float(scores_B.min()), float(scores_B.max())) if error > labels_B.var() else None
 
 
-def examine(
+def validate(
     task: TaskSpec,
     teachers: Sequence[Teacher],
     logits_NBC: np.ndarray,
     split: Split,
     dev_texts_in_training: int,
-) -> list[Examination]:
+) -> list[Validation]:
     """Each teacher's score on the selection split beside the best constant answer's."""
     metric = task.metrics[0]
     constant = constant_score(task, split.examples)
@@ -110,7 +110,7 @@ def examine(
             table = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
             truncated[key] = table.truncated
         results.append(
-            Examination(
+            Validation(
                 name=teacher.name,
                 metric=metric,
                 score=score,
@@ -118,54 +118,60 @@ def examine(
                 passed=score > constant and range_ is None,
                 better_order=better_order(task, logits_BC, split, score),
                 off_scale=range_,
-                truncated_rows=truncated[key],
+                truncated_rows=0 if teacher.answers is not None else truncated[key],
                 dev_texts_in_training=dev_texts_in_training,
             )
         )
     return results
 
 
-def describe(exam: Examination, teacher: Teacher, rows: int) -> str:
-    line = (
-        f"examined {exam.name}: {exam.metric} {exam.score:.4f} (constant {exam.constant_score:.4f})"
-    )
-    if exam.better_order is not None:
-        line += f"; WARNING: it would score better with {_suggestion(exam, teacher)}"
-    if exam.truncated_rows:
-        line += f"; {exam.truncated_rows} of {rows} rows truncated to {teacher.max_length} tokens"
-    if exam.dev_texts_in_training:
-        line += f"; {exam.dev_texts_in_training} dev texts occur in the training text"
-    if exam.drift is not None:
-        line += f"; {describe_drift(exam.drift)}"
+def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
+    line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} "
+    line += f"(constant {validation.constant_score:.4f})"
+    if validation.better_order is not None:
+        line += f"; WARNING: it would score better with {_suggestion(validation, teacher)}"
+    if validation.truncated_rows:
+        line += (
+            f"; {validation.truncated_rows} of {rows} rows truncated to {teacher.max_length} tokens"
+        )
+    if validation.dev_texts_in_training:
+        line += f"; {validation.dev_texts_in_training} dev texts occur in the training text"
+    if validation.drift is not None:
+        line += f"; {describe_drift(validation.drift)}"
     return line
 
 
-def _suggestion(exam: Examination, teacher: Teacher) -> str:
+def _suggestion(validation: Validation, teacher: Teacher) -> str:
     """The entry to write: labels in the model's own column order."""
     own = [""] * len(teacher.order_C)
     for task_class, column in enumerate(teacher.order_C):
-        own[column] = (exam.better_order or [])[task_class]
+        own[column] = (validation.better_order or [])[task_class]
     return f"{{path: {teacher.entry.path}, labels: [{', '.join(own)}]}}"
 
 
-def admit(task: TaskSpec, exams: Sequence[Examination], teachers: Sequence[Teacher]) -> None:
-    """Stop the run for a teacher that failed. Raises UserError naming it and the mend."""
-    for exam, teacher in zip(exams, teachers, strict=True):
-        if exam.passed or task.name in LENIENT_TASKS:
+def require_passed(
+    task: TaskSpec, validations: Sequence[Validation], teachers: Sequence[Teacher]
+) -> None:
+    """Stop the run for a teacher that failed. Raises UserError naming it and the fix."""
+    for validation, teacher in zip(validations, teachers, strict=True):
+        if validation.passed or task.name in LENIENT_TASKS:
             continue
-        if exam.off_scale is not None and task.score_range is not None:
-            (low, high), (least, most) = exam.off_scale, task.score_range
+        if validation.off_scale is not None and task.score_range is not None:
+            (low, high), (least, most) = validation.off_scale, task.score_range
             raise UserError(
-                f"teacher {exam.name} failed its examination: its scores run from {low:.3g} to "
-                f"{high:.3g} on the selection split, those of {task.name} from {least:g} to "
+                f"teacher {validation.name} failed its validation: its scores run from {low:.3g} "
+                f"to {high:.3g} on the selection split, those of {task.name} from {least:g} to "
                 f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
                 "scale, or teach all the same with teacher_validation=off"
             )
         hint = "check its task and labels"
-        if exam.better_order is not None:
-            hint = f"with other class names it would score better: {_suggestion(exam, teacher)}"
+        if validation.better_order is not None:
+            hint = (
+                f"with other class names it would score better: {_suggestion(validation, teacher)}"
+            )
         raise UserError(
-            f"teacher {exam.name} failed its examination: {exam.metric} {exam.score:.4f} on the "
-            f"selection split, no better than a constant answer ({exam.constant_score:.4f}); "
-            f"{hint}; leave it out, or teach all the same with teacher_validation=off"
+            f"teacher {validation.name} failed its validation: {validation.metric} "
+            f"{validation.score:.4f} on the selection split, no better than a constant answer "
+            f"({validation.constant_score:.4f}); {hint}; leave it out, or teach all the "
+            "same with teacher_validation=off"
         )

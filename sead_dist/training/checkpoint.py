@@ -44,13 +44,15 @@ def rules_of(config: RunConfig) -> dict[str, int]:
 @dataclass(frozen=True)
 class Identity:
     """What a resumed run must share with the run it continues. start: a hash of the files that the
-    student starts from. rules: versions; what was written before there were any has all 1."""
+    student starts from. rules: versions; what was written before there were any has all 1.
+    copies: a hash of the copies of rows and of the embedding table that they were made with."""
 
     config: dict[str, Any]
     data: str
     teachers: list[dict[str, Any]]
     start: str = ""
     rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
+    copies: str = ""
 
     @classmethod
     def read(cls, record: Path) -> "Identity":
@@ -63,7 +65,7 @@ class Identity:
     def other_rules(self, other: "Identity") -> list[str]:
         """The rules that have another version in `other`. Where the two are of unlike methods, one
         may have rules that the other never has: the methods are the difference then."""
-        alike = self.config.get("internals") == other.config.get("internals")
+        alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
@@ -94,6 +96,9 @@ class Identity:
             found.append(
                 f"the fingerprint of data and task was {self.data[:12]}, is {other.data[:12]}"
             )
+        if self.copies != other.copies:
+            before, now = (of.copies[:12] or "none" for of in (self, other))
+            found.append(f"the hash of the copies of rows was {before}, is {now}")
         return found
 
 
@@ -317,5 +322,5 @@ def _sync(path: Path) -> None:
 def _cannot_save(final: Path, error: Exception) -> RunError:
     return RunError(
         f"checkpoint {final.name} cannot be written in {final.parent}: {reason(error)}; the last "
-        "checkpoint is intact; free space or mend the folder, then give the same command again"
+        "checkpoint is intact; free space or fix the folder, then give the same command again"
     )

@@ -6,21 +6,19 @@ Shapes: B rows of a micro-batch, C classes, N teachers.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
-from sead_dist.models.hidden_states import Internals, TeacherLogits
-from sead_dist.objectives.ensemble import agreement, asked_teachers, chosen_teacher, combine, known
-from sead_dist.objectives.feature_losses import Rival
-from sead_dist.objectives.losses import alpha_at, total_loss
+from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
+from sead_dist.objectives.distillation_loss import DistillationLoss
+from sead_dist.objectives.ensemble import Ensemble
+from sead_dist.objectives.weightings import known
 from sead_dist.runtime.distributed import (
     StopFlag,
     StopRequestedError,
@@ -28,9 +26,9 @@ from sead_dist.runtime.distributed import (
     from_main,
     gather_objects,
 )
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
-from sead_dist.teachers.base import Lesson, LiveTeacher, TeacherSource, stream
+from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
 from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
@@ -38,10 +36,10 @@ from sead_dist.training.evaluation import EvalResult
 LOG_EVERY = 10
 
 
-def until_stopped(lessons: Iterator[Lesson]) -> Iterator[Lesson]:
-    """The lessons, up to a stop that is asked for while teachers compute."""
+def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
+    """The steps with predictions, up to a stop that is asked for while teachers compute."""
     with suppress(StopRequestedError):
-        yield from lessons
+        yield from taught_steps
 
 
 @dataclass(frozen=True)
@@ -54,53 +52,52 @@ class Trainer:
     batches: BatchStream
     source: TeacherSource | None
     teacher_names: list[str]
-    weights_N: torch.Tensor
-    kind: TaskKind
+    ensemble: Ensemble | None
+    loss: DistillationLoss
     checkpointer: Checkpointer
     log: RunLog
     select: Callable[[int], EvalResult]
     metric: str
     stop: StopFlag
-    watch: Watch
+    heartbeat: Heartbeat
     live: LiveTeacher | None = None
-    rival: Rival | None = None
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step; returns where it stopped (before the last step when
         a stop was asked for, with a checkpoint saved)."""
         depth = 1 if self.world.device.type == "cuda" else 0
         total = self.batches.total_steps
-        lessons = stream(
+        taught_steps = stream(
             self.batches,
             self.source,
             state.step,
             self.config.window_rows,
             depth,
-            partial(asked_teachers, self.batches, self.config, self.weights_N),
+            self.asked,
             self.live,
         )
         tally = Tally(len(self.teacher_names))
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
-            for lesson in until_stopped(lessons):
-                self.watch.move(f"training, step {state.step + 1} of {total}")
+            for taught in until_stopped(taught_steps):
+                self.heartbeat.move(f"training, step {state.step + 1} of {total}")
                 began = time.perf_counter()
-                self.learn(lesson, tally)
+                self.learn(taught, tally)
                 learning_rate = self.engine.learning_rate
                 self.engine.wake(state.step)
                 self.update(state.step + 1)
-                self.watch.move(f"training, after step {state.step + 1} of {total}")
+                self.heartbeat.move(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began
-                step = lesson.step.number + 1
-                state = replace(state, step=step, cursor=lesson.step.cursor_after).add(
-                    rows=lesson.step.valid_rows,
-                    train_s=spent_s + lesson.waited_s,
-                    wait_s=lesson.waited_s,
-                    live_rows=lesson.live_rows,
+                step = taught.step.number + 1
+                state = replace(state, step=step, cursor=taught.step.cursor_after).add(
+                    rows=taught.step.valid_rows,
+                    train_s=spent_s + taught.waited_s,
+                    wait_s=taught.waited_s,
+                    live_rows=taught.live_rows,
                 )
-                tally.seconds += spent_s + lesson.waited_s
-                tally.waited_s += lesson.waited_s
-                tally.rows += lesson.step.valid_rows
+                tally.seconds += spent_s + taught.waited_s
+                tally.waited_s += taught.waited_s
+                tally.rows += taught.step.valid_rows
                 stopping = self.stop.agreed(self.world)
                 evaluating = self.evaluates_after(step)
                 saving = self.saves_after(step) or stopping
@@ -109,10 +106,10 @@ class Trainer:
                     bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
-                    self.watch.move(f"scoring the student of step {step}")
+                    self.heartbeat.move(f"scoring the student of step {step}")
                     state = self.score(state)
                 if saving:
-                    self.watch.move(f"saving step {step}")
+                    self.heartbeat.move(f"saving step {step}")
                     self.checkpointer.save(self.engine, state)
                 self.log.step_done(step, total)
                 bar.advance(1)
@@ -122,68 +119,51 @@ class Trainer:
             self.checkpointer.save(self.engine, state)
         return state
 
-    def learn(self, lesson: Lesson, tally: "Tally") -> None:
+    def learn(self, taught: TaughtStep, tally: "Tally") -> None:
         """Forward and backward of this rank's micro-batches."""
-        batches = lesson.step.batches
-        for place, (batch, teachers) in enumerate(lesson.micro_batches()):
+        batches = taught.step.batches
+        for place, (batch, teachers) in enumerate(taught.micro_batches()):
             self.engine.seed_micro_batch(batch.step, batch.micro)
             with self.engine.accumulate(last=place == len(batches) - 1):
-                student_BC, inside = self.forward(batch, lesson.live is not None)
-                labels_B = batch.labels_B.to(student_BC.device)
-                valid_B = batch.valid_B.to(student_BC.device)
+                student_BC, inside = self.forward(batch, taught.live is not None)
+                device = student_BC.device
+                labels_B, valid_B = batch.labels_B.to(device), batch.valid_B.to(device)
                 soft = None
-                if teachers is not None:
-                    on_device = TeacherLogits(
-                        teachers.logits_NBC.to(student_BC.device),
-                        teachers.present_NB.to(student_BC.device),
+                if teachers is not None and self.ensemble is not None:
+                    said = TeacherLogits(
+                        teachers.logits_NBC.to(device), teachers.present_NB.to(device)
                     )
-                    soft = combine(
-                        self.config.ensemble,
-                        on_device,
-                        labels_B,
-                        self.weights_for(batch.step, batch.micro),
-                        self.config.temperature,
-                        not self.kind.has_classes,
-                        None if batch.routes_B is None else batch.routes_B.to(student_BC.device),
+                    routes_B = None if batch.routes_B is None else batch.routes_B.to(device)
+                    soft = self.ensemble.soft_targets(
+                        said, labels_B, routes_B, batch.step, batch.micro
                     )
-                    if self.kind.has_classes:
-                        tally.agreement_2N += agreement(student_BC, on_device, valid_B).cpu()
-                terms = total_loss(
-                    student_BC,
-                    labels_B,
-                    valid_B,
-                    soft,
-                    self.loss,
-                    alpha_at(self.config, batch.step, self.batches.total_steps),
-                    lesson.step.valid_rows,
-                    self.kind.hard_loss,
-                )
-                if self.rival is not None:
-                    shown = None if teachers is None else teachers.internals
-                    mask_RL = batch.inputs["attention_mask"].to(student_BC.device)
-                    terms = self.rival.join(
-                        terms, inside, shown, mask_RL, valid_B, lesson.step.valid_rows
-                    )
+                    tally.agreement_2N += self.ensemble.agreement(student_BC, said, valid_B).cpu()
+                shown = None if teachers is None else teachers.layer_outputs
+                terms = self.loss.terms(
+                    student_BC, labels_B, valid_B, soft, batch.step, taught.step.valid_rows,
+                    inside, shown, batch.inputs["attention_mask"],
+                )  # fmt: skip
                 self.engine.backward(terms.total)
-            self.watch.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
+            self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
             parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.inner])
             # a row counts alike in the log, whatever batch it was in
-            tally.losses += parts.cpu() * lesson.step.valid_rows
+            tally.losses += parts.cpu() * taught.step.valid_rows
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
 
-    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, Internals | None]:
-        """The student's logits_BC, and its internals where they are compared."""
-        reading = self.rival.reading() if reads and self.rival is not None else nullcontext()
-        with reading as inside:
+    def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, LayerOutputs | None]:
+        """The student's logits_BC, and its hidden states and attention where they are compared."""
+        with self.loss.reading(reads) as inside:
             choices = self.batches.split.tokens.choices
             return self.engine.forward(batch.inputs, choices), inside
 
-    @property
-    def loss(self) -> str:
-        return self.kind.soft_losses[0] if self.config.loss == "auto" else self.config.loss
+    def asked(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
+        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+        if self.ensemble is None:
+            return None
+        return self.ensemble.asked(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
         """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
@@ -194,13 +174,6 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
                 "lower learning_rate, or train in fp32 (precision=fp32)"
             )
-
-    def weights_for(self, step: int, micro: int) -> torch.Tensor:
-        """weights_N of a micro-batch: frozen ones, or the one teacher that `random` chose."""
-        if self.config.ensemble != "random":
-            return self.weights_N
-        chosen = chosen_teacher(self.config.seed, step, micro, len(self.weights_N))
-        return torch.nn.functional.one_hot(torch.tensor(chosen), len(self.weights_N)).float()
 
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
@@ -236,7 +209,7 @@ class Trainer:
             **shown,
             loss_soft=soft if taught else None,
             loss_hard=hard_mean,
-            loss_inner=None if self.rival is None else inner,
+            loss_inner=None if self.loss.feature is None else inner,
             agreement=rates,
         )
         if self.config.report_to is not None:
@@ -266,7 +239,7 @@ class Trainer:
         if self.config.report_to is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
-        if self.rival is not None and self.rival.has_no_head(state.step):
+        if not self.loss.teaches_head(state.step):
             return state  # its score is that of a head as it was made
         if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
             state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)

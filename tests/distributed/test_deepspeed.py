@@ -26,9 +26,11 @@ from test_gradients import teachers_of
 
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.runtime.heartbeat import Watch
-from sead_dist.teachers.base import Lesson
+from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine
 from sead_dist.training.trainer import Tally, Trainer
 
@@ -50,16 +52,17 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     model = build_model(seed=seed, hidden_dropout_prob=0.2, **sizes)
     engine = Engine(model, given, world, batches.total_steps)
     engine.model.train()
+    kind = KINDS["classification"]
     return Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"],
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
 
 
 def learn(trainer, step: int) -> None:
     work = trainer.batches.step(step)
-    lesson = Lesson(work, [teachers_of(batch) for batch in work.batches], 0.0)
-    trainer.learn(lesson, Tally(2))
+    taught = TaughtStep(work, [teachers_of(batch) for batch in work.batches], 0.0)
+    trainer.learn(taught, Tally(2))
 
 
 def train(trainer, steps: range) -> None:

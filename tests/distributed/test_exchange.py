@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ranks import run_ranks, try_ranks
-from small import make_source, roster, save_teacher, small_split
+from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import barrier
@@ -41,7 +41,7 @@ def ask(source, parts=PARTS):
 def every_placement(world, folders, root):
     """{placement: (answers, (computed, read), teachers loaded, teachers of which it owns rows)},
     of this rank."""
-    teachers, found = roster(folders, world), {}
+    teachers, found = load_teachers(folders, world), {}
     for mix, placements in MIXES.items():
         source = make_source(teachers, root / mix / "st", root / mix / "run", world, placements)
         owned = set(np.flatnonzero(source.share_NW[:, world.rank]).tolist())
@@ -77,7 +77,7 @@ def test_invariant_08_every_pair_has_one_owner_and_all_ranks_receive_the_same_bi
 def with_own_store(world, folders, stores, placements, root):
     """Every rank sees a store of its own."""
     source = make_source(
-        roster(folders, world), stores[world.rank], root / "run", world, placements
+        load_teachers(folders, world), stores[world.rank], root / "run", world, placements
     )
     found = ask(source)
     source.close()
@@ -102,7 +102,7 @@ def test_invariant_08_a_rank_that_finds_nothing_in_its_store_hinders_nobody(tmp_
 
 def one_rank_fails(world, folders, root, harm):
     source = make_source(
-        roster(folders, world), root / "st", root / "run", world, MIXES["partitioned"]
+        load_teachers(folders, world), root / "st", root / "run", world, MIXES["partitioned"]
     )
     (own,) = np.flatnonzero(source.share_NW[:, world.rank])
     barrier(world)

@@ -12,9 +12,11 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.runtime.heartbeat import Watch
-from sead_dist.teachers.base import Lesson
+from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine
 from sead_dist.training.trainer import Tally, Trainer
 
@@ -32,8 +34,8 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     """This rank's gradients, flat, of one step in train mode with dropout, and the loss."""
     given = config(
         "teachers=[a,b]",
-        global_batch=global_batch,
-        micro_batch=micro_batch,
+        global_batch_size=global_batch,
+        micro_batch_size=micro_batch,
         ensemble=ensemble,
         seed=3,
     )
@@ -42,15 +44,16 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     )
     model = build_model(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     engine = Engine(model, given, world, batches.total_steps)
+    kind = KINDS["classification"]
     trainer = Trainer(
-        given, world, engine, batches, None, ["a", "b"], torch.tensor([0.3, 0.7]),
-        KINDS["classification"], None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch),
+        given, world, engine, batches, None, ["a", "b"],
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter
     torch.rand(world.rank)
     work, tally = batches.step(step), Tally(2)
-    trainer.learn(Lesson(work, [teachers_of(batch) for batch in work.batches], 0.0), tally)
+    trainer.learn(TaughtStep(work, [teachers_of(batch) for batch in work.batches], 0.0), tally)
     flat = torch.cat([p.grad.flatten() for p in engine.module.parameters()])
     return flat.double().numpy(), tally.losses.double().numpy()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from packs import SIZES, stand_in_for_packs
 from ranks import run_ranks
-from small import make_source, roster, save_teacher, small_split
+from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.teachers.base import Request
 
@@ -23,7 +23,7 @@ def answers(world, folders, root, placement, packed):
     """logits_NRC of each request on this rank, and how often its models were asked."""
     with pytest.MonkeyPatch.context() as patch:
         stand_in_for_packs(patch)
-        teachers = roster(folders, world)
+        teachers = load_teachers(folders, world)
         if packed:
             teachers = [replace(t, cut=replace(t.cut, pack_from=SIZES[0])) for t in teachers]
         source = make_source(

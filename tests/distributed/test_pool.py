@@ -131,13 +131,13 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
 
 def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
     given = given_words(task, tmp_path, pool__lease_s=1.0)
-    run, claims = tmp_path / "run", tmp_path / "store" / "claims"
+    run, leases = tmp_path / "run", tmp_path / "store" / "claims"
     student = start(1, tmp_path / "student", run_distill, given)
     victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
     for _ in range(1000):
-        until(lambda: rows_of(run, 1, 2) > 6 and any(claims.iterdir()), "a claim", 0.0005)
+        until(lambda: rows_of(run, 1, 2) > 6 and any(leases.iterdir()), "a claim", 0.0005)
         os.kill(victim.pid, signal.SIGSTOP)
-        left = list(claims.iterdir())
+        left = list(leases.iterdir())
         os.kill(victim.pid, signal.SIGKILL if left else signal.SIGCONT)
         if left:
             break
@@ -145,13 +145,13 @@ def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, tas
     done = rows_of(run, 1, 2)
     assert done < PAIRS, "the worker was done before it could be killed"
     # the dead one's machine was years ahead: nobody looks at that
-    (claim,) = left
-    os.utime(claim, (4e9, 4e9))
+    (lease,) = left
+    os.utime(lease, (4e9, 4e9))
     worker = start(1, tmp_path / "w2", run_teach, given, "2/2")
     finish(worker, tmp_path / "w2", WAIT_S)
     finish(student, tmp_path / "student", WAIT_S)
     assert model_bytes(run) == colocated(1)
-    assert list(claims.iterdir()) == []
+    assert list(leases.iterdir()) == []
     # what the dead one had kept was not computed again; a block may have come before its line
     assert PAIRS - done - 16 <= rows_of(run, 2, 2) <= PAIRS - done
 
@@ -209,7 +209,7 @@ def test_a_worker_with_other_weights_names_both_fingerprints(waited, tmp_path):
 def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_is_submitted(
     task, tmp_path
 ):
-    """Teachers were mended after it ended; the new workers start before the new student."""
+    """Teachers were fixed after it ended; the new workers start before the new student."""
     given, run = given_words(task, tmp_path, pool__timeout_s=0.05), tmp_path / "run"
     with pytest.raises(RunError):
         distill(load_config(given), alone())
@@ -443,9 +443,9 @@ def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
         distil(given_words(task, tmp_path, drift="on"))
 
 
-def test_a_worker_examines_teachers_as_the_student_does(tmp_path, task):
+def test_a_worker_validates_teachers_as_the_student_does(tmp_path, task):
     """It ends before the training rows, with the student's own line."""
     given = [*given_words(task, tmp_path), "teacher_validation=on"]
-    with pytest.raises(UserError, match="failed its examination"):
+    with pytest.raises(UserError, match="failed its validation"):
         teach(load_config(given), "1/1", alone())
     assert rows_of(tmp_path / "run", 1, 1) == 3 * 6

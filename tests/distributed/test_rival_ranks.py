@@ -1,4 +1,4 @@
-"""Losses over a guide's internals on several ranks: invariants 2 and 7, and DeepSpeed."""
+"""Losses over a guide's layer outputs on several ranks: invariants 2 and 7, and DeepSpeed."""
 
 import hashlib
 from pathlib import Path
@@ -22,12 +22,14 @@ from small import (
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import TeacherLogits, find_anatomy
-from sead_dist.objectives.feature_losses import make_rival
+from sead_dist.models.hidden_states import TeacherLogits, find_layer_parts
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
+from sead_dist.objectives.feature_losses import make_feature_loss
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.runtime.heartbeat import Watch
-from sead_dist.teachers.base import Lesson
-from sead_dist.teachers.feature_teacher import Guide
+from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.teachers.base import TaughtStep
+from sead_dist.teachers.feature_teacher import FeatureTeacher
 from sead_dist.training.engine import Engine
 from sead_dist.training.trainer import Tally, Trainer
 
@@ -51,17 +53,23 @@ def gradients(world, method):
         num_hidden_layers=2, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
     )
     body = build_model(seed=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
-    anatomy = find_anatomy(body, "teacher a", True)
-    rival = make_rival(given, student, anatomy, total_steps=100)
+    layer_parts = find_layer_parts(body, "teacher a", True)
+    feature_loss = make_feature_loss(given, student, layer_parts, total_steps=100)
     engine = Engine(student, given, world, batches.total_steps)
-    guide = Guide("a", body, anatomy, rival.theirs, rival.until)
+    feature_teacher = FeatureTeacher(
+        "a", body, layer_parts, feature_loss.theirs, feature_loss.until
+    )
+    kind = KINDS["classification"]
     trainer = Trainer(
-        given, world, engine, batches, None, ["a"], torch.ones(1), KINDS["classification"],
-        None, None, None, "accuracy", None, Watch(Path("unused"), world, StopFlag(), given.watch), guide, rival,
+        given, world, engine, batches, None, ["a"], make_ensemble(given, kind, torch.ones(1)),
+        make_loss(given, kind, batches.total_steps, feature_loss),
+        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat), feature_teacher,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)
-    trainer.learn(Lesson(work, [said_of(batch) for batch in work.batches], 0.0, guide), tally)
+    trainer.learn(
+        TaughtStep(work, [said_of(batch) for batch in work.batches], 0.0, feature_teacher), tally
+    )
     flat = torch.cat([p.grad.flatten() for p in student.parameters()])
     engine.close()
     return flat.double().numpy(), tally.losses.double().numpy()

@@ -12,10 +12,10 @@ import torch
 from ranks import run_ranks, start
 from safetensors.torch import load_file, save_file
 from small import (
+    load_teachers,
     make_source,
     model_bytes,
     read,
-    roster,
     run_distill,
     save_teacher,
     small_split,
@@ -51,7 +51,7 @@ def ask(source, parts=PARTS, split=SPLIT):
 
 def sharded_and_not(world, entries, root):
     """(answers colocated, answers sharded, (computed, read), kinds of models) on this rank."""
-    teachers, found = roster(entries, world), []
+    teachers, found = load_teachers(entries, world), []
     for placement in ("colocated", "sharded"):
         source = make_source(
             teachers, root / placement / "st", root / placement / "run", world,
@@ -97,7 +97,7 @@ def weighed(world, folder, entry):
     read from the files."""
     from sead_dist.teachers import sharding as sharded
 
-    (teacher,) = roster([entry], world)
+    (teacher,) = load_teachers([entry], world)
     seen, read_bytes = [], []
     gc.freeze()
 
@@ -170,7 +170,7 @@ def test_no_rank_holds_a_sharded_teacher_whole_while_loading_or_computing(tmp_pa
 
 def lone_rows(world, folders, stores, root):
     """Every rank sees a store of its own."""
-    teachers = roster(folders, world)
+    teachers = load_teachers(folders, world)
     source = make_source(teachers, stores[world.rank], root / "run", world, ["sharded"] * 2)
     answers = ask(source)
     source.close()
@@ -195,7 +195,7 @@ def harmed(world, folders, root, harms):
     for harm in harms:
         chosen = folders if harm == "nan" else folders[:2]
         source = make_source(
-            roster(chosen, world), root / harm / "st", root / harm / "run", world,
+            load_teachers(chosen, world), root / harm / "st", root / harm / "run", world,
             ["sharded", "colocated", "sharded"][: len(chosen)],
         )  # fmt: skip
         on_one = world.rank == 1

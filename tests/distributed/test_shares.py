@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
-from small import CPU, model_bytes, read, roster, save_teacher, student_shape, words, write_task
+from small import (
+    CPU,
+    load_teachers,
+    model_bytes,
+    read,
+    save_teacher,
+    student_shape,
+    words,
+    write_task,
+)
 
 from sead_dist.config.load import load_config
 from sead_dist.planning.table import plan
@@ -36,7 +45,7 @@ def write_rates(path, folders, seconds):
     machine = replace(this_machine(CPU), threads=1, ranks=RANKS)
     rates = {
         teacher_key(teacher, machine): Rate((32,), (row_s,), 0.0, 0.0)
-        for teacher, row_s in zip(roster(folders), seconds, strict=True)
+        for teacher, row_s in zip(load_teachers(folders), seconds, strict=True)
     }
     remember(path, rates)
 

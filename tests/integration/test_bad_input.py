@@ -1,4 +1,4 @@
-"""A person's mistakes: one line that names the value, what is allowed and the mend; nothing is
+"""A person's mistakes: one line that names the value, what is allowed and the fix; nothing is
 written over. Failures during a run: one line, and the last checkpoint intact.
 
 What is refused is asked for in this process; exit codes and streams in processes of their own.
@@ -98,7 +98,7 @@ def test_a_missing_column(refused, changed):
 def test_a_label_outside_the_set(refused, changed):
     text = "sentence\tlabel\ngood\tpositive\nbad\tterrible\n"
     line = refused(r"train row 2: label 'terrible'", changed("train.tsv", text))
-    assert "allowed: negative, positive, 0, 1; mend the row" in line
+    assert "allowed: negative, positive, 0, 1; fix the row" in line
 
 
 def test_a_malformed_row(refused, changed):
@@ -244,12 +244,12 @@ def test_classes_without_names_and_the_line_that_mends_it(
     )
     entry = re.search(r"\{path: .*?\]\}", line)[0]
     # as it stands it says the task's order, in which this teacher is wrong: it is told so
-    with pytest.raises(UserError, match="failed its examination") as caught:
+    with pytest.raises(UserError, match="failed its validation") as caught:
         distil(words(tmp_path / "run", f"teachers=[{entry}]", "max_steps=1"))
     better = re.search(r"\{path: .*?\]\}", str(caught.value))[0]
     assert better.endswith("labels: [positive, negative]}")
     run = distil(words(tmp_path / "run", f"teachers=[{better}]", "max_steps=1"))
-    assert json.loads((run / "examination.json").read_text())[0]["passed"]
+    assert json.loads((run / "teacher_validation.json").read_text())[0]["passed"]
 
 
 def test_a_tokeniser_without_padding_token(refused, teacher):
@@ -311,11 +311,11 @@ def test_a_teacher_no_better_than_a_constant(words, distil, teacher, tmp_path):
     with pytest.raises(UserError) as caught:
         distil(words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1"))
     assert re.search(
-        r"teacher teacher failed its examination: accuracy 0\.\d+ on the selection split, no better "
+        r"teacher teacher failed its validation: accuracy 0\.\d+ on the selection split, no better "
         r"than a constant answer \(0\.\d+\).*teacher_validation=off",
         str(caught.value),
     )
-    # refused before its first step, it does not hold the folder: the mend works as it is written
+    # refused before its first step, it does not hold the folder: the fix works as it is written
     run = distil(
         words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1", "teacher_validation=off")
     )

@@ -1,4 +1,4 @@
-"""Invariants shown on whole runs: 4 (names), 5 (examination), 9 (no unpickling), 10 (selection)."""
+"""Invariants shown on whole runs: 4 (names), 5 (validation), 9 (no unpickling), 10 (selection)."""
 
 import pickle
 import shutil
@@ -92,7 +92,7 @@ def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_men
     data, (a, _) = task
     silent = turned(a, tmp_path / "turned", names=False)
     given = words(data, [a, silent], tmp_path / "run", teacher_validation="on")
-    with pytest.raises(UserError, match="teacher turned failed its examination") as caught:
+    with pytest.raises(UserError, match="teacher turned failed its validation") as caught:
         distill(tmp_path, given)
     assert not records(tmp_path / "run")  # before the first step
     line = str(caught.value).partition("it would score better: ")[2].partition("; leave")[0]
@@ -100,11 +100,11 @@ def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_men
     # the suggested line, copied, is a teacher that passes
     distill(
         tmp_path,
-        [*words(data, [], tmp_path / "mended", teacher_validation="on"), f"teachers=[{a},{line}]"],
+        [*words(data, [], tmp_path / "fixed", teacher_validation="on"), f"teachers=[{a},{line}]"],
     )
-    exams = read(tmp_path / "mended" / "examination.json")
-    assert [exam["score"] for exam in exams] == [1.0, 1.0]
-    assert all(exam["passed"] for exam in exams)
+    validations = read(tmp_path / "fixed" / "teacher_validation.json")
+    assert [validation["score"] for validation in validations] == [1.0, 1.0]
+    assert all(validation["passed"] for validation in validations)
 
 
 def test_invariant_05_on_wnli_a_failure_is_only_told(tmp_path, task):
@@ -114,8 +114,8 @@ def test_invariant_05_on_wnli_a_failure_is_only_told(tmp_path, task):
     own.write_text(own.read_text().replace("name: grammar", "name: wnli"))
     silent = turned(a, tmp_path / "turned", names=False)
     distill(tmp_path, words(tmp_path / "wnli", [silent], tmp_path / "run", teacher_validation="on"))
-    (exam,) = read(tmp_path / "run" / "examination.json")
-    assert not exam["passed"]
+    (validation,) = read(tmp_path / "run" / "teacher_validation.json")
+    assert not validation["passed"]
     assert "it would score better" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -183,7 +183,7 @@ def test_invariant_10_selecting_on_dev_does_look_and_is_marked_everywhere(tmp_pa
     assert scores["selection"]["student"] == scores["validation"]["student"]
     # and whoever moves the dev labels moves what is chosen by
     flip_labels((shutil.copytree(data, tmp_path / "mixed")) / "validation.tsv")
-    with pytest.raises(UserError, match="failed its examination"):
+    with pytest.raises(UserError, match="failed its validation"):
         distill(
             tmp_path,
             words(

@@ -99,7 +99,7 @@ def test_single_and_routed_ask_for_each_row_once_and_mean_asks_every_teacher(
         for method in ("single", "routed", "mean")
     }
     rows = 3 * 64
-    # what the examination and the dev split ask is the same for all
+    # what the validation and the dev split ask is the same for all
     assert asked["mean"] - asked["single"] == asked["mean"] - asked["routed"] == rows
 
 

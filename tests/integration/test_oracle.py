@@ -113,9 +113,9 @@ def scores_of(left_BLH, right_BLH, heads):
     return parts[0] @ parts[1].transpose(-1, -2) / parts[0].shape[-1] ** 0.5
 
 
-def inner_by_hand(case, student, guide, mask_BL, projections):
-    """The mean over rows of the loss over internals; each row by itself, without its padding."""
-    (_, own, own_maps), (_, their, their_maps) = student, guide
+def inner_by_hand(case, student, feature_teacher, mask_BL, projections):
+    """The mean over rows of the loss over layer outputs; each row by itself, without its padding."""
+    (_, own, own_maps), (_, their, their_maps) = student, feature_teacher
     losses = []
     for row, length in enumerate(mask_BL.sum(1).tolist()):
         mine = [states[row, :length] for states in own]
@@ -145,18 +145,18 @@ def inner_by_hand(case, student, guide, mask_BL, projections):
     return torch.stack(losses).mean()
 
 
-def loss_by_hand(case, step, student, guide, said_NBC, labels_B, mask_BL, projections):
+def loss_by_hand(case, step, student, feature_teacher, said_NBC, labels_B, mask_BL, projections):
     """The mean loss of a global batch."""
     keys, logits_BC = CASES[case], student[0]
     if case == "tinybert" and step < UNTIL:
-        return inner_by_hand(case, student, guide, mask_BL, projections)
+        return inner_by_hand(case, student, feature_teacher, mask_BL, projections)
     if case == "regression":
         hard = ((logits_BC[:, 0] - labels_B) ** 2).mean()
     else:
         hard = F.cross_entropy(logits_BC, labels_B)
     if case == "cross-entropy":
         return hard
-    mean_BC = said_NBC.mean(0) if guide is None else guide[0]
+    mean_BC = said_NBC.mean(0) if feature_teacher is None else feature_teacher[0]
     if case in ("mse", "regression"):
         soft = ((logits_BC - mean_BC) ** 2).mean()
     else:
@@ -167,7 +167,7 @@ def loss_by_hand(case, step, student, guide, said_NBC, labels_B, mask_BL, projec
         return soft
     loss = keys["alpha"] * soft + (1 - keys["alpha"]) * hard
     if case in ("distilbert", "minilm"):
-        inner = inner_by_hand(case, student, guide, mask_BL, projections)
+        inner = inner_by_hand(case, student, feature_teacher, mask_BL, projections)
         loss = loss + keys.get("feature_loss_weight", 1.0) * inner
     return loss
 
@@ -221,10 +221,10 @@ def by_hand(place: Path, case: str, output: Path) -> dict[str, torch.Tensor]:
         labels_B = torch.tensor(rows.labels_B[rows_B])
         with torch.no_grad():
             said_NBC = torch.stack([teacher(**batch).logits for teacher in teachers])
-            guide = inside(teachers[1], batch) if follows else None
+            feature_teacher = inside(teachers[1], batch) if follows else None
         student = inside(model, batch)
         loss = loss_by_hand(
-            case, step, student, guide, said_NBC, labels_B.to(student[0].dtype)
+            case, step, student, feature_teacher, said_NBC, labels_B.to(student[0].dtype)
             if case == "regression" else labels_B, batch["attention_mask"], projections,
         )  # fmt: skip
         loss.backward()

@@ -225,7 +225,7 @@ def test_a_full_disk_is_a_run_error(own, frames, keys, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(distillation, "run_parts", full)
-    with pytest.raises(sd.RunError, match="No space left on device; mend it"):
+    with pytest.raises(sd.RunError, match="No space left on device; fix it"):
         sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
 
 
@@ -236,7 +236,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(run, own, frames, keys, tmp_path
 
     class AtStep(logging.Handler):
         def emit(self, record):
-            if "examination" in record.getMessage() or "teacher" in record.getMessage():
+            if "validation" in record.getMessage() or "teacher" in record.getMessage():
                 os.kill(os.getpid(), signal.SIGINT)
 
     logger, handler = logging.getLogger("sead_dist"), AtStep()

@@ -148,7 +148,7 @@ def computed_rows(root: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_notice_in_the_examination_keeps_what_was_computed(words, tmp_path):
+def test_a_notice_in_the_validation_keeps_what_was_computed(words, tmp_path):
     given = words(tmp_path / "run", f"store={tmp_path / 'store'}")
     ranks = start(2, tmp_path / "ranks", slowly, given, "teachers", 0.5)
     wait_for((tmp_path / "run" / "teacher_manifest.json").exists)
@@ -213,7 +213,7 @@ def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
     assert read(tmp_path / "run" / "run_summary.json")["finished"]
 
 
-@pytest.mark.parametrize(("preemption_notice_s", "warned"), [(600, False), (1e-6, True)])
+@pytest.mark.parametrize(("grace_s", "warned"), [(600, False), (1e-6, True)])
 def test_a_save_is_timed_against_the_notice(tmp_path, task, grace_s, warned):
     run_ranks(
         1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, preemption_notice_s=grace_s)

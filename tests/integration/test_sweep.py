@@ -101,7 +101,7 @@ def test_predictions_are_shared_and_each_method_is_charged_with_what_it_needs(fi
     assert computed <= 2 * (54 + 6 + 20)
     assert cells["finetune"]["teacher_forwards"] == 0
     assert cells["mean"]["teacher_forwards"] == 2 * 2 * (32 + 6 + 20)
-    # one teacher teaches, both are examined
+    # one teacher teaches, both are validated
     assert cells["single"]["teacher_forwards"] == 2 * (32 + 2 * (6 + 20))
 
 
@@ -217,19 +217,19 @@ def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
 
 
 def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys):
-    """Teachers of four steps know nothing, and the examination says so."""
+    """Teachers of four steps know nothing, and the validation says so."""
     output = tmp_path / "out"
     words = sweep_words(task, output, "seeds=1", "methods=[mean,finetune]")
-    with pytest.raises(RunError, match=r"1 of 4 runs failed: grammar mean seed 0; .*examination"):
+    with pytest.raises(RunError, match=r"1 of 4 runs failed: grammar mean seed 0; .*validation"):
         run_sweep([*words, "teacher_validation=on", "finetune.learning_rate=1e-9"], ALONE)
     report = report_of(output)
     (failed,) = report["failed"]
     assert (failed["task"], failed["method"], failed["seed"]) == ("grammar", "mean", 0)
-    assert "failed its examination" in failed["reason"]
+    assert "failed its validation" in failed["reason"]
     assert report["missing"] == []
-    assert "failed its examination" in (output / "report" / "report.md").read_text()
+    assert "failed its validation" in (output / "report" / "report.md").read_text()
     assert (output / "grammar" / "finetune" / "seed-0" / "run_summary.json").is_file()
-    # tried again by the same command; here with what was wrong mended
+    # tried again by the same command; here with what was wrong fixed
     run_sweep([*words, "teacher_validation=off", "finetune.learning_rate=1e-9"], ALONE)
     assert report_of(output)["failed"] == []
     assert not list(output.glob("*/*/*.failed.json"))

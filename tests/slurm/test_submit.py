@@ -54,6 +54,17 @@ def test_two_nodes_make_the_student_of_one_machine(submitted, reference, capsys)
     assert shown.strip() == (folder / f"{submitted.id}_submission.sh").read_text().strip()
 
 
+def test_a_job_runs_with_the_plugins_that_its_words_name(tmp_path, task):
+    plugin = ROOT / "tests" / "fixtures" / "plugins" / "huber.py"
+    made = Submitted(tmp_path, task, num_train_epochs=1, plugins=plugin, loss="huber")
+    assert made.submit("--wait", nodes=1) is None
+    summary = json.loads((made.run / "run_summary.json").read_text())
+    assert summary["finished"]
+    identity = json.loads((made.run / "run.json").read_text())["identity"]["config"]
+    assert "plugin huber.py" in identity
+    assert (made.run / "plugins" / "huber.py").read_bytes() == plugin.read_bytes()
+
+
 def test_a_signal_before_the_time_limit_saves_and_queues_again(submitted, reference):
     submitted.submit()
     submitted.reach(10)

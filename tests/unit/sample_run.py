@@ -76,12 +76,17 @@ def make_run(run, steps=400):
         },
     )
     write_json(run / "eval_results.json", RESULTS)
-    exam = {"metric": "accuracy", "constant_score": 0.5579, "passed": True, "better_order": None}
+    validation = {
+        "metric": "accuracy",
+        "constant_score": 0.5579,
+        "passed": True,
+        "better_order": None,
+    }
     write_json(
-        run / "examination.json",
+        run / "teacher_validation.json",
         [
             {
-                **exam,
+                **validation,
                 "name": name,
                 "score": score,
                 "truncated_rows": 3 * n,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, TASK, edit_json, logits_of, roster, save_teacher, sentences
+from small import CPU, TASK, edit_json, load_teachers, logits_of, save_teacher, sentences
 
 from sead_dist.config.schema import StudentConfig
 from sead_dist.errors import UserError
@@ -46,9 +46,9 @@ def test_invariant_11_a_teacher_whose_files_hold_more_of_it_is_refused(tmp_path,
     folder = add(save_teacher(tmp_path / "more"), more)
     has_more = r"its files hold \d+ tensors that a bert of its config.json has no place for"
     with pytest.raises(UserError, match=has_more):
-        load_whole(roster([folder])[0], CPU, False, {})
+        load_whole(load_teachers([folder])[0], CPU, False, {})
     with pytest.raises(UserError, match=has_more):
-        check_shardable(roster([folder])[0], False)
+        check_shardable(load_teachers([folder])[0], False)
     with pytest.raises(UserError, match=has_more):
         load_classifier(locate(str(folder)))
 
@@ -60,16 +60,16 @@ def test_a_teacher_may_hold_what_no_classifier_asks(tmp_path):
 
     plain = save_teacher(tmp_path / "plain", "roberta")
     folder = add(shutil.copytree(plain, tmp_path / "more"), pooler_and_words)
-    one, two = (load_whole(roster([each])[0], CPU, False, {}) for each in (plain, folder))
+    one, two = (load_whole(load_teachers([each])[0], CPU, False, {}) for each in (plain, folder))
     np.testing.assert_array_equal(logits_of(one, TEXTS), logits_of(two, TEXTS))
-    check_shardable(roster([folder])[0], False)
+    check_shardable(load_teachers([folder])[0], False)
 
 
 def test_an_adapter_that_lies_beside_the_weights_is_refused(tmp_path):
     folder = save_teacher(tmp_path / "adapted")
     (folder / "adapter_config.json").write_text("{}")
     entry = StudentConfig(path=str(folder), shape=None, layers=None, tokenizer=None)
-    for use in (lambda: roster([folder]), lambda: check_start(entry, False)):
+    for use in (lambda: load_teachers([folder]), lambda: check_start(entry, False)):
         with pytest.raises(UserError, match=r"adapted holds an adapter .* merge it into"):
             use()
 
@@ -78,16 +78,16 @@ def test_invariant_04_names_that_number_no_class_0_are_refused(tmp_path):
     folder = save_teacher(tmp_path / "teacher")
     edit_json(folder / "config.json", id2label={"1": "negative", "2": "positive"})
     with pytest.raises(UserError, match="does not name the classes 0, 1"):
-        roster([folder])
+        load_teachers([folder])
 
 
 def test_invariant_04_names_of_classes_that_contradict_each_other_are_refused(tmp_path):
     folder = save_teacher(tmp_path / "teacher")
     edit_json(folder / "config.json", label2id={"negative": 1, "positive": 0})
     with pytest.raises(UserError, match=r"negative \(label2id: 1\), positive"):
-        roster([folder])
+        load_teachers([folder])
     said = f"{{path: {folder}, labels: [positive, negative]}}"
-    assert roster([said])[0].order_C == [1, 0]
+    assert load_teachers([said])[0].order_C == [1, 0]
 
 
 def with_words(folder, change):
@@ -104,7 +104,7 @@ def test_a_word_whose_number_is_beyond_the_embeddings_is_refused(tmp_path):
 
     folder = with_words(save_teacher(tmp_path / "gap"), gap)
     with pytest.raises(UserError, match=r"123 word embeddings but its tokeniser has 174 words"):
-        roster([folder])
+        load_teachers([folder])
 
 
 def test_a_tokeniser_of_other_words_than_the_starts_is_told(tmp_path):

@@ -5,12 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from small import ALONE, config, make_source, roster, save_teacher, small_split
+from small import ALONE, config, load_teachers, make_source, save_teacher, small_split
 
+from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
-from sead_dist.objectives.ensemble import asked_teachers
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
-from sead_dist.teachers.claims import Claims
+from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.pool import Worker
 
 TEACHERS, ROWS = 3, 8
@@ -21,7 +22,7 @@ def chunks(split, **changes):
     given = config(global_batch_size=4, micro_batch_size=2, **changes)
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
-    asked = partial(asked_teachers, batches, given, weights_N)
+    asked = partial(make_ensemble(given, KINDS["classification"], weights_N).asked, batches)
     return chunks_of_training(batches, TEACHERS, ROWS, asked), batches, asked
 
 
@@ -50,7 +51,7 @@ def test_chunks_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(
 
 
 def test_a_chunks_name_is_of_its_content_alone(tmp_path):
-    teachers = roster([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
+    teachers = load_teachers([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
     one, same, longer = small_split(21), small_split(21), small_split(22)
     names = [c.name(teachers[c.teacher].key) for c in chunks_of_split(one, 2, ROWS)]
     again = [c.name(teachers[c.teacher].key) for c in chunks_of_split(same, 2, ROWS)]
@@ -62,11 +63,11 @@ def test_a_chunks_name_is_of_its_content_alone(tmp_path):
 
 @pytest.fixture
 def pool(tmp_path):
-    teachers = roster([save_teacher(tmp_path / name, seed=ord(name)) for name in "abc"])
+    teachers = load_teachers([save_teacher(tmp_path / name, seed=ord(name)) for name in "abc"])
 
     def worker(number: int, workers: int, check=lambda: True) -> Worker:
         source = make_source(teachers, tmp_path / "store", tmp_path / f"{number}", ALONE)
-        return Worker(source, Claims(source.store.layout, 60.0), number, workers, check, print)
+        return Worker(source, Leases(source.store.layout, 60.0), number, workers, check, print)
 
     return worker
 

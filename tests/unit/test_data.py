@@ -58,9 +58,9 @@ def seen_rows(split, size, look_ahead, start=0, depth=0, **more):
     found = {}
     for rank in range(size):
         batches = batches_of(split, rank, size, **more)
-        lessons = stream(batches, Recorder(), start, look_ahead, depth, lambda *_: None)
-        for lesson in lessons:
-            for batch, teachers in zip(lesson.step.batches, lesson.teachers, strict=True):
+        taught_steps = stream(batches, Recorder(), start, look_ahead, depth, lambda *_: None)
+        for taught in taught_steps:
+            for batch, teachers in zip(taught.step.batches, taught.teachers, strict=True):
                 keep = batch.valid_B
                 rows = batch.entries_B[keep].tolist()
                 if rows:
@@ -97,14 +97,14 @@ def test_invariant_01_rows_that_fill_the_shape_reach_neither_teachers_nor_the_lo
         for rank in range(size):
             source = Recorder()
             batches = batches_of(split, rank, size, seed, global_batch=12, micro_batch=4)
-            lessons = list(stream(batches, source, 0, 12, 0, lambda *_: None))
+            taught_steps = list(stream(batches, source, 0, 12, 0, lambda *_: None))
             # what is asked for are the valid rows of the step, each once, on every rank
-            for lesson, asked_R in zip(lessons, source.asked, strict=True):
-                rows_G = batches.rows(lesson.step.number)
+            for taught, asked_R in zip(taught_steps, source.asked, strict=True):
+                rows_G = batches.rows(taught.step.number)
                 assert asked_R.tolist() == sorted(split.entry_B[rows_G].tolist())
-            for lesson in lessons:
-                for batch in lesson.step.batches:
-                    check_fillers_count_nothing(batch, lesson.step.valid_rows)
+            for taught in taught_steps:
+                for batch in taught.step.batches:
+                    check_fillers_count_nothing(batch, taught.step.valid_rows)
 
 
 def check_fillers_count_nothing(batch, valid_rows):

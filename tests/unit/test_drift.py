@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from small import make_source, roster, save_teacher, small_split
+from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.drift import MOST_ROWS, Drift, compare, describe_drift, measure_drift
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 def answers(entry, folder):
-    source = make_source(roster([entry]), folder / "st", folder / "run")
+    source = make_source(load_teachers([entry]), folder / "st", folder / "run")
     request = Request(SPLIT, np.arange(40), None, "a test")
     logits_RC = source.submit(request).result().logits_NBC[0].numpy()
     source.close()
@@ -40,7 +40,7 @@ def test_only_a_teacher_in_fewer_bits_is_compared_and_the_runs_counts_do_not_sho
     reduced = f"{{path: {folder}, dtype: bf16}}"
     expected = np.abs(answers(reduced, tmp_path / "bf16") - answers(folder, tmp_path / "fp32"))
     assert expected.max() > 1e-4
-    source = make_source(roster([folder, reduced]), tmp_path / "st", tmp_path / "run")
+    source = make_source(load_teachers([folder, reduced]), tmp_path / "st", tmp_path / "run")
     source.submit(Request(SPLIT, np.arange(40), None, "a test")).result()
     whole, drift = measure_drift(source, SPLIT)
     assert whole is None
@@ -53,7 +53,7 @@ def test_only_a_teacher_in_fewer_bits_is_compared_and_the_runs_counts_do_not_sho
 def test_of_a_large_split_an_even_sample_is_compared(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sead_dist.teachers.drift.MOST_ROWS", 7)
     source = make_source(
-        roster([f"{{path: {folder}, dtype: bf16}}"]), tmp_path / "st", tmp_path / "run"
+        load_teachers([f"{{path: {folder}, dtype: bf16}}"]), tmp_path / "st", tmp_path / "run"
     )
     (drift,) = measure_drift(source, SPLIT)
     assert drift is not None
@@ -62,12 +62,12 @@ def test_of_a_large_split_an_even_sample_is_compared(folder, tmp_path, monkeypat
     source.close()
 
 
-def test_a_runs_drift_stands_in_the_examination_and_in_the_card(words, distil, tmp_path, teachers):
+def test_a_runs_drift_stands_in_the_validation_and_in_the_card(words, distil, tmp_path, teachers):
     given = words(
         tmp_path / "run", f"teachers=[{teachers[0]},{{path: {teachers[1]}, dtype: bf16}}]"
     )
     run = distil([*given, "teacher_validation=fp32", f"store={tmp_path / 'st'}"])
-    whole, reduced = json.loads((run / "examination.json").read_text())
+    whole, reduced = json.loads((run / "teacher_validation.json").read_text())
     assert whole["drift"] is None
     assert reduced["drift"]["rows"] > 20
     assert 0 < reduced["drift"]["largest"] < 1

@@ -8,17 +8,11 @@ import pytest
 import torch
 from small import config
 
-from sead_dist.config.schema import EnsembleMethod
 from sead_dist.data.kinds import KINDS
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.ensemble import (
-    agreement,
-    check_method,
-    chosen_teacher,
-    combine,
-    frozen_weights,
-)
+from sead_dist.objectives.ensemble import Ensemble, check_method, combine
+from sead_dist.objectives.weightings import WEIGHTINGS, Known, check_weights, chosen_teacher
 
 
 def logs(rows) -> torch.Tensor:
@@ -33,6 +27,11 @@ def ask(method, logits_NBC, labels=None, weights=None, temperature=1.0, present=
     weights_N = torch.full((N,), 1 / N) if weights is None else torch.tensor(weights)
     teachers = TeacherLogits(logits_NBC, present_NB)
     return combine(method, teachers, labels_B, weights_N, temperature, **more)
+
+
+def frozen_weights(method, given, scores, chosen) -> torch.Tensor:
+    known = Known(given, chosen, (), scores)
+    return check_weights(method, WEIGHTINGS[method].frozen(known))
 
 
 TWO = logs([[[0.8, 0.2]], [[0.5, 0.5]]])
@@ -120,9 +119,7 @@ def test_a_teacher_that_was_not_asked_has_no_weight_and_rows_do_not_mix():
 def test_one_teacher_alone_is_the_ensemble_whatever_the_method():
     logits_NBC = torch.randn(1, 5, 3)
     expected = torch.softmax(logits_NBC[0] / 2.0, -1)
-    for method in EnsembleMethod.__args__:
-        if method == "none":
-            continue
+    for method in WEIGHTINGS:
         routes_B = torch.zeros(5, dtype=torch.long) if method == "routed" else None
         found = ask(method, logits_NBC, labels=[0, 1, 2, -1, 0], temperature=2.0, routes_B=routes_B)
         torch.testing.assert_close(found.targets_BC, expected)
@@ -213,5 +210,6 @@ def test_agreement_counts_valid_rows_that_were_asked():
         torch.tensor([[[5.0, 0], [0, 5.0], [0, 5.0]], [[5.0, 0], [5.0, 0], [5.0, 0]]]),
         torch.tensor([[True, True, True], [True, False, True]]),
     )
-    found = agreement(student_BC, teachers, torch.tensor([True, True, False]))
+    ensemble = Ensemble(WEIGHTINGS["mean_logits"], torch.ones(2), 1.0, True, 0)
+    found = ensemble.agreement(student_BC, teachers, torch.tensor([True, True, False]))
     np.testing.assert_array_equal(found.numpy(), [[1, 1], [2, 1]])

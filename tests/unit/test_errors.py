@@ -71,11 +71,11 @@ def test_too_little_memory_is_told_in_one_line(capsys):
 
 def test_what_a_reader_raises_is_one_line_chained_and_a_bug_elsewhere_a_traceback(capsys):
     def read():
-        with reading("a.json", "mend it"):
+        with reading("a.json", "fix it"):
             json.loads("{\n\0")
 
     with pytest.raises(
-        UserError, match=r"^a.json cannot be read: JSONDecodeError: .*; mend it$"
+        UserError, match=r"^a.json cannot be read: JSONDecodeError: .*; fix it$"
     ) as e:
         read()
     assert isinstance(e.value.__cause__, json.JSONDecodeError)

@@ -1,17 +1,17 @@
-"""The examination: invariant 5. N teachers, B rows, C classes."""
+"""The validation: invariant 5. N teachers, B rows, C classes."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import LABELS, example_set, roster, save_teacher, sentences
+from small import LABELS, example_set, load_teachers, save_teacher, sentences
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.examples import build_examples
 from sead_dist.data.order import make_split
 from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.teachers.validation import admit, better_order, describe, examine
+from sead_dist.teachers.validation import better_order, describe, require_passed, validate
 
 TASK = TaskSpec(name="small", kind="classification", text_a="{sentence}", labels=LABELS)
 # 12 rows, 8 of them positive: the best constant answer is right 2/3 of the time
@@ -23,7 +23,7 @@ SPLIT = make_split(
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return roster([save_teacher(tmp_path_factory.mktemp("t") / "one")])[0]
+    return load_teachers([save_teacher(tmp_path_factory.mktemp("t") / "one")])[0]
 
 
 def answers(right: int) -> np.ndarray:
@@ -32,26 +32,26 @@ def answers(right: int) -> np.ndarray:
     return np.eye(2, dtype=np.float32)[said_B]
 
 
-def exam(teacher, logits_BC, task=TASK, dev_texts=0):
-    return examine(task, [teacher], logits_BC[None], SPLIT, dev_texts)[0]
+def validation(teacher, logits_BC, task=TASK, dev_texts=0):
+    return validate(task, [teacher], logits_BC[None], SPLIT, dev_texts)[0]
 
 
 def test_invariant_05_no_better_than_a_constant_answer_is_no_teacher(teacher):
-    assert exam(teacher, answers(9)).passed
-    at_constant = exam(teacher, answers(8))
+    assert validation(teacher, answers(9)).passed
+    at_constant = validation(teacher, answers(8))
     assert at_constant.score == at_constant.constant_score == pytest.approx(2 / 3)
     assert not at_constant.passed
-    with pytest.raises(UserError, match=r"teacher one failed its examination: accuracy 0\.6667"):
-        admit(TASK, [at_constant], [teacher])
-    admit(TASK, [exam(teacher, answers(9))], [teacher])
+    with pytest.raises(UserError, match=r"teacher one failed its validation: accuracy 0\.6667"):
+        require_passed(TASK, [at_constant], [teacher])
+    require_passed(TASK, [validation(teacher, answers(9))], [teacher])
 
 
 def test_invariant_05_an_inverted_teacher_is_told_the_better_order(teacher):
-    inverted = exam(teacher, answers(0))
+    inverted = validation(teacher, answers(0))
     assert inverted.better_order == ["positive", "negative"]
     line = f"{{path: {teacher.entry.path}, labels: [positive, negative]}}"
     with pytest.raises(UserError) as caught:
-        admit(TASK, [inverted], [teacher])
+        require_passed(TASK, [inverted], [teacher])
     assert line in str(caught.value)
     assert "teacher_validation=off" in str(caught.value)
     assert line in describe(inverted, teacher, 12)
@@ -61,8 +61,8 @@ def test_invariant_05_an_inverted_teacher_is_told_the_better_order(teacher):
 
 
 def test_a_good_teacher_is_suggested_nothing(teacher):
-    assert exam(teacher, answers(12)).better_order is None
-    assert "better" not in describe(exam(teacher, answers(12)), teacher, 12)
+    assert validation(teacher, answers(12)).better_order is None
+    assert "better" not in describe(validation(teacher, answers(12)), teacher, 12)
 
 
 def test_the_better_order_of_three_classes():
@@ -84,23 +84,23 @@ def test_the_better_order_of_three_classes():
 
 def test_invariant_05_wnli_is_only_told(teacher):
     wnli = replace(TASK, name="wnli")
-    failed = exam(teacher, answers(4), wnli)
+    failed = validation(teacher, answers(4), wnli)
     assert not failed.passed
-    admit(wnli, [failed], [teacher])
+    require_passed(wnli, [failed], [teacher])
     assert "accuracy 0.3333 (constant 0.6667)" in describe(failed, teacher, 12)
 
 
 def test_invariant_05_a_correlation_must_be_above_zero(teacher):
     cola = replace(TASK, metrics=("matthews_correlation",))
     always = np.tile(np.float32([0, 1]), (12, 1))
-    assert exam(teacher, always, cola).score == 0.0
-    assert not exam(teacher, always, cola).passed
-    assert exam(teacher, answers(10), cola).passed
+    assert validation(teacher, always, cola).score == 0.0
+    assert not validation(teacher, always, cola).passed
+    assert validation(teacher, answers(10), cola).passed
 
 
 def test_truncated_rows_and_known_dev_texts_are_told(teacher):
     short = replace(teacher, max_length=8)
-    found = exam(short, answers(12), dev_texts=3)
+    found = validation(short, answers(12), dev_texts=3)
     lengths = SPLIT.tokens.lengths_B()
     assert found.truncated_rows == int((lengths > 8).sum()) > 0
     said = describe(found, short, 12)
@@ -118,14 +118,14 @@ def test_invariant_04_a_regression_teacher_on_another_scale_is_refused(teacher):
     split = make_split(build_examples(stsb, rows, "selection"), grammar_tokenizer(), 32)
     right_BC = (0.8 * gold + 0.6)[:, None].astype(np.float32)
     (right, scaled) = (
-        examine(stsb, [teacher], logits_BC[None], split, 0)[0]
+        validate(stsb, [teacher], logits_BC[None], split, 0)[0]
         for logits_BC in (right_BC, right_BC / 5)
     )
     # correlation sees no difference; a student would learn scores from 0.12 to 0.92
     assert scaled.score == pytest.approx(right.score) == pytest.approx(1.0)
-    admit(stsb, [right], [teacher])
+    require_passed(stsb, [right], [teacher])
     with pytest.raises(
         UserError, match=r"run from 0\.12 to 0\.92 .* of stsb from 0 to 5"
     ) as caught:
-        admit(stsb, [scaled], [teacher])
+        require_passed(stsb, [scaled], [teacher])
     assert "teacher_validation=off" in str(caught.value)

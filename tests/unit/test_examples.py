@@ -15,8 +15,9 @@ from sead_dist.data.examples import (
     entries,
     fingerprint,
     hold_out,
-    remove_overlap,
+    known_sentences,
     sample,
+    shares_sentence,
     subset,
 )
 from sead_dist.data.loading import load_split
@@ -310,11 +311,21 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
 def test_overlap_is_of_exact_texts():
     dev = sentences(("a", 1), ("b", 0), ("b", 0), ("c", 1))
     train, transfer = sentences(("b", 1), ("d", 0), ("b", 1)), sentences(("c ", 1), ("a", 0))
-    left, removed = remove_overlap(train, dev)
-    assert (left.texts_a, removed) == (["d"], 2)
     assert count_overlap(dev, train) == 2
     assert count_overlap(dev, train, transfer) == 3
     assert count_overlap(dev) == 0
+
+
+def test_a_sentence_of_a_pair_is_shared_in_any_unicode_form_and_case():
+    def pair(a, b):
+        return {"question1": a, "question2": b, "label": 0}
+
+    held = build_examples(QQP, [pair("Caf\u00e9?", " "), pair("two", "three ")], "selection")
+    rows = [pair("one", "CAFE\u0301? "), pair("three", ""), pair("cafe?", ""), pair("tw o", "four")]
+    known = known_sentences([held])
+    shared_B = shares_sentence(build_examples(QQP, rows, "train"), known)
+    assert shared_B.tolist() == [True, True, False, False]
+    assert len(known) == 3
 
 
 def test_entries_are_unique_sorted_and_found_again():

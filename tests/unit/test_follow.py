@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import ALONE, make_source, roster, save_teacher, small_split
+from small import ALONE, load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError
 from sead_dist.store.layout import create
 from sead_dist.teachers import pool_client as follow
-from sead_dist.teachers.pool_client import Awaited, Follower, store_id
+from sead_dist.teachers.pool_client import Awaited, PoolClient, store_id
 
 SILENT_S, LOOKS = 10.0, 40
 
@@ -21,7 +21,7 @@ SILENT_S, LOOKS = 10.0, 40
 def waiting(tmp_path, monkeypatch):
     """(the awaited rows of `train`, wait): at each look a second has gone by."""
     source = make_source(
-        roster([save_teacher(tmp_path / "a")]), tmp_path / "store", tmp_path / "run", ALONE
+        load_teachers([save_teacher(tmp_path / "a")]), tmp_path / "store", tmp_path / "run", ALONE
     )
     clock = count()
     monkeypatch.setattr(
@@ -30,8 +30,10 @@ def waiting(tmp_path, monkeypatch):
     table = source.table(0, small_split(21))
     awaited = Awaited("a", table, np.arange(21), np.zeros(21, bool))
 
-    def wait(heed):
-        Follower(source.store.layout, SILENT_S, print, heed).wait([awaited], "steps 1-2")
+    def wait(progress_or_stop):
+        PoolClient(source.store.layout, SILENT_S, print, progress_or_stop).wait(
+            [awaited], "steps 1-2"
+        )
 
     yield source, table, wait
     source.close()
@@ -45,14 +47,14 @@ def test_rows_of_another_split_are_a_sign_of_life(waiting, tmp_path):
     elsewhere = make_source(source.teachers, tmp_path / "store", tmp_path / "other", ALONE)
     looks = iter(range(LOOKS))
 
-    def heed(_doing):
+    def progress_or_stop(_doing):
         row = next(looks)
         elsewhere.table(0, other).write(np.array([row]), np.zeros((1, 2)))
         if row == LOOKS - 1:
             mine = elsewhere.table(0, small_split(21))
             mine.write(np.arange(21), np.zeros((21, 2)))
 
-    wait(heed)
+    wait(progress_or_stop)
     assert next(looks, None) is None
     assert table.present_U.all()
     elsewhere.close()

@@ -1,4 +1,4 @@
-"""Each loss over internals against values worked out by hand, its gradient against finite
+"""Each loss over layer outputs against values worked out by hand, its gradient against finite
 differences, and its blindness to padding."""
 
 import math

@@ -5,7 +5,7 @@ import torch
 from small import build_model
 
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Wanted, find_anatomy, reading, scores
+from sead_dist.models.hidden_states import Wanted, find_layer_parts, reading, scores
 
 KINDS = ["bert", "roberta", "electra", "distilbert"]
 
@@ -20,17 +20,17 @@ def inputs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_and_attention_are_the_models_own(kind):
     model = build_model(kind, attn_implementation="eager")
-    anatomy = find_anatomy(model, "it", attention=True)
-    layers = range(1, len(anatomy.layers) + 1)
-    with torch.no_grad(), reading(anatomy, Wanted((0, *layers), tuple(layers))) as found:
+    layer_parts = find_layer_parts(model, "it", attention=True)
+    layers = range(1, len(layer_parts.layers) + 1)
+    with torch.no_grad(), reading(layer_parts, Wanted((0, *layers), tuple(layers))) as found:
         own = model(**inputs(), output_hidden_states=True, output_attentions=True)
-    assert anatomy.width == 32
+    assert layer_parts.width == 32
     assert sorted(found.hidden) == [0, *layers]
     for number in found.hidden:
         assert torch.equal(found.hidden[number], own.hidden_states[number])
     outside = inputs()["attention_mask"][:, None, None, :] == 0
     for number in layers:
-        score_RALL = scores(found.queries[number], found.keys[number], anatomy.heads)
+        score_RALL = scores(found.queries[number], found.keys[number], layer_parts.heads)
         mine = score_RALL.masked_fill(outside, -1e9).softmax(-1)
         torch.testing.assert_close(mine, own.attentions[number - 1])
         # the values: what attention makes of them is what the layer goes on with
@@ -40,8 +40,8 @@ def test_hidden_states_and_attention_are_the_models_own(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_attention_kernel_is_read_and_nothing_stays_behind(kind):
     model = build_model(kind, attn_implementation="sdpa")
-    anatomy = find_anatomy(model, "it", attention=True)
-    with reading(anatomy, Wanted((0, 1), (1,))) as found:
+    layer_parts = find_layer_parts(model, "it", attention=True)
+    with reading(layer_parts, Wanted((0, 1), (1,))) as found:
         model(**inputs())
     assert found.hidden[1].requires_grad
     assert found.queries[1].shape == found.keys[1].shape == found.values[1].shape == (3, 7, 32)
@@ -53,11 +53,11 @@ def test_any_attention_kernel_is_read_and_nothing_stays_behind(kind):
 
 def test_values_are_those_that_attention_sums():
     model = build_model("bert", attn_implementation="eager")
-    anatomy = find_anatomy(model, "it", attention=True)
+    layer_parts = find_layer_parts(model, "it", attention=True)
     attention = model.bert.encoder.layer[0].attention.self
     seen = []
     hook = attention.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
-    with torch.no_grad(), reading(anatomy, Wanted((), (1,))) as found:
+    with torch.no_grad(), reading(layer_parts, Wanted((), (1,))) as found:
         own = model(**inputs(), output_attentions=True)
     hook.remove()
     value_RALD = found.values[1].reshape(3, 7, 2, 16).transpose(1, 2)
@@ -75,12 +75,12 @@ def test_values_are_those_that_attention_sums():
 )
 def test_a_model_that_cannot_be_read_is_told_by_name(kind, attention, said):
     with pytest.raises(UserError, match=said):
-        find_anatomy(build_model(kind), "teacher x", attention)
+        find_layer_parts(build_model(kind), "teacher x", attention)
 
 
 def test_hidden_states_alone_are_read_of_other_attentions_too():
     model = build_model("deberta-v2")
-    anatomy = find_anatomy(model, "it", attention=False)
-    with torch.no_grad(), reading(anatomy, Wanted((1,))) as found:
+    layer_parts = find_layer_parts(model, "it", attention=False)
+    with torch.no_grad(), reading(layer_parts, Wanted((1,))) as found:
         own = model(**inputs(), output_hidden_states=True)
     assert torch.equal(found.hidden[1], own.hidden_states[1])

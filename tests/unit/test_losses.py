@@ -7,8 +7,9 @@ import torch
 from small import config
 from torch.nn import functional as F
 
-from sead_dist.objectives.ensemble import SoftTargets
-from sead_dist.objectives.losses import alpha_at, hard_loss, soft_loss, total_loss
+from sead_dist.data.kinds import KINDS
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.losses import SoftTargets, hard_loss, soft_loss, total_loss
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)
@@ -131,7 +132,10 @@ def test_the_hard_loss_is_cross_entropy():
 
 
 def test_the_share_of_the_soft_loss_goes_evenly_from_alpha_to_alpha_end():
-    given = config(alpha=0.9, alpha_end=0.3)
-    assert [alpha_at(given, step, 4) for step in range(4)] == pytest.approx([0.9, 0.7, 0.5, 0.3])
-    assert alpha_at(given, 0, 1) == 0.9
-    assert {alpha_at(config(alpha=0.9), step, 4) for step in range(4)} == {0.9}
+    def shares(total_steps, **keys):
+        loss = make_loss(config(**keys), KINDS["classification"], total_steps)
+        return [loss.alpha_at(step) for step in range(total_steps)]
+
+    assert shares(4, alpha=0.9, alpha_end=0.3) == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert shares(1, alpha=0.9, alpha_end=0.3) == [0.9]
+    assert shares(4, alpha=0.9) == [0.9] * 4

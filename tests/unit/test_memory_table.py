@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from small import CPU, roster, save_teacher
+from small import CPU, load_teachers, save_teacher
 from transformers import AutoConfig
 
 from sead_dist.models.sequence_classifier import build_teacher, outline
@@ -85,6 +85,6 @@ def test_the_table_of_teachers_memory_is_what_their_tensors_make(name):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_bytes_counted_for_a_teacher_are_those_of_its_tensors(tmp_path, dtype):
-    (teacher,) = roster([f"{{path: {save_teacher(tmp_path / 't')}, dtype: {dtype}}}"])
+    (teacher,) = load_teachers([f"{{path: {save_teacher(tmp_path / 't')}, dtype: {dtype}}}"])
     model = build_teacher(teacher.entry, dtype, CPU, False)
     assert teacher.bytes == sum(parameter.nbytes for parameter in model.parameters())

@@ -18,8 +18,8 @@ from small import (
     build_model,
     config,
     example_set,
+    load_teachers,
     make_source,
-    roster,
     save_teacher,
     words,
     write_task,
@@ -214,7 +214,7 @@ def tried_as(role: str, folder: Path, data: Path) -> ExampleSet:
     elif role == "answerer":
         load_answerer(str(folder), task, None, CPU, examples)
     else:
-        source = make_source(roster([folder], task=task), data / "store", data / "run")
+        source = make_source(load_teachers([folder], task=task), data / "store", data / "run")
         split = make_split(examples, grammar_tokenizer(), 32)
         source.submit(Request(split, np.arange(len(split)), None, "a test")).result()
     return examples

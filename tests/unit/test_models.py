@@ -13,8 +13,8 @@ from small import (
     build_model,
     config,
     edit_json,
+    load_teachers,
     logits_of,
-    roster,
     save_teacher,
     sentences,
 )
@@ -200,7 +200,7 @@ def test_teachers_of_one_tokeniser_share_it_and_others_do_not(tmp_path):
     first, second = list(vocab)[-2:]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (paths[2] / "tokenizer.json").write_text(json.dumps(tokens))
-    one, alike, other, same = roster(paths)
+    one, alike, other, same = load_teachers(paths)
     assert one.tokenizer is alike.tokenizer is same.tokenizer
     assert other.tokenizer is not one.tokenizer
     assert other.tokenizer_hash != one.tokenizer_hash

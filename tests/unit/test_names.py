@@ -20,7 +20,7 @@ def test_an_old_key_is_refused_with_the_new_one_named(old):
 
 def test_an_old_key_of_a_teacher_and_of_a_file_is_refused_likewise(tmp_path):
     with pytest.raises(UserError, match=r"'teachers\.0\.weights' is teachers\.quantization now"):
-        load_config(["sst2", "output_dir=x", "teachers=[{path: a, quantization: int8}]"])
+        load_config(["sst2", "output_dir=x", "teachers=[{path: a, weights: int8}]"])
     (tmp_path / "old.yaml").write_text("checkpoint: {every_steps: 3}\n", encoding="utf-8")
     with pytest.raises(UserError, match="'checkpoint' is save_steps and save_total_limit now"):
         load_config(["sst2", "output_dir=x", str(tmp_path / "old.yaml")])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from packs import kernel, stand_in_for_packs
-from small import CPU, build_model, example_set, roster, save_teacher, sentences
+from small import CPU, build_model, example_set, load_teachers, save_teacher, sentences
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.order import TokenTable, make_split
@@ -172,7 +172,7 @@ def test_what_cannot_be_packed_is_padded(monkeypatch):
 
 
 def test_rates_and_forecasts_know_packs_with_a_stand_in_kernel(tmp_path):
-    (teacher,) = roster([save_teacher(tmp_path / "one")])
+    (teacher,) = load_teachers([save_teacher(tmp_path / "one")])
     packed = replace(teacher, cut=replace(teacher.cut, pack_from=512))
     rate = measure_teacher(packed, CPU, False, [8, 16], time.monotonic() + 60)
     assert rate.lengths_K == (8, 16)

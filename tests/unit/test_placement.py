@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import ALONE, logits_of, make_source, roster, save_teacher, small_split
+from small import ALONE, load_teachers, logits_of, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError
 from sead_dist.models.pretrained import locate
@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(folders):
-    return roster(folders)
+    return load_teachers(folders)
 
 
 def of_size(teacher, *sizes):
@@ -227,7 +227,7 @@ def test_a_teacher_that_gives_nan_is_named_with_the_row(folders, tmp_path):
         model.classifier.bias[1] = float("nan")
     broken = save_teacher(tmp_path / "broken")
     model.save_pretrained(broken)
-    source = make_source(roster([broken]), tmp_path / "st", tmp_path / "run")
+    source = make_source(load_teachers([broken]), tmp_path / "st", tmp_path / "run")
     with pytest.raises(RunError, match=r"teacher broken gave NaN .* at a test for train row \d+"):
         source.submit(request()).result()
     source.close()
@@ -236,9 +236,9 @@ def test_a_teacher_that_gives_nan_is_named_with_the_row(folders, tmp_path):
 def test_what_identifies_a_prediction(folders, teachers, tmp_path):
     base = teachers[0]
     renamed = save_teacher(tmp_path / "renamed", seed=0, labels=("positive", "negative"))
-    for other in roster([f"{{path: {folders[0]}, weight: 3, name: x}}", renamed]):
+    for other in load_teachers([f"{{path: {folders[0]}, weight: 3, name: x}}", renamed]):
         assert other.key.folder == base.key.folder
-    for other in roster(
+    for other in load_teachers(
         [
             f"{{path: {folders[0]}, max_length: 16}}",
             f"{{path: {folders[0]}, dtype: bf16}}",

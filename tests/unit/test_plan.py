@@ -10,7 +10,7 @@ from small import (
     ALONE,
     CPU,
     config,
-    roster,
+    load_teachers,
     save_teacher,
     student_shape,
     words,
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused_in_one_line(task, tmp_path, rates, changes, s
 
 def test_a_given_memory_decides_the_choice_and_what_fits(task, tmp_path, rates):
     _, teachers = task
-    small, large = roster(teachers)
+    small, large = load_teachers(teachers)
     parts = planned(task, tmp_path, ranks=2)["placements"][0]
     assert parts["teacher_bytes"] == small.bytes + large.bytes
     both = planned(task, tmp_path, ranks=2, gpu_memory="1GB")
@@ -298,7 +298,7 @@ def test_a_given_memory_decides_the_choice_and_what_fits(task, tmp_path, rates):
 
 def test_where_no_placement_fits_the_plan_says_so(task, tmp_path, rates, capsys):
     _, teachers = task
-    _, large = roster(teachers)
+    _, large = load_teachers(teachers)
     student = planned(task, tmp_path, ranks=2)["placements"][0]["student_bytes"]
     capsys.readouterr()
     tight = f"{int(student / FULL) + large.bytes // 20}B"
@@ -324,7 +324,7 @@ def test_the_students_bytes_are_those_of_the_table():
 
 def test_the_teachers_bytes_are_of_the_rank_that_holds_most(task):
     _, folders = task
-    small, large = roster(folders)
+    small, large = load_teachers(folders)
     whole = small.bytes + large.bytes
     for placement, expected in (
         ("colocated", whole),
@@ -347,5 +347,5 @@ def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
     planned(task, tmp_path)
     machine = this_machine(CPU)
     known = remembered(default_rates())
-    for teacher in roster(task[1]):
+    for teacher in load_teachers(task[1]):
         assert teacher_key(teacher, machine) in known

@@ -4,7 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from small import make_source, roster, save_teacher, small_split
+from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request
@@ -33,13 +33,13 @@ def int8(folder, **more):
 def test_int8_without_torchao_is_refused_in_one_line_that_says_what_to_install(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"quantization=int8 needs torchao.*sead-dist\[quantize\]"):
-        roster([int8(folder)])
+        load_teachers([int8(folder)])
 
 
 @needs_torchao
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_invariant_03_an_int8_prediction_has_the_same_bits_in_any_company(folder, tmp_path, dtype):
-    (teacher,) = roster([int8(folder, dtype=dtype)])
+    (teacher,) = load_teachers([int8(folder, dtype=dtype)])
     found = []
     for name, parts in (("whole", [range(40)]), ("parts", [[3], range(7), range(40)])):
         source = make_source([teacher], tmp_path / name, tmp_path / "run")
@@ -53,7 +53,7 @@ def test_invariant_03_an_int8_prediction_has_the_same_bits_in_any_company(folder
 
 @needs_torchao
 def test_an_int8_teacher_is_close_to_itself_smaller_and_of_another_class(folder, tmp_path):
-    whole, reduced = roster([folder, int8(folder)])
+    whole, reduced = load_teachers([folder, int8(folder)])
     assert whole.key.fingerprint == reduced.key.fingerprint
     assert '"weights": "int8 torchao' in reduced.key.numerics
     assert reduced.bytes < 0.5 * whole.bytes
@@ -66,6 +66,6 @@ def test_an_int8_teacher_is_close_to_itself_smaller_and_of_another_class(folder,
 
 @needs_torchao
 def test_an_int8_teacher_cannot_be_sharded(folder):
-    teachers = roster([int8(folder)])
+    teachers = load_teachers([int8(folder)])
     with pytest.raises(UserError, match="quantization=int8 cannot be split over ranks"):
         check_placements(teachers, ["sharded"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import CPU, roster, save_teacher
+from small import CPU, load_teachers, save_teacher
 from transformers import AutoConfig
 
 from sead_dist.teachers.rate_measurement import Stopwatch, grid, measure_batches
@@ -30,7 +30,9 @@ RATE = Rate((16, 64), (0.1, 0.5), batch_s=1.0, once_s=3.0)
 def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
     small = save_teacher(root / "a")
-    return roster([small, save_teacher(root / "b", seed=1), f"{{path: {small}, dtype: bf16}}"])
+    return load_teachers(
+        [small, save_teacher(root / "b", seed=1), f"{{path: {small}, dtype: bf16}}"]
+    )
 
 
 def test_a_row_takes_what_was_measured_and_between_the_points_a_straight_line():

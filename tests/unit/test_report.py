@@ -50,7 +50,7 @@ def test_the_plots_open_and_have_a_sane_size(tmp_path):
 
 def test_a_run_without_teachers(tmp_path):
     run = make_run(tmp_path / "run")
-    for name in ("examination.json", "teacher_manifest.json"):
+    for name in ("teacher_validation.json", "teacher_manifest.json"):
         (run / name).unlink()
     write_json(
         run / "scores.json",

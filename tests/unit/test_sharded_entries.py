@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import roster, save_teacher
+from small import load_teachers, save_teacher
 
 from sead_dist.errors import UserError
 from sead_dist.teachers import sharding as sharded
@@ -20,13 +20,13 @@ def folder(tmp_path):
 
 def refused(folder, match):
     with pytest.raises(UserError, match=match) as caught:
-        check_shardable(roster([folder])[0], False)
+        check_shardable(load_teachers([folder])[0], False)
     assert "\n" not in str(caught.value)
     assert "placement=partitioned or colocated" in str(caught.value)
 
 
 def test_a_checkpoint_without_safetensors_is_refused(folder):
-    check_shardable(roster([folder])[0], False)
+    check_shardable(load_teachers([folder])[0], False)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -62,7 +62,7 @@ def test_layers_that_share_parameters_are_refused(folder, monkeypatch):
 
 
 def test_offload_of_a_teacher_that_is_not_sharded_is_refused(folder):
-    teachers = roster([f"{{path: {folder}, offload: true}}"])
+    teachers = load_teachers([f"{{path: {folder}, offload: true}}"])
     check_placements(teachers, ["sharded"])
     for where in ("colocated", "partitioned"):
         with pytest.raises(UserError, match=f"offload=true is for placement=sharded.*is {where}"):
@@ -70,7 +70,7 @@ def test_offload_of_a_teacher_that_is_not_sharded_is_refused(folder):
 
 
 def test_auto_shards_what_does_not_fit_on_one_rank_of_two(folder):
-    small = roster([folder])[0]
+    small = load_teachers([folder])[0]
     large, asked = (
         replace(small, bytes=1000),
         small.entry.model_copy(update={"placement": "colocated"}),

@@ -14,9 +14,9 @@ from small import (
     build_model,
     edit_json,
     example_set,
+    load_teachers,
     logits_of,
     read,
-    roster,
     save_teacher,
     sentences,
     words,
@@ -32,11 +32,11 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.models import resaved, student
 from sead_dist.models import sequence_classifier as models
 from sead_dist.models.hidden_states import Wanted as Read
-from sead_dist.models.hidden_states import find_anatomy, reading
+from sead_dist.models.hidden_states import find_layer_parts, reading
 from sead_dist.models.loaded import body_of, head_names, pooler_names
 from sead_dist.models.sequence_classifier import build_teacher, unshared
 from sead_dist.models.student import CUT_KINDS, build_student, check_start
-from sead_dist.objectives.feature_losses import start_as_guide
+from sead_dist.objectives.feature_losses import start_as_feature_teacher
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.prediction import load_answerer
 from sead_dist.training.engine import check_whole
@@ -150,7 +150,7 @@ def test_a_wrappers_prefix_is_taken_off_a_teacher(tmp_path):
     plain = save_teacher(tmp_path / "plain")
     wrapped = shutil.copytree(plain, tmp_path / "wrapped")
     rename(wrapped, lambda name: "module.model." + name)
-    assert [teacher.name for teacher in roster([wrapped])] == ["wrapped"]
+    assert [teacher.name for teacher in load_teachers([wrapped])] == ["wrapped"]
     one, two = (
         build_teacher(TeacherConfig(path=str(folder)), "fp32", CPU, False)
         for folder in (plain, wrapped)
@@ -337,21 +337,21 @@ def test_a_teacher_whose_logits_mean_something_else_is_refused(tmp_path, said):
     folder = save_teacher(tmp_path / "t", problem_type=said)
     line = rf"t says problem_type={said} .* needs single_label_classification; leave it out"
     with pytest.raises(UserError, match=line) as caught:
-        roster([folder])
+        load_teachers([folder])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=line):
         load_answerer(str(folder), TASK, None, CPU, example_set(["good"]))
     edit_json(folder / "config.json", problem_type="single_label_classification")
-    assert len(roster([folder])) == 1
+    assert len(load_teachers([folder])) == 1
     # of a text's candidates the one with the largest logit counts, whatever trained it
     one = save_teacher(tmp_path / "one", labels=("score",), problem_type=said)
-    assert len(roster([one], task=TASKS["copa"])) == 1
+    assert len(load_teachers([one], task=TASKS["copa"])) == 1
 
 
 def test_a_score_is_not_read_from_a_classifiers_logit(tmp_path):
     one = save_teacher(tmp_path / "t", labels=("a",), problem_type="multi_label_classification")
     with pytest.raises(UserError, match="needs regression"):
-        roster([one], task=TASKS["stsb"])
+        load_teachers([one], task=TASKS["stsb"])
 
 
 def in_order(tmp_path, **changes):
@@ -420,7 +420,7 @@ def test_invariant_11_a_student_that_is_not_read_as_it_was_saved_is_refused_befo
         with pytest.raises(UserError, match=said) as caught:
             run(given)
         assert "\n" not in str(caught.value)
-        # nothing stays that would keep the mended run out
+        # nothing stays that would keep the fixed run out
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     monkeypatch.setattr(resaved, "write_weights", real)
     run(given)
@@ -474,7 +474,7 @@ def test_a_resume_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
 def states(model, depth):
     inputs = grammar_tokenizer()(TEXTS[0], return_tensors="pt")
     wanted = Read(tuple(range(depth + 1)))
-    with torch.no_grad(), reading(find_anatomy(model, "it", attention=False), wanted) as found:
+    with torch.no_grad(), reading(find_layer_parts(model, "it", attention=False), wanted) as found:
         model(**inputs)
     return [found.hidden[number] for number in range(depth + 1)]
 
@@ -483,19 +483,19 @@ def states(model, depth):
     "kind", ["bert", "electra", "distilbert", "mpnet", "deberta", "deberta-v2"]
 )
 def test_a_student_as_deep_as_its_guide_has_the_guides_hidden_states(kind):
-    guide, own = make(kind, seed=1), make(kind, seed=2)
+    feature_teacher, own = make(kind, seed=1), make(kind, seed=2)
     head = {n: w.clone() for n, w in own.state_dict().items() if n in models.head_weights(own)}
-    assert start_as_guide(own, guide)
-    for mine, theirs in zip(states(own, 3), states(guide, 3), strict=True):
+    assert start_as_feature_teacher(own, feature_teacher)
+    for mine, theirs in zip(states(own, 3), states(feature_teacher, 3), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert all(torch.equal(own.state_dict()[name], tensor) for name, tensor in head.items())
 
 
 def test_a_student_whose_arithmetic_is_not_the_guides_is_told():
-    guide, own = make("bert", seed=1), make("bert", seed=2, hidden_act="relu")
+    feature_teacher, own = make("bert", seed=1), make("bert", seed=2, hidden_act="relu")
     with pytest.raises(UserError, match=r"hidden states 1 differ .*student_init=own"):
-        start_as_guide(own, guide)
-    assert len(guide.bert.encoder.layer) == 3
+        start_as_feature_teacher(own, feature_teacher)
+    assert len(feature_teacher.bert.encoder.layer) == 3
 
 
 def test_a_model_without_a_body_of_its_own_has_its_last_layer_for_a_head():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sead_dist
+from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS, Classification, register_task_kind
 from sead_dist.data.task_files import TASKS, compute_metrics, constant_score, load_task
@@ -34,7 +35,7 @@ class Graded(Classification):
 def graded():
     register_task_kind(Graded())
     yield
-    del KINDS["graded"]
+    del KINDS["graded"], ADDED.owners["kind of task"]["graded"]
 
 
 def write(folder: Path, text: str) -> Path:

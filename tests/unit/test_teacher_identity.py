@@ -127,7 +127,7 @@ def test_rows_that_lose_tokens_are_told_in_every_split(tmp_path):
     first, second = told_cuts(examples, splits, 64, 5)
     assert first == "max_length=64, but the student's positions end at 5"
     assert second == (
-        "student: text rows cut at 5 tokens: 2 of 3 in train, 1 of 2 in transfer, "
+        "student: text rows cut at 5 tokens: 2 of 3 in train, 1 of 2 in unlabelled text, "
         "0 of 1 in selection, 1 of 2 in validation"
     )
     short_only = RunSplits(selection, selection, {})

@@ -14,9 +14,11 @@ from small import ALONE, build_model, config, records, small_split
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
-from sead_dist.objectives.ensemble import asked_teachers, chosen_teacher
+from sead_dist.objectives.distillation_loss import make_loss
+from sead_dist.objectives.ensemble import make_ensemble
+from sead_dist.objectives.weightings import chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
-from sead_dist.runtime.heartbeat import Watch
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.training.checkpoint import Checkpointer, Identity, TrainState
 from sead_dist.training.engine import Engine, check_world
@@ -92,6 +94,10 @@ def test_a_launcher_that_accelerate_does_not_see_is_refused():
         check_world(1, World(0, 2, torch.device("cpu")))
 
 
+def weighed(given, weights_N):
+    return make_ensemble(given, KINDS["classification"], weights_N)
+
+
 def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
@@ -119,14 +125,14 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         batches=batches,
         source=None,
         teacher_names=list(names),
-        weights_N=torch.ones(len(names)) / max(1, len(names)),
-        kind=KINDS["classification"],
+        ensemble=weighed(given, torch.ones(len(names)) / max(1, len(names))) if names else None,
+        loss=make_loss(given, KINDS["classification"], batches.total_steps),
         checkpointer=Checkpointer(tmp_path, Identity({}, "", []), ALONE, 3, print),
         log=RunLog(tmp_path, True, console=False),
         select=score,
         metric="accuracy",
         stop=stop,
-        watch=Watch(tmp_path, ALONE, stop, given.heartbeat),
+        heartbeat=Heartbeat(tmp_path, ALONE, stop, given.heartbeat),
     )  # fmt: skip
 
 
@@ -169,8 +175,9 @@ def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
             return nullcontext()
 
     keys = {"select": {2: 0.9, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
-    rival = TwoStages(has_no_head=lambda step: step <= 2)
-    trainer = replace(make_trainer(tmp_path, **keys), rival=rival)
+    feature = TwoStages(has_no_head=lambda step: step <= 2)
+    trainer = make_trainer(tmp_path, **keys)
+    trainer = replace(trainer, loss=replace(trainer.loss, feature=feature))
     state = trainer.run(TrainState())
     assert (state.best_step, state.best_metric) == (4, 0.7)
 
@@ -232,8 +239,7 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
     trainer = make_trainer(tmp_path, names="abc", ensemble="random", seed=4)
     steps = range(0, 3)
     entries_R = trainer.batches.entries(steps)
-    given = config("teachers=[a,b,c]", ensemble="random", seed=4)
-    asked_NR = asked_teachers(trainer.batches, given, trainer.weights_N, steps, entries_R)
+    asked_NR = trainer.asked(steps, entries_R)
     # every row is in one micro-batch of an epoch, so one teacher is asked for it
     assert asked_NR.sum(0).tolist() == [1] * 21
     by_hand = Counter()
@@ -241,13 +247,11 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
         for batch in trainer.batches.step(step).batches:
             chosen = chosen_teacher(4, step, batch.micro, 3)
             by_hand[chosen] += int(batch.valid_B.sum())
-            assert trainer.weights_for(step, batch.micro).tolist() == [
-                float(n == chosen) for n in range(3)
-            ]
+            weights_N = trainer.ensemble.weighting.at(torch.ones(3), 4, step, batch.micro)
+            assert weights_N.tolist() == [float(n == chosen) for n in range(3)]
     assert asked_NR.sum(1).tolist() == [by_hand[n] for n in range(3)]
-    every = torch.full((3,), 1 / 3)
-    given = config("teachers=[a,b,c]")
-    assert asked_teachers(trainer.batches, given, every, steps, entries_R) is None
+    every = weighed(config("teachers=[a,b,c]"), torch.full((3,), 1 / 3))
+    assert every.asked(trainer.batches, steps, entries_R) is None
 
 
 def test_a_teacher_without_weight_is_not_asked(tmp_path):
@@ -255,7 +259,7 @@ def test_a_teacher_without_weight_is_not_asked(tmp_path):
     steps = range(0, 3)
     entries_R = trainer.batches.entries(steps)
     given, one = config("teachers=[a,b,c]", ensemble="single"), torch.tensor([0.0, 1.0, 0.0])
-    asked_NR = asked_teachers(trainer.batches, given, one, steps, entries_R)
+    asked_NR = weighed(given, one).asked(trainer.batches, steps, entries_R)
     assert asked_NR.all(1).tolist() == [False, True, False]
     assert asked_NR.sum() == 21
 
@@ -273,7 +277,7 @@ def test_routed_asks_each_rows_own_teacher_and_equal_rows_may_ask_two(tmp_path):
     steps = range(0, 3)
     entries_R = batches.entries(steps)
     given = config("teachers=[a,b]", ensemble="routed", teacher_column="column")
-    asked_NR = asked_teachers(batches, given, torch.full((2,), 0.5), steps, entries_R)
+    asked_NR = weighed(given, torch.full((2,), 0.5)).asked(batches, steps, entries_R)
     assert asked_NR[:, np.searchsorted(entries_R, entry_B[0])].tolist() == [True, True]
     assert asked_NR.sum() == len(split)
     for step in steps:

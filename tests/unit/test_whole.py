@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, SHAPES, edit_json, roster, save_teacher
+from small import CPU, SHAPES, edit_json, load_teachers, save_teacher
 
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import build_teacher
@@ -24,7 +24,7 @@ def inputs(model):
 def test_a_filled_teacher_is_the_one_that_transformers_reads(tmp_path, kind, dtype):
     paths = [save_teacher(tmp_path / str(seed), kind, seed) for seed in range(2)]
     empty = {}
-    for teacher in roster(paths, teacher_precision=dtype):
+    for teacher in load_teachers(paths, teacher_precision=dtype):
         model = load_whole(teacher, CPU, False, empty)
         expected = build_teacher(teacher.entry, dtype, CPU, False)
         mine, theirs = model.state_dict(), expected.state_dict()
@@ -48,7 +48,7 @@ def test_a_filled_teacher_is_the_one_that_transformers_reads(tmp_path, kind, dty
 def test_teachers_of_one_shape_are_filled_apart(tmp_path):
     paths = [save_teacher(tmp_path / str(seed), seed=seed) for seed in range(2)]
     empty = {}
-    one, two = (load_whole(teacher, CPU, False, empty) for teacher in roster(paths))
+    one, two = (load_whole(teacher, CPU, False, empty) for teacher in load_teachers(paths))
     assert not torch.equal(one.classifier.weight, two.classifier.weight)
     assert torch.equal(
         one.classifier.weight, load_file(paths[0] / "model.safetensors")["classifier.weight"]
@@ -65,7 +65,7 @@ def test_what_is_stored_otherwise_is_left_to_transformers(tmp_path, monkeypatch)
     asked = []
     real = build_teacher
     monkeypatch.setattr(whole, "build_teacher", lambda *given: asked.append(1) or real(*given))
-    (teacher,) = roster([old])
+    (teacher,) = load_teachers([old])
     model = load_whole(teacher, CPU, False, {})
     assert asked == [1]
     name = "bert.embeddings.LayerNorm.weight"
@@ -76,13 +76,13 @@ def test_what_is_stored_otherwise_is_left_to_transformers(tmp_path, monkeypatch)
     )
     coded = save_teacher(tmp_path / "coded", seed=1)
     save_file(tensors, coded / "model.safetensors", metadata=FORMAT)
-    (teacher,) = roster([coded])
+    (teacher,) = load_teachers([coded])
     load_whole(teacher, CPU, False, {})
     assert asked == [1, 1]
     with pytest.raises(UserError, match="are quantised in its files"):
         check_shardable(teacher, False)
     # a config that the files do not fit is Transformers' to refuse
     edit_json(old / "config.json", intermediate_size=16)
-    (teacher,) = roster([old])
+    (teacher,) = load_teachers([old])
     with pytest.raises((UserError, RuntimeError)):
         load_whole(teacher, CPU, False, {})

@@ -11,8 +11,8 @@ from small import (
     TASK,
     config,
     example_set,
+    load_teachers,
     make_source,
-    roster,
     save_teacher,
     sentences,
 )
@@ -50,7 +50,7 @@ EXAMPLES = RunExamples(
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
-    return roster([save_teacher(root / "a"), save_teacher(root / "b", seed=1)])
+    return load_teachers([save_teacher(root / "a"), save_teacher(root / "b", seed=1)])
 
 
 def work_of(teachers, store=None, done=0, **changes):

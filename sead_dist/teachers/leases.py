@@ -1,9 +1,9 @@
-"""Claims: which chunks of a pool's work are being computed now (STORE/claims/, one file each).
+"""Leases: which chunks of a pool's work are being computed now (STORE/claims/, one file each).
 
-A claim is a file that is created exclusively and that its holder writes to several times in
+A lease is a file that is created exclusively and that its holder writes to several times in
 `broken_s`. Whoever sees that it has not changed for so long, by the observer's own monotonic clock,
 takes it away: times that other machines write down, in files or on them, are never looked at.
-A claim only saves work. Two holders of one chunk write the same predictions. (Our own scheme.)
+A lease only saves work. Two holders of one chunk write the same predictions. (Our own scheme.)
 """
 
 import os
@@ -24,16 +24,16 @@ from sead_dist.store.layout import Layout, explain, unique_name
 LEAST_BEAT_S, MOST_BEAT_S, BEATS = 0.02, 5.0, 10
 
 
-class Claim:
+class Lease:
     """A chunk that is ours; a thread says so for as long as the block lasts. taken_from: whose
-    broken claim it was before, in words."""
+    broken lease it was before, in words."""
 
     def __init__(self, path: Path, file: int, beat_s: float, taken_from: str | None) -> None:
         self.path, self._file, self._beat_s, self.taken_from = path, file, beat_s, taken_from
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="claim", daemon=True)
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "Lease":
         self._thread.start()
         return self
 
@@ -54,7 +54,7 @@ class Claim:
         beat = 0
         while not self._over.wait(self._beat_s):
             beat += 1
-            # Through the open file: where the claim was taken away, nobody else's is written to.
+            # Through the open file: where the lease was taken away, nobody else's is written to.
             # On a full disk too, for the line keeps its length.
             with suppress(OSError):
                 os.pwrite(self._file, f"{beat:012d}".encode(), 0)
@@ -63,7 +63,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a claim of another process held, and since when it has (our monotonic seconds)."""
+    """What a lease of another process held, and since when it has (our monotonic seconds)."""
 
     text: bytes
     since: float
@@ -74,33 +74,33 @@ class Seen:
         return f"process {words[2]} on {words[1]}" if len(words) == 4 else "an unnamed process"
 
 
-class Claims:
-    """Takes claims in a store; remembers those of others that it has met."""
+class Leases:
+    """Takes leases in a store; remembers those of others that it has met."""
 
     def __init__(self, layout: Layout, broken_s: float) -> None:
         self.layout, self.broken_s = layout, broken_s
         self.beat_s = min(max(broken_s / BEATS, LEAST_BEAT_S), MOST_BEAT_S)
         self._seen: dict[str, Seen] = {}
 
-    def take(self, name: str) -> Claim | None:
-        """The claim on this chunk, or None while another process holds it. Raises RunError where
+    def take(self, name: str) -> Lease | None:
+        """The lease on this chunk, or None while another process holds it. Raises RunError where
         none can be written."""
         path = self.layout.claims / name
-        claim = self._create(path)
-        if claim is None and self._is_broken(name, path):
+        lease = self._create(path)
+        if lease is None and self._is_broken(name, path):
             holder = f"{self._seen[name].holder}, silent for {self.broken_s:g} s"
             taken = self._take_away(name, path)
             if taken is not False:
-                claim = self._create(path, holder if taken else None)
-        return claim
+                lease = self._create(path, holder if taken else None)
+        return lease
 
     def clear(self, names: Sequence[str]) -> None:
-        """Remove all claims on these chunks, which are done."""
+        """Remove all leases on these chunks, which are done."""
         for name in {*names}.intersection(os.listdir(self.layout.claims)):
             with suppress(OSError):
                 os.unlink(self.layout.claims / name)
 
-    def _create(self, path: Path, taken_from: str | None = None) -> Claim | None:
+    def _create(self, path: Path, taken_from: str | None = None) -> Lease | None:
         text = f"{0:012d} {socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -116,10 +116,10 @@ class Claims:
             with suppress(OSError):
                 os.unlink(path)
             raise RunError(explain(self.layout.root, f"claims/{path.name}", error)) from error
-        return Claim(path, file, self.beat_s, taken_from)
+        return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
-        """Whether a claim has not changed for too long since we have known it."""
+        """Whether a lease has not changed for too long since we have known it."""
         text, now = _text(path), time.monotonic()
         known = self._seen.get(name)
         if known is None or known.text != text:
@@ -128,7 +128,7 @@ class Claims:
         return now - known.since > self.broken_s
 
     def _take_away(self, name: str, path: Path) -> bool | None:
-        """Remove a broken claim; False where it turns out to be another, live one, None where
+        """Remove a broken lease; False where it turns out to be another, live one, None where
         somebody else has removed it."""
         aside = self.layout.tmp / unique_name(name)
         try:
@@ -138,7 +138,7 @@ class Claims:
         except OSError as error:
             raise RunError(explain(self.layout.root, f"claims/{name}", error)) from error
         broken = _text(aside) == self._seen.pop(name).text
-        if not broken:  # a third process was quicker, and has a claim of its own by now
+        if not broken:  # a third process was quicker, and has a lease of its own by now
             with suppress(OSError):  # a fourth has one there already, or there are no second names
                 os.link(aside, path)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Claims on the chunks of a pool: one holder at a time, and a dead one's work is taken over, by the
+"""Leases on the chunks of a pool: one holder at a time, and a dead one's work is taken over, by the
 observer's own clock alone."""
 
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sead_dist.store.layout import create
-from sead_dist.teachers import claims as module
-from sead_dist.teachers.claims import Claims
+from sead_dist.teachers import leases as module
+from sead_dist.teachers.leases import Leases
 
 FAR_PAST, FAR_FUTURE = 0.0, 4e9
 
@@ -37,18 +37,18 @@ def store(tmp_path):
 
 
 def of_a_dead_worker(store, name: str) -> Path:
-    """A claim whose holder was killed: it is never written to again."""
+    """A lease whose holder was killed: it is never written to again."""
     path = store.claims / name
     path.write_text("000000000007 elsewhere 4711 0123\n")
     return path
 
 
 def test_a_chunk_has_one_holder_at_a_time(store):
-    ours, theirs = Claims(store, 60.0), Claims(store, 60.0)
-    claim = ours.take("chunk")
-    assert claim is not None
-    assert claim.taken_from is None
-    with claim:
+    ours, theirs = Leases(store, 60.0), Leases(store, 60.0)
+    lease = ours.take("chunk")
+    assert lease is not None
+    assert lease.taken_from is None
+    with lease:
         assert theirs.take("chunk") is None
         other = theirs.take("another")
         assert other is not None
@@ -62,18 +62,18 @@ def test_a_chunk_has_one_holder_at_a_time(store):
 
 
 def test_the_claim_of_a_worker_that_lives_is_never_taken_away(store, clock):
-    ours, theirs = Claims(store, 0.2), Claims(store, 60.0)
-    claim = ours.take("chunk")
-    with claim:
-        text = claim.path.read_bytes()
+    ours, theirs = Leases(store, 0.2), Leases(store, 60.0)
+    lease = ours.take("chunk")
+    with lease:
+        text = lease.path.read_bytes()
         for _ in range(3):
             assert theirs.take("chunk") is None
             clock.now += 61.0  # by the observer's clock a sign of life is due
             end = time.monotonic() + 30.0
-            while claim.path.read_bytes() == text:
+            while lease.path.read_bytes() == text:
                 assert time.monotonic() < end, "the holder gave no sign of life"
                 time.sleep(0.005)
-            text = claim.path.read_bytes()
+            text = lease.path.read_bytes()
             assert theirs.take("chunk") is None
 
 
@@ -81,23 +81,23 @@ def test_the_claim_of_a_worker_that_lives_is_never_taken_away(store, clock):
 def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
     path = of_a_dead_worker(store, "chunk")
     os.utime(path, (written_at, written_at))
-    observer = Claims(store, 60.0)
+    observer = Leases(store, 60.0)
     # however old or new it says it is, the first look only notes what is in it
     assert observer.take("chunk") is None
     clock.now += 59.0
     os.utime(path, (clock.now, clock.now))  # a time that moves is no sign of life
     assert observer.take("chunk") is None
     clock.now += 2.0
-    claim = observer.take("chunk")
-    assert claim is not None
-    assert claim.taken_from == "process 4711 on elsewhere, silent for 60 s"
-    with claim:
+    lease = observer.take("chunk")
+    assert lease is not None
+    assert lease.taken_from == "process 4711 on elsewhere, silent for 60 s"
+    with lease:
         assert observer.take("chunk") is None
 
 
 def test_a_sign_of_life_starts_the_count_anew(store, clock):
     path = of_a_dead_worker(store, "chunk")
-    observer = Claims(store, 60.0)
+    observer = Leases(store, 60.0)
     for beat in range(3):
         assert observer.take("chunk") is None
         clock.now += 59.0
@@ -106,9 +106,9 @@ def test_a_sign_of_life_starts_the_count_anew(store, clock):
 
 
 def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, monkeypatch):
-    """The slower one has seen the dead claim too, and comes when the quicker has its own there."""
+    """The slower one has seen the dead lease too, and comes when the quicker has its own there."""
     of_a_dead_worker(store, "chunk")
-    quick, slow = Claims(store, 60.0), Claims(store, 60.0)
+    quick, slow = Leases(store, 60.0), Leases(store, 60.0)
     assert quick.take("chunk") is None
     assert slow.take("chunk") is None
     clock.now += 61.0
@@ -121,17 +121,17 @@ def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, mo
 
     monkeypatch.setattr(os, "rename", overtaken)
     assert slow.take("chunk") is None
-    with won[0] as claim:
+    with won[0] as lease:
         # it was put back as it was: its holder still writes to it, and removes it
-        assert os.path.samestat(os.stat(claim.path), os.fstat(claim._file))
+        assert os.path.samestat(os.stat(lease.path), os.fstat(lease._file))
     assert list(store.claims.iterdir()) == []
     assert not list(store.tmp.iterdir())
 
 
 def test_a_claim_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatch):
-    """A third worker has a claim of its own before the slower one can give back the quicker's."""
+    """A third worker has a lease of its own before the slower one can give back the quicker's."""
     of_a_dead_worker(store, "chunk")
-    quick, slow, third = Claims(store, 60.0), Claims(store, 60.0), Claims(store, 60.0)
+    quick, slow, third = Leases(store, 60.0), Leases(store, 60.0), Leases(store, 60.0)
     assert quick.take("chunk") is None
     assert slow.take("chunk") is None
     clock.now += 61.0
@@ -152,7 +152,7 @@ def test_a_claim_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatc
 
 
 def test_a_holder_whose_claim_was_taken_away_leaves_the_new_one_alone(store, clock):
-    suspended, other = Claims(store, 1e9), Claims(store, 60.0)
+    suspended, other = Leases(store, 1e9), Leases(store, 60.0)
     with ExitStack() as held:
         held.enter_context(suspended.take("chunk"))
         assert other.take("chunk") is None

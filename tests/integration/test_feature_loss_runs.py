@@ -1,4 +1,4 @@
-"""Whole runs of the rivals' methods: kill and resume, what stays of them, other kinds of task."""
+"""Whole runs of The baselines' methods: kill and resume, what stays of them, other kinds of task."""
 
 import json
 import signal
@@ -100,7 +100,7 @@ def test_another_loss_over_internals_is_another_run(tmp_path, task):
         ({"feature_loss_weight": 2.0}, r"feature_loss_weight was 1\.0, is 2\.0"),
         ({"teacher": "b"}, "teacher was 'a', is 'b'"),
         # whose second stage has rules of its own
-        ({"method": "tinybert"}, "holds another run: .*internals was 'minilm', is 'tinybert'"),
+        ({"method": "tinybert"}, "holds another run: .*layer outputs was 'minilm', is 'tinybert'"),
     ):
         with pytest.raises(UserError, match=said):
             keys = {"method": "minilm", "teacher": "a", "max_steps": 2, **changes}
@@ -119,7 +119,7 @@ def test_a_student_that_would_be_misread_is_told_before_anything_is_written(tmp_
 
 @pytest.fixture(scope="module")
 def plain(task, tmp_path_factory):
-    """A run that follows no internals."""
+    """A run that follows no layer outputs."""
     return run(task, tmp_path_factory.mktemp("plain") / "run", method="single", max_steps=4)
 
 
@@ -143,7 +143,7 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
         "method": method,
         "guide": "b",
         "variant": {
-            "distilbert": "projected cosine; start: its own, the guide's layers do not fit",
+            "distilbert": "projected cosine; start: its own, the feature teacher's layers do not fit",
             "tinybert": "attention by head",
             "minilm": "attention distributions and value relations",
         }[method],

@@ -1,18 +1,23 @@
-"""Which teacher may be the guide, and what it shows."""
+"""Which teacher may be the feature teacher, and what it shows."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from small import ALONE, CPU, config, edit_json, roster, save_teacher, small_split
+from small import ALONE, CPU, config, edit_json, load_teachers, save_teacher, small_split
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.order import make_batch
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Wanted, find_anatomy
+from sead_dist.models.hidden_states import Wanted, find_layer_parts
 from sead_dist.models.pretrained import tokenizer_hash
 from sead_dist.runtime.distributed import World
-from sead_dist.teachers.feature_teacher import Guide, check_guide, held_everywhere, load_guide
+from sead_dist.teachers.feature_teacher import (
+    FeatureTeacher,
+    check_feature_teacher,
+    held_everywhere,
+    load_feature_teacher,
+)
 
 OWN = tokenizer_hash(grammar_tokenizer())
 TWO = World(0, 2, CPU)
@@ -29,10 +34,10 @@ def folders(tmp_path_factory):
     return root
 
 
-def examined(folders, entries, world=TWO, length=32, **keys):
-    teachers = roster([entry.replace("@", f"{folders}/") for entry in entries])
+def checked(folders, entries, world=TWO, length=32, **keys):
+    teachers = load_teachers([entry.replace("@", f"{folders}/") for entry in entries])
     given = config("teachers=[a]", **{"method": "minilm", **keys})
-    check_guide(given, teachers, OWN, length, world)
+    check_feature_teacher(given, teachers, OWN, length, world)
 
 
 @pytest.mark.parametrize(
@@ -71,52 +76,52 @@ def examined(folders, entries, world=TWO, length=32, **keys):
 )
 def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said):
     with pytest.raises(UserError, match=said):
-        examined(folders, entries, **keys)
+        checked(folders, entries, **keys)
 
 
 def test_a_guide_of_another_tokeniser_is_told(folders):
-    teachers = roster([folders / "plain"])
+    teachers = load_teachers([folders / "plain"])
     with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
-        check_guide(config("teachers=[a]", method="minilm"), teachers, "other", 32, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, "other", 32, TWO)
 
 
 def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
-    (teacher,) = roster([folders / "plain"])
+    (teacher,) = load_teachers([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
     said = (
         "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
     )
     with pytest.raises(UserError, match=said):
-        check_guide(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
 
 
 def test_the_guide_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
     # whatever its file says, the padding token is the tokeniser's
     edit_json(save_teacher(tmp_path / "odd", seed=3) / "config.json", pad_token_id=7)
-    (teacher,) = roster([tmp_path / "odd"])
+    (teacher,) = load_teachers([tmp_path / "odd"])
     given = config("teachers=[a]", method="minilm")
-    assert load_guide(given, teacher, CPU).config.pad_token_id == 0
+    assert load_feature_teacher(given, teacher, CPU).config.pad_token_id == 0
     # and with its own weights its answers stand the padding
     asked = replace(teacher, cut=replace(teacher.cut, padding="left"))
     with pytest.raises(UserError, match="answers a text in a batch padded on the left otherwise"):
-        load_guide(given, asked, CPU)
+        load_feature_teacher(given, asked, CPU)
 
 
 def test_a_guide_with_its_own_weights_is_compared_when_it_is_loaded(folders):
-    (teacher,) = roster([folders / "roformer"])
+    (teacher,) = load_teachers([folders / "roformer"])
     with pytest.raises(UserError, match=r"teacher roformer \(roformer\) would be misread: the att"):
-        load_guide(config("teachers=[a]", method="minilm"), teacher, CPU)
-    load_guide(config("teachers=[a]", method="distilbert"), teacher, CPU)
+        load_feature_teacher(config("teachers=[a]", method="minilm"), teacher, CPU)
+    load_feature_teacher(config("teachers=[a]", method="distilbert"), teacher, CPU)
 
 
 def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
-    (teacher,) = roster([folders / "plain"])
+    (teacher,) = load_teachers([folders / "plain"])
     entry = teacher.entry.model_copy(update={"quantization": "int8"})
     teachers = [type(teacher)(**{**vars(teacher), "entry": entry})]
     with pytest.raises(
         UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"
     ):
-        check_guide(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
 
 
 @pytest.mark.parametrize(
@@ -129,24 +134,31 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
         (["@plain", "{path: @short, placement: partitioned}"], TWO, {"teacher": "plain"}),
         # hidden states alone are read of any attention
         (["@deberta"], TWO, {"method": "distilbert"}),
-        # without internals nothing is asked
+        # without layer outputs nothing is asked
         (["{path: @deberta, placement: sharded}"], TWO, {"method": "single"}),
     ],
 )
 def test_a_teacher_that_can_be_the_guide_passes(folders, entries, world, keys):
-    examined(folders, entries, world, **keys)
+    checked(folders, entries, world, **keys)
 
 
 def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
-    teachers = roster([folders / "plain", f"{{path: {folders / 'short'}, placement: partitioned}}"])
+    teachers = load_teachers(
+        [folders / "plain", f"{{path: {folders / 'short'}, placement: partitioned}}"]
+    )
     placements = {
-        (method, guide): [
+        (method, feature_teacher): [
             teacher.entry.placement
             for teacher in held_everywhere(
-                config("teachers=[a]", method=method, teacher=guide, placement="auto"), teachers
+                config("teachers=[a]", method=method, teacher=feature_teacher, placement="auto"),
+                teachers,
             )
         ]
-        for method, guide in (("minilm", "plain"), ("minilm", "short"), ("single", "plain"))
+        for method, feature_teacher in (
+            ("minilm", "plain"),
+            ("minilm", "short"),
+            ("single", "plain"),
+        )
     }
     assert placements == {
         ("minilm", "plain"): ["colocated", "partitioned"],
@@ -156,18 +168,20 @@ def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
 
 
 def test_the_guide_shows_the_internals_of_a_micro_batch_without_dropout_or_gradient(folders):
-    (teacher,) = roster([folders / "plain"])
-    model = load_guide(config("teachers=[a]"), teacher, CPU)
-    guide = Guide("plain", model, find_anatomy(model, "it", True), Wanted((0, 1), (1,)), 3)
+    (teacher,) = load_teachers([folders / "plain"])
+    model = load_feature_teacher(config("teachers=[a]"), teacher, CPU)
+    feature_teacher = FeatureTeacher(
+        "plain", model, find_layer_parts(model, "it", True), Wanted((0, 1), (1,)), 3
+    )
     batch = make_batch(small_split(), torch.tensor([0, 1, -1, -1]).numpy())
     torch.manual_seed(0)
     drawn = torch.random.get_rng_state()
-    found = guide.look(batch)
+    found = feature_teacher.look(batch)
     assert torch.equal(torch.random.get_rng_state(), drawn)
     rows, length = batch.inputs["input_ids"].shape
     assert found.hidden[1].shape == (rows, length, 32) == (4, length, 32)
     assert not found.hidden[1].requires_grad
     # autograd may keep it
     assert not found.hidden[1].is_inference()
-    again = guide.look(batch)
+    again = feature_teacher.look(batch)
     assert torch.equal(found.queries[1], again.queries[1])

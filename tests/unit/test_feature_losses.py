@@ -5,11 +5,11 @@ import torch
 from small import build_model, config
 
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import find_anatomy, reading, scores
+from sead_dist.models.hidden_states import find_layer_parts, reading, scores
 from sead_dist.objectives.feature_losses import (
-    check_rival,
-    make_rival,
-    start_as_guide,
+    check_feature_loss,
+    make_feature_loss,
+    start_as_feature_teacher,
     without_projections,
 )
 from sead_dist.objectives.inner_losses import attention_loss, cosine_loss, hidden_loss
@@ -22,20 +22,20 @@ ZERO = torch.zeros(())
 WIDE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-def pair(method, guide=WIDE, total_steps=10, seed=0, **student):
-    """A student of two layers, its rival, and the guide."""
+def pair(method, feature_teacher=WIDE, total_steps=10, seed=0, **student):
+    """A student of two layers, its rival, and the feature teacher."""
     student = build_model(num_hidden_layers=2, **student)
-    body = build_model(seed=1, **guide)
+    body = build_model(seed=1, **feature_teacher)
     given = config("teachers=[a]", f"method={method}", seed=seed)
-    anatomy = find_anatomy(body, "teacher a", method != "distilbert")
-    return student, make_rival(given, student, anatomy, total_steps), body
+    layer_parts = find_layer_parts(body, "teacher a", method != "distilbert")
+    return student, make_feature_loss(given, student, layer_parts, total_steps), body
 
 
-def read_both(student, rival, body):
+def read_both(student, feature_loss, body):
     inputs = {"input_ids": IDS, "attention_mask": MASK}
-    with rival.reading() as mine:
+    with feature_loss.reading() as mine:
         logits = student(**inputs).logits
-    with torch.no_grad(), reading(rival.guide, rival.theirs) as theirs:
+    with torch.no_grad(), reading(feature_loss.feature_teacher, feature_loss.theirs) as theirs:
         body(**inputs)
     return mine, theirs, logits
 
@@ -45,7 +45,7 @@ def terms_of(logits) -> LossTerms:
 
 
 @pytest.mark.parametrize(
-    ("method", "guide", "variant"),
+    ("method", "feature_teacher", "variant"),
     [
         ("distilbert", {"num_hidden_layers": 4}, "cosine"),
         ("distilbert", WIDE, "projected cosine"),
@@ -55,33 +55,36 @@ def terms_of(logits) -> LossTerms:
         ("minilm", WIDE, "MiniLMv2 relations, 4 heads"),
     ],
 )
-def test_the_form_follows_from_the_shapes_and_is_named(method, guide, variant):
-    student, rival, body = pair(method, guide)
-    assert rival.variant == variant
-    mine, theirs, _ = read_both(student, rival, body)
-    loss_R = rival.loss(mine, theirs, MASK.bool())
+def test_the_form_follows_from_the_shapes_and_is_named(method, feature_teacher, variant):
+    student, feature_loss, body = pair(method, feature_teacher)
+    assert feature_loss.variant == variant
+    mine, theirs, _ = read_both(student, feature_loss, body)
+    loss_R = feature_loss.loss(mine, theirs, MASK.bool())
     assert loss_R.shape == (2,)
     assert (loss_R > 0).all()
 
 
 def test_distilbert_compares_the_last_hidden_states():
-    student, rival, body = pair("distilbert", {"num_hidden_layers": 4})
-    mine, theirs, _ = read_both(student, rival, body)
+    student, feature_loss, body = pair("distilbert", {"num_hidden_layers": 4})
+    mine, theirs, _ = read_both(student, feature_loss, body)
     inputs = {"input_ids": IDS, "attention_mask": MASK, "output_hidden_states": True}
     with torch.no_grad():
         own, other = student(**inputs).hidden_states[2], body(**inputs).hidden_states[4]
     torch.testing.assert_close(
-        rival.loss(mine, theirs, MASK.bool()), cosine_loss(own, other, MASK.bool())
+        feature_loss.loss(mine, theirs, MASK.bool()), cosine_loss(own, other, MASK.bool())
     )
 
 
 def test_tinybert_sums_embeddings_and_each_layer_against_the_layer_that_it_follows():
-    student, rival, body = pair("tinybert")
-    mine, theirs, _ = read_both(student, rival, body)
+    student, feature_loss, body = pair("tinybert")
+    mine, theirs, _ = read_both(student, feature_loss, body)
     inputs = {"input_ids": IDS, "attention_mask": MASK, "output_hidden_states": True}
     with torch.no_grad():
         own, other = student(**inputs).hidden_states, body(**inputs).hidden_states
-        embeddings, hidden = rival.projections["embeddings"], rival.projections["hidden"]
+        embeddings, hidden = (
+            feature_loss.projections["embeddings"],
+            feature_loss.projections["hidden"],
+        )
         expected_R = hidden_loss(embeddings(own[0]), other[0], MASK.bool())
         for layer, follows in ((1, 2), (2, 4)):
             expected_R += hidden_loss(hidden(own[layer]), other[follows], MASK.bool())
@@ -90,7 +93,7 @@ def test_tinybert_sums_embeddings_and_each_layer_against_the_layer_that_it_follo
                 scores(theirs.queries[follows], theirs.keys[follows], 4),
                 MASK.bool(),
             )
-    torch.testing.assert_close(rival.loss(mine, theirs, MASK.bool()), expected_R)
+    torch.testing.assert_close(feature_loss.loss(mine, theirs, MASK.bool()), expected_R)
 
 
 def test_projections_are_the_students_follow_the_seed_and_are_no_part_of_the_model():
@@ -110,38 +113,38 @@ def test_projections_are_the_students_follow_the_seed_and_are_no_part_of_the_mod
 
 
 def test_fillers_do_not_count_and_rows_are_shares_of_the_global_batch():
-    student, rival, body = pair("minilm")
-    mine, theirs, logits = read_both(student, rival, body)
-    loss_R = rival.loss(mine, theirs, MASK.bool()).detach()
+    student, feature_loss, body = pair("minilm")
+    mine, theirs, logits = read_both(student, feature_loss, body)
+    loss_R = feature_loss.loss(mine, theirs, MASK.bool()).detach()
     given = (terms_of(logits), mine, theirs, MASK)
-    only_first = rival.join(*given, torch.tensor([True, False]), 5)
+    only_first = feature_loss.join(*given, torch.tensor([True, False]), 5)
     torch.testing.assert_close(only_first.inner, loss_R[0] / 5)
-    both = rival.join(*given, torch.tensor([True, True]), 5)
+    both = feature_loss.join(*given, torch.tensor([True, True]), 5)
     torch.testing.assert_close(both.inner, loss_R.sum() / 5)
     torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.inner)
     # two text rows that make one example are one share of it
-    one = rival.join(*given, torch.tensor([True]), 5)
+    one = feature_loss.join(*given, torch.tensor([True]), 5)
     torch.testing.assert_close(one.inner, loss_R.mean() / 5)
 
 
 def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
-    student, rival, body = pair("tinybert")
-    assert rival.until == 5
-    assert [rival.has_no_head(step) for step in (1, 5, 6)] == [True, True, False]
+    student, feature_loss, body = pair("tinybert")
+    assert feature_loss.until == 5
+    assert [feature_loss.has_no_head(step) for step in (1, 5, 6)] == [True, True, False]
     # one step at least teaches the head
     assert pair("tinybert", total_steps=1)[1].until == 0
     assert not pair("minilm")[1].has_no_head(1)
-    mine, theirs, logits = read_both(student, rival, body)
+    mine, theirs, logits = read_both(student, feature_loss, body)
     valid_B = torch.tensor([True, True])
-    first = rival.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)
+    first = feature_loss.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)
     torch.testing.assert_close(first.total.detach(), first.inner)
     first.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
     assert norms["classifier.weight"] == 0
     assert norms["projections.hidden.weight"] > 0
     student.zero_grad()
-    _, _, logits = read_both(student, rival, body)
-    second = rival.join(terms_of(logits), None, None, MASK, valid_B, 2)
+    _, _, logits = read_both(student, feature_loss, body)
+    second = feature_loss.join(terms_of(logits), None, None, MASK, valid_B, 2)
     assert second.inner == 0
     second.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
@@ -153,7 +156,7 @@ def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
     student = build_model(num_hidden_layers=2)
     body = build_model(seed=1, num_hidden_layers=4)
     head = student.classifier.weight.clone()
-    assert start_as_guide(student, body)
+    assert start_as_feature_teacher(student, body)
     for mine, theirs in ((0, 1), (1, 3)):
         own = student.bert.encoder.layer[mine].state_dict()
         for name, weight in body.bert.encoder.layer[theirs].state_dict().items():
@@ -168,7 +171,7 @@ def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
 def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
     student = build_model(num_hidden_layers=2)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    assert not start_as_guide(student, build_model(kind, seed=1, **sizes))
+    assert not start_as_feature_teacher(student, build_model(kind, seed=1, **sizes))
     for name, weight in student.state_dict().items():
         assert torch.equal(weight, before[name])
 
@@ -196,9 +199,9 @@ def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, size
 )
 def test_what_rules_internals_out_is_told(words, stage, said):
     with pytest.raises(UserError, match=said):
-        check_rival(config(*words), stage)
+        check_feature_loss(config(*words), stage)
 
 
 @pytest.mark.parametrize("stage", [None, 1, 2])
 def test_what_allows_internals_passes(stage):
-    check_rival(config("method=tinybert", "teachers=[a]"), stage)
+    check_feature_loss(config("method=tinybert", "teachers=[a]"), stage)

@@ -1,0 +1,233 @@
+"""Rows of text files: TSV, CSV and JSON, whole or line by line.
+
+Rows keep the file's own columns. An unquoted TSV is split on tabs and line feeds alone, since
+GLUE's sentences hold bare quotation marks.
+"""
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.errors import UserError, reason
+
+Row = dict[str, Any]
+_SKIP_HINT = "fix the line, or pass over such lines with data.skip_malformed=true"
+_log = logging.getLogger(__name__)
+
+
+def kind_of(path: Path) -> str:
+    """What a file's name says it holds: `.csv` of `train.csv` and of `train.csv.gz`."""
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def is_array(path: Path) -> bool:
+    """Whether a JSON file is one list, which is no line for each row."""
+    first = next((line for line in _text_lines(path) if line.strip()), "")
+    return first.lstrip().startswith("[")
+
+
+def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
+    def lines() -> Iterator[list[str]]:
+        # each question about the whole file is a pass over it
+        return (line.removesuffix("\r").split("\t") for line in _text_lines(path))
+
+    quoted = _quoting(lines(), path, task)
+    return _records(partial(_tsv_lines, lines, quoted), path, task, skip_malformed)
+
+
+def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
+    return _json_lines(_text_lines(path), path, skip_malformed)
+
+
+def text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> list[Row]:
+    if kind_of(path) == ".tsv":
+        split = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+        quoted = _quoting(split, path, task)
+        lines = partial(_tsv_lines, lambda: split, quoted)
+        return list(_records(lines, path, task, skip_malformed))
+    if kind_of(path) == ".csv":
+        numbered = list(_csv_lines(text, path))
+        return list(_records(lambda: iter(numbered), path, task, skip_malformed))
+    if text.lstrip().startswith("["):
+        rows = _parse(text, f"data file {path}")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"data file {path}: expected a list of objects; fix the file")
+        return rows
+    return list(_json_lines(text.split("\n"), path, skip_malformed))
+
+
+def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Iterator[Row]:
+    skipped = 0
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = _parse(line, f"{path}:{number}")
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected an object; {_SKIP_HINT}")
+            except UserError:
+                if not skip_malformed:
+                    raise
+                skipped += 1
+                continue
+            yield row
+    _tell(path, skipped)
+
+
+def _parse(text: str, where: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> Row:
+        refuse_twins([name for name, _ in pairs], where, "key")
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=once)
+        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_SKIP_HINT}") from error
+
+
+def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
+    """Raises UserError where two columns or keys have one name: only the last would count."""
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
+
+
+def _quoting(lines: Iterable[Sequence[str]], path: Path, task: TaskSpec) -> bool:
+    """Whether the quotation marks of a TSV are taken off; a warning says so, or why not."""
+    marked = Marks.of(lines)
+    if marked.quoted and task.name in TASKS:
+        # official files have no quoting, and QQP's look as if they had
+        _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
+        return False
+    if marked.quoted:
+        _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+    elif task.name not in TASKS and marked.any and marked.whole:
+        _log.warning(
+            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
+            'field has a doubled one (""): name it .csv to have them off', path
+        )  # fmt: skip
+    return marked.quoted
+
+
+def _tsv_lines(
+    lines: Callable[[], Iterable[list[str]]], quoted: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """The numbered lines of a TSV that are rows. lines: begins anew at each call."""
+    first = last = 0
+    one_column = True
+    for number, fields in enumerate(lines(), start=1):
+        one_column = one_column and len(fields) == 1
+        if fields != [""]:
+            first, last = first or number, number
+    for number, fields in enumerate(lines(), start=1):
+        # in a file of one column an empty line is an empty text, but around its rows
+        if fields != [""] or (one_column and first < number < last):
+            yield number, [_unquoted(field) for field in fields] if quoted else fields
+
+
+class Marks(NamedTuple):
+    """Of the fields with a quotation mark: whether there are any, all of them are quoted whole with
+    their own marks doubled, and some has such a doubled mark."""
+
+    any: bool
+    whole: bool
+    doubled: bool
+
+    @classmethod
+    def of(cls, lines: Iterable[Sequence[str]]) -> "Marks":
+        found, whole, doubled = False, True, False
+        for field in (field for fields in lines for field in fields if '"' in field):
+            found = True
+            whole = whole and re.fullmatch(r'"(?:[^"]|"")*"', field) is not None
+            doubled = doubled or '""' in field[1:-1]
+        return cls(found, whole, doubled)
+
+    @property
+    def quoted(self) -> bool:
+        return self.whole and self.doubled
+
+
+def is_quoted(lines: Iterable[Sequence[str]]) -> bool:
+    """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
+    own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
+    return Marks.of(lines).quoted
+
+
+def _unquoted(field: str) -> str:
+    return field[1:-1].replace('""', '"') if field.startswith('"') else field
+
+
+def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.line_num}: not CSV: {error}; fix the line, or name it .tsv"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _records(
+    lines: Callable[[], Iterator[tuple[int, list[str]]]],
+    path: Path,
+    task: TaskSpec,
+    skip_malformed: bool,
+) -> Iterator[Row]:
+    """Rows of a file with a header, or of one in the task's official column order without. lines:
+    begins anew at each call."""
+    header, numbered, skipped = list(task.columns), lines(), 0
+    if _has_header(lines, task):
+        header = next(numbered)[1]
+        refuse_twins(header, str(path), "column")
+    for number, fields in numbered:
+        if len(fields) == len(header):
+            yield dict(zip(header, fields, strict=True))
+        elif skip_malformed:
+            skipped += 1
+        else:
+            raise UserError(
+                f"{path}:{number}: {len(fields)} fields where {len(header)} are expected "
+                f"({', '.join(header)}); {_SKIP_HINT}"
+            )
+    _tell(path, skipped)
+
+
+def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: TaskSpec) -> bool:
+    """Whether the first line names columns. It does not where the first line of the official width
+    holds a label in the official place: a name of another column is never taken for data."""
+    first = next(lines(), None)
+    if first is None:
+        return False
+    if {*task.fields, task.label_column, *task.renames} & set(first[1]):
+        return True
+    if task.label_column not in task.columns:
+        return True
+    place = task.columns.index(task.label_column)
+    wide = next((fields for _, fields in lines() if len(fields) == len(task.columns)), None)
+    return wide is None or not task.task_kind.is_label(task, wide[place])
+
+
+def _tell(path: Path, skipped: int) -> None:
+    if skipped:
+        _log.warning("%s: passed over %d malformed lines", path, skipped)

@@ -1,0 +1,409 @@
+"""How much each teacher counts: one object for each value of `ensemble`, registered by its name.
+
+Shapes: N teachers, B rows, C classes, R requested examples.
+
+Weights depend on the row alone, on its place in the run, or are frozen before step 1 (invariant 8).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sead_dist.config.registered import claim_name
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.order import BatchStream, micro_batch_seed
+from sead_dist.errors import UserError
+from sead_dist.objectives.fitted import fit_probabilities, fit_scores
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the teachers before step 1. given: the `weight` of each entry; chosen: the
+    number of the teacher that the configuration names; sizes: parameters. scores: on the selection
+    split, logits_NBC and labels_B: its rows (labels NaN or below 0: none); where the weighting asks
+    for them."""
+
+    given: Sequence[float]
+    chosen: int | None = None
+    sizes: Sequence[int] = ()
+    scores: Sequence[float] = ()
+    logits_NBC: np.ndarray | None = None
+    labels_B: np.ndarray | None = None
+
+
+class Weighting:
+    """Teachers that count alike, and what other weightings may say otherwise.
+
+    of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
+    of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
+    split must have. one_teacher: the others are never asked. precedence: where a report speaks of
+    one ensemble among several, it is the lowest one's.
+    """
+
+    of_logits = False
+    needs_classes = False
+    needs_labels = False
+    fewest_rows = 0
+    one_teacher = False
+    precedence = 1
+
+    @property
+    def has_frozen_weights(self) -> bool:
+        """Whether teachers may get unequal weights before step 1."""
+        return type(self).frozen is not Weighting.frozen
+
+    @property
+    def goes_by_place(self) -> bool:
+        """Whether weights follow from the place in the run, so that outside one there are none."""
+        return type(self).at is not Weighting.at
+
+    def problem(self, config: RunConfig) -> str | None:
+        """What the run's keys lack, as one line; None where nothing."""
+        return None
+
+    def asks_selection(self, config: RunConfig) -> bool:
+        """Whether the weights follow from the teachers' answers on the selection split."""
+        return False
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        """weights_N before step 1, not negative; they need not sum to 1. Raises UserError."""
+        return torch.ones(len(known.given))
+
+    def at(self, weights_N: torch.Tensor, seed: int, step: int, micro: int) -> torch.Tensor:
+        """weights_N of a micro-batch: a pure function of its place."""
+        return weights_N
+
+    def of_rows(
+        self,
+        weights_N: torch.Tensor,
+        logits_NBC: torch.Tensor,
+        labels_B: torch.Tensor | None,
+        routes_B: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """weights_NB. labels_B: None where gold labels may not be looked at."""
+        return weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
+
+    def asked(
+        self,
+        batches: BatchStream,
+        weights_N: torch.Tensor,
+        seed: int,
+        steps: range,
+        entries_R: np.ndarray,
+    ) -> np.ndarray | None:
+        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
+        asked_NR[weights_N.numpy() > 0] = True
+        return None if asked_NR.all() else asked_NR
+
+    def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
+        """The part of the training rows that each teacher will be asked for, before it is known."""
+        return [1.0] * len(known.given)
+
+    def scored_as(self, has_classes: bool) -> "Weighting":
+        """What the teachers together would answer to a new text."""
+        return self
+
+
+RowWeights = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class ByRow(Weighting):
+    """Weights of each row: weights(logits_NBC, labels_B) -> weights_NB, of positive sum over N.
+
+    labels_B: class indices (below 0: none) or scores (NaN: none), None where gold labels may not be
+    looked at, or `needs_labels` is False.
+    """
+
+    def __init__(
+        self,
+        weights: RowWeights,
+        *,
+        of_logits: bool = False,
+        needs_classes: bool = False,
+        needs_labels: bool = False,
+    ) -> None:
+        self.weights = weights
+        self.of_logits, self.needs_classes = of_logits, needs_classes
+        self.needs_labels = needs_labels
+
+    def of_rows(
+        self,
+        weights_N: torch.Tensor,
+        logits_NBC: torch.Tensor,
+        labels_B: torch.Tensor | None,
+        routes_B: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.weights(logits_NBC, labels_B if self.needs_labels else None)
+
+
+class MeanLogits(Weighting):
+    of_logits = True
+    precedence = 0
+
+
+class MeanProbabilities(Weighting):
+    needs_classes = True
+
+
+class Single(Weighting):
+    """All for the teacher that is named, else for the first of the best scores."""
+
+    of_logits = True
+    one_teacher = True
+    precedence = 2
+
+    def asks_selection(self, config: RunConfig) -> bool:
+        return config.teacher is None
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        chosen, scores = known.chosen, list(known.scores)
+        return torch.eye(len(known.given))[scores.index(max(scores)) if chosen is None else chosen]
+
+    def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
+        count = len(known.given)
+        # chosen only after validation: the costliest stands for it
+        largest = max(range(count), key=lambda n: known.sizes[n], default=0)
+        chosen = largest if known.chosen is None else known.chosen
+        return [float(n == chosen) for n in range(count)]
+
+
+class Fixed(Weighting):
+    """By the `weight` of each teacher's entry."""
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        return torch.tensor(list(known.given), dtype=torch.float32)
+
+    def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
+        return [float(weight > 0) for weight in known.given]
+
+
+class Score(Weighting):
+    """By the score on the selection split, where that is above zero."""
+
+    def asks_selection(self, config: RunConfig) -> bool:
+        return True
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        return torch.tensor([max(score, 0.0) for score in known.scores], dtype=torch.float32)
+
+
+class Fitted(Weighting):
+    """By the gold labels of the selection split: the highest likelihood of a mean of probabilities,
+    the least squared error of a mean of scores."""
+
+    # fewer were not tried (docs/decisions/0043-losses-and-ensembles.md)
+    fewest_rows = 200
+
+    def asks_selection(self, config: RunConfig) -> bool:
+        return True
+
+    def frozen(self, known: Known) -> torch.Tensor:
+        logits_NBC, labels_B = known.logits_NBC, known.labels_B
+        assert logits_NBC is not None
+        assert labels_B is not None
+        rows_B = np.flatnonzero(has_label(labels_B))
+        if labels_B.dtype.kind == "f":
+            weights_N = fit_scores(logits_NBC[:, rows_B, 0], labels_B[rows_B])
+        else:
+            weights_N = fit_probabilities(logits_NBC[:, rows_B], labels_B[rows_B])
+        return torch.from_numpy(weights_N).float()
+
+    def asked(
+        self,
+        batches: BatchStream,
+        weights_N: torch.Tensor,
+        seed: int,
+        steps: range,
+        entries_R: np.ndarray,
+    ) -> np.ndarray | None:
+        # a worker of the pool on another machine may find 0 where the student finds next to nothing
+        return None
+
+
+class Random(Weighting):
+    """One teacher for each micro-batch, drawn by its place in the run."""
+
+    of_logits = True
+
+    def at(self, weights_N: torch.Tensor, seed: int, step: int, micro: int) -> torch.Tensor:
+        chosen = chosen_teacher(seed, step, micro, len(weights_N))
+        return torch.nn.functional.one_hot(torch.tensor(chosen), len(weights_N)).float()
+
+    def asked(
+        self,
+        batches: BatchStream,
+        weights_N: torch.Tensor,
+        seed: int,
+        steps: range,
+        entries_R: np.ndarray,
+    ) -> np.ndarray | None:
+        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
+        for step in steps:
+            for micro, rows_B in enumerate(batches.micro_batches(step)):
+                entries_B = batches.split.entry_B[rows_B]
+                chosen = chosen_teacher(seed, step, micro, len(weights_N))
+                asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
+        return asked_NR
+
+    def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
+        count = len(known.given)
+        return [1 - (1 - 1 / count) ** epochs] * count
+
+    def scored_as(self, has_classes: bool) -> Weighting:
+        # no micro-batch says which teacher answers a new text: together they are their mean
+        return WEIGHTINGS["mean_probabilities"] if has_classes else self
+
+
+class Routed(Weighting):
+    """All for the one teacher that the row's data names."""
+
+    of_logits = True
+
+    def problem(self, config: RunConfig) -> str | None:
+        if config.teacher_column is not None:
+            return None
+        return (
+            "ensemble=routed needs teacher_column=COLUMN, the column of the data that names each "
+            "example's teacher"
+        )
+
+    def of_rows(
+        self,
+        weights_N: torch.Tensor,
+        logits_NBC: torch.Tensor,
+        labels_B: torch.Tensor | None,
+        routes_B: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert routes_B is not None
+        return torch.nn.functional.one_hot(routes_B, len(logits_NBC)).T.float()
+
+    def asked(
+        self,
+        batches: BatchStream,
+        weights_N: torch.Tensor,
+        seed: int,
+        steps: range,
+        entries_R: np.ndarray,
+    ) -> np.ndarray | None:
+        routes_B = batches.split.examples.routes_B
+        assert routes_B is not None
+        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
+        for step in steps:
+            rows_B = batches.rows(step)
+            at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
+            asked_NR[routes_B[rows_B], at_B] = True
+        return asked_NR
+
+    def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
+        if routes_B is None:
+            return super().shares(known, epochs, routes_B)
+        return [float((routes_B == n).mean()) for n in range(len(known.given))]
+
+
+def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
+    """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
+    generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
+    return int(torch.randint(teachers, (1,), generator=generator))
+
+
+def entropy(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over teachers of -entropy (the sure teacher counts more), in the manner of EBKD (Kwon
+    et al. 2020): weights_NB."""
+    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
+    entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
+    return torch.softmax(-entropy_NB, dim=0)
+
+
+def confidence(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """By the cross-entropy l with the gold label, scaled as CA-MKD does (Zhang et al. 2022, eq. 4:
+    (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal where there is none: weights_NB."""
+    if labels_B is None or len(logits_NBC) == 1:
+        return equal(logits_NBC)
+    loss_NB = errors(logits_NBC, labels_B)
+    weights_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (len(logits_NBC) - 1)
+    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
+
+
+def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """In proportion to the probability of the gold label; for scores exp(-e_n / mean_m e_m), e the
+    squared errors (our own); equal where there is none: weights_NB."""
+    if labels_B is None or len(logits_NBC) == 1:
+        return equal(logits_NBC)
+    weights_NB = torch.softmax(-errors(logits_NBC, labels_B), dim=0)
+    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
+
+
+def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
+    N, B, _ = logits_NBC.shape
+    return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
+
+
+def known(labels_B: torch.Tensor) -> torch.Tensor:
+    """known_B: False where a row has no gold label."""
+    return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
+
+
+def has_label(labels_B: np.ndarray) -> np.ndarray:
+    """has_B: the same of an array."""
+    return np.asarray(known(torch.from_numpy(labels_B)))
+
+
+def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
+    for scores the squared error over the teachers' mean one, so that the scale does not count."""
+    if labels_B.is_floating_point():
+        error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
+        return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)
+    N, B, _ = logits_NBC.shape
+    gold_NB1 = labels_B.clamp(min=0)[None, :, None].expand(N, B, 1)
+    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
+    return -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "single": Single(),
+    "mean_logits": MeanLogits(),
+    "mean_probabilities": MeanProbabilities(),
+    "fixed": Fixed(),
+    "score": Score(),
+    "fitted": Fitted(),
+    "confidence": ByRow(confidence, needs_classes=True, needs_labels=True),
+    "entropy": ByRow(entropy, needs_classes=True),
+    "answers": ByRow(answers, needs_labels=True),
+    "random": Random(),
+    "routed": Routed(),
+}
+
+
+def register_ensemble(
+    name: str,
+    weighting: Weighting | RowWeights,
+    *,
+    of_logits: bool = False,
+    needs_classes: bool = False,
+    needs_labels: bool = False,
+) -> None:
+    """Let `ensemble` name this weighting of teachers.
+
+    weighting: weights(logits_NBC, labels_B) -> weights_NB, not negative and not all 0 in a row; or
+    a `Weighting`, which says itself what it needs. labels_B: class indices (below 0: none) or
+    scores (NaN: none), None unless needs_labels, and for a new text. of_logits: logits are
+    averaged, not probabilities. needs_classes: refuse it for tasks whose labels are scores.
+    Raises UserError where the name is taken.
+    """
+    claim_name("ensemble", name)
+    if not isinstance(weighting, Weighting):
+        weighting = ByRow(
+            weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels
+        )
+    WEIGHTINGS[name] = weighting
+
+
+def check_weights(name: str, weights_N: torch.Tensor) -> torch.Tensor:
+    """The same, made to sum to 1. Raises UserError where all are zero."""
+    if not weights_N.sum() > 0:
+        raise UserError(f"ensemble={name}: every teacher's weight is 0; give one a larger weight")
+    return weights_N / weights_N.sum()

@@ -1,0 +1,99 @@
+"""The copies of a run's rows: the material of its student and teachers, and the rows they make."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.augmentation import (
+    Material,
+    Wanted,
+    automatic_copies,
+    fitting_operations,
+    make_copies,
+)
+from sead_dist.data.examples import ExampleSet, concatenate
+from sead_dist.data.splits import RunExamples
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.models.embedding_neighbors import embedding_table, near_words, table_hash
+from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
+
+
+def add_copies(
+    config: RunConfig,
+    task: TaskSpec,
+    examples: RunExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    say: Callable[[str], None],
+) -> RunExamples:
+    """The same with the copies that `augment` asks for as the last training rows. tokenizer, model:
+    the student at its start.
+
+    Raises UserError for an operation that does not fit.
+    """
+    asked = config.augment.copies
+    if asked is None or not config.uses_copies:
+        return examples
+    in_all = automatic_copies(examples.labelled_rows, examples.transfer_rows)
+    # without teachers there is no text among them
+    sources = examples.train
+    table = start_table(config, model)
+    operations = fitting_operations(
+        config.augment.operations, task, table is not None, gold_alone=not config.taught
+    )
+    material = Material(mask_token_of(config, tokenizer) if "mask" in operations else None)
+    if table is not None and "neighbor" in operations:
+        near = near_words(table, tokenizer, words_of(sources))
+        material = replace(material, neighbors=near, table=table_hash(table))
+    of_each = None if asked == "auto" else asked
+    wanted = Wanted(operations, config.selection.seed, of_each, in_all, config.augment.gold_labels)
+    held = [examples.selection, *examples.official.values()]
+    copies = make_copies(task, sources, held, wanted, material)
+    counts = Counter(copies.operations)
+    made = ", ".join(f"{name} {counts[name]}" for name in operations) or "no operation fits"
+    gone = "".join(f"; {count} {reason}" for reason, count in copies.removed.items())
+    say(f"copies: {len(copies.operations)} ({made}){gone}")
+    if copies.examples is None:
+        return examples
+    return replace(
+        examples,
+        train=replace(concatenate(examples.train, copies.examples), split="train"),
+        copied=copies.operations,
+        copies=copies.fingerprint,
+        removed={**examples.removed, **copies.removed},
+    )
+
+
+def start_table(config: RunConfig, model: PreTrainedModel) -> np.ndarray | None:
+    """The student's embeddings, where they mean something: not those of a new shape, nor those that
+    stand beside another tokeniser's words."""
+    student = config.student
+    if student.shape is not None or student.tokenizer is not None:
+        return None
+    return embedding_table(model)
+
+
+def mask_token_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The student's mask token where every teacher has the same; to others it would be a word."""
+    mask: str | None = tokenizer.mask_token
+    for entry in config.teachers if mask is not None else ():
+        try:
+            found = locate(entry.path, entry.revision, marks=TOKENIZER_FILES)
+            theirs = load_tokenizer(found, config.trust_remote_code)
+        except UserError:  # whoever loads the teacher says what is wrong
+            return None
+        if theirs.mask_token != mask:
+            return None
+    return mask
+
+
+def words_of(examples: ExampleSet) -> set[str]:
+    """The words of all texts."""
+    texts = [*examples.texts_a, *(examples.texts_b or ())]
+    return {word for text in texts for word in re.findall(r"\w+", text)}

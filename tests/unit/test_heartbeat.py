@@ -1,0 +1,109 @@
+"""The watch over ranks, by the hands of a clock of our own."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from sead_dist.config.schema import HeartbeatConfig
+from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
+from sead_dist.runtime.heartbeat import Beat, Heartbeat
+
+LIMITS = HeartbeatConfig(timeout_s=10.0, hang_timeout_s=100.0)
+
+
+@pytest.fixture
+def heartbeat(tmp_path):
+    """Rank 0 of three, at time 0 of its clock."""
+    (tmp_path / ".ranks").mkdir()
+    made = Heartbeat(tmp_path, World(0, 3, torch.device("cpu")), StopFlag(), LIMITS)
+    made.moved_at = made.looked_at = 0.0
+    for peer in made.peers.values():
+        peer.changed_at = peer.moved_at = 0.0
+    return made
+
+
+def beat(heartbeat, rank, count, moves=0, place=0, doing="training, step 3", stop=None):
+    sign = Beat(f"node{rank}", 100 + rank, count, moves, place, doing, stop)
+    heartbeat.path(rank).write_text(json.dumps(asdict(sign)))
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_did(heartbeat):
+    beat(heartbeat, 1, 1)
+    beat(heartbeat, 2, 1)
+    heartbeat.look(1.0)
+    heartbeat.look(5.0)
+    beat(heartbeat, 1, 2)
+    heartbeat.look(9.0)
+    assert heartbeat.verdict(10.9) is None
+    line = heartbeat.verdict(11.1)
+    assert line.startswith("rank 2 (process 102 on node2) has given no sign of life for 10 s")
+    assert "it was at: training, step 3" in line
+
+
+def test_a_rank_that_never_started_is_named(heartbeat):
+    for now in (3.0, 6.0, 9.0):
+        beat(heartbeat, 1, int(now))
+        heartbeat.look(now)
+    assert heartbeat.verdict(9.9) is None
+    assert heartbeat.verdict(10.6).startswith("rank 2 has given no sign of life")
+    assert "not yet started" in heartbeat.verdict(10.6)
+
+
+def test_when_none_moves_the_rank_that_is_behind_the_others_hangs(heartbeat):
+    heartbeat.place = 8
+    for now in range(0, 200, 5):
+        for rank, place in ((1, 7), (2, 8)):
+            beat(heartbeat, rank, now, moves=3, place=place)
+        heartbeat.look(float(now))
+        expected = None if now <= 100 else "rank 1 (process 101 on node1) hangs: no rank has moved"
+        found = heartbeat.verdict(float(now))
+        assert (found is None) == (expected is None), now
+        assert found is None or found.startswith(expected)
+
+
+def test_a_rank_that_works_on_while_others_wait_is_no_hang(heartbeat):
+    for now in range(0, 1000, 5):
+        beat(heartbeat, 1, now, moves=now // 50)
+        beat(heartbeat, 2, now)
+        heartbeat.look(float(now))
+        assert heartbeat.verdict(float(now)) is None
+
+
+def test_a_rank_that_ended_in_good_order_is_not_mourned(heartbeat):
+    beat(heartbeat, 1, 1)
+    beat(heartbeat, 2, 1)
+    heartbeat.look(1.0)
+    for rank in (1, 2):
+        heartbeat.path(rank).unlink()
+    heartbeat.look(2.0)
+    assert heartbeat.verdict(50.0) is None
+
+
+def test_a_stop_that_was_asked_of_another_rank_is_heard(heartbeat):
+    heartbeat.progress_or_stop("teacher a")
+    beat(heartbeat, 1, 1, stop=12)
+    heartbeat.look(1.0)
+    assert heartbeat.stop.signal == 12
+    with pytest.raises(StopRequestedError):
+        heartbeat.progress_or_stop("teacher a")
+
+
+def test_an_observer_that_was_suspended_itself_counts_anew(heartbeat):
+    beat(heartbeat, 1, 1)
+    beat(heartbeat, 2, 1)
+    heartbeat.look(1.0)
+    heartbeat.look(500.0)
+    assert heartbeat.verdict(500.0) is None
+    heartbeat.look(504.0)
+    heartbeat.look(508.0)
+    assert heartbeat.verdict(510.1).startswith("rank 1 ")
+
+
+def test_half_a_file_is_passed_over(heartbeat):
+    beat(heartbeat, 1, 1)
+    heartbeat.path(2).write_text('{"host": "no')
+    heartbeat.look(1.0)
+    assert heartbeat.peers[2].beat is None
+    assert heartbeat.peers[1].beat == replace(heartbeat.peers[1].beat, count=1)
