@@ -16,7 +16,7 @@ from sead_dist.store.blocks import (
     metadata_of,
     read_value_block,
 )
-from sead_dist.store.inventory import Bad, headers
+from sead_dist.store.inventory import Bad, scan
 from sead_dist.store.key_blocks import ensure_key_block, read_key_block
 from sead_dist.store.layout import BLOCK_SUFFIX, Layout, create, existing, raise_format
 from sead_dist.store.tensor_file import BadBlockError, read_tensors, write_tensors
@@ -47,7 +47,13 @@ def carry(
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is the store itself; give another folder")
     layout = existing(source)
-    chosen = [block for block in headers(layout) if _fits(block, task, teacher)]
+    bad: list[Bad] = []
+    chosen: list[Path] = []
+    for path, block in scan(layout, "header"):
+        if isinstance(block, BadBlockError):
+            bad.append(Bad(path, str(block), moved=False))
+        elif _fits(block, task, teacher):
+            chosen.append(path)
     if not chosen:
         wanted = [f"task {task}"] if task else []
         wanted += [f"teacher {teacher}"] if teacher else []
@@ -56,19 +62,17 @@ def carry(
             f"{' and '.join(wanted) or 'any teacher'}; see sead-dist store ls"
         )
     into = create(target)
-    bad: list[Bad] = []
     sound: set[str] = set()
     copied = known = num_rows = num_bytes = 0
-    for block in chosen:
-        assert block.path is not None
+    for path in chosen:
         try:
-            path, new = _copy(layout, into, block.path, sound)
+            there, rows, new = _copy(layout, into, path, sound)
         except (BadBlockError, FileNotFoundError) as error:
-            bad.append(Bad(block.path, str(error), moved=False))
+            bad.append(Bad(path, str(error), moved=False))
             continue
         copied, known = copied + new, known + (not new)
-        num_rows += block.covers.num_rows
-        num_bytes += path.stat().st_size
+        num_rows += rows
+        num_bytes += there.stat().st_size
     return Carried(copied, known, num_rows, num_bytes, tuple(bad))
 
 
@@ -78,9 +82,9 @@ def _fits(block: ValueBlock, task: str | None, teacher: str | None) -> bool:
     return right_teacher and task in (None, block.task)
 
 
-def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Path, bool]:
-    """(where the block lies in the other store, whether it is new there). Raises BadBlockError,
-    FileNotFoundError, RunError."""
+def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Path, int, bool]:
+    """(where the block lies in the other store, its rows, whether it is new there). Raises
+    BadBlockError, FileNotFoundError, RunError."""
     block = read_value_block(path, "all")
     ids_K2 = read_key_block(source.key_path(block.keys))
     if len(ids_K2) != block.covers.num_keys:
@@ -96,8 +100,8 @@ def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Pa
         describe_teacher(into, block)
         try:
             read_value_block(target, "all")
-            return target, False
+            return target, block.covers.num_rows, False
         except (BadBlockError, OSError):
             tensors, _ = read_tensors(path)
             write_tensors(into, target, tensors, metadata_of(block, content))
-    return target, True
+    return target, block.covers.num_rows, True
