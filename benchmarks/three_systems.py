@@ -78,7 +78,9 @@ def run_ours(setting: Setting) -> dict[str, float]:
             "temperature": setting.temperature,
             "alpha": setting.alpha,
             "teacher_validation": "off",
-            # the student's final weights, as the peers keep theirs, not the best epoch's
+            "ensemble": "mean_logits",
+            # the student's final weights, as the peers keep theirs
+            "final_checkpoint": "last",
             "eval_steps": 1_000_000,
             "store": setting.folder / "store",
             "output_dir": setting.folder / "run",

@@ -91,7 +91,9 @@ class Run:
 
     def predictions(self, split: str) -> Any:
         """A pandas DataFrame of a split's rows: id, label (class index or score), student_logits,
-        ensemble_probabilities. Raises UserError for a split that the run has not."""
+        ensemble_probabilities; row in the file (from 1), gold_label, predicted_label and
+        probability_LABEL (or predicted_score), texts. Raises UserError for a split that the run has
+        not."""
         folder = self._ended() / "predictions"
         path = folder / f"{split}.parquet"
         if not path.is_file():
@@ -228,8 +230,8 @@ def predict(
 def soft_targets(
     logits_NBC: torch.Tensor,
     *,
-    ensemble: str = "mean_logits",
-    temperature: float = 2.0,
+    ensemble: str = "mean_probabilities",
+    temperature: float = 1.0,
     weights_N: torch.Tensor | None = None,
     labels_B: torch.Tensor | None = None,
     routes_B: torch.Tensor | None = None,
@@ -273,7 +275,7 @@ def distillation_loss(
     labels_B: torch.Tensor | None = None,
     *,
     loss: str = "auto",
-    alpha: float = 0.5,
+    alpha: float = 0.9,
 ) -> torch.Tensor:
     """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
     hard of labelled rows, soft of rows without a label, hard alone where `soft` is None.

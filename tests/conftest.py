@@ -107,6 +107,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
             f"output_dir={output_dir}",
             "num_train_epochs=1",
             "learning_rate=5e-3",
+            "augment.copies=null",
             *more,
         ]
 
@@ -134,7 +135,8 @@ def finished(
     words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A finished run folder, made once; tests only read it."""
-    return distil(words(tmp_path_factory.mktemp("runs") / "finished", "num_train_epochs=6"))
+    more = ("num_train_epochs=6", "keep_training_state=true")
+    return distil(words(tmp_path_factory.mktemp("runs") / "finished", *more))
 
 
 @pytest.fixture(scope="session")

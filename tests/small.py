@@ -162,6 +162,7 @@ def words(data: Path, teachers, output: Path, store: Path | None = None, **chang
         "store": store or output.parent / "store",
         "output_dir": output,
         "num_train_epochs": 1,
+        "augment.copies": "null",
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "learning_rate": 1e-3,
@@ -185,6 +186,7 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
         f"student={shape}",
         f"student.tokenizer={task / 'tokenizer'}",
         "max_steps=4",
+        "augment.copies=null",
         "global_batch_size=8",
         "micro_batch_size=4",
         "learning_rate=1e-3",
@@ -200,6 +202,7 @@ def config(*given, **changes) -> RunConfig:
     keys = {
         "task": "sst2",
         "output_dir": "unused",
+        "augment__copies": "null",
         "global_batch_size": 8,
         "micro_batch_size": 2,
         **changes,
@@ -245,7 +248,7 @@ def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes)
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
     from sead_dist.store.store import PredictionStore
-    from sead_dist.teachers.placement import share_rows
+    from sead_dist.teachers.placement import place, share_rows
     from sead_dist.teachers.source import StoredSource
 
     placements = placements or ["colocated"] * len(teachers)
@@ -253,5 +256,5 @@ def make_source(teachers, store: Path, run: Path, world: World = ALONE, placemen
     share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
     kept = PredictionStore(store, print)
     return StoredSource(
-        teachers, placements, share_NW, world, kept, "small", run, False, False, print, lambda _what: None
+        teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip

@@ -11,6 +11,19 @@ def add_words(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
 
 
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    command.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every key as it is resolved, count the rows, and stop",
+    )
+
+
+def add_keys(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", metavar="NAME", help="a key, a section, or any text")
+
+
 def add_teach(command: argparse.ArgumentParser) -> None:
     add_words(command)
     command.add_argument("--worker", default="1/1", metavar="I/N", help="which of how many workers")
@@ -88,7 +101,7 @@ def add_demo(command: argparse.ArgumentParser) -> None:
 def add_submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
     command.add_argument(
-        "--slurm", metavar="NAME|FILE", help="settings: a file, or a name in configs/slurm"
+        "--slurm", metavar="NAME|FILE", help="settings: a file, or a shipped name (local)"
     )
     for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
         command.add_argument(f"--{option}", help="as sbatch's")

@@ -24,6 +24,7 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
 
     config = load_config(words)
     from sead_dist.runs import distillation as recipes
+    from sead_dist.runs.inputs import refuse_untaught
     from sead_dist.runs.pool_worker import teach as fill_store
     from sead_dist.runtime.distributed import join_world, leave_world
 
@@ -34,6 +35,8 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     elif recipe == "finetune":
         recipes.finetune(config, world)
     else:
+        if not config.encoders:
+            refuse_untaught(config)
         recipes.distill(config, world)
     leave_world(world)
 
@@ -54,11 +57,33 @@ def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    run_recipe("distill", args.words)
+    print_config(args.words) if args.print_config else run_recipe("distill", args.words)
 
 
 def finetune(args: argparse.Namespace) -> None:
-    run_recipe("finetune", args.words)
+    print_config(args.words) if args.print_config else run_recipe("finetune", args.words)
+
+
+def print_config(words: Sequence[str]) -> None:
+    """The resolved configuration as YAML, then as comments the rows of each split."""
+    from sead_dist.config.load import load_config
+    from sead_dist.config.schema import dump_config
+    from sead_dist.runtime.redact import without_secrets
+
+    config = load_config(words)
+    print(without_secrets(dump_config(config)), end="")
+    from sead_dist.data.splits import load_examples
+    from sead_dist.data.task_files import load_task
+
+    load_examples(config, load_task(config.task), lambda line: print(f"# {line}"))
+
+
+def keys(args: argparse.Namespace) -> None:
+    from sead_dist.config.keys import as_line, find_keys, read_keys
+    from sead_dist.config.load import config_folder
+
+    known = read_keys(config_folder() / "base.yaml")
+    print("\n".join(as_line(key) for key in find_keys(known, args.name)))
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -215,14 +240,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run, add, help_ in (
-        (distill, arguments.add_words, "teach a student, or go on where a killed run stopped"),
-        (finetune, arguments.add_words, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
+        (distill, arguments.add_recipe, "teach a student, or go on where a killed run stopped"),
+        (finetune, arguments.add_recipe, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
         (
             sweep,
             arguments.add_words,
             "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
         ),
         (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
+        (keys, arguments.add_keys, "every key with its default and what it does, searched by NAME"),
         (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
         (data, arguments.add_data, "what goes into a run: rows by kind, and some of them"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),

@@ -12,6 +12,7 @@ import yaml
 from sead_dist.cli.grammar import write_grammar_task
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
+from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World, from_main
@@ -21,24 +22,27 @@ from sead_dist.runtime.run_log import read_json
 TEACHER_SHAPES = ((2, 128, 4, 256), (3, 96, 3, 192), (4, 64, 4, 128))
 STUDENT_SHAPE = (2, 64, 2, 128)
 SEEDS = 3
+# whose folder it is, from before its first file
+MARK = ".sead-dist-demo"
 TEACHER_WORDS = (
     "max_steps=450",
     "global_batch_size=32",
     "micro_batch_size=16",
     "learning_rate=1e-3",
     "warmup_steps=0.3",
-    # the last step's weights count, for teachers and students alike
+    # no score is needed before the end: the average of the last weights is kept
     "eval_steps=450",
 )
 STUDENT_WORDS = (
-    "max_steps=350",
-    "global_batch_size=64",
-    "micro_batch_size=32",
+    "max_steps=600",
+    "global_batch_size=32",
+    "micro_batch_size=16",
     "learning_rate=2e-3",
     "warmup_steps=0.3",
-    "eval_steps=350",
+    "eval_steps=600",
 )
-SOFT_WORDS = ("temperature=2", "alpha=0.7", "placement=partitioned")
+# its text is enough
+SOFT_WORDS = ("method=sead", "placement=partitioned", "augment.copies=null")
 
 
 def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:
@@ -60,6 +64,11 @@ def write_inputs(output: Path, seed: int) -> None:
     """The task's files and the shapes' YAML files, once."""
     if (output / "shapes" / "student.yaml").is_file():
         return
+    foreign = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if foreign and not (output / MARK).is_file():
+        raise UserError(f"--output-dir {output} holds other files; give a new or an empty folder")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).touch()
     write_grammar_task(output / "task", seed=seed, train_rows=1100, validation_rows=1000)
     (output / "shapes").mkdir(exist_ok=True)
     for index, shape in enumerate(TEACHER_SHAPES):

@@ -2,9 +2,9 @@
 KEY=VALUE words; later ones lie over earlier ones.
 """
 
-import difflib
 import glob
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from sead_dist.config.names import RENAMED, new_name
+from sead_dist.config.names import RENAMED, nearest, new_name
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
 from sead_dist.config.plugins import load_plugins
@@ -20,6 +20,9 @@ from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
 from sead_dist.config.yaml_text import parse_yaml, read_yaml
 from sead_dist.errors import UserError, reading
 
+# the method of a run that has teachers and names neither a method nor a key of one; base.yaml has
+# the same keys
+DEFAULT_METHOD = "sead"
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
 
@@ -41,8 +44,8 @@ def find_config(name: str) -> Path:
             if path.is_file():
                 return path
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
-    near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; shipped tasks: {', '.join(known)}"
+    near = nearest(Path(name).stem, known)
+    hint = f"; did you mean {near!r}?" if near else f"; shipped tasks: {', '.join(known)}"
     raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
 
 
@@ -61,8 +64,8 @@ def read_method(method: str) -> dict[str, Any]:
         path = Path(method)
     known = shipped_methods()
     if not path.is_file():
-        near = difflib.get_close_matches(method, known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        near = nearest(method, known)
+        meant = f"; did you mean {near!r}?" if near else ";"
         raise UserError(
             f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
         )
@@ -120,6 +123,15 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
     return entries
 
 
+def _at_home(value: Any) -> Any:
+    """Every text that begins with `~/` with the home folder instead: YAML knows no shell."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    return [_at_home(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _shape_shorthand(student: Any) -> Any:
     """`student=L6-H256-A8` and `student=FILE.yaml` mean shapes."""
     path = student.get("path") if isinstance(student, dict) else None
@@ -134,8 +146,9 @@ def names_shape(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
-def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str:
-    """The first mistake of a configuration as one line; `listed_in` is where the keys stand."""
+def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None = None) -> str:
+    """The first mistake of a configuration as one line; `listed_in` is the file in which its keys
+    are explained, None for a run's, of which `sead-dist keys` tells."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
@@ -145,18 +158,18 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: str) -> str
         if new is not None and (new in known or new not in RENAMED.values()):
             return f"the key {key!r} is {new} now; give {new} instead"
         old = [key for key, new in RENAMED.items() if new in known]
-        near = difflib.get_close_matches(plain, [*known, *old], n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {RENAMED.get(near[0], near[0])!r}?"
-            if near
-            else f"the keys are listed in {listed_in}"
-        )
+        near = nearest(plain, [*known, *old])
+        hint = f"the keys are listed in {listed_in}" if listed_in else "`sead-dist keys` lists all"
+        if near is not None:
+            hint = f"did you mean {RENAMED.get(near, near)!r}?"
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{key}={first['input']!r}: {message}; see {key} in {listed_in}"
+    plain = ".".join(part for part in first["loc"] if isinstance(part, str))
+    where = f"see {key} in {listed_in}" if listed_in else f"see `sead-dist keys {plain}`"
+    return f"{key}={first['input']!r}: {message}; {where}"
 
 
 def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
@@ -192,7 +205,8 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
-        layers.append(layer)
+        # a task's own file stands for the task
+        layers.append({"task": str(path)} if "text_a" in layer else layer)
     return layers + [_override(word) for word in words if "=" in word]
 
 
@@ -204,14 +218,19 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     preset = [read_method(str(methods[-1]))] if methods else []
     for layer in (*preset, *layers):
         merged = merge(merged, layer)
+    merged = _at_home(merged)
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])
+    keys = ("method", *METHOD_KEYS)
+    unsaid = all(layer.get(key) is None for layer in layers for key in keys)
+    if merged["teachers"] and unsaid:
+        merged["method"] = DEFAULT_METHOD
     merged["plugins"] = run_plugins(merged.get("plugins"))
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(explain(error, _flat_keys(RunConfig), "configs/base.yaml")) from None
+        raise UserError(explain(error, _flat_keys(RunConfig))) from None
     student = config.student
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"
@@ -226,6 +245,20 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
+
+
+def usual_values(config: RunConfig) -> dict[str, Any]:
+    """What keys have where nobody gives them, flat: by base.yaml and the method's file."""
+    preset = read_method(config.method) if config.method is not None else {}
+    return _flat(merge(dict(read_yaml(config_folder() / "base.yaml")), preset))
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inside is None else inside
+    return found
 
 
 def run_plugins(given: Any) -> Any:

@@ -3,7 +3,7 @@
 It serves the refusal of an old key, and the reading of what was written with old keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # of a run, dotted as on the command line
@@ -53,6 +53,30 @@ VALUES = {
 }
 # before keys of a run in a sweep's words
 SWEEP_PREFIXES = ("finetune.", "per_task.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is at most two letters away (changed, left out, too many, or two
+    neighbours swapped; capitals aside), the nearest first; None where none is."""
+    found = [(letters_apart(name.casefold(), one.casefold()), one) for one in known]
+    near = [pair for pair in found if pair[0] <= min(2, len(name) - 1)]
+    return min(near, key=lambda pair: pair[0])[1] if near else None
+
+
+def letters_apart(one: str, other: str) -> int:
+    """The edit distance (optimal string alignment); 3 for more than two."""
+    if abs(len(one) - len(other)) > 2:
+        return 3
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        older, before, row = before, row, [i]
+        for j, against in enumerate(other, 1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != against))
+            if older and j > 1 and letter == other[j - 2] and one[i - 2] == against:
+                least = min(least, older[j - 2] + 1)
+            row.append(least)
+    return min(row[-1], 3)
 
 
 def new_name(key: str) -> str | None:

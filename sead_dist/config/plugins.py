@@ -108,6 +108,7 @@ def keep_plugins(paths: Sequence[str], run: Path) -> None:
         Path(kept).parent.mkdir(exist_ok=True)
         source = LOADED[str(Path(path).absolute())].source
         if not Path(kept).is_file() or Path(kept).read_bytes() != source:
+            Path(kept).unlink(missing_ok=True)  # what a link leads to is not ours
             Path(kept).write_bytes(source)
 
 

@@ -14,7 +14,7 @@ MODEL = "model"
 # the ensemble that asks no teacher, and the one whose data name each row's teacher
 NO_ENSEMBLE, ROUTED = "none", "routed"
 BUILT_IN: dict[str, tuple[str, ...]] = {
-    "loss": ("kl", "mse"),
+    "loss": ("kl", "mse", "mse_centered"),
     "hard loss": ("cross_entropy", "squared_error"),
     "ensemble": (
         *(NO_ENSEMBLE, "single", "mean_logits", "mean_probabilities", "fixed", "score"),

@@ -5,9 +5,10 @@ others are the run's identity.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -32,6 +33,12 @@ MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
 
 
+def writable(text: str) -> bool:
+    """Whether logs, plots, job scripts and file names take this text: no control characters, no
+    bytes that are not UTF-8 (halves of surrogate pairs)."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+
+
 def one_of(what: str, *more: str) -> BeforeValidator:
     """A name that is registered by the time that a configuration is checked."""
 
@@ -49,14 +56,21 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    # keys whose texts may hold line ends
+    any_text: ClassVar[frozenset[str]] = frozenset()
+
     @field_validator("*", mode="before")
     @classmethod
     def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`num_train_epochs: true` would be one epoch."""
         kind = str(cls.model_fields[info.field_name or ""].annotation)
-        held = value if isinstance(value, list) else [value]
+        held = [*value, *value.values()] if isinstance(value, dict) else value
+        held = held if isinstance(held, list) else [held]
         if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
             raise ValueError("input should be a number, not true or false")
+        for one in held if info.field_name not in cls.any_text else []:
+            if isinstance(one, str) and not writable(one):
+                raise ValueError("expected a text without line ends or other control characters")
         return value
 
 
@@ -66,6 +80,7 @@ class DataConfig(Section):
     validation: Annotated[str | None, Operational]
     revision: Annotated[str | None, Operational]
     max_train_examples: Annotated[int | None, Field(gt=0)]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), Operational]
     skip_malformed: bool
 
 
@@ -107,7 +122,7 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     path: str
-    name: str | None = None
+    name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
     kind: Annotated[str, one_of("kind of teacher")] = MODEL
     placement: Placed | None = None
     offload: bool = False
@@ -131,7 +146,7 @@ class StoreConfig(Section):
 
 # what a method's preset may set: all methods share student, start, data and steps
 METHOD_KEYS = (
-    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end", "final_checkpoint"),
+    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end"),
     *("feature_loss", "feature_loss_weight", "feature_stage_ratio", "student_init"),
 )
 
@@ -145,6 +160,11 @@ class PoolConfig(Section):
 class HeartbeatConfig(Section):
     timeout_s: Annotated[float, Field(gt=0), Operational]
     hang_timeout_s: Annotated[float, Field(gt=0), Operational]
+
+
+class CardConfig(Section):
+    license: Annotated[str | None, Field(min_length=1), Operational]
+    language: Annotated[str | None, Field(min_length=1), Operational]
 
 
 class RunConfig(Section):
@@ -169,6 +189,7 @@ class RunConfig(Section):
     teacher_precision: Precision
     prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
     teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational]
+    baseline: Annotated[str | None, Operational]
     trust_remote_code: Annotated[bool, Operational]
     store: StoreConfig
     pool: PoolConfig
@@ -179,18 +200,17 @@ class RunConfig(Section):
     temperature: Annotated[float, Field(gt=0)]
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    final_checkpoint: Literal["best", "last"]
     feature_loss: Literal["distilbert", "tinybert", "minilm"] | None
     feature_loss_weight: Annotated[float, Field(gt=0)]
     feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)]
     student_init: Literal["own", "feature_teacher"]
-    num_train_epochs: Annotated[int, Field(gt=0, le=MANY)]
+    num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)]
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     max_length: Annotated[int, Field(gt=1, le=MANY)]
     optim: Literal["adamw", "sgd"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float | None, Field(gt=0)]
     lr_scheduler_type: Literal["linear", "cosine", "constant"]
     warmup_steps: Annotated[float, Field(ge=0, le=MANY)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -198,15 +218,20 @@ class RunConfig(Section):
     precision: Precision
     deterministic: bool
     deepspeed: Annotated[str | None, Operational]
+    final_checkpoint: Literal["auto", "best", "last", "average"]
+    average_share: Annotated[float, Field(gt=0, le=1)]
     eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
-    save_steps: Annotated[int, Field(ge=0, le=MANY), Operational]
+    save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
     save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational]
+    keep_training_state: Annotated[bool, Operational]
     preemption_notice_s: Annotated[float | None, Field(gt=0), Operational]
     heartbeat: HeartbeatConfig
     report_to: Annotated[str | None, Operational]
+    prediction_texts: Annotated[bool, Operational]
     push_to_hub: Annotated[bool, Operational]
     hub_model_id: Annotated[str | None, Operational]
     hub_private_repo: Annotated[bool | None, Operational]
+    card: CardConfig
 
     @property
     def taught(self) -> bool:

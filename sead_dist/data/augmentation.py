@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sead_dist.config.schema import Operation
+from sead_dist.config.schema import Operation, RunConfig
 from sead_dist.data.examples import (
     ExampleSet,
     fingerprint,
@@ -74,6 +74,16 @@ def automatic_copies(labelled: int, text: int) -> int:
     if labelled > MOST_LABELLED:
         return 0
     return max(0, COPIES_OF_EACH * labelled - text)
+
+
+def rows_asked(config: RunConfig, labelled: int, text: int) -> int:
+    """Training rows of a run: labelled ones, text, and the copies that are asked for. Fewer copies
+    are made where some would be held out or equal; the length of a run does not go by that."""
+    asked = config.augment.copies
+    if asked is None or not config.uses_copies:
+        return labelled + text
+    copies = automatic_copies(labelled, text) if asked == "auto" else asked * (labelled + text)
+    return labelled + text + copies
 
 
 def is_pair(task: TaskSpec) -> bool:

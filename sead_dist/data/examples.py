@@ -185,25 +185,29 @@ def divide(examples: ExampleSet, n: int, seed: int) -> tuple[ExampleSet, Example
 
 
 def hold_out(
-    task: TaskSpec, examples: ExampleSet, fraction: float, seed: int
+    task: TaskSpec,
+    examples: ExampleSet,
+    fraction: float,
+    seed: int,
+    key: str = "selection.fraction",
+    split: str = "selection",
 ) -> tuple[ExampleSet, ExampleSet]:
-    """(train, selection): about `fraction` of the examples held out, none that share a sentence
-    or a group with a training example. A tied group that is larger than the fraction stays in
-    train. UserError where a side has no rows or selection has a single label."""
+    """(train, held out as `split`): about `fraction` of the examples held out, none that share a
+    sentence or a group with a training example. A tied group that is larger than the fraction stays
+    in train. UserError, naming `key`, where a side has no rows or what is held out one label."""
     if not 0 < fraction < 1:
-        raise UserError(f"selection.fraction is {fraction}; give a number between 0 and 1")
+        raise UserError(f"{key} is {fraction}; give a number between 0 and 1")
     size = round(fraction * len(examples))
     held_B = _choose(examples, _tied(examples), size, seed)
-    what = f"selection.fraction={fraction} of {len(examples)} {examples.split} rows of {task.name}"
+    what = f"{key}={fraction} of {len(examples)} {examples.split} rows of {task.name}"
     if not held_B.any():
-        raise UserError(f"{what} holds out no rows; raise selection.fraction")
+        raise UserError(f"{what} holds out no rows; raise {key}")
     if len(np.unique(examples.labels_B[held_B])) < 2:
         raise UserError(
             f"{what} holds out rows of one label only (rows that share a text stay "
-            "together); raise selection.fraction"
+            f"together); raise {key}"
         )
-    train, selection = subset(examples, ~held_B), subset(examples, held_B)
-    return train, replace(selection, split="selection")
+    return subset(examples, ~held_B), replace(subset(examples, held_B), split=split)
 
 
 def _tied(examples: ExampleSet) -> np.ndarray:

@@ -13,11 +13,13 @@ same texts.
 
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sead_dist.data.task_files import Answer, TaskSpec
+from sead_dist.data.task_files import TASKS, Answer, TaskSpec
 from sead_dist.errors import UserError, reason
+from sead_dist.runtime.console import counted
 
 Row = Mapping[str, Any]
 
@@ -71,11 +73,17 @@ def read_items(
         for flat in flats:
             _check_texts(task, flat, where)
             first = text_a(flat)
+            label = None
+            if labelled:
+                try:
+                    label = parse(_label(task, flat, where), where)
+                except UserError as error:
+                    raise _with_all_labels(task, rows, error) from None
             yield Item(
                 (first,) * (len(task.choices) or 1),
                 tuple(text(flat) for text in texts_b),
                 tuple(flat[name] for name in task.sentences),
-                parse(_label(task, flat, where), where) if labelled else None,
+                label,
                 flat.get("group"),
                 flat.get("candidate"),
                 position,
@@ -122,6 +130,24 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     if task.label_column not in flat:
         raise UserError(_no_column(task.label_column, flat, where))
     return flat[task.label_column]
+
+
+def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
+    """The error for a label outside the set, with all others that are outside it and how often they
+    occur: more than a slip of one row is first a matter of the task's file."""
+    line = str(error).removesuffix("; fix the row")
+    if task.reader != "plain" or not task.task_kind.has_classes or line == str(error):
+        return error
+    counts = Counter(str(row.get(task.label_column)) for row in rows)
+    outside = [pair for pair in counts.most_common() if not task.task_kind.is_label(task, pair[0])]
+    if not outside or TASKS.get(task.name) == task:
+        return error
+    listed = ", ".join(f"{label!r} ({counted(count, 'row')})" for label, count in outside[:10])
+    more = f" and {len(outside) - 10} more" if len(outside) > 10 else ""
+    return UserError(
+        f"{line}; outside it are {listed}{more}; add them to labels, or to value_aliases, in the "
+        "task's file, or fix the rows"
+    )
 
 
 def _teacher_index(route: Route, flat: Row, where: str) -> int:

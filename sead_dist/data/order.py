@@ -293,6 +293,8 @@ class BatchStream:
     A global batch makes global_batch / micro_batch micro-batches of like padded tokens. Rank r
     takes micro-batches r, r + size, ...; where ranks do not divide them, micro-batches of one
     filler make the numbers equal, because every rank must do the same number of forwards.
+
+    epochs: passes over the split's rows; they count where max_steps is None.
     """
 
     def __init__(
@@ -301,7 +303,7 @@ class BatchStream:
         seed: int,
         global_batch: int,
         micro_batch: int,
-        epochs: int,
+        epochs: int | None,
         max_steps: int | None,
         rank: int,
         size: int,
@@ -317,7 +319,7 @@ class BatchStream:
         self.rank, self.size = rank, size
         self.lengths_B = split.tokens.lengths_B()
         self.steps_per_epoch = -(-len(split) // global_batch)
-        whole = epochs * self.steps_per_epoch
+        whole = (epochs or 1) * self.steps_per_epoch
         self.total_steps = whole if max_steps is None else max_steps
         self._order: tuple[int, np.ndarray] | None = None
 

@@ -63,6 +63,13 @@ class RunExamples:
             return "rest" if place < self.rest_rows else "text"
         return self.copied[place - self.transfer_rows]
 
+    def mean_score(self, task: TaskSpec) -> float | None:
+        """Of the training rows; None where labels are classes, or there are none."""
+        labels_B = self.train.labels_B[: self.labelled_rows]
+        if task.task_kind.has_classes or len(labels_B) == 0:
+            return None
+        return float(labels_B.mean())
+
     def fingerprint(self, task: TaskSpec) -> str:
         """Of every text, label and their order, and of the task that reads them. Copies follow from
         these and have a hash of their own."""
@@ -85,7 +92,13 @@ def route_of(config: RunConfig) -> Route | None:
 def load_official(
     task: TaskSpec, data: DataConfig, split: str, route: Route | None = None
 ) -> ExampleSet:
-    """One split as its files have it."""
+    """One split as its files have it, or as it is cut from a task's only file."""
+    if is_one_file(task, data) and split in task.splits:
+        return split_one_file(task, data, route)[split]
+    return _read_split(task, data, split, route)
+
+
+def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | None) -> ExampleSet:
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     chunks = split_chunks(
         task,
@@ -102,6 +115,29 @@ def load_official(
         parts.append(build_examples(task, rows, split, route=route, first=read))
         read += len(rows)
     return concatenate(*parts)
+
+
+def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
+    """Whether training and validation rows come from one file: nothing else is given, and the hub
+    has no such task."""
+    alone = data.train is not None and data.validation is None and data.path is None
+    return alone and task.hub is None and len(task.splits) == 2
+
+
+def split_one_file(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
+    """The two splits of a task's only file: a pure function of its rows alone."""
+    both = _read_split(task, data, "train", route)
+    dev = list(task.splits)[1]
+    key, seed = "data.validation_fraction", -1  # no selection.seed is below 0 by default
+    train, held = hold_out(task, both, data.validation_fraction, seed, key, dev)
+    return {"train": train, dev: held}
+
+
+def load_all(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
+    """Every split of the task."""
+    if is_one_file(task, data):
+        return split_one_file(task, data, route)
+    return {split: load_official(task, data, split, route) for split in task.splits}
 
 
 def split_off(
@@ -133,9 +169,14 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     """All splits of a run, without copies. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
-    train = load_official(task, config.data, "train", route)
-    official = {split: load_official(task, config.data, split, route) for split in names}
-    train, selection, rest = split_off(config, task, train, official[names[0]])
+    files = load_all(task, config.data, route)
+    if is_one_file(task, config.data):
+        say(
+            f"data.train is the only file: {len(files[names[0]])} of its rows are the {names[0]} "
+            f"split (data.validation_fraction={config.data.validation_fraction:g})"
+        )
+    official = {split: files[split] for split in names}
+    train, selection, rest = split_off(config, task, files["train"], official[names[0]])
     labelled, held = len(train), [selection, *official.values()]
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:

@@ -3,7 +3,6 @@
 C classes.
 """
 
-import difflib
 import re
 import string
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.names import nearest as close
 from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
@@ -86,8 +86,8 @@ class TaskSpec:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, and all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close else ";"
+    near = close(name, known)
+    meant = f"; did you mean {near!r}?" if near else ";"
     return f"{meant} known: {', '.join(known)}"
 
 
@@ -134,6 +134,18 @@ def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+FILE_NAME = "use at most 100 letters, digits, _, - and ., not dots alone (it names files)"
+
+
+def names_file(name: str) -> bool:
+    """Whether files can be called by this name, in the run's own folder."""
+    return (
+        re.fullmatch(r"[\w.-]+", name) is not None
+        and name.strip(".") != ""
+        and len(name.encode()) <= 100
+    )
+
+
 def find_problem(task: TaskSpec) -> str | None:
     """What in `task` contradicts the rest, as the end of an error message, or None."""
     for key, columns in (
@@ -142,8 +154,11 @@ def find_problem(task: TaskSpec) -> str | None:
     ):
         if missing := set(columns) - set(task.fields):
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
-    if not re.fullmatch(r"[\w.-]+", task.name):
-        return f"name is {task.name!r}; use letters, digits, _, - and . (it names files)"
+    if not names_file(task.name):
+        return f"name is {task.name!r}; {FILE_NAME}"
+    for split in task.splits:
+        if not names_file(split) or split == "selection":
+            return f"splits has {split!r}; {FILE_NAME}, and not selection, which is held out"
     for text in (task.text_a, task.text_b or "", *task.choices):
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):

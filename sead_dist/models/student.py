@@ -34,8 +34,9 @@ from sead_dist.models.sequence_classifier import (
     outline,
 )
 
-# Version of the rules by which a start becomes a student: which weights are new, how they are drawn
-START_RULES = 2
+# Version of the rules by which a start becomes a student: which weights are new, how they are
+# drawn. (2: the bias of a new head of scores began at 0.)
+START_RULES = 3
 # whose layers lie in one list and know nothing of their place in it; tables of relative positions
 # and what follows the first layer (DeBERTa-v2's convolution) lie beside it and stay
 CUT_KINDS = (
@@ -183,12 +184,14 @@ def build_student(
     seed: int,
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
+    mean_score: float | None = None,
 ) -> PreTrainedModel:
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
     A head that came with the checkpoint is kept when its label names align with the task's; else
     its layer that ends in classes is made again (from the seed). say: takes the line on what was
-    loaded and what is new.
+    loaded and what is new. mean_score: of the training rows of a regression task: the bias that a
+    new head starts with, so that the student need not learn it first.
     """
     names = task.task_kind.outputs(task)
     changes: dict[str, Any] = {
@@ -199,6 +202,7 @@ def build_student(
         "problem_type": task.task_kind.problem_type,
     }
     torch.manual_seed(seed)
+    new_head = True
     if student.shape is not None:
         config = _shape_config(student.shape, tokenizer)
         config.update(changes)
@@ -209,16 +213,28 @@ def build_student(
         checkpoint = locate(student.path)
         own = load_model_config(checkpoint, trust_remote_code)
         check_vocabulary(checkpoint.name, tokenizer, own)
-        model, account = _start_from(checkpoint, own, task, changes, trust_remote_code)
+        model, account, new_head = _start_from(checkpoint, own, task, changes, trust_remote_code)
         account += _other_words(student, tokenizer)
         if student.layers is not None:
             keep_layers(model, student.layers)
             account += f"; of its layers {student.layers} are kept"
     else:
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")
+    if mean_score is not None and new_head and _start_at(model, mean_score):
+        account += f"; its head starts at the mean score of the training rows, {mean_score:.4g}"
     if say is not None:
         say(account)
     return model.float()
+
+
+def _start_at(model: PreTrainedModel, mean_score: float) -> bool:
+    """Give a new head of one score this bias; False where it has none."""
+    _, final = final_layer(model)
+    if final.bias is None:
+        return False
+    with torch.no_grad():
+        final.bias.fill_(mean_score)
+    return True
 
 
 def _other_words(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -245,22 +261,22 @@ def _start_from(
     task: TaskSpec,
     changes: dict[str, Any],
     trust_remote_code: bool,
-) -> tuple[PreTrainedModel, str]:
-    """The checkpoint's model with a head for the task, and what is to be said of its weights."""
+) -> tuple[PreTrainedModel, str, bool]:
+    """The checkpoint's model with a head for the task, what is to be said of its weights, and
+    whether the head's last layer is new."""
     model, loaded = load_start(checkpoint, trust_remote_code, **changes)
     name, final = final_layer(model)
     parts = {f"{name}.{part}": tensor for part, tensor in final.state_dict().items()}
     if parts.keys() & loaded.new:
-        return model, loaded.describe(checkpoint.name)
+        return model, loaded.describe(checkpoint.name), True
     order_C = _kept_order(checkpoint, own, task)
     if order_C is not None and not head_names(model) & loaded.new:
         _place_in_order(final, order_C)
-        return model, loaded.describe(checkpoint.name)
+        return model, loaded.describe(checkpoint.name), False
     _renew(final, getattr(model.config, "initializer_range", 0.02))
     classes = ", ".join(label_names(own))
-    return model, (
-        loaded.describe(checkpoint.name, parts) + f" (its head had the classes {classes})"
-    )
+    account = loaded.describe(checkpoint.name, parts) + f" (its head had the classes {classes})"
+    return model, account, True
 
 
 def _kept_order(checkpoint: Checkpoint, own: PretrainedConfig, task: TaskSpec) -> list[int] | None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sead_dist.config.registered import claim_name
+from sead_dist.errors import UserError
 from sead_dist.objectives.weightings import known
 
 
@@ -64,6 +65,14 @@ def squared_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Ten
     return F.mse_loss(student_BC, soft.logits_BC, reduction="none").mean(-1)
 
 
+def centered_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Tensor:
+    """The same of logits less their row's mean, which probabilities do not depend on (as KL at a
+    high temperature: Hinton et al. 2015, section 2.1; logits by MSE: Kim et al. 2021)."""
+    own_BC = student_BC - student_BC.mean(-1, keepdim=True)
+    their_BC = soft.logits_BC - soft.logits_BC.mean(-1, keepdim=True)
+    return F.mse_loss(own_BC, their_BC, reduction="none").mean(-1)
+
+
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     known_B = ~torch.isnan(labels_B)
     gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
@@ -78,6 +87,7 @@ def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Ten
 SOFT_LOSSES = {
     "kl": SoftLoss(divergence, needs_classes=True),
     "mse": SoftLoss(squared_difference),
+    "mse_centered": SoftLoss(centered_difference, needs_classes=True),
 }
 # those that a kind of task names
 HARD_LOSSES: dict[str, HardFunction] = {
@@ -105,8 +115,15 @@ def register_hard_loss(name: str, loss: HardFunction) -> None:
 
 
 def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
-    """Per-row loss_B against the soft targets, by the loss's name."""
-    return SOFT_LOSSES[loss].loss(student_BC, soft)
+    """Per-row loss_B against the soft targets, by the loss's name. Raises UserError for one that
+    gives anything else, which would be broadcast unseen."""
+    loss_B = SOFT_LOSSES[loss].loss(student_BC, soft)
+    if loss_B.shape != student_BC.shape[:1]:
+        raise UserError(
+            f"loss={loss} gave the shape {tuple(loss_B.shape)} for {len(student_BC)} rows; a loss "
+            "gives one value a row: correct its plugin"
+        )
+    return loss_B
 
 
 def hard_loss(

@@ -136,7 +136,13 @@ class ByRow(Weighting):
         labels_B: torch.Tensor | None,
         routes_B: torch.Tensor | None,
     ) -> torch.Tensor:
-        return self.weights(logits_NBC, labels_B if self.needs_labels else None)
+        weights_NB = self.weights(logits_NBC, labels_B if self.needs_labels else None)
+        if weights_NB.shape != logits_NBC.shape[:2]:
+            raise UserError(
+                f"the ensemble's weights have the shape {tuple(weights_NB.shape)}; expected "
+                f"[teachers, rows], {tuple(logits_NBC.shape[:2])}: correct its plugin"
+            )
+        return weights_NB
 
 
 class MeanLogits(Weighting):
@@ -145,7 +151,9 @@ class MeanLogits(Weighting):
 
 
 class MeanProbabilities(Weighting):
-    needs_classes = True
+    """Of scores, which have no probabilities, it is their mean."""
+
+    precedence = 0
 
 
 class Single(Weighting):
@@ -403,7 +411,12 @@ def register_ensemble(
 
 
 def check_weights(name: str, weights_N: torch.Tensor) -> torch.Tensor:
-    """The same, made to sum to 1. Raises UserError where all are zero."""
+    """The same, made to sum to 1. Raises UserError where all are zero, or one is below."""
+    if not bool((weights_N >= 0).all()):
+        raise UserError(
+            f"ensemble={name}: the weights {weights_N.tolist()} must be 0 or more: correct its "
+            "plugin"
+        )
     if not weights_N.sum() > 0:
         raise UserError(f"ensemble={name}: every teacher's weight is 0; give one a larger weight")
     return weights_N / weights_N.sum()

@@ -18,7 +18,8 @@ from sead_dist.runs.inputs import refuse_unused_text
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.console import parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
-from sead_dist.runtime.run_log import check_writable, write_json
+from sead_dist.runtime.own_files import check_writable
+from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
@@ -89,7 +90,7 @@ def plan(
         found = forecasts(setting)
         show(setting, task.name, found)
         if json_file is not None:
-            write_json(json_file, as_json(setting, task.name, found))
+            write_json_for_person(json_file, as_json(setting, task.name, found))
 
 
 def free_of(world: World, size: int) -> int:

@@ -15,6 +15,7 @@ from sead_dist.data.examples import ExampleSet, entries, sample
 from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
 from sead_dist.data.splits import RunExamples
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
+from sead_dist.runs.choices import steps_of
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.inference import (
     cut_into_batches,
@@ -64,9 +65,11 @@ def sampled_lengths(
     return tokenize(tokenizer, sample(examples, SAMPLE, 0), max_length).lengths_B()
 
 
-def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet) -> list[float]:
-    """The part of the training rows that each teacher is asked for, over all epochs. Where `single`
-    chooses only after the validation, the costliest stands for the chosen."""
+def asked_share(
+    config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet, passes: int
+) -> list[float]:
+    """The part of the training rows that each teacher is asked for, over so many passes. Where
+    `single` chooses only after the validation, the costliest stands for the chosen."""
     if not teachers:
         return []
     names = [teacher.name for teacher in teachers]
@@ -75,7 +78,7 @@ def asked_share(config: RunConfig, teachers: Sequence[Teacher], train: ExampleSe
         chosen=None if config.teacher is None else names.index(config.teacher),
         sizes=[teacher.parameters for teacher in teachers],
     )
-    return WEIGHTINGS[config.ensemble].shares(known, config.num_train_epochs, train.routes_B)
+    return WEIGHTINGS[config.ensemble].shares(known, passes, train.routes_B)
 
 
 def make_work(
@@ -97,9 +100,10 @@ def make_work(
     lengths_SM, rows_SM = micro_batch_shapes(
         order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
     )
-    total = config.max_steps or config.num_train_epochs * len(order_SG)
+    total = steps_of(config, examples)
     in_time = min(1.0, total / len(order_SG))
-    shares_N = [share * in_time for share in asked_share(config, teachers, train)]
+    passes = -(-total // len(order_SG))
+    shares_N = [share * in_time for share in asked_share(config, teachers, train, passes)]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
     counted: dict[tuple[str, int, str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sead_dist.data.confusion import Confusion
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
 from sead_dist.runtime.console import table
 from sead_dist.runtime.redact import redact
@@ -37,13 +38,19 @@ COST = {
 }
 
 
-def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]) -> str:
+def card_text(
+    files: RunFiles,
+    plots: Sequence[str],
+    errors: Mapping[str, float],
+    found: Confusion | None = None,
+) -> str:
     """Compose the model card.
 
     Args:
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
+        found: gold labels against the student's on the first evaluation split; None for scores.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -57,23 +64,26 @@ def card_text(files: RunFiles, plots: Sequence[str], errors: Mapping[str, float]
     text = jinja.from_string(template).render(
         metadata=_metadata(files, spec),
         name=model_name(files),
+        by=method_name(files),
         task=_task(files),
         student=_student(files),
         teachers=files.teacher_manifest,
         selected_on_dev=bool(files.mark),
         results=_result_tables(files),
         evaluations=_evaluation_tables(files),
+        classes=found.tables(drawn=True) if found is not None else [],
         calibration=f"Expected calibration error on {split}{files.mark}, 10 bins: {worded}."
         if errors
         else "",
         method=_method(files),
         teacher_table=_teacher_table(files),
+        learnable=_learnable(files),
         cost=_cost(files.run_summary),
         onnx=files.onnx,
         onnx_table=table(*onnx_rows(files.onnx)) if files.onnx else "",
         pair=spec is not None and spec.is_pair,
         limits=_limits(files, spec),
-        hyperparameters=yaml.safe_dump(redact(files.config), sort_keys=False).strip(),
+        hyperparameters=_hyperparameters(files),
         versions=list(_versions(files.environment)),
         plots=plots,
     )
@@ -119,7 +129,16 @@ def _base_model(files: RunFiles) -> str | None:
 def model_name(files: RunFiles) -> str:
     """What the card calls the model."""
     student = _student(files).split("@")[0].rsplit("/", 1)[-1].replace(" ", "-")
-    return f"{'SEAD-' if files.teacher_manifest else ''}{student}-{_task(files)}"
+    return f"{method_name(files)}-{student}-{_task(files)}"
+
+
+def method_name(files: RunFiles) -> str:
+    """The method that the run named, else its ensemble; "finetune" where no teacher was asked."""
+    config = redact(files.config)
+    if not files.teacher_manifest:
+        return "finetune"
+    method = config.get("method")
+    return PurePosixPath(str(method)).stem if method else str(config.get("ensemble"))
 
 
 def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
@@ -128,10 +147,11 @@ def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
     hub = spec.hub if spec else None
     results = list(_model_index(files, hub))
     task = _task(files)
-    tags = ["SEAD", "knowledge-distillation"] if files.teacher_manifest else ["SEAD"]
+    tags = ["knowledge-distillation", method_name(files)] if files.teacher_manifest else []
+    said = files.config.get("card") or {}
     data = ModelCardData(
-        language="en",
-        license="apache-2.0",
+        language=said.get("language"),
+        license=said.get("license"),
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=[*tags, task],
@@ -175,7 +195,10 @@ def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
         role = ""
         if split == "selection":
             where = "on dev" if files.mark else "held out of train"
-            role = f" ({where}; the checkpoint was chosen on it)"
+            kept = files.run_summary.get("chosen", {}).get("final_checkpoint", "best")
+            role = (
+                f" ({where}; the checkpoint was chosen on it)" if kept == "best" else f" ({where})"
+            )
         yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
 
 
@@ -268,6 +291,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
     if spec is not None and spec.task_kind.limit is not None:
         yield spec.task_kind.limit
+    yield from (str(redact(line)) for line in files.scores.get("remarks") or ())
     for validation in files.validations:
         name = redact(validation["name"])
         if not validation.get("passed", True):
@@ -283,6 +307,39 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     )
     if found:
         yield f"{found} dev texts also occur in the training or transfer text."
+
+
+def _learnable(files: RunFiles) -> str:
+    """What there was to learn, on the selection split, and what of it was kept."""
+    found = files.learnable
+    if not found:
+        return ""
+    rows: list[tuple[object, ...]] = [("majority baseline", found["majority"])]
+    if found["finetuned"] is not None:
+        rows.append(("fine-tuned student", found["finetuned"]))
+    rows.append((f"best teacher ({redact(found['best_name'])})", found["best_teacher"]))
+    rows.append(("ensemble", found["ensemble"]))
+    low, high = found["interval"]
+    over = "the best constant answer" if found["finetuned"] is None else "the fine-tuned student"
+    few = " from so few rows" if found["verdict"] == "cannot be told" else ""
+    text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
+    text += (
+        f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
+        f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
+    )
+    for split, of in (found.get("splits") or {}).items():
+        if "share" in of and split != "selection":
+            text += (
+                f" On {split} the student keeps {of['share']:.0%} of the gap between fine-tuned "
+                f"student ({of['finetuned']:.4f}) and ensemble ({of['ensemble']:.4f})."
+            )
+    return text
+
+
+def _hyperparameters(files: RunFiles) -> str:
+    """The configuration, with what the run took for keys that were left to it."""
+    keys = {**files.config, **files.run_summary.get("chosen", {})}
+    return yaml.safe_dump(redact(keys), sort_keys=False).strip()
 
 
 def _versions(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sead_dist.runtime.run_log import written_aside
+from sead_dist.data.confusion import Confusion
+from sead_dist.runtime.own_files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,6 +185,27 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path:
     _save(figure, path)
 
 
+def plot_confusion(found: Confusion, split: str, path: Path) -> None:
+    """Draw how many rows of each gold label got each predicted one; shade is the share of a gold
+    label's rows."""
+    counts_CC, names = found.counts_CC, [short(name, 20) for name in found.names]
+    size = 2.5 + 0.55 * len(names)
+    figure = _figure(size + 1.0, size)
+    axes = figure.subplots()
+    share_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share_CC, cmap="Blues", vmin=0, vmax=1)
+    for gold, predicted in np.argwhere(counts_CC):
+        dark = share_CC[gold, predicted] > 0.5
+        axes.text(
+            predicted, gold, str(counts_CC[gold, predicted]), ha="center", va="center",
+            color="white" if dark else "black", fontsize="small",
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="gold label", title=f"Student on {split}")
+    _save(figure, path, grid=None)
+
+
 def plot_regression(
     gold_B: Floats, predicted: Mapping[str, Floats], split: str, path: Path
 ) -> None:
@@ -249,13 +271,16 @@ def _note(axes: "Axes", text: str) -> None:
 
 
 def short(name: str, longest: int = 32) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """A name as a plot shows it; two dollar signs would make a formula of what is between them."""
+    cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return cut.replace("$", r"\$")
 
 
-def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] = "both") -> None:
+def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] | None = "both") -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis=grid, alpha=0.25)
+        if grid is not None:
+            axes.grid(axis=grid, alpha=0.25)
         axes.set_axisbelow(True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:

@@ -5,6 +5,7 @@ Shapes: B examples, C classes (1 for regression).
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sead_dist.data.confusion import MOST_SHOWN, confusion
 from sead_dist.errors import reading
 from sead_dist.reporting.model_card import card_text
 from sead_dist.reporting.plots import (
     Reliability,
     plot_calibration,
+    plot_confusion,
     plot_loss,
     plot_regression,
     plot_scores,
     reliability,
 )
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runtime.run_log import read_metrics, written_aside
+from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.run_log import read_metrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,14 +67,20 @@ def write_report(run: Path) -> None:
     plot_scores(panels, files.metric, plots / "scores.png")
     names = ["loss.png", "scores.png"]
     split = files.evaluation_splits[0]
-    errors = {}
+    errors, matrix = {}, None
     if (run / "predictions" / f"{split}.parquet").exists():
         predictions = read_predictions(run / "predictions" / f"{split}.parquet")
         found = _plot_predictions(predictions, f"{split}{mark}", plots / "calibration.png")
         errors = {name: result.error for name, result in found.items()}
         names.append("calibration.png")
+        labels = files.scores.get("labels") or []
+        if len(labels) == predictions.student_logits_BC.shape[1] > 1:
+            matrix = confusion(labels, predictions.labels_B, predictions.student_logits_BC)
+            if len(labels) <= MOST_SHOWN:
+                plot_confusion(matrix, f"{split}{mark}", plots / "confusion.png")
+                names.append("confusion.png")
     with written_aside(run / "README.md") as aside:
-        aside.write_text(card_text(files, names, errors), "utf-8")
+        aside.write_text(card_text(files, names, errors, matrix), "utf-8")
     if (run / "model").is_dir():
         _copy_aside(run / "README.md", run / "model" / "README.md")
         (run / "model" / "plots").mkdir(exist_ok=True)
@@ -86,6 +96,7 @@ def write_predictions(
     labels_B: NDArray[Any],
     student_logits_BC: NDArray[Any],
     ensemble_probabilities_BC: NDArray[Any] | None,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Write one split's predictions as Parquet: id (32 hex digits), label, lists of floats.
 
@@ -96,6 +107,7 @@ def write_predictions(
         student_logits_BC: the student's raw outputs.
         ensemble_probabilities_BC: the ensemble's class probabilities (for a regression its
             scores, C = 1), or None without teachers.
+        more: further columns of B values for people: row, names of labels, texts.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -109,6 +121,7 @@ def write_predictions(
         "ensemble_probabilities": pa.nulls(len(labels_B), pa.list_(pa.float32()))
         if ensemble is None
         else _as_lists(ensemble),
+        **{name: pa.array(_encodable(values)) for name, values in (more or {}).items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
@@ -152,6 +165,14 @@ def _plot_predictions(predictions: Predictions, split: str, path: Path) -> dict[
     results = {name: reliability(p_BC, predictions.labels_B) for name, p_BC in shares.items()}
     plot_calibration(results, split, path)
     return results
+
+
+def _encodable(values: Sequence[Any]) -> list[Any]:
+    """The values; in texts halves of surrogate pairs, which UTF-8 has not, as question marks."""
+    return [
+        value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for value in values
+    ]
 
 
 def _as_lists(values_BC: NDArray[Any]) -> "pa.ListArray":

@@ -50,6 +50,7 @@ class RunFiles:
     run_summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     onnx: Mapping[str, Any] = field(default_factory=dict)  # onnx/export.json
+    learnable: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -105,6 +106,7 @@ def read_run(run: Path) -> RunFiles:
         run_summary=optional("run_summary.json", keys, {}),
         environment=optional("environment.json", keys, {}),
         onnx=optional("onnx/export.json", keys, {}),
+        learnable=optional("learnable.json", keys, {}),
     )
 
 

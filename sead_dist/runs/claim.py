@@ -24,7 +24,9 @@ from sead_dist.config.schema import RunConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
+from sead_dist.models.pretrained import locate, weight_files, weights_hash
 from sead_dist.models.student import start_hash
+from sead_dist.runtime.own_files import open_own, sweep_leftovers, written_aside
 from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,
@@ -32,14 +34,13 @@ from sead_dist.runtime.run_log import (
     read_as,
     read_metrics,
     write_json,
-    written_aside,
 )
 from sead_dist.training.checkpoint import Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
     *("metrics.jsonl", "log.txt", "progress.json"),
-    *("teacher_validation.json", "teacher_manifest.json", "ensemble.json"),
+    *("teacher_validation.json", "teacher_manifest.json", "ensemble.json", "learnable.json"),
 )
 
 # where a student leaves word for workers of its pool
@@ -66,8 +67,7 @@ def holds_run(run: Path) -> bool:
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir={run} is a file; give a folder")
-    # names with a dot: the lock, and files aside, of a process killed before its claim
-    if not run.is_dir() or all(path.name.startswith(".") for path in run.iterdir()):
+    if not run.is_dir():
         return False
     if run.stat().st_uid != os.getuid():
         # what a resume reads from it would be somebody else's
@@ -75,6 +75,9 @@ def holds_run(run: Path) -> bool:
             f"output_dir={run} belongs to user {run.stat().st_uid}, and you are {os.getuid()}; "
             "give a folder of your own"
         )
+    # names with a dot: the lock, and files aside, of a process killed before its claim
+    if all(path.name.startswith(".") for path in run.iterdir()):
+        return False
     if not (run / "run.json").is_file():
         raise UserError(
             f"output_dir={run} holds other files and no run; give a new or empty folder"
@@ -94,6 +97,7 @@ def already_finished(config: RunConfig) -> bool:
     if saved is None or not is_finished(run):
         return False
     refuse_other_teachers(config)
+    check_model(run)
     task = load_task(config.task)
     data = load_examples(config, task, lambda _line: None).fingerprint(task)
     start = saved.start
@@ -101,6 +105,23 @@ def already_finished(config: RunConfig) -> bool:
         start = start_hash(config.student, config.teachers)
     refuse_other(run, saved, replace(saved, data=data, start=start))
     return True
+
+
+def check_model(run: Path) -> None:
+    """Raises UserError where the model of a finished run is gone."""
+    try:
+        weight_files(locate(str((run / "model").absolute())))
+    except UserError as error:
+        raise UserError(
+            f"output_dir={run} holds this run, finished, and its model is gone ({error}); restore "
+            f"{run / 'model'}, or give another output_dir to train again"
+        ) from error
+
+
+def drop_training_state(config: RunConfig) -> None:
+    """A finished run goes by its model: its checkpoints go, but where the key keeps them."""
+    if not config.keep_training_state:
+        shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
 
 
 def refuse_other_keys(config: RunConfig) -> Identity | None:
@@ -127,6 +148,20 @@ def refuse_other_teachers(config: RunConfig) -> None:
             f"output_dir={run} holds a finished run with the teachers {names}; "
             "give another output_dir"
         )
+    if not config.taught or not (run / "teacher_manifest.json").is_file():
+        return
+    manifest = read_as(list[dict[str, Any]], run / "teacher_manifest.json")
+    for entry, taught in zip(config.teachers, manifest, strict=False):
+        weights = taught.get("weights_sha256")
+        if entry.kind != MODEL:
+            continue  # a file's content is its teacher, and an endpoint is its first answers
+        with suppress(UserError):  # one that is gone now is no other one
+            weights = weights_hash(locate(entry.path, entry.revision))
+        if weights != taught.get("weights_sha256"):
+            raise UserError(
+                f"output_dir={run} holds a finished run, and teacher {entry.path} has other "
+                "weights now than when it taught; give another output_dir"
+            )
 
 
 def claim(run: Path, config: RunConfig, identity: Identity) -> None:
@@ -134,6 +169,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
 
     Raises UserError when there is progress of another run.
     """
+    sweep_leftovers(run)
     record = run / "run.json"
     if record.is_file():
         saved = Identity.read(record)
@@ -148,7 +184,8 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     # first: whatever else lies here belongs to a claim
     write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
     if Path(config.task).is_file():
-        shutil.copyfile(config.task, run / "task.yaml")
+        with written_aside(run / "task.yaml") as aside:
+            shutil.copyfile(config.task, aside)
     keep_plugins(config.plugins, run)
     kept = config.model_copy(update={"plugins": kept_paths(config.plugins, run)})
     with written_aside(run / "config.yaml") as aside:
@@ -178,7 +215,7 @@ def try_lock(path: Path) -> Iterator[bool]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_own(path, os.O_RDWR)
     except OSError as error:
         raise refusal(
             f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error

@@ -26,9 +26,17 @@ from sead_dist.objectives.ensemble import (
 )
 from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.claim import already_finished
+from sead_dist.runs.claim import already_finished, drop_training_state
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.inputs import refuse_unused_text
+from sead_dist.runs.learnable import (
+    FILE,
+    Learnable,
+    baseline_logits,
+    told,
+    weigh_up,
+)
+from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
@@ -67,6 +75,7 @@ def distill(
     refuse_unused_text(config)
     if from_main(world, lambda: already_finished(config)):
         if world.is_main:
+            drop_training_state(config)  # a kill may have come between its end and this
             done = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
             tell(done, console)
         return run
@@ -94,6 +103,7 @@ def distill(
 
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    from_main(parts.world, lambda: rehearse(parts))
     state = resume(parts)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)
@@ -253,6 +263,8 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     elif ensemble.weighting.has_frozen_weights:
         weights = zip(names, kept, strict=True)
         parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
+    if logits_NBC is not None:
+        say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
 
 
@@ -270,9 +282,44 @@ def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> li
     return kept
 
 
+def say_learnable(
+    parts: Parts,
+    validations: Sequence[Validation],
+    logits_NBC: np.ndarray,
+    ensemble: Ensemble,
+) -> None:
+    """Say, and write down, whether the teachers together know more than a fine-tuned student."""
+    selection, baseline = parts.splits.selection.examples, parts.config.baseline
+
+    def find() -> Learnable:
+        routes_B = selection.routes_B
+        answer = ensemble.answer(
+            torch.from_numpy(logits_NBC), None if routes_B is None else torch.from_numpy(routes_B)
+        )
+        finetuned_BC = None
+        if baseline is not None:
+            finetuned_BC = baseline_logits(Path(baseline), parts.task, selection)
+        return weigh_up(
+            parts.task,
+            selection,
+            [validation.score for validation in validations],
+            [validation.name for validation in validations],
+            answer.logits_BC.numpy(),
+            finetuned_BC,
+        )
+
+    found = from_main(parts.world, find)
+    line = told(found)
+    if ensemble.weighting.fewest_rows:
+        line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
+    parts.log.say(line)
+    if parts.world.is_main:
+        write_json(Path(parts.config.output_dir) / FILE, asdict(found))
+
+
 def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.validates or asks_selection(config)
+    return config.validates or asks_selection(config) or config.baseline is not None
 
 
 def weigh(

@@ -48,10 +48,22 @@ def refuse_unused_text(config: RunConfig) -> None:
     raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")
 
 
+def refuse_untaught(config: RunConfig) -> None:
+    """Raises UserError for `distill` with neither teachers nor a method: it would train on the gold
+    labels alone, which nobody asked for."""
+    if not config.teachers and config.method is None and config.ensemble != "none":
+        raise UserError(
+            "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
+            "method=finetune to train the student on the gold labels alone"
+        )
+
+
 def check_inputs(config: RunConfig) -> None:
     """What is quickly told of a run before it is queued: task, method, files and checkpoints.
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
     task = load_task(config.task)
+    if not config.encoders:
+        refuse_untaught(config)
     if config.taught:
         check_method(config, task.task_kind)
     first_dev = list(task.splits)[1]

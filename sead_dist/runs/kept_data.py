@@ -15,7 +15,7 @@ import yaml
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import has_progress, locked, try_lock
-from sead_dist.runtime.run_log import written_aside
+from sead_dist.runtime.own_files import written_aside
 
 # a name with a dot: what a start that is refused leaves is no other run
 KEPT_DATA = ".data"

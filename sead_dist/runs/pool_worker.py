@@ -22,6 +22,7 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.models.student import start_hash
 from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.setup import quiet_libraries, read_inputs
@@ -32,6 +33,7 @@ from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.leases import Leases
+from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Worker
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
@@ -161,8 +163,9 @@ def open_worker(
         refuse_other_store(run, store.layout)
         return not is_finished(run)
 
+    alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     source = StoredSource(
-        teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)), world, store,
+        teachers, alone, world, store,
         work.task.name, worker_folder(run, number, workers), work.accept_any,
         config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip
@@ -195,8 +198,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if everyone or all(work.pooled_N):
             validations, logits_NBC = validate_all(source, work)
     batches = BatchStream(
-        splits.train, config.seed, config.global_batch_size, config.micro_batch_size,
-        config.num_train_epochs, config.max_steps, 0, 1,
+        splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
+        steps_of(config, work.examples), 0, 1,
     )  # fmt: skip
     ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
     asked = partial(ensemble.asked, batches)

@@ -26,6 +26,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from sead_dist.config.plugins import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
+from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.order import Split, describe_cuts, make_split
@@ -51,8 +52,9 @@ from sead_dist.runs.kept_data import KEPT_DATA
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
-from sead_dist.runtime.run_log import check_writable, write_json, written_aside
-from sead_dist.training.evaluation import Forward, evaluate, student_logits
+from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.training.evaluation import EvalResult, Forward, evaluate, student_logits
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
 # most tokens of a row for a model that sets no limit of its own
@@ -155,6 +157,7 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
         validation=own.get("validation"),
         revision=own.get("revision"),
         max_train_examples=None,
+        validation_fraction=own.get("validation_fraction", 0.1),  # runs of before had two files
         skip_malformed=bool(own.get("skip_malformed")),
     )
 
@@ -188,10 +191,14 @@ def evaluate_model(
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)
     sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
-    cards = score_sets(name, task, sets, labels, world, on_stderr)
+    found = results_of(name, task, sets, labels, world, on_stderr)
+    cards = cards_of(found)
     if world.is_main:
-        for key, card in cards.items():
-            print(f"\n{name} on {task.name} {key}\n\n{as_table(card)}")
+        for examples, result in zip(sets, found, strict=True):
+            print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
+            if task.task_kind.has_classes:
+                by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
+                print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
     if json_file is not None:
         results = {key: value for card in cards.values() for key, value in card.items()}
         from_main(world, lambda: write_scores(results, Path(json_file)))
@@ -216,15 +223,32 @@ def score_sets(
     The keys of the first one carry no name, as in a run's eval_results.json. say: hears of text
     rows that lost tokens. Raises UserError for a model that does not fit the task.
     """
+    return cards_of(results_of(name, task, sets, labels, world, say))
+
+
+def results_of(
+    name: str,
+    task: TaskSpec,
+    sets: Sequence[ExampleSet],
+    labels: str | None,
+    world: World,
+    say: Callable[[str], None],
+) -> list[EvalResult]:
+    """As `score_sets`: the result on each split."""
     answerer = load_answerer(name, task, labels, world.device, sets[0])
-    cards: dict[str, dict[str, float]] = {}
+    found: list[EvalResult] = []
     for examples in sets:
         ready = make_split(examples, answerer.tokenizer, answerer.max_length)
         tell_cuts(ready, answerer.max_length, world, say)
-        result = evaluate(task, answerer.model, answerer.forward, ready, world, step=0)
-        first = examples is sets[0]
-        cards[examples.split] = result.card("eval" if first else f"eval_{examples.split}")
-    return cards
+        found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
+    return found
+
+
+def cards_of(found: Sequence[EvalResult]) -> dict[str, dict[str, float]]:
+    return {
+        result.split: result.card("eval" if result is found[0] else f"eval_{result.split}")
+        for result in found
+    }
 
 
 def on_stderr(line: str) -> None:
@@ -240,7 +264,7 @@ def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:
     try:
-        write_json(path, results)
+        write_json_for_person(path, results)
     except OSError as error:
         raise RunError(f"--json {path} cannot be written: {error.strerror}") from error
 
@@ -309,7 +333,7 @@ def check_output(output: Path) -> None:
         raise UserError(
             f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
         )
-    if output.exists():
+    if output.exists() and not is_stream(output):
         raise UserError(f"--output {output} exists and is not written over; give a new name")
     check_writable("--output", output)
 
@@ -352,7 +376,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
     try:
-        with written_aside(output) as aside:
+        with written_for_person(output) as aside:
             if output.suffix.lower() == ".parquet":
                 pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
             else:

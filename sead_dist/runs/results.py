@@ -5,12 +5,15 @@ Shapes: N teachers, B rows, C classes.
 
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import learning_rate
+from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
 from sead_dist.models.pretrained import fitting_length
@@ -20,12 +23,16 @@ from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.claim import drop_training_state
+from sead_dist.runs.learnable import FILE, kept_shares, told_shares
+from sead_dist.runs.remarks import make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
-from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.checkpoint import TrainState
+from sead_dist.training.engine import width_of
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 
@@ -34,7 +41,10 @@ def score_split(
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
     """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
     result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
-    scores: dict[str, Any] = {"student": result.metrics, "teachers": [], "ensemble": None}
+    never = {"the student": never_predicted(parts.task, split.examples, result.logits_BC)}
+    scores: dict[str, Any] = {
+        "student": result.metrics, "teachers": [], "ensemble": None, "never_predicted": never
+    }  # fmt: skip
     if parts.source is None or ensemble is None:
         return result, scores, None
     logits_NBC = ask_all(
@@ -48,6 +58,8 @@ def score_split(
         {"name": t.name, "metrics": compute_metrics(parts.task, logits_BC, split.examples)}
         for t, logits_BC in zip(parts.teachers, logits_NBC, strict=True)
     ]
+    for teacher, logits_BC in zip(parts.teachers, logits_NBC, strict=True):
+        never[f"teacher {teacher.name}"] = never_predicted(parts.task, split.examples, logits_BC)
     scores["ensemble"] = compute_metrics(parts.task, answer.logits_BC.numpy(), split.examples)
     return result, scores, answer.targets_BC.numpy()
 
@@ -79,6 +91,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "best_metric": state.best_metric,
+        "chosen": chosen(parts),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
@@ -99,6 +112,16 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
     }
 
 
+def chosen(parts: Parts) -> dict[str, Any]:
+    """What the run took for keys that were left to it."""
+    config = parts.config
+    return {
+        "max_steps": config.max_steps,
+        "learning_rate": learning_rate(config, width_of(parts.engine.module)),
+        "final_checkpoint": config.final_checkpoint,
+    }
+
+
 def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
     """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
     made again in every epoch (those of steps that a killed run repeated are not counted)."""
@@ -115,15 +138,12 @@ def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(parts: Parts) -> str | None:
-    """The placement of all teachers, or each one's where they differ."""
-    if parts.source is None:
-        return None
-    return ", ".join(dict.fromkeys(parts.source.placements))
+    return None if parts.source is None else parts.source.placement.word
 
 
 def save_student(parts: Parts, state: TrainState) -> None:
-    """Write the best student, which is the engine's from now on, to model/, and check that plain
-    Transformers reads the same model there."""
+    """Write the student that is kept, which is the engine's from now on, to model/, and check that
+    plain Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
     longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
@@ -162,12 +182,34 @@ def score_splits(
                 split.examples.labels_B,
                 result.logits_BC,
                 probabilities_BC,
+                for_people(parts, split.examples, result.logits_BC),
             )
     return scores, results
 
 
+def for_people(
+    parts: Parts, examples: ExampleSet, logits_BC: np.ndarray
+) -> dict[str, Sequence[Any]]:
+    """Columns of the predictions that a person reads: the row (from 1) in its file, names of labels
+    with their probabilities, and the texts."""
+    task = parts.task
+    columns: dict[str, Sequence[Any]] = {"row": (examples.rows_B + 1).tolist()}
+    if task.task_kind.has_classes:
+        names = dict(enumerate(task.labels))
+        columns["gold_label"] = [names.get(int(label)) for label in examples.labels_B]
+    columns |= task.task_kind.answers(task, logits_BC)
+    if not parts.config.prediction_texts:
+        return columns
+    several = examples.choices > 1
+    columns["text_a"] = examples.texts_a[:: examples.choices]
+    for choice in range(examples.choices if examples.texts_b is not None else 0):
+        name = f"text_b_{choice + 1}" if several else "text_b"
+        columns[name] = (examples.texts_b or [])[choice :: examples.choices]
+    return columns
+
+
 def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_table: bool) -> None:
-    """Bring back the best student, save it, score it once on the official splits, and report.
+    """Bring back the student that is kept, save it, score it once on the official splits, report.
 
     Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
     """
@@ -176,6 +218,14 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     save_student(parts, state)
     scores, results = score_splits(parts, state, ensemble)
     closing = summary(parts, state)
+    remarks = make_remarks(parts, scores)
+    if closing["best_metric"] is None:  # an average is scored when it is the engine's
+        closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
+    shares: dict[str, dict[str, float]] = {}
+    if parts.source is not None and config.baseline is not None:
+        shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+    for line in told_shares(shares):
+        parts.log.say(line)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -185,16 +235,24 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
             "metric": parts.task.metrics[0],
             "splits": scores,
             "selected_on": config.selection.split,
+            "labels": list(parts.task.labels),
+            "remarks": remarks,
         }
         write_json(run / "scores.json", record)
+        if shares:
+            found = read_as(dict[str, Any], run / FILE)
+            write_json(run / FILE, {**found, "splits": shares})
         # the report quotes the summary, and the run is finished only with its report
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)
         write_json(run / "run_summary.json", closing)
+        drop_training_state(config)
 
     from_main(world, write)
     if show_table and world.is_main:
-        tell(parts, scores)
+        print_table(*closing_table(parts, scores))
+    for line in remarks:
+        parts.log.say(f"WARNING: {line}")
     parts.log.say(
         f"{closing['steps']} steps, {closing['examples_per_second']} examples/s, "
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
@@ -205,17 +263,23 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
         parts.log.say(line)
 
 
-def tell(parts: Parts, scores: dict[str, Any]) -> None:
-    """The closing table on the console."""
-    metric = parts.task.metrics[0]
+def closing_table(
+    parts: Parts, scores: dict[str, Any]
+) -> tuple[str, list[str], list[list[object]]]:
+    """(title, columns, rows) of what the console shows at the end."""
+    metrics = parts.task.metrics
     mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
+
+    def figures(found: Iterable[dict[str, float]]) -> list[float]:
+        return [of[metric] for of in found for metric in metrics]
+
+    splits = list(scores.values())
     for index, teacher in enumerate(parts.teachers):
-        rows.append(
-            [teacher.name, *(of["teachers"][index]["metrics"][metric] for of in scores.values())]
-        )
+        rows.append([teacher.name, *figures(of["teachers"][index]["metrics"] for of in splits)])
     if parts.teachers:
-        rows.append(["ensemble", *(of["ensemble"][metric] for of in scores.values())])
-    rows.append(["student", *(of["student"][metric] for of in scores.values())])
-    title = f"{parts.task.name}: {metric}{mark}"
-    print_table(title, ["", *scores], rows)
+        rows.append(["ensemble", *figures(of["ensemble"] for of in splits)])
+    rows.append(["student", *figures(of["student"] for of in splits)])
+    several = len(metrics) > 1
+    columns = [f"{name} {metric}" if several else name for name in scores for metric in metrics]
+    return f"{parts.task.name}: {', '.join(metrics)}{mark}", ["", *columns], rows

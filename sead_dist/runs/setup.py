@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.unread import unread_keys
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import (
     RunExamples,
@@ -42,8 +44,10 @@ from sead_dist.objectives.feature_losses import (
     start_as_feature_teacher,
 )
 from sead_dist.reporting.hub import check_push
+from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
+from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -62,6 +66,7 @@ from sead_dist.teachers.placement import (
     choose_placements,
     describe_shares,
     least_free,
+    place,
     share_rows,
 )
 from sead_dist.teachers.pool_client import PoolClient, store_id
@@ -120,6 +125,9 @@ def build(
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
+    if teachers and config.baseline is not None:
+        given = Path(config.baseline)
+        on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
     teachers = held_everywhere(config, teachers)
@@ -138,8 +146,15 @@ def build(
     heartbeat = stack.enter_context(running_heartbeat(run, world, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
-    for note in (*notes, *told_cuts(examples, splits, config.max_length, max_length)):
+    for note in (
+        *told_choices(config, task, examples, splits, model, world),
+        *notes,
+        *told_cuts(examples, splits, config.max_length, max_length),
+    ):
         log.say(note)
+    for line in unread_keys(config):
+        log.say(f"WARNING: {line}")
+    config = with_choices(config, examples)
     batches = BatchStream(
         splits.train,
         config.seed,
@@ -160,6 +175,8 @@ def build(
     torch.use_deterministic_algorithms(config.deterministic)
     if not teachers:
         log.say("no teachers: the student learns from the labels alone")
+    if config.method == DEFAULT_METHOD and len(teachers) == 1:
+        log.say(f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`")
     source = (
         place_teachers(config, task, world, teachers, run, store, log, heartbeat, stack)
         if teachers
@@ -217,13 +234,19 @@ def read_inputs(
     if config.taught:
         check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
+    examples = load_examples(config, task, say)
+    check_selection(config, examples.selection.labels_B)
     model = build_student(
-        config.student, task, tokenizer, config.seed, config.trust_remote_code, say
+        config.student,
+        task,
+        tokenizer,
+        config.seed,
+        config.trust_remote_code,
+        say,
+        examples.mean_score(task),
     )
     settle(tokenizer, model.config)
-    examples = load_examples(config, task, say)
     examples = add_copies(config, task, examples, tokenizer, model, say)
-    check_selection(config, examples.selection.labels_B)
     check_tokens(examples, {"the student": tokenizer})
     check_student(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:
@@ -285,7 +308,7 @@ def place_teachers(
             store.layout, config.pool.timeout_s, log.say, heartbeat.progress_or_stop
         )
     source = StoredSource(
-        teachers, placements, share_NW, world, store, task.name, run, accept_any,
+        teachers, place(teachers, placements, share_NW), world, store, task.name, run, accept_any,
         config.trust_remote_code, log.say, heartbeat.progress_or_stop, pool_client,
     )  # fmt: skip
     stack.callback(source.close)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import IO
 
 import numpy as np
 from rich.console import Console
@@ -63,11 +64,17 @@ def number(value: object) -> str:
     return str(value)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on the console: the first column to the left, the others to the right."""
-    console = PipedConsole(highlight=False)
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    file: IO[str] | None = None,
+) -> None:
+    """Print a table on the console, or into a file: the first column to the left, the others to
+    the right."""
+    console = PipedConsole(highlight=False, file=file)
     if not console.is_terminal:  # a log file has no width to fit into
-        console = PipedConsole(highlight=False, width=max(console.width, 160))
+        console = PipedConsole(highlight=False, width=max(console.width, 160), file=file)
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for n, column in enumerate(columns):
         drawn.add_column(column, justify="right" if n else "left", no_wrap=n > 0)
@@ -76,12 +83,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     console.print(drawn, markup=False)
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def clock(seconds: float) -> str:
     """ "41 s", "12.3 min", "3.4 h"."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

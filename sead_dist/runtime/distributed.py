@@ -127,7 +127,7 @@ def refuse_lone_process() -> None:
         raise UserError(
             "accelerate launch was asked for several processes but started this one alone "
             "(MASTER_PORT is set, WORLD_SIZE is not); on CPU start with torchrun --standalone "
-            "--nproc_per_node N -m sead_dist ..., or a config file like launch/cpu2.yaml"
+            "--nproc_per_node N -m sead_dist ..., or a config file of `accelerate config`"
         )
 
 
@@ -233,8 +233,14 @@ class StopFlag:
 
     def agreed(self, world: World) -> bool:
         """True on all ranks when any rank was asked to stop."""
+        return self.agreed_with(world, False)[0]
+
+    def agreed_with(self, world: World, wish: bool) -> tuple[bool, bool]:
+        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks, at
+        the cost of one small message."""
+        mine = [self.signal is not None, wish]
         if world.size == 1:
-            return self.signal is not None
-        asked = torch.tensor([int(self.signal is not None)])
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=world.control)
-        return bool(asked.item())
+            return mine[0], mine[1]
+        asked_2 = torch.tensor(mine, dtype=torch.int64)
+        dist.all_reduce(asked_2, op=dist.ReduceOp.MAX, group=world.control)
+        return bool(asked_2[0]), bool(asked_2[1])

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sead_dist.errors import UserError
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, from_main
+from sead_dist.runtime.run_log import append_line
 
 FOLDER = ".ranks"
 MOST_BEAT_S = 1.0
@@ -198,8 +200,8 @@ class Heartbeat:
             with suppress(OSError):  # a rank that ends because of this one has nothing to add
                 said.write_text(line, encoding="utf-8")
             print(f"sead-dist: {line}", file=sys.stderr, flush=True)
-            with suppress(OSError), (self.run / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            with suppress(OSError, UserError):
+                append_line(self.run / "log.txt", line)
         else:
             time.sleep(LAST_WORDS_S)
         os._exit(3)

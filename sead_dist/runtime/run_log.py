@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter
 from rich import progress as bars
 
-from sead_dist.errors import RunError, UserError, reading, reason
+from sead_dist.errors import UserError, reading, reason
 from sead_dist.runtime.console import PipedConsole
+from sead_dist.runtime.own_files import open_own, written_aside, written_for_person
 from sead_dist.runtime.progress import Bar, Lines
 from sead_dist.runtime.redact import without_secrets
 
@@ -35,41 +36,20 @@ PACKAGES = (
 )
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it takes the place of `path`.
-
-    On any error the file aside is removed and `path` stays as it was.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside{path.suffix}")
-    try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        # a write through an open file fails without saying which
-        error.filename = str(path)
-        raise
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, obj: object) -> None:
     """Write `obj` as strict JSON, aside and renamed; NaN and infinity become null."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n", "utf-8")
+        aside.write_text(_as_json(obj), "utf-8")
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raises UserError where no file can be at `path`, RunError where it may not be written, before
-    any long work."""
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file")
-    if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise RunError(f"{option} {path}: folder {path.parent} is not writable; give another")
+def write_json_for_person(path: Path, obj: object) -> None:
+    """As `write_json`, for a file that a person names: links, devices and pipes stay."""
+    with written_for_person(path) as aside:
+        aside.write_text(_as_json(obj), "utf-8")
+
+
+def _as_json(obj: object) -> str:
+    return json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -170,6 +150,13 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of the run."""
+    handle = open_own(path, os.O_WRONLY | os.O_APPEND)
+    with os.fdopen(handle, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
 class RunLog:
     """The files and the console of one run folder; on ranks other than 0 every call is quiet.
 
@@ -189,11 +176,14 @@ class RunLog:
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             _repair(self._metrics_path)
-            self._metrics = self._metrics_path.open("ab")
+            self._metrics = self._open_metrics()
 
     @property
     def _metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    def _open_metrics(self) -> BinaryIO:
+        return os.fdopen(open_own(self._metrics_path, os.O_WRONLY | os.O_APPEND), "ab")
 
     def metrics(self, event: str, **values: object) -> None:
         """Append one record to metrics.jsonl and flush it; NaN and infinity become null."""
@@ -210,7 +200,7 @@ class RunLog:
         """
         if self.is_main:
             if self._progress is None:
-                self._progress = os.open(self.folder / PROGRESS, os.O_WRONLY | os.O_CREAT, 0o644)
+                self._progress = open_own(self.folder / PROGRESS, os.O_WRONLY)
             line = json.dumps({"step": step, "total": total})
             os.pwrite(self._progress, f"{line:<62}\n".encode(), 0)
 
@@ -222,15 +212,14 @@ class RunLog:
         kept = [r for r in read_metrics(self.folder) if r.get("step", step) <= step]
         with written_aside(self._metrics_path) as aside:
             aside.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
-        self._metrics = self._metrics_path.open("ab")
+        self._metrics = self._open_metrics()
 
     def say(self, line: str) -> None:
         """Put one line on the console and, with the time, into log.txt."""
         if not self.is_main:
             return
         line = without_secrets(line)
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        append_line(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
         self._print(line)
 
     @contextmanager
@@ -299,13 +288,12 @@ def _repair(path: Path) -> None:
     """Cut the unfinished last line that a killed run left, or give it its missing line end."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    start = content.rfind(b"\n") + 1
-    if start == len(content):
-        return
-    whole = _record(content[start:]) is not None
-    with path.open("rb+") as file:
-        if whole:
+    with os.fdopen(open_own(path, os.O_RDWR), "rb+") as file:
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        if start == len(content):
+            return
+        if _record(content[start:]) is not None:
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         else:

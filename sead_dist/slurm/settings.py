@@ -3,7 +3,6 @@
 Settings come from configs/slurm/base.yaml, the file of --slurm and the command line, in this order.
 """
 
-import difflib
 import re
 import shlex
 import shutil
@@ -11,11 +10,12 @@ import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
 from sead_dist.config.load import config_folder, explain
+from sead_dist.config.names import nearest
 from sead_dist.config.schema import Section
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
@@ -62,6 +62,8 @@ exit $code"""
 class SlurmSettings(Section):
     """What a job asks of SLURM; every key is explained in configs/slurm/base.yaml."""
 
+    any_text: ClassVar[frozenset[str]] = frozenset({"setup"})  # lines of shell, as they are given
+
     partition: str | None
     account: str | None
     qos: str | None
@@ -100,7 +102,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
         settings = SlurmSettings.model_validate(merged)
     except ValidationError as error:
         known = list(SlurmSettings.model_fields)
-        raise UserError(explain(error, known, "configs/slurm/base.yaml")) from None
+        raise UserError(explain(error, known, base)) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
             f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"
@@ -116,8 +118,8 @@ def _find(name: str) -> Path:
     if (shipped / f"{name}.yaml").is_file():
         return shipped / f"{name}.yaml"
     known = sorted(path.stem for path in shipped.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(known)}"
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"shipped: {', '.join(known)}"
     raise UserError(f"--slurm {name!r} is neither a file nor shipped settings; {hint}")
 
 

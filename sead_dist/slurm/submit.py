@@ -22,6 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm import slurm as submitit_slurm
 
+from sead_dist.config.schema import writable
 from sead_dist.errors import UserError, refusal
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
@@ -73,6 +74,9 @@ def job_folder(out: Path) -> Path:
     Raises UserError where it, or OUTPUT, belongs to somebody else.
     """
     folder = out.absolute() / ".slurm"
+    if not writable(str(folder)):
+        # it would be a line of its own in the file for sbatch
+        raise UserError(f"the folder {str(folder)!r} has a line end in its name; give another")
     for path in (out, folder):
         if path.exists() and path.stat().st_uid != os.getuid():
             raise UserError(f"{path} belongs to another user; give an output_dir of your own")

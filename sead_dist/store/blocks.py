@@ -202,4 +202,30 @@ def describe_teacher(layout: Layout, block: ValueBlock) -> None:
         "numerics": block.numerics,
         "classes": block.logits.values_MC.shape[1],
     }
-    write_aside(layout, path, [json.dumps(description, indent=1).encode()])
+    checked = {**description, "checksum": _description_checksum(description)}
+    write_aside(layout, path, [json.dumps(checked, indent=1).encode()])
+
+
+def _description_checksum(description: dict[str, Any]) -> str:
+    return digest(json.dumps(description, sort_keys=True))
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A teacher.json. Those of earlier versions have no checksum.
+
+    Raises BadBlockError where it is altered, FileNotFoundError.
+    """
+    try:
+        description = json.loads(path.read_bytes())
+        checksum = description.pop("checksum", None)
+        fields = sorted(description) == ["classes", "fingerprint", "format", "name", "numerics"]
+        if not fields or checksum not in (None, _description_checksum(description)):
+            raise BadBlockError("its content does not give its checksum")
+        folder = teacher_folder(description["fingerprint"], description["numerics"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadBlockError(f"not readable ({error})") from error
+    if folder != path.parent.name:
+        raise BadBlockError("it describes another teacher")
+    return dict(description)

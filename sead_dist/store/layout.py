@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.own_files import open_own
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2
@@ -86,7 +87,7 @@ class Layout:
         """Hold the lock file `name`; raises BusyError where `wait` is False and another has it."""
         mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         try:
-            file = open(self.root / name, "a")  # noqa: SIM115 (closed below)
+            file = os.fdopen(open_own(self.root / name, os.O_WRONLY | os.O_APPEND), "a")
         except OSError as error:
             raise RunError(explain(self.root, name, error)) from error
         with file:

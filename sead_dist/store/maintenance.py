@@ -1,12 +1,11 @@
 """What a person does with a prediction store: list, verify, compact, remove. Returns data only."""
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sead_dist.store.blocks import teacher_folder
+from sead_dist.store.blocks import read_description
 from sead_dist.store.compaction import CompactResult, compact
 from sead_dist.store.inventory import Bad, Row, headers, key_sizes, rows_of, scan
 from sead_dist.store.key_blocks import read_key_block
@@ -128,10 +127,8 @@ def _verify_keys(layout: Layout, bad: list[Bad], repair: bool) -> dict[str, int]
 def _verify_descriptions(layout: Layout, bad: list[Bad], repair: bool) -> None:
     for path in sorted(layout.values.glob("*/teacher.json")):
         try:
-            about = json.loads(path.read_bytes())
-            if teacher_folder(about["fingerprint"], about["numerics"]) != path.parent.name:
-                _note(layout, bad, path, "it describes another teacher", repair)
+            read_description(path)
         except FileNotFoundError:
             continue
-        except Exception as error:  # whatever may stand there
-            _note(layout, bad, path, f"not readable ({error})", repair)
+        except BadBlockError as error:
+            _note(layout, bad, path, error, repair)

@@ -7,7 +7,6 @@ Readers take no locks. A value block never changes under its name; compaction ad
 before it removes the parts, so that a reader who misses a part finds its rows on looking again.
 """
 
-import json
 import re
 import threading
 import time
@@ -19,7 +18,12 @@ import numpy.typing as npt
 
 from sead_dist.errors import RunError
 from sead_dist.store.block_reader import BlockReader, IdSet, check_num_keys, list_blocks
-from sead_dist.store.blocks import ValueBlock, teacher_folder, write_value_block
+from sead_dist.store.blocks import (
+    ValueBlock,
+    read_description,
+    teacher_folder,
+    write_value_block,
+)
 from sead_dist.store.coverage import Coverage
 from sead_dist.store.ids import Bools, Integers, Ints
 from sead_dist.store.logits import BadChunkError, Floats, Logits
@@ -235,10 +239,10 @@ class Table:
         """Refuse a width other than the stored one: its blocks are sound, the caller is not."""
         path = self._reader.layout.values / self.key.folder / "teacher.json"
         try:
-            classes = json.loads(path.read_bytes())["classes"]
+            classes = read_description(path)["classes"]
         except FileNotFoundError:
             return
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except BadBlockError as error:
             self._reader.set_aside(path, error)
             return
         if classes != self.key.classes:

@@ -155,7 +155,6 @@ def make_plan(words: Sequence[str]) -> Plan:
             else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
         )
     refuse_useless(texts, students)
-    refuse_unknown_steps(students)
     return Plan(
         outputs.pop(),
         tuple(words),
@@ -179,17 +178,6 @@ def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
             f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
             "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
         )
-
-
-def refuse_unknown_steps(students: Sequence[Unit]) -> None:
-    """Raises UserError where there are copies and no number of steps: how many copies are kept is
-    known only when a run begins, and all methods are to take as many steps."""
-    for unit in students:
-        if unit.config.uses_copies and unit.config.max_steps is None:
-            raise UserError(
-                f"augment.copies={unit.config.augment.copies}: the steps of a sweep with copies do "
-                "not follow from its rows; give them: max_steps=N"
-            )
 
 
 def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -232,7 +220,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         return SweepConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(
-            explain(error, list(SweepConfig.model_fields), "configs/sweep.yaml")
+            explain(error, list(SweepConfig.model_fields), config_folder() / "sweep.yaml")
         ) from None
 
 

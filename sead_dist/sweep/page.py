@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sead_dist.runtime.run_log import written_aside
+from sead_dist.runtime.own_files import written_aside
 from sead_dist.sweep.plots import COLOURS, Picture, draw_pictures, gaps
 from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
 

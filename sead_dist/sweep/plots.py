@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sead_dist.data.resampling import LEVEL
 from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted
-from sead_dist.runtime.run_log import written_aside
-from sead_dist.sweep.significance import LEVEL
+from sead_dist.runtime.own_files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

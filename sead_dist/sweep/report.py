@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.runtime.console import print_table, table
-from sead_dist.runtime.run_log import write_json, written_aside
+from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.run_log import write_json
 
 COSTS = (
     *("labelled rows", "unlabelled rows", "steps"),
@@ -211,7 +212,7 @@ def costs(cell: Mapping[str, Any]) -> list[object]:
 def equal_steps(report: Mapping[str, Any]) -> str:
     """Whether the methods took as many steps, and which took more than their own rows make."""
     if not report["equal_steps"]:
-        return "Steps: each method took those that its own keys and rows make (equal_steps=off)."
+        return "Steps: each method took those that its own rows make (equal_steps=off)."
     more = [
         f"{of['method']} on {of['task']} {of['own_steps']}"
         for of in report["cells"]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.resampling import Floats, resampled_scores, units_of
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
 from sead_dist.objectives.weightings import WEIGHTINGS
@@ -24,15 +25,7 @@ from sead_dist.runtime.run_log import environment, is_finished, read_as, read_js
 from sead_dist.sweep.arms import method_name
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
-from sead_dist.sweep.significance import (
-    Difference,
-    Floats,
-    compare,
-    holm,
-    mean_difference,
-    resampled_scores,
-    units_of,
-)
+from sead_dist.sweep.significance import Difference, compare, holm, mean_difference
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,8 @@ def _all_taught(plan: Plan, task: str) -> bool:
 
 
 def tidy(plan: Plan, unit: Unit) -> None:
-    """Remove what nobody reads again of a run that is finished: its checkpoints, and its model
-    where models are not kept; those of the teachers go with their task's last student."""
-    # hundreds of these would fill a disk
-    shutil.rmtree(unit.folder / "checkpoints", ignore_errors=True)
+    """Where models are not kept, remove that of a student that is finished; those of the teachers
+    go with their task's last student."""
     if plan.keep_models or unit.method == TEACHERS:
         return
     shutil.rmtree(unit.folder / "model", ignore_errors=True)

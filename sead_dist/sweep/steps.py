@@ -1,35 +1,32 @@
 """The steps of a sweep's runs: a comparison is fair where every method of a task takes as many.
 
-Methods that ask no teacher have fewer rows where there is unlabelled text, and so fewer steps in as
-many epochs. The run with the most steps keeps its keys; the others get its steps as max_steps, and
-pass over their rows more often.
+Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
+those that ask teachers take more steps, the more so with unlabelled text. The run with the most
+steps keeps its keys; the others get its steps as max_steps, and pass over their rows more often.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.augmentation import rows_asked
 from sead_dist.sweep.grid import Plan
 from sead_dist.sweep.results import TaskData
 
 
-def epoch_steps(config: RunConfig, data: TaskData) -> int:
-    """Steps of one pass over the rows that a run has."""
-    rows = data.train_rows + (data.unlabelled_rows if config.has_text else 0)
-    return -(-rows // config.global_batch_size)
-
-
 def steps_of(config: RunConfig, data: TaskData) -> int:
-    """Steps of a run by its own keys, as `data.order.BatchStream` counts them."""
-    return config.max_steps or config.num_train_epochs * epoch_steps(config, data)
+    """Steps of a run by its own keys."""
+    unlabelled = data.unlabelled_rows if config.has_text else 0
+    return run_steps(config, data.train_rows, rows_asked(config, data.train_rows, unlabelled))
 
 
 def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
-    counted = any(config.max_steps is None for config in students)
-    return plan.equal_steps and counted and len({of.has_text for of in students}) > 1
+    left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
+    return plan.equal_steps and left and len({config.taught for config in students}) > 1
 
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
@@ -55,10 +52,8 @@ def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
 
 
 def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConfig:
-    """The same run with the steps of the longest. It is scored on the selection split as often too:
-    else the best student would be chosen among more of them."""
-    every = config.eval_steps or epoch_steps(longest, data)
-    return config.model_copy(update={"max_steps": steps_of(longest, data), "eval_steps": every})
+    """The same run with the steps of the longest."""
+    return config.model_copy(update={"max_steps": steps_of(longest, data)})
 
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:

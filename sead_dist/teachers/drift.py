@@ -49,8 +49,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
     entries_R = np.unique(np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(np.int64))
     twins = StoredSource(
         [in_fp32(source.teachers[n], source.world.device) for n in reduced],
-        [source.placements[n] for n in reduced],
-        source.share_NW[reduced],
+        source.placement.pick(reduced),
         source.world, source.store, source.task, source.run / "drift",
         False,  # predictions of another class would be compared with themselves
         source.trust_remote_code, source.say, source.progress_or_stop,

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from sead_dist.runtime.distributed import World, gather_objects
+from sead_dist.runtime.run_log import append_line
 
 
 class Journal:
@@ -18,8 +19,7 @@ class Journal:
         """So many rows of a teacher are in the store now."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"teacher": teacher, "split": split, "rows": rows, "time": round(time.time(), 3)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.path, json.dumps(record))
 
     def rows(self) -> int:
         """Rows computed by all ranks and restarts of this run. Every rank calls this."""

@@ -12,6 +12,7 @@ Shapes: N teachers, R requested examples, W ranks, M examples of one rank, C cla
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -87,9 +88,54 @@ def choose_placements(
     return placements, reason
 
 
-def is_split(teacher: Teacher, placement: str, world: World) -> bool:
-    """Whether a teacher runs in parts: in a world of one only for the sake of its offload."""
-    return placement == "sharded" and (world.size > 1 or teacher.entry.offload)
+@dataclass(frozen=True)
+class Placement:
+    """Where the teachers of a run are: which rank answers for which rows, and how each teacher's
+    passes are computed. names: each teacher's placement; together_N: whether it runs in parts, so
+    that all ranks compute it together; share_NW: the part of its rows that each rank owns."""
+
+    names: list[str]
+    together_N: list[bool]
+    share_NW: np.ndarray
+
+    @property
+    def word(self) -> str:
+        """The placement of all teachers, or each one's where they differ."""
+        return ", ".join(dict.fromkeys(self.names))
+
+    def awaits(self, n: int) -> bool:
+        """Whether other processes compute teacher n, whose rows a rank waits for."""
+        return self.names[n] == "pool"
+
+    def is_alone(self, n: int) -> bool:
+        """Whether each rank that owns rows of teacher n computes them by itself."""
+        return not self.awaits(n) and not self.together_N[n]
+
+    def pick(self, numbers: Sequence[int]) -> "Placement":
+        """Of these teachers alone."""
+        names, together = [self.names[n] for n in numbers], [self.together_N[n] for n in numbers]
+        return Placement(names, together, self.share_NW[list(numbers)])
+
+    def owners(self, request: Request) -> np.ndarray:
+        """owner_NR: the rank that answers for each (teacher, example). The same on every rank."""
+        rows_R = request.split.row_U[request.entries_R]
+        by_length_R = np.argsort(request.split.tokens.lengths_B()[rows_R], kind="stable")
+        owner_NR = np.empty((len(self.share_NW), len(rows_R)), np.int64)
+        for owner_R, share_W in zip(owner_NR, self.share_NW, strict=True):
+            # dealt out by length, so that every rank gets as many long rows
+            owner_R[by_length_R] = deal(share_W, len(rows_R))
+        return owner_NR
+
+
+def place(teachers: Sequence[Teacher], names: Sequence[str], share_NW: np.ndarray) -> Placement:
+    """The placement of these teachers by its names, over as many ranks as have a share."""
+    size = share_NW.shape[1]
+    together = [
+        # in a world of one a teacher runs in parts only for the sake of its offload
+        name == "sharded" and (size > 1 or teacher.entry.offload)
+        for teacher, name in zip(teachers, names, strict=True)
+    ]
+    return Placement(list(names), together, share_NW)
 
 
 def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
@@ -205,17 +251,6 @@ def deal(share_W: np.ndarray, rows: int) -> np.ndarray:
     rank_R = np.repeat(np.arange(len(share_W)), count_W)
     place_R = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in count_W])
     return np.asarray(rank_R[np.argsort(place_R, kind="stable")])
-
-
-def owners(request: Request, share_NW: np.ndarray) -> np.ndarray:
-    """owner_NR: the rank that answers for each (teacher, example). The same on every rank."""
-    rows_R = request.split.row_U[request.entries_R]
-    by_length_R = np.argsort(request.split.tokens.lengths_B()[rows_R], kind="stable")
-    owner_NR = np.empty((len(share_NW), len(rows_R)), np.int64)
-    for owner_R, share_W in zip(owner_NR, share_NW, strict=True):
-        # dealt out by length, so that every rank gets as many long rows
-        owner_R[by_length_R] = deal(share_W, len(rows_R))
-    return owner_NR
 
 
 def exchange(

@@ -29,7 +29,7 @@ from sead_dist.teachers.base import Request
 from sead_dist.teachers.inference import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.kinds import answer_rows
-from sead_dist.teachers.placement import exchange, is_split, owners
+from sead_dist.teachers.placement import Placement, exchange
 from sead_dist.teachers.pool_client import Awaited, PoolClient
 from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, predict_together
 from sead_dist.teachers.teacher import Teacher
@@ -49,8 +49,7 @@ class StoredSource:
     def __init__(
         self,
         teachers: Sequence[Teacher],
-        placements: Sequence[str],
-        share_NW: np.ndarray,
+        placement: Placement,
         world: World,
         store: PredictionStore,
         task: str,
@@ -61,7 +60,7 @@ class StoredSource:
         progress_or_stop: Callable[[str], None],
         pool_client: PoolClient | None = None,
     ) -> None:
-        self.teachers, self.placements, self.share_NW = teachers, placements, share_NW
+        self.teachers, self.placement = teachers, placement
         self.world, self.store, self.task, self.run = world, store, task, run
         self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
         self.progress_or_stop, self.pool_client = progress_or_stop, pool_client
@@ -123,18 +122,18 @@ class StoredSource:
         return answer
 
     def _serve(self, request: Request) -> TeacherLogits:
-        owner_NR = owners(request, self.share_NW)
+        owner_NR = self.placement.owners(request)
         asked_NR = np.ones_like(owner_NR, bool) if request.asked_NR is None else request.asked_NR
         own_NR = asked_NR & (owner_NR == self.world.rank)
-        for n, placement in enumerate(self.placements):
-            if is_split(self.teachers[n], placement, self.world):
+        for n, together in enumerate(self.placement.together_N):
+            if together:
                 self._compute_together(n, request, np.flatnonzero(own_NR[n]))
 
         def answers() -> list[np.ndarray]:
             found: dict[int, np.ndarray] = {}
             # what this rank can do itself comes before it waits for others
-            for n in sorted(range(len(own_NR)), key=lambda n: self.placements[n] == "pool"):
-                if self.placements[n] == "pool":
+            for n in sorted(range(len(own_NR)), key=self.placement.awaits):
+                if self.placement.awaits(n):
                     self._follow(request, own_NR)
                 found[n] = self._answer(n, request, np.flatnonzero(own_NR[n]))
             return [found[n] for n in range(len(own_NR))]
@@ -185,8 +184,8 @@ class StoredSource:
                 request.entries_R[own_NR[n]],
                 touched_NU[n],
             )
-            for n, placement in enumerate(self.placements)
-            if placement == "pool"
+            for n in range(len(self.teachers))
+            if self.placement.awaits(n)
         ]
         self.pool_client.wait(awaited, request.what)
         if request.step_of is not None:
@@ -204,8 +203,8 @@ class StoredSource:
     def _load(self, n: int, split: Split) -> PreTrainedModel:
         """Teacher n, at its first time made ready for rows of this split."""
         if n not in self.models:
-            teacher, placement = self.teachers[n], self.placements[n]
-            if is_split(teacher, placement, self.world):
+            teacher = self.teachers[n]
+            if self.placement.together_N[n]:
                 self.models[n] = build_sharded(teacher, self.world, self.trust_remote_code)
             else:
                 self.models[n] = load_whole(
@@ -224,7 +223,7 @@ class StoredSource:
         if len(entries_M) == 0:
             return np.zeros((0, len(order_C)), np.float32)
         # one of the pool was waited for, and is never computed here
-        if self.placements[n] != "pool" and not is_split(teacher, self.placements[n], self.world):
+        if self.placement.is_alone(n):
             missing_K = self._missing(n, request, entries_M)
             if len(missing_K):
                 self._compute(n, request, missing_K)
@@ -263,7 +262,7 @@ class StoredSource:
                 answer_rows(teacher.answers, teacher.name, split.examples, classes, rows_M, done)
                 return keep(1)
             model, tokens = self._load(n, split), self._tokens(n, split)
-            if is_split(teacher, self.placements[n], self.world):
+            if self.placement.together_N[n]:
                 predict_together(model, tokens, rows_M, self.world, *limits)
             else:
                 predict(model, tokens, rows_M, self.world.device, *limits)

@@ -1,7 +1,8 @@
 """Checkpoints: written aside, all ranks meet, rank 0 renames (invariant 6).
 
-RUN/checkpoints/step-00000042/ holds student.safetensors, optimizer.pt and state.json;
-RUN/checkpoints/best-00000042/ the student that was best on the selection split so far.
+RUN/checkpoints/step-00000042/ holds student.safetensors, optimizer.pt and state.json, and where
+weights are averaged average.safetensors; RUN/checkpoints/best-00000042/ the student that is to be
+kept: so far the best on the selection split, or at the end the last or the average.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sead_dist.config.automatic import DEFAULT_RULES
 from sead_dist.config.names import renamed
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import ORDER_RULES, Cursor
@@ -26,12 +28,18 @@ from sead_dist.models.inputs import INPUT_RULES
 from sead_dist.models.student import START_RULES
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.training import averaging
 from sead_dist.training.engine import Engine
 
 # of state.json (1: without rules, start and best_loss)
 FORMAT = 2
 # versions of what else decides a student than what its identity names
-RULES = {"order": ORDER_RULES, "start": START_RULES, "input": INPUT_RULES}
+RULES = {
+    "order": ORDER_RULES,
+    "start": START_RULES,
+    "input": INPUT_RULES,
+    "defaults": DEFAULT_RULES,
+}
 # of the second stage of a method that has two (1: its optimiser state is as old as the run)
 STAGE_RULES = 2
 
@@ -152,6 +160,7 @@ class Checkpointer:
             "format": FORMAT,
             "state": {**asdict(state), "world_size": self.world.size},
             "identity": asdict(self.identity),
+            "averaged": engine.average.count if engine.average is not None else 0,
         }
 
         def write(folder: Path) -> None:
@@ -180,6 +189,11 @@ class Checkpointer:
     def save_best(self, engine: Engine, step: int) -> None:
         """Keep the student as it is now under its step's number. Every rank calls this."""
         self._write_aside(self.folder / f"best-{step:08d}", engine.save_weights)
+
+    def save_average(self, engine: Engine, step: int) -> None:
+        """Keep the student with its averaged weights under its last step's number. Every rank calls
+        this."""
+        self._write_aside(self.folder / f"best-{step:08d}", engine.save_average)
 
     def best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
@@ -266,6 +280,9 @@ class Checkpointer:
             with safe_open(folder / "student.safetensors", framework="pt") as file:
                 file.keys()
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+            if record.get("averaged"):
+                with safe_open(folder / averaging.FILE, framework="pt") as file:
+                    file.keys()
             step = record["state"]["best_step"]
             if step is not None and not self.best_folder(step).is_dir():
                 raise OSError(f"{self.best_folder(step).name} is missing")

@@ -71,7 +71,7 @@ def refuse_ignored(config: RunConfig) -> None:
         if _is_true(name):
             raise UserError(
                 f"{name}=true, but the student is split by DeepSpeed alone; use "
-                "launch/zero3.yaml, or deepspeed=zero3 with any launcher"
+                "distributed_type: DEEPSPEED in the launcher's file, or deepspeed=zero3 with any"
             )
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", config.precision):
@@ -130,7 +130,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise refusal(
             f"{path} is no DeepSpeed configuration with zero_optimization.stage "
-            f"({reason(error)}); see configs/deepspeed/zero2.json",
+            f"({reason(error)}); see {config_folder() / 'deepspeed' / 'zero2.json'}",
             error,
         ) from error
     if stage not in (1, 2, 3):

@@ -24,12 +24,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
+from sead_dist.config.automatic import averaged_steps, learning_rate
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import micro_batch_seed
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.sequence_classifier import unshared
 from sead_dist.objectives.feature_losses import Rest
 from sead_dist.runtime.distributed import World
+from sead_dist.training.averaging import WeightAverage
 from sead_dist.training.deepspeed import ZeroStudent
 from sead_dist.training.deepspeed_config import zero_config
 
@@ -55,9 +57,15 @@ def build_optimizer(
         ]
         for group in groups[-2:]:
             group.update(marked)
+    rate = learning_rate(config, width_of(model))
     if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.SGD(groups, lr=rate)
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def width_of(model: nn.Module) -> int:
+    """Of a student's hidden states; where its config does not say, that of BERT-base."""
+    return int(getattr(model.config, "hidden_size", None) or 768)
 
 
 def build_schedule(
@@ -108,6 +116,11 @@ class Engine:
         self.seed = config.seed
         self.module = model
         self.rest = rest
+        self.average: WeightAverage | None = None
+        if config.final_checkpoint == "average":
+            first = total_steps - averaged_steps(config, total_steps) + 1
+            # what nothing has taught yet does not count
+            self.average = WeightAverage(first if rest is None else max(first, rest.until + 1))
         optimizer = build_optimizer(model, config, rest)
         self.schedule = build_schedule(optimizer, config, total_steps, rest)
         self.model: nn.Module
@@ -185,6 +198,15 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def average_weights(self, step: int) -> None:
+        """After step `step` (from 1): count the weights, where they are averaged. Every rank calls
+        this."""
+        if self.average is None or step < self.average.first:
+            return
+        weights = self.weights()
+        if self.world.is_main:
+            self.average.add(weights)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole student, on rank 0. Every rank calls this."""
         return self.zero.weights() if self.zero is not None else unshared(self.module)
@@ -194,6 +216,15 @@ class Engine:
         weights = self.weights()
         if self.world.is_main:
             tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, folder / "student.safetensors")
+
+    def save_average(self, folder: Path) -> None:
+        """The student with its averaged weights, written by rank 0. Every rank calls this."""
+        weights = self.weights()
+        if self.world.is_main:
+            assert self.average is not None
+            mean = self.average.mean(weights)
+            tensors = {name: tensor.contiguous() for name, tensor in mean.items()}
             save_file(tensors, folder / "student.safetensors")
 
     def load_weights(self, folder: Path) -> None:
@@ -206,7 +237,7 @@ class Engine:
             self.module.load_state_dict(weights, strict=False)
 
     def save(self, folder: Path) -> None:
-        """Student, optimiser and schedule: the same files with and without DeepSpeed."""
+        """Student, optimiser, schedule, sums of weights: alike with and without DeepSpeed."""
         optimizer = self.zero.optimizer_state() if self.zero else self.optimizer.state_dict()
         self.save_weights(folder)
         if self.world.is_main:
@@ -216,10 +247,14 @@ class Engine:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             }
             torch.save(state, folder / "optimizer.pt")
+            if self.average is not None:
+                self.average.save(folder)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
         self.load_weights(folder)
+        if self.average is not None and self.world.is_main:
+            self.average.load(folder, torch.device("cpu") if self.zero else self.world.device)
         path = folder / "optimizer.pt"
         with reading(path, f"remove {folder.name} to go on from the checkpoint before it"):
             state = torch.load(path, weights_only=True, map_location="cpu")

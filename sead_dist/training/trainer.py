@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from sead_dist.runtime.distributed import (
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
+from sead_dist.training.cadence import SaveClock
 from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
@@ -77,6 +79,8 @@ class Trainer:
             self.live,
         )
         tally = Tally(len(self.teacher_names))
+        clock = SaveClock()
+        shown: dict[str, object] = {}
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
             for taught in until_stopped(taught_steps):
@@ -98,19 +102,24 @@ class Trainer:
                 tally.seconds += spent_s + taught.waited_s
                 tally.waited_s += taught.waited_s
                 tally.rows += taught.step.valid_rows
-                stopping = self.stop.agreed(self.world)
+                due = self.saves_by_time and self.world.is_main and clock.due()
+                stopping, due = self.stop.agreed_with(self.world, due)
                 evaluating = self.evaluates_after(step)
-                saving = self.saves_after(step) or stopping
+                saving = self.saves_after(step) or stopping or due
                 if step % LOG_EVERY == 0 or evaluating or saving or step == total:
-                    shown, state = self.report(tally, state, learning_rate)
-                    bar.update(loss=shown["loss"], per_s=shown["examples_per_second"])
+                    line, state = self.report(tally, state, learning_rate)
+                    shown |= {"loss": line["loss"], "per_s": line["examples_per_second"]}
+                    bar.update(**shown)
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
                     self.heartbeat.move(f"scoring the student of step {step}")
-                    state = self.score(state)
+                    state, shown[f"selection_{self.metric}"] = self.score(state)
+                    bar.update(**shown)
+                    # without its state a new best student would be lost with the run
+                    saving = saving or (self.saves_by_time and state.best_step == step)
                 if saving:
                     self.heartbeat.move(f"saving step {step}")
-                    self.checkpointer.save(self.engine, state)
+                    clock.save(partial(self.checkpointer.save, self.engine, state))
                 self.log.step_done(step, total)
                 bar.advance(1)
                 if stopping:
@@ -174,6 +183,7 @@ class Trainer:
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
                 "lower learning_rate, or train in fp32 (precision=fp32)"
             )
+        self.engine.average_weights(step)
 
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
@@ -223,10 +233,17 @@ class Trainer:
 
     def saves_after(self, step: int) -> bool:
         every = self.config.save_steps
-        return every > 0 and (step % every == 0 or step == self.batches.total_steps)
+        if step == self.batches.total_steps:
+            return every != 0
+        return every is not None and every > 0 and step % every == 0
 
-    def score(self, state: TrainState) -> TrainState:
-        """Score the selection split, and keep the student when it is the best so far."""
+    @property
+    def saves_by_time(self) -> bool:
+        return self.config.save_steps is None
+
+    def score(self, state: TrainState) -> tuple[TrainState, float]:
+        """Score the selection split, and keep the student when it is the one to keep so far; the
+        score."""
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
@@ -240,11 +257,23 @@ class Trainer:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if not self.loss.teaches_head(state.step):
-            return state  # its score is that of a head as it was made
-        if self.config.final_checkpoint == "last" or self.agreed_better(score, result.loss, state):
-            state = replace(state, best_step=state.step, best_metric=score, best_loss=result.loss)
-            self.checkpointer.save_best(self.engine, state.step)
-        return state
+            return state, score  # it is that of a head as it was made
+        return self.keep(score, result.loss, state), score
+
+    def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
+        """Keep the student as it is now, where it is the one that is asked for."""
+        kept = self.config.final_checkpoint
+        if kept in ("last", "average"):
+            if state.step < self.batches.total_steps:
+                return state
+        elif not self.agreed_better(score, loss, state):
+            return state
+        if kept == "average":
+            # scored at the end with the official splits, when it is the engine's
+            self.checkpointer.save_average(self.engine, state.step)
+            return replace(state, best_step=state.step)
+        self.checkpointer.save_best(self.engine, state.step)
+        return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
         """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving

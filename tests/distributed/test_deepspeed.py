@@ -46,7 +46,7 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
         **{"learning_rate": 1e-3, "micro_batch_size": 2, **changes}, **({"deepspeed": way} if way else {}),
     )  # fmt: skip
     batches = BatchStream(
-        small_split(40), 3, 8, given.micro_batch, 20, None, world.rank, world.size
+        small_split(40), 3, 8, given.micro_batch_size, 20, None, world.rank, world.size
     )
     sizes = {"hidden_size": 128, "intermediate_size": 512} if wide else {}
     model = build_model(seed=seed, hidden_dropout_prob=0.2, **sizes)
@@ -374,3 +374,28 @@ def test_invariant_06_a_run_under_zero3_killed_after_a_checkpoint_ends_with_the_
     assert "resuming at step" in (run / "log.txt").read_text()
     assert model_bytes(run) == model_bytes(whole)
     assert read(run / "run_summary.json")["deepspeed"] == "zero3"
+
+
+def average_in_every_way(world, ways):
+    """The mean of the weights after steps 6 to 12, of a run of 12 steps whose last 7 count."""
+    found = {}
+    for way in ways:
+        trainer = make_trainer(world, way, final_checkpoint="average", average_share=0.58)
+        trainer.engine.average.first = 6
+        for step in range(12):
+            learn(trainer, step)
+            trainer.update(step + 1)
+        weights = trainer.engine.weights()
+        if world.is_main:
+            assert trainer.engine.average.count == 7
+            found[way] = flat(trainer.engine.average.mean(weights).values())
+        trainer.engine.close()
+    return found
+
+
+def test_the_average_of_the_weights_is_that_of_one_rank_whatever_the_stage(tmp_path):
+    (alone,) = run_ranks(1, tmp_path / "alone", average_in_every_way, [None])
+    ways = [None, "zero2", "zero3"]
+    found = run_ranks(2, tmp_path / "ranks", average_in_every_way, ways, timeout_s=400)[0]
+    for way in ways:
+        assert far(found[way], alone[None]) < 1e-4, way

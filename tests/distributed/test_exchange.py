@@ -44,7 +44,7 @@ def every_placement(world, folders, root):
     teachers, found = load_teachers(folders, world), {}
     for mix, placements in MIXES.items():
         source = make_source(teachers, root / mix / "st", root / mix / "run", world, placements)
-        owned = set(np.flatnonzero(source.share_NW[:, world.rank]).tolist())
+        owned = set(np.flatnonzero(source.placement.share_NW[:, world.rank]).tolist())
         found[mix] = (ask(source), source.counts(), set(source.models), owned)
         source.close()
     return found
@@ -104,7 +104,7 @@ def one_rank_fails(world, folders, root, harm):
     source = make_source(
         load_teachers(folders, world), root / "st", root / "run", world, MIXES["partitioned"]
     )
-    (own,) = np.flatnonzero(source.share_NW[:, world.rank])
+    (own,) = np.flatnonzero(source.placement.share_NW[:, world.rank])
     barrier(world)
     if world.rank == 1:
         if harm == "weights gone":

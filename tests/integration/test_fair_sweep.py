@@ -1,7 +1,7 @@
 """A comparison is fair: a method gets the rows that it can use, and as many steps as the others.
 
-54 labelled and 20 unlabelled rows, 8 to a step: an epoch of the labels alone has 7 steps, and one
-of all rows has 10.
+54 labelled and 20 unlabelled rows, 8 to a step. Where the length is left to the runs, three epochs of
+the labels alone have 21 steps, and three passes over all rows 30.
 """
 
 import re
@@ -13,6 +13,7 @@ from small import ALONE, read, records, sweep_words, words, write_task
 
 from sead_dist.cli.submit import requests
 from sead_dist.cli.sweep_submit import submit_sweep
+from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.planning.table import plan as plan_run
@@ -24,17 +25,26 @@ from sead_dist.sweep.run import run_sweep
 from sead_dist.sweep.steps import needs_rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Without the least numbers of steps of a real run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(automatic, "LEAST_STEPS", 1)
+        patch.setattr(automatic, "LEAST_FINETUNING", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
     return write_task(tmp_path_factory.mktemp("fair") / "grammar")
 
 
 def fair_words(task: Path, output: Path, *more: str) -> list[str]:
-    """A sweep of two methods and one seed, one epoch, with unlabelled text."""
+    """A sweep of two methods and one seed, its length left to it, with unlabelled text."""
     return sweep_words(
         task,
         output,
-        *("methods=[finetune,mean]", "seeds=1", "max_steps=null", "num_train_epochs=1"),
+        *("methods=[finetune,mean]", "seeds=1", "max_steps=null"),
         *("finetune.max_steps=2", f"unlabeled.path={task}/transfer.tsv", *more),
     )
 
@@ -61,19 +71,19 @@ def test_only_students_of_teachers_get_unlabelled_rows_and_all_take_as_many_step
     output, said = finished
     found = summaries(output)
     rows = {m: (of["train_rows"], of["transfer_rows"], of["steps"]) for m, of in found.items()}
-    assert rows == {"finetune": (54, 0, 10), "mean": (74, 20, 10)}
+    assert rows == {"finetune": (54, 0, 30), "mean": (74, 20, 30)}
     for teacher in (output / "grammar" / "teachers").glob("teacher-?"):
         assert read(teacher / "run_summary.json")["transfer_rows"] == 0
     assert (
         "grammar: 54 labelled rows, 20 unlabelled ones for methods that ask teachers; every method "
-        "takes 10 steps (equal_steps=on; by their own rows: finetune 7)"
+        "takes 30 steps (equal_steps=on; by their own rows: finetune 21)"
     ) in said
     # the best student is chosen among as many
     scored = {
         method: [of["step"] for of in records(output / "grammar" / method / "seed-0", "eval")]
         for method in found
     }
-    assert scored["finetune"] == scored["mean"] == [10]
+    assert scored["finetune"] == scored["mean"] == [7, 14, 21, 28, 30]
 
 
 def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
@@ -82,12 +92,12 @@ def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
     assert report["equal_steps"] is True
     keys = ("method", "labelled_rows", "unlabelled_rows", "steps", "own_steps")
     cells = [tuple(cell[key] for key in keys) for cell in report["cells"]]
-    assert cells == [("finetune", 54, 0, 10, 7), ("mean", 54, 20, 10, None)]
+    assert cells == [("finetune", 54, 0, 30, 21), ("mean", 54, 20, 30, None)]
     text = (output / "report" / "report.md").read_text()
     head = "| task | method | labelled rows | unlabelled rows | steps | seconds of training |"
     assert head in text
-    assert re.search(r"\| grammar \| finetune \| 54 \| 0 \| 10 \| \d+\.\d \| 0 \|", text)
-    assert re.search(r"\| grammar \| mean \| 54 \| 20 \| 10 \| \d+\.\d \| \d+ \|", text)
+    assert re.search(r"\| grammar \| finetune \| 54 \| 0 \| 30 \| \d+\.\d \| 0 \|", text)
+    assert re.search(r"\| grammar \| mean \| 54 \| 20 \| 30 \| \d+\.\d \| \d+ \|", text)
     for page in (text, (output / "report" / "report.html").read_text()):
         assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
 
@@ -104,13 +114,13 @@ def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_pat
 
 def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, task):
     output, _ = finished
-    with pytest.raises(UserError, match="max_steps was 10, is None"):
+    with pytest.raises(UserError, match="max_steps was 30, is None"):
         run_sweep(fair_words(task, output, "equal_steps=off"), ALONE)
     record = output / "grammar" / "finetune" / "seed-0" / "run.json"
     before = record.read_text()
-    record.write_text(before.replace('"max_steps": 10', '"max_steps": null'))
+    record.write_text(before.replace('"max_steps": 30', '"max_steps": null'))
     with pytest.raises(
-        UserError, match=r"max_steps was None, is 10; .*7 are finetune's own: equal"
+        UserError, match=r"max_steps was None, is 30; .*21 are finetune's own: equal"
     ):
         run_sweep(fair_words(task, output), ALONE)
     record.write_text(before)
@@ -129,10 +139,10 @@ def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path
     given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
     run_sweep([*given, "equal_steps=off"], ALONE)
     assert {m: of["steps"] for m, of in summaries(tmp_path / "out").items()} == {
-        "finetune": 7,
-        "mean": 10,
+        "finetune": 21,
+        "mean": 30,
     }
-    assert "; steps: finetune 7, mean 10 (equal_steps=off)" in capsys.readouterr().out
+    assert "; steps: finetune 21, mean 30 (equal_steps=off)" in capsys.readouterr().out
     assert "(equal_steps=off)" in (tmp_path / "out" / "report" / "report.md").read_text()
 
 
@@ -151,8 +161,8 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
     monkeypatch.setattr(sweep, "distill", own)
     run_sweep(given, ALONE)
-    assert [of["total_steps"] for of in records(run, "start")] == [10, 10]
-    assert summaries(tmp_path / "out")["finetune"]["steps"] == 10
+    assert [of["total_steps"] for of in records(run, "start")] == [30, 30]
+    assert summaries(tmp_path / "out")["finetune"]["steps"] == 30
 
 
 def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):

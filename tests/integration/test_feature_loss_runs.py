@@ -51,6 +51,7 @@ def killable(task, root: Path) -> list[str]:
     return words(
         data, teachers, root / "run", root / "store", method="tinybert", teacher="a", num_train_epochs=2,
         save_steps=1, eval_steps=5, final_checkpoint="last",
+        keep_training_state="true",
     )  # fmt: skip
 
 

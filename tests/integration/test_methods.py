@@ -67,7 +67,9 @@ def run_method(task: Path, method: str, output: Path, *more: str) -> Path:
 
 @pytest.mark.parametrize("method", shipped_methods())
 def test_the_student_of_each_method_beats_a_constant_answer(world_of_methods, tmp_path, method):
-    run = run_method(world_of_methods, method, tmp_path / "run")
+    # half of tinybert's steps teach the head
+    longer = ["max_steps=200"] if method == "tinybert" else []
+    run = run_method(world_of_methods, method, tmp_path / "run", *longer)
     score = read(run / "scores.json")["splits"]["validation"]["student"]["accuracy"]
     assert score > 0.5 + MARGIN
 

@@ -71,7 +71,7 @@ def words_of(place: Path, case: str, output: Path) -> list[str]:
     start = data / "start"
     keys = {
         "max_steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "learning_rate": RATE,
-        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup_steps": WARM / STEPS, "seed": SEED,
+        "weight_decay": DECAY, "max_grad_norm": CLIP, "warmup_steps": WARM / STEPS, "seed": SEED, "method": "mean",
         "final_checkpoint": "last", "lr_scheduler_type": "linear", "save_steps": 0, "student__path": start, "student__shape": "null", "student__tokenizer": "null", "max_length": 48, **CASES[case],
     }  # fmt: skip
     teachers = [data / "a", data / "b"]

@@ -29,15 +29,16 @@ from small import (
 
 from sead_dist.errors import UserError
 
-# 54 labelled and 20 transfer rows of 60 + 20, two epochs of 10 steps; every step is saved, and
+# 54 labelled and 20 transfer rows of 60 + 20, two passes of 10 steps; every step is saved, and
 # teachers work one step ahead, so that there are many moments of each kind
 STEPS = 20
 PAIRS = 2 * (60 + 20 + 20)
 KEYS = {
-    "num_train_epochs": 2,
+    "max_steps": STEPS,
     "save_steps": 1,
     "eval_steps": 3,
     "prefetch_rows": 8,
+    "keep_training_state": "true",
 }
 RANKS = {
     1: [sys.executable, "-m", "sead_dist", "distill"],
@@ -301,7 +302,7 @@ def other_teachers(task, root):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (lambda *_: {"alpha": 0.25}, r"alpha was 0\.5, is 0\.25"),
+        (lambda *_: {"alpha": 0.25}, r"alpha was 0\.9, is 0\.25"),
         (lambda *_: {"learning_rate": 0.002}, r"learning_rate was 0\.001, is 0\.002"),
         (lambda *_: {"global_batch_size": 16}, "global_batch_size was 8, is 16"),
         (other_data, "the fingerprint of data and task was"),

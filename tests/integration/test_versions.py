@@ -51,7 +51,10 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
     said = str(caught.value)
     assert "\n" not in said
     assert f"output_dir={run} holds a run of another version of sead_dist, " in said
-    assert "rules order 1, start 1, input 1; this version has order 2, start 2, input 2" in said
+    assert (
+        "rules order 1, start 1, input 1, defaults 1; this version has order 2, start 3, input 2, "
+        in said
+    )
     assert "give another output_dir" in said
     after = {path: path.read_bytes() for path in (old / run).rglob("*") if path.is_file()}
     after.pop(old / run / ".lock", None)
@@ -97,7 +100,9 @@ def test_every_rule_has_a_part_in_the_identity():
     now = Identity({}, "data", [], "start", dict(RULES))
     for name in RULES:
         other = replace(now, rules={**RULES, name: 0})
-        with pytest.raises(UserError, match=f"rules {name} 0; this version has {name} 2"):
+        with pytest.raises(
+            UserError, match=f"rules {name} 0; this version has {name} {RULES[name]}"
+        ):
             refuse_other(Path("run"), other, now)
     written = json.loads(json.dumps({"config": {}, "data": "data", "teachers": []}))
     assert set(Identity(**written).other_rules(now)) == set(RULES)

@@ -169,4 +169,6 @@ def test_wheel_distils_in_an_empty_environment(wheel, grammar, teachers, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert "license: apache-2.0" in (tmp_path / "run" / "README.md").read_text("utf-8")
+    assert "pipeline_tag: text-classification" in (tmp_path / "run" / "README.md").read_text(
+        "utf-8"
+    )

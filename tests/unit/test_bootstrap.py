@@ -5,19 +5,22 @@ import pytest
 from scipy.special import expit, stdtrit
 from scipy.stats import chi2, norm, ttest_1samp
 
+from sead_dist.data import resampling as bootstrap
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.metrics import Answer
-from sead_dist.sweep import significance as bootstrap
+from sead_dist.data.resampling import (
+    draw_units,
+    paired_gap,
+    resampled_scores,
+    rescorer,
+    units_of,
+)
 from sead_dist.sweep.significance import (
     cautious_p,
     compare,
-    draw_units,
     holm,
     mean_difference,
-    resampled_scores,
-    rescorer,
     summarise,
-    units_of,
     variance_of_mean,
 )
 
@@ -286,6 +289,31 @@ def test_resamples_give_the_variances_that_rows_have():
         d_SB.mean(1), d_SB.mean(0).var(ddof=1) / 300, d_SB.var(1, ddof=1).mean() / 300, 300
     )
     assert found.variance == pytest.approx(exact, rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [50, 250])
+@pytest.mark.parametrize("skills", [(1.0, 1.0), (2.5, 0.5)])
+def test_invariant_12_a_gap_on_few_rows_lies_in_its_interval_as_often_as_it_says(rows, skills):
+    random, hits, tries = np.random.default_rng(0), 0, 300
+    hardness = random.normal(size=200_000)
+    true = expit(skills[0] + 2 * hardness).mean() - expit(skills[1] + 2 * hardness).mean()
+    for _ in range(tries):
+        labels_B = random.integers(2, size=rows)
+        hardness_B = random.normal(size=rows)
+        one, other = (simulated(random, labels_B, hardness_B, skill) for skill in skills)
+        kind = KINDS["classification"]
+        low, high = paired_gap("accuracy", kind, one, other, Rows(labels_B), 0).interval
+        hits += low <= true <= high
+    assert hits / tries >= 0.93
+
+
+def test_few_rows_on_which_two_never_differ_do_not_say_that_they_are_equal():
+    labels_B = np.arange(40) % 2
+    same = np.eye(2, dtype=np.float32)[labels_B]
+    found = paired_gap("accuracy", KINDS["classification"], same, same, Rows(labels_B))
+    low, high = found.interval
+    assert found.value == 0.0
+    assert low < -0.03 < 0.03 < high
 
 
 def test_several_comparisons_are_corrected_together():

@@ -19,10 +19,9 @@ def test_the_card_loads_with_its_metadata_and_model_index(tmp_path):
     run = make_run(tmp_path / "run")
     write_report(run)
     data = ModelCard.load(run / "README.md").data
-    assert (data.language, data.license) == ("en", "apache-2.0")
     assert data.to_dict()["library_name"] == "transformers"
     assert data.pipeline_tag == "text-classification"
-    assert data.tags == ["SEAD", "knowledge-distillation", "sst2"]
+    assert data.tags == ["knowledge-distillation", "mean_probabilities", "sst2"]
     assert data.datasets == ["nyu-mll/glue"]
     assert data.base_model == "microsoft/xtremedistil-l6-h256-uncased"
     assert data.metrics == ["accuracy"]
@@ -117,3 +116,30 @@ def test_the_base_model_is_named_where_the_student_is_a_hub_id(tmp_path, student
     change(run / "run_summary.json", **summary)
     write_report(run)
     assert ModelCard.load(run / "README.md").data.base_model == base
+
+
+@pytest.mark.parametrize("said", [{}, {"license": "mit", "language": "de"}])
+def test_the_card_names_a_licence_and_a_language_only_where_they_are_given(tmp_path, said):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "card": said}))
+    write_report(run)
+    data = ModelCard.load(run / "README.md").data
+    assert (data.license, data.language) == (said.get("license"), said.get("language"))
+    assert said or "license" not in (run / "README.md").read_text().split("\n---\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "title"),
+    [
+        ({"method": "sead"}, "sead-"),
+        ({"method": "my/own.yaml"}, "own-"),
+        ({}, "mean_probabilities-"),
+    ],
+)
+def test_the_title_names_the_method(tmp_path, keys, title):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **keys}))
+    write_report(run)
+    card = (run / "README.md").read_text()
+    assert f"\n# {title}xtremedistil-l6-h256-uncased-sst2\n" in card
+    assert ("after SEAD" in card) == (keys == {"method": "sead"})

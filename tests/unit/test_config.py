@@ -6,7 +6,7 @@ import pytest
 from small import config
 
 from sead_dist.config.load import config_folder, load_config, shipped_methods
-from sead_dist.config.schema import RunConfig, dump_config
+from sead_dist.config.schema import METHOD_KEYS, RunConfig, dump_config
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
 
@@ -166,8 +166,37 @@ def test_a_method_lies_over_the_defaults_and_under_everything_else(tmp_path):
     found = config(str(tmp_path / "run.yaml"))
     assert (found.alpha, found.temperature, found.method) == (0.4, 7.0, str(own))
     # the last name given counts, and its keys lie under those of files to its left
-    found = config(str(tmp_path / "run.yaml"), method="sead")
-    assert (found.ensemble, found.alpha, found.temperature) == ("answers", 0.4, 2.0)
+    found = config(str(tmp_path / "run.yaml"), method="mean")
+    assert (found.ensemble, found.alpha, found.temperature) == ("mean_logits", 0.4, 2.0)
+
+
+def test_a_run_with_teachers_and_no_method_is_sead_and_the_defaults_are_its_keys():
+    assert config("teachers=[a,b]").method == "sead"
+    assert config("teachers=[a,b]") == config("teachers=[a,b]", method="sead")
+    plain, named = config(), config(method="sead")
+    assert plain.method is None
+    assert [getattr(plain, key) for key in METHOD_KEYS] == [getattr(named, k) for k in METHOD_KEYS]
+    # a key of a method makes it one without a name
+    assert config("teachers=[a,b]", alpha=0).method is None
+    assert config("teachers=[a,b]", method="mean").method == "mean"
+
+
+def test_the_methods_are_what_their_sources_say():
+    found = {
+        name: (of.ensemble, of.temperature, of.alpha)
+        for name in ("sead", "single", "mean")
+        for of in [config(method=name)]
+    }
+    assert found["sead"] == ("mean_probabilities", 1.0, 0.9)
+    assert found["single"] == ("single", 1.0, 0.9)
+    assert found["mean"] == ("mean_logits", 2.0, 0.5)
+
+
+def test_which_student_is_kept_is_no_key_of_a_method(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("final_checkpoint: last\n")
+    with pytest.raises(UserError, match="final_checkpoint is no key of a method"):
+        config(method=own)
 
 
 def test_every_shipped_method_is_a_configuration_of_a_methods_keys():

@@ -8,11 +8,26 @@ import pytest
 import torch
 from small import config
 
+from sead_dist.config.registered import ADDED
 from sead_dist.data.kinds import KINDS
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.ensemble import Ensemble, check_method, combine
-from sead_dist.objectives.weightings import WEIGHTINGS, Known, check_weights, chosen_teacher
+from sead_dist.objectives.ensemble import (
+    Ensemble,
+    asks_selection,
+    check_method,
+    combine,
+    make_ensemble,
+)
+from sead_dist.objectives.weightings import (
+    WEIGHTINGS,
+    ByRow,
+    Known,
+    Weighting,
+    check_weights,
+    chosen_teacher,
+    register_ensemble,
+)
 
 
 def logs(rows) -> torch.Tensor:
@@ -190,6 +205,43 @@ def test_answers_of_scores_do_not_depend_on_their_scale():
         torch.testing.assert_close(found.weights_NB[:, 0], torch.tensor([first, 1 - first]))
     unlabelled = ask("answers", scores, labels=[math.nan], regression=True)
     assert unlabelled.weights_NB[:, 0].tolist() == [0.5, 0.5]
+
+
+class Older(Weighting):
+    """By the order in which teachers are given."""
+
+    def frozen(self, known):
+        return torch.arange(len(known.given), 0.0, -1.0)
+
+
+@pytest.fixture
+def older():
+    register_ensemble("older", Older())
+    yield
+    del WEIGHTINGS["older"], ADDED.owners["ensemble"]["older"]
+
+
+def test_a_registered_weighting_may_freeze_weights_and_leave_the_rest(older):
+    given = config("teachers=[a,b]", ensemble="older")
+    weights_N = frozen_weights("older", [1.0, 1.0], [], None)
+    torch.testing.assert_close(weights_N, torch.tensor([2 / 3, 1 / 3]))
+    ensemble = make_ensemble(given, KINDS["classification"], weights_N)
+    teachers = TeacherLogits(TWO, torch.ones(2, 1, dtype=torch.bool))
+    found = ensemble.soft_targets(teachers, None, None, 0, 0)
+    torch.testing.assert_close(found.weights_NB[:, 0], weights_N)
+    assert not asks_selection(given)
+    Older.frozen = lambda self, known: torch.tensor([2.0, -1.0])
+    with pytest.raises(
+        UserError, match=r"ensemble=older: the weights \[2.0, -1.0\] must be 0 or more"
+    ):
+        frozen_weights("older", [1.0, 1.0], [], None)
+
+
+def test_weights_of_another_shape_are_refused():
+    with pytest.raises(
+        UserError, match=r"weights have the shape \(1, 2\); expected \[teachers, rows\]"
+    ):
+        ask(ByRow(lambda logits_NBC, labels_B: torch.ones(1, 2)), TWO)
 
 
 def test_the_random_teacher_is_a_function_of_seed_step_and_micro_batch():

@@ -41,9 +41,14 @@ def logits_NBC():
 
 
 def test_soft_targets_are_the_softmax_of_the_mean_of_logits(logits_NBC):
-    soft = sd.soft_targets(logits_NBC, temperature=3.0)
+    soft = sd.soft_targets(logits_NBC, ensemble="mean_logits", temperature=3.0)
     torch.testing.assert_close(soft.logits_BC, logits_NBC.mean(0))
     torch.testing.assert_close(soft.targets_BC, (logits_NBC.mean(0) / 3).softmax(-1))
+
+
+def test_soft_targets_are_the_mean_of_probabilities_where_nothing_is_said(logits_NBC):
+    soft = sd.soft_targets(logits_NBC)
+    torch.testing.assert_close(soft.targets_BC, logits_NBC.softmax(-1).mean(0))
 
 
 def test_soft_targets_follow_given_weights_and_gold_labels(logits_NBC):
@@ -83,7 +88,7 @@ def test_scores_are_learnt_by_squared_error():
     student_BC = torch.tensor([[0.0], [2.0]])
     assert sd.distillation_loss(student_BC, soft).item() == pytest.approx((2.0**2 + 0) / 2)
     labels_B = torch.tensor([1.0, float("nan")])
-    by_hand = (0.5 * 4.0 + 0.5 * 1.0 + 0.0) / 2
+    by_hand = (0.9 * 4.0 + 0.1 * 1.0 + 0.0) / 2
     assert sd.distillation_loss(student_BC, soft, labels_B).item() == pytest.approx(by_hand)
 
 

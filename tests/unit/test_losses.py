@@ -8,8 +8,16 @@ from small import config
 from torch.nn import functional as F
 
 from sead_dist.data.kinds import KINDS
+from sead_dist.errors import UserError
 from sead_dist.objectives.distillation_loss import make_loss
-from sead_dist.objectives.losses import SoftTargets, hard_loss, soft_loss, total_loss
+from sead_dist.objectives.losses import (
+    SOFT_LOSSES,
+    SoftLoss,
+    SoftTargets,
+    hard_loss,
+    soft_loss,
+    total_loss,
+)
 
 # softmax((0, ln 3)) is (1/4, 3/4)
 LN3 = math.log(3.0)
@@ -43,13 +51,22 @@ def test_the_factor_keeps_the_gradient_of_soft_targets_as_large_at_any_temperatu
 def test_a_student_that_says_what_its_teachers_say_has_no_soft_loss():
     # in fp32 rounding alone, times T^2, can pass 1e-6
     logits_BC = torch.randn(5, 3, dtype=torch.float64)
-    for loss in ("kl", "mse"):
+    for loss in ("kl", "mse", "mse_centered"):
         assert soft_loss(logits_BC, soft_of(logits_BC, 3.0), loss).abs().max() < 1e-12
 
 
 def test_squared_error_is_the_mean_over_classes():
     found = soft_loss(torch.tensor([[1.0, 5.0]]), soft_of(torch.tensor([[3.0, 4.0]]), 2.0), "mse")
     assert found.tolist() == [(4 + 1) / 2]
+
+
+def test_centred_squared_error_does_not_see_what_probabilities_do_not_depend_on():
+    student_BC, target_BC = torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, 4.0]])
+    # less their means: (-2, 2) and (-.5, .5)
+    found = soft_loss(student_BC, soft_of(target_BC, 1.0), "mse_centered")
+    assert found.tolist() == [1.5**2]
+    shifted = soft_loss(student_BC + 7, soft_of(target_BC - 2, 1.0), "mse_centered")
+    assert shifted.tolist() == [1.5**2]
 
 
 def test_hard_loss_by_hand_and_nothing_where_there_is_no_label():
@@ -129,6 +146,15 @@ def test_the_hard_loss_is_cross_entropy():
     student_BC, labels_B = torch.randn(8, 4), torch.randint(4, (8,))
     expected = F.cross_entropy(student_BC, labels_B)
     torch.testing.assert_close(hard_loss(student_BC, labels_B).mean(), expected)
+
+
+def test_a_loss_that_gives_one_number_for_all_rows_is_refused(monkeypatch):
+    """It would be counted once for each row."""
+    monkeypatch.setitem(SOFT_LOSSES, "mean", SoftLoss(lambda student, soft: student.mean()))
+    with pytest.raises(
+        UserError, match=r"loss=mean gave the shape \(\) for 2 rows; a loss gives one"
+    ):
+        soft_loss(torch.ones(2, 3), soft_of(torch.ones(2, 3), 1.0), "mean")
 
 
 def test_the_share_of_the_soft_loss_goes_evenly_from_alpha_to_alpha_end():

@@ -17,11 +17,12 @@ from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.placement import (
     UNEVEN,
+    Placement,
     choose_placements,
     deal,
     describe_shares,
     least_free,
-    owners,
+    place,
     share_rows,
 )
 
@@ -58,7 +59,7 @@ def test_every_pair_has_one_owner_and_colocated_shares_are_equal():
     for size in (1, 2, 4):
         share_NW = np.full((3, size), 1 / size)
         share_NW[1] = np.eye(size)[size - 1]
-        owner_NR = owners(request(), share_NW)
+        owner_NR = Placement(["partitioned"] * 3, [False] * 3, share_NW).owners(request())
         assert owner_NR.shape == (3, 21)
         assert set(owner_NR[1]) == {size - 1}
         for n in (0, 2):
@@ -68,6 +69,25 @@ def test_every_pair_has_one_owner_and_colocated_shares_are_equal():
             tokens = SPLIT.tokens.lengths_B()[SPLIT.row_U]
             sums = [tokens[owner_NR[n] == rank].sum() for rank in range(size)]
             assert max(sums) - min(sums) <= tokens.max() * 1.5
+
+
+def test_a_placement_says_how_each_teachers_passes_are_computed(teachers):
+    names = ["sharded", "pool", "colocated"]
+    offloaded = teachers[0].entry.model_copy(update={"offload": True})
+    for entry, size, together in (
+        (teachers[0].entry, 2, True),
+        (teachers[0].entry, 1, False),
+        (offloaded, 1, True),
+    ):
+        placed = [replace(teachers[0], entry=entry), *teachers[1:]]
+        found = place(placed, names, np.full((3, size), 1 / size))
+        assert found.together_N == [together, False, False]
+        assert [found.awaits(n) for n in range(3)] == [False, True, False]
+        assert [found.is_alone(n) for n in range(3)] == [not together, False, True]
+        assert found.word == "sharded, pool, colocated"
+        picked = found.pick([2, 0])
+        assert (picked.names, picked.together_N) == (["colocated", "sharded"], [False, together])
+        assert picked.share_NW.shape == (2, size)
 
 
 def test_rows_are_dealt_by_share_and_evenly():

@@ -73,7 +73,7 @@ def test_a_run_without_teachers(tmp_path):
     )
     write_report(run)
     card = ModelCard.load(run / "README.md")
-    assert card.data.tags == ["SEAD", "sst2"]
+    assert card.data.tags == ["sst2"]
     assert "without teachers" in " ".join(card.text.split())
     assert "| ensemble |" not in card.text
     assert set(sizes(run)) == {"loss.png", "scores.png", "calibration.png"}

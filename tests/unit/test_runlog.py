@@ -10,13 +10,13 @@ from rich.console import Console
 
 from sead_dist.errors import UserError
 from sead_dist.runtime import progress
+from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import (
     RunLog,
     environment,
     read_json,
     read_metrics,
     write_json,
-    written_aside,
 )
 
 

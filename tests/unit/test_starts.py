@@ -459,7 +459,7 @@ def test_a_checkpoint_may_lack_second_names_of_shared_tensors_alone(tmp_path):
 
 
 def test_a_resume_from_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
-    given = in_order(tmp_path, save_steps=1)
+    given = in_order(tmp_path, save_steps=1, keep_training_state="true")
     folder = run(given)
     (folder / "run_summary.json").unlink()
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]

@@ -1,12 +1,24 @@
 """The student at its start: a shape, a checkpoint, chosen layers; its head."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from small import TASK, build_model, edit_json, logits_of, save_teacher, sentences, student_shape
+from small import (
+    TASK,
+    build_model,
+    edit_json,
+    example_set,
+    logits_of,
+    save_teacher,
+    sentences,
+    student_shape,
+)
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.schema import StudentConfig, TeacherConfig
+from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
 from sead_dist.models.student import build_student, student_tokenizer
@@ -14,9 +26,11 @@ from sead_dist.models.student import build_student, student_tokenizer
 TEXTS = sentences(5)
 
 
-def start(task=TASK, seed=0, **given):
+def start(task=TASK, seed=0, mean_score=None, **given):
     entry = {"path": None, "shape": None, "layers": None, "tokenizer": None, **given}
-    return build_student(StudentConfig(**entry), task, grammar_tokenizer(), seed)
+    return build_student(
+        StudentConfig(**entry), task, grammar_tokenizer(), seed, mean_score=mean_score
+    )
 
 
 def test_a_shape_gets_new_weights_from_the_seed(tmp_path):
@@ -47,6 +61,32 @@ def test_a_task_gives_the_student_its_labels(tmp_path):
     regression = start(TASKS["stsb"], shape=shape).config
     assert (regression.num_labels, regression.problem_type) == (1, "regression")
     assert start(TASKS["copa"], shape=shape).config.num_labels == 1
+
+
+def test_a_new_head_of_scores_starts_at_the_mean_score_and_one_that_came_stays(tmp_path):
+    shape = str(student_shape(tmp_path))
+    task = TASKS["stsb"]
+    plain, placed = start(task, shape=shape), start(task, shape=shape, mean_score=2.5)
+    assert placed.classifier.bias.tolist() == [2.5]
+    assert torch.equal(placed.classifier.weight, plain.classifier.weight)
+    encoder = save_teacher(tmp_path / "encoder")  # its head is of two classes
+    assert start(task, path=str(encoder), mean_score=2.5).classifier.bias.tolist() == [2.5]
+    scored = save_teacher(tmp_path / "scored", labels=("score",))
+    own = start(task, path=str(scored)).classifier.bias
+    assert torch.equal(start(task, path=str(scored), mean_score=2.5).classifier.bias, own)
+
+
+def test_a_head_without_a_bias_starts_as_it_was(tmp_path):
+    folder = save_teacher(tmp_path / "t", "gpt2")
+    assert start(TASKS["stsb"], path=str(folder), mean_score=2.5).score.bias is None
+
+
+def test_the_mean_score_is_of_labelled_training_rows_of_a_regression_task():
+    scored = replace(example_set(["good", "bad", "dull"]), labels_B=np.array([1.0, 4.0, np.nan]))
+    one = RunExamples(scored, scored, {}, transfer_rows=1, dev_in_training=0)
+    assert one.labelled_rows == 2
+    assert one.mean_score(TASKS["stsb"]) == 2.5
+    assert one.mean_score(TASK) is None
 
 
 def test_chosen_layers_are_those_of_the_checkpoint_in_their_order(tmp_path):

@@ -158,7 +158,7 @@ def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
     assert state.totals["rows"] == 42
 
 
-def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
+def test_the_last_student_is_kept_where_that_is_asked_for(tmp_path):
     keys = {"select": {2: 0.5, 4: 0.7, 6: 0.6}, "num_train_epochs": 2, "eval_steps": 2}
     last = make_trainer(tmp_path, **keys, final_checkpoint="last")
     state = last.run(TrainState())
@@ -166,7 +166,7 @@ def test_the_last_student_graduates_where_that_is_asked_for(tmp_path):
     assert last.checkpointer.best_folder(6).is_dir()
 
 
-def test_a_student_whose_head_nothing_has_taught_does_not_graduate(tmp_path):
+def test_a_student_whose_head_nothing_has_taught_is_not_kept(tmp_path):
     class TwoStages(SimpleNamespace):
         def join(self, terms, *_rest):
             return terms

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -473,3 +475,25 @@ def test_a_hold_ends_with_its_block_also_after_an_error(tmp_path):
         raise KeyError
     assert list_store(tmp_path).live == ()
     assert os.listdir(tmp_path / "live") == []
+
+
+def test_a_description_with_one_bit_changed_is_found_and_ends_no_run(tmp_path):
+    ids = make_ids(50)
+    key = make_key()
+    fill(tmp_path, ids, key)
+    description = tmp_path / "values" / key.folder / "teacher.json"
+    sound = description.read_text()
+    for number in re.finditer('"classes": ([0-9])', sound):
+        place = number.start(1)
+        flipped = f"{sound[:place]}{chr(ord(sound[place]) ^ 1)}{sound[place + 1 :]}"
+        description.write_text(flipped)
+        (bad,) = verify(tmp_path).bad
+        assert bad.path == description
+        check_reads(tmp_path, ids, key)  # set aside, and no run ends by it
+        assert not description.exists()
+    # as earlier versions wrote it
+    old = json.loads(sound)
+    del old["checksum"]
+    description.write_text(json.dumps(old))
+    assert verify(tmp_path).ok
+    check_reads(tmp_path, ids, key)

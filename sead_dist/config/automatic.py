@@ -1,0 +1,99 @@
+"""What `null` and `auto` stand for: length, learning rate and final checkpoint of a run.
+
+They depend on the run's rows and its student's width. The log says each that was chosen.
+"""
+
+from typing import Literal
+
+from sead_dist.config.schema import RunConfig
+
+# Version of the rules below. (1: three epochs over all rows, 5e-5, the best checkpoint.)
+DEFAULT_RULES = 2
+# fewer rows of the selection split are too few to choose a checkpoint by: at an accuracy of .85 the
+# standard error of one score is 1.6 points on 500 rows
+ENOUGH_TO_CHOOSE = 500
+# with teachers: passes over all rows, and bounds of the steps (Beyer et al. 2022: be patient)
+PASSES, LEAST_STEPS, MOST_STEPS = 3, 1500, 30_000
+# without: epochs over the labelled rows (Devlin et al. 2019, appendix A.3: two to four), and more
+# where they are few (Mosbach et al. 2021)
+EPOCHS, LEAST_FINETUNING = 3, 200
+# the highest learning rate up to each width. Turc et al. 2019 tune students over 1e-4 and 3e-4;
+# Devlin et al. 2019 tune BERT over 2e-5, 3e-5 and 5e-5, and large models want the lowest of these
+RATES = ((256, 3e-4), (384, 1e-4), (768, 5e-5))
+RATE_BEYOND = 2e-5
+
+
+def epoch_steps(config: RunConfig, labelled: int, rows: int) -> int:
+    """Steps of one epoch over the labelled rows, or over all rows where none has a label."""
+    return -(-(labelled or rows) // config.global_batch_size)
+
+
+def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
+    """Optimiser steps of a run with `rows` training rows, `labelled` of them with a label.
+
+    max_steps counts, else epochs over the labelled rows. Where neither is given: with teachers
+    three passes over all rows within bounds, without teachers three epochs and at least 200 steps.
+    """
+    epoch = epoch_steps(config, labelled, rows)
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.num_train_epochs is not None:
+        return config.num_train_epochs * epoch
+    if not config.taught:
+        return max(EPOCHS * epoch, LEAST_FINETUNING)
+    passes = PASSES * -(-rows // config.global_batch_size)
+    return min(max(passes, LEAST_STEPS), MOST_STEPS)
+
+
+def told_length(config: RunConfig, labelled: int, rows: int) -> str:
+    """How long a run is, and why."""
+    steps = run_steps(config, labelled, rows)
+    if config.max_steps is not None:
+        return f"{steps} steps (max_steps)"
+    epochs = config.num_train_epochs
+    if epochs is not None:
+        return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
+    if not config.taught:
+        why = f"three epochs over {labelled or rows} labelled rows, at least {LEAST_FINETUNING}"
+    else:
+        why = f"three passes over {rows} rows, at least {LEAST_STEPS}, at most {MOST_STEPS}"
+    return f"{steps} steps (automatic: {why}; num_train_epochs or max_steps change that)"
+
+
+def learning_rate(config: RunConfig, width: int) -> float:
+    """The highest learning rate of a run whose student has hidden states of this width."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return next((rate for widest, rate in RATES if width <= widest), RATE_BEYOND)
+
+
+def averaged_steps(config: RunConfig, total_steps: int) -> int:
+    """How many of the last steps the average is taken over."""
+    return max(1, round(config.average_share * total_steps))
+
+
+def final_checkpoint(config: RunConfig, selection_rows: int) -> Literal["best", "last", "average"]:
+    """Which student is kept: what the key says, or for `auto` the best where there are rows enough
+    to choose by, else the average."""
+    if config.final_checkpoint != "auto":
+        return config.final_checkpoint
+    return "best" if selection_rows >= ENOUGH_TO_CHOOSE else "average"
+
+
+def told_checkpoint(config: RunConfig, selection_rows: int, total_steps: int) -> str:
+    """Which student is kept, and why."""
+    kept = final_checkpoint(config, selection_rows)
+    what = {
+        "best": "the best on the selection split",
+        "last": "that of the last step",
+        "average": f"the mean of the weights of the last {averaged_steps(config, total_steps)} "
+        f"of {total_steps} steps",
+    }[kept]
+    line = f"final_checkpoint={kept}: the student that is kept is {what}"
+    if config.final_checkpoint != "auto":
+        return line
+    enough = "enough" if kept == "best" else "too few"
+    return (
+        f"{line} (automatic: {selection_rows} selection rows are {enough} to choose by; "
+        f"{ENOUGH_TO_CHOOSE} are enough)"
+    )

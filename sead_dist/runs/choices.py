@@ -1,0 +1,82 @@
+"""What a run takes for the keys that are left to it, once its rows and its student are known."""
+
+from transformers import PreTrainedModel
+
+from sead_dist.config.automatic import (
+    epoch_steps,
+    final_checkpoint,
+    learning_rate,
+    run_steps,
+    told_checkpoint,
+    told_length,
+)
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.order import Split
+from sead_dist.data.splits import RunExamples, RunSplits
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.runtime.console import clock
+from sead_dist.runtime.distributed import World, from_main
+from sead_dist.teachers.rates import default_rates, remembered, student_key, this_machine
+from sead_dist.training.engine import width_of
+
+
+def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
+    """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
+    labelled = examples.labelled_rows
+    rows = rows_asked(config, labelled, examples.transfer_rows)
+    every = config.eval_steps or epoch_steps(config, labelled, rows)
+    return config.model_copy(
+        update={
+            "max_steps": steps_of(config, examples),
+            "final_checkpoint": final_checkpoint(config, len(examples.selection)),
+            "eval_steps": every,
+        }
+    )
+
+
+def told_choices(
+    config: RunConfig,
+    task: TaskSpec,
+    examples: RunExamples,
+    splits: RunSplits,
+    model: PreTrainedModel,
+    world: World,
+) -> list[str]:
+    """Lines on the length of the run, its learning rate and which student is kept."""
+    labelled = examples.labelled_rows
+    rows = rows_asked(config, labelled, examples.transfer_rows)
+    steps = steps_of(config, examples)
+    length = told_length(config, labelled, rows)
+    step_s = known_step_seconds(config, task, splits.train, model, world)
+    if step_s is not None:
+        length += f"; about {clock(steps * step_s)} of training, by what `plan` measured here"
+    width = width_of(model)
+    rate = f"learning_rate={learning_rate(config, width):g}"
+    if config.learning_rate is None:
+        rate += f" (automatic: the student is {width} wide)"
+    return [length, rate, told_checkpoint(config, len(examples.selection), steps)]
+
+
+def known_step_seconds(
+    config: RunConfig, task: TaskSpec, train: Split, model: PreTrainedModel, world: World
+) -> float | None:
+    """Seconds of a step of the student, where its rate is remembered of this machine (`plan`
+    measures it). Rows are taken to be of the mean length."""
+
+    def find() -> float | None:
+        key = student_key(model, config, task.kind, this_machine(world.device))
+        rate = remembered(default_rates()).get(key)
+        if rate is None:
+            return None
+        micro_batches = -(-config.global_batch_size // (config.micro_batch_size * world.size))
+        rows_s = config.micro_batch_size * float(rate.row_s(train.tokens.lengths_B().mean()))
+        return micro_batches * (rows_s + rate.batch_s) + rate.once_s
+
+    return from_main(world, find)
+
+
+def steps_of(config: RunConfig, examples: RunExamples) -> int:
+    """Optimiser steps of the run."""
+    labelled = examples.labelled_rows
+    return run_steps(config, labelled, rows_asked(config, labelled, examples.transfer_rows))

@@ -1,0 +1,167 @@
+"""Is there anything to learn? The ensemble beside a fine-tuned student, on the rows that teachers
+are validated on, before the first step; and at the end what the student kept of the gap.
+
+Shapes: N teachers, B rows of the selection split, C classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+
+from sead_dist.data.examples import ExampleSet
+from sead_dist.data.resampling import paired_gap
+from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
+from sead_dist.errors import UserError
+from sead_dist.reporting.report import read_predictions
+from sead_dist.reporting.run_files import Scores
+from sead_dist.runtime.run_log import is_finished, read_as
+
+FILE = "learnable.json"
+# a smaller gap is not worth a run: one point
+WORTH = 0.01
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """Scores on the selection split under `metric`. finetuned: of the student that `baseline`
+    names, None without one. gap: of the ensemble over it, or over the best constant answer, with
+    its 95% interval over rows. verdict: yes, no, or cannot be told."""
+
+    metric: str
+    rows: int
+    majority: float
+    finetuned: float | None
+    best_teacher: float
+    best_name: str
+    ensemble: float
+    gap: float
+    interval: tuple[float, float]
+    verdict: str
+
+
+class Told(TypedDict):
+    """Of a run's scores.json."""
+
+    task: str
+
+
+def verdict(interval: tuple[float, float]) -> str:
+    """Whether a gap with this interval is there."""
+    low, high = interval
+    if low > 0:
+        return "yes"
+    return "no" if high < WORTH else "cannot be told"
+
+
+def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> NDArray[np.float32]:
+    """The logits_BC that the student of a finished run gave to the rows of the selection split.
+
+    Raises UserError for a run that is not finished, had teachers, or had another task or other
+    selection rows.
+    """
+    if not is_finished(baseline):
+        raise UserError(f"baseline={baseline} is no finished run; give the folder of one")
+    has = read_as(Told, baseline / "scores.json")["task"]
+    if has != task.name:
+        raise UserError(f"baseline={baseline} is a run of {has}, and this one is of {task.name}")
+    if (baseline / "teacher_manifest.json").exists():
+        raise UserError(
+            f"baseline={baseline} had teachers; give a run of method=finetune, which had none"
+        )
+    found = read_predictions(baseline / "predictions" / "selection.parquet")
+    row_of = {id_2.tobytes(): row for row, id_2 in enumerate(found.ids_B2)}
+    rows = [row_of.get(id_2.tobytes()) for id_2 in np.ascontiguousarray(selection.ids_B2)]
+    if None in rows:
+        raise UserError(
+            f"baseline={baseline} had other selection rows, {rows.count(None)} of {len(rows)} are "
+            "not among them; give a run of the same data and the same selection.* keys"
+        )
+    return np.asarray(found.student_logits_BC[np.array(rows, np.int64)], np.float32)
+
+
+def constant_logits(task: TaskSpec, examples: ExampleSet) -> NDArray[np.float32]:
+    """The logits_BC of the best constant answer."""
+    rows, metric = len(examples.labels_B), task.metrics[0]
+    if not task.task_kind.has_classes:
+        return np.zeros((rows, 1), np.float32)
+    tried = [np.tile(one, (rows, 1)) for one in np.eye(task.num_labels, dtype=np.float32)]
+    return max(tried, key=lambda one_BC: compute_metrics(task, one_BC, examples)[metric])
+
+
+def weigh_up(
+    task: TaskSpec,
+    selection: ExampleSet,
+    scores_N: list[float],
+    names_N: list[str],
+    ensemble_BC: NDArray[np.float32],
+    finetuned_BC: NDArray[np.float32] | None,
+) -> Learnable:
+    """What there is to learn. scores_N: of the teachers, on the same rows."""
+    metric = task.metrics[0]
+    reference_BC = constant_logits(task, selection) if finetuned_BC is None else finetuned_BC
+    gap = paired_gap(metric, task.task_kind, ensemble_BC, reference_BC, selection)
+    finetuned = None
+    if finetuned_BC is not None:
+        finetuned = compute_metrics(task, finetuned_BC, selection)[metric]
+    best = scores_N.index(max(scores_N))
+    return Learnable(
+        metric=metric,
+        rows=len(selection.labels_B),
+        majority=constant_score(task, selection),
+        finetuned=finetuned,
+        best_teacher=scores_N[best],
+        best_name=names_N[best],
+        ensemble=compute_metrics(task, ensemble_BC, selection)[metric],
+        gap=gap.value,
+        interval=gap.interval,
+        verdict=verdict(gap.interval),
+    )
+
+
+def told(found: Learnable) -> str:
+    """The line of the log."""
+    line = f"is there anything to learn? {found.metric} on {found.rows} selection rows: "
+    line += f"majority baseline {found.majority:.4f}, "
+    if found.finetuned is not None:
+        line += f"fine-tuned student {found.finetuned:.4f}, "
+    line += f"best teacher {found.best_teacher:.4f} ({found.best_name}), "
+    low, high = found.interval
+    over = "the majority baseline" if found.finetuned is None else "the fine-tuned student"
+    line += f"ensemble {found.ensemble:.4f}; the ensemble's gap over {over} is {found.gap:+.4f} "
+    line += f"({low:+.4f} to {high:+.4f}): {found.verdict}"
+    if found.verdict == "cannot be told":
+        line += " from so few rows"
+    if found.finetuned is None:
+        line += "; baseline=RUN_DIR compares with a fine-tuned student, the run of method=finetune"
+    return line
+
+
+def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    """For each split that the baseline was scored on too: the fine-tuned student, the student, the
+    ensemble, and the share of the gap between the first and the last that the student keeps, where
+    there is a gap."""
+    before = read_as(Scores, baseline / "scores.json")["splits"]
+    shares: dict[str, dict[str, float]] = {}
+    for split, of in scores.items():
+        finetuned = before[split]["student"].get(metric) if split in before else None
+        if finetuned is None or of["ensemble"] is None:
+            continue
+        student, ensemble = of["student"][metric], of["ensemble"][metric]
+        shares[split] = {"finetuned": finetuned, "student": student, "ensemble": ensemble}
+        if ensemble > finetuned:
+            shares[split]["share"] = (student - finetuned) / (ensemble - finetuned)
+    return shares
+
+
+def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
+    """Lines on what was kept of the gap."""
+    return [
+        f"{split}: fine-tuned student {of['finetuned']:.4f}, student {of['student']:.4f}, ensemble "
+        f"{of['ensemble']:.4f}; share of the gap that is kept: "
+        + (f"{of['share']:.0%}" if "share" in of else "there is no gap")
+        for split, of in shares.items()
+    ]

@@ -1,0 +1,54 @@
+"""A run is called finished only where its model is there and its teachers are the same."""
+
+import shutil
+
+import pytest
+from small import ALONE, save_teacher, words, write_task
+
+from sead_dist.config.load import load_config
+from sead_dist.errors import UserError
+from sead_dist.runs.distillation import distill
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    data = write_task(root / "data")
+    given = words(data, [save_teacher(root / "a")], root / "run", max_steps=1)
+    distill(load_config(given), ALONE, show_table=False, console=False)
+    return root, given
+
+
+def again(finished, tmp_path, spoil):
+    """The same command for a copy of the run folder that is spoilt."""
+    root, given = finished
+    shutil.copytree(root / "run", tmp_path / "run")
+    spoil(tmp_path)
+    changed = [word.replace(f"{root}/run", f"{tmp_path}/run") for word in given]
+    distill(load_config(changed), ALONE, show_table=False, console=False)
+
+
+def remove_weights(root):
+    (root / "run" / "model" / "model.safetensors").unlink()
+
+
+def remove_model(root):
+    shutil.rmtree(root / "run" / "model")
+
+
+@pytest.mark.parametrize("spoil", [remove_weights, remove_model])
+def test_a_finished_run_whose_model_is_gone_is_not_said_to_be_done(finished, tmp_path, spoil):
+    with pytest.raises(UserError, match=r"finished, and its model is gone .* restore"):
+        again(finished, tmp_path, spoil)
+
+
+def test_a_finished_run_whose_teacher_has_other_weights_is_not_said_to_be_done(finished, tmp_path):
+    again(finished, tmp_path / "same", lambda root: None)
+    root = finished[0]
+    shutil.move(root / "a", tmp_path / "a")
+    again(finished, tmp_path / "gone", lambda root: None)  # it is no other one
+    save_teacher(root / "a", seed=7)
+    with pytest.raises(UserError, match=r"teacher .*a has other weights now than when it taught"):
+        again(finished, tmp_path / "other", lambda root: None)
+    shutil.rmtree(root / "a")
+    shutil.move(tmp_path / "a", root / "a")

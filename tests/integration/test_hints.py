@@ -1,0 +1,114 @@
+"""Hints lead on: what is suggested is near, exists, and is what was meant."""
+
+import pytest
+from small import ALONE, read, words, write_task
+
+from sead_dist.config.load import load_config
+from sead_dist.config.names import letters_apart, nearest
+from sead_dist.data.splits import load_examples, load_official
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+from sead_dist.runs.distillation import distill
+from sead_dist.runs.prediction import data_of
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_task(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("temperatur", "temperature"),
+        ("aplha", "alpha"),  # two neighbours swapped
+        ("aplah", "alpha"),
+        ("ALPHA", "alpha"),
+        ("alphabet", None),
+        ("task", None),
+        ("a", None),
+    ],
+)
+def test_did_you_mean_is_said_of_names_within_two_letters(name, found):
+    assert nearest(name, ["gate", "alpha", "temperature", "seed"]) == found
+
+
+def test_letters_apart_are_counted():
+    pairs = {("abc", "abc"): 0, ("abc", "acb"): 1, ("abc", "abcd"): 1, ("abc", "xyc"): 2}
+    assert {pair: letters_apart(*pair) for pair in pairs} == pairs
+    assert letters_apart("abcdef", "ghijkl") == letters_apart("a", "abcdef") == 3
+
+
+def test_a_task_file_given_as_a_configuration_is_the_task(tmp_path, data):
+    config = load_config([str(data / "task.yaml"), f"output_dir={tmp_path / 'run'}", "seed=3"])
+    assert (config.task, config.seed) == (str(data / "task.yaml"), 3)
+
+
+def test_no_hint_names_a_file_that_an_installed_package_has_not():
+    with pytest.raises(UserError, match="see `sead-dist keys alpha`"):
+        load_config(["task=sst2", "output_dir=run", "alpha=2"])
+    with pytest.raises(
+        UserError, match="unknown key 'nothing_like_it'; `sead-dist keys` lists all"
+    ):
+        load_config(["task=sst2", "output_dir=run", "nothing_like_it=2"])
+
+
+def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tmp_path, data):
+    lines = (data / "train.tsv").read_text().splitlines()
+    for number, label in ((3, "neutral"), (4, "mixed"), (9, "neutral")):
+        lines[number] = lines[number].split("\t")[0] + f"\t{label}"
+    (data / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        load_examples(
+            load_config(words(data, [], tmp_path / "run")),
+            load_task(str(data / "task.yaml")),
+            print,
+        )
+    line = str(caught.value)
+    assert line.startswith("train row 3: label 'neutral' in column 'label' is outside the set;")
+    assert "outside it are 'neutral' (2 rows), 'mixed' (1 row); add them to labels" in line
+    assert line.endswith("in the task's file, or fix the rows")
+
+
+def one_file_words(data, root, **changes):
+    """The words of a run whose only file is train.tsv."""
+    given = words(
+        data, [], root / "run", max_steps=2, **{"data__validation_fraction": 0.2, **changes}
+    )
+    kept = [word for word in given if not word.startswith("data.path=")]
+    return [*kept, f"data.train={data / 'train.tsv'}"]
+
+
+def test_one_file_is_split_by_its_texts_and_not_by_its_order(tmp_path, data):
+    header, *lines = (data / "train.tsv").read_text().splitlines()
+    doubled = [*lines, *lines[:30]]  # rows that share a text stay together
+    (data / "train.tsv").write_text("\n".join([header, *doubled]) + "\n")
+    task, said = load_task(str(data / "task.yaml")), []
+    one = load_examples(load_config(one_file_words(data, tmp_path)), task, said.append)
+    assert "data.train is the only file: " in said[0]
+    parts = [one.train.texts_a, one.selection.texts_a, one.official["validation"].texts_a]
+    texts = [set(part) for part in parts]
+    assert sum(map(len, parts)) == 90
+    assert not texts[0] & texts[1]
+    assert not texts[2] & (texts[0] | texts[1])
+    assert 16 <= len(parts[2]) <= 18
+    # neither the order of the file nor the run's seeds decide
+    (data / "train.tsv").write_text("\n".join([header, *reversed(doubled)]) + "\n")
+    given = one_file_words(data, tmp_path, selection__seed=4, seed=9)
+    again = load_examples(load_config(given), task, said.append)
+    assert set(again.official["validation"].texts_a) == texts[2]
+    assert set(again.selection.texts_a) != texts[1]
+
+
+def test_a_run_of_one_file_trains_and_is_scored_on_what_was_cut_off(tmp_path, data, capsys):
+    run = distill(load_config(one_file_words(data, tmp_path)), ALONE, show_table=False)
+    assert read(run / "scores.json")["splits"].keys() == {"selection", "validation"}
+    assert read(run / "eval_results.json")["eval_samples"] == 12
+    held = load_official(
+        load_task(str(data / "task.yaml")), data_of(str(run), None, None), "validation"
+    )
+    assert len(held) == 12
+    # the progress line has the selection score
+    said = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in said if line.startswith("training: 2/2")]
+    assert "selection_accuracy=" in line

@@ -1,0 +1,118 @@
+"""Silent disappointments are told: in the log, the terminal, the card and scores.json."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small import ALONE, read, save_teacher, words, write_task
+
+from sead_dist.cli.commands import attempt_recipe
+from sead_dist.config.load import load_config
+from sead_dist.config.unread import unread_keys
+from sead_dist.errors import UserError
+from sead_dist.runs import distillation, inputs
+from sead_dist.runs.prediction import evaluate_model
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("task")
+    return write_task(root / "data"), save_teacher(root / "a")
+
+
+def of_one_answer(task, monkeypatch):
+    """Every student that is built answers `negative` to whatever it reads."""
+    build = distillation.build
+
+    def built(*given, **more):
+        parts = build(*given, **more)
+        with torch.no_grad():
+            parts.engine.module.classifier.weight.zero_()
+            parts.engine.module.classifier.bias.copy_(torch.tensor([9.0, -9.0]))
+        return parts
+
+    monkeypatch.setattr(distillation, "build", built)
+
+
+def test_a_student_of_one_answer_is_told_everywhere(tmp_path, task, monkeypatch, capsys):
+    data, teacher = task
+    of_one_answer(task, monkeypatch)
+    given = words(data, [teacher], tmp_path / "run", max_steps=1, alpha_end=0.1, teacher="a")
+    run = distillation.distill(load_config(given), ALONE)
+    said = capsys.readouterr().out
+    remarks = read(run / "scores.json")["remarks"]
+    assert any(
+        "the student is no better than a constant answer on validation" in r for r in remarks
+    )
+    assert any(r == "the student never predicts positive on validation" for r in remarks)
+    assert any(r.startswith("teacher=a is not read: it is for ensemble=single") for r in remarks)
+    for line in remarks:
+        assert f"WARNING: {line}" in said
+        assert f"WARNING: {line}" in (run / "log.txt").read_text()
+        assert f"- {line}" in (run / "README.md").read_text()
+
+
+def test_the_card_and_evaluate_show_every_class(tmp_path, task, capsys):
+    data, teacher = task
+    run = distillation.distill(
+        load_config(words(data, [teacher], tmp_path / "run", max_steps=2)), ALONE, console=False
+    )
+    card = (run / "README.md").read_text()
+    assert "| class | rows | predicted | precision | recall | F1 |" in card
+    assert "plots/confusion.png" in card
+    assert (run / "model" / "plots" / "confusion.png").is_file()
+    capsys.readouterr()
+    evaluate_model(str(run), None, None, None, None, None)
+    said = capsys.readouterr().out
+    assert "| class | rows | predicted | precision | recall | F1 |" in said
+    assert "| gold label / predicted | negative | positive |" in said
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_predictions_have_rows_names_probabilities_and_texts(tmp_path, task, texts):
+    data, teacher = task
+    key = str(texts).lower()
+    given = words(data, [teacher], tmp_path / "run", max_steps=1, prediction_texts=key)
+    run = distillation.distill(load_config(given), ALONE, show_table=False, console=False)
+    table = pq.read_table(run / "predictions" / "validation.parquet").to_pydict()
+    lines = (data / "validation.tsv").read_text().splitlines()[1:]
+    assert table["row"] == list(range(1, len(lines) + 1))
+    assert table["gold_label"] == [line.split("\t")[1] for line in lines]
+    assert set(table["predicted_label"]) <= {"negative", "positive"}
+    sums = [
+        a + b
+        for a, b in zip(table["probability_negative"], table["probability_positive"], strict=True)
+    ]
+    assert sums == pytest.approx([1.0] * len(lines), abs=1e-5)
+    assert ("text_a" in table) is texts
+    if texts:
+        assert table["text_a"] == [line.split("\t")[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["temperature=4", "teachers=[]", "method=finetune"], ["temperature=4.0 is not read: no teacher"]),
+        (["loss=mse", "temperature=4"], ["temperature=4.0 is not read: loss=mse compares logits"]),
+        (["feature_stage_ratio=0.2"], ["feature_stage_ratio=0.2 is not read: it is for feature_loss="]),
+        (["unlabeled.ratio=2"], ["unlabeled.ratio=2.0 is not read: there is no unlabelled text"]),
+        (["teachers=[{path: a, weight: 2}]"], ["the weight of teacher a is not read: it is for"]),
+        (["temperature=4", "alpha=0.1", "ensemble=fixed", "teachers=[{path: a, weight: 2}]"], []),
+        (["augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
+        (["method=sead"], []),  # its own keys are nobody's mistake
+        ([], []),
+    ],
+)  # fmt: skip
+def test_a_key_that_the_method_does_not_read_is_told(keys, said):
+    lines = unread_keys(load_config(["task=sst2", "output_dir=run", "teachers=[a]", *keys]))
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+def test_distill_with_neither_teachers_nor_a_method_is_refused(tmp_path, task, capsys):
+    given = words(task[0], [], tmp_path / "run", max_steps=1)
+    assert attempt_recipe("distill", given) == 2
+    assert "teachers is empty, so there is nothing to distil; give" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="teachers is empty"):
+        inputs.check_inputs(load_config(given))
+    assert attempt_recipe("distill", [*given, "method=finetune"]) is None
