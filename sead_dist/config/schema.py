@@ -287,10 +287,11 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
-        plugin's hash. Without copies the keys of `augment` decide nothing, and are left out."""
+        plugin's hash. Where no copies are made the keys of `augment` decide nothing, and are left
+        out."""
         held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
         keys = {**_identity(self, ""), **held}
-        if self.augment.copies is None:
+        if not self.uses_copies:
             return {key: value for key, value in keys.items() if not key.startswith("augment.")}
         return keys
 

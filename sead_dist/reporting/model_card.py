@@ -306,7 +306,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         default=0,
     )
     if found:
-        yield f"{found} dev texts also occur in the training or transfer text."
+        yield f"{found} dev texts also occur in the training rows or the unlabelled text."
 
 
 def _learnable(files: RunFiles) -> str:

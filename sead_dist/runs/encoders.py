@@ -19,6 +19,7 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
         config.model_copy(
             update={
                 "student": encoder_as_student(encoder, config.student),
+                "method": "finetune",
                 "teachers": [],
                 "encoders": [],
                 "seed": config.seed + index,

@@ -329,7 +329,7 @@ def test_an_output_folder_that_holds_another_run(finished, words, distil, teache
     before = contents(finished)
     for more, message in (
         (["seed=7"], r"holds another run: seed was 0, is 7; give the same settings"),
-        (["temperature=9", "alpha=0.1"], r"temperature was 2.0, is 9.0; alpha was 0.5, is 0.1"),
+        (["temperature=9", "alpha=0.1"], r"temperature was 1.0, is 9.0; alpha was 0.9, is 0.1"),
         ([f"teachers=[{teachers[0]}]"], r"holds a finished run with the teachers .*another output"),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -357,7 +357,7 @@ def test_a_run_that_has_trained_but_not_saved_is_not_written_over(words, distil,
     for name in ("run_summary.json", "eval_results.json"):
         (run / name).unlink()
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"holds another run: temperature was 2\.0, is 5\.0"):
+    with pytest.raises(UserError, match=r"holds another run: temperature was 1\.0, is 5\.0"):
         distil(words(run, *more, "temperature=5"))
     assert (run / "metrics.jsonl").read_bytes() == before
     distil(words(run, *more))
@@ -595,7 +595,7 @@ def test_runs_of_different_sample_sizes_never_select_on_each_others_training_row
         found = load_examples(config, task, print)
         texts[most] = (set(found.train.texts_a), set(found.selection.texts_a))
         if most != "null":
-            assert len(found.train) + len(found.selection) == most
+            assert found.labelled_rows + len(found.selection) == most
     for train, _ in texts.values():
         for _, selection in texts.values():
             assert not train & selection

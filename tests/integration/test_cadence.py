@@ -19,7 +19,9 @@ def task(tmp_path_factory):
 
 
 def given_words(task, root, **changes):
-    return words(*task, root / "run", root / "store", num_train_epochs=2, **changes)
+    return words(
+        *task, root / "run", root / "store", num_train_epochs=2, final_checkpoint="best", **changes
+    )
 
 
 class Clock:

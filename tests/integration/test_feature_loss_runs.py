@@ -101,7 +101,7 @@ def test_another_loss_over_internals_is_another_run(tmp_path, task):
         ({"feature_loss_weight": 2.0}, r"feature_loss_weight was 1\.0, is 2\.0"),
         ({"teacher": "b"}, "teacher was 'a', is 'b'"),
         # whose second stage has rules of its own
-        ({"method": "tinybert"}, "holds another run: .*layer outputs was 'minilm', is 'tinybert'"),
+        ({"method": "tinybert"}, "holds another run: .*feature_loss was 'minilm', is 'tinybert'"),
     ):
         with pytest.raises(UserError, match=said):
             keys = {"method": "minilm", "teacher": "a", "max_steps": 2, **changes}

@@ -121,7 +121,7 @@ def test_a_finished_run_is_uploaded_whole_to_a_stand_in_hub(hub, words, distil, 
     run = tmp_path / "run"
     given = words(run, "max_steps=2", "push_to_hub=true", "hub_private_repo=true")
     distil(given)
-    name = "somebody/mean_logits-shape-grammar"
+    name = "somebody/sead-shape-grammar"
     assert f"uploaded to {constants.ENDPOINT}/{name}\n" in capsys.readouterr().out
     assert hub.wishes[0]["visibility"] == "private"
     ours = {

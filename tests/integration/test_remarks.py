@@ -92,12 +92,12 @@ def test_predictions_have_rows_names_probabilities_and_texts(tmp_path, task, tex
     ("keys", "said"),
     [
         (["temperature=4", "teachers=[]", "method=finetune"], ["temperature=4.0 is not read: no teacher"]),
-        (["loss=mse", "temperature=4"], ["temperature=4.0 is not read: loss=mse compares logits"]),
+        (["loss=mse", "temperature=4", "ensemble=mean_logits"], ["temperature=4.0 is not read: loss=mse compares logits"]),
         (["feature_stage_ratio=0.2"], ["feature_stage_ratio=0.2 is not read: it is for feature_loss="]),
         (["unlabeled.ratio=2"], ["unlabeled.ratio=2.0 is not read: there is no unlabelled text"]),
         (["teachers=[{path: a, weight: 2}]"], ["the weight of teacher a is not read: it is for"]),
         (["temperature=4", "alpha=0.1", "ensemble=fixed", "teachers=[{path: a, weight: 2}]"], []),
-        (["augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
+        (["augment.copies=null", "augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
         (["method=sead"], []),  # its own keys are nobody's mistake
         ([], []),
     ],

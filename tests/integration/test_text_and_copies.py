@@ -30,9 +30,11 @@ from sead_dist.runs.setup import read_inputs
 from sead_dist.runs.shown_data import show_data
 from sead_dist.sweep.grid import make_plan
 from sead_dist.training.checkpoint import Identity
+from sead_dist.training.engine import Engine
 
 SAMPLED = {"data__max_train_examples": 40, "num_train_epochs": 1, "save_steps": 2}
-COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5}
+# one pass over the 156 rows
+COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5, "max_steps": 20}
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +98,28 @@ def test_copies_are_the_same_on_two_ranks(task, whole, tmp_path):
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_copies(task, whole, tmp_path):
-    run = shutil.copytree(whole / "run", tmp_path / "run")
-    shutil.rmtree(run / "model")
-    (run / "run_summary.json").unlink()
-    last, before = sorted((run / "checkpoints").glob("step-*"))[::-1]
-    assert read(last / "state.json")["identity"]["copies"] == Identity.read(run / "run.json").copies
-    shutil.rmtree(last)
-    distill(load_config(given_words(task, tmp_path)), ALONE)
-    assert f"({before.name})" in (run / "log.txt").read_text()
+    given, steps, step = load_config(given_words(task, tmp_path)), [], Engine.step
+
+    def cut_off_at_seven(self):
+        steps.append(len(steps))
+        if len(steps) > 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", cut_off_at_seven)
+        with pytest.raises(KeyboardInterrupt):
+            distill(given, ALONE)
+    run = tmp_path / "run"
+    saved = sorted((run / "checkpoints").glob("step-*"))[-1]
+    assert (
+        read(saved / "state.json")["identity"]["copies"] == Identity.read(run / "run.json").copies
+    )
+    distill(given, ALONE)
+    assert "resuming at step 6 of 25" in (run / "log.txt").read_text()
     assert model_bytes(run) == model_bytes(whole / "run")
     # given again it is finished, and no copy is made for that
-    distill(load_config(given_words(task, tmp_path)), ALONE)
+    distill(given, ALONE)
 
 
 def test_a_pool_worker_makes_the_copies_of_its_student(task, tmp_path):

@@ -240,14 +240,18 @@ def test_operations_that_do_not_fit_are_passed_over_or_refused_by_name():
 
 
 def test_keys_of_copies_count_only_where_there_are_copies():
-    plain, same = config(), config("augment.gold_labels=true")
+    none = {"augment__copies": "null"}
+    plain, same = config(**none), config("augment.gold_labels=true", **none)
     assert plain.identity() == same.identity()
     assert not any(key.startswith("augment") for key in plain.identity())
-    for word in ("augment.copies=2", "augment.copies=auto"):
-        own = config(word, "augment.operations=[mask,swap]").identity()
+    for copies in (2, "auto"):
+        asked = {"augment__copies": copies, "augment__operations": "[mask,swap]"}
+        # no teacher is asked, so none are made
+        assert config(**asked).identity() == plain.identity()
+        own = config("teachers=[a]", **asked).identity()
         assert own["augment.operations"] == ["mask", "swap"]
     with pytest.raises(UserError, match=r"augment\.copies=0: "):
-        config("augment.copies=0")
+        config(augment__copies=0)
     with pytest.raises(UserError, match=r"augment\.operations"):
         config("augment.operations=[shout]")
 
