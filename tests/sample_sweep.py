@@ -72,6 +72,8 @@ def sample_report(tasks=("cola", "sst2", "stsb"), methods=METHODS[:4], seeds=(0,
         "ranks": 1,
         "seeds": list(seeds),
         "methods": list(methods),
+        "reference": "finetune",
+        "arms": [{"name": name, "method": name, "keys": {}} for name in methods],
         "equal_steps": True,
         "selected_on_dev": False,
         "tasks": [

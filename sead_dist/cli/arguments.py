@@ -158,14 +158,19 @@ def add_store(command: argparse.ArgumentParser) -> None:
         ("verify", "check every block; exit code 3 where one is bad"),
         ("compact", "merge small blocks"),
         ("rm", "remove by teacher, task, age or size; prints first, removes with --yes"),
+        ("export", "copy predictions into a folder, to be read elsewhere: no texts, no paths"),
+        ("import", "copy the predictions of an exported folder into the store"),
     ):
         one = verbs.add_parser(verb, help=help_)
         one.add_argument("--store", help="default: SEAD_DIST_STORE or the user's cache")
         if verb == "verify":
             one.add_argument("--repair", action="store_true", help="move bad blocks out of use")
-        if verb == "rm":
+        if verb in ("export", "import"):
+            one.add_argument("folder", metavar="DIR", help="the exported folder")
+        if verb in ("rm", "export"):
             one.add_argument("--teacher", help="name or start of the fingerprint")
             one.add_argument("--task")
+        if verb == "rm":
             one.add_argument("--older-than", metavar="AGE", help="e.g. 12h, 30d")
             one.add_argument("--keep", metavar="SIZE", help="oldest first, down to e.g. 10GB")
             one.add_argument("--yes", action="store_true", help="remove; without it only print")

@@ -1,4 +1,5 @@
-"""`sead-dist store ls | verify | compact | rm`: what a person sees of the prediction store."""
+"""`sead-dist store ls | verify | compact | rm | export | import`: the prediction store as a person
+sees it."""
 
 import argparse
 import time
@@ -12,6 +13,7 @@ from sead_dist.runtime.console import AGE_S, parse_age, parse_size, print_table
 from sead_dist.store.inventory import Bad, Row
 from sead_dist.store.layout import default_store
 from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+from sead_dist.store.transfer import Carried, carry
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,6 +26,10 @@ def run(args: argparse.Namespace) -> None:
         check(folder, args.repair)
     elif args.verb == "compact":
         merge(folder)
+    elif args.verb == "export":
+        tell_carried(args.folder, carry(folder, Path(args.folder), args.task, args.teacher))
+    elif args.verb == "import":
+        tell_carried(str(folder), carry(Path(args.folder), folder))
     else:
         older_than_s = parse_age(args.older_than) if args.older_than else None
         keep_bytes = parse_size(args.keep) if args.keep else None
@@ -106,6 +112,21 @@ def merge(folder: Path) -> None:
         print(f"{count(done.left_for_live, 'large block')} left for runs that use them now")
     if done.differing:
         print(f"{count(done.differing, 'example')} were kept twice with unequal predictions")
+
+
+def tell_carried(target: str, found: Carried) -> None:
+    """Raises RunError where blocks were bad, and so are missing in the target."""
+    print_bad(found.bad)
+    known = f", {count(found.known, 'block')} known already" if found.known else ""
+    print(
+        f"{target}: {count(found.num_rows, 'prediction')} in {count(found.blocks, 'block')} copied"
+        f"{known}, {decimal(found.num_bytes)}"
+    )
+    if found.bad:
+        raise RunError(
+            f"{count(len(found.bad), 'bad block')} left out; a run that needs what was in it "
+            "computes that again"
+        )
 
 
 def drop(

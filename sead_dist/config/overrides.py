@@ -49,8 +49,9 @@ def read_value(text: str, kind: Any, where: str) -> Any:
     item = item_of(kind)
     if item is not None and encloses(bare, "[", where):
         return [read_inside(part, item, where) for part in parts(bare[1:-1])]
-    if (takes_keys(kind) or takes_keys(item)) and ":" in bare and encloses(bare, "{", where):
-        return read_mapping(bare, kind if takes_keys(kind) else item, where)
+    keyed = with_keys(kind) or with_keys(item)
+    if keyed is not None and ":" in bare and encloses(bare, "{", where):
+        return read_mapping(bare, keyed, where)
     if not takes_text(kind):
         return parse_yaml(text, where)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
@@ -124,8 +125,12 @@ def item_of(kind: Any) -> Any:
     return None
 
 
-def takes_keys(kind: Any) -> bool:
-    return get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, Section))
+def with_keys(kind: Any) -> Any:
+    """This type, or the one of its options, whose values are mappings; None where there is none."""
+    for option in options(kind):
+        if get_origin(option) is dict or (isinstance(option, type) and issubclass(option, Section)):
+            return option
+    return None
 
 
 def takes_text(kind: Any) -> bool:
@@ -135,10 +140,11 @@ def takes_text(kind: Any) -> bool:
 
 def inner(kind: Any, key: str) -> Any:
     """The type of a key inside a value of this type; None where it has no such key."""
+    kind = with_keys(kind)
     if get_origin(kind) is dict:
         held = get_args(kind)[1]
         # keys of a run, for some runs of a sweep
         return inner(RunConfig, key) if held is Any else held
-    if not takes_keys(kind) or key not in kind.model_fields:
+    if kind is None or key not in kind.model_fields:
         return None
     return kind.model_fields[key].annotation

@@ -300,9 +300,12 @@ class SweepConfig(Section):
     """The keys of a sweep beside those of its runs; configs/sweep.yaml explains every one."""
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    reference: str | None
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     equal_steps: Literal["on", "off"]
+    keep_models: bool
+    jobs: Annotated[int, Field(gt=0, le=1000)]
     finetune: dict[str, Any]
     per_task: dict[str, dict[str, Any]]
 

@@ -29,12 +29,11 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.encoders import teacher_layers, teacher_runs
 from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.inputs import without_teachers_text
+from sead_dist.sweep.arms import FINETUNE, Arm, read_arms, reference_of
 
 TEACHERS = "teachers"
 # folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
 TAKEN = ("report", "store", TEACHERS)
-# what the others are compared with
-REFERENCE = "finetune"
 # of one sweep, given as their number
 MOST_SEEDS = 1000
 Layers = Sequence[Mapping[str, Any]]
@@ -43,7 +42,7 @@ Layers = Sequence[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Unit:
     """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run folders that
-    have to be finished before."""
+    have to be finished before. A round is all methods of one task and seed."""
 
     task: str
     method: str
@@ -53,6 +52,11 @@ class Unit:
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def round(self) -> tuple[str, int] | None:
+        """(task, seed); None where it fine-tunes a teacher."""
+        return None if self.method == TEACHERS else (self.task, self.config.seed)
 
     @property
     def title(self) -> str:
@@ -68,19 +72,27 @@ class Unit:
 class Plan:
     """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
     applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
-    methods of a task are to take as many steps; lengthened: (task, method) -> the steps of its own,
-    where it was given more (`steps.fix_steps`)."""
+    methods of a task are to take as many steps; methods: the names of the arms, one of which may be
+    the reference; lengthened: (task, method) -> the steps of its own, where it was given more
+    (`steps.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
     tasks: dict[str, TaskSpec]
-    methods: list[str]
+    arms: list[Arm]
+    reference: str | None
     seeds: list[int]
     units: list[Unit]
     unfit: dict[tuple[str, str], str]
     own_teachers: bool
     equal_steps: bool
+    keep_models: bool
+    jobs: int
     lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        return [arm.name for arm in self.arms]
 
     def students(self, task: str, method: str | None = None) -> list[Unit]:
         """The students of a task, of one method or of all."""
@@ -105,7 +117,9 @@ def make_plan(words: Sequence[str]) -> Plan:
         run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
-    different("methods", [method_name(method) for method in sweep.methods])
+    arms = read_arms(sweep.methods, sweep.equal_steps == "on")
+    different("methods", [arm.name for arm in arms])
+    reference = reference_of(sweep.reference, arms)
     different("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
@@ -122,13 +136,17 @@ def make_plan(words: Sequence[str]) -> Plan:
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         teachers += made
-        for method in sweep.methods:
-            config = student_config(made, resolve([*layers, {"method": method}]))
+        fitting: list[tuple[str, RunConfig]] = []
+        for arm in arms:
+            own = named(arm.keys, task.name)
+            config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
+            refuse_push(config, "a sweep")
             reason = why_unfit(config, task.task_kind)
             if reason is not None:
-                unfit[task.name, method_name(method)] = reason
+                unfit[task.name, arm.name] = reason
             else:
-                students += student_units(task.name, method_name(method), config, sweep.seeds, made)
+                fitting.append((arm.name, config))
+        students += student_units(task.name, fitting, sweep.seeds, made)
     outputs = {unit.folder.parent.parent.parent for unit in students}
     if len(outputs) != 1:
         found = " and ".join(sorted(map(str, outputs)))
@@ -142,18 +160,16 @@ def make_plan(words: Sequence[str]) -> Plan:
         outputs.pop(),
         tuple(words),
         {task.name: task for task in tasks},
-        [method_name(method) for method in sweep.methods],
+        arms,
+        reference,
         sweep.seeds,
         [*teachers, *students],
         unfit,
         own_teachers=bool(teachers),
         equal_steps=sweep.equal_steps == "on",
+        keep_models=sweep.keep_models,
+        jobs=sweep.jobs,
     )
-
-
-def method_name(method: str) -> str:
-    """A shipped method's name, or the stem of a person's own file."""
-    return Path(method).stem
 
 
 def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
@@ -190,10 +206,10 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     file = config_folder() / "sweep.yaml"
     raw = merge(read_yaml(file), own)
     for key in ("tasks", "methods"):
-        if isinstance(raw[key], str):
+        if isinstance(raw[key], str | Mapping):
             raw[key] = [raw[key]]
     if raw["methods"] is None:
-        raw["methods"] = sorted(shipped_methods(), key=lambda name: name != REFERENCE)
+        raw["methods"] = sorted(shipped_methods(), key=lambda name: name != FINETUNE)
     if isinstance(raw["seeds"], int) and 0 < raw["seeds"] <= MOST_SEEDS:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
@@ -256,7 +272,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     if config.asks_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
-            f"them, or teachers=[DIR, ...], or methods=[{REFERENCE}] alone"
+            f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"
         )
     store = config.store
     if store.path is None:
@@ -266,10 +282,26 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
 
 
 def student_units(
-    task: str, method: str, config: RunConfig, seeds: Sequence[int], made: Sequence[Unit]
+    task: str,
+    arms: Sequence[tuple[str, RunConfig]],
+    seeds: Sequence[int],
+    made: Sequence[Unit],
 ) -> list[Unit]:
-    """OUTPUT/TASK/METHOD/seed-0, ..."""
-    folder = Path(config.output_dir) / task / method
+    """OUTPUT/TASK/ARM/seed-0, ...: all arms of one seed before the next, so that what is there when
+    a sweep is cut off can be compared."""
     needs = tuple(unit.folder for unit in made)
-    of_seeds = [{"seed": seed, "output_dir": str(folder / f"seed-{seed}")} for seed in seeds]
-    return [Unit(task, method, config.model_copy(update=of), needs) for of in of_seeds]
+    return [
+        Unit(
+            task,
+            arm,
+            config.model_copy(
+                update={
+                    "seed": seed,
+                    "output_dir": str(Path(config.output_dir) / task / arm / f"seed-{seed}"),
+                }
+            ),
+            needs,
+        )
+        for seed in seeds
+        for arm, config in arms
+    ]

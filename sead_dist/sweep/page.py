@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.runtime.own_files import written_aside
-from sead_dist.sweep.grid import REFERENCE
 from sead_dist.sweep.plots import COLOURS, Picture, draw_pictures, gaps
-from sead_dist.sweep.report import chance_of, equal_steps, means_over
+from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -47,8 +46,9 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
     text = jinja.from_string(template).render(
         report=report,
         command=shlex.join(report["command"]),
-        reference=REFERENCE,
+        reference=report["reference"],
         names=[task["name"] for task in report["tasks"]],
+        arms=arms(report),
         methods=methods(report),
         ceilings=ceilings(report),
         published=published(report),

@@ -15,7 +15,6 @@ from sead_dist.data.resampling import LEVEL
 from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.own_files import written_aside
-from sead_dist.sweep.grid import REFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,15 +59,15 @@ def draw_pictures(report: Mapping[str, Any], folder: Path) -> list[Picture]:
     """Write those pictures that there is something to show in, and say which they are."""
     pictures = []
     if found := gaps(report):
-        pictures.append(draw_gaps(found, folder))
+        pictures.append(draw_gaps(found, str(report["reference"]), folder))
     if found_costs := costs(report):
-        pictures.append(draw_costs(found_costs, folder))
+        pictures.append(draw_costs(found_costs, report["reference"], folder))
     return pictures
 
 
 def gaps(report: Mapping[str, Any]) -> list[Gap]:
     """The report's differences; without an interval also those of single runs of the same seeds."""
-    reference = {of["task"]: of for of in report["cells"] if of["method"] == REFERENCE}
+    reference = {of["task"]: of for of in report["cells"] if of["method"] == report["reference"]}
     found = []
     for of in report["cells"]:
         other = reference.get(of["task"])
@@ -107,8 +106,9 @@ def costs(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def draw_gaps(found: Sequence[Gap], folder: Path) -> Picture:
-    """A panel for each task and a row for each method, or the other way where panels are fewer."""
+def draw_gaps(found: Sequence[Gap], name: str, folder: Path) -> Picture:
+    """A panel for each task and a row for each method, or the other way where panels are fewer;
+    name: of the reference."""
     tasks = list(dict.fromkeys(gap.task for gap in found))
     tasks.sort(key=lambda task: task == ALL_TASKS)
     methods = list(dict.fromkeys(gap.method for gap in found))
@@ -131,11 +131,11 @@ def draw_gaps(found: Sequence[Gap], folder: Path) -> Picture:
             if n + columns >= len(panels):  # the last panel of its column
                 axes.xaxis.set_tick_params(labelbottom=True)
         grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
-        figure.supxlabel(f"difference from {REFERENCE} (score)", fontsize=9)
-    words = in_words(found)
+        figure.supxlabel(f"difference from {name} (score)", fontsize=9)
+    words = in_words(found, name)
     if by_task and len(panels) > 1:
         words += " Each panel has its own scale, with 0 in the middle."
-    return Picture("differences.svg", f"Differences from {REFERENCE}", words)
+    return Picture("differences.svg", f"Differences from {name}", words)
 
 
 def plot_panel(axes: "Axes", at: Sequence[tuple[int, Gap]]) -> None:
@@ -153,7 +153,7 @@ def plot_panel(axes: "Axes", at: Sequence[tuple[int, Gap]]) -> None:
     axes.locator_params(axis="x", nbins=4)
 
 
-def in_words(found: Sequence[Gap]) -> str:
+def in_words(found: Sequence[Gap], name: str) -> str:
     single = [gap for gap in found if gap.task != ALL_TASKS]
     number = counted(len(single), "difference")
     better = sum(gap.colour == BLUE for gap in single)
@@ -162,13 +162,15 @@ def in_words(found: Sequence[Gap]) -> str:
         return f"{number} of single runs, without intervals: none can be told from chance."
     left = sum(gap.p_holm is not None and gap.p_holm < 1 - LEVEL for gap in single)
     return (
-        f"Of {number}, {better} are above and {worse} below {REFERENCE} beyond chance, each taken "
+        f"Of {number}, {better} are above and {worse} below {name} beyond chance, each taken "
         f"by itself (filled dots); of all together {left} by Holm's correction. The others (hollow "
         "dots) may be chance. Lines are 95% intervals."
     )
 
 
-def draw_costs(found: Mapping[str, tuple[float, float]], folder: Path) -> Picture:
+def draw_costs(
+    found: Mapping[str, tuple[float, float]], reference: str | None, folder: Path
+) -> Picture:
     """Mean score against seconds; names stand in a column at the right, in the order of scores."""
     names = sorted(found, key=lambda name: found[name][1])
     scores = [found[name][1] for name in names]
@@ -178,7 +180,7 @@ def draw_costs(found: Mapping[str, tuple[float, float]], folder: Path) -> Pictur
         axes = figure.subplots()
         for name, place in zip(names, spread_out(scores, step), strict=True):
             seconds, score = found[name]
-            filled = PAPER if name == REFERENCE else BLUE
+            filled = PAPER if name == reference else BLUE
             axes.plot(seconds, score, "o", color=BLUE, markerfacecolor=filled, markersize=7)
             axes.annotate(
                 short(name, 24),

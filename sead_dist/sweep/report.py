@@ -8,7 +8,6 @@ from typing import Any
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import write_json
-from sead_dist.sweep.grid import REFERENCE
 
 COSTS = (
     *("labelled rows", "unlabelled rows", "steps"),
@@ -38,11 +37,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {title(report)}",
         f"`{shlex.join(report['command'])}` (of absolute paths the last part)",
         ran(report),
+        *section("Arms", ["name", "method", "keys of its own"], arms(report)),
         "## Scores",
         table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),
         how_to_read(report),
         *section(
-            f"Differences from {REFERENCE}",
+            f"Differences from {report['reference']}",
             ["task", "method", "difference", "95% interval", "p"],
             differences(report),
         ),
@@ -119,9 +119,23 @@ def means_over(report: Mapping[str, Any]) -> str:
     return f"{told} Left out: {', '.join(left)}." if left else told
 
 
+def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each arm; nothing where all are plain methods."""
+    if not any(of["keys"] for of in report["arms"]):
+        return []
+    return [
+        {
+            "name": of["name"],
+            "method": of["method"],
+            "keys of its own": ", ".join(f"{key}={value}" for key, value in of["keys"].items()),
+        }
+        for of in report["arms"]
+    ]
+
+
 def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What an interval and a mark say, as (name, sentences); nothing where there is neither."""
-    if len(report["seeds"]) < 3:
+    if len(report["seeds"]) < 3 or report["reference"] is None:
         return []
     three = (
         " Three seeds find fewer of the true differences than five."
@@ -131,9 +145,10 @@ def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "Interval",
-            f"the 95% interval of the difference from {REFERENCE} over the same seeds: dev rows "
-            "and seeds as crossed random effects, Student's t. It is conditional on one sample of "
-            "training rows and one set of teachers: other samples and teachers would vary more.",
+            f"the 95% interval of the difference from {report['reference']} over the same seeds: "
+            "dev rows and seeds as crossed random effects, Student's t. It is conditional on one "
+            "sample of training rows and one set of teachers: other samples and teachers would "
+            "vary more.",
         ),
         (
             "Larger than chance",
@@ -158,8 +173,8 @@ def how_to_read(report: Mapping[str, Any]) -> str:
     told.append(means_over(report))
     if len(report["seeds"]) < 3:
         told.append("Two seeds hardly tell a spread: no difference is called larger than chance.")
-    else:
-        told.append(f"{BEYOND}: the difference from {REFERENCE} is larger than chance.")
+    elif report["reference"] is not None:
+        told.append(f"{BEYOND}: the difference from {report['reference']} is larger than chance.")
         told += [f"{name}: {words}" for name, words in chance_of(report)]
     return " ".join(part for part in told if part)
 

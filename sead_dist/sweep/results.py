@@ -22,7 +22,8 @@ from sead_dist.reporting.report import read_predictions
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
-from sead_dist.sweep.grid import REFERENCE, TEACHERS, Plan, Unit
+from sead_dist.sweep.arms import method_name
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 from sead_dist.sweep.significance import Difference, compare, holm, mean_difference
 
@@ -244,8 +245,8 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         }
         for method, found in runs.items():
             difference = None
-            if REFERENCE in runs and method != REFERENCE:
-                difference = versus(found, runs[REFERENCE], int(units_of(of.dev).max()) + 1)
+            if plan.reference in runs and method != plan.reference:
+                difference = versus(found, runs[plan.reference], int(units_of(of.dev).max()) + 1)
             if difference is not None:
                 differences[method][task] = difference
             own_steps = plan.lengthened.get((task, method))
@@ -262,6 +263,11 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         "ranks": ranks,
         "seeds": plan.seeds,
         "methods": plan.methods,
+        "reference": plan.reference,
+        "arms": [
+            {"name": arm.name, "method": method_name(arm.method), "keys": redact(arm.keys)}
+            for arm in plan.arms
+        ],
         "equal_steps": plan.equal_steps,
         "selected_on_dev": any(unit.config.selection.split == "dev" for unit in plan.units),
         "tasks": [

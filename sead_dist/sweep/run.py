@@ -2,7 +2,7 @@
 
 A worker is a process, or a world of ranks that take part in every run together. What is done, what
 failed and what another worker has in hand is told by the run folders alone, so several workers on
-one folder, started by hand or by a SLURM array, share the runs between them.
+one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them.
 """
 
 import time
@@ -27,10 +27,13 @@ from sead_dist.runs.inputs import check_inputs
 from sead_dist.runtime.distributed import StopFlag, World, from_main
 from sead_dist.runtime.run_log import is_finished, write_json
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit, make_plan
+from sead_dist.sweep.jobs import check_jobs, run_jobs
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import show, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
+from sead_dist.sweep.rounds import clear_lost, is_done, lock_of, tidy, try_join, undo_others
 from sead_dist.sweep.steps import fix_steps, told_steps
+from sead_dist.sweep.time_left import time_left
 from sead_dist.teachers.teacher import device_model
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
@@ -51,13 +54,15 @@ def run_sweep(words: Sequence[str], world: World) -> None:
     def check() -> Plan:
         fixed, found = check_plan(asked, world)
         data.update(found)
+        for name, of in found.items():
+            print(told_steps(fixed, name, of), flush=True)
         return fixed
 
     plan = from_main(world, check)
     stop = StopFlag()
     try:
         with stop.listening():
-            came_to_end = work(plan, world, stop)
+            came_to_end = work(plan, world, stop) if plan.jobs == 1 else run_jobs(plan, stop)
     except BaseException:
         if world.is_main:
             # what is there can be seen; what ended it is told
@@ -66,6 +71,15 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         raise
     from_main(world, lambda: report(plan, data, world.device))
     from_main(world, lambda: tell_end(plan, came_to_end))
+
+
+def run_worker(words: Sequence[str], world: World) -> None:
+    """One of the processes that `jobs` starts: it takes part in the runs, and leaves the report to
+    the one that started it."""
+    plan, _ = check_plan(make_plan(words), world)
+    stop = StopFlag()
+    with stop.listening():
+        work(plan, world, stop)
 
 
 def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
@@ -104,15 +118,13 @@ def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
 
     Raises UserError for the first mistake.
     """
+    check_jobs(plan, world)
     check_runs(plan)
     for unit in plan.units:
         check_tracker(unit.config.report_to)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
-    plan, data = settle(plan, [name for name in plan.tasks if plan.students(name)])
-    for name, of in data.items():
-        print(told_steps(plan, name, of), flush=True)
-    return plan, data
+    return settle(plan, [name for name in plan.tasks if plan.students(name)])
 
 
 def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
@@ -146,7 +158,9 @@ def check_runs(plan: Plan) -> None:
         teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
         with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
         # the others ask for nothing else
-        for unit in (*teachers[:1], *students[:1], *with_text[:1]):
+        own = {arm.name for arm in plan.arms if arm.keys}
+        with_keys = {unit.method: unit for unit in students if unit.method in own}
+        for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
             check_inputs(with_made_teachers(unit.config, teachers))
 
 
@@ -251,26 +265,32 @@ def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase
 @dataclass
 class Memory:
     """What a worker knows. before: when failures of earlier tries were written down (ns);
-    done: runs that are finished; failed: runs that failed under this worker or one beside it."""
+    done: runs that are finished; failed: runs that failed under this worker or one beside it;
+    round: the one that it takes part in, and joined its share of that; beside: how many runs others
+    had in hand when it took its own."""
 
     before: dict[Path, int]
     done: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     said: str = ""
+    round: tuple[str, int] | None = None
+    joined: ExitStack = field(default_factory=ExitStack)
+    beside: int = 0
 
 
 def work(plan: Plan, world: World, stop: StopFlag) -> bool:
     """Run what is open until nothing is; False when it was asked to stop before."""
     memory = from_main(world, lambda: Memory(failure_times(plan)))
-    while not stop.agreed(world):
-        with ExitStack() as held:
-            index, waiting = from_main(world, lambda: choose(plan, memory, held))
-            if index is not None:
-                run_unit(plan, index, memory, world, stop)
-            elif not waiting:
-                return True
-            else:
-                time.sleep(POLL_S)
+    with memory.joined:
+        while not stop.agreed(world):
+            with ExitStack() as held:
+                index, waiting = from_main(world, lambda: choose(plan, memory, held))
+                if index is not None:
+                    run_unit(plan, index, memory, world, stop)
+                elif not waiting:
+                    return True
+                else:
+                    time.sleep(POLL_S)
     return False
 
 
@@ -290,7 +310,8 @@ def failure_times(plan: Plan) -> dict[Path, int]:
 def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
     """(the next run, whose lock is `held` from now on, or None; how many others have in hand).
 
-    Runs that failed before come last, so that those behind them get their turn.
+    Runs that failed before come last, so that those behind them get their turn; before that the
+    round that this worker takes part in comes first.
     """
     # a file that was not there, or is newer, is the failure of a worker beside this one
     memory.failed |= {
@@ -299,29 +320,47 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
         if (at := failed_at(unit)) is not None and memory.before.get(unit.failure) != at
     }
     failed = {plan.units[n].folder for n in memory.failed}
-    waiting = 0
-    for n in sorted(range(len(plan.units)), key=lambda n: plan.units[n].failure in memory.before):
+    waiting = memory.beside = 0
+    for n in sorted(range(len(plan.units)), key=lambda n: rank_of(plan.units[n], memory)):
         unit = plan.units[n]
         if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
             continue
-        if is_finished(unit.folder):
+        if is_done(plan, unit):
             # perhaps by another command in the same folder
             refuse_other_keys(unit.config)
             memory.done.add(n)
         elif not all(is_finished(need) for need in unit.needs):
             waiting += 1
+        elif take(plan, unit, memory, held):
+            return n, waiting
         else:
-            lock = held.enter_context(ExitStack())
-            taken = lock.enter_context(try_lock(unit.folder.with_name(f".{unit.folder.name}.lock")))
-            # it may have been finished just before
-            if taken and not is_finished(unit.folder):
-                return n, waiting
-            lock.close()
             waiting += 1
+            memory.beside += 1
     if waiting and memory.said != "waiting":
         memory.said = "waiting"
         print(f"{waiting} runs are left to other processes; waiting for them", flush=True)
     return None, waiting
+
+
+def rank_of(unit: Unit, memory: Memory) -> tuple[bool, bool]:
+    return unit.failure in memory.before, unit.round not in (None, memory.round)
+
+
+def take(plan: Plan, unit: Unit, memory: Memory, held: ExitStack) -> bool:
+    """Whether the run is this worker's now: its lock is `held`, and its round joined."""
+    lock, share = ExitStack(), ExitStack()
+    own = unit.round in (None, memory.round) or share.enter_context(try_join(unit))
+    # it may have been finished just before
+    if own and lock.enter_context(try_lock(lock_of(unit))) and not is_done(plan, unit):
+        held.push(lock)
+        if unit.round not in (None, memory.round):
+            memory.joined.close()
+            memory.joined.push(share)
+            memory.round = unit.round
+        return True
+    lock.close()
+    share.close()
+    return False
 
 
 def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
@@ -332,8 +371,10 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
     """
     unit = plan.units[index]
     if world.is_main:
-        print(f"\nrun {index + 1} of {len(plan.units)}: {unit.title}", flush=True)
+        left = time_left(plan, 1 + memory.beside)
+        print(f"\nrun {index + 1} of {len(plan.units)}: {unit.title} ({left})", flush=True)
         memory.said = unit.title
+        clear_lost(plan, unit)
     try:
         distill(unit.config, world, show_table=False, stop=stop)
     except Exception as error:
@@ -345,6 +386,9 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
         raise
     if world.is_main and is_finished(unit.folder):
         unit.failure.unlink(missing_ok=True)
+        undone = undo_others(plan, unit)
+        memory.done -= {n for n, other in enumerate(plan.units) if other in undone}
+        tidy(plan, unit)
 
 
 def note_failure(unit: Unit, error: Exception) -> None:

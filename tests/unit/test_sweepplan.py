@@ -28,8 +28,8 @@ def test_teachers_come_first_and_every_student_needs_those_of_its_task():
         *(
             f"out/{task}/{method}/seed-{seed}"
             for task in ("cola", "rte")
-            for method in ("finetune", "mean")
             for seed in (0, 1)
+            for method in ("finetune", "mean")
         ),
     ]
     made = {
@@ -110,6 +110,34 @@ def test_keys_of_a_sweep_may_stand_in_a_file_and_an_own_method_too(tmp_path):
     assert not found.own_teachers
 
 
+def test_an_arm_is_a_method_with_keys_of_its_own():
+    arms = "methods=[mean,{name: warm, method: mean, temperature: 9, student: {layers: [1]}}]"
+    found = plan("tasks=[cola]", arms, "seeds=1", ENCODERS, "temperature=3", "student=DIR")
+    assert found.methods == ["mean", "warm"]
+    (mean,), (warm,) = of(found, "cola", "mean"), of(found, "cola", "warm")
+    assert (mean.temperature, warm.temperature) == (3, 9)
+    assert (mean.student.layers, warm.student.layers) == (None, [1])
+    assert (warm.ensemble, warm.output_dir) == ("mean_logits", "out/cola/warm/seed-0")
+    # the teachers' fine-tuning knows nothing of it
+    assert {
+        t.student.layers and tuple(t.student.layers) for t in of(found, "cola", "teachers")
+    } == {None}
+
+
+def test_an_arm_may_have_steps_of_its_own_where_they_are_not_equal():
+    arms = "methods=[mean,{name: long, method: mean, max_steps: 900, unlabeled: {path: null}}]"
+    found = plan("tasks=[cola]", arms, "seeds=1", ENCODERS, "equal_steps=off")
+    assert [config.max_steps for config in of(found, "cola", "long")] == [900]
+
+
+def test_arms_are_compared_with_the_one_that_is_named():
+    words = ["tasks=[cola]", "seeds=1", ENCODERS]
+    assert plan(*words, "methods=[finetune,mean]").reference == "finetune"
+    assert plan(*words, "methods=[single,mean]").reference is None
+    arms = "methods=[mean,{name: control, method: finetune}]"
+    assert plan(*words, arms, "reference=control").reference == "control"
+
+
 def test_by_default_every_shipped_method_and_what_does_not_apply_is_marked():
     found = plan("tasks=[stsb,cola]", "seeds=1", "teachers=[a,b]")
     assert found.methods[0] == "finetune"
@@ -149,6 +177,26 @@ def test_a_sweep_is_told_from_a_run():
         (["method=sead"], r"method=sead is of one run, .*; give methods=\[sead\]"),
         (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
+        (
+            ["methods=[{name: a, method: mean, max_steps: 9}]"],
+            "'a' sets max_steps, and equal_.*=off",
+        ),
+        (["methods=[{name: a, alpha: 1}]"], "the arm 'a' has no method; give {name: NAME, method"),
+        (["methods=[{name: a/b, method: mean}]"], "the arm's name 'a/b' cannot be a folder's"),
+        (["methods=[{name: 3, method: mean}]"], "the arm's name 3 cannot be a folder's"),
+        (["methods=[{name: report, method: mean}]"], "'report' is a folder of the sweep's own"),
+        (["methods=[mean,{method: mean, alpha: 1}]"], "methods names 'mean' twice"),
+        (
+            ["methods=[{name: a, method: mean, seed: 3}]"],
+            "'a' sets seed, which is the same for all",
+        ),
+        (
+            ["methods=[{name: a, method: mean, alfa: 1}]"],
+            "unknown key 'alfa'; did you mean 'alpha'",
+        ),
+        (["reference=meen"], "reference=meen is no arm of this sweep; did you mean 'mean'"),
+        (["keep_models=never"], "keep_models='never'"),
+        (["jobs=0"], "jobs=0"),
         (["seeds=[-1]"], "seeds.0=-1"),
         (
             ["per_task.cb.num_train_epochs=3"],

@@ -32,6 +32,8 @@ def report(**changes):
         "ranks": 2,
         "seeds": [0, 1],
         "methods": ["finetune", "mean"],
+        "reference": "finetune",
+        "arms": [],
         "equal_steps": True,
         "selected_on_dev": False,
         "tasks": [{"name": "cola", "metric": "mcc"}, {"name": "rte", "metric": "accuracy"}],

@@ -1,0 +1,124 @@
+"""Rounds of a sweep: all methods of one task and seed, which are done on one machine.
+
+Methods are compared within a round, so its runs have the same teachers and the same arithmetic.
+Processes of one machine share a round; those of other machines take other rounds.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sead_dist.errors import refusal
+from sead_dist.runs.claim import try_lock
+from sead_dist.runtime.run_log import is_finished, read_as
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+
+
+def lock_of(unit: Unit) -> Path:
+    """The lock of one run."""
+    return unit.folder.with_name(f".{unit.folder.name}.lock")
+
+
+@contextmanager
+def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
+    """Whether this process has a share of the run's round: no process of another machine has one.
+    A process that ends in any way gives it back.
+
+    machine: the name of this one. Raises UserError or RunError where the folder cannot be made.
+    """
+    name = (machine or socket.gethostname()).encode()
+    path = unit.folder.parent.parent / f".{unit.folder.name}.round"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise refusal(
+            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
+        ) from None
+    try:
+        if _locked(handle, fcntl.LOCK_EX):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, name, 0)
+        # from alone to shared; where another came between, that one has the round
+        yield _locked(handle, fcntl.LOCK_SH) and os.pread(handle, 1024, 0) == name
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def has_model(run: Path) -> bool:
+    return (run / "model").is_dir()
+
+
+def is_done(plan: Plan, unit: Unit) -> bool:
+    """Whether nothing is left to do for a run. A teacher that has students to teach is done only
+    with its model."""
+    if not is_finished(unit.folder):
+        return False
+    return unit.method != TEACHERS or has_model(unit.folder) or _all_taught(plan, unit.task)
+
+
+def _all_taught(plan: Plan, task: str) -> bool:
+    return all(is_finished(student.folder) for student in plan.students(task))
+
+
+def tidy(plan: Plan, unit: Unit) -> None:
+    """Where models are not kept, remove that of a student that is finished; those of the teachers
+    go with their task's last student."""
+    if plan.keep_models or unit.method == TEACHERS:
+        return
+    shutil.rmtree(unit.folder / "model", ignore_errors=True)
+    if plan.own_teachers and _all_taught(plan, unit.task):
+        for teacher in unit.needs:
+            shutil.rmtree(teacher / "model", ignore_errors=True)
+
+
+def clear_lost(plan: Plan, unit: Unit) -> None:
+    """Where a teacher is to be made again, because its model is gone, forget its old run, and what
+    unfinished students learnt of it: the new one may differ in its last bits, or be another."""
+    if unit.method != TEACHERS or not is_finished(unit.folder):
+        return
+    print(f"{unit.title}: its model is gone, so it is made again", flush=True)
+    shutil.rmtree(unit.folder)
+    for student in plan.students(unit.task):
+        if student.config.taught and not is_finished(student.folder):
+            shutil.rmtree(student.folder, ignore_errors=True)
+
+
+def undo_others(plan: Plan, unit: Unit) -> list[Unit]:
+    """The finished runs of this run's round that had other teachers than this one, which was just
+    finished. Their folders are removed: they are done again."""
+    own = taught_by(unit.folder)
+    if not plan.own_teachers or own is None:
+        return []
+    undone = []
+    for other in plan.units:
+        if other.round != unit.round or other is unit or not is_finished(other.folder):
+            continue
+        if taught_by(other.folder) not in (None, own):
+            with try_lock(lock_of(other)) as taken:
+                if taken:
+                    print(f"{other.title}: it had other teachers, so it is done again", flush=True)
+                    shutil.rmtree(other.folder)
+                    undone.append(other)
+    return undone
+
+
+def taught_by(run: Path) -> Sequence[str] | None:
+    """The hashes of the weights of a finished run's teachers; None where it asked none."""
+    path = run / "teacher_manifest.json"
+    if not path.is_file():
+        return None
+    return [str(teacher["weights_sha256"]) for teacher in read_as(list[dict[str, Any]], path)]

@@ -1,0 +1,233 @@
+"""A sweep that loses its machine, its models or its process, and several runs at once."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from small import ALONE, CPU, read, records, student_shape, sweep_words, write_task
+
+from sead_dist.errors import RunError, UserError
+from sead_dist.runtime.distributed import World
+from sead_dist.sweep import run as sweep
+from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.jobs import check_jobs
+from sead_dist.sweep.rounds import try_join
+from sead_dist.sweep.run import Memory, choose, run_sweep
+from sead_dist.sweep.time_left import time_left
+
+# what is left of a run whose folder went through a version control or a small disk
+TABLE = ("run.json", "run_summary.json", "scores.json", "teacher_manifest.json", "predictions")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    folder = write_task(tmp_path_factory.mktemp("rounds") / "grammar")
+    student_shape(folder)
+    return folder
+
+
+def words(task: Path, output: Path, *more: str) -> list[str]:
+    return sweep_words(task, output, "max_steps=2", "seeds=1", "methods=[finetune,mean]", *more)
+
+
+def scores(output: Path) -> dict[str, list]:
+    cells = read(output / "report" / "report.json")["cells"]
+    return {cell["method"]: cell["scores"] for cell in cells}
+
+
+def made_at(run: Path) -> int:
+    return (run / "run_summary.json").stat().st_mtime_ns
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory) -> Path:
+    """A sweep of two seeds whose models were not kept; tests only read it."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    run_sweep(words(task, output, "seeds=2", "keep_models=false"), ALONE)
+    return output
+
+
+def test_all_methods_of_a_seed_are_done_before_the_next(finished):
+    runs = sorted(finished.glob("grammar/*/seed-*"), key=made_at)
+    assert [str(run.relative_to(finished / "grammar")) for run in runs] == [
+        *("finetune/seed-0", "mean/seed-0", "finetune/seed-1", "mean/seed-1")
+    ]
+
+
+def test_where_models_are_not_kept_scores_and_predictions_stay(finished):
+    runs = list(finished.glob("grammar/*/*/"))
+    assert len(runs) == 6
+    for run in runs:
+        assert not (run / "model").exists()
+        assert not (run / "checkpoints").exists()
+        assert (run / "scores.json").is_file()
+        assert (run / "predictions" / "validation.parquet").is_file()
+
+
+def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_path, monkeypatch):
+    output, own = tmp_path / "out", sweep.distill
+    seen = []
+
+    def distill(config, *given, **more):
+        seen.append(len(list(output.glob("grammar/teachers/*/model"))))
+        return own(config, *given, **more)
+
+    monkeypatch.setattr(sweep, "distill", distill)
+    run_sweep(words(task, output, "keep_models=false"), ALONE)
+    assert seen == [0, 1, 2, 2]
+    assert not list(output.glob("grammar/*/*/model"))
+
+
+def test_a_round_that_was_cut_off_is_done_again(finished, task, tmp_path, monkeypatch, capsys):
+    """Killed in its second method; the folder of the first went with the machine."""
+    output, own = tmp_path / "out", sweep.distill
+
+    def killed(config, *given, **more):
+        if config.output_dir.endswith("mean/seed-1"):
+            raise KeyboardInterrupt
+        return own(config, *given, **more)
+
+    monkeypatch.setattr(sweep, "distill", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(words(task, output, "seeds=2"), ALONE)
+    monkeypatch.setattr(sweep, "distill", own)
+    shutil.rmtree(output / "grammar" / "finetune" / "seed-1")
+    kept = [output / "grammar" / method / "seed-0" for method in ("finetune", "mean")]
+    before = [made_at(run) for run in kept]
+    capsys.readouterr()
+    run_sweep(words(task, output, "seeds=2"), ALONE)
+    said = capsys.readouterr().out
+    assert said.count("run 5 of 6: grammar finetune seed-1 (2 runs left, about ") == 1
+    assert [made_at(run) for run in kept] == before
+    assert scores(output) == scores(finished)
+
+
+def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys):
+    output = tmp_path / "out"
+    for run in (*finished.glob("grammar/*/seed-0"), *finished.glob("grammar/teachers/*/")):
+        for name in TABLE:
+            copy = shutil.copytree if (run / name).is_dir() else shutil.copy
+            if (run / name).exists():
+                (output / run.relative_to(finished)).mkdir(parents=True, exist_ok=True)
+                copy(run / name, output / run.relative_to(finished) / name)
+    kept = list(output.glob("grammar/*/seed-0"))
+    before = [made_at(run) for run in kept]
+    assert len(kept) == 2
+    # all is done: nothing is made, the teachers neither
+    run_sweep(words(task, output, "keep_models=false"), ALONE)
+    assert [made_at(run) for run in kept] == before
+    # another seed: the teachers are made again
+    capsys.readouterr()
+    run_sweep(words(task, output, "seeds=2", "keep_models=false"), ALONE)
+    said = capsys.readouterr().out
+    assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
+    assert [made_at(run) for run in kept] == before
+    assert scores(output) == scores(finished)
+
+
+def test_within_a_round_all_students_have_the_same_teachers(finished, task, tmp_path, capsys):
+    """The teachers were made again on another machine, with other bits, while a round was open."""
+    output = shutil.copytree(finished, tmp_path / "out")
+    for seed in (0, 1):
+        manifest = output / "grammar" / "mean" / f"seed-{seed}" / "teacher_manifest.json"
+        others = [{**teacher, "weights_sha256": "0" * 64} for teacher in read(manifest)]
+        manifest.write_text(json.dumps(others))
+    closed, untaught = (output / "grammar" / name for name in ("mean/seed-0", "finetune/seed-1"))
+    before = [made_at(closed), made_at(untaught)]
+    arms = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
+    shutil.rmtree(output / "grammar" / "finetune" / "seed-0")
+    run_sweep(words(task, output, "seeds=[1]", arms), ALONE)
+    assert "grammar mean seed-1: it had other teachers, so it is done again" in (
+        capsys.readouterr().out
+    )
+    assert [made_at(closed), made_at(untaught)] == before
+    manifests = [
+        read(output / "grammar" / arm / "seed-1" / "teacher_manifest.json")
+        for arm in ("mean", "cold")
+    ]
+    hashes = [[teacher["weights_sha256"] for teacher in found] for found in manifests]
+    assert hashes[0] == hashes[1]
+
+
+def test_another_machine_takes_another_round(task, tmp_path):
+    given = words(task, tmp_path / "out", "methods=[finetune]", "encoders=[]", "seeds=2")
+    plan = make_plan(given)
+    with try_join(plan.units[0], "another machine") as taken, ExitStack() as held:
+        assert taken
+        memory = Memory({})
+        assert choose(plan, memory, held)[0] == 1
+        assert (memory.round, memory.beside) == (("grammar", 1), 1)
+        memory.joined.close()
+    with try_join(plan.units[0], "this machine") as first:
+        with try_join(plan.units[0], "this machine") as second:
+            assert (first, second) == (True, True)
+        with try_join(plan.units[0], "another machine") as third:
+            assert not third
+    with try_join(plan.units[0], "another machine") as free:
+        assert free
+
+
+def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd):
+    output = tmp_path / "out"
+    run_sweep(words(task, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
+    said = capfd.readouterr().out
+    assert "[1] run " in said
+    assert "[2] run " in said
+    assert "6 of 6 runs are done" in said
+    assert scores(output) == scores(finished)
+    assert [len(records(run, "start")) for run in output.glob("grammar/*/seed-*")] == [1] * 4
+
+
+def test_a_worker_that_ends_badly_is_told(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RunError, match="2 of 2 workers of the sweep ended with code 1; what they"):
+        run_sweep(words(task, tmp_path / "out", "jobs=2"), ALONE)
+
+
+def test_several_runs_at_once_are_for_one_process_without_a_gpu(task, tmp_path):
+    plan = make_plan(words(task, tmp_path / "out", "jobs=2"))
+    with pytest.raises(UserError, match=r"jobs=2 divides the threads .* here is 2 ranks; leave"):
+        check_jobs(plan, World(0, 2, CPU))
+
+
+def test_arms_are_run_with_their_keys_and_compared_with_the_reference(task, tmp_path):
+    output = tmp_path / "out"
+    arms = "methods=[finetune,{name: long, method: finetune, max_steps: 3, learning_rate: 1e-2}]"
+    more = (arms, "seeds=3", "encoders=[]", "reference=long", "equal_steps=off")
+    run_sweep(words(task, output, *more), ALONE)
+    long, plain = (output / "grammar" / name / "seed-2" for name in ("long", "finetune"))
+    assert [read(run / "run_summary.json")["steps"] for run in (long, plain)] == [3, 2]
+    report = read(output / "report" / "report.json")
+    cells = {cell["method"]: cell for cell in report["cells"]}
+    assert report["reference"] == "long"
+    assert cells["long"]["difference"] is None
+    expected = cells["finetune"]["mean"] - cells["long"]["mean"]
+    assert cells["finetune"]["difference"] == pytest.approx(expected)
+    text = (output / "report" / "report.md").read_text()
+    assert "| long | finetune | max_steps=3, learning_rate=0.01 |" in text
+    assert "## Differences from long" in text
+    page = (output / "report" / "report.html").read_text()
+    assert "finetune with max_steps=3, learning_rate=0.01" in page
+    assert "Differences from long" in page
+
+
+def test_the_time_left_follows_from_runs_of_the_same_method(task, tmp_path):
+    given = words(task, tmp_path / "out", "seeds=3", "encoders=[]", "teachers=[T]")
+    plan = make_plan(given)
+    assert time_left(plan, 1) == "6 runs left"
+
+    def finish(unit, seconds):
+        unit.folder.mkdir(parents=True)
+        summary = {"finished": True, "train_s": seconds}
+        (unit.folder / "run_summary.json").write_text(json.dumps(summary))
+
+    first, other, second, _, _, _ = plan.units
+    finish(first, 100.0)
+    # nothing is known of the other method: it takes as long as this one
+    assert time_left(plan, 1) == "5 runs left, about 8.33 min"
+    finish(other, 900.0)
+    assert time_left(plan, 1) == "4 runs left, about 33.3 min"
+    finish(second, 300.0)
+    assert time_left(plan, 2) == "3 runs left, about 16.7 min"
