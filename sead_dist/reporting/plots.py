@@ -149,7 +149,7 @@ def plot_scores(
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_yticks(range(len(bars)), [short(name) for _, name, _ in bars])
+        axes.set_yticks(range(len(bars)), [_plain(short(name)) for _, name, _ in bars])
         axes.invert_yaxis()
         # Bars start at zero and the axis ends at the best possible score, so that their
         # lengths can be compared.
@@ -188,7 +188,7 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path:
 def plot_confusion(found: Confusion, split: str, path: Path) -> None:
     """Draw how many rows of each gold label got each predicted one; shade is the share of a gold
     label's rows."""
-    counts_CC, names = found.counts_CC, [short(name, 20) for name in found.names]
+    counts_CC, names = found.counts_CC, [_plain(short(name, 20)) for name in found.names]
     size = 2.5 + 0.55 * len(names)
     figure = _figure(size + 1.0, size)
     axes = figure.subplots()
@@ -271,9 +271,12 @@ def _note(axes: "Axes", text: str) -> None:
 
 
 def short(name: str, longest: int = 32) -> str:
-    """A name as a plot shows it; two dollar signs would make a formula of what is between them."""
-    cut = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    return cut.replace("$", r"\$")
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def _plain(name: str) -> str:
+    """Two dollar signs would make a formula of what is between them."""
+    return name.replace("$", r"\$")
 
 
 def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] | None = "both") -> None:
