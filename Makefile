@@ -38,8 +38,8 @@ peers: setup ## what a benchmark compares with, beside the environment; test-slo
 test-slow: setup ## the slow tests, with the smoke of every benchmark
 	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) $(SHARED) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
-test-slurm: setup ## the tests that need a cluster; tests/slurm/start.sh says how to get one
-	$(PYTEST) -m slurm tests/slurm
+test-slurm: setup ## the tests that need a cluster; tests/cluster/start.sh says how to get one
+	$(PYTEST) -m slurm tests/cluster
 
 # torchao slows down every import of Transformers, so it is kept out of the environment itself
 test-quantize: setup ## the tests of 8-bit weights, with torchao beside the environment
@@ -48,7 +48,7 @@ test-quantize: setup ## the tests of 8-bit weights, with torchao beside the envi
 	PYTHONPATH=$(VENV)/quantize $(PYTEST) -m quantize
 
 test-browser: setup ## the tests of a sweep's page in chromium (Debian: apt-get install chromium)
-	$(PYTEST) -m browser tests/integration/test_page.py
+	$(PYTEST) -m browser tests/sweep/test_page.py
 
 screenshot: setup ## REPORT=report.html PICTURE=report.png: the whole page as chromium shows it
 	$(VENV)/bin/python tests/browser.py $(REPORT) $(PICTURE)

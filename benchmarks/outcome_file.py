@@ -41,7 +41,7 @@ def common_arguments(description: str | None, rows: int, repeat: int) -> argpars
 
 
 def smoke_argument(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark must have: tests/integration/test_benchmarks.py runs each with it."""
+    """What every benchmark must have: tests/project/test_benchmarks.py runs each with it."""
     parser.add_argument(
         "--smoke", action="store_true",
         help="tiny inputs made on the spot, offline: shows that it runs, writes no result",

@@ -281,7 +281,7 @@ def without_marks(tokenizer):
 
 
 def test_predictions_of_old_rules_are_kept_where_the_tensors_are_the_same(tmp_path, monkeypatch):
-    old = Path(__file__).parents[1] / "data" / "b2c3d08"
+    old = Path(__file__).parents[1] / "fixtures" / "b2c3d08"
     folder = tmp_path / "old"
     shutil.copytree(old, folder)
     monkeypatch.chdir(folder)

@@ -19,7 +19,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.sweep.run import run_sweep
 from sead_dist.training.identity import RULES, Identity, refuse_other
 
-OLD = Path(__file__).parents[1] / "data" / "b2c3d08"
+OLD = Path(__file__).parents[1] / "fixtures" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))
 WORDS = [
     *(

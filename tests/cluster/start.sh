@@ -2,10 +2,10 @@
 # A real SLURM cluster of a few nodes on this one machine, for the tests. As root, on Debian or
 # Ubuntu: apt-get install slurm-wlm munge
 #
-#     tests/slurm/start.sh DIR [NODES]       # 2 nodes if not said; everything lies in DIR
+#     tests/cluster/start.sh DIR [NODES]       # 2 nodes if not said; everything lies in DIR
 #     export SLURM_CONF=DIR/slurm.conf       # what sbatch, squeue and the tests go by
-#     tests/slurm/start.sh node DIR NAME     # a node that was killed comes back
-#     tests/slurm/start.sh stop DIR
+#     tests/cluster/start.sh node DIR NAME     # a node that was killed comes back
+#     tests/cluster/start.sh stop DIR
 #
 # ACCT=1 adds accounting (slurmdbd on MariaDB): apt-get install slurmdbd mariadb-server
 # DIR/local is another disk on every node, like the /tmp of real nodes, where mounting is allowed.

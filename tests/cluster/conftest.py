@@ -22,7 +22,7 @@ def cluster() -> Path:
     if shutil.which("sbatch") is None:
         reason = "there is no sbatch"
     elif not (folder / "slurmctld.pid").is_file():
-        reason = "SLURM_CONF names no running cluster of tests/slurm/start.sh"
+        reason = "SLURM_CONF names no running cluster of tests/cluster/start.sh"
     if reason:
         needed(reason)
     return folder
