@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sead_dist.config.names import RENAMED, nearest
+from sead_dist.config.names import nearest, new_name
 from sead_dist.errors import UserError
 
 LINE = re.compile(r'( *)"?(\w+)"?:(?: +([^#\s][^#]*?))? *(?:# (.*))?')
@@ -46,7 +46,7 @@ def find_keys(keys: Sequence[Key], asked: str | None) -> list[Key]:
     """
     if asked is None:
         return list(keys)
-    name = RENAMED.get(asked, asked)
+    name = new_name(asked) or asked
     exact = [key for key in keys if key.name == name or key.name.startswith(f"{name}.")]
     folded = name.casefold()
     found = exact or [key for key in keys if folded in f"{key.name} {key.text}".casefold()]

@@ -178,7 +178,7 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
 def make_feature_loss(
     config: RunConfig, model: PreTrainedModel, feature_teacher: LayerParts, total_steps: int
 ) -> FeatureLoss:
-    """The loss that `internals` names, for this student; its projections become the student's.
+    """The loss that `feature_loss` names, for this student; its projections become the student's.
 
     Raises UserError for a student that cannot be read.
     """

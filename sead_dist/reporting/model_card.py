@@ -6,6 +6,7 @@ Nothing of this machine reaches the card: names, paths and configuration pass th
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sead_dist.data.confusion import Confusion
+from sead_dist.errors import UserError
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
 from sead_dist.runtime.console import table
 from sead_dist.runtime.redact import redact
@@ -27,6 +29,9 @@ HUB_METRICS = {"pearson": "pearsonr", "f1_macro": "f1", "f1_a": "f1"}  # ours: t
 ENDS = ("runtime", "samples_per_second", "steps_per_second", "loss", "samples")
 COST = {
     "steps": "optimiser steps",
+    "train_rows": "training rows",
+    "transfer_rows": "unlabelled rows of text among them",
+    "copy_rows": "changed copies of rows among them",
     "examples_per_second": "examples per second",
     "teacher_forwards": "teacher forwards (unique teacher-example pairs)",
     "store_hits": "teacher predictions read from the store",
@@ -97,10 +102,15 @@ def _task(files: RunFiles) -> str:
 
 
 def _task_spec(files: RunFiles) -> "TaskSpec | None":
-    """The built-in task of this run; None for a person's own."""
-    from sead_dist.data.task_files import TASKS
+    """The task of this run: a built-in one, or that of the file that the run keeps; None where the
+    file needs a plugin that is not loaded."""
+    from sead_dist.data.task_files import TASKS, load_task
 
-    return TASKS.get(_task(files))
+    if files.task_file is None:
+        return TASKS.get(_task(files))
+    with suppress(UserError):
+        return load_task(str(files.task_file))
+    return None
 
 
 def _student(files: RunFiles) -> str:
@@ -286,7 +296,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     yield "The scores are those of one run with one seed."
     rows = files.eval_results.get("eval_samples")
     accuracy = files.eval_results.get("eval_accuracy")
-    if rows and accuracy is not None:
+    if rows and accuracy is not None and 0 < accuracy < 1:
         points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
     if spec is not None and spec.task_kind.limit is not None:

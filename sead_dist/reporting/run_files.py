@@ -51,6 +51,7 @@ class RunFiles:
     environment: Mapping[str, Any] = field(default_factory=dict)
     onnx: Mapping[str, Any] = field(default_factory=dict)  # onnx/export.json
     learnable: Mapping[str, Any] = field(default_factory=dict)
+    task_file: Path | None = None  # task.yaml, of a person's own task
 
     @property
     def metric(self) -> str:
@@ -107,6 +108,7 @@ def read_run(run: Path) -> RunFiles:
         environment=optional("environment.json", keys, {}),
         onnx=optional("onnx/export.json", keys, {}),
         learnable=optional("learnable.json", keys, {}),
+        task_file=run / "task.yaml" if (run / "task.yaml").is_file() else None,
     )
 
 

@@ -6,7 +6,7 @@ STORE/values/<teacher>/           teacher.json, and the value blocks of one teac
 STORE/tmp/                        files being written; whoever wrote an old one is dead
 STORE/quarantine/                 files found bad, never read again
 STORE/live/                       one locked file per run that uses the store now
-STORE/claims/                     chunks that workers of a pool compute now (claims.py)
+STORE/claims/                     chunks that workers of a pool compute now (leases.py)
 STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
 STORE/compact.lock                one compaction or removal at a time
 """

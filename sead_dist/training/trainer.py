@@ -36,6 +36,8 @@ from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
 
 LOG_EVERY = 10
+# an epoch over few labelled rows may be a step or two
+MOST_SCORES = 50
 
 
 def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
@@ -208,7 +210,7 @@ class Trainer:
             "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
             "teacher_wait_s": round(waited_s, 4),
         }
-        # of the labelled rows, which may be few beside the transfer text
+        # of the labelled rows, which may be few beside the unlabelled text
         with_label = sum(part.labelled for part in parts)
         hard_mean = hard * tally.rows / with_label if with_label else None
         taught = bool(self.teacher_names)
@@ -228,7 +230,8 @@ class Trainer:
         return shown, state.add(padding=padding, tokens=tokens)
 
     def evaluates_after(self, step: int) -> bool:
-        every = self.config.eval_steps or self.batches.steps_per_epoch
+        often = max(self.batches.steps_per_epoch, self.batches.total_steps // MOST_SCORES)
+        every = self.config.eval_steps or often
         return step % every == 0 or step == self.batches.total_steps
 
     def saves_after(self, step: int) -> bool:
