@@ -143,3 +143,13 @@ def test_the_title_names_the_method(tmp_path, keys, title):
     card = (run / "README.md").read_text()
     assert f"\n# {title}xtremedistil-l6-h256-uncased-sst2\n" in card
     assert ("after SEAD" in card) == (keys == {"method": "sead"})
+
+
+def test_the_call_of_ones_own_task_of_two_texts_gives_both(tmp_path):
+    run = make_run(tmp_path / "run")
+    own = {"name": "own", "text_a": "{a}", "text_b": "{b}", "labels": ["no", "yes"]}
+    (run / "task.yaml").write_text(yaml.safe_dump(own), "utf-8")
+    write_report(run)
+    card = (run / "README.md").read_text()
+    assert 'classify({"text": "The first text.", "text_pair": "The second text."})' in card
+    assert "A sentence to judge." not in card
