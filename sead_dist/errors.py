@@ -42,8 +42,8 @@ def run_error(error: Exception) -> RunError | None:
     if lacks_memory(error):
         what = next(iter(str(error).splitlines()), "") or type(error).__name__
         return RunError(
-            f"memory does not suffice: {what}; lower micro_batch, or run where there is more, then "
-            "give the same command again"
+            f"memory does not suffice: {what}; lower micro_batch_size, or run where there is "
+            "more, then give the same command again"
         )
     return None
 

@@ -12,5 +12,13 @@ __all__ = ["Launch"]
 class Launch(submit.Launch):
     """A pickled launch whose words get the present names of their keys."""
 
+    def __call__(self) -> None:
+        print(
+            "sead-dist: this job was submitted by an older version; keys that its words leave out "
+            "have the defaults of today",
+            flush=True,
+        )
+        super().__call__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "words": renamed_words(tuple(state["words"]))})

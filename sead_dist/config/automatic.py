@@ -37,9 +37,10 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
         return config.max_steps
     if config.num_train_epochs is not None:
         return config.num_train_epochs * epoch
-    if not config.taught:
-        return max(EPOCHS * epoch, LEAST_FINETUNING)
-    passes = PASSES * -(-rows // config.global_batch_size)
+    all_rows = -(-rows // config.global_batch_size)
+    if not config.taught:  # of copies with gold labels there may be more than labelled rows
+        return max(EPOCHS * all_rows, LEAST_FINETUNING)
+    passes = PASSES * all_rows
     return min(max(passes, LEAST_STEPS), MOST_STEPS)
 
 
@@ -52,7 +53,7 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     if epochs is not None:
         return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
     if not config.taught:
-        why = f"three epochs over {labelled or rows} labelled rows, at least {LEAST_FINETUNING}"
+        why = f"three epochs over {rows} labelled rows, at least {LEAST_FINETUNING}"
     else:
         why = f"three passes over {rows} rows, at least {LEAST_STEPS}, at most {MOST_STEPS}"
     return f"{steps} steps (automatic: {why}; num_train_epochs or max_steps change that)"

@@ -3,6 +3,7 @@ KEY=VALUE words; later ones lie over earlier ones.
 """
 
 import glob
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from sead_dist.config.plugins import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
 from sead_dist.config.yaml_text import parse_yaml, read_yaml
 from sead_dist.errors import UserError, reading
+
+_log = logging.getLogger(__name__)
 
 # the method of a run that has teachers and names neither a method nor a key of one; base.yaml has
 # the same keys
@@ -215,6 +218,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     base = config_folder() / "base.yaml"
     merged = dict(read_yaml(base))
     methods = [layer["method"] for layer in layers if layer.get("method") is not None]
+    layers = [_of_method(layer, str(methods[-1])) if methods else layer for layer in layers]
     preset = [read_method(str(methods[-1]))] if methods else []
     for layer in (*preset, *layers):
         merged = merge(merged, layer)
@@ -245,6 +249,16 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
+
+
+def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    """A layer without what it says of another method than the one that is asked for: a run's own
+    config.yaml holds all the keys of its method."""
+    if layer.get("method") in (None, method) or not any(key in layer for key in METHOD_KEYS):
+        return layer
+    left = ", ".join(key for key in METHOD_KEYS if key in layer)
+    _log.warning("method=%s leaves out what a file says for %s: %s", method, layer["method"], left)
+    return {key: value for key, value in layer.items() if key not in METHOD_KEYS}
 
 
 def usual_values(config: RunConfig) -> dict[str, Any]:

@@ -99,7 +99,10 @@ def renamed_words(words: tuple[str, ...]) -> tuple[str, ...]:
     """The KEY=VALUE words of a command under the keys' present names."""
     off = any(word.strip() == "gate=off" for word in words)
     found = [_word(word) for word in words if not (word.startswith("drift=") and off)]
-    return tuple(word for word in found if word != "teacher_validation=off" or off)
+    gone = set() if off else {"teacher_validation=off"}
+    if "teacher_validation=fp32" in found:
+        gone.add("teacher_validation=on")
+    return tuple(word for word in found if word not in gone)
 
 
 def _word(word: str) -> str:

@@ -3,6 +3,8 @@ losses, ensembles, kinds of teacher and kinds of task, whose names are allowed f
 """
 
 import hashlib
+import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -113,8 +115,26 @@ def keep_plugins(paths: Sequence[str], run: Path) -> None:
 
 
 def kept_plugins(run: Path) -> list[str]:
-    """The plugins that a run directory keeps."""
-    return [str(path) for path in sorted((run / FOLDER).glob("*.py"))]
+    """The plugins that a run directory of this user keeps, as its identity names them: a folder
+    that is no run may hold any code.
+
+    Raises UserError for one that is not the file that ran.
+    """
+    record = run / "run.json"
+    if not record.is_file() or record.stat().st_uid != os.getuid():
+        return []
+    with reading(record, "restore it, or give another folder"):
+        named = json.loads(record.read_bytes())["identity"]["config"]
+    kept = []
+    for key, sha256 in named.items():
+        if not key.startswith("plugin "):
+            continue
+        path = run / FOLDER / key.removeprefix("plugin ")
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "gone"
+        if not found.startswith(sha256):
+            raise UserError(f"plugin {path} is not the file that the run had; restore it")
+        kept.append(str(path))
+    return sorted(kept)
 
 
 def load_kept(run: Path) -> None:

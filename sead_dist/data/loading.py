@@ -70,6 +70,8 @@ def split_chunks(
         chunks = (
             chunk for found in files for chunk in row_chunks(found, task, skip_malformed, size)
         )
+        if size is None:  # a group may lie in two shards
+            chunks = iter([[row for chunk in chunks for row in chunk]])
     read = 0
     for chunk in chunks:
         read += len(chunk)

@@ -37,6 +37,7 @@ from sead_dist.models.loaded import (
     wrapping,
 )
 from sead_dist.models.pretrained import COPY, Checkpoint, locate, weight_files
+from sead_dist.runtime.own_files import sync_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -301,8 +302,11 @@ def save_model(
             backend.no_padding()
             backend.enable_truncation(max_length)
         tokenizer.save_pretrained(aside)
+        # a finished run deletes its checkpoints, so the disk must hold its model before
+        sync_folder(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+        sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(

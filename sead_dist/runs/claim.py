@@ -15,9 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.names import renamed
+from sead_dist.config.plugins import FOLDER as PLUGINS
 from sead_dist.config.plugins import keep_plugins, kept_paths
 from sead_dist.config.registered import MODEL
 from sead_dist.config.schema import RunConfig, dump_config
@@ -108,10 +110,13 @@ def already_finished(config: RunConfig) -> bool:
 
 
 def check_model(run: Path) -> None:
-    """Raises UserError where the model of a finished run is gone."""
+    """Raises UserError where the model of a finished run is gone or is no whole file."""
     try:
-        weight_files(locate(str((run / "model").absolute())))
-    except UserError as error:
+        for path in weight_files(locate(str((run / "model").absolute()))):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="numpy"):
+                    pass  # its header is read
+    except (UserError, SafetensorError, OSError) as error:
         raise UserError(
             f"output_dir={run} holds this run, finished, and its model is gone ({error}); restore "
             f"{run / 'model'}, or give another output_dir to train again"
@@ -178,7 +183,8 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
         elif saved.differences(identity):
             for name in (*EARLY_FILES, FOLLOWED):
                 (run / name).unlink(missing_ok=True)
-            shutil.rmtree(run / "teacher_rows", ignore_errors=True)
+            for folder in ("teacher_rows", PLUGINS):
+                shutil.rmtree(run / folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
     # first: whatever else lies here belongs to a claim
@@ -186,6 +192,8 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     if Path(config.task).is_file():
         with written_aside(run / "task.yaml") as aside:
             shutil.copyfile(config.task, aside)
+    else:  # of an earlier try
+        (run / "task.yaml").unlink(missing_ok=True)
     keep_plugins(config.plugins, run)
     kept = config.model_copy(update={"plugins": kept_paths(config.plugins, run)})
     with written_aside(run / "config.yaml") as aside:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sead_dist.config.registered import MODEL
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import (
     Material,
@@ -41,6 +42,8 @@ def add_copies(
     if asked is None or not config.uses_copies:
         return examples
     in_all = automatic_copies(examples.labelled_rows, examples.transfer_rows)
+    if asked == "auto" and in_all == 0:
+        return examples
     # without teachers there is no text among them
     sources = examples.train
     table = start_table(config, model)
@@ -83,6 +86,8 @@ def mask_token_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str 
     """The student's mask token where every teacher has the same; to others it would be a word."""
     mask: str | None = tokenizer.mask_token
     for entry in config.teachers if mask is not None else ():
+        if entry.kind != MODEL:  # it may read text in any way
+            return None
         try:
             found = locate(entry.path, entry.revision, marks=TOKENIZER_FILES)
             theirs = load_tokenizer(found, config.trust_remote_code)

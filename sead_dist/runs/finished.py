@@ -5,7 +5,9 @@ So the command of a finished run, given again, ends in a second or two.
 
 from pathlib import Path
 
+from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import already_finished, drop_training_state
 
@@ -23,8 +25,11 @@ def nothing_to_do(config: RunConfig) -> str | None:
     refuse_unused_text(config)
     if not already_finished(config):
         return None
-    drop_training_state(config)  # a kill may have come between its end and this
     run = Path(config.output_dir)
+    kept = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    # a kill may have come between its end and this; what was asked for then decides
+    if not kept.get("keep_training_state"):
+        drop_training_state(config)
     return f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
 
 
@@ -56,7 +61,7 @@ def refuse_unused_text(config: RunConfig) -> None:
 def refuse_untaught(config: RunConfig) -> None:
     """Raises UserError for `distill` with neither teachers nor a method: it would train on the gold
     labels alone, which nobody asked for."""
-    if not config.teachers and config.method is None and config.ensemble != "none":
+    if not config.teachers and config.method is None and config.ensemble != NO_ENSEMBLE:
         raise UserError(
             "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
             "method=finetune to train the student on the gold labels alone"

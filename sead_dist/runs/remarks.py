@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from sead_dist.config.unread import unread_keys
 from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.runs.setup import Parts
+from sead_dist.runs.unread import unread_keys
 
 
 def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray) -> list[str]:

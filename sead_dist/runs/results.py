@@ -16,6 +16,7 @@ from sead_dist.config.automatic import learning_rate
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
+from sead_dist.errors import UserError
 from sead_dist.models.pretrained import fitting_length
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model
@@ -223,7 +224,10 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
         closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
     shares: dict[str, dict[str, float]] = {}
     if parts.source is not None and config.baseline is not None:
-        shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+        try:
+            shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+        except UserError as error:  # it was read at the start, and a run must come to its end
+            parts.log.say(f"what the student keeps of the gap is not told: {error}")
     for line in told_shares(shares):
         parts.log.say(line)
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)

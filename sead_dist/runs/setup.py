@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
-from sead_dist.config.unread import unread_keys
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import (
     RunExamples,
@@ -49,6 +48,7 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
+from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -224,7 +224,7 @@ def uneven(config: RunConfig, ranks: int) -> list[str]:
         return []
     return [
         f"global_batch_size={config.global_batch_size} makes {micro_batches} micro-batches, which "
-        f"{ranks} ranks cannot share evenly: some ranks idle; lower micro_batch"
+        f"{ranks} ranks cannot share evenly: some ranks idle; lower micro_batch_size"
     ]
 
 

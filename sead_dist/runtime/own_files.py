@@ -70,6 +70,16 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold all files of a folder, and their names."""
+    for path in (*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextmanager
 def written_for_person(path: Path) -> Iterator[Path]:
     """As `written_aside`, for a file that a person names: what a link leads to is written, and a

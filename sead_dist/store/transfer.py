@@ -6,7 +6,7 @@ them wherever the same teacher is asked of the same texts.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
@@ -77,7 +77,7 @@ def carry(
 
 
 def _fits(block: ValueBlock, task: str | None, teacher: str | None) -> bool:
-    names = (block.name, redact(block.name))
+    names = (block.name, PurePath(redact(block.name)).name)
     right_teacher = teacher is None or teacher in names or block.teacher.startswith(teacher)
     return right_teacher and task in (None, block.task)
 
@@ -89,7 +89,7 @@ def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Pa
     ids_K2 = read_key_block(source.key_path(block.keys))
     if len(ids_K2) != block.covers.num_keys:
         raise BadBlockError(f"{len(ids_K2)} ids for {block.covers.num_keys} keys")
-    block = replace(block, name=redact(block.name), runs=())
+    block = replace(block, name=PurePath(redact(block.name)).name, runs=())
     content = block.content_hash
     target = into.values / block.folder / (content + BLOCK_SUFFIX)
     if block.compacted:

@@ -71,7 +71,11 @@ def is_done(plan: Plan, unit: Unit) -> bool:
 
 
 def _all_taught(plan: Plan, task: str) -> bool:
-    return all(is_finished(student.folder) for student in plan.students(task))
+    """Whether all students of the task are finished: those of the plan, and those that another
+    command has begun in this folder."""
+    own = [student.folder for student in plan.students(task)]
+    begun = [run.parent for folder in own for run in folder.parent.parent.glob("*/seed-*/run.json")]
+    return all(is_finished(folder) for folder in {*own, *begun})
 
 
 def tidy(plan: Plan, unit: Unit) -> None:
@@ -94,7 +98,9 @@ def clear_lost(plan: Plan, unit: Unit) -> None:
     shutil.rmtree(unit.folder)
     for student in plan.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
-            shutil.rmtree(student.folder, ignore_errors=True)
+            with try_lock(lock_of(student)) as taken:  # another process may be at it
+                if taken:
+                    shutil.rmtree(student.folder, ignore_errors=True)
 
 
 def undo_others(plan: Plan, unit: Unit) -> list[Unit]:

@@ -108,7 +108,7 @@ def test_a_checkpoint_is_made_from_its_teachers_on_and_put_beside_the_published(
     for n in range(2):
         folder = output / "teachers" / f"teacher-{n}"
         made_with = yaml.safe_load((folder / "config.yaml").read_text())
-        assert (made_with["ensemble"], made_with["temperature"]) == ("none", 2.0)
+        assert (made_with["ensemble"], made_with["temperature"]) == ("none", 1.0)
         layers = read(folder / "model" / "config.json")["num_hidden_layers"]
         assert layers == SMALL_BERT["num_hidden_layers"]
     # again: nothing is trained, the figures are printed

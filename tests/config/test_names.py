@@ -4,6 +4,7 @@ import pytest
 
 from sead_dist.config.load import load_config
 from sead_dist.config.names import RENAMED, renamed, renamed_words
+from sead_dist.config.schema import dump_config
 from sead_dist.errors import UserError
 
 
@@ -53,3 +54,11 @@ def test_a_share_of_all_steps_is_not_read_as_one_step():
     config = load_config(["sst2", "output_dir=x", *renamed_words(("warmup=1",))])
     assert config.warmup(200) == 200
     assert load_config(["sst2", "output_dir=x", "warmup_steps=3"]).warmup(200) == 3
+
+
+def test_another_method_takes_the_place_of_a_runs_own_with_all_its_keys(tmp_path, caplog):
+    made = load_config(["sst2", "output_dir=x", "teachers=[a,b]"])
+    (tmp_path / "config.yaml").write_text(dump_config(made), encoding="utf-8")
+    other = load_config([str(tmp_path / "config.yaml"), "method=mean"])
+    assert (other.ensemble, other.temperature, other.alpha) == ("mean_logits", 2.0, 0.5)
+    assert "method=mean leaves out what a file says for sead: ensemble" in caplog.text

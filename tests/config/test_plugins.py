@@ -22,6 +22,7 @@ from sead_dist.config.plugins import load_plugins
 from sead_dist.config.registered import ADDED
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
+from sead_dist.runs.prediction import task_of
 from sead_dist.runtime.distributed import StopFlag
 
 PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
@@ -96,8 +97,8 @@ def test_one_file_adds_one_thing(task, tmp_path, plugin):
     plain = words(data, [model], tmp_path / "plain")
     run("distill", plain)
     same = model_bytes(tmp_path / "run") == model_bytes(tmp_path / "plain")
-    # one model is its own surest, but not by way of logits; a kind decides of answers, and its loss
-    assert not same
+    # one model is its own surest; a kind decides of answers, and its loss
+    assert same == (plugin == "surest")
     identity = read(tmp_path / "run" / "run.json")["identity"]["config"]
     assert f"plugin {plugin}.py" in identity
     assert (tmp_path / "run" / "plugins" / f"{plugin}.py").is_file()
@@ -279,3 +280,20 @@ def test_a_name_that_no_plugin_registers_is_refused_with_those_that_are_known(ta
     entry = f"teachers=[{{kind: llm, path: {model}}}]"
     with pytest.raises(UserError, match=r"teachers\.0\.kind='llm': input should be 'model'"):
         load_config([*given, entry])
+
+
+def test_code_in_a_folder_that_is_no_run_is_not_run(tmp_path):
+    folder = tmp_path / "downloaded"
+    (folder / "plugins").mkdir(parents=True)
+    (folder / "plugins" / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    task_of(str(folder), "sst2")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_plugin_that_is_not_the_one_that_ran_is_refused(tmp_path):
+    run = tmp_path / "run"
+    (run / "plugins").mkdir(parents=True)
+    (run / "plugins" / "x.py").write_text("raise SystemExit")
+    (run / "run.json").write_text('{"identity": {"config": {"plugin x.py": "0123456789abcdef"}}}')
+    with pytest.raises(UserError, match="is not the file that the run had; restore it"):
+        task_of(str(run), "sst2")

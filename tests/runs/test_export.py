@@ -104,7 +104,7 @@ def test_export_json_holds_what_the_run_scored_and_what_8_bits_change(exported, 
     quantised = alone(exported / "onnx", texts, "model_int8.onnx")
     off = small["largest_difference"]["validation"]
     # its activations are quantised by batch, and these batches are others
-    assert off == pytest.approx(np.abs(quantised - expected).max(), rel=0.9)
+    assert 0.2 < off / np.abs(quantised - expected).max() < 5
     assert full["largest_difference"]["validation"] < 1e-4 < off
     same = (quantised.argmax(1) == expected.argmax(1)).mean()
     assert small["agreement"]["validation"] == pytest.approx(same, abs=0.05)

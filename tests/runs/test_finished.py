@@ -36,7 +36,11 @@ def remove_model(root):
     shutil.rmtree(root / "run" / "model")
 
 
-@pytest.mark.parametrize("spoil", [remove_weights, remove_model])
+def empty_weights(root):
+    (root / "run" / "model" / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [remove_weights, remove_model, empty_weights])
 def test_a_finished_run_whose_model_is_gone_is_not_said_to_be_done(finished, tmp_path, spoil):
     with pytest.raises(UserError, match=r"finished, and its model is gone .* restore"):
         again(finished, tmp_path, spoil)
@@ -52,3 +56,13 @@ def test_a_finished_run_whose_teacher_has_other_weights_is_not_said_to_be_done(f
         again(finished, tmp_path / "other", lambda root: None)
     shutil.rmtree(root / "a")
     shutil.move(tmp_path / "a", root / "a")
+
+
+def test_states_that_were_to_be_kept_stay_when_the_command_is_given_without_the_key(tmp_path):
+    data, teacher = write_task(tmp_path / "data"), save_teacher(tmp_path / "a")
+    given = words(data, [teacher], tmp_path / "run", max_steps=2, save_steps=1)
+    distill(load_config([*given, "keep_training_state=true"]), ALONE, show_table=False)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert kept
+    distill(load_config(given), ALONE, show_table=False, console=False)
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept

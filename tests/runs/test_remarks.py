@@ -7,10 +7,10 @@ from small import ALONE, read, save_teacher, words, write_task
 
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
-from sead_dist.config.unread import unread_keys
 from sead_dist.errors import UserError
 from sead_dist.runs import distillation, inputs
 from sead_dist.runs.prediction import evaluate_model
+from sead_dist.runs.unread import unread_keys
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,7 @@ def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
 ):
     """Where scores decide who teaches, it has to know how all do on the selection split."""
     for module in ("pool_worker", "distillation"):  # these teachers know nothing
-        monkeypatch.setattr(f"sead_dist.runs.{module}.admit", lambda *_: None)
+        monkeypatch.setattr(f"sead_dist.runs.{module}.require_passed", lambda *_: None)
     _, (one, two, three) = task
     pooled = [f"{{path: {path}, placement: pool}}" for path in (one, three)]
     entries = f"teachers=[{pooled[0]}, {two}, {pooled[1]}]"
@@ -440,7 +440,7 @@ def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
     with pytest.raises(
         UserError, match="teacher_validation=fp32 asks teachers in fp32 in the student's"
     ):
-        distil(given_words(task, tmp_path, drift="on"))
+        distil(given_words(task, tmp_path, teacher_validation="fp32"))
 
 
 def test_a_worker_validates_teachers_as_the_student_does(tmp_path, task):

@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 
 from sead_dist.config.load import usual_values
+from sead_dist.config.registered import BUILT_IN
 from sead_dist.config.schema import RunConfig
+from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 
 OF_TEACHERS = (
     *("temperature", "alpha", "alpha_end", "loss", "teacher", "teacher_column"),
     *("feature_loss_weight", "feature_stage_ratio"),
-)
-# ensembles that weight teachers alike, or by what they say of a row
-WITHOUT_WEIGHTS = (
-    *("single", "mean_logits", "mean_probabilities", "score", "confidence", "entropy", "answers"),
-    *("random", "routed", "fitted"),
 )
 
 
@@ -28,7 +25,9 @@ def unread_keys(config: RunConfig) -> list[str]:
         if value != usual.get(key):
             lines.append(f"{key}={value} is not read: {why}")
     named = [entry.name or entry.path for entry in config.teachers if entry.weight != 1.0]
-    if named and config.ensemble in WITHOUT_WEIGHTS:
+    # a plugin's may read them
+    built_in = config.taught and config.ensemble in BUILT_IN["ensemble"]
+    if named and built_in and not isinstance(WEIGHTINGS[config.ensemble], Fixed):
         lines.append(
             f"the weight of teacher {named[0]} is not read: it is for ensemble=fixed, and this run "
             f"has ensemble={config.ensemble}"
@@ -47,13 +46,14 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, "no teacher is asked"
         return
     ensemble = f"this run has ensemble={config.ensemble}"
-    if config.ensemble != "single" and config.feature_loss is None:
+    weighting = WEIGHTINGS[config.ensemble]
+    if not isinstance(weighting, Single) and config.feature_loss is None:
         yield "teacher", f"it is for ensemble=single or a feature_loss, and {ensemble}"
-    if config.ensemble != "routed":
+    if not isinstance(weighting, Routed):
         yield "teacher_column", f"it is for ensemble=routed, and {ensemble}"
     if config.feature_loss is None:
         yield "feature_loss_weight", "there is no feature_loss"
     if config.feature_loss != "tinybert":
         yield "feature_stage_ratio", "it is for feature_loss=tinybert"
-    if config.loss == "mse" and config.ensemble in ("single", "mean_logits", "fixed", "score"):
-        yield "temperature", "loss=mse compares logits"
+    if config.loss in ("mse", "mse_centered") and weighting.of_logits:
+        yield "temperature", f"loss={config.loss} compares logits"
