@@ -52,6 +52,7 @@ def keys(grammar, teachers):
         "student": grammar / "shape.yaml",
         "learning_rate": 5e-3,
         "num_train_epochs": 1,
+        "augment": {"copies": None},
     }
 
 
