@@ -3,6 +3,7 @@
 From Python: `import sead_dist as sd`; docs/python.md. Nothing is imported before it is used.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,11 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
+    drawn = random.getstate()
+    try:
+        return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
+    finally:
+        random.setstate(drawn)  # a library draws numbers when it is imported
 
 
 def __dir__() -> list[str]:
