@@ -78,13 +78,16 @@ def surroundings():
 def run(grammar, frames, keys, own, tmp_path_factory):
     """A distillation of data frames, and what the process was like before and after it."""
     random.seed(1)
+    drawn = random.getstate()
+    distill = sd.distill  # libraries set variables of the environment when they are imported
+    assert random.getstate() == drawn
     torch.manual_seed(2)
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
     before = surroundings()
     output = tmp_path_factory.mktemp("python") / "run"
-    made = sd.distill(own, data=frames, output_dir=output, **keys)
+    made = distill(own, data=frames, output_dir=output, **keys)
     after = surroundings()
     torch.use_deterministic_algorithms(False)
     transformers_logging.set_verbosity_warning()
