@@ -97,7 +97,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "train_s": round(totals["train_s"], 3),
         "teacher_forwards": forwards + int(totals["live_rows"]),
         "store_hits": hits,
-        "internals": feature_record(parts, int(totals["live_rows"])),
+        "feature_loss": feature_record(parts, int(totals["live_rows"])),
         "numerics": parts.source.numerics_read() if parts.source is not None else [],
         "teachers_s": round(parts.source.spent_s if parts.source is not None else 0.0, 3),
         "teacher_wait_s": round(totals["wait_s"], 3),
@@ -131,7 +131,7 @@ def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
         return None
     return {
         "method": feature_loss.method,
-        "guide": parts.feature_teacher.name,
+        "teacher": parts.feature_teacher.name,
         "variant": feature_loss.variant,
         "until_step": feature_loss.until,
         "forwards": forwards,

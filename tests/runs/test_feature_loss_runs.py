@@ -88,7 +88,7 @@ def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp
     assert (root / last).read_bytes() == (whole / last).read_bytes()
     assert "projections.hidden.weight" in load_file(root / last)
     summaries = [read(place / "run" / "run_summary.json") for place in (whole, root)]
-    assert summaries[0]["internals"] == summaries[1]["internals"]
+    assert summaries[0]["feature_loss"] == summaries[1]["feature_loss"]
     losses = [[line["loss_inner"] for line in records(place / "run")] for place in (whole, root)]
     assert losses[0] == losses[1]
     assert all(losses[0][:7])
@@ -140,9 +140,9 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
     assert not notes["unexpected_keys"]
     assert not notes["missing_keys"]
     summary = read(output / "run_summary.json")
-    assert summary["internals"] == {
+    assert summary["feature_loss"] == {
         "method": method,
-        "guide": "b",
+        "teacher": "b",
         "variant": {
             "distilbert": "projected cosine; start: its own, the feature teacher's layers do not fit",
             "tinybert": "attention by head",
@@ -153,8 +153,8 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
     }
     needed = summary["teacher_forwards"] + summary["store_hits"]
     single = read(plain / "run_summary.json")
-    assert single["internals"] is None
-    live = summary["internals"]["forwards"]
+    assert single["feature_loss"] is None
+    live = summary["feature_loss"]["forwards"]
     assert needed - live == single["teacher_forwards"] + single["store_hits"]
     assert f"feature_loss={method} of b: " in (output / "log.txt").read_text()
 
@@ -168,12 +168,12 @@ def test_the_guide_is_the_best_teacher_of_the_selection_split_as_for_single(tmp_
         .split()[0]
         for output in (followed, plain)
     ]
-    record = read(followed / "run_summary.json")["internals"]
-    assert [record["guide"]] * 2 == said
+    record = read(followed / "run_summary.json")["feature_loss"]
+    assert [record["teacher"]] * 2 == said
     # the better of the two, whichever comes first
     data, teachers = task
     turned = run((data, teachers[::-1]), tmp_path / "turned", method="minilm", max_steps=1)
-    assert read(turned / "run_summary.json")["internals"]["guide"] == record["guide"]
+    assert read(turned / "run_summary.json")["feature_loss"]["teacher"] == record["teacher"]
 
 
 def write_pairs(folder: Path) -> Path:

@@ -139,8 +139,8 @@ def test_invariant_07_ranks_hold_equal_parameters_after_every_step_of_both_stage
     assert len(set(first)) == len(first) == 7
     summary = read(run / "run_summary.json")
     # seven steps, of which the first four (3.5) are the first stage, eight rows each
-    assert summary["internals"]["until_step"] == 4
-    assert summary["internals"]["forwards"] == 4 * 8
+    assert summary["feature_loss"]["until_step"] == 4
+    assert summary["feature_loss"]["forwards"] == 4 * 8
     assert summary["teacher_forwards"] + summary["store_hits"] == 80 + 4 * 8
 
 
