@@ -51,7 +51,7 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     taught = ["teachers=RUNS/teachers/*", "teacher_precision=bf16", "store=RUNS/store"]
     # one epoch: the unlabelled text is several times the labelled
     transfer = [*taught, "num_train_epochs=1", "unlabeled.path=DATA/sst2/train.tsv"]
-    ways = {"alone": [epochs], "taught": [*taught, epochs], "transfer": transfer}
+    ways = {"alone": [epochs, "method=finetune"], "taught": [*taught, epochs], "transfer": transfer}
     for seed in args.seeds:
         student = [*common, "student=MINILM", "student.layers=[1,3,5]", f"seed={seed}"]
         for way, words in ways.items():

@@ -46,6 +46,8 @@ def main() -> None:
     if args.smoke:
         with tempfile.TemporaryDirectory() as temporary:
             run_sweep(smoke_words(Path(temporary)), alone())
+            (report,) = Path(temporary).rglob("report.md")
+            print(report.read_text("utf-8"))
     elif args.student is None or args.work is None:
         sys.exit(parser.format_help())
     else:

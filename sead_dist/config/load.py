@@ -37,14 +37,14 @@ def config_folder() -> Path:
 
 def find_config(name: str) -> Path:
     """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     shipped = config_folder()
     inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
     for folder in ("", "tasks", "students"):
         for suffix in ("", ".yaml"):
             path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
-            if path.is_file():
+            if os.path.isfile(path):
                 return path
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
     near = nearest(Path(name).stem, known)
@@ -63,10 +63,10 @@ def read_method(method: str) -> dict[str, Any]:
     Raises UserError for an unknown name, and for keys that are none of a method's.
     """
     path = config_folder() / "methods" / f"{method}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = Path(method)
     known = shipped_methods()
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = nearest(method, known)
         meant = f"; did you mean {near!r}?" if near else ";"
         raise UserError(

@@ -53,7 +53,7 @@ def load_plugins(paths: Sequence[str]) -> None:
 
 def load_plugin(path: str) -> None:
     key = str(Path(path).absolute())
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"plugins: {path} does not exist; give the path of a Python file")
     with reading(Path(path), "give the path of a Python file", f"plugin {path}"):
         plugin = Plugin(key, Path(path).read_bytes())

@@ -3,6 +3,7 @@
 Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,7 +238,7 @@ def different(key: str, names: Sequence[str]) -> None:
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
     """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
     shipped = config_folder() / "tasks" / f"{given}.yaml"
-    first = read_yaml(shipped) if shipped.is_file() else {}
+    first = read_yaml(shipped) if os.path.isfile(shipped) else {}
     return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
 
 

@@ -1,4 +1,4 @@
-"""Each rival's loss put together for a student and a guide: layers, projections, start, stages."""
+"""Each feature loss put together for a student and a teacher: layers, projections, start, stages."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ WIDE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 def pair(method, feature_teacher=WIDE, total_steps=10, seed=0, **student):
-    """A student of two layers, its rival, and the feature teacher."""
+    """A student of two layers, its feature loss, and the feature teacher."""
     student = build_model(num_hidden_layers=2, **student)
     body = build_model(seed=1, **feature_teacher)
     given = config("teachers=[a]", f"method={method}", seed=seed)

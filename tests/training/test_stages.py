@@ -14,7 +14,7 @@ IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
 
 
 def built(kind="bert", **keys):
-    """A student, its rival and its engine, all of them from the run's own functions."""
+    """A student, its feature loss and its engine, all of them from the run's own functions."""
     given = config(
         "teachers=[a]", "method=tinybert", learning_rate=RATE, max_grad_norm=0,
         **{"warmup_steps": 0, "lr_scheduler_type": "constant", **keys},
