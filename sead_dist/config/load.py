@@ -252,11 +252,11 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
 
 
 def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
-    """A layer without what it says of another method than the one that is asked for: a run's own
-    config.yaml holds all the keys of its method."""
-    if layer.get("method") in (None, method) or not any(key in layer for key in METHOD_KEYS):
+    """A layer without what it says of another method than the one that is asked for, where it is a
+    run's own config.yaml, which holds all the keys of a method."""
+    if layer.get("method") in (None, method) or not all(key in layer for key in METHOD_KEYS):
         return layer
-    left = ", ".join(key for key in METHOD_KEYS if key in layer)
+    left = ", ".join(METHOD_KEYS)
     _log.warning("method=%s leaves out what a file says for %s: %s", method, layer["method"], left)
     return {key: value for key, value in layer.items() if key not in METHOD_KEYS}
 

@@ -84,6 +84,7 @@ def test_invariant_03_a_sharded_teachers_logits_are_the_unsharded_ones_bit_for_b
 def live_bytes() -> int:
     """Memory of all tensors that Python has made since `gc.freeze()`, each storage once."""
     held = {}
+    gc.collect()  # cycles that nothing holds go at a time of their own
     for thing in gc.get_objects():
         # not isinstance: torch has lazy attributes that would be imported by it
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
