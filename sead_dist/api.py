@@ -32,7 +32,8 @@ from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
-from sead_dist.objectives.weightings import WEIGHTINGS, known
+from sead_dist.objectives.row_weights import known
+from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, prediction
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (

@@ -16,7 +16,7 @@ seconds, often miss the rule altogether, and no teacher is worth following.)
 
 For each adjective the seed sets aside a few nouns, negators and degree words. Every clause of the
 dev split (`validation`) uses only words that were set aside for its adjective, and no clause of
-the training or transfer text does: dev asks for known words in pairs never seen.
+the training or unlabelled text does: dev asks for known words in pairs never seen.
 """
 
 import random
@@ -124,7 +124,7 @@ def grammar_tokenizer() -> BertTokenizer:
 
 
 def _divide_words(rng: random.Random) -> tuple[dict[str, Pools], dict[str, Pools]]:
-    """For each adjective, the words for training and transfer text, and those for dev."""
+    """For each adjective, the words for training and unlabelled text, and those for dev."""
     seen, unseen = {}, {}
     for adjective in ADJECTIVES[-1] + ADJECTIVES[1]:
         nouns = rng.sample(NOUNS, len(NOUNS))

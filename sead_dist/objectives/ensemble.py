@@ -14,12 +14,13 @@ from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets
+from sead_dist.objectives.row_weights import has_label
 from sead_dist.objectives.weightings import (
     WEIGHTINGS,
     Known,
+    Wanted,
     Weighting,
     check_weights,
-    has_label,
 )
 
 
@@ -36,7 +37,8 @@ class Ensemble:
 
     def asked(self, batches: BatchStream, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
-        return self.weighting.asked(batches, self.weights_N, self.seed, steps, entries_R)
+        wanted = Wanted(batches, self.seed, steps, entries_R)
+        return self.weighting.asked(self.weights_N, wanted)
 
     def soft_targets(
         self,

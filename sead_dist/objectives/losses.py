@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sead_dist.config.registered import claim_name
 from sead_dist.errors import UserError
-from sead_dist.objectives.weightings import known
+from sead_dist.objectives.row_weights import known
 
 
 @dataclass(frozen=True)

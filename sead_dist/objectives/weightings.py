@@ -16,6 +16,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.objectives.fitted import fit_probabilities, fit_scores
+from sead_dist.objectives.row_weights import answers, confidence, entropy, has_label
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,17 @@ class Known:
     scores: Sequence[float] = ()
     logits_NBC: np.ndarray | None = None
     labels_B: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Steps of a run, and those of their examples whose predictions are wanted: entries_R
+    ascending."""
+
+    batches: BatchStream
+    seed: int
+    steps: range
+    entries_R: np.ndarray
 
 
 class Weighting:
@@ -85,16 +97,9 @@ class Weighting:
         """weights_NB. labels_B: None where gold labels may not be looked at."""
         return weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
 
-    def asked(
-        self,
-        batches: BatchStream,
-        weights_N: torch.Tensor,
-        seed: int,
-        steps: range,
-        entries_R: np.ndarray,
-    ) -> np.ndarray | None:
+    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
-        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
+        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         asked_NR[weights_N.numpy() > 0] = True
         return None if asked_NR.all() else asked_NR
 
@@ -219,14 +224,7 @@ class Fitted(Weighting):
             weights_N = fit_probabilities(logits_NBC[:, rows_B], labels_B[rows_B])
         return torch.from_numpy(weights_N).float()
 
-    def asked(
-        self,
-        batches: BatchStream,
-        weights_N: torch.Tensor,
-        seed: int,
-        steps: range,
-        entries_R: np.ndarray,
-    ) -> np.ndarray | None:
+    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
         # a worker of the pool on another machine may find 0 where the student finds next to nothing
         return None
 
@@ -240,20 +238,13 @@ class Random(Weighting):
         chosen = chosen_teacher(seed, step, micro, len(weights_N))
         return torch.nn.functional.one_hot(torch.tensor(chosen), len(weights_N)).float()
 
-    def asked(
-        self,
-        batches: BatchStream,
-        weights_N: torch.Tensor,
-        seed: int,
-        steps: range,
-        entries_R: np.ndarray,
-    ) -> np.ndarray | None:
-        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
-        for step in steps:
-            for micro, rows_B in enumerate(batches.micro_batches(step)):
-                entries_B = batches.split.entry_B[rows_B]
-                chosen = chosen_teacher(seed, step, micro, len(weights_N))
-                asked_NR[chosen, np.searchsorted(entries_R, entries_B)] = True
+    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
+        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
+        for step in of.steps:
+            for micro, rows_B in enumerate(of.batches.micro_batches(step)):
+                entries_B = of.batches.split.entry_B[rows_B]
+                chosen = chosen_teacher(of.seed, step, micro, len(weights_N))
+                asked_NR[chosen, np.searchsorted(of.entries_R, entries_B)] = True
         return asked_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
@@ -288,20 +279,13 @@ class Routed(Weighting):
         assert routes_B is not None
         return torch.nn.functional.one_hot(routes_B, len(logits_NBC)).T.float()
 
-    def asked(
-        self,
-        batches: BatchStream,
-        weights_N: torch.Tensor,
-        seed: int,
-        steps: range,
-        entries_R: np.ndarray,
-    ) -> np.ndarray | None:
-        routes_B = batches.split.examples.routes_B
+    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
+        routes_B = of.batches.split.examples.routes_B
         assert routes_B is not None
-        asked_NR = np.zeros((len(weights_N), len(entries_R)), bool)
-        for step in steps:
-            rows_B = batches.rows(step)
-            at_B = np.searchsorted(entries_R, batches.split.entry_B[rows_B])
+        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
+        for step in of.steps:
+            rows_B = of.batches.rows(step)
+            at_B = np.searchsorted(of.entries_R, of.batches.split.entry_B[rows_B])
             asked_NR[routes_B[rows_B], at_B] = True
         return asked_NR
 
@@ -315,60 +299,6 @@ def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
     """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
     generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
     return int(torch.randint(teachers, (1,), generator=generator))
-
-
-def entropy(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over teachers of -entropy (the sure teacher counts more), in the manner of EBKD (Kwon
-    et al. 2020): weights_NB."""
-    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
-    entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
-    return torch.softmax(-entropy_NB, dim=0)
-
-
-def confidence(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """By the cross-entropy l with the gold label, scaled as CA-MKD does (Zhang et al. 2022, eq. 4:
-    (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal where there is none: weights_NB."""
-    if labels_B is None or len(logits_NBC) == 1:
-        return equal(logits_NBC)
-    loss_NB = errors(logits_NBC, labels_B)
-    weights_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (len(logits_NBC) - 1)
-    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
-
-
-def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """In proportion to the probability of the gold label; for scores exp(-e_n / mean_m e_m), e the
-    squared errors (our own); equal where there is none: weights_NB."""
-    if labels_B is None or len(logits_NBC) == 1:
-        return equal(logits_NBC)
-    weights_NB = torch.softmax(-errors(logits_NBC, labels_B), dim=0)
-    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
-
-
-def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
-    N, B, _ = logits_NBC.shape
-    return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
-
-
-def known(labels_B: torch.Tensor) -> torch.Tensor:
-    """known_B: False where a row has no gold label."""
-    return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
-
-
-def has_label(labels_B: np.ndarray) -> np.ndarray:
-    """has_B: the same of an array."""
-    return np.asarray(known(torch.from_numpy(labels_B)))
-
-
-def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
-    for scores the squared error over the teachers' mean one, so that the scale does not count."""
-    if labels_B.is_floating_point():
-        error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
-        return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)
-    N, B, _ = logits_NBC.shape
-    gold_NB1 = labels_B.clamp(min=0)[None, :, None].expand(N, B, 1)
-    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
-    return -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
 
 
 WEIGHTINGS: dict[str, Weighting] = {

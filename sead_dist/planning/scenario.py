@@ -66,7 +66,7 @@ class Estimate:
     refused: str | None
 
 
-def forecasts(setting: Setting) -> list[Estimate]:
+def estimates(setting: Setting) -> list[Estimate]:
     """The run under each placement, and under its own where that is a mixture."""
     count = len(setting.teachers)
     if not count:

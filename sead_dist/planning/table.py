@@ -12,7 +12,7 @@ from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.planning.memory import FULL, student_bytes
 from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
-from sead_dist.planning.scenario import Setting, forecasts
+from sead_dist.planning.scenario import Setting, estimates
 from sead_dist.planning.workload import Work, make_work
 from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.setup import quiet_libraries, read_inputs
@@ -87,7 +87,7 @@ def plan(
         rates = own_rates(config, task, world, student, teachers, work, fresh, began)
     if world.is_main:
         setting = Setting(config, teachers, student, work, rates, size, free, memory)
-        found = forecasts(setting)
+        found = estimates(setting)
         show(setting, task.name, found)
         if json_file is not None:
             write_json_for_person(json_file, as_json(setting, task.name, found))

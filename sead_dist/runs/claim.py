@@ -115,7 +115,7 @@ def check_model(run: Path) -> None:
         for path in weight_files(locate(str((run / "model").absolute()))):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="numpy"):
-                    pass  # its header is read
+                    continue  # a file that is cut off or empty cannot be opened
     except (UserError, SafetensorError, OSError) as error:
         raise UserError(
             f"output_dir={run} holds this run, finished, and its model is gone ({error}); restore "

@@ -45,8 +45,8 @@ class Awaited:
 
 
 class PoolClient:
-    """Waits for rows of teachers in the pool. `say` takes a line now and then; `heed` is told at
-    every look, and may raise StopRequestedError."""
+    """Waits for rows of teachers in the pool. `say` takes a line now and then; `progress_or_stop`
+    is told at every look, and may raise StopRequestedError."""
 
     def __init__(
         self,

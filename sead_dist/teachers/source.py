@@ -42,8 +42,9 @@ ROWS_PER_BLOCK = 4096
 class StoredSource:
     """Answers requests from the store and, where rows are missing, from the teachers.
 
-    Models are loaded when a row is first missing. `heed` is told after every batch how far it is,
-    and may raise StopRequestedError. `follower` waits for teachers whose placement is `pool`.
+    Models are loaded when a row is first missing. `progress_or_stop` is told after every batch how
+    far it is, and may raise StopRequestedError. `pool_client` waits for teachers whose placement is
+    `pool`.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
 
 
 def refuse_ignored(config: RunConfig) -> None:
-    """Raises UserError for settings of `accelerate launch` that a run would not heed."""
+    """Raises UserError for settings of `accelerate launch` that a run would ignore."""
     for name in FOREIGN:
         if _is_true(name):
             raise UserError(

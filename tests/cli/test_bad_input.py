@@ -428,7 +428,7 @@ def test_two_ranks_tell_a_mistake_once(cli, words, teacher, tmp_path):
 
 
 def spoilt(teachers, tmp_path):
-    """A teacher with NaN in the embedding of one word that the transfer text alone holds."""
+    """A teacher with NaN in the embedding of one word that the unlabelled text alone holds."""
     folder = shutil.copytree(teachers[0], tmp_path / "spoilt")
     weights = load_file(folder / "model.safetensors")
     (tmp_path / "zzz.tsv").write_text("sentence\nthe plot was zzz\n")

@@ -1,11 +1,10 @@
 """Names of what can be registered: those of the configuration are those of the code."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
-import sead_dist
+from source_text import comparisons
+
 from sead_dist.config.registered import BUILT_IN, NO_ENSEMBLE
 from sead_dist.data.kinds import KINDS
 from sead_dist.objectives.losses import HARD_LOSSES, SOFT_LOSSES
@@ -38,15 +37,4 @@ assert not {"torch", "transformers"} & set(sys.modules)
 
 
 def test_no_file_asks_for_the_name_of_an_ensemble():
-    package = Path(sead_dist.__file__).parent
-    asking = [
-        f"{path.relative_to(package)}:{node.lineno}"
-        for path in package.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Compare)
-        for side in (node.left, *node.comparators)
-        if isinstance(side, ast.Attribute) and side.attr == "ensemble"
-        for of in ast.walk(node)
-        if isinstance(of, ast.Constant) and of.value in BUILT_IN["ensemble"]
-    ]
-    assert asking == []
+    assert list(comparisons(BUILT_IN["ensemble"], attribute="ensemble")) == []

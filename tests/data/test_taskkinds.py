@@ -1,13 +1,12 @@
 """Every decision that depends on the kind of a task is that kind's own; a new kind registers."""
 
-import ast
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from source_text import comparisons
 
-import sead_dist
 from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS, Classification, register_task_kind
@@ -84,13 +83,5 @@ def test_every_kind_says_all_that_is_asked_of_it(name):
 
 
 def test_no_other_file_asks_for_the_name_of_a_kind():
-    package = Path(sead_dist.__file__).parent
-    asking = [
-        f"{path.relative_to(package)}:{node.lineno}"
-        for path in package.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Compare)
-        for of in ast.walk(node)
-        if isinstance(of, ast.Constant) and of.value in tuple(KINDS)
-    ]
+    asking = list(comparisons(tuple(KINDS)))
     assert asking == []

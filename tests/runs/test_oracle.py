@@ -173,7 +173,7 @@ def loss_by_hand(case, step, student, feature_teacher, said_NBC, labels_B, mask_
 
 
 def projections_by_hand(case):
-    """As the run's seed draws them, [guide's width, student's width]."""
+    """As the run's seed draws them, [teacher's width, student's width]."""
     names = {"distilbert": ["hidden"], "tinybert": ["embeddings", "hidden"]}.get(case, [])
     generator = torch.Generator().manual_seed(micro_batch_seed(SEED, -1, -1))
     drawn = {name: torch.empty(64, 32).normal_(0, 0.02, generator=generator) for name in names}

@@ -1,4 +1,4 @@
-"""Losses over a guide's layer outputs on several ranks: invariants 2 and 7, and DeepSpeed."""
+"""Losses over a feature teacher's layer outputs on several ranks: invariants 2 and 7, and DeepSpeed."""
 
 import hashlib
 from pathlib import Path
