@@ -110,6 +110,7 @@ def kill_when(root: Path, moment, pids, alive, timeout_s: float = 120.0) -> None
         everyone = pids()
         for pid in everyone:
             os.kill(pid, signal.SIGSTOP)
+        wait_until_stopped(everyone)
         try:
             still = moment(root)
         except FileNotFoundError:
@@ -119,6 +120,24 @@ def kill_when(root: Path, moment, pids, alive, timeout_s: float = 120.0) -> None
         if still:
             return
     pytest.fail(f"{moment.__name__} was never seen in {timeout_s} s")
+
+
+def wait_until_stopped(pids, timeout_s: float = 30.0) -> None:
+    """A thread that runs goes on for a moment after SIGSTOP: what it does then must be seen too."""
+    end = time.monotonic() + timeout_s
+    while not all(state in "TtZX" for pid in pids for state in thread_states(pid)):
+        assert time.monotonic() < end, "a process did not stop"
+        time.sleep(0.0005)
+
+
+def thread_states(pid: int) -> list[str]:
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            found.append(file.read_text().rpartition(")")[2].split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
 
 
 def students(run: Path) -> tuple[bytes, bytes]:
