@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticKnownError
 
@@ -31,6 +32,11 @@ Placement = Literal["auto", Placed]
 # what is counted from one to it would have no end
 MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
+# what the values of a file of predictions are; auto: what its columns say
+VALUE_KINDS = (
+    *("auto", "probabilities", "log_probabilities", "logits", "labels", "votes", "top_k"),
+    "scores",
+)
 
 
 def writable(text: str) -> bool:
@@ -49,6 +55,15 @@ def one_of(what: str, *more: str) -> BeforeValidator:
         return name
 
     return BeforeValidator(check)
+
+
+def kind_of_teacher(name: Any, info: ValidationInfo) -> Any:
+    """A registered kind; of a file of predictions, what its values are."""
+    is_file = info.data.get("predictions") is not None
+    allowed = [*VALUE_KINDS] if is_file else names("kind of teacher")
+    if name not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+    return name
 
 
 class Section(BaseModel):
@@ -121,22 +136,82 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
+    # keys that mean something to a model alone, and to a file of predictions alone
+    of_models: ClassVar[tuple[str, ...]] = (
+        *("revision", "offload", "dtype", "quantization", "max_length"),
+    )
+    of_files: ClassVar[tuple[str, ...]] = (
+        *("id", "column", "confidence", "annotator", "abstain", "unknown", "duplicates"),
+        "smoothing",
+    )
+
     path: str
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
-    kind: Annotated[str, one_of("kind of teacher")] = MODEL
+    predictions: str | None = None
+    kind: Annotated[str, BeforeValidator(kind_of_teacher)] = MODEL
     placement: Placed | None = None
     offload: bool = False
-    labels: Labels = None
+    labels: Labels | dict[str, str] = None
     revision: str | None = None
     dtype: Precision | None = None
     quantization: Literal["int8"] | None = None
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
+    calibrate: Literal["on", "off"] | None = None
+    id: str | None = None
+    column: str | None = None
+    confidence: str | None = None
+    annotator: str | None = None
+    abstain: list[str] = []
+    unknown: Literal["refuse", "skip"] = "refuse"
+    duplicates: Literal["refuse", "mean"] = "refuse"
+    smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def file_stands_for_path(cls, given: Any) -> Any:
+        """An entry with `predictions` is held by every rank, and its file is its path."""
+        if not isinstance(given, dict) or given.get("predictions") is None:
+            return given
+        if given.get("path") not in (None, given["predictions"]):
+            raise ValueError("path is a model's and predictions a file's; give one of the two")
+        told = {key: value for key, value in given.items() if value is not None}
+        if isinstance(told.get("labels"), dict):  # YAML reads 0 as a number
+            told["labels"] = {str(name): label for name, label in told["labels"].items()}
+        return {"kind": "auto", "placement": "colocated", **told, "path": given["predictions"]}
+
+    @model_validator(mode="after")
+    def keys_fit(self) -> "TeacherConfig":
+        """Each key means something to this teacher."""
+        is_file, fields = self.predictions is not None, type(self).model_fields
+        for key in self.of_models if is_file else self.of_files:
+            if getattr(self, key) != fields[key].default:
+                whose, is_one = ("model", "file of predictions")[:: 1 if is_file else -1]
+                raise ValueError(f"{key} is for a {whose}, and this is a {is_one}; leave {key} out")
+        if is_file and self.placement != "colocated":
+            raise ValueError(
+                f"a file of predictions has no placement {self.placement}: leave placement out"
+            )
+        if self.labels is not None and isinstance(self.labels, dict) != is_file:
+            form = "{NAME: LABEL}" if is_file else "a list of names, or task_order"
+            raise ValueError(f"give labels as {form}")
+        return self
 
     @property
     def is_model(self) -> bool:
-        """Whether it is a model that Transformers loads, not of a kind that a plugin registered."""
+        """Whether it is a model that Transformers loads, not of a kind that a plugin registered,
+        nor a file."""
         return self.kind == MODEL
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a temperature is fitted to its logits on the selection split."""
+        return (self.calibrate or ("off" if self.predictions is None else "on")) == "on"
+
+    @property
+    def class_names(self) -> Labels:
+        """Of a model, as its entry gives them."""
+        return None if isinstance(self.labels, dict) else self.labels
 
 
 class StoreConfig(Section):
@@ -233,6 +308,13 @@ class RunConfig(Section):
     hub_private_repo: Annotated[bool | None, Operational]
     card: CardConfig
 
+    @field_validator("encoders")
+    @classmethod
+    def encoders_are_models(cls, entries: list[TeacherConfig]) -> list[TeacherConfig]:
+        if any(entry.predictions is not None for entry in entries):
+            raise ValueError("a file of predictions cannot be fine-tuned; give models")
+        return entries
+
     @property
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
@@ -261,8 +343,16 @@ class RunConfig(Section):
 
     @property
     def uses_copies(self) -> bool:
-        """Whether copies of rows may be made: without teachers only under gold labels."""
+        """Whether copies of rows may be made: without teachers only under gold labels, and where
+        all are files, which have no answers for copies, only a number that is asked for."""
+        if self.augment.copies == "auto" and self.teachers and not self.asks_live:
+            return False
         return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
+
+    @property
+    def asks_live(self) -> bool:
+        """Whether a teacher can answer any text, which a file of predictions cannot."""
+        return any(entry.predictions is None for entry in self.teachers)
 
     @property
     def pooled(self) -> bool:
@@ -316,6 +406,8 @@ def teacher_names(entries: Sequence[TeacherConfig]) -> list[str]:
     for entry in entries:
         parts = [part for part in Path(entry.path).parts if part not in ("/", "model")]
         name = entry.name or (parts[-1] if parts else entry.path)
+        if entry.name is None and entry.predictions is not None:
+            name = name.partition(".")[0] or name
         twins = sum(1 for other in names if other == name or other.startswith(f"{name}#"))
         names.append(f"{name}#{twins + 1}" if twins else name)
     return names

@@ -17,6 +17,7 @@ from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets
 from sead_dist.objectives.row_weights import has_label
 from sead_dist.objectives.weightings import (
     WEIGHTINGS,
+    ByRow,
     Known,
     Wanted,
     Weighting,
@@ -27,13 +28,16 @@ from sead_dist.objectives.weightings import (
 @dataclass(frozen=True)
 class Ensemble:
     """The teachers of a run together: which of them a step needs, how much each counts, the soft
-    targets, and what they would answer to a new text. weights_N: frozen before step 1."""
+    targets, and what they would answer to a new text. weights_N: frozen before step 1, as are
+    calibration_N, the temperatures that each teacher's logits are divided by first (None: all 1).
+    """
 
     weighting: Weighting
     weights_N: torch.Tensor
     temperature: float
     has_classes: bool
     seed: int
+    calibration_N: torch.Tensor | None = None
 
     def asked(self, batches: BatchStream, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
@@ -50,6 +54,7 @@ class Ensemble:
     ) -> SoftTargets:
         """Of the micro-batch at this place of the run."""
         weights_N = self.weighting.at(self.weights_N, self.seed, step, micro)
+        teachers = TeacherLogits(self.calibrated(teachers.logits_NBC), teachers.present_NB)
         return combine(
             self.weighting, teachers, labels_B, weights_N, self.temperature, not self.has_classes,
             routes_B,
@@ -57,13 +62,27 @@ class Ensemble:
 
     def answer(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> SoftTargets:
         """What the ensemble would answer to new texts, at temperature 1. Gold labels are not looked
-        at."""
-        present_NB = torch.ones(logits_NBC.shape[:2], dtype=torch.bool)
+        at. logits_NBC: NaN where a teacher has no answer."""
+        present_NB = ~torch.isnan(logits_NBC).any(-1)
         weighting = self.weighting.scored_as(self.has_classes)
-        teachers = TeacherLogits(logits_NBC, present_NB)
+        teachers = TeacherLogits(self.calibrated(logits_NBC).nan_to_num(), present_NB)
         return combine(
             weighting, teachers, None, self.weights_N, 1.0, not self.has_classes, routes_B
         )
+
+    def complete(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> torch.Tensor:
+        """complete_B: where every teacher that counts has an answer (logits_NBC: NaN without)."""
+        present_NB = ~torch.isnan(logits_NBC).any(-1)
+        teachers = TeacherLogits(logits_NBC.nan_to_num(), torch.ones_like(present_NB))
+        weighting = self.weighting.scored_as(self.has_classes)
+        weights_NB = weighting.of_rows(self.weights_N, teachers.logits_NBC, None, routes_B)
+        return (present_NB | (weights_NB == 0)).all(0)
+
+    def calibrated(self, logits_NBC: torch.Tensor) -> torch.Tensor:
+        """Each teacher's logits by its own temperature."""
+        if self.calibration_N is None:
+            return logits_NBC
+        return logits_NBC / self.calibration_N.to(logits_NBC.device)[:, None, None]
 
     def agreement(
         self, student_BC: torch.Tensor, teachers: TeacherLogits, valid_B: torch.Tensor
@@ -140,7 +159,8 @@ def combine(
     regression: bool = False,
     routes_B: torch.Tensor | None = None,
 ) -> SoftTargets:
-    """The soft targets of a micro-batch. Teachers that were not asked for a row get no weight.
+    """The soft targets of a micro-batch. Teachers that do not answer a row get no weight there, and
+    the others share it out.
 
     labels_B: gold labels or scores, -1 or NaN where unlabelled; None where they may not be looked
     at (then weightings by gold labels weigh all teachers alike). routes_B: each row's teacher, for
@@ -149,7 +169,7 @@ def combine(
     if isinstance(weighting, str):
         weighting = WEIGHTINGS[weighting]
     logits_NBC = teachers.logits_NBC.float()
-    weights_NB = weighting.of_rows(weights_N, logits_NBC, labels_B, routes_B)
+    weights_NB = row_weights(weighting, teachers, labels_B, weights_N, routes_B)
     weights_NB = weights_NB * teachers.present_NB
     weights_NB = weights_NB / weights_NB.sum(0, keepdim=True).clamp(min=1e-12)
     if regression:
@@ -166,3 +186,27 @@ def combine(
     log_p_BC = torch.logsumexp(log_p_NBC + log_w_NB1, dim=0)
     log_p_BC = log_p_BC - torch.logsumexp(log_p_BC, -1, keepdim=True)
     return SoftTargets(log_p_BC.exp(), log_p_BC * temperature, weights_NB, temperature)
+
+
+def row_weights(
+    weighting: Weighting,
+    teachers: TeacherLogits,
+    labels_B: torch.Tensor | None,
+    weights_N: torch.Tensor,
+    routes_B: torch.Tensor | None,
+) -> torch.Tensor:
+    """weights_NB before those of absent answers are taken away. A weighting by what teachers say of
+    a row sees only those that answer it: rows that the same teachers answer go together."""
+    logits_NBC, present_NB = teachers.logits_NBC.float(), teachers.present_NB
+    if not isinstance(weighting, ByRow) or bool(present_NB.all()):
+        return weighting.of_rows(weights_N, logits_NBC, labels_B, routes_B)
+    weights_NB = torch.zeros_like(present_NB, dtype=torch.float32)
+    for pattern_N in torch.unique(present_NB, dim=1).T:
+        rows = torch.nonzero((present_NB == pattern_N[:, None]).all(0)).flatten()
+        asked = torch.nonzero(pattern_N).flatten()
+        if len(asked):
+            labels = None if labels_B is None else labels_B[rows]
+            part_NBC = logits_NBC[asked][:, rows]
+            found = weighting.of_rows(weights_N[asked], part_NBC, labels, routes_B)
+            weights_NB[asked[:, None], rows[None]] = found.float()
+    return weights_NB

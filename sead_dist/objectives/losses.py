@@ -18,7 +18,8 @@ from sead_dist.objectives.row_weights import known
 @dataclass(frozen=True)
 class SoftTargets:
     """targets_BC: probabilities at `temperature` (regression: scores); logits_BC: the combined
-    logits whose softmax at `temperature` the targets are; weights_NB sum to 1 over teachers."""
+    logits whose softmax at `temperature` the targets are; weights_NB sum to 1 over teachers, to 0
+    in a row that none answers."""
 
     targets_BC: torch.Tensor
     logits_BC: torch.Tensor
@@ -143,8 +144,9 @@ def total_loss(
     valid_rows: int,
     hard: str = "cross_entropy",
 ) -> LossTerms:
-    """Labelled rows: alpha * soft + (1 - alpha) * hard; unlabelled rows: soft alone; without
-    teachers: hard alone. Rows that are not valid count nothing. (Invariant 2.)
+    """Labelled rows: alpha * soft + (1 - alpha) * hard; unlabelled rows: soft alone; rows that no
+    teacher answers, and without teachers: hard alone. Rows that are not valid count nothing.
+    (Invariant 2.)
 
     loss, hard: names of the soft and the hard loss. valid_rows: valid rows of the global batch,
     over all micro-batches and ranks.
@@ -155,8 +157,10 @@ def total_loss(
         total = hard_B.sum() / valid_rows
         none = torch.zeros_like(total.detach())
         return LossTerms(total=total, soft=none, hard=total.detach(), inner=none)
-    soft_B = torch.where(valid_B, soft_loss(student_BC, soft, loss), zero_B)
+    answered_B = soft.weights_NB.sum(0) > 0
+    soft_B = torch.where(valid_B & answered_B, soft_loss(student_BC, soft, loss), zero_B)
     share_B = torch.where(known(labels_B), alpha, 1.0)
+    share_B = torch.where(answered_B, share_B, torch.zeros_like(share_B))
     total = (share_B * soft_B + (1 - share_B) * hard_B).sum() / valid_rows
     return LossTerms(
         total=total,

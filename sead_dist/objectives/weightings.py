@@ -5,6 +5,7 @@ Shapes: N teachers, B rows, C classes, R requested examples.
 Weights depend on the row alone, on its place in the run, or are frozen before step 1 (invariant 8).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,13 +24,14 @@ from sead_dist.objectives.row_weights import answers, confidence, entropy, has_l
 class Known:
     """What is known of the teachers before step 1. given: the `weight` of each entry; chosen: the
     number of the teacher that the configuration names; sizes: parameters. scores: on the selection
-    split, logits_NBC and labels_B: its rows (labels NaN or below 0: none); where the weighting asks
-    for them."""
+    split (None: not validated), logits_NBC and labels_B: its rows (logits NaN: no answer; labels
+    NaN or below 0: none); where the weighting asks for them. names: of the teachers."""
 
     given: Sequence[float]
     chosen: int | None = None
     sizes: Sequence[int] = ()
-    scores: Sequence[float] = ()
+    scores: Sequence[float | None] = ()
+    names: Sequence[str] = ()
     logits_NBC: np.ndarray | None = None
     labels_B: np.ndarray | None = None
 
@@ -172,8 +174,16 @@ class Single(Weighting):
         return config.teacher is None
 
     def frozen(self, known: Known) -> torch.Tensor:
-        chosen, scores = known.chosen, list(known.scores)
-        return torch.eye(len(known.given))[scores.index(max(scores)) if chosen is None else chosen]
+        chosen = known.chosen
+        if chosen is None:
+            scores = [-math.inf if score is None else score for score in known.scores]
+            if len(scores) > 1 and max(scores) == -math.inf:
+                raise UserError(
+                    "ensemble=single chooses the best by the selection split, and no teacher could "
+                    f"be validated on it; name one: teacher={known.names[0]}"
+                )
+            chosen = scores.index(max(scores))
+        return torch.eye(len(known.given))[chosen]
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
         count = len(known.given)
@@ -200,7 +210,13 @@ class Score(Weighting):
         return True
 
     def frozen(self, known: Known) -> torch.Tensor:
-        return torch.tensor([max(score, 0.0) for score in known.scores], dtype=torch.float32)
+        for name, score in zip(known.names, known.scores, strict=False):
+            if score is None:
+                raise UserError(
+                    f"ensemble=score goes by each teacher's score, and {name} answers too few rows "
+                    "of the selection split to have one; use ensemble=mean_probabilities, or fixed"
+                )
+        return torch.tensor([max(score or 0.0, 0.0) for score in known.scores]).float()
 
 
 class Fitted(Weighting):
@@ -217,7 +233,14 @@ class Fitted(Weighting):
         logits_NBC, labels_B = known.logits_NBC, known.labels_B
         assert logits_NBC is not None
         assert labels_B is not None
-        rows_B = np.flatnonzero(has_label(labels_B))
+        complete_B = ~np.isnan(logits_NBC).any(axis=(0, 2))
+        rows_B = np.flatnonzero(has_label(labels_B) & complete_B)
+        if not complete_B.all() and len(rows_B) < self.fewest_rows:
+            raise UserError(
+                f"ensemble=fitted needs {self.fewest_rows} labelled rows of the selection split "
+                f"that every teacher answers, and there are {len(rows_B)}; give files that answer "
+                "more of them, or use ensemble=mean_probabilities"
+            )
         if labels_B.dtype.kind == "f":
             weights_N = fit_scores(logits_NBC[:, rows_B, 0], labels_B[rows_B])
         else:

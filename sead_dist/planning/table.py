@@ -14,6 +14,7 @@ from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
 from sead_dist.planning.scenario import Setting, estimates
 from sead_dist.planning.workload import Work, make_work
+from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.console import parse_size
@@ -55,9 +56,10 @@ def plan(
     task, examples, tokenizer, student = on_every_rank(
         world, lambda: read_inputs(config, lambda _note: None)
     )
-    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    teachers = call_roster(config, task, world, tokenizer, examples) if config.taught else []
+    examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     for teacher in teachers:
-        if teacher.answers is not None:
+        if teacher.answers is not None and teacher.file is None:
             raise UserError(
                 f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
                 "told before; plan without it"
@@ -65,12 +67,14 @@ def plan(
     max_length = fitting_length(config.max_length, student.config)
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
-    teachers = held_everywhere(config, teachers)
+    roster = held_everywhere(config, teachers)
+    # a file of predictions costs nothing
+    teachers = [teacher for teacher in roster if teacher.file is None]
     folder = Path(config.store.path) if config.store.path else default_store()
 
     def count() -> Work:
         store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
-        return make_work(config, task.name, examples, tokenizer, max_length, teachers, store)
+        return make_work(config, task.name, examples, tokenizer, max_length, roster, store)
 
     work = from_main(world, count)
     own_bytes = student_bytes(student.config, config, size)

@@ -87,13 +87,14 @@ def make_work(
     examples: RunExamples,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    teachers: Sequence[Teacher],
+    roster: Sequence[Teacher],
     store: PredictionStore | None,
     done: int = 0,
 ) -> Work:
-    """The work of a run that has `done` steps behind it. What the store holds is no work; None: it
-    holds nothing. Of a run that asks for a part of the rows, the store is taken to hold those
-    first: it does where this run was cut off, and not where another one asked for other rows."""
+    """The work of a run that has `done` steps behind it, but of files of predictions, which do
+    none. What the store holds is no work; None: it holds nothing. Of a run that asks for a part of
+    the rows, the store is taken to hold those first: it does where this run was cut off, and not
+    where another one asked for other rows."""
     train = examples.train
     lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
     order_SG = epoch_order(len(train), config.seed, 0, config.global_batch_size)
@@ -103,7 +104,11 @@ def make_work(
     total = steps_of(config, examples)
     in_time = min(1.0, total / len(order_SG))
     passes = -(-total // len(order_SG))
-    shares_N = [share * in_time for share in asked_share(config, teachers, train, passes)]
+    asked_N = asked_share(config, roster, train, passes)
+    shares_N = [
+        share * in_time for share, one in zip(asked_N, roster, strict=True) if one.file is None
+    ]
+    teachers = [teacher for teacher in roster if teacher.file is None]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
     counted: dict[tuple[str, int, str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):

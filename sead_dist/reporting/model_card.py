@@ -306,6 +306,9 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         name = redact(validation["name"])
         if not validation.get("passed", True):
             yield f"Teacher {name} was no better than a constant answer."
+        if validation["score"] is None:
+            rows = validation["rows"]
+            yield f"Teacher {name} was not validated: it answers {rows} selection rows."
         if validation.get("better_order"):
             order = ", ".join(validation["better_order"])
             yield f"Teacher {name} would score better with its classes in the order {order}."

@@ -75,7 +75,8 @@ class RunFiles:
         if scores.get("ensemble"):
             rows.append(("ensemble", "ensemble", scores["ensemble"]))
         for teacher in scores.get("teachers") or ():
-            rows.append(("teacher", redact(teacher["name"]), teacher["metrics"]))
+            if teacher["metrics"]:  # a file of predictions may answer no row of a split
+                rows.append(("teacher", redact(teacher["name"]), teacher["metrics"]))
         return rows
 
 

@@ -86,6 +86,8 @@ def mask_token_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str 
     """The student's mask token where every teacher has the same; to others it would be a word."""
     mask: str | None = tokenizer.mask_token
     for entry in config.teachers if mask is not None else ():
+        if entry.predictions is not None:  # it reads no copy
+            continue
         if entry.kind != MODEL:  # it may read text in any way
             return None
         try:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from typing_extensions import NotRequired, TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import subset
 from sead_dist.data.order import Split
 from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
@@ -27,6 +29,7 @@ from sead_dist.objectives.ensemble import (
 )
 from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.calibration import calibrate, told_calibration
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
 from sead_dist.runs.learnable import (
@@ -245,35 +248,56 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
             write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
             require_passed(task, validations, teachers)
-    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits.selection)
+    selection = parts.splits.selection
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, selection)
     names = [teacher.name for teacher in teachers]
-    kept = from_main(
-        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
+    weights, calibration = from_main(
+        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
     )
-    ensemble = replace(ensemble, weights_N=torch.tensor(kept))
+    ensemble = replace(
+        ensemble,
+        weights_N=torch.tensor(weights),
+        calibration_N=None if calibration is None else torch.tensor(calibration),
+    )
+    for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
+        parts.log.say(line)
     if ensemble.weighting.one_teacher:
         chosen = teachers[int(ensemble.weights_N.argmax())]
         parts.log.say(f"the one teacher of this student: {chosen.name}")
     elif ensemble.weighting.has_frozen_weights:
-        weights = zip(names, kept, strict=True)
-        parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
+        told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
+        parts.log.say(f"weights: {', '.join(told_N)}")
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
 
 
-def kept_weights(run: Path, weights_N: torch.Tensor, names: Sequence[str]) -> list[float]:
-    """The weights that the run began with; at its first start these, which are kept."""
-    path = run / "ensemble.json"
+class Frozen(TypedDict):
+    """ensemble.json: what a run has fixed of its teachers before step 1."""
+
+    weights: list[float]
+    calibration: NotRequired[list[float] | None]
+
+
+def kept_weights(
+    run: Path, ensemble: Ensemble, names: Sequence[str]
+) -> tuple[list[float], list[float] | None]:
+    """The weights and temperatures of teachers that the run began with; at its first start the
+    ensemble's, which are kept."""
+    path, weights_N = run / "ensemble.json", ensemble.weights_N
     if not path.is_file():
-        write_json(path, {"teachers": list(names), "weights": weights_N.tolist()})
-    kept: list[float] = read_as(list[float], path, "weights")
-    if len(kept) != len(weights_N):
+        record: dict[str, object] = {"teachers": list(names), "weights": weights_N.tolist()}
+        if ensemble.calibration_N is not None:
+            record["calibration"] = ensemble.calibration_N.tolist()
+        write_json(path, record)
+    kept = read_as(Frozen, path)
+    weights, calibration = kept["weights"], kept.get("calibration")
+    if any(len(of) != len(weights_N) for of in (weights, calibration or weights)):
         raise UserError(
-            f"{path} holds {len(kept)} weights for {len(weights_N)} teachers; restore it or start "
-            "a new run"
+            f"{path} holds {len(weights)} weights for {len(weights_N)} teachers; restore it or "
+            "start a new run"
         )
-    return kept
+    return weights, calibration
 
 
 def say_learnable(
@@ -285,20 +309,26 @@ def say_learnable(
     """Say, and write down, whether the teachers together know more than a fine-tuned student."""
     selection, baseline = parts.splits.selection.examples, parts.config.baseline
 
+    routes = selection.routes_B
+    routes_B = None if routes is None else torch.from_numpy(routes)
+    all_NBC = torch.from_numpy(logits_NBC)
+    complete_B = ensemble.complete(all_NBC, routes_B).numpy()
+    scored = [validation for validation in validations if validation.score is not None]
+    if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
+        parts.log.say("whether there is anything to learn cannot be told from the selection split")
+        return
+
     def find() -> Learnable:
-        routes_B = selection.routes_B
-        answer = ensemble.answer(
-            torch.from_numpy(logits_NBC), None if routes_B is None else torch.from_numpy(routes_B)
-        )
+        answer = ensemble.answer(all_NBC, routes_B)
         finetuned_BC = None
         if baseline is not None:
-            finetuned_BC = baseline_logits(Path(baseline), parts.task, selection)
+            finetuned_BC = baseline_logits(Path(baseline), parts.task, selection)[complete_B]
         return weigh_up(
             parts.task,
-            selection,
-            [validation.score for validation in validations],
-            [validation.name for validation in validations],
-            answer.logits_BC.numpy(),
+            selection if complete_B.all() else subset(selection, complete_B),
+            [validation.score or 0.0 for validation in scored],
+            [validation.name for validation in scored],
+            answer.logits_BC.numpy()[complete_B],
             finetuned_BC,
         )
 
@@ -313,7 +343,8 @@ def say_learnable(
 
 def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.validates or asks_selection(config) or config.baseline is not None
+    calibrates = any(entry.calibrates for entry in config.teachers)
+    return config.validates or asks_selection(config) or calibrates or config.baseline is not None
 
 
 def weigh(
@@ -331,10 +362,18 @@ def weigh(
         given=[teacher.entry.weight for teacher in teachers],
         chosen=None if config.teacher is None else names.index(config.teacher),
         scores=[validation.score for validation in validations],
-        logits_NBC=logits_NBC,
+        names=names,
         labels_B=selection.examples.labels_B,
     )
-    return make_ensemble(config, task.task_kind, frozen_weights(config, known))
+    calibration_N = None
+    if logits_NBC is not None:
+        calibration_N = calibrate(config, task, logits_NBC, selection.examples.labels_B)
+        scaled_NBC = logits_NBC
+        if calibration_N is not None:
+            scaled_NBC = logits_NBC / calibration_N.numpy()[:, None, None]
+        known = replace(known, logits_NBC=scaled_NBC)
+    ensemble = make_ensemble(config, task.task_kind, frozen_weights(config, known))
+    return replace(ensemble, calibration_N=calibration_N)
 
 
 def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:

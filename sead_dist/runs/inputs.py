@@ -45,6 +45,8 @@ def check_inputs(config: RunConfig) -> None:
     for entry in (*config.teachers, *config.encoders):
         if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision)
+        if entry.predictions is not None and not Path(entry.predictions).exists():
+            raise UserError(f"predictions={entry.predictions} does not exist; give a file")
     # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
     if config.student.path is not None or config.student.tokenizer is not None:
         check_start(config.student, config.trust_remote_code)

@@ -22,6 +22,7 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.models.start import start_hash
 from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
@@ -88,8 +89,9 @@ def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
     task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
     max_length = fitting_length(config.max_length, model.config)
+    teachers = call_roster(config, task, world, tokenizer, examples)
+    examples = answered_examples(config, examples, teachers)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer)
     check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
@@ -188,7 +190,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
     validating = [
         chunk
         for chunk in chunks_of_split(splits.selection, count, rows)
-        if everyone or work.pooled_N[chunk.teacher]
+        if work.pooled_N[chunk.teacher] or (everyone and teachers[chunk.teacher].file is None)
     ]
     validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.automatic import learning_rate
-from sead_dist.data.examples import ExampleSet
+from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
 from sead_dist.errors import UserError
@@ -31,7 +31,7 @@ from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.validation import ask_all
+from sead_dist.teachers.validation import answered, ask_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
 from sead_dist.training.evaluation import EvalResult, evaluate
@@ -40,7 +40,9 @@ from sead_dist.training.evaluation import EvalResult, evaluate
 def score_split(
     parts: Parts, split: Split, ensemble: Ensemble | None, step: int
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
-    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
+    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC. A
+    teacher is scored on the rows that it answers ({}: none); the ensemble on those that all who
+    count answer (None: none, and probabilities only where these are all rows)."""
     result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
     never = {"the student": never_predicted(parts.task, split.examples, result.logits_BC)}
     scores: dict[str, Any] = {
@@ -51,18 +53,32 @@ def score_split(
     logits_NBC = ask_all(
         parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
     )
-    routes_B = split.examples.routes_B
-    answer = ensemble.answer(
-        torch.from_numpy(logits_NBC), None if routes_B is None else torch.from_numpy(routes_B)
-    )
-    scores["teachers"] = [
-        {"name": t.name, "metrics": compute_metrics(parts.task, logits_BC, split.examples)}
-        for t, logits_BC in zip(parts.teachers, logits_NBC, strict=True)
-    ]
-    for teacher, logits_BC in zip(parts.teachers, logits_NBC, strict=True):
-        never[f"teacher {teacher.name}"] = never_predicted(parts.task, split.examples, logits_BC)
-    scores["ensemble"] = compute_metrics(parts.task, answer.logits_BC.numpy(), split.examples)
-    return result, scores, answer.targets_BC.numpy()
+    routes = split.examples.routes_B
+    routes_B = None if routes is None else torch.from_numpy(routes)
+    all_NBC = torch.from_numpy(logits_NBC)
+    answer = ensemble.answer(all_NBC, routes_B)
+    for teacher, of_teacher_BC in zip(parts.teachers, logits_NBC, strict=True):
+        logits_BC, examples = answered(of_teacher_BC, split.examples)
+        found = compute_metrics(parts.task, logits_BC, examples) if len(examples) else {}
+        scores["teachers"].append({"name": teacher.name, "metrics": found})
+        if len(examples):
+            never[f"teacher {teacher.name}"] = never_predicted(parts.task, examples, logits_BC)
+        if len(examples) < len(split):
+            scores["teachers"][-1]["rows"] = len(examples)
+    complete_B = ensemble.complete(all_NBC, routes_B).numpy()
+    whole, rows = bool(complete_B.all()), int(complete_B.sum())
+    examples = split.examples if whole else subset(split.examples, complete_B)
+    if rows:
+        scores["ensemble"] = compute_metrics(
+            parts.task, answer.logits_BC.numpy()[complete_B], examples
+        )
+    if not whole:
+        scores["ensemble_rows"] = rows
+        parts.log.say(
+            f"{split.examples.split}: the ensemble is scored on {rows} of {len(split)} rows, "
+            "those that all of its teachers answer"
+        )
+    return result, scores, answer.targets_BC.numpy() if whole else None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -275,8 +291,8 @@ def closing_table(
     mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
 
-    def figures(found: Iterable[dict[str, float]]) -> list[float]:
-        return [of[metric] for of in found for metric in metrics]
+    def figures(found: Iterable[dict[str, float] | None]) -> list[float | None]:
+        return [(of or {}).get(metric) for of in found for metric in metrics]
 
     splits = list(scores.values())
     for index, teacher in enumerate(parts.teachers):

@@ -44,6 +44,7 @@ from sead_dist.objectives.feature_losses import (
     start_as_feature_teacher,
 )
 from sead_dist.reporting.hub import check_push
+from sead_dist.runs.answered import answered_examples, told_files
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
@@ -124,8 +125,9 @@ def build(
         world, lambda: read_inputs(config, notes.append)
     )
     max_length = fitting_length(config.max_length, model.config)
+    teachers = call_roster(config, task, world, tokenizer, examples) if config.taught else []
+    examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
     if teachers and config.baseline is not None:
         given = Path(config.baseline)
@@ -151,6 +153,7 @@ def build(
     for note in (
         *told_choices(config, task, examples, splits, model, world),
         *notes,
+        *told_files(examples, teachers),
         *told_cuts(examples, splits, config.max_length, max_length),
     ):
         log.say(note)

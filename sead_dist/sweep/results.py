@@ -202,7 +202,7 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
         if not WEIGHTINGS[best.config.ensemble].one_teacher:
             found.append(("ensemble", scores["ensemble"]))
         task = data.task.name
-        return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
+        return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found if of]
 
 
 def failures(plan: Plan) -> list[dict[str, Any]]:

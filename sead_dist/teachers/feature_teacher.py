@@ -63,8 +63,9 @@ def check_feature_teacher(
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
         if teacher.answers is not None:
+            what = "a file" if teacher.file is not None else f"of kind {teacher.entry.kind}"
             raise UserError(
-                f"teacher {teacher.name} is of kind {teacher.entry.kind}, and {asks} needs the "
+                f"teacher {teacher.name} is {what}, and {asks} needs the "
                 f"hidden states of a model; leave it out{other}"
             )
         placement = teacher.entry.placement or config.placement

@@ -68,7 +68,7 @@ def open_answers(entry: TeacherConfig, name: str, task: TaskSpec) -> tuple[Answe
             f"teacher {name}: its kind {entry.kind} has the fingerprint {fingerprint!r}; it must "
             "be a text, such as a hash of the files read"
         )
-    return answers, align_classes(task, entry.path, labels, entry.labels)
+    return answers, align_classes(task, entry.path, labels, entry.class_names)
 
 
 def fingerprint_of(entry: TeacherConfig, answers: Answers) -> str:

@@ -26,6 +26,7 @@ from sead_dist.runtime.distributed import StopRequestedError, World, gather_obje
 from sead_dist.store.store import PredictionStore
 from sead_dist.store.table import Table
 from sead_dist.teachers.base import Request
+from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import NotFiniteError, predict
 from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.kinds import answer_rows
@@ -73,6 +74,8 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[str, int, int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
+        # of files of predictions: where the answers to a split's examples are, place_U
+        self.places: dict[tuple[int, int], np.ndarray] = {}
         # seconds of this start in which requests were served: loading, forwards, waiting for others
         self.spent_s = 0.0
         threads = torch.get_num_threads()
@@ -97,6 +100,8 @@ class StoredSource:
         if name not in self.touched:
             self.touched[name] = np.zeros((len(self.teachers), len(split.ids_U2)), bool)
         self.touched[name][:, entries_R] |= True if asked_NR is None else asked_NR
+        # what a file says is neither computed nor kept
+        self.touched[name][[teacher.file is not None for teacher in self.teachers]] = False
 
     def counts(self) -> tuple[int, int]:
         """(pairs computed by all ranks and restarts of this run, pairs read instead).
@@ -124,7 +129,7 @@ class StoredSource:
 
     def _serve(self, request: Request) -> TeacherLogits:
         owner_NR = self.placement.owners(request)
-        asked_NR = np.ones_like(owner_NR, bool) if request.asked_NR is None else request.asked_NR
+        asked_NR = self._answered(request)
         own_NR = asked_NR & (owner_NR == self.world.rank)
         for n, together in enumerate(self.placement.together_N):
             if together:
@@ -143,6 +148,24 @@ class StoredSource:
         classes = self.teachers[0].key.classes
         logits_NRC = exchange(mine, owner_NR, asked_NR, classes, self.world)
         return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
+
+    def _answered(self, request: Request) -> np.ndarray:
+        """answered_NR: which teachers are asked for which examples and have an answer; the same on
+        every rank."""
+        shape = (len(self.teachers), len(request.entries_R))
+        answered_NR = np.ones(shape, bool) if request.asked_NR is None else request.asked_NR.copy()
+        for n, teacher in enumerate(self.teachers):
+            if teacher.file is not None:
+                answered_NR[n] &= self._places(n, request.split)[request.entries_R] >= 0
+        return answered_NR
+
+    def _places(self, n: int, split: Split) -> np.ndarray:
+        """place_U: where a file's answers to the examples of a split are; -1: there is none."""
+        key, file = (n, id(split)), self.teachers[n].file
+        assert file is not None
+        if key not in self.places:
+            self.places[key] = file.places(split.ids_U2)
+        return self.places[key]
 
     def _compute_together(self, n: int, request: Request, positions_M: np.ndarray) -> None:
         """Compute the rows of a split teacher that any rank misses: all ranks forward together,
@@ -223,6 +246,8 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         if len(entries_M) == 0:
             return np.zeros((0, len(order_C)), np.float32)
+        if teacher.file is not None:
+            return np.asarray(teacher.file.values_KC[self._places(n, request.split)[entries_M]])
         # one of the pool was waited for, and is never computed here
         if self.placement.is_alone(n):
             missing_K = self._missing(n, request, entries_M)
@@ -258,7 +283,7 @@ class StoredSource:
 
         limits = (teacher.cut, done)
         try:
-            if teacher.answers is not None:
+            if teacher.answers is not None and not isinstance(teacher.answers, FileAnswers):
                 classes = teacher.key.classes
                 answer_rows(teacher.answers, teacher.name, split.examples, classes, rows_M, done)
                 return keep(1)

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sead_dist.config.rules import INPUT_RULES
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
+from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import Padding, probed_padding, settle
@@ -49,6 +50,7 @@ from sead_dist.models.sequence_classifier import (
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
 from sead_dist.store.table import TeacherKey
+from sead_dist.teachers.file_teacher import FileAnswers, open_file
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
 from sead_dist.teachers.packing import NAME as PACKS
@@ -62,8 +64,8 @@ SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2l
 @dataclass(frozen=True)
 class Teacher:
     """order_C: own logits column of each task class. parameters: weights without word embeddings,
-    what a forward costs. cut: how its rows become batches. answers: of a registered kind, which is
-    no model: checkpoint, config and tokenizer mean nothing then."""
+    what a forward costs. cut: how its rows become batches. answers: of a registered kind or a file
+    of predictions, which is no model: checkpoint, config and tokenizer mean nothing then."""
 
     entry: TeacherConfig
     name: str
@@ -79,7 +81,12 @@ class Teacher:
     bytes: int
     key: TeacherKey
     cut: Cut
-    answers: Answers | None = None
+    answers: Answers | FileAnswers | None = None
+
+    @property
+    def file(self) -> FileAnswers | None:
+        """What it answers, where it is a file of predictions."""
+        return self.answers if isinstance(self.answers, FileAnswers) else None
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
@@ -91,7 +98,7 @@ class Teacher:
             "weights_sha256": self.weights_sha256,
             "fingerprint": self.key.fingerprint,
             "numerics": self.key.numerics,
-            "labels": self.labels() if self.entry.labels is None else self.entry.labels,
+            "labels": self.entry.class_names or self.labels(),
             "order": self.order_C,
             "weight": self.entry.weight,
             "parameters": self.parameters,
@@ -99,6 +106,8 @@ class Teacher:
             "dtype": self.dtype,
             "weights": self.entry.quantization,
             **({} if self.answers is None else {"kind": self.entry.kind}),
+            **({} if self.file is None else {"kind": "predictions"}),
+            **({"calibrate": "on"} if self.entry.calibrates else {}),
         }
 
     def labels(self) -> list[str]:
@@ -218,23 +227,25 @@ def call_roster(
     task: TaskSpec,
     world: World,
     student: PreTrainedTokenizerBase | None = None,
+    examples: RunExamples | None = None,
 ) -> list[Teacher]:
     """The teachers of a run, in the order given; those that read texts as the student does hold its
-    tokeniser. Raises UserError for the first that cannot teach.
+    tokeniser. examples: the run's, in which files of predictions look for their rows. Raises
+    UserError for the first that cannot teach.
 
     Every rank gets the same list.
     """
     checkpoints = on_every_rank(world, lambda: [checkpoint_of(entry) for entry in config.teachers])
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
-        world, lambda: _call(config, task, world.device, checkpoints, hashes, student)
+        world, lambda: _call(config, task, world.device, checkpoints, hashes, student, examples)
     )
     _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
     return teachers
 
 
 def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
-    """Where a teacher's model lies; None for a registered kind, which has none."""
+    """Where a teacher's model lies; None for what is no model."""
     return locate(entry.path, entry.revision) if entry.is_model else None
 
 
@@ -252,8 +263,18 @@ def registered_teacher(
                 f"kind is {entry.kind}; leave it out"
             )
     answers, order_C = open_answers(entry, name, task)
-    numerics = json.dumps({"shapes": entry.kind})
-    key = TeacherKey(fingerprint_of(entry, answers), numerics, entry.path, task.num_labels)
+    fingerprint = fingerprint_of(entry, answers)
+    return without_model(config, task, entry, name, student, answers, fingerprint, order_C)
+
+
+def without_model(
+    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
+    student: PreTrainedTokenizerBase, answers: Answers | FileAnswers, fingerprint: str,
+    order_C: list[int],
+) -> Teacher:  # fmt: skip
+    """A teacher that is no model, and answers in this way."""
+    numerics = json.dumps({"shapes": "predictions" if entry.predictions else entry.kind})
+    key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
     return Teacher(
         entry, name, Checkpoint(entry.path, Path(entry.path), None), PretrainedConfig(), student,
         tokenizer_hash(student), order_C, config.max_length, "fp32", "", 0, 0, key,
@@ -268,6 +289,7 @@ def _call(
     checkpoints: Sequence[Checkpoint | None],
     hashes: Sequence[str],
     student: PreTrainedTokenizerBase | None,
+    examples: RunExamples | None,
 ) -> list[Teacher]:
     entries = config.teachers
     checked: dict[tuple[str, str, str | None, str, int], Cut] = {}
@@ -280,7 +302,16 @@ def _call(
         if checkpoint is None:
             if student is None:
                 raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
-            teachers.append(registered_teacher(config, task, entry, name, student))
+            if entry.predictions is None:
+                teachers.append(registered_teacher(config, task, entry, name, student))
+                continue
+            if examples is None:
+                raise ValueError(f"teacher {name} is a file, and needs the run's rows")
+            file = open_file(entry, name, task, examples)
+            order_C = list(range(task.num_labels))
+            teachers.append(
+                without_model(config, task, entry, name, student, file, file.fingerprint, order_C)
+            )
             continue
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)
@@ -296,7 +327,7 @@ def _call(
         tokenizer, tokens, parts = alike[setting]
         # before the names of the classes: those of an encoder without a head mean nothing
         parameters, words = size_of(checkpoint, head_weights(parts))
-        order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
+        order_C = align_classes(task, entry.path, label_names(shape), entry.class_names)
         check_problem_type(task, entry.path, shape)
         max_length = fitting_length(entry.max_length or config.max_length, shape)
         dtype = entry.dtype or config.teacher_precision

@@ -10,6 +10,7 @@ from itertools import permutations
 
 import numpy as np
 
+from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.order import Split, tokenize
 from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
@@ -19,6 +20,8 @@ from sead_dist.teachers.teacher import Teacher
 
 # orders of classes tried: 4! = 24
 MOST_CLASSES_REORDERED = 4
+# of a file of predictions that answers fewer rows too little is known to validate it
+FEWEST_ROWS = 50
 # here the best constant answer is the state of the art, so a failure is only told
 LENIENT_TASKS = ("wnli",)
 
@@ -27,12 +30,13 @@ LENIENT_TASKS = ("wnli",)
 class Validation:
     """better_order: the labels in the order under which the teacher would score better, if any.
     off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
-    drift: against itself in fp32, where that was asked for and it is not in fp32.
+    drift: against itself in fp32, where that was asked for and it is not in fp32. rows: those that
+    it answers and was scored on; score: None where they are too few, so that it was not validated.
     """
 
     name: str
     metric: str
-    score: float
+    score: float | None
     constant_score: float
     passed: bool
     better_order: list[str] | None
@@ -40,17 +44,21 @@ class Validation:
     truncated_rows: int
     dev_texts_in_training: int
     drift: Drift | None = None
+    rows: int = 0
 
 
 def ask_all(
     source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str
 ) -> np.ndarray:
-    """Every teacher's task-order logits_NBC for every row of a split. All ranks call this."""
+    """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
+    answer. All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
     pieces = []
     for start in range(0, len(wanted), look_ahead):
         request = Request(split, wanted[start : start + look_ahead], None, what)
-        pieces.append(source.submit(request).result().logits_NBC.numpy())
+        found = source.submit(request).result()
+        absent_NB1 = ~found.present_NB[..., None]
+        pieces.append(found.logits_NBC.masked_fill(absent_NB1, float("nan")).numpy())
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
@@ -65,7 +73,7 @@ def best_teacher(
 
 
 def better_order(
-    task: TaskSpec, logits_BC: np.ndarray, split: Split, score: float
+    task: TaskSpec, logits_BC: np.ndarray, examples: ExampleSet, score: float
 ) -> list[str] | None:
     """The order of labels, in the model's own columns as aligned now, that would score best, when
     that is better than the present one."""
@@ -74,18 +82,20 @@ def better_order(
         return None
     best, found = score, None
     for order in permutations(range(classes)):
-        tried = compute_metrics(task, logits_BC[:, list(order)], split.examples)[task.metrics[0]]
+        tried = compute_metrics(task, logits_BC[:, list(order)], examples)[task.metrics[0]]
         if tried > best:
             best, found = tried, list(order)
     return None if found is None else [task.labels[found.index(c)] for c in range(classes)]
 
 
-def off_scale(task: TaskSpec, logits_BC: np.ndarray, split: Split) -> tuple[float, float] | None:
+def off_scale(
+    task: TaskSpec, logits_BC: np.ndarray, examples: ExampleSet
+) -> tuple[float, float] | None:
     """The range of a regression teacher's scores, where one constant score would be nearer to the
     gold ones: correlations do not see another scale, the student's squared error does."""
     if task.task_kind.has_classes:
         return None
-    scores_B, labels_B = logits_BC[:, 0].astype(float), split.examples.labels_B
+    scores_B, labels_B = logits_BC[:, 0].astype(float), examples.labels_B
     error = float(np.mean((scores_B - labels_B) ** 2))
     return (float(scores_B.min()), float(scores_B.max())) if error > labels_B.var() else None
 
@@ -97,14 +107,19 @@ def validate(
     split: Split,
     dev_texts_in_training: int,
 ) -> list[Validation]:
-    """Each teacher's score on the selection split beside the best constant answer's."""
+    """Each teacher's score on the selection split beside the best constant answer's, on the rows
+    that it answers (logits_NBC: NaN where it does not)."""
     metric = task.metrics[0]
-    constant = constant_score(task, split.examples)
     results = []
     truncated: dict[tuple[str, int], int] = {}
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
-        score = compute_metrics(task, logits_BC, split.examples)[metric]
-        range_ = off_scale(task, logits_BC, split)
+        logits_BC, examples = answered(logits_BC, split.examples)
+        if teacher.file is not None and len(examples) < FEWEST_ROWS:
+            results.append(not_validated(teacher, metric, len(examples), dev_texts_in_training))
+            continue
+        constant = constant_score(task, examples)
+        score = compute_metrics(task, logits_BC, examples)[metric]
+        range_ = off_scale(task, logits_BC, examples)
         key = (teacher.tokenizer_hash, teacher.max_length)
         if key not in truncated:
             table = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
@@ -116,18 +131,38 @@ def validate(
                 score=score,
                 constant_score=constant,
                 passed=score > constant and range_ is None,
-                better_order=better_order(task, logits_BC, split, score),
+                better_order=better_order(task, logits_BC, examples, score),
                 off_scale=range_,
                 truncated_rows=0 if teacher.answers is not None else truncated[key],
                 dev_texts_in_training=dev_texts_in_training,
+                rows=len(examples),
             )
         )
     return results
 
 
+def not_validated(teacher: Teacher, metric: str, rows: int, dev_texts: int) -> Validation:
+    return Validation(teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts, rows=rows)
+
+
+def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:
+    """Logits and rows of the examples that a teacher answers (NaN: it does not)."""
+    present_B = ~np.isnan(logits_BC).any(axis=1)
+    if present_B.all():
+        return logits_BC, examples
+    return logits_BC[present_B], subset(examples, present_B)
+
+
 def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
+    if validation.score is None:
+        return (
+            f"{validation.name} is not validated: it answers {validation.rows} of {rows} selection "
+            f"rows, and {FEWEST_ROWS} are needed"
+        )
     line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} "
     line += f"(constant {validation.constant_score:.4f})"
+    if validation.rows < rows:
+        line += f" on the {validation.rows} of {rows} selection rows that it answers"
     if validation.better_order is not None:
         line += f"; WARNING: it would score better with {_suggestion(validation, teacher)}"
     if validation.truncated_rows:
@@ -146,6 +181,10 @@ def _suggestion(validation: Validation, teacher: Teacher) -> str:
     own = [""] * len(teacher.order_C)
     for task_class, column in enumerate(teacher.order_C):
         own[column] = (validation.better_order or [])[task_class]
+    if teacher.file is not None:
+        pairs = zip(teacher.labels(), own, strict=True)
+        swapped = ", ".join(f"{name}: {label}" for name, label in pairs if name != label)
+        return f"{{predictions: {teacher.entry.path}, labels: {{{swapped}}}}}"
     return f"{{path: {teacher.entry.path}, labels: [{', '.join(own)}]}}"
 
 
@@ -154,7 +193,7 @@ def require_passed(
 ) -> None:
     """Stop the run for a teacher that failed. Raises UserError naming it and the fix."""
     for validation, teacher in zip(validations, teachers, strict=True):
-        if validation.passed or task.name in LENIENT_TASKS:
+        if validation.passed or validation.score is None or task.name in LENIENT_TASKS:
             continue
         if validation.off_scale is not None and task.score_range is not None:
             (low, high), (least, most) = validation.off_scale, task.score_range

@@ -133,4 +133,5 @@ def teacher_identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "order": list(manifest["order"]),
         "weight": manifest["weight"],
         "numerics": manifest["numerics"],
+        **{key: manifest[key] for key in ("calibrate",) if key in manifest},
     }

@@ -75,7 +75,7 @@ def test_the_better_order_of_three_classes():
     split = make_split(build_examples(task, rows, "selection"), grammar_tokenizer(), 32)
     # the model's column c speaks of class (c + 1) % 3
     logits_BC = np.eye(3, dtype=np.float32)[(gold - 1) % 3]
-    assert better_order(task, logits_BC, split, 0.0) == [
+    assert better_order(task, logits_BC, split.examples, 0.0) == [
         task.labels[1],
         task.labels[2],
         task.labels[0],

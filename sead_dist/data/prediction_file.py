@@ -1,0 +1,214 @@
+"""A file of predictions: the rows that it answers, found by id or by text, and what it says of
+them.
+
+Shapes: F rows of the file, K rows that are answered, C classes (in task order; 1 for scores).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sead_dist.config.schema import TeacherConfig
+from sead_dist.data.examples import ExampleSet
+from sead_dist.data.formats import read_items
+from sead_dist.data.loading import Rows, read_rows
+from sead_dist.data.prediction_forms import (
+    Answer,
+    Sheet,
+    check_mapping,
+    class_values,
+    counts,
+    kind_of_values,
+    log_of,
+    probabilities_of,
+    refuse_unknown,
+)
+from sead_dist.data.prediction_labels import labels, scores, top_labels, votes
+from sead_dist.data.tasks import TaskSpec
+from sead_dist.errors import UserError
+
+# what a row is found by: its id, or its texts
+Key = str | tuple[str, ...]
+ID_COLUMN = "id"
+# two answers to one row may differ by so much, as numbers written with few digits do
+SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """by_id: whether keys are ids, else texts. rows_K: the place of each in the file, from 1.
+    values_KC: float32 logits, or scores. notes: what a person should know of it."""
+
+    by_id: bool
+    keys: list[Key]
+    rows_K: list[int]
+    values_KC: np.ndarray
+    notes: list[str]
+
+
+def id_of(id_2: np.ndarray) -> str:
+    """An example's identity as files have it: 32 hex digits."""
+    high, low = np.ascontiguousarray(id_2, np.int64).view(np.uint64).tolist()
+    return f"{high:016x}{low:016x}"
+
+
+def same_text(text: str) -> str:
+    """The form in which texts are compared: Unicode's normal form C, without blanks around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def text_keys(examples: ExampleSet) -> Iterable[tuple[str, ...]]:
+    """The texts of each example, as a file's rows are found by them."""
+    known: dict[str, str] = {}  # passages repeat
+
+    def form(text: str) -> str:
+        if text not in known:
+            known[text] = same_text(text)
+        return known[text]
+
+    count = examples.choices
+    for first in range(0, len(examples.texts_a), count):
+        seconds = () if examples.texts_b is None else examples.texts_b[first : first + count]
+        yield (form(examples.texts_a[first]), *map(form, seconds))
+
+
+def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> PredictionFile:
+    """What the file of an entry says. Raises UserError, with file and row, for whatever is no
+    prediction for this task."""
+    path = Path(entry.path)
+    # a file of predictions has a header, and its quotation marks are what they are in other files
+    rows = read_rows(path, replace(task, name=path.name, columns=()))
+    if not rows:
+        raise UserError(f"teacher {name}: {path} has no rows; give a file that has some")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    by_id = found_by_id(entry, path, task, rows, columns)
+    keys = id_keys(path, rows, by_id) if by_id is not None else keys_by_text(path, task, rows)
+    others = [column for column in columns if column not in {by_id, *task.fields}]
+    sheet = Sheet(path, task, entry, rows, others, list(range(1, len(rows) + 1)))
+    answers, notes = read_values(sheet, keys)
+    return merged(entry, path, task, by_id is not None, answers, notes)
+
+
+def found_by_id(
+    entry: TeacherConfig, path: Path, task: TaskSpec, rows: Rows, columns: Sequence[str]
+) -> str | None:
+    """The column of ids that rows are found by; None where they are found by their texts."""
+    if entry.id is not None:
+        if entry.id not in columns:
+            raise UserError(
+                f"{path} has no column {entry.id!r} (id={entry.id}); its columns: "
+                f"{', '.join(columns)}"
+            )
+        return entry.id
+    renamed = {task.renames.get(column, column) for column in columns}
+    if task.reader == "plain" and set(task.fields) <= renamed:
+        return None
+    if ID_COLUMN in columns:
+        return ID_COLUMN
+    if task.reader != "plain":
+        return None
+    missing = next(field for field in task.fields if field not in renamed)
+    raise UserError(
+        f"{path} has neither a column {ID_COLUMN!r} nor the text column {missing!r}, so its rows "
+        f"cannot be found; its columns: {', '.join(columns)}; rename one, or name the column of "
+        "ids with id"
+    )
+
+
+def id_keys(path: Path, rows: Rows, column: str) -> list[Key]:
+    keys: list[Key] = []
+    for number, row in enumerate(rows, 1):
+        value = str(row.get(column)).strip().casefold()
+        if not re.fullmatch("[0-9a-f]{32}", value):
+            raise UserError(
+                f"{path} row {number}: column {column!r} holds {row.get(column)!r}, which is no id "
+                "as `sead-dist labels --rows` writes them (32 hex digits); give such ids, or the "
+                "text columns of the task"
+            )
+        keys.append(value)
+    return keys
+
+
+def keys_by_text(path: Path, task: TaskSpec, rows: Rows) -> list[Key]:
+    items = list(read_items(task, rows, str(path), labelled=False))
+    if len(items) != len(rows):
+        raise UserError(
+            f"{path}: a row of task {task.name} in this form stands for several examples; find "
+            "them by the ids of `sead-dist labels --rows`"
+        )
+    return [(same_text(item.texts_a[0]), *map(same_text, item.texts_b)) for item in items]
+
+
+def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[str]]:
+    """(what each row answers, notes for a person). Raises UserError for what is no answer."""
+    check_mapping(sheet)
+    kind = kind_of_values(sheet)
+    if kind == "votes":
+        answers = list(votes(sheet, keys))
+        notes = [f"{len(answers)} rows by votes, smoothed by {sheet.entry.smoothing:g} a class"]
+    else:
+        notes = []
+        read = {"scores": scores, "labels": labels, "top_k": top_labels}.get(kind)
+        found = read(sheet, notes) if read is not None else class_values(sheet, kind)
+        answers = [
+            (key, number, values_C)
+            for key, number, values_C in zip(keys, sheet.numbers, found, strict=True)
+            if values_C is not None
+        ]
+    refuse_unknown(sheet)
+    notes += [f"{count} answers withheld ({what!r})" for what, count in sheet.withheld.items()]
+    if sheet.unknown:
+        notes.append(f"labels that the task has not are passed over: {counts(sheet.unknown)}")
+    if not answers:
+        raise UserError(f"{sheet.path} answers no row: every answer is withheld or unknown")
+    return answers, notes
+
+
+def merged(
+    entry: TeacherConfig,
+    path: Path,
+    task: TaskSpec,
+    by_id: bool,
+    answers: Sequence[tuple[Key, int, np.ndarray]],
+    notes: list[str],
+) -> PredictionFile:
+    """One answer for each key. Raises UserError where two differ and are not averaged."""
+    of_key: dict[Key, list[tuple[int, np.ndarray]]] = {}
+    for key, row, values_C in answers:
+        of_key.setdefault(key, []).append((row, values_C))
+    classes = task.num_labels
+    values_KC = np.zeros((len(of_key), classes), np.float32)
+    averaged = 0
+    for place, (key, found) in enumerate(of_key.items()):
+        values_KC[place] = found[0][1]
+        other = next((row for row, of in found[1:] if not same(found[0][1], of)), None)
+        if other is None:
+            continue
+        if entry.duplicates == "refuse":
+            what = key if isinstance(key, str) else key[0]
+            raise UserError(
+                f"{path}: rows {found[0][0]} and {other} answer {what[:60]!r} differently; remove "
+                "one, or give duplicates: mean, or annotator: COLUMN where they are votes"
+            )
+        averaged += 1
+        values_KC[place] = mean_of(task, [values_C for _, values_C in found])
+    if averaged:
+        notes.append(f"{averaged} rows are the mean of several answers")
+    rows_K = [found[0][0] for found in of_key.values()]
+    return PredictionFile(by_id, list(of_key), rows_K, values_KC, notes)
+
+
+def same(one_C: np.ndarray, other_C: np.ndarray) -> bool:
+    return bool(np.allclose(one_C, other_C, rtol=SAME, atol=SAME))
+
+
+def mean_of(task: TaskSpec, values: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of probabilities as logits, or of scores; whatever order they came in."""
+    rows_MC = np.array(sorted(one_C.tolist() for one_C in values), np.float64)
+    if not task.task_kind.has_classes:
+        return np.asarray(rows_MC.mean(axis=0), np.float32)
+    return log_of(probabilities_of(rows_MC).mean(axis=0))

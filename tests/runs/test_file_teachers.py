@@ -1,0 +1,343 @@
+"""Runs whose teachers are files of predictions."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ranks import run_ranks
+from small import (
+    ALONE,
+    grammar_task,
+    model_bytes,
+    read,
+    relabel,
+    run_distill,
+    save_teacher,
+    student_shape,
+    words,
+    write_task,
+)
+
+from sead_dist.cli.grammar import LABELS
+from sead_dist.config.load import load_config
+from sead_dist.data.examples import identities
+from sead_dist.data.splits import load_examples
+from sead_dist.errors import UserError
+from sead_dist.planning.table import plan
+from sead_dist.runs.distillation import distill
+from sead_dist.runs.pool_worker import teach
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.store.store import PredictionStore
+from sead_dist.store.table import TeacherKey
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A task of 54 training rows and two teachers, the first right nearly always."""
+    root = tmp_path_factory.mktemp("files")
+    teachers = [save_teacher(root / "a"), save_teacher(root / "b", seed=1)]
+    data = write_task(root / "data")
+    relabel(data, teachers[0], flip=0.1)
+    student_shape(data)
+    return data, teachers
+
+
+@pytest.fixture(scope="module")
+def live(task, tmp_path_factory):
+    """A run of both teachers, and what they say of every text of it."""
+    output = tmp_path_factory.mktemp("live") / "run"
+    run = run_of(task, output, task[1], ensemble="mean_logits")
+    texts = texts_of(task[0])
+    return run, texts, [said_by(run, teacher.name, texts) for teacher in task[1]]
+
+
+def run_of(task, output, teachers, **changes):
+    keys = {"max_steps": 7, **changes}
+    return distill(load_config(words(task[0], teachers, output, **keys)), ALONE)
+
+
+def texts_of(data, *splits):
+    given = load_config(words(data, [], data / "unused"))
+    examples = load_examples(given, grammar_task(data), lambda _line: None)
+    parts = {"train": examples.train, "selection": examples.selection, **examples.official}
+    chosen = [part for name, part in parts.items() if not splits or name in splits]
+    return list(dict.fromkeys(text for part in chosen for text in part.texts_a))
+
+
+def said_by(run, name, texts):
+    """The logits that the store keeps of a teacher, in the order of the task's classes."""
+    of = {one["name"]: one for one in read(run / "teacher_manifest.json")}[name]
+    key = TeacherKey(of["fingerprint"], of["numerics"], name, 2)
+    ids_B2 = identities([((text,), ()) for text in texts])
+    order = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
+    store = PredictionStore(run.parent / "store", print)
+    table = store.table(key, ids_B2[order], "grammar", "any", "test")
+    logits_BC, present_B = table.lookup(np.arange(len(texts)))
+    assert present_B.all()
+    return logits_BC[np.argsort(order)][:, of["order"]]
+
+
+def parquet(path, texts, logits, order=None):
+    order = list(range(len(texts)) if order is None else order)
+    columns = {name: np.float32(logits[order, place]) for place, name in enumerate(LABELS)}
+    pq.write_table(pa.table({"sentence": [texts[at] for at in order], **columns}), path)
+    return path
+
+
+def entry(path, more="kind: logits, calibrate: off"):
+    return f"{{predictions: {path}, {more}}}"
+
+
+def log_of(run):
+    return (run / "log.txt").read_text()
+
+
+def test_float32_logits_of_a_file_give_the_student_of_the_teacher_bit_for_bit(task, live, tmp_path):
+    run, texts, said = live
+    one, two = (
+        parquet(tmp_path / f"{name}.parquet", texts, of)
+        for name, of in zip("ab", said, strict=True)
+    )
+    files = run_of(task, tmp_path / "files", [entry(one), entry(two)], ensemble="mean_logits")
+    assert model_bytes(files) == model_bytes(run)
+    assert read(files / "scores.json")["splits"] == read(run / "scores.json")["splits"]
+    assert read(files / "run_summary.json")["teacher_forwards"] == 0
+    beside = run_of(
+        task, tmp_path / "beside", [task[1][0], entry(two)], store=run.parent / "store",
+        ensemble="mean_logits",
+    )  # fmt: skip
+    assert model_bytes(beside) == model_bytes(run)
+
+
+def test_neither_the_order_of_rows_nor_the_form_of_the_file_changes_anything(task, live, tmp_path):
+    _, texts, (said, _) = live
+    first = parquet(tmp_path / "a.parquet", texts, said)
+    run = run_of(task, tmp_path / "run", [entry(first)])
+    order = np.random.default_rng(0).permutation(len(texts)).tolist()
+    other = run_of(
+        task, tmp_path / "other", [entry(parquet(tmp_path / "b.parquet", texts, said, order))]
+    )
+    assert model_bytes(other) == model_bytes(run)
+    lines = tmp_path / "c.jsonl"
+    lines.write_text(
+        "".join(
+            json.dumps(
+                {"sentence": f" {texts[at]} "} | dict(zip(LABELS, said[at].tolist(), strict=True))
+            )
+            + "\n"
+            for at in order
+        )
+    )
+    stopped = tmp_path / "stopped"
+    stop = StopFlag()
+    stop.signal = 15
+    given = words(task[0], [entry(first)], stopped, max_steps=7)
+    distill(load_config(given), ALONE, stop=stop)
+    assert not (stopped / "model").exists()
+    # another form of the same answers resumes the run
+    distill(load_config(words(task[0], [entry(lines)], stopped, max_steps=7)), ALONE)
+    assert model_bytes(stopped) == model_bytes(run)
+
+
+def test_a_resume_with_other_answers_is_refused(task, live, tmp_path):
+    _, texts, (said, other) = live
+    stop = StopFlag()
+    stop.signal = 15
+    file = parquet(tmp_path / "a.parquet", texts, said)
+    given = words(task[0], [entry(file)], tmp_path / "run", max_steps=7)
+    distill(load_config(given), ALONE, stop=stop)
+    parquet(file, texts, other)
+    with pytest.raises(UserError, match="fingerprint of teacher 1 was"):
+        distill(load_config(given), ALONE)
+
+
+@pytest.mark.parametrize(
+    "ensemble",
+    ["single", "mean_logits", "mean_probabilities", "fixed", "confidence", "entropy", "answers",
+     "random"],
+)  # fmt: skip
+def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path, ensemble):
+    """And a run that was stopped comes to the same student, on two ranks too (world size 2 gives
+    the gradients of one)."""
+    _, texts, (_, said) = live
+    file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
+    keys = {"ensemble": ensemble, "store": live[0].parent / "store"}
+    if ensemble == "single":
+        keys["teacher"] = "half"
+    teachers = [task[1][0], entry(file)]
+    run = run_of(task, tmp_path / "run", teachers, **keys)
+    stop = StopFlag()
+    stop.signal = 15
+    given = words(task[0], teachers, tmp_path / "again", max_steps=7, save_steps=1, **keys)
+    distill(load_config(given), ALONE, stop=stop)
+    distill(load_config(given), ALONE)
+    assert model_bytes(tmp_path / "again") == model_bytes(run)
+    assert "half.parquet answers 2" in log_of(run)
+    assert "it lacks train row" in log_of(run)
+
+
+def test_two_ranks_learn_what_one_learns(task, live, tmp_path):
+    _, texts, (_, said) = live
+    file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
+    keys = {"max_steps": 3, "store": live[0].parent / "store"}
+    teachers = [task[1][0], entry(file)]
+    one = run_of(task, tmp_path / "one", teachers, **keys)
+    given = words(task[0], teachers, tmp_path / "two", **keys)
+    run_ranks(2, tmp_path / "ranks", run_distill, given)
+    scores = [read(run / "scores.json")["splits"] for run in (one, tmp_path / "two")]
+    assert scores[0]["validation"]["ensemble"] == scores[1]["validation"]["ensemble"]
+    losses = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        for run in (one, tmp_path / "two")
+    ]
+    assert losses[0].get("loss") == pytest.approx(losses[1].get("loss"), rel=1e-4)
+
+
+def test_a_file_stands_beside_teachers_of_the_pool(task, live, tmp_path):
+    _, texts, (_, said) = live
+    file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
+    teachers = [task[1][0], entry(file)]
+    here = run_of(task, tmp_path / "here", teachers)
+    keys = {"max_steps": 7, "placement": "pool", "store": tmp_path / "pool"}
+    given = words(task[0], teachers, tmp_path / "run", **keys)
+    teach(load_config(given), "1/1", ALONE)
+    distill(load_config(given), ALONE)
+    assert model_bytes(tmp_path / "run") == model_bytes(here)
+    placed = [one["placement"] for one in read(tmp_path / "run" / "teacher_manifest.json")]
+    assert placed == ["pool", "colocated"]
+
+
+def test_plan_counts_no_work_for_a_file(task, live, tmp_path):
+    _, texts, (_, said) = live
+    file = parquet(tmp_path / "half.parquet", texts, said)
+    forwards = []
+    for teachers in ([task[1][0], entry(file)], [task[1][0]], [entry(file)]):
+        given = words(task[0], teachers, tmp_path / "run", store=tmp_path / "empty")
+        plan(load_config(given), ALONE, None, None, None, False, tmp_path / "plan.json")
+        forwards.append(read(tmp_path / "plan.json")["teacher_forwards"])
+    assert forwards[0] == forwards[1] > 0
+    assert forwards[2] == 0
+
+
+def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path):
+    """With files alone there are no automatic copies; labelled rows without answers stay."""
+    data = task[0]
+    texts = texts_of(data)
+    lines = (data / "transfer.tsv").read_text().splitlines()[1:]
+    file = tmp_path / "gpt.csv"
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["sentence", "label"])
+        writer.writerows([text, LABELS[0]] for text in [*texts[:30], *lines[:5]])
+    run = run_of(
+        task, tmp_path / "run", [entry(file, "calibrate: off")], augment__copies="auto",
+        unlabeled__path=data / "transfer.tsv",
+    )  # fmt: skip
+    log, summary = log_of(run), read(run / "run_summary.json")
+    assert "left out: 15 unlabelled rows that no file of predictions answers" in log
+    assert (summary["train_rows"], summary["transfer_rows"], summary["copy_rows"]) == (59, 5, 0)
+    assert "labels alone, each as one vote smoothed by 0.1 a class" in log
+    assert read(run / "scores.json")["splits"]["validation"]["ensemble"] is None
+    assert read(run / "scores.json")["splits"]["validation"]["teachers"] == [
+        {"name": "gpt", "metrics": {}, "rows": 0}
+    ]
+    card = (run / "model" / "README.md").read_text()
+    assert "ensemble" in card
+
+
+def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
+    task, tmp_path_factory
+):
+    root = tmp_path_factory.mktemp("large")
+    teacher = save_teacher(root / "a")
+    data = write_task(root / "data", rows=200, dev=20)
+    relabel(data, teacher)
+    gold = dict(
+        line.split("\t")
+        for name in ("train", "validation")
+        for line in (data / f"{name}.tsv").read_text().splitlines()[1:]
+    )
+    selection = texts_of_half(data)
+    file = root / "gpt.jsonl"
+
+    def write(texts, wrong=False):
+        swap = dict(zip(LABELS, LABELS[::-1], strict=True))
+        rows = [{"sentence": t, "label": swap[gold[t]] if wrong else gold[t]} for t in texts]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    keys = {"teacher_validation": "on", "selection__fraction": 0.5, "max_steps": 2}
+    write([*list(gold)[:20], *selection[:49]])
+    run = run_of((data, None), root / "few", [teacher, entry(file, "calibrate: off")], **keys)
+    assert "gpt is not validated: it answers" in log_of(run)
+    assert "Teacher gpt was not validated" in (run / "model" / "README.md").read_text()
+    write(selection[:60])
+    run = run_of((data, None), root / "more", [teacher, entry(file, "calibrate: off")], **keys)
+    assert "validated gpt: accuracy 1.0000" in log_of(run)
+    assert f"on the 60 of {len(selection)} selection rows that it answers" in log_of(run)
+    assert "validation: the ensemble is scored on 0 of 20 rows" in log_of(run)
+    write(selection[:60], wrong=True)
+    failed = r"teacher gpt failed its validation.*\{predictions: .*labels: \{"
+    with pytest.raises(UserError, match=failed):
+        run_of((data, None), root / "wrong", [teacher, entry(file, "calibrate: off")], **keys)
+    write(selection[:10])
+    with pytest.raises(UserError, match="ensemble=score goes by each teacher's score, and gpt"):
+        run_of(
+            (data, None),
+            root / "score",
+            [teacher, entry(file, "name: gpt")],
+            ensemble="score",
+            **keys,
+        )
+
+
+def texts_of_half(data):
+    given = load_config(words(data, [], data / "unused", selection__fraction=0.5))
+    return load_examples(given, grammar_task(data), lambda _line: None).selection.texts_a
+
+
+def test_a_file_that_is_too_sure_is_calibrated_on_the_selection_split(tmp_path_factory):
+    root = tmp_path_factory.mktemp("calibrated")
+    data = write_task(root / "data", rows=420, dev=20)
+    gold = dict(line.split("\t") for line in (data / "train.tsv").read_text().splitlines()[1:])
+    swap = dict(zip(LABELS, LABELS[::-1], strict=True))
+    random = np.random.default_rng(0)
+    rows = []
+    for text, label in gold.items():
+        said = label if random.random() < 0.8 else swap[label]
+        rows.append({"sentence": text, "label": said, "confidence": 0.999})
+    file = root / "gpt.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"selection__fraction": 0.5, "max_steps": 2, "ensemble": "mean_logits"}
+    run = run_of((data, None), root / "run", [entry(file, "name: gpt")], **keys)
+    (temperature,) = read(run / "ensemble.json")["calibration"]
+    said = {row["sentence"]: row["label"] for row in rows}
+    right = np.mean([said[text] == gold[text] for text in texts_of_half(data)])
+    # .999 is a margin of log 999, and that is what it should be
+    assert temperature == pytest.approx(np.log(999) / np.log(right / (1 - right)), rel=1e-3)
+    assert f"gpt is calibrated by the temperature {temperature:.3f}" in log_of(run)
+    off = run_of((data, None), root / "off", [entry(file, "calibrate: off")], **keys)
+    assert "calibration" not in read(off / "ensemble.json")
+    assert model_bytes(off) != model_bytes(run)
+    stop = StopFlag()
+    stop.signal = 15
+    given = words(data, [entry(file, "name: gpt")], root / "again", save_steps=1, **keys)
+    distill(load_config(given), ALONE, stop=stop)
+    distill(load_config(given), ALONE)
+    assert model_bytes(root / "again") == model_bytes(run)
+    few = run_of(
+        (data, None), root / "few", [save_teacher(root / "a"), entry(file, "name: gpt")],
+        **{**keys, "selection__fraction": 0.2},
+    )  # fmt: skip
+    assert "and 200 are needed; beside others a mean of probabilities" in log_of(few)
+
+
+def test_a_file_is_no_feature_teacher(task, live, tmp_path):
+    _, texts, (said, _) = live
+    file = parquet(tmp_path / "a.parquet", texts, said)
+    with pytest.raises(UserError, match="teacher a is a file, and feature_loss=distilbert needs"):
+        run_of(task, tmp_path / "run", [entry(file)], feature_loss="distilbert")
+    with pytest.raises(UserError, match=r"data file .*none.csv does not exist"):
+        run_of(task, tmp_path / "run", [entry(tmp_path / "none.csv")])
