@@ -50,6 +50,14 @@ def add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--show", type=positive, default=20, metavar="N", help="rows to print")
 
 
+def add_labels(command: argparse.ArgumentParser) -> None:
+    add_words(command)
+    what = command.add_mutually_exclusive_group(required=True)
+    kinds = ".jsonl .parquet .csv .tsv"
+    what.add_argument("--rows", metavar="FILE", help=f"the rows to be answered: {kinds}")
+    what.add_argument("--output", metavar="FILE", help=f"what teachers say of them: {kinds}")
+
+
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument("--data", help="folder of the task's files; default: the run's own")

@@ -140,6 +140,21 @@ def data(args: argparse.Namespace) -> None:
     leave_world(world)
 
 
+def labels(args: argparse.Namespace) -> None:
+    from sead_dist.config.load import load_config
+
+    config = load_config(args.words)
+    with importing():
+        from sead_dist.runs.labels import write_labels, write_rows
+        from sead_dist.runtime.distributed import join_world, leave_world
+
+    if args.rows is not None:
+        return write_rows(config, Path(args.rows))
+    world = join_world()
+    write_labels(config, Path(args.output), world)
+    leave_world(world)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.runs.prediction import evaluate_model
@@ -279,6 +294,7 @@ def parser() -> argparse.ArgumentParser:
         (keys, arguments.add_keys, "every key with its default and what it does, searched by NAME"),
         (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
         (data, arguments.add_data, "what goes into a run: rows by kind, and some of them"),
+        (labels, arguments.add_labels, "a run's rows to be answered, or what its teachers say"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),

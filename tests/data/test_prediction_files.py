@@ -1,0 +1,248 @@
+"""Files of predictions: the forms they have, and what is refused of them."""
+
+import json
+import math
+import unicodedata
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small import TASK, config, example_set
+
+from sead_dist.config.schema import TeacherConfig
+from sead_dist.data.prediction_file import id_of, read_prediction_file, text_keys
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+
+MNLI = load_task("mnli")
+STSB = load_task("stsb")
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(path, task=TASK, **keys):
+    entry = TeacherConfig.model_validate({"predictions": str(path), **keys})
+    return read_prediction_file(entry, "gpt", task)
+
+
+def p_of(file):
+    """The probabilities that the values stand for, by text or id."""
+    e = np.exp(file.values_KC.astype(np.float64))
+    p = (e / e.sum(axis=1, keepdims=True)).round(4).tolist()
+    return {
+        key if isinstance(key, str) else key[0]: row for key, row in zip(file.keys, p, strict=True)
+    }
+
+
+CSV = {
+    "a column for each class": ("sentence,negative,positive\na,.2,.8\nb,.9,.1\n", {}),
+    "names as predictions have them": ("sentence,probability_positive,probability_negative\na,.8,.2\nb,.1,.9\n", {}),
+    "capitals and blanks": ("sentence, Positive ,NEGATIVE\na,.8,.2\nb,.1,.9\n", {}),
+    "another column beside": ("note,sentence,negative,positive\nx,a,.2,.8\ny,b,.9,.1\n", {}),
+    "sums that are rounded": ("sentence,negative,positive\na,.202,.808\nb,.909,.101\n", {}),
+    "log-probabilities": (
+        f"sentence,negative,positive\na,{math.log(0.2)},{math.log(0.8)}\nb,{math.log(0.9)},{math.log(0.1)}\n", {},
+    ),
+    "logits": (f"sentence,negative,positive\na,0,{math.log(4)}\nb,{math.log(9) + 3},3\n", {"kind": "logits"}),
+    "names that are mapped": ("sentence,bad,good\na,.2,.8\nb,.9,.1\n", {"labels": {"bad": "negative", "Good": "positive"}}),
+    "labels with a confidence": ("sentence,label,confidence\na,positive,.8\nb,negative,.9\n", {}),
+    "columns of other names": (
+        "sentence,said,sure\na,positive,.8\nb,negative,.9\n", {"column": "said", "confidence": "sure"},
+    ),
+    "predictions before gold labels": (
+        "sentence,label,prediction,confidence\na,negative,positive,.8\nb,positive,negative,.9\n", {},
+    ),
+    "a missing answer": ("sentence,label,confidence\na,positive,.8\nb,negative,.9\nc,Unsure,.5\nd,,.5\n", {"abstain": ["unsure", ""]}),
+    "an unknown label that is skipped": (
+        "sentence,label,confidence\na,positive,.8\nb,negative,.9\nc,neutral,.5\n", {"unknown": "skip"},
+    ),
+    "the most probable labels": (
+        'sentence,label\na,"{""positive"": 0.8}"\nb,"[[""negative"", 0.9]]"\n', {"kind": "top_k"},
+    ),
+    "the most probable labels by logarithms": (
+        f'sentence,label\na,"[{{""token"": ""positive"", ""logprob"": {math.log(0.8)}}}]"\n'
+        f'b,"{{""negative"": {math.log(0.9)}}}"\n', {"kind": "top_k"},
+    ),
+    "rows that are twice there and agree": ("sentence,negative,positive\na,.2,.8\nb,.9,.1\na,.2,.8\n", {}),
+    "rows that are averaged": ("sentence,negative,positive\na,.1,.9\nb,.9,.1\na,.3,.7\n", {"duplicates": "mean"}),
+    "votes": (
+        "sentence,annotator,label\n" + "".join(f"a,{n},positive\n" for n in range(8)) + "a,8,negative\na,9,negative\n"
+        + "".join(f"b,{n},negative\n" for n in range(9)) + "b,9,positive\n", {"smoothing": 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CSV)
+def test_every_form_says_the_same(form, tmp_path):
+    text, keys = CSV[form]
+    file = read(write(tmp_path / "gpt.csv", text), **keys)
+    assert p_of(file) == {"a": [0.2, 0.8], "b": [0.9, 0.1]}
+    tabs = write(tmp_path / "gpt.tsv", text.replace(",", "\t")) if '"' not in text else None
+    if tabs is not None:
+        assert np.array_equal(read(tabs, **keys).values_KC, file.values_KC)
+
+
+def test_a_label_alone_is_one_vote(tmp_path):
+    file = read(write(tmp_path / "gpt.csv", "sentence,label\na,positive\n"))
+    assert p_of(file) == {"a": [round(0.1 / 1.2, 4), round(1.1 / 1.2, 4)]}
+    sample = "sentence,sample,label\na,1,positive\na,2,positive\na,3,negative\n"
+    file = read(write(tmp_path / "votes.csv", sample), smoothing=0.5)
+    assert p_of(file) == {"a": [round(1.5 / 4, 4), round(2.5 / 4, 4)]}
+    assert file.notes == ["1 rows by votes, smoothed by 0.5 a class"]
+
+
+def test_the_rest_of_a_confidence_and_of_a_list_is_shared_out(tmp_path):
+    rows = "premise,hypothesis,label,confidence\np,h,neutral,.6\n"
+    file = read(write(tmp_path / "gpt.csv", rows), MNLI)
+    assert file.keys == [("p", "h")]
+    assert p_of(file) == {"p": [0.2, 0.6, 0.2]}
+    lines = json.dumps(
+        {"premise": "p", "hypothesis": "h", "answer": {"neutral": 0.6, "entailment": 0.3}}
+    )
+    file = read(write(tmp_path / "gpt.jsonl", lines + "\n"), MNLI, kind="top_k")
+    assert p_of(file) == {"p": [0.3, 0.6, 0.1]}
+    assert file.notes == ["top_k: on average 0.1000 of the probability is missing, and shared out"]
+
+
+def test_scores_are_read_as_they_are(tmp_path):
+    rows = "sentence1,sentence2,score\na,b,3.5\nc,d,\n"
+    file = read(write(tmp_path / "gpt.csv", rows), STSB, abstain=[""])
+    assert file.values_KC.tolist() == [[3.5]]
+    twice = "sentence1,sentence2,score\na,b,3\na,b,4\n"
+    file = read(write(tmp_path / "gpt.csv", twice), STSB, duplicates="mean")
+    assert file.values_KC.tolist() == [[3.5]]
+
+
+def test_float32_logits_of_a_parquet_file_keep_their_bits(tmp_path):
+    values = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    texts = [f"text {n}" for n in range(50)]
+    columns = {"sentence": texts, "negative": values[:, 0], "positive": values[:, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "gpt.parquet")
+    assert np.array_equal(read(tmp_path / "gpt.parquet", kind="logits").values_KC, values)
+
+
+def test_rows_are_found_by_text_in_normal_form_c_and_stripped_and_by_id(tmp_path):
+    text = "caf\u00e9 noir"
+    examples = example_set([f" {text}\n"])
+    (key,) = text_keys(examples)
+    file = read(
+        write(
+            tmp_path / "a.csv", f"sentence,label\n{unicodedata.normalize('NFD', text)} ,positive\n"
+        )
+    )
+    assert file.keys == [key]
+    id_ = id_of(examples.ids_B2[0])
+    file = read(write(tmp_path / "b.csv", f"id,label\n{id_.upper()},positive\n"))
+    assert (file.by_id, file.keys) == (True, [id_])
+    file = read(write(tmp_path / "c.csv", f"key,sentence,label\n{id_},x,positive\n"), id="key")
+    assert file.keys == [id_]
+
+
+def test_unknown_labels_are_told_at_once_with_their_counts(tmp_path):
+    rows = "sentence,label\n" + "".join(
+        f"{n},{'neutral' if n % 3 else 'mixed'}\n" for n in range(9)
+    )
+    with pytest.raises(
+        UserError, match="'neutral' 6, 'mixed' 3; its labels: negative, positive; map"
+    ):
+        read(write(tmp_path / "gpt.csv", rows))
+
+
+HEAD = "sentence,negative,positive\n"
+BAD = {
+    "no rows": (HEAD, {}, "gpt.csv has no rows; give a file that has some"),
+    "no such column of ids": (HEAD + "a,.2,.8\n", {"id": "key"}, "has no column 'key' \\(id=key\\)"),
+    "neither id nor text": ("text,label\na,positive\n", {}, "neither a column 'id' nor the text column 'sentence'"),
+    "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is no id"),
+    "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none of positive"),
+    "two columns of a class": ("sentence,negative,positive,p_positive\na,.2,.8,.8\n", {}, "both are of the label 'positive'"),
+    "no answers at all": ("sentence,note\na,x\n", {}, "has no answers: expected a column for each class"),
+    "NaN": (HEAD + "a,.2,.8\nb,nan,.1\n", {}, "row 2: column 'negative' holds 'nan'; expected a number"),
+    "a blank": (HEAD + "a,.2,\n", {}, "row 1: column 'positive' holds ''; expected a number"),
+    "a word": (HEAD + "a,low,.8\n", {}, "row 1: column 'negative' holds 'low'; expected a number"),
+    "infinity": (HEAD + "a,inf,.8\n", {"kind": "logits"}, "column 'negative' holds 'inf'"),
+    "minus infinity as a logit": (HEAD + "a,-inf,.8\n", {"kind": "logits"}, "column 'negative' holds '-inf'"),
+    "a sum that is not 1": (HEAD + "a,.2,.8\nb,.5,.9\n", {}, "row 2: its probabilities sum to 1.4; expected 1 within"),
+    "logits without a word": (HEAD + "a,-2,3\n", {}, "row 1: -2, 3 are no probabilities.*kind: logits"),
+    "a probability above 1": (HEAD + "a,-.2,1.2\n", {"kind": "probabilities"}, "row 1: -0.2, 1.2 are no probabilities"),
+    "logarithms above 0": (HEAD + "a,.2,.8\n", {"kind": "log_probabilities"}, "are no log-probabilities.*after exp"),
+    "logarithms of no probabilities": (HEAD + "a,-1,-1\n", {}, "row 1: its probabilities sum to 0.7358"),
+    "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
+    "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 answer 'a' differently; remove one"),
+    "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small has not: 'maybe' 1"),
+    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "answers no row: every answer is withheld or unknown"),
+    "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "answers no row"),
+    "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small has not: '' 1"),
+    "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is no label of task small"),
+    "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),
+    "a confidence that is NaN": ("sentence,label,confidence\na,positive,nan\n", {}, "column 'confidence' holds 'nan'"),
+    "no such confidence": ("sentence,label\na,positive\n", {"confidence": "sure"}, "has no column 'sure' \\(confidence=sure\\)"),
+    "no such answers": ("sentence,label\na,positive\n", {"column": "said"}, "has no column 'said' \\(column=said\\)"),
+    "no such annotators": ("sentence,label\na,positive\n", {"annotator": "who"}, "has no column 'who' \\(annotator=who\\)"),
+    "two votes of one": ("sentence,annotator,label\na,x,positive\na,x,negative\n", {}, "rows 1 and 2 are two votes of annotator x"),
+    "a list without a word": ('sentence,label\na,"{""positive"": 0.9}"\n', {}, "row 1: column 'label' holds.*kind: top_k"),
+    "a list that is none": ("sentence,label\na,positive\n", {"kind": "top_k"}, "row 1: column 'label' holds 'positive'; expected labels with their"),
+    "a list that sums to more": ('sentence,label\na,"{""positive"": 0.9, ""negative"": 0.3}"\n', {"kind": "top_k"}, "sum to 1.2; expected at most 1"),
+    "scores for classes": ("sentence,score\na,1\n", {"kind": "scores"}, "kind: scores is for tasks of scores"),
+    "two columns of one name": ("sentence,label,label\na,positive,positive\n", {}, "has the column 'label' twice"),
+    "a short line": (HEAD + "a,.2\n", {}, "gpt.csv:2: 2 fields where 3 are expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_in_one_line(case, tmp_path):
+    text, keys, message = BAD[case]
+    with pytest.raises(UserError, match=message) as told:
+        read(write(tmp_path / "gpt.csv", text), **keys)
+    assert "\n" not in str(told.value)
+    assert "gpt.csv" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_", "message"),
+    [
+        ("gpt.parquet", b"no parquet", "is not a whole .parquet file"),
+        ("gpt.jsonl", b"{\n", "not JSON"),
+        ("gpt.csv", b"\xff\xfe", "is not UTF-8"),
+        ("gpt.txt", b"a", "unknown kind '.txt'"),
+        ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; it must be text"),
+        ("gpt.jsonl", b'{"sentence": "a", "label": null}\n', "row 1: column 'label' holds no label \\(None\\)"),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_file_of_predictions_are_told(name, bytes_, message, tmp_path):
+    (tmp_path / name).write_bytes(bytes_)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_what_is_no_score_is_refused(tmp_path):
+    head = "sentence1,sentence2,score\n"
+    with pytest.raises(UserError, match="row 1: column 'score' holds 'high'; expected a number"):
+        read(write(tmp_path / "gpt.csv", head + "a,b,high\n"), STSB)
+    with pytest.raises(UserError, match="kind: logits is for classes, and task stsb has scores"):
+        read(write(tmp_path / "gpt.csv", head + "a,b,1\n"), STSB, kind="logits")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{predictions: a.csv, dtype: bf16}", "dtype is for a model, and this is a file of"),
+        ("{predictions: a.csv, offload: true}", "offload is for a model"),
+        ("{predictions: a.csv, placement: pool}", "a file of predictions has no placement pool"),
+        ("{predictions: a.csv, path: b}", "path is a model's and predictions a file's"),
+        ("{predictions: a.csv, labels: [a, b]}", "give labels as {NAME: LABEL}"),
+        ("{predictions: a.csv, kind: model}", "should be 'auto', 'probabilities'"),
+        ("{predictions: a.csv, unknown: keep}", "should be 'refuse' or 'skip'"),
+        ("{predictions: a.csv, smoothing: -1}", "greater than or equal to 0"),
+        ("{path: a, abstain: [x]}", "abstain is for a file of predictions, and this is a model"),
+        ("{path: a, labels: {a: b}}", "give labels as a list of names, or task_order"),
+        ("{path: a, kind: logits}", "should be 'model'"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_before_the_file_is_read(entry, message):
+    with pytest.raises(UserError, match=message):
+        config(f"teachers=[{entry}]")
