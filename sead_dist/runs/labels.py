@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sead_dist.config.schema import AugmentConfig, RunConfig
+from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
@@ -69,8 +69,8 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     if world.size > 1:
         raise UserError("labels runs in one process; start it without a launcher")
     quiet_libraries(world)
-    plain = AugmentConfig(copies=None, operations=None, gold_labels=False)
-    config = config.model_copy(update={"augment": plain})
+    no_copies = config.augment.model_copy(update={"copies": None})
+    config = config.model_copy(update={"augment": no_copies})
     task, examples, tokenizer, model = read_inputs(config, print)
     max_length = fitting_length(config.max_length, model.config)
     teachers = call_roster(config, task, world, tokenizer, examples)
