@@ -265,3 +265,63 @@ def test_agreement_counts_valid_rows_that_were_asked():
     ensemble = Ensemble(WEIGHTINGS["mean_logits"], torch.ones(2), 1.0, True, 0)
     found = ensemble.agreement(student_BC, teachers, torch.tensor([True, True, False]))
     np.testing.assert_array_equal(found.numpy(), [[1, 1], [2, 1]])
+
+
+def test_teachers_that_answer_a_row_share_out_its_weights():
+    three = logs([[[0.8, 0.2]] * 2, [[0.5, 0.5]] * 2, [[0.1, 0.9]] * 2])
+    present = [[True, False], [True, False], [False, False]]
+    found = ask("fixed", three, weights=[0.2, 0.6, 0.2], present=present)
+    torch.testing.assert_close(found.weights_NB[:, 0], torch.tensor([0.25, 0.75, 0.0]))
+    assert found.weights_NB[:, 1].tolist() == [0.0, 0.0, 0.0]
+    assert found.targets_BC.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["confidence", "entropy", "answers"])
+def test_a_weighting_by_answers_sees_only_those_that_are_there(method):
+    """Row 1 is answered by two of three: it is weighted as if there were two."""
+    three = logs([[[0.8, 0.2]] * 2, [[0.6, 0.4]] * 2, [[0.1, 0.9]] * 2])
+    present = [[True, True], [True, True], [True, False]]
+    found = ask(method, three, labels=[0, 0], present=present)
+    all_there = ask(method, three[:, :1], labels=[0])
+    two = ask(method, three[:2, 1:], labels=[0])
+    torch.testing.assert_close(found.weights_NB[:, :1], all_there.weights_NB)
+    torch.testing.assert_close(found.weights_NB[:2, 1:], two.weights_NB)
+    assert found.weights_NB[2, 1] == 0
+
+
+def test_the_ensemble_answers_for_whom_is_there_and_knows_which_rows_are_complete():
+    ensemble = Ensemble(WEIGHTINGS["mean_logits"], torch.tensor([0.5, 0.5]), 1.0, True, 0)
+    logits_NBC = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[math.nan] * 2, [3.0, 0.0]]])
+    assert ensemble.answer(logits_NBC, None).logits_BC.tolist() == [[1.0, 0.0], [2.0, 0.0]]
+    assert ensemble.complete(logits_NBC, None).tolist() == [False, True]
+    one = Ensemble(WEIGHTINGS["single"], torch.tensor([1.0, 0.0]), 1.0, True, 0)
+    assert one.complete(logits_NBC, None).tolist() == [True, True]
+    calibrated = Ensemble(
+        WEIGHTINGS["mean_logits"], torch.tensor([0.5, 0.5]), 1.0, True, 0, torch.tensor([1.0, 3.0])
+    )
+    assert calibrated.answer(logits_NBC, None).logits_BC.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_who_was_not_validated_is_not_chosen_and_has_no_score():
+    known = Known([1, 1], None, (), [None, 0.7], names=["gpt", "a"])
+    assert WEIGHTINGS["single"].frozen(known).tolist() == [0.0, 1.0]
+    with pytest.raises(UserError, match="no teacher could be validated on it; name one: teacher=g"):
+        WEIGHTINGS["single"].frozen(Known([1, 1], None, (), [None, None], names=["gpt", "a"]))
+    with pytest.raises(UserError, match="and gpt answers too few rows"):
+        WEIGHTINGS["score"].frozen(known)
+
+
+def test_weights_are_fitted_on_the_rows_that_all_answer():
+    random = np.random.default_rng(0)
+    labels_B = random.integers(0, 2, 260)
+    right = np.eye(2)[labels_B] * 2 + random.normal(size=(260, 2))
+    logits_NBC = np.stack([right, random.normal(size=(260, 2))])
+    whole = Known([1, 1], None, (), (), logits_NBC=logits_NBC[:, :210], labels_B=labels_B[:210])
+    absent = logits_NBC.copy()
+    absent[1, 210:] = np.nan
+    known = Known([1, 1], None, (), (), logits_NBC=absent, labels_B=labels_B)
+    fitted = WEIGHTINGS["fitted"]
+    assert torch.equal(fitted.frozen(known), fitted.frozen(whole))
+    absent[1, 190:] = np.nan
+    with pytest.raises(UserError, match="that every teacher answers, and there are 190"):
+        fitted.frozen(known)

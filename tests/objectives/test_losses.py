@@ -165,3 +165,17 @@ def test_the_share_of_the_soft_loss_goes_evenly_from_alpha_to_alpha_end():
     assert shares(4, alpha=0.9, alpha_end=0.3) == pytest.approx([0.9, 0.7, 0.5, 0.3])
     assert shares(1, alpha=0.9, alpha_end=0.3) == [0.9]
     assert shares(4, alpha=0.9) == [0.9] * 4
+
+
+def test_a_row_that_no_teacher_answers_counts_by_its_gold_label_alone():
+    """And one without a label not at all; the number of rows stays."""
+    student_BC = torch.tensor([[0.0, 0.0], [0.0, LN3], [0.0, LN3]])
+    soft = soft_of(torch.tensor([[0.0, LN3], [5.0, 0.0], [5.0, 0.0]]), 1.0)
+    soft.weights_NB[:, 1:] = 0
+    labels_B, valid_B = torch.tensor([1, 1, -1]), torch.ones(3, dtype=torch.bool)
+    found = total_loss(student_BC, labels_B, valid_B, soft, "kl", 0.9, 3)
+    first = soft_loss(student_BC[:1], soft_of(torch.tensor([[0.0, LN3]]), 1.0), "kl").item()
+    hard = [math.log(2), math.log(4 / 3)]
+    by_hand = (0.9 * first + 0.1 * hard[0] + hard[1]) / 3
+    assert found.total.item() == pytest.approx(by_hand)
+    assert found.soft.item() == pytest.approx(first / 3)

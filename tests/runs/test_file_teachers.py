@@ -17,6 +17,7 @@ from small import (
     run_distill,
     save_teacher,
     student_shape,
+    sweep_words,
     words,
     write_task,
 )
@@ -32,6 +33,7 @@ from sead_dist.runs.pool_worker import teach
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.store.store import PredictionStore
 from sead_dist.store.table import TeacherKey
+from sead_dist.sweep.run import run_sweep
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,19 @@ def test_plan_counts_no_work_for_a_file(task, live, tmp_path):
         forwards.append(read(tmp_path / "plan.json")["teacher_forwards"])
     assert forwards[0] == forwards[1] > 0
     assert forwards[2] == 0
+
+
+def test_a_sweep_compares_methods_with_a_file_among_the_teachers(task, live, tmp_path):
+    _, texts, (_, said) = live
+    file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
+    given = sweep_words(
+        task[0], tmp_path / "sweep", "encoders=[]", f"teachers=[{task[1][0]},{entry(file)}]",
+        f"data.path={task[0]}", "methods=[finetune,mean]", "seeds=1",
+    )  # fmt: skip
+    run_sweep(given, ALONE)
+    report = read(tmp_path / "sweep" / "report" / "report.json")
+    assert {cell["method"] for cell in report["cells"]} == {"finetune", "mean"}
+    assert "half" in (tmp_path / "sweep" / "report" / "report.md").read_text()
 
 
 def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path):
