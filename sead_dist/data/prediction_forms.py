@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,12 @@ class Sheet:
             bare = normalise_label(name)
             alike = {to for of, to in mapping.items() if normalise_label(of) == bare}
             mapped = alike.pop() if len(alike) == 1 else name
-        return class_of(file_values(self.task), mapped)
+        return class_of(self.classes, mapped)
+
+    @cached_property
+    def classes(self) -> dict[str, int]:
+        """The labels that a file may hold, and their classes."""
+        return file_values(self.task)
 
 
 def probabilities_of(logits_AC: np.ndarray) -> np.ndarray:
@@ -84,7 +90,7 @@ def check_mapping(sheet: Sheet) -> None:
     """Raises UserError for `labels` that map to no label of the task, or one name to two."""
     mapping = sheet.entry.labels if isinstance(sheet.entry.labels, dict) else {}
     for name, label in mapping.items():
-        if class_of(file_values(sheet.task), label) is None:
+        if class_of(sheet.classes, label) is None:
             allowed = ", ".join(sheet.task.labels)
             raise UserError(
                 f"labels of {sheet.path}: {name!r} stands for {label!r}, which is no label of task "

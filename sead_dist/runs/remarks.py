@@ -35,6 +35,12 @@ def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
                 f"of the best constant answer {best:.4f}"
             )
     for name, of in scores.items():
+        if "ensemble_rows" in of:
+            split = parts.splits.selection if name == "selection" else parts.splits.official[name]
+            yield (
+                f"the ensemble is scored on {of['ensemble_rows']} of {len(split)} {name} rows, "
+                "those that all of its teachers answer"
+            )
         for who, classes in of["never_predicted"].items():
             if classes:
                 yield f"{who} never predicts {', '.join(classes[:10])} on {name}"

@@ -74,10 +74,6 @@ def score_split(
         )
     if not whole:
         scores["ensemble_rows"] = rows
-        parts.log.say(
-            f"{split.examples.split}: the ensemble is scored on {rows} of {len(split)} rows, "
-            "those that all of its teachers answer"
-        )
     return result, scores, answer.targets_BC.numpy() if whole else None
 
 

@@ -296,6 +296,9 @@ def test_the_ensemble_answers_for_whom_is_there_and_knows_which_rows_are_complet
     assert ensemble.complete(logits_NBC, None).tolist() == [False, True]
     one = Ensemble(WEIGHTINGS["single"], torch.tensor([1.0, 0.0]), 1.0, True, 0)
     assert one.complete(logits_NBC, None).tolist() == [True, True]
+    routed = Ensemble(WEIGHTINGS["routed"], torch.tensor([0.5, 0.5]), 1.0, True, 0)
+    assert routed.complete(logits_NBC, torch.tensor([1, 0])).tolist() == [False, True]
+    assert routed.complete(logits_NBC, torch.tensor([0, 1])).tolist() == [True, True]
     calibrated = Ensemble(
         WEIGHTINGS["mean_logits"], torch.tensor([0.5, 0.5]), 1.0, True, 0, torch.tensor([1.0, 3.0])
     )

@@ -22,7 +22,7 @@ from small import (
     write_task,
 )
 
-from sead_dist.cli.grammar import LABELS
+from sead_dist.cli.grammar import LABELS, grammar_tokenizer
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import identities
 from sead_dist.data.splits import load_examples
@@ -292,7 +292,9 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     run = run_of((data, None), root / "more", [teacher, entry(file, "calibrate: off")], **keys)
     assert "validated gpt: accuracy 1.0000" in log_of(run)
     assert f"on the 60 of {len(selection)} selection rows that it answers" in log_of(run)
-    assert "validation: the ensemble is scored on 0 of 20 rows" in log_of(run)
+    told = "the ensemble is scored on 0 of 20 validation rows"
+    assert told in log_of(run)
+    assert told in (run / "model" / "README.md").read_text()
     write(selection[:60], wrong=True)
     failed = r"teacher gpt failed its validation.*\{predictions: .*labels: \{"
     with pytest.raises(UserError, match=failed):
@@ -347,6 +349,28 @@ def test_a_file_that_is_too_sure_is_calibrated_on_the_selection_split(tmp_path_f
         **{**keys, "selection__fraction": 0.2},
     )  # fmt: skip
     assert "and 200 are needed; beside others a mean of probabilities" in log_of(few)
+
+
+def test_scores_of_a_file_teach_a_task_of_scores(tmp_path):
+    names = "".join(f"{n}\tthe plot was {n % 5}\n" for n in range(60))
+    rows = [line.split("\t") for line in names.splitlines()]
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, part in (("train", rows[:50]), ("validation", rows[50:])):
+        lines = [f"{text} {n}\t{int(n) % 5}" for n, text in part]
+        (data / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    (data / "task.yaml").write_text(
+        'name: marks\nkind: regression\ntext_a: "{sentence}"\nscore_range: [0, 5]\n'
+    )
+    student_shape(data)
+    grammar_tokenizer().save_pretrained(data / "tokenizer")
+    said = [f"{text} {n},{int(n) % 5 + 0.1}" for n, text in rows if int(n) % 7]
+    (tmp_path / "marks.csv").write_text("\n".join(["sentence,score", *said, "another,3"]) + "\n")
+    keys = {"selection__fraction": 0.5, "ensemble": "answers"}
+    run = run_of((data, None), tmp_path / "run", [entry(tmp_path / "marks.csv", "name: m")], **keys)
+    assert "1 answers of" in log_of(run)
+    teachers = read(run / "scores.json")["splits"]["validation"]["teachers"]
+    assert teachers[0]["metrics"]["pearson"] == pytest.approx(1.0)
 
 
 def test_a_file_is_no_feature_teacher(task, live, tmp_path):
