@@ -13,8 +13,9 @@ import torch
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Split
-from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
+from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tokens import adds_tokens
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
