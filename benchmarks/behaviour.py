@@ -249,7 +249,7 @@ def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], renamed: Mapping[str, str]
 ) -> Iterator[list[object]]:
     """[case, file, what] of each difference, in cases that both have."""
-    for case in before.keys() & after.keys():
+    for case in [case for case in before if case in after]:
         old, new = before[case], after[case]
         for what in ("weights", "scores"):
             was = {today(name, renamed): value for name, value in old[what].items()}
