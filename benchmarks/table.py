@@ -12,7 +12,7 @@ For qqp, of which there is no validation file, 5,000 rows of its part are set ap
 question with the others. The same line goes on where it was cut off; DIR/sweep holds the runs and
 their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2, seeds=[0], ...).
 
---kept FOLDER holds scores and predictions of finished runs, without texts and models: those that DIR
+--kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
 lacks are taken from there at the start, and new ones are put there at the end. So the table goes on
 on another machine. Start it in a folder from which L3, DIR and the encoders have relative paths,
 since paths are part of a run's identity.
