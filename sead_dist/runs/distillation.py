@@ -97,8 +97,10 @@ def train_student(
                 tell(STOPPED_EARLY, console)
             return True
         # one that has trained goes on as it is
-        if parts.checkpointer.latest() is None and needs_own_baseline(
-            parts.config, parts.examples, parts.batches.total_steps, parts.log
+        begun = parts.checkpointer.latest() is not None
+        steps = parts.batches.total_steps
+        if not begun and from_main(
+            world, lambda: needs_own_baseline(config, parts.examples, steps, parts.log)
         ):
             return False
         try:
