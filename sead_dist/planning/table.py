@@ -8,7 +8,6 @@ from rich.filesize import decimal
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.planning.memory import FULL, student_bytes
 from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
@@ -53,10 +52,12 @@ def plan(
     memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
-    task, examples, tokenizer, student = on_every_rank(
+    task, examples, inputs, student = on_every_rank(
         world, lambda: read_inputs(config, lambda _note: None)
     )
-    teachers = call_roster(config, task, world, tokenizer, examples) if config.taught else []
+    teachers = []
+    if config.taught:
+        teachers = call_roster(config, task, world, inputs.tokenizer, examples)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     for teacher in teachers:
         if teacher.answers is not None and teacher.file is None:
@@ -64,9 +65,7 @@ def plan(
                 f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
                 "told before; plan without it"
             )
-    max_length = fitting_length(config.max_length, student.config)
-    words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     roster = held_everywhere(config, teachers)
     # a file of predictions costs nothing
     teachers = [teacher for teacher in roster if teacher.file is None]
@@ -74,7 +73,7 @@ def plan(
 
     def count() -> Work:
         store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
-        return make_work(config, task.name, examples, tokenizer, max_length, roster, store)
+        return make_work(config, task.name, examples, inputs, roster, store)
 
     work = from_main(world, count)
     own_bytes = student_bytes(student.config, config, size)

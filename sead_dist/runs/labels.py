@@ -19,7 +19,6 @@ from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import RunExamples, check_tokens, load_examples, tokenize_splits
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.row_weights import has_label
 from sead_dist.runs.distillation import needs_validation, weigh
@@ -71,11 +70,10 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     quiet_libraries(world)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
-    task, examples, tokenizer, model = read_inputs(config, print)
-    max_length = fitting_length(config.max_length, model.config)
-    teachers = call_roster(config, task, world, tokenizer, examples)
+    task, examples, inputs, _ = read_inputs(config, print)
+    teachers = call_roster(config, task, world, inputs.tokenizer, examples)
     check_tokens(examples, tokenizers_of(teachers))
-    splits = tokenize_splits(examples, tokenizer, max_length)
+    splits = tokenize_splits(examples, inputs.split)
     store = PredictionStore(Path(config.store.path or default_store()), print)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
@@ -87,10 +85,9 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             config.trust_remote_code, print, lambda _doing: None,
         )  # fmt: skip
         try:
-            words = tokenizer_hash(tokenizer)
             everything = (splits.train, splits.selection, *splits.official.values())
             for split in everything:
-                source.share_tokens(split, words, max_length)
+                source.share_tokens(split, inputs)
             ensemble = weighed(config, task, teachers, source, splits.selection, examples)
             for split, (part, kinds) in zip(everything, parts_of(examples), strict=True):
                 what = split.examples.split
