@@ -1,6 +1,8 @@
 """Tiny models with random weights of every kind that docs/models.md lists."""
 
 import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer
+from sead_dist.models.hidden_states import layer_stack
 from sead_dist.models.inputs import make_tell_apart
 
 POSITIONS = 128
@@ -203,6 +206,30 @@ def save_kind(folder: Path, kind: str, side: str = "right", **more: Any) -> Path
     tokenizer.padding_side = side
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def assert_layers_work_as(
+    cut: PreTrainedModel, whole: PreTrainedModel, layers: Sequence[int]
+) -> None:
+    """Each layer of `cut` makes of what it gets what that layer of `whole` makes of it."""
+    seen: list[tuple[Any, Any, Any]] = []
+    with ExitStack() as hooks:
+        for layer in layer_stack(cut):
+            hook = layer.register_forward_hook(
+                lambda _, args, named, output: seen.append((args, named, output)), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        ids = torch.arange(40)[None] + 5
+        given = {"use_cache": False} if "use_cache" in cut.config.to_dict() else {}
+        with torch.inference_mode():
+            cut(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+    assert len(seen) == len(layers)
+    for layer, (args, named, output) in zip(layers, seen, strict=True):
+        with torch.inference_mode():
+            again = layer_stack(whole)[layer](*args, **named)
+        one, other = (x if isinstance(x, torch.Tensor) else x[0] for x in (output, again))
+        assert torch.equal(one, other)
+        assert not torch.equal(one, args[0] if args else named["hidden_states"])
 
 
 def texts(rows: int = 24) -> list[str]:
