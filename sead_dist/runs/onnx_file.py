@@ -7,6 +7,7 @@ Shapes: R text rows, L tokens, C classes (of the model, in its own order).
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sead_dist.errors import RunError, UserError
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+# what the exporter writes for terminals
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
@@ -68,8 +71,9 @@ def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path:
             assert program is not None  # None is for exports without dynamo
             program.save(path)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        said = COLOUR.sub("", str(error).splitlines()[0])
         raise RunError(
-            f"a {model.config.model_type} cannot be exported: {str(error).splitlines()[0]}"
+            f"a {model.config.model_type} cannot be exported: {said}; use the PyTorch model"
         ) from error
 
 
@@ -108,6 +112,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length:
     alone = Tokenizer.from_str(backend.to_str())
     alone.enable_truncation(max_length)
     alone.enable_padding(
+        direction=tokenizer.padding_side,
         pad_id=tokenizer.pad_token_id,
         pad_type_id=tokenizer.pad_token_type_id,
         pad_token=tokenizer.pad_token,
