@@ -140,7 +140,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": DEEP,
     "phi3": GROUPED,
     "plbart": SEQ2SEQ,
-    "qwen2": GROUPED,
+    "qwen2": {**GROUPED, "vocab_size": 128},  # its own tokeniser knows a word more
     "qwen3": GROUPED,
     "reformer": {
         "hidden_size": 32,
@@ -211,8 +211,7 @@ def build_kind(kind: str, **more: Any) -> PreTrainedModel:
         "cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
     }  # fmt: skip
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
-    # some kinds' own tokenisers know a word more
-    fields = {"vocab_size": len(tokenizer) + 4, "pad_token_id": 0, **marks, **names}
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": 0, **marks, **names}
     config = AutoConfig.for_model(kind, **{**fields, **KINDS[kind], **more})
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_config(config)
