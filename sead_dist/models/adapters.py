@@ -7,8 +7,8 @@ base, not from the bits of the merged weights, which another machine may round o
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from sead_dist.errors import UserError, reading, refusal
+from sead_dist.errors import UserError, reading, reason, refusal
 from sead_dist.models.loaded import final_layer, refuse_gaps, refuse_leftovers, some
 from sead_dist.models.pretrained import (
     ADAPTER,
@@ -54,7 +54,7 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
     parts += [weights_hash(base), setting_hash(base)]
     identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     place = user_folder("XDG_CACHE_HOME", ".cache", "XDG_CACHE_HOME=DIR") / "sead_dist" / "merged"
-    target, aside = place / identity, place / f"{identity}.{os.getpid()}.tmp"
+    target = place / identity
     found = Checkpoint(name, target, revision, identity)
     if target.is_dir():
         return found
@@ -64,19 +64,16 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
             "pip install 'sead-dist[peft]', or merge it (merge_and_unload) and save the whole model"
         )
     try:
-        aside.mkdir(parents=True)
-        # what it draws is overwritten, and depends on whether it was merged before
-        with torch.random.fork_rng(devices=[]):
-            _merge(own, base, aside)
-        try:
-            aside.rename(target)
-        except OSError:
-            if not target.is_dir():  # another rank was quicker
-                raise
-    except OSError as error:
-        raise refusal(f"{name} cannot be merged in {place}: {error.strerror}", error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, suffix=".tmp") as aside:
+            # what it draws is overwritten, and depends on whether it was merged before
+            with torch.random.fork_rng(devices=[]):
+                _merge(own, base, Path(aside) / identity)
+            (Path(aside) / identity).rename(target)
+    except (OSError, SafetensorError) as error:
+        if target.is_dir():
+            return found  # another rank was quicker
+        raise refusal(f"{name} cannot be merged in {place}: {reason(error)}", error) from error
     return found
 
 
@@ -131,11 +128,12 @@ def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
         warnings.simplefilter("ignore")
         both = PeftModel.from_pretrained(model, adapter.folder, torch_device="cpu")
         read = get_peft_model_state_dict(both, save_embedding_layers=False)
-    if other := {name: None for name in {**shapes, **read} if (name in shapes) != (name in read)}:
+        whole = both.merge_and_unload(safe_merge=True)
+    if other := shapes.keys() ^ read.keys():
         raise UserError(
             f"{who}: the two do not fit in {some(other)}; give the base of its training"
         )
-    both.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    whole.save_pretrained(folder)
     words = next((one.folder for one in (adapter, base) if _has_words(one.folder)), None)
     for path in () if words is None else words.iterdir():
         other_use = path.name in ("config.json", ADAPTER) or path.name.endswith(".index.json")

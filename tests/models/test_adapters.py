@@ -135,7 +135,15 @@ def bad(folder, **changes):
     edit_json(folder / "lora" / "adapter_config.json", **changes)
 
 
+def without_numbers(folder):
+    file = folder / "lora" / "adapter_model.safetensors"
+    save_file(
+        {n: t * float("nan") if "lora_B" in n else t for n, t in load_file(file).items()}, file
+    )
+
+
 MISTAKES = {
+    "no numbers": (without_numbers, "cannot be read: .*NaN"),
     "base gone": (
         lambda f: shutil.rmtree(f / "base"),
         r"is an adapter of .*base \(base_model_name.*",
