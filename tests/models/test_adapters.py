@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small import CPU, LABELS, edit_json, example_set, load_teachers, sentences
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist.data.order import tokenize
+from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
 from sead_dist.models import adapters
 from sead_dist.models.pretrained import locate, weights_hash

@@ -17,23 +17,22 @@ from kinds import (
     save_kind,
     texts,
 )
-from small import CPU, TASK, example_set
+from small import CPU, TASK, example_set, model_inputs
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.schema import StudentConfig
-from sead_dist.data.order import tokenize
+from sead_dist.data.tokens import tokenize
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.hidden_states_check import check_inside
-from sead_dist.models.inputs import (
-    check_student,
+from sead_dist.models.inputs import settle, student_inputs
+from sead_dist.models.inputs_check import (
     check_teacher,
     padded,
     probed_padding,
     real_rows,
     reset_attention,
     rows_alone,
-    settle,
 )
 from sead_dist.models.pretrained import load_tokenizer, locate, position_limit
 from sead_dist.models.sequence_classifier import load_classifier
@@ -140,7 +139,7 @@ def as_a_teacher(folder: Path, kind: str) -> dict[str, str]:
         "padding": "neither" if padding == "none" else padding,
         "positions": "end" if limit else "open",
         "student": outcome(
-            lambda: check_student(model, tokenizer, LONGEST, "the student", examples)
+            lambda: student_inputs(model, tokenizer, LONGEST, "the student", examples)
         ),
     }
 
@@ -172,13 +171,12 @@ def by_its_layers(folder: Path, kind: str) -> dict[str, str]:
 
 def its_features(kind: str) -> str:
     """The methods that read hidden states or attention rightly."""
-    model, tokenizer = build_kind(kind), grammar_tokenizer()
-    settle(tokenizer, model.config)
+    model, inputs = build_kind(kind), model_inputs(LONGEST)
+    settle(inputs.tokenizer, model.config)
     read = [
         method
         for method in METHODS
-        if outcome(lambda method=method: check_inside(model, tokenizer, method, LONGEST, "it"))
-        == "works"
+        if outcome(lambda method=method: check_inside(model, inputs, method, "it")) == "works"
     ]
     return "all" if len(read) == len(METHODS) else ", ".join(read) or "refused"
 

@@ -11,10 +11,10 @@ from small import CPU, LABELS, config, edit_json, example_set, load_teachers
 from transformers import AutoTokenizer
 
 from sead_dist.cli.grammar import grammar_tokenizer
-from sead_dist.data.order import tokenize
+from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
 from sead_dist.models import pretrained
-from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.inputs import settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.teachers.inference import predict
@@ -62,7 +62,7 @@ def test_a_student_that_needs_no_padding_token_saves_the_one_it_was_given(tmp_pa
     checkpoint = locate(str(tmp_path / "m"))
     tokenizer, model = load_tokenizer(checkpoint), load_classifier(checkpoint)
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, 32, "the student", example_set(texts(10)))
+    student_inputs(model, tokenizer, 32, "the student", example_set(texts(10)))
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
