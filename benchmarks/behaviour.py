@@ -128,14 +128,14 @@ def choice(bench: Bench, name: str) -> None:
     folder.mkdir()
     pairs = zip(bench.texts[::2], bench.texts[1::2], strict=True)
     rows = [
-        {"premise": "It was so.", "choice1": one, "choice2": two, "question": "cause",
+        {"premise": f"it was {place}", "choice1": one, "choice2": two, "question": "cause",
          "label": int(len(one) < len(two)), "idx": place}
         for place, (one, two) in enumerate(pairs)
     ]  # fmt: skip
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     for file in ("train", "val"):
         (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
-    bench.distil(name, "task=copa", f"data.path={folder}", "selection.fraction=0.3", *ALONE)
+    bench.distil(name, "task=copa", f"data.path={folder}", *ALONE)
 
 
 def routed(bench: Bench, name: str) -> None:
