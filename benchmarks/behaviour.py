@@ -32,7 +32,7 @@ RENAMED: dict[str, str] = {}
 # names that differ from run to run
 PASSING = re.compile(r"(^|/)(\.[^/]+|events\.out[^/]*|[^/]*\.lock)(/|$)")
 # of scores.json and the like: what a clock said
-CLOCK = re.compile(r"(^|_)(s|seconds|second|time|date|bytes|ms)$")
+CLOCK = re.compile(r"(^|_)(s|ms|seconds|second|time|runtime|date|bytes)$")
 PYTHON = (sys.executable, "-m", "sead_dist")
 RANKS = (*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc_per_node")
 STEPS = 12
