@@ -149,10 +149,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     with importing():
-        from sead_dist.runs.prediction import predict_file
+        from sead_dist.runs.labelling import predict_file
 
     output = None if args.output is None else Path(args.output)
-    predict_file(args.model, Path(args.file), args.task, output, args.labels)
+    more = (args.kind, args.batch_size, args.skip_malformed)
+    predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
 
 
 def export(args: argparse.Namespace) -> None:
