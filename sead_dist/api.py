@@ -47,7 +47,14 @@ from sead_dist.runs.given import (
     planned,
 )
 from sead_dist.runs.setup import quiet_libraries
-from sead_dist.runtime.distributed import StopFlag, World, from_main, join_world, leave_world
+from sead_dist.runtime.distributed import (
+    StopFlag,
+    World,
+    explain,
+    from_main,
+    join_world,
+    leave_world,
+)
 from sead_dist.runtime.run_log import is_finished, read_json
 from sead_dist.runtime.run_log import tell as tell_line
 from sead_dist.runtime.surroundings import as_before
@@ -340,10 +347,15 @@ def call() -> Iterator[World]:
         except (UserError, RunError):
             raise
         except Exception as error:
+            if isinstance(error, RuntimeError):
+                explain(world, error)
             line = run_error(error)
             if line is None:
                 raise
             raise line from error
+        finally:
+            if world.heartbeat is not None:  # between two calls a process may do what it likes
+                world.heartbeat.rest()
 
 
 def to_logger(line: str) -> None:

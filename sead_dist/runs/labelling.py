@@ -25,7 +25,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, on_stderr, task_of, tell_cuts
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import PipedConsole, counted
-from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
+from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
 from sead_dist.runtime.progress import shown_progress
 from sead_dist.training.evaluation import ROWS_PER_BATCH, student_logits
@@ -92,27 +92,28 @@ def predict_file(
     asking = Asking(on_stderr, labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
     output, written = output_of(file, output, kind)
-    world = join_world()
-    quiet_libraries(world)
-    task = task_of(name, task_name)
-    rows = read_input(file, kind, task, skip_malformed, world)
-    examples = asking.examples(task, rows, "standard input" if file == STANDARD else file.name)
-    asking.tell_passed_over(world)
-    columns = input_columns(rows, examples)
-    added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
-    if clash := sorted({*added, *ADDED} & set(columns)):
-        raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
-    if written == ".tsv":
-        check_no_tabs(columns, output)
-    columns |= answer_examples(name, task, examples, asking, world)
-    from_main(world, lambda: write_table(columns, output, written))
-    leave_world(world)
+    with in_world() as world:
+        quiet_libraries(world)
+        task = task_of(name, task_name)
+        world.at("reading the rows")
+        rows = read_input(file, kind, task, skip_malformed, world)
+        examples = asking.examples(task, rows, "standard input" if file == STANDARD else file.name)
+        asking.tell_passed_over(world)
+        columns = input_columns(rows, examples)
+        added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
+        if clash := sorted({*added, *ADDED} & set(columns)):
+            raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
+        if written == ".tsv":
+            check_no_tabs(columns, output)
+        columns |= answer_examples(name, task, examples, asking, world)
+        from_main(world, lambda: write_table(columns, output, written))
 
 
 def answer_examples(
     name: str, task: TaskSpec, examples: ExampleSet, asking: Asking, world: World
 ) -> dict[str, list[Any]]:
     """What the model `name` answers: the columns that a prediction adds, a value an example."""
+    world.at("loading the model")
     answerer = load_answerer(name, task, asking.labels, world.device, examples)
     split = make_split(examples, answerer.tokenizer, answerer.max_length)
     tell_cuts(split, answerer.max_length, world, asking.say)
@@ -122,6 +123,7 @@ def answer_examples(
         asking.say(f"{counted(len(blank), 'row')} with a blank text: {listed}")
     console = PipedConsole(highlight=False, stderr=True, quiet=not asking.progress)
     put = asking.say if world.is_main and asking.progress else _nothing
+    world.at("answering rows")
     with shown_progress(console, put, "rows answered", len(split)) as bar:
         logits_BC = student_logits(
             answerer.model, answerer.forward, split, world, asking.batch_rows, bar.advance

@@ -44,7 +44,7 @@ from sead_dist.models.sequence_classifier import (
 from sead_dist.runs.kept_data import KEPT_DATA
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import table
-from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
+from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.training.evaluation import EvalResult, Forward, evaluate
@@ -176,25 +176,33 @@ def evaluate_model(
     json_file: where to write the same, under the keys of a run's eval_results.json. Raises
     UserError for files or a model that do not fit the task.
     """
-    world = join_world()
-    quiet_libraries(world)
-    if json_file is not None:
-        from_main(world, partial(check_writable, "--json", Path(json_file)))
-    task = task_of(name, task_name)
-    source = data_of(name, task_name, data)
-    sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
-    found = results_of(name, task, sets, labels, world, on_stderr)
+    with in_world() as world:
+        quiet_libraries(world)
+        if json_file is not None:
+            from_main(world, partial(check_writable, "--json", Path(json_file)))
+        task = task_of(name, task_name)
+        source = data_of(name, task_name, data)
+        world.at("reading the rows")
+        sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
+        found = results_of(name, task, sets, labels, world, on_stderr)
+        if world.is_main:
+            show_results(name, task, sets, found)
+        if json_file is not None:
+            cards = cards_of(found)
+            results = {key: value for card in cards.values() for key, value in card.items()}
+            from_main(world, lambda: write_scores(results, Path(json_file)))
+
+
+def show_results(
+    name: str, task: TaskSpec, sets: Sequence[ExampleSet], found: Sequence[EvalResult]
+) -> None:
+    """Print the scores of each split, and of a task with classes those of each class."""
     cards = cards_of(found)
-    if world.is_main:
-        for examples, result in zip(sets, found, strict=True):
-            print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
-            if task.task_kind.has_classes:
-                by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
-                print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
-    if json_file is not None:
-        results = {key: value for card in cards.values() for key, value in card.items()}
-        from_main(world, lambda: write_scores(results, Path(json_file)))
-    leave_world(world)
+    for examples, result in zip(sets, found, strict=True):
+        print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
+        if task.task_kind.has_classes:
+            by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
+            print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
 
 
 def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
@@ -227,11 +235,13 @@ def results_of(
     say: Callable[[str], None],
 ) -> list[EvalResult]:
     """As `score_sets`: the result on each split."""
+    world.at("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
     for examples in sets:
         ready = make_split(examples, answerer.tokenizer, answerer.max_length)
         tell_cuts(ready, answerer.max_length, world, say)
+        world.at(f"scoring {examples.split}")
         found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
     return found
 

@@ -216,6 +216,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     """
     world, config = parts.world, parts.config
     run = Path(config.output_dir)
+    parts.heartbeat.move("saving the student")
     save_student(parts, state)
     scores, results = score_splits(parts, state, ensemble)
     closing = summary(parts, state)
@@ -252,6 +253,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
         write_json(run / "run_summary.json", closing)
         drop_training_state(config)
 
+    parts.heartbeat.move("writing the report")
     from_main(world, write)
     if show_table and world.is_main:
         print_table(*closing_table(parts, scores))

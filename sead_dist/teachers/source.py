@@ -22,7 +22,8 @@ from sead_dist.data.order import Split, TokenTable, describe_cuts, tokenize
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.models.inputs import CheckRows, real_rows
-from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects
+from sead_dist.runtime.distributed import World, gather_objects
+from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.store.store import PredictionStore
 from sead_dist.store.table import Table
 from sead_dist.teachers.base import Request
