@@ -35,6 +35,7 @@ from sead_dist.objectives.row_weights import known
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, labelling, prediction
 from sead_dist.runs.claim import holds_run
+from sead_dist.runs.finished import refuse_untaught
 from sead_dist.runs.given import (
     Data,
     Task,
@@ -143,6 +144,8 @@ def distill(
     given = {"teachers": teachers, "student": student, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
         plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        if not plan.config.encoders:
+            refuse_untaught(plan.config)
         from_main(world, lambda: stack.enter_context(plan.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
         folder = distillation.distill(plan.config, world, stop=stop, console=False)

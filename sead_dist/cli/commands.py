@@ -92,17 +92,22 @@ def print_config(words: Sequence[str]) -> None:
     from sead_dist.runtime.redact import without_secrets
 
     config = load_config(words)
-    print(without_secrets(dump_config(config)), end="")
-    from sead_dist.data.splits import load_examples
-    from sead_dist.data.task_files import load_task
+    with importing():
+        from sead_dist.runs.resolved import resolve_all
+        from sead_dist.runtime.distributed import in_world
 
-    load_examples(config, load_task(config.task), lambda line: print(f"# {line}"))
+    with in_world() as world:
+        found, notes = resolve_all(config, world)
+        if world.is_main:
+            print(without_secrets(dump_config(found)), end="")
+            print("".join(f"# {note}\n" for note in notes), end="")
 
 
 def keys(args: argparse.Namespace) -> None:
     from sead_dist.config.keys import all_keys, as_line, find_keys
 
-    print("\n".join(as_line(key) for key in find_keys(list(all_keys()), args.name)))
+    known = list(all_keys(of_entries=True))
+    print("\n".join(as_line(key) for key in find_keys(known, args.name)))
 
 
 def sweep(args: argparse.Namespace) -> None:
