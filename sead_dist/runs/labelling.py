@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import TEXT_KINDS, Rows, read_bytes, read_rows, rows_of_text
-from sead_dist.data.order import make_split
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.text_files import kind_of
 from sead_dist.errors import RunError, UserError
@@ -115,8 +114,8 @@ def answer_examples(
     """What the model `name` answers: the columns that a prediction adds, a value an example."""
     world.at("loading the model")
     answerer = load_answerer(name, task, asking.labels, world.device, examples)
-    split = make_split(examples, answerer.tokenizer, answerer.max_length)
-    tell_cuts(split, answerer.max_length, world, asking.say)
+    split = answerer.inputs.split(examples)
+    tell_cuts(split, answerer.inputs.max_length, world, asking.say)
     blank = sorted({int(row) + 1 for row in examples.rows_B[blank_texts(examples)]})
     if blank and world.is_main:
         listed = ", ".join(map(str, blank[:TOLD])) + (", ..." if len(blank) > TOLD else "")
