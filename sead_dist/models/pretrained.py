@@ -77,12 +77,16 @@ class Checkpoint:
 
 
 def locate(
-    path: str, revision: str | None = None, marks: tuple[str, ...] = ("config.json",)
+    path: str,
+    revision: str | None = None,
+    marks: tuple[str, ...] = ("config.json",),
+    offline: bool = False,
 ) -> Checkpoint:
     """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id; of a LoRA
     adapter, the folder in which it is merged into its base.
 
-    marks: file names of which a checkpoint's folder holds one.
+    marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
+    fetched before.
 
     Raises UserError when it is not there, or the hub cannot be reached.
     """
@@ -104,11 +108,13 @@ def locate(
     from huggingface_hub import constants, snapshot_download
 
     try:
-        found = snapshot_download(name, revision=tag or revision, allow_patterns=WANTED)
+        found = snapshot_download(
+            name, revision=tag or revision, allow_patterns=WANTED, local_files_only=offline
+        )
     except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise UserError(
-            f"{path} is neither a folder nor reachable on the hub{offline}: "
+            f"{path} is neither a folder nor reachable on the hub{why}: "
             f"{type(error).__name__}; give a folder that exists, or check the id and the network"
         ) from error
     if _is_adapter(Path(found)):
