@@ -165,8 +165,8 @@ class StudentConfig(Section):
     shape: str | None = None
     """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
     layers: list[int] | None = None
-    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of BERT, RoBERTa, ELECTRA, DistilBERT,
-    MPNet, DeBERTa and their like"""
+    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of any model whose layers are one list
+    (not ALBERT, T5)"""
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
@@ -182,26 +182,52 @@ class TeacherConfig(Section):
     )
 
     path: str
+    """a folder, a run, or a hub id"""
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    """what it is called; null: the last part of its path"""
     predictions: str | None = None
+    """a file of predictions instead of a path (docs/teachers.md)"""
     kind: Annotated[str, BeforeValidator(kind_of_teacher)] = MODEL
+    """model: a classifier that Transformers loads; or one of a plugin; of a file of predictions
+    what its values are: auto | probabilities | log_probabilities | logits | labels | votes | top_k |
+    scores"""
     placement: Placed | None = None
+    """where it runs; null: as the key placement says"""
     offload: bool = False
+    """true: the weights of a sharded teacher lie in the CPU's memory"""
     labels: Labels | dict[str, str] = None
+    """its class order, [a, b, c] or task_order, where its own names do not say it; of a file of
+    predictions {NAME: LABEL}"""
     revision: str | None = None
+    """of a hub id"""
     dtype: Precision | None = None
+    """fp32 | bf16 | fp16: what it computes in; null: teacher_precision"""
     quantization: Literal["int8"] | None = None
+    """int8: 8-bit weights (needs the extra `quantize`)"""
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """tokens of a text that it reads; null: as many as it can, up to the run's max_length"""
     weight: Annotated[float, Field(ge=0)] = 1.0
+    """how much it counts, with ensemble=fixed"""
     calibrate: Literal["on", "off"] | None = None
+    """on | off: a temperature is fitted to it on the selection split, from 200 rows that it
+    answers; null: on for files of predictions alone"""
     id: str | None = None
+    """of a file: the column of the ids that `sead-dist labels --rows` writes; null: rows are found
+    by the task's text columns, else by `id`"""
     column: str | None = None
+    """of a file: the column of labels or scores; null: prediction, answer, label or their like"""
     confidence: str | None = None
+    """of a file: the column of a label's probability; null: confidence or probability, if any"""
     annotator: str | None = None
+    """of a file: the column that says whose vote a row is; null: annotator or sample, if any"""
     abstain: list[str] = []
+    """of a file: what stands for no answer, such as [unsure, ""]"""
     unknown: Literal["refuse", "skip"] = "refuse"
+    """refuse | skip: of a file, labels that the task has not"""
     duplicates: Literal["refuse", "mean"] = "refuse"
+    """refuse | mean: of a file, two answers to one row that differ"""
     smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
+    """of a file: what is added to the votes of each class"""
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.row_weights import has_label
 from sead_dist.runs.distillation import needs_validation, weigh
-from sead_dist.runs.prediction import check_no_tabs, check_output, write_table
+from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.store.layout import default_store
@@ -51,7 +51,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
         extend(columns, {name: [values[at] for at in new] for name, values in rows.items()})
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
-    write_table(columns, output)
+    write_table(columns, output, output.suffix.lower())
 
 
 def write_labels(config: RunConfig, output: Path, world: World) -> None:
@@ -99,7 +99,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             source.close()
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
-    write_table(columns, output)
+    write_table(columns, output, output.suffix.lower())
 
 
 def weighed(
