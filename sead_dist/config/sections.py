@@ -189,8 +189,8 @@ class TeacherConfig(Section):
     """a file of predictions instead of a path (docs/teachers.md)"""
     kind: Annotated[str, BeforeValidator(kind_of_teacher)] = MODEL
     """model: a classifier that Transformers loads; or one of a plugin; of a file of predictions
-    what its values are: auto | probabilities | log_probabilities | logits | labels | votes | top_k |
-    scores"""
+    what its values are: auto | probabilities | log_probabilities | logits | labels | votes |
+    top_k | scores"""
     placement: Placed | None = None
     """where it runs; null: as the key placement says"""
     offload: bool = False

@@ -208,7 +208,7 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
         ("gpt.parquet", b"no parquet", "is not a whole .parquet file"),
         ("gpt.jsonl", b"{\n", "not JSON"),
         ("gpt.csv", b"\xff\xfe", "is not UTF-8"),
-        ("gpt.txt", b"a", "unknown kind '.txt'"),
+        ("gpt.xlsx", b"a", "unknown kind '.xlsx'"),
         ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; it must be text"),
         ("gpt.jsonl", b'{"sentence": "a", "label": null}\n', "row 1: column 'label' holds no label \\(None\\)"),
     ],
