@@ -150,8 +150,8 @@ class StudentConfig(Section):
     shape: str | None = None
     """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
     layers: list[int] | None = None
-    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of BERT, RoBERTa, ELECTRA, DistilBERT,
-    MPNet, DeBERTa and their like"""
+    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of any model whose layers are one list
+    (not ALBERT, T5)"""
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
