@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small import ALONE, read, words
+from small import ALONE, read, save_teacher, words
 
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
