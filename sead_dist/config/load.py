@@ -242,6 +242,17 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
             "give one of the two"
         )
+    if config.early_stopping_patience is not None and config.final_checkpoint == "average":
+        raise UserError(
+            "final_checkpoint=average is of a run's last steps, and with "
+            f"early_stopping_patience={config.early_stopping_patience} they are not known before; "
+            "leave final_checkpoint out (the best student is kept), or early_stopping_patience"
+        )
+    if config.fold is not None and config.fold >= (config.folds or 0):
+        raise UserError(
+            f"fold={config.fold} must be one of the folds 0, 1, ..., and folds={config.folds}; "
+            "give folds a larger number, or leave fold out"
+        )
     if config.global_batch_size % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} does not divide "

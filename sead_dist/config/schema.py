@@ -185,6 +185,8 @@ class RunConfig(Section):
     # identity of the teachers is their manifest (weights, labels), not how they are written here
     teachers: Annotated[list[TeacherConfig], Operational]
     encoders: list[TeacherConfig]
+    folds: Annotated[int | None, Field(gt=1, le=1000)]
+    fold: Annotated[int | None, Field(ge=0)]
     placement: Annotated[Placement, Operational]
     teacher_precision: Precision
     prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
@@ -206,6 +208,7 @@ class RunConfig(Section):
     student_init: Literal["own", "feature_teacher"]
     num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)]
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
+    early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)]
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)]
     max_length: Annotated[int, Field(gt=1, le=MANY)]

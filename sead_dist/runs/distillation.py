@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Split
 from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
@@ -27,6 +28,7 @@ from sead_dist.objectives.ensemble import (
 )
 from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.choices import told_end
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
 from sead_dist.runs.learnable import (
@@ -107,13 +109,16 @@ def run_parts(parts: Parts, show_table: bool) -> None:
                 parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
             )
         )
-    state = make_trainer(parts, ensemble).run(state)
-    if state.step < parts.batches.total_steps:
+    trainer = make_trainer(parts, ensemble)
+    state = trainer.run(state)
+    if not trainer.is_over(state):
         parts.log.say(
             f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
             "give the same command again to go on"
         )
         return
+    if parts.config.early_stopping_patience is not None:
+        parts.log.say(told_end(state, parts.batches.total_steps, parts.epoch_steps))
     conclude(parts, state, ensemble, show_table)
 
 
@@ -364,4 +369,5 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
         stop=parts.stop,
         heartbeat=parts.heartbeat,
         live=parts.feature_teacher,
+        patience_steps=patience_steps(parts.epoch_steps),
     )

@@ -92,6 +92,8 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "best_metric": state.best_metric,
+        "lowest_loss": state.lowest_loss,
+        "lowest_step": state.lowest_step,
         "chosen": chosen(parts),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
@@ -102,6 +103,11 @@ class Parts:
     heartbeat: Heartbeat
     feature_teacher: FeatureTeacher | None
     loss: DistillationLoss
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch over the labelled rows."""
+        return epoch_steps(self.config, self.examples.labelled_rows, len(self.splits.train))
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a

@@ -33,13 +33,18 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` optimiser steps taken; cursor of the next batch; totals so far."""
+    """Where a run stands: `step` optimiser steps taken; cursor of the next batch; totals so far.
+    lowest_loss: of the selection split, which was that of step lowest_step; losses_without_fall:
+    how many have come since. (Of the steps by which early_stopping_patience counts.)"""
 
     step: int = 0
     cursor: Cursor = field(default_factory=lambda: Cursor(0, 0))
     best_step: int | None = None
     best_metric: float | None = None
     best_loss: float | None = None
+    lowest_loss: float | None = None
+    lowest_step: int | None = None
+    losses_without_fall: int = 0
     world_size: int = 1
     totals: dict[str, float] = field(default_factory=dict)
 
