@@ -13,8 +13,7 @@ import torch
 
 from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.order import Split
-from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
+from sead_dist.data.splits import RunSplits, adds_tokens, check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
@@ -45,6 +44,7 @@ from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, b
 from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.trained_rows import seen_by, told_folds
 from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
@@ -250,7 +250,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
             write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
             require_passed(task, validations, teachers)
-    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits.selection)
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
     kept = from_main(
         parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
@@ -262,6 +262,9 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     elif ensemble.weighting.has_frozen_weights:
         weights = zip(names, kept, strict=True)
         parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
+    if ensemble.seen_NU is not None:
+        labelled = parts.examples.labelled_rows
+        parts.log.say(told_folds(names, ensemble.seen_NU, parts.splits.train, labelled))
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
@@ -327,7 +330,7 @@ def weigh(
     teachers: Sequence[Teacher],
     validations: Sequence[Validation],
     logits_NBC: np.ndarray | None,
-    selection: Split,
+    splits: RunSplits,
 ) -> Ensemble:
     """The ensemble, its weights frozen by what is known of the teachers. logits_NBC: of the
     selection split, where it was asked."""
@@ -337,9 +340,10 @@ def weigh(
         chosen=None if config.teacher is None else names.index(config.teacher),
         scores=[validation.score for validation in validations],
         logits_NBC=logits_NBC,
-        labels_B=selection.examples.labels_B,
+        labels_B=splits.selection.examples.labels_B,
     )
-    return make_ensemble(config, task.task_kind, frozen_weights(config, known))
+    seen_NU = seen_by(teachers, splits.train)
+    return make_ensemble(config, task.task_kind, frozen_weights(config, known), seen_NU)
 
 
 def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:

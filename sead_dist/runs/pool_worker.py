@@ -201,7 +201,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
         steps_of(config, work.examples), 0, 1,
     )  # fmt: skip
-    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
+    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
     if not needs_validation(config):
