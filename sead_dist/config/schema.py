@@ -120,6 +120,13 @@ class StudentConfig(Section):
     tokenizer: str | None
 
 
+class RepairConfig(Section):
+    text: Annotated[str | None, Operational]
+    steps: Annotated[int, Field(gt=0, le=MANY)]
+    teacher: Annotated[str | None, Operational]
+    folder: Annotated[str | None, Operational]
+
+
 class TeacherConfig(Section):
     path: str
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
@@ -182,6 +189,7 @@ class RunConfig(Section):
     augment: AugmentConfig
     selection: SelectionConfig
     student: StudentConfig
+    repair: RepairConfig
     # identity of the teachers is their manifest (weights, labels), not how they are written here
     teachers: Annotated[list[TeacherConfig], Operational]
     encoders: list[TeacherConfig]
@@ -290,13 +298,13 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
-        plugin's hash. Where no copies are made the keys of `augment` decide nothing, and are left
-        out."""
+        plugin's hash. The keys of `augment` where no copies are made, and of `repair` where nothing
+        is repaired, decide nothing and are left out."""
         held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
         keys = {**_identity(self, ""), **held}
-        if not self.uses_copies:
-            return {key: value for key, value in keys.items() if not key.startswith("augment.")}
-        return keys
+        used = {"augment.": self.uses_copies, "repair.": self.repair.text is not None}
+        unused = tuple(prefix for prefix, counts in used.items() if not counts)
+        return {key: value for key, value in keys.items() if not key.startswith(unused)}
 
 
 class SweepConfig(Section):

@@ -41,12 +41,11 @@ from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
-from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
+from sead_dist.runtime.run_log import is_finished, read_as, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.trained_rows import seen_by, told_folds
 from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
-from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
 
@@ -80,9 +79,9 @@ def distill(
         stack.enter_context(stop.listening())
         try:
             parts = build(config, world, stack, stop, console)
-        except StopRequestedError:
+        except StopRequestedError as stopped:
             if world.is_main:
-                tell(STOPPED_EARLY, console)
+                tell(str(stopped) or STOPPED_EARLY, console)
             return run
         try:
             run_parts(parts, show_table and console)
@@ -100,7 +99,7 @@ def distill(
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
     from_main(parts.world, lambda: rehearse(parts))
-    state = resume(parts)
+    state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
@@ -187,26 +186,6 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"output_dir={folder} holds other files ({sorted(others)[0]!r}); give a new folder"
         )
-
-
-def resume(parts: Parts) -> TrainState:
-    """The state to start from: the newest checkpoint's, or a new one."""
-    found = parts.checkpointer.latest()
-    taken = steps_done(Path(parts.config.output_dir))
-    if found is None:
-        if taken > 0:
-            parts.log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
-        parts.log.truncate_after(0)
-        return TrainState(world_size=parts.world.size)
-    folder, state = found
-    parts.engine.load(folder)
-    parts.log.truncate_after(state.step)
-    repeated = taken - state.step
-    lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
-    parts.log.say(
-        f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
-    )
-    return state
 
 
 def touch_past(parts: Parts, ensemble: Ensemble | None, done: int) -> None:

@@ -42,9 +42,9 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
 
 def teacher_layers(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The layers of a student's configuration without what is the student's alone: what it asks of
-    teachers (another temperature, the same teachers), the text that only they can label, and the
-    layers that it takes of its start."""
-    own = ("method", "teacher_column", "unlabeled", "augment", *METHOD_KEYS)
+    teachers (another temperature, the same teachers), the text that only they can label, the
+    layers that it takes of its start, and how that is repaired."""
+    own = ("method", "teacher_column", "unlabeled", "augment", "repair", *METHOD_KEYS)
     plain = [{key: layer[key] for key in layer if key not in own} for layer in layers]
     return [*plain, {"student": {"layers": None}}]
 

@@ -34,7 +34,7 @@ from sead_dist.models.hidden_states_check import check_inside, needs_attention
 from sead_dist.models.inputs import check_student, settle
 from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
 from sead_dist.models.resaved import check_saving, one_row
-from sead_dist.models.start import start_hash, student_tokenizer
+from sead_dist.models.start import run_start_hash, student_tokenizer
 from sead_dist.models.student import build_student
 from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
 from sead_dist.objectives.ensemble import check_method, check_selection
@@ -49,6 +49,7 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
+from sead_dist.runs.repair import repair_folder, repair_start
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
@@ -123,7 +124,10 @@ def build(
     run = Path(config.output_dir)
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
-    check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
+    shared = {"output_dir": run, **({"store": store} if config.taught else {})}
+    if config.repair.text is not None:
+        shared["repair.folder"] = repair_folder(config)
+    check_shared(world, shared)
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
     task, examples, tokenizer, model = on_every_rank(
@@ -143,7 +147,7 @@ def build(
         config.identity(),
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
-        from_main(world, lambda: start_hash(config.student, config.teachers)),
+        from_main(world, lambda: run_start_hash(config)),
         rules_of(config),
         examples.copies,
     )
@@ -162,6 +166,8 @@ def build(
         log.say(note)
     for line in unread_keys(config):
         log.say(f"WARNING: {line}")
+    if config.repair.text is not None:
+        repair_start(config, world, model, tokenizer, stop, heartbeat, log, console)
     config = with_choices(config, examples)
     batches = BatchStream(
         splits.train,
@@ -221,6 +227,11 @@ def check_setting(config: RunConfig, world: World) -> None:
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)
     check_feature_loss(config, zero.stage if zero is not None else None)
+    if config.repair.text is not None and zero is not None and zero.stage == 3:
+        raise UserError(
+            f"repair.text={config.repair.text} needs each rank to hold the student whole, and "
+            "DeepSpeed's stage 3 splits it; give deepspeed=zero2 or zero1"
+        )
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
