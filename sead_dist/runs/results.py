@@ -26,6 +26,7 @@ from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.learnable import FILE, kept_shares, told_shares
+from sead_dist.runs.own_baseline import baseline_folder
 from sead_dist.runs.remarks import make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
@@ -253,9 +254,10 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
     shares: dict[str, dict[str, float]] = {}
-    if parts.source is not None and config.baseline is not None:
+    baseline = baseline_folder(config)
+    if parts.source is not None and baseline is not None:
         try:
-            shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+            shares = kept_shares(baseline, scores, parts.task.metrics[0])
         except UserError as error:  # it was read at the start, and a run must come to its end
             parts.log.say(f"what the student keeps of the gap is not told: {error}")
     for line in told_shares(shares):

@@ -49,6 +49,7 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
+from sead_dist.runs.own_baseline import OWN
 from sead_dist.runs.repair import repair_folder, repair_start
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
@@ -137,8 +138,8 @@ def build(
     splits = tokenize_splits(examples, tokenizer, max_length)
     teachers = call_roster(config, task, world, tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
-    if teachers and config.baseline is not None:
-        given = Path(config.baseline)
+    if teachers and config.baseline not in (None, OWN):
+        given = Path(str(config.baseline))
         on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
     words = tokenizer_hash(tokenizer)
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
