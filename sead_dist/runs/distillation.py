@@ -13,8 +13,9 @@ import torch
 
 from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.splits import RunSplits, adds_tokens, check_tokens, load_examples
+from sead_dist.data.splits import RunSplits, check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tokens import adds_tokens
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
@@ -98,8 +99,10 @@ def train_student(
                 tell(str(stopped) or STOPPED_EARLY, console)
             return True
         # one that has trained goes on as it is
-        if parts.checkpointer.latest() is None and needs_own_baseline(
-            parts.config, parts.examples, parts.batches.total_steps, parts.log
+        begun = parts.checkpointer.latest() is not None
+        steps = parts.batches.total_steps
+        if not begun and from_main(
+            world, lambda: needs_own_baseline(config, parts.examples, steps, parts.log)
         ):
             return False
         try:

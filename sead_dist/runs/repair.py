@@ -15,18 +15,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import build_examples
-from sead_dist.data.order import BatchStream, Split, make_split
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.order import BatchStream
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.hidden_states import LayerParts, find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside
-from sead_dist.models.inputs import probed_padding, settle
+from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.loaded import head_names, pooler_names
-from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.models.pretrained import load_tokenizer, tokenizer_hash
 from sead_dist.models.sequence_classifier import load_start
 from sead_dist.models.start import hash_of, repair_facts, repair_teacher
 from sead_dist.models.student import build_student
@@ -71,7 +71,7 @@ def repair_start(
     config: RunConfig,
     world: World,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: ModelInputs,
     stop: StopFlag,
     heartbeat: Heartbeat,
     log: RunLog,
@@ -95,7 +95,7 @@ def repair_start(
             own = RunLog(folder, world.is_main, console)
             stack.callback(own.close)
             try:
-                repair(config, facts, world, tokenizer, stop, heartbeat, own)
+                repair(config, facts, world, inputs, stop, heartbeat, own)
             except RuntimeError as error:
                 heartbeat.explain(error)  # a collective breaks when another rank dies
                 raise
@@ -138,19 +138,18 @@ def repair(
     config: RunConfig,
     facts: dict[str, Any],
     world: World,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: ModelInputs,
     stop: StopFlag,
     heartbeat: Heartbeat,
     log: RunLog,
 ) -> None:
     """Train the start's body and put it into the folder of `log`."""
     own, steps = repair_config(config, log.folder), config.repair.steps
-    student = build_student(own.student, TEXT, tokenizer, own.seed, own.trust_remote_code)
-    settle(tokenizer, student.config)
-    length = fitting_length(own.max_length, student.config)
-    check_inside(student, tokenizer, REPAIR, length, "the student")
-    split = read_text(Path(config.repair.text or ""), tokenizer, length)
-    whole, parts = on_every_rank(world, lambda: load_whole_model(config, tokenizer, length, world))
+    student = build_student(own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code)
+    settle(inputs.tokenizer, student.config)
+    check_inside(student, inputs, REPAIR, "the student")
+    split = inputs.split(read_text(Path(config.repair.text or "")))
+    whole, parts = on_every_rank(world, lambda: load_whole_model(config, inputs, world))
     feature = make_repair_loss(student, parts, steps, own.seed)
     identity = Identity({}, "", [], hash_of(facts))
     name = repair_teacher(config).name
@@ -221,7 +220,7 @@ def repair_config(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+def read_text(path: Path) -> ExampleSet:
     """The lines of a file, blank ones left out. Raises UserError for a file of another kind."""
     if path.suffix in TABLES:
         raise UserError(
@@ -230,40 +229,39 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     with reading(path, "give a file in UTF-8, one text a line", f"repair.text={path}"):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [{"text": line} for line in lines if line]
-    return make_split(
-        build_examples(TEXT, rows, "text to repair on", labelled=False), tokenizer, max_length
-    )
+    return build_examples(TEXT, rows, "text to repair on", labelled=False)
 
 
 def load_whole_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, world: World
+    config: RunConfig, inputs: ModelInputs, world: World
 ) -> tuple[PreTrainedModel, LayerParts]:
-    """The model whose hidden states are learnt, in fp32 and eval mode. Raises UserError where it
-    cannot be read, or reads other tokens than the student."""
+    """The model whose hidden states are learnt, in fp32 and eval mode. inputs: of the student.
+    Raises UserError where it cannot be read, or is fed other rows than the student."""
     checkpoint = repair_teacher(config)
     who = f"repair.teacher={checkpoint.name}"
     words = load_tokenizer(checkpoint, config.trust_remote_code)
     model, _ = load_start(checkpoint, config.trust_remote_code)
     settle(words, model.config)
-    if tokenizer_hash(words) != tokenizer_hash(tokenizer):
+    theirs = teacher_inputs(words, tokenizer_hash(words), model.config, inputs.max_length)
+    if theirs.tokenizer_hash != inputs.tokenizer_hash:
         raise UserError(
             f"{who} has another tokeniser than the student, whose hidden states are compared token "
             "by token; give a student with its tokeniser"
         )
-    longest = fitting_length(max_length, model.config)
-    if longest < max_length:
-        raise UserError(f"{who} reads at most {longest} tokens; give max_length={longest}")
-    padding = probed_padding(words, model.config, max_length)
-    if padding != words.padding_side:
+    if theirs.max_length < inputs.max_length:
+        raise UserError(
+            f"{who} reads at most {theirs.max_length} tokens; give max_length={theirs.max_length}"
+        )
+    if theirs.padding != inputs.padding:
         raise UserError(
             f"{who} is a {model.config.model_type}, which does not stand rows that are padded on "
-            f"the {words.padding_side}; give another model"
+            f"the {inputs.padding}; give another model"
         )
     model = model.float().to(world.device).eval().requires_grad_(False)
     for parameter in model.parameters():
         # weights mapped from a file lie at any address, and bits depend on their alignment
         parameter.data = parameter.data.clone()
-    check_inside(model, words, REPAIR, max_length, who)
+    check_inside(model, theirs, REPAIR, who)
     return model, find_layer_parts(model, who, attention=False)
 
 

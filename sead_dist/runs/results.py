@@ -17,7 +17,6 @@ from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model
 from sead_dist.objectives.ensemble import Ensemble
@@ -150,12 +149,11 @@ def save_student(parts: Parts, state: TrainState) -> None:
     """Write the student that is kept, which is the engine's from now on, to model/, and check that
     plain Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
-    longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
         parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
     weights = without_projections(parts.engine.weights())
     folder = Path(config.output_dir) / "model"
-    from_main(parts.world, lambda: save_model(module, weights, parts.tokenizer, folder, longest))
+    from_main(parts.world, lambda: save_model(module, weights, parts.inputs.save, folder))
     row = one_row(parts.splits.train)
     # every rank: a student that DeepSpeed splits answers on all of them at once
     trained = answer(parts.engine.model, lambda: parts.engine.forward(row, 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.automatic import epoch_steps
@@ -31,8 +31,8 @@ from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside, needs_attention
-from sead_dist.models.inputs import check_student, settle
-from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.models.inputs import ModelInputs, settle, student_inputs
+from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.start import run_start_hash, student_tokenizer
 from sead_dist.models.student import build_student
@@ -95,7 +95,7 @@ class Parts:
     log: RunLog
     examples: RunExamples
     splits: RunSplits
-    tokenizer: PreTrainedTokenizerBase
+    inputs: ModelInputs
     teachers: list[Teacher]
     source: StoredSource | None
     engine: Engine
@@ -131,18 +131,14 @@ def build(
     check_shared(world, shared)
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
-    task, examples, tokenizer, model = on_every_rank(
-        world, lambda: read_inputs(config, notes.append)
-    )
-    max_length = fitting_length(config.max_length, model.config)
-    splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(config, notes.append))
+    splits = tokenize_splits(examples, inputs.split)
+    teachers = call_roster(config, task, world, inputs.tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
     if teachers and config.baseline not in (None, OWN):
         given = Path(str(config.baseline))
         on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
-    words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
     identity = Identity(
         config.identity(),
@@ -162,13 +158,13 @@ def build(
     for note in (
         *told_choices(config, task, examples, splits, model, world),
         *notes,
-        *told_cuts(examples, splits, config.max_length, max_length),
+        *told_cuts(examples, splits, config.max_length, inputs.max_length),
     ):
         log.say(note)
     for line in unread_keys(config):
         log.say(f"WARNING: {line}")
     if config.repair.text is not None:
-        repair_start(config, world, model, tokenizer, stop, heartbeat, log, console)
+        repair_start(config, world, model, inputs, stop, heartbeat, log, console)
     config = with_choices(config, examples)
     batches = BatchStream(
         splits.train,
@@ -199,7 +195,7 @@ def build(
     )
     if source is not None:
         for split in (splits.train, splits.selection, *splits.official.values()):
-            source.share_tokens(split, words, max_length)
+            source.share_tokens(split, inputs)
     feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
@@ -214,7 +210,7 @@ def build(
     stack.callback(engine.close)
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
     return Parts(
-        config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
+        config, task, world, log, examples, splits, inputs, teachers, source, engine, batches,
         checkpointer, stop, heartbeat, feature_teacher,
         make_loss(config, task.task_kind, batches.total_steps, feature_loss),
     )  # fmt: skip
@@ -248,8 +244,8 @@ def uneven(config: RunConfig, ranks: int) -> list[str]:
 
 def read_inputs(
     config: RunConfig, say: Callable[[str], None]
-) -> tuple[TaskSpec, RunExamples, PreTrainedTokenizerBase, PreTrainedModel]:
-    """Task, examples, and the student with its tokeniser."""
+) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
+    """Task, examples, and the student with what it is fed."""
     task = load_task(config.task)
     if config.taught:
         check_method(config, task.task_kind)
@@ -268,10 +264,10 @@ def read_inputs(
     settle(tokenizer, model.config)
     examples = add_copies(config, task, examples, tokenizer, model, say)
     check_tokens(examples, {"the student": tokenizer})
-    check_student(model, tokenizer, config.max_length, "the student", examples.train)
+    inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:
-        check_inside(model, tokenizer, config.feature_loss, config.max_length, "the student")
-    return task, examples, tokenizer, model
+        check_inside(model, inputs, config.feature_loss, "the student")
+    return task, examples, inputs, model
 
 
 def is_news(record: logging.LogRecord) -> bool:

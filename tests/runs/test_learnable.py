@@ -5,7 +5,8 @@ import signal
 
 import numpy as np
 import pytest
-from small import ALONE, LABELS, TASK, example_set, model_bytes, read, sentences
+from ranks import run_ranks
+from small import ALONE, LABELS, TASK, example_set, model_bytes, read, run_distill, sentences
 
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
@@ -165,3 +166,13 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
     refused("had other selection rows", finetuned, "selection.seed=7")
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
     refused("had teachers; give a run of method=finetune", taught)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_baseline_together(words, tmp_path):
+    given = words(tmp_path / "run", "max_steps=1350", "global_batch_size=4", "micro_batch_size=2")
+    run_ranks(2, tmp_path / "ranks", run_distill, given)
+    own = read(tmp_path / "run" / "baseline" / "run_summary.json")
+    assert (own["finished"], own["steps"], own["world_size"]) == (True, 270, 2)
+    assert read(tmp_path / "run" / "learnable.json")["finetuned"] is not None
+    assert is_finished(tmp_path / "run")
