@@ -150,8 +150,8 @@ class StudentConfig(Section):
     shape: str | None = None
     """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
     layers: list[int] | None = None
-    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of BERT, RoBERTa, ELECTRA, DistilBERT,
-    MPNet, DeBERTa and their like"""
+    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of any model whose layers are one list
+    (not ALBERT, T5)"""
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
@@ -171,16 +171,27 @@ class RepairConfig(Section):
 
 class TeacherConfig(Section):
     path: str
+    """a folder, a run, or a hub id"""
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    """what it is called; null: the last part of its path"""
     kind: Annotated[str, one_of("kind of teacher")] = MODEL
+    """model: a classifier that Transformers loads; or one of a plugin"""
     placement: Placed | None = None
+    """where it runs; null: as the key placement says"""
     offload: bool = False
+    """true: the weights of a sharded teacher lie in the CPU's memory"""
     labels: Labels = None
+    """its class order, [a, b, c] or task_order, where its own names do not say it"""
     revision: str | None = None
+    """of a hub id"""
     dtype: Precision | None = None
+    """fp32 | bf16 | fp16: what it computes in; null: teacher_precision"""
     quantization: Literal["int8"] | None = None
+    """int8: 8-bit weights (needs the extra `quantize`)"""
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """tokens of a text that it reads; null: as many as it can, up to the run's max_length"""
     weight: Annotated[float, Field(ge=0)] = 1.0
+    """how much it counts, with ensemble=fixed"""
 
     @property
     def is_model(self) -> bool:

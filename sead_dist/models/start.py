@@ -20,23 +20,25 @@ from sead_dist.models.pretrained import (
 from sead_dist.runtime.files import files_hash
 
 
-def run_start_hash(config: RunConfig) -> str:
-    """Of all that decides a run's start: its files, and how they are repaired."""
-    start = start_hash(config.student, config.teachers)
+def run_start_hash(config: RunConfig, offline: bool = False) -> str:
+    """Of all that decides a run's start: its files, and how they are repaired. offline, errors: as
+    for `start_hash`."""
+    start = start_hash(config.student, config.teachers, offline)
     if config.repair.text is None:
         return start
-    return hashlib.sha256(f"{start} {hash_of(repair_facts(config))}".encode()).hexdigest()
+    facts = repair_facts(config, offline)
+    return hashlib.sha256(f"{start} {hash_of(facts)}".encode()).hexdigest()
 
 
-def repair_facts(config: RunConfig) -> dict[str, Any]:
-    """What a repaired start follows from: neither the task nor the run's seed is among it. Raises
-    UserError where a file of it is not there."""
+def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
+    """What a repaired start follows from: neither the task nor the run's seed is among it. offline,
+    errors: as for `start_hash`."""
     text = Path(config.repair.text or "")
     if not text.is_file():
         raise UserError(f"repair.text={text} does not exist; give a file, one text a line")
-    teacher = repair_teacher(config)
+    teacher = repair_teacher(config, offline)
     return {
-        "start": start_hash(config.student, config.teachers),
+        "start": start_hash(config.student, config.teachers, offline),
         "layers": config.student.layers,
         "teacher": [weights_hash(teacher), setting_hash(teacher)],
         "text": files_hash([text]),
@@ -53,29 +55,34 @@ def hash_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def repair_teacher(config: RunConfig) -> Checkpoint:
+def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
     """The model whose hidden states a start that is repaired learns."""
     given = config.repair.teacher or config.student.path
     assert given is not None  # else the configuration is refused
-    return locate(given)
+    return locate(given, offline=offline)
 
 
-def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str:
+def start_hash(
+    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
+) -> str:
     """Of the files that decide the student's weights before the first step, and its tokeniser.
+    offline: of a hub id only what was fetched before.
 
     Raises UserError where they are not there.
     """
-    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
+    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers, offline)).encode())
     if student.shape is not None:
         with reading(shape_file(student.shape), "give a YAML file"):
             digest.update(shape_file(student.shape).read_bytes())
     elif student.path is not None:
-        checkpoint = locate(student.path)
+        checkpoint = locate(student.path, offline=offline)
         digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
     return digest.hexdigest()
 
 
-def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
+def student_tokenizer(
+    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
+) -> Checkpoint:
     """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
     models = [teacher.path for teacher in teachers if teacher.is_model]
     sources = [student.tokenizer, student.path, *models]
@@ -84,7 +91,7 @@ def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig])
         raise UserError(
             "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give teachers"
         )
-    return locate(source, marks=TOKENIZER_FILES)
+    return locate(source, marks=TOKENIZER_FILES, offline=offline)
 
 
 def shape_file(shape: str) -> Path:

@@ -33,15 +33,9 @@ from sead_dist.models.student import build_student
 from sead_dist.objectives.distillation_loss import DistillationLoss
 from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, without_projections
 from sead_dist.runs.claim import try_lock
-from sead_dist.runtime.distributed import (
-    StopFlag,
-    StopRequestedError,
-    World,
-    from_main,
-    on_every_rank,
-)
+from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.files import user_folder
-from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import RunLog, read_metrics, write_json
 from sead_dist.teachers.feature_teacher import FeatureTeacher
@@ -67,6 +61,15 @@ def repair_folder(config: RunConfig) -> Path:
     return user_folder("XDG_CACHE_HOME", ".cache", "repair.folder=DIR") / "sead_dist" / "repaired"
 
 
+def check_repair_setting(config: RunConfig, zero_stage: int | None) -> None:
+    """Raises UserError for a repair that DeepSpeed's stage rules out."""
+    if config.repair.text is not None and zero_stage == 3:
+        raise UserError(
+            f"repair.text={config.repair.text} needs each rank to hold the student whole, and "
+            "DeepSpeed's stage 3 splits it; give deepspeed=zero2 or zero1"
+        )
+
+
 def repair_start(
     config: RunConfig,
     world: World,
@@ -83,6 +86,7 @@ def repair_start(
     Raises UserError for a text or a teacher that does not fit, StopRequestedError, saved, where a
     stop was asked for.
     """
+    world.at("looking for a repaired start")
     facts = from_main(world, lambda: repair_facts(config))
     folder = repair_folder(config) / hash_of(facts)[:32]
     path = folder / WEIGHTS
@@ -94,11 +98,7 @@ def repair_start(
         else:
             own = RunLog(folder, world.is_main, console)
             stack.callback(own.close)
-            try:
-                repair(config, facts, world, inputs, stop, heartbeat, own)
-            except RuntimeError as error:
-                heartbeat.explain(error)  # a collective breaks when another rank dies
-                raise
+            repair(config, facts, world, inputs, stop, heartbeat, own)
             log.say(f"the start is repaired: {folder}")
     on_every_rank(world, lambda: load_body(model, path))
 

@@ -50,10 +50,10 @@ from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runs.own_baseline import OWN
-from sead_dist.runs.repair import repair_folder, repair_start
+from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.shared import check_shared
 from sead_dist.store.layout import default_store
@@ -125,14 +125,18 @@ def build(
     run = Path(config.output_dir)
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
+    world.at("looking at the folders")
     shared = {"output_dir": run, **({"store": store} if config.taught else {})}
     if config.repair.text is not None:
         shared["repair.folder"] = repair_folder(config)
     check_shared(world, shared)
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
+    world.at("reading the data and the student")
     task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(config, notes.append))
+    world.at("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
+    world.at("reading the teachers")
     teachers = call_roster(config, task, world, inputs.tokenizer) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
     if teachers and config.baseline not in (None, OWN):
@@ -140,6 +144,7 @@ def build(
         on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
+    world.at("hashing data, teachers and start")
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
@@ -148,11 +153,13 @@ def build(
         rules_of(config),
         examples.copies,
     )
+    world.at("trying to save the student")
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
-    heartbeat = stack.enter_context(running_heartbeat(run, world, stop, config.heartbeat))
+    beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
+    heartbeat = stack.enter_context(beating.of_run(run, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (
@@ -166,6 +173,7 @@ def build(
     if config.repair.text is not None:
         repair_start(config, world, model, inputs, stop, heartbeat, log, console)
     config = with_choices(config, examples)
+    world.at("placing the teachers")
     batches = BatchStream(
         splits.train,
         config.seed,
@@ -223,12 +231,9 @@ def check_setting(config: RunConfig, world: World) -> None:
         from_main(world, lambda: check_push(config.hub_model_id))
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)
-    check_feature_loss(config, zero.stage if zero is not None else None)
-    if config.repair.text is not None and zero is not None and zero.stage == 3:
-        raise UserError(
-            f"repair.text={config.repair.text} needs each rank to hold the student whole, and "
-            "DeepSpeed's stage 3 splits it; give deepspeed=zero2 or zero1"
-        )
+    stage = zero.stage if zero is not None else None
+    check_feature_loss(config, stage)
+    check_repair_setting(config, stage)
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
