@@ -14,9 +14,14 @@ import torch
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
-from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
-from sead_dist.data.splits import RunExamples, check_tokens, load_examples, tokenize_splits
+from sead_dist.data.splits import (
+    RunExamples,
+    RunSplits,
+    check_tokens,
+    load_examples,
+    tokenize_splits,
+)
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
@@ -88,7 +93,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             everything = (splits.train, splits.selection, *splits.official.values())
             for split in everything:
                 source.share_tokens(split, inputs)
-            ensemble = weighed(config, task, teachers, source, splits.selection, examples)
+            ensemble = weighed(config, task, teachers, source, splits, examples)
             for split, (part, kinds) in zip(everything, parts_of(examples), strict=True):
                 what = split.examples.split
                 said = ask_all(source, split, len(teachers), config.prefetch_rows, what)
@@ -104,16 +109,17 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 def weighed(
     config: RunConfig, task: TaskSpec, teachers: Sequence[Teacher], source: StoredSource,
-    selection: Split, examples: RunExamples,
+    splits: RunSplits, examples: RunExamples,
 ) -> Ensemble:  # fmt: skip
     """The ensemble as a run of these teachers has it before its first step."""
     if not needs_validation(config):
-        return weigh(config, task, teachers, [], None, selection)
+        return weigh(config, task, teachers, [], None, splits)
+    selection = splits.selection
     asked = ask_all(source, selection, len(teachers), config.prefetch_rows, "the validation")
     found = validate(task, teachers, asked, selection, examples.dev_in_training)
     if config.validates:
         require_passed(task, found, teachers)
-    return weigh(config, task, teachers, found, asked, selection)
+    return weigh(config, task, teachers, found, asked, splits)
 
 
 def parts_of(examples: RunExamples) -> Iterator[tuple[ExampleSet, list[str]]]:

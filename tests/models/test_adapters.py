@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from small import CPU, LABELS, edit_json, example_set, load_teachers, sentences
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
 from sead_dist.models import adapters
 from sead_dist.models.pretrained import locate, weights_hash
@@ -55,7 +54,7 @@ def entry(folder):
 
 
 def said_by(teacher):
-    tokens = tokenize(teacher.tokenizer, example_set(TEXTS), 32)
+    tokens = teacher.inputs.tokens(example_set(TEXTS))
     said_RC = np.zeros((len(TEXTS), 2), np.float32)
 
     def done(places, logits_RC):

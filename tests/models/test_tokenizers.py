@@ -11,7 +11,6 @@ from small import CPU, LABELS, config, edit_json, example_set, load_teachers
 from transformers import AutoTokenizer
 
 from sead_dist.cli.grammar import grammar_tokenizer
-from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
 from sead_dist.models import pretrained
 from sead_dist.models.inputs import settle, student_inputs
@@ -41,10 +40,10 @@ def test_a_model_that_looks_at_the_last_token_needs_no_padding_token(tmp_path, k
     without_padding(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", padding_side=side)
     (teacher,) = load_teachers([tmp_path])
-    assert teacher.tokenizer.pad_token == "[MASK]"
-    assert teacher.config.pad_token_id == teacher.tokenizer.eos_token_id
+    assert teacher.inputs.tokenizer.pad_token == "[MASK]"
+    assert teacher.config.pad_token_id == teacher.inputs.tokenizer.eos_token_id
     lines = texts(10)
-    tokens = tokenize(teacher.tokenizer, example_set(lines), 32)
+    tokens = teacher.inputs.tokens(example_set(lines))
     said_RC = np.zeros((len(lines), 2), np.float32)
 
     def done(places, logits_RC):
