@@ -18,10 +18,12 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticKnownError
 
 from sead_dist.config.plugins import hashes
+from sead_dist.config.prompted import mistake, mistaken_words, with_kind
 from sead_dist.config.registered import MODEL, NO_ENSEMBLE, ROUTED, expected, names
 
 Operational = "operational"
@@ -132,10 +134,40 @@ class TeacherConfig(Section):
     quantization: Literal["int8"] | None = None
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     weight: Annotated[float, Field(ge=0)] = 1.0
+    # of a language model
+    prompt: Annotated[str | None, Field(min_length=1)] = None
+    words: dict[str, list[str]] | None = None
+    chat: bool = False
+    shots: Annotated[int, Field(ge=0, le=1000)] = 0
+    contextual_calibration: bool = False
+    endpoint: str | None = None
+    concurrency: Annotated[int, Field(gt=0, le=1000)] = 8
+    max_requests: Annotated[int | None, Field(gt=0, le=MANY)] = None
+
+    any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
+
+    _kind_of_its_keys = model_validator(mode="before")(with_kind)
+
+    @field_validator("words")
+    @classmethod
+    def words_that_can_be_told_apart(
+        cls, words: dict[str, list[str]] | None
+    ) -> dict[str, list[str]] | None:
+        if words is not None and (problem := mistaken_words(words)):
+            raise ValueError(problem)
+        return words
+
+    @model_validator(mode="after")
+    def keys_of_its_kind(self) -> "TeacherConfig":
+        fields = type(self).model_fields
+        given = {key: value for key, value in self if value != fields[key].default}
+        if problem := mistake(self.kind, given):
+            raise ValueError(problem)
+        return self
 
     @property
     def is_model(self) -> bool:
-        """Whether it is a model that Transformers loads, not of a kind that a plugin registered."""
+        """Whether it is a classifier that Transformers loads, not of another kind."""
         return self.kind == MODEL
 
 

@@ -55,7 +55,9 @@ def plan(
     task, examples, tokenizer, student = on_every_rank(
         world, lambda: read_inputs(config, lambda _note: None)
     )
-    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    teachers = (
+        call_roster(config, task, world, tokenizer, examples.labelled) if config.taught else []
+    )
     for teacher in teachers:
         if teacher.answers is not None:
             raise UserError(

@@ -25,6 +25,7 @@ from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
@@ -89,7 +90,7 @@ def read_work(config: RunConfig, world: World) -> Work:
     task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer)
+    teachers = call_roster(config, task, world, tokenizer, examples.labelled)
     check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
@@ -172,6 +173,8 @@ def open_worker(
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
         source.share_tokens(split, work.words, work.max_length)
+    asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
+    tell_requests(source, asked, log.say)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
     leases = Leases(store.layout, config.pool.lease_s)

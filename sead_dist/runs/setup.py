@@ -48,6 +48,7 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
@@ -125,7 +126,9 @@ def build(
     )
     max_length = fitting_length(config.max_length, model.config)
     splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer) if config.taught else []
+    teachers = (
+        call_roster(config, task, world, tokenizer, examples.labelled) if config.taught else []
+    )
     check_tokens(examples, tokenizers_of(teachers))
     if teachers and config.baseline is not None:
         given = Path(config.baseline)
@@ -187,6 +190,8 @@ def build(
     if source is not None:
         for split in (splits.train, splits.selection, *splits.official.values()):
             source.share_tokens(split, words, max_length)
+        asked = (splits.train, splits.selection, *splits.official.values())
+        from_main(world, lambda: tell_requests(source, asked, log.say))
     feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)

@@ -18,14 +18,18 @@ import transformers
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sead_dist.config.prompted import PROMPT_KEYS
+from sead_dist.config.registered import LANGUAGE_MODEL
 from sead_dist.config.rules import INPUT_RULES
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
+from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import Padding, probed_padding, settle
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import (
     COPY,
+    SILENT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -51,12 +55,11 @@ from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
 from sead_dist.store.table import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
+from sead_dist.teachers.language_model import SCHEME, LanguageModel
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
+from sead_dist.teachers.prompts import Opening
 from sead_dist.teachers.quantize import check_quantize, quantizer
-
-# parts of a model's config that say nothing about its logits
-SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Teacher:
             "dtype": self.dtype,
             "weights": self.entry.quantization,
             **({} if self.answers is None else {"kind": self.entry.kind}),
+            **{key: getattr(self.entry, key) for key in PROMPT_KEYS if self.entry.prompt},
         }
 
     def labels(self) -> list[str]:
@@ -157,9 +161,15 @@ def device_model(device: torch.device) -> str:
 
 
 def numerics_class(
-    device: torch.device, dtype: str, weights: str | None, attention: str, cut: Cut
+    device: torch.device,
+    dtype: str,
+    weights: str | None,
+    attention: str,
+    cut: Cut,
+    shapes: str | None = None,
 ) -> str:
     """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
+    shapes: how its batches are laid out, where that is not as for classifiers.
 
     Placement is not in it: a sharded teacher's weights are gathered before they are used.
     """
@@ -169,7 +179,7 @@ def numerics_class(
         "transformers": transformers.__version__,
         "dtype": dtype,
         "attention": attention,
-        "shapes": SHAPES[device.type].name if cut.pack_from is None else PACKS,
+        "shapes": shapes or (SHAPES[device.type].name if cut.pack_from is None else PACKS),
     }
     if weights is not None:
         facts["weights"] = quantizer()
@@ -218,46 +228,58 @@ def call_roster(
     task: TaskSpec,
     world: World,
     student: PreTrainedTokenizerBase | None = None,
+    train: ExampleSet | None = None,
 ) -> list[Teacher]:
     """The teachers of a run, in the order given; those that read texts as the student does hold its
-    tokeniser. Raises UserError for the first that cannot teach.
+    tokeniser. train: labelled training rows, of which prompts may show some. Raises UserError for
+    the first that cannot teach.
 
     Every rank gets the same list.
     """
     checkpoints = on_every_rank(world, lambda: [checkpoint_of(entry) for entry in config.teachers])
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
-        world, lambda: _call(config, task, world.device, checkpoints, hashes, student)
+        world, lambda: _call(config, task, world.device, checkpoints, hashes, student, train)
     )
     _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
     return teachers
 
 
 def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
-    """Where a teacher's model lies; None for a registered kind, which has none."""
+    """Where a classifier lies; None for a teacher of another kind."""
     return locate(entry.path, entry.revision) if entry.is_model else None
 
 
-def registered_teacher(
-    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
-    student: PreTrainedTokenizerBase,
-) -> Teacher:  # fmt: skip
-    """A teacher of a kind that a plugin has registered. Raises UserError for keys of its entry that
-    only mean something to a model."""
+# keys of an entry that only mean something to a classifier, and those that language models read too
+OF_MODEL = ("offload", "quantization", "revision", "dtype", "max_length")
+OF_LANGUAGE_MODEL = OF_MODEL[2:]
+
+
+def registered_teacher(opening: Opening, student: PreTrainedTokenizerBase) -> Teacher:
+    """A teacher that is no classifier. Raises UserError for keys of its entry that only mean
+    something to one."""
+    config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
     plain = TeacherConfig(path=entry.path)
-    for of_model in ("revision", "offload", "dtype", "quantization", "max_length"):
-        if getattr(entry, of_model) != getattr(plain, of_model):
+    allowed = OF_LANGUAGE_MODEL if entry.kind == LANGUAGE_MODEL else ()
+    for of_model in OF_MODEL:
+        if of_model not in allowed and getattr(entry, of_model) != getattr(plain, of_model):
             raise UserError(
                 f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
                 f"kind is {entry.kind}; leave it out"
             )
-    answers, order_C = open_answers(entry, name, task)
-    numerics = json.dumps({"shapes": entry.kind})
+    answers, order_C = open_answers(opening)
+    cut, numerics = Cut(1 << 30, None), json.dumps({"shapes": entry.kind})
+    checkpoint, max_length = Checkpoint(entry.path, Path(entry.path), None), config.max_length
+    dtype, weights, parameters, size = "fp32", "", 0, 0
+    if isinstance(answers, LanguageModel):
+        dtype, weights = answers.dtype, answers.weights_sha256
+        parameters, size = answers.parameters, answers.bytes
+        checkpoint, max_length = answers.source.checkpoint, answers.max_length
+        numerics = numerics_class(opening.device, dtype, None, "auto", cut, SCHEME)
     key = TeacherKey(fingerprint_of(entry, answers), numerics, entry.path, task.num_labels)
     return Teacher(
-        entry, name, Checkpoint(entry.path, Path(entry.path), None), PretrainedConfig(), student,
-        tokenizer_hash(student), order_C, config.max_length, "fp32", "", 0, 0, key,
-        Cut(1 << 30, None), answers,
+        entry, name, checkpoint, PretrainedConfig(), student, tokenizer_hash(student), order_C,
+        max_length, dtype, weights, parameters, size, key, cut, answers,
     )  # fmt: skip
 
 
@@ -268,6 +290,7 @@ def _call(
     checkpoints: Sequence[Checkpoint | None],
     hashes: Sequence[str],
     student: PreTrainedTokenizerBase | None,
+    train: ExampleSet | None,
 ) -> list[Teacher]:
     entries = config.teachers
     checked: dict[tuple[str, str, str | None, str, int], Cut] = {}
@@ -280,7 +303,8 @@ def _call(
         if checkpoint is None:
             if student is None:
                 raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
-            teachers.append(registered_teacher(config, task, entry, name, student))
+            opening = Opening(entry, name, task, config, device, train)
+            teachers.append(registered_teacher(opening, student))
             continue
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)
