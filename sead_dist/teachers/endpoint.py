@@ -42,6 +42,7 @@ ANSWER_S = 120.0
 TOP, LEAST_TOP = 20, 5
 # letters of a token, roughly, for the count before a run
 LETTERS = 4
+LATER = "what it has answered is kept: give the same command again when it does"
 NO_SCORES = (
     "have it label the rows of the task elsewhere, and give its answers as a file of predictions"
 )
@@ -71,7 +72,8 @@ class Client:
 
     def __init__(self, name: str, url: str, most: int | None) -> None:
         self.name, self.url, self.most = name, url.rstrip("/"), most
-        self.tries = TRIES
+        # at the start a person is there to be told
+        self.tries, self.fix = 2, "start it, or correct endpoint"
         self.opener = urllib.request.build_opener(_NoRedirect)
         self.lock, self.sent = threading.Lock(), 0
 
@@ -96,10 +98,10 @@ class Client:
                 if wanted.isdigit():
                     pause_s = max(pause_s, min(float(wanted), LONGEST_PAUSE_S))
             except (OSError, HTTPException, ValueError) as error:
-                said = reason(error)
+                said = reason(getattr(error, "reason", error))
         raise RunError(
-            f"teacher {self.name}: {self.url} did not answer in {self.tries} tries ({said}); what "
-            "it has answered is kept: give the same command again when it does"
+            f"teacher {self.name}: {self.url} did not answer in {self.tries} tries ({said}); "
+            f"{self.fix}"
         )
 
     def _count(self) -> None:
@@ -148,10 +150,8 @@ class Endpoint:
         self.most = entry.max_requests
         self.client = Client(opening.name, entry.endpoint, entry.max_requests)
         self.top = TOP
-        # at the start a person is there to be told
-        self.client.tries = 2
         self.way = self._find_way()
-        self.client.tries = TRIES
+        self.client.tries, self.client.fix = TRIES, LATER
         facts = [
             "endpoint-1", self.model, self.chat, self.way, prompt.text(Texts("\0", "\1")),
             [list(shot) for shot in prompt.shots], words.labels, words.words_W,

