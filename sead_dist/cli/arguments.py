@@ -3,7 +3,7 @@
 import argparse
 import re
 
-WORDS = "YAML files or shipped names (sst2), laid over base.yaml in order, then KEY=VALUE"
+WORDS = "YAML files or shipped names (sst2), laid over the defaults in order, then KEY=VALUE"
 ROOT = "folder where submitted runs register; default: the user's state folder"
 
 

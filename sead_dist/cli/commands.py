@@ -102,11 +102,9 @@ def print_config(words: Sequence[str]) -> None:
 
 
 def keys(args: argparse.Namespace) -> None:
-    from sead_dist.config.keys import as_line, find_keys, read_keys
-    from sead_dist.config.load import config_folder
+    from sead_dist.config.keys import all_keys, as_line, find_keys
 
-    known = read_keys(config_folder() / "base.yaml")
-    print("\n".join(as_line(key) for key in find_keys(known, args.name)))
+    print("\n".join(as_line(key) for key in find_keys(list(all_keys()), args.name)))
 
 
 def sweep(args: argparse.Namespace) -> None:

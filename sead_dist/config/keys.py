@@ -1,14 +1,15 @@
-"""What stands in configs/base.yaml of every key of a run: its default and one sentence."""
+"""Every key of a run: its default and its sentence, as the fields of RunConfig say them."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
 
 from sead_dist.config.names import nearest, new_name
+from sead_dist.config.schema import Operational, RunConfig, Section
 from sead_dist.errors import UserError
-
-LINE = re.compile(r'( *)"?(\w+)"?:(?: +([^#\s][^#]*?))? *(?:# (.*))?')
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,44 @@ class Key:
     text: str
 
 
-def read_keys(path: Path) -> list[Key]:
-    """The keys of a shipped YAML file with their comments, in its order."""
-    found: list[Key] = []
-    section = ""
-    for line in path.read_text("utf-8").splitlines():
-        match = LINE.fullmatch(line)
-        if match is not None:
-            indent, name, default, text = match.groups()
-            section = section if indent else ""
-            found.append(Key(f"{section}{name}", default, text or ""))
-            if default is None:
-                section = f"{name}."
-        elif found and line.startswith(" ") and line.lstrip().startswith("# "):
-            last = found.pop()
-            found.append(Key(last.name, last.default, f"{last.text} {line.strip()[2:]}".strip()))
+def key_of(name: str, field: FieldInfo) -> Key:
+    """A field as a key of this name; a default of null stands where it must be given."""
+    text = " ".join((field.description or "").split())
+    if Operational in field.metadata and "(operational" not in text:
+        text += " (operational)"
+    if section_of(field) is not None:
+        return Key(name, None, text)
+    # inside a list, as YAML ends a value that stands alone with a line of dots
+    default = yaml.safe_dump([_default(field)], default_flow_style=True, width=1000)
+    return Key(name, default.strip()[1:-1], text)
+
+
+def all_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[Key]:
+    """The keys of a section and of those inside it, in the order of the fields."""
+    for name, field in section.model_fields.items():
+        yield key_of(f"{prefix}{name}", field)
+        inside = section_of(field)
+        if inside is not None:
+            yield from all_keys(inside, f"{prefix}{name}.")
+
+
+def defaults(section: type[Section] = RunConfig) -> dict[str, Any]:
+    """The default of every key, None for one that must be given; a section is a mapping."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inside = section_of(field)
+        found[name] = _default(field) if inside is None else defaults(inside)
     return found
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field is; None for a value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _default(field: FieldInfo) -> Any:
+    return None if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def find_keys(keys: Sequence[Key], asked: str | None) -> list[Key]:

@@ -1,5 +1,5 @@
-"""Where a run's keys come from: base.yaml, the method's preset, YAML files from left to right, then
-KEY=VALUE words; later ones lie over earlier ones.
+"""Where a run's keys come from: the defaults, the method's preset, YAML files from left to right,
+then KEY=VALUE words; later ones lie over earlier ones.
 """
 
 import glob
@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from sead_dist.config.keys import defaults
 from sead_dist.config.names import RENAMED, nearest, new_name
 from sead_dist.config.overrides import read_word
 from sead_dist.config.patterns import folders_of
@@ -23,8 +24,8 @@ from sead_dist.errors import UserError, reading
 
 _log = logging.getLogger(__name__)
 
-# the method of a run that has teachers and names neither a method nor a key of one; base.yaml has
-# the same keys
+# the method of a run that has teachers and names neither a method nor a key of one; the defaults
+# are its keys
 DEFAULT_METHOD = "sead"
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
@@ -186,7 +187,8 @@ def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The configuration that files and KEY=VALUE words describe, in their order, over base.yaml.
+    """The configuration that files and KEY=VALUE words describe, in their order, over the
+    defaults.
 
     Raises UserError naming the key, its value and what is allowed.
     """
@@ -214,9 +216,8 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
 
 
 def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
-    """The configuration of these keys over those of the method and of base.yaml."""
-    base = config_folder() / "base.yaml"
-    merged = dict(read_yaml(base))
+    """The configuration of these keys over those of the method and the defaults."""
+    merged = defaults()
     methods = [layer["method"] for layer in layers if layer.get("method") is not None]
     layers = [_of_method(layer, str(methods[-1])) if methods else layer for layer in layers]
     preset = [read_method(str(methods[-1]))] if methods else []
@@ -262,9 +263,9 @@ def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
 
 
 def usual_values(config: RunConfig) -> dict[str, Any]:
-    """What keys have where nobody gives them, flat: by base.yaml and the method's file."""
+    """What keys have where nobody gives them, flat: by their fields and the method's file."""
     preset = read_method(config.method) if config.method is not None else {}
-    return _flat(merge(dict(read_yaml(config_folder() / "base.yaml")), preset))
+    return _flat(merge(defaults(), preset))
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

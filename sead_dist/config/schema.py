@@ -1,269 +1,54 @@
-"""RunConfig: every key of a run, its type and what is allowed.
+"""RunConfig and SweepConfig: the whole configuration of a run, and of a sweep."""
 
-Defaults live in configs/base.yaml alone. Keys marked Operational may change on a resume; all
-others are the run's identity.
-"""
-
-import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticKnownError
+from pydantic import Field
 
 from sead_dist.config.plugins import hashes
-from sead_dist.config.prompted import mistake, mistaken_words, with_kind
-from sead_dist.config.registered import MODEL, NO_ENSEMBLE, ROUTED, expected, names
-
-Operational = "operational"
-Precision = Literal["fp32", "bf16", "fp16"]
-Placed = Literal["colocated", "partitioned", "sharded", "pool"]
-Placement = Literal["auto", Placed]
-# what is counted from one to it would have no end
-MANY = 10**9
-Labels = list[str] | Literal["task_order"] | None
-
-
-def writable(text: str) -> bool:
-    """Whether logs, plots, job scripts and file names take this text: no control characters, no
-    bytes that are not UTF-8 (halves of surrogate pairs)."""
-    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
-
-
-def one_of(what: str, *more: str) -> BeforeValidator:
-    """A name that is registered by the time that a configuration is checked."""
-
-    def check(name: Any) -> Any:
-        allowed = [*more, *names(what)]
-        if name not in allowed:
-            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
-        return name
-
-    return BeforeValidator(check)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    # keys whose texts may hold line ends
-    any_text: ClassVar[frozenset[str]] = frozenset()
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`num_train_epochs: true` would be one epoch."""
-        kind = str(cls.model_fields[info.field_name or ""].annotation)
-        held = [*value, *value.values()] if isinstance(value, dict) else value
-        held = held if isinstance(held, list) else [held]
-        if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
-            raise ValueError("input should be a number, not true or false")
-        for one in held if info.field_name not in cls.any_text else []:
-            if isinstance(one, str) and not writable(one):
-                raise ValueError("expected a text without line ends or other control characters")
-        return value
-
-
-class DataConfig(Section):
-    path: Annotated[str | None, Operational]
-    train: Annotated[str | None, Operational]
-    validation: Annotated[str | None, Operational]
-    revision: Annotated[str | None, Operational]
-    max_train_examples: Annotated[int | None, Field(gt=0)]
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), Operational]
-    skip_malformed: bool
-
-
-class UnlabeledConfig(Section):
-    path: Annotated[str | None, Operational]
-    rest: Annotated[bool | None, Operational]
-    ratio: Annotated[float | None, Field(gt=0)]
-
-
-Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
-
-
-class AugmentConfig(Section):
-    copies: int | Literal["auto"] | None
-    operations: Annotated[list[Operation], Field(min_length=1)] | None
-    gold_labels: bool
-
-    @field_validator("copies", mode="before")
-    @classmethod
-    def a_number_or_auto(cls, value: Any) -> Any:
-        """In one line: a union of types would say one for each."""
-        if value in (None, "auto") or (isinstance(value, int) and 0 < value <= MANY):
-            return value
-        raise ValueError("give how many copies each row has, from 1, or auto, or null")
-
-
-class SelectionConfig(Section):
-    fraction: Annotated[float, Field(gt=0, lt=1)]
-    seed: int
-    split: Literal["held_out", "dev"]
-
-
-class StudentConfig(Section):
-    path: str | None
-    shape: str | None
-    layers: list[int] | None
-    tokenizer: str | None
-
-
-class TeacherConfig(Section):
-    path: str
-    name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
-    kind: Annotated[str, one_of("kind of teacher")] = MODEL
-    placement: Placed | None = None
-    offload: bool = False
-    labels: Labels = None
-    revision: str | None = None
-    dtype: Precision | None = None
-    quantization: Literal["int8"] | None = None
-    max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    # of a language model
-    prompt: Annotated[str | None, Field(min_length=1)] = None
-    words: dict[str, list[str]] | None = None
-    chat: bool = False
-    shots: Annotated[int, Field(ge=0, le=1000)] = 0
-    contextual_calibration: bool = False
-    endpoint: str | None = None
-    concurrency: Annotated[int, Field(gt=0, le=1000)] = 8
-    max_requests: Annotated[int | None, Field(gt=0, le=MANY)] = None
-
-    any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
-
-    _kind_of_its_keys = model_validator(mode="before")(with_kind)
-
-    @field_validator("words")
-    @classmethod
-    def words_that_can_be_told_apart(
-        cls, words: dict[str, list[str]] | None
-    ) -> dict[str, list[str]] | None:
-        if words is not None and (problem := mistaken_words(words)):
-            raise ValueError(problem)
-        return words
-
-    @model_validator(mode="after")
-    def keys_of_its_kind(self) -> "TeacherConfig":
-        fields = type(self).model_fields
-        given = {key: value for key, value in self if value != fields[key].default}
-        if problem := mistake(self.kind, given):
-            raise ValueError(problem)
-        return self
-
-    @property
-    def is_model(self) -> bool:
-        """Whether it is a classifier that Transformers loads, not of another kind."""
-        return self.kind == MODEL
-
-
-class StoreConfig(Section):
-    path: Annotated[str | None, Operational]
-    accept: Literal["exact", "any"]
-
-
-# what a method's preset may set: all methods share student, start, data and steps
-METHOD_KEYS = (
-    *("ensemble", "teacher", "loss", "temperature", "alpha", "alpha_end"),
-    *("feature_loss", "feature_loss_weight", "feature_stage_ratio", "student_init"),
+from sead_dist.config.registered import NO_ENSEMBLE, ROUTED
+from sead_dist.config.run_keys import MethodKeys, ModelKeys, OutputKeys, TaskKeys, TrainingKeys
+from sead_dist.config.sections import (
+    DataConfig,
+    HeartbeatConfig,
+    Operation,
+    Operational,
+    Precision,
+    Section,
+    StoreConfig,
+    StudentConfig,
+    TeacherConfig,
+    writable,
 )
 
+__all__ = [
+    "METHOD_KEYS",
+    "DataConfig",
+    "HeartbeatConfig",
+    "Operation",
+    "Operational",
+    "Precision",
+    "RunConfig",
+    "Section",
+    "StoreConfig",
+    "StudentConfig",
+    "SweepConfig",
+    "TeacherConfig",
+    "dump_config",
+    "teacher_names",
+    "writable",
+]
 
-class PoolConfig(Section):
-    item_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
-    lease_s: Annotated[float, Field(gt=0), Operational]
-    timeout_s: Annotated[float, Field(gt=0), Operational]
+# what a method's file may set: all methods share student, start, data and steps. A column is of the
+# data.
+METHOD_KEYS = tuple(key for key in MethodKeys.model_fields if key != "teacher_column")
 
 
-class HeartbeatConfig(Section):
-    timeout_s: Annotated[float, Field(gt=0), Operational]
-    hang_timeout_s: Annotated[float, Field(gt=0), Operational]
-
-
-class CardConfig(Section):
-    license: Annotated[str | None, Field(min_length=1), Operational]
-    language: Annotated[str | None, Field(min_length=1), Operational]
-
-
-class RunConfig(Section):
-    """The whole configuration of a run; every key is explained in configs/base.yaml."""
-
-    task: str
-    # a name for the keys that its preset sets, which count themselves
-    method: Annotated[str | None, Operational]
-    output_dir: Annotated[str, Operational]
-    seed: Annotated[int, Field(ge=0)]
-    # what they hold counts, not where they lie
-    plugins: Annotated[list[str], Operational]
-    data: DataConfig
-    unlabeled: UnlabeledConfig
-    augment: AugmentConfig
-    selection: SelectionConfig
-    student: StudentConfig
-    # identity of the teachers is their manifest (weights, labels), not how they are written here
-    teachers: Annotated[list[TeacherConfig], Operational]
-    encoders: list[TeacherConfig]
-    placement: Annotated[Placement, Operational]
-    teacher_precision: Precision
-    prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational]
-    teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational]
-    baseline: Annotated[str | None, Operational]
-    trust_remote_code: Annotated[bool, Operational]
-    store: StoreConfig
-    pool: PoolConfig
-    ensemble: Annotated[str, one_of("ensemble")]
-    teacher: str | None
-    teacher_column: str | None
-    loss: Annotated[str, one_of("loss", "auto")]
-    temperature: Annotated[float, Field(gt=0)]
-    alpha: Annotated[float, Field(ge=0, le=1)]
-    alpha_end: Annotated[float | None, Field(ge=0, le=1)]
-    feature_loss: Literal["distilbert", "tinybert", "minilm"] | None
-    feature_loss_weight: Annotated[float, Field(gt=0)]
-    feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)]
-    student_init: Literal["own", "feature_teacher"]
-    num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)]
-    max_steps: Annotated[int | None, Field(gt=0, le=MANY)]
-    global_batch_size: Annotated[int, Field(gt=0, le=MANY)]
-    micro_batch_size: Annotated[int, Field(gt=0, le=MANY)]
-    max_length: Annotated[int, Field(gt=1, le=MANY)]
-    optim: Literal["adamw", "sgd"]
-    learning_rate: Annotated[float | None, Field(gt=0)]
-    lr_scheduler_type: Literal["linear", "cosine", "constant"]
-    warmup_steps: Annotated[float, Field(ge=0, le=MANY)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    max_grad_norm: Annotated[float, Field(ge=0)]
-    precision: Precision
-    deterministic: bool
-    deepspeed: Annotated[str | None, Operational]
-    final_checkpoint: Literal["auto", "best", "last", "average"]
-    average_share: Annotated[float, Field(gt=0, le=1)]
-    eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational]
-    save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational]
-    save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational]
-    keep_training_state: Annotated[bool, Operational]
-    preemption_notice_s: Annotated[float | None, Field(gt=0), Operational]
-    heartbeat: HeartbeatConfig
-    report_to: Annotated[str | None, Operational]
-    prediction_texts: Annotated[bool, Operational]
-    push_to_hub: Annotated[bool, Operational]
-    hub_model_id: Annotated[str | None, Operational]
-    hub_private_repo: Annotated[bool | None, Operational]
-    card: CardConfig
+# pydantic takes the fields of the last base first
+class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
+    """The whole configuration of a run. `task` and `output_dir` must be given."""
 
     @property
     def taught(self) -> bool:

@@ -18,7 +18,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.reporting.model_card import model_name
 from sead_dist.reporting.run_files import read_run
 from sead_dist.runtime.redact import without_secrets
-from sead_dist.runtime.run_log import is_finished
+from sead_dist.runtime.run_log import PUSHED, is_finished, write_json
 
 
 def reason(error: BaseException) -> str:
@@ -88,6 +88,8 @@ def upload(run: Path, repo: str | None, private: bool | None) -> str:
     api.upload_folder(
         repo_id=made.repo_id, folder_path=run / "model", commit_message="Upload by sead_dist"
     )
+    # a run that was killed before its upload is uploaded by its command given again
+    write_json(run / PUSHED, {"repository": str(made)})
     return str(made)
 
 

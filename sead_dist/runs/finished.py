@@ -10,6 +10,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import already_finished, drop_training_state
+from sead_dist.runtime.run_log import PUSHED
 
 
 def nothing_to_do(config: RunConfig) -> str | None:
@@ -30,7 +31,13 @@ def nothing_to_do(config: RunConfig) -> str | None:
     # a kill may have come between its end and this; what was asked for then decides
     if not kept.get("keep_training_state"):
         drop_training_state(config)
-    return f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
+    line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
+    if not config.push_to_hub or (run / PUSHED).is_file():
+        return line
+    # it was killed before its upload, or the hub refused it
+    from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
+
+    return f"{line}; {push_at_end(run, config)}"
 
 
 def refuse_unused_text(config: RunConfig) -> None:

@@ -14,8 +14,8 @@ OF_TEACHERS = (
 
 
 def unread_keys(config: RunConfig) -> list[str]:
-    """A line for each key that differs from base.yaml and the method's file, and changes nothing of
-    this run."""
+    """A line for each key that differs from the default and the method's file, and changes nothing
+    of this run."""
     usual = usual_values(config)
     lines = []
     for key, why in _unread(config):

@@ -28,6 +28,8 @@ from sead_dist.runtime.progress import Bar, Lines
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"
+# where a run's model was uploaded to
+PUSHED = "pushed.json"
 # where lines go that are not for the console
 _log = logging.getLogger("sead_dist")
 PACKAGES = (

@@ -70,6 +70,21 @@ def is_done(plan: Plan, unit: Unit) -> bool:
     return unit.method != TEACHERS or has_model(unit.folder) or _all_taught(plan, unit.task)
 
 
+def is_ready(plan: Plan, unit: Unit) -> bool:
+    """Whether what a run needs is there: its teachers, with their models where it asks them."""
+    made = plan.own_teachers and unit.config.taught
+    return all(is_finished(need) and (has_model(need) or not made) for need in unit.needs)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder: renamed first, so that a kill leaves it whole or away, never half."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.is_dir():
+        folder.replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _all_taught(plan: Plan, task: str) -> bool:
     """Whether all students of the task are finished: those of the plan, and those that another
     command has begun in this folder."""
@@ -83,10 +98,10 @@ def tidy(plan: Plan, unit: Unit) -> None:
     go with their task's last student."""
     if plan.keep_models or unit.method == TEACHERS:
         return
-    shutil.rmtree(unit.folder / "model", ignore_errors=True)
+    remove(unit.folder / "model")
     if plan.own_teachers and _all_taught(plan, unit.task):
         for teacher in unit.needs:
-            shutil.rmtree(teacher / "model", ignore_errors=True)
+            remove(teacher / "model")
 
 
 def clear_lost(plan: Plan, unit: Unit) -> None:
@@ -95,12 +110,12 @@ def clear_lost(plan: Plan, unit: Unit) -> None:
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
     print(f"{unit.title}: its model is gone, so it is made again", flush=True)
-    shutil.rmtree(unit.folder)
+    remove(unit.folder)
     for student in plan.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
             with try_lock(lock_of(student)) as taken:  # another process may be at it
                 if taken:
-                    shutil.rmtree(student.folder, ignore_errors=True)
+                    remove(student.folder)
 
 
 def undo_others(plan: Plan, unit: Unit) -> list[Unit]:
@@ -117,7 +132,7 @@ def undo_others(plan: Plan, unit: Unit) -> list[Unit]:
             with try_lock(lock_of(other)) as taken:
                 if taken:
                     print(f"{other.title}: it had other teachers, so it is done again", flush=True)
-                    shutil.rmtree(other.folder)
+                    remove(other.folder)
                     undone.append(other)
     return undone
 

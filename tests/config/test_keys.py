@@ -5,8 +5,9 @@ import yaml
 from small import save_teacher, words, write_task
 
 from sead_dist.cli.commands import parse
-from sead_dist.config.keys import find_keys, read_keys
-from sead_dist.config.load import _flat_keys, config_folder, load_config
+from sead_dist.config.base_file import base_yaml
+from sead_dist.config.keys import all_keys, find_keys
+from sead_dist.config.load import config_folder, load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 
@@ -19,24 +20,33 @@ def run(capsys, *argv):
     return capsys.readouterr().out
 
 
+def test_base_yaml_is_what_the_fields_say():
+    assert BASE.read_text("utf-8") == base_yaml(), (
+        "configs/base.yaml is not what the fields say; run "
+        "`.venv/bin/python -m sead_dist.config.base_file`"
+    )
+
+
+def test_base_yaml_read_as_a_file_changes_no_key_of_a_run():
+    given = ["task=sst2", "output_dir=run", "teachers=[a]", "method=sead"]
+    assert load_config([str(BASE), *given]) == load_config(given)
+    assert RunConfig(task="sst2", output_dir="run") == load_config(["task=sst2", "output_dir=run"])
+
+
 def test_every_key_is_told_with_its_default_and_a_sentence():
-    keys = {key.name: key for key in read_keys(BASE)}
-    entries = ("teachers.", "encoders.")  # explained in one sentence each
-    assert set(keys) == {name for name in _flat_keys(RunConfig) if not name.startswith(entries)}
-    base = yaml.safe_load(BASE.read_text())
-    for name, key in keys.items():
-        value = base
-        for part in name.split("."):
-            value = value[part]
-        if not isinstance(value, dict):
-            assert yaml.safe_load(key.default) == value
-            assert len(key.text) > 10, name
+    keys = list(all_keys())
+    assert [key.name.partition(".")[0] for key in keys if "." not in key.name] == [
+        *RunConfig.model_fields
+    ]
+    for key in keys:
+        assert key.default is None or len(key.text) > 10, key.name
 
 
-def test_a_comment_of_several_lines_belongs_to_its_key():
-    (key,) = [key for key in read_keys(BASE) if key.name == "micro_batch_size"]
-    assert key.text.startswith("rows per forward and backward of one rank")
-    assert key.text.endswith("never of more than micro_batch_size longest rows")
+def test_a_key_that_may_change_on_a_resume_says_so():
+    said = {key.name for key in all_keys() if "(operational" in key.text}
+    identity = set(load_config(["task=sst2", "output_dir=run"]).identity())
+    values = {key.name for key in all_keys() if key.default is not None}
+    assert identity == {name for name in values - said if not name.startswith("augment.")}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +62,9 @@ def test_a_comment_of_several_lines_belongs_to_its_key():
 def test_keys_are_found_by_name_section_old_name_and_text(asked, found):
     if found is None:
         with pytest.raises(UserError, match="no key has 'Retries' in its name or its sentence"):
-            find_keys(read_keys(BASE), asked)
+            find_keys(list(all_keys()), asked)
         return
-    assert [key.name for key in find_keys(read_keys(BASE), asked)] == found
+    assert [key.name for key in find_keys(list(all_keys()), asked)] == found
 
 
 def test_the_command_prints_them(capsys):

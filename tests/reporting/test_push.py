@@ -140,6 +140,25 @@ def test_a_finished_run_is_uploaded_whole_to_a_stand_in_hub(hub, words, distil, 
     assert len(hub.asked) == asked
 
 
+def test_a_run_that_was_not_uploaded_is_uploaded_to_a_stand_in_hub_by_the_same_command(
+    hub, words, distil, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    hub.refuses = True
+    given = words(run, "max_steps=2", "push_to_hub=true", "hub_model_id=lab/film")
+    distil(given)
+    assert "lab/film" not in hub.repos
+    hub.refuses = False
+    distil(given)
+    said = capsys.readouterr().out
+    assert "nothing to do" in said
+    assert f"uploaded to {constants.ENDPOINT}/lab/film" in said
+    assert "model.safetensors" in hub.repos["lab/film"]
+    asked = len(hub.asked)
+    distil(given)
+    assert len(hub.asked) == asked
+
+
 def test_a_run_is_finished_though_a_stand_in_hub_refuses_it(hub, words, distil, tmp_path, capsys):
     run = tmp_path / "run"
     hub.refuses = True

@@ -20,6 +20,7 @@ from sead_dist.planning.table import plan as plan_run
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
 from sead_dist.sweep import run as sweep
+from sead_dist.sweep.checks import settle
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.run import run_sweep
 from sead_dist.sweep.steps import needs_rows
@@ -167,7 +168,7 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
 
 def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
     plan = make_plan(fair_words(task, tmp_path / "out", "max_steps=3"))
-    fixed, _ = sweep.settle(plan, ["grammar"])
+    fixed, _ = settle(plan, ["grammar"])
     assert fixed == plan
     assert not needs_rows(plan, "grammar")
 

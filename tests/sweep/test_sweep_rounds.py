@@ -10,10 +10,11 @@ from small import ALONE, CPU, read, records, student_shape, sweep_words, write_t
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import World
+from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.jobs import check_jobs
-from sead_dist.sweep.rounds import try_join
+from sead_dist.sweep.rounds import is_ready, remove, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep
 from sead_dist.sweep.time_left import time_left
 
@@ -125,6 +126,28 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys):
     assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
     assert [made_at(run) for run in kept] == before
     assert scores(output) == scores(finished)
+
+
+def test_a_student_waits_for_the_model_of_its_teacher(finished, task):
+    given = words(task, finished, "seeds=2", "keep_models=false")
+    plan = make_plan(given)
+    ready = {unit.method: is_ready(plan, unit) for unit in plan.students("grammar")}
+    # the teachers are finished, and their models are gone
+    assert ready == {"finetune": True, "mean": False}
+
+
+def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(rounds.shutil, "rmtree", lambda *_, **__: None)
+        remove(model)
+    assert not model.exists()
+    # what the kill left is no hindrance, and goes with the next
+    model.mkdir()
+    remove(model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_within_a_round_all_students_have_the_same_teachers(finished, task, tmp_path, capsys):

@@ -37,13 +37,30 @@ def test_the_arms_of_the_table_differ_in_what_they_are_meant_to(table):
 def test_rows_that_are_set_apart_share_no_question_with_the_others(table):
     rows = [f"{n}\t0\t0\tquestion {n % 40}\tQuestion  {n // 2 + 100}\t{n % 2}" for n in range(80)]
     # two questions are one where only case and blanks differ
-    rows += ["x\t0\t0\tQUESTION 0\tquestion 1\t1", "malformed\tline"]
-    train, test = table.divided(rows, 20)
-    assert sorted(train + test) == sorted(rows[:-1])
+    rows += ["x\t0\t0\tQUESTION 0\tquestion 1\t1"]
+    train, test = table.divided(rows, (3, 4), 20)
+    assert sorted(train + test) == sorted(rows)
     assert 20 <= len(test) < 40
     sides = [
         {" ".join(text.casefold().split()) for row in part for text in row.split("\t")[3:5]}
         for part in (train, test)
     ]
     assert not sides[0] & sides[1]
-    assert table.divided(rows, 20) == (train, test)
+    assert table.divided(rows, (3, 4), 20) == (train, test)
+
+
+def test_the_search_reads_training_rows_alone(table, tmp_path, monkeypatch):
+    (tmp_path / "sst2").mkdir()
+    rows = [f"text {n % 3000}\t{n % 2}" for n in range(4000)]
+    (tmp_path / "sst2" / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    monkeypatch.setenv("SEAD_DIST_DATA", str(tmp_path))
+    table.lay_out_search(tmp_path / "out", "sst2")
+    parts = {}
+    for name in ("train", "validation"):
+        head, *parts[name] = (tmp_path / "out" / f"{name}.tsv").read_text().splitlines()
+        assert head == "sentence\tlabel"
+    assert sorted(parts["train"] + parts["validation"]) == sorted(rows)
+    assert len(parts["validation"]) >= 2000
+    assert not {row.split("\t")[0] for row in parts["train"]} & {
+        row.split("\t")[0] for row in parts["validation"]
+    }

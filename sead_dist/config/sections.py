@@ -1,0 +1,241 @@
+"""The sections of a run's configuration, and what all of them check.
+
+Below each field stands what it is for: configs/base.yaml is made of these sentences and defaults.
+Fields marked Operational may change on a resume; all others are the run's identity.
+"""
+
+import re
+import unicodedata
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from sead_dist.config.prompted import mistake, mistaken_words, with_kind
+from sead_dist.config.registered import MODEL, expected, names
+
+Operational = "operational"
+Precision = Literal["fp32", "bf16", "fp16"]
+Placed = Literal["colocated", "partitioned", "sharded", "pool"]
+Placement = Literal["auto", Placed]
+# what is counted from one to it would have no end
+MANY = 10**9
+Labels = list[str] | Literal["task_order"] | None
+
+
+def writable(text: str) -> bool:
+    """Whether logs, plots, job scripts and file names take this text: no control characters, no
+    bytes that are not UTF-8 (halves of surrogate pairs)."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+
+
+def one_of(what: str, *more: str) -> BeforeValidator:
+    """A name that is registered by the time that a configuration is checked."""
+
+    def check(name: Any) -> Any:
+        allowed = [*more, *names(what)]
+        if name not in allowed:
+            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+        return name
+
+    return BeforeValidator(check)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    # keys whose texts may hold line ends
+    any_text: ClassVar[frozenset[str]] = frozenset()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`num_train_epochs: true` would be one epoch."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        held = [*value, *value.values()] if isinstance(value, dict) else value
+        held = held if isinstance(held, list) else [held]
+        if re.search(r"\b(int|float)\b", kind) and any(isinstance(one, bool) for one in held):
+            raise ValueError("input should be a number, not true or false")
+        for one in held if info.field_name not in cls.any_text else []:
+            if isinstance(one, str) and not writable(one):
+                raise ValueError("expected a text without line ends or other control characters")
+        return value
+
+
+class DataConfig(Section):
+    path: Annotated[str | None, Operational] = None
+    """folder with the task's files (train.tsv, dev.jsonl, ...); null: the hub (operational: the
+    data's fingerprint counts)"""
+    train: Annotated[str | None, Operational] = None
+    """this file instead of the folder's train file; .tsv, .csv, .jsonl, .json, .parquet, .arrow,
+    each also with .gz"""
+    validation: Annotated[str | None, Operational] = None
+    """this file instead of the folder's validation file"""
+    revision: Annotated[str | None, Operational] = None
+    """hub revision of the data set"""
+    max_train_examples: Annotated[int | None, Field(gt=0)] = None
+    """a sample of so many training rows, drawn by selection.seed; null: all"""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), Operational] = 0.1
+    """where data.train is the only file of a task that is not on the hub: share of its rows that
+    become the validation split, by a hash; rows that share a text stay together (operational: the
+    data's fingerprint counts)"""
+    skip_malformed: bool = False
+    """true: leave out lines with a wrong number of fields, and say how many"""
+
+
+class UnlabeledConfig(Section):
+    path: Annotated[str | None, Operational] = None
+    """a file of unlabelled text with the task's columns; only the soft loss sees it, so a run that
+    asks no teacher refuses it (operational: the data's fingerprint counts)"""
+    rest: Annotated[bool | None, Operational] = None
+    """true | false: rows of the task's own train file that the sample left out are unlabelled text
+    too, without their labels; null: true where teachers are asked (operational: the data's
+    fingerprint counts)"""
+    ratio: Annotated[float | None, Field(gt=0)] = None
+    """at most so many rows of unlabelled text, of both kinds together, per labelled row; null: all
+    """
+
+
+Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
+
+
+class AugmentConfig(Section):
+    copies: int | Literal["auto"] | None = "auto"
+    """so many copies of each row; auto: where teachers are asked up to ten times the labelled rows
+    together with the text, none above 50,000 labelled rows; null: none"""
+    operations: Annotated[list[Operation], Field(min_length=1)] | None = None
+    """a list of mask (or leave out words), ngram (keep a few words in a row), neighbor (words for
+    others near them in the student's own embedding table), and for pairs swap (the two texts) and
+    recombine (with a text of another row, mostly a like one); null: all that fit"""
+    gold_labels: bool = False
+    """true: copies of labelled rows keep the gold label where the operation keeps it (mask,
+    neighbor, and swap where the task is symmetric)"""
+
+    @field_validator("copies", mode="before")
+    @classmethod
+    def a_number_or_auto(cls, value: Any) -> Any:
+        """In one line: a union of types would say one for each."""
+        if value in (None, "auto") or (isinstance(value, int) and 0 < value <= MANY):
+            return value
+        raise ValueError("give how many copies each row has, from 1, or auto, or null")
+
+
+class SelectionConfig(Section):
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the training rows held out to choose by: teacher validation, weights, and the best
+    checkpoint where there are 500 such rows"""
+    seed: int = 0
+    """which rows are held out and sampled; the same for teachers and students"""
+    split: Literal["held_out", "dev"] = "held_out"
+    """held_out | dev; dev reproduces published figures and marks every table"""
+
+
+class StudentConfig(Section):
+    path: str | None = None
+    """hub id, id@revision or folder of the student's start (student=DIR is short for
+    student.path=DIR); only its head may be new"""
+    shape: str | None = None
+    """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
+    layers: list[int] | None = None
+    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of BERT, RoBERTa, ELECTRA, DistilBERT,
+    MPNet, DeBERTa and their like"""
+    tokenizer: str | None = None
+    """tokeniser's id or folder; null: of student.path, else of the first teacher"""
+
+
+class TeacherConfig(Section):
+    path: str
+    name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    kind: Annotated[str, one_of("kind of teacher")] = MODEL
+    placement: Placed | None = None
+    offload: bool = False
+    labels: Labels = None
+    revision: str | None = None
+    dtype: Precision | None = None
+    quantization: Literal["int8"] | None = None
+    max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    # of a language model
+    prompt: Annotated[str | None, Field(min_length=1)] = None
+    words: dict[str, list[str]] | None = None
+    chat: bool = False
+    shots: Annotated[int, Field(ge=0, le=1000)] = 0
+    contextual_calibration: bool = False
+    endpoint: str | None = None
+    concurrency: Annotated[int, Field(gt=0, le=1000)] = 8
+    max_requests: Annotated[int | None, Field(gt=0, le=MANY)] = None
+
+    any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
+
+    _kind_of_its_keys = model_validator(mode="before")(with_kind)
+
+    @field_validator("words")
+    @classmethod
+    def words_that_can_be_told_apart(
+        cls, words: dict[str, list[str]] | None
+    ) -> dict[str, list[str]] | None:
+        if words is not None and (problem := mistaken_words(words)):
+            raise ValueError(problem)
+        return words
+
+    @model_validator(mode="after")
+    def keys_of_its_kind(self) -> "TeacherConfig":
+        fields = type(self).model_fields
+        given = {key: value for key, value in self if value != fields[key].default}
+        if problem := mistake(self.kind, given):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a classifier that Transformers loads, not of another kind."""
+        return self.kind == MODEL
+
+
+class StoreConfig(Section):
+    path: Annotated[str | None, Operational] = None
+    """folder of kept teacher predictions (store=DIR is short); null: SEAD_DIST_STORE or the user's
+    cache"""
+    accept: Literal["exact", "any"] = "exact"
+    """exact | any; any: also read predictions computed on other hardware or versions"""
+
+
+class PoolConfig(Section):
+    item_rows: Annotated[int, Field(gt=0, le=MANY), Operational] = 2048
+    """rows of one teacher that a worker takes at a time"""
+    lease_s: Annotated[float, Field(gt=0), Operational] = 60
+    """a worker is taken for dead, and its work item taken over, when it gives no sign of life for
+    so many seconds"""
+    timeout_s: Annotated[float, Field(gt=0), Operational] = 1800
+    """the student ends, naming the teacher, when nothing new has come for so many seconds"""
+
+
+class HeartbeatConfig(Section):
+    timeout_s: Annotated[float, Field(gt=0), Operational] = 120
+    """a process that gives no sign of life for so many seconds is dead (killed, stopped, node lost)
+    """
+    hang_timeout_s: Annotated[float, Field(gt=0), Operational] = 1800
+    """where no process has moved for so many seconds, one of them hangs"""
+
+
+class CardConfig(Section):
+    license: Annotated[str | None, Field(min_length=1), Operational] = None
+    """the model's licence, as the hub names it (apache-2.0, mit, other, ...); null: the card names
+    none"""
+    language: Annotated[str | None, Field(min_length=1), Operational] = None
+    """the language of the texts (en, de, multilingual, ...); null: the card names none"""

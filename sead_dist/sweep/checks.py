@@ -1,0 +1,176 @@
+"""What is told of a sweep's runs before the first: inputs, methods, data and earlier runs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.data.splits import check_tokens, load_examples, route_of
+from sead_dist.data.task_files import constant_score
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
+from sead_dist.models.student import check_start
+from sead_dist.objectives.ensemble import check_method, check_selection
+from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
+from sead_dist.runs.inputs import check_inputs
+from sead_dist.runtime.distributed import World
+from sead_dist.runtime.run_log import is_finished
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+from sead_dist.sweep.jobs import check_jobs
+from sead_dist.sweep.results import TaskData
+from sead_dist.sweep.steps import fix_steps
+from sead_dist.training.deepspeed_config import zero_config
+from sead_dist.training.engine import check_arithmetic, check_tracker
+from sead_dist.training.identity import refuse_other
+
+
+def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
+    """What can be told of all runs before the first: the plan with its steps fixed, and each task's
+    data.
+
+    Raises UserError for the first mistake.
+    """
+    check_jobs(plan, world)
+    check_runs(plan)
+    for unit in plan.units:
+        check_tracker(unit.config.report_to)
+        check_arithmetic(unit.config.precision, world.device)
+        zero_config(unit.config, world.size)
+    return settle(plan, [name for name in plan.tasks if plan.students(name)])
+
+
+def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
+    """The plan with its steps fixed, and the data of these tasks, which are read.
+
+    Raises UserError where the data are wrong, or the folders hold other runs.
+    """
+    data = {name: read_task(plan, name) for name in tasks}
+    plan = fix_steps(plan, data)
+    for unit in plan.units:
+        refuse_other_unit(plan, unit)
+    for name, of in data.items():
+        refuse_other_data(plan, name, of)
+    return plan, data
+
+
+def check_runs(plan: Plan) -> None:
+    """Inputs of all runs. Raises UserError for a mistake."""
+    check_folder(plan.output)
+    starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
+    for config in starts.values():
+        start = config.student
+        # else it takes the tokeniser of a teacher, which is looked at below
+        if start.path is not None or start.tokenizer is not None or not config.teachers:
+            check_start(start, config.trust_remote_code)
+    for name, task in plan.tasks.items():
+        students = plan.students(name)
+        for unit in students:
+            if unit.config.taught:
+                check_method(unit.config, task.task_kind)
+        teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
+        with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
+        # the others ask for nothing else
+        own = {arm.name for arm in plan.arms if arm.keys}
+        with_keys = {unit.method: unit for unit in students if unit.method in own}
+        for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
+            check_inputs(with_made_teachers(unit.config, teachers))
+
+
+def check_folder(output: Path) -> None:
+    """Raises UserError where it is no folder of a sweep: that holds folders alone."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir={output} is a file; give a folder")
+    for path in sorted(output.glob("[!.]*")):
+        if not path.is_dir():
+            raise UserError(
+                f"output_dir={output} holds other files ({path.name!r}); give a new folder for the "
+                "sweep"
+            )
+
+
+def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
+    """What can be looked at of a run while its teachers are not made: a student of a shape takes
+    the first one's tokeniser, which that one starts with."""
+    if not config.teachers or not made:
+        return config
+    student, start = config.student, made[0].config.student
+    if student.shape is not None and student.tokenizer is None:
+        student = student.model_copy(update={"tokenizer": start.tokenizer or start.path})
+    return config.model_copy(update={"teachers": [], "student": student})
+
+
+def read_task(plan: Plan, name: str) -> TaskData:
+    """Raises UserError where the data are wrong."""
+    task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
+    # most rows first; the column that names each row's teacher is not there for all methods
+    students.sort(key=lambda of: (not of.has_text, of.routed))
+    examples = load_examples(students[0], task, lambda _line: None)
+    check_tokens(examples, start_tokenizers(plan, name))
+    for config in students:
+        check_selection(config, examples.selection.labels_B)
+    dev = next(iter(examples.official.values()))
+    return TaskData(
+        task,
+        dev,
+        examples.labelled_rows,
+        examples.transfer_rows,
+        constant_score(task, dev),
+        {rows_key(students[0]): examples.fingerprint(task)},
+    )
+
+
+def rows_key(config: RunConfig) -> str:
+    """The keys that say which rows a run reads, and what of them."""
+    rest = config.uses_rest
+    return repr((config.data, config.unlabeled, rest, config.selection, route_of(config)))
+
+
+def refuse_other_unit(plan: Plan, unit: Unit) -> None:
+    """Raises UserError where its folder holds a run of other keys."""
+    try:
+        refuse_other_keys(unit.config)
+    except UserError as error:
+        own = plan.lengthened.get((unit.task, unit.method))
+        if own is None or "max_steps" not in str(error):
+            raise
+        raise UserError(
+            f"{error} (max_steps={unit.config.max_steps} is of the longest method, and {own} are "
+            f"{unit.method}'s own: equal_steps=off leaves it those)"
+        ) from None
+
+
+def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
+    """Raises UserError where the data are others than those of runs that are there, or the teachers
+    others than those of a run that is done."""
+    known = data.fingerprints
+    for unit in plan.units:
+        # earlier versions gave unlabelled text to the teachers' fine-tuning as well
+        counts = unit.method != TEACHERS or data.unlabelled_rows > 0
+        saved = refuse_other_keys(unit.config) if unit.task == name and counts else None
+        if saved is None:
+            continue
+        key = rows_key(unit.config)
+        if key not in known:
+            examples = load_examples(unit.config, data.task, lambda _line: None)
+            known[key] = examples.fingerprint(data.task)
+        refuse_other(unit.folder, saved, replace(saved, data=known[key]))
+        if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
+            refuse_other_teachers(unit.config)
+
+
+def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase]:
+    """What a task's runs read texts with: made teachers read as their encoders do."""
+    sources: dict[str, TeacherConfig] = {}
+    for unit in [unit for unit in plan.units if unit.task == task]:
+        start = unit.config.student.tokenizer or unit.config.student.path
+        given = [] if plan.own_teachers or not unit.config.taught else unit.config.teachers
+        given = [entry for entry in given if entry.is_model]
+        for entry in (*([TeacherConfig(path=start)] if start else []), *given):
+            sources.setdefault(entry.path, entry)
+    trust = plan.units[0].config.trust_remote_code
+    return {
+        path: load_tokenizer(locate(path, entry.revision, marks=TOKENIZER_FILES), trust)
+        for path, entry in sources.items()
+    }
