@@ -12,6 +12,11 @@ For qqp, of which there is no validation file, 5,000 rows of its part are set ap
 question with the others. The same line goes on where it was cut off; DIR/sweep holds the runs and
 their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2, seeds=[0], ...).
 
+--kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
+lacks are taken from there at the start, and new ones are put there at the end. So the table goes on
+on another machine. Start it in a folder from which L3, DIR and the encoders have relative paths,
+since paths are part of a run's identity.
+
 The search has arms of its own (sweeps/search.yaml), another sample of the training rows, and is
 scored on further training rows that share no text with the others. It reads no validation file.
 """
@@ -19,6 +24,7 @@ scored on further training rows that share no text with the others. It reads no 
 import argparse
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +33,7 @@ from pathlib import Path
 from inputs import alone, minilm, shape_file, small_folder
 from outcome_file import smoke_argument
 
+from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.run import run_sweep
 
 ARMS = Path(__file__).parent / "sweeps" / "table.yaml"
@@ -35,6 +42,8 @@ TASKS = ("sst2", "stsb", "mrpc", "qqp")
 TEST_ROWS = 5000
 SEARCH_ROWS = {"sst2": 2000, "stsb": 1000, "mrpc": 1000, "qqp": 2000}
 SEARCH_SEED = 100
+# with run_summary.json, what a sweep goes on from without models
+KEPT = ("run.json", "scores.json", "teacher_manifest.json", "environment.json", "predictions")
 # by task, the columns of its file that hold a text, and how many columns there are
 TEXTS = {"sst2": (0,), "stsb": (7, 8), "mrpc": (3, 4), "qqp": (3, 4)}
 COLUMNS = {"sst2": 2, "stsb": 10, "mrpc": 5, "qqp": 6}
@@ -48,6 +57,7 @@ def main() -> None:
     parser.add_argument("--encoders", type=Path, nargs="+", help="default: MiniLM-L6, three times")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--work", type=Path, help="folder of data and sweep")
+    parser.add_argument("--kept", type=Path, help="folder of finished runs' scores")
     parser.add_argument("--search", action="store_true", help="choose; nothing of the table")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the sweep")
     smoke_argument(parser)
@@ -60,7 +70,33 @@ def main() -> None:
     elif args.student is None or args.work is None:
         sys.exit(parser.format_help())
     else:
-        run_sweep([*table_words(args), *args.words], alone())
+        words, runs = [*table_words(args), *args.words], args.work / output_name(args)
+        if args.kept is not None:
+            copy_runs(args.kept, runs)
+        try:
+            run_sweep(words, alone())
+        finally:
+            if args.kept is not None:
+                copy_runs(runs, args.kept)
+
+
+def output_name(args: argparse.Namespace) -> str:
+    return "search" if args.search else "sweep"
+
+
+def copy_runs(source: Path, target: Path) -> None:
+    """Copy what a sweep goes on from of each finished run that is not there."""
+    for run in sorted(path.parent for path in source.glob("*/*/*/run_summary.json")):
+        copy = target / run.relative_to(source)
+        if not is_finished(run) or is_finished(copy):
+            continue
+        copy.mkdir(parents=True, exist_ok=True)
+        # the summary last: a run with it is whole
+        for name in (*KEPT, "run_summary.json"):
+            if (run / name).is_dir():
+                shutil.copytree(run / name, copy / name, dirs_exist_ok=True)
+            elif (run / name).exists():
+                shutil.copy(run / name, copy / name)
 
 
 def table_words(args: argparse.Namespace) -> list[str]:
@@ -80,7 +116,7 @@ def table_words(args: argparse.Namespace) -> list[str]:
         f"data.path={data}/{{task}}",
         f"encoders=[{','.join(map(str, encoders))}]",
         f"student={args.student}",
-        f"output_dir={args.work / ('search' if args.search else 'sweep')}",
+        f"output_dir={args.work / output_name(args)}",
         *apart,
     ]
 

@@ -90,6 +90,21 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "grammar", make)
 
 
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """(the built-in task of 60 rows with a student's shape, in a folder called grammar; teachers
+    of one and of two layers, untrained). To be read: a test that changes them makes its own."""
+    from small import save_teacher, student_shape, write_task
+
+    def make(folder: Path) -> None:
+        student_shape(write_task(folder / "grammar"))
+        save_teacher(folder / "a")
+        save_teacher(folder / "b", seed=1, num_hidden_layers=2)
+
+    root = made_once(tmp_path_factory, "tiny", make)
+    return root / "grammar", [root / "a", root / "b"]
+
+
 def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], steps: int) -> None:
     """A tiny BERT taught the training rows of `task`, with these label names, in its class order."""
     import torch

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer
-from sead_dist.models.inputs import make_tell_apart
+from sead_dist.models.inputs_check import make_tell_apart
 
 POSITIONS = 128
 WIDE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}

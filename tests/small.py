@@ -7,7 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer, write_grammar_task
 from sead_dist.config.load import load_config
@@ -15,6 +20,8 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.order import Split, make_split
 from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.pretrained import tokenizer_hash
 from sead_dist.runtime.distributed import World
 
 CPU = torch.device("cpu")
@@ -53,6 +60,14 @@ def build_model(kind: str = "bert", seed: int = 0, labels=LABELS, **more):
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config)
     return model.eval()
+
+
+def model_inputs(
+    max_length: int = 32, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ModelInputs:
+    """What a model with this tokeniser (the built-in task's) is fed."""
+    tokenizer = tokenizer or grammar_tokenizer()
+    return ModelInputs(tokenizer, tokenizer_hash(tokenizer), max_length, tokenizer.padding_side)
 
 
 def save_teacher(folder: Path, kind: str = "bert", seed: int = 0, labels=LABELS, **more) -> Path:

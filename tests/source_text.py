@@ -10,9 +10,8 @@ import sead_dist
 def comparisons(names: Collection[str], attribute: str | None = None) -> Iterator[str]:
     """`file:line` of each comparison with one of these names; of one side that is `.attribute`,
     where that is given."""
-    package = Path(sead_dist.__file__).parent
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for path, tree in trees():
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Compare):
                 continue
             sides = (node.left, *node.comparators)
@@ -20,4 +19,11 @@ def comparisons(names: Collection[str], attribute: str | None = None) -> Iterato
             if attribute is not None and attribute not in [side.attr for side in named]:
                 continue
             if any(isinstance(of, ast.Constant) and of.value in names for of in ast.walk(node)):
-                yield f"{path.relative_to(package)}:{node.lineno}"
+                yield f"{path}:{node.lineno}"
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """(`package/file.py`, its syntax tree) of each module."""
+    package = Path(sead_dist.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        yield str(path.relative_to(package)), ast.parse(path.read_text("utf-8"))

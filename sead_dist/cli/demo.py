@@ -42,7 +42,7 @@ STUDENT_WORDS = (
     "eval_steps=600",
 )
 # its text is enough
-SOFT_WORDS = ("method=sead", "placement=partitioned", "augment.copies=null")
+SOFT_WORDS = ("method=sead", "placement=partitioned", "augment.copies=null", "baseline=null")
 
 
 def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) -> None:

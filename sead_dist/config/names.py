@@ -51,8 +51,6 @@ VALUES = {
     ("warmup", "1"): "0.999999999",
     ("warmup", "1.0"): "0.999999999",
 }
-# before keys of a run in a sweep's words
-SWEEP_PREFIXES = ("finetune.", "per_task.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -78,9 +78,10 @@ class ModelKeys(Section):
     teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational] = "on"
     """on | off | fp32; off: teachers teach without being validated; fp32: those in other numbers
     are also compared with themselves in fp32, on up to 2,000 rows"""
-    baseline: Annotated[str | None, Operational] = None
-    """the folder of a run of method=finetune on the same rows: log and card say what the teachers
-    have over it, and what the student keeps of that"""
+    baseline: Annotated[str | None, Operational] = "auto"
+    """auto | the folder of a run of method=finetune on the same rows | null: log and card say what
+    the teachers have over a fine-tuned student, and what this one keeps of that. auto: it is made
+    first, in the run's folder, where that takes at most a tenth of the time"""
     trust_remote_code: Annotated[bool, Operational] = False
     """true: run modelling code that comes with a checkpoint"""
     store: StoreConfig = StoreConfig()

@@ -4,7 +4,6 @@ Shapes: B rows.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +25,9 @@ from sead_dist.data.examples import (
 )
 from sead_dist.data.formats import Route
 from sead_dist.data.loading import split_chunks
-from sead_dist.data.order import Split, describe_cuts, make_split
+from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
 from sead_dist.data.unlabeled import UnlabelledText, chunk_size, gather_text
 from sead_dist.errors import UserError
 
@@ -224,22 +224,6 @@ def check_tokens(
                 )
 
 
-def adds_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a text of nothing has tokens too."""
-    return len(tokenizer("")["input_ids"]) > 0
-
-
-def tokenless_row(part: ExampleSet, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first example with a text row of which `tokenizer` makes no token."""
-    for row, first in enumerate(part.texts_a):
-        second = None if part.texts_b is None else part.texts_b[row]
-        if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):
-            continue
-        if not tokenizer(first, second)["input_ids"]:
-            return row // part.choices
-    return None
-
-
 def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
     """Where an example came from, as a person finds it: "row 4 of train"."""
     name = "train" if part is examples.selection else part.split
@@ -260,17 +244,9 @@ class RunSplits:
     official: dict[str, Split]
 
 
-def tokenize_splits(
-    examples: RunExamples, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> RunSplits:
-    return RunSplits(
-        make_split(examples.train, tokenizer, max_length),
-        make_split(examples.selection, tokenizer, max_length),
-        {
-            name: make_split(split, tokenizer, max_length)
-            for name, split in examples.official.items()
-        },
-    )
+def tokenize_splits(examples: RunExamples, tokenized: Callable[[ExampleSet], Split]) -> RunSplits:
+    official = {name: tokenized(split) for name, split in examples.official.items()}
+    return RunSplits(tokenized(examples.train), tokenized(examples.selection), official)
 
 
 def told_cuts(

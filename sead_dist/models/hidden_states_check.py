@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import (
@@ -23,14 +23,8 @@ from sead_dist.models.hidden_states import (
     reading,
     scores,
 )
-from sead_dist.models.inputs import (
-    dense,
-    make_tell_apart,
-    padded,
-    probes_alone,
-    shallow,
-)
-from sead_dist.models.pretrained import fitting_length
+from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.inputs_check import dense, make_tell_apart, shallow
 from sead_dist.models.sequence_classifier import new_classifier
 
 # of the largest value; rounding differs between the model's own products and ours
@@ -41,32 +35,19 @@ def needs_attention(method: str) -> bool:
     return method != "distilbert"
 
 
-def check_inside(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: str,
-    max_length: int,
-    who: str,
-) -> None:
-    """Ask two rows of unlike length, padded as the tokeniser pads, and compare all that `method`
+def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
+    """Ask two rows of unlike length, padded as the model's are, and compare all that `method`
     (distilbert, tinybert or minilm) reads of this kind and of this model, on its device.
 
     Raises UserError, naming `who`, for what differs in value or number.
     """
     # weights that are new, small or neutral may hide what the kind does
-    check_kind(model, tokenizer, method, max_length, who)
-    rows = two_rows(tokenizer, fitting_length(max_length, model.config))
-    batches = asked(rows, tokenizer, int(tokenizer.pad_token_id))
+    check_kind(model, inputs, method, who)
+    batches = asked(inputs.two_rows(), inputs, None)
     refuse(model, who, method, first_difference(model, who, method, batches))
 
 
-def check_kind(
-    whole: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: str,
-    max_length: int,
-    who: str,
-) -> None:
+def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
     """The same of a shallow model of the kind with random weights, before any weights are read.
     whole: the model, or its outline. What cannot be cut down is looked at when it is loaded.
 
@@ -75,33 +56,22 @@ def check_kind(
     attention = needs_attention(method)
     layers = find_layer_parts(whole, who, attention).layers
     try:
-        rows, config = dense(
-            two_rows(tokenizer, fitting_length(max_length, whole.config)),
-            shallow(whole.config),
-            int(tokenizer.pad_token_id),
-        )
+        rows, config = dense(inputs.two_rows(), shallow(whole.config), inputs.pad_id)
         model = random_model(config)
         if type(find_layer_parts(model, who, attention).layers[0]) is not type(layers[0]):
             return
-        pad_id = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-        differs = first_difference(model, who, method, asked(rows, tokenizer, pad_id))
+        batches = asked(rows, inputs, config.pad_token_id)
+        differs = first_difference(model, who, method, batches)
     except Exception:  # kinds have many ways to be no shallow model
         return
     refuse(whole, who, method, differs)
 
 
-def two_rows(
-    tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Sequence[dict[str, torch.Tensor]]:
-    return probes_alone(tokenizer, max_length)[:2]
-
-
 def asked(
-    rows: Sequence[dict[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase, pad_id: int
+    rows: Sequence[dict[str, torch.Tensor]], inputs: ModelInputs, pad_id: int | None
 ) -> list[dict[str, torch.Tensor]]:
     """All as a batch, and the shortest alone, since some kinds lengthen short rows inside."""
-    together = padded(rows, tokenizer.padding_side, pad_id, int(tokenizer.pad_token_type_id))
-    return [together, rows[0]]
+    return [inputs.together(rows, pad_id), rows[0]]
 
 
 def random_model(config: PretrainedConfig) -> PreTrainedModel:

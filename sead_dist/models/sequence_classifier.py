@@ -7,7 +7,7 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from sead_dist.config.schema import TeacherConfig
@@ -282,26 +281,19 @@ def write_weights(
 def save_model(
     model: PreTrainedModel,
     weights: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    save_words: Callable[[Path], None],
     folder: Path,
-    max_length: int,
 ) -> None:
     """model.safetensors, config with label names, and the tokeniser, as Transformers reads them.
 
-    weights: the model's state, of which the model itself may hold a part only. Written aside and
-    renamed. Raises RunError when that fails.
+    weights: the model's state, of which the model itself may hold a part only. save_words: writes
+    the tokeniser into a folder. Written aside and renamed. Raises RunError when that fails.
     """
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write_weights(model, weights, aside)
-        tokenizer.model_max_length = max_length
-        # a teacher with the same tokeniser may have set another length last
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_padding()
-            backend.enable_truncation(max_length)
-        tokenizer.save_pretrained(aside)
+        save_words(aside)
         # a finished run deletes its checkpoints, so the disk must hold its model before
         sync_folder(aside)
         shutil.rmtree(folder, ignore_errors=True)

@@ -155,7 +155,7 @@ def own_rates(
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]
     keys = {own_key, *keys_N}
     own_K = grid(work.lengths_SM, config.max_length)
-    grids_N = [grid(work.lengths_SM, min(config.max_length, t.max_length)) for t in teachers]
+    grids_N = [grid(work.lengths_SM, min(config.max_length, t.inputs.max_length)) for t in teachers]
     # one of each shape; the quickest first, so that something is known to scale the others from
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
     short = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]

@@ -8,7 +8,6 @@ from rich.filesize import decimal
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length, tokenizer_hash
 from sead_dist.planning.memory import FULL, student_bytes
 from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
@@ -52,27 +51,24 @@ def plan(
     memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
-    task, examples, tokenizer, student = on_every_rank(
+    task, examples, inputs, student = on_every_rank(
         world, lambda: read_inputs(config, lambda _note: None)
     )
-    teachers = (
-        call_roster(config, task, world, tokenizer, examples.labelled) if config.taught else []
-    )
+    labelled = examples.labelled
+    teachers = call_roster(config, task, world, inputs.tokenizer, labelled) if config.taught else []
     for teacher in teachers:
         if teacher.answers is not None:
             raise UserError(
                 f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
                 "told before; plan without it"
             )
-    max_length = fitting_length(config.max_length, student.config)
-    words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
     folder = Path(config.store.path) if config.store.path else default_store()
 
     def count() -> Work:
         store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
-        return make_work(config, task.name, examples, tokenizer, max_length, teachers, store)
+        return make_work(config, task.name, examples, inputs, teachers, store)
 
     work = from_main(world, count)
     own_bytes = student_bytes(student.config, config, size)

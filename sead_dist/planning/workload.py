@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, entries, sample
-from sead_dist.data.order import cut_into_micro_batches, epoch_order, tokenize
+from sead_dist.data.order import cut_into_micro_batches, epoch_order
 from sead_dist.data.splits import RunExamples
+from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.choices import steps_of
 from sead_dist.store.store import PredictionStore
@@ -59,10 +59,8 @@ def spread(lengths: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(np.sort(lengths)[places.astype(np.int64)])
 
 
-def sampled_lengths(
-    tokenizer: PreTrainedTokenizerBase, examples: ExampleSet, max_length: int
-) -> np.ndarray:
-    return tokenize(tokenizer, sample(examples, SAMPLE, 0), max_length).lengths_B()
+def sampled_lengths(inputs: ModelInputs, examples: ExampleSet) -> np.ndarray:
+    return inputs.tokens(sample(examples, SAMPLE, 0)).lengths_B()
 
 
 def asked_share(
@@ -85,8 +83,7 @@ def make_work(
     config: RunConfig,
     task: str,
     examples: RunExamples,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    inputs: ModelInputs,
     teachers: Sequence[Teacher],
     store: PredictionStore | None,
     done: int = 0,
@@ -95,7 +92,7 @@ def make_work(
     holds nothing. Of a run that asks for a part of the rows, the store is taken to hold those
     first: it does where this run was cut off, and not where another one asked for other rows."""
     train = examples.train
-    lengths_B = spread(sampled_lengths(tokenizer, train, max_length), len(train))
+    lengths_B = spread(sampled_lengths(inputs, train), len(train))
     order_SG = epoch_order(len(train), config.seed, 0, config.global_batch_size)
     lengths_SM, rows_SM = micro_batch_shapes(
         order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
@@ -105,7 +102,7 @@ def make_work(
     passes = -(-total // len(order_SG))
     shares_N = [share * in_time for share in asked_share(config, teachers, train, passes)]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
-    counted: dict[tuple[str, int, str], np.ndarray] = {}
+    counted: dict[tuple[tuple[str, int], str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):
         ids_U2, _ = entries(split.ids_B2)
         for n, teacher in enumerate(teachers):
@@ -117,9 +114,9 @@ def make_work(
                 table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
                 present = int(table.present_U.sum())
             missing = max(0, needed - present)
-            key = (teacher.tokenizer_hash, teacher.max_length, split.split)
+            key = (teacher.inputs.key, split.split)
             if missing and key not in counted:
-                counted[key] = sampled_lengths(teacher.tokenizer, split, teacher.max_length)
+                counted[key] = sampled_lengths(teacher.inputs, split)
             parts = -(-missing // config.prefetch_rows)
             sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
             requests_N[n] += [spread(counted[key], size) for size in sizes]

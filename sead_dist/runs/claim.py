@@ -183,7 +183,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
         elif saved.differences(identity):
             for name in (*EARLY_FILES, FOLLOWED):
                 (run / name).unlink(missing_ok=True)
-            for folder in ("teacher_rows", PLUGINS):
+            for folder in ("teacher_rows", "baseline", PLUGINS):
                 shutil.rmtree(run / folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}

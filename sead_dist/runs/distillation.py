@@ -13,8 +13,9 @@ import torch
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Split
-from sead_dist.data.splits import adds_tokens, check_tokens, load_examples
+from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tokens import adds_tokens
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
@@ -36,6 +37,7 @@ from sead_dist.runs.learnable import (
     told,
     weigh_up,
 )
+from sead_dist.runs.own_baseline import OWN, baseline_folder, needs_own_baseline, own_baseline
 from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
@@ -74,6 +76,19 @@ def distill(
             tell(done, console)
         return run
     stop = stop or StopFlag()
+    if not train_student(config, world, show_table, stop, console):
+        # all is checked and the folder is this run's; its parts are let go of meanwhile
+        own = distill(own_baseline(config), world, False, stop, console)
+        if from_main(world, lambda: is_finished(own)):
+            train_student(config, world, show_table, stop, console)
+    return run
+
+
+def train_student(
+    config: RunConfig, world: World, show_table: bool, stop: StopFlag, console: bool
+) -> bool:
+    """Build the run and train to its end or to where it is asked to stop; False, with nothing
+    trained, where a fine-tuned student is to be made first."""
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         try:
@@ -81,18 +96,25 @@ def distill(
         except StopRequestedError:
             if world.is_main:
                 tell(STOPPED_EARLY, console)
-            return run
+            return True
+        # one that has trained goes on as it is
+        begun = parts.checkpointer.latest() is not None
+        steps = parts.batches.total_steps
+        if not begun and from_main(
+            world, lambda: needs_own_baseline(config, parts.examples, steps, parts.log)
+        ):
+            return False
         try:
             run_parts(parts, show_table and console)
         except StopRequestedError:
             parts.log.say(STOPPED_EARLY)
-            return run
+            return True
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
             parts.heartbeat.explain(error)
             raise
     barrier(world)
-    return run
+    return True
 
 
 def run_parts(parts: Parts, show_table: bool) -> None:
@@ -283,7 +305,7 @@ def say_learnable(
     ensemble: Ensemble,
 ) -> None:
     """Say, and write down, whether the teachers together know more than a fine-tuned student."""
-    selection, baseline = parts.splits.selection.examples, parts.config.baseline
+    selection, baseline = parts.splits.selection.examples, baseline_folder(parts.config)
 
     def find() -> Learnable:
         routes_B = selection.routes_B
@@ -292,7 +314,7 @@ def say_learnable(
         )
         finetuned_BC = None
         if baseline is not None:
-            finetuned_BC = baseline_logits(Path(baseline), parts.task, selection)
+            finetuned_BC = baseline_logits(baseline, parts.task, selection)
         return weigh_up(
             parts.task,
             selection,
@@ -313,7 +335,8 @@ def say_learnable(
 
 def needs_validation(config: RunConfig) -> bool:
     """Whether nothing may be taught before the teachers' scores are known."""
-    return config.validates or asks_selection(config) or config.baseline is not None
+    named = config.baseline not in (None, OWN)
+    return config.validates or asks_selection(config) or named
 
 
 def weigh(

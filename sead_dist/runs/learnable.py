@@ -135,8 +135,6 @@ def told(found: Learnable) -> str:
     line += f"({low:+.4f} to {high:+.4f}): {found.verdict}"
     if found.verdict == "cannot be told":
         line += " from so few rows"
-    if found.finetuned is None:
-        line += "; baseline=RUN_DIR compares with a fine-tuned student, the run of method=finetune"
     return line
 
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from sead_dist.data.order import Split, make_batch, make_split
+from sead_dist.data.order import Split, make_batch
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError
-from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import label_names, load_classifier
 from sead_dist.reporting.report import write_report
@@ -35,10 +35,9 @@ from sead_dist.runs.onnx_file import (
     check_installed,
     open_onnx,
     quantize,
-    save_tokenizer,
     write_onnx,
 )
-from sead_dist.runs.prediction import class_order, data_of, longest, task_of
+from sead_dist.runs.prediction import class_order, data_of, task_of
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
@@ -72,11 +71,10 @@ class Original:
     """The PyTorch model and what its task asks of it; order_C: its own column of each class."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    inputs: ModelInputs
     weights: Path
     task: TaskSpec
     order_C: list[int]
-    max_length: int
     splits: list[Split]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -170,10 +168,10 @@ def load_original(
     model = load_classifier(checkpoint).eval()
     settle(tokenizer, model.config)
     order_C = class_order(name, model.config, task, labels)
-    limit = longest(tokenizer, model.config)
-    check_student(model, tokenizer, limit, name, sets[0])
-    splits = [make_split(examples, tokenizer, limit) for examples in sets]
-    return Original(model, tokenizer, checkpoint.folder, task, order_C, limit, splits)
+    length = own_length(tokenizer, model.config)
+    inputs = student_inputs(model, tokenizer, length, name, sets[0])
+    splits = [inputs.split(examples) for examples in sets]
+    return Original(model, inputs, checkpoint.folder, task, order_C, splits)
 
 
 def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict[str, Any]:
@@ -181,7 +179,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
     threads = torch.get_num_threads()
     write_onnx(original.model, batch_inputs(original.splits[0], 2), folder / "model.onnx")
     original.model.config.save_pretrained(folder)
-    save_tokenizer(original.tokenizer, folder, original.max_length)
+    original.inputs.save_alone(folder)
     runs: dict[str, Run] = {
         "PyTorch": original.run,
         "ONNX": open_onnx(folder / "model.onnx", threads),
@@ -215,7 +213,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
         "metric": original.task.metrics[0],
         "labels": label_names(original.model.config),
         "rows": {split.examples.split: len(split) for split in original.splits},
-        "max_length": original.max_length,
+        "max_length": original.inputs.max_length,
         "tolerance": {"logits": LOGIT_TOLERANCE, "metrics": METRIC_TOLERANCE},
         "threads": threads,
         "machine": platform.machine(),

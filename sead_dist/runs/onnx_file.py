@@ -14,8 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sead_dist.errors import RunError, UserError
 
@@ -96,23 +95,6 @@ def open_onnx(path: Path, threads: int) -> Run:
         return torch.from_numpy(logits_RC)
 
     return run
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
-    """The tokeniser's files. tokenizer.json truncates and pads by itself, so that the package
-    `tokenizers` alone makes the model's inputs from it."""
-    tokenizer.save_pretrained(folder)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one written in Python: Transformers is needed to use it
-        return
-    alone = Tokenizer.from_str(backend.to_str())
-    alone.enable_truncation(max_length)
-    alone.enable_padding(
-        pad_id=tokenizer.pad_token_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
-    )
-    alone.save(str(folder / "tokenizer.json"))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
-from sead_dist.models.pretrained import fitting_length, tokenizer_hash
+from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.start import start_hash
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.choices import steps_of
@@ -59,14 +59,13 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker has to know of the student's run. words: its tokeniser's hash."""
+    """What a worker has to know of the student's run. inputs: the student's."""
 
     config: RunConfig
     task: TaskSpec
     examples: RunExamples
     splits: RunSplits
-    words: str
-    max_length: int
+    inputs: ModelInputs
     teachers: list[Teacher]
     identity: Identity
 
@@ -87,10 +86,9 @@ class Work:
 
 def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
-    task, examples, tokenizer, model = read_inputs(config, lambda _line: None)
-    max_length = fitting_length(config.max_length, model.config)
-    splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = call_roster(config, task, world, tokenizer, examples.labelled)
+    task, examples, inputs, _ = read_inputs(config, lambda _line: None)
+    splits = tokenize_splits(examples, inputs.split)
+    teachers = call_roster(config, task, world, inputs.tokenizer, examples.labelled)
     check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
@@ -100,8 +98,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         rules_of(config),
         examples.copies,
     )
-    words = tokenizer_hash(tokenizer)
-    return Work(config, task, examples, splits, words, max_length, teachers, identity)
+    return Work(config, task, examples, splits, inputs, teachers, identity)
 
 
 def teach(config: RunConfig, worker: str, world: World) -> Path:
@@ -172,7 +169,7 @@ def open_worker(
     )  # fmt: skip
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
-        source.share_tokens(split, work.words, work.max_length)
+        source.share_tokens(split, work.inputs)
     asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
     tell_requests(source, asked, log.say)
     pooled = sum(work.pooled_N)

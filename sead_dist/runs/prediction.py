@@ -20,8 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.plugins import load_kept
 from sead_dist.config.schema import DataConfig
@@ -29,17 +28,17 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows
-from sead_dist.data.order import Split, describe_cuts, make_split
+from sead_dist.data.order import Split
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tokens import describe_cuts
 from sead_dist.errors import RunError, UserError
-from sead_dist.models.inputs import check_student, settle
+from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs
 from sead_dist.models.pretrained import (
     check_vocabulary,
     load_model_config,
     load_tokenizer,
     locate,
-    position_limit,
 )
 from sead_dist.models.sequence_classifier import (
     DTYPES,
@@ -57,8 +56,6 @@ from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.training.evaluation import EvalResult, Forward, evaluate, student_logits
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
-# most tokens of a row for a model that sets no limit of its own
-LONGEST = 512
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,7 @@ class Answerer:
     """A model in eval mode; `forward` gives its logits in the task's class order, float32."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
+    inputs: ModelInputs
     forward: Forward
 
 
@@ -108,7 +104,8 @@ def load_answerer(
     check_vocabulary(checkpoint.name, tokenizer, config)
     model = load_classifier(checkpoint).to(device).eval()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, longest(tokenizer, config), name, examples)
+    length = own_length(tokenizer, config)
+    inputs = student_inputs(model, tokenizer, length, name, examples)
     dtype = DTYPES[run_config(name).get("precision", "fp32")]
 
     def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
@@ -120,7 +117,7 @@ def load_answerer(
             raise RunError(f"{name} gives NaN or infinite logits; check its weights")
         return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
 
-    return Answerer(model, tokenizer, longest(tokenizer, config), forward)
+    return Answerer(model, inputs, forward)
 
 
 def class_order(
@@ -133,15 +130,6 @@ def class_order(
     )
     mend = f"--labels {','.join(task.labels)} or --labels task_order"
     return align_classes(task, name, label_names(config), said, mend)
-
-
-def longest(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """The most tokens of a row: what its tokeniser says, within the model's positions."""
-    said, limit = int(tokenizer.model_max_length), position_limit(config)
-    if limit is not None:
-        return min(said, limit)
-    # a tokeniser that says nothing says a number beyond all texts
-    return said if said < VERY_LARGE_INTEGER else LONGEST
 
 
 def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
@@ -238,8 +226,8 @@ def results_of(
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
     for examples in sets:
-        ready = make_split(examples, answerer.tokenizer, answerer.max_length)
-        tell_cuts(ready, answerer.max_length, world, say)
+        ready = answerer.inputs.split(examples)
+        tell_cuts(ready, answerer.inputs.max_length, world, say)
         found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
     return found
 
@@ -322,8 +310,8 @@ def answer_examples(
 ) -> dict[str, list[Any]]:
     """What the model `name` answers: the columns that a prediction adds, a value an example."""
     answerer = load_answerer(name, task, labels, world.device, examples)
-    split = make_split(examples, answerer.tokenizer, answerer.max_length)
-    tell_cuts(split, answerer.max_length, world, say)
+    split = answerer.inputs.split(examples)
+    tell_cuts(split, answerer.inputs.max_length, world, say)
     logits_BC = student_logits(answerer.model, answerer.forward, split, world)
     return task.task_kind.answers(task, logits_BC)
 

@@ -17,7 +17,6 @@ from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import compute_metrics
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model
 from sead_dist.objectives.ensemble import Ensemble
@@ -26,6 +25,7 @@ from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.learnable import FILE, kept_shares, told_shares
+from sead_dist.runs.own_baseline import baseline_folder
 from sead_dist.runs.remarks import make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
@@ -146,12 +146,11 @@ def save_student(parts: Parts, state: TrainState) -> None:
     """Write the student that is kept, which is the engine's from now on, to model/, and check that
     plain Transformers reads the same model there."""
     config, module = parts.config, parts.engine.module
-    longest = fitting_length(config.max_length, module.config)
     if state.best_step is not None:
         parts.engine.load_weights(parts.checkpointer.best_folder(state.best_step))
     weights = without_projections(parts.engine.weights())
     folder = Path(config.output_dir) / "model"
-    from_main(parts.world, lambda: save_model(module, weights, parts.tokenizer, folder, longest))
+    from_main(parts.world, lambda: save_model(module, weights, parts.inputs.save, folder))
     row = one_row(parts.splits.train)
     # every rank: a student that DeepSpeed splits answers on all of them at once
     trained = answer(parts.engine.model, lambda: parts.engine.forward(row, 1))
@@ -223,9 +222,10 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
     shares: dict[str, dict[str, float]] = {}
-    if parts.source is not None and config.baseline is not None:
+    baseline = baseline_folder(config)
+    if parts.source is not None and baseline is not None:
         try:
-            shares = kept_shares(Path(config.baseline), scores, parts.task.metrics[0])
+            shares = kept_shares(baseline, scores, parts.task.metrics[0])
         except UserError as error:  # it was read at the start, and a run must come to its end
             parts.log.say(f"what the student keeps of the gap is not told: {error}")
     for line in told_shares(shares):

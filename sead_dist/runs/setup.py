@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.load import DEFAULT_METHOD
@@ -30,8 +30,8 @@ from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside, needs_attention
-from sead_dist.models.inputs import check_student, settle
-from sead_dist.models.pretrained import fitting_length, load_tokenizer, tokenizer_hash
+from sead_dist.models.inputs import ModelInputs, settle, student_inputs
+from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.start import start_hash, student_tokenizer
 from sead_dist.models.student import build_student
@@ -48,6 +48,7 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
+from sead_dist.runs.own_baseline import OWN
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
@@ -93,7 +94,7 @@ class Parts:
     log: RunLog
     examples: RunExamples
     splits: RunSplits
-    tokenizer: PreTrainedTokenizerBase
+    inputs: ModelInputs
     teachers: list[Teacher]
     source: StoredSource | None
     engine: Engine
@@ -121,20 +122,15 @@ def build(
     check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
-    task, examples, tokenizer, model = on_every_rank(
-        world, lambda: read_inputs(config, notes.append)
-    )
-    max_length = fitting_length(config.max_length, model.config)
-    splits = tokenize_splits(examples, tokenizer, max_length)
-    teachers = (
-        call_roster(config, task, world, tokenizer, examples.labelled) if config.taught else []
-    )
+    task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(config, notes.append))
+    splits = tokenize_splits(examples, inputs.split)
+    labelled = examples.labelled
+    teachers = call_roster(config, task, world, inputs.tokenizer, labelled) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
-    if teachers and config.baseline is not None:
-        given = Path(config.baseline)
+    if teachers and config.baseline not in (None, OWN):
+        given = Path(str(config.baseline))
         on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
-    words = tokenizer_hash(tokenizer)
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, words, max_length, world))
+    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
     identity = Identity(
         config.identity(),
@@ -154,7 +150,7 @@ def build(
     for note in (
         *told_choices(config, task, examples, splits, model, world),
         *notes,
-        *told_cuts(examples, splits, config.max_length, max_length),
+        *told_cuts(examples, splits, config.max_length, inputs.max_length),
     ):
         log.say(note)
     for line in unread_keys(config):
@@ -189,7 +185,7 @@ def build(
     )
     if source is not None:
         for split in (splits.train, splits.selection, *splits.official.values()):
-            source.share_tokens(split, words, max_length)
+            source.share_tokens(split, inputs)
         asked = (splits.train, splits.selection, *splits.official.values())
         from_main(world, lambda: tell_requests(source, asked, log.say))
     feature_teacher, feature_loss = None, None
@@ -206,7 +202,7 @@ def build(
     stack.callback(engine.close)
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
     return Parts(
-        config, task, world, log, examples, splits, tokenizer, teachers, source, engine, batches,
+        config, task, world, log, examples, splits, inputs, teachers, source, engine, batches,
         checkpointer, stop, heartbeat, feature_teacher,
         make_loss(config, task.task_kind, batches.total_steps, feature_loss),
     )  # fmt: skip
@@ -235,8 +231,8 @@ def uneven(config: RunConfig, ranks: int) -> list[str]:
 
 def read_inputs(
     config: RunConfig, say: Callable[[str], None]
-) -> tuple[TaskSpec, RunExamples, PreTrainedTokenizerBase, PreTrainedModel]:
-    """Task, examples, and the student with its tokeniser."""
+) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
+    """Task, examples, and the student with what it is fed."""
     task = load_task(config.task)
     if config.taught:
         check_method(config, task.task_kind)
@@ -255,10 +251,10 @@ def read_inputs(
     settle(tokenizer, model.config)
     examples = add_copies(config, task, examples, tokenizer, model, say)
     check_tokens(examples, {"the student": tokenizer})
-    check_student(model, tokenizer, config.max_length, "the student", examples.train)
+    inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:
-        check_inside(model, tokenizer, config.feature_loss, config.max_length, "the student")
-    return task, examples, tokenizer, model
+        check_inside(model, inputs, config.feature_loss, "the student")
+    return task, examples, inputs, model
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -73,11 +73,16 @@ def written_aside(path: Path) -> Iterator[Path]:
 def sync_folder(folder: Path) -> None:
     """Have the disk hold all files of a folder, and their names."""
     for path in (*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.runtime.files import user_folder
-from sead_dist.runtime.own_files import open_own
+from sead_dist.runtime.own_files import open_own, sync
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2
@@ -227,7 +227,7 @@ def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path]
         file.flush()
         os.fsync(file.fileno())
         os.replace(path, target)
-        _sync_folder(target.parent)
+        sync(target.parent)
 
     try:
         with open(path, "x+b") as file:
@@ -244,17 +244,9 @@ def make_folder(layout: Layout, folder: Path) -> None:
     """Make a folder inside the store; raises RunError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise RunError(explain(layout.root, folder.name, error)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def set_aside(layout: Layout, path: Path) -> Path | None:

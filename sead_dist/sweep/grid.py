@@ -278,7 +278,9 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     store = config.store
     if store.path is None:
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
-    given = {"teachers": teachers, "encoders": [], "store": store}
+    # arms are compared with one another, by the report
+    baseline = None if config.baseline == "auto" else config.baseline
+    given = {"teachers": teachers, "encoders": [], "store": store, "baseline": baseline}
     return without_teachers_text(config.model_copy(update=given))
 
 

@@ -15,6 +15,8 @@ from sead_dist.data.order import Batch
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import LayerOutputs, LayerParts, Wanted, reading
 from sead_dist.models.hidden_states_check import check_inside, check_kind
+from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.inputs_check import Padding
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.teacher import Teacher
@@ -53,12 +55,11 @@ def candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
 def check_feature_teacher(
     config: RunConfig,
     teachers: Sequence[Teacher],
-    tokenizer_hash: str,
-    max_length: int,
+    inputs: ModelInputs,
     world: World,
 ) -> None:
     """Raises UserError for a teacher that may become the feature teacher and cannot show its hidden
-    states and attention on the student's batches. tokenizer_hash, max_length: the student's."""
+    states and attention on the student's batches. inputs: the student's."""
     asks = f"feature_loss={config.feature_loss}"
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
@@ -79,29 +80,28 @@ def check_feature_teacher(
                 f"needs its hidden states as they are; leave quantization out, "
                 f"give dtype: bf16{other}"
             )
-        if teacher.tokenizer_hash != tokenizer_hash:
+        if teacher.inputs.tokenizer_hash != inputs.tokenizer_hash:
             raise UserError(
                 f"teacher {teacher.name} has another tokeniser than the student, and {asks} "
                 f"compares them token by token; give a student with the teacher's tokeniser{other}"
             )
         longest = teacher.cut.longest
-        if longest < max_length:
+        if longest < inputs.max_length:
             raise UserError(
                 f"teacher {teacher.name} reads at most {longest} tokens, and {asks} shows "
-                f"it the student's rows of up to {max_length}; give "
+                f"it the student's rows of up to {inputs.max_length}; give "
                 f"max_length={longest}{other}"
             )
-        check_padding(teacher, asks, other)
+        check_padding(teacher, inputs.padding, asks, other)
         assert config.feature_loss is not None
         parts = outline(teacher.config, config.trust_remote_code)
         name = f"teacher {teacher.name}"
-        check_kind(parts, teacher.tokenizer, config.feature_loss, max_length, name)
+        check_kind(parts, inputs, config.feature_loss, name)
 
 
-def check_padding(teacher: Teacher, asks: str, other: str) -> None:
-    """Raises UserError for a teacher that does not stand how the student's rows are padded. The two
-    have one tokeniser, which knows the side."""
-    side, found = teacher.tokenizer.padding_side, teacher.cut.padding
+def check_padding(teacher: Teacher, side: Padding, asks: str, other: str) -> None:
+    """Raises UserError for a teacher that does not stand how the student's rows are padded."""
+    found = teacher.cut.padding
     if found == side:
         return
     kind = teacher.config.model_type
@@ -140,6 +140,5 @@ def load_feature_teacher(
     padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))
     model = load_whole(padded, device, config.trust_remote_code, {})
     if config.feature_loss is not None:
-        length, name = teacher.max_length, f"teacher {teacher.name}"
-        check_inside(model, teacher.tokenizer, config.feature_loss, length, name)
+        check_inside(model, teacher.inputs, config.feature_loss, f"teacher {teacher.name}")
     return model

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sead_dist.data.order import TokenTable
-from sead_dist.models.inputs import Padding, shallow
+from sead_dist.data.tokens import TokenTable
+from sead_dist.models.inputs_check import Padding, shallow
 from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs

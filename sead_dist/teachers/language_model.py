@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from sead_dist.errors import UserError, reading, reason
-from sead_dist.models.inputs import LEAST, TOLERANCE
+from sead_dist.models.inputs_check import LEAST, TOLERANCE
 from sead_dist.models.pretrained import (
     COPY,
     SILENT,

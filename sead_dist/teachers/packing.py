@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sead_dist.data.order import TokenTable
+from sead_dist.data.tokens import TokenTable
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import OFFSET_POSITIONS, position_limit
+from sead_dist.models.inputs import first_position
+from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 
 NAME = "packs-1"
@@ -150,13 +151,12 @@ def pack_inputs(
     offsets = np.full(most_rows + 1, size, np.int32)
     offsets[0] = 0
     offsets[1 : len(ends_S) + 1] = ends_S
-    first = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
     types_T = np.zeros(size, np.int64)
     if tokens.types is not None:
         types_T[:own] = tokens.types[index]
     return {
         "input_ids": torch.from_numpy(ids_T)[None],
-        "position_ids": torch.from_numpy(inside_T + first)[None],
+        "position_ids": torch.from_numpy(inside_T + first_position(config))[None],
         "offsets": torch.from_numpy(offsets),
         "token_type_ids": torch.from_numpy(types_T)[None],
         "most": int(counts_S.max()),

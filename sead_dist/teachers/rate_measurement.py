@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data.order import TokenTable
+from sead_dist.data.tokens import TokenTable
 from sead_dist.teachers.inference import Cut, batches_of
 from sead_dist.teachers.rates import Rate, operations
 from sead_dist.teachers.teacher import Teacher

@@ -188,7 +188,7 @@ def costs(teachers: Sequence[Teacher], rates_N: Sequence[Rate | None]) -> list[f
     if len(known) < len(teachers):
         return [float(teacher.parameters) for teacher in teachers]
     return [
-        float(rate.row_s(min(COST_TOKENS, teacher.max_length)))
+        float(rate.row_s(min(COST_TOKENS, teacher.inputs.max_length)))
         for teacher, rate in zip(teachers, known, strict=True)
     ]
 

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from sead_dist.data.order import TokenTable
+from sead_dist.data.tokens import TokenTable
 from sead_dist.errors import RunError, UserError, reading
-from sead_dist.models.inputs import CheckRows, check_teacher, reset_attention
+from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
 from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import COPY, weight_files
 from sead_dist.models.sequence_classifier import new_classifier

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data.order import Split, TokenTable, describe_cuts, tokenize
+from sead_dist.data.order import Split
+from sead_dist.data.tokens import TokenTable, describe_cuts
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.models.inputs import CheckRows, real_rows
+from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects
 from sead_dist.store.store import PredictionStore
 from sead_dist.store.table import Table
@@ -73,7 +75,7 @@ class StoredSource:
         # of split teachers that are loaded and not tried yet
         self.to_try: dict[int, CheckRows] = {}
         self.tables: dict[tuple[int, int], Table] = {}
-        self.tokens: dict[tuple[str, int, int], TokenTable] = {}
+        self.tokens: dict[tuple[tuple[str, int], int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
         # seconds of this start in which requests were served: loading, forwards, waiting for others
         self.spent_s = 0.0
@@ -170,10 +172,8 @@ class StoredSource:
 
     def _check_rows(self, n: int, split: Split) -> CheckRows:
         """Rows of a split to try a teacher on, the same on every rank."""
-        teacher, tokens = self.teachers[n], self._tokens(n, split)
-        return real_rows(
-            teacher.tokenizer, split.examples, teacher.max_length, self.world.device, tokens
-        )
+        inputs, tokens = self.teachers[n].inputs, self._tokens(n, split)
+        return inputs.real_rows(split.examples, self.world.device, tokens)
 
     def _follow(self, request: Request, own_NR: np.ndarray) -> None:
         """Wait for this rank's share of the rows of all teachers in the pool."""
@@ -304,18 +304,19 @@ class StoredSource:
     def _tokens(self, n: int, split: Split) -> TokenTable:
         """Teachers with one tokeniser and maximum length share the tokens of a split."""
         teacher = self.teachers[n]
-        key = (teacher.tokenizer_hash, teacher.max_length, id(split))
+        key = (teacher.inputs.key, id(split))
         if key not in self.tokens:
-            tokens = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
-            line = describe_cuts({split.examples.split: tokens.cut_of()}, teacher.max_length)
+            tokens = teacher.inputs.tokens(split.examples)
+            cuts = {split.examples.split: tokens.cut_of()}
+            line = describe_cuts(cuts, teacher.inputs.max_length)
             if line is not None:
                 self.say(f"teacher {teacher.name}: {line}")
             self.tokens[key] = tokens
         return self.tokens[key]
 
-    def share_tokens(self, split: Split, tokenizer_hash: str, max_length: int) -> None:
+    def share_tokens(self, split: Split, inputs: ModelInputs) -> None:
         """Offer the student's tokens of a split to teachers of the same tokeniser and length."""
-        self.tokens[tokenizer_hash, max_length, id(split)] = split.tokens
+        self.tokens[inputs.key, id(split)] = split.tokens
 
 
 def start_thread(threads: int, world: World) -> None:

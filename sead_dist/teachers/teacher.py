@@ -20,12 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sead_dist.config.prompted import PROMPT_KEYS
 from sead_dist.config.registered import LANGUAGE_MODEL
-from sead_dist.config.rules import INPUT_RULES
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
-from sead_dist.models.inputs import Padding, probed_padding, settle
+from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
+from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import (
     COPY,
@@ -33,7 +33,6 @@ from sead_dist.models.pretrained import (
     Checkpoint,
     check_vocabulary,
     code_hash,
-    fitting_length,
     load_model_config,
     load_tokenizer,
     locate,
@@ -66,16 +65,14 @@ from sead_dist.teachers.quantize import check_quantize, quantizer
 class Teacher:
     """order_C: own logits column of each task class. parameters: weights without word embeddings,
     what a forward costs. cut: how its rows become batches. answers: of a registered kind, which is
-    no model: checkpoint, config and tokenizer mean nothing then."""
+    no model: checkpoint, config and inputs mean nothing then."""
 
     entry: TeacherConfig
     name: str
     checkpoint: Checkpoint
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_hash: str
+    inputs: ModelInputs
     order_C: list[int]
-    max_length: int
     dtype: str
     weights_sha256: str
     parameters: int
@@ -98,7 +95,7 @@ class Teacher:
             "order": self.order_C,
             "weight": self.entry.weight,
             "parameters": self.parameters,
-            "max_length": self.max_length,
+            "max_length": self.inputs.max_length,
             "dtype": self.dtype,
             "weights": self.entry.quantization,
             **({} if self.answers is None else {"kind": self.entry.kind}),
@@ -190,21 +187,14 @@ def numerics_class(
 
 
 def _fingerprint(
-    weights: str,
-    config: PretrainedConfig,
-    tokens: str,
-    max_length: int,
-    padding: Padding,
-    code: str | None,
+    weights: str, config: PretrainedConfig, inputs: ModelInputs, code: str | None
 ) -> str:
-    """What a prediction depends on. Rows padded on the right stand for themselves: so the first
-    rules of input made them, and what was kept under those stays good where the tensors are the
-    same. A padding id or segments that were others then are in the config and the tokeniser.
-    code: the hash of the Python files that came with the checkpoint and were run."""
+    """What a prediction depends on. What was kept under the first rules of input stays good where
+    the tensors are the same. A padding id or segments that were others then are in the config and
+    the tokeniser. code: the hash of the Python files that came with the checkpoint and were run."""
     shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
-    facts: list[Any] = [weights, shape, tokens, max_length]
-    if padding != "right":
-        facts.append({"padding": padding, "rules of input": INPUT_RULES})
+    always, otherwise = inputs.facts()
+    facts: list[Any] = [weights, shape, *always, *otherwise]
     if code is not None:
         facts.append({"code": code})
     text = json.dumps(facts, sort_keys=True, default=str)
@@ -278,8 +268,9 @@ def registered_teacher(opening: Opening, student: PreTrainedTokenizerBase) -> Te
         numerics = numerics_class(opening.device, dtype, None, "auto", cut, SCHEME)
     key = TeacherKey(fingerprint_of(entry, answers), numerics, entry.path, task.num_labels)
     return Teacher(
-        entry, name, checkpoint, PretrainedConfig(), student, tokenizer_hash(student), order_C,
-        max_length, dtype, weights, parameters, size, key, cut, answers,
+        entry, name, checkpoint, PretrainedConfig(),
+        ModelInputs(student, tokenizer_hash(student), max_length, "right"),
+        order_C, dtype, weights, parameters, size, key, cut, answers,
     )  # fmt: skip
 
 
@@ -293,7 +284,7 @@ def _call(
     train: ExampleSet | None,
 ) -> list[Teacher]:
     entries = config.teachers
-    checked: dict[tuple[str, str, str | None, str, int], Cut] = {}
+    checked: dict[tuple[str, str, str | None, str, int], tuple[ModelInputs, Cut]] = {}
     alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
     tokenizers = {} if student is None else {tokenizer_hash(student): student}
     teachers: list[Teacher] = []
@@ -322,26 +313,26 @@ def _call(
         parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.labels)
         check_problem_type(task, entry.path, shape)
-        max_length = fitting_length(entry.max_length or config.max_length, shape)
+        max_length = entry.max_length or config.max_length
         dtype = entry.dtype or config.teacher_precision
         if entry.quantization is not None:
             check_quantize(name)
         facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
         kind = (facts, dtype, entry.quantization, tokens, max_length)
         if kind not in checked:
-            padding = probed_padding(tokenizer, shape, max_length)
-            checked[kind] = cut_of(shape, dtype, device, entry.quantization, padding)
+            inputs = teacher_inputs(tokenizer, tokens, shape, max_length)
+            cut = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
+            checked[kind] = inputs, cut
+        inputs, cut = checked[kind]
         attention = parts.config._attn_implementation
-        numerics = numerics_class(device, dtype, entry.quantization, attention, checked[kind])
+        numerics = numerics_class(device, dtype, entry.quantization, attention, cut)
         code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
-        padding = checked[kind].padding
-        fingerprint = _fingerprint(weights, shape, tokens, max_length, padding, code)
+        fingerprint = _fingerprint(weights, shape, inputs, code)
         key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
         teachers.append(
             Teacher(
-                entry, name, checkpoint, shape, tokenizer, tokens, order_C, max_length,
-                dtype, weights, parameters,
-                weight_bytes(parameters, words, dtype, entry.quantization), key, checked[kind],
+                entry, name, checkpoint, shape, inputs, order_C, dtype, weights, parameters,
+                weight_bytes(parameters, words, dtype, entry.quantization), key, cut,
             )
         )  # fmt: skip
     return teachers
@@ -350,8 +341,8 @@ def _call(
 def tokenizers_of(teachers: Sequence[Teacher]) -> dict[str, PreTrainedTokenizerBase]:
     """Each tokeniser once, under the name of the first teacher that has it."""
     models = [teacher for teacher in teachers if teacher.answers is None]
-    first = {teacher.tokenizer_hash: teacher for teacher in reversed(models)}
-    return {f"teacher {teacher.name}": teacher.tokenizer for teacher in first.values()}
+    first = {teacher.inputs.tokenizer_hash: teacher for teacher in reversed(models)}
+    return {f"teacher {teacher.name}": teacher.inputs.tokenizer for teacher in first.values()}
 
 
 def cut_of(

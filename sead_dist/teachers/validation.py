@@ -10,7 +10,7 @@ from itertools import permutations
 
 import numpy as np
 
-from sead_dist.data.order import Split, tokenize
+from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request, TeacherSource
@@ -105,10 +105,9 @@ def validate(
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
         score = compute_metrics(task, logits_BC, split.examples)[metric]
         range_ = off_scale(task, logits_BC, split)
-        key = (teacher.tokenizer_hash, teacher.max_length)
+        key = teacher.inputs.key
         if key not in truncated:
-            table = tokenize(teacher.tokenizer, split.examples, teacher.max_length)
-            truncated[key] = table.truncated
+            truncated[key] = teacher.inputs.tokens(split.examples).truncated
         results.append(
             Validation(
                 name=teacher.name,
@@ -131,9 +130,8 @@ def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
     if validation.better_order is not None:
         line += f"; WARNING: it would score better with {_suggestion(validation, teacher)}"
     if validation.truncated_rows:
-        line += (
-            f"; {validation.truncated_rows} of {rows} rows truncated to {teacher.max_length} tokens"
-        )
+        cut, length = validation.truncated_rows, teacher.inputs.max_length
+        line += f"; {cut} of {rows} rows truncated to {length} tokens"
     if validation.dev_texts_in_training:
         line += f"; {validation.dev_texts_in_training} dev texts occur in the training text"
     if validation.drift is not None:

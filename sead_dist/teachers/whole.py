@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
-from sead_dist.models.inputs import CheckRows, check_teacher, probe_rows, reset_attention
+from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
 from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import build_teacher
 from sead_dist.teachers.packing import use_packs
@@ -45,7 +45,7 @@ def load_whole(
     if teacher.entry.quantization is not None:
         quantize(model)
     # one in 8 bits against itself alone: how far it is from fp32 is for the drift report
-    rows = rows or probe_rows(teacher.tokenizer, teacher.max_length, device)
+    rows = rows or teacher.inputs.probe_rows(device)
     check_teacher(model, rows, teacher.cut.padding, teacher.name)
     # packs answer as padded batches do: packing.packs_from has looked
     if teacher.cut.pack_from is not None:

@@ -6,7 +6,6 @@ kept: so far the best on the selection split, or at the end the last or the aver
 """
 
 import json
-import os
 import pickle
 import shutil
 import time
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
+from sead_dist.runtime.own_files import sync
 from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.training import averaging
 from sead_dist.training.engine import Engine
@@ -121,7 +121,7 @@ class Checkpointer:
                 write(aside)
                 if self.world.is_main:
                     for path in aside.iterdir():
-                        _sync(path)
+                        sync(path)
             except (OSError, RuntimeError, SafetensorError) as error:
                 # torch and safetensors report a full disk in their own ways
                 raise _cannot_save(final, error) from error
@@ -133,7 +133,7 @@ class Checkpointer:
             def rename() -> None:
                 shutil.rmtree(final, ignore_errors=True)
                 aside.rename(final)
-                _sync(final.parent)
+                sync(final.parent)
 
             from_main(self.world, rename)
         except (RunError, OSError) as error:
@@ -206,14 +206,6 @@ class Checkpointer:
             self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
         return record
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _cannot_save(final: Path, error: Exception) -> RunError:

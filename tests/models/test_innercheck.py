@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import build_model
+from small import build_model, model_inputs
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from sead_dist.cli.grammar import grammar_tokenizer
@@ -33,6 +33,7 @@ KINDS = {
 STATES = "hidden states 2 differ from its own by"
 SCORES = "the attention of layer 2 differs from its own by"
 # what the linear maps and layers of each kind would be taken for
+INPUTS = model_inputs()
 MISREAD = [
     ("roformer", "tinybert", "the attention of layer 1 differs from its own by"),
     ("roformer", "minilm", SCORES),
@@ -68,7 +69,7 @@ def test_what_would_be_misread_is_told_of_the_kind_and_of_a_model_with_new_weigh
     )
     for check, one in ((check_inside, model), (check_kind, outline(config_of(kind)))):
         with pytest.raises(UserError, match=rf"^it \({kind}\) would be misread: .*{said}") as told:
-            check(one, grammar_tokenizer(), method, 32, "it")
+            check(one, INPUTS, method, "it")
         assert told.match(mend)
         assert "\n" not in str(told.value)
 
@@ -77,23 +78,25 @@ def test_what_would_be_misread_is_told_of_the_kind_and_of_a_model_with_new_weigh
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert"])
 def test_what_is_read_rightly_passes(kind, method):
     model = build_model(kind)
-    check_inside(model, grammar_tokenizer(), method, 32, "it")
-    check_kind(outline(model.config), grammar_tokenizer(), method, 32, "it")
+    check_inside(model, INPUTS, method, "it")
+    check_kind(outline(model.config), INPUTS, method, "it")
 
 
 def test_what_a_method_does_not_read_is_not_looked_at():
     # RoFormer rotates queries and keys; XLM's layers lie side by side, each part in a list
     for kind, method in (("roformer", "distilbert"), ("xlm", "minilm")):
         model = AutoModelForSequenceClassification.from_config(config_of(kind))
-        check_inside(model, grammar_tokenizer(), method, 32, "it")
-        check_kind(outline(config_of(kind)), grammar_tokenizer(), method, 32, "it")
+        check_inside(model, INPUTS, method, "it")
+        check_kind(outline(config_of(kind)), INPUTS, method, "it")
 
 
 def test_a_left_padded_row_and_bf16_are_read_as_well():
     tokenizer = grammar_tokenizer()
     tokenizer.padding_side = "left"
     for method in METHODS:
-        check_inside(build_model(num_hidden_layers=2).bfloat16(), tokenizer, method, 32, "it")
+        check_inside(
+            build_model(num_hidden_layers=2).bfloat16(), model_inputs(32, tokenizer), method, "it"
+        )
 
 
 def test_weights_of_its_own_are_looked_at_where_the_kind_cannot_be_cut_down(monkeypatch):
@@ -101,10 +104,10 @@ def test_weights_of_its_own_are_looked_at_where_the_kind_cannot_be_cut_down(monk
         raise ValueError
 
     monkeypatch.setattr(innercheck, "shallow", fails)
-    check_kind(outline(config_of("roformer")), grammar_tokenizer(), "minilm", 32, "it")
+    check_kind(outline(config_of("roformer")), INPUTS, "minilm", "it")
     model = AutoModelForSequenceClassification.from_config(config_of("roformer"))
     with pytest.raises(UserError, match="would be misread"):
-        check_inside(model, grammar_tokenizer(), "minilm", 32, "it")
+        check_inside(model, INPUTS, "minilm", "it")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roformer"])
@@ -115,8 +118,8 @@ def test_the_model_and_the_generator_are_as_before(kind):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     kernel, drawn = model.config._attn_implementation, torch.random.get_rng_state()
     try:
-        check_inside(model, grammar_tokenizer(), "minilm", 32, "it")
-        check_kind(outline(model.config), grammar_tokenizer(), "minilm", 32, "it")
+        check_inside(model, INPUTS, "minilm", "it")
+        check_kind(outline(model.config), INPUTS, "minilm", "it")
     except UserError:
         assert kind == "roformer"
     assert model.training
@@ -130,4 +133,4 @@ def test_a_model_that_fails_when_it_is_asked_is_told(monkeypatch):
     model = build_model()
     monkeypatch.setattr(type(model), "forward", lambda *_args, **_more: 1 / 0)
     with pytest.raises(UserError, match=r"it fails \(division by zero\); give a model"):
-        check_inside(model, grammar_tokenizer(), "minilm", 32, "it")
+        check_inside(model, INPUTS, "minilm", "it")

@@ -9,15 +9,14 @@ import torch
 from kinds import KINDS, alone, save_kind, texts
 from small import CPU, example_set
 
-from sead_dist.data.order import tokenize
+from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
-from sead_dist.models.inputs import (
-    check_student,
+from sead_dist.models.inputs import settle, student_inputs
+from sead_dist.models.inputs_check import (
     check_teacher,
     probed_padding,
     real_rows,
     reset_attention,
-    settle,
 )
 from sead_dist.models.pretrained import load_tokenizer, locate, position_limit
 from sead_dist.models.sequence_classifier import load_classifier
@@ -68,7 +67,7 @@ def test_a_kind_is_what_the_table_says(tmp_path, kind):
     with torch.inference_mode():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     try:
-        check_student(model, tokenizer, LONGEST, "the student", examples)
+        student_inputs(model, tokenizer, LONGEST, "the student", examples)
         student = "works"
     except UserError:
         student = "refused"

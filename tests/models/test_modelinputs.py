@@ -34,18 +34,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import ExampleSet
-from sead_dist.data.order import make_split, tokenize
+from sead_dist.data.order import make_split
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import load_task
+from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
-from sead_dist.models.inputs import (
+from sead_dist.models.inputs import settle, student_inputs
+from sead_dist.models.inputs_check import (
     CheckRows,
-    check_student,
     check_teacher,
     padding_of,
     probe_rows,
     real_rows,
-    settle,
 )
 from sead_dist.models.pretrained import locate
 from sead_dist.models.sequence_classifier import load_classifier
@@ -73,7 +73,7 @@ def asked(folder: Path) -> tuple[np.ndarray, str]:
     given = config(teachers=[{"path": str(folder)}], max_length=64)
     teacher = call_roster(given, TASK, ALONE)[0]
     model = load_whole(teacher, CPU, False, {})
-    tokens = tokenize(teacher.tokenizer, example_set(texts()), teacher.max_length)
+    tokens = teacher.inputs.tokens(example_set(texts()))
     said_RC = np.zeros((24, 2), np.float32)
 
     def done(places, logits):
@@ -107,7 +107,7 @@ def test_a_student_whose_answers_change_with_padding_is_refused_in_one_line(tmp_
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
     with pytest.raises(UserError, match=r"the student is a \w+, and its answers") as caught:
-        check_student(model, tokenizer, 64, "the student", example_set(texts()))
+        student_inputs(model, tokenizer, 64, "the student", example_set(texts()))
     assert "\n" not in str(caught.value)
 
 
@@ -115,7 +115,7 @@ def test_the_students_tokeniser_is_saved_with_the_side_that_it_was_trained_with(
     folder = save_kind(tmp_path / "xlnet", "xlnet")
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
-    check_student(model, tokenizer, 64, "the student", example_set(texts()))
+    student_inputs(model, tokenizer, 64, "the student", example_set(texts()))
     assert tokenizer.padding_side == "left"
     tokenizer.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "left"

@@ -15,6 +15,7 @@ from small import (
     edit_json,
     load_teachers,
     logits_of,
+    model_inputs,
     save_teacher,
     sentences,
 )
@@ -201,15 +202,15 @@ def test_teachers_of_one_tokeniser_share_it_and_others_do_not(tmp_path):
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (paths[2] / "tokenizer.json").write_text(json.dumps(tokens))
     one, alike, other, same = load_teachers(paths)
-    assert one.tokenizer is alike.tokenizer is same.tokenizer
-    assert other.tokenizer is not one.tokenizer
-    assert other.tokenizer_hash != one.tokenizer_hash
-    assert other.tokenizer(first)["input_ids"] != one.tokenizer(first)["input_ids"]
+    assert one.inputs.tokenizer is alike.inputs.tokenizer is same.inputs.tokenizer
+    assert other.inputs.tokenizer is not one.inputs.tokenizer
+    assert other.inputs.tokenizer_hash != one.inputs.tokenizer_hash
+    assert other.inputs.tokenizer(first)["input_ids"] != one.inputs.tokenizer(first)["input_ids"]
     student = load_tokenizer(locate(str(paths[3])))
     given = config(f"teachers=[{paths[0]},{paths[2]}]", max_length=32)
     one, other = call_roster(given, TASK, ALONE, student)
-    assert one.tokenizer is student
-    assert other.tokenizer is not student
+    assert one.inputs.tokenizer is student
+    assert other.inputs.tokenizer is not student
 
 
 def test_position_limits():
@@ -223,10 +224,8 @@ def test_position_limits():
 def test_a_saved_model_is_read_by_transformers_with_its_labels(tmp_path):
     from transformers import pipeline
 
-    from sead_dist.cli.grammar import grammar_tokenizer
-
     model = build_model()
-    save_model(model, model.state_dict(), grammar_tokenizer(), tmp_path, 32)
+    save_model(model, model.state_dict(), model_inputs().save, tmp_path)
     found = pipeline("text-classification", str(tmp_path))("the plot was good")
     assert found[0]["label"] in ("negative", "positive")
     assert (tmp_path / "model.safetensors").is_file()
@@ -236,7 +235,7 @@ def test_a_saved_tokeniser_truncates_as_its_model_asks_whoever_used_it_last(tmp_
     tokenizer = load_tokenizer(locate(str(save_teacher(tmp_path / "teacher"))))
     tokenizer(["the plot was good"], truncation=True, max_length=7, padding="max_length")
     model = build_model()
-    save_model(model, model.state_dict(), tokenizer, tmp_path / "saved", 32)
+    save_model(model, model.state_dict(), model_inputs(32, tokenizer).save, tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
     assert saved["truncation"]["max_length"] == 32
     assert saved["padding"] is None

@@ -13,6 +13,7 @@ from small import (
     example_set,
     load_teachers,
     make_source,
+    model_inputs,
     save_teacher,
     sentences,
 )
@@ -55,8 +56,7 @@ def teachers(tmp_path_factory):
 
 def work_of(teachers, store=None, done=0, **changes):
     given = config(**{"max_length": 32, "num_train_epochs": 2, **changes})
-    tokenizer = grammar_tokenizer()
-    return make_work(given, TASK.name, EXAMPLES, tokenizer, 32, teachers, store, done)
+    return make_work(given, TASK.name, EXAMPLES, model_inputs(), teachers, store, done)
 
 
 def test_the_teachers_have_every_row_of_every_split_once(teachers):

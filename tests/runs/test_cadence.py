@@ -5,7 +5,7 @@ import time
 
 import pytest
 from ranks import finish, run_ranks, start
-from small import model_bytes, read, records, run_distill, save_teacher, words, write_task
+from small import model_bytes, read, records, run_distill, words
 
 from sead_dist.training import cadence
 from sead_dist.training.cadence import SaveClock
@@ -13,10 +13,9 @@ from sead_dist.training.cadence import SaveClock
 STEPS = 14
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), [save_teacher(root / "a")]
+@pytest.fixture
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][:1]
 
 
 def given_words(task, root, **changes):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SHAPES, build_model, save_random_bert
+from small import SHAPES, build_model, model_inputs, save_random_bert
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -85,7 +85,7 @@ def test_the_tokeniser_of_the_export_truncates_and_pads_by_itself(exported, gram
     for folder, longest in ((exported / "onnx", limit), (tmp_path, 7)):
         if folder == tmp_path:
             fresh = AutoTokenizer.from_pretrained(grammar / "tokenizer")
-            onnxfile.save_tokenizer(fresh, tmp_path, 7)
+            model_inputs(7, fresh).save_alone(tmp_path)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         long, short = tokenizer.encode_batch(["good " * 500, "good"])
         assert len(long.ids) == len(short.ids) == longest

@@ -1,11 +1,20 @@
 """Before the first step a run says whether there is anything to learn, at the end what it kept."""
 
+import shutil
+import signal
+
 import numpy as np
 import pytest
-from small import LABELS, TASK, example_set, read, sentences
+from ranks import run_ranks
+from small import ALONE, LABELS, TASK, example_set, model_bytes, read, run_distill, sentences
 
+from sead_dist.config import automatic
+from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
+from sead_dist.runs.distillation import distill
 from sead_dist.runs.learnable import kept_shares, told_shares, verdict, weigh_up
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.runtime.run_log import is_finished
 
 
 def test_the_verdict_goes_by_the_interval():
@@ -80,14 +89,68 @@ def test_a_run_says_whether_there_is_anything_to_learn_in_log_and_card(
     assert "| fine-tuned student |" in card
 
 
-def test_without_a_baseline_it_is_the_majority_baseline_and_the_key_is_named(
-    distil, words, tmp_path
+def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(automatic, "LEAST_FINETUNING", 4)
+    monkeypatch.setattr(automatic, "EPOCHS", 0)
+    given = words(tmp_path / "run", "max_steps=20", "feature_loss=minilm", "method=null")
+    run = distil(given)
+    log = (run / "log.txt").read_text()
+    assert f"first a fine-tuned student to compare with: 4 steps without teachers, in {run}" in log
+    own = read(run / "baseline" / "run_summary.json")
+    assert (own["steps"], own["finished"], own["teacher_forwards"]) == (4, True, 0)
+    # it is the run of method=finetune, and the student is the one of a run without it
+    fine = distil(words(tmp_path / "fine", "method=finetune", "num_train_epochs=null"))
+    assert model_bytes(fine) == model_bytes(run / "baseline")
+    keys = ("feature_loss=minilm", "method=null", "baseline=null")
+    plain = distil(words(tmp_path / "plain", "max_steps=20", *keys))
+    assert model_bytes(run) == model_bytes(plain)
+    assert not (plain / "baseline").exists()
+    before = read(fine / "scores.json")["splits"]["selection"]["student"]["accuracy"]
+    assert read(run / "learnable.json")["finetuned"] == before
+    assert read(run / "learnable.json")["splits"]["validation"]["finetuned"] >= 0
+    # given again it is finished, and nothing is made twice
+    capsys.readouterr()
+    distil(given)
+    assert "finished: nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_while_it_makes_its_baseline_goes_on_there(
+    distil, words, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(automatic, "LEAST_FINETUNING", 4)
+    monkeypatch.setattr(automatic, "EPOCHS", 0)
+    given = words(tmp_path / "run", "max_steps=20")
+    run = tmp_path / "run"
+
+    class StopInTheBaseline(StopFlag):
+        def agreed_with(self, world, more):
+            if (run / "baseline" / "run.json").is_file():
+                self.signal = signal.SIGTERM
+            return super().agreed_with(world, more)
+
+    distill(load_config(given), ALONE, stop=StopInTheBaseline())
+    assert (run / "baseline" / "run.json").is_file()
+    assert not is_finished(run / "baseline")
+    distil(given)
+    assert is_finished(run / "baseline")
+    assert is_finished(run)
+    # of another run's baseline nothing stays
+    for name in ("run_summary.json", "metrics.jsonl"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    distil(words(tmp_path / "run", "max_steps=20", "seed=1"))
+    assert read(run / "baseline" / "run.json")["identity"]["config"]["seed"] == 1
+
+
+def test_a_baseline_that_would_take_long_is_not_made(distil, words, tmp_path):
     run = distil(words(tmp_path / "run", "max_steps=1"))
     assert read(run / "learnable.json")["finetuned"] is None
-    assert "baseline=RUN_DIR compares with a fine-tuned student" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert "no fine-tuned student to compare with: its 200 steps are more than a fifth" in log
+    assert "make one by method=finetune and give baseline=RUN_DIR" in log
     off = distil(words(tmp_path / "off", "max_steps=1", "teacher_validation=off"))
     assert not (off / "learnable.json").exists()
+    assert "fine-tuned student" not in (off / "log.txt").read_text()
 
 
 def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
@@ -103,3 +166,13 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
     refused("had other selection rows", finetuned, "selection.seed=7")
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
     refused("had teachers; give a run of method=finetune", taught)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_baseline_together(words, tmp_path):
+    given = words(tmp_path / "run", "max_steps=1350", "global_batch_size=4", "micro_batch_size=2")
+    run_ranks(2, tmp_path / "ranks", run_distill, given)
+    own = read(tmp_path / "run" / "baseline" / "run_summary.json")
+    assert (own["finished"], own["steps"], own["world_size"]) == (True, 270, 2)
+    assert read(tmp_path / "run" / "learnable.json")["finetuned"] is not None
+    assert is_finished(tmp_path / "run")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import ALONE, save_teacher, words, write_task
+from small import ALONE, words
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -13,10 +13,9 @@ from sead_dist.reporting import report
 from sead_dist.runs.distillation import distill
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), save_teacher(root / "a")
+@pytest.fixture
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][0]
 
 
 def run(given):

@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small import ALONE, read, save_teacher, words, write_task
+from small import ALONE, read, words
 
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
@@ -13,10 +13,9 @@ from sead_dist.runs.prediction import evaluate_model
 from sead_dist.runs.unread import unread_keys
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), save_teacher(root / "a")
+@pytest.fixture
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][0]
 
 
 def of_one_answer(task, monkeypatch):

@@ -9,32 +9,25 @@ from pathlib import Path
 
 import pytest
 from ranks import finish, run_ranks, start
-from small import model_bytes, read, run_distill, save_teacher, words, write_task
+from small import model_bytes, read, run_distill, words
 
 STEPS = 20
 # of 60 training rows, 20 of dev, 6 held out; two teachers
 PAIRS = 2 * 80
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", seed=1, num_hidden_layers=2)]
-    return write_task(root / "data"), teachers
-
-
-def given_words(task, root, **changes):
+def given_words(tiny_task, root, **changes):
     keys = {"max_steps": STEPS, "num_train_epochs": 3, "save_steps": 6, **changes}
-    return words(*task, root / "run", placement="partitioned", **keys)
+    return words(*tiny_task, root / "run", placement="partitioned", **keys)
 
 
 @pytest.fixture(scope="module")
-def whole(task, tmp_path_factory):
+def whole(tiny_task, tmp_path_factory):
     """The students of uninterrupted runs, by number of ranks."""
     found = {}
     for size in (1, 2):
         root = tmp_path_factory.mktemp(f"whole-{size}")
-        run_ranks(size, root / "ranks", run_distill, given_words(task, root))
+        run_ranks(size, root / "ranks", run_distill, given_words(tiny_task, root))
         found[size] = model_bytes(root / "run")
         assert not (root / "run" / ".ranks").exists()
     return found
@@ -104,9 +97,9 @@ def log(root) -> str:
     ],
 )
 def test_invariant_08_a_notice_to_one_rank_saves_all_at_one_step_and_the_student_is_the_same(
-    tmp_path, task, whole, size, number
+    tmp_path, tiny_task, whole, size, number
 ):
-    given = given_words(task, tmp_path)
+    given = given_words(tiny_task, tmp_path)
     ranks = start(size, tmp_path / "ranks", slowly, given, "student", 0.2)
     wait_for(at_step(tmp_path, 2))
     for _ in range(3):  # further notices change nothing
@@ -124,8 +117,8 @@ def test_invariant_08_a_notice_to_one_rank_saves_all_at_one_step_and_the_student
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_notice_while_teachers_compute_keeps_what_they_computed(tmp_path, task, whole, size):
-    given = given_words(task, tmp_path)
+def test_a_notice_while_teachers_compute_keeps_what_they_computed(tmp_path, tiny_task, whole, size):
+    given = given_words(tiny_task, tmp_path)
     ranks = start(size, tmp_path / "ranks", slowly, given, "teachers", 0.3)
     wait_for((tmp_path / "run" / "teacher_manifest.json").exists)
     time.sleep(1.0)
@@ -171,8 +164,8 @@ def test_a_notice_in_the_validation_keeps_what_was_computed(words, tmp_path):
         ),
     ],
 )
-def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, task, number, said):
-    given = given_words(task, tmp_path, heartbeat__timeout_s=3)
+def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, tiny_task, number, said):
+    given = given_words(tiny_task, tmp_path, heartbeat__timeout_s=3)
     ranks = start(2, tmp_path / "ranks", slowly, given, "student", 0.1)
     wait_for(at_step(tmp_path, 7))
     os.kill(ranks[1].pid, number)
@@ -191,8 +184,8 @@ def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, task, number, 
     assert "steps taken after it are repeated" in log(tmp_path)
 
 
-def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, task):
-    given = given_words(task, tmp_path, heartbeat__hang_timeout_s=3)
+def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, tiny_task):
+    given = given_words(tiny_task, tmp_path, heartbeat__hang_timeout_s=3)
     ranks = start(2, tmp_path / "ranks", slowly, given, "hang", 0.0)
     for rank in ranks:
         rank.join(60)
@@ -203,8 +196,8 @@ def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, task):
 
 
 @pytest.mark.slow
-def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
-    data, teachers = task
+def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, tiny_task):
+    data, teachers = tiny_task
     given = given_words(
         (data, teachers[:1]), tmp_path, heartbeat__timeout_s=9, heartbeat__hang_timeout_s=6
     )
@@ -214,9 +207,12 @@ def test_ranks_that_wait_for_a_slow_teacher_do_not_hang(tmp_path, task):
 
 
 @pytest.mark.parametrize(("grace_s", "warned"), [(600, False), (1e-6, True)])
-def test_a_save_is_timed_against_the_notice(tmp_path, task, grace_s, warned):
+def test_a_save_is_timed_against_the_notice(tmp_path, tiny_task, grace_s, warned):
     run_ranks(
-        1, tmp_path / "ranks", run_distill, given_words(task, tmp_path, preemption_notice_s=grace_s)
+        1,
+        tmp_path / "ranks",
+        run_distill,
+        given_words(tiny_task, tmp_path, preemption_notice_s=grace_s),
     )
     (line,) = [line for line in log(tmp_path).splitlines() if "a save takes" in line]
     assert ("WARNING" in line) == warned

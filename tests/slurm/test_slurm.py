@@ -6,7 +6,7 @@ import stat
 import subprocess
 
 import pytest
-from small import config, save_teacher, words, write_task
+from small import config, words
 
 from sead_dist.cli import commands as cli
 from sead_dist.cli.submit import parse_seeds, requests
@@ -18,10 +18,9 @@ from sead_dist.slurm.settings import SlurmSettings, load_settings, minutes, sbat
 from sead_dist.slurm.submit import Launch, job_folder, sbatch_text
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), [save_teacher(root / "a")]
+@pytest.fixture
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][:1]
 
 
 def command(*given) -> int | None:

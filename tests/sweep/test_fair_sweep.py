@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from small import ALONE, read, records, sweep_words, words, write_task
+from small import ALONE, read, records, sweep_words, words
 
 from sead_dist.cli.submit import requests
 from sead_dist.cli.sweep_submit import submit_sweep
@@ -36,8 +36,8 @@ def few_steps():
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    return write_task(tmp_path_factory.mktemp("fair") / "grammar")
+def task(tiny_task) -> Path:
+    return tiny_task[0]
 
 
 def fair_words(task: Path, output: Path, *more: str) -> list[str]:

@@ -21,10 +21,8 @@ METHODS = ("finetune", "mean", "single")
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    folder = write_task(tmp_path_factory.mktemp("sweep") / "grammar")
-    student_shape(folder)
-    return folder
+def task(tiny_task) -> Path:
+    return tiny_task[0]
 
 
 def work(world, words) -> None:

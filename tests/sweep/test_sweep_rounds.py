@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from small import ALONE, CPU, read, records, student_shape, sweep_words, write_task
+from small import ALONE, CPU, read, records, sweep_words
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import World
@@ -23,10 +23,8 @@ TABLE = ("run.json", "run_summary.json", "scores.json", "teacher_manifest.json",
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    folder = write_task(tmp_path_factory.mktemp("rounds") / "grammar")
-    student_shape(folder)
-    return folder
+def task(tiny_task) -> Path:
+    return tiny_task[0]
 
 
 def words(task: Path, output: Path, *more: str) -> list[str]:

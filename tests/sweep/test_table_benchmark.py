@@ -64,3 +64,20 @@ def test_the_search_reads_training_rows_alone(table, tmp_path, monkeypatch):
     assert not {row.split("\t")[0] for row in parts["train"]} & {
         row.split("\t")[0] for row in parts["validation"]
     }
+
+
+def test_finished_runs_are_kept_without_models_and_brought_back(table, tmp_path):
+    done, open_ = (tmp_path / "work" / "sst2" / name / "seed-0" for name in ("sead", "mean"))
+    for run, finished in ((done, "true"), (open_, "false")):
+        (run / "model").mkdir(parents=True)
+        (run / "predictions").mkdir()
+        (run / "predictions" / "validation.parquet").write_bytes(b"x")
+        (run / "run.json").write_text("{}")
+        (run / "run_summary.json").write_text(f'{{"finished": {finished}}}')
+    table.copy_runs(tmp_path / "work", tmp_path / "kept")
+    table.copy_runs(tmp_path / "kept", tmp_path / "again")
+    found = {str(p.relative_to(tmp_path / "again")) for p in (tmp_path / "again").rglob("*.*")}
+    run = "sst2/sead/seed-0"
+    assert found == {
+        *(f"{run}/run.json", f"{run}/run_summary.json", f"{run}/predictions/validation.parquet")
+    }

@@ -99,7 +99,7 @@ def test_invariant_05_a_correlation_must_be_above_zero(teacher):
 
 
 def test_truncated_rows_and_known_dev_texts_are_told(teacher):
-    short = replace(teacher, max_length=8)
+    short = replace(teacher, inputs=replace(teacher.inputs, max_length=8))
     found = validation(short, answers(12), dev_texts=3)
     lengths = SPLIT.tokens.lengths_B()
     assert found.truncated_rows == int((lengths > 8).sum()) > 0

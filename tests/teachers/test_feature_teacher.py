@@ -4,13 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import ALONE, CPU, config, edit_json, load_teachers, save_teacher, small_split
+from small import (
+    ALONE,
+    CPU,
+    config,
+    edit_json,
+    load_teachers,
+    model_inputs,
+    save_teacher,
+    small_split,
+)
 
-from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.order import make_batch
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import Wanted, find_layer_parts
-from sead_dist.models.pretrained import tokenizer_hash
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.feature_teacher import (
     FeatureTeacher,
@@ -19,7 +26,6 @@ from sead_dist.teachers.feature_teacher import (
     load_feature_teacher,
 )
 
-OWN = tokenizer_hash(grammar_tokenizer())
 TWO = World(0, 2, CPU)
 
 
@@ -37,7 +43,7 @@ def folders(tmp_path_factory):
 def checked(folders, entries, world=TWO, length=32, **keys):
     teachers = load_teachers([entry.replace("@", f"{folders}/") for entry in entries])
     given = config("teachers=[a]", **{"method": "minilm", **keys})
-    check_feature_teacher(given, teachers, OWN, length, world)
+    check_feature_teacher(given, teachers, model_inputs(length), world)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,9 @@ def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said
 
 def test_a_guide_of_another_tokeniser_is_told(folders):
     teachers = load_teachers([folders / "plain"])
+    other = replace(model_inputs(), tokenizer_hash="other")
     with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
-        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, "other", 32, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, other, TWO)
 
 
 def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
@@ -92,7 +99,7 @@ def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folde
         "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
     )
     with pytest.raises(UserError, match=said):
-        check_feature_teacher(config("teachers=[a]", method="minilm"), [one], OWN, 32, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO)
 
 
 def test_the_guide_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
@@ -121,7 +128,9 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
     with pytest.raises(
         UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"
     ):
-        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, OWN, 32, TWO)
+        check_feature_teacher(
+            config("teachers=[a]", method="minilm"), teachers, model_inputs(), TWO
+        )
 
 
 @pytest.mark.parametrize(

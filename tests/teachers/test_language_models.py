@@ -194,7 +194,7 @@ def test_what_is_too_long_is_cut_in_the_texts_alone(llama):
     np.testing.assert_allclose(teacher.answers.answer([long], None)[0], wanted_K, rtol=1e-4)
     # without a length of its own its texts have the tokens that others' rows have
     (usual,) = opened(entry(llama), max_length=20)
-    assert usual.max_length == usual.answers.reader.fixed + 20
+    assert usual.inputs.max_length == usual.answers.reader.fixed + 20
 
 
 def test_of_two_texts_the_longer_one_is_cut(llama):

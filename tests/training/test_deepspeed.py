@@ -17,10 +17,8 @@ from small import (
     model_bytes,
     read,
     run_distill,
-    save_teacher,
     small_split,
     words,
-    write_task,
 )
 from test_gradients import teachers_of
 
@@ -344,10 +342,9 @@ def test_the_table_of_students_that_fit_follows_from_the_counted_bytes():
         assert rows[name][2] == f"{bytes_promised(way, 8):g}"
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), [save_teacher(root / "a")]
+@pytest.fixture
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][:1]
 
 
 def whole_run(task, root, size, **changes):

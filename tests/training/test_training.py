@@ -6,14 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from small import read, records, run_distill, save_teacher, words, write_task
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", seed=1, num_hidden_layers=2)]
-    return write_task(root / "data"), teachers
+from small import read, records, run_distill, save_teacher, words
 
 
 def digest(tensors) -> str:
@@ -43,8 +36,8 @@ def run_and_watch(world, given):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_invariant_07_ranks_hold_equal_parameters_after_every_step(tmp_path, task, size):
-    data, teachers = task
+def test_invariant_07_ranks_hold_equal_parameters_after_every_step(tmp_path, tiny_task, size):
+    data, teachers = tiny_task
     given = words(
         data, teachers, tmp_path / "run", placement="partitioned", num_train_epochs=2,
         unlabeled__path=data / "transfer.tsv", micro_batch_size=2, eval_steps=4,
@@ -63,8 +56,8 @@ def test_invariant_07_ranks_hold_equal_parameters_after_every_step(tmp_path, tas
     assert digest(load_file(kept)) == found[0][1]
 
 
-def test_a_second_run_reads_everything_and_a_third_teacher_is_computed_alone(tmp_path, task):
-    data, teachers = task
+def test_a_second_run_reads_everything_and_a_third_teacher_is_computed_alone(tmp_path, tiny_task):
+    data, teachers = tiny_task
     third = save_teacher(tmp_path / "c", seed=5)
     store = tmp_path / "store"
     for size, given, expected in (

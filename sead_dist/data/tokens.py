@@ -1,0 +1,166 @@
+"""Texts to tokens: the rows of an example set as a tokeniser makes them, and as tensors.
+
+What a model is fed is decided by `ModelInputs` (models/inputs.py), which calls this.
+
+Shapes: B examples, K text rows per example, L tokens.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sead_dist.data.examples import ExampleSet
+from sead_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]. cut: the text rows
+    that lost tokens to the maximum length."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    offsets: np.ndarray
+    choices: int
+    pad_id: int
+    pad_type: int
+    cut: np.ndarray
+    side: str = "right"
+
+    @property
+    def truncated(self) -> int:
+        """How many text rows lost tokens."""
+        return len(self.cut)
+
+    def cut_of(self, rows: slice = slice(None)) -> tuple[int, int]:
+        """(text rows that lost tokens, all) of the examples in a slice."""
+        first, after, _ = rows.indices((len(self.offsets) - 1) // self.choices)
+        first, after = first * self.choices, after * self.choices
+        return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
+
+    def lengths_B(self) -> np.ndarray:
+        """Tokens of each example: of its longest text row."""
+        rows = np.diff(self.offsets).reshape(-1, self.choices)
+        return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
+
+    def pad(
+        self, rows_B: np.ndarray, length: int, side: str | None = None
+    ) -> "dict[str, torch.Tensor]":
+        """Model inputs [B*K, length] of these examples, padded on `side`, else the tokeniser's."""
+        import torch  # data are read without it
+
+        flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
+        counts = (self.offsets[flat + 1] - self.offsets[flat])[:, None]
+        columns = np.arange(length)[None, :]
+        if (side or self.side) == "left":
+            columns = columns - (length - counts)
+        mask = (columns >= 0) & (columns < counts)
+        index = np.where(mask, self.offsets[flat][:, None] + columns, 0)
+        inputs = {
+            "input_ids": np.where(mask, self.ids[index], self.pad_id).astype(np.int64),
+            "attention_mask": mask.astype(np.int64),
+        }
+        if self.types is not None:
+            padded = np.where(mask, self.types[index], self.pad_type)
+            inputs["token_type_ids"] = padded.astype(np.int64)
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", examples: ExampleSet, max_length: int
+) -> TokenTable:
+    """Every text row of `examples`, truncated to `max_length` tokens (longest text first)."""
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    cut: list[int] = []
+    uses_types = "token_type_ids" in tokenizer.model_input_names
+    for start in range(0, len(examples.texts_a), 4096):
+        part = slice(start, start + 4096)
+        encoded = tokenizer(
+            examples.texts_a[part],
+            examples.texts_b[part] if examples.texts_b is not None else None,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=uses_types,
+            return_attention_mask=False,
+        )
+        lengths += [len(row) for row in encoded["input_ids"]]
+        ids.append(np.array([i for row in encoded["input_ids"] for i in row], dtype=np.int32))
+        if uses_types:
+            flat = [i for row in encoded["token_type_ids"] for i in row]
+            types.append(np.array(flat, dtype=np.int8))
+        cut += [start + place for place in cut_rows(tokenizer, encoded, examples, part, max_length)]
+    refuse_empty(examples, lengths)
+    return TokenTable(
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        types=np.concatenate(types) if uses_types and types else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        choices=examples.choices,
+        pad_id=int(tokenizer.pad_token_id),
+        pad_type=int(tokenizer.pad_token_type_id),
+        cut=np.array(cut, np.int64),
+        side=str(tokenizer.padding_side),
+    )
+
+
+def cut_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    encoded: "BatchEncoding",
+    examples: ExampleSet,
+    part: slice,
+    max_length: int,
+) -> list[int]:
+    """Which of these text rows lost tokens to `max_length`. Tokenisers written in Python do not
+    say: they are asked again, without a limit, for the rows that fill it."""
+    if encoded.encodings is not None:
+        return [place for place, row in enumerate(encoded.encodings) if row.overflowing]
+    full = [place for place, row in enumerate(encoded["input_ids"]) if len(row) >= max_length]
+    if not full:
+        return []
+    texts_a = [examples.texts_a[part][place] for place in full]
+    texts_b = examples.texts_b
+    others = None if texts_b is None else [texts_b[part][place] for place in full]
+    whole = tokenizer(texts_a, others, truncation=False, verbose=False)["input_ids"]
+    return [place for place, row in zip(full, whole, strict=True) if len(row) > max_length]
+
+
+def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str | None:
+    """A line on text rows that lost tokens, by counts (cut, all) of each split; None for none."""
+    if not any(cut for cut, _ in counts.values()):
+        return None
+    parts = ", ".join(f"{cut} of {rows} in {split}" for split, (cut, rows) in counts.items())
+    return f"text rows cut at {max_length} tokens: {parts}"
+
+
+def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
+    """Raises UserError for a text of which the tokeniser makes no token at all."""
+    if 0 in lengths:
+        row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1
+        raise UserError(
+            f"row {row} of {examples.split} has a text without a token, and this tokeniser adds "
+            "none of its own; fill in its text, or remove the row"
+        )
+
+
+def adds_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text of nothing has tokens too."""
+    return len(tokenizer("")["input_ids"]) > 0
+
+
+def tokenless_row(part: ExampleSet, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The first example with a text row of which `tokenizer` makes no token."""
+    for row, first in enumerate(part.texts_a):
+        second = None if part.texts_b is None else part.texts_b[row]
+        if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):
+            continue
+        if not tokenizer(first, second)["input_ids"]:
+            return row // part.choices
+    return None
