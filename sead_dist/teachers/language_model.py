@@ -246,7 +246,7 @@ class LanguageModel:
                     for place in range(len(plan.stems[stem]) + 1)
                 ]
                 batch_P, row_P, stem_P, place_P, position_P = np.array(at).T
-                last = length if not on_gpu else GPU_STEP
+                last = GPU_STEP if on_gpu else 0
                 logits, skipped = self._forward(model, sequences, length, last + plan.places)
                 logp_PV = torch.log_softmax(logits[batch_P, position_P - skipped].float(), dim=-1)
                 found_RSJT[row_P, stem_P, place_P] = logp_PV[:, plan.tokens].cpu().numpy()

@@ -200,6 +200,9 @@ def test_else_first_tokens_are_scored_and_what_is_not_listed_has_the_least(serve
     np.testing.assert_allclose(
         other.answers.answer([text], None)[0], [p(" good"), least], rtol=1e-6
     )
+    # " gr" begins words of both, and speaks for neither
+    (both,) = opened(entry(server, words='{positive: [" grand"], negative: [" great"]}'))
+    np.testing.assert_allclose(both.answers.answer([text], None)[0], [least, least], rtol=1e-6)
 
 
 def test_in_a_conversation_words_begin_without_a_blank(serve):
@@ -274,8 +277,8 @@ def test_the_key_comes_from_the_environment_and_is_told_to_nobody_else(serve, mo
     (teacher,) = opened(entry(server))
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert KEY not in repr(vars(teacher.answers)) + repr(vars(teacher.answers.client))
-    server.failures = [(307, {"Location": f"{other.url}/completions"}, "elsewhere")] * 3
-    with pytest.raises(RunError, match="refuses 'a': 307"):
+    server.failures = [(302, {"Location": f"{other.url}/completions"}, "elsewhere")] * 3
+    with pytest.raises(RunError, match="refuses 'a': 302"):
         teacher.answers.answer(["a"], None)
     assert other.bodies == []
     server.failures = [(401, {}, f"wrong key {KEY}")] * 3
