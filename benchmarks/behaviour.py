@@ -32,7 +32,7 @@ RENAMED: dict[str, str] = {}
 # names that differ from run to run
 PASSING = re.compile(r"(^|/)(\.[^/]+|events\.out[^/]*|[^/]*\.lock)(/|$)")
 # of scores.json and the like: what a clock said
-CLOCK = re.compile(r"(^|_)(s|seconds|second|time|date|bytes|ms)$")
+CLOCK = re.compile(r"(^|_)(s|ms|seconds|second|time|runtime|date|bytes)$")
 PYTHON = (sys.executable, "-m", "sead_dist")
 RANKS = (*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc_per_node")
 STEPS = 12
@@ -128,14 +128,14 @@ def choice(bench: Bench, name: str) -> None:
     folder.mkdir()
     pairs = zip(bench.texts[::2], bench.texts[1::2], strict=True)
     rows = [
-        {"premise": "It was so.", "choice1": one, "choice2": two, "question": "cause",
+        {"premise": f"it was {place}", "choice1": one, "choice2": two, "question": "cause",
          "label": int(len(one) < len(two)), "idx": place}
         for place, (one, two) in enumerate(pairs)
     ]  # fmt: skip
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     for file in ("train", "val"):
         (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
-    bench.distil(name, "task=copa", f"data.path={folder}", "selection.fraction=0.3", *ALONE)
+    bench.distil(name, "task=copa", f"data.path={folder}", *ALONE)
 
 
 def routed(bench: Bench, name: str) -> None:

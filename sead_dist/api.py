@@ -24,7 +24,6 @@ from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.plugins import kept_plugins
 from sead_dist.config.registered import ROUTED
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TaskSpec
@@ -34,8 +33,9 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
 from sead_dist.objectives.row_weights import known
 from sead_dist.objectives.weightings import WEIGHTINGS
-from sead_dist.runs import distillation, prediction
+from sead_dist.runs import distillation, labelling, prediction
 from sead_dist.runs.claim import holds_run
+from sead_dist.runs.finished import refuse_untaught
 from sead_dist.runs.given import (
     Data,
     Task,
@@ -48,7 +48,14 @@ from sead_dist.runs.given import (
     planned,
 )
 from sead_dist.runs.setup import quiet_libraries
-from sead_dist.runtime.distributed import StopFlag, World, from_main, join_world, leave_world
+from sead_dist.runtime.distributed import (
+    StopFlag,
+    World,
+    explain,
+    from_main,
+    join_world,
+    leave_world,
+)
 from sead_dist.runtime.run_log import is_finished, read_json
 from sead_dist.runtime.run_log import tell as tell_line
 from sead_dist.runtime.surroundings import as_before
@@ -137,6 +144,8 @@ def distill(
     given = {"teachers": teachers, "student": student, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
         plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        if not plan.config.encoders:
+            refuse_untaught(plan.config)
         from_main(world, lambda: stack.enter_context(plan.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
         folder = distillation.distill(plan.config, world, stop=stop, console=False)
@@ -208,9 +217,14 @@ def predict(
     *,
     task: str | os.PathLike[str] | TaskSpec | None = None,
     labels: str | Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
+    batch_size: int = 32,
+    skip_malformed: bool = False,
+) -> list[dict[str, Any] | None]:
     """What a model says of each text or row: `predicted_label` and `probability_LABEL` of every
     label, or `predicted_score`.
+
+    batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None) has
+    the answer None, and is told to the logger `sead_dist`; else it raises.
 
     texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
     of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
@@ -220,12 +234,16 @@ def predict(
     name = os.fspath(model)
     if isinstance(texts_or_rows, str):
         raise UserError("texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
+    asking = labelling.Asking(to_logger, order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
-        rows = as_rows(spec, texts_or_rows)
-        examples = build_examples(spec, rows, "given", labelled=False)
-        columns = prediction.answer_examples(name, spec, examples, order(labels), world, to_logger)
-    return [dict(zip(columns, said, strict=True)) for said in zip(*columns.values(), strict=True)]
+        rows = as_rows(spec, texts_or_rows, skip_malformed)
+        examples = asking.examples(spec, rows, "given")
+        asking.tell_passed_over(world)
+        columns = labelling.answer_examples(name, spec, examples, asking, world)
+    return labelling.beside_rows(columns, len(rows), examples)
 
 
 def soft_targets(
@@ -332,10 +350,15 @@ def call() -> Iterator[World]:
         except (UserError, RunError):
             raise
         except Exception as error:
+            if isinstance(error, RuntimeError):
+                explain(world, error)
             line = run_error(error)
             if line is None:
                 raise
             raise line from error
+        finally:
+            if world.heartbeat is not None:  # between two calls a process may do what it likes
+                world.heartbeat.rest()
 
 
 def to_logger(line: str) -> None:

@@ -27,6 +27,10 @@ class RunError(Exception):
     little memory), whenever it is found: the command exits with 3."""
 
 
+class LostRankError(RunError):
+    """A rank that did not come or is gone. The rank that raises it tells it: rank 0 may be lost."""
+
+
 def refusal(message: str, error: BaseException) -> UserError | RunError:
     """The error to raise for one of a file or folder: the environment's failure, else a person's
     mistake (no such file, a file where a folder should be, other contents)."""

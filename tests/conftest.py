@@ -206,11 +206,12 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> RunCli:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         launched: bool = False,
+        stdin: Path | None = None,
     ) -> "subprocess.CompletedProcess[str]":
         words = [str(arg) for arg in args]
         whole = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})}
         if not launched:
-            return run_command(words, ranks, cwd or Path.cwd(), whole, folder)
+            return run_command(words, ranks, cwd or Path.cwd(), whole, folder, stdin)
         start = [sys.executable, "-m"]
         if ranks > 1:
             start += [*LAUNCHER.split(), str(ranks), "-m"]

@@ -13,11 +13,16 @@ from ranks import CONTEXT, serve
 
 
 def run_command(
-    words: Sequence[str], ranks: int, cwd: Path, env: Mapping[str, str], folder: Path
+    words: Sequence[str],
+    ranks: int,
+    cwd: Path,
+    env: Mapping[str, str],
+    folder: Path,
+    stdin: Path | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """The command on that many ranks, as under a launcher that ends nobody; what all of them print,
     and rank 0's exit code. env: the whole environment; what is read when a library is imported (as
-    HF_HOME is) must be as it is here. folder: for what they print.
+    HF_HOME is) must be as it is here. folder: for what they print; stdin: what rank 0 reads.
 
     Raises TimeoutError.
     """
@@ -33,7 +38,11 @@ def run_command(
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         own = {**env, **{name: str(value) for name, value in place.items()}}
-        started.append(CONTEXT.Process(target=_command, args=(list(words), cwd, own, out, err)))
+        started.append(
+            CONTEXT.Process(
+                target=_command, args=(list(words), cwd, own, out, err, None if rank else stdin)
+            )
+        )
     for process in started:
         process.start()
     for process in started:
@@ -56,13 +65,17 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _command(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+def _command(
+    words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path, stdin: Path | None
+) -> None:
     import torch
 
     from sead_dist.cli.commands import main
 
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
+    if stdin is not None:  # as a forked process finds it, it is closed
+        sys.stdin = stdin.open(encoding="utf-8")
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -1,6 +1,8 @@
 """Tiny models with random weights of every kind that docs/models.md lists."""
 
 import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer
+from sead_dist.models.hidden_states import layer_stack
 from sead_dist.models.inputs_check import make_tell_apart
 
 POSITIONS = 128
@@ -137,7 +140,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": DEEP,
     "phi3": GROUPED,
     "plbart": SEQ2SEQ,
-    "qwen2": GROUPED,
+    "qwen2": {**GROUPED, "vocab_size": 128},  # its own tokeniser knows a word more
     "qwen3": GROUPED,
     "reformer": {
         "hidden_size": 32,
@@ -178,6 +181,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "yoso": DEEP,
 }
 
+# those that are asked for today
+BACKBONES = (
+    *("albert", "bert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma3_text", "gpt2"),
+    *("llama", "modernbert", "mpnet", "nomic_bert", "qwen3", "roberta", "t5", "xlm-roberta"),
+)
+# what four layers of a kind are, where its config says so under another name or by layer
+NAMES_OF_DEPTH = {
+    "n_layers": ("flaubert", "xlm", "distilbert", "mpt"),
+    "n_layer": ("bloom", "ctrl", "gpt2", "gpt_bigcode", "gptj", "openai-gpt", "xlnet"),
+    "num_layers": ("mt5", "t5", "umt5"),
+    "encoder_layers": ("bart", "mbart", "mvp", "plbart"),
+}
+FOUR_LAYERS: dict[str, dict[str, Any]] = {
+    **{kind: {name: 4} for name, kinds in NAMES_OF_DEPTH.items() for kind in kinds},
+    "funnel": {"block_sizes": [1, 1, 1, 1]},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "longformer": {"num_hidden_layers": 4, "attention_window": [8, 8, 8, 8]},
+    "reformer": {"attn_layers": ["local"] * 4},
+}
+
 
 def build_kind(kind: str, **more: Any) -> PreTrainedModel:
     """A classifier of two classes whose weights tell texts apart, and see the padding where they
@@ -203,6 +226,42 @@ def save_kind(folder: Path, kind: str, side: str = "right", **more: Any) -> Path
     tokenizer.padding_side = side
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def assert_layers_work_as(
+    cut: PreTrainedModel, whole: PreTrainedModel, layers: Sequence[int]
+) -> None:
+    """Each layer of `cut` makes of what it gets what that layer of `whole` makes of it."""
+    seen: list[tuple[Any, Any, Any]] = []
+
+    def recorded(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        output = forward(*args, **named)
+        seen.append((args, named, output))
+        return output
+
+    for layer in layer_stack(cut):
+        # not a hook: some bodies call a layer's forward
+        layer.forward = partial(recorded, layer.forward)
+    ids = torch.arange(40)[None] + 5
+    given = {"use_cache": False} if "use_cache" in cut.config.to_dict() else {}
+    with torch.inference_mode():
+        cut(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+    for layer in layer_stack(cut):
+        del layer.forward
+    assert len(seen) == len(layers)
+    for layer, (args, named, output) in zip(layers, seen, strict=True):
+        with torch.inference_mode():
+            again = layer_stack(whole)[layer](*args, **named)
+        one, other = (first_of(given) for given in (output, again))
+        assert torch.equal(one, other)
+        assert not torch.equal(one, args[0] if args else named["hidden_states"])
+
+
+def first_of(given: Any) -> torch.Tensor:
+    """The tensor that a layer gives, alone, in a tuple or in a dict."""
+    if isinstance(given, torch.Tensor):
+        return given
+    return next(iter(given.values() if isinstance(given, dict) else given))
 
 
 def texts(rows: int = 24) -> list[str]:

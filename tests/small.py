@@ -207,6 +207,7 @@ def sweep_words(task: Path, output: Path, *more: str) -> list[str]:
         "learning_rate=1e-3",
         "teacher_validation=off",
         "save_steps=1",
+        f"store={output / 'store'}",
         f"output_dir={output}",
         *more,
     ]

@@ -65,9 +65,28 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_predict(command: argparse.ArgumentParser) -> None:
     add_model(command)
-    command.add_argument("file", help="TSV, CSV, JSONL, Parquet or Arrow with the task's columns")
     command.add_argument(
-        "--output", help="file to write, .tsv .csv .jsonl .parquet; default: FILE's.predicted.tsv"
+        "file",
+        help="TSV, CSV, JSONL, Parquet or Arrow with the task's columns, or .txt with a text on "
+        "each line; - is standard input",
+    )
+    command.add_argument(
+        "--output",
+        help="file to write, .tsv .csv .jsonl .parquet; default: FILE's.predicted.tsv; - is "
+        "standard output, in the kind of the input",
+    )
+    command.add_argument(
+        "--kind",
+        choices=["tsv", "csv", "jsonl", "json", "txt"],
+        help="what FILE holds, where its name does not say it; default of standard input: jsonl",
+    )
+    command.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="rows of a forward"
+    )
+    command.add_argument(
+        "--skip-malformed",
+        action="store_true",
+        help="pass over rows that cannot be read (no text, too few fields), count and list them",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sead_dist import __version__
 from sead_dist.cli import arguments
-from sead_dist.errors import RunError, UserError, one_line, run_error
+from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_error
 
 if TYPE_CHECKING:
     from sead_dist.slurm.jobs import Job
@@ -50,27 +50,25 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     with importing():
         from sead_dist.runs import distillation as recipes
         from sead_dist.runs.pool_worker import teach as fill_store
-        from sead_dist.runtime.distributed import join_world, leave_world
+        from sead_dist.runtime.distributed import in_world
 
-    world = join_world()
     recipe, _, worker = name.partition(" ")
-    if recipe == "teach":
-        fill_store(config, worker, world)
-    elif recipe == "finetune":
-        recipes.finetune(config, world)
-    else:
-        recipes.distill(config, world)
-    leave_world(world)
+    with in_world(config.heartbeat) as world:
+        if recipe == "teach":
+            fill_store(config, worker, world)
+        elif recipe == "finetune":
+            recipes.finetune(config, world)
+        else:
+            recipes.distill(config, world)
 
 
 def run_sweep(words: Sequence[str]) -> None:
     with importing():
-        from sead_dist.runtime.distributed import join_world, leave_world
+        from sead_dist.runtime.distributed import in_world
         from sead_dist.sweep import run as sweep
 
-    world = join_world()
-    sweep.run_sweep(words, world)
-    leave_world(world)
+    with in_world() as world:
+        sweep.run_sweep(words, world)
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
@@ -94,17 +92,22 @@ def print_config(words: Sequence[str]) -> None:
     from sead_dist.runtime.redact import without_secrets
 
     config = load_config(words)
-    print(without_secrets(dump_config(config)), end="")
-    from sead_dist.data.splits import load_examples
-    from sead_dist.data.task_files import load_task
+    with importing():
+        from sead_dist.runs.resolved import resolve_all
+        from sead_dist.runtime.distributed import in_world
 
-    load_examples(config, load_task(config.task), lambda line: print(f"# {line}"))
+    with in_world() as world:
+        found, notes = resolve_all(config, world)
+        if world.is_main:
+            print(without_secrets(dump_config(found)), end="")
+            print("".join(f"# {note}\n" for note in notes), end="")
 
 
 def keys(args: argparse.Namespace) -> None:
     from sead_dist.config.keys import all_keys, as_line, find_keys
 
-    print("\n".join(as_line(key) for key in find_keys(list(all_keys()), args.name)))
+    known = list(all_keys(of_entries=True))
+    print("\n".join(as_line(key) for key in find_keys(known, args.name)))
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -121,21 +124,19 @@ def plan(args: argparse.Namespace) -> None:
     config = load_config(args.words)
     with importing():
         from sead_dist.planning.table import plan as plan_run
-        from sead_dist.runtime.distributed import join_world, leave_world
+        from sead_dist.runtime.distributed import in_world
 
-    world = join_world()
     rates, report = (None if path is None else Path(path) for path in (args.rates, args.json))
-    plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
-    leave_world(world)
+    with in_world(config.heartbeat) as world:
+        plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
 
 
 def data(args: argparse.Namespace) -> None:
     from sead_dist.cli import data as data_command
-    from sead_dist.runtime.distributed import join_world, leave_world
+    from sead_dist.runtime.distributed import in_world
 
-    world = join_world()
-    data_command.show(args.words, args.show, world)
-    leave_world(world)
+    with in_world() as world:
+        data_command.show(args.words, args.show, world)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -147,10 +148,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     with importing():
-        from sead_dist.runs.prediction import predict_file
+        from sead_dist.runs.labelling import predict_file
 
     output = None if args.output is None else Path(args.output)
-    predict_file(args.model, Path(args.file), args.task, output, args.labels)
+    more = (args.kind, args.batch_size, args.skip_malformed)
+    predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -232,24 +234,22 @@ def jobs(args: argparse.Namespace) -> None:
 
 def reproduce(args: argparse.Namespace) -> None:
     from sead_dist.cli import reproduce
-    from sead_dist.runtime.distributed import join_world, leave_world
+    from sead_dist.runtime.distributed import in_world
 
     if args.checkpoint is None:
         reproduce.show_checkpoints()
         return
-    world = join_world()
-    reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
-    leave_world(world)
+    with in_world() as world:
+        reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
 
 
 def demo(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.cli.demo import run_demo
-        from sead_dist.runtime.distributed import join_world, leave_world
+        from sead_dist.runtime.distributed import in_world
 
-    world = join_world()
-    run_demo(Path(args.output_dir), args.seed, world)
-    leave_world(world)
+    with in_world() as world:
+        run_demo(Path(args.output_dir), args.seed, world)
 
 
 GRACE_S = 1.0
@@ -323,7 +323,7 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     except (UserError, RunError) as error:
         if debug:
             show_traceback(error)
-        if is_main_process():
+        if is_main_process() or isinstance(error, LostRankError):
             print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:
             # a launcher ends all ranks with the first: rank 0 has to say its line before

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sead_dist.config.load import load_config
+from sead_dist.config.load import read_layers, resolve
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runs.shown_data import show_data
 from sead_dist.runtime.console import print_table
@@ -11,7 +11,8 @@ from sead_dist.runtime.distributed import World
 
 def show(words: Sequence[str], count: int, world: World) -> None:
     """Print the training rows by kind, what was left out, and some rows of each kind."""
-    config = load_config(words)
+    # nothing is written, so a run need not be named
+    config = resolve([{"output_dir": "unnamed"}, *read_layers(words)])
     quiet_libraries(world)
     found = show_data(config, count)
     if not world.is_main:

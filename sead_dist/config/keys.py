@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -33,13 +33,16 @@ def key_of(name: str, field: FieldInfo) -> Key:
     return Key(name, default.strip()[1:-1], text)
 
 
-def all_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """The keys of a section and of those inside it, in the order of the fields."""
+def all_keys(
+    section: type[Section] = RunConfig, prefix: str = "", of_entries: bool = False
+) -> Iterator[Key]:
+    """The keys of a section and of those inside it, in the order of the fields. of_entries: also
+    those of each entry of a list (`teachers.weight`)."""
     for name, field in section.model_fields.items():
         yield key_of(f"{prefix}{name}", field)
-        inside = section_of(field)
+        inside = section_of(field) or (entry_of(field) if of_entries else None)
         if inside is not None:
-            yield from all_keys(inside, f"{prefix}{name}.")
+            yield from all_keys(inside, f"{prefix}{name}.", of_entries)
 
 
 def defaults(section: type[Section] = RunConfig) -> dict[str, Any]:
@@ -55,6 +58,12 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a field is; None for a value."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def entry_of(field: FieldInfo) -> type[Section] | None:
+    """The section that each entry of a list is; None for another value."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is list else ()
+    return next((one for one in kinds if isinstance(one, type) and issubclass(one, Section)), None)
 
 
 def _default(field: FieldInfo) -> Any:

@@ -152,33 +152,53 @@ class StudentConfig(Section):
     shape: str | None = None
     """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
     layers: list[int] | None = None
-    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of BERT, RoBERTa, ELECTRA, DistilBERT,
-    MPNet, DeBERTa and their like"""
+    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of any model whose layers are one list
+    (not ALBERT, T5)"""
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
 
 class TeacherConfig(Section):
     path: str
+    """a folder, a run, or a hub id"""
     name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    """what it is called; null: the last part of its path"""
     kind: Annotated[str, one_of("kind of teacher")] = MODEL
+    """model: a classifier that Transformers loads; language_model and endpoint: what has a prompt;
+    or one of a plugin"""
     placement: Placed | None = None
+    """where it runs; null: as the key placement says"""
     offload: bool = False
+    """true: the weights of a sharded teacher lie in the CPU's memory"""
     labels: Labels = None
+    """its class order, [a, b, c] or task_order, where its own names do not say it"""
     revision: str | None = None
+    """of a hub id"""
     dtype: Precision | None = None
+    """fp32 | bf16 | fp16: what it computes in; null: teacher_precision"""
     quantization: Literal["int8"] | None = None
+    """int8: 8-bit weights (needs the extra `quantize`)"""
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """tokens of a text that it reads; null: as many as it can, up to the run's max_length (of a
+    language model: of prompt and word; null: the prompt's beside the run's max_length)"""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    # of a language model
+    """how much it counts, with ensemble=fixed"""
     prompt: Annotated[str | None, Field(min_length=1)] = None
+    """of a language model: a template of the texts, which a word of a class is to follow"""
     words: dict[str, list[str]] | None = None
+    """of a language model: the words that speak for each class"""
     chat: bool = False
+    """true: the prompt stands in the tokeniser's chat template"""
     shots: Annotated[int, Field(ge=0, le=1000)] = 0
+    """so many labelled training rows are shown in the prompt"""
     contextual_calibration: bool = False
+    """true: less what a language model says of an empty text"""
     endpoint: str | None = None
+    """the URL of an OpenAI-compatible interface that has the language model"""
     concurrency: Annotated[int, Field(gt=0, le=1000)] = 8
+    """requests that are at an endpoint at once"""
     max_requests: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """most requests that a process sends to an endpoint; null: any number"""
 
     any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
 

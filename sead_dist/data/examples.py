@@ -52,14 +52,18 @@ def build_examples(
     labelled: bool = True,
     route: Route | None = None,
     first: int = 0,
+    skipped: list[str] | None = None,
 ) -> ExampleSet:
     """The examples of `rows`. With `labelled=False` labels are not read and may be missing. first:
-    the place of the first row in its file.
+    the place of the first row in its file. skipped: where given, rows that cannot be read are
+    passed over, and what is wrong with each is put there.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is no text, a label outside the set and a split without rows.
     """
-    items = list(read_items(task, rows, split, labelled, route, first))
+    items = list(read_items(task, rows, split, labelled, route, first, skipped))
+    if not items and skipped:
+        raise UserError(skipped[0])  # what is wrong with all rows is no matter of one
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
     kind = task.task_kind

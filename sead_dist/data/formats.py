@@ -51,9 +51,21 @@ def read_items(
     labelled: bool,
     route: Route | None = None,
     start: int = 0,
+    skipped: list[str] | None = None,
 ) -> Iterator[Item]:
     """The examples of `rows`, in order; UserError names the split, the row and what is allowed.
-    start: the place of the first row in its file."""
+    start: the place of the first row in its file. skipped: where given, rows that cannot be read
+    are passed over, and what is wrong with each is put there."""
+    if skipped is not None:
+        for position, row in enumerate(rows, start):
+            try:
+                # whole: half a row's examples would be taken for all of them
+                items = list(read_items(task, [row], split, labelled, route, position))
+            except UserError as error:
+                skipped.append(str(error))
+                continue
+            yield from items
+        return
     text_a = _template(task.text_a)
     second = task.choices or ((task.text_b,) if task.text_b is not None else ())
     texts_b = [_template(text) for text in second]

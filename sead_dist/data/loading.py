@@ -28,6 +28,8 @@ from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
+# .txt: a text on each line, which no split of a folder is
+TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 
 
 def load_split(
@@ -135,9 +137,24 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
             return _from_saved_folder(path, task)
         if kind in (".parquet", ".arrow"):
             return _binary_rows(path, task)
-        if kind in (".tsv", ".csv", ".jsonl", ".json"):
-            return text_rows(read_bytes(path).decode("utf-8-sig"), path, task, skip_malformed)
-    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {_list(EXTENSIONS)}")
+        if kind in TEXT_KINDS:
+            return rows_of_text(read_bytes(path), path, kind, task, skip_malformed)
+    allowed = _list((*EXTENSIONS, ".txt"))
+    raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {allowed}")
+
+
+def rows_of_text(
+    content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool
+) -> Rows:
+    """The rows of a text file's bytes. path: what the file is called; kind: one of TEXT_KINDS."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"data file {path}:{line} is not UTF-8: {reason(error)}; convert it"
+        ) from error
+    return text_rows(text, path, kind, task, skip_malformed)
 
 
 @contextmanager

@@ -124,7 +124,6 @@ class Batch:
     inputs: "dict[str, torch.Tensor]"
     labels_B: "torch.Tensor"
     valid_B: "torch.Tensor"
-    group_ids_B: "torch.Tensor | None"
     routes_B: "torch.Tensor | None"
 
 
@@ -137,7 +136,7 @@ def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) 
     stand_in = rows_B[valid_B][0] if valid_B.any() else int(split.tokens.lengths_B().argmin())
     filled_B = np.where(valid_B, rows_B, stand_in)
     length = int(split.tokens.lengths_B()[filled_B].max())
-    groups_B, routes_B = split.examples.groups_B, split.examples.routes_B
+    routes_B = split.examples.routes_B
     labels_B = split.examples.labels_B[filled_B]
     if labels_B.dtype == np.float64:
         labels_B = labels_B.astype(np.float32)
@@ -148,7 +147,6 @@ def make_batch(split: Split, rows_B: np.ndarray, step: int = 0, micro: int = 0) 
         inputs=split.tokens.pad(filled_B, length),
         labels_B=torch.from_numpy(labels_B.copy()),
         valid_B=torch.from_numpy(valid_B.copy()),
-        group_ids_B=None if groups_B is None else torch.from_numpy(groups_B[filled_B].copy()),
         routes_B=None if routes_B is None else torch.from_numpy(routes_B[filled_B].copy()),
     )
 

@@ -202,7 +202,8 @@ def paired_gap(
 
     The variance is that of resampled rows, plus that of one more row right in each of the two
     (Bonett and Price 2012, for proportions): few rows on which the two never differ say little.
-    The interval is Student's with as many degrees of freedom as there are units, less one.
+    The interval is Student's with as many degrees of freedom as there are units, less one, cut at
+    the largest gap that the metric allows.
     """
     everything_1U = np.ones((1, int(units_of(inputs).max()) + 1))
     scores = [
@@ -215,4 +216,10 @@ def paired_gap(
     spare = max(units - 1, 1)
     variance = float(np.nanvar(drawn_R)) * units / spare + 2 / (units + 2) ** 2
     reach = float(stdtrit(spare, (1 + LEVEL) / 2)) * math.sqrt(variance)
-    return Gap(value, (value - reach, value + reach))
+    most = widest_gap(name)
+    return Gap(value, (max(value - reach, -most), min(value + reach, most)))
+
+
+def widest_gap(name: str) -> float:
+    """The largest difference between two scores under a metric: correlations go from -1 to 1."""
+    return 2.0 if name in (*metrics.REGRESSION, "matthews_correlation") else 1.0

@@ -53,14 +53,18 @@ def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Ro
     return _json_lines(_text_lines(path), path, skip_malformed)
 
 
-def text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> list[Row]:
-    if kind_of(path) == ".tsv":
+def text_rows(text: str, path: Path, kind: str, task: TaskSpec, skip_malformed: bool) -> list[Row]:
+    """The rows of a text file's contents. kind: `.tsv`, `.csv`, `.txt` (a text on each line), else
+    JSON; path: what the file is called."""
+    if kind == ".txt":
+        return _plain_lines(text, path, task)
+    if kind == ".tsv":
         split = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
         quoted = _quoting(split, path, task)
         lines = partial(_tsv_lines, lambda: split, quoted)
         return list(_records(lines, path, task, skip_malformed))
-    if kind_of(path) == ".csv":
-        numbered = list(_csv_lines(text, path))
+    if kind == ".csv":
+        numbered = list(_csv_lines(text, path, task))
         return list(_records(lambda: iter(numbered), path, task, skip_malformed))
     if text.lstrip().startswith("["):
         rows = _parse(text, f"data file {path}")
@@ -70,8 +74,19 @@ def text_rows(text: str, path: Path, task: TaskSpec, skip_malformed: bool) -> li
     return list(_json_lines(text.split("\n"), path, skip_malformed))
 
 
+def _plain_lines(text: str, path: Path, task: TaskSpec) -> list[Row]:
+    """A row for each line. Raises UserError for a task that reads more than one text of a row."""
+    if task.reader != "plain" or len(task.fields) != 1:
+        raise UserError(
+            f"{path} has one text on each line, and task {task.name!r} reads "
+            f"{', '.join(task.fields)}; give a TSV, CSV or JSONL file with these columns"
+        )
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [{task.fields[0]: line.removesuffix("\r")} for line in lines]
+
+
 def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Iterator[Row]:
-    skipped = 0
+    skipped: list[int] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -81,7 +96,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Itera
             except UserError:
                 if not skip_malformed:
                     raise
-                skipped += 1
+                skipped.append(number)
                 continue
             yield row
     _tell(path, skipped)
@@ -173,8 +188,23 @@ def _unquoted(field: str) -> str:
     return field[1:-1].replace('""', '"') if field.startswith('"') else field
 
 
-def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _delimiter(text: str, path: Path, task: TaskSpec) -> str:
+    """A semicolon, as spreadsheets write it in some countries, where it divides the first line into
+    names of the task's columns and a comma does not."""
+    known = {*task.fields, task.label_column, *task.renames}
+    first = text.partition("\n")[0].removesuffix("\r")
+    by_comma, by_semicolon = (
+        {name.strip('"') for name in first.split(mark)} for mark in (",", ";")
+    )
+    if known & by_comma or not known & by_semicolon:
+        return ","
+    _log.warning("%s: its columns are divided by semicolons", path)
+    return ";"
+
+
+def _csv_lines(text: str, path: Path, task: TaskSpec) -> Iterator[tuple[int, list[str]]]:
+    mark = _delimiter(text, path, task)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     limit = csv.field_size_limit(max(len(text), 1))
     try:
         for fields in reader:
@@ -196,7 +226,8 @@ def _records(
 ) -> Iterator[Row]:
     """Rows of a file with a header, or of one in the task's official column order without. lines:
     begins anew at each call."""
-    header, numbered, skipped = list(task.columns), lines(), 0
+    header, numbered = list(task.columns), lines()
+    skipped: list[int] = []
     if _has_header(lines, task):
         header = next(numbered)[1]
         refuse_twins(header, str(path), "column")
@@ -204,7 +235,7 @@ def _records(
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))
         elif skip_malformed:
-            skipped += 1
+            skipped.append(number)
         else:
             raise UserError(
                 f"{path}:{number}: {len(fields)} fields where {len(header)} are expected "
@@ -228,6 +259,14 @@ def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: Task
     return wide is None or not task.task_kind.is_label(task, wide[place])
 
 
-def _tell(path: Path, skipped: int) -> None:
+def _tell(path: Path, skipped: Sequence[int]) -> None:
+    """Say which lines were passed over."""
     if skipped:
-        _log.warning("%s: passed over %d malformed lines", path, skipped)
+        listed = listed_numbers(skipped)
+        _log.warning("%s: passed over %d malformed lines: %s", path, len(skipped), listed)
+
+
+def listed_numbers(numbers: Sequence[int]) -> str:
+    """Numbers for people, at most a hundred of them."""
+    more = f" and {len(numbers) - 100} more" if len(numbers) > 100 else ""
+    return ", ".join(map(str, numbers[:100])) + more

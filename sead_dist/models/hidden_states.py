@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,20 +46,56 @@ class LayerOutputs:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Where a model's parts are. attention: per layer its maps for queries, keys and values, empty
-    where they were not asked for."""
+    """Where a model's parts are. layers: in the order in which they run, one that runs several
+    times as often; attention: per layer its maps for queries, keys and values, empty where they
+    were not asked for; body: what gives the last hidden states; None: the last layer."""
 
     layers: list[nn.Module]
     attention: list[tuple[nn.Linear, ...]]
     width: int
     heads: int
+    body: nn.Module | None = None
+
+
+def body_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+    """The encoder inside a classifier and its name there; None for one that is not built so.
+
+    `base_model_prefix` may name no attribute in a model that comes with its own code.
+    """
+    named = getattr(model, model.base_model_prefix or " ", None)
+    if isinstance(named, nn.Module) and named is not model:
+        return model.base_model_prefix, named
+    inner = (pair for pair in model.named_children() if isinstance(pair[1], PreTrainedModel))
+    return next(inner, None)
+
+
+def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of modules as long as the config says, by name, those inside another left out. A
+    model whose layers are one list has one; one whose layers are spread over lists has more."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        long = isinstance(module, nn.ModuleList) and len(module) == depth
+        if long and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
 
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList | None:
     """The encoder's layers: the first list of modules as long as the config says, if any."""
-    depth = model.config.num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if len(found) == depth), None)
+    return next(iter(layer_lists(model).values()), None)
+
+
+def running_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers in the order in which they run. Of a model that has fewer than its config says
+    (ALBERT), each runs several times in a row. Empty where none are found."""
+    if (stack := layer_stack(model)) is not None:
+        return list(stack)
+    depth = getattr(model.config, "num_hidden_layers", None) or 0
+    groups = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
+    if groups is None or depth % len(groups):
+        return []
+    return [group for group in groups for _ in range(depth // len(groups))]
 
 
 def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> LayerParts:
@@ -67,8 +104,8 @@ def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> Layer
     Raises UserError, naming `who`, for a model that is not built like BERT.
     """
     kind = model.config.model_type
-    layers = layer_stack(model)
-    if layers is None:
+    layers = running_layers(model)
+    if not layers:
         raise UserError(
             f"{who}: no list of layers found in it ({kind}), so its hidden states cannot be read; "
             "give a model built like BERT, or a method that asks for logits alone (method=single)"
@@ -80,11 +117,13 @@ def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> Layer
             "model built like BERT (bert, roberta, electra, distilbert), or method=distilbert, "
             "which needs hidden states alone"
         )
+    body = body_of(model)
     return LayerParts(
-        list(layers),
+        layers,
         [found for found in maps if found is not None],
         model.config.hidden_size,
-        model.config.num_attention_heads,
+        getattr(model.config, "num_attention_heads", 0),  # FNet has none
+        None if body is None else body[1],
     )
 
 
@@ -103,36 +142,55 @@ def attention_maps(layer: nn.Module) -> tuple[nn.Linear, ...] | None:
 
 @contextmanager
 def reading(layer_parts: LayerParts, wanted: Wanted) -> Iterator[LayerOutputs]:
-    """Inside, a forward of the model fills what is given. Gradients flow through it."""
-    found = LayerOutputs()
+    """Inside, one forward of the model fills what is given. Gradients flow through it.
+
+    The last hidden states are what the body gives: many kinds normalise once more behind their last
+    layer.
+    """
+    found, last = LayerOutputs(), len(layer_parts.layers)
     with ExitStack() as hooks:
         if 0 in wanted.hidden:
             enters = layer_parts.layers[0].register_forward_pre_hook(
-                lambda _module, args, named: found.hidden.update({0: _first(args, named).float()}),
+                # a layer that runs again does not run as the first one
+                lambda _module, args, named: _note_first(found, args, named),
                 with_kwargs=True,
             )
             hooks.callback(enters.remove)
         for number in wanted.hidden:
-            if number > 0:
-                hooks.callback(_keep(layer_parts.layers[number - 1], found.hidden, number))
+            if number == last and layer_parts.body is not None:
+                hooks.callback(_keep(layer_parts.body, found.hidden, number, 0))
+            elif number > 0:
+                run = _run(layer_parts.layers, number)
+                hooks.callback(_keep(layer_parts.layers[number - 1], found.hidden, number, run))
         for number in wanted.attention:
             kept = (found.queries, found.keys, found.values)
+            run = _run(layer_parts.layers, number)
             for module, into in zip(layer_parts.attention[number - 1], kept, strict=True):
-                hooks.callback(_keep(module, into, number))
+                hooks.callback(_keep(module, into, number, run))
         yield found
 
 
-def _first(args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+def _run(layers: list[nn.Module], number: int) -> int:
+    """How often the layer of this number has run before it runs as that."""
+    return sum(before is layers[number - 1] for before in layers[: number - 1])
+
+
+def _note_first(found: LayerOutputs, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     tensor: torch.Tensor = args[0] if args else named["hidden_states"]
-    return tensor
+    found.hidden.setdefault(0, tensor.float())
 
 
-def _keep(module: nn.Module, into: dict[int, torch.Tensor], number: int) -> Callable[[], None]:
-    """Put what the module gives into `into[number]`; returns what ends that."""
+def _keep(
+    module: nn.Module, into: dict[int, torch.Tensor], number: int, run: int
+) -> Callable[[], None]:
+    """Put what the module gives when it runs (for the first time: run 0) into `into[number]`;
+    returns what ends that."""
+    runs = count()
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        # some layers give a tuple whose first member is the hidden state
-        into[number] = (output[0] if isinstance(output, tuple) else output).float()
+        if next(runs) == run:
+            # some layers, and all bodies, give more, of which the hidden state is the first
+            into[number] = (output if isinstance(output, torch.Tensor) else output[0]).float()
 
     remove: Callable[[], None] = module.register_forward_hook(note).remove
     return remove

@@ -121,6 +121,7 @@ class ModelInputs:
         alone = Tokenizer.from_str(backend.to_str())
         alone.enable_truncation(self.max_length)
         alone.enable_padding(
+            direction=self.padding,
             pad_id=self.tokenizer.pad_token_id,
             pad_type_id=self.tokenizer.pad_token_type_id,
             pad_token=self.tokenizer.pad_token,

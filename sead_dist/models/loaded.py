@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import layer_stack
+from sead_dist.models.hidden_states import body_of, layer_stack
 
 # what wrappers put before the names of a model's tensors: DataParallel, torch.compile, sentence
 # encoders, training loops with a student in them
@@ -83,18 +83,6 @@ def wrapping(loaded: Loaded, body: str) -> str | None:
             counts[prefix] += bare in loaded.missing or f"{body}.{bare}" in loaded.missing
     best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default=None)
     return best if best is not None and counts[best] else None
-
-
-def body_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
-    """The encoder inside a classifier and its name there; None for one that is not built so.
-
-    `base_model_prefix` may name no attribute in a model that comes with its own code.
-    """
-    named = getattr(model, model.base_model_prefix or " ", None)
-    if isinstance(named, nn.Module) and named is not model:
-        return model.base_model_prefix, named
-    inner = (pair for pair in model.named_children() if isinstance(pair[1], PreTrainedModel))
-    return next(inner, None)
 
 
 def final_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:

@@ -6,7 +6,9 @@ Nothing here loads weights.
 import hashlib
 import inspect
 import json
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +18,22 @@ from sead_dist.runtime.files import files_hash
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+ADAPTER = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# of these a tokeniser is made where tokenizer.json is not there; the packages and modules for it
+WORD_FILES = ("*.model", "*.tiktoken")
+READ_BY = {
+    "sentencepiece": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
+    "tiktoken": {"tiktoken": "tiktoken"},
+}
 # what no tokeniser is read from
 NOT_WORDS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx"),
     *(".md", ".png", ".svg"),
 )
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin", "*.py"]
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "pytorch_model*.bin", "*.py"]
 # their positions start after the padding index
 OFFSET_POSITIONS = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
@@ -60,25 +69,34 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with weights, and where it came from. `name` is what the person wrote."""
+    """A folder with weights, and where it came from. `name` is what the person wrote; `origin`: the
+    hash of the files that the weights were merged from, where they were."""
 
     name: str
     folder: Path
     revision: str | None
+    origin: str | None = None
 
 
 def locate(
-    path: str, revision: str | None = None, marks: tuple[str, ...] = ("config.json",)
+    path: str,
+    revision: str | None = None,
+    marks: tuple[str, ...] = ("config.json",),
+    offline: bool = False,
 ) -> Checkpoint:
-    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id.
+    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id; of a LoRA
+    adapter, the folder in which it is merged into its base.
 
-    marks: file names of which a checkpoint's folder holds one.
+    marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
+    fetched before.
 
     Raises UserError when it is not there, or the hub cannot be reached.
     """
     folder = Path(path)
     if folder.is_dir():
         for place in (folder, folder / "model"):
+            if _is_adapter(place):
+                return _merged(path, place, revision)
             if any((place / mark).is_file() for mark in marks):
                 return Checkpoint(path, place, revision)
         if (folder / "run.json").is_file():
@@ -92,23 +110,39 @@ def locate(
     from huggingface_hub import constants, snapshot_download
 
     try:
-        found = snapshot_download(name, revision=tag or revision, allow_patterns=WANTED)
+        found = snapshot_download(
+            name, revision=tag or revision, allow_patterns=WANTED, local_files_only=offline
+        )
     except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise UserError(
-            f"{path} is neither a folder nor reachable on the hub{offline}: "
+            f"{path} is neither a folder nor reachable on the hub{why}: "
             f"{type(error).__name__}; give a folder that exists, or check the id and the network"
         ) from error
+    if _is_adapter(Path(found)):
+        return _merged(path, Path(found), Path(found).name)
     return Checkpoint(path, Path(found), Path(found).name)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter alone."""
+    whole = any((folder / name).is_file() for name in WEIGHT_FILES + OLD_WEIGHT_FILES)
+    return (folder / ADAPTER).is_file() and not whole
+
+
+def _merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
+    from sead_dist.models.adapters import merged  # it needs torch
+
+    return merged(name, folder, revision)
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that hold the weights. Raises UserError when there are none, or where an adapter,
     which plain Transformers leaves out where peft is not installed, lies beside them."""
-    if (checkpoint.folder / "adapter_config.json").is_file():
+    if (checkpoint.folder / ADAPTER).is_file():
         raise UserError(
-            f"{checkpoint.name} holds an adapter (adapter_config.json), which is not read; merge "
-            "it into the weights (merge_and_unload), and save the whole model"
+            f"{checkpoint.name} holds a whole model and an adapter ({ADAPTER}) beside it; give "
+            "each a folder of its own, or merge them (merge_and_unload) and save the whole model"
         )
     for name in WEIGHT_FILES + OLD_WEIGHT_FILES:
         path = checkpoint.folder / name
@@ -140,8 +174,8 @@ def _shards(checkpoint: Checkpoint, index: Path) -> list[str]:
 
 
 def weights_hash(checkpoint: Checkpoint) -> str:
-    """sha256 over the weight files' bytes."""
-    return files_hash(weight_files(checkpoint))
+    """sha256 over the weight files' bytes, or of what they were merged from."""
+    return checkpoint.origin or files_hash(weight_files(checkpoint))
 
 
 def setting_hash(checkpoint: Checkpoint) -> str:
@@ -188,13 +222,17 @@ def _check_types(config: "PretrainedConfig") -> None:
 def load_tokenizer(
     checkpoint: Checkpoint, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """A checkpoint's tokeniser. Raises UserError when there is none or it cannot pad."""
+    """A checkpoint's tokeniser. One without a padding token (GPT-2, Llama) pads with its end token.
+    Raises UserError when there is none, it cannot pad, or a package that reads it is missing."""
     from transformers import AutoTokenizer
 
+    _check_packages(checkpoint)
     with reading(checkpoint.folder, COPY, f"{checkpoint.name}: no usable tokeniser: it"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        if tokenizer.pad_token_id is None and _ends_no_text(tokenizer):
+            tokenizer.pad_token = tokenizer.eos_token
         _try_out(tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(
@@ -207,6 +245,37 @@ def load_tokenizer(
             "copy tokenizer.json or vocab.txt into the folder"
         )
     return tokenizer
+
+
+def _check_packages(checkpoint: Checkpoint) -> None:
+    """Raises UserError where the tokeniser's only file is of a format that Transformers reads by a
+    package which is not installed."""
+    files = sorted(path for kind in WORD_FILES for path in checkpoint.folder.glob(kind))
+    if not files or (checkpoint.folder / "tokenizer.json").is_file():
+        return
+    with reading(files[0], COPY), files[0].open("rb") as file:
+        # lines of a word in base 64 and its number; a SentencePiece model is no text
+        extra = "tiktoken" if re.match(rb"[\w+/=]+ \d+\r?\n", file.read(200)) else "sentencepiece"
+    lacking = [name for name, module in READ_BY[extra].items() if not _is_installed(module)]
+    if lacking:
+        raise UserError(
+            f"{checkpoint.name}: its tokeniser is {files[0].name}, which needs the package "
+            f"{lacking[0]}; pip install 'sead-dist[{extra}]', or save it again as tokenizer.json"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _ends_no_text(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether there is an end token that is put to no text: a model that looks for the last token
+    of a text takes it for what is not padding."""
+    end = tokenizer.eos_token_id
+    return end is not None and end not in tokenizer(PROBES[0])["input_ids"]
 
 
 def _try_out(tokenizer: "PreTrainedTokenizerBase") -> None:

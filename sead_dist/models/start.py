@@ -16,22 +16,27 @@ from sead_dist.models.pretrained import (
 )
 
 
-def start_hash(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> str:
+def start_hash(
+    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
+) -> str:
     """Of the files that decide the student's weights before the first step, and its tokeniser.
+    offline: of a hub id only what was fetched before.
 
     Raises UserError where they are not there.
     """
-    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers)).encode())
+    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers, offline)).encode())
     if student.shape is not None:
         with reading(shape_file(student.shape), "give a YAML file"):
             digest.update(shape_file(student.shape).read_bytes())
     elif student.path is not None:
-        checkpoint = locate(student.path)
+        checkpoint = locate(student.path, offline=offline)
         digest.update(f"{weights_hash(checkpoint)} {setting_hash(checkpoint)}".encode())
     return digest.hexdigest()
 
 
-def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig]) -> Checkpoint:
+def student_tokenizer(
+    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
+) -> Checkpoint:
     """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
     models = [teacher.path for teacher in teachers if teacher.is_model]
     sources = [student.tokenizer, student.path, *models]
@@ -40,7 +45,7 @@ def student_tokenizer(student: StudentConfig, teachers: Sequence[TeacherConfig])
         raise UserError(
             "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give teachers"
         )
-    return locate(source, marks=TOKENIZER_FILES)
+    return locate(source, marks=TOKENIZER_FILES, offline=offline)
 
 
 def shape_file(shape: str) -> Path:

@@ -1,6 +1,5 @@
 """The student at its start: a checkpoint, chosen layers of one, or a new shape."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import UserError, reading
-from sead_dist.models.hidden_states import layer_stack
+from sead_dist.errors import UserError, reading, reason
+from sead_dist.models.hidden_states import layer_lists
 from sead_dist.models.loaded import final_layer, head_names
 from sead_dist.models.pretrained import (
     TOKENIZER_FILES,
@@ -30,15 +29,8 @@ from sead_dist.models.sequence_classifier import (
 )
 from sead_dist.models.start import shape_file, student_tokenizer
 
-# whose layers lie in one list and know nothing of their place in it; tables of relative positions
-# and what follows the first layer (DeBERTa-v2's convolution) lie beside it and stay
-CUT_KINDS = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet"),
-    *("deberta", "deberta-v2", "rembert"),
-)
-# what modules call the number of layers, and a layer and its parts their place among them
-COUNTS = {"n_layers", "num_layers", "num_hidden_layers"}
-NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number"}
+# what a layer and its parts call their place among the layers
+PLACES = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
 def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -71,67 +63,98 @@ def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
         check_vocabulary(checkpoint.name, tokenizer, config)
         model, _ = load_start(checkpoint, trust_remote_code, on_meta=True)
         if student.layers is not None:
-            keep_layers(model, student.layers)
+            keep_layers(model, student.layers, trust_remote_code)
 
 
-def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Keep these layers (0 is the first), in this order, and what all layers share.
+def keep_layers(
+    model: PreTrainedModel, layers: Sequence[int], trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of these layers (0 is the first), in this order, and of all that is not in a layer.
 
-    Raises UserError for a model in which a layer is more than its place in one list.
+    It is built anew from the config of so many layers, and each of its tensors is one of `model`.
+    So it is what a reader of its files gets, whatever goes by layer in a kind (attention that
+    alternates, a first layer unlike the others). Raises UserError where tensors are lacking or left
+    over, or a layer would work otherwise in its new place.
     """
-    kind = model.config.model_type
-    stack = layer_stack(model)
-    if stack is None or kind not in CUT_KINDS:
+    kind, lists = model.config.model_type, layer_lists(model)
+    if len(lists) != 1 or getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
-            f"student.layers: the layers of a {kind} cannot be chosen for now, since what belongs "
-            f"to a layer does not lie in one list; give a {', '.join(CUT_KINDS)}, or the whole "
-            "model (leave student.layers out)"
+            f"student.layers: the layers of a {kind} cannot be chosen, since they are not one list "
+            "of layers with weights of their own; give the whole model (leave student.layers out)"
         )
+    ((name, stack),) = lists.items()
     if not layers or any(layer not in range(len(stack)) for layer in layers):
         raise UserError(
             f"student.layers={list(layers)} must be chosen from 0..{len(stack) - 1}, at least one"
         )
-    kept = [copy.deepcopy(stack[layer]) for layer in layers]  # one may be named twice
-    del stack[:]
-    stack.extend(kept)
-    model.config.num_hidden_layers = len(kept)
-    for module in model.modules():
-        for name in COUNTS.intersection(vars(module)):
-            setattr(module, name, len(kept))
-    for place, layer in enumerate(kept):
-        for module in layer.modules():
-            for name in NUMBERS.intersection(vars(module)):
-                setattr(module, name, place)
-    _check_built(model)
-
-
-def _check_built(model: PreTrainedModel) -> None:
-    """Raises UserError where the model is not what its own config builds: then something beside
-    the list of layers goes by layer, and would be another when the model is read again."""
-    built = {n: _facts(m) for n, m in outline(copy.deepcopy(model.config)).named_modules()}
-    have = {name: _facts(module) for name, module in model.named_modules()}
-    different = sorted(name for name in {**built, **have} if built.get(name) != have.get(name))
-    if different:
+    source = model.state_dict()
+    beside = {key: one for key, one in source.items() if not key.startswith(f"{name}.")}
+    kept = dict(beside)
+    for place, layer in enumerate(layers):
+        for key, tensor in stack[layer].state_dict().items():
+            kept[f"{name}.{place}.{key}"] = tensor
+    config = _config_of_layers(model.config, layers)
+    # its own draws are overwritten, and what comes after them shall not depend on them
+    with torch.random.fork_rng(devices=[]):
+        on_meta = any(tensor.is_meta for tensor in kept.values())
+        cut = (outline if on_meta else new_classifier)(config, trust_remote_code)
+    wanted = cut.state_dict()
+    other = [key for key in {**kept, **wanted} if _shape(kept, key) != _shape(wanted, key)]
+    parts = dict(cut.named_modules())
+    for place, layer in enumerate(layers):
+        here, there = _about(parts.get(f"{name}.{place}")), _about(stack[layer])
+        other += [f"{name}.{place}.{part}" for part in there if there[part] != here.get(part)]
+    if other:
         raise UserError(
-            f"student.layers: a {model.config.model_type} of {model.config.num_hidden_layers} "
-            f"layers is built otherwise in {different[0]} than the layers that were chosen; give "
-            "the whole model (leave student.layers out)"
+            f"student.layers={list(layers)}: a {kind} of {len(layers)} layers is built otherwise "
+            f"in {other[0]} than the layers that were chosen; keep layer 0 first and "
+            "the order of the kinds of layers, or give the whole model (leave student.layers out)"
         )
+    if not on_meta:
+        cut.load_state_dict(kept)
+    return cut.train(model.training)
 
 
-def _facts(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module is, apart from its weights' values and from what lies inside it."""
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and name != "training"
-    }
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {
-        **{name: value for name, value in plain.items() if not name.startswith("_")},
-        "type": type(module).__name__,
-        "shapes": {name: tensor.shape for name, tensor in tensors},
-    }
+def _config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of a model of these layers, as it is read from its file. What is said layer by
+    layer (layer_types) is said of these."""
+    depth, fields = config.num_hidden_layers, config.to_dict()
+    for name, value in fields.items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            fields[name] = [value[layer] for layer in layers]
+    count = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    fields[count] = len(layers)
+    try:
+        small = type(config).from_dict(fields)
+        if small.num_hidden_layers != len(layers):
+            raise ValueError(f"{count} does not say how many layers it has")
+        return small
+    except Exception as error:  # kinds have many ways to count their layers
+        raise UserError(
+            f"student.layers={list(layers)}: a {config.model_type} of {len(layers)} layers cannot "
+            f"be built: {reason(error)}; give the whole model (leave student.layers out)"
+        ) from error
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
+def _about(layer: torch.nn.Module | None) -> dict[str, Any]:
+    """What a layer and its parts are, apart from their weights and their place."""
+    about: dict[str, Any] = {}
+    for name, part in layer.named_modules() if layer is not None else ():
+        about[f"{name} (kind)"] = type(part).__name__
+        for field, value in vars(part).items():
+            if not field.startswith("_") and field not in {"training", *PLACES} and _plain(value):
+                about[f"{name}.{field}"] = value
+    return about
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def build_student(
@@ -173,7 +196,7 @@ def build_student(
         model, account, new_head = _start_from(checkpoint, own, task, changes, trust_remote_code)
         account += _other_words(student, tokenizer)
         if student.layers is not None:
-            keep_layers(model, student.layers)
+            model = keep_layers(model, student.layers, trust_remote_code)
             account += f"; of its layers {student.layers} are kept"
     else:
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")

@@ -19,13 +19,14 @@ from sead_dist.models.hidden_states import (
     LayerOutputs,
     LayerParts,
     Wanted,
+    body_of,
     find_layer_parts,
     layer_stack,
     reading,
     scores,
 )
 from sead_dist.models.hidden_states_check import needs_attention
-from sead_dist.models.loaded import body_of, head_names, pooler_names
+from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.objectives.inner_losses import (
     attention_loss,
     cosine_loss,
@@ -249,6 +250,8 @@ def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrain
 
     Raises UserError where the student then computes something else from these weights.
     """
+    if layer_stack(student) is None or layer_stack(feature_teacher) is None:
+        return False  # fewer layers than run
     own = find_layer_parts(student, "the student", attention=False)
     whole = find_layer_parts(feature_teacher, "the feature teacher", attention=False)
     numbers = layer_map(len(own.layers), len(whole.layers))

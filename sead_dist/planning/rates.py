@@ -21,13 +21,17 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
+from sead_dist.planning.busy import timed_quietly
+from sead_dist.planning.memory import MOMENTS
 from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
+from sead_dist.runtime.memory import forget_peak, held
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.rate_measurement import (
     GRID,
     TURNS,
     Stopwatch,
+    beyond,
     full_batch,
     grid,
     measure_batches,
@@ -150,7 +154,9 @@ def own_rates(
     until BUDGET_S after `began` (monotonic seconds), and what that did not allow scaled. Every rank
     calls this, and all measure at the same time: a figure is the slowest rank's."""
     machine, path = this_machine(world.device), default_rates()
-    found = from_main(world, lambda: {} if fresh else remembered(path))
+    kept = from_main(world, lambda: {} if fresh else remembered(path))
+    # those of a busy machine serve only where there is no time to measure again
+    found = {key: rate for key, rate in kept.items() if not rate.busy}
     own_key = student_key(student, config, task.kind, machine)
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]
     keys = {own_key, *keys_N}
@@ -167,13 +173,25 @@ def own_rates(
     if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch_size, share_s):
         now = time.monotonic()
         until = now + (began + BUDGET_S - now) / (1 + len(todo))
-        mine[own_key] = measure_student(student, config, world.device, work.choices, own_K, until)
+        mine[own_key] = timed_quietly(
+            partial(measure_student, student, config, world.device, work.choices, own_K),
+            until,
+            world.device,
+        )
     for place, n in enumerate(todo):
         now = time.monotonic()
         until = now + (began + BUDGET_S - now) / (len(todo) - place)
         if _can_be_loaded(teachers[n], world.device, until - now):
-            mine[keys_N[n]] = measure_teacher(
-                teachers[n], world.device, config.trust_remote_code, grids_N[n], until
+            mine[keys_N[n]] = timed_quietly(
+                partial(
+                    measure_teacher,
+                    teachers[n],
+                    world.device,
+                    config.trust_remote_code,
+                    grids_N[n],
+                ),
+                until,
+                world.device,
             )
     measured = {
         key: rate
@@ -183,9 +201,18 @@ def own_rates(
     notes = [
         f"rates: {len(measured)} measured now, {len(keys & {*found} - {*measured})} remembered"
     ]
+    again = len(keys & {*kept} & {*measured} - {*found})
+    if again:
+        notes.append(f"{again} measured again: the machine was busy when they were measured before")
+    known = {**kept, **measured}
+    busy = sum(known[key].busy for key in keys & {*known})
+    if busy:
+        notes.append(
+            f"WARNING: other processes had the processors while {busy} of the rates were measured; "
+            "the next plan measures them again"
+        )
     if world.is_main and measured:
         notes += keep(path, measured)
-    known = {**found, **measured}
     known_N = [known.get(key) for key in keys_N]
     rates_N = fill(config, student, known[own_key], work.choices, teachers, known_N)
     return Rates(
@@ -290,6 +317,7 @@ def measure_student(
     """The rate of the student's step on micro-batches of config.micro_batch_size examples, as one
     process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
     model = model.to(device).train()
+    held_before = held(device) if forget_peak(device) else None
     optimizer = build_optimizer(model, config)
     mixed = config.precision != "fp32"
 
@@ -325,4 +353,7 @@ def measure_student(
     step_s = Stopwatch(device, until).time(step, work(shortest))
     assert step_s is not None
     micro_s = rate.seconds([shortest], [config.micro_batch_size])
-    return replace(rate, once_s=max(0.0, step_s - micro_s))
+    # gradients and moments; the weights were held before
+    state = sum(p.numel() for p in model.parameters()) * (4 + MOMENTS[config.optim])
+    work_bytes = beyond(device, held_before, state)
+    return replace(rate, once_s=max(0.0, step_s - micro_s), work_bytes=work_bytes)

@@ -110,7 +110,9 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
             "teachers answer for the selection and official splits; a pool's teachers are in "
             "neither"
         )
-    lines.append("not counted: start-up, scoring the student, activations, gradients' exchange")
+    unknown = any(one.other_bytes is None for one in found)
+    activations = "activations, libraries and data, " if unknown else ""
+    lines.append(f"not counted: start-up, scoring the student, {activations}gradients' exchange")
     return [*setting.rates.notes, *lines]
 
 
@@ -128,7 +130,8 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             for r in rate_rows(setting)
         ],
     )
-    columns = ["placement", "memory of a rank", "student", "teachers", "fits", "teachers' pass"]
+    columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
+    columns += ["teachers' pass"]
     columns += ["training", "to the end", "examples/s", "bound"]
     rows: list[list[object]] = []
     for one in found:
@@ -136,7 +139,10 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             rows.append([one.placement, "refused", *[""] * (len(columns) - 2)])
             continue
         more = ">= " if one.at_least else ""
-        bytes_ = (one.student_bytes + one.teacher_bytes, one.student_bytes, one.teacher_bytes)
+        rest = one.other_bytes or 0
+        bytes_ = (
+            one.student_bytes + one.teacher_bytes + rest, one.student_bytes, one.teacher_bytes, rest
+        )  # fmt: skip
         pool = one.placement == "pool"
         rows.append(
             [
@@ -151,7 +157,7 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             ]
         )
     if setting.memory is None:
-        rows = [row[:4] + row[5:] for row in rows]
+        rows = [row[:5] + row[6:] for row in rows]
         columns.remove("fits")
     title = (
         f"{counted(setting.size, 'rank')}: {work.examples:,} examples in {work.steps:,} steps; "

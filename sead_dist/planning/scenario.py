@@ -31,7 +31,8 @@ PLACEMENTS = ("colocated", "partitioned", "sharded", "pool")
 @dataclass(frozen=True)
 class Setting:
     """What a plan is made of. free: bytes that placement counts on, on the smallest rank; memory:
-    of a GPU, where it was given."""
+    of a GPU, where it was given; process_bytes: what a rank's process holds beside models and their
+    work, None where that is not known."""
 
     config: RunConfig
     teachers: list[Teacher]
@@ -41,11 +42,13 @@ class Setting:
     size: int
     free: int
     memory: int | None
+    process_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run under one placement. Bytes are of the rank that needs most. seconds: until the last
+    """A run under one placement. Bytes are of the rank that needs most; other_bytes: activations,
+    and what the process holds beside models, None where not measured. seconds: until the last
     step is trained; start-up, scoring the student, and what the student's ranks exchange are not in
     it. workers: how many a pool needs for the student never to wait for long, which is what the
     times are for; each computes as quickly as a rank. at_least: the transfer of split teachers'
@@ -55,6 +58,7 @@ class Estimate:
     placements: list[str]
     student_bytes: int
     teacher_bytes: int
+    other_bytes: int | None
     fits: bool | None
     teachers_s: float
     training_s: float
@@ -108,6 +112,7 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
         placements=placements,
         student_bytes=own,
         teacher_bytes=held,
+        other_bytes=other_bytes(setting, placements),
         fits=fits(setting, placements, own + held),
         teachers_s=teachers_s,
         training_s=training_s,
@@ -118,6 +123,17 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
         at_least=split and rates.link is None,
         refused=refused,
     )
+
+
+def other_bytes(setting: Setting, placements: Sequence[str]) -> int | None:
+    """What a rank holds beside weights and training state: its process, and the activations of the
+    student or of a teacher, which do not work at the same time."""
+    pairs = zip(setting.rates.teachers_N, placements, strict=True)
+    at_work = [setting.rates.student, *(rate for rate, place in pairs if place != "pool")]
+    found = [rate.work_bytes for rate in at_work]
+    if setting.process_bytes is None or None in found:
+        return None
+    return setting.process_bytes + max(one for one in found if one is not None)
 
 
 def without_pool(setting: Setting, placements: Sequence[str]) -> tuple[Work, float]:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.filesize import decimal
+from transformers import PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
@@ -17,6 +18,7 @@ from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.console import parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
+from sead_dist.runtime.memory import held
 from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.store.layout import default_store
@@ -79,12 +81,13 @@ def plan(
             "taken; split the student (deepspeed=zero2, zero3), or give more ranks or memory"
         )
     free = memory if memory is not None else free_of(world, size)
+    beside = process_bytes(world, student) if given is None else None
     if given is not None and rates_file is not None:
         rates = given_rates(given, rates_file, config, student, work.choices, teachers)
     else:
         rates = own_rates(config, task, world, student, teachers, work, fresh, began)
     if world.is_main:
-        setting = Setting(config, teachers, student, work, rates, size, free, memory)
+        setting = Setting(config, teachers, student, work, rates, size, free, memory, beside)
         found = estimates(setting)
         show(setting, task.name, found)
         if json_file is not None:
@@ -96,3 +99,12 @@ def free_of(world: World, size: int) -> int:
     memory of this machine, or have GPUs of their own."""
     free = least_free(world)
     return free if world.device.type == "cuda" else free * world.size // max(size, world.size)
+
+
+def process_bytes(world: World, student: PreTrainedModel) -> int | None:
+    """What this process holds of libraries and data, as a run's will; nothing of it on a GPU. The
+    student's weights are counted with the student."""
+    if world.device.type == "cuda":
+        return 0
+    now = held(world.device)
+    return None if now is None else max(0, now - sum(p.nbytes for p in student.parameters()))

@@ -88,7 +88,8 @@ def holds_run(run: Path) -> bool:
 
 
 def already_finished(config: RunConfig) -> bool:
-    """Whether the output folder holds this very run, finished. Reads, never writes.
+    """Whether the output folder holds this very run, finished. Reads, never writes, and asks
+    nothing of the network: what is on the hub and not on this machine is taken to be as it was.
 
     Raises UserError where it holds something else.
     """
@@ -101,10 +102,11 @@ def already_finished(config: RunConfig) -> bool:
     refuse_other_teachers(config)
     check_model(run)
     task = load_task(config.task)
-    data = load_examples(config, task, lambda _line: None).fingerprint(task)
-    start = saved.start
+    data, start = saved.data, saved.start
+    if config.data.path is not None or config.data.train is not None:  # else they are the hub's
+        data = load_examples(config, task, lambda _line: None).fingerprint(task)
     with suppress(UserError):  # a start that is gone now is no other one
-        start = start_hash(config.student, config.teachers)
+        start = start_hash(config.student, config.teachers, offline=True)
     refuse_other(run, saved, replace(saved, data=data, start=start))
     return True
 
@@ -161,7 +163,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
         if entry.kind != MODEL:
             continue  # a file's content is its teacher, and an endpoint is its first answers
         with suppress(UserError):  # one that is gone now is no other one
-            weights = weights_hash(locate(entry.path, entry.revision))
+            weights = weights_hash(locate(entry.path, entry.revision, offline=True))
         if weights != taught.get("weights_sha256"):
             raise UserError(
                 f"output_dir={run} holds a finished run, and teacher {entry.path} has other "

@@ -41,7 +41,8 @@ from sead_dist.runs.own_baseline import OWN, baseline_folder, needs_own_baseline
 from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
-from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, barrier, from_main
+from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
+from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
@@ -70,6 +71,9 @@ def distill(
     before any long work, RunError during it.
     """
     run = Path(config.output_dir)
+    if world.heartbeat is not None:
+        world.heartbeat.limits = config.heartbeat
+    world.at("looking for a finished run")
     done = from_main(world, lambda: nothing_to_do(config))
     if done is not None:
         if world.is_main:
@@ -97,6 +101,10 @@ def train_student(
             if world.is_main:
                 tell(STOPPED_EARLY, console)
             return True
+        except RuntimeError as error:
+            # a collective breaks when another rank dies: name that rank rather than the collective
+            explain(world, error)
+            raise
         # one that has trained goes on as it is
         begun = parts.checkpointer.latest() is not None
         steps = parts.batches.total_steps
@@ -110,7 +118,6 @@ def train_student(
             parts.log.say(STOPPED_EARLY)
             return True
         except RuntimeError as error:
-            # a collective breaks when another rank dies: name that rank rather than the collective
             parts.heartbeat.explain(error)
             raise
     barrier(world)
@@ -119,6 +126,7 @@ def train_student(
 
 def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+    parts.world.at("rehearsing the report")
     from_main(parts.world, lambda: rehearse(parts))
     state = resume(parts)
     ensemble = prepare_teachers(parts)
@@ -249,6 +257,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     logits_NBC: np.ndarray | None = None
     if needs_validation(config):
         selection = parts.splits.selection
+        parts.world.at("validating the teachers")
         logits_NBC = ask_all(
             parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
         )

@@ -211,10 +211,10 @@ def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet
     return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
 
 
-def as_rows(spec: TaskSpec, given: Any) -> Rows:
+def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool = False) -> Rows:
     """Rows of a file, of a table in memory, or of bare texts."""
     if is_path(given):
-        return read_rows(Path(os.fspath(given)), spec)
+        return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if isinstance(given, list | tuple) and given and not isinstance(given[0], Mapping):
         return text_rows(given, spec)
     return to_rows(given, spec, "what is given")

@@ -7,6 +7,7 @@ Shapes: R text rows, L tokens, C classes (of the model, in its own order).
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 from sead_dist.errors import RunError, UserError
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+# what the exporter writes for terminals
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
@@ -67,8 +70,9 @@ def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path:
             assert program is not None  # None is for exports without dynamo
             program.save(path)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        said = COLOUR.sub("", str(error).splitlines()[0])
         raise RunError(
-            f"a {model.config.model_type} cannot be exported: {str(error).splitlines()[0]}"
+            f"a {model.config.model_type} cannot be exported: {said}; use the PyTorch model"
         ) from error
 
 

@@ -27,7 +27,8 @@ from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.setup import quiet_libraries, read_inputs
-from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
+from sead_dist.runtime.distributed import StopFlag, World
+from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store

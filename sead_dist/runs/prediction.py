@@ -1,4 +1,4 @@
-"""A finished model put to use: scored on a task's splits, or asked to label the rows of a file.
+"""A finished model put to use: loaded, and scored on a task's splits.
 
 MODEL is a run folder, a model folder or a hub id; its classes are aligned with the task's by name
 (invariant 4).
@@ -6,9 +6,6 @@ MODEL is a run folder, a model folder or a hub id; its classes are aligned with 
 Shapes: B examples, C classes (task order).
 """
 
-import csv
-import io
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -26,8 +20,7 @@ from sead_dist.config.plugins import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.confusion import confusion
-from sead_dist.data.examples import ExampleSet, build_examples
-from sead_dist.data.loading import Rows, read_rows
+from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, load_task
@@ -50,12 +43,10 @@ from sead_dist.models.sequence_classifier import (
 from sead_dist.runs.kept_data import KEPT_DATA
 from sead_dist.runs.setup import quiet_libraries
 from sead_dist.runtime.console import table
-from sead_dist.runtime.distributed import World, from_main, join_world, leave_world
-from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.distributed import World, from_main, in_world
+from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
-from sead_dist.training.evaluation import EvalResult, Forward, evaluate, student_logits
-
-WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
+from sead_dist.training.evaluation import EvalResult, Forward, evaluate
 
 
 @dataclass(frozen=True)
@@ -172,25 +163,33 @@ def evaluate_model(
     json_file: where to write the same, under the keys of a run's eval_results.json. Raises
     UserError for files or a model that do not fit the task.
     """
-    world = join_world()
-    quiet_libraries(world)
-    if json_file is not None:
-        from_main(world, partial(check_writable, "--json", Path(json_file)))
-    task = task_of(name, task_name)
-    source = data_of(name, task_name, data)
-    sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
-    found = results_of(name, task, sets, labels, world, on_stderr)
+    with in_world() as world:
+        quiet_libraries(world)
+        if json_file is not None:
+            from_main(world, partial(check_writable, "--json", Path(json_file)))
+        task = task_of(name, task_name)
+        source = data_of(name, task_name, data)
+        world.at("reading the rows")
+        sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
+        found = results_of(name, task, sets, labels, world, on_stderr)
+        if world.is_main:
+            show_results(name, task, sets, found)
+        if json_file is not None:
+            cards = cards_of(found)
+            results = {key: value for card in cards.values() for key, value in card.items()}
+            from_main(world, lambda: write_scores(results, Path(json_file)))
+
+
+def show_results(
+    name: str, task: TaskSpec, sets: Sequence[ExampleSet], found: Sequence[EvalResult]
+) -> None:
+    """Print the scores of each split, and of a task with classes those of each class."""
     cards = cards_of(found)
-    if world.is_main:
-        for examples, result in zip(sets, found, strict=True):
-            print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
-            if task.task_kind.has_classes:
-                by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
-                print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
-    if json_file is not None:
-        results = {key: value for card in cards.values() for key, value in card.items()}
-        from_main(world, lambda: write_scores(results, Path(json_file)))
-    leave_world(world)
+    for examples, result in zip(sets, found, strict=True):
+        print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
+        if task.task_kind.has_classes:
+            by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
+            print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
 
 
 def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
@@ -223,11 +222,13 @@ def results_of(
     say: Callable[[str], None],
 ) -> list[EvalResult]:
     """As `score_sets`: the result on each split."""
+    world.at("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
     for examples in sets:
         ready = answerer.inputs.split(examples)
         tell_cuts(ready, answerer.inputs.max_length, world, say)
+        world.at(f"scoring {examples.split}")
         found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
     return found
 
@@ -266,126 +267,3 @@ def as_table(card: Mapping[str, float]) -> str:
 
     keys = sorted(card, key=place)
     return table(keys, [[card[key] for key in keys]])
-
-
-def predict_file(
-    name: str, file: Path, task_name: str | None, output: Path | None, labels: str | None
-) -> None:
-    """Write the rows of `file`, in their order, with what the model answers to each.
-
-    Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
-    `predicted_score`. Where a row of the file holds several examples (official MultiRC, ReCoRD),
-    one row is written for each: the number of its `row` (from 1) and its texts. The file needs no
-    labels. output: new.tsv's is new.predicted.tsv where none is given. Raises UserError before any
-    work, also where `output` exists.
-    """
-    if output is None:
-        kind = file.suffix if file.suffix.lower() in WRITTEN else ".parquet"
-        output = file.with_name(f"{file.stem}.predicted{kind}")
-    check_output(output)
-    world = join_world()
-    quiet_libraries(world)
-    task = task_of(name, task_name)
-    rows = read_rows(file, task)
-    examples = build_examples(task, rows, file.name, labelled=False)
-    columns = input_columns(rows, examples)
-    added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
-    # nor what a prediction of another kind of task added before
-    if clash := sorted({*added, "predicted_label", "predicted_score"} & set(columns)):
-        raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
-    if output.suffix.lower() == ".tsv":
-        check_no_tabs(columns, output)
-    columns |= answer_examples(name, task, examples, labels, world, on_stderr)
-    from_main(world, lambda: write_table(columns, output))
-    leave_world(world)
-
-
-def answer_examples(
-    name: str,
-    task: TaskSpec,
-    examples: ExampleSet,
-    labels: str | None,
-    world: World,
-    say: Callable[[str], None],
-) -> dict[str, list[Any]]:
-    """What the model `name` answers: the columns that a prediction adds, a value an example."""
-    answerer = load_answerer(name, task, labels, world.device, examples)
-    split = answerer.inputs.split(examples)
-    tell_cuts(split, answerer.inputs.max_length, world, say)
-    logits_BC = student_logits(answerer.model, answerer.forward, split, world)
-    return task.task_kind.answers(task, logits_BC)
-
-
-def check_output(output: Path) -> None:
-    if output.suffix.lower() not in WRITTEN:
-        raise UserError(
-            f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
-        )
-    if output.exists() and not is_stream(output):
-        raise UserError(f"--output {output} exists and is not written over; give a new name")
-    check_writable("--output", output)
-
-
-def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
-    """The file's own columns; of nested rows (several examples each) the row and the texts."""
-    if np.array_equal(examples.rows_B, np.arange(len(rows))):
-        names = dict.fromkeys(name for row in rows for name in row)
-        return {name: [row.get(name) for row in rows] for name in names}
-    columns: dict[str, list[Any]] = {"row": (examples.rows_B + 1).tolist()}
-    columns["text_a"] = examples.texts_a
-    if examples.texts_b is not None:
-        columns["text_b"] = examples.texts_b
-    return columns
-
-
-def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
-    """TSV is not quoted here, so it cannot hold every text."""
-    for name, values in columns.items():
-        for number, value in enumerate(values, 1):
-            if any(mark in as_text(value) for mark in "\t\n\r"):
-                raise UserError(
-                    f"--output {output}: {name!r} of row {number} holds a tab or line break, which "
-                    "TSV cannot; choose .csv, .jsonl or .parquet"
-                )
-
-
-def as_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
-
-
-def write_table(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
-    """Write the columns in the kind that the suffix names, aside and renamed; say so.
-
-    Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
-    """
-    rows = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-    try:
-        with written_for_person(output) as aside:
-            if output.suffix.lower() == ".parquet":
-                pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
-            else:
-                text = as_lines(rows, list(columns), output.suffix.lower())
-                aside.write_text(text, encoding="utf-8", newline="")
-    except pa.ArrowException as error:
-        raise UserError(
-            f"--output {output}: {str(error).splitlines()[0]}; choose .jsonl instead"
-        ) from None
-    except OSError as error:
-        raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
-    print(f"{len(rows)} rows written to {output}")
-
-
-def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:
-    if kind == ".jsonl":
-        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-        return "".join(line + "\n" for line in lines)
-    texts = [list(names), *([as_text(row[name]) for name in names] for row in rows)]
-    if kind == ".tsv":
-        return "".join("\t".join(fields) + "\n" for fields in texts)
-    written = io.StringIO(newline="")
-    csv.writer(written, lineterminator="\n").writerows(texts)
-    return written.getvalue()

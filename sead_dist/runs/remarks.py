@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from sead_dist.config.automatic import ENOUGH_TO_CHOOSE
 from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.resampling import paired_gap
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.runs.setup import Parts
 from sead_dist.runs.unread import unread_keys
@@ -19,9 +21,27 @@ def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray)
     return confusion(task.labels, examples.labels_B, logits_BC).never_predicted
 
 
+def ensemble_gap(
+    task: TaskSpec, examples: ExampleSet, ensemble_BC: np.ndarray, best_BC: np.ndarray, name: str
+) -> dict[str, Any]:
+    """How much better the ensemble scores on a split than the teacher `name`, the best of its
+    members on the selection split, and the 95% interval over rows."""
+    gap = paired_gap(task.metrics[0], task.task_kind, ensemble_BC, best_BC, examples)
+    return {"teacher": name, "gap": gap.value, "interval": list(gap.interval)}
+
+
 def make_remarks(parts: Parts, scores: Mapping[str, Any]) -> list[str]:
     """One line for each silent disappointment of the run; `scores` as in scores.json."""
-    return [*_of_scores(parts, scores), *unread_keys(parts.config)]
+    return [*_of_selection(parts), *_of_scores(parts, scores), *unread_keys(parts.config)]
+
+
+def _of_selection(parts: Parts) -> Iterator[str]:
+    rows = len(parts.splits.selection)
+    if rows < ENOUGH_TO_CHOOSE:
+        yield (
+            f"the selection split has {rows} rows, and what is chosen by fewer than "
+            f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
+        )
 
 
 def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
@@ -35,6 +55,13 @@ def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
                 f"of the best constant answer {best:.4f}"
             )
     for name, of in scores.items():
+        gap = of.get("ensemble_gap")
+        if gap is not None and gap["interval"][0] <= 0:
+            low, high = gap["interval"]
+            yield (
+                f"the ensemble is no better than its best teacher {gap['teacher']} on {name}: "
+                f"{metric} {gap['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows)"
+            )
         for who, classes in of["never_predicted"].items():
             if classes:
                 yield f"{who} never predicts {', '.join(classes[:10])} on {name}"

@@ -15,7 +15,7 @@ import torch
 from sead_dist.config.automatic import learning_rate
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import compute_metrics
+from sead_dist.data.task_files import TaskSpec, compute_metrics
 from sead_dist.errors import UserError
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model
@@ -26,7 +26,7 @@ from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.learnable import FILE, kept_shares, told_shares
 from sead_dist.runs.own_baseline import baseline_folder
-from sead_dist.runs.remarks import make_remarks, never_predicted
+from sead_dist.runs.remarks import ensemble_gap, make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
@@ -38,9 +38,10 @@ from sead_dist.training.evaluation import EvalResult, evaluate
 
 
 def score_split(
-    parts: Parts, split: Split, ensemble: Ensemble | None, step: int
+    parts: Parts, split: Split, ensemble: Ensemble | None, step: int, best: int | None = None
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
-    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC."""
+    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC.
+    best: the teacher that the ensemble is compared with."""
     result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
     never = {"the student": never_predicted(parts.task, split.examples, result.logits_BC)}
     scores: dict[str, Any] = {
@@ -61,7 +62,13 @@ def score_split(
     ]
     for teacher, logits_BC in zip(parts.teachers, logits_NBC, strict=True):
         never[f"teacher {teacher.name}"] = never_predicted(parts.task, split.examples, logits_BC)
-    scores["ensemble"] = compute_metrics(parts.task, answer.logits_BC.numpy(), split.examples)
+    ensemble_BC = answer.logits_BC.numpy()
+    scores["ensemble"] = compute_metrics(parts.task, ensemble_BC, split.examples)
+    if best is not None and parts.world.is_main:
+        name = parts.teachers[best].name
+        scores["ensemble_gap"] = ensemble_gap(
+            parts.task, split.examples, ensemble_BC, logits_NBC[best], name
+        )
     return result, scores, answer.targets_BC.numpy()
 
 
@@ -170,8 +177,13 @@ def score_splits(
     splits = {"selection": parts.splits.selection, **parts.splits.official}
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
+    best: int | None = None
     for name, split in splits.items():
-        result, scores[name], probabilities_BC = score_split(parts, split, ensemble, state.step)
+        result, scores[name], probabilities_BC = score_split(
+            parts, split, ensemble, state.step, best
+        )
+        if name == "selection" and ensemble is not None and not ensemble.weighting.one_teacher:
+            best = best_of(parts.task, scores[name]["teachers"])
         if name != "selection":
             first = not results
             results.update(result.card("eval" if first else f"eval_{name}"))
@@ -185,6 +197,12 @@ def score_splits(
                 for_people(parts, split.examples, result.logits_BC),
             )
     return scores, results
+
+
+def best_of(task: TaskSpec, teachers: Sequence[dict[str, Any]]) -> int | None:
+    """The teacher with the highest score, by its place; None where there are not several."""
+    found = [of["metrics"][task.metrics[0]] for of in teachers]
+    return found.index(max(found)) if len(found) > 1 else None
 
 
 def for_people(
@@ -215,6 +233,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     """
     world, config = parts.world, parts.config
     run = Path(config.output_dir)
+    parts.heartbeat.move("saving the student")
     save_student(parts, state)
     scores, results = score_splits(parts, state, ensemble)
     closing = summary(parts, state)
@@ -252,6 +271,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
         write_json(run / "run_summary.json", closing)
         drop_training_state(config)
 
+    parts.heartbeat.move("writing the report")
     from_main(world, write)
     if show_table and world.is_main:
         print_table(*closing_table(parts, scores))

@@ -52,7 +52,7 @@ from sead_dist.runs.own_baseline import OWN
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.runtime.heartbeat import Heartbeat, running_heartbeat
+from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.shared import check_shared
 from sead_dist.store.layout import default_store
@@ -119,11 +119,15 @@ def build(
     run = Path(config.output_dir)
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
+    world.at("looking at the folders")
     check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
+    world.at("reading the data and the student")
     task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(config, notes.append))
+    world.at("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
+    world.at("reading the teachers")
     labelled = examples.labelled
     teachers = call_roster(config, task, world, inputs.tokenizer, labelled) if config.taught else []
     check_tokens(examples, tokenizers_of(teachers))
@@ -132,6 +136,7 @@ def build(
         on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
+    world.at("hashing data, teachers and start")
     identity = Identity(
         config.identity(),
         examples.fingerprint(task),
@@ -140,11 +145,13 @@ def build(
         rules_of(config),
         examples.copies,
     )
+    world.at("trying to save the student")
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
     from_main(world, lambda: claim(run, config, identity))
-    heartbeat = stack.enter_context(running_heartbeat(run, world, stop, config.heartbeat))
+    beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
+    heartbeat = stack.enter_context(beating.of_run(run, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (
@@ -156,6 +163,7 @@ def build(
     for line in unread_keys(config):
         log.say(f"WARNING: {line}")
     config = with_choices(config, examples)
+    world.at("placing the teachers")
     batches = BatchStream(
         splits.train,
         config.seed,

@@ -17,12 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import LostRankError, RunError, UserError
+from sead_dist.runtime.heartbeat import Heartbeat, Limits, Usual
 
 T = TypeVar("T")
 # A whole window of a large teacher may pass before the other ranks hear of it.
 TIMEOUT = timedelta(hours=2)
+# Processes that are started together are given so long to come, where their limits are short.
+SHORTEST_MEETING_S = 60.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
 
@@ -41,26 +45,36 @@ STARTERS = {
 class World:
     """rank of size ranks, on `device`. `exchange` is the process group of the teacher logits,
     apart from the student's so that their collectives never wait for each other; `control` is a
-    gloo group for small decisions; both None in a world of one."""
+    gloo group for small decisions; both None in a world of one. `heartbeat`: this rank's signs of
+    life, from before the first collective on."""
 
     rank: int
     size: int
     device: torch.device
     exchange: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    heartbeat: Heartbeat | None = None
+
+    def at(self, doing: str) -> None:
+        """Say what this rank is at, should it stop there."""
+        if self.heartbeat is not None:
+            self.heartbeat.at(doing)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def join_world() -> World:
-    """The world that the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK) describe.
+def join_world(limits: Limits | None = None) -> World:
+    """The world that the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK) describe. limits: when
+    a rank is given up.
 
-    A process group that is already there is used. Raises UserError when variables are missing.
+    A process group that is already there is used. Raises UserError when variables are missing,
+    RunError where ranks do not come.
     """
     refuse_other_world()
     refuse_lone_process()
+    limits = limits or Usual()
     size = number_from("WORLD_SIZE", 1, 1)
     # `accelerate launch --cpu` writes True
     cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
@@ -69,7 +83,24 @@ def join_world() -> World:
         # with its number: set_device takes no other
         own = ("cuda", torch.cuda.current_device()) if on_gpu else ("cpu",)
         return World(0, 1, torch.device(*own))
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    place = checked_place(size)
+    device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    backend = "nccl" if on_gpu else "gloo"
+    heartbeat = meet(size, backend, limits)
+    exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    heartbeat.at("starting")
+    return World(dist.get_rank(), dist.get_world_size(), device, exchange, control, heartbeat)
+
+
+def checked_place(size: int) -> int:
+    """LOCAL_RANK. Raises UserError where the launcher's variables are missing or do not fit."""
+    asked = ["RANK", "LOCAL_RANK"]
+    if not dist.is_initialized():
+        asked += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in asked if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
@@ -77,16 +108,76 @@ def join_world() -> World:
         )
     if number_from("RANK", 0, 0) >= size:
         raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
-    place = number_from("LOCAL_RANK", 0, 0)
-    device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    backend = "nccl" if on_gpu else "gloo"
+    return number_from("LOCAL_RANK", 0, 0)
+
+
+def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
+    """Wait until all ranks are there, and start this rank's heartbeat; then make the process group
+    where there is none. Raises RunError, naming the rank, where one does not come."""
+    if dist.is_initialized():  # each may come from long work of its own
+        store, wait_s = _get_default_store(), TIMEOUT.total_seconds()
+        rank, size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, wait_s = number_from("RANK", 0, 0), max(SHORTEST_MEETING_S, 5 * limits.timeout_s)
+        store = _launcher_store(rank, wait_s)
+    # a world may be joined again in the same processes
+    time_of_joining = store.add(f"joined by {rank}", 1)
+    signs = PrefixStore(f"heartbeat {time_of_joining}", _own_connection(store))
+    # the stub of PyTorch lacks has_extended_api
+    heartbeat = Heartbeat(rank, size, signs, limits)  # type: ignore[arg-type]
+    heartbeat.start(wait_s)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device, exchange, control)
+        heartbeat.at("making the process group")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return heartbeat
+
+
+def _own_connection(store: Store) -> Store:
+    """The same store by another connection: one that waits for an answer serves nobody else. (In
+    versions of PyTorch that cannot, the same one.)"""
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _launcher_store(rank: int, wait_s: float) -> Store:
+    """The store at MASTER_ADDR and MASTER_PORT: torchrun's own, else one that rank 0 holds."""
+    host, port = os.environ["MASTER_ADDR"], number_from("MASTER_PORT", 0, 1)
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            is_master=rank == 0 and not by_agent,
+            timeout=timedelta(seconds=wait_s),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        what = "rank 0 has not started" if rank else "the ranks cannot meet"
+        kind = LostRankError if rank == 1 else RunError  # one of them tells
+        raise kind(
+            f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); see to that process or "
+            "address, then give the same command again"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"sead-dist {attempt}", store)
+
+
+@contextmanager
+def in_world(limits: Limits | None = None) -> Iterator[World]:
+    """The launcher's world for a whole command. A collective that breaks because a rank is gone
+    ends this process with a line that names it."""
+    world = join_world(limits)
+    try:
+        yield world
+    except RuntimeError as error:
+        explain(world, error)
+        raise
+    leave_world(world)
+
+
+def explain(world: World, error: RuntimeError) -> None:
+    """End this process where a collective broke because another rank is gone."""
+    if world.heartbeat is not None:
+        world.heartbeat.explain(error)
 
 
 def number_from(name: str, default: int, lowest: int) -> int:
@@ -132,6 +223,8 @@ def refuse_lone_process() -> None:
 
 
 def leave_world(world: World) -> None:
+    if world.heartbeat is not None:
+        world.heartbeat.rest()
     if world.size > 1 and dist.is_initialized():
         # a rank that failed leaves the others in the middle of a collective: that is theirs to say
         with suppress(RuntimeError):
@@ -195,10 +288,6 @@ def raise_first(failures: Sequence[Exception | None]) -> None:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier(group=world.control)
-
-
-class StopRequestedError(Exception):
-    """A stop was asked for while teachers computed; what they had computed is kept."""
 
 
 class StopFlag:

@@ -1,33 +1,39 @@
 """The heartbeat: ranks tell each other that they live and move, and a run with a dead or hanging
 rank ends, naming it.
 
-RUN/.ranks/rank-K.json is rank K's sign of life, written aside and renamed several times in
-`timeout_s`. It goes by files because a process group that is broken cannot carry the news, and
-because ranks of several machines share the run folder. An observer counts on its own monotonic
-clock how long a file has not changed: clocks of machines are never compared. (Our own scheme.)
+Signs of life go through the key-value store at which the launcher's processes meet (a TCPStore), by
+a connection of their own, from before the first collective to after the last: a process group that
+is broken, or in which a rank waits, cannot carry the news. An observer counts on its own monotonic
+clock how long a rank's sign has not changed: clocks of machines are never compared. (Our own
+scheme.)
 """
 
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sead_dist.errors import UserError
-from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World, from_main
+from sead_dist.errors import LostRankError, RunError, UserError
 from sead_dist.runtime.run_log import append_line
 
-FOLDER = ".ranks"
 MOST_BEAT_S = 1.0
 # rank 0's line comes before the launcher ends everyone because another rank has ended
 LAST_WORDS_S = 1.0
+# the key under which a rank says why the run ends, and what it holds until then
+VERDICT, NONE_YET = "verdict", "none yet"
+# the sign of a rank that has ended in good order
+ENDED = "ended"
+
+
+class StopRequestedError(Exception):
+    """A stop was asked for while teachers computed; what they had computed is kept."""
 
 
 class Limits(Protocol):
@@ -37,6 +43,30 @@ class Limits(Protocol):
     def timeout_s(self) -> float: ...
     @property
     def hang_timeout_s(self) -> float: ...
+
+
+class Stop(Protocol):
+    """Holds the signal that asked for a stop."""
+
+    signal: int | None
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def has_extended_api(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The limits of a command without a configuration."""
+
+    timeout_s: float = 120.0
+    hang_timeout_s: float = 1800.0
 
 
 @dataclass(frozen=True)
@@ -65,19 +95,34 @@ class Peer:
 
 
 class Heartbeat:
-    """This rank's signs of life, and its eye on the others; in a world of one it only counts."""
+    """This rank's signs of life, and its eye on the others. Without a store it only counts.
 
-    def __init__(self, run: Path, world: World, stop: StopFlag, limits: Limits) -> None:
-        self.run, self.world, self.stop, self.limits = run, world, stop, limits
-        self.beat_s = min(MOST_BEAT_S, limits.timeout_s / 10)
+    `run` and `stop` are those of the run that is at work (`of_run`).
+    """
+
+    def __init__(self, rank: int, size: int, store: Store | None, limits: Limits) -> None:
+        self.rank, self.size, self.store, self.limits = rank, size, store, limits
+        self.run: Path | None = None
+        self.stop: Stop | None = None
         self.count, self.moves, self.place, self.doing = 0, 0, 0, "starting"
         now = time.monotonic()
-        others = [rank for rank in range(world.size) if rank != world.rank]
-        self.peers = {rank: Peer(None, now, now) for rank in others}
-        self.moved_at = self.looked_at = now
+        others = [other for other in range(size) if other != rank]
+        self.peers = {other: Peer(None, now, now) for other in others}
+        self.moved_at = self.looked_at = self.carried_at = now
+        # what the store held last, by key
+        self.heard: dict[str, str] = {}
+        # all ranks are there; this one rests; this one has something to tell
+        self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
+        self.threads: list[threading.Thread] = []
 
-    def path(self, rank: int) -> Path:
-        return self.run / FOLDER / f"rank-{rank}.json"
+    @property
+    def beat_s(self) -> float:
+        return min(MOST_BEAT_S, self.limits.timeout_s / 10)
+
+    def at(self, doing: str) -> None:
+        """Say what this rank is at, where no progress is counted, and tell it at once."""
+        self.doing = doing
+        self.news.set()
 
     def move(self, doing: str) -> None:
         """This rank is at `doing` now; every rank comes to it in its turn."""
@@ -90,7 +135,7 @@ class Heartbeat:
         Raises StopRequestedError.
         """
         self._note(doing)
-        if self.stop.signal is not None:
+        if self.stop is not None and self.stop.signal is not None:
             raise StopRequestedError
 
     def _note(self, doing: str) -> None:
@@ -99,50 +144,69 @@ class Heartbeat:
         self.moved_at = time.monotonic()
 
     def own(self) -> Beat:
-        host, pid, asked = socket.gethostname(), os.getpid(), self.stop.signal
+        host, pid = socket.gethostname(), os.getpid()
+        asked = None if self.stop is None else self.stop.signal
         return Beat(host, pid, self.count, self.moves, self.place, self.doing, asked)
 
     def beat(self) -> None:
-        """Give a sign of life. Where it cannot be written, the others will take this rank for dead:
-        it could not save either."""
+        """Give a sign of life."""
+        assert self.store is not None
+        if self.rank == 0 and self.count == 0:
+            self.store.set(VERDICT, NONE_YET)
         self.count += 1
-        path = self.path(self.world.rank)
-        aside = path.with_suffix(".aside")
-        with suppress(OSError):
-            aside.write_text(json.dumps(asdict(self.own())), encoding="utf-8")
-            os.replace(aside, path)
+        self.store.set(str(self.rank), json.dumps(asdict(self.own())))
+
+    def hear(self) -> None:
+        """Fetch what the others said last."""
+        assert self.store is not None
+        keys = [VERDICT, *map(str, self.peers)]
+        # a key that is not there yet would be waited for
+        keys = [key for key in keys if key in self.heard or self.store.check([key])]
+        if self.store.has_extended_api():
+            found = self.store.multi_get(keys)
+        else:
+            found = [self.store.get(key) for key in keys]
+        self.heard.update((key, text.decode()) for key, text in zip(keys, found, strict=True))
+        self.carried_at = time.monotonic()
+        if len(self.heard) == self.size:
+            self.met.set()
 
     def look(self, now: float) -> None:
-        """Read the others' signs of life, and hear of a stop that was asked of one of them."""
+        """Take up what was heard: signs of life, a stop that was asked of another rank, and the end
+        of the run, which another rank has told."""
+        if self.heard.get(VERDICT, NONE_YET) != NONE_YET and not self.over.is_set():
+            os._exit(3)
         if now - self.looked_at > self.limits.timeout_s / 2:
             # this process was itself suspended, perhaps with all the others: count again
-            self.moved_at = now
+            self.moved_at = self.carried_at = now
             for peer in self.peers.values():
                 peer.changed_at = peer.moved_at = now
         self.looked_at = now
         for rank, peer in self.peers.items():
-            try:
-                beat = Beat(**json.loads(self.path(rank).read_text(encoding="utf-8")))
-            except FileNotFoundError:
-                peer.ended = peer.beat is not None
+            text = self.heard.get(str(rank))
+            if text is None:
                 continue
-            except (OSError, ValueError, TypeError):
+            if text == ENDED:
+                peer.ended = True
                 continue
+            beat = Beat(**json.loads(text))
             if beat != peer.beat:
                 peer.changed_at = now
                 if peer.beat is None or beat.moves != peer.beat.moves:
                     peer.moved_at = now
                 peer.beat, peer.ended = beat, False
-            if beat.stop is not None and self.stop.signal is None:
+            if beat.stop is not None and self.stop is not None and self.stop.signal is None:
                 self.stop.signal = beat.stop
 
     def dead(self, now: float, silent_s: float) -> list[int]:
-        """The ranks that have given no sign of life for so long."""
-        return [
+        """The ranks that have given no sign of life for so long. Where the store itself does not
+        answer, that is rank 0: it is the store's own process, or on its machine."""
+        silent = [
             rank
             for rank, peer in self.peers.items()
             if not peer.ended and now - peer.changed_at > silent_s
         ]
+        return [0] if 0 in silent and now - self.carried_at > silent_s else silent
 
     def verdict(self, now: float) -> str | None:
         """Why this run cannot go on, or None."""
@@ -151,21 +215,24 @@ class Heartbeat:
         if dead:
             return self._end_line(dead[0], f"has given no sign of life for {silent_s:g} s", dead)
         at_work = [peer for peer in self.peers.values() if not peer.ended]
-        if now - max([self.moved_at, *(peer.moved_at for peer in at_work)]) > hang_s:
+        moved_at = max([self.moved_at, *(peer.moved_at for peer in at_work)])
+        # before a run and after it progress is not counted
+        if self.run is not None and now - moved_at > hang_s:
             # the others went on until they had to wait for it
             places = {r: p.beat.place for r, p in self.peers.items() if p.beat and not p.ended}
-            places[self.world.rank] = self.place
+            places[self.rank] = self.place
             first = min(places, key=lambda rank: places[rank])
             return self._end_line(first, f"hangs: no rank has moved for {hang_s:g} s", [])
         return None
 
     def _end_line(self, rank: int, what: str, dead: list[int]) -> str:
-        beat = self.own() if rank == self.world.rank else self.peers[rank].beat
+        beat = self.own() if rank == self.rank else self.peers[rank].beat
         where = f" (process {beat.pid} on {beat.host})" if beat is not None else ""
         last = beat.doing if beat is not None else "not yet started"
         more = f"; so have ranks {', '.join(map(str, dead[1:]))}" if len(dead) > 1 else ""
+        saved = "" if self.run is None else "the last checkpoint is intact: "
         return (
-            f"rank {rank}{where} {what}{more}; it was at: {last}; the last checkpoint is intact: "
+            f"rank {rank}{where} {what}{more}; it was at: {last}; {saved}"
             "see to that process or node, then give the same command again"
         )
 
@@ -173,7 +240,7 @@ class Heartbeat:
         """Called when a collective broke: end the run if that is because a rank is gone."""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         end = time.monotonic() + 8 * self.beat_s
-        while self.peers and time.monotonic() < end:
+        while self.threads and time.monotonic() < end:
             now = time.monotonic()
             self.look(now)
             gone = [rank for rank, peer in self.peers.items() if peer.ended or self._vanished(peer)]
@@ -194,54 +261,99 @@ class Heartbeat:
 
     def end(self, line: str, gone: list[int]) -> None:
         """Say why, on the lowest rank that lives, and end this process with exit code 3."""
-        lowest = min({self.world.rank, *self.peers} - set(gone))
-        said = self.run / FOLDER / "verdict.txt"
-        if self.world.rank == lowest and not said.exists():
-            with suppress(OSError):  # a rank that ends because of this one has nothing to add
-                said.write_text(line, encoding="utf-8")
+        if self.rank == min({self.rank, *self.peers} - set(gone)):
             print(f"sead-dist: {line}", file=sys.stderr, flush=True)
-            with suppress(OSError, UserError):
-                append_line(self.run / "log.txt", line)
+            if self.run is not None:
+                with suppress(OSError, UserError):
+                    append_line(self.run / "log.txt", line)
+            # what the store does not take, the others find out; a stopped one would not return
+            telling = threading.Thread(target=self._tell_all, args=(line,), daemon=True)
+            telling.start()
+            telling.join(LAST_WORDS_S)
+            time.sleep(2 * self.beat_s)
         else:
             time.sleep(LAST_WORDS_S)
         os._exit(3)
 
-    def watch_peers(self, over: threading.Event) -> None:
-        """Beat and look until `over`."""
-        while not over.wait(self.beat_s):
+    def _tell_all(self, line: str) -> None:
+        assert self.store is not None
+        with suppress(RuntimeError):
+            self.store.set(VERDICT, line)
+
+    def start(self, wait_s: float) -> None:
+        """Begin to beat, wait until all ranks do, and begin to watch them.
+
+        Raises RunError, naming the rank, where one does not come within `wait_s`, and where the
+        store does not answer.
+        """
+        self.carried_at = time.monotonic()
+        end = self.carried_at + wait_s
+        self._begin(self._carry)
+        while not self.met.wait(0.1):
             now = time.monotonic()
-            self.beat()
+            silent_s = self.limits.timeout_s
+            come = {self.rank, *(rank for rank in self.peers if str(rank) in self.heard)}
+            if self.rank != 0 and now - self.carried_at > silent_s:
+                what = f"has given no sign of life for {silent_s:g} s; it was at: starting"
+                raise self._lost(0, what, come)
+            if now > end:
+                first = min({*self.peers} - come)
+                raise self._lost(first, f"has not started within {wait_s:g} s", come)
+        now = time.monotonic()
+        self.looked_at = now
+        self.look(now)
+        for peer in self.peers.values():
+            peer.changed_at = peer.moved_at = now
+        self._begin(self._watch)
+
+    def _lost(self, rank: int, what: str, come: set[int]) -> RunError:
+        """The error of a rank that is not there, which one of those that are will tell."""
+        self.over.set()
+        line = f"rank {rank} {what}; see to that process or node, then give the same command again"
+        return LostRankError(line) if self.rank == min(come - {rank}) else RunError(line)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        self.threads.append(threading.Thread(target=work, name="heartbeat", daemon=True))
+        self.threads[-1].start()
+
+    def _carry(self) -> None:
+        """Signs of life to the store and from it. Apart from `_watch`, since a store whose process
+        is stopped does not return."""
+        while not self.over.is_set():
+            self.news.wait(self.beat_s if self.met.is_set() else 0.02)
+            self.news.clear()
+            with suppress(RuntimeError, ValueError):  # then nothing is heard
+                self.beat()
+                self.hear()
+
+    def _watch(self) -> None:
+        while not self.over.wait(self.beat_s):
+            now = time.monotonic()
             self.look(now)
             line = self.verdict(now)
-            if line is not None and not over.is_set():
+            if line is not None and not self.over.is_set():
                 self.end(line, self.dead(now, self.limits.timeout_s))
 
+    def rest(self) -> None:
+        """End in good order, so that no one misses this rank."""
+        if not self.threads or self.over.is_set():
+            return
+        self.over.set()
+        self.news.set()
+        for thread in self.threads:
+            thread.join(2 * self.beat_s)
+        if self.store is not None and not self.threads[0].is_alive():
+            with suppress(RuntimeError):
+                self.store.set(str(self.rank), ENDED)
 
-@contextmanager
-def running_heartbeat(
-    run: Path, world: World, stop: StopFlag, limits: Limits
-) -> Iterator[Heartbeat]:
-    """The watch of this rank over a run, for as long as the block lasts. Every rank enters it."""
-    heartbeat = Heartbeat(run, world, stop, limits)
-    if world.size == 1:
-        yield heartbeat
-        return
-    from_main(world, lambda: clear(run / FOLDER))
-    over = threading.Event()
-    thread = threading.Thread(target=heartbeat.watch_peers, args=(over,), name="watch", daemon=True)
-    heartbeat.beat()
-    thread.start()
-    try:
-        yield heartbeat
-    finally:
-        over.set()
-        thread.join()
-        heartbeat.path(world.rank).unlink(missing_ok=True)
-        with suppress(OSError):  # the last one removes it
-            heartbeat.path(world.rank).parent.rmdir()
-
-
-def clear(folder: Path) -> None:
-    """An empty folder in the place of what a killed run left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    @contextmanager
+    def of_run(self, run: Path, stop: Stop, limits: Limits) -> Iterator["Heartbeat"]:
+        """While inside, progress counts too, and a stop that was asked of one rank is heard by
+        all. Every rank enters it."""
+        self.stop, self.limits = stop, limits
+        self.moved_at = time.monotonic()
+        self.run = run
+        try:
+            yield self
+        finally:
+            self.run, self.stop = None, None

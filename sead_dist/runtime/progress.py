@@ -1,9 +1,11 @@
 """How far a piece of work is: a bar in a terminal, plain lines elsewhere."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from time import monotonic
 
 from rich import progress as bars
+from rich.console import Console
 
 
 class Bar:
@@ -52,6 +54,26 @@ class Lines:
     def update(self, **shown: object) -> None:
         """Set the values shown in the next line, such as loss=0.41."""
         self._text = _shown(shown)
+
+
+@contextmanager
+def shown_progress(
+    console: Console, put: Callable[[str], None], description: str, total: int, done: int = 0
+) -> Iterator[Bar | Lines]:
+    """How far a piece of work is: a bar where the console is a terminal, else lines to `put`."""
+    if console.quiet or not console.is_terminal:
+        yield Lines(put, description, total, done)
+        return
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[shown]}", markup=False),
+    )
+    with bars.Progress(*columns, console=console) as display:
+        yield Bar(display, display.add_task(description, total=total, completed=done, shown=""))
 
 
 def _shown(values: Mapping[str, object]) -> str:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
-from rich import progress as bars
 
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.runtime.console import PipedConsole
 from sead_dist.runtime.own_files import open_own, written_aside, written_for_person
-from sead_dist.runtime.progress import Bar, Lines
+from sead_dist.runtime.progress import Bar, Lines, shown_progress
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"
@@ -233,19 +232,8 @@ class RunLog:
             total: units of work in all.
             done: units done before, by the run that this one resumes.
         """
-        if self.console.quiet or not self.console.is_terminal:
-            yield Lines(self._print, description, total, done)
-            return
-        columns = (
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[shown]}", markup=False),
-        )
-        with bars.Progress(*columns, console=self.console) as display:
-            yield Bar(display, display.add_task(description, total=total, completed=done, shown=""))
+        with shown_progress(self.console, self._print, description, total, done) as shown:
+            yield shown
 
     def close(self) -> None:
         """Close the files; later records are not written."""

@@ -31,7 +31,7 @@ from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError
 
 @dataclass(frozen=True)
 class CompactResult:
-    """bytes: value and key blocks; unfinished: temporary files of dead writers.
+    """bytes: value and key blocks.
 
     left_for_live: large parts that live runs may have mapped, left for the next time; differing:
     rows that were stored twice with different bits (invariant 3 says none).
@@ -41,8 +41,6 @@ class CompactResult:
     blocks_after: int
     bytes_before: int
     bytes_after: int
-    key_blocks_removed: int
-    unfinished_removed: int
     left_for_live: int
     differing: int
     bad: tuple[Bad, ...]
@@ -66,9 +64,8 @@ def compact(folder: Path) -> CompactResult:
             parts_left, rows_differing = _compact_split(layout, folders, runs, bad)
             left, differing = left + parts_left, differing + rows_differing
         with layout.lock("store.lock", exclusive=True):
-            keys_removed = remove_unused_keys(layout)
-        unfinished = old_temporaries(layout)
-        for path in (*unfinished, *stale):
+            remove_unused_keys(layout)
+        for path in (*old_temporaries(layout), *stale):
             path.unlink(missing_ok=True)
         blocks_after, bytes_after = _usage(layout)
     return CompactResult(
@@ -76,8 +73,6 @@ def compact(folder: Path) -> CompactResult:
         blocks_after=blocks_after,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
-        key_blocks_removed=keys_removed,
-        unfinished_removed=len(unfinished),
         left_for_live=left,
         differing=differing,
         bad=tuple(bad),

@@ -156,10 +156,8 @@ def key_sizes(layout: Layout) -> dict[str, int]:
     return {path.name.removesuffix(BLOCK_SUFFIX): size for path, size in found.items()}
 
 
-def remove_unused_keys(layout: Layout) -> int:
+def remove_unused_keys(layout: Layout) -> None:
     """Remove key blocks that no value block refers to; call with store.lock held alone."""
     used = {block.keys for block in headers(layout)}
-    unused = set(key_sizes(layout)) - used
-    for key_hash in unused:
+    for key_hash in set(key_sizes(layout)) - used:
         layout.key_path(key_hash).unlink(missing_ok=True)
-    return len(unused)

@@ -276,7 +276,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
             f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"
         )
     store = config.store
-    if store.path is None:
+    if store.path is None and not os.environ.get("SEAD_DIST_STORE"):
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
     # arms are compared with one another, by the report
     baseline = None if config.baseline == "auto" else config.baseline

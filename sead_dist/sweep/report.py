@@ -60,6 +60,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             ["task", "who", "metric", "score", "note"],
             report["published"],
         ),
+        # a report of an earlier version has none
+        *section("Remarks", ["task", "method", "seeds", "remark"], report.get("remarks", ())),
         *section("Failed", ["task", "method", "seed", "reason"], report["failed"]),
         *section("Not run yet", ["task", "method", "seed"], report["missing"]),
         *section("Does not apply", ["task", "method", "reason"], report["not_applicable"]),

@@ -3,9 +3,10 @@
 Shapes: B examples, C classes, S seeds, R resamples.
 """
 
+import re
 import statistics
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,27 @@ def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
         return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found]
 
 
+def remarks(plan: Plan, tasks: Collection[str]) -> list[dict[str, Any]]:
+    """What the finished students' cards warn of, each remark once with the seeds that have it."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for unit in plan.units:
+        if unit.task in tasks and unit.method != TEACHERS and is_finished(unit.folder):
+            path = unit.folder / "scores.json"
+            with reading(path, "restore it, or train this run again"):
+                for line in read_json(path).get("remarks") or ():
+                    key = (unit.task, unit.method, str(redact(without_figures(line))))
+                    seeds.setdefault(key, []).append(unit.config.seed)
+    return [
+        {"task": task, "method": method, "seeds": ", ".join(map(str, of)), "remark": line}
+        for (task, method, line), of in seeds.items()
+    ]
+
+
+def without_figures(line: str) -> str:
+    """A remark without what differs from seed to seed: the figures behind its colon."""
+    return re.sub(r": [a-z0-9_]+ [-+]?\d.*", "", line)
+
+
 def failures(plan: Plan) -> list[dict[str, Any]]:
     """The runs that failed when they were last tried."""
     return [
@@ -290,6 +312,7 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             for of in FIGURES
             if of.task in data
         ],
+        "remarks": remarks(plan, data),
         "failed": failed,
         "missing": missing(plan, failed),
         "not_applicable": [

@@ -4,14 +4,15 @@ import os
 import sys
 
 from sead_dist.errors import RunError, UserError, one_line
-from sead_dist.runtime.distributed import join_world
+from sead_dist.runtime.distributed import in_world
 from sead_dist.sweep.run import run_worker
 
 
 def main() -> int:
     """Exit codes as those of `sead-dist`."""
     try:
-        run_worker(sys.argv[1:], join_world())
+        with in_world() as world:
+            run_worker(sys.argv[1:], world)
     except (UserError, RunError) as error:
         print(f"sead-dist: {one_line(str(error))}", flush=True)
         return 2 if isinstance(error, UserError) else 3

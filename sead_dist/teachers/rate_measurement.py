@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sead_dist.data.tokens import TokenTable
+from sead_dist.runtime.memory import forget_peak, held, peak
 from sead_dist.teachers.inference import Cut, batches_of
 from sead_dist.teachers.rates import Rate, operations
 from sead_dist.teachers.teacher import Teacher
@@ -145,6 +146,7 @@ def measure_teacher(
 
     Raises UserError where its weights cannot be read.
     """
+    held_before = held(device) if forget_peak(device) else None
     began = time.perf_counter()
     model = load_whole(teacher, device, trust_remote_code, {})
     load_s = time.perf_counter() - began
@@ -170,4 +172,13 @@ def measure_teacher(
         batch,
         lambda length: operations(model.config, length, trust_remote_code),
     )
-    return Rate(*found, once_s=load_s, shape_s=watch.shape_s)
+    work_bytes = beyond(device, held_before, teacher.bytes)
+    return Rate(*found, once_s=load_s, shape_s=watch.shape_s, work_bytes=work_bytes)
+
+
+def beyond(device: torch.device, held_before: int | None, known: int) -> int | None:
+    """Bytes of the peak since then that are neither those nor `known`; None where not measured."""
+    most = peak(device)
+    if held_before is None or most is None:
+        return None
+    return max(0, most - held_before - known)

@@ -37,7 +37,8 @@ class Rate:
     """Seconds of a model's batches: batch_s for each batch, and row_s_K for each row of lengths_K
     padded tokens (lengths_K ascending). once_s: to load a teacher; an optimiser's step of the
     student. shape_s: for the first batch of each shape. scaled: not measured, but scaled by
-    operations."""
+    operations. busy: others had the processors meanwhile. work_bytes: memory at work beyond
+    weights and state, where it was measured."""
 
     lengths_K: tuple[int, ...]
     row_s_K: tuple[float, ...]
@@ -45,6 +46,8 @@ class Rate:
     once_s: float
     shape_s: float = 0.0
     scaled: bool = False
+    busy: bool = False
+    work_bytes: int | None = None
 
     def row_s(self, lengths_P: ArrayLike) -> NDArray[np.float64]:
         """Seconds for a row of so many tokens: between measured lengths on a straight line, which

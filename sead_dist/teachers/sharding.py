@@ -32,7 +32,8 @@ from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attent
 from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import COPY, weight_files
 from sead_dist.models.sequence_classifier import new_classifier
-from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects, raise_first
+from sead_dist.runtime.distributed import World, gather_objects, raise_first
+from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.teachers.inference import Cut, batches_of, own_logits
 from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.teacher import Teacher

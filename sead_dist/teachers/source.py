@@ -24,7 +24,8 @@ from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import CheckRows
-from sead_dist.runtime.distributed import StopRequestedError, World, gather_objects
+from sead_dist.runtime.distributed import World, gather_objects
+from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.store.store import PredictionStore
 from sead_dist.store.table import Table
 from sead_dist.teachers.base import Request

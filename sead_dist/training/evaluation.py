@@ -49,27 +49,36 @@ class EvalResult:
 
 
 def student_logits(
-    model: torch.nn.Module, forward: Forward, split: Split, world: World
+    model: torch.nn.Module,
+    forward: Forward,
+    split: Split,
+    world: World,
+    batch_rows: int = ROWS_PER_BATCH,
+    advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The student's logits_BC for every row, in eval mode. All ranks call this.
+    """The student's logits_BC for every row, in eval mode. All ranks call this. batch_rows: of a
+    forward; advance: hears after each forward how many more rows all ranks have done.
 
     Rows are sorted by length and cut into batches without regard to the number of ranks; every
     rank does the same number of forwards.
     """
     by_length_B = np.argsort(split.tokens.lengths_B(), kind="stable")
-    count = -(-len(by_length_B) // ROWS_PER_BATCH)
+    count = -(-len(by_length_B) // batch_rows)
     turns = -(-count // world.size)
     mine: list[tuple[np.ndarray, np.ndarray]] = []
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for turn in range(turns):
-            start = (turn * world.size + world.rank) * ROWS_PER_BATCH
-            rows_R = by_length_B[start : start + ROWS_PER_BATCH]
+            start = (turn * world.size + world.rank) * batch_rows
+            rows_R = by_length_B[start : start + batch_rows]
             asked_R = rows_R if len(rows_R) else np.array([-1])
             batch = make_batch(split, asked_R)
             logits_RC = forward(batch.inputs, split.tokens.choices).float().cpu().numpy()
             mine.append((rows_R, logits_RC[: len(rows_R)]))
+            if advance is not None:
+                done = turn * world.size * batch_rows
+                advance(min(world.size * batch_rows, len(by_length_B) - done))
     model.train(was_training)
     logits_BC = np.zeros((len(split), mine[0][1].shape[1]), np.float32)
     for pieces in gather_objects(world, mine):

@@ -22,12 +22,11 @@ from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.row_weights import known
 from sead_dist.runtime.distributed import (
     StopFlag,
-    StopRequestedError,
     World,
     from_main,
     gather_objects,
 )
-from sead_dist.runtime.heartbeat import Heartbeat
+from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
 from sead_dist.training.cadence import SaveClock

@@ -208,6 +208,12 @@ def test_a_mistake_is_an_exception_of_one_line(own, frames, keys, grammar, teach
             "no train file",
         ),
         (lambda: sd.finetune(own, data=frames, output_dir=tmp_path / "c"), "encoders is empty"),
+        (
+            lambda: sd.distill(
+                own, data=frames, output_dir=tmp_path / "d", **{**keys, "teachers": None}
+            ),
+            "teachers is empty, so there is nothing to distil",
+        ),
         (lambda: sd.evaluate(tmp_path, task=own, data=frames), "holds no config.json"),
         (lambda: sd.evaluate(teachers[0], data=frames), "no run folder that names its task"),
     ):

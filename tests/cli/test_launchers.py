@@ -90,7 +90,9 @@ def test_accelerate_launch_of_one_process_is_a_world_of_one(no_launcher):
 
 def test_a_world_without_ranks_is_refused(no_launcher):
     no_launcher.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2 but RANK, LOCAL_RANK is not set"):
+    with pytest.raises(
+        UserError, match="WORLD_SIZE=2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is"
+    ):
         join_world()
 
 

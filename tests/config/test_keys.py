@@ -80,6 +80,37 @@ def test_print_config_prints_every_key_and_the_rows_and_trains_nothing(tmp_path,
     given = words(data, [save_teacher(tmp_path / "a")], tmp_path / "run", alpha=0.25)
     capsys.readouterr()
     said = run(capsys, "distill", *given, "--print-config")
-    assert load_config(given).model_dump(mode="json") == yaml.safe_load(said)
+    asked, told = load_config(given).model_dump(mode="json"), yaml.safe_load(said)
+    # what is left to the run is told as the run takes it
+    settled = {key for key in asked if asked[key] != told[key]}
+    assert settled <= {
+        *("max_steps", "learning_rate", "final_checkpoint", "eval_steps", "loss", "unlabeled"),
+        *("augment", "baseline"),
+    }
+    assert (told["max_steps"], told["final_checkpoint"], told["loss"]) == (7, "average", "kl")
+    assert told["eval_steps"] == 7
+    assert told["unlabeled"]["rest"] is True
     assert "# task grammar: train 54 labelled + 0 unlabelled, selection 6, validation 20" in said
+    assert "# placement=auto is settled at the start" in said
+    copied = run(capsys, "distill", *given, "augment.copies=auto", "--print-config")
+    assert yaml.safe_load(copied)["augment"]["copies"] == 10
+    assert "# copies: " in copied
     assert not (tmp_path / "run").exists()
+
+
+def test_keys_of_an_entry_of_teachers_are_told_where_a_hint_names_them(tmp_path, capsys):
+    with pytest.raises(UserError) as wrong:
+        load_config(["task=sst2", "output_dir=run", "teachers=[{path: a, weight: -1}]"])
+    asked = str(wrong.value).rpartition("`sead-dist keys ")[2].removesuffix("`")
+    assert asked == "teachers.weight"
+    assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    how much it counts")
+    assert "encoders.labels: null" in run(capsys, "keys", "encoders")
+
+
+def test_data_are_shown_without_an_output_folder(tmp_path, capsys):
+    data = write_task(tmp_path / "data")
+    given = words(data, [save_teacher(tmp_path / "a")], tmp_path / "run")
+    given = [word for word in given if not word.startswith("output_dir=")]
+    assert "training rows" in run(capsys, "data", *given)
+    with pytest.raises(UserError, match="output_dir is not set"):
+        load_config(given)

@@ -70,7 +70,9 @@ def test_an_adapter_that_lies_beside_the_weights_is_refused(tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     entry = StudentConfig(path=str(folder), shape=None, layers=None, tokenizer=None)
     for use in (lambda: load_teachers([folder]), lambda: check_start(entry, False)):
-        with pytest.raises(UserError, match=r"adapted holds an adapter .* merge it into"):
+        with pytest.raises(
+            UserError, match=r"adapted holds a whole model and an adapter .* merge them"
+        ):
             use()
 
 

@@ -70,12 +70,41 @@ def test_values_are_those_that_attention_sums():
     [
         ("deberta-v2", True, r"teacher x: its attention \(deberta-v2\) is not BERT's"),
         ("mpnet", True, r"teacher x: its attention \(mpnet\) is not BERT's"),
+        # three layers of two groups: which runs when is a rule of its own
         ("albert", False, r"teacher x: no list of layers found in it \(albert\)"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_told_by_name(kind, attention, said):
+    model = build_model(kind, **({"num_hidden_groups": 2} if kind == "albert" else {}))
     with pytest.raises(UserError, match=said):
-        find_layer_parts(build_model(kind), "teacher x", attention)
+        find_layer_parts(model, "teacher x", attention)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_that_runs_several_times_is_read_each_time(groups):
+    model = build_model("albert", num_hidden_layers=4, num_hidden_groups=groups)
+    model.set_attn_implementation("eager")
+    layer_parts = find_layer_parts(model, "it", attention=True)
+    numbers = (1, 2, 3, 4)
+    with torch.no_grad(), reading(layer_parts, Wanted((0, *numbers), numbers)) as found:
+        own = model(**inputs(), output_hidden_states=True, output_attentions=True)
+    for number in (0, *numbers):
+        assert torch.equal(found.hidden[number], own.hidden_states[number])
+    for number in numbers:
+        score_RALL = scores(found.queries[number], found.keys[number], layer_parts.heads)
+        outside_R11L = ~inputs()["attention_mask"].bool()[:, None, None, :]
+        read_RALL = score_RALL.masked_fill(outside_R11L, -1e9).softmax(-1)
+        torch.testing.assert_close(read_RALL, own.attentions[number - 1])
+
+
+def test_the_last_hidden_states_are_those_behind_the_last_norm():
+    model = build_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(3.0)
+    layer_parts = find_layer_parts(model, "it", attention=False)
+    with torch.no_grad(), reading(layer_parts, Wanted((1,))) as found:
+        own = model(**inputs(), output_hidden_states=True)
+    assert torch.equal(found.hidden[1], own.hidden_states[1])
 
 
 def test_hidden_states_alone_are_read_of_other_attentions_too():

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from kinds import assert_layers_work_as
 from safetensors.torch import load_file, save_file
 from small import (
     ALONE,
@@ -29,13 +30,13 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.task_files import TASKS
 from sead_dist.errors import RunError, UserError
-from sead_dist.models import resaved, student
+from sead_dist.models import resaved
 from sead_dist.models import sequence_classifier as models
 from sead_dist.models.hidden_states import Wanted as Read
-from sead_dist.models.hidden_states import find_layer_parts, reading
-from sead_dist.models.loaded import body_of, head_names, pooler_names
+from sead_dist.models.hidden_states import body_of, find_layer_parts, reading
+from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.models.sequence_classifier import build_teacher, unshared
-from sead_dist.models.student import CUT_KINDS, build_student, check_start
+from sead_dist.models.student import build_student, check_start
 from sead_dist.objectives.feature_losses import start_as_feature_teacher
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.prediction import load_answerer
@@ -266,7 +267,7 @@ def test_of_a_head_of_other_classes_only_the_last_layer_is_new(
     assert f"{inner}.weight" not in said[0].split("new: ")[1]
 
 
-@pytest.mark.parametrize("kind", CUT_KINDS)
+@pytest.mark.parametrize("kind", CUT)
 @pytest.mark.parametrize("layers", [[0, 2], [2, 1]])
 def test_chosen_layers_make_the_model_that_is_saved(tmp_path, kind, layers):
     whole = make(kind, tmp_path / "whole")
@@ -301,25 +302,64 @@ def test_a_layer_may_be_chosen_twice(tmp_path):
     assert first.data_ptr() != second.data_ptr()
 
 
-@pytest.mark.parametrize("kind", SIZES)
-def test_kinds_whose_layers_are_more_than_a_list_are_refused(tmp_path, kind):
-    make(kind, tmp_path / "whole")
-    given = {"layers": [0, 2]}
+# what the layers of a kind have of their own beside weights
+GROUPED = {"num_key_value_heads": 1, "head_dim": 16}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8}
+BY_LAYER = {
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "gpt2": {},
+    "llama": GROUPED,
+    "qwen3": {
+        **GROUPED,
+        **SLIDING,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma": GROUPED,
+}
+
+
+@pytest.mark.parametrize("kind", BY_LAYER)
+@pytest.mark.parametrize("layers", [[0, 1], [0, 2, 1]])
+def test_layers_of_any_kind_work_as_they_did_and_are_read_again(tmp_path, kind, layers):
+    whole = make(kind, tmp_path / "whole", **BY_LAYER[kind])
+    check_start(entry(tmp_path / "whole", layers=layers), False)
+    cut = start(tmp_path / "whole", layers=layers)
+    assert not cut.training
+    assert_layers_work_as(cut, whole, layers)
+    cut.save_pretrained(tmp_path / "cut")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "cut").eval()
+    np.testing.assert_allclose(logits_of(again, TEXTS), logits_of(cut, TEXTS), atol=1e-5)
+    assert again.config.num_hidden_layers == len(layers)
+
+
+REFUSED = {
+    "t5": ({}, [0, 2], "the layers of a t5 cannot be chosen"),
+    "albert": ({}, [0, 2], "the layers of a albert cannot be chosen"),
+    "bert": ({}, [0, 3], r"must be chosen from 0\.\.2"),
+    # its first layer has no norm of its own
+    "modernbert": ({}, [1, 2], r"built otherwise in model\.layers\.0\.attn_norm.*layer 0 first"),
+    # scores of a layer are divided by its number
+    "gpt2": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        [0, 2],
+        r"built otherwise in transformer\.h\.1\.attn\.scaling",
+    ),
+    "xlm": ({"emb_dim": 32, "n_layers": 3, "n_heads": 2}, [0, 2], "are not one list of layers"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_layers_that_would_be_others_in_a_new_place_are_refused(tmp_path, kind):
+    more, layers, said = REFUSED[kind]
+    make(kind, tmp_path / "whole", **more)
+    given = {"layers": layers}
     for ask in (
         lambda: start(tmp_path / "whole", **given),
         lambda: check_start(entry(tmp_path / "whole", **given), False),
     ):
-        with pytest.raises(UserError, match=rf"the layers of a {kind} cannot be chosen") as caught:
+        with pytest.raises(UserError, match=said) as caught:
             ask()
         assert "\n" not in str(caught.value)
-
-
-def test_a_list_over_layers_that_stays_whole_is_noticed(tmp_path, monkeypatch):
-    # without its renumbering, and of a kind whose layers alternate
-    monkeypatch.setattr(student, "CUT_KINDS", ("modernbert",))
-    make("modernbert", tmp_path / "whole")
-    with pytest.raises(UserError, match=r"is built otherwise in model\.layers\.0"):
-        start(tmp_path / "whole", layers=[1, 2])
 
 
 @pytest.mark.parametrize("said", ["regression", "multi_label_classification", None])

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,13 +26,14 @@ from sead_dist.config.load import load_config
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import outline
+from sead_dist.planning import busy
 from sead_dist.planning import rates as planrates
 from sead_dist.planning.memory import FULL, bytes_at_work, student_bytes, teacher_bytes
 from sead_dist.planning.table import free_of, plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.placement import share_rows
-from sead_dist.teachers.rates import default_rates, remembered, teacher_key, this_machine
+from sead_dist.teachers.rates import Rate, default_rates, remembered, teacher_key, this_machine
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128,
@@ -48,6 +53,8 @@ def task(tmp_path_factory):
 @pytest.fixture
 def rates(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAD_DIST_RATES", str(tmp_path / "rates.json"))
+    # other tests run beside this one
+    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: False)
     return tmp_path / "rates.json"
 
 
@@ -349,3 +356,62 @@ def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
     known = remembered(default_rates())
     for teacher in load_teachers(task[1]):
         assert teacher_key(teacher, machine) in known
+
+
+def test_what_a_busy_machine_measured_is_marked_and_measured_again(
+    task, tmp_path, rates, capsys, monkeypatch
+):
+    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: True)
+    planned(task, tmp_path)
+    said = capsys.readouterr().out
+    assert "WARNING: other processes had the processors while 3 of the rates were" in said
+    assert all(rate.busy for rate in remembered(rates).values())
+    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: False)
+    planned(task, tmp_path)
+    said = capsys.readouterr().out
+    assert "3 measured again: the machine was busy when they were measured before" in said
+    assert "WARNING" not in said
+    assert not any(rate.busy for rate in remembered(rates).values())
+    planned(task, tmp_path)
+    assert "rates: 0 measured now, 3 remembered" in capsys.readouterr().out
+
+
+def test_where_the_machine_was_busy_and_there_is_time_it_is_measured_twice(monkeypatch):
+    found = iter([True, False])
+    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: next(found))
+    made = iter([2.0, 1.0])
+    kept = busy.timed_quietly(lambda _until: Rate((8,), (next(made),), 0, 0), 1e12, CPU)
+    assert (kept.row_s_K, kept.busy) == ((1.0,), False)
+
+
+def test_processes_that_take_the_processors_are_in_the_way():
+    """All processors are taken by others, and one more thread wants to work."""
+    cores = os.cpu_count() or 1
+    others = busy.Others()
+    loads = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * cores)]
+    end = time.monotonic() + 3.0
+    while time.monotonic() < end:
+        sum(range(10_000))
+    for load in loads:
+        load.wait()
+    assert others.in_the_way(CPU)
+    assert not busy.Others().in_the_way(CPU)  # too short to tell
+
+
+SPIN = "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass"
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_plan_is_that_of_the_run(task, tmp_path, rates, cli):
+    data, teachers = task
+    given = words(data, teachers, tmp_path / "run", teacher_validation="off", max_steps=4)
+    given = [word for word in given if not word.startswith("student.shape=")]
+    given += ["student.shape=L6-H256-A8", "global_batch_size=32", "micro_batch_size=32"]
+    report = tmp_path / "plan.json"
+    for command in (("plan", "--json", report), ("distill",)):
+        done = cli(*command, *given, launched=True)
+        assert done.returncode == 0, done.stderr
+    one = json.loads(report.read_text())["placements"][0]
+    told = one["student_bytes"] + one["teacher_bytes"] + one["other_bytes"]
+    summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
+    assert told == pytest.approx(summary["peak_memory_bytes"][0], rel=0.2)

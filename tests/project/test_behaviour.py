@@ -26,7 +26,7 @@ def run(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / ".claim").write_text("a process")
-    scores = {"student": {"accuracy": 0.5, "runtime_s": 3.2}, "seeds": [1, 2]}
+    scores = {"student": {"accuracy": 0.5, "eval_runtime": 3.2}, "seeds": [1, 2]}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     return tmp_path
 

@@ -90,6 +90,9 @@ def test_the_tokeniser_of_the_export_truncates_and_pads_by_itself(exported, gram
         long, short = tokenizer.encode_batch(["good " * 500, "good"])
         assert len(long.ids) == len(short.ids) == longest
         assert short.attention_mask == [1, 1, 1] + [0] * (longest - 3)
+    replace(model_inputs(7, fresh), padding="left").save_alone(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode_batch(["good " * 500, "good"])[1].attention_mask == [0] * 4 + [1] * 3
 
 
 def test_export_json_holds_what_the_run_scored_and_what_8_bits_change(exported, grammar):

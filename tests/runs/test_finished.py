@@ -1,12 +1,17 @@
 """A run is called finished only where its model is there and its teachers are the same."""
 
+import json
 import shutil
+import socket
 
 import pytest
+from huggingface_hub import constants
 from small import ALONE, save_teacher, words, write_task
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
+from sead_dist.models.pretrained import locate
+from sead_dist.runs.claim import already_finished
 from sead_dist.runs.distillation import distill
 
 
@@ -66,3 +71,28 @@ def test_states_that_were_to_be_kept_stay_when_the_command_is_given_without_the_
     assert kept
     distill(load_config(given), ALONE, show_table=False, console=False)
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+def test_whether_a_run_is_finished_asks_nothing_of_the_network(finished, tmp_path, monkeypatch):
+    """Of a run whose teacher is on the hub, with a network that is there to be asked."""
+    root, given = finished
+    shutil.copytree(root / "run", tmp_path / "run")
+    record = tmp_path / "run" / "run.json"
+    saved = json.loads(record.read_text())
+    saved["teachers_given"][0]["path"] = "someone/teacher"
+    record.write_text(json.dumps(saved))
+    asked = []
+
+    def refused(host, *_given, **_more):
+        asked.append(host)
+        raise OSError("the network was asked")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    words_ = [word.replace(f"{root}/run", f"{tmp_path}/run") for word in given]
+    config = load_config([*words_, "teachers=[someone/teacher]"])
+    assert already_finished(config)
+    assert asked == []
+    with pytest.raises(UserError):
+        locate("someone/teacher")
+    assert asked != []

@@ -3,12 +3,13 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small import ALONE, read, words
+from small import ALONE, read, save_teacher, words
 
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
+from sead_dist.data import resampling
 from sead_dist.errors import UserError
-from sead_dist.runs import distillation, inputs
+from sead_dist.runs import distillation, inputs, remarks
 from sead_dist.runs.prediction import evaluate_model
 from sead_dist.runs.unread import unread_keys
 
@@ -115,3 +116,44 @@ def test_distill_with_neither_teachers_nor_a_method_is_refused(tmp_path, task, c
     with pytest.raises(UserError, match="teachers is empty"):
         inputs.check_inputs(load_config(given))
     assert attempt_recipe("distill", [*given, "method=finetune"]) is None
+
+
+def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhere(
+    tmp_path, task, capsys
+):
+    data, teacher = task
+    twins = [str(teacher), str(save_teacher(tmp_path / "b", seed=0))]
+    given = words(data, twins, tmp_path / "run", max_steps=1)
+    run = distillation.distill(load_config(given), ALONE)
+    told = read(run / "scores.json")
+    gap = told["splits"]["validation"]["ensemble_gap"]
+    assert gap["interval"][0] <= 0 <= gap["interval"][1]
+    (line,) = [line for line in told["remarks"] if line.startswith("the ensemble is no better")]
+    assert line.startswith(f"the ensemble is no better than its best teacher {gap['teacher']} on ")
+    assert f"WARNING: {line}" in capsys.readouterr().out
+    assert f"WARNING: {line}" in (run / "log.txt").read_text()
+    assert f"- {line}" in (run / "README.md").read_text()
+
+
+def test_an_ensemble_that_is_better_than_its_best_member_is_not_told(tmp_path, task, monkeypatch):
+    data, teacher = task
+    monkeypatch.setattr(remarks, "paired_gap", lambda *_given: resampling.Gap(0.1, (0.02, 0.18)))
+    twins = [str(teacher), str(save_teacher(tmp_path / "b", seed=0))]
+    given = words(data, twins, tmp_path / "run", max_steps=1)
+    run = distillation.distill(load_config(given), ALONE, console=False)
+    told = read(run / "scores.json")
+    assert told["splits"]["validation"]["ensemble_gap"]["interval"] == [0.02, 0.18]
+    assert not any(line.startswith("the ensemble") for line in told["remarks"])
+
+
+def test_a_small_selection_split_is_told_by_the_same_bound_as_the_final_checkpoint(
+    tmp_path, task, monkeypatch
+):
+    data, teacher = task
+    given = words(data, [teacher], tmp_path / "run", max_steps=1, final_checkpoint="auto")
+    run = distillation.distill(load_config(given), ALONE, console=False)
+    remark = "the selection split has 6 rows, and what is chosen by fewer than 500"
+    assert any(line.startswith(remark) for line in read(run / "scores.json")["remarks"])
+    assert (
+        "6 selection rows are too few to choose by; 500 are enough" in (run / "log.txt").read_text()
+    )

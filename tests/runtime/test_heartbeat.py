@@ -1,24 +1,23 @@
 """The watch over ranks, by the hands of a clock of our own."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
-import torch
 
 from sead_dist.config.schema import HeartbeatConfig
-from sead_dist.runtime.distributed import StopFlag, StopRequestedError, World
-from sead_dist.runtime.heartbeat import Beat, Heartbeat
+from sead_dist.runtime.distributed import StopFlag
+from sead_dist.runtime.heartbeat import ENDED, Beat, Heartbeat, StopRequestedError
 
 LIMITS = HeartbeatConfig(timeout_s=10.0, hang_timeout_s=100.0)
 
 
 @pytest.fixture
 def heartbeat(tmp_path):
-    """Rank 0 of three, at time 0 of its clock."""
-    (tmp_path / ".ranks").mkdir()
-    made = Heartbeat(tmp_path, World(0, 3, torch.device("cpu")), StopFlag(), LIMITS)
-    made.moved_at = made.looked_at = 0.0
+    """Rank 0 of three, at time 0 of its clock, in a run."""
+    made = Heartbeat(0, 3, None, LIMITS)
+    made.run, made.stop = tmp_path, StopFlag()
+    made.moved_at = made.looked_at = made.carried_at = 0.0
     for peer in made.peers.values():
         peer.changed_at = peer.moved_at = 0.0
     return made
@@ -26,7 +25,8 @@ def heartbeat(tmp_path):
 
 def beat(heartbeat, rank, count, moves=0, place=0, doing="training, step 3", stop=None):
     sign = Beat(f"node{rank}", 100 + rank, count, moves, place, doing, stop)
-    heartbeat.path(rank).write_text(json.dumps(asdict(sign)))
+    heartbeat.heard[str(rank)] = json.dumps(asdict(sign))
+    heartbeat.carried_at = 1e9
 
 
 def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_did(heartbeat):
@@ -76,7 +76,7 @@ def test_a_rank_that_ended_in_good_order_is_not_mourned(heartbeat):
     beat(heartbeat, 2, 1)
     heartbeat.look(1.0)
     for rank in (1, 2):
-        heartbeat.path(rank).unlink()
+        heartbeat.heard[str(rank)] = ENDED
     heartbeat.look(2.0)
     assert heartbeat.verdict(50.0) is None
 
@@ -101,9 +101,23 @@ def test_an_observer_that_was_suspended_itself_counts_anew(heartbeat):
     assert heartbeat.verdict(510.1).startswith("rank 1 ")
 
 
-def test_half_a_file_is_passed_over(heartbeat):
-    beat(heartbeat, 1, 1)
-    heartbeat.path(2).write_text('{"host": "no')
-    heartbeat.look(1.0)
-    assert heartbeat.peers[2].beat is None
-    assert heartbeat.peers[1].beat == replace(heartbeat.peers[1].beat, count=1)
+def test_before_a_run_only_life_counts_and_no_progress(heartbeat):
+    heartbeat.run = None
+    for now in range(0, 200, 5):
+        for rank in (1, 2):
+            beat(heartbeat, rank, now)
+        heartbeat.look(float(now))
+        assert heartbeat.verdict(float(now)) is None
+    line = heartbeat.verdict(205.1)
+    assert line.startswith("rank 1 (process 101 on node1) has given no sign of life")
+    assert "checkpoint" not in line
+
+
+def test_where_the_store_does_not_answer_it_is_rank_0_that_is_named(heartbeat):
+    heartbeat.rank, heartbeat.peers[0] = 1, heartbeat.peers.pop(1)
+    heartbeat.carried_at = 0.0
+    heartbeat.look(4.0)
+    heartbeat.look(8.0)
+    assert heartbeat.dead(10.1, 10.0) == [0]
+    heartbeat.carried_at = 8.0
+    assert heartbeat.dead(10.1, 10.0) == [2, 0]

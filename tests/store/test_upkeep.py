@@ -199,7 +199,7 @@ def test_temporary_files_go_when_they_are_old(tmp_path):
         path.write_text("half a block")
     os.utime(old, (0, time.time() - layout.DEAD_WRITER_S - 60))
     assert verify(tmp_path).unfinished == 1
-    assert compact(tmp_path).unfinished_removed == 1
+    compact(tmp_path)
     assert os.listdir(tmp_path / "tmp") == ["new"]
 
 

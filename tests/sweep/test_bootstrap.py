@@ -316,6 +316,14 @@ def test_few_rows_on_which_two_never_differ_do_not_say_that_they_are_equal():
     assert low < -0.03 < 0.03 < high
 
 
+def test_an_interval_ends_where_the_metric_does():
+    labels_B = np.arange(12) % 2
+    right = np.eye(2, dtype=np.float32)[labels_B]
+    for name, most in (("accuracy", 1.0), ("f1", 1.0), ("matthews_correlation", 2.0)):
+        found = paired_gap(name, KINDS["classification"], right, right[:, ::-1], Rows(labels_B))
+        assert found.interval[0] < found.value <= found.interval[1] == most
+
+
 def test_several_comparisons_are_corrected_together():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])

@@ -15,6 +15,7 @@ from small import ALONE, model_bytes, read, records, student_shape, sweep_words,
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import try_lock
 from sead_dist.sweep import run as sweep
+from sead_dist.sweep.results import without_figures
 from sead_dist.sweep.run import run_sweep
 
 METHODS = ("finetune", "mean", "single")
@@ -85,6 +86,17 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
     assert cells["mean"]["beyond_chance"] is None
     assert "Two seeds hardly tell a spread" in markdown
     assert {row["who"] for row in report["ceilings"]} == {"teacher-0", "teacher-1", "ensemble"}
+
+
+def test_what_the_runs_warn_of_stands_in_the_report_without_figures(finished):
+    told = report_of(finished)["remarks"]
+    small = [of for of in told if of["remark"].startswith("the selection split has 6 rows")]
+    assert {of["method"] for of in small} == set(METHODS)
+    assert {of["seeds"] for of in small} == {"0, 1"}
+    assert all(of["remark"] in (finished / "report" / "report.md").read_text() for of in told)
+    assert all(of["remark"] in (finished / "report" / "report.html").read_text() for of in told)
+    assert without_figures("a on dev: accuracy +0.1 (0 to 1)") == "a on dev"
+    assert without_figures("x=1 is not read: it is for y") == "x=1 is not read: it is for y"
 
 
 def test_predictions_are_shared_and_each_method_is_charged_with_what_it_needs(finished):

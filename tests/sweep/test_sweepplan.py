@@ -40,7 +40,8 @@ def test_teachers_come_first_and_every_student_needs_those_of_its_task():
     )
 
 
-def test_students_are_told_apart_by_task_method_and_seed_alone():
+def test_students_are_told_apart_by_task_method_and_seed_alone(monkeypatch):
+    monkeypatch.delenv("SEAD_DIST_STORE")
     found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=[3,7]", ENCODERS)
     (first, second), (mean, _) = of(found, "rte", "finetune"), of(found, "rte", "mean")
     assert (first.seed, second.seed) == (3, 7)
@@ -52,6 +53,15 @@ def test_students_are_told_apart_by_task_method_and_seed_alone():
     assert {unit.config.store.path for unit in found.units[-8:]} == {"out/store"}
     # a task's shipped configuration counts, as it does for `distill cola`
     assert (of(found, "cola", "mean")[0].max_length, mean.max_length) == (64, 128)
+
+
+def test_the_store_that_the_environment_names_is_the_sweeps_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("SEAD_DIST_STORE", str(tmp_path))
+    found = plan("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS)
+    # the runs themselves ask the environment
+    assert of(found, "cola", "mean")[0].store.path is None
+    found = plan("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS, "store=own")
+    assert of(found, "cola", "mean")[0].store.path == "own"
 
 
 def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():

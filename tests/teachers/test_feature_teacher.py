@@ -77,7 +77,7 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             "feature_loss=distilbert shows it the student's rows, padded on the right; leave it out, "
             "or name a teacher that can: teacher=NAME",
         ),
-        (["@gpt2"], {"method": "distilbert"}, "hidden states 1 differ from its own"),
+        (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not BERT's"),
     ],
 )
 def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said):

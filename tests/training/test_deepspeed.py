@@ -26,7 +26,6 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
-from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine
@@ -53,7 +52,7 @@ def make_trainer(world, way, seed=0, wide=False, **changes) -> Trainer:
     kind = KINDS["classification"]
     return Trainer(
         given, world, engine, batches, None, ["a", "b"],
-        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(0, 1, None, given.heartbeat),
     )  # fmt: skip
 
 

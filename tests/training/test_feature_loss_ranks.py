@@ -1,7 +1,6 @@
 """Losses over a feature teacher's layer outputs on several ranks: invariants 2 and 7, and DeepSpeed."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from sead_dist.models.hidden_states import TeacherLogits, find_layer_parts
 from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.objectives.feature_losses import make_feature_loss
-from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
 from sead_dist.teachers.feature_teacher import FeatureTeacher
@@ -63,7 +61,7 @@ def gradients(world, method):
     trainer = Trainer(
         given, world, engine, batches, None, ["a"], make_ensemble(given, kind, torch.ones(1)),
         make_loss(given, kind, batches.total_steps, feature_loss),
-        None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat), feature_teacher,
+        None, None, None, "accuracy", None, Heartbeat(0, 1, None, given.heartbeat), feature_teacher,
     )  # fmt: skip
     engine.model.train()
     work, tally = batches.step(step), Tally(1)

@@ -1,7 +1,5 @@
 """The gradient of a step does not depend on how micro-batches are laid out: invariant 2."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
-from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine
@@ -47,7 +44,7 @@ def gradients(world, rows, global_batch, micro_batch, step, ensemble, dropout=0.
     kind = KINDS["classification"]
     trainer = Trainer(
         given, world, engine, batches, None, ["a", "b"],
-        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(Path("unused"), world, StopFlag(), given.heartbeat),
+        make_ensemble(given, kind, torch.tensor([0.3, 0.7])), make_loss(given, kind, batches.total_steps), None, None, None, "accuracy", None, Heartbeat(0, 1, None, given.heartbeat),
     )  # fmt: skip
     engine.model.train()
     torch.manual_seed(1000 + world.rank)  # what came before does not matter

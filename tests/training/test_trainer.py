@@ -133,7 +133,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
         select=score,
         metric="accuracy",
         stop=stop,
-        heartbeat=Heartbeat(tmp_path, ALONE, stop, given.heartbeat),
+        heartbeat=Heartbeat(0, 1, None, given.heartbeat),
     )  # fmt: skip
 
 

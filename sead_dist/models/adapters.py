@@ -1,0 +1,145 @@
+"""A LoRA adapter's folder, merged into the classifier that it was trained on.
+
+What is merged is kept in the user's cache, as a folder like any other: so packs, shards, 8 bits and
+the pool's workers read it as they read any teacher. Who it is follows from the files of adapter and
+base, not from the bits of the merged weights, which another machine may round otherwise.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sead_dist.errors import UserError, reading, reason, refusal
+from sead_dist.models.loaded import final_layer, refuse_gaps, refuse_leftovers, some
+from sead_dist.models.pretrained import (
+    ADAPTER,
+    COPY,
+    NOT_WORDS,
+    TOKENIZER_FILES,
+    Checkpoint,
+    load_model_config,
+    locate,
+    setting_hash,
+    weights_hash,
+)
+from sead_dist.models.sequence_classifier import outline, read_classifier
+from sead_dist.runtime.files import files_hash, user_folder
+
+RULES = "merge-1"
+WEIGHTS = "adapter_model.safetensors"
+# what peft puts before the names of a model's tensors
+PREFIX = "base_model.model."
+
+
+def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
+    """The checkpoint of an adapter's folder and its base, merged where it was not yet.
+
+    Raises UserError for an adapter that is no LoRA of a classifier, whose base is not found, or
+    that does not fit to it.
+    """
+    facts = _facts(name, folder)
+    base = _base_of(name, folder, facts)
+    own = Checkpoint(name, folder, revision)
+    with reading(folder / WEIGHTS, COPY):
+        parts = [RULES, files_hash([folder / WEIGHTS]), setting_hash(own)]
+    parts += [weights_hash(base), setting_hash(base)]
+    identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    place = user_folder("XDG_CACHE_HOME", ".cache", "XDG_CACHE_HOME=DIR") / "sead_dist" / "merged"
+    target = place / identity
+    found = Checkpoint(name, target, revision, identity)
+    if target.is_dir():
+        return found
+    if find_spec("peft") is None:
+        raise UserError(
+            f"{name} is a LoRA adapter, which needs the package peft; "
+            "pip install 'sead-dist[peft]', or merge it (merge_and_unload) and save the whole model"
+        )
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, suffix=".tmp") as aside:
+            # what it draws is overwritten, and depends on whether it was merged before
+            with torch.random.fork_rng(devices=[]):
+                _merge(own, base, Path(aside) / identity)
+            (Path(aside) / identity).rename(target)
+    except (OSError, SafetensorError) as error:
+        if target.is_dir():
+            return found  # another rank was quicker
+        raise refusal(f"{name} cannot be merged in {place}: {reason(error)}", error) from error
+    return found
+
+
+def _facts(name: str, folder: Path) -> Mapping[str, Any]:
+    """What the adapter says of itself. Raises UserError for another kind than is merged here."""
+    with reading(folder / ADAPTER, COPY, f"{name}: {ADAPTER}"):
+        facts = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    facts = facts if isinstance(facts, dict) else {}
+    if facts.get("peft_type") != "LORA" or facts.get("task_type") != "SEQ_CLS":
+        raise UserError(
+            f"{name} is an adapter with peft_type={facts.get('peft_type')} and "
+            f"task_type={facts.get('task_type')}; give one with peft_type=LORA and "
+            "task_type=SEQ_CLS, or the whole model"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{name} is an adapter and holds no {WEIGHTS}; save it again with peft")
+    return facts
+
+
+def _base_of(name: str, folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
+    base = facts.get("base_model_name_or_path")
+    said = f"{name} is an adapter of {base} (base_model_name_or_path in its {ADAPTER})"
+    if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
+        raise UserError(f"{said}, which is no model; correct it")
+    try:
+        return locate(base, facts.get("revision"))
+    except UserError as error:
+        raise UserError(f"{said}: {error}") from error
+
+
+def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
+    """Write the merged model and its tokeniser to `folder`, in fp32."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with (
+        reading(adapter.folder / WEIGHTS, COPY),
+        safe_open(adapter.folder / WEIGHTS, framework="pt") as file,
+    ):
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    config = load_model_config(base, False)
+    head, _ = final_layer(outline(config))
+    classes = shapes.get(f"{PREFIX}{head}.weight", [config.num_labels])[0]
+    given: dict[str, Any] = {} if classes == config.num_labels else {"num_labels": classes}
+    if (adapter.folder / "config.json").is_file():
+        own = load_model_config(adapter, False)
+        given = {"id2label": own.id2label, "label2id": own.label2id}
+    model, loaded = read_classifier(base, "fp32", False, **given)
+    who = f"{adapter.name}, an adapter of {base.name}"
+    refuse_gaps(who, model, loaded, {name.removeprefix(PREFIX) for name in shapes})
+    refuse_leftovers(base.name, model, loaded.unused)
+    with reading(adapter.folder, COPY, f"{who}: it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both = PeftModel.from_pretrained(model, adapter.folder, torch_device="cpu")
+        read = get_peft_model_state_dict(both, save_embedding_layers=False)
+        whole = both.merge_and_unload(safe_merge=True)
+    if other := shapes.keys() ^ read.keys():
+        raise UserError(
+            f"{who}: the two do not fit in {some(other)}; give the base of its training"
+        )
+    whole.save_pretrained(folder)
+    words = next((one.folder for one in (adapter, base) if _has_words(one.folder)), None)
+    for path in () if words is None else words.iterdir():
+        other_use = path.name in ("config.json", ADAPTER) or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix not in NOT_WORDS and not other_use:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _has_words(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

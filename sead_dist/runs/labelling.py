@@ -1,0 +1,274 @@
+"""A finished model labels the rows of a file, of standard input, or of a call from Python.
+
+Shapes: B examples, C classes (task order).
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.loading import TEXT_KINDS, Rows, read_bytes, read_rows, rows_of_text
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.text_files import kind_of
+from sead_dist.errors import RunError, UserError
+from sead_dist.runs.prediction import load_answerer, on_stderr, task_of, tell_cuts
+from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runtime.console import PipedConsole, counted
+from sead_dist.runtime.distributed import World, from_main, in_world
+from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.progress import shown_progress
+from sead_dist.training.evaluation import ROWS_PER_BATCH, student_logits
+
+WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
+# a file name that stands for standard input or output
+STANDARD = Path("-")
+# what a prediction of another kind of task added before
+ADDED = ("predicted_label", "predicted_score")
+# of rows that are passed over, so many are told in full
+TOLD = 20
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked. labels: its class order, "a,b,c" or "task_order"; batch_rows: of a
+    forward; skip_malformed: whether rows that cannot be read are passed over; say: hears of them,
+    and of texts that were cut or are blank; progress: whether it is shown, on standard error."""
+
+    say: Callable[[str], None]
+    labels: str | None = None
+    batch_rows: int = ROWS_PER_BATCH
+    skip_malformed: bool = False
+    progress: bool = False
+    passed_over: list[str] = field(default_factory=list)
+
+    def examples(self, task: TaskSpec, rows: Rows, name: str) -> ExampleSet:
+        """The examples of the rows, which need no labels. Raises UserError, naming the row."""
+        skipped = self.passed_over if self.skip_malformed else None
+        return build_examples(task, rows, name, labelled=False, skipped=skipped)
+
+    def tell_passed_over(self, world: World) -> None:
+        """Say which rows were passed over, and why."""
+        lines = self.passed_over
+        if not lines or not world.is_main:
+            return
+        for line in lines[:TOLD]:
+            self.say(f"passed over: {line}")
+        more = f", the first {TOLD} of them are above" if len(lines) > TOLD else ""
+        self.say(f"passed over {counted(len(lines), 'row')} that cannot be read{more}")
+
+
+def predict_file(
+    name: str,
+    file: Path,
+    task_name: str | None,
+    output: Path | None,
+    labels: str | None,
+    kind: str | None = None,
+    batch_rows: int = ROWS_PER_BATCH,
+    skip_malformed: bool = False,
+) -> None:
+    """Write the rows of `file`, in their order, with what the model answers to each.
+
+    Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
+    `predicted_score`. Where a row of the file holds several examples (official MultiRC, ReCoRD),
+    one row is written for each: the number of its `row` (from 1) and its texts. The file needs no
+    labels. `-` is standard input or output. output: new.tsv's is new.predicted.tsv where none is
+    given, and that of standard input is standard output. kind: what the input is where its name
+    does not say it (`jsonl`); standard input's is JSONL where none is given. skip_malformed: rows
+    that cannot be read are passed over, and told. Raises UserError before any work, also where
+    `output` exists.
+    """
+    asking = Asking(on_stderr, labels, batch_rows, skip_malformed, progress=True)
+    kind = input_kind(file, kind)
+    output, written = output_of(file, output, kind)
+    with in_world() as world:
+        quiet_libraries(world)
+        task = task_of(name, task_name)
+        world.at("reading the rows")
+        rows = read_input(file, kind, task, skip_malformed, world)
+        examples = asking.examples(task, rows, "standard input" if file == STANDARD else file.name)
+        asking.tell_passed_over(world)
+        columns = input_columns(rows, examples)
+        added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
+        if clash := sorted({*added, *ADDED} & set(columns)):
+            raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
+        if written == ".tsv":
+            check_no_tabs(columns, output)
+        columns |= answer_examples(name, task, examples, asking, world)
+        from_main(world, lambda: write_table(columns, output, written))
+
+
+def answer_examples(
+    name: str, task: TaskSpec, examples: ExampleSet, asking: Asking, world: World
+) -> dict[str, list[Any]]:
+    """What the model `name` answers: the columns that a prediction adds, a value an example."""
+    world.at("loading the model")
+    answerer = load_answerer(name, task, asking.labels, world.device, examples)
+    split = answerer.inputs.split(examples)
+    tell_cuts(split, answerer.inputs.max_length, world, asking.say)
+    blank = sorted({int(row) + 1 for row in examples.rows_B[blank_texts(examples)]})
+    if blank and world.is_main:
+        listed = ", ".join(map(str, blank[:TOLD])) + (", ..." if len(blank) > TOLD else "")
+        asking.say(f"{counted(len(blank), 'row')} with a blank text: {listed}")
+    console = PipedConsole(highlight=False, stderr=True, quiet=not asking.progress)
+    put = asking.say if world.is_main and asking.progress else _nothing
+    world.at("answering rows")
+    with shown_progress(console, put, "rows answered", len(split)) as bar:
+        logits_BC = student_logits(
+            answerer.model, answerer.forward, split, world, asking.batch_rows, bar.advance
+        )
+    return task.task_kind.answers(task, logits_BC)
+
+
+def beside_rows(
+    columns: Mapping[str, Sequence[Any]], count: int, examples: ExampleSet
+) -> list[dict[str, Any] | None]:
+    """The answers, one for each of `count` rows, None for a row that was passed over; where rows
+    hold several examples, one for each example."""
+    said = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    if len(np.unique(examples.rows_B)) < len(examples):
+        return list(said)
+    answers: list[dict[str, Any] | None] = [None] * count
+    for row, answer in zip(examples.rows_B.tolist(), said, strict=True):
+        answers[row] = answer
+    return answers
+
+
+def _nothing(_line: str) -> None:
+    """Says nothing."""
+
+
+def blank_texts(examples: ExampleSet) -> np.ndarray:
+    """bool [B]: which examples have a sentence without a letter in it."""
+    return np.asarray((examples.sentences_BS == 0).any(axis=1))
+
+
+def input_kind(file: Path, kind: str | None) -> str:
+    """What the input holds: `.csv`. Raises UserError where neither its name nor `kind` says it."""
+    if kind is not None:
+        return f".{kind}"
+    if file == STANDARD:
+        return ".jsonl"
+    if kind_of(file) == "" and file.exists() and not file.is_dir():
+        raise UserError(
+            f"{file} has no ending that says what it holds; give --kind tsv, csv, jsonl or txt"
+        )
+    return kind_of(file)
+
+
+def output_of(file: Path, output: Path | None, kind: str) -> tuple[Path, str]:
+    """(where to write, in which kind). Raises UserError where that cannot be."""
+    same = kind if kind in WRITTEN else ".jsonl" if kind in TEXT_KINDS else ".parquet"
+    if output is None:
+        output = STANDARD if file == STANDARD else file.with_name(f"{file.stem}.predicted{same}")
+    if output == STANDARD:
+        if same == ".parquet":
+            raise UserError(
+                "--output -: standard output is text, and the input is not; name a file"
+            )
+        return output, same
+    check_output(output)
+    return output, output.suffix.lower()
+
+
+def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, world: World) -> Rows:
+    """The rows of the file, or of standard input, which rank 0 has."""
+    if file != STANDARD and kind == kind_of(file):
+        return read_rows(file, task, skip_malformed)
+    if file == STANDARD:
+        content, named = from_main(world, sys.stdin.buffer.read), Path("standard input")
+    else:
+        content, named = from_main(world, lambda: read_bytes(file)), file
+    return rows_of_text(content, named, kind, task, skip_malformed)
+
+
+def check_output(output: Path) -> None:
+    if output.suffix.lower() not in WRITTEN:
+        raise UserError(
+            f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
+        )
+    if output.exists() and not is_stream(output):
+        raise UserError(f"--output {output} exists and is not written over; give a new name")
+    check_writable("--output", output)
+
+
+def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
+    """The file's own columns; of nested rows (several examples each) the row and the texts."""
+    if len(np.unique(examples.rows_B)) == len(examples):
+        rows = [rows[row] for row in examples.rows_B.tolist()]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+    columns: dict[str, list[Any]] = {"row": (examples.rows_B + 1).tolist()}
+    columns["text_a"] = examples.texts_a
+    if examples.texts_b is not None:
+        columns["text_b"] = examples.texts_b
+    return columns
+
+
+def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
+    """TSV is not quoted here, so it cannot hold every text."""
+    for name, values in columns.items():
+        for number, value in enumerate(values, 1):
+            if any(mark in as_text(value) for mark in "\t\n\r"):
+                raise UserError(
+                    f"--output {output}: {name!r} of row {number} holds a tab or line break, which "
+                    "TSV cannot; choose .csv, .jsonl or .parquet"
+                )
+
+
+def as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+
+
+def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -> None:
+    """Write the columns in this kind, aside and renamed; say so.
+
+    Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
+    """
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    if output == STANDARD:
+        sys.stdout.write(as_lines(rows, list(columns), kind))
+        return
+    try:
+        with written_for_person(output) as aside:
+            if kind == ".parquet":
+                pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
+            else:
+                text = as_lines(rows, list(columns), kind)
+                aside.write_text(text, encoding="utf-8", newline="")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"--output {output}: {str(error).splitlines()[0]}; choose .jsonl instead"
+        ) from None
+    except OSError as error:
+        raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
+    # a stream may be what holds the rows
+    print(f"{len(rows)} rows written to {output}", file=sys.stderr if is_stream(output) else None)
+
+
+def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:
+    if kind == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+        return "".join(line + "\n" for line in lines)
+    texts = [list(names), *([as_text(row[name]) for name in names] for row in rows)]
+    if kind == ".tsv":
+        return "".join("\t".join(fields) + "\n" for fields in texts)
+    written = io.StringIO(newline="")
+    csv.writer(written, lineterminator="\n").writerows(texts)
+    return written.getvalue()

@@ -1,0 +1,41 @@
+"""How many bytes this process holds, and held at most since a moment.
+
+On a GPU those that PyTorch has taken there, as a run's summary counts them; else the process's.
+"""
+
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def held(device: torch.device) -> int | None:
+    """Bytes held now; None where the system does not say."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Begin a new peak; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak(device: torch.device) -> int | None:
+    """The most bytes held since the last `forget_peak`; None where the system does not say."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith(f"{name}:")), None)
+    return None if found is None else 1024 * int(found)
