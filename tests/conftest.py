@@ -56,6 +56,7 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SEAD_DIST_STORE", str(folder))
         patch.setenv("SEAD_DIST_RATES", str(folder.with_name("rates.json")))
         patch.setenv("SEAD_DIST_HASHES", str(folder.with_name("hashes")))
+        patch.setenv("SEAD_DIST_REPAIRED", str(folder.with_name("repaired")))
         yield folder
 
 

@@ -15,6 +15,9 @@ PASSES, LEAST_STEPS, MOST_STEPS = 3, 1500, 30_000
 # without: epochs over the labelled rows (Devlin et al. 2019, appendix A.3: two to four), and more
 # where they are few (Mosbach et al. 2021)
 EPOCHS, LEAST_FINETUNING = 3, 200
+# of a teacher, which is to converge: at most so many epochs, and so many without a lower selection
+# loss (Prechelt 1998: early stopping, when?)
+MOST_EPOCHS, PATIENCE = 10, 2
 # the highest learning rate up to each width. Turc et al. 2019 tune students over 1e-4 and 3e-4;
 # Devlin et al. 2019 tune BERT over 2e-5, 3e-5 and 5e-5, and large models want the lowest of these
 RATES = ((256, 3e-4), (384, 1e-4), (768, 5e-5))
@@ -26,11 +29,19 @@ def epoch_steps(config: RunConfig, labelled: int, rows: int) -> int:
     return -(-(labelled or rows) // config.global_batch_size)
 
 
+def patience_steps(epoch: int) -> int:
+    """After how many steps each the end of a run may be decided: whole epochs of `epoch` steps, and
+    not fewer steps than a tenth of the least that fine-tuning takes, over which a loss says
+    little."""
+    return -(-LEAST_FINETUNING // (MOST_EPOCHS * epoch)) * epoch
+
+
 def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     """Optimiser steps of a run with `rows` training rows, `labelled` of them with a label.
 
     max_steps counts, else epochs over the labelled rows. Where neither is given: with teachers
-    three passes over all rows within bounds, without teachers three epochs and at least 200 steps.
+    three passes over all rows within bounds, without teachers three epochs (ten at most where
+    early_stopping_patience ends the run) and at least 200 steps.
     """
     epoch = epoch_steps(config, labelled, rows)
     if config.max_steps is not None:
@@ -39,7 +50,8 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
         return config.num_train_epochs * epoch
     all_rows = -(-rows // config.global_batch_size)
     if not config.taught:  # of copies with gold labels there may be more than labelled rows
-        return max(EPOCHS * all_rows, LEAST_FINETUNING)
+        epochs = EPOCHS if config.early_stopping_patience is None else MOST_EPOCHS
+        return max(epochs * all_rows, LEAST_FINETUNING)
     passes = PASSES * all_rows
     return min(max(passes, LEAST_STEPS), MOST_STEPS)
 
@@ -47,12 +59,22 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
 def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     """How long a run is, and why."""
     steps = run_steps(config, labelled, rows)
+    patience = config.early_stopping_patience
+    if patience is not None:
+        end = f"; it ends before, once the selection loss has not fallen for {patience} epochs"
+        return "at most " + _told_steps(config, labelled, rows, steps) + end
+    return _told_steps(config, labelled, rows, steps)
+
+
+def _told_steps(config: RunConfig, labelled: int, rows: int, steps: int) -> str:
     if config.max_steps is not None:
         return f"{steps} steps (max_steps)"
     epochs = config.num_train_epochs
     if epochs is not None:
         return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
-    if not config.taught:
+    if config.early_stopping_patience is not None and not config.taught:
+        why = f"at most ten epochs over {rows} labelled rows, or {LEAST_FINETUNING} steps"
+    elif not config.taught:
         why = f"three epochs over {rows} labelled rows, at least {LEAST_FINETUNING}"
     else:
         why = f"three passes over {rows} rows, at least {LEAST_STEPS}, at most {MOST_STEPS}"
@@ -73,9 +95,12 @@ def averaged_steps(config: RunConfig, total_steps: int) -> int:
 
 def final_checkpoint(config: RunConfig, selection_rows: int) -> Literal["best", "last", "average"]:
     """Which student is kept: what the key says, or for `auto` the best where there are rows enough
-    to choose by, else the average."""
+    to choose by, else the average. A run that ends where its loss says so keeps the best: which
+    steps will be its last ones is not known before."""
     if config.final_checkpoint != "auto":
         return config.final_checkpoint
+    if config.early_stopping_patience is not None:
+        return "best"
     return "best" if selection_rows >= ENOUGH_TO_CHOOSE else "average"
 
 
@@ -91,6 +116,8 @@ def told_checkpoint(config: RunConfig, selection_rows: int, total_steps: int) ->
     line = f"final_checkpoint={kept}: the student that is kept is {what}"
     if config.final_checkpoint != "auto":
         return line
+    if config.early_stopping_patience is not None:
+        return f"{line} (automatic: the run's last steps are not known before)"
     enough = "enough" if kept == "best" else "too few"
     return (
         f"{line} (automatic: {selection_rows} selection rows are {enough} to choose by; "

@@ -243,6 +243,19 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
             "give one of the two"
         )
+    if config.early_stopping_patience is not None and config.final_checkpoint == "average":
+        raise UserError(
+            "final_checkpoint=average is of a run's last steps, and with "
+            f"early_stopping_patience={config.early_stopping_patience} they are not known before; "
+            "leave final_checkpoint out (the best student is kept), or early_stopping_patience"
+        )
+    if config.repair.text is not None:
+        check_repair(config)
+    if config.fold is not None and config.fold >= (config.folds or 0):
+        raise UserError(
+            f"fold={config.fold} must be one of the folds 0, 1, ..., and folds={config.folds}; "
+            "give folds a larger number, or leave fold out"
+        )
     if config.global_batch_size % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} does not divide "
@@ -250,6 +263,22 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
+
+
+def check_repair(config: RunConfig) -> None:
+    """Raises UserError for a start of which nothing is to be repaired."""
+    given = f"repair.text={config.repair.text}"
+    if config.student.layers is None and config.repair.teacher is None:
+        raise UserError(
+            f"{given} repairs a start that has few layers of a model, and student.layers is not "
+            "given; give it, repair.teacher=DIR for a start that is to follow another model, or "
+            "leave repair out"
+        )
+    if config.student_init == "feature_teacher":
+        raise UserError(
+            f"{given} repairs the student's own start, and student_init=feature_teacher puts "
+            "another in its place; give student_init=own, or leave repair out"
+        )
 
 
 def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:

@@ -19,3 +19,5 @@ DEFAULT_RULES = 2
 # Of the second stage of a method that has two (objectives/feature_losses.py).
 # 1: its optimiser state is as old as the run.
 STAGE_RULES = 2
+# How a start is repaired (runs/repair.py).
+REPAIR_RULES = 1

@@ -17,6 +17,7 @@ from sead_dist.config.sections import (
     Placement,
     PoolConfig,
     Precision,
+    RepairConfig,
     Section,
     SelectionConfig,
     StoreConfig,
@@ -56,6 +57,9 @@ class ModelKeys(Section):
     """The student, its teachers, and where these run."""
 
     student: StudentConfig = StudentConfig()
+    repair: RepairConfig = RepairConfig()
+    """before the task a start with few layers learns the hidden states of the whole model, once for
+    all tasks and seeds"""
     teachers: Annotated[list[TeacherConfig], Operational] = Field(default_factory=list)
     """paths, ids, id@revision, a glob, or {path, name, kind, placement, offload, labels, revision,
     dtype, quantization, max_length, weight}. kind: of a plugin; model: a classifier that
@@ -68,6 +72,12 @@ class ModelKeys(Section):
     their weights, labels, prompts and words are counts)"""
     encoders: list[TeacherConfig] = Field(default_factory=list)
     """for `finetune` only: what each teacher starts from, as for teachers"""
+    folds: Annotated[int | None, Field(gt=1, le=1000)] = None
+    """for `finetune` only: teacher i of `encoders` is trained without fold i of so many of the
+    labelled rows, and a student hears of such a row only the teachers that were not trained on it;
+    null: all are trained on all rows"""
+    fold: Annotated[int | None, Field(ge=0)] = None
+    """the fold, from 0, that a run leaves out; finetune sets it"""
     placement: Annotated[Placement, Operational] = "auto"
     """auto | colocated | partitioned | sharded | pool: where teachers run when their entry does not
     say"""
@@ -133,6 +143,11 @@ class TrainingKeys(Section):
     """so many optimiser steps instead; both null: with teachers three passes over all rows, at
     least 1500 and at most 30000 steps; without teachers three epochs over the labelled rows, at
     least 200 steps"""
+    early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """end the run once the selection loss has not fallen for so many epochs over the labelled rows
+    (those of fewer than 20 steps count together); the number of steps is the most that it takes
+    then, without teachers ten epochs where none is given. null: never, but `finetune` takes 2 where
+    no length is given"""
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 32
     """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16
@@ -169,7 +184,7 @@ class OutputKeys(Section):
     final_checkpoint: Literal["auto", "best", "last", "average"] = "auto"
     """which student is kept. best: the one that scored best on the selection split | last: that of
     the last step | average: the mean of its weights over the last steps | auto: best from 500
-    selection rows up, else average"""
+    selection rows up and with early_stopping_patience, else average"""
     average_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """average: share of the steps, the last ones, that the mean is taken over"""
     eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational] = None

@@ -104,13 +104,13 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
 
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
-        plugin's hash. Where no copies are made the keys of `augment` decide nothing, and are left
-        out."""
+        plugin's hash. The keys of `augment` where no copies are made, and of `repair` where nothing
+        is repaired, decide nothing and are left out."""
         held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
         keys = {**_identity(self, ""), **held}
-        if not self.uses_copies:
-            return {key: value for key, value in keys.items() if not key.startswith("augment.")}
-        return keys
+        used = {"augment.": self.uses_copies, "repair.": self.repair.text is not None}
+        unused = tuple(prefix for prefix, counts in used.items() if not counts)
+        return {key: value for key, value in keys.items() if not key.startswith(unused)}
 
 
 class SweepConfig(Section):

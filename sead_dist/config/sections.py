@@ -158,6 +158,19 @@ class StudentConfig(Section):
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
 
+class RepairConfig(Section):
+    text: Annotated[str | None, Operational] = None
+    """a file of plain text, one text a line; null: nothing is repaired (operational: the text's
+    hash counts)"""
+    steps: Annotated[int, Field(gt=0, le=MANY)] = 5000
+    """optimiser steps of the repair"""
+    teacher: Annotated[str | None, Operational] = None
+    """whose hidden states are learnt: a folder or hub id with the student's tokeniser; null: those
+    of student.path, whole (operational: its hash counts)"""
+    folder: Annotated[str | None, Operational] = None
+    """where repaired starts are kept; null: SEAD_DIST_REPAIRED or the user's cache"""
+
+
 class TeacherConfig(Section):
     path: str
     """a folder, a run, or a hub id"""

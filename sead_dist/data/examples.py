@@ -170,6 +170,21 @@ def concatenate(*parts: ExampleSet) -> ExampleSet:
     )
 
 
+def fold_numbers(examples: ExampleSet, folds: int, seed: int) -> np.ndarray:
+    """fold_B: the fold (from 0) of each example. Folds are of like size, and examples that share a
+    sentence or a group are in one; those of a tied group that is larger than a fold are in none,
+    which is -1."""
+    fold_B = np.full(len(examples), -1)
+    _, tied_B, counts_U = np.unique(_tied(examples), return_inverse=True, return_counts=True)
+    left_B = np.flatnonzero(counts_U[tied_B] * folds <= len(examples))
+    ends = [round(fold * len(left_B) / folds) for fold in range(folds + 1)]
+    for fold, size in enumerate(np.diff(ends).tolist()):
+        chosen_B = _choose(subset(examples, left_B), tied_B[left_B], size, seed)
+        fold_B[left_B[chosen_B]] = fold
+        left_B = left_B[~chosen_B]
+    return fold_B
+
+
 def sample(examples: ExampleSet, n: int, seed: int) -> ExampleSet:
     """At most `n` examples, chosen by hash of seed and contents; groups whole or not at all."""
     return divide(examples, n, seed)[0]

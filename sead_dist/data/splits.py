@@ -19,6 +19,7 @@ from sead_dist.data.examples import (
     count_overlap,
     divide,
     fingerprint,
+    fold_numbers,
     hold_out,
     sample,
     subset,
@@ -40,7 +41,8 @@ class RunExamples:
     """train holds labelled rows, then unlabelled text (the first rest_rows are of the train file),
     then copies. official: the task's evaluation splits, the first one first. dev_in_training:
     official texts that occur in the training rows or the text. copied: the operation of each copy;
-    copies: a hash of them. removed: rows that were left out, by what they were."""
+    copies: a hash of them. removed: rows that were left out, by what they were. left_out: the fold
+    that this run is not trained on, if any."""
 
     train: ExampleSet
     selection: ExampleSet
@@ -51,6 +53,7 @@ class RunExamples:
     copied: tuple[str, ...] = ()
     copies: str = ""
     removed: Mapping[str, int] = field(default_factory=dict)
+    left_out: ExampleSet | None = None
 
     @property
     def labelled_rows(self) -> int:
@@ -185,6 +188,10 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         )
     official = {split: files[split] for split in names}
     train, selection, rest = split_off(config, task, files["train"], official[names[0]])
+    left_out = None
+    if config.folds is not None and config.fold is not None:
+        train, left_out = without_fold(config, train, config.folds, config.fold)
+        say(f"fold {config.fold} of {config.folds}: {len(left_out)} labelled rows are left out")
     labelled, held = len(train), [selection, *official.values()]
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:
@@ -201,7 +208,24 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
-    return RunExamples(train, selection, official, text_rows, overlap, text.rest, removed=removed)
+    return RunExamples(
+        train, selection, official, text_rows, overlap, text.rest, removed=removed,
+        left_out=left_out,
+    )  # fmt: skip
+
+
+def without_fold(
+    config: RunConfig, train: ExampleSet, folds: int, fold: int
+) -> tuple[ExampleSet, ExampleSet]:
+    """(the training rows without a fold, those of the fold). Raises UserError where one is
+    empty."""
+    fold_B = fold_numbers(train, folds, config.selection.seed)
+    if not (fold_B == fold).any() or (fold_B == fold).all():
+        raise UserError(
+            f"folds={folds} of {len(train)} labelled rows (those that share a text stay together): "
+            f"fold {fold} has {int((fold_B == fold).sum())}; lower folds, or give more rows"
+        )
+    return subset(train, fold_B != fold), subset(train, fold_B == fold)
 
 
 def check_tokens(
@@ -242,11 +266,13 @@ class RunSplits:
     train: Split
     selection: Split
     official: dict[str, Split]
+    left_out: Split | None = None
 
 
 def tokenize_splits(examples: RunExamples, tokenized: Callable[[ExampleSet], Split]) -> RunSplits:
     official = {name: tokenized(split) for name, split in examples.official.items()}
-    return RunSplits(tokenized(examples.train), tokenized(examples.selection), official)
+    left_out = None if examples.left_out is None else tokenized(examples.left_out)
+    return RunSplits(tokenized(examples.train), tokenized(examples.selection), official, left_out)
 
 
 def told_cuts(

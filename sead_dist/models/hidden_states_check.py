@@ -32,7 +32,7 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def needs_attention(method: str) -> bool:
-    return method != "distilbert"
+    return method not in ("distilbert", "repair")
 
 
 def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
@@ -92,6 +92,7 @@ def wanted_by(method: str, layer_parts: LayerParts) -> Wanted:
     last = len(layer_parts.layers)
     return {
         "distilbert": Wanted((last,)),
+        "repair": Wanted(tuple(range(1, last + 1))),
         "tinybert": Wanted(tuple(range(last + 1)), tuple(range(1, last + 1))),
         "minilm": Wanted((), (last,)),
     }[method]

@@ -1,11 +1,14 @@
 """The files that a student starts from. They are found and compared without torch."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sead_dist.config.load import config_folder
-from sead_dist.config.schema import StudentConfig, TeacherConfig
+from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
+from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.models.pretrained import (
     TOKENIZER_FILES,
@@ -14,6 +17,49 @@ from sead_dist.models.pretrained import (
     setting_hash,
     weights_hash,
 )
+from sead_dist.runtime.files import files_hash
+
+
+def run_start_hash(config: RunConfig, offline: bool = False) -> str:
+    """Of all that decides a run's start: its files, and how they are repaired. offline, errors: as
+    for `start_hash`."""
+    start = start_hash(config.student, config.teachers, offline)
+    if config.repair.text is None:
+        return start
+    facts = repair_facts(config, offline)
+    return hashlib.sha256(f"{start} {hash_of(facts)}".encode()).hexdigest()
+
+
+def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
+    """What a repaired start follows from: neither the task nor the run's seed is among it. offline,
+    errors: as for `start_hash`."""
+    text = Path(config.repair.text or "")
+    if not text.is_file():
+        raise UserError(f"repair.text={text} does not exist; give a file, one text a line")
+    teacher = repair_teacher(config, offline)
+    return {
+        "start": start_hash(config.student, config.teachers, offline),
+        "layers": config.student.layers,
+        "teacher": [weights_hash(teacher), setting_hash(teacher)],
+        "text": files_hash([text]),
+        "steps": config.repair.steps,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "max_length": config.max_length,
+        "precision": config.precision,
+        "rules": [REPAIR_RULES, START_RULES, INPUT_RULES, ORDER_RULES],
+    }
+
+
+def hash_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
+    """The model whose hidden states a start that is repaired learns."""
+    given = config.repair.teacher or config.student.path
+    assert given is not None  # else the configuration is refused
+    return locate(given, offline=offline)
 
 
 def start_hash(

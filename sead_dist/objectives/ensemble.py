@@ -27,18 +27,23 @@ from sead_dist.objectives.weightings import (
 @dataclass(frozen=True)
 class Ensemble:
     """The teachers of a run together: which of them a step needs, how much each counts, the soft
-    targets, and what they would answer to a new text. weights_N: frozen before step 1."""
+    targets, and what they would answer to a new text. weights_N: frozen before step 1. seen_NU:
+    which teacher was trained on which example of the training split, where that is known."""
 
     weighting: Weighting
     weights_N: torch.Tensor
     temperature: float
     has_classes: bool
     seed: int
+    seen_NU: np.ndarray | None = None
 
     def asked(self, batches: BatchStream, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
         wanted = Wanted(batches, self.seed, steps, entries_R)
-        return self.weighting.asked(self.weights_N, wanted)
+        asked_NR = self.weighting.asked(self.weights_N, wanted)
+        if self.seen_NU is None:
+            return asked_NR
+        return unseen(asked_NR, self.seen_NU[:, entries_R])
 
     def soft_targets(
         self,
@@ -77,10 +82,22 @@ class Ensemble:
         return torch.stack([(same_NB & asked_NB).sum(1), asked_NB.sum(1)]).float()
 
 
-def make_ensemble(config: RunConfig, kind: TaskKind, weights_N: torch.Tensor) -> Ensemble:
+def unseen(asked_NR: np.ndarray | None, seen_NR: np.ndarray) -> np.ndarray:
+    """Of the teachers that are asked of a row (None: all) those that were not trained on it; all of
+    them where each was."""
+    asked_NR = np.ones_like(seen_NR) if asked_NR is None else asked_NR
+    fit_NR = asked_NR & ~seen_NR
+    return np.where(fit_NR.any(0), fit_NR, asked_NR)
+
+
+def make_ensemble(
+    config: RunConfig, kind: TaskKind, weights_N: torch.Tensor, seen_NU: np.ndarray | None = None
+) -> Ensemble:
     """The ensemble that `config` names, with these frozen weights."""
-    weighting = WEIGHTINGS[config.ensemble]
-    return Ensemble(weighting, weights_N, config.temperature, kind.has_classes, config.seed)
+    return Ensemble(
+        WEIGHTINGS[config.ensemble], weights_N, config.temperature, kind.has_classes, config.seed,
+        seen_NU,
+    )  # fmt: skip
 
 
 def frozen_weights(config: RunConfig, known: Known) -> torch.Tensor:
@@ -140,7 +157,8 @@ def combine(
     regression: bool = False,
     routes_B: torch.Tensor | None = None,
 ) -> SoftTargets:
-    """The soft targets of a micro-batch. Teachers that were not asked for a row get no weight.
+    """The soft targets of a micro-batch. Teachers that were not asked for a row get no weight, and
+    those that were asked count alike where none of them has any.
 
     labels_B: gold labels or scores, -1 or NaN where unlabelled; None where they may not be looked
     at (then weightings by gold labels weigh all teachers alike). routes_B: each row's teacher, for
@@ -151,7 +169,8 @@ def combine(
     logits_NBC = teachers.logits_NBC.float()
     weights_NB = weighting.of_rows(weights_N, logits_NBC, labels_B, routes_B)
     weights_NB = weights_NB * teachers.present_NB
-    weights_NB = weights_NB / weights_NB.sum(0, keepdim=True).clamp(min=1e-12)
+    weights_NB = torch.where(weights_NB.sum(0) > 0, weights_NB, teachers.present_NB.float())
+    weights_NB = weights_NB / weights_NB.sum(0, keepdim=True).clamp(min=1e-30)
     if regression:
         scores_BC = (weights_NB[..., None] * logits_NBC).sum(0)
         return SoftTargets(scores_BC, scores_BC, weights_NB, temperature)

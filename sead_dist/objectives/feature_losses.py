@@ -40,6 +40,8 @@ from sead_dist.objectives.losses import LossTerms
 
 # the student's child that holds what is learned beside it; no part of the final model
 PROJECTIONS = "projections"
+# the loss of a start that is repaired: no value of `feature_loss`
+REPAIR = "repair"
 # as BERT's own new weights
 PROJECTION_SCALE = 0.02
 
@@ -106,7 +108,7 @@ class FeatureLoss:
             self.loss(student, feature_teacher, mask_RL.bool()).reshape(len(valid_B), -1).mean(1)
         )
         inner = torch.where(valid_B, loss_B, torch.zeros_like(loss_B)).sum() / valid_rows
-        task = idle if self.method == "tinybert" else terms.total + idle
+        task = idle if self.method in ("tinybert", REPAIR) else terms.total + idle
         return replace(terms, total=task + self.weight * inner, inner=inner.detach())
 
     def loss(
@@ -117,6 +119,8 @@ class FeatureLoss:
             (mine,), (theirs,) = self.mine.hidden, self.theirs.hidden
             own_RLH = self.projected(student.hidden[mine], "hidden")
             return cosine_loss(own_RLH, feature_teacher.hidden[theirs], mask_RL)
+        if self.method == REPAIR:
+            return self.hidden_states_loss(student, feature_teacher, mask_RL)
         if self.method == "tinybert":
             return self.tinybert_loss(student, feature_teacher, mask_RL)
         (mine,), (theirs,) = self.mine.attention, self.theirs.attention
@@ -149,6 +153,21 @@ class FeatureLoss:
             )
             loss_R = loss_R + attention_loss(own_RALL, their_RALL, mask_RL)
         return loss_R
+
+    def hidden_states_loss(
+        self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
+    ) -> torch.Tensor:
+        """loss_R: the mean over layers of the squared error of hidden states. (Jiao et al. 2020,
+        eq. 8.)"""
+        losses = [
+            hidden_loss(
+                self.projected(student.hidden[mine], "hidden"),
+                feature_teacher.hidden[theirs],
+                mask_RL,
+            )
+            for mine, theirs in zip(self.mine.hidden, self.theirs.hidden, strict=True)
+        ]
+        return torch.stack(losses).mean(0)
 
     def projected(self, states_RLH: torch.Tensor, name: str) -> torch.Tensor:
         if name not in self.projections:
@@ -212,6 +231,26 @@ def make_feature_loss(
     return FeatureLoss(
         method, student, feature_teacher, mine, theirs, projections,
         variant_of(method, student, feature_teacher), config.feature_loss_weight, until, rest,
+    )  # fmt: skip
+
+
+def make_repair_loss(
+    model: PreTrainedModel, feature_teacher: LayerParts, total_steps: int, seed: int
+) -> FeatureLoss:
+    """The loss of a start that is repaired: each layer's hidden states against those of the layer
+    that it stands for. Head and pooler stay as they are. A projection becomes the model's where the
+    widths differ."""
+    student = find_layer_parts(model, "the student", attention=False)
+    names = () if student.width == feature_teacher.width else ("hidden",)
+    untaught = frozenset(head_names(model) | pooler_names(model))
+    projections = new_projections(names, student.width, feature_teacher.width, seed)
+    model.add_module(PROJECTIONS, projections)
+    layers = len(student.layers)
+    chosen = layer_map(layers, len(feature_teacher.layers))
+    return FeatureLoss(
+        REPAIR, student, feature_teacher, Wanted(tuple(range(1, layers + 1))),
+        Wanted(tuple(chosen)), projections, "hidden states", 1.0, total_steps,
+        Rest(untaught, total_steps, 0),
     )  # fmt: skip
 
 

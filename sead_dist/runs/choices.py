@@ -18,6 +18,7 @@ from sead_dist.data.task_files import TaskSpec
 from sead_dist.runtime.console import clock
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.teachers.rates import default_rates, remembered, student_key, this_machine
+from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
 
 
@@ -74,6 +75,19 @@ def known_step_seconds(
         return micro_batches * (rows_s + rate.batch_s) + rate.once_s
 
     return from_main(world, find)
+
+
+def told_end(state: TrainState, most: int, epoch: int) -> str:
+    """Where a run with early_stopping_patience ended. most: steps that it might have taken; epoch:
+    steps of one."""
+    line = f"ended after {state.step} of at most {most} steps ({state.step / epoch:.3g} epochs)"
+    if state.lowest_loss is None or state.lowest_step is None:
+        return line
+    lowest = f"{state.lowest_loss:.4f}, after epoch {state.lowest_step // epoch}"
+    if not state.losses_without_fall:
+        return f"{line}; the selection loss was still falling: {lowest}"
+    since = (state.step - state.lowest_step) / epoch
+    return f"{line}; the selection loss has not fallen for {since:.3g} epochs: lowest {lowest}"
 
 
 def steps_of(config: RunConfig, examples: RunExamples) -> int:

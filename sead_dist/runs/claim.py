@@ -27,7 +27,7 @@ from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
-from sead_dist.models.start import start_hash
+from sead_dist.models.start import run_start_hash
 from sead_dist.runtime.own_files import open_own, sweep_leftovers, written_aside
 from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
@@ -106,7 +106,7 @@ def already_finished(config: RunConfig) -> bool:
     if config.data.path is not None or config.data.train is not None:  # else they are the hub's
         data = load_examples(config, task, lambda _line: None).fingerprint(task)
     with suppress(UserError):  # a start that is gone now is no other one
-        start = start_hash(config.student, config.teachers, offline=True)
+        start = run_start_hash(config, offline=True)
     refuse_other(run, saved, replace(saved, data=data, start=start))
     return True
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.order import Split
-from sead_dist.data.splits import check_tokens, load_examples
+from sead_dist.data.splits import RunSplits, check_tokens, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tokens import adds_tokens
 from sead_dist.errors import UserError
@@ -28,6 +28,7 @@ from sead_dist.objectives.ensemble import (
 )
 from sead_dist.objectives.weightings import Known
 from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.choices import told_end
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
 from sead_dist.runs.learnable import (
@@ -43,11 +44,11 @@ from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import is_finished, read_as, steps_done, tell, write_json
+from sead_dist.runtime.run_log import is_finished, read_as, tell, write_json
 from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.trained_rows import seen_by, told_folds
 from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
-from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
 
@@ -97,9 +98,9 @@ def train_student(
         stack.enter_context(stop.listening())
         try:
             parts = build(config, world, stack, stop, console)
-        except StopRequestedError:
+        except StopRequestedError as stopped:
             if world.is_main:
-                tell(STOPPED_EARLY, console)
+                tell(str(stopped) or STOPPED_EARLY, console)
             return True
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
@@ -128,7 +129,7 @@ def run_parts(parts: Parts, show_table: bool) -> None:
     """Examine, train, conclude; or stop, saved, where a signal asks for it."""
     parts.world.at("rehearsing the report")
     from_main(parts.world, lambda: rehearse(parts))
-    state = resume(parts)
+    state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
     ensemble = prepare_teachers(parts)
     touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
@@ -137,13 +138,16 @@ def run_parts(parts: Parts, show_table: bool) -> None:
                 parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
             )
         )
-    state = make_trainer(parts, ensemble).run(state)
-    if state.step < parts.batches.total_steps:
+    trainer = make_trainer(parts, ensemble)
+    state = trainer.run(state)
+    if not trainer.is_over(state):
         parts.log.say(
             f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
             "give the same command again to go on"
         )
         return
+    if parts.config.early_stopping_patience is not None:
+        parts.log.say(told_end(state, parts.batches.total_steps, parts.epoch_steps))
     conclude(parts, state, ensemble, show_table)
 
 
@@ -214,26 +218,6 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def resume(parts: Parts) -> TrainState:
-    """The state to start from: the newest checkpoint's, or a new one."""
-    found = parts.checkpointer.latest()
-    taken = steps_done(Path(parts.config.output_dir))
-    if found is None:
-        if taken > 0:
-            parts.log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
-        parts.log.truncate_after(0)
-        return TrainState(world_size=parts.world.size)
-    folder, state = found
-    parts.engine.load(folder)
-    parts.log.truncate_after(state.step)
-    repeated = taken - state.step
-    lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
-    parts.log.say(
-        f"resuming at step {state.step} of {parts.batches.total_steps} ({folder.name}){lost}"
-    )
-    return state
-
-
 def touch_past(parts: Parts, ensemble: Ensemble | None, done: int) -> None:
     """Count what teachers said for the steps that a resumed run has behind it."""
     if parts.source is None or ensemble is None:
@@ -276,7 +260,7 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
             write_json(Path(config.output_dir) / "teacher_validation.json", record)
         if config.validates:
             require_passed(task, validations, teachers)
-    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits.selection)
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
     kept = from_main(
         parts.world, lambda: kept_weights(Path(config.output_dir), ensemble.weights_N, names)
@@ -288,6 +272,9 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     elif ensemble.weighting.has_frozen_weights:
         weights = zip(names, kept, strict=True)
         parts.log.say(f"weights: {', '.join(f'{name} {of:.3f}' for name, of in weights)}")
+    if ensemble.seen_NU is not None:
+        labelled = parts.examples.labelled_rows
+        parts.log.say(told_folds(names, ensemble.seen_NU, parts.splits.train, labelled))
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
@@ -354,7 +341,7 @@ def weigh(
     teachers: Sequence[Teacher],
     validations: Sequence[Validation],
     logits_NBC: np.ndarray | None,
-    selection: Split,
+    splits: RunSplits,
 ) -> Ensemble:
     """The ensemble, its weights frozen by what is known of the teachers. logits_NBC: of the
     selection split, where it was asked."""
@@ -364,9 +351,10 @@ def weigh(
         chosen=None if config.teacher is None else names.index(config.teacher),
         scores=[validation.score for validation in validations],
         logits_NBC=logits_NBC,
-        labels_B=selection.examples.labels_B,
+        labels_B=splits.selection.examples.labels_B,
     )
-    return make_ensemble(config, task.task_kind, frozen_weights(config, known))
+    seen_NU = seen_by(teachers, splits.train)
+    return make_ensemble(config, task.task_kind, frozen_weights(config, known), seen_NU)
 
 
 def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
@@ -396,4 +384,5 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
         stop=parts.stop,
         heartbeat=parts.heartbeat,
         live=parts.feature_teacher,
+        patience_steps=patience_steps(parts.epoch_steps),
     )

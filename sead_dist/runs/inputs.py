@@ -8,6 +8,7 @@ from sead_dist.data.loading import find_files
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
+from sead_dist.models.start import repair_teacher
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
 from sead_dist.runs.finished import refuse_untaught
@@ -42,6 +43,10 @@ def check_inputs(config: RunConfig) -> None:
             find_files(task, split, Path(config.data.path))
     if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
         raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
+    if config.repair.text is not None:
+        repair_teacher(config)
+        if not Path(config.repair.text).is_file():
+            raise UserError(f"repair.text={config.repair.text} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
         if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision)

@@ -41,6 +41,7 @@ def own_baseline(config: RunConfig) -> RunConfig:
                 "output_dir": str(Path(config.output_dir) / FOLDER),
                 "max_steps": None,
                 "num_train_epochs": None,
+                "early_stopping_patience": None,
                 "baseline": None,
                 "push_to_hub": False,
                 "report_to": None,

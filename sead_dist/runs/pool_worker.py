@@ -20,7 +20,7 @@ from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
-from sead_dist.models.start import start_hash
+from sead_dist.models.start import run_start_hash
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
@@ -95,7 +95,7 @@ def read_work(config: RunConfig, world: World) -> Work:
         config.identity(),
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
-        start_hash(config.student, config.teachers),
+        run_start_hash(config),
         rules_of(config),
         examples.copies,
     )
@@ -202,7 +202,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
         steps_of(config, work.examples), 0, 1,
     )  # fmt: skip
-    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits.selection)
+    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
     if not needs_validation(config):

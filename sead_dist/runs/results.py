@@ -31,6 +31,7 @@ from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.teachers.trained_rows import write_trained_rows
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
@@ -99,6 +100,8 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "best_step": state.best_step,
         "best_metric": state.best_metric,
+        "lowest_loss": state.lowest_loss,
+        "lowest_step": state.lowest_step,
         "chosen": chosen(parts),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
@@ -199,6 +202,31 @@ def score_splits(
     return scores, results
 
 
+def say_left_out(parts: Parts, left_out: Split, step: int) -> None:
+    """Write what a teacher says of the fold that it was not trained on, and beside its model which
+    rows it was trained on."""
+    result = evaluate(parts.task, parts.engine.model, parts.forward, left_out, parts.world, step)
+    run = Path(parts.config.output_dir)
+
+    def write() -> None:
+        write_trained_rows(run / "model", parts.splits.train)
+        write_predictions(
+            run / "predictions" / "left_out.parquet",
+            left_out.examples.ids_B2,
+            left_out.examples.labels_B,
+            result.logits_BC,
+            None,
+            for_people(parts, left_out.examples, result.logits_BC),
+        )
+
+    from_main(parts.world, write)
+    metric = parts.task.metrics[0]
+    parts.log.say(
+        f"fold {parts.config.fold}, left out: {metric} {result.metrics[metric]:.4f} on "
+        f"{len(left_out)} rows (predictions/left_out.parquet)"
+    )
+
+
 def best_of(task: TaskSpec, teachers: Sequence[dict[str, Any]]) -> int | None:
     """The teacher with the highest score, by its place; None where there are not several."""
     found = [of["metrics"][task.metrics[0]] for of in teachers]
@@ -236,6 +264,8 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     parts.heartbeat.move("saving the student")
     save_student(parts, state)
     scores, results = score_splits(parts, state, ensemble)
+    if parts.splits.left_out is not None:
+        say_left_out(parts, parts.splits.left_out, state.step)
     closing = summary(parts, state)
     remarks = make_remarks(parts, scores)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's

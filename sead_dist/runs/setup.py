@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
@@ -33,7 +34,7 @@ from sead_dist.models.hidden_states_check import check_inside, needs_attention
 from sead_dist.models.inputs import ModelInputs, settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.resaved import check_saving, one_row
-from sead_dist.models.start import start_hash, student_tokenizer
+from sead_dist.models.start import run_start_hash, student_tokenizer
 from sead_dist.models.student import build_student
 from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
 from sead_dist.objectives.ensemble import check_method, check_selection
@@ -49,6 +50,7 @@ from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runs.own_baseline import OWN
+from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
@@ -105,6 +107,11 @@ class Parts:
     feature_teacher: FeatureTeacher | None
     loss: DistillationLoss
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch over the labelled rows."""
+        return epoch_steps(self.config, self.examples.labelled_rows, len(self.splits.train))
+
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
         long split is no hang."""
@@ -120,7 +127,10 @@ def build(
     store = Path(config.store.path) if config.store.path else default_store()
     quiet_libraries(world)
     world.at("looking at the folders")
-    check_shared(world, {"output_dir": run, **({"store": store} if config.taught else {})})
+    shared = {"output_dir": run, **({"store": store} if config.taught else {})}
+    if config.repair.text is not None:
+        shared["repair.folder"] = repair_folder(config)
+    check_shared(world, shared)
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
     world.at("reading the data and the student")
@@ -141,7 +151,7 @@ def build(
         config.identity(),
         examples.fingerprint(task),
         [teacher_identity(teacher.manifest()) for teacher in teachers],
-        from_main(world, lambda: start_hash(config.student, config.teachers)),
+        from_main(world, lambda: run_start_hash(config)),
         rules_of(config),
         examples.copies,
     )
@@ -162,6 +172,8 @@ def build(
         log.say(note)
     for line in unread_keys(config):
         log.say(f"WARNING: {line}")
+    if config.repair.text is not None:
+        repair_start(config, world, model, inputs, stop, heartbeat, log, console)
     config = with_choices(config, examples)
     world.at("placing the teachers")
     batches = BatchStream(
@@ -223,7 +235,9 @@ def check_setting(config: RunConfig, world: World) -> None:
         from_main(world, lambda: check_push(config.hub_model_id))
     check_arithmetic(config.precision, world.device)
     zero = zero_config(config, world.size)
-    check_feature_loss(config, zero.stage if zero is not None else None)
+    stage = zero.stage if zero is not None else None
+    check_feature_loss(config, stage)
+    check_repair_setting(config, stage)
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:

@@ -36,6 +36,8 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.fold is None:
+        yield "folds", "it is for finetune, which trains teachers"
     if not config.has_text:
         yield "unlabeled.ratio", "there is no unlabelled text"
     if config.augment.copies is None:

@@ -84,6 +84,12 @@ def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tenso
     return TeacherLogits(answer.logits_NBC[:, where_B], answer.present_NB[:, where_B])
 
 
+def nobody(batch: Batch) -> TeacherLogits:
+    """The logits of no teacher, where a live one shows its layer outputs alone."""
+    B = len(batch.valid_B)
+    return TeacherLogits(torch.zeros(0, B, 0), torch.zeros(0, B, dtype=torch.bool))
+
+
 def stream(
     batches: BatchStream,
     source: TeacherSource | None,
@@ -101,7 +107,10 @@ def stream(
     """
     if source is None:
         for number in range(start, batches.total_steps):
-            yield TaughtStep(batches.step(number), None, 0.0)
+            step = batches.step(number)
+            shows = live is not None and number < live.until
+            parts = [nobody(batch) for batch in step.batches] if shows else None
+            yield TaughtStep(step, parts, 0.0, live if shows else None)
         return
     windows = batches.windows(start, look_ahead)
     ahead: deque[tuple[range, np.ndarray, Pending]] = deque()

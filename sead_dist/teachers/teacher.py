@@ -51,6 +51,7 @@ from sead_dist.models.sequence_classifier import (
     outline,
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
+from sead_dist.runtime.files import files_hash
 from sead_dist.store.table import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
@@ -59,6 +60,9 @@ from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
 from sead_dist.teachers.prompts import Opening
 from sead_dist.teachers.quantize import check_quantize, quantizer
+
+# beside a teacher's weights, where its fine-tuning left rows out
+TRAINED_ROWS = "trained_rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,12 @@ class Teacher:
     cut: Cut
     answers: Answers | None = None
 
+    @property
+    def trained_rows(self) -> Path | None:
+        """The file that says which rows it was trained on, where there is one."""
+        path = self.checkpoint.folder / TRAINED_ROWS
+        return path if self.answers is None and path.is_file() else None
+
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
         its identity."""
@@ -98,6 +108,7 @@ class Teacher:
             "max_length": self.inputs.max_length,
             "dtype": self.dtype,
             "weights": self.entry.quantization,
+            "trained_rows": "" if self.trained_rows is None else files_hash([self.trained_rows]),
             **({} if self.answers is None else {"kind": self.entry.kind}),
             **{key: getattr(self.entry, key) for key in PROMPT_KEYS if self.entry.prompt},
         }

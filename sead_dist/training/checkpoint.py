@@ -22,7 +22,7 @@ from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.runtime.own_files import sync
-from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
 from sead_dist.training import averaging
 from sead_dist.training.engine import Engine
 from sead_dist.training.identity import Identity, refuse_other
@@ -33,13 +33,18 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` optimiser steps taken; cursor of the next batch; totals so far."""
+    """Where a run stands: `step` optimiser steps taken; cursor of the next batch; totals so far.
+    lowest_loss: of the selection split, which was that of step lowest_step; losses_without_fall:
+    how many have come since. (Of the steps by which early_stopping_patience counts.)"""
 
     step: int = 0
     cursor: Cursor = field(default_factory=lambda: Cursor(0, 0))
     best_step: int | None = None
     best_metric: float | None = None
     best_loss: float | None = None
+    lowest_loss: float | None = None
+    lowest_step: int | None = None
+    losses_without_fall: int = 0
     world_size: int = 1
     totals: dict[str, float] = field(default_factory=dict)
 
@@ -183,6 +188,23 @@ class Checkpointer:
             return None
 
         return from_main(self.world, find)
+
+    def resume(self, engine: Engine, log: RunLog, total_steps: int) -> TrainState:
+        """The state to start from: the newest checkpoint's, which the engine takes, or a new one.
+        The log loses what was taken after it."""
+        found, taken = self.latest(), steps_done(self.folder.parent)
+        if found is None:
+            if taken > 0:
+                log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
+            log.truncate_after(0)
+            return TrainState(world_size=self.world.size)
+        folder, state = found
+        engine.load(folder)
+        log.truncate_after(state.step)
+        repeated = taken - state.step
+        lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
+        log.say(f"resuming at step {state.step} of {total_steps} ({folder.name}){lost}")
+        return state
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         """A checkpoint's record, or None, with a notice, where it is damaged."""

@@ -79,7 +79,7 @@ class Identity:
             found.append(f"teachers were {_names(self.teachers)}, are {_names(other.teachers)}")
         for number, (old, new) in enumerate(zip(self.teachers, other.teachers, strict=False)):
             found += [
-                f"{key} of teacher {number + 1} was {_short(old[key])}, is {_short(new[key])}"
+                f"{key} of teacher {number + 1} was {_short(old[key])}, is {_short(new.get(key))}"
                 for key in old
                 if old[key] != new.get(key)
             ]
@@ -133,4 +133,5 @@ def teacher_identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "order": list(manifest["order"]),
         "weight": manifest["weight"],
         "numerics": manifest["numerics"],
+        "trained_rows": manifest.get("trained_rows", ""),
     }

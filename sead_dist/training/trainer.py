@@ -47,7 +47,8 @@ def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The parts of a run, and its loop. `select` scores the student on the selection split."""
+    """The parts of a run, and its loop. `select` scores the student on the selection split (None:
+    there is none). patience_steps: after so many steps each the run's end may be decided."""
 
     config: RunConfig
     world: World
@@ -59,15 +60,18 @@ class Trainer:
     loss: DistillationLoss
     checkpointer: Checkpointer
     log: RunLog
-    select: Callable[[int], EvalResult]
+    select: Callable[[int], EvalResult] | None
     metric: str
     stop: StopFlag
     heartbeat: Heartbeat
     live: LiveTeacher | None = None
+    patience_steps: int | None = None
 
     def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the last step; returns where it stopped (before the last step when
-        a stop was asked for, with a checkpoint saved)."""
+        """Train from `state` to the end; returns where it stopped (before the end when a stop was
+        asked for, with a checkpoint saved)."""
+        if self.is_over(state):
+            return state
         depth = 1 if self.world.device.type == "cuda" else 0
         total = self.batches.total_steps
         taught_steps = stream(
@@ -118,14 +122,17 @@ class Trainer:
                     bar.update(**shown)
                     # without its state a new best student would be lost with the run
                     saving = saving or (self.saves_by_time and state.best_step == step)
+                over = self.is_over(state)
+                # as after the last of all steps
+                saving = saving or (over and self.config.save_steps != 0)
                 if saving:
                     self.heartbeat.move(f"saving step {step}")
                     clock.save(partial(self.checkpointer.save, self.engine, state))
                 self.log.step_done(step, total)
                 bar.advance(1)
-                if stopping:
+                if stopping or over:
                     break
-        if state.step < total and not self.checkpointer.holds(state.step):
+        if not self.is_over(state) and not self.checkpointer.holds(state.step):
             self.checkpointer.save(self.engine, state)
         return state
 
@@ -228,7 +235,26 @@ class Trainer:
             self.engine.track({**shown, **parts_of_loss}, state.step)
         return shown, state.add(padding=padding, tokens=tokens)
 
+    def is_over(self, state: TrainState) -> bool:
+        """Whether all steps are taken, or the selection loss has not fallen for as many epochs as
+        `early_stopping_patience` says."""
+        patience = self.config.early_stopping_patience
+        return state.step >= self.batches.total_steps or (
+            patience is not None and state.losses_without_fall >= patience
+        )
+
+    def may_end_after(self, step: int) -> bool:
+        """Whether the run's end may be decided after this step. It does not go by `eval_steps`,
+        which a resume may change."""
+        if self.config.early_stopping_patience is None:
+            return False
+        return step % (self.patience_steps or self.batches.steps_per_epoch) == 0
+
     def evaluates_after(self, step: int) -> bool:
+        if self.select is None:
+            return False
+        if self.may_end_after(step):
+            return True
         often = max(self.batches.steps_per_epoch, self.batches.total_steps // MOST_SCORES)
         every = self.config.eval_steps or often
         return step % every == 0 or step == self.batches.total_steps
@@ -246,6 +272,7 @@ class Trainer:
     def score(self, state: TrainState) -> tuple[TrainState, float]:
         """Score the selection split, and keep the student when it is the one to keep so far; the
         score."""
+        assert self.select is not None
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
@@ -260,13 +287,23 @@ class Trainer:
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if not self.loss.teaches_head(state.step):
             return state, score  # it is that of a head as it was made
+        if self.may_end_after(state.step):
+            state = self.watched(result.loss, state)
         return self.keep(score, result.loss, state), score
+
+    def watched(self, loss: float, state: TrainState) -> TrainState:
+        """The state with this selection loss, after a step at which the run may end. Rank 0 decides
+        whether it fell, as in `agreed_better`."""
+        lowest = state.lowest_loss
+        if from_main(self.world, lambda: lowest is None or loss < lowest):
+            return replace(state, lowest_loss=loss, lowest_step=state.step, losses_without_fall=0)
+        return replace(state, losses_without_fall=state.losses_without_fall + 1)
 
     def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
         """Keep the student as it is now, where it is the one that is asked for."""
         kept = self.config.final_checkpoint
         if kept in ("last", "average"):
-            if state.step < self.batches.total_steps:
+            if not self.is_over(state):
                 return state
         elif not self.agreed_better(score, loss, state):
             return state

@@ -3,7 +3,13 @@
 import pytest
 from small import build_model, config
 
-from sead_dist.config.automatic import epoch_steps, learning_rate, run_steps, told_length
+from sead_dist.config.automatic import (
+    epoch_steps,
+    learning_rate,
+    patience_steps,
+    run_steps,
+    told_length,
+)
 from sead_dist.training.engine import build_optimizer, width_of
 
 TAUGHT = "teachers=[a,b]"
@@ -47,6 +53,20 @@ def test_the_length_is_told_with_its_reason():
         "14 steps (num_train_epochs=2 over 54 labelled rows)"
     )
     assert "three epochs over 54 labelled rows, at least 200" in told_length(config(), 54, 54)
+
+
+def test_a_run_that_ends_by_its_loss_takes_ten_epochs_at_most():
+    assert steps(2250, 2250, early_stopping_patience=2) == 10 * 71
+    assert steps(100, 100, early_stopping_patience=2) == 200
+    # what a person gives stays
+    assert steps(2250, 2250, early_stopping_patience=2, num_train_epochs=4) == 4 * 71
+    assert told_length(config(early_stopping_patience=2), 540, 540).startswith(
+        "at most 680 steps (automatic: at most ten epochs over 540 labelled rows, or 200 steps; "
+    )
+
+
+def test_the_end_is_decided_after_whole_epochs_of_twenty_steps_at_least():
+    assert [patience_steps(epoch) for epoch in (71, 20, 19, 7, 1)] == [71, 20, 38, 21, 20]
 
 
 def test_the_learning_rate_goes_by_the_students_width_unless_one_is_given():

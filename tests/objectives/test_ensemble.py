@@ -18,6 +18,7 @@ from sead_dist.objectives.ensemble import (
     check_method,
     combine,
     make_ensemble,
+    unseen,
 )
 from sead_dist.objectives.weightings import (
     WEIGHTINGS,
@@ -129,6 +130,22 @@ def test_a_teacher_that_was_not_asked_has_no_weight_and_rows_do_not_mix():
         assert found.weights_NB[2, 2] == 0
         alone = ask(method, logits_NBC[:, 1:2], labels=[1], present=[row[1:2] for row in present])
         torch.testing.assert_close(found.targets_BC[1:2], alone.targets_BC)
+
+
+def test_those_that_are_asked_count_alike_where_none_of_them_has_any_weight():
+    three = logs([[[0.8, 0.2]], [[0.5, 0.5]], [[0.1, 0.9]]])
+    present = [[False], [True], [True]]
+    found = ask("fitted", three, weights=[1.0, 0.0, 0.0], present=present)
+    assert found.weights_NB[:, 0].tolist() == [0, 0.5, 0.5]
+    assert found.targets_BC[0, 0].item() == pytest.approx(0.3)
+
+
+def test_of_a_row_the_teachers_are_asked_that_were_not_trained_on_it_where_there_are_any():
+    seen_NR = np.array([[True, False, True], [False, False, True]])
+    assert unseen(None, seen_NR).tolist() == [[False, True, True], [True, True, True]]
+    # one that nobody would ask stays unasked
+    asked_NR = np.array([[True, True, False], [False, True, True]])
+    assert unseen(asked_NR, seen_NR).tolist() == [[True, True, False], [False, True, True]]
 
 
 def test_one_teacher_alone_is_the_ensemble_whatever_the_method():

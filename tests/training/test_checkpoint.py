@@ -21,6 +21,7 @@ TEACHERS = [
         "order": [0, 1],
         "weight": 1.0,
         "numerics": "cpu",
+        "trained_rows": "",
     }
 ]
 IDENTITY = Identity({"seed": 0, "alpha": 0.5}, "data-1" * 4, TEACHERS)

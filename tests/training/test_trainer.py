@@ -99,7 +99,7 @@ def weighed(given, weights_N):
     return make_ensemble(given, KINDS["classification"], weights_N)
 
 
-def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
+def make_trainer(tmp_path, names=(), select=None, split=None, losses=None, **keys):
     given = config(output_dir=tmp_path, learning_rate=1e-3, **keys)
     split = split or small_split(21)
     batches = BatchStream(
@@ -116,7 +116,8 @@ def make_trainer(tmp_path, names=(), select=None, split=None, **keys):
 
     def score(step):
         metrics = {"accuracy": (select or {}).get(step, 0.0)}
-        return EvalResult("small", "selection", step, 1, metrics, 0.0, 1.0, np.zeros((1, 2)))
+        loss = (losses or {}).get(step, 0.0)
+        return EvalResult("small", "selection", step, 1, metrics, loss, 1.0, np.zeros((1, 2)))
 
     stop = StopFlag()
     return Trainer(
@@ -181,6 +182,42 @@ def test_a_student_whose_head_nothing_has_taught_is_not_kept(tmp_path):
     trainer = replace(trainer, loss=replace(trainer.loss, feature=feature))
     state = trainer.run(TrainState())
     assert (state.best_step, state.best_metric) == (4, 0.7)
+
+
+# an epoch is three steps
+FALLS = {3: 0.5, 6: 0.3, 9: 0.4, 12: 0.3, 15: 0.2}
+
+
+def test_a_run_ends_when_its_selection_loss_has_not_fallen_for_so_many_epochs(tmp_path):
+    scores = {6: 0.8, 9: 0.9}
+    keys = {"num_train_epochs": 5, "early_stopping_patience": 2, "save_steps": 1}
+    trainer = make_trainer(tmp_path, select=scores, losses=FALLS, **keys)
+    state = trainer.run(TrainState())
+    # equal to the lowest is no fall
+    assert (state.step, state.lowest_step, state.lowest_loss) == (12, 6, 0.3)
+    # the loss says when, the score which
+    assert (state.best_step, trainer.checkpointer.latest()[1].step) == (9, 12)
+    assert trainer.run(trainer.checkpointer.latest()[1]).step == 12
+    # a run that is scored more often ends where it ended
+    often = make_trainer(tmp_path / "often", losses=FALLS, eval_steps=1, **keys)
+    assert often.run(TrainState()).step == 12
+    longer = make_trainer(tmp_path / "3", losses=FALLS, **{**keys, "early_stopping_patience": 3})
+    state = longer.run(TrainState())
+    assert (state.step, state.lowest_step, state.losses_without_fall) == (15, 15, 0)
+
+
+def test_the_end_is_decided_after_so_many_steps_each(tmp_path):
+    keys = {"num_train_epochs": 5, "early_stopping_patience": 1, "eval_steps": 100}
+    trainer = make_trainer(tmp_path, losses={2: 0.5, 4: 0.6}, **keys)
+    assert replace(trainer, patience_steps=2).run(TrainState()).step == 4
+
+
+def test_the_last_student_of_a_run_that_ended_early_is_kept_where_that_is_asked_for(tmp_path):
+    keys = {"num_train_epochs": 5, "early_stopping_patience": 2, "final_checkpoint": "last"}
+    trainer = make_trainer(tmp_path, losses=FALLS, **keys)
+    state = trainer.run(TrainState())
+    assert (state.step, state.best_step) == (12, 12)
+    assert trainer.checkpointer.best_folder(12).is_dir()
 
 
 def test_a_row_counts_alike_in_the_logged_loss_whatever_batch_it_is_in(tmp_path):

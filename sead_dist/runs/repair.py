@@ -1,0 +1,296 @@
+"""A start with few layers of a model is repaired: on plain text it learns that model's hidden
+states, before any task.
+
+What comes out follows from start, teacher, text, steps and sizes of batches alone, so it is kept in
+a folder of that name, for other tasks and seeds. The training is that of a run: the same loop,
+engine and checkpoints, so that a killed one goes on, with any number of ranks.
+"""
+
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.order import BatchStream
+from sead_dist.data.tasks import TaskSpec
+from sead_dist.errors import RunError, UserError, reading
+from sead_dist.models.hidden_states import LayerParts, find_layer_parts
+from sead_dist.models.hidden_states_check import check_inside
+from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
+from sead_dist.models.loaded import head_names, pooler_names
+from sead_dist.models.pretrained import load_tokenizer, tokenizer_hash
+from sead_dist.models.sequence_classifier import load_start
+from sead_dist.models.start import hash_of, repair_facts, repair_teacher
+from sead_dist.models.student import build_student
+from sead_dist.objectives.distillation_loss import DistillationLoss
+from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, without_projections
+from sead_dist.runs.claim import try_lock
+from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
+from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
+from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.run_log import RunLog, read_metrics, write_json
+from sead_dist.teachers.feature_teacher import FeatureTeacher
+from sead_dist.training.checkpoint import Checkpointer
+from sead_dist.training.engine import Engine
+from sead_dist.training.identity import Identity
+from sead_dist.training.trainer import Trainer
+
+WEIGHTS = "body.safetensors"
+# what a start is repaired on; the classes mean nothing, and no row has one
+TEXT = TaskSpec(name="text", kind="classification", text_a="{text}", labels=("0", "1"))
+# files of rows with columns, whose lines are no plain text
+TABLES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
+LOOK_AGAIN_S = 1.0
+
+
+def repair_folder(config: RunConfig) -> Path:
+    """Where repaired starts are kept: `repair.folder`, else SEAD_DIST_REPAIRED, else a folder in
+    the user's cache."""
+    named = config.repair.folder or os.environ.get("SEAD_DIST_REPAIRED")
+    if named:
+        return Path(named)
+    return user_folder("XDG_CACHE_HOME", ".cache", "repair.folder=DIR") / "sead_dist" / "repaired"
+
+
+def check_repair_setting(config: RunConfig, zero_stage: int | None) -> None:
+    """Raises UserError for a repair that DeepSpeed's stage rules out."""
+    if config.repair.text is not None and zero_stage == 3:
+        raise UserError(
+            f"repair.text={config.repair.text} needs each rank to hold the student whole, and "
+            "DeepSpeed's stage 3 splits it; give deepspeed=zero2 or zero1"
+        )
+
+
+def repair_start(
+    config: RunConfig,
+    world: World,
+    model: PreTrainedModel,
+    inputs: ModelInputs,
+    stop: StopFlag,
+    heartbeat: Heartbeat,
+    log: RunLog,
+    console: bool,
+) -> None:
+    """Give a student at its start the body that was repaired, which is made first where nobody has
+    made it before. Head and pooler stay as they are. Every rank calls this.
+
+    Raises UserError for a text or a teacher that does not fit, StopRequestedError, saved, where a
+    stop was asked for.
+    """
+    world.at("looking for a repaired start")
+    facts = from_main(world, lambda: repair_facts(config))
+    folder = repair_folder(config) / hash_of(facts)[:32]
+    path = folder / WEIGHTS
+    with ExitStack() as stack:
+        if not from_main(world, path.is_file):
+            wait_for_lock(world, folder, stop, heartbeat, log, stack)
+        if from_main(world, path.is_file):
+            log.say(f"the start was repaired before: {folder}")
+        else:
+            own = RunLog(folder, world.is_main, console)
+            stack.callback(own.close)
+            repair(config, facts, world, inputs, stop, heartbeat, own)
+            log.say(f"the start is repaired: {folder}")
+    on_every_rank(world, lambda: load_body(model, path))
+
+
+def wait_for_lock(
+    world: World,
+    folder: Path,
+    stop: StopFlag,
+    heartbeat: Heartbeat,
+    log: RunLog,
+    stack: ExitStack,
+) -> None:
+    """Until no other run is repairing the same start; `stack` gives the lock back."""
+    lock = folder.with_name(f"{folder.name}.lock")
+
+    def attempt() -> bool:
+        one = ExitStack()
+        taken = one.enter_context(try_lock(lock))
+        if taken:
+            stack.push(one)
+        else:
+            one.close()
+        return taken
+
+    told = False
+    while not from_main(world, attempt):
+        if not told:
+            log.say(f"waiting for another run, which repairs the same start in {folder}")
+        told = True
+        heartbeat.move("waiting for a start that another run repairs")
+        if stop.agreed_with(world, False)[0]:
+            raise StopRequestedError
+        time.sleep(LOOK_AGAIN_S)
+
+
+def repair(
+    config: RunConfig,
+    facts: dict[str, Any],
+    world: World,
+    inputs: ModelInputs,
+    stop: StopFlag,
+    heartbeat: Heartbeat,
+    log: RunLog,
+) -> None:
+    """Train the start's body and put it into the folder of `log`."""
+    own, steps = repair_config(config, log.folder), config.repair.steps
+    student = build_student(own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code)
+    settle(inputs.tokenizer, student.config)
+    check_inside(student, inputs, REPAIR, "the student")
+    split = inputs.split(read_text(Path(config.repair.text or "")))
+    whole, parts = on_every_rank(world, lambda: load_whole_model(config, inputs, world))
+    feature = make_repair_loss(student, parts, steps, own.seed)
+    identity = Identity({}, "", [], hash_of(facts))
+    name = repair_teacher(config).name
+    with ExitStack() as stack:
+        engine = Engine(student, own, world, steps, feature.rest)
+        stack.callback(engine.close)
+        checkpointer = Checkpointer(log.folder, identity, world, own.save_total_limit, log.say)
+        log.say(
+            f"repairing the start: the hidden states of {name} on {len(split)} texts, {steps} steps"
+        )
+        state = checkpointer.resume(engine, log, steps)
+        trainer = Trainer(
+            config=own,
+            world=world,
+            engine=engine,
+            batches=BatchStream(
+                split, own.seed, own.global_batch_size, own.micro_batch_size, None, steps,
+                world.rank, world.size,
+            ),
+            source=None,
+            teacher_names=[],
+            ensemble=None,
+            loss=DistillationLoss("kl", TEXT.task_kind.hard_loss, 0.0, None, steps, feature),
+            checkpointer=checkpointer,
+            log=log,
+            select=None,
+            metric="",
+            stop=stop,
+            heartbeat=heartbeat,
+            live=FeatureTeacher(name, whole, parts, feature.theirs, steps),
+        )  # fmt: skip
+        state = trainer.run(state)
+        if not trainer.is_over(state):
+            raise StopRequestedError(
+                f"stopped at step {state.step} of {steps} of the start's repair, saved; give the "
+                "same command again to go on"
+            )
+        weights = without_projections(engine.weights())
+        untaught = head_names(student) | pooler_names(student)
+        kept = {n: t for n, t in weights.items() if n not in untaught}
+        from_main(world, lambda: write_body(log.folder, kept, facts))
+    said = [line["loss"] for line in read_metrics(log.folder) if line.get("event") == "train"]
+    if said:
+        log.say(f"repaired: the squared error went from {said[0]:.4g} to {said[-1]:.4g}")
+
+
+def repair_config(config: RunConfig, folder: Path) -> RunConfig:
+    """The keys of the training: of the run's own those alone that stand in `repair_facts`, and how
+    it saves."""
+    return config.model_copy(
+        update={
+            "output_dir": str(folder),
+            "seed": 0,
+            "teachers": [],
+            "feature_loss": None,
+            "num_train_epochs": None,
+            "max_steps": config.repair.steps,
+            "early_stopping_patience": None,
+            "optim": "adamw",
+            "learning_rate": None,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "weight_decay": 0.0,  # words that the text lacks stay what they are
+            "max_grad_norm": 1.0,
+            "final_checkpoint": "last",
+            "report_to": None,
+        }
+    )
+
+
+def read_text(path: Path) -> ExampleSet:
+    """The lines of a file, blank ones left out. Raises UserError for a file of another kind."""
+    if path.suffix in TABLES:
+        raise UserError(
+            f"repair.text={path} is a file of rows with columns; give a plain file, one text a line"
+        )
+    with reading(path, "give a file in UTF-8, one text a line", f"repair.text={path}"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [{"text": line} for line in lines if line]
+    return build_examples(TEXT, rows, "text to repair on", labelled=False)
+
+
+def load_whole_model(
+    config: RunConfig, inputs: ModelInputs, world: World
+) -> tuple[PreTrainedModel, LayerParts]:
+    """The model whose hidden states are learnt, in fp32 and eval mode. inputs: of the student.
+    Raises UserError where it cannot be read, or is fed other rows than the student."""
+    checkpoint = repair_teacher(config)
+    who = f"repair.teacher={checkpoint.name}"
+    words = load_tokenizer(checkpoint, config.trust_remote_code)
+    model, _ = load_start(checkpoint, config.trust_remote_code)
+    settle(words, model.config)
+    theirs = teacher_inputs(words, tokenizer_hash(words), model.config, inputs.max_length)
+    if theirs.tokenizer_hash != inputs.tokenizer_hash:
+        raise UserError(
+            f"{who} has another tokeniser than the student, whose hidden states are compared token "
+            "by token; give a student with its tokeniser"
+        )
+    if theirs.max_length < inputs.max_length:
+        raise UserError(
+            f"{who} reads at most {theirs.max_length} tokens; give max_length={theirs.max_length}"
+        )
+    if theirs.padding != inputs.padding:
+        raise UserError(
+            f"{who} is a {model.config.model_type}, which does not stand rows that are padded on "
+            f"the {inputs.padding}; give another model"
+        )
+    model = model.float().to(world.device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        # weights mapped from a file lie at any address, and bits depend on their alignment
+        parameter.data = parameter.data.clone()
+    check_inside(model, theirs, REPAIR, who)
+    return model, find_layer_parts(model, who, attention=False)
+
+
+def write_body(folder: Path, weights: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Rank 0's: the body's weights, and what they were made of; its checkpoints go."""
+    try:
+        write_json(folder / "repair.json", facts)
+        with written_aside(folder / WEIGHTS) as aside:
+            save_file({n: t.contiguous().cpu() for n, t in weights.items()}, aside)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the repaired start cannot be written to {folder}: {error}; free space or fix the "
+            "folder, then give the same command again"
+        ) from error
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def load_body(model: PreTrainedModel, path: Path) -> None:
+    """Give a student the repaired weights. Raises UserError where the file is damaged."""
+    with reading(path, f"remove {path.parent}, and it is made again"):
+        weights = load_file(path)
+        lacking, strange = model.load_state_dict(weights, strict=False)
+    state = model.state_dict(keep_vars=True)
+    held = {state[name].data_ptr() for name in weights if name in state}
+    lost = set(lacking) - head_names(model) - pooler_names(model)
+    lost = {name for name in lost if state[name].data_ptr() not in held}
+    if lost or strange:
+        which = f"lacks {min(lost)}" if lost else f"holds {strange[0]} too many"
+        raise UserError(
+            f"{path} {which}, so it is no start of this student; remove {path.parent}, and it is "
+            "made again"
+        )
