@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -102,6 +104,20 @@ def laid_out(args: argparse.Namespace) -> Iterator[tuple[Path, Path, Path]]:
         folder = args.work or Path(temporary)
         data = data_folder(folder / "data", args.rows, args.smoke)
         yield folder, data, tokenizer_folder(folder / "tokenizer", data)
+
+
+def random_llm(folder: Path, data: Path) -> Path:
+    """A tiny causal language model with new weights, and a tokeniser of the rows' bytes."""
+    if not (folder / "config.json").is_file():
+        pieces = ByteLevelBPETokenizer()
+        pieces.train_from_iterator(texts_of(data / "train.tsv"), 400, special_tokens=["<s>"])
+        words = PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, bos_token="<s>")
+        words.save_pretrained(folder)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        config = LlamaConfig(vocab_size=len(words), num_attention_heads=2, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def random_classifier(folder: Path, shape: str, tokenizer: Path, seed: int) -> Path:

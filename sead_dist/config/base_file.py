@@ -10,8 +10,8 @@ HEAD = """\
 # Every key of a run and its default. These come first; your YAML files are laid over them from
 # left to right, then KEY=VALUE words of the command line. Keys marked (operational) may change
 # when a run is resumed; all others are the run's identity, and a resume refuses when one of them
-# differs. This file is made from the fields in sead_dist/config/run_keys.py and sections.py: runs
-# go by those, and a change here changes nothing.
+# differs. This file is made from the fields in sead_dist/config/run_keys.py, sections.py and
+# teacher_entry.py: runs go by those, and a change here changes nothing.
 """
 # where comments start, and how long a line may get
 COLUMN, WIDTH = 24, 120

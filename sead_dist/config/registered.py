@@ -11,6 +11,8 @@ from sead_dist.errors import UserError
 
 # a teacher that Transformers loads
 MODEL = "model"
+# a causal language model with a prompt: by Transformers, or behind an OpenAI-compatible interface
+LANGUAGE_MODEL, ENDPOINT = "language_model", "endpoint"
 # the ensemble that asks no teacher, and the one whose data name each row's teacher
 NO_ENSEMBLE, ROUTED = "none", "routed"
 BUILT_IN: dict[str, tuple[str, ...]] = {
@@ -20,7 +22,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
         *(NO_ENSEMBLE, "single", "mean_logits", "mean_probabilities", "fixed", "score"),
         *("fitted", "confidence", "entropy", "answers", "random", ROUTED),
     ),
-    "kind of teacher": (MODEL,),
+    "kind of teacher": (MODEL, LANGUAGE_MODEL, ENDPOINT),
     "kind of task": ("classification", "regression", "choice"),
 }
 

@@ -22,10 +22,10 @@ from sead_dist.config.sections import (
     SelectionConfig,
     StoreConfig,
     StudentConfig,
-    TeacherConfig,
     UnlabeledConfig,
     one_of,
 )
+from sead_dist.config.teacher_entry import TeacherConfig
 
 
 class TaskKeys(Section):
@@ -66,9 +66,11 @@ class ModelKeys(Section):
     classifier that Transformers loads. calibrate: on | off: a temperature fitted on the
     selection split. Or {predictions, name, weight, calibrate, kind, labels, id, column,
     confidence, annotator, abstain, unknown, duplicates, smoothing}: a file of predictions
-    (docs/teachers.md). offload: true: a sharded teacher's weights lie in the CPU's memory.
-    quantization: int8: 8-bit weights (needs the extra `quantize`) (operational: what their
-    weights and labels are counts)"""
+    (docs/teachers.md). Or a language model: {model, prompt, words: {CLASS: [WORD, ...]}, chat,
+    shots, contextual_calibration}, behind an OpenAI-compatible interface also {endpoint: URL,
+    concurrency, max_requests} (docs/language_models.md). offload: true: a sharded teacher's weights
+    lie in the CPU's memory. quantization: int8: 8-bit weights (needs the extra `quantize`)
+    (operational: what their weights, labels, prompts and words are counts)"""
     encoders: list[TeacherConfig] = Field(default_factory=list)
     """for `finetune` only: what each teacher starts from, as for teachers"""
     folds: Annotated[int | None, Field(gt=1, le=1000)] = None

@@ -19,9 +19,9 @@ from sead_dist.config.sections import (
     Section,
     StoreConfig,
     StudentConfig,
-    TeacherConfig,
     writable,
 )
+from sead_dist.config.teacher_entry import TeacherConfig
 
 __all__ = [
     "METHOD_KEYS",

@@ -15,11 +15,10 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticKnownError
 
-from sead_dist.config.registered import MODEL, expected, names
+from sead_dist.config.registered import expected, names
 
 Operational = "operational"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -28,11 +27,6 @@ Placement = Literal["auto", Placed]
 # what is counted from one to it would have no end
 MANY = 10**9
 Labels = list[str] | Literal["task_order"] | None
-# what the values of a file of predictions are; auto: what its columns say
-VALUE_KINDS = (
-    *("auto", "probabilities", "log_probabilities", "logits", "labels", "votes", "top_k"),
-    "scores",
-)
 
 
 def writable(text: str) -> bool:
@@ -51,15 +45,6 @@ def one_of(what: str, *more: str) -> BeforeValidator:
         return name
 
     return BeforeValidator(check)
-
-
-def kind_of_teacher(name: Any, info: ValidationInfo) -> Any:
-    """A registered kind; of a file of predictions, what its values are."""
-    is_file = info.data.get("predictions") is not None
-    allowed = [*VALUE_KINDS] if is_file else names("kind of teacher")
-    if name not in allowed:
-        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
-    return name
 
 
 class Section(BaseModel):
@@ -182,111 +167,6 @@ class RepairConfig(Section):
     of student.path, whole (operational: its hash counts)"""
     folder: Annotated[str | None, Operational] = None
     """where repaired starts are kept; null: SEAD_DIST_REPAIRED or the user's cache"""
-
-
-class TeacherConfig(Section):
-    # keys that mean something to a model alone, and to a file of predictions alone
-    of_models: ClassVar[tuple[str, ...]] = (
-        *("revision", "offload", "dtype", "quantization", "max_length"),
-    )
-    of_files: ClassVar[tuple[str, ...]] = (
-        *("id", "column", "confidence", "annotator", "abstain", "unknown", "duplicates"),
-        "smoothing",
-    )
-
-    path: str
-    """a folder, a run, or a hub id"""
-    name: Annotated[str | None, Field(min_length=1, max_length=200)] = None
-    """what it is called; null: the last part of its path"""
-    predictions: str | None = None
-    """a file of predictions instead of a path (docs/teachers.md)"""
-    kind: Annotated[str, BeforeValidator(kind_of_teacher)] = MODEL
-    """model: a classifier that Transformers loads; or one of a plugin; of a file of predictions
-    what its values are: auto | probabilities | log_probabilities | logits | labels | votes |
-    top_k | scores"""
-    placement: Placed | None = None
-    """where it runs; null: as the key placement says"""
-    offload: bool = False
-    """true: the weights of a sharded teacher lie in the CPU's memory"""
-    labels: Labels | dict[str, str] = None
-    """its class order, [a, b, c] or task_order, where its own names do not say it; of a file of
-    predictions {NAME: LABEL}"""
-    revision: str | None = None
-    """of a hub id"""
-    dtype: Precision | None = None
-    """fp32 | bf16 | fp16: what it computes in; null: teacher_precision"""
-    quantization: Literal["int8"] | None = None
-    """int8: 8-bit weights (needs the extra `quantize`)"""
-    max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """tokens of a text that it reads; null: as many as it can, up to the run's max_length"""
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """how much it counts, with ensemble=fixed"""
-    calibrate: Literal["on", "off"] | None = None
-    """on | off: a temperature is fitted to it on the selection split, from 200 rows that it
-    answers; null: on for files of predictions alone"""
-    id: str | None = None
-    """of a file: the column of the ids that `sead-dist labels --rows` writes; null: rows are found
-    by the task's text columns, else by `id`"""
-    column: str | None = None
-    """of a file: the column of labels or scores; null: prediction, answer, label or their like"""
-    confidence: str | None = None
-    """of a file: the column of a label's probability; null: confidence or probability, if any"""
-    annotator: str | None = None
-    """of a file: the column that says whose vote a row is; null: annotator or sample, if any"""
-    abstain: list[str] = []
-    """of a file: what stands for no answer, such as [unsure, ""]"""
-    unknown: Literal["refuse", "skip"] = "refuse"
-    """refuse | skip: of a file, labels that the task has not"""
-    duplicates: Literal["refuse", "mean"] = "refuse"
-    """refuse | mean: of a file, two answers to one row that differ"""
-    smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
-    """of a file: what is added to the votes of each class"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def file_stands_for_path(cls, given: Any) -> Any:
-        """An entry with `predictions` is held by every rank, and its file is its path."""
-        if not isinstance(given, dict) or given.get("predictions") is None:
-            return given
-        if given.get("path") not in (None, given["predictions"]):
-            raise ValueError("path is a model's and predictions a file's; give one of the two")
-        told = {key: value for key, value in given.items() if value is not None}
-        if isinstance(told.get("labels"), dict):  # YAML reads 0 as a number
-            told["labels"] = {str(name): label for name, label in told["labels"].items()}
-        return {"kind": "auto", "placement": "colocated", **told, "path": given["predictions"]}
-
-    @model_validator(mode="after")
-    def keys_fit(self) -> "TeacherConfig":
-        """Each key means something to this teacher."""
-        is_file, fields = self.predictions is not None, type(self).model_fields
-        for key in self.of_models if is_file else self.of_files:
-            if getattr(self, key) != fields[key].default:
-                whose, is_one = ("model", "file of predictions")[:: 1 if is_file else -1]
-                raise ValueError(f"{key} is for a {whose}, and this is a {is_one}; leave {key} out")
-        if is_file and self.placement != "colocated":
-            raise ValueError(
-                f"a file of predictions has no placement {self.placement}: leave placement out"
-            )
-        if self.labels is not None and isinstance(self.labels, dict) != is_file:
-            form = "{NAME: LABEL}" if is_file else "a list of names, or task_order"
-            raise ValueError(f"give labels as {form}")
-        return self
-
-    @property
-    def is_model(self) -> bool:
-        """Whether it is a model that Transformers loads, not of a kind that a plugin registered,
-        nor a file."""
-        return self.kind == MODEL
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether a temperature is fitted to its logits on the selection split."""
-        return (self.calibrate or ("off" if self.predictions is None else "on")) == "on"
-
-    @property
-    def class_names(self) -> Labels:
-        """Of a model, as its entry gives them."""
-        return None if isinstance(self.labels, dict) else self.labels
 
 
 class StoreConfig(Section):

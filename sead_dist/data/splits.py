@@ -59,6 +59,11 @@ class RunExamples:
     def labelled_rows(self) -> int:
         return len(self.train) - self.transfer_rows - len(self.copied)
 
+    @property
+    def labelled(self) -> ExampleSet:
+        """The training rows with their gold labels."""
+        return subset(self.train, np.arange(self.labelled_rows))
+
     def kind(self, index: int) -> str:
         """What a training row is: labelled, text of the train file or of a file, or the operation
         that made a copy."""

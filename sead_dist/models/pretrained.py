@@ -49,6 +49,8 @@ COUNTED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "type_vocab_size", "pad_token_id"),
 )
+# what of a config says nothing about logits
+SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 # no size of a model is larger
 LARGEST = 2**31
 COPY = "fix it, or copy the whole folder again"

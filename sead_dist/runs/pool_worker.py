@@ -26,6 +26,7 @@ from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.distillation import needs_validation, weigh
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.setup import quiet_libraries, read_inputs
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import StopRequestedError
@@ -172,6 +173,8 @@ def open_worker(
     stack.callback(source.close)
     for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
         source.share_tokens(split, work.inputs)
+    asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
+    tell_requests(source, asked, log.say)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
     leases = Leases(store.layout, config.pool.lease_s)

@@ -52,6 +52,7 @@ from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runs.own_baseline import OWN
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
@@ -209,6 +210,8 @@ def build(
     if source is not None:
         for split in (splits.train, splits.selection, *splits.official.values()):
             source.share_tokens(split, inputs)
+        asked = (splits.train, splits.selection, *splits.official.values())
+        from_main(world, lambda: tell_requests(source, asked, log.say))
     feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)

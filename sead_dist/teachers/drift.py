@@ -34,7 +34,8 @@ def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
 
 
 def is_reduced(teacher: Teacher) -> bool:
-    return teacher.dtype != "fp32" or teacher.entry.quantization is not None
+    reduced = teacher.dtype != "fp32" or teacher.entry.quantization is not None
+    return reduced and teacher.answers is None
 
 
 def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:

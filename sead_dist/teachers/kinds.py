@@ -1,5 +1,5 @@
-"""Kinds of teacher: what else than a model of Transformers answers texts. None is built in; a
-plugin registers its own.
+"""Kinds of teacher: what else than a classifier of Transformers answers texts. Language models are
+built in; a plugin registers its own.
 
 Shapes: R text rows, K outputs of the teacher for one of them (in its own order), M examples that
 are wanted, P examples of a piece, C classes.
@@ -12,15 +12,18 @@ from typing import Protocol
 
 import numpy as np
 
-from sead_dist.config.registered import ADDED, claim_name
+from sead_dist.config.registered import ADDED, ENDPOINT, LANGUAGE_MODEL, claim_name
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
+from sead_dist.teachers.endpoint import open_endpoint
 from sead_dist.teachers.inference import NotFiniteError
+from sead_dist.teachers.language_model import open_language_model
+from sead_dist.teachers.prompts import Opening
 
-# examples that are asked at once
+# examples that are asked at once, where a teacher does not say another number (`at_once`)
 ROWS = 256
 
 
@@ -43,6 +46,10 @@ class Answers(Protocol):
 # open(path, task): the teacher at the `path` of its entry
 Opener = Callable[[str, TaskSpec], Answers]
 TEACHER_KINDS: dict[str, Opener] = {}
+PROMPTED: dict[str, Callable[[Opening], Answers]] = {
+    LANGUAGE_MODEL: open_language_model,
+    ENDPOINT: open_endpoint,
+}
 
 
 def register_teacher(kind: str, open: Opener) -> None:
@@ -55,13 +62,17 @@ def register_teacher(kind: str, open: Opener) -> None:
     TEACHER_KINDS[kind] = open
 
 
-def open_answers(entry: TeacherConfig, name: str, task: TaskSpec) -> tuple[Answers, list[int]]:
+def open_answers(opening: Opening) -> tuple[Answers, list[int]]:
     """The teacher of an entry, and order_C: its own output of each task class.
 
     Raises UserError for a kind that cannot be opened, and for labels that are not the task's.
     """
+    entry, name, task = opening.entry, opening.name, opening.task
     with reading(entry.path, f"check its path and its kind {entry.kind}", f"teacher {name}"):
-        answers = TEACHER_KINDS[entry.kind](entry.path, task)
+        if entry.kind in PROMPTED:
+            answers = PROMPTED[entry.kind](opening)
+        else:
+            answers = TEACHER_KINDS[entry.kind](entry.path, task)
         fingerprint, labels = answers.fingerprint, list(answers.labels)
     if not isinstance(fingerprint, str) or not fingerprint:
         raise UserError(
@@ -73,7 +84,7 @@ def open_answers(entry: TeacherConfig, name: str, task: TaskSpec) -> tuple[Answe
 
 def fingerprint_of(entry: TeacherConfig, answers: Answers) -> str:
     """Of all that the answers depend on beside the texts."""
-    plugin = ADDED.owners["kind of teacher"][entry.kind]
+    plugin = ADDED.owners["kind of teacher"].get(entry.kind, "")
     facts = [entry.kind, plugin, answers.fingerprint]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -89,8 +100,9 @@ def answer_rows(
     """Own-order logits of these examples, handed to `done(positions in rows_M, logits)` piece by
     piece. Raises RunError where the teacher raises, or gives another shape."""
     choices = examples.choices
-    for start in range(0, len(rows_M), ROWS):
-        part_P = np.arange(start, min(start + ROWS, len(rows_M)))
+    at_once = getattr(answers, "at_once", ROWS)
+    for start in range(0, len(rows_M), at_once):
+        part_P = np.arange(start, min(start + at_once, len(rows_M)))
         texts = [row * choices + choice for row in rows_M[part_P] for choice in range(choices)]
         texts_a = [examples.texts_a[text] for text in texts]
         texts_b = None if examples.texts_b is None else [examples.texts_b[text] for text in texts]

@@ -21,10 +21,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.files import user_folder
 from sead_dist.runtime.own_files import written_aside
-from sead_dist.teachers.teacher import SILENT, Teacher, device_model
+from sead_dist.teachers.teacher import Teacher, device_model
 
 # a training step's operations, in forwards: one forward, and a backward of two
 STEP_FORWARDS = 3

