@@ -42,7 +42,7 @@ from peers import Setting, run_bare, run_textbrewer, score
 
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
-from sead_dist.runs.distillation import make_trainer, prepare_teachers, resume
+from sead_dist.runs.distillation import make_trainer, prepare_teachers
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import StopFlag
@@ -90,7 +90,7 @@ def run_ours(setting: Setting) -> dict[str, float]:
     selecting: list[float] = []
     with ExitStack() as stack:
         parts = build(config, alone(), stack, StopFlag())
-        state = resume(parts)
+        state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
         weights_N = prepare_teachers(parts)
         trainer = make_trainer(parts, weights_N)
         built_s = time.perf_counter() - began
