@@ -25,9 +25,10 @@ from sead_dist.data.order import Split, make_split
 from sead_dist.data.task_files import load_task
 from sead_dist.models.sequence_classifier import new_classifier
 from sead_dist.runtime.distributed import World, barrier, gather_objects, join_world, leave_world
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.inference import Cut, predict
 from sead_dist.teachers.sharding import build_sharded, predict_together
-from sead_dist.teachers.teacher import Teacher, call_roster
+from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
 
 GIB = 2**30
@@ -118,7 +119,7 @@ def main() -> None:
         for variant in variants:
             entry = f"{{path: {folder}, dtype: bf16, offload: {str(variant == 'offload').lower()}}}"
             words = {"teachers": [entry], "output_dir": work / "run", "max_length": 128}
-            (teacher,) = call_roster(run_config(words), load_task("sst2"), world)
+            (teacher,) = read_teachers(run_config(words), load_task("sst2"), world)
             raw[variant] = measure(teacher, variant, split, world, args.repeat)
         barrier(world)
     if world.is_main:

@@ -33,7 +33,8 @@ from sead_dist.config.load import load_config
 from sead_dist.data.task_files import load_task
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.runtime.distributed import World
-from sead_dist.teachers.teacher import call_roster, device_model
+from sead_dist.teachers.entries import read_teachers
+from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "llm_teacher.md"
 SPLITS = ("selection", "validation")
@@ -89,7 +90,9 @@ def seconds_a_row(folders: dict[str, str], rows: int) -> tuple[float, int]:
     """Of the language model, its weights loaded; and its parameters without word embeddings."""
     words = ["task=sst2", "output_dir=unused", f"teachers=[{with_folders(LLM, folders)}]"]
     config, tokenizer = load_config(words), load_tokenizer(locate(folders["MINILM"]))
-    (teacher,) = call_roster(config, load_task("sst2"), World(0, 1, torch.device("cpu")), tokenizer)
+    (teacher,) = read_teachers(
+        config, load_task("sst2"), World(0, 1, torch.device("cpu")), tokenizer
+    )
     assert teacher.answers is not None
     texts = texts_of(Path(folders["DATA"]) / "sst2" / "validation.tsv")
     teacher.answers.answer(texts[:1], None)

@@ -21,7 +21,8 @@ from outcome_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.config.load import load_config
 from sead_dist.data import order as data
-from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer
+from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.training.checkpoint import TrainState

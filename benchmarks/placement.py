@@ -27,7 +27,8 @@ import torch.distributed as dist
 from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, spread, table, write_result
 
-from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer
+from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.results import peak_memory
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import (

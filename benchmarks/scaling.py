@@ -34,7 +34,8 @@ from inputs import laid_out, random_classifier, run_config
 from outcome_file import common_arguments, set_threads, table, write_result
 from placement import counted_bytes
 
-from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer
+from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import StopFlag, World, gather_objects, join_world, leave_world
 from sead_dist.teachers import source as source_module

@@ -24,7 +24,8 @@ from outcome_file import (
     write_result,
 )
 
-from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer
+from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.training.checkpoint import TrainState

@@ -42,7 +42,8 @@ from peers import Setting, run_bare, run_textbrewer, score
 
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
-from sead_dist.runs.distillation import make_trainer, prepare_teachers
+from sead_dist.runs.distillation import make_trainer
+from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import build
 from sead_dist.runtime.distributed import StopFlag

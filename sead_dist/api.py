@@ -47,7 +47,7 @@ from sead_dist.runs.given import (
     is_path,
     planned,
 )
-from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.distributed import (
     StopFlag,
     World,

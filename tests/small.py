@@ -256,10 +256,10 @@ def grammar_task(folder: Path) -> TaskSpec:
 
 def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):
     """The teachers of these folders; a path may be an entry, `{path: DIR, weight: 2}`."""
-    from sead_dist.teachers.teacher import call_roster
+    from sead_dist.teachers.entries import read_teachers
 
     given = config(f"teachers=[{','.join(map(str, paths))}]", max_length=32, **changes)
-    return call_roster(given, task, world)
+    return read_teachers(given, task, world)
 
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):

@@ -16,7 +16,8 @@ from sead_dist.planning.scenario import Setting, estimates
 from sead_dist.planning.workload import Work, make_work
 from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.finished import refuse_unused_text
-from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.console import parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
 from sead_dist.runtime.memory import held
@@ -24,9 +25,9 @@ from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
 from sead_dist.teachers.placement import least_free
-from sead_dist.teachers.teacher import call_roster
 
 
 def plan(
@@ -59,7 +60,7 @@ def plan(
     )
     teachers = []
     if config.taught:
-        teachers = call_roster(config, task, world, inputs.tokenizer, examples)
+        teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     for teacher in teachers:
         if teacher.answers is not None and teacher.file is None:

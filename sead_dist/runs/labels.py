@@ -26,15 +26,17 @@ from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.row_weights import has_label
-from sead_dist.runs.distillation import needs_validation, weigh
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
-from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runs.prepared_teachers import needs_validation, weigh
+from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
+from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.teachers.validation import ask_all, require_passed, validate
 
 Columns = dict[str, list[Any]]
@@ -76,7 +78,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
     task, examples, inputs, _ = read_inputs(config, print)
-    teachers = call_roster(config, task, world, inputs.tokenizer, examples)
+    teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     check_tokens(examples, tokenizers_of(teachers))
     splits = tokenize_splits(examples, inputs.split)
     store = PredictionStore(Path(config.store.path or default_store()), print)

@@ -38,7 +38,7 @@ from sead_dist.runs.onnx_file import (
     write_onnx,
 )
 from sead_dist.runs.prediction import class_order, data_of, task_of
-from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import write_json

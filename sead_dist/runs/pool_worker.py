@@ -25,9 +25,10 @@ from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
-from sead_dist.runs.distillation import needs_validation, weigh
+from sead_dist.runs.prepared_teachers import needs_validation, weigh
+from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import tell_requests
-from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
@@ -35,12 +36,13 @@ from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Worker
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
+from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.teachers.validation import Validation, ask_all, require_passed, validate
 from sead_dist.training.identity import Identity, rules_of, teacher_identity
 
@@ -89,7 +91,7 @@ class Work:
 def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
     task, examples, inputs, _ = read_inputs(config, lambda _line: None)
-    teachers = call_roster(config, task, world, inputs.tokenizer, examples)
+    teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     examples = answered_examples(config, examples, teachers)
     splits = tokenize_splits(examples, inputs.split)
     check_tokens(examples, tokenizers_of(teachers))

@@ -41,7 +41,7 @@ from sead_dist.models.sequence_classifier import (
     load_classifier,
 )
 from sead_dist.runs.kept_data import KEPT_DATA
-from sead_dist.runs.setup import quiet_libraries
+from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.own_files import check_writable

@@ -13,7 +13,8 @@ from sead_dist.runs.choices import with_choices
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runs.own_baseline import MOST_OF_STEPS, OWN, baseline_steps
-from sead_dist.runs.setup import quiet_libraries, read_inputs
+from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World, on_every_rank
 from sead_dist.training.engine import width_of
 

@@ -3,7 +3,6 @@
 All of a person's mistakes come to light here or in the validation.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
@@ -51,6 +49,7 @@ from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.learnable import baseline_logits
 from sead_dist.runs.own_baseline import OWN
+from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.unread import unread_keys
@@ -60,6 +59,7 @@ from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.shared import check_shared
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import (
     FeatureTeacher,
     candidates,
@@ -79,7 +79,7 @@ from sead_dist.teachers.pool_client import PoolClient, store_id
 from sead_dist.teachers.rates import known_costs
 from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, call_roster, tokenizers_of
+from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.teachers.validation import best_teacher
 from sead_dist.training.checkpoint import Checkpointer
 from sead_dist.training.deepspeed_config import zero_config
@@ -139,7 +139,7 @@ def build(
     world.at("reading the teachers")
     teachers = []
     if config.taught:
-        teachers = call_roster(config, task, world, inputs.tokenizer, examples)
+        teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     world.at("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
@@ -281,20 +281,6 @@ def read_inputs(
     if config.feature_loss is not None:
         check_inside(model, inputs, config.feature_loss, "the student")
     return task, examples, inputs, model
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Not what DeepSpeed says on every CPU, as soon as Accelerate imports it."""
-    return not record.getMessage().startswith("Setting accelerator to CPU")
-
-
-def quiet_libraries(world: World) -> None:
-    """Transformers' reports of new heads and its progress bars say nothing a run does not."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(is_news)
-    if not world.is_main:
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def place_teachers(

@@ -55,8 +55,8 @@ from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers import whole
 from sead_dist.teachers.base import Request
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.inference import predict
-from sead_dist.teachers.teacher import call_roster
 from sead_dist.teachers.whole import load_whole
 
 ALONE = World(0, 1, CPU)
@@ -71,7 +71,7 @@ PADDING = {
 def asked(folder: Path) -> tuple[np.ndarray, str]:
     """(what the teacher says as the package asks it, how its rows are padded)."""
     given = config(teachers=[{"path": str(folder)}], max_length=64)
-    teacher = call_roster(given, TASK, ALONE)[0]
+    teacher = read_teachers(given, TASK, ALONE)[0]
     model = load_whole(teacher, CPU, False, {})
     tokens = teacher.inputs.tokens(example_set(texts()))
     said_RC = np.zeros((24, 2), np.float32)
@@ -240,7 +240,7 @@ def test_a_model_is_tried_on_rows_of_the_run_whatever_it_is_there_for(tmp_path, 
 
 def test_a_model_is_tried_after_its_weights_are_in_8_bits(tmp_path, monkeypatch):
     folder = save_teacher(tmp_path / "t")
-    teacher = call_roster(config(teachers=[{"path": str(folder)}], max_length=32), TASK, ALONE)[0]
+    teacher = read_teachers(config(teachers=[{"path": str(folder)}], max_length=32), TASK, ALONE)[0]
     entry = teacher.entry.model_copy(update={"quantization": "int8"})
     order = []
     monkeypatch.setattr(whole, "quantize", lambda model: order.append("quantize"))
@@ -287,12 +287,12 @@ def test_predictions_of_old_rules_are_kept_where_the_tensors_are_the_same(tmp_pa
     monkeypatch.chdir(folder)
     kept = next(Path("store/values").iterdir()).name
     given = config(teachers=[{"path": "teacher"}], max_length=64)
-    teacher = call_roster(given, TASK, ALONE)[0]
+    teacher = read_teachers(given, TASK, ALONE)[0]
     assert kept.startswith(teacher.key.fingerprint[:16])
     # of a padding token of its own before, whose tensors were others
     named = AutoConfig.from_pretrained("teacher")
     named.pad_token_id = 9
     named.save_pretrained("teacher")
-    same = call_roster(given, TASK, ALONE)[0]
+    same = read_teachers(given, TASK, ALONE)[0]
     assert same.config.pad_token_id == 0
     assert same.key.fingerprint == teacher.key.fingerprint

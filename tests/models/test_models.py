@@ -39,7 +39,7 @@ from sead_dist.models.sequence_classifier import (
     outline,
     save_model,
 )
-from sead_dist.teachers.teacher import call_roster
+from sead_dist.teachers.entries import read_teachers
 
 
 def test_invariant_04_classes_are_aligned_by_name_and_alias():
@@ -208,7 +208,7 @@ def test_teachers_of_one_tokeniser_share_it_and_others_do_not(tmp_path):
     assert other.inputs.tokenizer(first)["input_ids"] != one.inputs.tokenizer(first)["input_ids"]
     student = load_tokenizer(locate(str(paths[3])))
     given = config(f"teachers=[{paths[0]},{paths[2]}]", max_length=32)
-    one, other = call_roster(given, TASK, ALONE, student)
+    one, other = read_teachers(given, TASK, ALONE, student)
     assert one.inputs.tokenizer is student
     assert other.inputs.tokenizer is not student
 

@@ -39,8 +39,8 @@ from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
 from sead_dist.slurm.settings import load_settings
 from sead_dist.sweep.grid import make_plan
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.rates import remembered
-from sead_dist.teachers.teacher import call_roster
 from sead_dist.training.deepspeed_config import read_file
 from sead_dist.training.identity import Identity
 
@@ -164,7 +164,7 @@ def fuzz_models(fuzzer, words, folder):
     config = load_config(words(folder.parent / "out", f"teachers=[{folder}]"))
     task = load_task(config.task)
     for name, times in (("config.json", 60), ("tokenizer_config.json", 30)):
-        fuzzer.file(folder / name, lambda: call_roster(config, task, ALONE), times)
+        fuzzer.file(folder / name, lambda: read_teachers(config, task, ALONE), times)
     rows, out = folder.parent / "rows.tsv", folder.parent / "answers.tsv"
     rows.write_text("sentence\nthe plot was good\n")
 

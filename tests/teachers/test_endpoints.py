@@ -27,7 +27,7 @@ from small import (
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.teachers import endpoint
-from sead_dist.teachers.teacher import call_roster
+from sead_dist.teachers.entries import read_teachers
 
 PROMPT = '"Review: {sentence}\\nSentiment:"'
 WORDS = '{positive: [" good", " great"], negative: [" bad"]}'
@@ -154,7 +154,7 @@ def entry(server, more="", words=WORDS, prompt=PROMPT, name="m"):
 
 def opened(*entries, **changes):
     given = config(f"teachers=[{', '.join(entries)}]", **changes)
-    return call_roster(given, TASK, ALONE, grammar_tokenizer())
+    return read_teachers(given, TASK, ALONE, grammar_tokenizer())
 
 
 def of_prompt(text):

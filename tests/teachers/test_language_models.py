@@ -35,17 +35,17 @@ from sead_dist.data.task_files import load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.pool_worker import teach
 from sead_dist.teachers import language_model
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.language_model import Plan
 from sead_dist.teachers.placement import check_placements
 from sead_dist.teachers.prompts import Texts, read_template
-from sead_dist.teachers.teacher import call_roster
 
 WORDS_W = [" good", " very great", " bad"]
 
 
 def opened(*entries, task=TASK, train=None, **changes):
     given = config(f"teachers=[{', '.join(entries)}]", **changes)
-    return call_roster(given, task, ALONE, grammar_tokenizer(), train)
+    return read_teachers(given, task, ALONE, grammar_tokenizer(), train)
 
 
 def of_classes(scores_W):

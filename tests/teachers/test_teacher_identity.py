@@ -14,7 +14,7 @@ from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.order import make_split, tokenize
 from sead_dist.data.splits import RunExamples, RunSplits, told_cuts
 from sead_dist.models.pretrained import position_limit, tokenizer_hash
-from sead_dist.teachers.teacher import call_roster
+from sead_dist.teachers.entries import read_teachers
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ class OwnModel(BertForSequenceClassification):
 
 def test_code_that_comes_with_a_teacher_is_part_of_who_it_is(tmp_path):
     folder = save_teacher(tmp_path / "own")
-    plain = call_roster(config(teachers=[{"path": str(folder)}]), TASK, ALONE)[0]
+    plain = read_teachers(config(teachers=[{"path": str(folder)}]), TASK, ALONE)[0]
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
     edit_json(folder / "config.json", model_type="own-bert", auto_map=classes)
     given = config(teachers=[{"path": str(folder)}], trust_remote_code=True)
     seen = {plain.key.fingerprint}
     for code in (MODULE, MODULE + "# an edit\n"):
         (folder / "own.py").write_text(code)
-        seen.add(call_roster(given, TASK, ALONE)[0].key.fingerprint)
+        seen.add(read_teachers(given, TASK, ALONE)[0].key.fingerprint)
     assert len(seen) == 3
     # the same files elsewhere are the same teacher
     shutil.copytree(folder, tmp_path / "copy")
     moved = config(teachers=[{"path": str(tmp_path / "copy")}], trust_remote_code=True)
-    assert call_roster(moved, TASK, ALONE)[0].key.fingerprint in seen
+    assert read_teachers(moved, TASK, ALONE)[0].key.fingerprint in seen
 
 
 def test_rows_that_lose_tokens_are_told_in_every_split(tmp_path):

@@ -12,11 +12,11 @@ from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import RunError, UserError
+from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher
 from sead_dist.teachers.inference import NotFiniteError
 from sead_dist.teachers.kinds import TEACHER_KINDS, answer_rows, register_teacher
 from sead_dist.teachers.placement import check_placements
-from sead_dist.teachers.teacher import call_roster
 
 
 class Lengths:
@@ -42,7 +42,7 @@ def lengths():
 
 def teachers_of(entry, **changes):
     given = config(f"teachers=[{entry}]", **changes)
-    return call_roster(given, TASK, ALONE, grammar_tokenizer())
+    return read_teachers(given, TASK, ALONE, grammar_tokenizer())
 
 
 def collect(answers, examples, classes, rows):

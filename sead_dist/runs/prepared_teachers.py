@@ -1,0 +1,201 @@
+"""Before the first step: the teachers are validated, weighed, and the ensemble is fixed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from typing_extensions import NotRequired, TypedDict  # of Python 3.12, for pydantic
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import subset
+from sead_dist.data.splits import RunSplits
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.objectives.ensemble import (
+    Ensemble,
+    asks_selection,
+    frozen_weights,
+    make_ensemble,
+)
+from sead_dist.objectives.weightings import Known
+from sead_dist.runs.calibration import calibrate, told_calibration
+from sead_dist.runs.learnable import (
+    FILE,
+    Learnable,
+    baseline_logits,
+    told,
+    weigh_up,
+)
+from sead_dist.runs.own_baseline import OWN, baseline_folder
+from sead_dist.runs.setup import Parts
+from sead_dist.runtime.distributed import from_main
+from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.teachers.drift import measure_drift
+from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.trained_rows import seen_by, told_folds
+from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
+
+
+def prepare_teachers(parts: Parts) -> Ensemble | None:
+    """Examine the teachers, and freeze the ensemble's weights before the first step; None without
+    teachers."""
+    config, task, teachers = parts.config, parts.task, parts.teachers
+    if parts.source is None:
+        return None
+    validations: list[Validation] = []
+    logits_NBC: np.ndarray | None = None
+    if needs_validation(config):
+        selection = parts.splits.selection
+        parts.world.at("validating the teachers")
+        logits_NBC = ask_all(
+            parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
+        )
+        validations = validate(
+            task, teachers, logits_NBC, selection, parts.examples.dev_in_training
+        )
+        if config.teacher_validation == "fp32":
+            drifts = measure_drift(parts.source, selection)
+            validations = [
+                replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
+            ]
+        for validation, teacher in zip(validations, teachers, strict=True):
+            parts.log.say(describe(validation, teacher, len(selection)))
+        if parts.world.is_main:
+            record = [asdict(validation) for validation in validations]
+            write_json(Path(config.output_dir) / "teacher_validation.json", record)
+        if config.validates:
+            require_passed(task, validations, teachers)
+    selection = parts.splits.selection
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
+    names = [teacher.name for teacher in teachers]
+    weights, calibration = from_main(
+        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
+    )
+    ensemble = replace(
+        ensemble,
+        weights_N=torch.tensor(weights),
+        calibration_N=None if calibration is None else torch.tensor(calibration),
+    )
+    for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
+        parts.log.say(line)
+    if ensemble.weighting.one_teacher:
+        chosen = teachers[int(ensemble.weights_N.argmax())]
+        parts.log.say(f"the one teacher of this student: {chosen.name}")
+    elif ensemble.weighting.has_frozen_weights:
+        told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
+        parts.log.say(f"weights: {', '.join(told_N)}")
+    if ensemble.seen_NU is not None:
+        labelled = parts.examples.labelled_rows
+        parts.log.say(told_folds(names, ensemble.seen_NU, parts.splits.train, labelled))
+    if logits_NBC is not None:
+        say_learnable(parts, validations, logits_NBC, ensemble)
+    return ensemble
+
+
+class Frozen(TypedDict):
+    """ensemble.json: what a run has fixed of its teachers before step 1."""
+
+    weights: list[float]
+    calibration: NotRequired[list[float] | None]
+
+
+def kept_weights(
+    run: Path, ensemble: Ensemble, names: Sequence[str]
+) -> tuple[list[float], list[float] | None]:
+    """The weights and temperatures of teachers that the run began with; at its first start the
+    ensemble's, which are kept."""
+    path, weights_N = run / "ensemble.json", ensemble.weights_N
+    if not path.is_file():
+        record: dict[str, object] = {"teachers": list(names), "weights": weights_N.tolist()}
+        if ensemble.calibration_N is not None:
+            record["calibration"] = ensemble.calibration_N.tolist()
+        write_json(path, record)
+    kept = read_as(Frozen, path)
+    weights, calibration = kept["weights"], kept.get("calibration")
+    if any(len(of) != len(weights_N) for of in (weights, calibration or weights)):
+        raise UserError(
+            f"{path} holds {len(weights)} weights for {len(weights_N)} teachers; restore it or "
+            "start a new run"
+        )
+    return weights, calibration
+
+
+def say_learnable(
+    parts: Parts,
+    validations: Sequence[Validation],
+    logits_NBC: np.ndarray,
+    ensemble: Ensemble,
+) -> None:
+    """Say, and write down, whether the teachers together know more than a fine-tuned student."""
+    selection, baseline = parts.splits.selection.examples, baseline_folder(parts.config)
+
+    routes = selection.routes_B
+    routes_B = None if routes is None else torch.from_numpy(routes)
+    all_NBC = torch.from_numpy(logits_NBC)
+    complete_B = ensemble.complete(all_NBC, routes_B).numpy()
+    scored = [validation for validation in validations if validation.score is not None]
+    if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
+        parts.log.say("whether there is anything to learn cannot be told from the selection split")
+        return
+
+    def find() -> Learnable:
+        answer = ensemble.answer(all_NBC, routes_B)
+        finetuned_BC = None
+        if baseline is not None:
+            finetuned_BC = baseline_logits(baseline, parts.task, selection)[complete_B]
+        return weigh_up(
+            parts.task,
+            selection if complete_B.all() else subset(selection, complete_B),
+            [validation.score or 0.0 for validation in scored],
+            [validation.name for validation in scored],
+            answer.logits_BC.numpy()[complete_B],
+            finetuned_BC,
+        )
+
+    found = from_main(parts.world, find)
+    line = told(found)
+    if ensemble.weighting.fewest_rows:
+        line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
+    parts.log.say(line)
+    if parts.world.is_main:
+        write_json(Path(parts.config.output_dir) / FILE, asdict(found))
+
+
+def needs_validation(config: RunConfig) -> bool:
+    """Whether nothing may be taught before the teachers' scores are known."""
+    calibrates = any(entry.calibrates for entry in config.teachers)
+    named = config.baseline not in (None, OWN)
+    return config.validates or asks_selection(config) or calibrates or named
+
+
+def weigh(
+    config: RunConfig,
+    task: TaskSpec,
+    teachers: Sequence[Teacher],
+    validations: Sequence[Validation],
+    logits_NBC: np.ndarray | None,
+    splits: RunSplits,
+) -> Ensemble:
+    """The ensemble, its weights frozen by what is known of the teachers. logits_NBC: of the
+    selection split, where it was asked."""
+    names = [teacher.name for teacher in teachers]
+    known = Known(
+        given=[teacher.entry.weight for teacher in teachers],
+        chosen=None if config.teacher is None else names.index(config.teacher),
+        scores=[validation.score for validation in validations],
+        names=names,
+        labels_B=splits.selection.examples.labels_B,
+    )
+    calibration_N = None
+    if logits_NBC is not None:
+        labels_B = splits.selection.examples.labels_B
+        calibration_N = calibrate(config, task, logits_NBC, labels_B)
+        scaled_NBC = logits_NBC
+        if calibration_N is not None:
+            scaled_NBC = logits_NBC / calibration_N.numpy()[:, None, None]
+        known = replace(known, logits_NBC=scaled_NBC)
+    seen_NU = seen_by(teachers, splits.train)
+    ensemble = make_ensemble(config, task.task_kind, frozen_weights(config, known), seen_NU)
+    return replace(ensemble, calibration_N=calibration_N)

@@ -1,0 +1,239 @@
+"""The teachers of a run, read from their entries: classifiers, language models, files of
+predictions, and kinds that plugins register.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sead_dist.config.registered import LANGUAGE_MODEL
+from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
+from sead_dist.data.splits import RunExamples
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
+from sead_dist.models.pretrained import (
+    SILENT,
+    Checkpoint,
+    check_vocabulary,
+    code_hash,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    setting_hash,
+    tokenizer_hash,
+    weights_hash,
+)
+from sead_dist.models.sequence_classifier import (
+    align_classes,
+    check_problem_type,
+    head_weights,
+    label_names,
+    outline,
+)
+from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
+from sead_dist.store.table import TeacherKey
+from sead_dist.teachers.file_teacher import FileAnswers, open_file
+from sead_dist.teachers.inference import Cut
+from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
+from sead_dist.teachers.language_model import SCHEME, LanguageModel
+from sead_dist.teachers.prompts import Opening
+from sead_dist.teachers.quantize import check_quantize
+from sead_dist.teachers.teacher import Teacher, cut_of, numerics_class, size_of, weight_bytes
+
+
+def _hash_all(checkpoints: Sequence[Checkpoint | None], world: World) -> list[str]:
+    """Every checkpoint's weight hash ('' without one); each rank reads a share of the files."""
+
+    def mine() -> dict[int, str]:
+        share = range(world.rank, len(checkpoints), world.size)
+        found = {index: checkpoints[index] for index in share}
+        return {index: "" if of is None else weights_hash(of) for index, of in found.items()}
+
+    shares = gather_objects(world, on_every_rank(world, mine))
+    return [shares[index % world.size][index] for index in range(len(checkpoints))]
+
+
+def read_teachers(
+    config: RunConfig,
+    task: TaskSpec,
+    world: World,
+    student: PreTrainedTokenizerBase | None = None,
+    examples: RunExamples | None = None,
+) -> list[Teacher]:
+    """The teachers of a run, in the order given; those that read texts as the student does hold its
+    tokeniser. examples: the run's, in which files of predictions look for their rows, and of which
+    prompts may show some. Raises UserError for the first that cannot teach.
+
+    Every rank gets the same list.
+    """
+    checkpoints = on_every_rank(world, lambda: [checkpoint_of(entry) for entry in config.teachers])
+    hashes = _hash_all(checkpoints, world)
+    teachers = on_every_rank(
+        world, lambda: _call(config, task, world.device, checkpoints, hashes, student, examples)
+    )
+    _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
+    return teachers
+
+
+def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
+    """Where a classifier lies; None for a teacher of another kind."""
+    return locate(entry.path, entry.revision) if entry.is_model else None
+
+
+# keys of an entry that only mean something to a classifier, and those that language models read too
+OF_MODEL = ("offload", "quantization", "revision", "dtype", "max_length")
+OF_LANGUAGE_MODEL = OF_MODEL[2:]
+
+
+def registered_teacher(opening: Opening, student: PreTrainedTokenizerBase) -> Teacher:
+    """A teacher that is no classifier. Raises UserError for keys of its entry that only mean
+    something to one."""
+    config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
+    plain = TeacherConfig(path=entry.path)
+    allowed = OF_LANGUAGE_MODEL if entry.kind == LANGUAGE_MODEL else ()
+    for of_model in OF_MODEL:
+        if of_model not in allowed and getattr(entry, of_model) != getattr(plain, of_model):
+            raise UserError(
+                f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
+                f"kind is {entry.kind}; leave it out"
+            )
+    answers, order_C = open_answers(opening)
+    fingerprint = fingerprint_of(entry, answers)
+    if not isinstance(answers, LanguageModel):
+        return without_model(config, task, entry, name, student, answers, fingerprint, order_C)
+    cut = Cut(1 << 30, None)
+    numerics = numerics_class(opening.device, answers.dtype, None, "auto", cut, SCHEME)
+    return Teacher(
+        entry, name, answers.source.checkpoint, PretrainedConfig(),
+        ModelInputs(student, tokenizer_hash(student), answers.max_length, "right"),
+        order_C, answers.dtype, answers.weights_sha256, answers.parameters, answers.bytes,
+        TeacherKey(fingerprint, numerics, entry.path, task.num_labels), cut, answers,
+    )  # fmt: skip
+
+
+def file_teacher(
+    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
+    student: PreTrainedTokenizerBase, examples: RunExamples | None,
+) -> Teacher:  # fmt: skip
+    """A teacher that is a file of predictions. Raises UserError for what cannot teach."""
+    if examples is None:
+        raise ValueError(f"teacher {name} is a file, and needs the run's rows")
+    file = open_file(entry, name, task, examples)
+    order_C = list(range(task.num_labels))
+    return without_model(config, task, entry, name, student, file, file.fingerprint, order_C)
+
+
+def without_model(
+    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
+    student: PreTrainedTokenizerBase, answers: Answers | FileAnswers, fingerprint: str,
+    order_C: list[int],
+) -> Teacher:  # fmt: skip
+    """A teacher that is no model, and answers in this way."""
+    numerics = json.dumps({"shapes": "predictions" if entry.predictions else entry.kind})
+    key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
+    return Teacher(
+        entry, name, Checkpoint(entry.path, Path(entry.path), None), PretrainedConfig(),
+        ModelInputs(student, tokenizer_hash(student), config.max_length, "right"),
+        order_C, "fp32", "", 0, 0, key,
+        Cut(1 << 30, None), answers,
+    )  # fmt: skip
+
+
+def _call(
+    config: RunConfig,
+    task: TaskSpec,
+    device: torch.device,
+    checkpoints: Sequence[Checkpoint | None],
+    hashes: Sequence[str],
+    student: PreTrainedTokenizerBase | None,
+    examples: RunExamples | None,
+) -> list[Teacher]:
+    entries = config.teachers
+    checked: dict[tuple[str, str, str | None, str, int], tuple[ModelInputs, Cut]] = {}
+    alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
+    tokenizers = {} if student is None else {tokenizer_hash(student): student}
+    teachers: list[Teacher] = []
+    for entry, name, checkpoint, weights in zip(
+        entries, teacher_names(entries), checkpoints, hashes, strict=True
+    ):
+        if checkpoint is None:
+            if student is None:
+                raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
+            if entry.predictions is not None:
+                teachers.append(file_teacher(config, task, entry, name, student, examples))
+            else:
+                train = None if examples is None else examples.labelled
+                opening = Opening(entry, name, task, config, device, train)
+                teachers.append(registered_teacher(opening, student))
+            continue
+        shape = load_model_config(checkpoint, config.trust_remote_code)
+        setting = setting_hash(checkpoint)
+        if setting in alike:
+            settle(alike[setting][0], shape)
+        else:  # loading these 64 times would take seconds and half a gigabyte
+            loaded = load_tokenizer(checkpoint, config.trust_remote_code)
+            settle(loaded, shape)
+            check_vocabulary(checkpoint.name, loaded, shape)
+            tokens = tokenizer_hash(loaded)
+            parts = outline(shape, config.trust_remote_code)
+            alike[setting] = tokenizers.setdefault(tokens, loaded), tokens, parts
+        tokenizer, tokens, parts = alike[setting]
+        # before the names of the classes: those of an encoder without a head mean nothing
+        parameters, words = size_of(checkpoint, head_weights(parts))
+        order_C = align_classes(task, entry.path, label_names(shape), entry.class_names)
+        check_problem_type(task, entry.path, shape)
+        max_length = entry.max_length or config.max_length
+        dtype = entry.dtype or config.teacher_precision
+        if entry.quantization is not None:
+            check_quantize(name)
+        facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
+        kind = (facts, dtype, entry.quantization, tokens, max_length)
+        if kind not in checked:
+            inputs = teacher_inputs(tokenizer, tokens, shape, max_length)
+            cut = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
+            checked[kind] = inputs, cut
+        inputs, cut = checked[kind]
+        attention = parts.config._attn_implementation
+        numerics = numerics_class(device, dtype, entry.quantization, attention, cut)
+        code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
+        fingerprint = _fingerprint(weights, shape, inputs, code)
+        key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
+        teachers.append(
+            Teacher(
+                entry, name, checkpoint, shape, inputs, order_C, dtype, weights, parameters,
+                weight_bytes(parameters, words, dtype, entry.quantization), key, cut,
+            )
+        )  # fmt: skip
+    return teachers
+
+
+def _fingerprint(
+    weights: str, config: PretrainedConfig, inputs: ModelInputs, code: str | None
+) -> str:
+    """What a prediction depends on. What was kept under the first rules of input stays good where
+    the tensors are the same. A padding id or segments that were others then are in the config and
+    the tokeniser. code: the hash of the Python files that came with the checkpoint and were run."""
+    shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
+    always, otherwise = inputs.facts()
+    facts: list[Any] = [weights, shape, *always, *otherwise]
+    if code is not None:
+        facts.append({"code": code})
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
+    """A run computes in one numerics class: ranks on unequal hardware would mix two."""
+    everyone = gather_objects(world, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0] and config.store.accept != "any":
+            raise UserError(
+                f"rank {rank} computes as {theirs[0]} but rank 0 as {everyone[0][0]}; run on "
+                "equal machines, or accept mixed predictions with store.accept=any"
+            )
