@@ -9,8 +9,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import yaml
 from pydantic import ValidationError
 
 from sead_dist.config.keys import defaults
@@ -21,6 +22,9 @@ from sead_dist.config.plugins import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
 from sead_dist.config.yaml_text import parse_yaml, read_yaml
 from sead_dist.errors import UserError, reading
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +159,8 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None
     are explained, None for a run's, of which `sead-dist keys` tells."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    key = ".".join(str(part) for part in first["loc"])
+    # pydantic names the type that it tried, `list[str]`, as a part
+    key = ".".join(part for part in map(str, first["loc"]) if "[" not in part)
     if first["type"] == "extra_forbidden":
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
         new = new_name(plain)
@@ -166,14 +171,39 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None
         hint = f"the keys are listed in {listed_in}" if listed_in else "`sead-dist keys` lists all"
         if near is not None:
             hint = f"did you mean {RENAMED.get(near, near)!r}?"
+        name, colon, value = str(first["loc"][-1]).partition(":")
+        if colon:
+            hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    plain = ".".join(part for part in first["loc"] if isinstance(part, str))
-    where = f"see {key} in {listed_in}" if listed_in else f"see `sead-dist keys {plain}`"
-    return f"{key}={first['input']!r}: {message}; {where}"
+    if listed_in is not None:
+        where = f"; see {key} in {listed_in}"
+    else:
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        while names and ".".join(names) not in known:  # a class in `words` is no key
+            names.pop()
+        where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
+    return f"{key}={first['input']!r}: {_expected(first)}{where}"
+
+
+def _expected(mistake: "ErrorDetails") -> str:
+    """What is wrong with a value, in YAML's words."""
+    kind, value = mistake["type"], mistake["input"]
+    if kind in ("list_type", "tuple_type"):
+        return "expected a list" + (f"; give {_as_yaml([value])}" if _is_plain(value) else "")
+    if kind in ("dict_type", "model_type"):
+        return "expected a mapping; give {KEY: VALUE}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10000).strip()
 
 
 def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
@@ -253,8 +283,8 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
         check_repair(config)
     if config.fold is not None and config.fold >= (config.folds or 0):
         raise UserError(
-            f"fold={config.fold} must be one of the folds 0, 1, ..., and folds={config.folds}; "
-            "give folds a larger number, or leave fold out"
+            f"fold={config.fold} must be one of the folds 0, 1, ..., and folds="
+            f"{config.folds or 'null'}; give folds a larger number, or leave fold out"
         )
     if config.global_batch_size % config.micro_batch_size:
         raise UserError(

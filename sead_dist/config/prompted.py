@@ -14,7 +14,8 @@ ENDPOINT_KEYS = ("endpoint", "concurrency", "max_requests")
 def with_kind(raw: Any) -> Any:
     """The entry with its `model` as its path, and with the kind that its other keys mean.
 
-    Raises ValueError for a model without a prompt, and for a model and a path."""
+    Raises ValueError for a model without a prompt, for a prompt without a model, and for a model
+    and a path."""
     if not isinstance(raw, Mapping):
         return raw
     entry = dict(raw)
@@ -26,6 +27,10 @@ def with_kind(raw: Any) -> Any:
                 "a language model needs a prompt and words; add them, or give path for a classifier"
             )
         entry["path"] = entry.pop("model")
+    elif entry.get("path") is None and entry.get("predictions") is None:
+        for key, what in (("endpoint", "an endpoint"), ("prompt", "a language model")):
+            if entry.get(key) is not None:
+                raise ValueError(f"{what} needs model: NAME; add the name of its language model")
     if entry.get("kind") is None and entry.get("prompt") is not None:
         entry["kind"] = LANGUAGE_MODEL if entry.get("endpoint") is None else ENDPOINT
     return entry
