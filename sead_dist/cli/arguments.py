@@ -2,9 +2,30 @@
 
 import argparse
 import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sead_dist.config.names import nearest
+from sead_dist.errors import one_line
 
 WORDS = "YAML files or shipped names (sst2), laid over the defaults in order, then KEY=VALUE"
 ROOT = "folder where submitted runs register; default: the user's state folder"
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every command does, and leaves with exit code 2. Parsers of
+    subcommands are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sead-dist: {one_line(message)}; see '{self.prog} --help'\n")
+
+    def check_command(self, given: Sequence[str], names: Sequence[str]) -> None:
+        """Refuses a first word that is none of the commands `names`."""
+        asked = next((word for word in given if not word.startswith("-")), None)
+        if asked is not None and asked not in names:
+            near = nearest(asked, names)
+            hint = f"did you mean {near!r}?" if near else f"commands: {', '.join(names)}"
+            self.error(f"{asked!r} is no command; {hint}")
 
 
 def add_words(command: argparse.ArgumentParser) -> None:

@@ -50,10 +50,12 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     with importing():
         from sead_dist.runs import distillation as recipes
         from sead_dist.runs.pool_worker import teach as fill_store
+        from sead_dist.runs.quiet import quiet_libraries
         from sead_dist.runtime.distributed import in_world
 
     recipe, _, worker = name.partition(" ")
     with in_world(config.heartbeat) as world:
+        quiet_libraries(world)
         if recipe == "teach":
             fill_store(config, worker, world)
         elif recipe == "finetune":
@@ -261,26 +263,20 @@ def reproduce(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.cli.demo import run_demo
+        from sead_dist.runs.quiet import quiet_libraries
         from sead_dist.runtime.distributed import in_world
 
     with in_world() as world:
+        quiet_libraries(world)
         run_demo(Path(args.output_dir), args.seed, world)
 
 
 GRACE_S = 1.0
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="sead-dist",
-        description="Distil an ensemble of teachers into one small student.",
-    )
-    top.add_argument(
-        "--debug", action="store_true", help="with an error its whole traceback, after any command"
-    )
-    top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run, add, help_ in (
+def all_commands() -> tuple[tuple[Callable[..., None], Callable[..., None], str], ...]:
+    """What each command runs, what can be written after it, and its line of help."""
+    return (
         (distill, arguments.add_recipe, "teach a student, or go on where a killed run stopped"),
         (finetune, arguments.add_recipe, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
         (
@@ -306,7 +302,18 @@ def parser() -> argparse.ArgumentParser:
             "train a published checkpoint again; alone: list all sixteen",
         ),
         (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
-    ):
+    )
+
+
+def parser() -> arguments.Parser:
+    told = "Distil an ensemble of teachers into one small student."
+    top = arguments.Parser(prog="sead-dist", description=told)
+    top.add_argument(
+        "--debug", action="store_true", help="with an error its whole traceback, after any command"
+    )
+    top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for run, add, help_ in all_commands():
         command = commands.add_parser(run.__name__, help=help_)
         add(command)
         command.set_defaults(run=run)
@@ -316,11 +323,14 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments; words may stand after its options too."""
     given = list(sys.argv[1:] if argv is None else argv)
-    top = parser()
+    top, names = parser(), [run.__name__ for run, _, _ in all_commands()]
+    top.check_command(given, names)
     args, rest = top.parse_known_args([word for word in given if word != "--debug"])
     args.debug = "--debug" in given
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.Parser(f"sead-dist {args.command}").error(
+            f"unrecognized arguments: {' '.join(rest)}"
+        )
     if rest:
         args.words = [*args.words, *rest]
     return args
