@@ -106,7 +106,8 @@ def locate(
         )
     name, _, tag = path.partition("@")
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or folder.exists():
-        raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id")
+        hint = f" (a file of predictions is {{predictions: {path}}})" if _is_data(folder) else ""
+        raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id{hint}")
     from huggingface_hub import constants, snapshot_download
 
     try:
@@ -122,6 +123,13 @@ def locate(
     if _is_adapter(Path(found)):
         return _merged(path, Path(found), Path(found).name)
     return Checkpoint(path, Path(found), Path(found).name)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether it is a file whose name ends as a data file's does."""
+    from sead_dist.data.loading import EXTENSIONS  # it needs pyarrow
+
+    return path.is_file() and path.suffix.lower() in EXTENSIONS
 
 
 def _is_adapter(folder: Path) -> bool:

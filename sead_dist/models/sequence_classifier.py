@@ -68,12 +68,14 @@ def align_classes(
     names: Sequence[str],
     labels: Sequence[str] | str | None,
     mend: str | None = None,
+    given: str | None = None,
 ) -> list[int]:
     """For each task class, the column of the model's own logits: order_C with
     logits_task = logits_model[:, order_C]. (Invariant 4; our own rule.)
 
-    names: the model's label names; labels: what the person says they are, or "task_order"; fix:
-    how to say it, ready to copy (default: a teacher's entry). Raises UserError with that line.
+    names: the model's label names; labels: what the person says they are, or "task_order"; mend:
+    how to say it, ready to copy, and given: how they were said (default: in a teacher's entry).
+    Raises UserError with that line.
     """
     entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
     mend = mend or f"{entry} or labels: task_order"
@@ -95,10 +97,13 @@ def align_classes(
     wrong = [name for name, index in zip(said, found, strict=True) if index is None]
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
         reason = f"{wrong[0]!r} is no label of" if wrong else "they are not one each of"
+        whose = f"{model} names its classes {', '.join(said)}"
+        fix = "was it trained for another task? then leave it out, else say"
+        if labels is not None:
+            whose, fix = given or f"{model}, labels: [{', '.join(said)}]", "say"
         raise UserError(
-            f"{model} names its classes {', '.join(said)}: {reason} task {task.name}, whose "
-            f"labels are {', '.join(task.labels)}; was it trained for another task? then leave it "
-            f"out, else say what its classes mean, in its own order: {mend}"
+            f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; {fix} "
+            f"what its classes mean, in its own order: {mend}"
         )
     return [found.index(index) for index in range(len(names))]
 

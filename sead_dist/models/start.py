@@ -89,7 +89,13 @@ def student_tokenizer(
     source = next((source for source in sources if source is not None), None)
     if source is None:
         raise UserError(
-            "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give teachers"
+            "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give "
+            + ("a teacher that is a model" if teachers else "teachers")
+            + (
+                " (a file of predictions has no tokeniser)"
+                if any(teacher.predictions is not None for teacher in teachers)
+                else ""
+            )
         )
     return locate(source, marks=TOKENIZER_FILES, offline=offline)
 

@@ -5,7 +5,7 @@ Shapes: R text rows, W words of all classes, K classes in the order of the entry
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.examples import ExampleSet
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.task_files import TaskSpec, align_name
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import align_classes
 
@@ -155,6 +155,7 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     assert entry.words is not None
     parts = read_template(entry.prompt, task, name)
     labels = list(entry.words)
+    check_classes(entry, entry.words, task, name)
     order_C = align_classes(
         task, entry.path, labels, entry.class_names, "words: {CLASS: [WORDS], ...}"
     )
@@ -165,6 +166,33 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     )
     first_C = [entry.words[labels[own]][0] for own in order_C]
     return Prompt(parts, _choose_shots(opening, first_C)), words
+
+
+def check_classes(
+    entry: TeacherConfig, words: Mapping[str, Sequence[str]], task: TaskSpec, name: str
+) -> None:
+    """Raises UserError where the classes that have words are not the task's, or, with `labels`,
+    not as many."""
+    its = ", ".join(task.labels)
+    if entry.class_names is not None:
+        if len(words) != len(task.labels):
+            raise UserError(
+                f"teacher {name}: words names {len(words)} classes, and task {task.name} has "
+                f"{len(task.labels)}; give words for each of: {its}"
+            )
+        return
+    found = {label: align_name(task, label) for label in words}
+    wrong = [label for label, index in found.items() if index is None]
+    if wrong:
+        raise UserError(
+            f"teacher {name}: words names {wrong[0]!r}, which is no label of task {task.name}; "
+            f"its labels: {its}"
+        )
+    lacking = [label for index, label in enumerate(task.labels) if index not in found.values()]
+    if lacking:
+        raise UserError(
+            f"teacher {name}: words lacks the class {lacking[0]!r}; give words for each of: {its}"
+        )
 
 
 def _choose_shots(opening: Opening, first_C: Sequence[str]) -> tuple[Shot, ...]:

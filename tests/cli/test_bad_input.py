@@ -285,6 +285,10 @@ def test_a_teacher_that_is_no_checkpoint(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(r"empty holds no .*; give a folder", f"teachers=[{tmp_path / 'empty'}]")
     refused(r"/no/where is not a folder; give a checkpoint", "teachers=[/no/where]")
+    file = tmp_path / "gpt.csv"
+    file.write_text("id,prediction\n")
+    said = rf"is not a folder; .* \(a file of predictions is \{{predictions: {re.escape(str(file))}\}}\)"
+    refused(said, f"teachers=[{file}]")
     refused(
         r"no-such-model is neither a folder nor reachable on the hub", "teachers=[no-such-model]"
     )
