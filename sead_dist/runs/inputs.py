@@ -54,8 +54,14 @@ def check_inputs(config: RunConfig) -> None:
             locate(entry.path, entry.revision)
         elif entry.kind == LANGUAGE_MODEL:
             find_model(entry.path, entry.revision)
-        if entry.predictions is not None and not Path(entry.predictions).exists():
-            raise UserError(f"predictions={entry.predictions} does not exist; give a file")
+    check_predictions(config)
     # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
     if config.student.path is not None or config.student.tokenizer is not None:
         check_start(config.student, config.trust_remote_code)
+
+
+def check_predictions(config: RunConfig) -> None:
+    """Raises UserError for a file of predictions that is not there."""
+    for entry in config.teachers:
+        if entry.predictions is not None and not Path(entry.predictions).exists():
+            raise UserError(f"predictions={entry.predictions} does not exist; give a file")

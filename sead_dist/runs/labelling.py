@@ -88,6 +88,8 @@ def predict_file(
     that cannot be read are passed over, and told. Raises UserError before any work, also where
     `output` exists.
     """
+    if file.is_dir() and not (file / "state.json").is_file():  # which `datasets` saves
+        raise UserError(f"{file} is a folder; give a file")
     asking = Asking(on_stderr, labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
     output, written = output_of(file, output, kind)
@@ -179,7 +181,7 @@ def output_of(file: Path, output: Path | None, kind: str) -> tuple[Path, str]:
                 "--output -: standard output is text, and the input is not; name a file"
             )
         return output, same
-    check_output(output)
+    check_output(output, "--output")
     return output, output.suffix.lower()
 
 
@@ -194,14 +196,15 @@ def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, worl
     return rows_of_text(content, named, kind, task, skip_malformed)
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, option: str) -> None:
+    """option: the name under which a person gave it. Raises UserError where it cannot be."""
     if output.suffix.lower() not in WRITTEN:
         raise UserError(
-            f"--output {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
+            f"{option} {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
         )
     if output.exists() and not is_stream(output):
-        raise UserError(f"--output {output} exists and is not written over; give a new name")
-    check_writable("--output", output)
+        raise UserError(f"{option} {output} exists and is not written over; give a new name")
+    check_writable(option, output)
 
 
 def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
@@ -259,7 +262,8 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
     except OSError as error:
         raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
     # a stream may be what holds the rows
-    print(f"{len(rows)} rows written to {output}", file=sys.stderr if is_stream(output) else None)
+    told = f"{counted(len(rows), 'row')} written to {output}"
+    print(told, file=sys.stderr if is_stream(output) else None)
 
 
 def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:

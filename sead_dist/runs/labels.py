@@ -46,7 +46,7 @@ Columns = dict[str, list[Any]]
 def write_rows(config: RunConfig, output: Path) -> None:
     """Write each row of training split, text, selection split and official splits once, with its id
     and texts, to be answered anywhere. Teachers are not looked at. Raises UserError."""
-    check_output(output)
+    check_output(output, "--rows")
     task = load_task(config.task)
     if not config.teachers:  # they are to come: what the sample leaves out is text for them
         config = config.model_copy(update={"teachers": [TeacherConfig(path="to come")]})
@@ -72,7 +72,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     the ensemble's (nats), and the share of the teachers whose class is the ensemble's. What a
     teacher does not answer is empty. Raises UserError, as for a teacher that fails its validation.
     """
-    check_output(output)
+    check_output(output, "--output")
     if not config.taught:
         raise UserError("there are no teachers to say anything; give teachers=[DIR, ...]")
     if world.size > 1:

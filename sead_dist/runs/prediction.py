@@ -6,6 +6,7 @@ MODEL is a run folder, a model folder or a hub id; its classes are aligned with 
 Shapes: B examples, C classes (task order).
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import Split
 from sead_dist.data.splits import load_official
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.task_files import TaskSpec, align_name, load_task
 from sead_dist.data.tokens import describe_cuts
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs
@@ -37,6 +38,7 @@ from sead_dist.models.sequence_classifier import (
     DTYPES,
     align_classes,
     check_problem_type,
+    is_generic,
     label_names,
     load_classifier,
 )
@@ -47,6 +49,8 @@ from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.training.evaluation import EvalResult, Forward, evaluate
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ def run_config(name: str) -> Mapping[str, Any]:
 def task_of(name: str, given: str | None) -> TaskSpec:
     """The task that was asked for, else the run folder's own. Raises UserError for neither."""
     load_kept(Path(name))
+    if given is None and not Path(name).exists():
+        raise UserError(
+            f"{name} does not exist; give a run folder or a model's folder, or for a model of the "
+            "hub --task NAME or FILE (in Python: task=...)"
+        )
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:
@@ -115,12 +124,20 @@ def class_order(
     name: str, config: PretrainedConfig, task: TaskSpec, labels: str | None
 ) -> list[int]:
     """order_C: for each class of the task the column of the model's own logits. Raises UserError
-    where the names do not say it."""
+    where the names do not say it. Warns where `labels` are another order than they say."""
     said = (
         labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
     )
     mend = f"--labels {','.join(task.labels)} or --labels task_order"
-    return align_classes(task, name, label_names(config), said, mend)
+    own = label_names(config)
+    order_C = align_classes(task, name, own, said, mend, f"--labels {labels}")
+    found = [align_name(task, each) for each in own]
+    says_it = labels is not None and not is_generic(own) and set(found) == set(order_C)
+    if says_it and [found.index(index) for index in range(len(own))] != order_C:
+        _log.warning(
+            "--labels %s counts, and %s names its classes %s", labels, name, ", ".join(own)
+        )
+    return order_C
 
 
 def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:

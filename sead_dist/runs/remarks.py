@@ -12,6 +12,7 @@ from sead_dist.data.resampling import paired_gap
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.runs.setup import Parts
 from sead_dist.runs.unread import unread_keys
+from sead_dist.runtime.console import counted
 
 
 def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray) -> list[str]:
@@ -39,7 +40,7 @@ def _of_selection(parts: Parts) -> Iterator[str]:
     rows = len(parts.splits.selection)
     if rows < ENOUGH_TO_CHOOSE:
         yield (
-            f"the selection split has {rows} rows, and what is chosen by fewer than "
+            f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
             f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
         )
 

@@ -12,6 +12,7 @@ from sead_dist.data.task_files import TaskSpec
 from sead_dist.runs.choices import with_choices
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import refuse_unused_text
+from sead_dist.runs.inputs import check_predictions
 from sead_dist.runs.own_baseline import MOST_OF_STEPS, OWN, baseline_steps
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.setup import read_inputs
@@ -26,6 +27,7 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     """
     quiet_libraries(world)
     refuse_unused_text(config)
+    check_predictions(config)
     one = teacher_runs(config)[0] if config.encoders else config
     notes: list[str] = []
     task, examples, _, model = on_every_rank(world, lambda: read_inputs(one, notes.append))

@@ -2,14 +2,22 @@
 
 import pytest
 from small import ALONE, read, words, write_task
+from transformers import PretrainedConfig
+from transformers.utils import logging
 
+from sead_dist.cli.commands import attempt_recipe, main
 from sead_dist.config.load import load_config
 from sead_dist.config.names import letters_apart, nearest
+from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.splits import load_examples, load_official
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
+from sead_dist.models.start import student_tokenizer
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.prediction import data_of
+from sead_dist.runs.labelling import predict_file
+from sead_dist.runs.labels import write_rows
+from sead_dist.runs.prediction import class_order, data_of, evaluate_model
+from sead_dist.runs.resolved import resolve_all
 
 
 @pytest.fixture
@@ -51,6 +59,122 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         UserError, match="unknown key 'nothing_like_it'; `sead-dist keys` lists all"
     ):
         load_config(["task=sst2", "output_dir=run", "nothing_like_it=2"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "teachers=[{predictions:gpt.csv}]",
+            "unknown key 'teachers.0.predictions:gpt.csv'; write `predictions: gpt.csv`, with a "
+            "blank after the colon",
+        ),
+        (
+            "teachers=[{predictions: gpt.csv, abstain: unsure}]",
+            "teachers.0.abstain='unsure': expected a list; give [unsure]; see `sead-dist keys "
+            "teachers.abstain`",
+        ),
+        (
+            "teachers=[{model: m, prompt: 'x {sentence}', words: {positive: good}}]",
+            "teachers.0.words.positive='good': expected a list; give [good]; see `sead-dist keys "
+            "teachers.words`",
+        ),
+        (
+            "teachers=[{path: m, labels: 3}]",
+            "teachers.0.labels='3': expected a list; give ['3']; see `sead-dist keys "
+            "teachers.labels`",
+        ),
+        (
+            "augment=3",
+            "augment=3: expected a mapping; give {KEY: VALUE}; see `sead-dist keys augment`",
+        ),
+        (
+            "fold=3",
+            "fold=3 must be one of the folds 0, 1, ..., and folds=null; give folds a larger "
+            "number, or leave fold out",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_yaml_s_words_and_leads_to_a_key_that_is_listed(word, said):
+    with pytest.raises(UserError) as caught:
+        load_config(["task=sst2", "output_dir=run", word])
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("predict", "the following arguments are required: model, file; see 'sead-dist predict "),
+        ("predict a b --kind foo", "argument --kind: invalid choice: 'foo'"),
+        ("distill sst2 --foo", "unrecognized arguments: --foo; see 'sead-dist distill --help'"),
+        ("store foo", "argument VERB: invalid choice: 'foo'"),
+        ("jbos", "'jbos' is no command; did you mean 'jobs'?; see 'sead-dist --help'"),
+        ("nothing_like_it", "'nothing_like_it' is no command; commands: distill, finetune, "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(given, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(given.split())
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"sead-dist: {said}")
+    assert told.count("\n") == 1
+
+
+def test_a_shape_s_student_beside_a_file_is_told_what_has_a_tokeniser():
+    teachers = [TeacherConfig.model_validate({"predictions": "gpt.csv"})]
+    student = StudentConfig(path=None, shape="L2-H128-A2")
+    with pytest.raises(UserError, match=r"or give a teacher that is a model \(a file of pred"):
+        student_tokenizer(student, teachers)
+    with pytest.raises(UserError, match=r"set student.tokenizer=FOLDER, or give teachers$"):
+        student_tokenizer(student, [])
+
+
+def test_print_config_refuses_a_file_of_predictions_that_is_not_there(tmp_path, data):
+    given = words(data, [], tmp_path / "run")
+    config = load_config([*given, "teachers=[{predictions: /no/gpt.csv}]"])
+    with pytest.raises(UserError, match=r"predictions=/no/gpt.csv does not exist; give a file"):
+        resolve_all(config, ALONE)
+
+
+def test_finetune_silences_libraries_before_its_first_check(tmp_path, data):
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        given = words(data, [], tmp_path / "run")
+        assert attempt_recipe("finetune", [*given, "encoders=[/no/where]"]) == 2
+        assert logging.get_verbosity() == logging.ERROR
+    finally:
+        logging.set_verbosity(before)
+
+
+def test_labels_names_the_option_that_was_given(tmp_path):
+    config = load_config(["task=sst2", "output_dir=run"])
+    with pytest.raises(UserError, match=r"--rows .*rows.txt: unknown kind '.txt'"):
+        write_rows(config, tmp_path / "rows.txt")
+
+
+def test_a_model_or_a_file_that_is_not_there_is_told_before_anything(tmp_path, data):
+    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+        predict_file("nosuch", tmp_path / "new.tsv", None, None, None)
+    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+        evaluate_model("nosuch", None, None, None, None, None)
+    with pytest.raises(UserError, match=r"data is a folder; give a file"):
+        predict_file("nosuch", data, None, None, None)
+
+
+def test_labels_against_a_model_s_own_names_are_told_and_bad_ones_are_named(data, caplog):
+    task = load_task(str(data / "task.yaml"))
+    own = PretrainedConfig(id2label=dict(enumerate(task.labels)))
+    with pytest.raises(UserError, match=r"^--labels a,b: 'a' is no label of task grammar"):
+        class_order("m", own, task, "a,b")
+    assert class_order("m", own, task, ",".join(task.labels)) == [0, 1]
+    assert caplog.messages == []
+    turned = ",".join(reversed(task.labels))
+    assert class_order("m", own, task, turned) == [1, 0]
+    assert caplog.messages == [
+        f"--labels {turned} counts, and m names its classes {', '.join(task.labels)}"
+    ]
 
 
 def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tmp_path, data):
