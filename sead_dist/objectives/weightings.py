@@ -52,8 +52,9 @@ class Weighting:
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. one_teacher: the others are never asked. precedence: where a report speaks of
-    one ensemble among several, it is the lowest one's.
+    split must have. one_teacher: the others are never asked. picks_teacher: a row has one teacher,
+    whatever that one was trained on. precedence: where a report speaks of one ensemble among
+    several, it is the lowest one's.
     """
 
     of_logits = False
@@ -61,6 +62,7 @@ class Weighting:
     needs_labels = False
     fewest_rows = 0
     one_teacher = False
+    picks_teacher = False
     precedence = 1
 
     @property
@@ -168,6 +170,7 @@ class Single(Weighting):
 
     of_logits = True
     one_teacher = True
+    picks_teacher = True
     precedence = 2
 
     def asks_selection(self, config: RunConfig) -> bool:
@@ -256,6 +259,7 @@ class Random(Weighting):
     """One teacher for each micro-batch, drawn by its place in the run."""
 
     of_logits = True
+    picks_teacher = True
 
     def at(self, weights_N: torch.Tensor, seed: int, step: int, micro: int) -> torch.Tensor:
         chosen = chosen_teacher(seed, step, micro, len(weights_N))
@@ -283,6 +287,7 @@ class Routed(Weighting):
     """All for the one teacher that the row's data names."""
 
     of_logits = True
+    picks_teacher = True
 
     def problem(self, config: RunConfig) -> str | None:
         if config.teacher_column is not None:

@@ -14,6 +14,7 @@ from sead_dist.data.examples import subset
 from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
 from sead_dist.objectives.row_weights import has_label
+from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.teachers.teacher import Teacher
 
 REMOVED = "unlabelled rows that no file of predictions answers"
@@ -24,7 +25,10 @@ def answered_examples(
 ) -> RunExamples:
     """The same without unlabelled rows and copies that no teacher answers: nothing would be learnt
     from them. Labelled ones stay, for their labels. Raises UserError where no row is left."""
-    files = [t.file for t in teachers if config.teacher in (None, t.name) or t.file is None]
+    if not teachers:
+        return examples
+    one = config.teacher if WEIGHTINGS[config.ensemble].one_teacher else None
+    files = [teacher.file for teacher in teachers if one in (None, teacher.name)]
     if not files or any(file is None for file in files):
         return examples
     train = examples.train

@@ -21,13 +21,14 @@ from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 from sead_dist.config.names import renamed
 from sead_dist.config.plugins import FOLDER as PLUGINS
 from sead_dist.config.plugins import keep_plugins, kept_paths
-from sead_dist.config.registered import MODEL
-from sead_dist.config.schema import RunConfig, dump_config
+from sead_dist.config.registered import LANGUAGE_MODEL, MODEL
+from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
 from sead_dist.models.start import run_start_hash
+from sead_dist.runtime.files import files_hash
 from sead_dist.runtime.own_files import open_own, sweep_leftovers, written_aside
 from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
@@ -160,15 +161,24 @@ def refuse_other_teachers(config: RunConfig) -> None:
     manifest = read_as(list[dict[str, Any]], run / "teacher_manifest.json")
     for entry, taught in zip(config.teachers, manifest, strict=False):
         weights = taught.get("weights_sha256")
-        if entry.kind != MODEL:
+        if entry.kind not in (MODEL, LANGUAGE_MODEL):
             continue  # a file's content is its teacher, and an endpoint is its first answers
         with suppress(UserError):  # one that is gone now is no other one
-            weights = weights_hash(locate(entry.path, entry.revision, offline=True))
+            weights = weights_now(entry) or weights
         if weights != taught.get("weights_sha256"):
             raise UserError(
                 f"output_dir={run} holds a finished run, and teacher {entry.path} has other "
                 "weights now than when it taught; give another output_dir"
             )
+
+
+def weights_now(entry: TeacherConfig) -> str | None:
+    """The hash of a teacher's weights as they are now; None for a GGUF file that is gone. Raises
+    UserError where there are none."""
+    file = Path(entry.path)
+    if file.suffix == ".gguf":
+        return files_hash([file]) if file.is_file() else None
+    return weights_hash(locate(entry.path, entry.revision, offline=True))
 
 
 def claim(run: Path, config: RunConfig, identity: Identity) -> None:
@@ -183,6 +193,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
         if has_progress(run):
             refuse_other(run, saved, identity)
         elif saved.differences(identity):
+            refuse_busy_baseline(run)
             for name in (*EARLY_FILES, FOLLOWED):
                 (run / name).unlink(missing_ok=True)
             for folder in ("teacher_rows", "baseline", PLUGINS):
@@ -201,6 +212,14 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     with written_aside(run / "config.yaml") as aside:
         aside.write_text(without_secrets(dump_config(kept)), encoding="utf-8")
     write_json(run / "environment.json", environment())
+
+
+def refuse_busy_baseline(run: Path) -> None:
+    """Raises UserError where another process makes the baseline of the run that this folder holds:
+    meanwhile it has no lock on the folder itself."""
+    if (run / "baseline").is_dir():
+        with locked(run / "baseline"):
+            pass
 
 
 @contextmanager

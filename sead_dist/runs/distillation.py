@@ -5,6 +5,7 @@ Distillation, and fine-tuning of teachers, which is distillation with no teacher
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from sead_dist.config.automatic import patience_steps
@@ -23,8 +24,8 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.choices import told_end
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
-from sead_dist.runs.own_baseline import needs_own_baseline, own_baseline
-from sead_dist.runs.prepared_teachers import prepare_teachers
+from sead_dist.runs.own_baseline import needs_own_baseline, own_baseline, told_baseline
+from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
@@ -63,11 +64,11 @@ def distill(
             tell(done, console)
         return run
     stop = stop or StopFlag()
-    if not train_student(config, world, show_table, stop, console):
+    while not train_student(config, world, show_table, stop, console):
         # all is checked and the folder is this run's; its parts are let go of meanwhile
         own = distill(own_baseline(config), world, False, stop, console)
-        if from_main(world, lambda: is_finished(own)):
-            train_student(config, world, show_table, stop, console)
+        if not from_main(world, partial(is_finished, own)):
+            break  # it was asked to stop
     return run
 
 
@@ -88,15 +89,22 @@ def train_student(
             # a collective breaks when another rank dies: name that rank rather than the collective
             explain(world, error)
             raise
-        # one that has trained goes on as it is
-        begun = parts.checkpointer.latest() is not None
-        steps = parts.batches.total_steps
-        if not begun and from_main(
-            world, lambda: needs_own_baseline(config, parts.examples, steps, parts.log)
-        ):
-            return False
+        found: Validated | None = None
         try:
-            run_parts(parts, show_table and console)
+            # one that has trained goes on as it is
+            if from_main(
+                world,
+                lambda: (
+                    parts.checkpointer.is_empty()
+                    and needs_own_baseline(config, parts.examples, parts.batches, parts.log)
+                ),
+            ):
+                # a teacher that may not teach is told before any long work
+                found = validated(parts)
+                if any(validation.score is not None for validation in found[0]):
+                    parts.log.say(told_baseline(config, parts.examples))
+                    return False
+            run_parts(parts, show_table and console, found)
         except StopRequestedError:
             parts.log.say(STOPPED_EARLY)
             return True
@@ -107,12 +115,15 @@ def train_student(
     return True
 
 
-def run_parts(parts: Parts, show_table: bool) -> None:
-    """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+def run_parts(parts: Parts, show_table: bool, found: Validated | None) -> None:
+    """Examine, train, conclude; or stop, saved, where a signal asks for it. found: the teachers'
+    validations, where they are known."""
+    # one for each start of the run, resumed ones too
+    parts.log.metrics("start", total_steps=parts.batches.total_steps, world_size=parts.world.size)
     parts.world.at("rehearsing the report")
     from_main(parts.world, lambda: rehearse(parts))
     state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
-    ensemble = prepare_teachers(parts)
+    ensemble = prepare_teachers(parts, found)
     touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
         parts.log.say(
@@ -135,7 +146,7 @@ def run_parts(parts: Parts, show_table: bool) -> None:
 
 def against_grace(save_s: float, grace_s: float) -> str:
     """What a save costs, beside the notice that the scheduler gives."""
-    line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (grace_s)"
+    line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (preemption_notice_s)"
     if 2 * save_s > grace_s:
         line += (
             "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sead_dist.config.load import names_shape
+from sead_dist.config.registered import LANGUAGE_MODEL
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.loading import find_files
 from sead_dist.data.task_files import load_task
@@ -12,6 +13,7 @@ from sead_dist.models.start import repair_teacher
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method
 from sead_dist.runs.finished import refuse_untaught
+from sead_dist.teachers.language_model import find_model
 
 
 def without_teachers_text(config: RunConfig) -> RunConfig:
@@ -50,6 +52,8 @@ def check_inputs(config: RunConfig) -> None:
     for entry in (*config.teachers, *config.encoders):
         if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision)
+        elif entry.kind == LANGUAGE_MODEL:
+            find_model(entry.path, entry.revision)
         if entry.predictions is not None and not Path(entry.predictions).exists():
             raise UserError(f"predictions={entry.predictions} does not exist; give a file")
     # a shape without a tokeniser of its own takes a teacher's, which is not looked for here

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sead_dist.config.schema import RunConfig
+from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import (
@@ -24,11 +24,12 @@ from sead_dist.data.splits import (
 )
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import Ensemble
+from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.objectives.row_weights import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.store.layout import default_store
@@ -47,6 +48,8 @@ def write_rows(config: RunConfig, output: Path) -> None:
     and texts, to be answered anywhere. Teachers are not looked at. Raises UserError."""
     check_output(output)
     task = load_task(config.task)
+    if not config.teachers:  # they are to come: what the sample leaves out is text for them
+        config = config.model_copy(update={"teachers": [TeacherConfig(path="to come")]})
     examples = load_examples(config, task, print)
     columns: Columns = {}
     seen: set[str] = set()
@@ -75,6 +78,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     if world.size > 1:
         raise UserError("labels runs in one process; start it without a launcher")
     quiet_libraries(world)
+    config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
     task, examples, inputs, _ = read_inputs(config, print)
@@ -95,10 +99,14 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             everything = (splits.train, splits.selection, *splits.official.values())
             for split in everything:
                 source.share_tokens(split, inputs)
+            tell_requests(source, everything, print)
             ensemble = weighed(config, task, teachers, source, splits, examples)
             for split, (part, kinds) in zip(everything, parts_of(examples), strict=True):
                 what = split.examples.split
                 said = ask_all(source, split, len(teachers), config.prefetch_rows, what)
+                if split is splits.train and ensemble.seen_NU is not None:
+                    fit_NB = unseen(None, ensemble.seen_NU)[:, split.entry_B]
+                    said = np.where(fit_NB[:, :, None], said, np.nan)
                 rows = row_columns(task, part, kinds)
                 rows |= gold_column(task, part)
                 extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
@@ -107,6 +115,16 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
     write_table(columns, output, output.suffix.lower())
+
+
+def with_any_student(config: RunConfig) -> RunConfig:
+    """Nothing is trained: where no student is named, texts are read as the first model among the
+    teachers reads them."""
+    model = next((entry for entry in config.teachers if entry.is_model), None)
+    if config.student.path is not None or config.student.shape is not None or model is None:
+        return config
+    start = config.student.model_copy(update={"path": model.path})
+    return config.model_copy(update={"student": start})
 
 
 def weighed(

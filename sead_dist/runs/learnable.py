@@ -146,7 +146,8 @@ def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str
     shares: dict[str, dict[str, float]] = {}
     for split, of in scores.items():
         finetuned = before[split]["student"].get(metric) if split in before else None
-        if finetuned is None or of["ensemble"] is None:
+        # an ensemble of files may answer other rows than the students
+        if finetuned is None or of["ensemble"] is None or "ensemble_rows" in of:
             continue
         student, ensemble = of["student"][metric], of["ensemble"][metric]
         shares[split] = {"finetuned": finetuned, "student": student, "ensemble": ensemble}

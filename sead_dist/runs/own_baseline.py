@@ -7,7 +7,9 @@ from pathlib import Path
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
+from sead_dist.config.sections import AugmentConfig
 from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.inputs import without_teachers_text
@@ -32,7 +34,7 @@ def own_baseline(config: RunConfig) -> RunConfig:
     """The same student on the same labelled rows without teachers, for as many steps as fine-tuning
     takes by itself."""
     untaught = {key: RunConfig.model_fields[key].get_default() for key in METHOD_KEYS}
-    return without_teachers_text(
+    own = without_teachers_text(
         config.model_copy(
             update={
                 **untaught,
@@ -43,11 +45,15 @@ def own_baseline(config: RunConfig) -> RunConfig:
                 "num_train_epochs": None,
                 "early_stopping_patience": None,
                 "baseline": None,
+                "teacher_column": None,
                 "push_to_hub": False,
                 "report_to": None,
             }
         )
     )
+    if own.augment.copies is None:  # else it would be told that keys of copies are not read
+        own = own.model_copy(update={"augment": AugmentConfig(copies=None)})
+    return own
 
 
 def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
@@ -64,20 +70,25 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
 
 
 def needs_own_baseline(
-    config: RunConfig, examples: RunExamples, total_steps: int, log: RunLog
+    config: RunConfig, examples: RunExamples, batches: BatchStream, log: RunLog
 ) -> bool:
-    """Whether the run's own baseline is to be made now; the log says so, or why not."""
+    """Whether the run's own baseline is to be made; the log says why not."""
     steps = baseline_steps(config, examples)
     if not steps or baseline_folder(config) is not None:
         return False
-    if steps * MOST_OF_STEPS > total_steps:
+    if steps * MOST_OF_STEPS > batches.total_steps:
         log.say(
             f"no fine-tuned student to compare with: its {steps} steps are more than a fifth of "
-            f"this run's {total_steps}; make one by method=finetune and give baseline=RUN_DIR"
+            f"this run's {batches.total_steps} (a tenth of its time); make one by "
+            "method=finetune and give baseline=RUN_DIR"
         )
         return False
-    log.say(
-        f"first a fine-tuned student to compare with: {steps} steps without teachers, in "
-        f"{Path(config.output_dir) / FOLDER} (baseline=null: none)"
-    )
     return True
+
+
+def told_baseline(config: RunConfig, examples: RunExamples) -> str:
+    """The line of the log before it is made."""
+    return (
+        f"first a fine-tuned student to compare with: {baseline_steps(config, examples)} steps "
+        f"without teachers, in {Path(config.output_dir) / FOLDER} (baseline=null: none)"
+    )

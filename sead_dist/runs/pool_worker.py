@@ -92,12 +92,13 @@ def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
     task, examples, inputs, _ = read_inputs(config, lambda _line: None)
     teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
+    rows = examples.fingerprint(task)
     examples = answered_examples(config, examples, teachers)
     splits = tokenize_splits(examples, inputs.split)
     check_tokens(examples, tokenizers_of(teachers))
     identity = Identity(
         config.identity(),
-        examples.fingerprint(task),
+        rows,
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         run_start_hash(config),
         rules_of(config),

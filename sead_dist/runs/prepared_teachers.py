@@ -19,7 +19,7 @@ from sead_dist.objectives.ensemble import (
     frozen_weights,
     make_ensemble,
 )
-from sead_dist.objectives.weightings import Known
+from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.calibration import calibrate, told_calibration
 from sead_dist.runs.learnable import (
     FILE,
@@ -37,36 +37,44 @@ from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.trained_rows import seen_by, told_folds
 from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 
+# the teachers' validations, and their logits_NBC of the selection split
+Validated = tuple[list[Validation], np.ndarray | None]
 
-def prepare_teachers(parts: Parts) -> Ensemble | None:
-    """Examine the teachers, and freeze the ensemble's weights before the first step; None without
-    teachers."""
+
+def validated(parts: Parts) -> Validated:
+    """The teachers' validations, and their logits_NBC of the selection split; nothing where no one
+    asks for them. Raises UserError for a teacher that may not teach."""
+    config, task, teachers = parts.config, parts.task, parts.teachers
+    if parts.source is None or not needs_validation(config):
+        return [], None
+    selection = parts.splits.selection
+    parts.world.at("validating the teachers")
+    logits_NBC = ask_all(
+        parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
+    )
+    validations = validate(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
+    if config.teacher_validation == "fp32":
+        drifts = measure_drift(parts.source, selection)
+        validations = [
+            replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
+        ]
+    for validation, teacher in zip(validations, teachers, strict=True):
+        parts.log.say(describe(validation, teacher, len(selection)))
+    if parts.world.is_main:
+        record = [asdict(validation) for validation in validations]
+        write_json(Path(config.output_dir) / "teacher_validation.json", record)
+    if config.validates:
+        require_passed(task, validations, teachers)
+    return validations, logits_NBC
+
+
+def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble | None:
+    """Validate the teachers, unless that is done (`found`), and freeze the ensemble's weights
+    before the first step; None without teachers."""
     config, task, teachers = parts.config, parts.task, parts.teachers
     if parts.source is None:
         return None
-    validations: list[Validation] = []
-    logits_NBC: np.ndarray | None = None
-    if needs_validation(config):
-        selection = parts.splits.selection
-        parts.world.at("validating the teachers")
-        logits_NBC = ask_all(
-            parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
-        )
-        validations = validate(
-            task, teachers, logits_NBC, selection, parts.examples.dev_in_training
-        )
-        if config.teacher_validation == "fp32":
-            drifts = measure_drift(parts.source, selection)
-            validations = [
-                replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
-            ]
-        for validation, teacher in zip(validations, teachers, strict=True):
-            parts.log.say(describe(validation, teacher, len(selection)))
-        if parts.world.is_main:
-            record = [asdict(validation) for validation in validations]
-            write_json(Path(config.output_dir) / "teacher_validation.json", record)
-        if config.validates:
-            require_passed(task, validations, teachers)
+    validations, logits_NBC = found or validated(parts)
     selection = parts.splits.selection
     ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
@@ -86,9 +94,14 @@ def prepare_teachers(parts: Parts) -> Ensemble | None:
     elif ensemble.weighting.has_frozen_weights:
         told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
         parts.log.say(f"weights: {', '.join(told_N)}")
+    labelled = parts.examples.labelled_rows
     if ensemble.seen_NU is not None:
-        labelled = parts.examples.labelled_rows
-        parts.log.say(told_folds(names, ensemble.seen_NU, parts.splits.train, labelled))
+        parts.log.say(told_folds(teachers, ensemble.seen_NU, parts.splits.train, labelled))
+    elif any(teacher.trained_rows is not None for teacher in teachers):
+        parts.log.say(
+            f"WARNING: ensemble={config.ensemble} has one teacher for a row, and asks it of rows "
+            "that it was trained on too; an ensemble of all teachers leaves these out"
+        )
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
@@ -196,6 +209,7 @@ def weigh(
         if calibration_N is not None:
             scaled_NBC = logits_NBC / calibration_N.numpy()[:, None, None]
         known = replace(known, logits_NBC=scaled_NBC)
-    seen_NU = seen_by(teachers, splits.train)
+    picks = WEIGHTINGS[config.ensemble].picks_teacher
+    seen_NU = None if picks else seen_by(teachers, splits.train)
     ensemble = make_ensemble(config, task.task_kind, frozen_weights(config, known), seen_NU)
     return replace(ensemble, calibration_N=calibration_N)

@@ -130,7 +130,9 @@ def wait_for_lock(
         told = True
         heartbeat.move("waiting for a start that another run repairs")
         if stop.agreed_with(world, False)[0]:
-            raise StopRequestedError
+            raise StopRequestedError(
+                "stopped while another run repaired the start; nothing is lost"
+            )
         time.sleep(LOOK_AGAIN_S)
 
 

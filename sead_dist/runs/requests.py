@@ -30,6 +30,7 @@ def tell_requests(
             )
             rows += len(missing_M)
             requests, tokens = requests + found[0], tokens + found[1]
+        requests += teacher.answers.count_first() if rows else 0
         said = f"at most {requests:,} requests of about {tokens:,} tokens for {rows:,} rows"
         most = teacher.answers.most
         if most is not None and teacher.answers.client.sent + requests > most:

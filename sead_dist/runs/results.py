@@ -304,7 +304,9 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
             "remarks": remarks,
         }
         write_json(run / "scores.json", record)
-        if shares:
+        if (
+            shares and (run / FILE).is_file()
+        ):  # of teachers that could not be weighed up there is none
             found = read_as(dict[str, Any], run / FILE)
             write_json(run / FILE, {**found, "splits": shares})
         # the report quotes the summary, and the run is finished only with its report

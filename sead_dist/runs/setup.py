@@ -140,6 +140,8 @@ def build(
     teachers = []
     if config.taught:
         teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
+    # what files do not answer follows from them, and they are part of the identity themselves
+    rows = examples.fingerprint(task)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
     world.at("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
@@ -152,7 +154,7 @@ def build(
     world.at("hashing data, teachers and start")
     identity = Identity(
         config.identity(),
-        examples.fingerprint(task),
+        rows,
         [teacher_identity(teacher.manifest()) for teacher in teachers],
         from_main(world, lambda: run_start_hash(config)),
         rules_of(config),
@@ -190,8 +192,6 @@ def build(
         world.rank,
         world.size,
     )
-    # one for each start of the run, resumed ones too
-    log.metrics("start", total_steps=batches.total_steps, world_size=world.size)
     for line in uneven(config, world.size):
         log.say(line)
     if config.deterministic:

@@ -179,6 +179,12 @@ class Endpoint:
         letters = each * sum(len(self.prompt.text(row)) for row in rows)
         return each * len(rows), letters // LETTERS + each * len(rows)
 
+    def count_first(self) -> int:
+        """Requests that the empty text still takes, of which all answers are to be corrected."""
+        if not self.calibrated or self.empty_K is not None:
+            return 0
+        return len(self.words.words_W) if self.way == "prompt" else 1
+
     def _logits(self, rows: Sequence[Texts], pool: ThreadPoolExecutor) -> np.ndarray:
         def guarded(ask: Callable[[], Any], row: Texts) -> Any:
             try:

@@ -28,6 +28,8 @@ def write_trained_rows(model: Path, train: Split) -> None:
 def trained_on(teacher: Teacher, split: Split) -> np.ndarray | None:
     """bool [U]: which examples of a split a teacher was trained on; None where its folder does not
     say. Raises UserError for a file that is damaged."""
+    if teacher.file is not None:  # it has nothing to say of the rows that it lacks
+        return np.asarray(teacher.file.places(split.ids_U2) < 0)
     path = teacher.trained_rows
     if path is None:
         return None
@@ -43,19 +45,21 @@ def trained_on(teacher: Teacher, split: Split) -> np.ndarray | None:
 def seen_by(teachers: Sequence[Teacher], split: Split) -> np.ndarray | None:
     """seen_NU: which teacher was trained on which example of a split; None where no teacher's
     folder says so. One whose folder says nothing counts as not trained on any."""
-    seen = [trained_on(teacher, split) for teacher in teachers]
-    if all(one is None for one in seen):
+    if all(teacher.trained_rows is None for teacher in teachers):
         return None
+    seen = [trained_on(teacher, split) for teacher in teachers]
     none_U = np.zeros(len(split.ids_U2), bool)
     return np.stack([none_U if one is None else one for one in seen])
 
 
-def told_folds(names: Sequence[str], seen_NU: np.ndarray, train: Split, labelled: int) -> str:
+def told_folds(
+    teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
+) -> str:
     """A line on the teachers that left out rows. labelled: how many rows, the first ones, have a
     label."""
     seen_NB = seen_NU[:, train.entry_B[:labelled]]
-    counts = zip(names, seen_NB.sum(1).tolist(), strict=True)
-    own = ", ".join(f"{name} {count}" for name, count in counts if count)
+    counts = zip(teachers, seen_NB.sum(1).tolist(), strict=True)
+    own = ", ".join(f"{one.name} {count}" for one, count in counts if one.trained_rows and count)
     unseen = int((~seen_NB).any(0).sum())
     return (
         f"labelled rows that teachers were trained on: {own} of {labelled}; {unseen} rows have "

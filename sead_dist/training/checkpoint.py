@@ -163,6 +163,10 @@ class Checkpointer:
             if old not in names:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def is_empty(self) -> bool:
+        """Whether nothing was saved yet, whole or not; for one rank."""
+        return not any(self.folder.glob("step-*[0-9]"))
+
     def latest(self) -> tuple[Path, TrainState] | None:
         """The newest checkpoint that is whole, on every rank.
 

@@ -34,6 +34,11 @@ def rules_of(config: RunConfig) -> dict[str, int]:
     return {**RULES, "stages": STAGE_RULES} if config.feature_loss == "tinybert" else RULES
 
 
+# what an entry of a teacher has only where it is asked for; other keys that are not there were
+# unknown to the version that wrote it
+LATER = {"calibrate"}
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a resumed run must share with the run it continues. start: a hash of the files that the
@@ -78,10 +83,11 @@ class Identity:
         if len(self.teachers) != len(other.teachers):
             found.append(f"teachers were {_names(self.teachers)}, are {_names(other.teachers)}")
         for number, (old, new) in enumerate(zip(self.teachers, other.teachers, strict=False)):
+            keys = [*old, *(LATER & (new.keys() - old.keys()))]
             found += [
-                f"{key} of teacher {number + 1} was {_short(old[key])}, is {_short(new.get(key))}"
-                for key in old
-                if old[key] != new.get(key)
+                f"{key} of teacher {number + 1} was {_short(was)}, is {_short(now)}"
+                for key in keys
+                if (was := old.get(key)) != (now := new.get(key))
             ]
         if self.start != other.start:
             found.append(f"the student's start was {self.start[:12]}, is {other.start[:12]}")

@@ -151,6 +151,11 @@ def test_a_resume_with_other_answers_is_refused(task, live, tmp_path):
     file = parquet(tmp_path / "a.parquet", texts, said)
     given = words(task[0], [entry(file)], tmp_path / "run", max_steps=7)
     distill(load_config(given), ALONE, stop=stop)
+    calibrated = words(
+        task[0], [entry(file, "kind: logits, calibrate: on")], tmp_path / "run", max_steps=7
+    )
+    with pytest.raises(UserError, match="calibrate of teacher 1 was None, is on"):
+        distill(load_config(calibrated), ALONE)
     parquet(file, texts, other)
     with pytest.raises(UserError, match="fingerprint of teacher 1 was"):
         distill(load_config(given), ALONE)
@@ -178,7 +183,7 @@ def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path
     distill(load_config(given), ALONE)
     assert model_bytes(tmp_path / "again") == model_bytes(run)
     assert "half.parquet answers 2" in log_of(run)
-    assert "it lacks train row" in log_of(run)
+    assert "it has no answer to train row" in log_of(run)
 
 
 def test_two_ranks_learn_what_one_learns(task, live, tmp_path):
@@ -247,10 +252,9 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
         writer = csv.writer(opened)
         writer.writerow(["sentence", "label"])
         writer.writerows([text, LABELS[0]] for text in [*texts[:30], *lines[:5]])
-    run = run_of(
-        task, tmp_path / "run", [entry(file, "calibrate: off")], augment__copies="auto",
-        unlabeled__path=data / "transfer.tsv",
-    )  # fmt: skip
+    given = [entry(file, "calibrate: off")]
+    keys = {"augment__copies": "auto", "unlabeled__path": data / "transfer.tsv"}
+    run = run_of(task, tmp_path / "run", given, **keys)
     log, summary = log_of(run), read(run / "run_summary.json")
     assert "left out: 15 unlabelled rows that no file of predictions answers" in log
     assert (summary["train_rows"], summary["transfer_rows"], summary["copy_rows"]) == (59, 5, 0)
@@ -261,6 +265,23 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     ]
     card = (run / "model" / "README.md").read_text()
     assert "ensemble" in card
+    # the same line again finds it finished, though the files leave rows out
+    made = (run / "run_summary.json").stat().st_mtime_ns
+    run_of(task, run, given, **keys)
+    assert (run / "run_summary.json").stat().st_mtime_ns == made
+
+
+def test_a_run_with_a_baseline_ends_where_a_file_could_not_be_weighed_up(task, live, tmp_path):
+    """A file that answers too few selection rows to be validated."""
+    _, texts, (said, _) = live
+    given = words(task[0], [], tmp_path / "fine", method="finetune", max_steps=2)
+    fine = distill(load_config(given), ALONE)
+    file = parquet(tmp_path / "a.parquet", texts, said)
+    run = run_of(
+        task, tmp_path / "run", [entry(file)], baseline=fine, teacher_validation="on", max_steps=2
+    )
+    assert not (run / "learnable.json").exists()
+    assert read(run / "run_summary.json")["finished"]
 
 
 def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(

@@ -87,6 +87,14 @@ def test_text_is_asked_of_all_and_a_teacher_that_says_nothing_of_its_rows_of_eve
     assert done["teacher_forwards"] <= pairs + 2 * (SELECTION + DEV)
 
 
+def test_a_row_has_one_teacher_whatever_that_one_was_trained_on(task, teachers, tmp_path):
+    """And the log says so: `single`, `random` and `routed` do not go by folds."""
+    given = words(task, teachers, tmp_path / "run", ensemble="single", max_steps=2)
+    log = (distill(load_config(given), ALONE) / "log.txt").read_text()
+    assert "WARNING: ensemble=single has one teacher for a row, and asks it of rows that it" in log
+    assert "rows have teachers" not in log
+
+
 def test_ranks_and_a_store_change_nothing(task, teachers, tmp_path):
     one = distill(load_config(words(task, teachers, tmp_path / "one", max_steps=4)), ALONE)
     store = tmp_path / "other"
