@@ -13,9 +13,9 @@ question with the others. The same line goes on where it was cut off; DIR/sweep 
 their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2, seeds=[0], ...).
 
 --kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
-lacks are taken from there at the start, and new ones are put there at the end. So the table goes on
-on another machine. Start it in a folder from which L3, DIR and the encoders have relative paths,
-since paths are part of a run's identity.
+lacks are taken from there at the start. At the end new ones are put there, and those that the sweep
+has undone are removed. So the table goes on on another machine. Start it in a folder from which L3,
+DIR and the encoders have relative paths, since paths are part of a run's identity.
 
 The search has arms of its own (sweeps/search.yaml), another sample of the training rows, and is
 scored on further training rows that share no text with the others. It reads no validation file.
@@ -73,30 +73,54 @@ def main() -> None:
         words, runs = [*table_words(args), *args.words], args.work / output_name(args)
         if args.kept is not None:
             copy_runs(args.kept, runs)
+        before = finished_runs(runs)
         try:
             run_sweep(words, alone())
         finally:
             if args.kept is not None:
-                copy_runs(runs, args.kept)
+                keep_runs(runs, args.kept, before)
 
 
 def output_name(args: argparse.Namespace) -> str:
     return "search" if args.search else "sweep"
 
 
+def finished_runs(folder: Path) -> list[Path]:
+    """The finished runs of a sweep's folder, by their paths in it."""
+    found = sorted(path.parent for path in folder.glob("*/*/*/run_summary.json"))
+    return [run.relative_to(folder) for run in found if is_finished(run)]
+
+
 def copy_runs(source: Path, target: Path) -> None:
     """Copy what a sweep goes on from of each finished run that is not there."""
-    for run in sorted(path.parent for path in source.glob("*/*/*/run_summary.json")):
-        copy = target / run.relative_to(source)
-        if not is_finished(run) or is_finished(copy):
-            continue
-        copy.mkdir(parents=True, exist_ok=True)
-        # the summary last: a run with it is whole
-        for name in (*KEPT, "run_summary.json"):
-            if (run / name).is_dir():
-                shutil.copytree(run / name, copy / name, dirs_exist_ok=True)
-            elif (run / name).exists():
-                shutil.copy(run / name, copy / name)
+    for run in finished_runs(source):
+        if not is_finished(target / run):
+            copy_run(source / run, target / run)
+
+
+def copy_run(run: Path, copy: Path) -> None:
+    copy.mkdir(parents=True, exist_ok=True)
+    # the summary last: a run with it is whole
+    for name in (*KEPT, "run_summary.json"):
+        if (run / name).is_dir():
+            shutil.copytree(run / name, copy / name, dirs_exist_ok=True)
+        elif (run / name).exists():
+            shutil.copy(run / name, copy / name)
+
+
+def keep_runs(source: Path, kept: Path, before: Sequence[Path]) -> None:
+    """Keep each finished run, those that were done again in place of the old ones. before: the
+    finished runs at the start; those of them that are unfinished now are kept no more."""
+    done = finished_runs(source)
+    for run in {*before, *done}:
+        if run not in done or not same_summary(source / run, kept / run):
+            shutil.rmtree(kept / run, ignore_errors=True)
+    copy_runs(source, kept)
+
+
+def same_summary(run: Path, copy: Path) -> bool:
+    one, other = (path / "run_summary.json" for path in (run, copy))
+    return other.exists() and one.read_bytes() == other.read_bytes()
 
 
 def table_words(args: argparse.Namespace) -> list[str]:
@@ -139,18 +163,17 @@ def smoke_words(work: Path) -> list[str]:
 
 def lay_out(folder: Path, task: str) -> None:
     """The files of SEAD_DIST_DATA; of qqp, whose validation file is not there, its part divided."""
-    if folder.exists():
-        return
     if task == "qqp":
-        write_parts(folder, [], *divided(train_lines(task), TEXTS[task], TEST_ROWS))
-    else:
+        if not is_whole(folder):
+            write_parts(folder, [], *divided(train_lines(task), TEXTS[task], TEST_ROWS))
+    elif not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to((given_data() / task).resolve())
 
 
 def lay_out_search(folder: Path, task: str) -> None:
     """The training rows alone, divided; of qqp those of the table's training part."""
-    if folder.exists():
+    if is_whole(folder):
         return
     lines = train_lines(task)
     head = [] if task == "qqp" else [lines.pop(0)]
@@ -176,11 +199,18 @@ def train_lines(task: str) -> list[str]:
     ]
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether `write_parts` has written it to the end."""
+    return (folder / "train.tsv").exists()
+
+
 def write_parts(folder: Path, head: list[str], train: list[str], test: list[str]) -> None:
-    folder.mkdir(parents=True)
-    # the training rows last: a folder with them is whole
+    folder.mkdir(parents=True, exist_ok=True)
+    # the training rows last, and at once
     for name, lines in (("validation", test), ("train", train)):
-        (folder / f"{name}.tsv").write_text("\n".join([*head, *lines]) + "\n", "utf-8")
+        partial = folder / f".{name}.tsv"
+        partial.write_text("\n".join([*head, *lines]) + "\n", "utf-8")
+        partial.replace(folder / f"{name}.tsv")
 
 
 def divided(

@@ -115,7 +115,8 @@ def add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-malformed",
         action="store_true",
-        help="pass over rows that cannot be read (no text, too few fields), count and list them",
+        help="pass over rows that cannot be read (no text field, too few fields); they are counted "
+        "and listed",
     )
 
 

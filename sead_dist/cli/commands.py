@@ -147,13 +147,12 @@ def labels(args: argparse.Namespace) -> None:
     config = load_config(args.words)
     with importing():
         from sead_dist.runs.labels import write_labels, write_rows
-        from sead_dist.runtime.distributed import join_world, leave_world
+        from sead_dist.runtime.distributed import in_world
 
     if args.rows is not None:
         return write_rows(config, Path(args.rows))
-    world = join_world()
-    write_labels(config, Path(args.output), world)
-    leave_world(world)
+    with in_world(config.heartbeat) as world:
+        write_labels(config, Path(args.output), world)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -18,6 +18,9 @@ EPOCHS, LEAST_FINETUNING = 3, 200
 # of a teacher, which is to converge: at most so many epochs, and so many without a lower selection
 # loss (Prechelt 1998: early stopping, when?)
 MOST_EPOCHS, PATIENCE = 10, 2
+# times that a student is scored on the selection split: an epoch over few labelled rows may be a
+# step or two
+MOST_SCORES = 50
 # the highest learning rate up to each width. Turc et al. 2019 tune students over 1e-4 and 3e-4;
 # Devlin et al. 2019 tune BERT over 2e-5, 3e-5 and 5e-5, and large models want the lowest of these
 RATES = ((256, 3e-4), (384, 1e-4), (768, 5e-5))
@@ -27,6 +30,12 @@ RATE_BEYOND = 2e-5
 def epoch_steps(config: RunConfig, labelled: int, rows: int) -> int:
     """Steps of one epoch over the labelled rows, or over all rows where none has a label."""
     return -(-(labelled or rows) // config.global_batch_size)
+
+
+def scoring_steps(config: RunConfig, epoch: int, steps: int) -> int:
+    """After how many steps each of a run of `steps` the student is scored: as eval_steps says, else
+    each epoch of `epoch` steps, and at most fifty times."""
+    return config.eval_steps or max(epoch, -(-steps // MOST_SCORES))
 
 
 def patience_steps(epoch: int) -> int:

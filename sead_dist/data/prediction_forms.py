@@ -185,7 +185,9 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
     read: list[tuple[int, np.ndarray] | None] = []
     for number, row in zip(sheet.numbers, sheet.rows, strict=True):
         cells = [row.get(column) for column in ordered]
-        if sheet.entry.abstain and all(sheet.is_withheld(cell) for cell in cells):
+        # as `labels --output` writes a row that no teacher answers
+        bare = all(cell is None or not str(cell).strip() for cell in cells)
+        if bare or (sheet.entry.abstain and all(sheet.is_withheld(cell) for cell in cells)):
             sheet.withheld["" if cells[0] is None else str(cells[0])] += 1
             read.append(None)
             continue

@@ -18,7 +18,10 @@ from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 
 Row = dict[str, Any]
-_SKIP_HINT = "fix the line, or pass over such lines with data.skip_malformed=true"
+_SKIP_HINT = (
+    "fix the line, or pass over such lines with data.skip_malformed=true (predict: "
+    "--skip-malformed)"
+)
 _log = logging.getLogger(__name__)
 
 

@@ -7,6 +7,7 @@ from sead_dist.config.automatic import (
     final_checkpoint,
     learning_rate,
     run_steps,
+    scoring_steps,
     told_checkpoint,
     told_length,
 )
@@ -26,12 +27,12 @@ def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.transfer_rows)
-    every = config.eval_steps or epoch_steps(config, labelled, rows)
+    steps = steps_of(config, examples)
     return config.model_copy(
         update={
-            "max_steps": steps_of(config, examples),
+            "max_steps": steps,
             "final_checkpoint": final_checkpoint(config, len(examples.selection)),
-            "eval_steps": every,
+            "eval_steps": scoring_steps(config, epoch_steps(config, labelled, rows), steps),
         }
     )
 

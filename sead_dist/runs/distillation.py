@@ -24,8 +24,8 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.choices import told_end
 from sead_dist.runs.encoders import teacher_runs
 from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
-from sead_dist.runs.own_baseline import needs_own_baseline, own_baseline
-from sead_dist.runs.prepared_teachers import prepare_teachers, validated
+from sead_dist.runs.own_baseline import needs_own_baseline, own_baseline, told_baseline
+from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.rehearsal import rehearse
 from sead_dist.runs.results import conclude
 from sead_dist.runs.setup import Parts, build
@@ -89,6 +89,7 @@ def train_student(
             # a collective breaks when another rank dies: name that rank rather than the collective
             explain(world, error)
             raise
+        found: Validated | None = None
         try:
             # one that has trained goes on as it is
             if from_main(
@@ -98,9 +99,12 @@ def train_student(
                     and needs_own_baseline(config, parts.examples, parts.batches, parts.log)
                 ),
             ):
-                validated(parts)  # a teacher that may not teach is told before any long work
-                return False
-            run_parts(parts, show_table and console)
+                # a teacher that may not teach is told before any long work
+                found = validated(parts)
+                if any(validation.score is not None for validation in found[0]):
+                    parts.log.say(told_baseline(config, parts.examples))
+                    return False
+            run_parts(parts, show_table and console, found)
         except StopRequestedError:
             parts.log.say(STOPPED_EARLY)
             return True
@@ -111,14 +115,15 @@ def train_student(
     return True
 
 
-def run_parts(parts: Parts, show_table: bool) -> None:
-    """Examine, train, conclude; or stop, saved, where a signal asks for it."""
+def run_parts(parts: Parts, show_table: bool, found: Validated | None) -> None:
+    """Examine, train, conclude; or stop, saved, where a signal asks for it. found: the teachers'
+    validations, where they are known."""
     # one for each start of the run, resumed ones too
     parts.log.metrics("start", total_steps=parts.batches.total_steps, world_size=parts.world.size)
     parts.world.at("rehearsing the report")
     from_main(parts.world, lambda: rehearse(parts))
     state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
-    ensemble = prepare_teachers(parts)
+    ensemble = prepare_teachers(parts, found)
     touch_past(parts, ensemble, state.step)
     if parts.config.preemption_notice_s is not None:
         parts.log.say(

@@ -78,6 +78,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     if world.size > 1:
         raise UserError("labels runs in one process; start it without a launcher")
     quiet_libraries(world)
+    config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
     task, examples, inputs, _ = read_inputs(config, print)
@@ -114,6 +115,16 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     if output.suffix.lower() == ".tsv":
         check_no_tabs(columns, output)
     write_table(columns, output, output.suffix.lower())
+
+
+def with_any_student(config: RunConfig) -> RunConfig:
+    """Nothing is trained: where no student is named, texts are read as the first model among the
+    teachers reads them."""
+    model = next((entry for entry in config.teachers if entry.is_model), None)
+    if config.student.path is not None or config.student.shape is not None or model is None:
+        return config
+    start = config.student.model_copy(update={"path": model.path})
+    return config.model_copy(update={"student": start})
 
 
 def weighed(

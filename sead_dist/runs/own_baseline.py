@@ -72,19 +72,23 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
 def needs_own_baseline(
     config: RunConfig, examples: RunExamples, batches: BatchStream, log: RunLog
 ) -> bool:
-    """Whether the run's own baseline is to be made now; the log says so, or why not."""
+    """Whether the run's own baseline is to be made; the log says why not."""
     steps = baseline_steps(config, examples)
     if not steps or baseline_folder(config) is not None:
         return False
     if steps * MOST_OF_STEPS > batches.total_steps:
         log.say(
             f"no fine-tuned student to compare with: its {steps} steps are more than a fifth of "
-            f"this run's {batches.total_steps}; make one by method=finetune and give "
-            "baseline=RUN_DIR"
+            f"this run's {batches.total_steps} (a tenth of its time); make one by "
+            "method=finetune and give baseline=RUN_DIR"
         )
         return False
-    log.say(
-        f"first a fine-tuned student to compare with: {steps} steps without teachers, in "
-        f"{Path(config.output_dir) / FOLDER} (baseline=null: none)"
-    )
     return True
+
+
+def told_baseline(config: RunConfig, examples: RunExamples) -> str:
+    """The line of the log before it is made."""
+    return (
+        f"first a fine-tuned student to compare with: {baseline_steps(config, examples)} steps "
+        f"without teachers, in {Path(config.output_dir) / FOLDER} (baseline=null: none)"
+    )

@@ -37,8 +37,11 @@ from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.trained_rows import seen_by, told_folds
 from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
 
+# the teachers' validations, and their logits_NBC of the selection split
+Validated = tuple[list[Validation], np.ndarray | None]
 
-def validated(parts: Parts) -> tuple[list[Validation], np.ndarray | None]:
+
+def validated(parts: Parts) -> Validated:
     """The teachers' validations, and their logits_NBC of the selection split; nothing where no one
     asks for them. Raises UserError for a teacher that may not teach."""
     config, task, teachers = parts.config, parts.task, parts.teachers
@@ -65,13 +68,13 @@ def validated(parts: Parts) -> tuple[list[Validation], np.ndarray | None]:
     return validations, logits_NBC
 
 
-def prepare_teachers(parts: Parts) -> Ensemble | None:
-    """Examine the teachers, and freeze the ensemble's weights before the first step; None without
-    teachers."""
+def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble | None:
+    """Validate the teachers, unless that is done (`found`), and freeze the ensemble's weights
+    before the first step; None without teachers."""
     config, task, teachers = parts.config, parts.task, parts.teachers
     if parts.source is None:
         return None
-    validations, logits_NBC = validated(parts)
+    validations, logits_NBC = found or validated(parts)
     selection = parts.splits.selection
     ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]

@@ -97,6 +97,8 @@ def join_world(limits: Limits | None = None) -> World:
 
 def checked_place(size: int) -> int:
     """LOCAL_RANK. Raises UserError where the launcher's variables are missing or do not fit."""
+    if "RANK" in os.environ and number_from("RANK", 0, 0) >= size:
+        raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
     asked = ["RANK", "LOCAL_RANK"]
     if not dist.is_initialized():
         asked += ["MASTER_ADDR", "MASTER_PORT"]
@@ -106,8 +108,6 @@ def checked_place(size: int) -> int:
             f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
             "accelerate launch, or unset WORLD_SIZE"
         )
-    if number_from("RANK", 0, 0) >= size:
-        raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
     return number_from("LOCAL_RANK", 0, 0)
 
 

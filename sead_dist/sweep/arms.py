@@ -17,7 +17,10 @@ COMMON_KEYS = (
     *("teachers", "encoders", "plugins"),
 )
 # what says how many steps a run takes
-STEP_KEYS = ("max_steps", "num_train_epochs", "global_batch_size", "unlabeled", "augment")
+STEP_KEYS = (
+    *("max_steps", "num_train_epochs", "early_stopping_patience", "global_batch_size"),
+    *("unlabeled", "augment"),
+)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,9 @@ def read_task(plan: Plan, name: str) -> TaskData:
 
 def rows_key(config: RunConfig) -> str:
     """The keys that say which rows a run reads, and what of them."""
+    fold = None if config.fold is None else (config.folds, config.fold)
     rest = config.uses_rest
-    return repr((config.data, config.unlabeled, rest, config.selection, route_of(config)))
+    return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))
 
 
 def refuse_other_unit(plan: Plan, unit: Unit) -> None:

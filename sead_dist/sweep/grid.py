@@ -265,7 +265,8 @@ def teacher_units(
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     """A student's configuration with its teachers, given or made, and the sweep's store; without
-    the unlabelled text, and copies without gold labels, where it asks no teacher.
+    folds, which are for teachers, and without the unlabelled text, and copies without gold labels,
+    where it asks no teacher.
 
     Raises UserError where its method asks teachers and there are none.
     """
@@ -280,8 +281,8 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
     # arms are compared with one another, by the report
     baseline = None if config.baseline == "auto" else config.baseline
-    given = {"teachers": teachers, "encoders": [], "store": store, "baseline": baseline}
-    return without_teachers_text(config.model_copy(update=given))
+    given = {"teachers": teachers, "encoders": [], "folds": None, "store": store}
+    return without_teachers_text(config.model_copy(update={**given, "baseline": baseline}))
 
 
 def student_units(

@@ -3,6 +3,8 @@
 Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
 those that ask teachers take more steps, the more so with unlabelled text. The run with the most
 steps keeps its keys; the others get its steps as max_steps, and pass over their rows more often.
+Steps are counted with text that files of predictions do not answer, which their run leaves out. So
+runs with files get as many steps as max_steps too.
 """
 
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ def needs_rows(plan: Plan, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
     students = [unit.config for unit in plan.students(task)]
     left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
-    return plan.equal_steps and left and len({config.taught for config in students}) > 1
+    unlike = len({config.taught for config in students}) > 1
+    return plan.equal_steps and left and (unlike or any(map(may_leave_text_out, students)))
 
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
@@ -46,9 +49,17 @@ def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
             own = steps_of(unit.config, of)
             if own < steps_of(most, of):
                 lengthened[unit.task, unit.method] = own
+            if own < steps_of(most, of) or may_leave_text_out(unit.config):
                 unit = replace(unit, config=as_long_as(unit.config, most, of))
         units.append(unit)
     return replace(plan, units=units, lengthened=lengthened)
+
+
+def may_leave_text_out(config: RunConfig) -> bool:
+    """Whether a run may have fewer rows than are counted here, and so fewer steps of its own."""
+    left = config.max_steps is None and config.num_train_epochs is None
+    files = [entry for entry in config.teachers if entry.predictions is not None]
+    return left and config.taught and bool(files)
 
 
 def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConfig:
@@ -58,17 +69,22 @@ def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConf
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:
     """A line on the rows and the steps of a task's students."""
-    steps = {unit.method: steps_of(unit.config, data) for unit in plan.students(name)}
+    configs = {unit.method: unit.config for unit in plan.students(name)}
+    steps = {method: steps_of(config, data) for method, config in configs.items()}
+    most = {
+        method: f"{'at most ' if config.early_stopping_patience is not None else ''}{steps[method]}"
+        for method, config in configs.items()
+    }
     rows = f"{name}: {data.train_rows} labelled rows"
     if data.unlabelled_rows:
         rows += f", {data.unlabelled_rows} unlabelled ones for methods that ask teachers"
     if len(set(steps.values())) > 1:
-        each = ", ".join(f"{method} {count}" for method, count in steps.items())
+        each = ", ".join(f"{method} {count}" for method, count in most.items())
         return f"{rows}; steps: {each} (equal_steps=off)"
     own = of_their_own(
         {method: of for (task, method), of in plan.lengthened.items() if task == name}
     )
-    return f"{rows}; every method takes {next(iter(steps.values()))} steps{own}"
+    return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"
 
 
 def of_their_own(lengthened: Mapping[str, Any]) -> str:

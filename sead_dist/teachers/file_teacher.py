@@ -70,7 +70,7 @@ def open_file(
         counts.append(f"{answered} of {len(part)} {part.split} rows")
     told = [f"teacher {name}: {entry.path} answers {', '.join(counts)}"]
     if without is not None:
-        told[0] += f"; it lacks {without}"
+        told[0] += f"; it has no answer to {without}"
     if not met.all():
         place = int(np.flatnonzero(~met)[0])
         told.append(

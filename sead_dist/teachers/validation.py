@@ -80,7 +80,8 @@ def better_order(
     classes = logits_BC.shape[1]
     if not task.task_kind.head_of_labels or classes > MOST_CLASSES_REORDERED:
         return None
-    best, found = score, None
+    # an order that only reaches the constant answer says nothing of the names
+    best, found = max(score, constant_score(task, examples)), None
     for order in permutations(range(classes)):
         tried = compute_metrics(task, logits_BC[:, list(order)], examples)[task.metrics[0]]
         if tried > best:
@@ -208,7 +209,7 @@ def require_passed(
             )
         raise UserError(
             f"teacher {validation.name} failed its validation: {validation.metric} "
-            f"{validation.score:.4f} on the selection split, no better than a constant answer "
-            f"({validation.constant_score:.4f}); {hint}; leave it out, or teach all the "
-            "same with teacher_validation=off"
+            f"{validation.score:.4f} on {validation.rows} selection rows, no better than a "
+            f"constant answer ({validation.constant_score:.4f}); {hint}; leave it out, or "
+            "teach all the same with teacher_validation=off"
         )

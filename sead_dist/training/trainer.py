@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from sead_dist.config.automatic import scoring_steps
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
@@ -35,8 +36,6 @@ from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
 
 LOG_EVERY = 10
-# an epoch over few labelled rows may be a step or two
-MOST_SCORES = 50
 
 
 def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
@@ -255,9 +254,9 @@ class Trainer:
             return False
         if self.may_end_after(step):
             return True
-        often = max(self.batches.steps_per_epoch, self.batches.total_steps // MOST_SCORES)
-        every = self.config.eval_steps or often
-        return step % every == 0 or step == self.batches.total_steps
+        total = self.batches.total_steps
+        every = scoring_steps(self.config, self.batches.steps_per_epoch, total)
+        return step % every == 0 or step == total
 
     def saves_after(self, step: int) -> bool:
         every = self.config.save_steps

@@ -8,6 +8,7 @@ from sead_dist.config.automatic import (
     learning_rate,
     patience_steps,
     run_steps,
+    scoring_steps,
     told_length,
 )
 from sead_dist.training.engine import build_optimizer, width_of
@@ -43,6 +44,14 @@ def test_epochs_are_of_the_labelled_rows_however_much_text_there_is():
 
 def test_steps_that_are_given_count():
     assert steps(2250, 80_000, TAUGHT, num_train_epochs=2, max_steps=7) == 7
+
+
+def test_a_student_is_scored_each_epoch_and_at_most_fifty_times():
+    assert scoring_steps(config(), 71, 213) == 71
+    # 64 labelled rows, 32 to a step
+    assert scoring_steps(config(), 2, 1500) == 30
+    assert 1501 // scoring_steps(config(), 2, 1501) <= 50
+    assert scoring_steps(config(eval_steps=5), 2, 1500) == 5
 
 
 def test_the_length_is_told_with_its_reason():

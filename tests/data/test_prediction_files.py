@@ -246,3 +246,9 @@ def test_what_is_no_score_is_refused(tmp_path):
 def test_keys_that_do_not_fit_are_refused_before_the_file_is_read(entry, message):
     with pytest.raises(UserError, match=message):
         config(f"teachers=[{entry}]")
+
+
+def test_a_row_whose_cells_are_all_empty_is_no_answer(tmp_path):
+    """As `labels --output` writes a row that no teacher answers."""
+    file = read(write(tmp_path / "soft.csv", "sentence,negative,positive\na,.2,.8\nb,,\n"))
+    assert p_of(file) == {"a": [0.2, 0.8]}

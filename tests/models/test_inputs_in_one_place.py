@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from source_text import trees
 
 OWNERS = {"models/inputs.py", "models/inputs_check.py", "data/tokens.py"}
+# a language model is fed a prompt and words, which no classifier is
+PROMPTED = {"teachers/language_model.py", "teachers/prompts.py"}
 # ask a tokeniser what it is, or for words of a table: no model is fed by it
 NOT_FED = {"models/pretrained.py", "models/embedding_neighbors.py"}
 # the id of a new model's config, before there is anything to feed
@@ -19,7 +21,10 @@ PARTS = {
     *("real_rows", "fitting_length", "OFFSET_POSITIONS", "INPUT_RULES"),
 }
 # a split's tokens are made where a split is; the versions of all rules are kept together
-DEFINES = {"data/order.py": {"tokenize"}, "training/identity.py": {"INPUT_RULES"}}
+DEFINES = {
+    "data/order.py": {"tokenize"},
+    **{key: {"INPUT_RULES"} for key in ("training/identity.py", "models/start.py")},
+}
 
 
 def is_tokenizer(node: ast.expr) -> bool:
@@ -45,7 +50,7 @@ def test_no_other_module_makes_or_sets_what_a_model_is_fed():
     elsewhere = {
         (path, what)
         for path, what in told
-        if path not in OWNERS | NOT_FED
+        if path not in OWNERS | NOT_FED | PROMPTED
         and what not in NEW_CONFIG.get(path, set()) | DEFINES.get(path, set())
     }
     assert elsewhere == set()

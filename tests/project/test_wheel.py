@@ -94,7 +94,7 @@ def test_metadata_names_requirements_extras_licence_and_command(site):
     # no index, no local version: a CUDA user gets the CUDA build from the same line
     assert [line for line in required if re.match(r"torch\b", line)] == ["torch<2.14,>=2.6"]
     extras = {"tensorboard", "deepspeed", "quantize", "onnx", "browser", "benchmark", "dev"}
-    extras |= {"peft", "sentencepiece", "tiktoken"}
+    extras |= {"gguf", "peft", "sentencepiece", "tiktoken"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert any(line.startswith("pytest>") and 'extra == "dev"' in line for line in required)
     assert metadata["License-Expression"] == "Apache-2.0"

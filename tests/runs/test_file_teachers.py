@@ -183,7 +183,7 @@ def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path
     distill(load_config(given), ALONE)
     assert model_bytes(tmp_path / "again") == model_bytes(run)
     assert "half.parquet answers 2" in log_of(run)
-    assert "it lacks train row" in log_of(run)
+    assert "it has no answer to train row" in log_of(run)
 
 
 def test_two_ranks_learn_what_one_learns(task, live, tmp_path):

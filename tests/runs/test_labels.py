@@ -107,7 +107,7 @@ def test_what_no_teacher_answers_is_empty(task, tmp_path):
 def test_from_a_csv_of_answers_to_a_student_as_the_page_says(task, tmp_path, cli):
     """docs/teachers.md, with a smaller student and fewer steps."""
     page = Path(__file__).parents[2] / "docs" / "teachers.md"
-    block = page.read_text("utf-8").split("```sh\n")[1].split("```")[0]
+    block = page.read_text("utf-8").split("```console\n")[1].split("```")[0]
     lines = [line for line in block.replace("\\\n", "").splitlines() if not line.startswith("#")]
     assert len(block.splitlines()) <= 10
     grammar = task[0]

@@ -23,7 +23,7 @@ from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import settle
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.run import run_sweep
-from sead_dist.sweep.steps import needs_rows
+from sead_dist.sweep.steps import needs_rows, told_steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,6 +164,30 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
     run_sweep(given, ALONE)
     assert [of["total_steps"] for of in records(run, "start")] == [30, 30]
     assert summaries(tmp_path / "out")["finetune"]["steps"] == 30
+
+
+def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsys):
+    rows = (task / "train.tsv").read_text().splitlines()
+    (tmp_path / "says.tsv").write_text("\n".join(rows) + "\n")  # of training rows alone
+    given = fair_words(
+        task, tmp_path / "out", "encoders=[]", f"teachers=[{{predictions: {tmp_path}/says.tsv}}]"
+    )
+    run_sweep(given, ALONE)
+    found = summaries(tmp_path / "out")
+    assert {m: (of["transfer_rows"], of["steps"]) for m, of in found.items()} == {
+        "finetune": (0, 30),
+        "mean": (0, 30),
+    }
+    assert "takes 30 steps (equal_steps=on; by their own rows: finetune 21)" in (
+        capsys.readouterr().out
+    )
+    assert needs_rows(make_plan([*given, "methods=[mean]"]), "grammar")
+
+
+def test_a_length_that_the_loss_may_cut_is_told_as_the_most(finished, task, tmp_path):
+    plan = make_plan(fair_words(task, tmp_path / "out", "early_stopping_patience=2"))
+    fixed, data = settle(plan, ["grammar"])
+    assert "; every method takes at most " in told_steps(fixed, "grammar", data["grammar"])
 
 
 def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):

@@ -261,6 +261,15 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
     ]
 
 
+def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys):
+    text = f"unlabeled.path={task}/transfer.tsv"
+    given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]
+    run_sweep(given, ALONE)
+    assert "run 1 of 3" in capsys.readouterr().out
+    run_sweep(given, ALONE)
+    assert not re.search(r"run \d+ of", capsys.readouterr().out)
+
+
 def test_one_seed_is_a_single_run_without_a_spread(task, tmp_path):
     output = tmp_path / "out"
     run_sweep(sweep_words(task, output, "seeds=1", "methods=[finetune,mean]"), ALONE)

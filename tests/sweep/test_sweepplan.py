@@ -120,6 +120,14 @@ def test_keys_of_a_sweep_may_stand_in_a_file_and_an_own_method_too(tmp_path):
     assert not found.own_teachers
 
 
+def test_folds_are_the_teachers_and_no_students():
+    found = plan("tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS, "folds=2")
+    teachers = of(found, "cola", "teachers")
+    assert {(config.folds, config.fold) for config in teachers} >= {(2, 0), (2, 1)}
+    students = [*of(found, "cola", "finetune"), *of(found, "cola", "mean")]
+    assert {config.folds for config in students} == {None}
+
+
 def test_an_arm_is_a_method_with_keys_of_its_own():
     arms = "methods=[mean,{name: warm, method: mean, temperature: 9, student: {layers: [1]}}]"
     found = plan("tasks=[cola]", arms, "seeds=1", ENCODERS, "temperature=3", "student=DIR")
@@ -190,6 +198,10 @@ def test_a_sweep_is_told_from_a_run():
         (
             ["methods=[{name: a, method: mean, max_steps: 9}]"],
             "'a' sets max_steps, and equal_.*=off",
+        ),
+        (
+            ["methods=[{name: a, method: mean, early_stopping_patience: 2}]"],
+            "'a' sets early_stopping_patience, and equal_.*=off",
         ),
         (["methods=[{name: a, alpha: 1}]"], "the arm 'a' has no method; give {name: NAME, method"),
         (["methods=[{name: a/b, method: mean}]"], "the arm's name 'a/b' cannot be a folder's"),

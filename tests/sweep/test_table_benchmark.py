@@ -1,5 +1,6 @@
 """The table of results: its arms, and the part of qqp that is divided for it."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,6 +65,55 @@ def test_the_search_reads_training_rows_alone(table, tmp_path, monkeypatch):
     assert not {row.split("\t")[0] for row in parts["train"]} & {
         row.split("\t")[0] for row in parts["validation"]
     }
+
+
+def test_a_folder_of_rows_that_was_cut_off_is_written_again(table, tmp_path, monkeypatch):
+    (tmp_path / "qqp_subset").mkdir()
+    rows = [f"{n}\t0\t0\tquestion {n}\tother {n}\t{n % 2}" for n in range(6000)]
+    (tmp_path / "qqp_subset" / "train.tsv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("SEAD_DIST_DATA", str(tmp_path))
+    for lay_out in (table.lay_out, table.lay_out_search):
+        folder = tmp_path / lay_out.__name__ / "qqp"
+        folder.mkdir(parents=True)
+        (folder / "validation.tsv").write_text("half a r")
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "TEST_ROWS", 100)
+            patch.setattr(table, "SEARCH_ROWS", {"qqp": 100})
+            lay_out(folder, "qqp")
+            whole = {path.name: path.read_text() for path in folder.iterdir()}
+            lay_out(folder, "qqp")
+        assert set(whole) == {"train.tsv", "validation.tsv"}
+        assert "half a r" not in whole["validation.tsv"]
+        assert {path.name: path.read_text() for path in folder.iterdir()} == whole
+
+
+def test_runs_that_were_done_again_are_kept_anew_and_undone_ones_no_more(table, tmp_path):
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    names = ("again", "undone", "same", "other")
+    runs = {name: Path("sst2", name, "seed-0") for name in names}
+
+    def finish(folder, steps, *files):
+        folder.mkdir(parents=True)
+        (folder / "predictions").mkdir()
+        for name in files:
+            (folder / "predictions" / name).write_text(str(steps))
+        (folder / "run_summary.json").write_text(f'{{"finished": true, "steps": {steps}}}')
+
+    for name in ("again", "undone", "same"):
+        finish(work / runs[name], 1, "old")
+    table.keep_runs(work, kept, [])
+    before = table.finished_runs(work)
+    assert before == sorted(runs[name] for name in ("again", "undone", "same"))
+    for name in ("again", "undone"):
+        shutil.rmtree(work / runs[name])
+    finish(work / runs["again"], 2, "new")
+    finish(kept / runs["other"], 1, "old")  # another machine's
+    table.keep_runs(work, kept, before)
+    found = {str(path.relative_to(kept / "sst2")) for path in kept.rglob("predictions/*")}
+    assert found == {f"{name}/seed-0/predictions/old" for name in ("same", "other")} | {
+        "again/seed-0/predictions/new"
+    }
+    assert '"steps": 2' in (kept / runs["again"] / "run_summary.json").read_text()
 
 
 def test_finished_runs_are_kept_without_models_and_brought_back(table, tmp_path):

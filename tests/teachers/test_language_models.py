@@ -31,6 +31,7 @@ from small_llm import CHAT, PROMPT, WORDS, entry, llm_tokenizer, plain_scores, s
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sead_dist.config.load import load_config
+from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.pool_worker import teach
@@ -45,7 +46,8 @@ WORDS_W = [" good", " very great", " bad"]
 
 def opened(*entries, task=TASK, train=None, **changes):
     given = config(f"teachers=[{', '.join(entries)}]", **changes)
-    return read_teachers(given, task, ALONE, grammar_tokenizer(), train)
+    examples = None if train is None else RunExamples(train, train, {}, 0, 0)
+    return read_teachers(given, task, ALONE, grammar_tokenizer(), examples)
 
 
 def of_classes(scores_W):

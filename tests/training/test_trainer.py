@@ -149,6 +149,8 @@ def test_the_loop_evaluates_and_saves_when_asked_to(tmp_path):
     assert not any(never.saves_after(s) for s in range(1, 7))
     default = make_trainer(tmp_path, num_train_epochs=2)
     assert [s for s in range(1, 7) if default.evaluates_after(s)] == [3, 6]
+    many = make_trainer(tmp_path, num_train_epochs=100)
+    assert [s for s in range(1, 301) if many.evaluates_after(s)] == [*range(6, 301, 6)]
 
 
 def test_the_best_student_is_the_first_with_the_highest_score(tmp_path):
