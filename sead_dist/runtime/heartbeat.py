@@ -114,6 +114,8 @@ class Heartbeat:
         # all ranks are there; this one rests; this one has something to tell
         self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
+        # the end is told once: what breaks because of it is no other one
+        self.ending = threading.Lock()
 
     @property
     def beat_s(self) -> float:
@@ -261,7 +263,9 @@ class Heartbeat:
 
     def end(self, line: str, gone: list[int]) -> None:
         """Say why, on the lowest rank that lives, and end this process with exit code 3."""
-        if self.rank == min({self.rank, *self.peers} - set(gone)):
+        if not self.ending.acquire(blocking=False):
+            time.sleep(LAST_WORDS_S + 2 * self.beat_s)  # another thread is at it
+        elif self.rank == min({self.rank, *self.peers} - set(gone)):
             print(f"sead-dist: {line}", file=sys.stderr, flush=True)
             if self.run is not None:
                 with suppress(OSError, UserError):

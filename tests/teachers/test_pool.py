@@ -311,7 +311,7 @@ def test_a_worker_leaves_teachers_that_are_not_in_the_pool_to_the_student(
     task, tmp_path, distil, monkeypatch, keys, of_the_other
 ):
     """Where scores decide who teaches, it has to know how all do on the selection split."""
-    for module in ("pool_worker", "distillation"):  # these teachers know nothing
+    for module in ("pool_worker", "prepared_teachers"):  # these teachers know nothing
         monkeypatch.setattr(f"sead_dist.runs.{module}.require_passed", lambda *_: None)
     _, (one, two, three) = task
     pooled = [f"{{path: {path}, placement: pool}}" for path in (one, three)]
