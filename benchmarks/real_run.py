@@ -70,9 +70,9 @@ def run(line: list[str], folders: dict[str, str], smoke: bool) -> float:
     if smoke:
         cli.main(words)
         return time.perf_counter() - began
-    outcome = subprocess.run([sys.executable, "-m", "sead_dist", *words])
-    if outcome.returncode != 0:
-        sys.exit(outcome.returncode)
+    done = subprocess.run([sys.executable, "-m", "sead_dist", *words])
+    if done.returncode != 0:
+        sys.exit(done.returncode)
     return time.perf_counter() - began
 
 

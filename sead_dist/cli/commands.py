@@ -4,8 +4,6 @@ import argparse
 import gc
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from sead_dist import __version__
 from sead_dist.cli import arguments
-from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_error
+from sead_dist.cli.exits import attempt, leave
+from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
     from sead_dist.slurm.jobs import Job
@@ -270,9 +269,6 @@ def demo(args: argparse.Namespace) -> None:
         run_demo(Path(args.output_dir), args.seed, world)
 
 
-GRACE_S = 1.0
-
-
 def all_commands() -> tuple[tuple[Callable[..., None], Callable[..., None], str], ...]:
     """What each command runs, what can be written after it, and its line of help."""
     return (
@@ -335,51 +331,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
-    """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
-    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug. debug: its traceback too."""
-    try:
-        do()
-        sys.stdout.flush()
-    except (UserError, RunError) as error:
-        if debug:
-            show_traceback(error)
-        if is_main_process() or isinstance(error, LostRankError):
-            print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
-        else:
-            # a launcher ends all ranks with the first: rank 0 has to say its line before
-            time.sleep(GRACE_S)
-        return 2 if isinstance(error, UserError) else 3
-    except BrokenPipeError:  # `| head -1` has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        machines = run_error(error)  # no traceback helps
-        if machines is not None:
-            if debug:
-                show_traceback(error)
-            print(f"sead-dist: {machines}", file=sys.stderr)
-            return 3
-        traceback.print_exc()
-        return 1
-    return None
-
-
-def show_traceback(error: BaseException) -> None:
-    """The whole of it: also what stands behind an error that hides its cause."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__suppress_context__ = link.__cause__ is not None
-        link = link.__cause__ or link.__context__
-    traceback.print_exception(error)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exit codes: 0 done, and those of `attempt`."""
     args = parse(argv)
@@ -388,13 +339,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave(code)
     # the last collection, at the end of the process, has nothing to free and takes a second
     gc.freeze()
-
-
-def leave(code: int) -> None:
-    """End at once: other threads and process groups may be in the middle of something."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

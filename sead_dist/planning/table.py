@@ -69,14 +69,14 @@ def plan(
                 "told before; plan without it"
             )
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
-    roster = held_everywhere(config, teachers)
+    all_teachers = held_everywhere(config, teachers)
     # a file of predictions costs nothing
-    teachers = [teacher for teacher in roster if teacher.file is None]
+    teachers = [teacher for teacher in all_teachers if teacher.file is None]
     folder = Path(config.store.path) if config.store.path else default_store()
 
     def count() -> Work:
         store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
-        return make_work(config, task.name, examples, inputs, roster, store)
+        return make_work(config, task.name, examples, inputs, all_teachers, store)
 
     work = from_main(world, count)
     own_bytes = student_bytes(student.config, config, size)

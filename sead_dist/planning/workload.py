@@ -84,7 +84,7 @@ def make_work(
     task: str,
     examples: RunExamples,
     inputs: ModelInputs,
-    roster: Sequence[Teacher],
+    all_teachers: Sequence[Teacher],
     store: PredictionStore | None,
     done: int = 0,
 ) -> Work:
@@ -101,11 +101,13 @@ def make_work(
     total = steps_of(config, examples)
     in_time = min(1.0, total / len(order_SG))
     passes = -(-total // len(order_SG))
-    asked_N = asked_share(config, roster, train, passes)
+    asked_N = asked_share(config, all_teachers, train, passes)
     shares_N = [
-        share * in_time for share, one in zip(asked_N, roster, strict=True) if one.file is None
+        share * in_time
+        for share, one in zip(asked_N, all_teachers, strict=True)
+        if one.file is None
     ]
-    teachers = [teacher for teacher in roster if teacher.file is None]
+    teachers = [teacher for teacher in all_teachers if teacher.file is None]
     requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
     counted: dict[tuple[tuple[str, int], str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):

@@ -242,19 +242,19 @@ def gather_objects(world: World, mine: T, group: dist.ProcessGroup | None = None
 
 def from_main(world: World, make: Callable[[], T]) -> T:
     """What `make` gives on rank 0, on every rank; its UserError or RunError too."""
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    made: tuple[T | None, Exception | None] = (None, None)
     if world.is_main:
         try:
-            outcome = (make(), None)
+            made = (make(), None)
         except (UserError, RunError, OSError) as error:
-            outcome = (None, error)
+            made = (None, error)
     if world.size > 1:
-        box: list[Any] = [outcome]
+        box: list[Any] = [made]
         dist.broadcast_object_list(box, src=0, group=world.control)
-        outcome = box[0]
-    if outcome[1] is not None:
-        raise as_heard(world, outcome[1])
-    return outcome[0]  # type: ignore[return-value]
+        made = box[0]
+    if made[1] is not None:
+        raise as_heard(world, made[1])
+    return made[0]  # type: ignore[return-value]
 
 
 def on_every_rank(world: World, do: Callable[[], T]) -> T:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sead_dist.cli.commands import attempt, parse
+from sead_dist.cli.commands import parse
+from sead_dist.cli.exits import attempt
 from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows
 from sead_dist.data.task_files import TASKS, load_task

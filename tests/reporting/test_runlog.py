@@ -121,10 +121,10 @@ def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, mon
 
 def test_fast_work_without_a_terminal_says_only_that_it_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "monotonic", lambda: 0.0)
-    with open_log(tmp_path, console=True).progress("exam", total=7) as bar:
+    with open_log(tmp_path, console=True).progress("validation", total=7) as bar:
         bar.advance(3)
         bar.advance(4)
-    assert capsys.readouterr().out == "exam: 7/7 (100%)\n"
+    assert capsys.readouterr().out == "validation: 7/7 (100%)\n"
 
 
 def test_progress_in_a_terminal_is_a_bar_that_ends_with_the_block(tmp_path):

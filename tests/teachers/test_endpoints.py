@@ -385,9 +385,9 @@ def test_a_run_whose_server_fails_goes_on_where_it_was(task, tmp_path, serve, mo
     bad.bodies.clear()
     run_ranks(1, tmp_path / "ranks", run_quickly, given)
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "whole")
-    # pieces of eight rows were kept before it failed: which ones goes by the order of the requests
+    # the six selection rows and two pieces of eight were kept before it failed
     assert before > 90
-    assert 1 + 3 * (80 - 30) <= len(bad.bodies) <= 1 + 3 * (80 - 16)
+    assert len(bad.bodies) == 1 + 3 * (80 - 6 - 2 * 8)
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
