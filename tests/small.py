@@ -262,6 +262,21 @@ def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes)
     return read_teachers(given, task, world)
 
 
+def said_by(teacher, texts) -> np.ndarray:
+    """logits_RC of a teacher's classes, two of them, alone on the CPU."""
+    from sead_dist.teachers.inference import predict
+    from sead_dist.teachers.whole import load_whole
+
+    said_RC = np.zeros((len(texts), 2), np.float32)
+
+    def done(places, logits_RC):
+        said_RC[places] = logits_RC
+
+    tokens, model = teacher.inputs.tokens(example_set(texts)), load_whole(teacher, CPU, False, {})
+    predict(model, tokens, np.arange(len(texts)), CPU, teacher.cut, done)
+    return said_RC
+
+
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
     from sead_dist.store.store import PredictionStore
     from sead_dist.teachers.placement import place, share_rows

@@ -8,14 +8,12 @@ import pytest
 import torch
 from kinds import save_kind
 from safetensors.torch import load_file, save_file
-from small import CPU, LABELS, edit_json, example_set, load_teachers, sentences
+from small import LABELS, edit_json, load_teachers, said_by, sentences
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from sead_dist.errors import UserError
 from sead_dist.models import adapters
 from sead_dist.models.pretrained import locate, weights_hash
-from sead_dist.teachers.inference import predict
-from sead_dist.teachers.whole import load_whole
 
 peft = pytest.importorskip("peft")
 NAMES = f"[{', '.join(LABELS)}]"
@@ -53,23 +51,11 @@ def entry(folder):
     return f"{{path: {folder}, labels: {NAMES}}}"
 
 
-def said_by(teacher):
-    tokens = teacher.inputs.tokens(example_set(TEXTS))
-    said_RC = np.zeros((len(TEXTS), 2), np.float32)
-
-    def done(places, logits_RC):
-        said_RC[places] = logits_RC
-
-    model = load_whole(teacher, CPU, False, {})
-    predict(model, tokens, np.arange(len(TEXTS)), CPU, teacher.cut, done)
-    return said_RC
-
-
 @pytest.mark.parametrize("kind", AIMS)
 def test_an_adapter_answers_as_peft_says_on_its_base(tmp_path, kind):
     expected_RC = save_adapter(tmp_path, kind)
     (teacher,) = load_teachers([entry(tmp_path / "lora")])
-    np.testing.assert_allclose(said_by(teacher), expected_RC, atol=1e-5)
+    np.testing.assert_allclose(said_by(teacher, TEXTS), expected_RC, atol=1e-5)
     assert np.ptp(expected_RC, axis=0).min() > 0.01
 
 

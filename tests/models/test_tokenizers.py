@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import alone, save_kind, texts
-from small import CPU, LABELS, config, edit_json, example_set, load_teachers
+from small import LABELS, config, edit_json, example_set, load_teachers, said_by
 from transformers import AutoTokenizer
 
 from sead_dist.cli.grammar import grammar_tokenizer
@@ -16,8 +16,6 @@ from sead_dist.models import pretrained
 from sead_dist.models.inputs import settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import load_classifier
-from sead_dist.teachers.inference import predict
-from sead_dist.teachers.whole import load_whole
 
 DECODERS = ("gpt2", "llama", "qwen3", "gemma3_text")
 
@@ -43,14 +41,7 @@ def test_a_model_that_looks_at_the_last_token_needs_no_padding_token(tmp_path, k
     assert teacher.inputs.tokenizer.pad_token == "[MASK]"
     assert teacher.config.pad_token_id == teacher.inputs.tokenizer.eos_token_id
     lines = texts(10)
-    tokens = teacher.inputs.tokens(example_set(lines))
-    said_RC = np.zeros((len(lines), 2), np.float32)
-
-    def done(places, logits_RC):
-        said_RC[places] = logits_RC
-
-    model = load_whole(teacher, CPU, False, {})
-    predict(model, tokens, np.arange(len(lines)), CPU, teacher.cut, done)
+    said_RC = said_by(teacher, lines)
     expected_RC = alone(tmp_path, lines, 32)
     assert np.abs(said_RC - expected_RC).max() < 1e-3 * np.abs(expected_RC).max()
 

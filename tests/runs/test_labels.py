@@ -11,10 +11,7 @@ from small import (
     grammar_tokenizer,
     logits_of,
     model_bytes,
-    save_teacher,
-    student_shape,
     words,
-    write_task,
 )
 from transformers import AutoModelForSequenceClassification
 
@@ -24,23 +21,14 @@ from sead_dist.runs.distillation import distill
 from sead_dist.runs.labels import write_labels, write_rows
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("labels")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", seed=1)]
-    data = write_task(root / "data")
-    student_shape(data)
-    return data, teachers
+def given(tiny_task, output, teachers, **changes):
+    return load_config(words(tiny_task[0], teachers, output, **{"max_steps": 4, **changes}))
 
 
-def given(task, output, teachers, **changes):
-    return load_config(words(task[0], teachers, output, **{"max_steps": 4, **changes}))
-
-
-def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(task, tmp_path):
-    text = {"unlabeled__path": task[0] / "transfer.tsv"}
+def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(tiny_task, tmp_path):
+    text = {"unlabeled__path": tiny_task[0] / "transfer.tsv"}
     rows = tmp_path / "rows.jsonl"
-    write_rows(given(task, tmp_path / "run", [], **text), rows)
+    write_rows(given(tiny_task, tmp_path / "run", [], **text), rows)
     asked = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["split"] for row in asked].count("text") == 20
     assert {row["split"] for row in asked} == {"train", "text", "selection", "validation"}
@@ -50,16 +38,18 @@ def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(task, tmp_
             for row in asked]  # fmt: skip
     answers.write_text("".join(json.dumps(row) + "\n" for row in said))
     entry = f"{{predictions: {answers}}}"
-    run = distill(given(task, tmp_path / "run", [entry], **text), ALONE)
+    run = distill(given(tiny_task, tmp_path / "run", [entry], **text), ALONE)
     log = (run / "log.txt").read_text()
     assert "answers 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows" in log
 
 
-def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(task, tmp_path):
+def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(tiny_task, tmp_path):
     file = tmp_path / "soft.parquet"
-    write_labels(given(task, tmp_path / "run", task[1]), file, ALONE)
+    write_labels(given(tiny_task, tmp_path / "run", tiny_task[1]), file, ALONE)
     found = pq.read_table(file).to_pydict()
-    models = [AutoModelForSequenceClassification.from_pretrained(one).eval() for one in task[1]]
+    models = [
+        AutoModelForSequenceClassification.from_pretrained(one).eval() for one in tiny_task[1]
+    ]
     logits_NBC = np.stack([logits_of(model, found["sentence"]) for model in models])
     p_NBC = np.exp(logits_NBC) / np.exp(logits_NBC).sum(-1, keepdims=True)
     assert np.allclose(found["a_probability_negative"], p_NBC[0, :, 0], atol=1e-5)
@@ -71,9 +61,9 @@ def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(task, tm
     assert np.allclose(found["agreement"], same_NB.mean(0))
     assert set(found["gold_label"]) == {"negative", "positive"}
     student = [
-        distill(given(task, tmp_path / name, teachers), ALONE)
+        distill(given(tiny_task, tmp_path / name, teachers), ALONE)
         for name, teachers in (
-            ("live", task[1]),
+            ("live", tiny_task[1]),
             ("soft", [f"{{predictions: {file}, calibrate: off}}"]),
         )
     ]
@@ -87,30 +77,30 @@ def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(task, tm
     assert len(datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))) == 80
 
 
-def test_what_no_teacher_answers_is_empty(task, tmp_path):
-    write_rows(given(task, tmp_path / "run", []), tmp_path / "rows.jsonl")
+def test_what_no_teacher_answers_is_empty(tiny_task, tmp_path):
+    write_rows(given(tiny_task, tmp_path / "run", []), tmp_path / "rows.jsonl")
     first = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
     (tmp_path / "gpt.jsonl").write_text(json.dumps({"id": first["id"], "label": "positive"}) + "\n")
     entry = f"{{predictions: {tmp_path / 'gpt.jsonl'}, calibrate: off}}"
-    write_labels(given(task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
+    write_labels(given(tiny_task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
     rows = [json.loads(line) for line in (tmp_path / "soft.jsonl").read_text().splitlines()]
     said = [row for row in rows if row["probability_positive"] is not None]
     assert [row["sentence"] for row in said] == [first["sentence"]]
     assert said[0]["probability_positive"] == pytest.approx(1.1 / 1.2)
     assert rows[1]["agreement"] is None
     with pytest.raises(UserError, match=r"--output .*soft.jsonl exists and is not written over"):
-        write_labels(given(task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
+        write_labels(given(tiny_task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
     with pytest.raises(UserError, match="there are no teachers to say anything"):
-        write_labels(given(task, tmp_path / "run", []), tmp_path / "other.jsonl", ALONE)
+        write_labels(given(tiny_task, tmp_path / "run", []), tmp_path / "other.jsonl", ALONE)
 
 
-def test_from_a_csv_of_answers_to_a_student_as_the_page_says(task, tmp_path, cli):
+def test_from_a_csv_of_answers_to_a_student_as_the_page_says(tiny_task, tmp_path, cli):
     """docs/teachers.md, with a smaller student and fewer steps."""
     page = Path(__file__).parents[2] / "docs" / "teachers.md"
     block = page.read_text("utf-8").split("```console\n")[1].split("```")[0]
     lines = [line for line in block.replace("\\\n", "").splitlines() if not line.startswith("#")]
     assert len(block.splitlines()) <= 10
-    grammar = task[0]
+    grammar = tiny_task[0]
     (tmp_path / "reviews").mkdir()
     for name in ("train.tsv", "validation.tsv"):
         (tmp_path / "reviews" / name).write_text((grammar / name).read_text())

@@ -252,13 +252,15 @@ def bytes_held(world, ways, root):
 
 
 def at_rest(before: set[int]) -> int:
-    """Bytes in tensors that are not in `before`: the least of a few looks, for a reduction's thread
-    may not have let go of what it sent."""
-    looks = []
-    for _ in range(5):
-        looks.append(sum(count for key, count in storages().items() if key not in before))
+    """Bytes in tensors that are not in `before`, once they have not become fewer for two seconds:
+    a reduction's thread may not have let go of what it sent, least of all on a busy machine."""
+    least, fell_at = None, time.monotonic()
+    while time.monotonic() - fell_at < 2.0:
+        now = sum(count for key, count in storages().items() if key not in before)
+        if least is None or now < least:
+            least, fell_at = now, time.monotonic()
         time.sleep(0.1)
-    return min(looks)
+    return least
 
 
 def accumulate_one(trainer) -> None:
@@ -282,11 +284,13 @@ def with_small_buckets(way, folder):
 
 
 def storages() -> dict[int, int]:
-    """Bytes of each memory block that a tensor of this process lives in."""
+    """Bytes of each memory block that a tensor of this process lives in; those on the meta device
+    live in none, and all have the address 0."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    blocks = [t.untyped_storage() for t in tensors if not t.is_meta]
+    return {block.data_ptr(): block.nbytes() for block in blocks}
 
 
 def bytes_promised(way: str | None, ranks: int) -> float:
