@@ -121,3 +121,20 @@ def test_where_the_store_does_not_answer_it_is_rank_0_that_is_named(heartbeat):
     assert heartbeat.dead(10.1, 10.0) == [0]
     heartbeat.carried_at = 8.0
     assert heartbeat.dead(10.1, 10.0) == [2, 0]
+
+
+def test_the_end_is_told_once_whatever_breaks_because_of_it(heartbeat, monkeypatch, capsys):
+    class EndedError(Exception):
+        pass
+
+    def ended(code):
+        raise EndedError(code)
+
+    monkeypatch.setattr("sead_dist.runtime.heartbeat.os._exit", ended)
+    monkeypatch.setattr("sead_dist.runtime.heartbeat.time.sleep", lambda _s: None)
+    monkeypatch.setattr(heartbeat, "_tell_all", lambda _line: None)
+    for line in ("rank 1 hangs", "rank 1 is gone"):
+        with pytest.raises(EndedError, match="3"):
+            heartbeat.end(line, [1])
+    assert capsys.readouterr().err == "sead-dist: rank 1 hangs\n"
+    assert (heartbeat.run / "log.txt").read_text().count("rank 1") == 1
