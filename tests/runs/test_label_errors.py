@@ -151,6 +151,15 @@ def test_a_file_counts_for_the_rows_that_it_answers_and_a_language_model_for_all
     assert f"file {len(answers[:40])}, llm 60 of 60" in capsys.readouterr().out
 
 
+def test_soft_labels_of_a_row_are_those_of_teachers_that_were_not_trained_on_it(made, tmp_path):
+    task, halves, _, _ = made
+    write_labels(given(task, tmp_path / "run", halves), tmp_path / "soft.jsonl", ALONE)
+    rows = [json.loads(line) for line in (tmp_path / "soft.jsonl").read_text().splitlines()]
+    for row in rows:
+        said = [row[f"{name}_probability_positive"] for name in ("first", "second")]
+        assert said.count(None) == (1 if row["split"] == "train" else 0)
+
+
 def test_scores_are_refused(tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text("name: own\nkind: regression\ntext_a: '{a}'\nscore_range: [0, 5]\n")
