@@ -122,6 +122,8 @@ def check_fit(
         ],
         axis=1,
     )
+    if not any(has_label(split.examples.labels_B).any() for split in splits):
+        raise UserError("no row has a gold label that could be wrong; use --output")
     if not fit_NB.any():
         raise UserError(
             "no teacher has predictions of labelled rows that it was not trained on; train "
