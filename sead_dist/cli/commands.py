@@ -145,13 +145,15 @@ def labels(args: argparse.Namespace) -> None:
 
     config = load_config(args.words)
     with importing():
+        from sead_dist.runs.label_errors import write_errors
         from sead_dist.runs.labels import write_labels, write_rows
         from sead_dist.runtime.distributed import in_world
 
     if args.rows is not None:
         return write_rows(config, Path(args.rows))
     with in_world(config.heartbeat) as world:
-        write_labels(config, Path(args.output), world)
+        write = write_labels if args.errors is None else write_errors
+        write(config, Path(args.errors or args.output), world)
 
 
 def evaluate(args: argparse.Namespace) -> None:

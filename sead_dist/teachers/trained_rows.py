@@ -52,6 +52,17 @@ def seen_by(teachers: Sequence[Teacher], split: Split) -> np.ndarray | None:
     return np.stack([none_U if one is None else one for one in seen])
 
 
+def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
+    """fit_NU: which teachers' predictions of which examples of a split tell nothing of the gold
+    label that they were taught. A model's folder must say so. A file of predictions and a language
+    model with a prompt were not trained on any."""
+    seen = [trained_on(teacher, split) for teacher in teachers]
+    return np.stack([
+        np.full(len(split.ids_U2), teacher.entry.prompt is not None) if one is None else ~one
+        for teacher, one in zip(teachers, seen, strict=True)
+    ])  # fmt: skip
+
+
 def told_folds(
     teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
 ) -> str:

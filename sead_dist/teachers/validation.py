@@ -48,14 +48,17 @@ class Validation:
 
 
 def ask_all(
-    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str
-) -> np.ndarray:
+    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str,
+    asked_NU: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
-    answer. All ranks call this."""
+    answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
     pieces = []
     for start in range(0, len(wanted), look_ahead):
-        request = Request(split, wanted[start : start + look_ahead], None, what)
+        part_R = wanted[start : start + look_ahead]
+        asked_NR = None if asked_NU is None else asked_NU[:, part_R]
+        request = Request(split, part_R, asked_NR, what)
         found = source.submit(request).result()
         absent_NB1 = ~found.present_NB[..., None]
         pieces.append(found.logits_NBC.masked_fill(absent_NB1, float("nan")).numpy())
