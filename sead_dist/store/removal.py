@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
-from sead_dist.store.inventory import (
+from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
+from sead_dist.store.maintenance import (
     Row,
     alone,
     headers,
@@ -17,8 +18,6 @@ from sead_dist.store.inventory import (
     remove_unused_keys,
     rows_of,
 )
-from sead_dist.store.layout import BLOCK_SUFFIX, Layout, existing
-from sead_dist.store.live import LiveRun, live_runs
 
 MIN_PREFIX = 6
 

@@ -2,17 +2,262 @@
 
 A prediction is identified by the example's id and the teacher key, and by nothing else: task, split
 and run only describe it.
+
+U unique examples of a table (entries: positions in its sorted ids), R rows of a request, P ids that
+two sets share, M rows of a value block, C classes.
+
+Readers take no locks. A value block never changes under its name; compaction adds the merged block
+before it removes the parts, so that a reader who misses a part finds its rows on looking again.
 """
 
+import re
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
-from sead_dist.store import layout as _layout
-from sead_dist.store import live
-from sead_dist.store.block_reader import BlockReader
-from sead_dist.store.ids import Ints
-from sead_dist.store.table import Table, TeacherKey
+import numpy as np
+import numpy.typing as npt
+
+from sead_dist.errors import RunError
+from sead_dist.store.blocks import (
+    BlockReader,
+    IdSet,
+    ValueBlock,
+    check_num_keys,
+    list_blocks,
+    read_description,
+    teacher_folder,
+    write_value_block,
+)
+from sead_dist.store.ids import Bools, Integers, Ints
+from sead_dist.store.layout import create, hold
+from sead_dist.store.rows import BadChunkError, Coverage, Floats, Logits, Rows
+from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError
+
+
+@dataclass(frozen=True)
+class TeacherKey:
+    """What a teacher's predictions depend on besides the example.
+
+    fingerprint: hex, of weights, config, tokeniser and maximum length; numerics: canonical JSON of
+    the numerics class; name: as the person gave it, description only; classes: width of its logits.
+    """
+
+    fingerprint: str
+    numerics: str
+    name: str
+    classes: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{16,}", self.fingerprint):
+            raise ValueError(f"fingerprint={self.fingerprint!r}: at least 16 lower-case hex digits")
+
+    @property
+    def folder(self) -> str:
+        return teacher_folder(self.fingerprint, self.numerics)
+
+
+class Table:
+    """Predictions of one teacher on the U examples of one set; made by `PredictionStore.table`.
+
+    present_U: which are stored (read it, do not write it); classes_read: the numerics classes that
+    rows were read from. Use from several threads is safe.
+    """
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        key: TeacherKey,
+        ids: IdSet,
+        task: str,
+        split: str,
+        run: str,
+        accept_any: bool,
+    ) -> None:
+        self.key, self.task, self.split, self.run = key, task, split, run
+        self.classes_read: tuple[str, ...] = ()
+        self._rows = Rows(len(ids.ids_U2), key.classes)
+        self._reader, self._accept_any, self._ids = reader, accept_any, ids
+        self._mutex = threading.Lock()
+        self._seen: set[Path] = set()
+        self._check_teacher()
+        self.refresh()
+
+    @property
+    def present_U(self) -> Bools:
+        return self._rows.present_U
+
+    @property
+    def blocks_seen(self) -> int:
+        """How many blocks of this teacher were met, whatever split they are of."""
+        return len(self._seen)
+
+    def lookup(self, entries_R: Integers) -> tuple[Floats, Bools]:
+        """Logits [R, C] of the entries, NaN where there are none, and which are there [R].
+
+        A block that is found altered on the way is set aside, and its rows are there no more.
+        """
+        while True:
+            try:
+                return self._rows.lookup(entries_R)
+            except BadChunkError as error:
+                self._forget(error.logits, error)
+
+    def _forget(self, logits: Logits, reason: BadBlockError) -> None:
+        with self._mutex:
+            self._rows.drop(logits)
+            if logits.path in self._seen:
+                self._seen.discard(logits.path)
+                self._reader.set_aside(logits.path, reason)
+
+    def write(self, entries_R: Ints, logits_RC: npt.ArrayLike) -> None:
+        """Store logits of entries as one block, at once seen by `lookup`; raises RunError.
+
+        Entries that are stored already are left as they are.
+        """
+        logits = np.asarray(logits_RC, np.float32)
+        entries, first = np.unique(np.asarray(entries_R, np.int64), return_index=True)
+        if logits.shape != (len(entries_R), self.key.classes):
+            raise ValueError(f"logits {logits.shape} for {len(entries_R)} entries and {self.key}")
+        if len(entries) and not 0 <= entries[0] <= entries[-1] < len(self.present_U):
+            raise ValueError(f"entries {entries[0]}..{entries[-1]} of {len(self.present_U)}")
+        logits = logits[first]
+        if not np.isfinite(logits).all():
+            bad = int((~np.isfinite(logits).all(axis=1)).sum())
+            raise RunError(
+                f"teacher {self.key.name}: logits of {bad} {self.task} {self.split} examples are "
+                "not finite and were not stored; try another dtype for it or leave it out"
+            )
+        with self._mutex:
+            new = ~self.present_U[entries]
+            if not new.any():
+                return
+            entries, logits = entries[new], np.ascontiguousarray(logits[new])
+            all_rows = len(entries) == len(self.present_U)
+            block = ValueBlock(
+                keys=self._ids.hash,
+                task=self.task,
+                split=self.split,
+                teacher=self.key.fingerprint,
+                numerics=self.key.numerics,
+                name=self.key.name,
+                runs=(self.run,),
+                written_at=time.time(),
+                covers=Coverage(
+                    len(self.present_U), None if all_rows else entries.astype(np.int32)
+                ),
+                logits=Logits(logits),
+            )
+            sound = self._reader.sound_keys
+            path = write_value_block(self._reader.layout, block, self._ids.ids_U2, sound)
+            self._seen.add(path)
+            self._rows.copy(entries, logits)
+
+    def refresh(self) -> None:
+        """See the blocks that others have written since."""
+        with self._mutex:
+            exact = self._reader.layout.values / self.key.folder
+            self._read_folder(exact)
+            if not self._accept_any:
+                return
+            for folder in sorted(exact.parent.glob(f"{self.key.fingerprint[:16]}-*")):
+                if folder != exact:
+                    self._read_folder(folder)
+
+    def _read_folder(self, folder: Path) -> None:
+        # A listing taken while a compaction renames and removes may show neither the parts nor the
+        # merged block, and a part may be gone when it is opened: look until nothing has changed.
+        listed: list[Path] | None = None
+        while not self._rows.complete:
+            found = list_blocks(folder)
+            if found == listed:
+                break
+            listed = found
+            for path in found:
+                if path in self._seen or self._rows.complete:
+                    continue
+                self._seen.add(path)
+                block = self._reader.read_block(path)
+                if block is not None:
+                    self._take(block, path)
+                if not path.exists():
+                    # Gone or set aside: a file that gets this name later is another one.
+                    self._seen.discard(path)
+
+    def _take(self, block: ValueBlock, path: Path) -> None:
+        """Make the rows of a block readable that were missing so far."""
+        try:
+            taken = self._take_sound(block)
+        except (BadBlockError, FileNotFoundError) as error:
+            # Its key block goes only after the block itself: one that is still here is bad.
+            if path.exists():
+                missing = f"its key block {block.keys} is missing"
+                reason = error if isinstance(error, BadBlockError) else missing
+                self._reader.set_aside(path, reason)
+            return
+        if taken:
+            self._note_class(block.numerics)
+
+    def _take_sound(self, block: ValueBlock) -> bool:
+        """Whether it had any; raises BadBlockError, FileNotFoundError (its key block)."""
+        if block.teacher != self.key.fingerprint:
+            raise BadBlockError(f"it belongs to teacher {block.teacher}: foreign")
+        classes = block.logits.values_MC.shape[1]
+        if classes != self.key.classes:
+            raise BadBlockError(f"{classes} classes, not {self.key.classes}")
+        covers, present_U = block.covers, self.present_U
+        if block.keys == self._ids.hash:
+            self._reader.mend_keys(self._ids)
+            check_num_keys(block, len(present_U))
+            # Rows of the exact class stay before those of another.
+            comes_first = block.numerics == self.key.numerics or not present_U.any()
+            if comes_first and (covers.whole or block.compacted):
+                self._rows.lay(covers, block.logits)
+                return True
+            entry_M: Integers = np.concatenate(list(covers.pieces()))
+            row_M: Integers = np.arange(len(entry_M), dtype=np.int32)
+        else:
+            place_P, entry_M = self._reader.shared(block, self._ids)
+            row_M = covers.rows_at(place_P)
+        take = np.flatnonzero((row_M >= 0) & ~present_U[entry_M])
+        entry_M, row_M = entry_M[take], row_M[take]
+        if not len(take):
+            return False
+        if block.num_bytes >= MAP_BYTES:
+            self._rows.refer(entry_M, block.logits, row_M)
+        else:
+            self._rows.copy(entry_M, block.logits.take(row_M))
+        return True
+
+    def _note_class(self, numerics: str) -> None:
+        if numerics in self.classes_read:
+            return
+        self.classes_read = (*self.classes_read, numerics)
+        if numerics != self.key.numerics:
+            self._reader.report(
+                f"store: {self.task} {self.split}: predictions of {self.key.name} are read from "
+                f"another numerics class, {numerics}"
+            )
+
+    def _check_teacher(self) -> None:
+        """Refuse a width other than the stored one: its blocks are sound, the caller is not."""
+        path = self._reader.layout.values / self.key.folder / "teacher.json"
+        try:
+            classes = read_description(path)["classes"]
+        except FileNotFoundError:
+            return
+        except BadBlockError as error:
+            self._reader.set_aside(path, error)
+            return
+        if classes != self.key.classes:
+            raise RunError(
+                f"teacher {self.key.name}: the store {self._reader.layout.root} holds {classes} "
+                f"logits an example, this run expects {self.key.classes}; check the teacher's "
+                "config.json or name another store="
+            )
 
 
 class PredictionStore:
@@ -22,7 +267,7 @@ class PredictionStore:
     """
 
     def __init__(self, folder: Path | str, report: Callable[[str], None]) -> None:
-        self.layout = _layout.create(Path(folder))
+        self.layout = create(Path(folder))
         self._reader = BlockReader(self.layout, report)
 
     def table(
@@ -46,4 +291,4 @@ class PredictionStore:
     ) -> AbstractContextManager[None]:
         """While inside, nothing that these teachers' tables may read is removed from the store."""
         folders = [f"{key.fingerprint[:16]}-*" if accept_any else key.folder for key in keys]
-        return live.hold(self.layout, run, folders)
+        return hold(self.layout, run, folders)

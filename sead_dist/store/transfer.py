@@ -16,9 +16,9 @@ from sead_dist.store.blocks import (
     metadata_of,
     read_value_block,
 )
-from sead_dist.store.inventory import Bad, scan
-from sead_dist.store.key_blocks import ensure_key_block, read_key_block
+from sead_dist.store.ids import ensure_key_block, read_key_block
 from sead_dist.store.layout import BLOCK_SUFFIX, Layout, create, existing, raise_format
+from sead_dist.store.maintenance import Bad, scan
 from sead_dist.store.tensor_file import BadBlockError, read_tensors, write_tensors
 
 

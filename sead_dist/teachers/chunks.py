@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sead_dist.data.order import BatchStream, Split
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import TeacherKey
 from sead_dist.store.tensor_file import digest
 from sead_dist.teachers.base import Request
 

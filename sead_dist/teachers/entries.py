@@ -37,7 +37,7 @@ from sead_dist.models.sequence_classifier import (
     outline,
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.file_teacher import FileAnswers, open_file
 from sead_dist.teachers.inference import Cut
 from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers

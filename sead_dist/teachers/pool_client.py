@@ -14,7 +14,7 @@ import numpy as np
 
 from sead_dist.errors import RunError
 from sead_dist.store.layout import Layout, explain, unique_name
-from sead_dist.store.table import Table, TeacherKey
+from sead_dist.store.store import Table, TeacherKey
 
 # seconds between two looks at the store: doubled up to the most while nothing comes
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0

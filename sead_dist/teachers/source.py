@@ -26,8 +26,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import Table
+from sead_dist.store.store import PredictionStore, Table
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import NotFiniteError, predict

@@ -34,7 +34,7 @@ from sead_dist.models.sequence_classifier import (
     label_names,
 )
 from sead_dist.runtime.files import files_hash
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers
