@@ -12,6 +12,8 @@ Shapes: R rows of a request, P rows of one batch (or their positions in the requ
 own classes, L tokens, H hidden.
 """
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +23,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data.tokens import TokenTable
+from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import Padding, shallow
 from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
-from sead_dist.teachers.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -292,3 +294,26 @@ def free_rows_from(
                 return free_from
         free_from = rows if rows <= shapes.free_most else None
     return free_from
+
+
+def check_quantize(teacher: str) -> None:
+    """Raises UserError where torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"teacher {teacher}: quantization=int8 needs torchao, which is not installed; "
+            "pip install 'sead-dist[quantize]', or leave weights out"
+        )
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """Keep the weights of all linear layers in int8 with a scale per output row; embeddings, norms,
+    biases and arithmetic keep their dtype. In place, through torchao (the extra `quantize`)."""
+    # here: Transformers imports it too wherever it is installed, which takes over a second
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def quantizer() -> str:
+    """What quantises, for the numerics class."""
+    return f"int8 torchao {importlib.metadata.version('torchao')}"

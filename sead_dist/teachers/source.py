@@ -8,6 +8,7 @@ Shapes: N teachers, R requested examples, U unique examples of a split, C classe
 examples of one rank.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +27,11 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.runtime.heartbeat import StopRequestedError
+from sead_dist.runtime.run_log import append_line
 from sead_dist.store.store import PredictionStore, Table
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import NotFiniteError, predict
-from sead_dist.teachers.journal import Journal
 from sead_dist.teachers.kinds import answer_rows
 from sead_dist.teachers.placement import Placement, exchange
 from sead_dist.teachers.pool_client import Awaited, PoolClient
@@ -349,3 +350,41 @@ def start_thread(threads: int, world: World) -> None:
     torch.set_num_threads(threads)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+
+
+class Journal:
+    """What was computed, block by block: this rank's file in RUN/teacher_rows/, beside those of the
+    other ranks."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.path = folder / f"rank-{world.rank}.jsonl"
+
+    def note(self, teacher: str, split: str, rows: int) -> None:
+        """So many rows of a teacher are in the store now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"teacher": teacher, "split": split, "rows": rows, "time": round(time.time(), 3)}
+        append_line(self.path, json.dumps(record))
+
+    def rows(self) -> int:
+        """Rows computed by all ranks and restarts of this run. Every rank calls this."""
+        mine = _rows(self.path) if self.path.is_file() else 0
+        return sum(gather_objects(self.world, mine)) + self._rows_of_other_worlds()
+
+    def _rows_of_other_worlds(self) -> int:
+        """Rows computed by ranks that this world no longer has."""
+        paths = self.folder.glob("rank-*.jsonl")
+        gone = [path for path in paths if int(path.stem.partition("-")[2]) >= self.world.size]
+        return sum(_rows(path) for path in gone)
+
+
+def _rows(path: Path) -> int:
+    return sum(_rows_of(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _rows_of(line: str) -> int:
+    """Rows of a journal line; a line torn by a kill counts nothing."""
+    try:
+        return int(json.loads(line)["rows"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -18,8 +18,8 @@ from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
 from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import build_teacher
+from sead_dist.teachers.inference import quantize
 from sead_dist.teachers.packing import use_packs
-from sead_dist.teachers.quantize import quantize
 from sead_dist.teachers.sharding import empty_model, tensor_files
 from sead_dist.teachers.teacher import Teacher
 
