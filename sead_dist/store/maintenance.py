@@ -1,6 +1,6 @@
 """What lies in a prediction store: blocks by headers, groups, counts of rows; listed and verified.
 
-K ids of a key block. A group is what one teacher folder holds of one task and split.
+K ids of a key block.
 """
 
 import os
@@ -28,8 +28,6 @@ from sead_dist.store.layout import (
     unreadable,
 )
 from sead_dist.store.tensor_file import BadBlockError
-
-Group = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,13 @@ class Bad:
     moved: bool
 
 
+def note_bad(layout: Layout, bad: list[Bad], path: Path, reason: object, move: bool) -> None:
+    """Add a file that is still there to `bad`, moved to quarantine/ where that is asked for."""
+    if path.exists():
+        moved = move and set_aside(layout, path) is not None
+        bad.append(Bad(path, str(reason), moved))
+
+
 @contextmanager
 def alone(layout: Layout) -> Iterator[None]:
     """Only one compaction or removal at a time.
@@ -79,14 +84,12 @@ def alone(layout: Layout) -> Iterator[None]:
         raise RunError(explain(layout.root, error.filename or "upkeep", error)) from error
 
 
-def scan(
-    layout: Layout, check: Check, folder: str = "*"
-) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
+def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
     """Every value block, or what is wrong with it; those that vanish meanwhile are left out.
 
     Raises RunError where one may not be read.
     """
-    for path in sorted(layout.values.glob(f"{folder}/*{BLOCK_SUFFIX}")):
+    for path in sorted(layout.values.glob(f"*/*{BLOCK_SUFFIX}")):
         try:
             yield path, read_value_block(path, check)
         except FileNotFoundError:
@@ -105,15 +108,12 @@ def headers(layout: Layout) -> list[ValueBlock]:
     ]
 
 
-def group_of(block: ValueBlock) -> Group:
-    return block.folder, block.task, block.split
-
-
 def rows_of(layout: Layout, blocks: Iterable[ValueBlock]) -> list[Row]:
-    """One row a group, sorted by teacher name, task and split."""
-    groups: dict[Group, list[ValueBlock]] = defaultdict(list)
+    """One row for what a teacher folder holds of a task and split, sorted by teacher name, task and
+    split."""
+    groups: dict[tuple[str, str, str], list[ValueBlock]] = defaultdict(list)
     for block in blocks:
-        groups[group_of(block)].append(block)
+        groups[block.folder, block.task, block.split].append(block)
     rows = [_row(layout, group) for group in groups.values()]
     return sorted(rows, key=lambda row: (row.teacher, row.folder, row.task, row.split))
 
@@ -228,24 +228,18 @@ def verify(folder: Path, repair: bool = False) -> VerifyResult:
     for path, block in scan(layout, "all"):
         num_blocks += 1
         if isinstance(block, BadBlockError):
-            _note(layout, bad, path, block, repair)
+            note_bad(layout, bad, path, block, repair)
             continue
         num_bytes += block.num_bytes
         if block.keys not in keys:
             with suppress(BadBlockError, OSError):  # it may be newer than the look above
                 keys[block.keys] = len(read_key_block(layout.key_path(block.keys)))
         if keys.get(block.keys) != block.covers.num_keys:
-            _note(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
+            note_bad(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
     _verify_descriptions(layout, bad, repair)
     num_bytes += sum(key_sizes(layout).values())
     unfinished = len(old_temporaries(layout))
     return VerifyResult(len(keys), num_blocks, num_bytes, tuple(bad), unfinished)
-
-
-def _note(layout: Layout, bad: list[Bad], path: Path, reason: object, repair: bool) -> None:
-    if path.exists():
-        moved = repair and set_aside(layout, path) is not None
-        bad.append(Bad(path, str(reason), moved))
 
 
 def _verify_keys(layout: Layout, bad: list[Bad], repair: bool) -> dict[str, int]:
@@ -257,7 +251,7 @@ def _verify_keys(layout: Layout, bad: list[Bad], repair: bool) -> dict[str, int]
         except FileNotFoundError:
             continue
         except (BadBlockError, OSError) as error:
-            _note(layout, bad, path, error, repair)
+            note_bad(layout, bad, path, error, repair)
     return lengths
 
 
@@ -268,4 +262,4 @@ def _verify_descriptions(layout: Layout, bad: list[Bad], repair: bool) -> None:
         except FileNotFoundError:
             continue
         except BadBlockError as error:
-            _note(layout, bad, path, error, repair)
+            note_bad(layout, bad, path, error, repair)

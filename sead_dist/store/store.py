@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +23,26 @@ import numpy.typing as npt
 
 from sead_dist.errors import RunError
 from sead_dist.store.blocks import (
-    BlockReader,
-    IdSet,
     ValueBlock,
     check_num_keys,
-    list_blocks,
     read_description,
+    read_value_block,
     teacher_folder,
     write_value_block,
 )
-from sead_dist.store.ids import Bools, Integers, Ints
-from sead_dist.store.layout import create, hold
+from sead_dist.store.ids import (
+    Bools,
+    Integers,
+    Ints,
+    Places,
+    common,
+    ensure_key_block,
+    is_sorted_unique,
+    read_key_block,
+)
+from sead_dist.store.layout import BLOCK_SUFFIX, create, hold, set_aside, unreadable
 from sead_dist.store.rows import BadChunkError, Coverage, Floats, Logits, Rows
-from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError
+from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError, digest
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,102 @@ class TeacherKey:
         return teacher_folder(self.fingerprint, self.numerics)
 
 
+@dataclass(frozen=True, eq=False)
+class IdSet:
+    """The ids of a table, sorted and unique, int64 [U, 2], with the hash that names them."""
+
+    ids_U2: Ints
+    hash: str
+
+
+class PredictionStore:
+    """The store in `folder`, made where missing; `report` receives one-line notices.
+
+    Raises UserError where `folder` is a file, not writable, of another format or no store.
+    """
+
+    def __init__(self, folder: Path | str, report: Callable[[str], None]) -> None:
+        self.layout = create(Path(folder))
+        self.report = report
+        self.sound_keys: set[str] = set()
+        self._id_sets: dict[int, IdSet] = {}
+        self._shared: dict[tuple[str, str], tuple[int, Places, Places]] = {}
+
+    def table(
+        self,
+        key: TeacherKey,
+        ids_U2: Ints,
+        task: str,
+        split: str,
+        run: str,
+        accept_any: bool = False,
+    ) -> "Table":
+        """What is stored of one teacher on one example set; ids_U2 int64, sorted and unique.
+
+        accept_any: read other numerics classes of the same teacher too, after the exact one.
+        """
+        return Table(self, key, self.id_set(ids_U2), task, split, run, accept_any)
+
+    def hold(
+        self, run: str, keys: Sequence[TeacherKey], accept_any: bool = False
+    ) -> AbstractContextManager[None]:
+        """While inside, nothing that these teachers' tables may read is removed from the store."""
+        folders = [f"{key.fingerprint[:16]}-*" if accept_any else key.folder for key in keys]
+        return hold(self.layout, run, folders)
+
+    def id_set(self, ids_U2: Ints) -> IdSet:
+        """Worked out once for an array, since the tables of all teachers have the same."""
+        if id(ids_U2) not in self._id_sets or self._id_sets[id(ids_U2)].ids_U2 is not ids_U2:
+            if ids_U2.ndim != 2 or ids_U2.shape[1] != 2 or not is_sorted_unique(ids_U2):
+                raise ValueError(f"ids {ids_U2.shape} should be [U, 2], sorted and unique")
+            self._id_sets[id(ids_U2)] = IdSet(ids_U2, digest("keys", ids_U2))
+        return self._id_sets[id(ids_U2)]
+
+    def set_aside(self, path: Path, reason: object) -> None:
+        target = set_aside(self.layout, path)
+        where = f"moved to {target.parent.name}/" if target else "could not be moved away"
+        self.report(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}")
+
+    def read_block(self, path: Path) -> ValueBlock | None:
+        """The block at `path`, checked as far as its rows are not when they are read; None where it
+        is bad (set aside) or gone."""
+        try:
+            return read_value_block(path, "touched")
+        except FileNotFoundError:
+            return None
+        except BadBlockError as error:
+            self.set_aside(path, error)
+            return None
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def shared(self, block: ValueBlock, ids: IdSet) -> tuple[Places, Places]:
+        """The ids that the block's key block and a set share: their places in either.
+
+        Worked out once per pair of id sets. Raises BadBlockError, FileNotFoundError.
+        """
+        if (block.keys, ids.hash) not in self._shared:
+            path = self.layout.key_path(block.keys)
+            try:
+                ids_K2 = read_key_block(path)
+            except BadBlockError as error:
+                self.set_aside(path, error)
+                raise BadBlockError(f"its key block {block.keys} is bad") from error
+            self._shared[block.keys, ids.hash] = (len(ids_K2), *common(ids_K2, ids.ids_U2))
+        num_keys, places_P, entries_P = self._shared[block.keys, ids.hash]
+        check_num_keys(block, num_keys)
+        return places_P, entries_P
+
+    def mend_keys(self, ids: IdSet) -> None:
+        """Make sure that the key block of these ids is there, since blocks refer to it."""
+        if ids.hash in self.sound_keys:
+            return
+        with self.layout.lock("store.lock", exclusive=False):
+            trouble = ensure_key_block(self.layout, ids.hash, ids.ids_U2, self.sound_keys)
+        if trouble:
+            self.report(f"store: keys/{trouble}; moved to quarantine/ and written again")
+
+
 class Table:
     """Predictions of one teacher on the U examples of one set; made by `PredictionStore.table`.
 
@@ -69,7 +172,7 @@ class Table:
 
     def __init__(
         self,
-        reader: BlockReader,
+        store: PredictionStore,
         key: TeacherKey,
         ids: IdSet,
         task: str,
@@ -80,7 +183,7 @@ class Table:
         self.key, self.task, self.split, self.run = key, task, split, run
         self.classes_read: tuple[str, ...] = ()
         self._rows = Rows(len(ids.ids_U2), key.classes)
-        self._reader, self._accept_any, self._ids = reader, accept_any, ids
+        self._store, self._accept_any, self._ids = store, accept_any, ids
         self._mutex = threading.Lock()
         self._seen: set[Path] = set()
         self._check_teacher()
@@ -111,7 +214,7 @@ class Table:
             self._rows.drop(logits)
             if logits.path in self._seen:
                 self._seen.discard(logits.path)
-                self._reader.set_aside(logits.path, reason)
+                self._store.set_aside(logits.path, reason)
 
     def write(self, entries_R: Ints, logits_RC: npt.ArrayLike) -> None:
         """Store logits of entries as one block, at once seen by `lookup`; raises RunError.
@@ -151,15 +254,15 @@ class Table:
                 ),
                 logits=Logits(logits),
             )
-            sound = self._reader.sound_keys
-            path = write_value_block(self._reader.layout, block, self._ids.ids_U2, sound)
+            sound = self._store.sound_keys
+            path, _ = write_value_block(self._store.layout, block, self._ids.ids_U2, sound)
             self._seen.add(path)
             self._rows.copy(entries, logits)
 
     def refresh(self) -> None:
         """See the blocks that others have written since."""
         with self._mutex:
-            exact = self._reader.layout.values / self.key.folder
+            exact = self._store.layout.values / self.key.folder
             self._read_folder(exact)
             if not self._accept_any:
                 return
@@ -180,7 +283,7 @@ class Table:
                 if path in self._seen or self._rows.complete:
                     continue
                 self._seen.add(path)
-                block = self._reader.read_block(path)
+                block = self._store.read_block(path)
                 if block is not None:
                     self._take(block, path)
                 if not path.exists():
@@ -196,7 +299,7 @@ class Table:
             if path.exists():
                 missing = f"its key block {block.keys} is missing"
                 reason = error if isinstance(error, BadBlockError) else missing
-                self._reader.set_aside(path, reason)
+                self._store.set_aside(path, reason)
             return
         if taken:
             self._note_class(block.numerics)
@@ -210,7 +313,7 @@ class Table:
             raise BadBlockError(f"{classes} classes, not {self.key.classes}")
         covers, present_U = block.covers, self.present_U
         if block.keys == self._ids.hash:
-            self._reader.mend_keys(self._ids)
+            self._store.mend_keys(self._ids)
             check_num_keys(block, len(present_U))
             # Rows of the exact class stay before those of another.
             comes_first = block.numerics == self.key.numerics or not present_U.any()
@@ -220,7 +323,7 @@ class Table:
             entry_M: Integers = np.concatenate(list(covers.pieces()))
             row_M: Integers = np.arange(len(entry_M), dtype=np.int32)
         else:
-            place_P, entry_M = self._reader.shared(block, self._ids)
+            place_P, entry_M = self._store.shared(block, self._ids)
             row_M = covers.rows_at(place_P)
         take = np.flatnonzero((row_M >= 0) & ~present_U[entry_M])
         entry_M, row_M = entry_M[take], row_M[take]
@@ -237,58 +340,39 @@ class Table:
             return
         self.classes_read = (*self.classes_read, numerics)
         if numerics != self.key.numerics:
-            self._reader.report(
+            self._store.report(
                 f"store: {self.task} {self.split}: predictions of {self.key.name} are read from "
                 f"another numerics class, {numerics}"
             )
 
     def _check_teacher(self) -> None:
         """Refuse a width other than the stored one: its blocks are sound, the caller is not."""
-        path = self._reader.layout.values / self.key.folder / "teacher.json"
+        path = self._store.layout.values / self.key.folder / "teacher.json"
         try:
             classes = read_description(path)["classes"]
         except FileNotFoundError:
             return
         except BadBlockError as error:
-            self._reader.set_aside(path, error)
+            self._store.set_aside(path, error)
             return
         if classes != self.key.classes:
             raise RunError(
-                f"teacher {self.key.name}: the store {self._reader.layout.root} holds {classes} "
+                f"teacher {self.key.name}: the store {self._store.layout.root} holds {classes} "
                 f"logits an example, this run expects {self.key.classes}; check the teacher's "
                 "config.json or name another store="
             )
 
 
-class PredictionStore:
-    """The store in `folder`, made where missing; `report` receives one-line notices.
-
-    Raises UserError where `folder` is a file, not writable, of another format or no store.
-    """
-
-    def __init__(self, folder: Path | str, report: Callable[[str], None]) -> None:
-        self.layout = create(Path(folder))
-        self._reader = BlockReader(self.layout, report)
-
-    def table(
-        self,
-        key: TeacherKey,
-        ids_U2: Ints,
-        task: str,
-        split: str,
-        run: str,
-        accept_any: bool = False,
-    ) -> Table:
-        """What is stored of one teacher on one example set; ids_U2 int64, sorted and unique.
-
-        accept_any: read other numerics classes of the same teacher too, after the exact one.
-        """
-        ids = self._reader.id_set(ids_U2)
-        return Table(self._reader, key, ids, task, split, run, accept_any)
-
-    def hold(
-        self, run: str, keys: Sequence[TeacherKey], accept_any: bool = False
-    ) -> AbstractContextManager[None]:
-        """While inside, nothing that these teachers' tables may read is removed from the store."""
-        folders = [f"{key.fingerprint[:16]}-*" if accept_any else key.folder for key in keys]
-        return hold(self.layout, run, folders)
+def list_blocks(folder: Path) -> list[Path]:
+    """Value blocks in a folder, largest first: one merged block may make the rest needless."""
+    sizes: list[tuple[int, str]] = []
+    try:
+        for path in folder.iterdir():
+            if path.suffix == BLOCK_SUFFIX:
+                with suppress(FileNotFoundError):
+                    sizes.append((-path.stat().st_size, path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return [folder / name for _, name in sorted(sizes)]

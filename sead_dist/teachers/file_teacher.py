@@ -4,20 +4,14 @@ Shapes: U unique examples of a split, K answers, C classes (in task order), B ro
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet, subset
-from sead_dist.data.prediction_file import (
-    Key,
-    PredictionFile,
-    id_of,
-    read_prediction_file,
-    text_keys,
-)
+from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
@@ -59,7 +53,8 @@ def open_file(
     parts = parts_of(examples)
     for part in parts:
         answered = 0
-        for at, (key, id_2) in enumerate(zip(keys_of(file, part), part.ids_B2, strict=True)):
+        keys: Iterable[Key] = map(id_of, part.ids_B2) if file.by_id else text_keys(part)
+        for at, (key, id_2) in enumerate(zip(keys, part.ids_B2, strict=True)):
             place = place_of_key.get(key)
             if place is None:
                 without = without or f"{part.split} row {part.rows_B[at] + 1}, {shown(part, at)}"
@@ -78,11 +73,12 @@ def open_file(
             f"run, the first in row {file.rows_K[place]}, {key_shown(file.keys[place])}"
         )
     told += [f"teacher {name}: {entry.path}: {note}" for note in file.notes]
-    if not any(file_part for file_part in met):
+    if not met.any():
+        first = key_shown(id_of(parts[0].ids_B2[0])) if file.by_id else shown(parts[0], 0)
         raise UserError(
             f"teacher {name}: {entry.path} answers none of this run's rows; its row "
             f"{file.rows_K[0]} is {key_shown(file.keys[0])}, and the run's first is "
-            f"{first_shown(file, parts[0])}; check that both are of one task and form"
+            f"{first}; check that both are of one task and form"
         )
     labels = task.task_kind.outputs(task) if task.task_kind.head_of_labels else ("score",)
     return FileAnswers(hash_of(place_of, file.values_KC), labels, place_of, file.values_KC, told)
@@ -96,24 +92,12 @@ def parts_of(examples: RunExamples) -> list[ExampleSet]:
     return [train, examples.selection, *examples.official.values()]
 
 
-def keys_of(file: PredictionFile, part: ExampleSet) -> Iterator[Key]:
-    if not file.by_id:
-        yield from text_keys(part)
-        return
-    for id_2 in part.ids_B2:
-        yield id_of(id_2)
-
-
 def shown(part: ExampleSet, at: int) -> str:
     return repr(part.texts_a[at * part.choices][:SHOWN])
 
 
 def key_shown(key: Key) -> str:
     return f"the id {key}" if isinstance(key, str) else repr(key[0][:SHOWN])
-
-
-def first_shown(file: PredictionFile, part: ExampleSet) -> str:
-    return f"the id {id_of(part.ids_B2[0])}" if file.by_id else shown(part, 0)
 
 
 def hash_of(place_of: dict[bytes, int], values_KC: np.ndarray) -> str:

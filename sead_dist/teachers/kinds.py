@@ -18,7 +18,7 @@ from sead_dist.data.examples import ExampleSet
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
-from sead_dist.teachers.endpoint import open_endpoint
+from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.inference import NotFiniteError
 from sead_dist.teachers.language_model import open_language_model
 from sead_dist.teachers.prompts import Opening
@@ -48,7 +48,7 @@ Opener = Callable[[str, TaskSpec], Answers]
 TEACHER_KINDS: dict[str, Opener] = {}
 PROMPTED: dict[str, Callable[[Opening], Answers]] = {
     LANGUAGE_MODEL: open_language_model,
-    ENDPOINT: open_endpoint,
+    ENDPOINT: Endpoint,
 }
 
 

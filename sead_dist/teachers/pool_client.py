@@ -55,12 +55,8 @@ class PoolClient:
         say: Callable[[str], None],
         progress_or_stop: Callable[[str], None],
     ) -> None:
-        self.layout, self.silent_s, self.say, self.progress_or_stop = (
-            layout,
-            silent_s,
-            say,
-            progress_or_stop,
-        )
+        self.layout, self.silent_s = layout, silent_s
+        self.say, self.progress_or_stop = say, progress_or_stop
         self._said_at: dict[str, float] = {}
 
     def wait(self, awaited: Sequence[Awaited], what: str) -> None:

@@ -29,16 +29,8 @@ from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import (
-    COPY,
-    Checkpoint,
-    position_limit,
-    weight_files,
-)
-from sead_dist.models.sequence_classifier import (
-    DTYPES,
-    label_names,
-)
+from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight_files
+from sead_dist.models.sequence_classifier import DTYPES, label_names
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.file_teacher import FileAnswers

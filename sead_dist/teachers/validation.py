@@ -128,7 +128,12 @@ def validate(
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
         logits_BC, examples = answered(logits_BC, split.examples)
         if teacher.file is not None and len(examples) < FEWEST_ROWS:
-            results.append(not_validated(teacher, metric, len(examples), dev_texts_in_training))
+            results.append(
+                Validation(
+                    teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts_in_training,
+                    rows=len(examples),
+                )
+            )  # fmt: skip
             continue
         constant = constant_score(task, examples)
         score = compute_metrics(task, logits_BC, examples)[metric]
@@ -151,10 +156,6 @@ def validate(
             )
         )
     return results
-
-
-def not_validated(teacher: Teacher, metric: str, rows: int, dev_texts: int) -> Validation:
-    return Validation(teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts, rows=rows)
 
 
 def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:
@@ -238,16 +239,16 @@ def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
     return Drift(len(logits_RC), float(np.abs(logits_RC - fp32_RC).max(initial=0.0)), changed)
 
 
-def is_reduced(teacher: Teacher) -> bool:
-    reduced = teacher.dtype != "fp32" or teacher.entry.quantization is not None
-    return reduced and teacher.answers is None
-
-
 def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
     """Each teacher against itself in fp32, placed alike; None for those that are in fp32. What is
     computed for it is kept in the store, and not counted among the run's forwards. Every rank calls
     this, while the source is idle."""
-    reduced = [n for n, teacher in enumerate(source.teachers) if is_reduced(teacher)]
+    reduced = [
+        n
+        for n, teacher in enumerate(source.teachers)
+        if teacher.answers is None
+        and (teacher.dtype != "fp32" or teacher.entry.quantization is not None)
+    ]
     drifts: list[Drift | None] = [None] * len(source.teachers)
     if not reduced:
         return drifts

@@ -188,7 +188,7 @@ def test_a_compact_between_reading_a_block_and_reading_its_keys_goes_unnoticed(
         compact(tmp_path)
         return read_key_block(path)
 
-    monkeypatch.setattr("sead_dist.store.blocks.read_key_block", compact_first)
+    monkeypatch.setattr("sead_dist.store.store.read_key_block", compact_first)
     assert check_reads(tmp_path, ids, key) == []
     assert not any(path.exists() for path in old_keys)
     assert os.listdir(tmp_path / "quarantine") == []
