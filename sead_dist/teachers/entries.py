@@ -38,9 +38,8 @@ from sead_dist.models.sequence_classifier import (
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
 from sead_dist.store.store import TeacherKey
-from sead_dist.teachers.file_teacher import FileAnswers, open_file
 from sead_dist.teachers.inference import Cut, check_quantize
-from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
+from sead_dist.teachers.kinds import Answers, FileAnswers, fingerprint_of, open_answers, open_file
 from sead_dist.teachers.language_model import SCHEME, LanguageModel
 from sead_dist.teachers.prompts import Opening
 from sead_dist.teachers.teacher import Teacher, cut_of, numerics_class, size_of, weight_bytes

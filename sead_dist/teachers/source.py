@@ -30,9 +30,8 @@ from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import append_line
 from sead_dist.store.store import PredictionStore, Table
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import NotFiniteError, predict
-from sead_dist.teachers.kinds import answer_rows
+from sead_dist.teachers.kinds import FileAnswers, answer_rows
 from sead_dist.teachers.placement import Placement, exchange
 from sead_dist.teachers.pool_client import Awaited, PoolClient
 from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, predict_together

@@ -33,9 +33,8 @@ from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight
 from sead_dist.models.sequence_classifier import DTYPES, label_names
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
-from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config, quantizer
-from sead_dist.teachers.kinds import Answers
+from sead_dist.teachers.kinds import Answers, FileAnswers
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
 
