@@ -301,8 +301,13 @@ class Table:
                 reason = error if isinstance(error, BadBlockError) else missing
                 self._store.set_aside(path, reason)
             return
-        if taken:
-            self._note_class(block.numerics)
+        if taken and block.numerics not in self.classes_read:
+            self.classes_read = (*self.classes_read, block.numerics)
+            if block.numerics != self.key.numerics:
+                self._store.report(
+                    f"store: {self.task} {self.split}: predictions of {self.key.name} are read "
+                    f"from another numerics class, {block.numerics}"
+                )
 
     def _take_sound(self, block: ValueBlock) -> bool:
         """Whether it had any; raises BadBlockError, FileNotFoundError (its key block)."""
@@ -334,16 +339,6 @@ class Table:
         else:
             self._rows.copy(entry_M, block.logits.take(row_M))
         return True
-
-    def _note_class(self, numerics: str) -> None:
-        if numerics in self.classes_read:
-            return
-        self.classes_read = (*self.classes_read, numerics)
-        if numerics != self.key.numerics:
-            self._store.report(
-                f"store: {self.task} {self.split}: predictions of {self.key.name} are read from "
-                f"another numerics class, {numerics}"
-            )
 
     def _check_teacher(self) -> None:
         """Refuse a width other than the stored one: its blocks are sound, the caller is not."""

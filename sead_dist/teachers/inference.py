@@ -12,7 +12,6 @@ Shapes: R rows of a request, P rows of one batch (or their positions in the requ
 own classes, L tokens, H hidden.
 """
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ def batch_inputs(
     rows = rows_for(len(rows_P) + guard, length, device.type, cut.free_rows)
     if rows > len(rows_P):
         inputs = fill(inputs, rows, tokens.choices, cut.padding)
-    return {name: sent(tensor, device) for name, tensor in inputs.items()}
+    return sent(inputs, device)
 
 
 def batches_of(
@@ -170,25 +169,23 @@ def batches_of(
     if cut.pack_from is not None:
         for part_P, size in cut_into_packs(tokens, rows_R, cut.pack_from):
             pack = pack_inputs(tokens, rows_R[part_P], size, config)
-            yield (
-                part_P,
-                {
-                    name: sent(value, device) if isinstance(value, torch.Tensor) else value
-                    for name, value in pack.items()
-                },
-            )
+            yield part_P, sent(pack, device)
         return
     lengths_R = tokens.lengths_B()[rows_R]
     for part_P, length in cut_into_batches(lengths_R, device.type, cut.longest, cut.padding):
         yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut)
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device. A GPU takes it when it has done what it was given before; from memory
-    that is not pinned, the host would wait for that."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same with tensors on the device. A GPU takes them when it has done what it was given
+    before; from memory that is not pinned, the host would wait for that."""
+    on_gpu = device.type == "cuda"
+    return {
+        name: (value.pin_memory() if on_gpu else value).to(device, non_blocking=on_gpu)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -312,8 +309,3 @@ def quantize(model: PreTrainedModel) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig())
-
-
-def quantizer() -> str:
-    """What quantises, for the numerics class."""
-    return f"int8 torchao {importlib.metadata.version('torchao')}"

@@ -6,6 +6,7 @@ mistake is found before any long work.
 Shapes: N teachers, U unique examples of a split.
 """
 
+import importlib.metadata
 import json
 import math
 import platform
@@ -33,7 +34,7 @@ from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight
 from sead_dist.models.sequence_classifier import DTYPES, label_names
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
-from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config, quantizer
+from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
 from sead_dist.teachers.kinds import Answers, FileAnswers
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
@@ -176,7 +177,7 @@ def numerics_class(
         "shapes": shapes or (SHAPES[device.type].name if cut.pack_from is None else PACKS),
     }
     if weights is not None:
-        facts["weights"] = quantizer()
+        facts["weights"] = f"int8 torchao {importlib.metadata.version('torchao')}"
     if cut.free_rows is None and device.type == "cpu":
         # the self-check found that bits depend on how work is split: over threads as well
         facts["threads"] = torch.get_num_threads()

@@ -258,17 +258,15 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
         source.trust_remote_code, source.say, source.progress_or_stop,
     )  # fmt: skip
     try:
-        said_NRC, fp32_NRC = (_ask(one, split, entries_R) for one in (source, twins))
+        request = Request(split, entries_R, None, "the drift report")
+        said_NRC, fp32_NRC = (
+            one.submit(request).result().logits_NBC.numpy() for one in (source, twins)
+        )
     finally:
         twins.close()
     for n, fp32_RC in zip(reduced, fp32_NRC, strict=True):
         drifts[n] = compare(said_NRC[n], fp32_RC)
     return drifts
-
-
-def _ask(source: TeacherSource, split: Split, entries_R: np.ndarray) -> np.ndarray:
-    request = Request(split, entries_R, None, "the drift report")
-    return source.submit(request).result().logits_NBC.numpy()
 
 
 def describe_drift(drift: Drift) -> str:
