@@ -73,8 +73,6 @@ class StoredSource:
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.empty: dict[str, PreTrainedModel] = {}
-        # of split teachers that are loaded and not tried yet
-        self.to_try: dict[int, CheckRows] = {}
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[tuple[str, int], int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
@@ -178,20 +176,19 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         missing_K = agreed(self.world, request.what, lambda: self._missing(n, request, entries_M))
         if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
-            for part in (self._make_ready, self._try_together):
-                agreed(self.world, request.what, partial(part, n, request.split))
+            rows = agreed(self.world, request.what, lambda: self._make_ready(n, request.split))
+            if rows is not None:
+                check = partial(check_sharded, self.models[n], self.teachers[n], rows)
+                agreed(self.world, request.what, check)
             agreed(self.world, request.what, lambda: self._compute(n, request, missing_K))
 
-    def _make_ready(self, n: int, split: Split) -> None:
-        """What each rank does for itself, before the first forward of all."""
-        if n not in self.models:
-            self.to_try[n] = self._check_rows(n, split)
+    def _make_ready(self, n: int, split: Split) -> CheckRows | None:
+        """What each rank does for itself, before the first forward of all; rows to try a teacher on
+        that is loaded here."""
+        rows = None if n in self.models else self._check_rows(n, split)
         self._load(n, split)
         self._tokens(n, split)
-
-    def _try_together(self, n: int, split: Split) -> None:
-        if n in self.to_try:
-            check_sharded(self.models[n], self.teachers[n], self.to_try.pop(n))
+        return rows
 
     def _check_rows(self, n: int, split: Split) -> CheckRows:
         """Rows of a split to try a teacher on, the same on every rank."""
