@@ -103,7 +103,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             ensemble = weighed(config, task, teachers, source, splits, examples)
             for split, (part, kinds) in zip(everything, parts_of(examples), strict=True):
                 what = split.examples.split
-                said = ask_all(source, split, config.prefetch_rows, what)
+                said = ask_all(source, split, len(teachers), config.prefetch_rows, what)
                 if split is splits.train and ensemble.seen_NU is not None:
                     fit_NB = unseen(None, ensemble.seen_NU)[:, split.entry_B]
                     said = np.where(fit_NB[:, :, None], said, np.nan)
@@ -135,7 +135,7 @@ def weighed(
     if not needs_validation(config):
         return weigh(config, task, teachers, [], None, splits)
     selection = splits.selection
-    asked = ask_all(source, selection, config.prefetch_rows, "the validation")
+    asked = ask_all(source, selection, len(teachers), config.prefetch_rows, "the validation")
     found = validate(task, teachers, asked, selection, examples.dev_in_training)
     if config.validates:
         require_passed(task, found, teachers)

@@ -219,7 +219,7 @@ def validate_all(source: StoredSource, work: Work) -> tuple[list[Validation], np
     """Every teacher's validation, as the student holds it, and logits_NBC of the selection split.
     Raises UserError where one fails."""
     config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(source, selection, config.pool.item_rows, "the validation")
+    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the validation")
     validations = validate(
         work.task, teachers, logits_NBC, selection, work.examples.dev_in_training
     )

@@ -54,7 +54,9 @@ def validated(parts: Parts) -> Validated:
         return [], None
     selection = parts.splits.selection
     parts.world.at("validating the teachers")
-    logits_NBC = ask_all(parts.source, selection, config.prefetch_rows, "the validation")
+    logits_NBC = ask_all(
+        parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
+    )
     validations = validate(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
     if config.teacher_validation == "fp32":
         drifts = measure_drift(parts.source, selection)

@@ -53,7 +53,9 @@ def score_split(
     }  # fmt: skip
     if parts.source is None or ensemble is None:
         return result, scores, None
-    logits_NBC = ask_all(parts.source, split, parts.config.prefetch_rows, split.examples.split)
+    logits_NBC = ask_all(
+        parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
+    )
     routes = split.examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
     all_NBC = torch.from_numpy(logits_NBC)

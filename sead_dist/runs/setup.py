@@ -343,7 +343,7 @@ def choose_feature_teacher(
     if len(named) == 1:
         return named[0]
     try:
-        return teachers[best_teacher(source, task, selection, config.prefetch_rows)]
+        return teachers[best_teacher(source, task, selection, len(teachers), config.prefetch_rows)]
     except RuntimeError as error:
         heartbeat.explain(error)  # a collective breaks when another rank dies
         raise

@@ -59,7 +59,9 @@ class Validation:
     rows: int = 0
 
 
-def ask_all(source: TeacherSource, split: Split, look_ahead: int, what: str) -> np.ndarray:
+def ask_all(
+    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str
+) -> np.ndarray:
     """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
     answer. All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
@@ -72,9 +74,11 @@ def ask_all(source: TeacherSource, split: Split, look_ahead: int, what: str) -> 
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
-def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, look_ahead: int) -> int:
+def best_teacher(
+    source: TeacherSource, task: TaskSpec, split: Split, teachers: int, look_ahead: int
+) -> int:
     """The teacher that scores best on a split, the first of equals. All ranks call this."""
-    logits_NBC = ask_all(source, split, look_ahead, "the choice of the feature teacher")
+    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
