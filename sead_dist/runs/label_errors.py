@@ -20,8 +20,7 @@ from sead_dist.objectives.row_weights import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.labels import Columns, asking, extend, row_columns, together, weighed
 from sead_dist.runtime.distributed import World
-from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.trained_rows import out_of_fold
+from sead_dist.teachers.teacher import Teacher, out_of_fold
 from sead_dist.teachers.validation import ask_all
 
 # a probability this much below a threshold still reaches it: means of equal numbers are rounded

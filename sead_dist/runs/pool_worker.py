@@ -35,11 +35,9 @@ from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.placement import place
-from sead_dist.teachers.pool import Worker
+from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of

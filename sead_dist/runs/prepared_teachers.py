@@ -32,10 +32,15 @@ from sead_dist.runs.own_baseline import OWN, baseline_folder
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.drift import measure_drift
-from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.trained_rows import seen_by, told_folds
-from sead_dist.teachers.validation import Validation, ask_all, describe, require_passed, validate
+from sead_dist.teachers.teacher import Teacher, seen_by, told_folds
+from sead_dist.teachers.validation import (
+    Validation,
+    ask_all,
+    describe,
+    measure_drift,
+    require_passed,
+    validate,
+)
 
 # the teachers' validations, and their logits_NBC of the selection split
 Validated = tuple[list[Validation], np.ndarray | None]

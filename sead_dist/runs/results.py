@@ -32,7 +32,7 @@ from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.trained_rows import write_trained_rows
+from sead_dist.teachers.teacher import write_trained_rows
 from sead_dist.teachers.validation import answered, ask_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of

@@ -28,7 +28,7 @@ from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
 from sead_dist.runs.label_errors import label_errors, write_errors
 from sead_dist.runs.labels import write_labels
-from sead_dist.teachers.trained_rows import TRAINED_ROWS
+from sead_dist.teachers.teacher import TRAINED_ROWS
 
 SWAP = {"negative": "positive", "positive": "negative"}
 
