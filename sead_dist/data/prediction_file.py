@@ -15,20 +15,23 @@ import numpy as np
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.formats import read_items
+from sead_dist.data.kinds import class_of
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.prediction_forms import (
+    ANNOTATOR_COLUMNS,
     Answer,
     Sheet,
-    check_mapping,
+    class_columns,
     class_values,
     counts,
-    kind_of_values,
+    labels,
     log_of,
     probabilities_of,
-    refuse_unknown,
+    scores,
+    top_labels,
+    votes,
 )
-from sead_dist.data.prediction_labels import labels, scores, top_labels, votes
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 
 # what a row is found by: its id, or its texts
@@ -166,6 +169,50 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
     if not answers:
         raise UserError(f"{sheet.path} answers no row: every answer is withheld or unknown")
     return answers, notes
+
+
+def check_mapping(sheet: Sheet) -> None:
+    """Raises UserError for `labels` that map to no label of the task, or one name to two."""
+    mapping = sheet.entry.labels if isinstance(sheet.entry.labels, dict) else {}
+    for name, label in mapping.items():
+        if class_of(sheet.classes, label) is None:
+            allowed = ", ".join(sheet.task.labels)
+            raise UserError(
+                f"labels of {sheet.path}: {name!r} stands for {label!r}, which is no label of task "
+                f"{sheet.task.name}; its labels: {allowed or 'none, it has scores'}"
+            )
+
+
+def kind_of_values(sheet: Sheet) -> str:
+    """What the values are: as the entry says, else as the columns do."""
+    kind, has_classes = sheet.entry.kind, sheet.task.task_kind.has_classes
+    if not has_classes:
+        if kind not in ("auto", "scores"):
+            raise UserError(
+                f"{sheet.path}: kind: {kind} is for classes, and task {sheet.task.name} has "
+                "scores; leave kind out"
+            )
+        return "scores"
+    if kind == "scores":
+        raise UserError(
+            f"{sheet.path}: kind: scores is for tasks of scores, and {sheet.task.name} has classes"
+        )
+    if kind != "auto":
+        return kind
+    if sheet.entry.annotator is not None or set(ANNOTATOR_COLUMNS) & set(sheet.columns):
+        return "votes"
+    if sheet.entry.column is None and class_columns(sheet):
+        return "columns"
+    return "labels"
+
+
+def refuse_unknown(sheet: Sheet) -> None:
+    if sheet.unknown and sheet.entry.unknown == "refuse":
+        raise UserError(
+            f"{sheet.path} has labels that task {sheet.task.name} has not: "
+            f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
+            "(labels: {NAME: LABEL}), take them as no answer (abstain: [NAME]), or unknown: skip"
+        )
 
 
 def merged(

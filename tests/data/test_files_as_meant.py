@@ -12,8 +12,7 @@ import pytest
 
 from sead_dist.data.examples import build_examples
 from sead_dist.data.loading import load_split, names_decide, read_rows
-from sead_dist.data.task_files import TASKS, TaskSpec
-from sead_dist.data.tasks import read_task_file
+from sead_dist.data.task_files import TASKS, TaskSpec, read_task_file
 from sead_dist.data.text_files import is_quoted
 from sead_dist.errors import UserError
 

@@ -18,9 +18,9 @@ from sead_dist.data.task_files import (
     align_name,
     compute_metrics,
     constant_score,
+    find_problem,
     load_task,
 )
-from sead_dist.data.tasks import find_problem
 from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
