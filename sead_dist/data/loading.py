@@ -32,26 +32,6 @@ Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
 
 
-def load_split(
-    task: TaskSpec,
-    split: str,
-    path: Path | None,
-    file: Path | None,
-    revision: str | None,
-    skip_malformed: bool,
-) -> Rows:
-    """The rows of `split`: from `file`, else from the folder `path`, else from the hub.
-
-    Raises UserError for a split that the task has not, a missing file or folder, a malformed
-    file, a split without rows, and a hub that cannot be reached.
-    """
-    return [
-        row
-        for chunk in split_chunks(task, split, path, file, revision, skip_malformed, None)
-        for row in chunk
-    ]
-
-
 def split_chunks(
     task: TaskSpec,
     split: str,
@@ -61,7 +41,12 @@ def split_chunks(
     skip_malformed: bool,
     size: int | None,
 ) -> Iterator[Rows]:
-    """The same rows in chunks, as of `row_chunks`."""
+    """The rows of `split` in chunks, as of `row_chunks`: from `file`, else from the folder `path`,
+    else from the hub.
+
+    Raises UserError for a split that the task has not, a missing file or folder, a malformed
+    file, a split without rows, and a hub that cannot be reached.
+    """
     if split not in task.splits:
         raise UserError(f"task {task.name!r} has no split {split!r}; it has {_list(task.splits)}")
     if file is None and path is None:

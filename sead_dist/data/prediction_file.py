@@ -91,7 +91,7 @@ def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> Pre
     by_id = found_by_id(entry, path, task, rows, columns)
     keys = id_keys(path, rows, by_id) if by_id is not None else keys_by_text(path, task, rows)
     others = [column for column in columns if column not in {by_id, *task.fields}]
-    sheet = Sheet(path, task, entry, rows, others, list(range(1, len(rows) + 1)))
+    sheet = Sheet(path, task, entry, rows, others)
     answers, notes = read_values(sheet, keys)
     return merged(entry, path, task, by_id is not None, answers, notes)
 
@@ -159,7 +159,7 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
         found = read(sheet, notes) if read is not None else class_values(sheet, kind)
         answers = [
             (key, number, values_C)
-            for key, number, values_C in zip(keys, sheet.numbers, found, strict=True)
+            for number, (key, values_C) in enumerate(zip(keys, found, strict=True), 1)
             if values_C is not None
         ]
     refuse_unknown(sheet)
@@ -232,11 +232,11 @@ def merged(
     averaged = 0
     for place, (key, found) in enumerate(of_key.items()):
         values_KC[place] = found[0][1]
-        other = next((row for row, of in found[1:] if not same(found[0][1], of)), None)
-        if other is None:
+        alike = [np.allclose(found[0][1], of, rtol=SAME, atol=SAME) for _, of in found]
+        if all(alike):
             continue
         if entry.duplicates == "refuse":
-            what = key if isinstance(key, str) else key[0]
+            what, other = key if isinstance(key, str) else key[0], found[alike.index(False)][0]
             raise UserError(
                 f"{path}: rows {found[0][0]} and {other} answer {what[:60]!r} differently; remove "
                 "one, or give duplicates: mean, or annotator: COLUMN where they are votes"
@@ -247,10 +247,6 @@ def merged(
         notes.append(f"{averaged} rows are the mean of several answers")
     rows_K = [found[0][0] for found in of_key.values()]
     return PredictionFile(by_id, list(of_key), rows_K, values_KC, notes)
-
-
-def same(one_C: np.ndarray, other_C: np.ndarray) -> bool:
-    return bool(np.allclose(one_C, other_C, rtol=SAME, atol=SAME))
 
 
 def mean_of(task: TaskSpec, values: Sequence[np.ndarray]) -> np.ndarray:

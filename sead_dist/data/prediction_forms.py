@@ -50,7 +50,6 @@ class Sheet:
     entry: TeacherConfig
     rows: Rows
     columns: list[str]
-    numbers: list[int]
     unknown: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
 
@@ -61,6 +60,10 @@ class Sheet:
         """Whether a cell holds a missing answer."""
         text = "" if value is None else str(value).strip().casefold()
         return text in {missing.strip().casefold() for missing in self.entry.abstain}
+
+    def withhold(self, value: Any) -> None:
+        """Count this missing answer."""
+        self.withheld["" if value is None else str(value)] += 1
 
     def label_index(self, value: Any) -> int | None:
         """The class of a label in the file; None, and counted, for one that the task has not."""
@@ -147,12 +150,12 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         )
     ordered = [of_class[index] for index in range(len(sheet.task.labels))]
     read: list[tuple[int, np.ndarray] | None] = []
-    for number, row in zip(sheet.numbers, sheet.rows, strict=True):
+    for number, row in enumerate(sheet.rows, 1):
         cells = [row.get(column) for column in ordered]
         # as `labels --output` writes a row that no teacher answers
         bare = all(cell is None or not str(cell).strip() for cell in cells)
-        if bare or (sheet.entry.abstain and all(sheet.is_withheld(cell) for cell in cells)):
-            sheet.withheld["" if cells[0] is None else str(cells[0])] += 1
+        if bare or all(sheet.is_withheld(cell) for cell in cells):
+            sheet.withhold(cells[0])
             read.append(None)
             continue
         values_C = np.array([score_of(cell) for cell in cells])
@@ -222,7 +225,7 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
     return found
 
 
-def labels(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
+def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     """Logits of each row by its label: of one with a confidence, which the label has, and the rest
     is shared out; else as of one vote."""
     column = answer_column(sheet, LABEL_COLUMNS)
@@ -230,14 +233,13 @@ def labels(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
     sure = find_column(sheet, entry.confidence, "confidence", CONFIDENCE_COLUMNS)
     if sure is None:
         notes.append(f"labels alone, each as one vote smoothed by {entry.smoothing:g} a class")
-    found: list[np.ndarray | None] = []
-    for number, row in zip(sheet.numbers, sheet.rows, strict=True):
+    for number, row in enumerate(sheet.rows, 1):
         index = one_label(sheet, number, column, row.get(column))
         if index is None:
-            found.append(None)
+            yield None
             continue
         if sure is None:
-            found.append(log_of(smoothed(Counter([index]), classes, entry.smoothing)))
+            yield log_of(smoothed(Counter([index]), classes, entry.smoothing))
             continue
         value = score_of(row.get(sure))
         if not 0 <= value <= 1:
@@ -247,14 +249,13 @@ def labels(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
             )
         p_C = np.full(classes, (1 - value) / (classes - 1))
         p_C[index] = value
-        found.append(log_of(p_C))
-    return found
+        yield log_of(p_C)
 
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     """The class in a cell; None, and counted, for a missing answer and for an unknown label."""
     if sheet.is_withheld(cell):
-        sheet.withheld["" if cell is None else str(cell)] += 1
+        sheet.withhold(cell)
         return None
     if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
         raise UserError(
@@ -282,7 +283,7 @@ def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
     given: dict[Any, dict[Any, int]] = {}
     first: dict[Any, int] = {}
     rows_of: dict[Any, int] = {}
-    for number, key, row in zip(sheet.numbers, keys, sheet.rows, strict=True):
+    for number, (key, row) in enumerate(zip(keys, sheet.rows, strict=True), 1):
         index = one_label(sheet, number, column, row.get(column))
         if index is None:
             continue
@@ -304,17 +305,16 @@ def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
 # the most probable labels
 
 
-def top_labels(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
+def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     """Logits of each row by a list of labels with their probabilities; what is missing of 1 is
     shared out among the other classes."""
     column = answer_column(sheet, LABEL_COLUMNS)
-    found: list[np.ndarray | None] = []
     missing: list[float] = []
-    for number, row in zip(sheet.numbers, sheet.rows, strict=True):
+    for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
         if sheet.is_withheld(cell):
-            sheet.withheld["" if cell is None else str(cell)] += 1
-            found.append(None)
+            sheet.withhold(cell)
+            yield None
             continue
         p_C = np.zeros(len(sheet.task.labels))
         named = np.zeros(len(p_C), bool)
@@ -330,14 +330,13 @@ def top_labels(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
                 "at most 1; correct the row"
             )
         if not named.any():
-            found.append(None)
+            yield None
             continue
         missing.append(max(0.0, 1 - total))
         p_C[~named] = missing[-1] / max(int((~named).sum()), 1)
-        found.append(log_of(p_C / max(float(p_C.sum()), LEAST)))
+        yield log_of(p_C / max(float(p_C.sum()), LEAST))
     mean = f"{np.mean(missing):.4f}" if missing else "1"
     notes.append(f"top_k: on average {mean} of the probability is missing, and shared out")
-    return found
 
 
 def top_pairs(sheet: Sheet, number: int, column: str, cell: Any) -> list[tuple[str, float]]:
@@ -367,15 +366,14 @@ def _pair(one: Any) -> tuple[Any, Any]:
     return label, value
 
 
-def scores(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
+def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     """The score of each row."""
     column = answer_column(sheet, SCORE_COLUMNS)
-    found: list[np.ndarray | None] = []
-    for number, row in zip(sheet.numbers, sheet.rows, strict=True):
+    for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.entry.abstain and sheet.is_withheld(cell):
-            sheet.withheld["" if cell is None else str(cell)] += 1
-            found.append(None)
+        if sheet.is_withheld(cell):
+            sheet.withhold(cell)
+            yield None
             continue
         value = score_of(cell)
         if not math.isfinite(value):
@@ -383,5 +381,4 @@ def scores(sheet: Sheet, notes: list[str]) -> list[np.ndarray | None]:
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
                 "it, or take it as no answer (abstain)"
             )
-        found.append(np.array([value], np.float32))
-    return found
+        yield np.array([value], np.float32)

@@ -108,13 +108,11 @@ def route_of(config: RunConfig) -> Route | None:
     return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 
 
-def load_official(
-    task: TaskSpec, data: DataConfig, split: str, route: Route | None = None
-) -> ExampleSet:
+def load_official(task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
     """One split as its files have it, or as it is cut from a task's only file."""
     if is_one_file(task, data) and split in task.splits:
-        return split_one_file(task, data, route)[split]
-    return _read_split(task, data, split, route)
+        return split_one_file(task, data, None)[split]
+    return _read_split(task, data, split, None)
 
 
 def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | None) -> ExampleSet:
@@ -150,13 +148,6 @@ def split_one_file(task: TaskSpec, data: DataConfig, route: Route | None) -> dic
     key, seed = "data.validation_fraction", -1  # no selection.seed is below 0 by default
     train, held = hold_out(task, both, data.validation_fraction, seed, key, dev)
     return {"train": train, dev: held}
-
-
-def load_all(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
-    """Every split of the task."""
-    if is_one_file(task, data):
-        return split_one_file(task, data, route)
-    return {split: load_official(task, data, split, route) for split in task.splits}
 
 
 def split_off(
@@ -273,8 +264,10 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     """All splits of a run, without copies. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
-    files = load_all(task, config.data, route)
-    if is_one_file(task, config.data):
+    if not is_one_file(task, config.data):
+        files = {split: _read_split(task, config.data, split, route) for split in task.splits}
+    else:
+        files = split_one_file(task, config.data, route)
         say(
             f"data.train is the only file: {len(files[names[0]])} of its rows are the {names[0]} "
             f"split (data.validation_fraction={config.data.validation_fraction:g})"

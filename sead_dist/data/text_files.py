@@ -188,13 +188,8 @@ class Marks(NamedTuple):
 
     @property
     def quoted(self) -> bool:
+        """Whether a TSV is quoted as a CSV is. GLUE's sentences hold bare marks."""
         return self.whole and self.doubled
-
-
-def is_quoted(lines: Iterable[Sequence[str]]) -> bool:
-    """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
-    own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    return Marks.of(lines).quoted
 
 
 def _unquoted(field: str) -> str:

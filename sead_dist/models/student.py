@@ -265,37 +265,23 @@ def _start_from(
     parts = {f"{name}.{part}": tensor for part, tensor in final.state_dict().items()}
     if parts.keys() & loaded.new:
         return model, loaded.describe(checkpoint.name), True
-    order_C = _kept_order(checkpoint, own, task)
-    if order_C is not None and not head_names(model) & loaded.new:
-        _place_in_order(final, order_C)
-        return model, loaded.describe(checkpoint.name), False
-    _renew(final, getattr(model.config, "initializer_range", 0.02))
+    try:
+        order_C = align_classes(task, checkpoint.name, label_names(own), None)
+    except UserError:  # its classes are others
+        order_C = None
+    with torch.no_grad():
+        if order_C is not None and not head_names(model) & loaded.new:
+            # it answers in the task's class order from now on
+            for parameter in final.parameters():
+                parameter.copy_(parameter[order_C].clone())
+            return model, loaded.describe(checkpoint.name), False
+        # weights for classes that are unknown are worth nothing
+        final.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
+        if final.bias is not None:
+            final.bias.zero_()
     classes = ", ".join(label_names(own))
     account = loaded.describe(checkpoint.name, parts) + f" (its head had the classes {classes})"
     return model, account, True
-
-
-def _kept_order(checkpoint: Checkpoint, own: PretrainedConfig, task: TaskSpec) -> list[int] | None:
-    """The checkpoint's column for each class of the task; None where its classes are others."""
-    try:
-        return align_classes(task, checkpoint.name, label_names(own), None)
-    except UserError:
-        return None
-
-
-def _place_in_order(final: torch.nn.Linear, order_C: Sequence[int]) -> None:
-    """A student that already has a head answers in the task's class order from now on."""
-    with torch.no_grad():
-        for parameter in final.parameters():
-            parameter.copy_(parameter[list(order_C)].clone())
-
-
-def _renew(final: torch.nn.Linear, scale: float) -> None:
-    """Weights for classes that are unknown are worth nothing: draw them again."""
-    with torch.no_grad():
-        final.weight.normal_(0.0, scale)
-        if final.bias is not None:
-            final.bias.zero_()
 
 
 def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrainedModel) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rows import load_split
 
 from sead_dist.data.examples import ExampleSet, build_examples, subset
-from sead_dist.data.loading import load_split
 from sead_dist.data.task_files import (
     TASKS,
     align_name,
