@@ -26,12 +26,11 @@ from sead_dist.config.registered import ROUTED
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.splits import load_official
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
-from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
-from sead_dist.objectives.row_weights import known
+from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, labelling, prediction
 from sead_dist.runs.claim import holds_run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sead_dist.data.confusion import Confusion
+from sead_dist.data.metrics import Confusion
 from sead_dist.errors import UserError
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
 from sead_dist.runtime.console import table

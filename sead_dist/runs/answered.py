@@ -13,7 +13,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import subset
 from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
-from sead_dist.objectives.row_weights import has_label
+from sead_dist.objectives.losses import has_label
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.teachers.teacher import Teacher
 

@@ -18,10 +18,10 @@ from sead_dist.data.augmentation import (
     make_copies,
 )
 from sead_dist.data.examples import ExampleSet, concatenate
+from sead_dist.data.neighbors import embedding_table, near_words, table_hash
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.models.embedding_neighbors import embedding_table, near_words, table_hash
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 
 

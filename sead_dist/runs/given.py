@@ -15,10 +15,8 @@ from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
-from sead_dist.data.in_memory import text_rows, to_rows, to_table
-from sead_dist.data.loading import Rows, read_rows
-from sead_dist.data.task_files import load_task
-from sead_dist.data.tasks import TaskSpec, task_from
+from sead_dist.data.loading import Rows, read_rows, text_rows, to_rows, to_table
+from sead_dist.data.task_files import TaskSpec, load_task, task_from
 from sead_dist.errors import UserError
 from sead_dist.runs.kept_data import KEPT_DATA, kept, kept_file, kept_task
 from sead_dist.runs.prediction import wanted_splits

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import has_progress, locked, try_lock
 from sead_dist.runtime.own_files import written_aside

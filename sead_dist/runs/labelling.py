@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sead_dist.data.examples import ExampleSet, build_examples
-from sead_dist.data.loading import TEXT_KINDS, Rows, read_bytes, read_rows, rows_of_text
+from sead_dist.data.loading import Rows, read_bytes, read_rows
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.data.text_files import kind_of
+from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, on_stderr, task_of, tell_cuts
 from sead_dist.runs.quiet import quiet_libraries

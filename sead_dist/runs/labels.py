@@ -28,7 +28,7 @@ from sead_dist.data.splits import (
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
-from sead_dist.objectives.row_weights import has_label
+from sead_dist.objectives.losses import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries

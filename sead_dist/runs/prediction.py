@@ -20,8 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sead_dist.config.plugins import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
-from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.metrics import confusion
 from sead_dist.data.order import Split
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, align_name, load_task

@@ -232,5 +232,7 @@ def weigh(
         known = replace(known, logits_NBC=scaled_NBC)
     picks = WEIGHTINGS[config.ensemble].picks_teacher
     seen_NU = None if picks else seen_by(teachers, splits.train)
-    ensemble = make_ensemble(config, task.task_kind, frozen_weights(config, known), seen_NU)
+    ensemble = make_ensemble(
+        config, task.task_kind, frozen_weights(config.ensemble, known), seen_NU
+    )
     return replace(ensemble, calibration_N=calibration_N)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from sead_dist.config.automatic import ENOUGH_TO_CHOOSE
-from sead_dist.data.confusion import confusion
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.metrics import confusion
 from sead_dist.data.resampling import paired_gap
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.runs.setup import Parts

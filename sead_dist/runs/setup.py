@@ -33,15 +33,14 @@ from sead_dist.models.inputs import ModelInputs, settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.resaved import check_saving, one_row
 from sead_dist.models.start import run_start_hash, student_tokenizer
-from sead_dist.models.student import build_student
-from sead_dist.objectives.distillation_loss import DistillationLoss, make_loss
+from sead_dist.models.student import build_student, start_as_feature_teacher
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.objectives.feature_losses import (
     FeatureLoss,
     check_feature_loss,
     make_feature_loss,
-    start_as_feature_teacher,
 )
+from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.answered import answered_examples, told_files
 from sead_dist.runs.choices import told_choices, with_choices

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sead_dist.data.tasks import nearest
+from sead_dist.data.task_files import nearest
 from sead_dist.errors import UserError
 
 # what the others are compared with where nothing else is named
