@@ -34,8 +34,8 @@ from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
 from sead_dist.objectives.row_weights import known
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, labelling, prediction
+from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
-from sead_dist.runs.finished import refuse_untaught
 from sead_dist.runs.given import (
     Data,
     Task,

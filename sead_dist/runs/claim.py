@@ -46,6 +46,10 @@ EARLY_FILES = (
     *("teacher_validation.json", "teacher_manifest.json", "ensemble.json", "learnable.json"),
 )
 
+# where data given from Python lie; a name with a dot: what a start that is refused leaves is no
+# other run
+KEPT_DATA = ".data"
+
 # where a student leaves word for workers of its pool
 FOLLOWED = Path(".pool") / "student.json"
 

@@ -22,12 +22,11 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.start import run_start_hash
 from sead_dist.objectives.ensemble import asks_selection
-from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
-from sead_dist.runs.requests import tell_requests
+from sead_dist.runs.requests import answered_examples, tell_requests
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import StopRequestedError

@@ -42,7 +42,7 @@ from sead_dist.models.sequence_classifier import (
     label_names,
     load_classifier,
 )
-from sead_dist.runs.kept_data import KEPT_DATA
+from sead_dist.runs.claim import KEPT_DATA
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world

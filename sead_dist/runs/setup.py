@@ -43,16 +43,14 @@ from sead_dist.objectives.feature_losses import (
     start_as_feature_teacher,
 )
 from sead_dist.reporting.hub import check_push
-from sead_dist.runs.answered import answered_examples, told_files
+from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
-from sead_dist.runs.learnable import baseline_logits
-from sead_dist.runs.own_baseline import OWN
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
-from sead_dist.runs.requests import tell_requests
-from sead_dist.runs.unread import unread_keys
+from sead_dist.runs.requests import answered_examples, tell_requests, told_files
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json

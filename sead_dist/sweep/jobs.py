@@ -1,6 +1,7 @@
 """Several runs of a sweep at once on one machine: workers in processes of their own.
 
-They share the runs as workers started by hand do; this process passes on what they say.
+They share the runs as workers started by hand do; the process that starts them passes on what they
+say. Each is `python -m sead_dist.sweep.jobs WORDS`.
 """
 
 import os
@@ -12,8 +13,8 @@ from typing import IO
 
 import torch
 
-from sead_dist.errors import RunError, UserError
-from sead_dist.runtime.distributed import StopFlag, World
+from sead_dist.errors import RunError, UserError, one_line
+from sead_dist.runtime.distributed import StopFlag, World, in_world
 from sead_dist.sweep.grid import Plan
 from sead_dist.sweep.rounds import is_done
 
@@ -65,7 +66,7 @@ def start_worker(plan: Plan) -> subprocess.Popen[str]:
     """A process with its share of the threads."""
     threads = str(max(1, torch.get_num_threads() // plan.jobs))
     return subprocess.Popen(
-        [sys.executable, "-m", "sead_dist.sweep.worker", *plan.words, "jobs=1"],
+        [sys.executable, "-m", "sead_dist.sweep.jobs", *plan.words, "jobs=1"],
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,3 +86,23 @@ def pass_on(worker: subprocess.Popen[str], number: int) -> threading.Thread:
     thread = threading.Thread(target=read, args=(worker.stdout,), daemon=True)
     thread.start()
     return thread
+
+
+def main() -> int:
+    """A worker's whole life. Exit codes as those of `sead-dist`."""
+    from sead_dist.sweep.run import run_worker  # which imports this file
+
+    try:
+        with in_world() as world:
+            run_worker(sys.argv[1:], world)
+    except (UserError, RunError) as error:
+        print(f"sead-dist: {one_line(str(error))}", flush=True)
+        return 2 if isinstance(error, UserError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # threads of libraries may be in the middle of something
+    os._exit(code)

@@ -5,20 +5,23 @@ failed and what another worker has in hand is told by the run folders alone, so 
 one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import refuse_other_keys, try_lock
 from sead_dist.runs.distillation import distill
+from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
-from sead_dist.runtime.run_log import is_finished, write_json
-from sead_dist.sweep.checks import check_plan
+from sead_dist.runtime.run_log import is_finished, read_as, write_json
+from sead_dist.sweep.checks import check_plan, told_steps
 from sead_dist.sweep.grid import Plan, Unit, make_plan
 from sead_dist.sweep.jobs import run_jobs
 from sead_dist.sweep.page import render_page
@@ -33,8 +36,6 @@ from sead_dist.sweep.rounds import (
     try_join,
     undo_others,
 )
-from sead_dist.sweep.steps import told_steps
-from sead_dist.sweep.time_left import time_left
 from sead_dist.teachers.teacher import device_model
 
 POLL_S = 2.0
@@ -243,3 +244,34 @@ def note_failure(unit: Unit, error: Exception) -> None:
     reason = str(error) or type(error).__name__
     print(f"sead-dist: {unit.title} failed: {reason}", flush=True)
     write_json(unit.failure, {"run": unit.title, "reason": reason})
+
+
+def time_left(plan: Plan, workers: int) -> str:
+    """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
+
+    A run takes the median of the finished ones of its task and method. Where there is none, it
+    takes that of its task's other students. Where there are none either, nothing is said of it.
+    """
+    spent: dict[tuple[str, str], list[float]] = {}
+    left = []
+    for unit in plan.units:
+        if is_finished(unit.folder):
+            summary = read_as(dict[str, Any], unit.folder / "run_summary.json")
+            spent.setdefault((unit.task, unit.method), []).append(float(summary["train_s"]))
+        if not is_done(plan, unit):
+            left.append(unit)
+    told = f"{counted(len(left), 'run')} left"
+    expected = [of_run(unit, plan, spent) for unit in left]
+    known = [seconds for seconds in expected if seconds is not None]
+    if not known:
+        return told
+    about = "about" if len(known) == len(left) else "at least"
+    return f"{told}, {about} {clock(sum(known) / workers)}"
+
+
+def of_run(unit: Unit, plan: Plan, spent: dict[tuple[str, str], list[float]]) -> float | None:
+    """Seconds that a run will take; None where nothing like it is finished."""
+    own = spent.get((unit.task, unit.method), [])
+    if not own and unit.method in plan.methods:
+        own = [s for method in plan.methods for s in spent.get((unit.task, method), [])]
+    return statistics.median(own) if own else None
