@@ -207,8 +207,8 @@ def evaluate(
             sets = [load_official(spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        cards = prediction.score_sets(name, spec, sets, order(labels), world, to_logger)
-    return {key: value for card in cards.values() for key, value in card.items()}
+        found = prediction.results_of(name, spec, sets, order(labels), world, to_logger)
+    return prediction.as_one(found)
 
 
 def predict(

@@ -24,9 +24,7 @@ from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import check_start
-from sead_dist.objectives.ensemble import (
-    Ensemble,
-)
+from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.baseline import needs_own_baseline, own_baseline, told_baseline
@@ -46,6 +44,8 @@ STOPPED_EARLY = (
     "stopped while teachers computed; what they have computed is kept; "
     "give the same command again to go on"
 )
+# rows that the report is tried on before the first step
+REHEARSED = 2
 
 
 def distill(
@@ -262,12 +262,10 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
     )
 
 
-ROWS = 2
-
-
 def rehearse(parts: Parts) -> None:
     """Write predictions, plots, card and closing table of two rows under the run's own names, in a
-    folder that goes at once. Rank 0 calls this.
+    folder that goes at once: a name that the report cannot hold ends no long run. Rank 0 calls
+    this.
 
     Raises UserError, or RunError for the environment's failures.
     """
@@ -279,8 +277,8 @@ def rehearse(parts: Parts) -> None:
         raise
     except Exception as error:
         raise refusal(
-            f"the report of this run, tried on {ROWS} rows before training, cannot be written: "
-            f"{reason(error)}; give other names to the task, its splits or the teachers",
+            f"the report of this run, tried on {REHEARSED} rows before training, cannot be "
+            f"written: {reason(error)}; give other names to the task, its splits or the teachers",
             error,
         ) from error
 
@@ -294,30 +292,28 @@ def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
     for name, split in splits.items():
-        examples = split.examples
-        labels_B = examples.labels_B[:ROWS]
-        logits_BC = np.zeros((len(labels_B), parts.task.num_labels), np.float32)
+        examples = subset(split.examples, np.arange(min(REHEARSED, len(split))))
+        logits_BC = np.zeros((len(examples), parts.task.num_labels), np.float32)
         write_predictions(
-            folder / "predictions" / f"{name}.parquet", examples.ids_B2[:ROWS], labels_B, logits_BC,
+            folder / "predictions" / f"{name}.parquet", examples.ids_B2, examples.labels_B,
+            logits_BC,
             np.full_like(logits_BC, 1 / parts.task.num_labels) if parts.teachers else None,
-            for_people(parts, subset(examples, np.arange(len(labels_B))), logits_BC),
+            for_people(parts, examples, logits_BC),
         )  # fmt: skip
-        result = EvalResult(parts.task.name, name, 1, ROWS, metrics, 1.0, 1.0, logits_BC)
+        result = EvalResult(parts.task.name, name, 1, REHEARSED, metrics, 1.0, 1.0, logits_BC)
         results.update(result.card(f"eval_{name}"))
         scores[name] = {
             "student": metrics,
             "ensemble": metrics if parts.teachers else None,
             "teachers": [{"name": one.name, "metrics": metrics} for one in parts.teachers],
         }
-    write_json(
-        folder / "scores.json",
-        {
-            "task": parts.task.name,
-            "metric": parts.task.metrics[0],
-            "splits": scores,
-            "labels": list(parts.task.labels),
-        },
-    )
+    record = {
+        "task": parts.task.name,
+        "metric": parts.task.metrics[0],
+        "splits": scores,
+        "labels": list(parts.task.labels),
+    }
+    write_json(folder / "scores.json", record)
     write_json(folder / "eval_results.json", results)
     write_report(folder)
     print_table(*closing_table(parts, scores), file=io.StringIO())

@@ -5,13 +5,14 @@ folder where it is in memory, so that a resume, `evaluate` and the command line 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import TypeAdapter
 
 from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
@@ -297,21 +298,5 @@ def holds(path: Path, table: pa.Table) -> bool:
 
 def as_yaml(task: TaskSpec) -> str:
     """A task as a file of its own: the keys that are not as they would be without it."""
-    keys = {f.name: plain(getattr(task, f.name)) for f in fields(task) if not left_out(task, f)}
+    keys = TypeAdapter(TaskSpec).dump_python(task, mode="json", exclude_defaults=True)
     return str(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True))
-
-
-def left_out(task: TaskSpec, field: "Field[Any]") -> bool:
-    value = getattr(task, field.name)
-    if field.default_factory is not MISSING:
-        return bool(value == field.default_factory())
-    return bool(field.default is not MISSING and value == field.default)
-
-
-def plain(value: Any) -> Any:
-    """Tuples as the lists that YAML has."""
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return value

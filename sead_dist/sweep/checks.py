@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -195,23 +194,30 @@ def needs_rows(plan: Plan, task: str) -> bool:
 
 def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
     """The plan with as many steps for all students of a task as the longest has, where equal_steps
-    asks for it. Tasks that `data` lacks stay as they are. A function of plan and data alone, so
-    that all workers of a sweep find the same."""
+    asks for it: only then is their comparison fair. Tasks that `data` lacks stay as they are. A
+    function of plan and data alone, so that all workers of a sweep find the same.
+
+    Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
+    those that ask teachers take more steps, the more so with unlabelled text. The run with the most
+    steps keeps its keys; the others get its steps as max_steps, and pass over their rows more
+    often. Steps are counted with text that files of predictions do not answer, which their run
+    leaves out. So runs with files get as many steps as max_steps too.
+    """
     if not plan.equal_steps:
         return plan
     units, lengthened = [], {}
     longest = {
-        name: max((unit.config for unit in plan.students(name)), key=lambda c: steps_of(c, of))
+        name: max(steps_of(unit.config, of) for unit in plan.students(name))
         for name, of in data.items()
     }
     for unit in plan.units:
         if unit.task in longest and unit.method in plan.methods:
-            of, most = data[unit.task], longest[unit.task]
-            own = steps_of(unit.config, of)
-            if own < steps_of(most, of):
+            own, most = steps_of(unit.config, data[unit.task]), longest[unit.task]
+            if own < most:
                 lengthened[unit.task, unit.method] = own
-            if own < steps_of(most, of) or may_leave_text_out(unit.config):
-                unit = replace(unit, config=as_long_as(unit.config, most, of))
+            if own < most or may_leave_text_out(unit.config):
+                config = unit.config.model_copy(update={"max_steps": most})
+                unit = replace(unit, config=config)
         units.append(unit)
     return replace(plan, units=units, lengthened=lengthened)
 
@@ -221,11 +227,6 @@ def may_leave_text_out(config: RunConfig) -> bool:
     left = config.max_steps is None and config.num_train_epochs is None
     files = [entry for entry in config.teachers if entry.predictions is not None]
     return left and config.taught and bool(files)
-
-
-def as_long_as(config: RunConfig, longest: RunConfig, data: TaskData) -> RunConfig:
-    """The same run with the steps of the longest."""
-    return config.model_copy(update={"max_steps": steps_of(longest, data)})
 
 
 def told_steps(plan: Plan, name: str, data: TaskData) -> str:
@@ -242,15 +243,6 @@ def told_steps(plan: Plan, name: str, data: TaskData) -> str:
     if len(set(steps.values())) > 1:
         each = ", ".join(f"{method} {count}" for method, count in most.items())
         return f"{rows}; steps: {each} (equal_steps=off)"
-    own = of_their_own(
-        {method: of for (task, method), of in plan.lengthened.items() if task == name}
-    )
+    more = [f"{method} {of}" for (task, method), of in plan.lengthened.items() if task == name]
+    own = f" (equal_steps=on; by their own rows: {', '.join(more)})" if more else ""
     return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"
-
-
-def of_their_own(lengthened: Mapping[str, Any]) -> str:
-    """Which methods take more steps than their own rows make."""
-    if not lengthened:
-        return ""
-    each = ", ".join(f"{method} {steps}" for method, steps in lengthened.items())
-    return f" (equal_steps=on; by their own rows: {each})"
