@@ -42,6 +42,7 @@ from sead_dist.models.sequence_classifier import (
     label_names,
     load_classifier,
 )
+from sead_dist.reporting.model_card import place_on_card
 from sead_dist.runs.claim import KEPT_DATA
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import table
@@ -267,10 +268,5 @@ def write_scores(results: Mapping[str, float], path: Path) -> None:
 
 def as_table(card: Mapping[str, float]) -> str:
     """The card's line as Markdown: metrics first, then time, loss and size."""
-
-    def place(key: str) -> int:
-        ends = ("_runtime", "_samples_per_second", "_steps_per_second", "_loss", "_samples")
-        return next((n for n, end in enumerate(ends, 1) if key.endswith(end)), 0)
-
-    keys = sorted(card, key=place)
+    keys = sorted(card, key=place_on_card)
     return table(keys, [[card[key] for key in keys]])

@@ -4,7 +4,6 @@ All of a person's mistakes come to light here or in the validation.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
+from sead_dist.runs.prediction import on_stderr
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
@@ -302,7 +302,7 @@ def place_teachers(
     log.say(reason)
     if "partitioned" in placements and world.size > 1:
         log.say(describe_shares(teachers, placements, share_NW))
-    report = log.say if world.is_main else _on_stderr
+    report = log.say if world.is_main else on_stderr
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
@@ -387,7 +387,3 @@ def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Seq
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":
             check_shardable(teacher, config.trust_remote_code)
-
-
-def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)

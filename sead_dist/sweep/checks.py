@@ -20,7 +20,6 @@ from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
-from sead_dist.sweep.jobs import check_jobs
 from sead_dist.sweep.results import TaskData
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
@@ -40,6 +39,16 @@ def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
     return settle(plan, [name for name in plan.tasks if plan.students(name)])
+
+
+def check_jobs(plan: Plan, world: World) -> None:
+    """Raises UserError where several runs at once would share what one of them needs alone."""
+    if plan.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
+        what = f"{world.size} ranks" if world.size > 1 else "a GPU"
+        raise UserError(
+            f"jobs={plan.jobs} divides the threads of one process without a GPU, and here is "
+            f"{what}; leave jobs out (the same line, started several times, shares the runs too)"
+        )
 
 
 def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
