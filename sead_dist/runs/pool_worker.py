@@ -173,9 +173,9 @@ def open_worker(
         config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip
     stack.callback(source.close)
-    for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
-        source.share_tokens(split, work.inputs)
     asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
+    for split in asked:
+        source.share_tokens(split, work.inputs)
     tell_requests(source, asked, log.say)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")

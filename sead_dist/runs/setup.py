@@ -206,9 +206,9 @@ def build(
         else None
     )
     if source is not None:
-        for split in (splits.train, splits.selection, *splits.official.values()):
-            source.share_tokens(split, inputs)
         asked = (splits.train, splits.selection, *splits.official.values())
+        for split in asked:
+            source.share_tokens(split, inputs)
         from_main(world, lambda: tell_requests(source, asked, log.say))
     feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:

@@ -109,7 +109,8 @@ def methods(report: Mapping[str, Any]) -> Rows:
     for of in report["cells"]:
         if of["mean"] is not None:
             best[of["task"]] = max(of["mean"], best.get(of["task"], of["mean"]))
-    why = absences(report)
+    kinds = {"missing": "not run", "failed": "failed", "not_applicable": "does not apply"}
+    why = {(of["task"], of["method"]): kinds[kind] for kind in kinds for of in report[kind]}
     rows = []
     for mean in report["means"]:
         cells: Rows = []
@@ -123,12 +124,6 @@ def methods(report: Mapping[str, Any]) -> Rows:
                 cells.append({**of, "runs": had, "best": of["mean"] == best[task["name"]]})
         rows.append({**mean, "cells": cells})
     return sorted(rows, key=lambda row: (-row["tasks"], -(row["score"] or 0.0)))
-
-
-def absences(report: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """In a word, why a method has no score on a task."""
-    kinds = {"missing": "not run", "failed": "failed", "not_applicable": "does not apply"}
-    return {(of["task"], of["method"]): word for kind, word in kinds.items() for of in report[kind]}
 
 
 def ceilings(report: Mapping[str, Any]) -> Rows:
