@@ -17,8 +17,8 @@ import transformers
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sead_dist.config.prompted import PROMPT_KEYS
 from sead_dist.config.schema import TeacherConfig
+from sead_dist.config.teacher_entry import PROMPT_KEYS
 from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
