@@ -11,13 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.load import (
-    config_folder,
-    load_config,
-    names_shape,
-    read_layers,
-    resolve,
-)
+from sead_dist.config.load import config_folder, load_config, names_shape, read_layers, resolve
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import load_task

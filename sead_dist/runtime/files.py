@@ -24,10 +24,7 @@ LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
 # file systems that keep the time of a change themselves
-CLOCKED = (
-    *("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"),
-    *("nfs", "nfs4", "lustre"),
-)
+CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs", "nfs4", "lustre"))
 
 
 def user_folder(variable: str, below: str, own: str) -> Path:
