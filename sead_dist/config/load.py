@@ -18,10 +18,9 @@ from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
 from sead_dist.config.names import RENAMED, nearest, new_name
-from sead_dist.config.overrides import read_word
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
-from sead_dist.config.yaml_text import parse_yaml, read_yaml
+from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
 from sead_dist.errors import UserError, reading
 
 if TYPE_CHECKING:
