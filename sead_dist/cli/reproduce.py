@@ -75,7 +75,9 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     teachers: how many from each encoder, with seeds seed, seed + 1, ... Raises UserError before any
     work for an unknown name, wrong words, and whatever cannot be reached.
     """
-    checkpoint = find(name)
+    if name not in CHECKPOINTS:
+        raise UserError(f"unknown checkpoint {name!r}{nearest(name, CHECKPOINTS)}")
+    checkpoint = CHECKPOINTS[name]
     given = configure(checkpoint, words, teachers)
     output = Path(given.output_dir)
     from_main(world, lambda: check_reach(name, given))
@@ -101,12 +103,6 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     distill(student, world, show_table=False)
     if from_main(world, lambda: is_finished(output / "student")) and world.is_main:
         write_outcome(checkpoint, given, output)
-
-
-def find(name: str) -> Checkpoint:
-    if name not in CHECKPOINTS:
-        raise UserError(f"unknown checkpoint {name!r}{nearest(name, CHECKPOINTS)}")
-    return CHECKPOINTS[name]
 
 
 def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:

@@ -111,12 +111,9 @@ def as_line(key: Key) -> str:
 
 def base_yaml() -> str:
     """The text of configs/base.yaml: a block for each base class of RunConfig."""
-    groups = [kind for kind in reversed(RunConfig.__mro__) if _has_keys(kind)]
+    bases = [kind for kind in reversed(RunConfig.__mro__) if issubclass(kind, Section)]
+    groups = [kind for kind in bases if kind not in (Section, RunConfig)]
     return HEAD + "".join(f"\n# {group.__doc__}\n{_group_lines(group)}" for group in groups)
-
-
-def _has_keys(kind: type) -> bool:
-    return kind not in (Section, RunConfig) and issubclass(kind, Section)
 
 
 def _group_lines(group: type[Section]) -> str:

@@ -166,5 +166,5 @@ def shown_progress(
 
 
 def _shown(values: Mapping[str, object]) -> str:
-    texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values())
-    return " ".join(f"{name}={text}" for name, text in zip(values, texts, strict=True))
+    texts = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+    return " ".join(f"{name}={text}" for name, text in texts.items())
