@@ -25,7 +25,6 @@ from sead_dist.config.plugins import kept_plugins
 from sead_dist.config.registered import ROUTED
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import KINDS
-from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
@@ -48,6 +47,7 @@ from sead_dist.runs.given import (
     planned,
 )
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
     StopFlag,
     World,
@@ -204,7 +204,7 @@ def evaluate(
             # a run's own data are those of its own task
             source = prediction.data_of(name, None if task is None else spec.name, path)
             wanted = prediction.wanted_splits(spec, split)
-            sets = [load_official(spec, source, key) for key in wanted]
+            sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
         cards = prediction.score_sets(name, spec, sets, order(labels), world, to_logger)

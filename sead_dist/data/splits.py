@@ -20,6 +20,7 @@ from sead_dist.data.examples import (
     divide,
     fingerprint,
     fold_numbers,
+    has_label,
     hold_out,
     sample,
     subset,
@@ -101,15 +102,32 @@ def route_of(config: RunConfig) -> Route | None:
 
 
 def load_official(
-    task: TaskSpec, data: DataConfig, split: str, route: Route | None = None
+    task: TaskSpec,
+    data: DataConfig,
+    split: str,
+    route: Route | None = None,
+    may_lack: bool = False,
 ) -> ExampleSet:
-    """One split as its files have it, or as it is cut from a task's only file."""
+    """One split as its files have it, or as it is cut from a task's only file. may_lack: whether it
+    may have no gold label at all."""
     if is_one_file(task, data) and split in task.splits:
-        return split_one_file(task, data, route)[split]
-    return _read_split(task, data, split, route)
+        return split_one_file(task, data, route, may_lack)[split]
+    return _read_split(task, data, split, route, may_lack)
 
 
-def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | None) -> ExampleSet:
+def _read_split(
+    task: TaskSpec, data: DataConfig, split: str, route: Route | None, may_lack: bool
+) -> ExampleSet:
+    if may_lack:
+        found = _read_rows(task, data, split, route, None)
+        if not found.has_gold or has_label(found.labels_B).all():
+            return found
+    return _read_rows(task, data, split, route, True)  # refuses the first row without a label
+
+
+def _read_rows(
+    task: TaskSpec, data: DataConfig, split: str, route: Route | None, with_labels: bool | None
+) -> ExampleSet:
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     chunks = split_chunks(
         task,
@@ -123,7 +141,7 @@ def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | Non
     parts: list[ExampleSet] = []
     read = 0
     for rows in chunks:
-        parts.append(build_examples(task, rows, split, route=route, first=read))
+        parts.append(build_examples(task, rows, split, with_labels, route, first=read))
         read += len(rows)
     return concatenate(*parts)
 
@@ -135,20 +153,24 @@ def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
     return alone and task.hub is None and len(task.splits) == 2
 
 
-def split_one_file(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
+def split_one_file(
+    task: TaskSpec, data: DataConfig, route: Route | None, may_lack: bool
+) -> dict[str, ExampleSet]:
     """The two splits of a task's only file: a pure function of its rows alone."""
-    both = _read_split(task, data, "train", route)
+    both = _read_split(task, data, "train", route, may_lack)
     dev = list(task.splits)[1]
     key, seed = "data.validation_fraction", -1  # no selection.seed is below 0 by default
     train, held = hold_out(task, both, data.validation_fraction, seed, key, dev)
     return {"train": train, dev: held}
 
 
-def load_all(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
+def load_all(
+    task: TaskSpec, data: DataConfig, route: Route | None, may_lack: bool
+) -> dict[str, ExampleSet]:
     """Every split of the task."""
     if is_one_file(task, data):
-        return split_one_file(task, data, route)
-    return {split: load_official(task, data, split, route) for split in task.splits}
+        return split_one_file(task, data, route, may_lack)
+    return {split: load_official(task, data, split, route, may_lack) for split in task.splits}
 
 
 def split_off(
@@ -167,7 +189,8 @@ def split_off(
     if most is not None:
         held = max(1, round(share * most))
         size, selection = max(1, most - held), sample(selection, held, seed)
-    if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
+    one_label = selection.has_gold and len(set(selection.labels_B.tolist())) < 2
+    if task.task_kind.head_of_labels and one_label:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
             f"selection.fraction={share} or data.max_train_examples={most}"
@@ -177,10 +200,11 @@ def split_off(
 
 
 def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
-    """All splits of a run, without copies. Raises UserError for what is wrong with the files."""
+    """All splits of a run, without copies; a split that has no gold label at all is unlabelled text
+    where teachers are asked. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
-    files = load_all(task, config.data, route)
+    files = load_all(task, config.data, route, may_lack=config.taught)
     if is_one_file(task, config.data):
         say(
             f"data.train is the only file: {len(files[names[0]])} of its rows are the {names[0]} "
@@ -192,25 +216,32 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     if config.folds is not None and config.fold is not None:
         train, left_out = without_fold(config, train, config.folds, config.fold)
         say(f"fold {config.fold} of {config.folds}: {len(left_out)} labelled rows are left out")
-    labelled, held = len(train), [selection, *official.values()]
+    own, held = len(train), [selection, *official.values()]
+    with_gold = own if train.has_gold else 0
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:
-        text = gather_text(config, task, labelled, rest, held, route)
+        text = gather_text(config, task, own, rest, held, route)
     if text.examples is not None or config.unlabeled.path is not None or config.unlabeled.rest:
         say(text.describe())
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")
-    text_rows = len(train) - labelled
+    text_rows = len(train) - with_gold
     overlap = sum(count_overlap(dev, train) for dev in official.values())
     sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
     say(
-        f"task {task.name}: train {labelled} labelled + {text_rows} unlabelled, "
+        f"task {task.name}: train {with_gold} labelled + {text_rows} unlabelled, "
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
+    if lacking := [part.split for part in (train, *held) if not part.has_gold]:
+        say(
+            f"no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not there or "
+            "is empty): without them students learn from the teachers' answers alone, and figures "
+            "are the agreement with the teachers"
+        )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(
-        train, selection, official, text_rows, overlap, text.rest, removed=removed,
-        left_out=left_out,
+        train, selection, official, text_rows, overlap, text.rest + own - with_gold,
+        removed=removed, left_out=left_out,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 Shapes: N teachers, B rows, C classes. Every weighting returns weights_NB.
 """
 
-import numpy as np
 import torch
 
 
@@ -42,11 +41,6 @@ def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
 def known(labels_B: torch.Tensor) -> torch.Tensor:
     """known_B: False where a row has no gold label."""
     return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
-
-
-def has_label(labels_B: np.ndarray) -> np.ndarray:
-    """has_B: the same of an array."""
-    return np.asarray(known(torch.from_numpy(labels_B)))
 
 
 def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:

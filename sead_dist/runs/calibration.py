@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig, teacher_names
-from sead_dist.data.examples import ExampleSet
+from sead_dist.data.examples import ExampleSet, has_label
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.objectives.calibration import FEWEST_ROWS, fit_temperature
 from sead_dist.objectives.ensemble import Ensemble
-from sead_dist.objectives.row_weights import has_label
 
 
 def calibrate(

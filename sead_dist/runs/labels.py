@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig, TeacherConfig
-from sead_dist.data.examples import ExampleSet
+from sead_dist.data.examples import ExampleSet, has_label
 from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import (
     RunExamples,
@@ -25,7 +25,6 @@ from sead_dist.data.splits import (
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
-from sead_dist.objectives.row_weights import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
@@ -132,9 +131,9 @@ def weighed(
     splits: RunSplits, examples: RunExamples,
 ) -> Ensemble:  # fmt: skip
     """The ensemble as a run of these teachers has it before its first step."""
-    if not needs_validation(config):
-        return weigh(config, task, teachers, [], None, splits)
     selection = splits.selection
+    if not needs_validation(config, selection.examples):
+        return weigh(config, task, teachers, [], None, splits)
     asked = ask_all(source, selection, len(teachers), config.prefetch_rows, "the validation")
     found = validate(task, teachers, asked, selection, examples.dev_in_training)
     if config.validates:

@@ -38,7 +38,7 @@ def make_remarks(parts: Parts, scores: Mapping[str, Any]) -> list[str]:
 
 def _of_selection(parts: Parts) -> Iterator[str]:
     rows = len(parts.splits.selection)
-    if rows < ENOUGH_TO_CHOOSE:
+    if parts.splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
         yield (
             f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
             f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
@@ -48,6 +48,12 @@ def _of_selection(parts: Parts) -> Iterator[str]:
 def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
     metric = parts.task.metrics[0]
     for name, split in parts.splits.official.items():
+        if not split.examples.has_gold:
+            yield (
+                f"{name} has no gold labels: its figures are agreement with the teachers, and "
+                "whether they are right is not known"
+            )
+            continue
         best = constant_score(parts.task, split.examples)
         score = scores[name]["student"][metric]
         if score <= best:

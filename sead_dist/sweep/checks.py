@@ -15,6 +15,7 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
 from sead_dist.runs.inputs import check_inputs
+from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
@@ -108,9 +109,21 @@ def read_task(plan: Plan, name: str) -> TaskData:
     students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
+    dev = next(iter(examples.official.values()))
+    if not dev.has_gold:
+        raise UserError(
+            f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
+            "teachers says nothing of methods against each other; give it gold labels"
+        )
+    for unit in [unit for unit in plan.units if unit.task == name]:
+        if not unit.config.taught and not examples.labelled_rows:
+            raise UserError(
+                f"train of {name} has no gold labels, and {unit.method} asks no teacher, so that "
+                "it has nothing to learn from; leave it out, and give finished teachers"
+            )
+        check_gold(unit.config, task, examples)
     for config in students:
         check_selection(config, examples.selection.labels_B)
-    dev = next(iter(examples.official.values()))
     return TaskData(
         task,
         dev,
