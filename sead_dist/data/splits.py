@@ -118,16 +118,6 @@ def load_official(
 def _read_split(
     task: TaskSpec, data: DataConfig, split: str, route: Route | None, may_lack: bool
 ) -> ExampleSet:
-    if may_lack:
-        found = _read_rows(task, data, split, route, None)
-        if not found.has_gold or has_label(found.labels_B).all():
-            return found
-    return _read_rows(task, data, split, route, True)  # refuses the first row without a label
-
-
-def _read_rows(
-    task: TaskSpec, data: DataConfig, split: str, route: Route | None, with_labels: bool | None
-) -> ExampleSet:
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     chunks = split_chunks(
         task,
@@ -141,9 +131,13 @@ def _read_rows(
     parts: list[ExampleSet] = []
     read = 0
     for rows in chunks:
-        parts.append(build_examples(task, rows, split, with_labels, route, first=read))
+        labels = None if may_lack else True
+        parts.append(build_examples(task, rows, split, labels, route, first=read))
         read += len(rows)
-    return concatenate(*parts)
+    found = concatenate(*parts)
+    if found.has_gold and not has_label(found.labels_B).all():
+        return _read_split(task, data, split, route, False)  # refuses the first row without one
+    return found
 
 
 def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
@@ -233,10 +227,10 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
+        alone = "" if with_gold else "; the student learns from the teachers' answers alone"
         say(
             f"no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not there or "
-            "is empty): without them students learn from the teachers' answers alone, and figures "
-            "are the agreement with the teachers"
+            f"is empty): its figures are agreement with the teachers{alone}"
         )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(

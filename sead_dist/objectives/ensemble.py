@@ -77,22 +77,11 @@ class Ensemble:
 
     def complete(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> torch.Tensor:
         """complete_B: where every teacher that counts has an answer (logits_NBC: NaN without)."""
-        present_NB, counts_NB = self._counting(logits_NBC, routes_B)
-        return (present_NB | ~counts_NB).all(0)
-
-    def answers_some(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> torch.Tensor:
-        """some_B: where a teacher that counts has an answer (logits_NBC: NaN without)."""
-        present_NB, counts_NB = self._counting(logits_NBC, routes_B)
-        return (present_NB & counts_NB).any(0)
-
-    def _counting(
-        self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(present_NB, counts_NB): which teachers answer a row, and which count there."""
         present_NB = ~torch.isnan(logits_NBC).any(-1)
+        teachers = TeacherLogits(logits_NBC.nan_to_num(), torch.ones_like(present_NB))
         weighting = self.weighting.scored_as(self.has_classes)
-        weights_NB = weighting.of_rows(self.weights_N, logits_NBC.nan_to_num(), None, routes_B)
-        return present_NB, weights_NB > 0
+        weights_NB = weighting.of_rows(self.weights_N, teachers.logits_NBC, None, routes_B)
+        return (present_NB | (weights_NB == 0)).all(0)
 
     def calibrated(self, logits_NBC: torch.Tensor) -> torch.Tensor:
         """Each teacher's logits by its own temperature."""

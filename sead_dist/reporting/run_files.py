@@ -62,8 +62,7 @@ class RunFiles:
         return str(self.scores["splits"].get(split, {}).get("metric", self.metric))
 
     def by_teachers(self, split: str) -> bool:
-        """Whether a split has no gold labels, so that its figures are agreement with the
-        teachers."""
+        """Whether the figures of a split are agreement with the teachers."""
         return "metric" in self.scores["splits"].get(split, {})
 
     @property

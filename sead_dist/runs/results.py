@@ -350,14 +350,10 @@ def closing_table(
 ) -> tuple[str, list[str], list[list[object]]]:
     """(title, columns, rows) of what the console shows at the end."""
     metrics = parts.task.metrics
-    agreeing = [name for name, of in scores.items() if "metric" in of]
+    agreeing = [split for split, of in scores.items() if "metric" in of]
+    names = {split: list(of["student"]) for split, of in scores.items()}
     mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
-
-    names = {
-        split: list(map(name_of, metrics)) if split in agreeing else list(metrics)
-        for split in scores
-    }
 
     def figures(found: Iterable[dict[str, float] | None]) -> list[float | None]:
         pairs = zip(names.values(), found, strict=True)
@@ -370,11 +366,8 @@ def closing_table(
         rows.append(["ensemble", *figures(of["ensemble"] for of in splits)])
     rows.append(["student", *figures(of["student"] for of in splits)])
     told = len(metrics) > 1 or agreeing
-    columns = [
-        f"{split} {metric}" if told else split for split, of in names.items() for metric in of
-    ]
-    what = ", ".join(metrics)
+    columns = [f"{name} {each}" if told else name for name, of in names.items() for each in of]
+    what = ", ".join(metrics) if len(agreeing) < len(scores) else ""
     if agreeing:
-        where = "" if len(agreeing) == len(scores) else f" on {', '.join(agreeing)}"
-        what = "agreement with the teachers" + (f"{where}, else {what}" if where else "")
+        what += (", and " if what else "") + "agreement with the teachers"
     return f"{parts.task.name}: {what}{mark}", ["", *columns], rows

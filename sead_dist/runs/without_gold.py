@@ -32,38 +32,30 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
             )
     if not config.taught or examples.selection.has_gold:
         return
-    weighting, name = WEIGHTINGS[config.ensemble], config.ensemble
+    weighting = WEIGHTINGS[config.ensemble]
     unnamed = len(config.teachers) > 1 and config.teacher is None
-    by_labels = asks_selection(config) and not weighting.one_teacher and name != "score"
-    needs = [
-        (config.final_checkpoint == "best", "final_checkpoint=best", "use average (auto) or last"),
-        (
-            config.early_stopping_patience is not None,
-            f"early_stopping_patience={config.early_stopping_patience}",
-            "leave it out",
-        ),
-        (config.teacher_validation == "fp32", "teacher_validation=fp32", "leave it out"),
-        (config.baseline not in (None, OWN), f"baseline={config.baseline}", "leave it out"),
-        (by_labels, f"ensemble={name}", "use ensemble=mean_probabilities"),
-        (unnamed and weighting.one_teacher, f"ensemble={name} of several", "give teacher=NAME"),
-        (
-            unnamed and config.feature_loss is not None,
-            f"feature_loss={config.feature_loss} of several teachers",
-            "give teacher=NAME",
-        ),
-    ]
-    for asked, key, fix in needs:
+    by_labels = asks_selection(config) and not weighting.one_teacher and config.ensemble != "score"
+    refused = {
+        "final_checkpoint=best": config.final_checkpoint == "best",
+        "early_stopping_patience": config.early_stopping_patience is not None,
+        "teacher_validation=fp32": config.teacher_validation == "fp32",
+        f"baseline={config.baseline}": config.baseline not in (None, OWN),
+        f"ensemble={config.ensemble}": by_labels,
+        f"ensemble={config.ensemble} without teacher=NAME": unnamed and weighting.one_teacher,
+        "feature_loss without teacher=NAME": unnamed and config.feature_loss is not None,
+    }
+    for key, asked in refused.items():
         if asked:
             raise UserError(
-                f"{key} goes by the gold labels of the selection split, and it has none; {fix}, or "
-                "give rows with gold labels"
+                f"{key} goes by the gold labels of the selection split, and it has none; leave it "
+                "out, or give rows with gold labels"
             )
 
 
 def told_unvalidated(config: RunConfig) -> str:
     """The line of the log on teachers, where the selection split has no gold labels."""
     line = "no gold labels to validate or calibrate a teacher by: none is"
-    if config.ensemble == "score" or config.ensemble in ("confidence", "answers"):
+    if config.ensemble in ("score", "confidence", "answers"):
         line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
     return line
 
@@ -72,18 +64,16 @@ def judged(
     task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
 ) -> tuple[ExampleSet, np.ndarray]:
     """(the examples, where they have no gold labels with the ensemble's answers for labels; its
-    targets_BC at temperature 1, NaN in rows that no teacher answers that counts). logits_NBC: NaN
-    where a teacher has no answer."""
+    targets_BC at temperature 1, NaN where no teacher answers). logits_NBC: NaN where one does
+    not."""
     routes = examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
-    all_NBC = torch.from_numpy(logits_NBC)
-    targets_BC = ensemble.answer(all_NBC, routes_B).targets_BC.numpy()
-    some_B1 = ensemble.answers_some(all_NBC, routes_B).numpy()[:, None]
-    said_BC = np.where(some_B1, targets_BC, np.float32(np.nan))
-    return (
-        (examples if examples.has_gold else answered_by_teachers(task, examples, said_BC)),
-        said_BC,
-    )
+    answer = ensemble.answer(torch.from_numpy(logits_NBC), routes_B)
+    said_BC = answer.targets_BC.numpy()
+    said_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
+    if not examples.has_gold:
+        examples = answered_by_teachers(task, examples, said_BC)
+    return examples, said_BC
 
 
 def rescored(task: TaskSpec, result: EvalResult, examples: ExampleSet) -> EvalResult:
@@ -102,8 +92,7 @@ def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> Ex
     found = read_predictions(kept)
     said_BC = found.ensemble_probabilities_BC
     row_of = {id_2.tobytes(): row for row, id_2 in enumerate(found.ids_B2)}
-    ids_B2 = np.ascontiguousarray(examples.ids_B2)
-    rows = [row_of.get(id_2.tobytes(), -1) for id_2 in ids_B2]
+    rows = [row_of.get(id_2.tobytes(), -1) for id_2 in np.ascontiguousarray(examples.ids_B2)]
     if said_BC is None or min(rows) < 0:
         raise UserError(
             f"{split} has no gold labels, and {name} keeps its teachers' answers to the rows of "

@@ -115,14 +115,14 @@ def read_task(plan: Plan, name: str) -> TaskData:
             f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
             "teachers says nothing of methods against each other; give it gold labels"
         )
-    for unit in [unit for unit in plan.units if unit.task == name]:
-        if not unit.config.taught and not examples.labelled_rows:
-            raise UserError(
-                f"train of {name} has no gold labels, and {unit.method} asks no teacher, so that "
-                "it has nothing to learn from; leave it out, and give finished teachers"
-            )
-        check_gold(unit.config, task, examples)
+    untaught = [u.method for u in plan.units if u.task == name and not u.config.taught]
+    if untaught and not examples.labelled_rows:
+        raise UserError(
+            f"train of {name} has no gold labels, and {untaught[0]} asks no teacher, so it has "
+            "nothing to learn from; leave it out, and give finished teachers"
+        )
     for config in students:
+        check_gold(config, task, examples)
         check_selection(config, examples.selection.labels_B)
     return TaskData(
         task,
