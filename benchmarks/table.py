@@ -1,16 +1,19 @@
-"""The table of results: `sead-dist sweep benchmarks/sweeps/table.yaml` on sst2, stsb, mrpc and a
-part of qqp.
+"""The table of results: sweeps of benchmarks/sweeps/ on real tasks, in four parts.
 
-    python benchmarks/table.py --student L3 --work DIR [KEY=VALUE ...]
+    python benchmarks/table.py --student L3 --work DIR [--part PART] [KEY=VALUE ...]
     python benchmarks/table.py --student L3 --work DIR --search   # what the recipe is chosen by
     python benchmarks/table.py --smoke       # the same arms on tiny rows, a few steps each
+
+Parts: core (sst2, stsb, mrpc and a part of qqp), levers (what each part of the recipe does: sst2,
+stsb), little (where little is to be learnt: cola, wic, rte, cb), defaults (sst2 with no key set).
 
 L3 is a folder with a pretrained student of three layers. Teachers start from the extra's encoder
 (6 layers, 384 wide) unless --encoders names others. SEAD_DIST_DATA is the folder of the tasks'
 data.
 For qqp, of which there is no validation file, 5,000 rows of its part are set apart that share no
-question with the others. The same line goes on where it was cut off; DIR/sweep holds the runs and
-their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2, seeds=[0], ...).
+question with the others. The same line goes on where it was cut off; DIR/sweep (of another part
+DIR/PART) holds the runs and their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2,
+seeds=[0], ...).
 
 --kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
 lacks are taken from there at the start. At the end new ones are put there, and those that the sweep
@@ -30,15 +33,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from inputs import alone, minilm, shape_file, small_folder
+from inputs import alone, minilm, random_classifier, small_folder
 from outcome_file import smoke_argument
 
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.run import run_sweep
 
-ARMS = Path(__file__).parent / "sweeps" / "table.yaml"
-SEARCH_ARMS = Path(__file__).parent / "sweeps" / "search.yaml"
+SWEEPS = Path(__file__).parent / "sweeps"
+HARD_LABELS = Path(__file__).parent / "hard_labels.py"
+ARMS, SEARCH_ARMS = SWEEPS / "table.yaml", SWEEPS / "search.yaml"
 TASKS = ("sst2", "stsb", "mrpc", "qqp")
+# by part of the table, its arms and its tasks
+PARTS = {
+    "core": (ARMS, TASKS),
+    "levers": (SWEEPS / "levers.yaml", ("sst2", "stsb")),
+    "little": (SWEEPS / "little.yaml", ("cola", "wic", "rte", "cb")),
+    "defaults": (SWEEPS / "defaults.yaml", ("sst2",)),
+}
 TEST_ROWS = 5000
 SEARCH_ROWS = {"sst2": 2000, "stsb": 1000, "mrpc": 1000, "qqp": 2000}
 SEARCH_SEED = 100
@@ -55,7 +66,8 @@ def main() -> None:
     )
     parser.add_argument("--student", type=Path, help="the student's start")
     parser.add_argument("--encoders", type=Path, nargs="+", help="default: MiniLM-L6, three times")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--part", choices=PARTS, default="core")
+    parser.add_argument("--tasks", nargs="+", help="default: all of the part")
     parser.add_argument("--work", type=Path, help="folder of data and sweep")
     parser.add_argument("--kept", type=Path, help="folder of finished runs' scores")
     parser.add_argument("--search", action="store_true", help="choose; nothing of the table")
@@ -63,10 +75,11 @@ def main() -> None:
     smoke_argument(parser)
     args = parser.parse_intermixed_args()
     if args.smoke:
-        with tempfile.TemporaryDirectory() as temporary:
-            run_sweep(smoke_words(Path(temporary)), alone())
-            (report,) = Path(temporary).rglob("report.md")
-            print(report.read_text("utf-8"))
+        for part in ("core", "levers"):
+            with tempfile.TemporaryDirectory() as temporary:
+                run_sweep(smoke_words(Path(temporary), part), alone())
+                (report,) = Path(temporary).rglob("report.md")
+                print(report.read_text("utf-8"))
     elif args.student is None or args.work is None:
         sys.exit(parser.format_help())
     else:
@@ -82,7 +95,10 @@ def main() -> None:
 
 
 def output_name(args: argparse.Namespace) -> str:
-    return "search" if args.search else "sweep"
+    if args.search:
+        return "search"
+    name: str = args.part
+    return "sweep" if name == "core" else name
 
 
 def finished_runs(folder: Path) -> list[Path]:
@@ -131,12 +147,17 @@ def table_words(args: argparse.Namespace) -> list[str]:
     encoders = args.encoders or [encoder] * 3
     kind = "search" if args.search else "table"
     data = args.work / f"{kind}-data"
-    for task in args.tasks:
+    arms, tasks = (SEARCH_ARMS, TASKS) if args.search else PARTS[args.part]
+    unknown = set(args.tasks or []) - set(tasks)
+    if unknown:
+        sys.exit(f"--tasks names {', '.join(sorted(unknown))}; expected some of {', '.join(tasks)}")
+    tasks = args.tasks or tasks
+    for task in tasks:
         (lay_out_search if args.search else lay_out)(data / task, task)
     apart = [f"selection.seed={SEARCH_SEED}", f"seeds=[{SEARCH_SEED}]"] if args.search else []
     return [
-        str(SEARCH_ARMS if args.search else ARMS),
-        f"tasks=[{','.join(args.tasks)}]",
+        str(filled(arms, args.work, encoders[0], [data / task / "train.tsv" for task in tasks])),
+        f"tasks=[{','.join(tasks)}]",
         f"data.path={data}/{{task}}",
         f"encoders=[{','.join(map(str, encoders))}]",
         f"student={args.student}",
@@ -145,19 +166,42 @@ def table_words(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def smoke_words(work: Path) -> list[str]:
+def filled(arms: Path, work: Path, encoder: Path, rows: Sequence[Path]) -> Path:
+    """The arms' file, written out where it has names for what is not known before: HARD_LABELS for
+    the plugin, ENCODER, and TEXT for a file of the texts of `rows`, a line each."""
+    found = arms.read_text("utf-8")
+    text = work / "plain.txt"
+    if "TEXT" not in found:
+        return arms
+    if not text.exists():
+        parts = (tuple(file.read_text("utf-8").splitlines()[1:]) for file in rows)
+        fields = {field for lines in parts for line in lines for field in line.split("\t")}
+        text.write_text("\n".join(sorted(filter(is_text, fields))) + "\n", "utf-8")
+    for name, stands_for in (("HARD_LABELS", HARD_LABELS), ("ENCODER", encoder), ("TEXT", text)):
+        found = found.replace(name, str(stands_for))
+    written = work / arms.name
+    written.write_text(found, "utf-8")
+    return written
+
+
+def is_text(field: str) -> bool:
+    """Whether a field of a row is words, not a number or a name."""
+    return len(field.split()) > 2
+
+
+def smoke_words(work: Path, part: str) -> list[str]:
     """The same arms on the built-in task, a few steps each."""
     task = small_folder(work / "grammar", 60)
-    shape = shape_file(work / "shape.yaml", "L1-H32")
+    encoder = random_classifier(work / "encoder", "L6-H32", task / "tokenizer", 0)
     return [
-        str(ARMS),
+        str(filled(PARTS[part][0], work, encoder, [task / "train.tsv"])),
         f"tasks=[{task / 'task.yaml'}]",
         f"data.path={work}/{{task}}",
-        f"encoders=[{shape},{shape}]",
-        f"student={shape}",
-        f"student.tokenizer={task / 'tokenizer'}",
-        *("seeds=1", "max_steps=2", "data.max_train_examples=40", "teacher_validation=off"),
-        *("finetune.num_train_epochs=1", f"output_dir={work / 'sweep'}"),
+        f"encoders=[{encoder},{encoder}]",
+        f"student={encoder}",
+        *("seeds=1", "max_steps=2", "repair.steps=2", f"repair.folder={work / 'repaired'}"),
+        *("data.max_train_examples=40", "teacher_validation=off", "finetune.num_train_epochs=1"),
+        f"output_dir={work / 'sweep'}",
     ]
 
 

@@ -81,6 +81,8 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
         parts.log.say(told_unvalidated(config))
     ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
+    for line in told_twins(teachers):
+        parts.log.say(line)
     weights, calibration = from_main(
         parts.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
     )
@@ -108,6 +110,20 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
+
+
+def told_twins(teachers: Sequence[Teacher]) -> list[str]:
+    """A line for each teacher that is an earlier one again, and counts as often as it is given."""
+    first: dict[str, str] = {}
+    lines = []
+    for teacher in teachers:
+        earlier = first.setdefault(teacher.key.fingerprint, teacher.name)
+        if earlier != teacher.name:
+            lines.append(
+                f"WARNING: teacher {teacher.name} is {earlier} again, which counts "
+                "more than once; give each once"
+            )
+    return lines
 
 
 class Frozen(TypedDict):

@@ -6,13 +6,25 @@ import signal
 import numpy as np
 import pytest
 from ranks import run_ranks
-from small import ALONE, LABELS, TASK, example_set, model_bytes, read, run_distill, sentences
+from small import (
+    ALONE,
+    LABELS,
+    TASK,
+    example_set,
+    load_teachers,
+    model_bytes,
+    read,
+    run_distill,
+    save_teacher,
+    sentences,
+)
 
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.learnable import kept_shares, told_shares, verdict, weigh_up
+from sead_dist.runs.prepared_teachers import told_twins
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.run_log import is_finished
 
@@ -21,6 +33,13 @@ def test_the_verdict_goes_by_the_interval():
     assert verdict((0.001, 0.2)) == "yes"
     assert verdict((-0.02, 0.0099)) == "no"
     assert verdict((-0.02, 0.02)) == "cannot be told"
+
+
+def test_a_teacher_that_is_given_twice_is_told(tmp_path):
+    one, other = (save_teacher(tmp_path / name, seed=n) for n, name in enumerate("ab"))
+    (line,) = told_twins(load_teachers([one, other, one]))
+    assert line == "WARNING: teacher a#2 is a again, which counts more than once; give each once"
+    assert not told_twins(load_teachers([one, other]))
 
 
 def answers(labels_B, wrong):

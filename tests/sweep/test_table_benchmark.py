@@ -35,6 +35,42 @@ def test_the_arms_of_the_table_differ_in_what_they_are_meant_to(table):
     assert len({repr(config.student) for config in configs.values()}) == 1
 
 
+def test_an_arm_of_the_levers_differs_from_sead_in_one_thing(table, tmp_path):
+    arms, tasks = table.PARTS["levers"]
+    rows = tmp_path / "train.tsv"
+    rows.write_text("sentence\tlabel\na warm and funny film\t1\n")
+    file = table.filled(arms, tmp_path, "ENC", [rows])
+    assert (tmp_path / "plain.txt").read_text() == "a warm and funny film\n"
+    given = ["student=L3", "encoders=[E,E,E]", "output_dir=out", "data.path=data/{task}"]
+    plan = make_plan([str(file), f"tasks=[{','.join(tasks)}]", *given])
+    assert list(plan.unfit) == [("stsb", "hard-labels")]
+    assert (plan.reference, len(plan.seeds)) == ("sead", 3)
+    configs = {u.method: u.config for u in plan.students("sst2") if u.config.seed == 0}
+    keys = {name: config.identity() for name, config in configs.items()}
+
+    def changed(arm: str, since: str = "sead") -> set[str]:
+        both = keys[arm].keys() | keys[since].keys()
+        return {key for key in both if keys[arm].get(key) != keys[since].get(key)}
+
+    assert changed("hard-labels") == {"loss"}
+    assert not changed("no-text")  # its data's fingerprint counts
+    assert [name for name, config in configs.items() if not config.has_text] == ["no-text"]
+    assert {key.split(".")[0] for key in changed("no-copies")} == {"augment"}
+    assert (changed("third-of-steps"), changed("last")) == ({"max_steps"}, {"final_checkpoint"})
+    assert changed("truncated") == {"student.path", "student.layers"}
+    assert {key.split(".")[0] for key in changed("repaired", "truncated")} == {"repair"}
+
+
+@pytest.mark.parametrize("part", ["little", "defaults"])
+def test_the_other_parts_name_what_they_compare(part, table):
+    arms, tasks = table.PARTS[part]
+    given = ["student=L3", "encoders=[E,E,E]", "output_dir=out", "data.path=data/{task}"]
+    plan = make_plan([str(arms), f"tasks=[{','.join(tasks)}]", *given])
+    (steps,) = {unit.config.max_steps for unit in plan.students(tasks[0])}
+    assert (plan.methods[1], len(plan.seeds)) == ("sead", 3)
+    assert steps == {"little": 750, "defaults": None}[part]
+
+
 def test_rows_that_are_set_apart_share_no_question_with_the_others(table):
     rows = [f"{n}\t0\t0\tquestion {n % 40}\tQuestion  {n // 2 + 100}\t{n % 2}" for n in range(80)]
     # two questions are one where only case and blanks differ
