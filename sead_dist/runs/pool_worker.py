@@ -210,10 +210,10 @@ def fill_all(hand: Worker, work: Work) -> bool:
     ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
-    if not needs_validation(config, splits.selection.examples):
-        # without gold labels the student asks for them first, to be scored by
-        first = [] if splits.selection.examples.has_gold else validating
-        chunks = [*first, *chunks, *(validating if not first else [])]
+    if not splits.selection.examples.has_gold:  # the student asks first, to be scored by them
+        chunks = validating + chunks
+    elif not needs_validation(config, splits.selection.examples):
+        chunks += validating
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
     return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])

@@ -308,7 +308,7 @@ def test_the_page_on_teachers_says_how(task, cli, tmp_path):
     """docs/teachers.md, with a smaller student and fewer steps."""
     page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text("utf-8")
     block = page.split("## Without any gold label")[1].split("```console\n")[1].split("```")[0]
-    texts = texts_of(task[0], "train")
+    texts = [f'"{text}"' for text in texts_of(task[0], "train")]
     said = [f"{text},{('Pos', 'Neg', 'unsure')[n % 3]}" for n, text in enumerate(texts)]
     (tmp_path / "texts.csv").write_text("\n".join(["sentence", *texts]) + "\n")
     (tmp_path / "gpt.csv").write_text("\n".join(["sentence,answer", *said]) + "\n")
