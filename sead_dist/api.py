@@ -25,16 +25,15 @@ from sead_dist.config.plugins import kept_plugins
 from sead_dist.config.registered import ROUTED
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import KINDS
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
-from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, total_loss
-from sead_dist.objectives.row_weights import known
+from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, labelling, prediction
+from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
-from sead_dist.runs.finished import refuse_untaught
 from sead_dist.runs.given import (
     Data,
     Task,
@@ -207,8 +206,8 @@ def evaluate(
             sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        cards = prediction.score_sets(name, spec, sets, order(labels), world, to_logger)
-    return {key: value for card in cards.values() for key, value in card.items()}
+        found = prediction.results_of(name, spec, sets, order(labels), world, to_logger)
+    return prediction.as_one(found)
 
 
 def predict(

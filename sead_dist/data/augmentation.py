@@ -26,7 +26,7 @@ from sead_dist.data.examples import (
     shares_sentence,
     subset,
 )
-from sead_dist.data.nearest_texts import nearest_texts
+from sead_dist.data.neighbors import nearest_texts
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 

@@ -284,16 +284,6 @@ def _choose(examples: ExampleSet, units_B: np.ndarray, size: int, seed: int) -> 
     return chosen_B
 
 
-def _keys(ids_B2: np.ndarray) -> np.ndarray:
-    """One opaque 16-byte key per identity, for set operations."""
-    return np.ascontiguousarray(ids_B2).view(np.dtype((np.void, 16))).ravel()
-
-
-def _occurs_in(examples: ExampleSet, others: Sequence[ExampleSet]) -> np.ndarray:
-    known = {key for other in others for key in _keys(other.ids_B2).tolist()}
-    return np.array([key in known for key in _keys(examples.ids_B2).tolist()], dtype=bool)
-
-
 def without_labels(examples: ExampleSet, unlabelled: float) -> ExampleSet:
     """The same examples as rows of unlabelled text."""
     return replace(examples, labels_B=np.full_like(examples.labels_B, unlabelled))
@@ -313,7 +303,8 @@ def shares_sentence(examples: ExampleSet, known: np.ndarray) -> np.ndarray:
 
 def count_overlap(dev: ExampleSet, *others: ExampleSet) -> int:
     """How many examples of `dev` have exact texts that occur in `others`."""
-    return int(_occurs_in(dev, others).sum())
+    known = {tuple(id_2) for other in others for id_2 in other.ids_B2.tolist()}
+    return sum(tuple(id_2) in known for id_2 in dev.ids_B2.tolist())
 
 
 def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -333,10 +324,9 @@ def fingerprint(examples: ExampleSet) -> str:
     kind = "<f8" if examples.labels_B.dtype.kind == "f" else "<i8"
     digest = hashlib.blake2b(examples.ids_B2.astype("<i8").tobytes(), digest_size=16)
     digest.update(examples.labels_B.astype(kind).tobytes())
-    if examples.routes_B is not None:
-        digest.update(examples.routes_B.astype("<i8").tobytes())
-    if examples.groups_B is not None:
-        digest.update(examples.groups_B.astype("<i8").tobytes())
+    for numbers_B in (examples.routes_B, examples.groups_B):
+        if numbers_B is not None:
+            digest.update(numbers_B.astype("<i8").tobytes())
     if examples.answers is not None:
         digest.update(repr(examples.answers).encode())
     return digest.hexdigest()

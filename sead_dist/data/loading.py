@@ -1,4 +1,5 @@
-"""Rows of a split, from local files or from the hub. The only file that imports `datasets`.
+"""Rows of a split: of local files, of the hub, or of data that are given from Python. The only file
+that imports `datasets`.
 
 Rows keep the file's own columns; sead_dist.data.formats gives them meaning.
 """
@@ -6,7 +7,7 @@ Rows keep the file's own columns; sead_dist.data.formats gives them meaning.
 import gzip
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -17,39 +18,18 @@ import pyarrow.parquet as pq
 
 from sead_dist.data.task_files import TaskSpec, number_name
 from sead_dist.data.text_files import (
+    TEXT_KINDS,
     is_array,
     json_stream,
     kind_of,
     refuse_twins,
-    text_rows,
+    rows_of_text,
     tsv_stream,
 )
 from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
-# .txt: a text on each line, which no split of a folder is
-TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
-
-
-def load_split(
-    task: TaskSpec,
-    split: str,
-    path: Path | None,
-    file: Path | None,
-    revision: str | None,
-    skip_malformed: bool,
-) -> Rows:
-    """The rows of `split`: from `file`, else from the folder `path`, else from the hub.
-
-    Raises UserError for a split that the task has not, a missing file or folder, a malformed
-    file, a split without rows, and a hub that cannot be reached.
-    """
-    return [
-        row
-        for chunk in split_chunks(task, split, path, file, revision, skip_malformed, None)
-        for row in chunk
-    ]
 
 
 def split_chunks(
@@ -61,7 +41,12 @@ def split_chunks(
     skip_malformed: bool,
     size: int | None,
 ) -> Iterator[Rows]:
-    """The same rows in chunks, as of `row_chunks`."""
+    """The rows of `split` in chunks, as of `row_chunks`: from `file`, else from the folder `path`,
+    else from the hub.
+
+    Raises UserError for a split that the task has not, a missing file or folder, a malformed
+    file, a split without rows, and a hub that cannot be reached.
+    """
     if split not in task.splits:
         raise UserError(f"task {task.name!r} has no split {split!r}; it has {_list(task.splits)}")
     if file is None and path is None:
@@ -141,20 +126,6 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
             return rows_of_text(read_bytes(path), path, kind, task, skip_malformed)
     allowed = _list((*EXTENSIONS, ".txt"))
     raise UserError(f"data file {path}: unknown kind {kind!r}; allowed: {allowed}")
-
-
-def rows_of_text(
-    content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool
-) -> Rows:
-    """The rows of a text file's bytes. path: what the file is called; kind: one of TEXT_KINDS."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"data file {path}:{line} is not UTF-8: {reason(error)}; convert it"
-        ) from error
-    return text_rows(text, path, kind, task, skip_malformed)
 
 
 @contextmanager
@@ -315,6 +286,54 @@ def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     if all(task.task_kind.is_label(task, name) for name in names):
         return True
     return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)
+
+
+def to_table(data: Any, where: str) -> pa.Table:
+    """A pandas DataFrame, a `datasets.Dataset`, an Arrow table or a list of rows (mappings) as an
+    Arrow table. Raises UserError, beginning with `where`, for anything else."""
+    try:
+        if isinstance(data, pa.Table):
+            return data
+        if hasattr(data, "with_format") and hasattr(data, "features"):
+            if not hasattr(data, "num_rows"):  # IterableDataset
+                raise UserError(f"{where} is a stream; give a whole data set, not a streamed one")
+            return dataset_table(data)
+        if hasattr(data, "iloc") and hasattr(data, "columns"):
+            named = data.rename(columns=str)
+            return pa.Table.from_pandas(named, preserve_index=False)
+        if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):
+            names = dict.fromkeys(str(name) for row in data for name in row)
+            return pa.table({name: pa.array([row.get(name) for row in data]) for name in names})
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error
+    raise UserError(
+        f"{where} is of type {type(data).__name__}; give a folder, a file, a pandas DataFrame, a "
+        "datasets.Dataset, or a dict of splits of these"
+    )
+
+
+def to_rows(data: Any, task: TaskSpec, where: str) -> Rows:
+    """The rows of such data, as those of a file: class numbers of a data set become its names."""
+    return table_rows(to_table(data, where), task, where)
+
+
+def text_rows(texts: Sequence[Any], task: TaskSpec) -> Rows:
+    """Rows of bare texts: a text each, or where the task reads several columns a tuple of them, in
+    the order of `task.fields`. Raises UserError where they do not fit the task."""
+    columns = ", ".join(task.fields)
+    if task.reader != "plain":
+        raise UserError(f"task {task.name!r} reads nested rows; give rows, as its files have them")
+    rows: Rows = []
+    for number, given in enumerate(texts, 1):
+        parts = (given,) if isinstance(given, str) else given
+        if not isinstance(parts, tuple | list) or len(parts) != len(task.fields):
+            raise UserError(
+                f"text {number} is {given!r}, but task {task.name!r} reads {columns}; give "
+                f"{'a text' if len(task.fields) == 1 else f'({columns})'} each, or rows"
+            )
+        rows.append(dict(zip(task.fields, parts, strict=True)))
+    return rows
 
 
 def _list(names: Any) -> str:

@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text r
 S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,15 +88,10 @@ def cut_by_tokens(lengths_G: np.ndarray, parts: int) -> list[int]:
             start += counts[-1]
         return counts
 
-    least = max(int(lengths_G[0]), 1)
-    most = least * -(-len(lengths_G) // parts)
-    while least < most:
-        middle = (least + most) // 2
-        if len(filled(middle)) <= parts:
-            most = middle
-        else:
-            least = middle + 1
-    return filled(least)
+    longest = max(int(lengths_G[0]), 1)
+    bounds = range(longest, longest * -(-len(lengths_G) // parts))
+    place = bisect_left(bounds, True, key=lambda bound: len(filled(bound)) <= parts)
+    return filled(longest + place)
 
 
 def cut_into_micro_batches(

@@ -15,20 +15,23 @@ import numpy as np
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.formats import read_items
+from sead_dist.data.kinds import class_of
 from sead_dist.data.loading import Rows, read_rows
 from sead_dist.data.prediction_forms import (
+    ANNOTATOR_COLUMNS,
     Answer,
     Sheet,
-    check_mapping,
+    class_columns,
     class_values,
     counts,
-    kind_of_values,
+    labels,
     log_of,
     probabilities_of,
-    refuse_unknown,
+    scores,
+    top_labels,
+    votes,
 )
-from sead_dist.data.prediction_labels import labels, scores, top_labels, votes
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 
 # what a row is found by: its id, or its texts
@@ -88,7 +91,7 @@ def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> Pre
     by_id = found_by_id(entry, path, task, rows, columns)
     keys = id_keys(path, rows, by_id) if by_id is not None else keys_by_text(path, task, rows)
     others = [column for column in columns if column not in {by_id, *task.fields}]
-    sheet = Sheet(path, task, entry, rows, others, list(range(1, len(rows) + 1)))
+    sheet = Sheet(path, task, entry, rows, others)
     answers, notes = read_values(sheet, keys)
     return merged(entry, path, task, by_id is not None, answers, notes)
 
@@ -156,7 +159,7 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
         found = read(sheet, notes) if read is not None else class_values(sheet, kind)
         answers = [
             (key, number, values_C)
-            for key, number, values_C in zip(keys, sheet.numbers, found, strict=True)
+            for number, (key, values_C) in enumerate(zip(keys, found, strict=True), 1)
             if values_C is not None
         ]
     refuse_unknown(sheet)
@@ -166,6 +169,50 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
     if not answers:
         raise UserError(f"{sheet.path} answers no row: every answer is withheld or unknown")
     return answers, notes
+
+
+def check_mapping(sheet: Sheet) -> None:
+    """Raises UserError for `labels` that map to no label of the task, or one name to two."""
+    mapping = sheet.entry.labels if isinstance(sheet.entry.labels, dict) else {}
+    for name, label in mapping.items():
+        if class_of(sheet.classes, label) is None:
+            allowed = ", ".join(sheet.task.labels)
+            raise UserError(
+                f"labels of {sheet.path}: {name!r} stands for {label!r}, which is no label of task "
+                f"{sheet.task.name}; its labels: {allowed or 'none, it has scores'}"
+            )
+
+
+def kind_of_values(sheet: Sheet) -> str:
+    """What the values are: as the entry says, else as the columns do."""
+    kind, has_classes = sheet.entry.kind, sheet.task.task_kind.has_classes
+    if not has_classes:
+        if kind not in ("auto", "scores"):
+            raise UserError(
+                f"{sheet.path}: kind: {kind} is for classes, and task {sheet.task.name} has "
+                "scores; leave kind out"
+            )
+        return "scores"
+    if kind == "scores":
+        raise UserError(
+            f"{sheet.path}: kind: scores is for tasks of scores, and {sheet.task.name} has classes"
+        )
+    if kind != "auto":
+        return kind
+    if sheet.entry.annotator is not None or set(ANNOTATOR_COLUMNS) & set(sheet.columns):
+        return "votes"
+    if sheet.entry.column is None and class_columns(sheet):
+        return "columns"
+    return "labels"
+
+
+def refuse_unknown(sheet: Sheet) -> None:
+    if sheet.unknown and sheet.entry.unknown == "refuse":
+        raise UserError(
+            f"{sheet.path} has labels that task {sheet.task.name} has not: "
+            f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
+            "(labels: {NAME: LABEL}), take them as no answer (abstain: [NAME]), or unknown: skip"
+        )
 
 
 def merged(
@@ -185,11 +232,11 @@ def merged(
     averaged = 0
     for place, (key, found) in enumerate(of_key.items()):
         values_KC[place] = found[0][1]
-        other = next((row for row, of in found[1:] if not same(found[0][1], of)), None)
-        if other is None:
+        alike = [np.allclose(found[0][1], of, rtol=SAME, atol=SAME) for _, of in found]
+        if all(alike):
             continue
         if entry.duplicates == "refuse":
-            what = key if isinstance(key, str) else key[0]
+            what, other = key if isinstance(key, str) else key[0], found[alike.index(False)][0]
             raise UserError(
                 f"{path}: rows {found[0][0]} and {other} answer {what[:60]!r} differently; remove "
                 "one, or give duplicates: mean, or annotator: COLUMN where they are votes"
@@ -200,10 +247,6 @@ def merged(
         notes.append(f"{averaged} rows are the mean of several answers")
     rows_K = [found[0][0] for found in of_key.values()]
     return PredictionFile(by_id, list(of_key), rows_K, values_KC, notes)
-
-
-def same(one_C: np.ndarray, other_C: np.ndarray) -> bool:
-    return bool(np.allclose(one_C, other_C, rtol=SAME, atol=SAME))
 
 
 def mean_of(task: TaskSpec, values: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""What the values of a file of predictions are, and those in a column for each class:
-probabilities, log-probabilities or logits.
+"""The values of a file of predictions: a column for each class (probabilities, log-probabilities or
+logits), or a column of labels with or without their probabilities, votes, most probable labels, or
+scores.
 
 Every form gives, for each answer, logits of the task's classes: logarithms of probabilities, or
 the file's own logits. Shapes: C classes (in task order), A answers.
 """
 
+import json
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.kinds import class_of, file_values, normalise_label, score_of
 from sead_dist.data.loading import Rows
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 
 # probabilities sum to 1 within this
@@ -27,6 +30,11 @@ TOLERANCE = 0.02
 LEAST = 1e-6
 PREFIXES = ("probability_", "prob_", "p_", "logit_", "logprob_")
 ANNOTATOR_COLUMNS = ("annotator", "sample")
+LABEL_COLUMNS = ("prediction", "predicted_label", "answer", "label")
+SCORE_COLUMNS = ("prediction", "predicted_score", "score", "label")
+CONFIDENCE_COLUMNS = ("confidence", "probability")
+# of one of the most probable labels, in a list of mappings
+TOP_LABEL, TOP_VALUE = ("label", "token"), ("probability", "score", "prob", "logprob")
 
 # key of a row, the row (from 1), logits_C or score
 Answer = tuple[Any, int, np.ndarray]
@@ -42,7 +50,6 @@ class Sheet:
     entry: TeacherConfig
     rows: Rows
     columns: list[str]
-    numbers: list[int]
     unknown: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
 
@@ -53,6 +60,10 @@ class Sheet:
         """Whether a cell holds a missing answer."""
         text = "" if value is None else str(value).strip().casefold()
         return text in {missing.strip().casefold() for missing in self.entry.abstain}
+
+    def withhold(self, value: Any) -> None:
+        """Count this missing answer."""
+        self.withheld["" if value is None else str(value)] += 1
 
     def label_index(self, value: Any) -> int | None:
         """The class of a label in the file; None, and counted, for one that the task has not."""
@@ -84,50 +95,6 @@ def probabilities_of(logits_AC: np.ndarray) -> np.ndarray:
 def log_of(probabilities_C: np.ndarray) -> np.ndarray:
     """Logits whose softmax these probabilities are, each at least `LEAST`."""
     return np.asarray(np.log(np.maximum(probabilities_C, LEAST)), np.float32)
-
-
-def check_mapping(sheet: Sheet) -> None:
-    """Raises UserError for `labels` that map to no label of the task, or one name to two."""
-    mapping = sheet.entry.labels if isinstance(sheet.entry.labels, dict) else {}
-    for name, label in mapping.items():
-        if class_of(sheet.classes, label) is None:
-            allowed = ", ".join(sheet.task.labels)
-            raise UserError(
-                f"labels of {sheet.path}: {name!r} stands for {label!r}, which is no label of task "
-                f"{sheet.task.name}; its labels: {allowed or 'none, it has scores'}"
-            )
-
-
-def kind_of_values(sheet: Sheet) -> str:
-    """What the values are: as the entry says, else as the columns do."""
-    kind, has_classes = sheet.entry.kind, sheet.task.task_kind.has_classes
-    if not has_classes:
-        if kind not in ("auto", "scores"):
-            raise UserError(
-                f"{sheet.path}: kind: {kind} is for classes, and task {sheet.task.name} has "
-                "scores; leave kind out"
-            )
-        return "scores"
-    if kind == "scores":
-        raise UserError(
-            f"{sheet.path}: kind: scores is for tasks of scores, and {sheet.task.name} has classes"
-        )
-    if kind != "auto":
-        return kind
-    if sheet.entry.annotator is not None or set(ANNOTATOR_COLUMNS) & set(sheet.columns):
-        return "votes"
-    if sheet.entry.column is None and class_columns(sheet):
-        return "columns"
-    return "labels"
-
-
-def refuse_unknown(sheet: Sheet) -> None:
-    if sheet.unknown and sheet.entry.unknown == "refuse":
-        raise UserError(
-            f"{sheet.path} has labels that task {sheet.task.name} has not: "
-            f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
-            "(labels: {NAME: LABEL}), take them as no answer (abstain: [NAME]), or unknown: skip"
-        )
 
 
 def counts(found: Counter[str]) -> str:
@@ -183,12 +150,12 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         )
     ordered = [of_class[index] for index in range(len(sheet.task.labels))]
     read: list[tuple[int, np.ndarray] | None] = []
-    for number, row in zip(sheet.numbers, sheet.rows, strict=True):
+    for number, row in enumerate(sheet.rows, 1):
         cells = [row.get(column) for column in ordered]
         # as `labels --output` writes a row that no teacher answers
         bare = all(cell is None or not str(cell).strip() for cell in cells)
-        if bare or (sheet.entry.abstain and all(sheet.is_withheld(cell) for cell in cells)):
-            sheet.withheld["" if cells[0] is None else str(cells[0])] += 1
+        if bare or all(sheet.is_withheld(cell) for cell in cells):
+            sheet.withhold(cells[0])
             read.append(None)
             continue
         values_C = np.array([score_of(cell) for cell in cells])
@@ -239,3 +206,179 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
             f"{TOLERANCE:g}; correct the row, or say what they are (kind: logits)"
         )
     return log_of(p_C / total)
+
+
+# a column of labels, or of scores
+
+
+def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
+    usual = (*usual, sheet.task.label_column)
+    found = find_column(sheet, sheet.entry.column, "column", usual)
+    if found is None:
+        classes = ", ".join(sheet.task.labels)
+        either = f"a column for each class ({classes}), or " if classes else ""
+        raise UserError(
+            f"{sheet.path} has no answers: expected {either}one of the columns "
+            f"{', '.join(dict.fromkeys(usual))}; its other columns: "
+            f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
+        )
+    return found
+
+
+def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
+    """Logits of each row by its label: of one with a confidence, which the label has, and the rest
+    is shared out; else as of one vote."""
+    column = answer_column(sheet, LABEL_COLUMNS)
+    entry, classes = sheet.entry, len(sheet.task.labels)
+    sure = find_column(sheet, entry.confidence, "confidence", CONFIDENCE_COLUMNS)
+    if sure is None:
+        notes.append(f"labels alone, each as one vote smoothed by {entry.smoothing:g} a class")
+    for number, row in enumerate(sheet.rows, 1):
+        index = one_label(sheet, number, column, row.get(column))
+        if index is None:
+            yield None
+            continue
+        if sure is None:
+            yield log_of(smoothed(Counter([index]), classes, entry.smoothing))
+            continue
+        value = score_of(row.get(sure))
+        if not 0 <= value <= 1:
+            raise UserError(
+                f"{sheet.at(number)}: column {sure!r} holds {row.get(sure)!r}; expected a "
+                "probability from 0 to 1; correct it, or name another column with confidence"
+            )
+        p_C = np.full(classes, (1 - value) / (classes - 1))
+        p_C[index] = value
+        yield log_of(p_C)
+
+
+def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
+    """The class in a cell; None, and counted, for a missing answer and for an unknown label."""
+    if sheet.is_withheld(cell):
+        sheet.withhold(cell)
+        return None
+    if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
+        raise UserError(
+            f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}, and expected is a "
+            "label; where it lists labels with their probabilities say so (kind: top_k)"
+        )
+    if cell is None or cell != cell:
+        raise UserError(
+            f"{sheet.at(number)}: column {column!r} holds no label ({cell!r}); fill it in, or take "
+            'it as no answer (abstain: [""])'
+        )
+    return sheet.label_index(cell)
+
+
+def smoothed(votes_of: Mapping[int, float], classes: int, smoothing: float) -> np.ndarray:
+    """(votes of a class + smoothing) / (votes + classes * smoothing): p_C."""
+    votes_C = np.array([float(votes_of.get(index, 0)) for index in range(classes)])
+    return np.asarray((votes_C + smoothing) / (votes_C.sum() + classes * smoothing))
+
+
+def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
+    """One answer for each key, by the labels that its annotators or samples gave."""
+    column = answer_column(sheet, LABEL_COLUMNS)
+    who = find_column(sheet, sheet.entry.annotator, "annotator", ANNOTATOR_COLUMNS)
+    given: dict[Any, dict[Any, int]] = {}
+    first: dict[Any, int] = {}
+    rows_of: dict[Any, int] = {}
+    for number, (key, row) in enumerate(zip(keys, sheet.rows, strict=True), 1):
+        index = one_label(sheet, number, column, row.get(column))
+        if index is None:
+            continue
+        by = number if who is None else str(row.get(who))
+        before = given.setdefault(key, {}).setdefault(by, index)
+        if before != index:
+            raise UserError(
+                f"{sheet.path}: rows {rows_of[key, by]} and {number} are two votes of {who} {by} "
+                "on one row; remove one"
+            )
+        rows_of[key, by] = number
+        first.setdefault(key, number)
+    classes = len(sheet.task.labels)
+    for key, of in given.items():
+        p_C = smoothed(Counter(of.values()), classes, sheet.entry.smoothing)
+        yield key, first[key], log_of(p_C)
+
+
+# the most probable labels
+
+
+def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
+    """Logits of each row by a list of labels with their probabilities; what is missing of 1 is
+    shared out among the other classes."""
+    column = answer_column(sheet, LABEL_COLUMNS)
+    missing: list[float] = []
+    for number, row in enumerate(sheet.rows, 1):
+        cell = row.get(column)
+        if sheet.is_withheld(cell):
+            sheet.withhold(cell)
+            yield None
+            continue
+        p_C = np.zeros(len(sheet.task.labels))
+        named = np.zeros(len(p_C), bool)
+        for label, value in top_pairs(sheet, number, column, cell):
+            index = sheet.label_index(label)
+            if index is not None:
+                p_C[index] += value
+                named[index] = True
+        total = float(p_C.sum())
+        if total > 1 + TOLERANCE:
+            raise UserError(
+                f"{sheet.at(number)}: the probabilities in {column!r} sum to {total:.4g}; expected "
+                "at most 1; correct the row"
+            )
+        if not named.any():
+            yield None
+            continue
+        missing.append(max(0.0, 1 - total))
+        p_C[~named] = missing[-1] / max(int((~named).sum()), 1)
+        yield log_of(p_C / max(float(p_C.sum()), LEAST))
+    mean = f"{np.mean(missing):.4f}" if missing else "1"
+    notes.append(f"top_k: on average {mean} of the probability is missing, and shared out")
+
+
+def top_pairs(sheet: Sheet, number: int, column: str, cell: Any) -> list[tuple[str, float]]:
+    """(label, probability) of a cell: {label: p}, [[label, p]], or [{label: .., probability: ..}],
+    as they are or as JSON; all at or below 0: logarithms."""
+    try:
+        given = json.loads(cell) if isinstance(cell, str) else cell
+        held = list(given.items()) if isinstance(given, dict) else [_pair(one) for one in given]
+        pairs = [(str(label), score_of(value)) for label, value in held if value is not None]
+    except (TypeError, ValueError, StopIteration):
+        pairs = []
+    if pairs and all(value <= 0 for _, value in pairs):
+        pairs = [(label, math.exp(value)) for label, value in pairs]
+    if not pairs or not all(0 <= value <= 1 for _, value in pairs):
+        raise UserError(
+            f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}; expected labels with "
+            'their probabilities: {"LABEL": 0.9, ...} or [["LABEL", 0.9], ...]; correct the row'
+        )
+    return pairs
+
+
+def _pair(one: Any) -> tuple[Any, Any]:
+    if isinstance(one, dict):
+        label = next(one[name] for name in TOP_LABEL if name in one)
+        return label, next(one[name] for name in TOP_VALUE if name in one)
+    label, value = one
+    return label, value
+
+
+def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
+    """The score of each row."""
+    column = answer_column(sheet, SCORE_COLUMNS)
+    for number, row in enumerate(sheet.rows, 1):
+        cell = row.get(column)
+        if sheet.is_withheld(cell):
+            sheet.withhold(cell)
+            yield None
+            continue
+        value = score_of(cell)
+        if not math.isfinite(value):
+            raise UserError(
+                f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
+                "it, or take it as no answer (abstain)"
+            )
+        yield np.array([value], np.float32)

@@ -1,16 +1,32 @@
-"""The tasks: what a row holds, which labels there are, how a prediction is scored.
+"""The tasks: what a row holds, which labels there are, how a prediction is scored; and a person's
+own task, read from a YAML file of the same fields.
 
 One row per task; label order is the hub's. Shapes: B examples, C classes.
 """
 
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticKnownError
 
-from sead_dist.data.kinds import align_name, file_values, normalise_label, number_name
+from sead_dist.config.names import nearest as close
+from sead_dist.config.registered import expected, names
+from sead_dist.config.yaml_text import read_yaml
+from sead_dist.data.kinds import (
+    KINDS,
+    TaskKind,
+    align_name,
+    file_values,
+    normalise_label,
+    number_name,
+)
 from sead_dist.data.metrics import Answer, MetricInputs
-from sead_dist.data.tasks import TaskSpec, nearest, read_task_file
 from sead_dist.errors import UserError
 
 __all__ = [
@@ -26,6 +42,70 @@ __all__ = [
     "normalise_label",
     "number_name",
 ]
+
+
+def _known_kind(kind: Any) -> Any:
+    allowed = names("kind of task")
+    if kind not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+    return kind
+
+
+_SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. Templates name columns in braces: "{premise}". Only the first three are required
+    in a YAML file, and `labels` or `score_range`."""
+
+    name: str
+    kind: Annotated[str, BeforeValidator(_known_kind)]  # a name of KINDS
+    text_a: str
+    text_b: str | None = None
+    choices: tuple[str, ...] = ()  # kind "choice": second text of each choice, in label order
+    labels: tuple[str, ...] = ()  # canonical names in class order; () for regression
+    aliases: dict[str, str] = field(default_factory=dict)  # other name -> label, files and models
+    value_aliases: dict[str, str] = field(default_factory=dict)  # the same, files only
+    label_column: str = "label"
+    score_range: tuple[float, float] | None = None  # regression: lowest and highest score
+    metrics: tuple[str, ...] = ("accuracy",)  # metrics[0] is the one that selection uses
+    hub: tuple[str, str | None] | None = None  # data set on the hub and its configuration
+    splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_SPLITS))
+    columns: tuple[str, ...] = ()  # official column order of files without a header
+    renames: dict[str, str] = field(default_factory=dict)  # column in some files -> column here
+    reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"  # row shapes
+    fields: tuple[str, ...] = ()  # columns read as text; default: those in the templates
+    sentences: tuple[str, ...] = ()  # columns that tie rows together; default: `fields`
+    # the label stays where the two texts are swapped. Not in the repr, which is part of the data's
+    # fingerprint: it changes no row
+    symmetric: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", self.fields or self.templates)
+        object.__setattr__(self, "sentences", self.sentences or self.fields)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The columns that the templates name."""
+        texts = [self.text_a, self.text_b or "", *self.choices]
+        parts = (part for text in texts for part in string.Formatter().parse(text))
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+
+    @property
+    def task_kind(self) -> TaskKind:
+        return KINDS[self.kind]
+
+    @property
+    def num_labels(self) -> int:
+        """C: the classes, or 1 for regression."""
+        return len(self.labels) or 1
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether every text row has a second text."""
+        return self.text_b is not None or bool(self.choices)
+
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"
 _ENTAIL = ("entailment", "not_entailment")
@@ -121,3 +201,95 @@ def load_task(name_or_yaml: str | Path) -> TaskSpec:
     if name in TASKS:
         return TASKS[name]
     raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; or the path of a .yaml file")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    near = close(name, known)
+    meant = f"; did you mean {near!r}?" if near else ";"
+    return f"{meant} known: {', '.join(known)}"
+
+
+def read_task_file(path: Path) -> TaskSpec:
+    """The task that a YAML file describes; UserError names the file, the key and the fix."""
+    raw = read_yaml(path, f"task file {path}")
+    if not isinstance(raw, dict):
+        raise UserError(f"task file {path} holds {raw!r}; expected keys and values")
+    return task_from(raw, f"task file {path}")
+
+
+def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
+    """The task that these keys describe; UserError begins with `where` and names key and fix."""
+    known = [f.name for f in fields(TaskSpec)]
+    for key in raw:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+    raw = _defaults(raw)
+    for f in fields(TaskSpec):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
+            raise UserError(f"{where}: key {f.name!r} is missing; add it")
+    try:
+        task = TypeAdapter(TaskSpec).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        mend = (
+            " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
+        )
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key} is {first['input']!r}: " if key else "in text_a, text_b or choices: "
+        raise UserError(f"{where}: {what}{first['msg']}{mend}") from error
+    if problem := find_problem(task):
+        raise UserError(f"{where}: {problem}")
+    return task
+
+
+def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    regression = raw.get("score_range") is not None
+    raw = {"kind": "regression" if regression else "classification", **raw}
+    if kind := KINDS.get(str(raw["kind"])):
+        raw.setdefault("metrics", list(kind.default_metrics))
+    if isinstance(raw.get("value_aliases"), dict):  # YAML reads a bare 4 as a number
+        raw["value_aliases"] = {str(value): label for value, label in raw["value_aliases"].items()}
+    return raw
+
+
+FILE_NAME = "use at most 100 letters, digits, _, - and ., not dots alone (it names files)"
+
+
+def names_file(name: str) -> bool:
+    """Whether files can be called by this name, in the run's own folder."""
+    return (
+        re.fullmatch(r"[\w.-]+", name) is not None
+        and name.strip(".") != ""
+        and len(name.encode()) <= 100
+    )
+
+
+def find_problem(task: TaskSpec) -> str | None:
+    """What in `task` contradicts the rest, as the end of an error message, or None."""
+    for key, columns in (
+        ("text_a, text_b or choices", task.templates),
+        ("sentences", task.sentences),
+    ):
+        if missing := set(columns) - set(task.fields):
+            return f"{key} names {sorted(missing)}, which fields does not list; add them there"
+    if not names_file(task.name):
+        return f"name is {task.name!r}; {FILE_NAME}"
+    for split in task.splits:
+        if not names_file(split) or split == "selection":
+            return f"splits has {split!r}; {FILE_NAME}, and not selection, which is held out"
+    for text in (task.text_a, task.text_b or "", *task.choices):
+        for _, name, spec, conversion in string.Formatter().parse(text):
+            if name is not None and (not name or spec or conversion):
+                return f"the template {text!r} has braces that hold no column's name alone"
+    if task.symmetric and task.text_b is None:
+        return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
+    if not task.templates:
+        return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
+    if "train" not in task.splits or len(task.splits) < 2:
+        return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
+    allowed = task.task_kind.metric_names(task.reader)
+    if not task.metrics or set(task.metrics) - set(allowed):
+        return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
+    return task.task_kind.find_problem(task)

@@ -18,6 +18,8 @@ from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 
 Row = dict[str, Any]
+# .txt: a text on each line, which no split of a folder is
+TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 _SKIP_HINT = (
     "fix the line, or pass over such lines with data.skip_malformed=true (predict: "
     "--skip-malformed)"
@@ -56,9 +58,17 @@ def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Ro
     return _json_lines(_text_lines(path), path, skip_malformed)
 
 
-def text_rows(text: str, path: Path, kind: str, task: TaskSpec, skip_malformed: bool) -> list[Row]:
-    """The rows of a text file's contents. kind: `.tsv`, `.csv`, `.txt` (a text on each line), else
-    JSON; path: what the file is called."""
+def rows_of_text(
+    content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool
+) -> list[Row]:
+    """The rows of a text file's bytes. kind: one of TEXT_KINDS; path: what the file is called."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"data file {path}:{line} is not UTF-8: {reason(error)}; convert it"
+        ) from error
     if kind == ".txt":
         return _plain_lines(text, path, task)
     if kind == ".tsv":
@@ -178,13 +188,8 @@ class Marks(NamedTuple):
 
     @property
     def quoted(self) -> bool:
+        """Whether a TSV is quoted as a CSV is. GLUE's sentences hold bare marks."""
         return self.whole and self.doubled
-
-
-def is_quoted(lines: Iterable[Sequence[str]]) -> bool:
-    """Whether a TSV is quoted as a CSV is: every field with a quotation mark is quoted whole, its
-    own marks doubled, and some field has such a doubled mark. GLUE's sentences hold bare marks."""
-    return Marks.of(lines).quoted
 
 
 def _unquoted(field: str) -> str:

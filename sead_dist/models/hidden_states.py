@@ -43,6 +43,10 @@ class LayerOutputs:
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def maps(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values."""
+        return self.queries[layer], self.keys[layer], self.values[layer]
+
 
 @dataclass(frozen=True)
 class LayerParts:
@@ -96,6 +100,13 @@ def running_layers(model: PreTrainedModel) -> list[nn.Module]:
     if groups is None or depth % len(groups):
         return []
     return [group for group in groups for _ in range(depth // len(groups))]
+
+
+def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """For each student layer (from 1) the teacher's that it follows: evenly spaced, the last on the
+    last. (Jiao et al. 2020: the uniform map g(m) = m * N / M, here rounded up where M does not
+    divide N.)"""
+    return [-(-m * teacher_layers // student_layers) for m in range(1, student_layers + 1)]
 
 
 def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> LayerParts:

@@ -7,8 +7,7 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,17 +182,25 @@ def _read(
 ) -> tuple[PreTrainedModel, Loaded]:
     files = weight_files(checkpoint)
     name = f"{checkpoint.name}: its weights"
-    with reading(checkpoint.folder, COPY, name), _no_code(checkpoint, files[0]):
-        model, notes = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.folder,
-            dtype=DTYPES[dtype],
-            use_safetensors=files[0].suffix == ".safetensors",
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **given,
-        )
+    with reading(checkpoint.folder, COPY, name):
+        try:
+            model, notes = AutoModelForSequenceClassification.from_pretrained(
+                checkpoint.folder,
+                dtype=DTYPES[dtype],
+                use_safetensors=files[0].suffix == ".safetensors",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **given,
+            )
+        except pickle.UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            raise UserError(
+                f"{name} cannot be read: {files[0].name} holds more than "
+                f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
+                "save it again as model.safetensors where you trust it"
+            ) from error
     mismatched = sorted(
         (name, tuple(theirs), tuple(ours)) for name, theirs, ours in notes["mismatched_keys"]
     )
@@ -203,20 +210,6 @@ def _read(
         tuple(mismatched),
         frozenset(notes["unexpected_keys"]),
     )
-
-
-@contextmanager
-def _no_code(checkpoint: Checkpoint, file: Path) -> Iterator[None]:
-    """Says that an old file of weights holds more than tensors."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{checkpoint.name}: its weights cannot be read: {file.name} holds more than "
-            f"tensors{f' ({asked[1]})' if asked else ''}, and code in it is never run; "
-            "save it again as model.safetensors where you trust it"
-        ) from error
 
 
 def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:

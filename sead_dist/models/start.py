@@ -23,7 +23,7 @@ from sead_dist.runtime.files import files_hash
 def run_start_hash(config: RunConfig, offline: bool = False) -> str:
     """Of all that decides a run's start: its files, and how they are repaired. offline, errors: as
     for `start_hash`."""
-    start = start_hash(config.student, config.teachers, offline)
+    start = start_hash(config, offline)
     if config.repair.text is None:
         return start
     facts = repair_facts(config, offline)
@@ -38,7 +38,7 @@ def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
         raise UserError(f"repair.text={text} does not exist; give a file, one text a line")
     teacher = repair_teacher(config, offline)
     return {
-        "start": start_hash(config.student, config.teachers, offline),
+        "start": start_hash(config, offline),
         "layers": config.student.layers,
         "teacher": [weights_hash(teacher), setting_hash(teacher)],
         "text": files_hash([text]),
@@ -62,15 +62,15 @@ def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
     return locate(given, offline=offline)
 
 
-def start_hash(
-    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
-) -> str:
+def start_hash(config: RunConfig, offline: bool) -> str:
     """Of the files that decide the student's weights before the first step, and its tokeniser.
     offline: of a hub id only what was fetched before.
 
     Raises UserError where they are not there.
     """
-    digest = hashlib.sha256(setting_hash(student_tokenizer(student, teachers, offline)).encode())
+    student = config.student
+    words = setting_hash(student_tokenizer(student, config.teachers, offline))
+    digest = hashlib.sha256(words.encode())
     if student.shape is not None:
         with reading(shape_file(student.shape), "give a YAML file"):
             digest.update(shape_file(student.shape).read_bytes())

@@ -1,6 +1,11 @@
-"""The student at its start: a checkpoint, chosen layers of one, or a new shape."""
+"""The student at its start: a checkpoint, chosen layers of one, a new shape, or layers of its
+feature teacher.
+
+L tokens, H width.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +15,18 @@ from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading, reason
-from sead_dist.models.hidden_states import layer_lists
+from sead_dist.models.hidden_states import (
+    LayerParts,
+    Wanted,
+    body_of,
+    find_layer_parts,
+    layer_lists,
+    layer_map,
+    layer_stack,
+)
+from sead_dist.models.hidden_states import (
+    reading as reading_layers,
+)
 from sead_dist.models.loaded import final_layer, head_names
 from sead_dist.models.pretrained import (
     TOKENIZER_FILES,
@@ -249,34 +265,111 @@ def _start_from(
     parts = {f"{name}.{part}": tensor for part, tensor in final.state_dict().items()}
     if parts.keys() & loaded.new:
         return model, loaded.describe(checkpoint.name), True
-    order_C = _kept_order(checkpoint, own, task)
-    if order_C is not None and not head_names(model) & loaded.new:
-        _place_in_order(final, order_C)
-        return model, loaded.describe(checkpoint.name), False
-    _renew(final, getattr(model.config, "initializer_range", 0.02))
+    try:
+        order_C = align_classes(task, checkpoint.name, label_names(own), None)
+    except UserError:  # its classes are others
+        order_C = None
+    with torch.no_grad():
+        if order_C is not None and not head_names(model) & loaded.new:
+            # it answers in the task's class order from now on
+            for parameter in final.parameters():
+                parameter.copy_(parameter[order_C].clone())
+            return model, loaded.describe(checkpoint.name), False
+        # weights for classes that are unknown are worth nothing
+        final.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
+        if final.bias is not None:
+            final.bias.zero_()
     classes = ", ".join(label_names(own))
     account = loaded.describe(checkpoint.name, parts) + f" (its head had the classes {classes})"
     return model, account, True
 
 
-def _kept_order(checkpoint: Checkpoint, own: PretrainedConfig, task: TaskSpec) -> list[int] | None:
-    """The checkpoint's column for each class of the task; None where its classes are others."""
+def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrainedModel) -> bool:
+    """Give the student all of the feature teacher's body but the layers between evenly spaced ones,
+    where all of it fits. (After Sanh et al. 2019, section 3: one layer of two.) Returns whether it
+    did.
+
+    Raises UserError where the student then computes something else from these weights.
+    """
+    if layer_stack(student) is None or layer_stack(feature_teacher) is None:
+        return False  # fewer layers than run
+    own = find_layer_parts(student, "the student", attention=False)
+    whole = find_layer_parts(feature_teacher, "the feature teacher", attention=False)
+    numbers = layer_map(len(own.layers), len(whole.layers))
+    chosen = replace(whole, layers=[whole.layers[number - 1] for number in numbers])
+    mine, theirs = outside(student, own), outside(feature_teacher, whole)
+    pairs = list(zip(own.layers, chosen.layers, strict=True))
+    fits = (
+        student.config.model_type == feature_teacher.config.model_type
+        and shapes_of(mine) == shapes_of(theirs)
+        and all(shapes_of(a.state_dict()) == shapes_of(b.state_dict()) for a, b in pairs)
+    )
+    if not fits:
+        return False
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+    for one, other in pairs:
+        one.load_state_dict(other.state_dict())
+    check_same_states(
+        states_of(student, own), states_of_layers(feature_teacher, chosen), feature_teacher.dtype
+    )
+    return True
+
+
+def outside(model: PreTrainedModel, layer_parts: LayerParts) -> dict[str, torch.Tensor]:
+    """The body's tensors that are in none of its layers, by their names in it."""
+    inside = {
+        id(tensor)
+        for layer in layer_parts.layers
+        for tensor in layer.state_dict(keep_vars=True).values()
+    }
+    body = body_of(model)
+    state = (model if body is None else body[1]).state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if id(tensor) not in inside}
+
+
+def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def check_same_states(
+    mine: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Raises UserError where the student's hidden states are not those of the feature teacher with
+    the same layers alone: then their configurations ask for different arithmetic."""
+    for number, (own_RLH, their_RLH) in enumerate(zip(mine, theirs, strict=True)):
+        off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
+        if not off <= (1e-3 if dtype == torch.float32 else 0.1):
+            raise UserError(
+                "student_init=feature_teacher: with that teacher's weights the student's hidden "
+                f"states {number} differ from the teacher's by {off:.2g}; give a student whose "
+                "config differs from the teacher's in its number of layers alone, or "
+                "student_init=own"
+            )
+
+
+def states_of_layers(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
+    """The same of a model with these layers of it alone."""
+    stack = layer_stack(model)
+    assert stack is not None
+    whole = list(stack)
+    del stack[:]
+    stack.extend(layer_parts.layers)
     try:
-        return align_classes(task, checkpoint.name, label_names(own), None)
-    except UserError:
-        return None
+        return states_of(model, layer_parts)
+    finally:
+        del stack[:]
+        stack.extend(whole)
 
 
-def _place_in_order(final: torch.nn.Linear, order_C: Sequence[int]) -> None:
-    """A student that already has a head answers in the task's class order from now on."""
-    with torch.no_grad():
-        for parameter in final.parameters():
-            parameter.copy_(parameter[list(order_C)].clone())
-
-
-def _renew(final: torch.nn.Linear, scale: float) -> None:
-    """Weights for classes that are unknown are worth nothing: draw them again."""
-    with torch.no_grad():
-        final.weight.normal_(0.0, scale)
-        if final.bias is not None:
-            final.bias.zero_()
+def states_of(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
+    """The hidden states of a few words, from what enters the first layer on; each [1, L, H]."""
+    wanted = Wanted(tuple(range(len(layer_parts.layers) + 1)))
+    ids_RL = torch.arange(8, device=model.device)[None] + min(8, model.config.vocab_size - 8)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), reading_layers(layer_parts, wanted) as found:
+        model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL))
+    model.train(was_training)
+    return [found.hidden[number].cpu() for number in wanted.hidden]

@@ -9,19 +9,17 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig, teacher_names
-from sead_dist.data.examples import has_label
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets
+from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, has_label
 from sead_dist.objectives.weightings import (
     WEIGHTINGS,
     ByRow,
     Known,
     Wanted,
     Weighting,
-    check_weights,
 )
 
 
@@ -119,9 +117,18 @@ def make_ensemble(
     )  # fmt: skip
 
 
-def frozen_weights(config: RunConfig, known: Known) -> torch.Tensor:
-    """weights_N fixed before step 1, of sum 1. Raises UserError where there can be none."""
-    return check_weights(config.ensemble, WEIGHTINGS[config.ensemble].frozen(known))
+def frozen_weights(name: str, known: Known) -> torch.Tensor:
+    """weights_N of this ensemble, fixed before step 1, of sum 1. Raises UserError where all are 0,
+    or one is below."""
+    weights_N = WEIGHTINGS[name].frozen(known)
+    if not bool((weights_N >= 0).all()):
+        raise UserError(
+            f"ensemble={name}: the weights {weights_N.tolist()} must be 0 or more: correct its "
+            "plugin"
+        )
+    if not weights_N.sum() > 0:
+        raise UserError(f"ensemble={name}: every teacher's weight is 0; give one a larger weight")
+    return weights_N / weights_N.sum()
 
 
 def asks_selection(config: RunConfig) -> bool:

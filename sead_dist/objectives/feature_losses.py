@@ -1,41 +1,40 @@
-"""The baselines' losses over a teacher's hidden states and attention, each put together for one
-student and one feature teacher: which layers are compared, by which loss, through which
-projections, in which steps.
+"""The baselines' losses over a teacher's hidden states and attention: pure functions, one value per
+text row; and each method's, put together for one student and one feature teacher: which layers are
+compared, by which loss, through which projections, in which steps.
 
-Shapes: R text rows, B examples, L tokens, H width.
+Padding tokens count in none of them: not as tokens, nor as keys of attention. A row's loss is a
+mean over its own tokens, so it does not depend on its neighbours (invariant 2); the papers' code
+takes the mean over all tokens of a batch.
+
+Shapes: R text rows, B examples, L tokens, H width, A heads, D width of a head (A * D = H), S
+student's, T teacher's. mask_RL: True for tokens that are text.
 """
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import micro_batch_seed
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import (
+    NEVER,
     LayerOutputs,
     LayerParts,
     Wanted,
-    body_of,
     find_layer_parts,
-    layer_stack,
+    layer_map,
     reading,
     scores,
 )
-from sead_dist.models.hidden_states_check import needs_attention
+from sead_dist.models.hidden_states_check import needs_attention, wanted_by
 from sead_dist.models.loaded import head_names, pooler_names
-from sead_dist.objectives.inner_losses import (
-    attention_loss,
-    cosine_loss,
-    hidden_loss,
-    layer_map,
-    minilm_loss,
-    relation_heads,
-    relations_loss,
-)
 from sead_dist.objectives.losses import LossTerms
 
 # the student's child that holds what is learned beside it; no part of the final model
@@ -44,6 +43,92 @@ PROJECTIONS = "projections"
 REPAIR = "repair"
 # as BERT's own new weights
 PROJECTION_SCALE = 0.02
+
+
+def token_mean(values_RL: torch.Tensor, mask_RL: torch.Tensor) -> torch.Tensor:
+    """Each row's mean over its tokens."""
+    weights_RL = mask_RL.to(values_RL.dtype)
+    return (values_RL * weights_RL).sum(1) / weights_RL.sum(1)
+
+
+def cosine_loss(
+    student_RLH: torch.Tensor, teacher_RLH: torch.Tensor, mask_RL: torch.Tensor
+) -> torch.Tensor:
+    """loss_R: the mean over tokens of 1 - cos(h_S, h_T). (Sanh et al. 2019, section 2: the
+    cosine embedding loss of hidden states, which the paper gives in words.)"""
+    return token_mean(1 - F.cosine_similarity(student_RLH, teacher_RLH, dim=-1), mask_RL)
+
+
+def hidden_loss(
+    student_RLH: torch.Tensor, teacher_RLH: torch.Tensor, mask_RL: torch.Tensor
+) -> torch.Tensor:
+    """loss_R: MSE(H_S W, H_T), with the student's states already projected. (Jiao et al. 2020,
+    eq. 8 for hidden states and eq. 9 for embeddings.)"""
+    return token_mean(((student_RLH - teacher_RLH) ** 2).mean(-1), mask_RL)
+
+
+def attention_loss(
+    student_RALL: torch.Tensor, teacher_RALL: torch.Tensor, mask_RL: torch.Tensor
+) -> torch.Tensor:
+    """loss_R: 1/h * sum over heads of MSE(A_S, A_T), of scores before the softmax. (Jiao et al.
+    2020, eq. 7.) Where the numbers of heads differ, heads are averaged first (our own variant)."""
+    if student_RALL.shape[1] != teacher_RALL.shape[1]:
+        student_RALL, teacher_RALL = student_RALL.mean(1, True), teacher_RALL.mean(1, True)
+    square_RLL = ((student_RALL - teacher_RALL) ** 2).mean(1)
+    pairs_RLL = (mask_RL[:, :, None] & mask_RL[:, None, :]).to(square_RLL.dtype)
+    return (square_RLL * pairs_RLL).sum((1, 2)) / pairs_RLL.sum((1, 2))
+
+
+def relation_loss(
+    student_RALL: torch.Tensor, teacher_RALL: torch.Tensor, mask_RL: torch.Tensor
+) -> torch.Tensor:
+    """loss_R: 1/(A |x|) * sum over heads and tokens of KL(teacher || student) of the softmax of
+    scores. (Wang et al. 2020: L_AT of section 3.1 where they are of queries and keys, L_VR of
+    section 3.2 where they are of values and values.)"""
+    outside_R11L = ~mask_RL[:, None, None, :]
+    log_q_RALL = F.log_softmax(student_RALL.masked_fill(outside_R11L, NEVER), dim=-1)
+    p_RALL = F.softmax(teacher_RALL.masked_fill(outside_R11L, NEVER), dim=-1)
+    kl_RAL = F.kl_div(log_q_RALL, p_RALL, reduction="none").sum(-1)
+    return token_mean(kl_RAL.mean(1), mask_RL)
+
+
+def minilm_loss(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    heads: int,
+    mask_RL: torch.Tensor,
+) -> torch.Tensor:
+    """loss_R = L_AT + L_VR of the last layer, with as many heads in both. (Wang et al. 2020,
+    sections 3.1 and 3.2.) student, teacher: their queries, keys and values, each [R, L, H]."""
+    (query_S, key_S, value_S), (query_T, key_T, value_T) = student, teacher
+    attention_R = relation_loss(
+        scores(query_S, key_S, heads), scores(query_T, key_T, heads), mask_RL
+    )
+    return attention_R + relation_loss(
+        scores(value_S, value_S, heads), scores(value_T, value_T, heads), mask_RL
+    )
+
+
+def relations_loss(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    heads: int,
+    mask_RL: torch.Tensor,
+) -> torch.Tensor:
+    """loss_R: the sum over queries, keys and values of the KL of their relations with themselves,
+    vectors cut into `heads` relation heads in both. (MiniLMv2: Wang et al. 2021, section 3.1, with
+    equal weights.)"""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack(
+        [relation_loss(scores(s, s, heads), scores(t, t, heads), mask_RL) for s, t in pairs]
+    ).sum(0)
+
+
+def relation_heads(student_width: int, teacher_width: int, most: int) -> int:
+    """The most relation heads, `most` or fewer, that cut both widths evenly. (Our own rule; the
+    paper takes more heads than the teacher has, where its widths allow.)"""
+    both = math.gcd(student_width, teacher_width)
+    return next(heads for heads in range(most, 0, -1) if both % heads == 0)
 
 
 @dataclass(frozen=True)
@@ -104,9 +189,8 @@ class FeatureLoss:
             idle = idle + parameter.sum() * 0.0
         if student is None or feature_teacher is None:
             return replace(terms, total=terms.total + idle)
-        loss_B = (
-            self.loss(student, feature_teacher, mask_RL.bool()).reshape(len(valid_B), -1).mean(1)
-        )
+        loss_R = self.loss(student, feature_teacher, mask_RL.bool())
+        loss_B = loss_R.reshape(len(valid_B), -1).mean(1)
         inner = torch.where(valid_B, loss_B, torch.zeros_like(loss_B)).sum() / valid_rows
         task = idle if self.method in ("tinybert", REPAIR) else terms.total + idle
         return replace(terms, total=task + self.weight * inner, inner=inner.detach())
@@ -114,62 +198,38 @@ class FeatureLoss:
     def loss(
         self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
     ) -> torch.Tensor:
-        """loss_R of each text row."""
-        if self.method == "distilbert":
-            (mine,), (theirs,) = self.mine.hidden, self.theirs.hidden
-            own_RLH = self.projected(student.hidden[mine], "hidden")
-            return cosine_loss(own_RLH, feature_teacher.hidden[theirs], mask_RL)
-        if self.method == REPAIR:
-            return self.hidden_states_loss(student, feature_teacher, mask_RL)
-        if self.method == "tinybert":
-            return self.tinybert_loss(student, feature_teacher, mask_RL)
-        (mine,), (theirs,) = self.mine.attention, self.theirs.attention
-        maps_S = (student.queries[mine], student.keys[mine], student.values[mine])
-        maps_T = (
-            feature_teacher.queries[theirs],
-            feature_teacher.keys[theirs],
-            feature_teacher.values[theirs],
-        )
-        if self.student.heads == self.feature_teacher.heads:
-            return minilm_loss(maps_S, maps_T, self.feature_teacher.heads, mask_RL)
-        heads = relation_heads(maps_S[0].shape[-1], maps_T[0].shape[-1], self.feature_teacher.heads)
-        return relations_loss(maps_S, maps_T, heads, mask_RL)
-
-    def tinybert_loss(
-        self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
-    ) -> torch.Tensor:
-        """loss_R: embeddings, and hidden states and attention of every layer. (Jiao et al. 2020,
-        eq. 11 and 6 without the prediction layer, every lambda 1.)"""
-        own_RLH = self.projected(student.hidden[0], "embeddings")
-        loss_R = hidden_loss(own_RLH, feature_teacher.hidden[0], mask_RL)
-        for mine, theirs in zip(self.mine.attention, self.theirs.attention, strict=True):
-            own_RLH = self.projected(student.hidden[mine], "hidden")
-            loss_R = loss_R + hidden_loss(own_RLH, feature_teacher.hidden[theirs], mask_RL)
-            own_RALL = scores(student.queries[mine], student.keys[mine], self.student.heads)
-            their_RALL = scores(
-                feature_teacher.queries[theirs],
-                feature_teacher.keys[theirs],
-                self.feature_teacher.heads,
-            )
-            loss_R = loss_R + attention_loss(own_RALL, their_RALL, mask_RL)
-        return loss_R
-
-    def hidden_states_loss(
-        self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
-    ) -> torch.Tensor:
-        """loss_R: the mean over layers of the squared error of hidden states. (Jiao et al. 2020,
-        eq. 8.)"""
-        losses = [
-            hidden_loss(
-                self.projected(student.hidden[mine], "hidden"),
-                feature_teacher.hidden[theirs],
-                mask_RL,
-            )
+        """loss_R of each text row: cosines, MiniLM's relations, the mean over layers of the squared
+        error of hidden states (Jiao et al. 2020, eq. 8), or TinyBERT's sum of that of embeddings,
+        hidden states and attention (eq. 11 and 6 without the prediction layer, every lambda 1)."""
+        states = [
+            (self.projected(student.hidden[mine], mine), feature_teacher.hidden[theirs])
             for mine, theirs in zip(self.mine.hidden, self.theirs.hidden, strict=True)
         ]
-        return torch.stack(losses).mean(0)
+        maps = [
+            (student.maps(mine), feature_teacher.maps(theirs))
+            for mine, theirs in zip(self.mine.attention, self.theirs.attention, strict=True)
+        ]
+        heads = self.feature_teacher.heads
+        if self.method == "distilbert":
+            return cosine_loss(*states[0], mask_RL)
+        if self.method == "minilm":
+            maps_S, maps_T = maps[0]
+            if self.student.heads == heads:
+                return minilm_loss(maps_S, maps_T, heads, mask_RL)
+            heads = relation_heads(maps_S[0].shape[-1], maps_T[0].shape[-1], heads)
+            return relations_loss(maps_S, maps_T, heads, mask_RL)
+        losses = [hidden_loss(own_RLH, their_RLH, mask_RL) for own_RLH, their_RLH in states]
+        if self.method == REPAIR:
+            return torch.stack(losses).mean(0)
+        loss_R = losses[0]
+        for layer_R, (maps_S, maps_T) in zip(losses[1:], maps, strict=True):
+            own_RALL = scores(maps_S[0], maps_S[1], self.student.heads)
+            their_RALL = scores(maps_T[0], maps_T[1], heads)
+            loss_R = loss_R + layer_R + attention_loss(own_RALL, their_RALL, mask_RL)
+        return loss_R
 
-    def projected(self, states_RLH: torch.Tensor, name: str) -> torch.Tensor:
+    def projected(self, states_RLH: torch.Tensor, layer: int) -> torch.Tensor:
+        name = "hidden" if layer else "embeddings"
         if name not in self.projections:
             return states_RLH
         through: torch.Tensor = self.projections[name](states_RLH)
@@ -202,36 +262,14 @@ def make_feature_loss(
 
     Raises UserError for a student that cannot be read.
     """
-    method = config.feature_loss
+    method, until = config.feature_loss, total_steps
     assert method is not None
-    student = find_layer_parts(model, "the student", needs_attention(method))
-    last, their_last = len(student.layers), len(feature_teacher.layers)
-    chosen = layer_map(last, their_last)
-    mine, theirs = {
-        "distilbert": (Wanted((last,)), Wanted((their_last,))),
-        "tinybert": (
-            Wanted((0, *range(1, last + 1)), tuple(range(1, last + 1))),
-            Wanted((0, *sorted(set(chosen))), tuple(chosen)),
-        ),
-        "minilm": (Wanted((), (last,)), Wanted((), (their_last,))),
-    }[method]
-    names: tuple[str, ...] = ("embeddings", "hidden") if method == "tinybert" else ()
-    if method == "distilbert" and student.width != feature_teacher.width:
-        names = ("hidden",)
-    untaught = frozenset(head_names(model) | pooler_names(model))
-    projections = new_projections(names, student.width, feature_teacher.width, config.seed)
-    model.add_module(PROJECTIONS, projections)
-    until = total_steps
     if method == "tinybert":
         # at least one step is left for the task
         until = min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
-    rest = None
-    if 0 < until < total_steps:
-        rest = Rest(untaught, until, config.warmup(total_steps - until))
-    return FeatureLoss(
-        method, student, feature_teacher, mine, theirs, projections,
-        variant_of(method, student, feature_teacher), config.feature_loss_weight, until, rest,
-    )  # fmt: skip
+    warmup = config.warmup(total_steps - until) if 0 < until < total_steps else None
+    weight = config.feature_loss_weight
+    return _put_together(method, model, feature_teacher, config.seed, weight, until, warmup)
 
 
 def make_repair_loss(
@@ -240,23 +278,44 @@ def make_repair_loss(
     """The loss of a start that is repaired: each layer's hidden states against those of the layer
     that it stands for. Head and pooler stay as they are. A projection becomes the model's where the
     widths differ."""
-    student = find_layer_parts(model, "the student", attention=False)
-    names = () if student.width == feature_teacher.width else ("hidden",)
+    return _put_together(REPAIR, model, feature_teacher, seed, 1.0, total_steps, 0)
+
+
+def _put_together(
+    method: str, model: PreTrainedModel, feature_teacher: LayerParts, seed: int, weight: float,
+    until: int, warmup: int | None,
+) -> FeatureLoss:  # fmt: skip
+    """seed: linear maps without bias are drawn from it; warmup: of head and pooler, which nothing
+    teaches until then (None: something does)."""
+    student = find_layer_parts(model, "the student", needs_attention(method))
+    mine = wanted_by(method, student)
+    followed = [0, *layer_map(len(student.layers), len(feature_teacher.layers))]
+    theirs = Wanted(
+        tuple(followed[layer] for layer in mine.hidden),
+        tuple(followed[layer] for layer in mine.attention),
+    )
     untaught = frozenset(head_names(model) | pooler_names(model))
-    projections = new_projections(names, student.width, feature_teacher.width, seed)
+    names = {"tinybert": ["embeddings", "hidden"], "minilm": []}.get(method, ["hidden"])
+    if method != "tinybert" and student.width == feature_teacher.width:
+        names = []
+    generator = torch.Generator().manual_seed(micro_batch_seed(seed, -1, -1))
+    projections = nn.ModuleDict()
+    for name in names:
+        projections[name] = linear = nn.Linear(student.width, feature_teacher.width, bias=False)
+        nn.init.normal_(linear.weight, std=PROJECTION_SCALE, generator=generator)
     model.add_module(PROJECTIONS, projections)
-    layers = len(student.layers)
-    chosen = layer_map(layers, len(feature_teacher.layers))
     return FeatureLoss(
-        REPAIR, student, feature_teacher, Wanted(tuple(range(1, layers + 1))),
-        Wanted(tuple(chosen)), projections, "hidden states", 1.0, total_steps,
-        Rest(untaught, total_steps, 0),
+        method, student, feature_teacher, mine, theirs, projections,
+        variant_of(method, student, feature_teacher), weight, until,
+        None if warmup is None else Rest(untaught, until, warmup),
     )  # fmt: skip
 
 
 def variant_of(method: str, student: LayerParts, feature_teacher: LayerParts) -> str:
     """Which form of the loss these shapes get, in words."""
     same_heads = student.heads == feature_teacher.heads
+    if method == REPAIR:
+        return "hidden states"
     if method == "distilbert":
         return "cosine" if student.width == feature_teacher.width else "projected cosine"
     if method == "tinybert":
@@ -267,107 +326,6 @@ def variant_of(method: str, student: LayerParts, feature_teacher: LayerParts) ->
     return f"MiniLMv2 relations, {heads} heads"
 
 
-def new_projections(names: tuple[str, ...], width: int, to: int, seed: int) -> nn.ModuleDict:
-    """A linear map without bias for each name, drawn from the run's seed."""
-    generator = torch.Generator().manual_seed(micro_batch_seed(seed, -1, -1))
-    projections = nn.ModuleDict()
-    for name in names:
-        projections[name] = linear = nn.Linear(width, to, bias=False)
-        nn.init.normal_(linear.weight, std=PROJECTION_SCALE, generator=generator)
-    return projections
-
-
 def without_projections(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The student's own weights."""
     return {k: v for k, v in weights.items() if not k.startswith(f"{PROJECTIONS}.")}
-
-
-def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrainedModel) -> bool:
-    """Give the student all of the feature teacher's body but the layers between evenly spaced ones,
-    where all of it fits. (After Sanh et al. 2019, section 3: one layer of two.) Returns whether it
-    did.
-
-    Raises UserError where the student then computes something else from these weights.
-    """
-    if layer_stack(student) is None or layer_stack(feature_teacher) is None:
-        return False  # fewer layers than run
-    own = find_layer_parts(student, "the student", attention=False)
-    whole = find_layer_parts(feature_teacher, "the feature teacher", attention=False)
-    numbers = layer_map(len(own.layers), len(whole.layers))
-    chosen = replace(whole, layers=[whole.layers[number - 1] for number in numbers])
-    mine, theirs = outside(student, own), outside(feature_teacher, whole)
-    pairs = list(zip(own.layers, chosen.layers, strict=True))
-    fits = (
-        student.config.model_type == feature_teacher.config.model_type
-        and shapes_of(mine) == shapes_of(theirs)
-        and all(shapes_of(a.state_dict()) == shapes_of(b.state_dict()) for a, b in pairs)
-    )
-    if not fits:
-        return False
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(theirs[name])
-    for one, other in pairs:
-        one.load_state_dict(other.state_dict())
-    check_same_states(
-        states_of(student, own), states_of_layers(feature_teacher, chosen), feature_teacher.dtype
-    )
-    return True
-
-
-def outside(model: PreTrainedModel, layer_parts: LayerParts) -> dict[str, torch.Tensor]:
-    """The body's tensors that are in none of its layers, by their names in it."""
-    inside = {
-        id(tensor)
-        for layer in layer_parts.layers
-        for tensor in layer.state_dict(keep_vars=True).values()
-    }
-    body = body_of(model)
-    state = (model if body is None else body[1]).state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if id(tensor) not in inside}
-
-
-def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def check_same_states(
-    mine: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype
-) -> None:
-    """Raises UserError where the student's hidden states are not those of the feature teacher with
-    the same layers alone: then their configurations ask for different arithmetic."""
-    for number, (own_RLH, their_RLH) in enumerate(zip(mine, theirs, strict=True)):
-        off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
-        if not off <= (1e-3 if dtype == torch.float32 else 0.1):
-            raise UserError(
-                "student_init=feature_teacher: with that teacher's weights the student's hidden "
-                f"states {number} differ from the teacher's by {off:.2g}; give a student whose "
-                "config differs from the teacher's in its number of layers alone, or "
-                "student_init=own"
-            )
-
-
-def states_of_layers(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
-    """The same of a model with these layers of it alone."""
-    stack = layer_stack(model)
-    assert stack is not None
-    whole = list(stack)
-    del stack[:]
-    stack.extend(layer_parts.layers)
-    try:
-        return states_of(model, layer_parts)
-    finally:
-        del stack[:]
-        stack.extend(whole)
-
-
-def states_of(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
-    """The hidden states of a few words, from what enters the first layer on; each [1, L, H]."""
-    wanted = Wanted(tuple(range(len(layer_parts.layers) + 1)))
-    ids_RL = torch.arange(8, device=model.device)[None] + min(8, model.config.vocab_size - 8)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), reading(layer_parts, wanted) as found:
-        model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL))
-    model.train(was_training)
-    return [found.hidden[number].cpu() for number in wanted.hidden]

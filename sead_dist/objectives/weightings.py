@@ -14,11 +14,16 @@ import torch
 
 from sead_dist.config.registered import claim_name
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
-from sead_dist.objectives.fitted import fit_probabilities, fit_scores
-from sead_dist.objectives.row_weights import answers, confidence, entropy
+from sead_dist.objectives.losses import has_label
+from sead_dist.objectives.teacher_weights import (
+    answers,
+    confidence,
+    entropy,
+    fit_probabilities,
+    fit_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -370,15 +375,3 @@ def register_ensemble(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels
         )
     WEIGHTINGS[name] = weighting
-
-
-def check_weights(name: str, weights_N: torch.Tensor) -> torch.Tensor:
-    """The same, made to sum to 1. Raises UserError where all are zero, or one is below."""
-    if not bool((weights_N >= 0).all()):
-        raise UserError(
-            f"ensemble={name}: the weights {weights_N.tolist()} must be 0 or more: correct its "
-            "plugin"
-        )
-    if not weights_N.sum() > 0:
-        raise UserError(f"ensemble={name}: every teacher's weight is 0; give one a larger weight")
-    return weights_N / weights_N.sum()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sead_dist.data.confusion import Confusion
+from sead_dist.data.metrics import Confusion
 from sead_dist.runtime.own_files import written_aside
 
 if TYPE_CHECKING:

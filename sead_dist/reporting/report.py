@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sead_dist.data.confusion import MOST_SHOWN, confusion
+from sead_dist.data.metrics import MOST_SHOWN, confusion
 from sead_dist.errors import reading
 from sead_dist.reporting.model_card import card_text
 from sead_dist.reporting.plots import (

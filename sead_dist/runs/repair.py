@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.order import BatchStream
-from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.hidden_states import LayerParts, find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside
@@ -30,8 +30,8 @@ from sead_dist.models.pretrained import load_tokenizer, tokenizer_hash
 from sead_dist.models.sequence_classifier import load_start
 from sead_dist.models.start import hash_of, repair_facts, repair_teacher
 from sead_dist.models.student import build_student
-from sead_dist.objectives.distillation_loss import DistillationLoss
 from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, without_projections
+from sead_dist.objectives.losses import DistillationLoss
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.files import user_folder

@@ -18,7 +18,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, asks_selection
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.reporting.report import read_predictions
-from sead_dist.runs.own_baseline import OWN
+from sead_dist.runs.baseline import OWN
 from sead_dist.training.evaluation import EvalResult, mean_loss
 
 

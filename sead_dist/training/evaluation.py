@@ -14,8 +14,7 @@ from sead_dist.data.agreement import score
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.objectives.losses import hard_loss
-from sead_dist.objectives.row_weights import known
+from sead_dist.objectives.losses import hard_loss, known
 from sead_dist.runtime.distributed import World, gather_objects
 
 ROWS_PER_BATCH = 32

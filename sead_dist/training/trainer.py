@@ -18,9 +18,8 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch, BatchStream, padding_waste
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
-from sead_dist.objectives.distillation_loss import DistillationLoss
 from sead_dist.objectives.ensemble import Ensemble
-from sead_dist.objectives.row_weights import known
+from sead_dist.objectives.losses import DistillationLoss, known
 from sead_dist.runtime.distributed import (
     StopFlag,
     World,

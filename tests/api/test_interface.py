@@ -10,8 +10,7 @@ import torch
 
 import sead_dist as sd
 from sead_dist.config.load import load_config
-from sead_dist.data.in_memory import text_rows, to_rows
-from sead_dist.data.loading import read_rows
+from sead_dist.data.loading import read_rows, text_rows, to_rows
 from sead_dist.data.task_files import TASKS
 from sead_dist.objectives.losses import hard_loss, soft_loss
 from sead_dist.runs.given import planned

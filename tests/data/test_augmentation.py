@@ -20,7 +20,7 @@ from sead_dist.data.augmentation import (
     replace_by_neighbors,
 )
 from sead_dist.data.examples import build_examples, concatenate, subset, without_labels
-from sead_dist.data.nearest_texts import nearest_texts
+from sead_dist.data.neighbors import nearest_texts
 from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from sead_dist.data.confusion import PAIRS, confusion
+from sead_dist.data.metrics import PAIRS, confusion
 
 
 def made(classes: int, rows: int, seed: int = 0):

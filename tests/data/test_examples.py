@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import load_split
 
 from sead_dist.data.examples import (
     ExampleSet,
@@ -20,7 +21,6 @@ from sead_dist.data.examples import (
     shares_sentence,
     subset,
 )
-from sead_dist.data.loading import load_split
 from sead_dist.data.task_files import TASKS
 from sead_dist.errors import UserError
 

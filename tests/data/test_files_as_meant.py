@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import load_split
 
 from sead_dist.data.examples import build_examples
-from sead_dist.data.loading import load_split, names_decide, read_rows
-from sead_dist.data.task_files import TASKS, TaskSpec
-from sead_dist.data.tasks import read_task_file
-from sead_dist.data.text_files import is_quoted
+from sead_dist.data.loading import names_decide, read_rows
+from sead_dist.data.task_files import TASKS, TaskSpec, read_task_file
+from sead_dist.data.text_files import Marks
 from sead_dist.errors import UserError
 
 TONE = TaskSpec(
@@ -163,8 +163,8 @@ def test_a_quoted_tsv_is_known_by_its_doubled_marks(tmp_path):
     )
     assert official.texts_a == ['"He said ""no"""']
     for bare in (['"all quoted"'], ['He said "no"'], ['"a" and "b"'], ['""']):
-        assert not is_quoted([bare]), bare
-    assert not is_quoted([['"say ""no"""'], ['a bare " mark']])
+        assert not Marks.of([bare]).quoted, bare
+    assert not Marks.of([['"say ""no"""'], ['a bare " mark']]).quoted
 
 
 @pytest.mark.skipif("SEAD_DIST_DATA" not in os.environ, reason="SEAD_DIST_DATA is not set")

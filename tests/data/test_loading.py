@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import load_split
 
 from sead_dist.data.examples import build_examples, count_overlap
-from sead_dist.data.loading import load_split, read_rows
+from sead_dist.data.loading import read_rows
 from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError
 
@@ -243,9 +244,9 @@ def test_an_explicit_file_needs_no_name():
 
 def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
     code = (
-        "from sead_dist.data.loading import load_split; from sead_dist.data.task_files import TASKS\n"
+        "from sead_dist.data.loading import split_chunks; from sead_dist.data.task_files import TASKS\n"
         "from sead_dist.errors import UserError\n"
-        "try: load_split(TASKS['rte'], 'validation', None, None, None, False)\n"
+        "try: list(split_chunks(TASKS['rte'], 'validation', None, None, None, False, None))\n"
         "except UserError as error: print(error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

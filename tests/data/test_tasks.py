@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rows import load_split
 
 from sead_dist.data.examples import ExampleSet, build_examples, subset
-from sead_dist.data.loading import load_split
 from sead_dist.data.task_files import (
     TASKS,
     align_name,
     compute_metrics,
     constant_score,
+    find_problem,
     load_task,
 )
-from sead_dist.data.tasks import find_problem
 from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -23,9 +23,10 @@ pytestmark = [
 def test_a_prediction_on_a_gpu_has_the_same_bits_whatever_its_neighbours(
     grammar: Path, teachers: list[Path], dtype: str, packed: bool
 ) -> None:
+    from rows import load_split
+
     from sead_dist.config.schema import TeacherConfig
     from sead_dist.data.examples import build_examples
-    from sead_dist.data.loading import load_split
     from sead_dist.data.order import make_split
     from sead_dist.data.task_files import load_task
     from sead_dist.models.pretrained import load_tokenizer, locate

@@ -9,7 +9,7 @@ OWNERS = {"models/inputs.py", "models/inputs_check.py", "data/tokens.py"}
 # a language model is fed a prompt and words, which no classifier is
 PROMPTED = {"teachers/language_model.py", "teachers/prompts.py"}
 # ask a tokeniser what it is, or for words of a table: no model is fed by it
-NOT_FED = {"models/pretrained.py", "models/embedding_neighbors.py"}
+NOT_FED = {"models/pretrained.py", "data/neighbors.py"}
 # the id of a new model's config, before there is anything to feed
 NEW_CONFIG = {"models/student.py": {"pad_token_id"}}
 SETTINGS = {

@@ -5,7 +5,7 @@ import torch
 from small import build_model
 
 from sead_dist.cli.grammar import grammar_tokenizer
-from sead_dist.models.embedding_neighbors import (
+from sead_dist.data.neighbors import (
     embedding_table,
     near_words,
     table_hash,

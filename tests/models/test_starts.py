@@ -36,8 +36,7 @@ from sead_dist.models.hidden_states import Wanted as Read
 from sead_dist.models.hidden_states import body_of, find_layer_parts, reading
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.models.sequence_classifier import build_teacher, unshared
-from sead_dist.models.student import build_student, check_start
-from sead_dist.objectives.feature_losses import start_as_feature_teacher
+from sead_dist.models.student import build_student, check_start, start_as_feature_teacher
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.prediction import load_answerer
 from sead_dist.training.engine import check_whole

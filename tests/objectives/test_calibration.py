@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sead_dist.objectives.calibration import fit_temperature
+from sead_dist.objectives.teacher_weights import fit_temperature
 
 
 def test_who_is_right_less_often_than_it_says_is_scaled_to_it():

@@ -12,6 +12,7 @@ from sead_dist.config.registered import ADDED
 from sead_dist.data.kinds import KINDS
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives import ensemble
 from sead_dist.objectives.ensemble import (
     Ensemble,
     asks_selection,
@@ -25,7 +26,6 @@ from sead_dist.objectives.weightings import (
     ByRow,
     Known,
     Weighting,
-    check_weights,
     chosen_teacher,
     register_ensemble,
 )
@@ -47,7 +47,7 @@ def ask(method, logits_NBC, labels=None, weights=None, temperature=1.0, present=
 
 def frozen_weights(method, given, scores, chosen) -> torch.Tensor:
     known = Known(given, chosen, (), scores)
-    return check_weights(method, WEIGHTINGS[method].frozen(known))
+    return ensemble.frozen_weights(method, known)
 
 
 TWO = logs([[[0.8, 0.2]], [[0.5, 0.5]]])

@@ -6,13 +6,15 @@ from small import build_model, config
 
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts, reading, scores
+from sead_dist.models.student import start_as_feature_teacher
 from sead_dist.objectives.feature_losses import (
+    attention_loss,
     check_feature_loss,
+    cosine_loss,
+    hidden_loss,
     make_feature_loss,
-    start_as_feature_teacher,
     without_projections,
 )
-from sead_dist.objectives.inner_losses import attention_loss, cosine_loss, hidden_loss
 from sead_dist.objectives.losses import LossTerms
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

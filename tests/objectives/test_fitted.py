@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from sead_dist.objectives.fitted import CLOSE, fit_probabilities, fit_scores
+from sead_dist.objectives.teacher_weights import CLOSE, fit_probabilities, fit_scores
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 
 

@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
-from sead_dist.models.hidden_states import scores
-from sead_dist.objectives.inner_losses import (
+from sead_dist.models.hidden_states import layer_map, scores
+from sead_dist.objectives.feature_losses import (
     attention_loss,
     cosine_loss,
     hidden_loss,
-    layer_map,
     minilm_loss,
     relation_heads,
     relation_loss,

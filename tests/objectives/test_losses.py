@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from sead_dist.data.kinds import KINDS
 from sead_dist.errors import UserError
-from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.losses import (
     SOFT_LOSSES,
     SoftLoss,
     SoftTargets,
     hard_loss,
+    make_loss,
     soft_loss,
     total_loss,
 )

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from sead_dist.config.load import load_config
 from sead_dist.data.splits import load_examples
 from sead_dist.errors import UserError
-from sead_dist.objectives.fitted import fit_probabilities
+from sead_dist.objectives.teacher_weights import fit_probabilities
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.sweep.run import run_sweep

@@ -24,8 +24,8 @@ from test_gradients import teachers_of
 
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
-from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
+from sead_dist.objectives.losses import make_loss
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine

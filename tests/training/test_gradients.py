@@ -10,8 +10,8 @@ from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import RunError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
+from sead_dist.objectives.losses import make_loss
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.engine import Engine

@@ -14,8 +14,8 @@ from small import ALONE, build_model, config, records, small_split
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import RunError, UserError
-from sead_dist.objectives.distillation_loss import make_loss
 from sead_dist.objectives.ensemble import make_ensemble
+from sead_dist.objectives.losses import make_loss
 from sead_dist.objectives.weightings import chosen_teacher
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import Heartbeat

@@ -1,0 +1,123 @@
+"""Weights of teachers for one row, by what they say of it; and what is fitted to gold labels:
+weights for all rows by stacking (Wolpert 1992; with weights that are not negative, Breiman 1996),
+and the temperature that makes a teacher as sure as it is right (Guo et al. 2017, section 4.2).
+
+Shapes: N teachers, B rows (labelled ones, where something is fitted), C classes.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar, nnls
+
+from sead_dist.objectives.losses import known
+
+# the mean log-likelihood is at most so far from the highest one (nats a row)
+CLOSE = 1e-6
+MOST_ROUNDS = 100_000
+# fewer labelled rows of the selection split do not say how sure a teacher may be
+FEWEST_ROWS = 200
+# the least and the largest temperature
+BOUNDS = (0.05, 50.0)
+
+
+def entropy(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over teachers of -entropy (the sure teacher counts more), in the manner of EBKD (Kwon
+    et al. 2020): weights_NB."""
+    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
+    entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
+    return torch.softmax(-entropy_NB, dim=0)
+
+
+def confidence(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """By the cross-entropy l with the gold label, scaled as CA-MKD does (Zhang et al. 2022, eq. 4:
+    (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal where there is none: weights_NB."""
+    if labels_B is None or len(logits_NBC) == 1:
+        return equal(logits_NBC)
+    loss_NB = errors(logits_NBC, labels_B)
+    weights_NB = (1.0 - torch.softmax(loss_NB, dim=0)) / (len(logits_NBC) - 1)
+    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
+
+
+def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
+    """In proportion to the probability of the gold label; for scores exp(-e_n / mean_m e_m), e the
+    squared errors (our own); equal where there is none: weights_NB."""
+    if labels_B is None or len(logits_NBC) == 1:
+        return equal(logits_NBC)
+    weights_NB = torch.softmax(-errors(logits_NBC, labels_B), dim=0)
+    return torch.where(known(labels_B)[None], weights_NB, equal(logits_NBC))
+
+
+def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
+    N, B, _ = logits_NBC.shape
+    return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
+
+
+def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
+    for scores the squared error over the teachers' mean one, so that the scale does not count."""
+    if labels_B.is_floating_point():
+        error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
+        return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)
+    N, B, _ = logits_NBC.shape
+    gold_NB1 = labels_B.clamp(min=0)[None, :, None].expand(N, B, 1)
+    log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
+    return -log_p_NBC.gather(-1, gold_NB1).squeeze(-1)
+
+
+def fit_probabilities(logits_NBC: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
+    """weights_N, not negative, sum 1, under which the mean of the teachers' probabilities gives the
+    gold labels the highest likelihood.
+
+    By expectation and maximisation from equal weights, which only rises (Dempster et al. 1977: a
+    mixture of fixed components). It ends by a bound: at weights w the highest mean log-likelihood
+    is at most max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above theirs (the function is concave).
+    """
+    top_NB1 = logits_NBC.max(axis=-1, keepdims=True)
+    spread_NBC = logits_NBC.astype(np.float64) - top_NB1
+    total_NB = np.log(np.exp(spread_NBC).sum(axis=-1))
+    log_p_NB = spread_NBC[:, np.arange(len(labels_B)), labels_B] - total_NB
+    # a row's scale does not count: no row is 0 for all teachers
+    p_NB = np.exp(log_p_NB - log_p_NB.max(axis=0))
+    weights_N = np.full(len(p_NB), 1 / len(p_NB))
+    for _ in range(MOST_ROUNDS):
+        gain_N = (p_NB / (weights_N @ p_NB)).mean(axis=1)
+        if gain_N.max() - 1 <= CLOSE:
+            break
+        weights_N = weights_N * gain_N
+    return np.asarray(weights_N / weights_N.sum())
+
+
+def fit_scores(scores_NB: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
+    """weights_N, not negative, sum 1, under which the mean of the teachers' scores has the least
+    squared error.
+
+    Errors e_n of weights that sum to 1 add up as the scores do, so the least |sum_n w_n e_n|^2 is
+    sought. Non-negative least squares of [e; 1] against [0; 1] finds it: of v = t w the best t
+    leaves q / (1 + q), q = |sum_n w_n e_n|^2, which is least where q is (Lawson and Hanson 1974).
+    """
+    errors_BN = scores_NB.T.astype(np.float64) - labels_B[:, None]
+    size = np.sqrt((errors_BN**2).sum(axis=0).max())
+    if size == 0:
+        return np.full(len(scores_NB), 1 / len(scores_NB))
+    rows = np.vstack([errors_BN / size, np.ones((1, len(scores_NB)))])
+    found_N, _ = nnls(rows, np.append(np.zeros(len(labels_B)), 1.0))
+    return np.asarray(found_N / found_N.sum())
+
+
+def fit_temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
+    """The temperature T under which softmax(logits / T) gives these labels the highest likelihood.
+
+    The likelihood is concave in 1/T, so that it has one maximum.
+    """
+    spread_BC = logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True)
+    gold_B = spread_BC[np.arange(len(labels_B)), labels_B]
+
+    def loss(log_t: float) -> float:
+        scaled = math.exp(-log_t)
+        return float((np.log(np.exp(spread_BC * scaled).sum(axis=1)) - gold_B * scaled).mean())
+
+    low, high = (math.log(bound) for bound in BOUNDS)
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    return math.exp(float(found.x))
