@@ -24,7 +24,6 @@ from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.registered import ROUTED, kept_plugins
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import KINDS
-from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
 from sead_dist.models.hidden_states import TeacherLogits
@@ -46,6 +45,7 @@ from sead_dist.runs.given import (
     planned,
 )
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
     StopFlag,
     World,
@@ -202,7 +202,7 @@ def evaluate(
             # a run's own data are those of its own task
             source = prediction.data_of(name, None if task is None else spec.name, path)
             wanted = prediction.wanted_splits(spec, split)
-            sets = [load_official(spec, source, key) for key in wanted]
+            sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
         found = prediction.results_of(name, spec, sets, order(labels), world, to_logger)

@@ -103,9 +103,9 @@ def averaged_steps(config: RunConfig, total_steps: int) -> int:
 
 
 def final_checkpoint(config: RunConfig, selection_rows: int) -> Literal["best", "last", "average"]:
-    """Which student is kept: what the key says, or for `auto` the best where there are rows enough
-    to choose by, else the average. A run that ends where its loss says so keeps the best: which
-    steps will be its last ones is not known before."""
+    """Which student is kept: what the key says, or for `auto` the best where there are rows with
+    labels enough to choose by, else the average. A run that ends where its loss says so keeps the
+    best: which steps will be its last ones is not known before."""
     if config.final_checkpoint != "auto":
         return config.final_checkpoint
     if config.early_stopping_patience is not None:
@@ -127,6 +127,8 @@ def told_checkpoint(config: RunConfig, selection_rows: int, total_steps: int) ->
         return line
     if config.early_stopping_patience is not None:
         return f"{line} (automatic: the run's last steps are not known before)"
+    if not selection_rows:
+        return f"{line} (automatic: the selection split has no gold labels to choose by)"
     enough = "enough" if kept == "best" else "too few"
     return (
         f"{line} (automatic: {selection_rows} selection rows are {enough} to choose by; "

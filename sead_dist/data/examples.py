@@ -40,23 +40,34 @@ class ExampleSet:
     sentences_BS: np.ndarray
     rows_B: np.ndarray
     routes_B: np.ndarray | None = None
+    by_teachers: bool = False  # the labels are the ensemble's answers, since none are gold
 
     def __len__(self) -> int:
         return len(self.labels_B)
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether a row has a gold label."""
+        return bool(has_label(self.labels_B).any()) and not self.by_teachers
+
+
+def has_label(labels_B: np.ndarray) -> np.ndarray:
+    """has_B: False where a row has no label."""
+    return np.asarray(~np.isnan(labels_B) if labels_B.dtype.kind == "f" else labels_B >= 0)
 
 
 def build_examples(
     task: TaskSpec,
     rows: Sequence[Mapping[str, Any]],
     split: str,
-    labelled: bool = True,
+    labelled: bool | None = True,
     route: Route | None = None,
     first: int = 0,
     skipped: list[str] | None = None,
 ) -> ExampleSet:
-    """The examples of `rows`. With `labelled=False` labels are not read and may be missing. first:
-    the place of the first row in its file. skipped: where given, rows that cannot be read are
-    passed over, and what is wrong with each is put there.
+    """The examples of `rows`. With `labelled=False` labels are not read and may be missing; with
+    None those that are there are read. first: the place of the first row in its file. skipped:
+    where given, rows that cannot be read are passed over, and what is wrong with each is put there.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is no text, a label outside the set and a split without rows.
@@ -219,7 +230,7 @@ def hold_out(
     what = f"{key}={fraction} of {len(examples)} {examples.split} rows of {task.name}"
     if not held_B.any():
         raise UserError(f"{what} holds out no rows; raise {key}")
-    if len(np.unique(examples.labels_B[held_B])) < 2:
+    if examples.has_gold and len(np.unique(examples.labels_B[held_B])) < 2:
         raise UserError(
             f"{what} holds out rows of one label only (rows that share a text stay "
             f"together); raise {key}"

@@ -48,13 +48,14 @@ def read_items(
     task: TaskSpec,
     rows: Sequence[Row],
     split: str,
-    labelled: bool,
+    labelled: bool | None,
     route: Route | None = None,
     start: int = 0,
     skipped: list[str] | None = None,
 ) -> Iterator[Item]:
     """The examples of `rows`, in order; UserError names the split, the row and what is allowed.
-    start: the place of the first row in its file. skipped: where given, rows that cannot be read
+    labelled: whether rows have labels; None: those that lack one are read without. start: the place
+    of the first row in its file. skipped: where given, rows that cannot be read
     are passed over, and what is wrong with each is put there."""
     if skipped is not None:
         for position, row in enumerate(rows, start):
@@ -86,7 +87,7 @@ def read_items(
             _check_texts(task, flat, where)
             first = text_a(flat)
             label = None
-            if labelled:
+            if labelled or (labelled is None and not _lacks_label(task, flat)):
                 try:
                     label = parse(_label(task, flat, where), where)
                 except UserError as error:
@@ -140,8 +141,16 @@ def _no_column(name: str, flat: Row, where: str) -> str:
 
 def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     if task.label_column not in flat:
-        raise UserError(_no_column(task.label_column, flat, where))
+        line = _no_column(task.label_column, flat, where)
+        raise UserError(f"{line} (a run learns without gold labels from teachers alone)")
     return flat[task.label_column]
+
+
+def _lacks_label(task: TaskSpec, flat: Row) -> bool:
+    value = flat.get(task.label_column)
+    if isinstance(value, str) and not value.strip():
+        return not task.task_kind.is_label(task, value)
+    return value is None or value != value
 
 
 def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:

@@ -23,6 +23,7 @@ from sead_dist.data.examples import (
     divide,
     fingerprint,
     fold_numbers,
+    has_label,
     hold_out,
     known_sentences,
     sample,
@@ -108,14 +109,19 @@ def route_of(config: RunConfig) -> Route | None:
     return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
 
 
-def load_official(task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
-    """One split as its files have it, or as it is cut from a task's only file."""
+def load_official(
+    task: TaskSpec, data: DataConfig, split: str, may_lack: bool = False
+) -> ExampleSet:
+    """One split as its files have it, or as it is cut from a task's only file. may_lack: whether it
+    may have no gold label at all."""
     if is_one_file(task, data) and split in task.splits:
-        return split_one_file(task, data, None)[split]
-    return _read_split(task, data, split, None)
+        return split_one_file(task, data, None, may_lack)[split]
+    return _read_split(task, data, split, None, may_lack)
 
 
-def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | None) -> ExampleSet:
+def _read_split(
+    task: TaskSpec, data: DataConfig, split: str, route: Route | None, may_lack: bool
+) -> ExampleSet:
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     chunks = split_chunks(
         task,
@@ -129,9 +135,13 @@ def _read_split(task: TaskSpec, data: DataConfig, split: str, route: Route | Non
     parts: list[ExampleSet] = []
     read = 0
     for rows in chunks:
-        parts.append(build_examples(task, rows, split, route=route, first=read))
+        labels = None if may_lack else True
+        parts.append(build_examples(task, rows, split, labels, route, first=read))
         read += len(rows)
-    return concatenate(*parts)
+    found = concatenate(*parts)
+    if found.has_gold and not has_label(found.labels_B).all():
+        return _read_split(task, data, split, route, False)  # refuses the first row without one
+    return found
 
 
 def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
@@ -141,9 +151,11 @@ def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
     return alone and task.hub is None and len(task.splits) == 2
 
 
-def split_one_file(task: TaskSpec, data: DataConfig, route: Route | None) -> dict[str, ExampleSet]:
+def split_one_file(
+    task: TaskSpec, data: DataConfig, route: Route | None, may_lack: bool
+) -> dict[str, ExampleSet]:
     """The two splits of a task's only file: a pure function of its rows alone."""
-    both = _read_split(task, data, "train", route)
+    both = _read_split(task, data, "train", route, may_lack)
     dev = list(task.splits)[1]
     key, seed = "data.validation_fraction", -1  # no selection.seed is below 0 by default
     train, held = hold_out(task, both, data.validation_fraction, seed, key, dev)
@@ -166,7 +178,8 @@ def split_off(
     if most is not None:
         held = max(1, round(share * most))
         size, selection = max(1, most - held), sample(selection, held, seed)
-    if task.task_kind.head_of_labels and len(set(selection.labels_B.tolist())) < 2:
+    one_label = selection.has_gold and len(set(selection.labels_B.tolist())) < 2
+    if task.task_kind.head_of_labels and one_label:
         raise UserError(
             f"the selection split has {len(selection)} rows, all of one label; raise "
             f"selection.fraction={share} or data.max_train_examples={most}"
@@ -261,13 +274,15 @@ def text_of_file(
 
 
 def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
-    """All splits of a run, without copies. Raises UserError for what is wrong with the files."""
+    """All splits of a run, without copies; a split that has no gold label at all is unlabelled text
+    where teachers are asked. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
-    if not is_one_file(task, config.data):
-        files = {split: _read_split(task, config.data, split, route) for split in task.splits}
+    lack, data = config.taught, config.data
+    if not is_one_file(task, data):
+        files = {split: _read_split(task, data, split, route, lack) for split in task.splits}
     else:
-        files = split_one_file(task, config.data, route)
+        files = split_one_file(task, data, route, lack)
         say(
             f"data.train is the only file: {len(files[names[0]])} of its rows are the {names[0]} "
             f"split (data.validation_fraction={config.data.validation_fraction:g})"
@@ -278,25 +293,32 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     if config.folds is not None and config.fold is not None:
         train, left_out = without_fold(config, train, config.folds, config.fold)
         say(f"fold {config.fold} of {config.folds}: {len(left_out)} labelled rows are left out")
-    labelled, held = len(train), [selection, *official.values()]
+    own, held = len(train), [selection, *official.values()]
+    with_gold = own if train.has_gold else 0
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:
-        text = gather_text(config, task, labelled, rest, held, route)
+        text = gather_text(config, task, own, rest, held, route)
     if text.examples is not None or config.unlabeled.path is not None or config.unlabeled.rest:
         say(text.describe())
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")
-    text_rows = len(train) - labelled
+    text_rows = len(train) - with_gold
     overlap = sum(count_overlap(dev, train) for dev in official.values())
     sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
     say(
-        f"task {task.name}: train {labelled} labelled + {text_rows} unlabelled, "
+        f"task {task.name}: train {with_gold} labelled + {text_rows} unlabelled, "
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
+    if lacking := [part.split for part in (train, *held) if not part.has_gold]:
+        alone = "" if with_gold else "; the student learns from the teachers' answers alone"
+        say(
+            f"no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not there or "
+            f"is empty): its figures are agreement with the teachers{alone}"
+        )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(
-        train, selection, official, text_rows, overlap, text.rest, removed=removed,
-        left_out=left_out,
+        train, selection, official, text_rows, overlap, text.rest + own - with_gold,
+        removed=removed, left_out=left_out,
     )  # fmt: skip
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig, teacher_names
+from sead_dist.data.examples import has_label
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import BatchStream
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, has_label
+from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets
 from sead_dist.objectives.weightings import (
     WEIGHTINGS,
     ByRow,

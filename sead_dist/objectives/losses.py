@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -54,11 +53,6 @@ class LossTerms:
 def known(labels_B: torch.Tensor) -> torch.Tensor:
     """known_B: False where a row has no gold label."""
     return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
-
-
-def has_label(labels_B: np.ndarray) -> np.ndarray:
-    """has_B: the same of an array."""
-    return np.asarray(known(torch.from_numpy(labels_B)))
 
 
 SoftFunction = Callable[[torch.Tensor, SoftTargets], torch.Tensor]

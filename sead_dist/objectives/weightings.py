@@ -14,9 +14,9 @@ import torch
 
 from sead_dist.config.registered import claim_name
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
 from sead_dist.errors import UserError
-from sead_dist.objectives.losses import has_label
 from sead_dist.objectives.teacher_weights import (
     answers,
     confidence,
@@ -213,12 +213,15 @@ class Fixed(Weighting):
 
 
 class Score(Weighting):
-    """By the score on the selection split, where that is above zero."""
+    """By the score on the selection split, where that is above zero; alike where it has no gold
+    labels."""
 
     def asks_selection(self, config: RunConfig) -> bool:
         return True
 
     def frozen(self, known: Known) -> torch.Tensor:
+        if known.labels_B is not None and not has_label(known.labels_B).any():
+            return super().frozen(known)
         for name, score in zip(known.names, known.scores, strict=False):
             if score is None:
                 raise UserError(

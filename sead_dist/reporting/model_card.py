@@ -82,6 +82,7 @@ def card_text(
         else "",
         method=_method(files),
         teacher_table=_teacher_table(files),
+        unvalidated=files.by_teachers("selection"),
         learnable=_learnable(files),
         cost=_cost(files.run_summary),
         onnx=files.onnx,
@@ -178,6 +179,8 @@ def _model_index(files: RunFiles, hub: tuple[str, str | None] | None) -> Iterabl
     from huggingface_hub import EvalResult
 
     for split in files.evaluation_splits:
+        if files.by_teachers(split):
+            continue  # the hub's readers would take it for a score
         for name, value in files.scores["splits"][split]["student"].items():
             if value is None or not math.isfinite(value):
                 continue  # the hub reads JSON, which has no NaN
@@ -209,6 +212,8 @@ def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
             role = (
                 f" ({where}; the checkpoint was chosen on it)" if kept == "best" else f" ({where})"
             )
+        if files.by_teachers(split):
+            role += ": agreement with the teachers, there are no gold labels"
         yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
 
 

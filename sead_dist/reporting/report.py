@@ -55,20 +55,21 @@ def write_report(run: Path) -> None:
     plots = run / "plots"
     plots.mkdir(exist_ok=True)
     mark = files.mark
-    plot_loss(read_metrics(run), files.metric, plots / "loss.png")
+    plot_loss(read_metrics(run), files.metric_of("selection"), plots / "loss.png")
     panels = {
         f"{split}{mark}": [
-            (role, name, metrics[files.metric])
+            (role, name, metrics[files.metric_of(split)])
             for role, name, metrics in files.split_rows(split)
-            if metrics.get(files.metric) is not None
+            if metrics.get(files.metric_of(split)) is not None
         ]
         for split in files.evaluation_splits
     }
-    plot_scores(panels, files.metric, plots / "scores.png")
-    names = ["loss.png", "scores.png"]
     split = files.evaluation_splits[0]
+    plot_scores(panels, files.metric_of(split), plots / "scores.png")
+    names = ["loss.png", "scores.png"]
     errors, matrix = {}, None
-    if (run / "predictions" / f"{split}.parquet").exists():
+    # without gold labels there is no being right to count
+    if (run / "predictions" / f"{split}.parquet").exists() and not files.by_teachers(split):
         predictions = read_predictions(run / "predictions" / f"{split}.parquet")
         found = _plot_predictions(predictions, f"{split}{mark}", plots / "calibration.png")
         errors = {name: result.error for name, result in found.items()}

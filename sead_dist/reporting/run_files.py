@@ -57,6 +57,14 @@ class RunFiles:
     def metric(self) -> str:
         return str(self.scores["metric"])
 
+    def metric_of(self, split: str) -> str:
+        """The first metric of a split: where it has no gold labels, agreement with the teachers."""
+        return str(self.scores["splits"].get(split, {}).get("metric", self.metric))
+
+    def by_teachers(self, split: str) -> bool:
+        """Whether the figures of a split are agreement with the teachers."""
+        return "metric" in self.scores["splits"].get(split, {})
+
     @property
     def evaluation_splits(self) -> list[str]:
         """The official splits; the selection split alone where there is no other."""

@@ -223,7 +223,8 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
     validates = config.validates or asks_selection(config)
     if config.baseline != OWN or not config.taught or not validates:
         return 0
-    if not examples.labelled_rows:
+    held = (examples.selection, *examples.official.values())
+    if not examples.labelled_rows or not all(part.has_gold for part in held):
         return 0
     own = own_baseline(config)
     labelled = examples.labelled_rows

@@ -16,6 +16,7 @@ import numpy as np
 
 from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.agreement import metric_names
 from sead_dist.data.examples import subset
 from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.task_files import load_task
@@ -33,10 +34,12 @@ from sead_dist.runs.choices import told_end
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import Parts, build
+from sead_dist.runs.without_gold import judged, rescored
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import is_finished, tell, write_json
+from sead_dist.teachers.validation import ask_all
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
 
@@ -232,15 +235,15 @@ def touch_past(parts: Parts, ensemble: Ensemble | None, done: int) -> None:
 
 
 def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
+    task, selection = parts.task, parts.splits.selection
+    examples = selection.examples
+    if ensemble is not None and parts.source is not None and not examples.has_gold:
+        asked = (len(parts.teachers), parts.config.prefetch_rows, "the selection split")
+        examples, _ = judged(task, examples, ensemble, ask_all(parts.source, selection, *asked))
+
     def select(step: int) -> EvalResult:
-        return evaluate(
-            parts.task,
-            parts.engine.model,
-            parts.forward,
-            parts.splits.selection,
-            parts.world,
-            step,
-        )
+        result = evaluate(task, parts.engine.model, parts.forward, selection, parts.world, step)
+        return rescored(task, result, examples) if examples.by_teachers else result
 
     return Trainer(
         config=parts.config,
@@ -254,7 +257,7 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
         checkpointer=parts.checkpointer,
         log=parts.log,
         select=select,
-        metric=parts.task.metrics[0],
+        metric=metric_names(task, examples)[0],
         stop=parts.stop,
         heartbeat=parts.heartbeat,
         live=parts.feature_teacher,

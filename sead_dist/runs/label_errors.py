@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import has_label
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.objectives.losses import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.labels import Columns, asking, extend, row_columns, together, weighed
 from sead_dist.runtime.distributed import World

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import RunConfig, TeacherConfig
-from sead_dist.data.examples import ExampleSet
+from sead_dist.data.examples import ExampleSet, has_label
 from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import (
@@ -28,7 +28,6 @@ from sead_dist.data.splits import (
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
-from sead_dist.objectives.losses import has_label
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
@@ -156,9 +155,9 @@ def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
     will be asked: these splits."""
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
     tell_requests(run.source, asked, print)
-    if not needs_validation(config):
-        return weigh(config, task, teachers, [], None, splits)
     selection = splits.selection
+    if not needs_validation(config, selection.examples):
+        return weigh(config, task, teachers, [], None, splits)
     said = ask_all(run.source, selection, len(teachers), config.prefetch_rows, "the validation")
     found = validate(task, teachers, said, selection, run.examples.dev_in_training)
     if config.validates:

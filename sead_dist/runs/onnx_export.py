@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from sead_dist.data.agreement import metric_names
 from sead_dist.data.order import Split, make_batch
-from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs
@@ -38,6 +38,7 @@ from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
 from sead_dist.runs.prediction import class_order, data_of, task_of
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import write_json
@@ -153,7 +154,7 @@ def load_original(
     """The model on the CPU in fp32, with its task's official splits."""
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)
-    sets = [load_official(task, source, split) for split in task.splits if split != "train"]
+    sets = [load_to_score(name, task, source, split) for split in task.splits if split != "train"]
     checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).eval()
@@ -201,7 +202,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
     ]
     record = {
         "task": original.task.name,
-        "metric": original.task.metrics[0],
+        "metric": metric_names(original.task, original.splits[0].examples)[0],
         "labels": label_names(original.model.config),
         "rows": {split.examples.split: len(split) for split in original.splits},
         "max_length": original.inputs.max_length,

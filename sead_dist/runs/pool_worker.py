@@ -194,7 +194,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
     ]
     validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None
-    if needs_validation(config):
+    if needs_validation(config, splits.selection.examples):
         if not hand.fill(validating):
             return False
         if everyone or all(work.pooled_N):
@@ -206,7 +206,9 @@ def fill_all(hand: Worker, work: Work) -> bool:
     ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     chunks = chunks_of_training(batches, count, rows, asked)
-    if not needs_validation(config):
+    if not splits.selection.examples.has_gold:  # the student asks first, to be scored by them
+        chunks = validating + chunks
+    elif not needs_validation(config, splits.selection.examples):
         chunks += validating
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)

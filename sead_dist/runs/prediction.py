@@ -23,7 +23,6 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.metrics import confusion
 from sead_dist.data.order import Split
-from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import TaskSpec, align_name, load_task
 from sead_dist.data.tokens import describe_cuts
 from sead_dist.errors import RunError, UserError
@@ -45,6 +44,7 @@ from sead_dist.models.sequence_classifier import (
 from sead_dist.reporting.model_card import place_on_card
 from sead_dist.runs.claim import KEPT_DATA
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.own_files import check_writable
@@ -188,7 +188,7 @@ def evaluate_model(
         task = task_of(name, task_name)
         source = data_of(name, task_name, data)
         world.at("reading the rows")
-        sets = [load_official(task, source, key) for key in wanted_splits(task, split)]
+        sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
         found = results_of(name, task, sets, labels, world, on_stderr)
         if world.is_main:
             show_results(name, task, sets, found)
@@ -203,7 +203,7 @@ def show_results(
     cards = cards_of(found)
     for examples, result in zip(sets, found, strict=True):
         print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
-        if task.task_kind.has_classes:
+        if task.task_kind.has_classes and examples.has_gold:
             by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
             print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
 

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import NotRequired, TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.schema import RunConfig, teacher_names
-from sead_dist.data.examples import ExampleSet, subset
+from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.splits import RunSplits
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
@@ -19,7 +19,6 @@ from sead_dist.objectives.ensemble import (
     frozen_weights,
     make_ensemble,
 )
-from sead_dist.objectives.losses import has_label
 from sead_dist.objectives.teacher_weights import FEWEST_ROWS, fit_temperature
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.baseline import (
@@ -32,6 +31,7 @@ from sead_dist.runs.baseline import (
     weigh_up,
 )
 from sead_dist.runs.setup import Parts
+from sead_dist.runs.without_gold import told_unvalidated
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.teacher import Teacher, seen_by, told_folds
@@ -52,9 +52,9 @@ def validated(parts: Parts) -> Validated:
     """The teachers' validations, and their logits_NBC of the selection split; nothing where no one
     asks for them. Raises UserError for a teacher that may not teach."""
     config, task, teachers = parts.config, parts.task, parts.teachers
-    if parts.source is None or not needs_validation(config):
-        return [], None
     selection = parts.splits.selection
+    if parts.source is None or not needs_validation(config, selection.examples):
+        return [], None
     parts.world.at("validating the teachers")
     logits_NBC = ask_all(
         parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
@@ -83,6 +83,8 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
         return None
     validations, logits_NBC = found or validated(parts)
     selection = parts.splits.selection
+    if not selection.examples.has_gold:
+        parts.log.say(told_unvalidated(config))
     ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
     for line in told_twins(teachers):
@@ -199,8 +201,11 @@ def say_learnable(
         write_json(Path(parts.config.output_dir) / FILE, asdict(found))
 
 
-def needs_validation(config: RunConfig) -> bool:
-    """Whether nothing may be taught before the teachers' scores are known."""
+def needs_validation(config: RunConfig, selection: ExampleSet) -> bool:
+    """Whether nothing may be taught before the teachers' scores are known. Without gold labels they
+    never are."""
+    if not selection.has_gold:
+        return False
     calibrates = any(entry.calibrates for entry in config.teachers)
     named = config.baseline not in (None, OWN)
     return config.validates or asks_selection(config) or calibrates or named
@@ -220,7 +225,7 @@ def weigh(
     known = Known(
         given=[teacher.entry.weight for teacher in teachers],
         chosen=None if config.teacher is None else names.index(config.teacher),
-        scores=[validation.score for validation in validations],
+        scores=[validation.score for validation in validations] or [None] * len(teachers),
         names=names,
         labels_B=splits.selection.examples.labels_B,
     )

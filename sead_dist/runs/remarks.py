@@ -45,12 +45,18 @@ def make_remarks(
 
 def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> Iterator[str]:
     metric, rows = task.metrics[0], len(splits.selection)
-    if rows < ENOUGH_TO_CHOOSE:
+    if splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
         yield (
             f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
             f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
         )
     for name, split in splits.official.items():
+        if not split.examples.has_gold:
+            yield (
+                f"{name} has no gold labels: its figures are agreement with the teachers, and "
+                "whether they are right is not known"
+            )
+            continue
         best = constant_score(task, split.examples)
         score = scores[name]["student"][metric]
         if score <= best:

@@ -11,11 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import subset
+from sead_dist.data.examples import has_label, subset
 from sead_dist.data.order import Split
 from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
-from sead_dist.objectives.losses import has_label
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
@@ -66,6 +65,13 @@ def answered_examples(
     files = [teacher.file for teacher in teachers if one in (None, teacher.name)]
     if not files or any(file is None for file in files):
         return examples
+    for part in (examples.selection, *examples.official.values()):
+        found = [file.places(part.ids_B2) for file in files if file is not None]
+        if not part.has_gold and not any((places_B >= 0).any() for places_B in found):
+            raise UserError(
+                f"{part.split} has no gold labels, and no file answers one of its rows, so that "
+                "nothing can be told of the student there; give answers to it, or gold labels"
+            )
     train = examples.train
     kept_B = has_label(train.labels_B)
     for file in files:

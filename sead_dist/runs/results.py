@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.automatic import learning_rate
+from sead_dist.data.agreement import metric_names, name_of, score
 from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, compute_metrics
@@ -28,6 +29,7 @@ from sead_dist.runs.baseline import FILE, baseline_folder, kept_shares, told_sha
 from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.remarks import ensemble_gap, make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
+from sead_dist.runs.without_gold import judged, rescored
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import read_as, write_json
@@ -44,29 +46,38 @@ def score_split(
     """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC. A
     teacher is scored on the rows that it answers ({}: none); the ensemble on those that all who
     count answer (None: none, and probabilities only where these are all rows). best: the teacher
-    that the ensemble is compared with."""
+    that the ensemble is compared with. Without gold labels the figures are agreement with the
+    ensemble, and probabilities NaN in rows without an answer."""
     result = evaluate(parts.task, parts.engine.model, parts.forward, split, parts.world, step)
-    never = {"the student": never_predicted(parts.task, split.examples, result.logits_BC)}
+    never: dict[str, list[str]] = {}
     scores: dict[str, Any] = {
         "student": result.metrics, "teachers": [], "ensemble": None, "never_predicted": never
     }  # fmt: skip
     if parts.source is None or ensemble is None:
+        never["the student"] = never_predicted(parts.task, split.examples, result.logits_BC)
         return result, scores, None
     logits_NBC = ask_all(
         parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
     )
+    by, targets_BC = judged(parts.task, split.examples, ensemble, logits_NBC)
+    if by.by_teachers:
+        result = rescored(parts.task, result, by)
+        scores |= {"student": result.metrics, "metric": metric_names(parts.task, by)[0]}
+    never["the student"] = never_predicted(parts.task, by, result.logits_BC)
     routes = split.examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
     all_NBC = torch.from_numpy(logits_NBC)
     answer = ensemble.answer(all_NBC, routes_B)
     for teacher, of_teacher_BC in zip(parts.teachers, logits_NBC, strict=True):
-        logits_BC, examples = answered(of_teacher_BC, split.examples)
-        found = compute_metrics(parts.task, logits_BC, examples) if len(examples) else {}
+        logits_BC, examples = answered(of_teacher_BC, by)
+        found = score(parts.task, logits_BC, examples) if len(examples) else {}
         scores["teachers"].append({"name": teacher.name, "metrics": found})
         if len(examples):
             never[f"teacher {teacher.name}"] = never_predicted(parts.task, examples, logits_BC)
         if len(examples) < len(split):
             scores["teachers"][-1]["rows"] = len(examples)
+    if by.by_teachers:  # of which the ensemble is the measure
+        return result, scores, targets_BC
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     whole, rows = bool(complete_B.all()), int(complete_B.sum())
     examples = split.examples if whole else subset(split.examples, complete_B)
@@ -195,7 +206,8 @@ def score_splits(
         result, scores[name], probabilities_BC = score_split(
             parts, split, ensemble, state.step, best
         )
-        if name == "selection" and ensemble is not None and not ensemble.weighting.one_teacher:
+        several = ensemble is not None and not ensemble.weighting.one_teacher
+        if name == "selection" and several and split.examples.has_gold:
             best = best_of(parts.task, scores[name]["teachers"])
         if name != "selection":
             first = not results
@@ -280,7 +292,8 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     closing = summary(parts, state)
     remarks = make_remarks(config, parts.task, parts.splits, scores)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
-        closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
+        found = scores["selection"]
+        closing["best_metric"] = found["student"][found.get("metric", parts.task.metrics[0])]
     shares: dict[str, dict[str, float]] = {}
     baseline = baseline_folder(config)
     if parts.source is not None and baseline is not None:
@@ -290,13 +303,14 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
             parts.log.say(f"what the student keeps of the gap is not told: {error}")
     for line in told_shares(shares):
         parts.log.say(line)
+    some_gold = any("metric" not in of for of in scores.values())
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
         write_json(run / "eval_results.json", results)
         record = {
             "task": parts.task.name,
-            "metric": parts.task.metrics[0],
+            "metric": parts.task.metrics[0] if some_gold else name_of(parts.task.metrics[0]),
             "splits": scores,
             "selected_on": config.selection.split,
             "labels": list(parts.task.labels),
@@ -335,11 +349,14 @@ def closing_table(
 ) -> tuple[str, list[str], list[list[object]]]:
     """(title, columns, rows) of what the console shows at the end."""
     metrics = parts.task.metrics
+    agreeing = [split for split, of in scores.items() if "metric" in of]
+    names = {split: list(of["student"]) for split, of in scores.items()}
     mark = " (selected on dev)" if parts.config.selection.split == "dev" else ""
     rows: list[list[object]] = []
 
     def figures(found: Iterable[dict[str, float] | None]) -> list[float | None]:
-        return [(of or {}).get(metric) for of in found for metric in metrics]
+        pairs = zip(names.values(), found, strict=True)
+        return [(of or {}).get(metric) for named, of in pairs for metric in named]
 
     splits = list(scores.values())
     for index, teacher in enumerate(parts.teachers):
@@ -347,6 +364,9 @@ def closing_table(
     if parts.teachers:
         rows.append(["ensemble", *figures(of["ensemble"] for of in splits)])
     rows.append(["student", *figures(of["student"] for of in splits)])
-    several = len(metrics) > 1
-    columns = [f"{name} {metric}" if several else name for name in scores for metric in metrics]
-    return f"{parts.task.name}: {', '.join(metrics)}{mark}", ["", *columns], rows
+    told = len(metrics) > 1 or agreeing
+    columns = [f"{name} {each}" if told else name for name, of in names.items() for each in of]
+    what = ", ".join(metrics) if len(agreeing) < len(scores) else ""
+    if agreeing:
+        what += (", and " if what else "") + "agreement with the teachers"
+    return f"{parts.task.name}: {what}{mark}", ["", *columns], rows

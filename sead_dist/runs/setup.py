@@ -50,6 +50,7 @@ from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import answered_examples, tell_requests, told_files
+from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -260,6 +261,7 @@ def read_inputs(
         check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
     examples = load_examples(config, task, say)
+    check_gold(config, task, examples)
     check_selection(config, examples.selection.labels_B)
     model = build_student(
         config.student,

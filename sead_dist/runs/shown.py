@@ -112,14 +112,12 @@ def show_data(config: RunConfig, show: int) -> ShownData:
     else:
         task = load_task(config.task)
         examples = load_examples(config, task, notes.append)
-    kinds = [called(examples.kind(index)) for index in range(len(examples.train))]
+    names = NAMES if examples.labelled_rows else {**NAMES, "rest": "text: train file"}
+    found = map(examples.kind, range(len(examples.train)))
+    kinds = [names.get(kind, f"copy: {kind}") for kind in found]
     shown = [show_row(task, examples, kinds, index) for index in chosen_rows(kinds, show)]
     removed = {reason: count for reason, count in examples.removed.items() if count}
     return ShownData(notes, dict(Counter(kinds)), removed, shown)
-
-
-def called(kind: str) -> str:
-    return NAMES.get(kind, f"copy: {kind}")
 
 
 def chosen_rows(kinds: Sequence[str], show: int) -> list[int]:

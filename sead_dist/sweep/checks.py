@@ -17,6 +17,7 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.checks import check_inputs
 from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
+from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
@@ -118,9 +119,21 @@ def read_task(plan: Plan, name: str) -> TaskData:
     students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(plan, name))
-    for config in students:
-        check_selection(config, examples.selection.labels_B)
     dev = next(iter(examples.official.values()))
+    if not dev.has_gold:
+        raise UserError(
+            f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
+            "teachers says nothing of methods against each other; give it gold labels"
+        )
+    untaught = [u.method for u in plan.units if u.task == name and not u.config.taught]
+    if untaught and not examples.labelled_rows:
+        raise UserError(
+            f"train of {name} has no gold labels, and {untaught[0]} asks no teacher, so it has "
+            "nothing to learn from; leave it out, and give finished teachers"
+        )
+    for config in students:
+        check_gold(config, task, examples)
+        check_selection(config, examples.selection.labels_B)
     return TaskData(
         task,
         dev,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sead_dist.data.agreement import score
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Split, make_batch
-from sead_dist.data.task_files import TaskSpec, compute_metrics
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.objectives.losses import hard_loss, known
 from sead_dist.runtime.distributed import World, gather_objects
 
@@ -97,7 +98,8 @@ def mean_loss(kind: TaskKind, logits_BC: np.ndarray, labels_B: np.ndarray) -> fl
 def evaluate(
     task: TaskSpec, model: torch.nn.Module, forward: Forward, split: Split, world: World, step: int
 ) -> EvalResult:
-    """The student's metrics and loss on a split, the same on every rank."""
+    """The student's metrics and loss on a split, the same on every rank; of a split without labels
+    there are none, and the loss is NaN."""
     began = time.perf_counter()
     logits_BC = student_logits(model, forward, split, world)
     runtime_s = time.perf_counter() - began
@@ -106,7 +108,7 @@ def evaluate(
         split=split.examples.split,
         step=step,
         num_examples=len(split),
-        metrics=compute_metrics(task, logits_BC, split.examples),
+        metrics=score(task, logits_BC, split.examples),
         loss=mean_loss(task.task_kind, logits_BC, split.examples.labels_B),
         runtime_s=runtime_s,
         logits_BC=logits_BC,

@@ -1,0 +1,101 @@
+"""Runs of which a split has no gold labels: what is refused, and the ensemble's answers instead.
+
+Shapes: N teachers, B rows, C classes.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sead_dist.config.schema import DataConfig, RunConfig
+from sead_dist.data.agreement import answered_by_teachers, score
+from sead_dist.data.examples import ExampleSet
+from sead_dist.data.splits import RunExamples, load_official
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+from sead_dist.objectives.ensemble import Ensemble, asks_selection
+from sead_dist.objectives.weightings import WEIGHTINGS
+from sead_dist.reporting.report import read_predictions
+from sead_dist.runs.baseline import OWN
+from sead_dist.training.evaluation import EvalResult, mean_loss
+
+
+def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None:
+    """Raises UserError for what needs gold labels where a split has none."""
+    for part in (examples.selection, *examples.official.values()):
+        if part.answers is not None and not part.has_gold:
+            raise UserError(
+                f"{part.split} has no gold labels, and task {task.name} is scored by accepted "
+                "answers, which no teacher gives; give rows with their answers"
+            )
+    if not config.taught or examples.selection.has_gold:
+        return
+    weighting = WEIGHTINGS[config.ensemble]
+    unnamed = len(config.teachers) > 1 and config.teacher is None
+    by_labels = asks_selection(config) and not weighting.one_teacher and config.ensemble != "score"
+    refused = {
+        "final_checkpoint=best": config.final_checkpoint == "best",
+        "early_stopping_patience": config.early_stopping_patience is not None,
+        "teacher_validation=fp32": config.teacher_validation == "fp32",
+        f"baseline={config.baseline}": config.baseline not in (None, OWN),
+        f"ensemble={config.ensemble}": by_labels,
+        f"ensemble={config.ensemble} without teacher=NAME": unnamed and weighting.one_teacher,
+        "feature_loss without teacher=NAME": unnamed and config.feature_loss is not None,
+    }
+    for key, asked in refused.items():
+        if asked:
+            raise UserError(
+                f"{key} goes by the gold labels of the selection split, and it has none; leave it "
+                "out, or give rows with gold labels"
+            )
+
+
+def told_unvalidated(config: RunConfig) -> str:
+    """The line of the log on teachers, where the selection split has no gold labels."""
+    line = "no gold labels to validate or calibrate a teacher by: none is"
+    if config.ensemble in ("score", "confidence", "answers"):
+        line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
+    return line
+
+
+def judged(
+    task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
+) -> tuple[ExampleSet, np.ndarray]:
+    """(the examples, where they have no gold labels with the ensemble's answers for labels; its
+    targets_BC at temperature 1, NaN where no teacher answers). logits_NBC: NaN where one does
+    not."""
+    routes = examples.routes_B
+    routes_B = None if routes is None else torch.from_numpy(routes)
+    answer = ensemble.answer(torch.from_numpy(logits_NBC), routes_B)
+    said_BC = answer.targets_BC.numpy()
+    said_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
+    if not examples.has_gold:
+        examples = answered_by_teachers(task, examples, said_BC)
+    return examples, said_BC
+
+
+def rescored(task: TaskSpec, result: EvalResult, examples: ExampleSet) -> EvalResult:
+    """The result by the labels of `examples`, which are the ensemble's answers."""
+    loss = mean_loss(task.task_kind, result.logits_BC, examples.labels_B)
+    return replace(result, metrics=score(task, result.logits_BC, examples), loss=loss)
+
+
+def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
+    """A split on which the model `name` is to be scored; of a run whose rows have no gold labels
+    with the answers of its ensemble, which its folder keeps. Raises UserError without either."""
+    kept = Path(name) / "predictions" / f"{split}.parquet"
+    examples = load_official(task, data, split, may_lack=kept.is_file())
+    if examples.has_gold:
+        return examples
+    found = read_predictions(kept)
+    said_BC = found.ensemble_probabilities_BC
+    row_of = {id_2.tobytes(): row for row, id_2 in enumerate(found.ids_B2)}
+    rows = [row_of.get(id_2.tobytes(), -1) for id_2 in np.ascontiguousarray(examples.ids_B2)]
+    if said_BC is None or min(rows) < 0:
+        raise UserError(
+            f"{split} has no gold labels, and {name} keeps its teachers' answers to the rows of "
+            "its own data alone; give rows with gold labels"
+        )
+    return answered_by_teachers(task, examples, said_BC[np.array(rows)])
