@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from sead_dist.teachers.quantize import quantize
+from sead_dist.teachers.inference import quantize
 
 SHAPES = (("L2-H128", 4), ("L2-H128", 16), ("L4-H256", 4), ("L6-H384", 4), ("L4-H768", 4))
 LENGTHS = (8, 16, 32, 64)

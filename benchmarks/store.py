@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from outcome_file import RESULTS, set_threads, smoke_argument, table, write_result
 
-from sead_dist.store.maintenance import compact
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import Table, TeacherKey
+from sead_dist.store.compaction import compact
+from sead_dist.store.store import PredictionStore, Table, TeacherKey
 
 OPEN_S, READS_PER_S, SIZE = 2.0, 2e6, 1.3
 BATCH = 4096

@@ -33,8 +33,8 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, labelling, prediction
+from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
-from sead_dist.runs.finished import refuse_untaught
 from sead_dist.runs.given import (
     Data,
     Task,
@@ -206,8 +206,8 @@ def evaluate(
             sets = [load_official(spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        cards = prediction.score_sets(name, spec, sets, order(labels), world, to_logger)
-    return {key: value for card in cards.values() for key, value in card.items()}
+        found = prediction.results_of(name, spec, sets, order(labels), world, to_logger)
+    return prediction.as_one(found)
 
 
 def predict(

@@ -10,8 +10,7 @@ import numpy as np
 
 import sead_dist
 from sead_dist.store.ids import unique_ids
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import Table, TeacherKey
+from sead_dist.store.store import PredictionStore, Table, TeacherKey
 
 EXACT = '{"device":"cpu","dtype":"float32"}'
 OTHER = '{"device":"cuda","dtype":"bfloat16"}'

@@ -77,6 +77,7 @@ def add_labels(command: argparse.ArgumentParser) -> None:
     kinds = ".jsonl .parquet .csv .tsv"
     what.add_argument("--rows", metavar="FILE", help=f"the rows to be answered: {kinds}")
     what.add_argument("--output", metavar="FILE", help=f"what teachers say of them: {kinds}")
+    what.add_argument("--errors", metavar="FILE", help=f"gold labels that look wrong: {kinds}")
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     config = load_config(words)
     if name == "distill":
         # before torch is imported, which takes longer than this
-        from sead_dist.runs.finished import nothing_to_do, refuse_untaught
+        from sead_dist.runs.checks import nothing_to_do, refuse_untaught
 
         if not config.encoders:
             refuse_untaught(config)
@@ -94,7 +94,7 @@ def print_config(words: Sequence[str]) -> None:
 
     config = load_config(words)
     with importing():
-        from sead_dist.runs.resolved import resolve_all
+        from sead_dist.runs.shown import resolve_all
         from sead_dist.runtime.distributed import in_world
 
     with in_world() as world:
@@ -145,13 +145,15 @@ def labels(args: argparse.Namespace) -> None:
 
     config = load_config(args.words)
     with importing():
+        from sead_dist.runs.label_errors import write_errors
         from sead_dist.runs.labels import write_labels, write_rows
         from sead_dist.runtime.distributed import in_world
 
     if args.rows is not None:
         return write_rows(config, Path(args.rows))
     with in_world(config.heartbeat) as world:
-        write_labels(config, Path(args.output), world)
+        write = write_labels if args.errors is None else write_errors
+        write(config, Path(args.errors or args.output), world)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sead_dist.config.load import read_layers, resolve
 from sead_dist.runs.quiet import quiet_libraries
-from sead_dist.runs.shown_data import show_data
+from sead_dist.runs.shown import show_data
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
 

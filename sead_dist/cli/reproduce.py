@@ -25,9 +25,8 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.reporting.hub import check_push
 from sead_dist.reporting.run_files import read_run
+from sead_dist.runs.checks import refuse_unused_text, teacher_layers
 from sead_dist.runs.distillation import distill, finetune
-from sead_dist.runs.encoders import teacher_layers
-from sead_dist.runs.finished import refuse_unused_text
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.own_files import written_aside

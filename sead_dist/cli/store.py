@@ -10,9 +10,10 @@ from rich.filesize import decimal
 
 from sead_dist.errors import RunError
 from sead_dist.runtime.console import AGE_S, parse_age, parse_size, print_table
-from sead_dist.store.inventory import Bad, Row
+from sead_dist.store.compaction import compact
 from sead_dist.store.layout import default_store
-from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+from sead_dist.store.maintenance import Bad, Row, list_store, verify
+from sead_dist.store.removal import plan_removal, remove
 from sead_dist.store.transfer import Carried, carry
 
 

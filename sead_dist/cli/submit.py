@@ -15,9 +15,8 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.reporting.hub import refuse_push
+from sead_dist.runs.checks import check_inputs, refuse_unused_text
 from sead_dist.runs.claim import already_finished, forget_followed, has_progress, try_lock
-from sead_dist.runs.finished import refuse_unused_text
-from sead_dist.runs.inputs import check_inputs
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs

@@ -7,9 +7,8 @@ from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Attempt, Launch, enqueue, job_folder, refuse_queued, sbatch_text
-from sead_dist.sweep.checks import check_runs, settle
+from sead_dist.sweep.checks import check_runs, needs_rows, settle
 from sead_dist.sweep.grid import make_plan
-from sead_dist.sweep.steps import needs_rows
 
 
 def submit_sweep(

@@ -27,23 +27,21 @@ from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
 from sead_dist.runtime.memory import forget_peak, held
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
-from sead_dist.teachers.rate_measurement import (
+from sead_dist.teachers.rates import (
+    COST_TOKENS,
     GRID,
+    STEP_FORWARDS,
     TURNS,
+    Rate,
     Stopwatch,
     beyond,
+    default_rates,
     full_batch,
     grid,
     measure_batches,
     measure_teacher,
-    random_inputs,
-)
-from sead_dist.teachers.rates import (
-    COST_TOKENS,
-    STEP_FORWARDS,
-    Rate,
-    default_rates,
     operations,
+    random_inputs,
     remember,
     remembered,
     scaled_rate,

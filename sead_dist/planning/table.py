@@ -14,9 +14,9 @@ from sead_dist.planning.rates import given_rates, own_rates, read_given
 from sead_dist.planning.rendering import as_json, show
 from sead_dist.planning.scenario import Setting, estimates
 from sead_dist.planning.workload import Work, make_work
-from sead_dist.runs.answered import answered_examples
-from sead_dist.runs.finished import refuse_unused_text
+from sead_dist.runs.checks import refuse_unused_text
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.requests import answered_examples
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.console import parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank

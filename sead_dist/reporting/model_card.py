@@ -221,15 +221,18 @@ def _evaluation_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
     keys = {split: [k for k in results if k.startswith(f"eval_{split}_")] for split in splits}
     further = {key for named in keys.values() for key in named}
     keys[splits[0]] = keys[splits[0]] or [k for k in results if k not in further and k != "epoch"]
-
-    def place(key: str) -> int:  # 0 for a metric
-        return next((n for n, end in enumerate(ENDS, 1) if key.endswith(f"_{end}")), 0)
-
     for split, named in keys.items():
         if named:
-            named.sort(key=place)
-            header = [k if place(k) and not k.endswith("_loss") else k + files.mark for k in named]
+            named.sort(key=place_on_card)
+            header = [
+                k if place_on_card(k) and not k.endswith("_loss") else k + files.mark for k in named
+            ]
             yield split, table(header, [[results[key] for key in named]])
+
+
+def place_on_card(key: str) -> int:
+    """The order of a score's keys on a card: 0 for a metric, then time, loss and size."""
+    return next((n for n, end in enumerate(ENDS, 1) if key.endswith(f"_{end}")), 0)
 
 
 def _method(files: RunFiles) -> Iterable[tuple[str, object]]:

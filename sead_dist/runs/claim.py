@@ -46,6 +46,10 @@ EARLY_FILES = (
     *("teacher_validation.json", "teacher_manifest.json", "ensemble.json", "learnable.json"),
 )
 
+# where data given from Python lie; a name with a dot: what a start that is refused leaves is no
+# other run
+KEPT_DATA = ".data"
+
 # where a student leaves word for workers of its pool
 FOLLOWED = Path(".pool") / "student.json"
 
@@ -242,17 +246,9 @@ def try_lock(path: Path) -> Iterator[bool]:
 
     Raises UserError or RunError where its folder cannot be made.
     """
+    handle = open_lock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open_own(path, os.O_RDWR)
-    except OSError as error:
-        raise refusal(
-            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
-        ) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not takes(handle, fcntl.LOCK_EX):
             yield False
             return
         os.ftruncate(handle, 0)
@@ -260,6 +256,27 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, made where it is missing. Raises UserError or RunError where its
+    folder cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_own(path, os.O_RDWR)
+    except OSError as error:
+        raise refusal(
+            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
+        ) from None
+
+
+def takes(handle: int, kind: int) -> bool:
+    """Whether the lock is this process's now. kind: LOCK_EX alone, LOCK_SH beside others."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class Followed(TypedDict):

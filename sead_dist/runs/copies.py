@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sead_dist.config.registered import MODEL
@@ -46,7 +45,9 @@ def add_copies(
         return examples
     # without teachers there is no text among them
     sources = examples.train
-    table = start_table(config, model)
+    # embeddings mean nothing in a new shape, nor beside another tokeniser's words
+    own = config.student.shape is None and config.student.tokenizer is None
+    table = embedding_table(model) if own else None
     operations = fitting_operations(
         config.augment.operations, task, table is not None, gold_alone=not config.taught
     )
@@ -71,15 +72,6 @@ def add_copies(
         copies=copies.fingerprint,
         removed={**examples.removed, **copies.removed},
     )
-
-
-def start_table(config: RunConfig, model: PreTrainedModel) -> np.ndarray | None:
-    """The student's embeddings, where they mean something: not those of a new shape, nor those that
-    stand beside another tokeniser's words."""
-    student = config.student
-    if student.shape is not None or student.tokenizer is not None:
-        return None
-    return embedding_table(model)
 
 
 def mask_token_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:

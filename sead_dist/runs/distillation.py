@@ -3,35 +3,40 @@
 Distillation, and fine-tuning of teachers, which is distillation with no teacher.
 """
 
+import io
+import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import subset
 from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.data.tokens import adds_tokens
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import check_start
-from sead_dist.objectives.ensemble import (
-    Ensemble,
-)
+from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.reporting.hub import refuse_push
+from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.baseline import needs_own_baseline, own_baseline, told_baseline
+from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_runs
 from sead_dist.runs.choices import told_end
-from sead_dist.runs.encoders import teacher_runs
-from sead_dist.runs.finished import nothing_to_do, refuse_unused_text
-from sead_dist.runs.own_baseline import needs_own_baseline, own_baseline, told_baseline
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
-from sead_dist.runs.rehearsal import rehearse
-from sead_dist.runs.results import conclude
+from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import Parts, build
+from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import is_finished, tell
+from sead_dist.runtime.run_log import is_finished, tell, write_json
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
 
@@ -39,6 +44,8 @@ STOPPED_EARLY = (
     "stopped while teachers computed; what they have computed is kept; "
     "give the same command again to go on"
 )
+# rows that the report is tried on before the first step
+REHEARSED = 2
 
 
 def distill(
@@ -253,3 +260,60 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
         live=parts.feature_teacher,
         patience_steps=patience_steps(parts.epoch_steps),
     )
+
+
+def rehearse(parts: Parts) -> None:
+    """Write predictions, plots, card and closing table of two rows under the run's own names, in a
+    folder that goes at once: a name that the report cannot hold ends no long run. Rank 0 calls
+    this.
+
+    Raises UserError, or RunError for the environment's failures.
+    """
+    run = Path(parts.config.output_dir)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run) as folder:
+            write_rehearsal(parts, run, Path(folder))
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise refusal(
+            f"the report of this run, tried on {REHEARSED} rows before training, cannot be "
+            f"written: {reason(error)}; give other names to the task, its splits or the teachers",
+            error,
+        ) from error
+
+
+def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
+    for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    metrics = dict.fromkeys(parts.task.metrics, 0.5)
+    splits = {"selection": parts.splits.selection, **parts.splits.official}
+    scores: dict[str, Any] = {}
+    results: dict[str, float] = {}
+    for name, split in splits.items():
+        examples = subset(split.examples, np.arange(min(REHEARSED, len(split))))
+        logits_BC = np.zeros((len(examples), parts.task.num_labels), np.float32)
+        write_predictions(
+            folder / "predictions" / f"{name}.parquet", examples.ids_B2, examples.labels_B,
+            logits_BC,
+            np.full_like(logits_BC, 1 / parts.task.num_labels) if parts.teachers else None,
+            for_people(parts, examples, logits_BC),
+        )  # fmt: skip
+        result = EvalResult(parts.task.name, name, 1, REHEARSED, metrics, 1.0, 1.0, logits_BC)
+        results.update(result.card(f"eval_{name}"))
+        scores[name] = {
+            "student": metrics,
+            "ensemble": metrics if parts.teachers else None,
+            "teachers": [{"name": one.name, "metrics": metrics} for one in parts.teachers],
+        }
+    record = {
+        "task": parts.task.name,
+        "metric": parts.task.metrics[0],
+        "splits": scores,
+        "labels": list(parts.task.labels),
+    }
+    write_json(folder / "scores.json", record)
+    write_json(folder / "eval_results.json", results)
+    write_report(folder)
+    print_table(*closing_table(parts, scores), file=io.StringIO())

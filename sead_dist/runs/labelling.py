@@ -118,12 +118,14 @@ def answer_examples(
     answerer = load_answerer(name, task, asking.labels, world.device, examples)
     split = answerer.inputs.split(examples)
     tell_cuts(split, answerer.inputs.max_length, world, asking.say)
-    blank = sorted({int(row) + 1 for row in examples.rows_B[blank_texts(examples)]})
+    # a sentence without a letter in it
+    blank_B = (examples.sentences_BS == 0).any(axis=1)
+    blank = sorted({int(row) + 1 for row in examples.rows_B[blank_B]})
     if blank and world.is_main:
         listed = ", ".join(map(str, blank[:TOLD])) + (", ..." if len(blank) > TOLD else "")
         asking.say(f"{counted(len(blank), 'row')} with a blank text: {listed}")
     console = PipedConsole(highlight=False, stderr=True, quiet=not asking.progress)
-    put = asking.say if world.is_main and asking.progress else _nothing
+    put = asking.say if world.is_main and asking.progress else lambda _line: None
     world.at("answering rows")
     with shown_progress(console, put, "rows answered", len(split)) as bar:
         logits_BC = student_logits(
@@ -146,15 +148,6 @@ def beside_rows(
     for row, answer in zip(examples.rows_B.tolist(), said, strict=True):
         answers[row] = answer
     return answers
-
-
-def _nothing(_line: str) -> None:
-    """Says nothing."""
-
-
-def blank_texts(examples: ExampleSet) -> np.ndarray:
-    """bool [B]: which examples have a sentence without a letter in it."""
-    return np.asarray((examples.sentences_BS == 0).any(axis=1))
 
 
 def input_kind(file: Path, kind: str | None) -> str:

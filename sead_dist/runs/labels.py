@@ -5,7 +5,9 @@ Shapes: N teachers, B rows of a split, C classes.
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import (
     RunExamples,
@@ -73,6 +76,42 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     teacher does not answer is empty. Raises UserError, as for a teacher that fails its validation.
     """
     check_output(output, "--output")
+    with asking(config, output, world) as run:
+        config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
+        everything = (splits.train, splits.selection, *splits.official.values())
+        ensemble = weighed(run, everything)
+        columns: Columns = {}
+        for split, (part, kinds) in zip(everything, parts_of(run.examples), strict=True):
+            asked_NU = None
+            if split is splits.train and ensemble.seen_NU is not None:
+                asked_NU = unseen(None, ensemble.seen_NU)
+            what = split.examples.split
+            said = ask_all(run.source, split, len(teachers), config.prefetch_rows, what, asked_NU)
+            rows = row_columns(task, part, kinds)
+            rows |= gold_column(task, part)
+            extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
+    if output.suffix.lower() == ".tsv":
+        check_no_tabs(columns, output)
+    write_table(columns, output, output.suffix.lower())
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The teachers of a run, at work, and the splits that they may be asked. examples: without
+    copies."""
+
+    config: RunConfig
+    task: TaskSpec
+    examples: RunExamples
+    splits: RunSplits
+    teachers: Sequence[Teacher]
+    source: StoredSource
+
+
+@contextmanager
+def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
+    """The teachers of a run while they may be asked; `output` is whose name the store knows them
+    by. Nothing is asked yet. Raises UserError for what cannot be asked."""
     if not config.taught:
         raise UserError("there are no teachers to say anything; give teachers=[DIR, ...]")
     if world.size > 1:
@@ -89,32 +128,17 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
-    columns: Columns = {}
     with tempfile.TemporaryDirectory() as run, store.hold(str(output), keys, accept_any):
         source = StoredSource(
             teachers, alone, world, store, task.name, Path(run), accept_any,
             config.trust_remote_code, print, lambda _doing: None,
         )  # fmt: skip
         try:
-            everything = (splits.train, splits.selection, *splits.official.values())
-            for split in everything:
+            for split in (splits.train, splits.selection, *splits.official.values()):
                 source.share_tokens(split, inputs)
-            tell_requests(source, everything, print)
-            ensemble = weighed(config, task, teachers, source, splits, examples)
-            for split, (part, kinds) in zip(everything, parts_of(examples), strict=True):
-                what = split.examples.split
-                said = ask_all(source, split, len(teachers), config.prefetch_rows, what)
-                if split is splits.train and ensemble.seen_NU is not None:
-                    fit_NB = unseen(None, ensemble.seen_NU)[:, split.entry_B]
-                    said = np.where(fit_NB[:, :, None], said, np.nan)
-                rows = row_columns(task, part, kinds)
-                rows |= gold_column(task, part)
-                extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
+            yield Asking(config, task, examples, splits, teachers, source)
         finally:
             source.close()
-    if output.suffix.lower() == ".tsv":
-        check_no_tabs(columns, output)
-    write_table(columns, output, output.suffix.lower())
 
 
 def with_any_student(config: RunConfig) -> RunConfig:
@@ -127,19 +151,19 @@ def with_any_student(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"student": start})
 
 
-def weighed(
-    config: RunConfig, task: TaskSpec, teachers: Sequence[Teacher], source: StoredSource,
-    splits: RunSplits, examples: RunExamples,
-) -> Ensemble:  # fmt: skip
-    """The ensemble as a run of these teachers has it before its first step."""
+def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
+    """The ensemble as a run of these teachers has it before its first step, after a line on what
+    will be asked: these splits."""
+    config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
+    tell_requests(run.source, asked, print)
     if not needs_validation(config):
         return weigh(config, task, teachers, [], None, splits)
     selection = splits.selection
-    asked = ask_all(source, selection, len(teachers), config.prefetch_rows, "the validation")
-    found = validate(task, teachers, asked, selection, examples.dev_in_training)
+    said = ask_all(run.source, selection, len(teachers), config.prefetch_rows, "the validation")
+    found = validate(task, teachers, said, selection, run.examples.dev_in_training)
     if config.validates:
         require_passed(task, found, teachers)
-    return weigh(config, task, teachers, found, asked, splits)
+    return weigh(config, task, teachers, found, said, splits)
 
 
 def parts_of(examples: RunExamples) -> Iterator[tuple[ExampleSet, list[str]]]:
@@ -185,17 +209,13 @@ def label_columns(
     part: ExampleSet,
 ) -> Columns:  # fmt: skip
     """What the ensemble says and each teacher; said_NBC: NaN where one does not answer."""
-    routes_B = None if part.routes_B is None else torch.from_numpy(part.routes_B)
-    all_NBC = torch.from_numpy(said_NBC)
-    answer = ensemble.answer(all_NBC, routes_B)
-    together_BC = answer.targets_BC.double().numpy()
-    together_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
+    together_BC = together(ensemble, said_NBC, part)
     if not task.task_kind.has_classes:
         columns = {"score": as_cells(together_BC[:, 0])}
         for teacher, of_BC in zip(teachers, said_NBC, strict=True):
             columns[f"{teacher.name}_score"] = as_cells(of_BC[:, 0])
         return columns
-    own_NBC = torch.softmax(ensemble.calibrated(all_NBC).double(), -1).numpy()
+    own_NBC = torch.softmax(ensemble.calibrated(torch.from_numpy(said_NBC)).double(), -1).numpy()
     columns = probability_columns(task, "", together_BC)
     for teacher, of_BC in zip(teachers, own_NBC, strict=True):
         columns |= probability_columns(task, f"{teacher.name}_", of_BC)
@@ -206,6 +226,15 @@ def label_columns(
     with np.errstate(invalid="ignore"):
         columns["agreement"] = as_cells(same_NB.sum(axis=0) / answered_NB.sum(axis=0))
     return columns
+
+
+def together(ensemble: Ensemble, said_NBC: np.ndarray, part: ExampleSet) -> np.ndarray:
+    """The ensemble's p_BC, or scores_B1; NaN where no teacher answers."""
+    routes_B = None if part.routes_B is None else torch.from_numpy(part.routes_B)
+    answer = ensemble.answer(torch.from_numpy(said_NBC), routes_B)
+    together_BC = answer.targets_BC.double().numpy()
+    together_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
+    return np.asarray(together_BC)
 
 
 def probability_columns(task: TaskSpec, prefix: str, p_BC: np.ndarray) -> Columns:

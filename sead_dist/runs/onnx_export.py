@@ -1,18 +1,25 @@
 """`sead-dist export`: a finished model as an ONNX file, compared with PyTorch, and timed.
 
-What is compared is the file as another program will load it, on every official split of the task.
+torch's exporter traces the model once and leaves the number of rows and of tokens open. What is
+compared is the file as another program will load it, on every official split of the task. No other
+file imports onnxruntime; the extra `onnx` brings it.
 
 Shapes: B examples, C classes (task order), R text rows (all choices of B examples), L tokens.
 """
 
+import logging
 import os
 import platform
+import re
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +36,6 @@ from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import label_names, load_classifier
 from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
-from sead_dist.runs.onnx_file import (
-    NEEDED,
-    Run,
-    check_installed,
-    open_onnx,
-    quantize,
-    write_onnx,
-)
 from sead_dist.runs.prediction import class_order, data_of, task_of
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import print_table
@@ -44,6 +43,9 @@ from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import write_json
 from sead_dist.training.evaluation import EvalResult, evaluate
 
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+# what the exporter writes for terminals
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # An fp32 file may differ from PyTorch by so much: of logits relative to the largest of them (at
 # least 1), of metrics as such. Sums in another order differ by a hundredth of it.
 LOGIT_TOLERANCE = 1e-4
@@ -51,19 +53,8 @@ METRIC_TOLERANCE = 1e-4
 BATCHES = (1, 32)
 # each model's forwards of one batch are timed in turns, until both are reached, or the most
 TIMED_ROUNDS, TIMED_S, MOST_ROUNDS = 5, 3.0, 50
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model as it was found. metrics and the two comparisons by split name; the comparisons
-    are with the first model, None for itself (and agreement None for regression)."""
-
-    name: str
-    bytes: int
-    metrics: dict[str, dict[str, float]]
-    largest_difference: dict[str, float] | None
-    agreement: dict[str, float | None] | None
-    latency_ms: dict[str, float]
+# inputs [R, L] by name -> logits_RC
+Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -219,7 +210,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
         "machine": platform.machine(),
         "latency_tokens": {str(n): of["input_ids"].shape[1] for n, of in batches.items()},
         "versions": {package: metadata.version(package) for package in ("torch", *NEEDED)},
-        "models": [asdict(one) for one in models],
+        "models": models,
     }
     write_json(folder / "export.json", record)
     return record
@@ -273,16 +264,20 @@ def measured(
     results: Sequence[EvalResult],
     original: Sequence[EvalResult] | None,
     latency_ms: dict[str, float],
-) -> Measured:
+) -> dict[str, Any]:
+    """One model in export.json. metrics and the two comparisons by split name; the comparisons are
+    with the original, None for itself (and agreement None for regression)."""
     pairs = None if original is None else list(zip(original, results, strict=True))
-    return Measured(
-        name,
-        size,
-        {result.split: result.metrics for result in results},
-        None if pairs is None else {b.split: largest_difference(b, a) for b, a in pairs},
-        None if pairs is None else {b.split: agreement(b, a) for b, a in pairs},
-        latency_ms,
-    )
+    return {
+        "name": name,
+        "bytes": size,
+        "metrics": {result.split: result.metrics for result in results},
+        "largest_difference": None
+        if pairs is None
+        else {b.split: largest_difference(b, a) for b, a in pairs},
+        "agreement": None if pairs is None else {b.split: agreement(b, a) for b, a in pairs},
+        "latency_ms": latency_ms,
+    }
 
 
 def latencies(runs: Mapping[str, Run], inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -300,3 +295,92 @@ def latencies(runs: Mapping[str, Run], inputs: Mapping[str, torch.Tensor]) -> di
             run(inputs)
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: round(statistics.median(taken), 3) for name, taken in times.items()}
+
+
+def check_installed() -> None:
+    """Raises UserError where the extra `onnx` is not installed."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise UserError(
+            f"export needs the package {missing[0]}; install the extra: "
+            "pip install 'sead-dist[onnx]'"
+        )
+
+
+class _Logits(torch.nn.Module):
+    """The model as the exporter wants it: tensors in, in this order, and one tensor out."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write `model` (fp32, in eval mode) to `path`: inputs named and typed as `inputs`, each
+    int64 [batch, sequence] with both open; output `logits` [batch, C].
+
+    inputs: an example of at least two rows and two tokens; an axis of one would be taken for fixed.
+    Raises RunError for a model that the exporter cannot trace.
+    """
+    names = tuple(inputs)
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _Logits(model, names).eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                input_names=list(names),
+                output_names=["logits"],
+                dynamic_shapes=(tuple({0: batch, 1: sequence} for _ in names),),
+                verbose=False,
+            )
+            assert program is not None  # None is for exports without dynamo
+            program.save(path)
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        said = COLOUR.sub("", str(error).splitlines()[0])
+        raise RunError(
+            f"a {model.config.model_type} cannot be exported: {said}; use the PyTorch model"
+        ) from error
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Write `source` with 8-bit weights, a scale for each output channel; activations are
+    quantised as they come (onnxruntime's dynamic quantisation)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def open_onnx(path: Path, threads: int) -> Run:
+    """The file at work on the CPU: inputs int64 [R, L] -> logits_RC, float32."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    wanted = [given.name for given in session.get_inputs()]
+
+    def run(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        (logits_RC,) = session.run(None, {name: inputs[name].numpy() for name in wanted})
+        return torch.from_numpy(logits_RC)
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporter and quantiser warn of packages, axis names and steps that do not matter here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -22,12 +22,11 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.start import run_start_hash
 from sead_dist.objectives.ensemble import asks_selection
-from sead_dist.runs.answered import answered_examples
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
-from sead_dist.runs.requests import tell_requests
+from sead_dist.runs.requests import answered_examples, tell_requests
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World
 from sead_dist.runtime.heartbeat import StopRequestedError
@@ -35,11 +34,9 @@ from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
 from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.leases import Leases
 from sead_dist.teachers.placement import place
-from sead_dist.teachers.pool import Worker
+from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
@@ -174,9 +171,9 @@ def open_worker(
         config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip
     stack.callback(source.close)
-    for split in (work.splits.train, work.splits.selection, *work.splits.official.values()):
-        source.share_tokens(split, work.inputs)
     asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
+    for split in asked:
+        source.share_tokens(split, work.inputs)
     tell_requests(source, asked, log.say)
     pooled = sum(work.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")

@@ -43,7 +43,8 @@ from sead_dist.models.sequence_classifier import (
     label_names,
     load_classifier,
 )
-from sead_dist.runs.kept_data import KEPT_DATA
+from sead_dist.reporting.model_card import place_on_card
+from sead_dist.runs.claim import KEPT_DATA
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world
@@ -193,9 +194,7 @@ def evaluate_model(
         if world.is_main:
             show_results(name, task, sets, found)
         if json_file is not None:
-            cards = cards_of(found)
-            results = {key: value for card in cards.values() for key, value in card.items()}
-            from_main(world, lambda: write_scores(results, Path(json_file)))
+            from_main(world, lambda: write_scores(as_one(found), Path(json_file)))
 
 
 def show_results(
@@ -215,22 +214,6 @@ def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
     return [split] if split is not None else [key for key in task.splits if key != "train"]
 
 
-def score_sets(
-    name: str,
-    task: TaskSpec,
-    sets: Sequence[ExampleSet],
-    labels: str | None,
-    world: World,
-    say: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-    """The scores of the model `name` on each of these splits, by the split's name.
-
-    The keys of the first one carry no name, as in a run's eval_results.json. say: hears of text
-    rows that lost tokens. Raises UserError for a model that does not fit the task.
-    """
-    return cards_of(results_of(name, task, sets, labels, world, say))
-
-
 def results_of(
     name: str,
     task: TaskSpec,
@@ -239,7 +222,8 @@ def results_of(
     world: World,
     say: Callable[[str], None],
 ) -> list[EvalResult]:
-    """As `score_sets`: the result on each split."""
+    """The result of the model `name` on each of these splits. say: hears of text rows that lost
+    tokens. Raises UserError for a model that does not fit the task."""
     world.at("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
@@ -252,10 +236,17 @@ def results_of(
 
 
 def cards_of(found: Sequence[EvalResult]) -> dict[str, dict[str, float]]:
+    """The scores by the split's name. The keys of the first one carry no name, as in a run's
+    eval_results.json."""
     return {
         result.split: result.card("eval" if result is found[0] else f"eval_{result.split}")
         for result in found
     }
+
+
+def as_one(found: Sequence[EvalResult]) -> dict[str, float]:
+    """The scores of all splits under the keys of a run's eval_results.json."""
+    return {key: value for card in cards_of(found).values() for key, value in card.items()}
 
 
 def on_stderr(line: str) -> None:
@@ -278,10 +269,5 @@ def write_scores(results: Mapping[str, float], path: Path) -> None:
 
 def as_table(card: Mapping[str, float]) -> str:
     """The card's line as Markdown: metrics first, then time, loss and size."""
-
-    def place(key: str) -> int:
-        ends = ("_runtime", "_samples_per_second", "_steps_per_second", "_loss", "_samples")
-        return next((n for n, end in enumerate(ends, 1) if key.endswith(end)), 0)
-
-    keys = sorted(card, key=place)
+    keys = sorted(card, key=place_on_card)
     return table(keys, [[card[key] for key in keys]])

@@ -1,4 +1,6 @@
-"""What a person must know of a finished run and would not see in its scores."""
+"""What a person must know of a run and would not see in its scores: what disappoints in silence,
+and keys that its method does not read.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from sead_dist.config.automatic import ENOUGH_TO_CHOOSE
+from sead_dist.config.load import usual_values
+from sead_dist.config.registered import BUILT_IN
+from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.metrics import confusion
 from sead_dist.data.resampling import paired_gap
+from sead_dist.data.splits import RunSplits
 from sead_dist.data.task_files import TaskSpec, constant_score
-from sead_dist.runs.setup import Parts
-from sead_dist.runs.unread import unread_keys
+from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted
 
 
@@ -31,24 +36,22 @@ def ensemble_gap(
     return {"teacher": name, "gap": gap.value, "interval": list(gap.interval)}
 
 
-def make_remarks(parts: Parts, scores: Mapping[str, Any]) -> list[str]:
+def make_remarks(
+    config: RunConfig, task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]
+) -> list[str]:
     """One line for each silent disappointment of the run; `scores` as in scores.json."""
-    return [*_of_selection(parts), *_of_scores(parts, scores), *unread_keys(parts.config)]
+    return [*_of_scores(task, splits, scores), *unread_keys(config)]
 
 
-def _of_selection(parts: Parts) -> Iterator[str]:
-    rows = len(parts.splits.selection)
+def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> Iterator[str]:
+    metric, rows = task.metrics[0], len(splits.selection)
     if rows < ENOUGH_TO_CHOOSE:
         yield (
             f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
             f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
         )
-
-
-def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
-    metric = parts.task.metrics[0]
-    for name, split in parts.splits.official.items():
-        best = constant_score(parts.task, split.examples)
+    for name, split in splits.official.items():
+        best = constant_score(task, split.examples)
         score = scores[name]["student"][metric]
         if score <= best:
             yield (
@@ -57,7 +60,7 @@ def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
             )
     for name, of in scores.items():
         if "ensemble_rows" in of:
-            split = parts.splits.selection if name == "selection" else parts.splits.official[name]
+            split = splits.selection if name == "selection" else splits.official[name]
             yield (
                 f"the ensemble is scored on {of['ensemble_rows']} of {len(split)} {name} rows, "
                 "those that all of its teachers answer"
@@ -72,3 +75,57 @@ def _of_scores(parts: Parts, scores: Mapping[str, Any]) -> Iterator[str]:
         for who, classes in of["never_predicted"].items():
             if classes:
                 yield f"{who} never predicts {', '.join(classes[:10])} on {name}"
+
+
+OF_TEACHERS = (
+    *("temperature", "alpha", "alpha_end", "loss", "teacher", "teacher_column"),
+    *("feature_loss_weight", "feature_stage_ratio"),
+)
+
+
+def unread_keys(config: RunConfig) -> list[str]:
+    """A line for each key that differs from the default and the method's file, and changes nothing
+    of this run."""
+    usual = usual_values(config)
+    lines = []
+    for key, why in _unread(config):
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value != usual.get(key):
+            lines.append(f"{key}={value} is not read: {why}")
+    named = [entry.name or entry.path for entry in config.teachers if entry.weight != 1.0]
+    # a plugin's may read them
+    built_in = config.taught and config.ensemble in BUILT_IN["ensemble"]
+    if named and built_in and not isinstance(WEIGHTINGS[config.ensemble], Fixed):
+        lines.append(
+            f"the weight of teacher {named[0]} is not read: it is for ensemble=fixed, and this run "
+            f"has ensemble={config.ensemble}"
+        )
+    return lines
+
+
+def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.fold is None:
+        yield "folds", "it is for finetune, which trains teachers"
+    if not config.has_text:
+        yield "unlabeled.ratio", "there is no unlabelled text"
+    if config.augment.copies is None:
+        yield "augment.operations", "augment.copies is null"
+        yield "augment.gold_labels", "augment.copies is null"
+    if not config.taught:
+        for key in OF_TEACHERS:
+            yield key, "no teacher is asked"
+        return
+    ensemble = f"this run has ensemble={config.ensemble}"
+    weighting = WEIGHTINGS[config.ensemble]
+    if not isinstance(weighting, Single) and config.feature_loss is None:
+        yield "teacher", f"it is for ensemble=single or a feature_loss, and {ensemble}"
+    if not isinstance(weighting, Routed):
+        yield "teacher_column", f"it is for ensemble=routed, and {ensemble}"
+    if config.feature_loss is None:
+        yield "feature_loss_weight", "there is no feature_loss"
+    if config.feature_loss != "tinybert":
+        yield "feature_stage_ratio", "it is for feature_loss=tinybert"
+    if config.loss in ("mse", "mse_centered") and weighting.of_logits:
+        yield "temperature", f"loss={config.loss} compares logits"

@@ -1,13 +1,27 @@
-"""What a run will ask of endpoints, told before it asks: requests cost money."""
+"""What a run will ask: of endpoints, told before it asks since requests cost money, and which
+training rows are left where all teachers are files of predictions.
 
-from collections.abc import Callable, Iterable
+Shapes: N teachers, B training rows.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import subset
 from sead_dist.data.order import Split
+from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
+from sead_dist.objectives.losses import has_label
+from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.teacher import Teacher
+
+REMOVED = "unlabelled rows that no file of predictions answers"
 
 
 def tell_requests(
@@ -39,3 +53,45 @@ def tell_requests(
                 "raise it, or give fewer rows (data.max_train_examples, augment.copies=null)"
             )
         say(f"teacher {teacher.name}: {said}")
+
+
+def answered_examples(
+    config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]
+) -> RunExamples:
+    """The same without unlabelled rows and copies that no teacher answers: nothing would be learnt
+    from them. Labelled ones stay, for their labels. Raises UserError where no row is left."""
+    if not teachers:
+        return examples
+    one = config.teacher if WEIGHTINGS[config.ensemble].one_teacher else None
+    files = [teacher.file for teacher in teachers if one in (None, teacher.name)]
+    if not files or any(file is None for file in files):
+        return examples
+    train = examples.train
+    kept_B = has_label(train.labels_B)
+    for file in files:
+        if file is not None:
+            kept_B = kept_B | (file.places(train.ids_B2) >= 0)
+    if kept_B.all():
+        return examples
+    if not kept_B.any():
+        raise UserError("no training row has a label or an answer; give a file that answers some")
+    text_kept = kept_B[examples.labelled_rows : examples.labelled_rows + examples.transfer_rows]
+    copies_kept = kept_B[examples.labelled_rows + examples.transfer_rows :]
+    copied = tuple(np.array(examples.copied, object)[copies_kept]) if examples.copied else ()
+    counts = Counter(examples.removed)
+    counts[REMOVED] += int((~kept_B).sum())
+    return replace(
+        examples,
+        train=subset(train, kept_B),
+        transfer_rows=int(text_kept.sum()),
+        rest_rows=int(text_kept[: examples.rest_rows].sum()),
+        copied=copied,
+        removed=dict(counts),
+    )
+
+
+def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
+    """Lines on the files among the teachers: what they answer, and what is left out for them."""
+    lines = [line for teacher in teachers if teacher.file is not None for line in teacher.file.told]
+    count = examples.removed.get(REMOVED, 0)
+    return lines + ([f"left out: {count} {REMOVED}"] if count else [])

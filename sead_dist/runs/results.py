@@ -24,15 +24,14 @@ from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
+from sead_dist.runs.baseline import FILE, baseline_folder, kept_shares, told_shares
 from sead_dist.runs.claim import drop_training_state
-from sead_dist.runs.learnable import FILE, kept_shares, told_shares
-from sead_dist.runs.own_baseline import baseline_folder
 from sead_dist.runs.remarks import ensemble_gap, make_remarks, never_predicted
 from sead_dist.runs.setup import Parts
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.trained_rows import write_trained_rows
+from sead_dist.teachers.teacher import write_trained_rows
 from sead_dist.teachers.validation import answered, ask_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
@@ -279,7 +278,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if parts.splits.left_out is not None:
         say_left_out(parts, parts.splits.left_out, state.step)
     closing = summary(parts, state)
-    remarks = make_remarks(parts, scores)
+    remarks = make_remarks(config, parts.task, parts.splits, scores)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         closing["best_metric"] = scores["selection"]["student"][parts.task.metrics[0]]
     shares: dict[str, dict[str, float]] = {}

@@ -4,7 +4,6 @@ All of a person's mistakes come to light here or in the validation.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -42,16 +41,15 @@ from sead_dist.objectives.feature_losses import (
 )
 from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.reporting.hub import check_push
-from sead_dist.runs.answered import answered_examples, told_files
+from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
-from sead_dist.runs.learnable import baseline_logits
-from sead_dist.runs.own_baseline import OWN
+from sead_dist.runs.prediction import on_stderr
 from sead_dist.runs.quiet import quiet_libraries
+from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
-from sead_dist.runs.requests import tell_requests
-from sead_dist.runs.unread import unread_keys
+from sead_dist.runs.requests import answered_examples, tell_requests, told_files
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -207,9 +205,9 @@ def build(
         else None
     )
     if source is not None:
-        for split in (splits.train, splits.selection, *splits.official.values()):
-            source.share_tokens(split, inputs)
         asked = (splits.train, splits.selection, *splits.official.values())
+        for split in asked:
+            source.share_tokens(split, inputs)
         from_main(world, lambda: tell_requests(source, asked, log.say))
     feature_teacher, feature_loss = None, None
     if config.feature_loss is not None and source is not None:
@@ -303,7 +301,7 @@ def place_teachers(
     log.say(reason)
     if "partitioned" in placements and world.size > 1:
         log.say(describe_shares(teachers, placements, share_NW))
-    report = log.say if world.is_main else _on_stderr
+    report = log.say if world.is_main else on_stderr
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
@@ -388,7 +386,3 @@ def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Seq
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":
             check_shardable(teacher, config.trust_remote_code)
-
-
-def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)

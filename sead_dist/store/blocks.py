@@ -1,6 +1,8 @@
 """Value blocks of the prediction store: what is in them, how they are written, read and checked.
 
-K ids of the key block, M rows of a value block, C classes (the teacher's own, in its own order).
+K ids of the key block, M rows of a value block, C classes (the teacher's own, in its own order), U
+ids of a table, P ids that a table and a key block share.
+
 Every block is a safetensors file named by the hash of its content, so that writing the same rows
 twice makes the same file, and a file whose content does not give its name is bad. The name of a
 compacted block is the hash of the sums of its chunks, so that it is known without reading all rows.
@@ -15,9 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sead_dist.store.coverage import WORD, Coverage
-from sead_dist.store.ids import Ints
-from sead_dist.store.key_blocks import ensure_key_block
+from sead_dist.store.ids import Ints, ensure_key_block
 from sead_dist.store.layout import (
     BLOCK_SUFFIX,
     FORMAT,
@@ -26,17 +26,14 @@ from sead_dist.store.layout import (
     make_folder,
     write_aside,
 )
-from sead_dist.store.logits import Logits, chunk_rows
-from sead_dist.store.tensor_file import (
-    BadBlockError,
-    digest,
-    read_tensors,
-    write_tensors,
-)
+from sead_dist.store.rows import WORD, Coverage, Logits, chunk_rows
+from sead_dist.store.tensor_file import BadBlockError, digest, read_tensors, write_tensors
 
 # What is checked of a block before it is used: its header alone; all but the rows of a compacted
 # block, which are checked when they are first touched; all.
 Check = Literal["header", "touched", "all"]
+# The order of tensors in a compacted block.
+COMPACTED = ("words", "sums", "rows", "logits")
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,16 @@ class ValueBlock:
     @property
     def compacted(self) -> bool:
         return self.logits.sums_S is not None
+
+    @property
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """What its file keeps, where in a compacted block each begins at a multiple of its items'
+        size."""
+        tensors = {"logits": self.logits.values_MC, **self.covers.tensors}
+        if self.logits.sums_S is None:
+            return tensors
+        tensors["sums"] = self.logits.sums_S
+        return {name: tensors[name] for name in COMPACTED if name in tensors}
 
     @property
     def content_hash(self) -> str:
@@ -169,8 +176,10 @@ def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
     return {**about, "checksum": _checksum(content, about)}
 
 
-def write_value_block(layout: Layout, block: ValueBlock, ids_K2: Ints, sound: set[str]) -> Path:
-    """Write a plain value block, and before it whatever it needs; returns its path.
+def write_value_block(
+    layout: Layout, block: ValueBlock, ids_K2: Ints, sound: set[str]
+) -> tuple[Path, bool]:
+    """Write a value block, and before it whatever it needs; its path, and whether it is new there.
 
     A whole file of the same content is left as it is. `sound`: as in `ensure_key_block`. Raises
     RunError.
@@ -183,10 +192,10 @@ def write_value_block(layout: Layout, block: ValueBlock, ids_K2: Ints, sound: se
         describe_teacher(layout, block)
         try:
             read_value_block(path, "all")
+            return path, False
         except (BadBlockError, OSError):
-            tensors = {"logits": block.logits.values_MC, **block.covers.tensors}
-            write_tensors(layout, path, tensors, metadata_of(block, content))
-    return path
+            write_tensors(layout, path, block.tensors, metadata_of(block, content))
+    return path, True
 
 
 def describe_teacher(layout: Layout, block: ValueBlock) -> None:
@@ -229,3 +238,9 @@ def read_description(path: Path) -> dict[str, Any]:
     if folder != path.parent.name:
         raise BadBlockError("it describes another teacher")
     return dict(description)
+
+
+def check_num_keys(block: ValueBlock, num_keys: int) -> None:
+    """Raises BadBlockError where the block was made for another number of keys."""
+    if num_keys != block.covers.num_keys:
+        raise BadBlockError(f"{block.covers.num_keys} keys, its key block has {num_keys}")

@@ -6,7 +6,7 @@ STORE/values/<teacher>/           teacher.json, and the value blocks of one teac
 STORE/tmp/                        files being written; whoever wrote an old one is dead
 STORE/quarantine/                 files found bad, never read again
 STORE/live/                       one locked file per run that uses the store now
-STORE/claims/                     chunks that workers of a pool compute now (leases.py)
+STORE/claims/                     chunks that workers of a pool compute now (teachers/pool.py)
 STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
 STORE/compact.lock                one compaction or removal at a time
 """
@@ -16,10 +16,12 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,35 +51,17 @@ class BusyError(Exception):
     """Another process has the lock."""
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of the store at `root`; made by `create` or `existing`."""
 
-    root: Path
-
-    @property
-    def keys(self) -> Path:
-        return self.root / "keys"
-
-    @property
-    def values(self) -> Path:
-        return self.root / "values"
-
-    @property
-    def tmp(self) -> Path:
-        return self.root / "tmp"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.root / "quarantine"
-
-    @property
-    def live(self) -> Path:
-        return self.root / "live"
-
-    @property
-    def claims(self) -> Path:
-        return self.root / "claims"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.keys, self.values, self.tmp = root / "keys", root / "values", root / "tmp"
+        self.quarantine, self.live, self.claims = (
+            root / "quarantine",
+            root / "live",
+            root / "claims",
+        )
 
     def key_path(self, key_hash: str) -> Path:
         return self.keys / f"{key_hash}{BLOCK_SUFFIX}"
@@ -272,3 +256,77 @@ def old_temporaries(layout: Layout) -> list[Path]:
                 if now - path.stat().st_mtime > DEAD_WRITER_S:
                     found.append(path)
     return found
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run that holds a store now: `teachers` are patterns of folder names under values/."""
+
+    host: str
+    pid: int
+    run: str
+    teachers: tuple[str, ...]
+
+    def holds(self, teacher: str) -> bool:
+        return any(fnmatchcase(teacher, pattern) for pattern in self.teachers)
+
+
+@contextmanager
+def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
+    """Mark the teacher folders as used by `run`, for as long as this process lives at most.
+
+    The file is locked before it gets its name, so nobody ever sees it unlocked while we live.
+    """
+    name = unique_name("run") + ".json"
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
+    text = json.dumps({**about, "teachers": sorted(set(teachers)), "since": time.time()})
+    aside, path = layout.tmp / name, layout.live / name
+    try:
+        file = open(aside, "x")  # noqa: SIM115 (open while held)
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise RunError(explain(layout.root, name, error)) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            # A removal that is under way ends first; a later one sees this file.
+            with layout.lock("store.lock", exclusive=False):
+                os.replace(aside, path)
+            yield
+        finally:
+            for left in (aside, path):
+                with suppress(OSError):
+                    left.unlink()
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
+    """The runs that hold the store now, and the files left by runs that are dead."""
+    runs: list[LiveRun] = []
+    stale: list[Path] = []
+    for path in sorted(layout.live.glob("*.json")):
+        try:
+            with open(path) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    runs.append(_read_run(file.read()))
+                else:
+                    fcntl.flock(file, fcntl.LOCK_UN)
+                    stale.append(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            # A file we may not open says nothing about its run: leave everything to it.
+            runs.append(_read_run(""))
+    return runs, stale
+
+
+def _read_run(text: str) -> LiveRun:
+    try:
+        about = json.loads(text)
+        teachers = tuple(about["teachers"])
+        return LiveRun(about["host"], about["pid"], about["run"], teachers)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return LiveRun("?", 0, "?", ("*",))

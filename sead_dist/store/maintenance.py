@@ -1,40 +1,177 @@
-"""What a person does with a prediction store: list, verify, compact, remove. Returns data only."""
+"""What lies in a prediction store: blocks by headers, groups, counts of rows; listed and verified.
+
+K ids of a key block.
+"""
 
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sead_dist.store.blocks import read_description
-from sead_dist.store.compaction import CompactResult, compact
-from sead_dist.store.inventory import Bad, Row, headers, key_sizes, rows_of, scan
-from sead_dist.store.key_blocks import read_key_block
+import numpy as np
+
+from sead_dist.errors import RunError, UserError
+from sead_dist.store.blocks import Check, ValueBlock, read_description, read_value_block
+from sead_dist.store.ids import Bools, read_key_block, union
 from sead_dist.store.layout import (
     BLOCK_SUFFIX,
+    BusyError,
     Layout,
+    LiveRun,
     existing,
+    explain,
+    live_runs,
     old_temporaries,
     set_aside,
+    unreadable,
 )
-from sead_dist.store.live import LiveRun, live_runs
-from sead_dist.store.removal import Removal, Removed, plan_removal, remove
 from sead_dist.store.tensor_file import BadBlockError
 
-__all__ = [
-    "Bad",
-    "CompactResult",
-    "Listing",
-    "LiveRun",
-    "Removal",
-    "Removed",
-    "Row",
-    "VerifyResult",
-    "compact",
-    "list_store",
-    "plan_removal",
-    "remove",
-    "verify",
-]
+
+@dataclass(frozen=True)
+class Row:
+    """One teacher, task and split.
+
+    num_rows: unique examples; num_bytes: value blocks alone, since keys are shared; newest: seconds
+    since the epoch; folder: under values/.
+    """
+
+    teacher: str
+    fingerprint: str
+    numerics: str
+    task: str
+    split: str
+    num_rows: int
+    num_blocks: int
+    num_bytes: int
+    newest: float
+    folder: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file that is not what it should be; moved: it went to quarantine/."""
+
+    path: Path
+    reason: str
+    moved: bool
+
+
+def note_bad(layout: Layout, bad: list[Bad], path: Path, reason: object, move: bool) -> None:
+    """Add a file that is still there to `bad`, moved to quarantine/ where that is asked for."""
+    if path.exists():
+        moved = move and set_aside(layout, path) is not None
+        bad.append(Bad(path, str(reason), moved))
+
+
+@contextmanager
+def alone(layout: Layout) -> Iterator[None]:
+    """Only one compaction or removal at a time.
+
+    Raises UserError where another is at work, RunError where the store cannot be written.
+    """
+    try:
+        with layout.lock("compact.lock", exclusive=True, wait=False):
+            yield
+    except BusyError:
+        raise UserError(
+            f"another compaction or removal is at work in the prediction store {layout.root}; "
+            "try again when it has ended"
+        ) from None
+    except OSError as error:
+        raise RunError(explain(layout.root, error.filename or "upkeep", error)) from error
+
+
+def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
+    """Every value block, or what is wrong with it; those that vanish meanwhile are left out.
+
+    Raises RunError where one may not be read.
+    """
+    for path in sorted(layout.values.glob(f"*/*{BLOCK_SUFFIX}")):
+        try:
+            yield path, read_value_block(path, check)
+        except FileNotFoundError:
+            continue
+        except BadBlockError as error:
+            yield path, error
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+def headers(layout: Layout) -> list[ValueBlock]:
+    """Every value block with a readable header; without logits, which would fill the memory."""
+    found = (block for _, block in scan(layout, "header") if isinstance(block, ValueBlock))
+    return [
+        replace(block, covers=block.covers.copy(), logits=block.logits.empty()) for block in found
+    ]
+
+
+def rows_of(layout: Layout, blocks: Iterable[ValueBlock]) -> list[Row]:
+    """One row for what a teacher folder holds of a task and split, sorted by teacher name, task and
+    split."""
+    groups: dict[tuple[str, str, str], list[ValueBlock]] = defaultdict(list)
+    for block in blocks:
+        groups[block.folder, block.task, block.split].append(block)
+    rows = [_row(layout, group) for group in groups.values()]
+    return sorted(rows, key=lambda row: (row.teacher, row.folder, row.task, row.split))
+
+
+def _row(layout: Layout, blocks: list[ValueBlock]) -> Row:
+    newest = max(blocks, key=lambda block: block.written_at)
+    return Row(
+        teacher=newest.name,
+        fingerprint=newest.teacher,
+        numerics=newest.numerics,
+        task=newest.task,
+        split=newest.split,
+        num_rows=_count_unique(layout, blocks),
+        num_blocks=len(blocks),
+        num_bytes=sum(block.num_bytes for block in blocks),
+        newest=newest.written_at,
+        folder=newest.folder,
+    )
+
+
+def _count_unique(layout: Layout, blocks: list[ValueBlock]) -> int:
+    if len(blocks) == 1:
+        return blocks[0].covers.num_rows
+    masks: dict[tuple[str, int], Bools] = {}
+    for block in blocks:
+        num_keys = block.covers.num_keys
+        block.covers.add_to(masks.setdefault((block.keys, num_keys), np.zeros(num_keys, bool)))
+    if len(masks) == 1:
+        return sum(int(np.count_nonzero(mask_K)) for mask_K in masks.values())
+    parts = []
+    for (key_hash, num_keys), mask_K in masks.items():
+        with suppress(OSError, BadBlockError):  # verify says so; here nothing counts
+            ids_K2 = read_key_block(layout.key_path(key_hash))
+            if len(ids_K2) == num_keys:
+                parts.append((ids_K2, mask_K))
+    return sum(len(piece) for piece in union(parts)) if parts else 0
+
+
+def sizes(paths: Iterable[Path]) -> dict[Path, int]:
+    """Bytes of each file that is still there."""
+    found: dict[Path, int] = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_size
+    return found
+
+
+def key_sizes(layout: Layout) -> dict[str, int]:
+    """Bytes of each key block, by its hash."""
+    found = sizes(layout.keys.glob(f"*{BLOCK_SUFFIX}"))
+    return {path.name.removesuffix(BLOCK_SUFFIX): size for path, size in found.items()}
+
+
+def remove_unused_keys(layout: Layout) -> None:
+    """Remove key blocks that no value block refers to; call with store.lock held alone."""
+    used = {block.keys for block in headers(layout)}
+    for key_hash in set(key_sizes(layout)) - used:
+        layout.key_path(key_hash).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -91,24 +228,18 @@ def verify(folder: Path, repair: bool = False) -> VerifyResult:
     for path, block in scan(layout, "all"):
         num_blocks += 1
         if isinstance(block, BadBlockError):
-            _note(layout, bad, path, block, repair)
+            note_bad(layout, bad, path, block, repair)
             continue
         num_bytes += block.num_bytes
         if block.keys not in keys:
             with suppress(BadBlockError, OSError):  # it may be newer than the look above
                 keys[block.keys] = len(read_key_block(layout.key_path(block.keys)))
         if keys.get(block.keys) != block.covers.num_keys:
-            _note(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
+            note_bad(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
     _verify_descriptions(layout, bad, repair)
     num_bytes += sum(key_sizes(layout).values())
     unfinished = len(old_temporaries(layout))
     return VerifyResult(len(keys), num_blocks, num_bytes, tuple(bad), unfinished)
-
-
-def _note(layout: Layout, bad: list[Bad], path: Path, reason: object, repair: bool) -> None:
-    if path.exists():
-        moved = repair and set_aside(layout, path) is not None
-        bad.append(Bad(path, str(reason), moved))
 
 
 def _verify_keys(layout: Layout, bad: list[Bad], repair: bool) -> dict[str, int]:
@@ -120,7 +251,7 @@ def _verify_keys(layout: Layout, bad: list[Bad], repair: bool) -> dict[str, int]
         except FileNotFoundError:
             continue
         except (BadBlockError, OSError) as error:
-            _note(layout, bad, path, error, repair)
+            note_bad(layout, bad, path, error, repair)
     return lengths
 
 
@@ -131,4 +262,4 @@ def _verify_descriptions(layout: Layout, bad: list[Bad], repair: bool) -> None:
         except FileNotFoundError:
             continue
         except BadBlockError as error:
-            _note(layout, bad, path, error, repair)
+            note_bad(layout, bad, path, error, repair)

@@ -9,16 +9,8 @@ from pathlib import Path
 
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
-from sead_dist.store.inventory import (
-    Row,
-    alone,
-    headers,
-    key_sizes,
-    remove_unused_keys,
-    rows_of,
-)
-from sead_dist.store.layout import BLOCK_SUFFIX, Layout, existing
-from sead_dist.store.live import LiveRun, live_runs
+from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
+from sead_dist.store.maintenance import Row, alone, headers, key_sizes, remove_unused_keys, rows_of
 
 MIN_PREFIX = 6
 

@@ -1,13 +1,209 @@
-"""Where the stored rows of one table lie: in memory, or in mapped blocks.
+"""Stored rows: the ids and logits of a block, and where those of one table lie.
 
-U entries of the table, R rows of a request, M rows added at once, C classes.
+K ids of a key block, M rows of a block (ids that it covers) or rows added at once, P places that
+are asked for, C classes, R rows of a request, S chunks of rows, U entries of a table.
 """
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from sead_dist.store.coverage import Coverage
-from sead_dist.store.ids import Bools, Integers
-from sead_dist.store.logits import Floats, Logits
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sead_dist.store.ids import PIECE, Bools, Integers, Ints, Places
+from sead_dist.store.tensor_file import BadBlockError
+
+WORD = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """All of `num_keys` ids, or the M places of a list, or those of a bit map.
+
+    rows_M: increasing places. words: uint64, one bit for each of the K ids, the lowest first.
+    Rows of the block stand in the order of the places.
+    """
+
+    num_keys: int
+    rows_M: Places | None = None
+    words: npt.NDArray[np.uint64] | None = None
+
+    @staticmethod
+    def of(mask_K: Bools) -> "Coverage":
+        """Of the ids where the mask is set, in the form that takes the fewest bytes."""
+        num_rows, num_keys = int(np.count_nonzero(mask_K)), len(mask_K)
+        if num_rows == num_keys:
+            return Coverage(num_keys)
+        if 4 * num_rows <= 8 * -(-num_keys // WORD):
+            return Coverage(num_keys, rows_M=np.flatnonzero(mask_K).astype(np.int32))
+        return Coverage(num_keys, words=pack(mask_K))
+
+    @cached_property
+    def num_rows(self) -> int:
+        if self.rows_M is not None:
+            return len(self.rows_M)
+        if self.words is not None:
+            return int(np.bitwise_count(self.words).sum(dtype=np.int64))
+        return self.num_keys
+
+    @property
+    def whole(self) -> bool:
+        return self.rows_M is None and self.words is None
+
+    @property
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """What a file keeps of it."""
+        if self.words is not None:
+            return {"words": self.words}
+        return {} if self.rows_M is None else {"rows": self.rows_M}
+
+    def copy(self) -> "Coverage":
+        """The same, apart from the file that it was read from."""
+        rows = None if self.rows_M is None else self.rows_M.copy()
+        return Coverage(self.num_keys, rows, None if self.words is None else self.words.copy())
+
+    def trouble(self) -> str | None:
+        """What is wrong with the list or the bit map, None where nothing is."""
+        rows, words = self.rows_M, self.words
+        if rows is not None:
+            if rows[0] < 0 or rows[-1] >= self.num_keys or not (rows[1:] > rows[:-1]).all():
+                return f"rows outside of its {self.num_keys} keys, or not increasing"
+        elif words is not None:
+            spare = -self.num_keys % WORD
+            if len(words) * WORD != self.num_keys + spare or int(words[-1]) >> (WORD - spare):
+                return f"a bit map that does not fit its {self.num_keys} keys"
+        return None
+
+    def pieces(self) -> Iterator[Places]:
+        """The M places in order, in pieces of bounded size."""
+        if self.rows_M is not None:
+            for start in range(0, len(self.rows_M), PIECE):
+                yield self.rows_M[start : start + PIECE]
+            return
+        for start in range(0, self.num_keys, PIECE):
+            end = min(start + PIECE, self.num_keys)
+            if self.words is None:
+                yield np.arange(start, end, dtype=np.int32)
+            else:
+                bits = unpack(self.words[start // WORD : -(-end // WORD)], end - start)
+                yield (np.flatnonzero(bits) + start).astype(np.int32)
+
+    def add_to(self, mask_K: Bools) -> None:
+        """Set the mask at every place that is covered."""
+        for places in self.pieces():
+            mask_K[places] = True
+
+    def rows_at(self, places_P: Integers) -> Integers:
+        """The block's row at each place, [P], -1 where it has none."""
+        if self.rows_M is not None:
+            at_P = np.searchsorted(self.rows_M, places_P)
+            at_P[at_P == len(self.rows_M)] = 0
+            return np.where(self.rows_M[at_P] == places_P, at_P, -1)
+        if self.words is None:
+            return places_P
+        word_P, bit_P = np.divmod(places_P.astype(np.uint64), np.uint64(WORD))
+        bits_P = self.words[word_P]
+        below_P = bits_P & ((np.uint64(1) << bit_P) - np.uint64(1))
+        row_P = self._before[word_P] + np.bitwise_count(below_P)
+        return np.where((bits_P >> bit_P) & np.uint64(1), row_P, -1)
+
+    @cached_property
+    def _before(self) -> Ints:
+        """For each word of the bit map the number of rows before it."""
+        assert self.words is not None
+        counts = np.bitwise_count(self.words).astype(np.int64)
+        return np.cumsum(counts) - counts
+
+
+def pack(mask_K: Bools) -> npt.NDArray[np.uint64]:
+    """A bit for each K, in whole words."""
+    bits = np.packbits(mask_K, bitorder="little")
+    return np.pad(bits, (0, -len(bits) % (WORD // 8))).view("<u8").astype(np.uint64, copy=False)
+
+
+def unpack(words: npt.NDArray[np.uint64], num_keys: int) -> Bools:
+    bits = np.unpackbits(words.view(np.uint8), count=num_keys, bitorder="little")
+    return bits.view(np.bool_)
+
+
+Floats = npt.NDArray[np.float32]
+Sums = npt.NDArray[np.uint64]
+
+CHUNK_BYTES = 1 << 16
+
+
+class BadChunkError(BadBlockError):
+    """Rows of a block that were altered since it was written, found while they were read."""
+
+    def __init__(self, logits: "Logits", text: str) -> None:
+        super().__init__(text)
+        self.logits = logits
+
+
+class Logits:
+    """Logits [M, C] of a block, with the sum of each chunk, or without sums where all of it was
+    checked before. path: of the block, None before it is written."""
+
+    def __init__(
+        self, values_MC: Floats, sums_S: Sums | None = None, path: Path | None = None
+    ) -> None:
+        self.values_MC, self.sums_S, self.path = values_MC, sums_S, path
+        self._sound_S = np.zeros(0 if sums_S is None else len(sums_S), bool)
+        self._all_sound = sums_S is None
+
+    def empty(self) -> "Logits":
+        """The same without its rows, which would fill the memory."""
+        return Logits(np.empty((0, self.values_MC.shape[1]), np.float32))
+
+    def take(self, rows_R: Integers) -> Floats:
+        """The rows [R, C], copied; raises BadChunkError where a chunk of them was altered."""
+        if not self._all_sound:
+            chunk_R = rows_R // chunk_rows(self.values_MC.shape[1])
+            self._check(np.unique(chunk_R[~self._sound_S[chunk_R]]))
+        return self.values_MC.take(rows_R, axis=0)
+
+    def bad_chunks(self) -> list[range]:
+        """The rows of every chunk that was altered."""
+        if self.sums_S is None:
+            return []
+        return [self._rows_of(s) for s in range(len(self.sums_S)) if not self._is_sound(s)]
+
+    def _check(self, chunks_S: Integers) -> None:
+        for chunk in chunks_S.tolist():
+            if not self._is_sound(chunk):
+                rows = self._rows_of(chunk)
+                raise BadChunkError(self, f"its rows {rows.start} to {rows.stop} are altered")
+            self._sound_S[chunk] = True
+        self._all_sound = bool(self._sound_S.all())
+
+    def _rows_of(self, chunk: int) -> range:
+        step = chunk_rows(self.values_MC.shape[1])
+        return range(chunk * step, min((chunk + 1) * step, len(self.values_MC)))
+
+    def _is_sound(self, chunk: int) -> bool:
+        assert self.sums_S is not None
+        rows = self._rows_of(chunk)
+        return chunk_sum(self.values_MC[rows.start : rows.stop]) == int(self.sums_S[chunk])
+
+
+def chunk_rows(classes: int) -> int:
+    """Rows in a chunk."""
+    return max(1, CHUNK_BYTES // (4 * classes))
+
+
+def chunk_sum(values_MC: Floats) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(values_MC).data)
+
+
+def chunk_sums(values_MC: Floats) -> Sums:
+    """The sum of each chunk [S]."""
+    step = chunk_rows(values_MC.shape[1])
+    starts = range(0, len(values_MC), step)
+    return np.array([chunk_sum(values_MC[at : at + step]) for at in starts], np.uint64)
 
 
 class Rows:

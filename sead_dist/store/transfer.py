@@ -10,16 +10,11 @@ from pathlib import Path, PurePath
 
 from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
-from sead_dist.store.blocks import (
-    ValueBlock,
-    describe_teacher,
-    metadata_of,
-    read_value_block,
-)
-from sead_dist.store.inventory import Bad, scan
-from sead_dist.store.key_blocks import ensure_key_block, read_key_block
-from sead_dist.store.layout import BLOCK_SUFFIX, Layout, create, existing, raise_format
-from sead_dist.store.tensor_file import BadBlockError, read_tensors, write_tensors
+from sead_dist.store.blocks import ValueBlock, read_value_block, write_value_block
+from sead_dist.store.ids import read_key_block
+from sead_dist.store.layout import Layout, create, existing, raise_format
+from sead_dist.store.maintenance import Bad, scan
+from sead_dist.store.tensor_file import BadBlockError
 
 
 @dataclass(frozen=True)
@@ -90,18 +85,7 @@ def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Pa
     if len(ids_K2) != block.covers.num_keys:
         raise BadBlockError(f"{len(ids_K2)} ids for {block.covers.num_keys} keys")
     block = replace(block, name=PurePath(redact(block.name)).name, runs=())
-    content = block.content_hash
-    target = into.values / block.folder / (content + BLOCK_SUFFIX)
     if block.compacted:
         raise_format(into)
-    # under the lock nobody removes as unused what the new block is about to use
-    with into.lock("store.lock", exclusive=False):
-        ensure_key_block(into, block.keys, ids_K2, sound)
-        describe_teacher(into, block)
-        try:
-            read_value_block(target, "all")
-            return target, block.covers.num_rows, False
-        except (BadBlockError, OSError):
-            tensors, _ = read_tensors(path)
-            write_tensors(into, target, tensors, metadata_of(block, content))
-    return target, block.covers.num_rows, True
+    there, new = write_value_block(into, block, ids_K2, sound)
+    return there, block.covers.num_rows, new

@@ -1,26 +1,26 @@
 """What is told of a sweep's runs before the first: inputs, methods, data and earlier runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from sead_dist.config.automatic import run_steps
 from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.splits import check_tokens, load_examples, route_of
 from sead_dist.data.task_files import constant_score
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
+from sead_dist.runs.checks import check_inputs
 from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
-from sead_dist.runs.inputs import check_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
-from sead_dist.sweep.jobs import check_jobs
 from sead_dist.sweep.results import TaskData
-from sead_dist.sweep.steps import fix_steps
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
 from sead_dist.training.identity import refuse_other
@@ -39,6 +39,16 @@ def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
     return settle(plan, [name for name in plan.tasks if plan.students(name)])
+
+
+def check_jobs(plan: Plan, world: World) -> None:
+    """Raises UserError where several runs at once would share what one of them needs alone."""
+    if plan.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
+        what = f"{world.size} ranks" if world.size > 1 else "a GPU"
+        raise UserError(
+            f"jobs={plan.jobs} divides the threads of one process without a GPU, and here is "
+            f"{what}; leave jobs out (the same line, started several times, shares the runs too)"
+        )
 
 
 def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
@@ -175,3 +185,73 @@ def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase
         path: load_tokenizer(locate(path, entry.revision, marks=TOKENIZER_FILES), trust)
         for path, entry in sources.items()
     }
+
+
+def steps_of(config: RunConfig, data: TaskData) -> int:
+    """Steps of a run by its own keys."""
+    unlabelled = data.unlabelled_rows if config.has_text else 0
+    return run_steps(config, data.train_rows, rows_asked(config, data.train_rows, unlabelled))
+
+
+def needs_rows(plan: Plan, task: str) -> bool:
+    """Whether the data must be read to say how many steps the runs of a task take."""
+    students = [unit.config for unit in plan.students(task)]
+    left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
+    unlike = len({config.taught for config in students}) > 1
+    return plan.equal_steps and left and (unlike or any(map(may_leave_text_out, students)))
+
+
+def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
+    """The plan with as many steps for all students of a task as the longest has, where equal_steps
+    asks for it: only then is their comparison fair. Tasks that `data` lacks stay as they are. A
+    function of plan and data alone, so that all workers of a sweep find the same.
+
+    Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
+    those that ask teachers take more steps, the more so with unlabelled text. The run with the most
+    steps keeps its keys; the others get its steps as max_steps, and pass over their rows more
+    often. Steps are counted with text that files of predictions do not answer, which their run
+    leaves out. So runs with files get as many steps as max_steps too.
+    """
+    if not plan.equal_steps:
+        return plan
+    units, lengthened = [], {}
+    longest = {
+        name: max(steps_of(unit.config, of) for unit in plan.students(name))
+        for name, of in data.items()
+    }
+    for unit in plan.units:
+        if unit.task in longest and unit.method in plan.methods:
+            own, most = steps_of(unit.config, data[unit.task]), longest[unit.task]
+            if own < most:
+                lengthened[unit.task, unit.method] = own
+            if own < most or may_leave_text_out(unit.config):
+                config = unit.config.model_copy(update={"max_steps": most})
+                unit = replace(unit, config=config)
+        units.append(unit)
+    return replace(plan, units=units, lengthened=lengthened)
+
+
+def may_leave_text_out(config: RunConfig) -> bool:
+    """Whether a run may have fewer rows than are counted here, and so fewer steps of its own."""
+    left = config.max_steps is None and config.num_train_epochs is None
+    files = [entry for entry in config.teachers if entry.predictions is not None]
+    return left and config.taught and bool(files)
+
+
+def told_steps(plan: Plan, name: str, data: TaskData) -> str:
+    """A line on the rows and the steps of a task's students."""
+    configs = {unit.method: unit.config for unit in plan.students(name)}
+    steps = {method: steps_of(config, data) for method, config in configs.items()}
+    most = {
+        method: f"{'at most ' if config.early_stopping_patience is not None else ''}{steps[method]}"
+        for method, config in configs.items()
+    }
+    rows = f"{name}: {data.train_rows} labelled rows"
+    if data.unlabelled_rows:
+        rows += f", {data.unlabelled_rows} unlabelled ones for methods that ask teachers"
+    if len(set(steps.values())) > 1:
+        each = ", ".join(f"{method} {count}" for method, count in most.items())
+        return f"{rows}; steps: {each} (equal_steps=off)"
+    more = [f"{method} {of}" for (task, method), of in plan.lengthened.items() if task == name]
+    own = f" (equal_steps=on; by their own rows: {', '.join(more)})" if more else ""
+    return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"

@@ -1,9 +1,11 @@
-"""A sweep is a list of runs: teachers first, then students of every task, method and seed.
+"""A sweep is a list of runs: teachers first, then students of every task, arm and seed.
 
-Its own keys stand in configs/sweep.yaml; all other keys are those of its runs.
+An arm is a method, and any keys of the run that it alone has. The sweep's own keys stand in
+configs/sweep.yaml; all other keys are those of its runs.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +28,30 @@ from sead_dist.data.task_files import TaskSpec, load_task, nearest
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.encoders import teacher_layers, teacher_runs
-from sead_dist.runs.finished import refuse_unused_text
-from sead_dist.runs.inputs import without_teachers_text
-from sead_dist.sweep.arms import FINETUNE, Arm, read_arms, reference_of
+from sead_dist.runs.checks import (
+    refuse_unused_text,
+    teacher_layers,
+    teacher_runs,
+    without_teachers_text,
+)
 
 TEACHERS = "teachers"
 # folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
 TAKEN = ("report", "store", TEACHERS)
 # of one sweep, given as their number
 MOST_SEEDS = 1000
+# what the others are compared with where nothing else is named
+FINETUNE = "finetune"
+# arms are compared on the same rows, and with the same teachers
+COMMON_KEYS = (
+    *("task", "seed", "output_dir", "data", "selection"),
+    *("teachers", "encoders", "plugins"),
+)
+# what says how many steps a run takes
+STEP_KEYS = (
+    *("max_steps", "num_train_epochs", "early_stopping_patience", "global_batch_size"),
+    *("unlabeled", "augment"),
+)
 Layers = Sequence[Mapping[str, Any]]
 
 
@@ -66,6 +82,16 @@ class Unit:
     def failure(self) -> Path:
         """The file that says why this run failed when it was last tried."""
         return self.folder.with_name(f"{self.folder.name}.failed.json")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """name: of its folders, and in the report; method: a shipped one or a file of keys; keys: of
+    its runs, over all others."""
+
+    name: str
+    method: str
+    keys: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -308,3 +334,62 @@ def student_units(
         for seed in seeds
         for arm, config in arms
     ]
+
+
+def read_arms(given: Sequence[str | Mapping[str, Any]], equal_steps: bool) -> list[Arm]:
+    """The arms that `methods` lists: names of methods, or {name, method, keys of a run}.
+
+    Raises UserError for what cannot be an arm, and for one that sets its own number of steps where
+    all are to take as many.
+    """
+    arms = [read_arm(one) for one in given]
+    for arm in arms:
+        own = next((key for key in STEP_KEYS if key in arm.keys), None)
+        if equal_steps and own is not None:
+            raise UserError(
+                f"methods: the arm {arm.name!r} sets {own}, and equal_steps=on gives all arms of a "
+                "task as many steps; give equal_steps=off"
+            )
+    return arms
+
+
+def read_arm(given: str | Mapping[str, Any]) -> Arm:
+    """One entry of `methods`. Raises UserError."""
+    if isinstance(given, str):
+        return Arm(method_name(given), given)
+    keys = {key: value for key, value in given.items() if key not in ("name", "method")}
+    method = given.get("method")
+    if not isinstance(method, str):
+        raise UserError(
+            f"methods: the arm {given.get('name')!r} has no method; give {{name: NAME, method: "
+            "METHOD, KEY: VALUE, ...}"
+        )
+    name = given.get("name", method_name(method))
+    if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name) is None:
+        raise UserError(
+            f"methods: the arm's name {name!r} cannot be a folder's; give letters, digits, dots "
+            "and hyphens, beginning with a letter or digit"
+        )
+    for key in COMMON_KEYS:
+        if key in keys:
+            raise UserError(
+                f"methods: the arm {name!r} sets {key}, which is the same for all arms of a sweep; "
+                "give it beside methods"
+            )
+    return Arm(name, method, keys)
+
+
+def method_name(method: str) -> str:
+    """A shipped method's name, or the stem of a person's own file."""
+    return Path(method).stem
+
+
+def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
+    """The arm that the others are compared with; None where nothing is named and no arm is called
+    finetune. Raises UserError for a name that no arm has."""
+    names = [arm.name for arm in arms]
+    if given is None:
+        return FINETUNE if FINETUNE in names else None
+    if given not in names:
+        raise UserError(f"reference={given} is no arm of this sweep{nearest(given, names)}")
+    return given

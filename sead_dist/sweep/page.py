@@ -1,45 +1,78 @@
 """The report of a sweep as one HTML page that works from a file: tables, pictures, explanation.
 
-The page asks for nothing outside itself; without JavaScript only the sorting is missing.
+The page asks for nothing outside itself; without JavaScript only the sorting is missing. Its two
+pictures are also SVG files: differences from the reference, and their cost. Both are functions of
+report.json alone. Letters stay letters, so that a page can be searched and read aloud; the few
+colours are named in `COLOURS`, so that a dark page can change them.
 """
 
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sead_dist.data.resampling import LEVEL
+from sead_dist.reporting.plots import BLUE, GREY, RED, short
+from sead_dist.runtime.console import counted
 from sead_dist.runtime.own_files import written_aside
-from sead_dist.sweep.plots import COLOURS, Picture, draw_pictures, gaps
 from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
 # of a cell, added up over tasks
 COSTS = ("seconds", "teacher_forwards", "steps", "labelled_rows", "unlabelled_rows")
+INK, PAPER = "#1b1f24", "#ffffff"
+COLOURS = {"ink": INK, "paper": PAPER, "better": BLUE, "worse": RED, "unsure": GREY}
+WIDTH_IN = 10.0
+ALL_TASKS = "all tasks"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of the report's folder, and what it shows in words."""
+
+    file: str
+    title: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a method is from the reference on one task, or over all of them.
+
+    interval: None where too few runs were made to say.
+    """
+
+    task: str
+    method: str
+    value: float
+    interval: tuple[float, float] | None
+    p_holm: float | None = None
+
+    @property
+    def colour(self) -> str:
+        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+            return GREY
+        return BLUE if self.value > 0 else RED
 
 
 def render_page(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.html, and its pictures as SVG files, into `folder`, which is made.
-
-    Args:
-        report: what report.json holds (`sweepscores.scores_of`).
-        folder: where the page goes; an older page there is replaced.
-
-    Returns:
-        the page's path.
-    """
+    """Write report.html, and its pictures as SVG files, into `folder`, which is made; the page's
+    path. report: what report.json holds (`sweep.results.scores_of`)."""
     from jinja2 import Environment, StrictUndefined
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [(picture, inline(picture, folder)) for picture in draw_pictures(report, folder)]
-    template = (
-        resources.files("sead_dist.reporting.templates")
-        .joinpath("sweep.html.j2")
-        .read_text("utf-8")
-    )
+    folder_of = resources.files("sead_dist.reporting.templates")
+    template = folder_of.joinpath("sweep.html.j2").read_text("utf-8")
     jinja = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -52,7 +85,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         methods=methods(report),
         ceilings=ceilings(report),
         published=published(report),
-        costs=costs(report),
+        costs=cost_rows(report),
         equal_steps=equal_steps(report),
         means_over=means_over(report),
         chance=chance_of(report),
@@ -76,7 +109,8 @@ def methods(report: Mapping[str, Any]) -> Rows:
     for of in report["cells"]:
         if of["mean"] is not None:
             best[of["task"]] = max(of["mean"], best.get(of["task"], of["mean"]))
-    why = absences(report)
+    kinds = {"missing": "not run", "failed": "failed", "not_applicable": "does not apply"}
+    why = {(of["task"], of["method"]): kinds[kind] for kind in kinds for of in report[kind]}
     rows = []
     for mean in report["means"]:
         cells: Rows = []
@@ -90,12 +124,6 @@ def methods(report: Mapping[str, Any]) -> Rows:
                 cells.append({**of, "runs": had, "best": of["mean"] == best[task["name"]]})
         rows.append({**mean, "cells": cells})
     return sorted(rows, key=lambda row: (-row["tasks"], -(row["score"] or 0.0)))
-
-
-def absences(report: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """In a word, why a method has no score on a task."""
-    kinds = {"missing": "not run", "failed": "failed", "not_applicable": "does not apply"}
-    return {(of["task"], of["method"]): word for kind, word in kinds.items() for of in report[kind]}
 
 
 def ceilings(report: Mapping[str, Any]) -> Rows:
@@ -142,21 +170,13 @@ def best_here(report: Mapping[str, Any], task: str, metric: str) -> Mapping[str,
     return max(cells, key=lambda of: of["mean"], default=None)
 
 
-def costs(report: Mapping[str, Any]) -> Rows:
+def cost_rows(report: Mapping[str, Any]) -> Rows:
     """A row for each method: its mean, and what its runs took over the tasks of the mean."""
     rows = []
     for mean in report["means"]:
-        cells = [
-            of
-            for of in report["cells"]
-            if of["method"] == mean["method"] and of["task"] in report["mean_tasks"]
-        ]
-        rows.append(
-            {
-                **mean,
-                **{key: total([of[key] for of in cells]) for key in COSTS},
-            }
-        )
+        own = [of for of in report["cells"] if of["method"] == mean["method"]]
+        cells = [of for of in own if of["task"] in report["mean_tasks"]]
+        rows.append({**mean, **{key: total([of[key] for of in cells]) for key in COSTS}})
     return rows
 
 
@@ -182,3 +202,185 @@ def inline(picture: Picture, folder: Path) -> "Markup":
         drawing = drawing.replace(colour.lower(), f"var(--{name}, {colour})")
     label = escape(f"{picture.title}. {picture.words}")
     return Markup(f'<svg role="img" aria-label="{label}" ') + Markup(drawing)
+
+
+def draw_pictures(report: Mapping[str, Any], folder: Path) -> list[Picture]:
+    """Write those pictures that there is something to show in, and say which they are."""
+    pictures = []
+    if found := gaps(report):
+        pictures.append(draw_gaps(found, str(report["reference"]), folder))
+    if found_costs := costs(report):
+        pictures.append(draw_costs(found_costs, report["reference"], folder))
+    return pictures
+
+
+def gaps(report: Mapping[str, Any]) -> list[Gap]:
+    """The report's differences; without an interval also those of single runs of the same seeds."""
+    reference = {of["task"]: of for of in report["cells"] if of["method"] == report["reference"]}
+    found = []
+    for of in report["cells"]:
+        other = reference.get(of["task"])
+        if other is None or other is of or of["mean"] is None or other["mean"] is None:
+            continue
+        value, interval = of["difference"], of["interval"]
+        if value is None and ran(of) == ran(other):
+            value = of["mean"] - other["mean"]
+        if value is not None:
+            gap = Gap(
+                of["task"], of["method"], value, interval and tuple(interval), of.get("p_holm")
+            )
+            found.append(gap)
+    if len(report["tasks"]) > 1:
+        found += [
+            Gap(ALL_TASKS, of["method"], of["difference"], tuple(of["interval"]))
+            for of in report["means"]
+            if of["difference"] is not None and of["interval"] is not None
+        ]
+    return found
+
+
+def ran(cell: Mapping[str, Any]) -> list[bool]:
+    return [score is not None for score in cell["scores"]]
+
+
+def costs(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Seconds (one seed of every task) and mean score by method, over the tasks of the mean."""
+    return {
+        row["method"]: (row["seconds"], row["score"])
+        for row in cost_rows(report)
+        if row["score"] is not None and row["seconds"] is not None
+    }
+
+
+def draw_gaps(found: Sequence[Gap], name: str, folder: Path) -> Picture:
+    """A panel for each task and a row for each method, or the other way where panels are fewer;
+    name: of the reference."""
+    tasks = list(dict.fromkeys(gap.task for gap in found))
+    tasks.sort(key=lambda task: task == ALL_TASKS)
+    methods = list(dict.fromkeys(gap.method for gap in found))
+    by_task = len(tasks) <= len(methods)
+    panels, rows = (tasks, methods) if by_task else (methods, tasks)
+    columns = min(len(panels), 4)
+    lines = math.ceil(len(panels) / columns)
+    height_in = lines * (0.75 + 0.22 * len(rows)) + 0.3
+    with svg(folder / "differences.svg", height_in) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=not by_task)
+        for n, axes in enumerate(grid.flat):
+            if n >= len(panels):
+                axes.set_axis_off()
+                continue
+            own = [gap for gap in found if panels[n] in (gap.task, gap.method)]
+            at = [(gap.method if by_task else gap.task, gap) for gap in own]
+            plot_panel(axes, [(rows.index(row), gap) for row, gap in at])
+            axes.set_title(short(panels[n], 24), fontsize=10, loc="left", fontweight="bold")
+            axes.set_yticks(range(len(rows)), [short(row, 24) for row in rows])
+            if n + columns >= len(panels):  # the last panel of its column
+                axes.xaxis.set_tick_params(labelbottom=True)
+        grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
+        figure.supxlabel(f"difference from {name} (score)", fontsize=9)
+    words = in_words(found, name)
+    if by_task and len(panels) > 1:
+        words += " Each panel has its own scale, with 0 in the middle."
+    return Picture("differences.svg", f"Differences from {name}", words)
+
+
+def plot_panel(axes: "Axes", at: Sequence[tuple[int, Gap]]) -> None:
+    """Dots with their intervals; filled and coloured where the interval leaves out 0."""
+    axes.axvline(0, color=INK, linewidth=0.8)
+    reach = 1e-4
+    for y, gap in at:
+        low, high = gap.interval or (gap.value, gap.value)
+        axes.plot([low, high], [y, y], color=gap.colour, linewidth=1.6)
+        filling = PAPER if gap.colour == GREY else gap.colour
+        axes.plot(gap.value, y, "o", color=gap.colour, markerfacecolor=filling, markersize=5.5)
+        reach = max(reach, -low, high)
+    widest = max(reach * 1.08, *map(abs, axes.get_xlim()))  # of all panels that share the axis
+    axes.set_xlim(-widest, widest)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def in_words(found: Sequence[Gap], name: str) -> str:
+    single = [gap for gap in found if gap.task != ALL_TASKS]
+    number = counted(len(single), "difference")
+    better = sum(gap.colour == BLUE for gap in single)
+    worse = sum(gap.colour == RED for gap in single)
+    if all(gap.interval is None for gap in single):
+        return f"{number} of single runs, without intervals: none can be told from chance."
+    left = sum(gap.p_holm is not None and gap.p_holm < 1 - LEVEL for gap in single)
+    return (
+        f"Of {number}, {better} are above and {worse} below {name} beyond chance, each taken "
+        f"by itself (filled dots); of all together {left} by Holm's correction. The others (hollow "
+        "dots) may be chance. Lines are 95% intervals."
+    )
+
+
+def draw_costs(
+    found: Mapping[str, tuple[float, float]], reference: str | None, folder: Path
+) -> Picture:
+    """Mean score against seconds; names stand in a column at the right, in the order of scores."""
+    names = sorted(found, key=lambda name: found[name][1])
+    scores = [found[name][1] for name in names]
+    middle, reach = (scores[0] + scores[-1]) / 2, max((scores[-1] - scores[0]) * 0.6, 0.002)
+    step = 2 * reach / max(len(names), 8)
+    with svg(folder / "cost.svg", max(2.6, 0.7 + 0.27 * len(names))) as figure:
+        axes = figure.subplots()
+        for name, place in zip(names, spread_out(scores, step), strict=True):
+            seconds, score = found[name]
+            filled = PAPER if name == reference else BLUE
+            axes.plot(seconds, score, "o", color=BLUE, markerfacecolor=filled, markersize=7)
+            axes.annotate(
+                short(name, 24),
+                (seconds, score),
+                xytext=(1.03, place),
+                textcoords=("axes fraction", "data"),
+                va="center",
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 4},
+            )
+        axes.set_ylim(middle - reach - step, middle + reach + step)
+        axes.set_xlim(0, max(seconds for seconds, _ in found.values()) * 1.06)
+        axes.set_xlabel("seconds of training: one seed of every task")
+        axes.set_ylabel("mean score over tasks")
+    said = "; ".join(
+        f"{name} {score:.4f} in {seconds:.0f} s" for name, (seconds, score) in found.items()
+    )
+    return Picture("cost.svg", "Score against time", f"{said}.")
+
+
+def spread_out(places: Sequence[float], step: float) -> list[float]:
+    """Move rising places apart, so that neighbours are at least `step` from each other, around
+    the same middle."""
+    apart: list[float] = []
+    for place in places:
+        apart.append(max(place, apart[-1] + step) if apart else place)
+    shift = (sum(apart) - sum(places)) / len(places)
+    return [place - shift for place in apart]
+
+
+@contextmanager
+def svg(path: Path, height_in: float) -> "Iterator[Figure]":
+    """A figure that becomes a file, the same bytes for the same report."""
+    # Not pyplot: it keeps figures in global state and may look for a display.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        # ids of two pictures in one page must differ
+        "svg.hashsalt": path.stem,
+        # a name may hold a dollar sign
+        "text.parse_math": False,
+        "font.size": 9,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+        yield figure
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
+        with written_aside(path) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None})

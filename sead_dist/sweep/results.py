@@ -23,8 +23,7 @@ from sead_dist.reporting.report import read_predictions
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
-from sead_dist.sweep.arms import method_name
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit, method_name
 from sead_dist.sweep.published import FIGURES, NOTE
 from sead_dist.sweep.significance import Difference, compare, holm, mean_difference
 

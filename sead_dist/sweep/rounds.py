@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sead_dist.errors import refusal
-from sead_dist.runs.claim import try_lock
+from sead_dist.runs.claim import open_lock, takes, try_lock
 from sead_dist.runtime.run_log import is_finished, read_as
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
 
@@ -32,30 +31,15 @@ def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
     machine: the name of this one. Raises UserError or RunError where the folder cannot be made.
     """
     name = (machine or socket.gethostname()).encode()
-    path = unit.folder.parent.parent / f".{unit.folder.name}.round"
+    handle = open_lock(unit.folder.parent.parent / f".{unit.folder.name}.round")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise refusal(
-            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
-        ) from None
-    try:
-        if _locked(handle, fcntl.LOCK_EX):
+        if takes(handle, fcntl.LOCK_EX):
             os.ftruncate(handle, 0)
             os.pwrite(handle, name, 0)
         # from alone to shared; where another came between, that one has the round
-        yield _locked(handle, fcntl.LOCK_SH) and os.pread(handle, 1024, 0) == name
+        yield takes(handle, fcntl.LOCK_SH) and os.pread(handle, 1024, 0) == name
     finally:
         os.close(handle)
-
-
-def _locked(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def has_model(run: Path) -> bool:

@@ -2,25 +2,32 @@
 
 A worker is a process, or a world of ranks that take part in every run together. What is done, what
 failed and what another worker has in hand is told by the run folders alone, so several workers on
-one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them.
+one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A process
+that the key `jobs` starts is `python -m sead_dist.sweep.run WORDS`.
 """
 
+import os
+import statistics
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import RunError, UserError, one_line
 from sead_dist.runs.claim import refuse_other_keys, try_lock
 from sead_dist.runs.distillation import distill
-from sead_dist.runtime.distributed import StopFlag, World, from_main
-from sead_dist.runtime.run_log import is_finished, write_json
-from sead_dist.sweep.checks import check_plan
+from sead_dist.runtime.console import clock, counted
+from sead_dist.runtime.distributed import StopFlag, World, from_main, in_world
+from sead_dist.runtime.run_log import is_finished, read_as, write_json
+from sead_dist.sweep.checks import check_plan, told_steps
 from sead_dist.sweep.grid import Plan, Unit, make_plan
-from sead_dist.sweep.jobs import run_jobs
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import show, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
@@ -33,8 +40,6 @@ from sead_dist.sweep.rounds import (
     try_join,
     undo_others,
 )
-from sead_dist.sweep.steps import told_steps
-from sead_dist.sweep.time_left import time_left
 from sead_dist.teachers.teacher import device_model
 
 POLL_S = 2.0
@@ -243,3 +248,109 @@ def note_failure(unit: Unit, error: Exception) -> None:
     reason = str(error) or type(error).__name__
     print(f"sead-dist: {unit.title} failed: {reason}", flush=True)
     write_json(unit.failure, {"run": unit.title, "reason": reason})
+
+
+def time_left(plan: Plan, workers: int) -> str:
+    """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
+
+    A run takes the median of the finished ones of its task and method. Where there is none, it
+    takes that of its task's other students. Where there are none either, nothing is said of it.
+    """
+    spent: dict[tuple[str, str], list[float]] = {}
+    left = []
+    for unit in plan.units:
+        if is_finished(unit.folder):
+            summary = read_as(dict[str, Any], unit.folder / "run_summary.json")
+            spent.setdefault((unit.task, unit.method), []).append(float(summary["train_s"]))
+        if not is_done(plan, unit):
+            left.append(unit)
+    told = f"{counted(len(left), 'run')} left"
+    expected = [of_run(unit, plan, spent) for unit in left]
+    known = [seconds for seconds in expected if seconds is not None]
+    if not known:
+        return told
+    about = "about" if len(known) == len(left) else "at least"
+    return f"{told}, {about} {clock(sum(known) / workers)}"
+
+
+def of_run(unit: Unit, plan: Plan, spent: dict[tuple[str, str], list[float]]) -> float | None:
+    """Seconds that a run will take; None where nothing like it is finished."""
+    own = spent.get((unit.task, unit.method), [])
+    if not own and unit.method in plan.methods:
+        own = [s for method in plan.methods for s in spent.get((unit.task, method), [])]
+    return statistics.median(own) if own else None
+
+
+def run_jobs(plan: Plan, stop: StopFlag) -> bool:
+    """Start `jobs` workers and wait until they end; False when the sweep was asked to stop before.
+
+    Raises RunError where one ended otherwise and runs are left over.
+    """
+    workers = [start_worker(plan) for _ in range(plan.jobs)]
+    readers = [pass_on(worker, number) for number, worker in enumerate(workers)]
+    try:
+        told = False
+        while any(worker.poll() is None for worker in workers):
+            if stop.signal is not None and not told:
+                told = True
+                for worker in workers:
+                    worker.terminate()
+            time.sleep(POLL_S / 20)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+    for reader in readers:
+        reader.join()
+    # a run that fails is written down, and its worker goes on
+    bad = [worker.returncode for worker in workers if worker.returncode]
+    if bad and stop.signal is None and not all(is_done(plan, unit) for unit in plan.units):
+        raise RunError(
+            f"{len(bad)} of {plan.jobs} workers of the sweep ended with code {bad[0]}; what they "
+            "said stands above; give the same command again to go on"
+        )
+    return stop.signal is None
+
+
+def start_worker(plan: Plan) -> subprocess.Popen[str]:
+    """A process with its share of the threads."""
+    threads = str(max(1, torch.get_num_threads() // plan.jobs))
+    return subprocess.Popen(
+        [sys.executable, "-m", "sead_dist.sweep.run", *plan.words, "jobs=1"],
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def pass_on(worker: subprocess.Popen[str], number: int) -> threading.Thread:
+    """A thread that prints what a worker says, with its number before each line."""
+
+    def read(said: IO[str]) -> None:
+        for line in said:
+            print(f"[{number + 1}] {line}" if line.strip() else line, end="", flush=True)
+
+    assert worker.stdout is not None
+    thread = threading.Thread(target=read, args=(worker.stdout,), daemon=True)
+    thread.start()
+    return thread
+
+
+def main() -> int:
+    """A worker's whole life. Exit codes as those of `sead-dist`."""
+    try:
+        with in_world() as world:
+            run_worker(sys.argv[1:], world)
+    except (UserError, RunError) as error:
+        print(f"sead-dist: {one_line(str(error))}", flush=True)
+        return 2 if isinstance(error, UserError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # threads of libraries may be in the middle of something
+    os._exit(code)

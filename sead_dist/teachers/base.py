@@ -6,6 +6,7 @@ Shapes: N teachers, B rows of a micro-batch, R requested examples, C classes (ta
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,16 +30,12 @@ class Request:
     step_of: Callable[[int], int] | None = None
 
 
-class Pending(Protocol):
-    def result(self) -> TeacherLogits:
-        """Waits; logits_NRC and present_NR in the order of the request. Raises RunError."""
-        ...
-
-
 class TeacherSource(Protocol):
     """Every rank submits the same requests in the same order."""
 
-    def submit(self, request: Request) -> Pending: ...
+    def submit(self, request: Request) -> Future[TeacherLogits]:
+        """logits_NRC and present_NR in the order of the request; its result raises RunError."""
+        ...
 
 
 class LiveTeacher(Protocol):
@@ -113,7 +110,7 @@ def stream(
             yield TaughtStep(step, parts, 0.0, live if shows else None)
         return
     windows = batches.windows(start, look_ahead)
-    ahead: deque[tuple[range, np.ndarray, Pending]] = deque()
+    ahead: deque[tuple[range, np.ndarray, Future[TeacherLogits]]] = deque()
 
     def submit_next() -> None:
         steps = next(windows, None)

@@ -24,15 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sead_dist.errors import RunError, UserError, one_line, reason
-from sead_dist.teachers.prompts import (
-    TRIAL,
-    Opening,
-    Prompt,
-    Texts,
-    Words,
-    read_prompt,
-    rows_of,
-)
+from sead_dist.teachers.prompts import TRIAL, Opening, Texts, Words, read_prompt, rows_of
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 8
@@ -135,13 +127,17 @@ class Client:
 
 
 class Endpoint:
-    """An endpoint at work (`kinds.Answers`)."""
+    """An endpoint at work (`kinds.Answers`). At the start it is asked once or twice whether and how
+    it gives scores.
+
+    Raises UserError where it gives none.
+    """
 
     # rows between two signs of progress
     at_once = 64
 
-    def __init__(self, opening: Opening, prompt: Prompt, words: Words) -> None:
-        entry = opening.entry
+    def __init__(self, opening: Opening) -> None:
+        entry, (prompt, words) = opening.entry, read_prompt(opening)
         assert entry.endpoint is not None
         self.name, self.model, self.chat = opening.name, entry.path, entry.chat
         self.prompt, self.words = prompt, words
@@ -295,13 +291,6 @@ class Endpoint:
             f"teacher {self.name}: {self.client.url} gives no log-probabilities of {self.model} "
             f"({last}); {NO_SCORES}"
         )
-
-
-def open_endpoint(opening: Opening) -> Endpoint:
-    """The endpoint of an entry, asked once or twice whether and how it gives scores. Raises
-    UserError."""
-    prompt, words = read_prompt(opening)
-    return Endpoint(opening, prompt, words)
 
 
 def _check_first_words(name: str, words: Words) -> None:

@@ -37,13 +37,11 @@ from sead_dist.models.sequence_classifier import (
     outline,
 )
 from sead_dist.runtime.distributed import World, gather_objects, on_every_rank
-from sead_dist.store.table import TeacherKey
-from sead_dist.teachers.file_teacher import FileAnswers, open_file
-from sead_dist.teachers.inference import Cut
-from sead_dist.teachers.kinds import Answers, fingerprint_of, open_answers
+from sead_dist.store.store import TeacherKey
+from sead_dist.teachers.inference import Cut, check_quantize
+from sead_dist.teachers.kinds import Answers, FileAnswers, fingerprint_of, open_answers, open_file
 from sead_dist.teachers.language_model import SCHEME, LanguageModel
 from sead_dist.teachers.prompts import Opening
-from sead_dist.teachers.quantize import check_quantize
 from sead_dist.teachers.teacher import Teacher, cut_of, numerics_class, size_of, weight_bytes
 
 
@@ -72,7 +70,11 @@ def read_teachers(
 
     Every rank gets the same list.
     """
-    checkpoints = on_every_rank(world, lambda: [checkpoint_of(entry) for entry in config.teachers])
+    # where classifiers lie; None for teachers of other kinds
+    checkpoints = on_every_rank(
+        world,
+        lambda: [locate(e.path, e.revision) if e.is_model else None for e in config.teachers],
+    )
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
         world, lambda: _call(config, task, world.device, checkpoints, hashes, student, examples)
@@ -81,67 +83,47 @@ def read_teachers(
     return teachers
 
 
-def checkpoint_of(entry: TeacherConfig) -> Checkpoint | None:
-    """Where a classifier lies; None for a teacher of another kind."""
-    return locate(entry.path, entry.revision) if entry.is_model else None
-
-
 # keys of an entry that only mean something to a classifier, and those that language models read too
 OF_MODEL = ("offload", "quantization", "revision", "dtype", "max_length")
 OF_LANGUAGE_MODEL = OF_MODEL[2:]
 
 
-def registered_teacher(opening: Opening, student: PreTrainedTokenizerBase) -> Teacher:
-    """A teacher that is no classifier. Raises UserError for keys of its entry that only mean
-    something to one."""
+def other_teacher(
+    opening: Opening, student: PreTrainedTokenizerBase, examples: RunExamples | None
+) -> Teacher:
+    """A teacher that is no classifier; examples: in which a file of predictions looks for its rows.
+    Raises UserError for what cannot teach, and for keys of its entry that only mean something to a
+    classifier."""
     config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
-    plain = TeacherConfig(path=entry.path)
-    allowed = OF_LANGUAGE_MODEL if entry.kind == LANGUAGE_MODEL else ()
-    for of_model in OF_MODEL:
-        if of_model not in allowed and getattr(entry, of_model) != getattr(plain, of_model):
-            raise UserError(
-                f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and its "
-                f"kind is {entry.kind}; leave it out"
-            )
-    answers, order_C = open_answers(opening)
-    fingerprint = fingerprint_of(entry, answers)
-    if not isinstance(answers, LanguageModel):
-        return without_model(config, task, entry, name, student, answers, fingerprint, order_C)
-    cut = Cut(1 << 30, None)
-    numerics = numerics_class(opening.device, answers.dtype, None, "auto", cut, SCHEME)
-    return Teacher(
-        entry, name, answers.source.checkpoint, PretrainedConfig(),
-        ModelInputs(student, tokenizer_hash(student), answers.max_length, "right"),
-        order_C, answers.dtype, answers.weights_sha256, answers.parameters, answers.bytes,
-        TeacherKey(fingerprint, numerics, entry.path, task.num_labels), cut, answers,
-    )  # fmt: skip
-
-
-def file_teacher(
-    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
-    student: PreTrainedTokenizerBase, examples: RunExamples | None,
-) -> Teacher:  # fmt: skip
-    """A teacher that is a file of predictions. Raises UserError for what cannot teach."""
-    if examples is None:
-        raise ValueError(f"teacher {name} is a file, and needs the run's rows")
-    file = open_file(entry, name, task, examples)
-    order_C = list(range(task.num_labels))
-    return without_model(config, task, entry, name, student, file, file.fingerprint, order_C)
-
-
-def without_model(
-    config: RunConfig, task: TaskSpec, entry: TeacherConfig, name: str,
-    student: PreTrainedTokenizerBase, answers: Answers | FileAnswers, fingerprint: str,
-    order_C: list[int],
-) -> Teacher:  # fmt: skip
-    """A teacher that is no model, and answers in this way."""
+    answers: Answers | FileAnswers
+    if entry.predictions is not None:
+        if examples is None:
+            raise ValueError(f"teacher {name} is a file, and needs the run's rows")
+        answers = open_file(entry, name, task, examples)
+        order_C, fingerprint = list(range(task.num_labels)), answers.fingerprint
+    else:
+        plain = TeacherConfig(path=entry.path)
+        allowed = OF_LANGUAGE_MODEL if entry.kind == LANGUAGE_MODEL else ()
+        for of_model in OF_MODEL:
+            if of_model not in allowed and getattr(entry, of_model) != getattr(plain, of_model):
+                raise UserError(
+                    f"teacher {name}: {of_model}={getattr(entry, of_model)} is for a model, and "
+                    f"its kind is {entry.kind}; leave it out"
+                )
+        answers, order_C = open_answers(opening)
+        fingerprint = fingerprint_of(entry, answers)
+    checkpoint, max_length = Checkpoint(entry.path, Path(entry.path), None), config.max_length
     numerics = json.dumps({"shapes": "predictions" if entry.predictions else entry.kind})
+    cut, about = Cut(1 << 30, None), ("fp32", "", 0, 0)
+    if isinstance(answers, LanguageModel):
+        checkpoint, max_length = answers.source.checkpoint, answers.max_length
+        numerics = numerics_class(opening.device, answers.dtype, None, "auto", cut, SCHEME)
+        about = answers.dtype, answers.weights_sha256, answers.parameters, answers.bytes
     key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
     return Teacher(
-        entry, name, Checkpoint(entry.path, Path(entry.path), None), PretrainedConfig(),
-        ModelInputs(student, tokenizer_hash(student), config.max_length, "right"),
-        order_C, "fp32", "", 0, 0, key,
-        Cut(1 << 30, None), answers,
+        entry, name, checkpoint, PretrainedConfig(),
+        ModelInputs(student, tokenizer_hash(student), max_length, "right"),
+        order_C, *about, key, cut, answers,
     )  # fmt: skip
 
 
@@ -165,12 +147,9 @@ def _call(
         if checkpoint is None:
             if student is None:
                 raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
-            if entry.predictions is not None:
-                teachers.append(file_teacher(config, task, entry, name, student, examples))
-            else:
-                train = None if examples is None else examples.labelled
-                opening = Opening(entry, name, task, config, device, train)
-                teachers.append(registered_teacher(opening, student))
+            train = None if examples is None or entry.predictions is not None else examples.labelled
+            opening = Opening(entry, name, task, config, device, train)
+            teachers.append(other_teacher(opening, student, examples))
             continue
         shape = load_model_config(checkpoint, config.trust_remote_code)
         setting = setting_hash(checkpoint)

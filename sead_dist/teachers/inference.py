@@ -12,6 +12,7 @@ Shapes: R rows of a request, P rows of one batch (or their positions in the requ
 own classes, L tokens, H hidden.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.data.tokens import TokenTable
+from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import Padding, shallow
 from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
-from sead_dist.teachers.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def batch_inputs(
     rows = rows_for(len(rows_P) + guard, length, device.type, cut.free_rows)
     if rows > len(rows_P):
         inputs = fill(inputs, rows, tokens.choices, cut.padding)
-    return {name: sent(tensor, device) for name, tensor in inputs.items()}
+    return sent(inputs, device)
 
 
 def batches_of(
@@ -168,25 +169,23 @@ def batches_of(
     if cut.pack_from is not None:
         for part_P, size in cut_into_packs(tokens, rows_R, cut.pack_from):
             pack = pack_inputs(tokens, rows_R[part_P], size, config)
-            yield (
-                part_P,
-                {
-                    name: sent(value, device) if isinstance(value, torch.Tensor) else value
-                    for name, value in pack.items()
-                },
-            )
+            yield part_P, sent(pack, device)
         return
     lengths_R = tokens.lengths_B()[rows_R]
     for part_P, length in cut_into_batches(lengths_R, device.type, cut.longest, cut.padding):
         yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut)
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device. A GPU takes it when it has done what it was given before; from memory
-    that is not pinned, the host would wait for that."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same with tensors on the device. A GPU takes them when it has done what it was given
+    before; from memory that is not pinned, the host would wait for that."""
+    on_gpu = device.type == "cuda"
+    return {
+        name: (value.pin_memory() if on_gpu else value).to(device, non_blocking=on_gpu)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -292,3 +291,21 @@ def free_rows_from(
                 return free_from
         free_from = rows if rows <= shapes.free_most else None
     return free_from
+
+
+def check_quantize(teacher: str) -> None:
+    """Raises UserError where torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"teacher {teacher}: quantization=int8 needs torchao, which is not installed; "
+            "pip install 'sead-dist[quantize]', or leave weights out"
+        )
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """Keep the weights of all linear layers in int8 with a scale per output row; embeddings, norms,
+    biases and arithmetic keep their dtype. In place, through torchao (the extra `quantize`)."""
+    # here: Transformers imports it too wherever it is installed, which takes over a second
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())

@@ -179,7 +179,7 @@ class LanguageModel:
         self.reader, self.words, self.plan = reader, words, Plan(reader.words_W)
         self.weights_sha256, self.fingerprint = weights, fingerprint
         self.labels: Sequence[str] = words.labels
-        self.revision, self.max_length = source.checkpoint.revision, reader.limit
+        self.max_length = reader.limit
         whole, embeddings = outline.num_parameters(), outline.get_input_embeddings()
         self.parameters = whole - embeddings.weight.numel()
         self.bytes = whole * DTYPES[self.dtype].itemsize

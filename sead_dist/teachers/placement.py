@@ -66,20 +66,17 @@ def choose_placements(
         placements = [teacher.entry.placement or default for teacher in teachers]
         return placements, f"placement {default}, as asked"
     room = int(TEACHER_SHARE * free)
-    large = [size > 1 and teacher.bytes > room for teacher in teachers]
-    wishes = [
-        teacher.entry.placement or ("sharded" if is_large else "colocated")
-        for teacher, is_large in zip(teachers, large, strict=True)
-    ]
-    held = [
-        held_bytes(teacher.bytes, wish, size)
-        for teacher, wish in zip(teachers, wishes, strict=True)
-    ]
-    chosen = "colocated" if sum(held) <= room else "partitioned"
-    placements = [
-        teacher.entry.placement or ("sharded" if is_large else chosen)
-        for teacher, is_large in zip(teachers, large, strict=True)
-    ]
+
+    def placed(others: str) -> list[str]:
+        """With this placement for those that are not too large and whose entries name none."""
+        return [
+            teacher.entry.placement or ("sharded" if size > 1 and teacher.bytes > room else others)
+            for teacher in teachers
+        ]
+
+    wishes = zip(teachers, placed("colocated"), strict=True)
+    held = [held_bytes(teacher.bytes, wish, size) for teacher, wish in wishes]
+    placements = placed("colocated" if sum(held) <= room else "partitioned")
     reason = (
         f"placement {', '.join(dict.fromkeys(placements))}: a rank that holds its part of every "
         f"teacher needs {decimal(sum(held))} for them, and may take {decimal(room)}, half of "

@@ -14,7 +14,7 @@ import numpy as np
 
 from sead_dist.errors import RunError
 from sead_dist.store.layout import Layout, explain, unique_name
-from sead_dist.store.table import Table, TeacherKey
+from sead_dist.store.store import Table, TeacherKey
 
 # seconds between two looks at the store: doubled up to the most while nothing comes
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
@@ -55,12 +55,8 @@ class PoolClient:
         say: Callable[[str], None],
         progress_or_stop: Callable[[str], None],
     ) -> None:
-        self.layout, self.silent_s, self.say, self.progress_or_stop = (
-            layout,
-            silent_s,
-            say,
-            progress_or_stop,
-        )
+        self.layout, self.silent_s = layout, silent_s
+        self.say, self.progress_or_stop = say, progress_or_stop
         self._said_at: dict[str, float] = {}
 
     def wait(self, awaited: Sequence[Awaited], what: str) -> None:

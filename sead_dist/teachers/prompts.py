@@ -27,8 +27,8 @@ TRIAL = ("a plain text", "another text")
 
 @dataclass(frozen=True)
 class Opening:
-    """What a language model is opened with. train: the labelled training rows, where they are
-    known."""
+    """What a teacher that is no classifier is opened with. train: the labelled training rows, where
+    they are known and prompts may show some."""
 
     entry: TeacherConfig
     name: str

@@ -144,6 +144,15 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     return found
 
 
+def by_file(files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, str]]:
+    """Of each tensor its name, the open file that holds it, and its name there; file by file."""
+    for path in dict.fromkeys(path for path, _ in files.values()):
+        with safe_open(path, framework="pt") as file:
+            for name, (place, stored) in files.items():
+                if place == path:
+                    yield name, file, stored
+
+
 def check_sharded(model: PreTrainedModel, teacher: Teacher, rows: CheckRows) -> None:
     """Try a split teacher on these rows, the same on every rank: all ranks call this, and do the
     same forwards. One that takes packs knows no padded batch; packing.packs_from has compared the
@@ -206,21 +215,16 @@ def _read_slices(
 ) -> None:
     """Fill this rank's part of every parameter (rows are cut as torch.chunk cuts them) and the
     saved buffers, one tensor at a time."""
-    parts: dict[Path, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in files:
-            path, stored = files[name]
-            parts.setdefault(path, []).append((stored, tensor))
-    for path, tensors in parts.items():
-        with safe_open(path, framework="pt") as file:
-            for stored, tensor in tensors:
-                if not isinstance(tensor, DTensor):
-                    tensor.copy_(file.get_tensor(stored))
-                    continue
-                local = tensor.to_local()
-                start = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())
-                if len(local):
-                    local.copy_(file.get_slice(stored)[start : start + len(local)])
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, file, stored in by_file(files):
+        tensor = tensors[name]
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(file.get_tensor(stored))
+            continue
+        local = tensor.to_local()
+        start = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())
+        if len(local):
+            local.copy_(file.get_slice(stored)[start : start + len(local)])
 
 
 # inference_mode makes tensors without the version counters that FSDP reads in a world of one

@@ -8,6 +8,7 @@ Shapes: N teachers, R requested examples, U unique examples of a split, C classe
 examples of one rank.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +27,11 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import Table
+from sead_dist.runtime.run_log import append_line
+from sead_dist.store.store import PredictionStore, Table
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.file_teacher import FileAnswers
 from sead_dist.teachers.inference import NotFiniteError, predict
-from sead_dist.teachers.journal import Journal
-from sead_dist.teachers.kinds import answer_rows
+from sead_dist.teachers.kinds import FileAnswers, answer_rows
 from sead_dist.teachers.placement import Placement, exchange
 from sead_dist.teachers.pool_client import Awaited, PoolClient
 from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, predict_together
@@ -74,8 +73,6 @@ class StoredSource:
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
         self.empty: dict[str, PreTrainedModel] = {}
-        # of split teachers that are loaded and not tried yet
-        self.to_try: dict[int, CheckRows] = {}
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[tuple[str, int], int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
@@ -179,20 +176,19 @@ class StoredSource:
         entries_M = request.entries_R[positions_M]
         missing_K = agreed(self.world, request.what, lambda: self._missing(n, request, entries_M))
         if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
-            for part in (self._make_ready, self._try_together):
-                agreed(self.world, request.what, partial(part, n, request.split))
+            rows = agreed(self.world, request.what, lambda: self._make_ready(n, request.split))
+            if rows is not None:
+                check = partial(check_sharded, self.models[n], self.teachers[n], rows)
+                agreed(self.world, request.what, check)
             agreed(self.world, request.what, lambda: self._compute(n, request, missing_K))
 
-    def _make_ready(self, n: int, split: Split) -> None:
-        """What each rank does for itself, before the first forward of all."""
-        if n not in self.models:
-            self.to_try[n] = self._check_rows(n, split)
+    def _make_ready(self, n: int, split: Split) -> CheckRows | None:
+        """What each rank does for itself, before the first forward of all; rows to try a teacher on
+        that is loaded here."""
+        rows = None if n in self.models else self._check_rows(n, split)
         self._load(n, split)
         self._tokens(n, split)
-
-    def _try_together(self, n: int, split: Split) -> None:
-        if n in self.to_try:
-            check_sharded(self.models[n], self.teachers[n], self.to_try.pop(n))
+        return rows
 
     def _check_rows(self, n: int, split: Split) -> CheckRows:
         """Rows of a split to try a teacher on, the same on every rank."""
@@ -350,3 +346,41 @@ def start_thread(threads: int, world: World) -> None:
     torch.set_num_threads(threads)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+
+
+class Journal:
+    """What was computed, block by block: this rank's file in RUN/teacher_rows/, beside those of the
+    other ranks."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.path = folder / f"rank-{world.rank}.jsonl"
+
+    def note(self, teacher: str, split: str, rows: int) -> None:
+        """So many rows of a teacher are in the store now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"teacher": teacher, "split": split, "rows": rows, "time": round(time.time(), 3)}
+        append_line(self.path, json.dumps(record))
+
+    def rows(self) -> int:
+        """Rows computed by all ranks and restarts of this run. Every rank calls this."""
+        mine = _rows(self.path) if self.path.is_file() else 0
+        return sum(gather_objects(self.world, mine)) + self._rows_of_other_worlds()
+
+    def _rows_of_other_worlds(self) -> int:
+        """Rows computed by ranks that this world no longer has."""
+        paths = self.folder.glob("rank-*.jsonl")
+        gone = [path for path in paths if int(path.stem.partition("-")[2]) >= self.world.size]
+        return sum(_rows(path) for path in gone)
+
+
+def _rows(path: Path) -> int:
+    return sum(_rows_of(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _rows_of(line: str) -> int:
+    """Rows of a journal line; a line torn by a kill counts nothing."""
+    try:
+        return int(json.loads(line)["rows"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -2,8 +2,11 @@
 
 Everything here is known before a teacher's weights are loaded as a model, so that a person's
 mistake is found before any long work.
+
+Shapes: N teachers, U unique examples of a split.
 """
 
+import importlib.metadata
 import json
 import math
 import platform
@@ -12,37 +15,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sead_dist.config.prompted import PROMPT_KEYS
 from sead_dist.config.schema import TeacherConfig
+from sead_dist.data.examples import entries
+from sead_dist.data.order import Split
 from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import (
-    COPY,
-    Checkpoint,
-    position_limit,
-    weight_files,
-)
-from sead_dist.models.sequence_classifier import (
-    DTYPES,
-    label_names,
-)
+from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight_files
+from sead_dist.models.sequence_classifier import DTYPES, label_names
 from sead_dist.runtime.files import files_hash
-from sead_dist.store.table import TeacherKey
-from sead_dist.teachers.file_teacher import FileAnswers
+from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
-from sead_dist.teachers.kinds import Answers
+from sead_dist.teachers.kinds import Answers, FileAnswers
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
-from sead_dist.teachers.quantize import quantizer
 
-# beside a teacher's weights, where its fine-tuning left rows out
+# Beside a teacher's weights, where its fine-tuning left a fold of rows out: those that it was
+# trained on, by their identities. Soft targets on them are near their gold labels, so of such a row
+# only the teachers are asked that were not trained on it, where there is one.
 TRAINED_ROWS = "trained_rows.safetensors"
 
 
@@ -178,7 +177,7 @@ def numerics_class(
         "shapes": shapes or (SHAPES[device.type].name if cut.pack_from is None else PACKS),
     }
     if weights is not None:
-        facts["weights"] = quantizer()
+        facts["weights"] = f"int8 torchao {importlib.metadata.version('torchao')}"
     if cut.free_rows is None and device.type == "cpu":
         # the self-check found that bits depend on how work is split: over threads as well
         facts["threads"] = torch.get_num_threads()
@@ -217,4 +216,62 @@ def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
         dtype="fp32",
         key=replace(teacher.key, numerics=numerics),
         cut=cut,
+    )
+
+
+def write_trained_rows(model: Path, train: Split) -> None:
+    """Put the identities of the rows that a model was trained on into its folder."""
+    save_file({"ids_U2": train.ids_U2}, model / TRAINED_ROWS)
+
+
+def trained_on(teacher: Teacher, split: Split) -> np.ndarray | None:
+    """bool [U]: which examples of a split a teacher was trained on; None where its folder does not
+    say. Raises UserError for a file that is damaged."""
+    if teacher.file is not None:  # it has nothing to say of the rows that it lacks
+        return np.asarray(teacher.file.places(split.ids_U2) < 0)
+    path = teacher.trained_rows
+    if path is None:
+        return None
+    with reading(path, COPY, f"teacher {teacher.name}: {path.name}"):
+        known_K2 = load_file(path)["ids_U2"]
+        if known_K2.dtype != np.int64 or known_K2.ndim != 2 or known_K2.shape[1] != 2:
+            raise UserError(f"teacher {teacher.name}: {path.name} holds no identities; {COPY}")
+    _, entry_B = entries(np.concatenate([split.ids_U2, known_K2]))
+    count = len(split.ids_U2)
+    return np.asarray(np.isin(entry_B[:count], entry_B[count:]))
+
+
+def seen_by(teachers: Sequence[Teacher], split: Split) -> np.ndarray | None:
+    """seen_NU: which teacher was trained on which example of a split; None where no teacher's
+    folder says so. One whose folder says nothing counts as not trained on any."""
+    if all(teacher.trained_rows is None for teacher in teachers):
+        return None
+    seen = [trained_on(teacher, split) for teacher in teachers]
+    none_U = np.zeros(len(split.ids_U2), bool)
+    return np.stack([none_U if one is None else one for one in seen])
+
+
+def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
+    """fit_NU: which teachers' predictions of which examples of a split tell nothing of the gold
+    label that they were taught. A model's folder must say so. A file of predictions and a language
+    model with a prompt were not trained on any."""
+    seen = [trained_on(teacher, split) for teacher in teachers]
+    return np.stack([
+        np.full(len(split.ids_U2), teacher.entry.prompt is not None) if one is None else ~one
+        for teacher, one in zip(teachers, seen, strict=True)
+    ])  # fmt: skip
+
+
+def told_folds(
+    teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
+) -> str:
+    """A line on the teachers that left out rows. labelled: how many rows, the first ones, have a
+    label."""
+    seen_NB = seen_NU[:, train.entry_B[:labelled]]
+    counts = zip(teachers, seen_NB.sum(1).tolist(), strict=True)
+    own = ", ".join(f"{one.name} {count}" for one, count in counts if one.trained_rows and count)
+    unseen = int((~seen_NB).any(0).sum())
+    return (
+        f"labelled rows that teachers were trained on: {own} of {labelled}; {unseen} rows have "
+        "teachers that were not trained on them, which alone are asked of these"
     )

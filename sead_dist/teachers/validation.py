@@ -1,7 +1,8 @@
 """The validation: no teacher teaches before it has shown, on the selection split, that it knows
-more than the best constant answer (invariant 5).
+more than the best constant answer (invariant 5). And how far one in fewer bits (bf16, fp16, 8-bit
+weights) says something else than in fp32.
 
-Shapes: N teachers, U unique examples, B rows, C classes.
+Shapes: N teachers, U unique examples of a split, R examples compared, B rows, C classes.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,19 @@ from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request, TeacherSource
-from sead_dist.teachers.drift import Drift, describe_drift
-from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.source import StoredSource
+from sead_dist.teachers.teacher import Teacher, in_fp32
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Over `rows` examples: the largest difference of a logit, and how many predicted classes
+    differ (None for scores)."""
+
+    rows: int
+    largest: float
+    changed: int | None
+
 
 # orders of classes tried: 4! = 24
 MOST_CLASSES_REORDERED = 4
@@ -48,14 +60,17 @@ class Validation:
 
 
 def ask_all(
-    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str
-) -> np.ndarray:
+    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str,
+    asked_NU: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
-    answer. All ranks call this."""
+    answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
     pieces = []
     for start in range(0, len(wanted), look_ahead):
-        request = Request(split, wanted[start : start + look_ahead], None, what)
+        part_R = wanted[start : start + look_ahead]
+        asked_NR = None if asked_NU is None else asked_NU[:, part_R]
+        request = Request(split, part_R, asked_NR, what)
         found = source.submit(request).result()
         absent_NB1 = ~found.present_NB[..., None]
         pieces.append(found.logits_NBC.masked_fill(absent_NB1, float("nan")).numpy())
@@ -116,7 +131,12 @@ def validate(
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
         logits_BC, examples = answered(logits_BC, split.examples)
         if teacher.file is not None and len(examples) < FEWEST_ROWS:
-            results.append(not_validated(teacher, metric, len(examples), dev_texts_in_training))
+            results.append(
+                Validation(
+                    teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts_in_training,
+                    rows=len(examples),
+                )
+            )  # fmt: skip
             continue
         constant = constant_score(task, examples)
         score = compute_metrics(task, logits_BC, examples)[metric]
@@ -139,10 +159,6 @@ def validate(
             )
         )
     return results
-
-
-def not_validated(teacher: Teacher, metric: str, rows: int, dev_texts: int) -> Validation:
-    return Validation(teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts, rows=rows)
 
 
 def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:
@@ -213,3 +229,56 @@ def require_passed(
             f"constant answer ({validation.constant_score:.4f}); {hint}; leave it out, or "
             "teach all the same with teacher_validation=off"
         )
+
+
+# of a large selection split so many rows, evenly spread, are compared
+MOST_ROWS = 2000
+
+
+def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
+    changed = None
+    if logits_RC.shape[1] > 1:
+        changed = int((logits_RC.argmax(axis=1) != fp32_RC.argmax(axis=1)).sum())
+    return Drift(len(logits_RC), float(np.abs(logits_RC - fp32_RC).max(initial=0.0)), changed)
+
+
+def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
+    """Each teacher against itself in fp32, placed alike; None for those that are in fp32. What is
+    computed for it is kept in the store, and not counted among the run's forwards. Every rank calls
+    this, while the source is idle."""
+    reduced = [
+        n
+        for n, teacher in enumerate(source.teachers)
+        if teacher.answers is None
+        and (teacher.dtype != "fp32" or teacher.entry.quantization is not None)
+    ]
+    drifts: list[Drift | None] = [None] * len(source.teachers)
+    if not reduced:
+        return drifts
+    count = len(split.ids_U2)
+    entries_R = np.unique(np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(np.int64))
+    twins = StoredSource(
+        [in_fp32(source.teachers[n], source.world.device) for n in reduced],
+        source.placement.pick(reduced),
+        source.world, source.store, source.task, source.run / "drift",
+        False,  # predictions of another class would be compared with themselves
+        source.trust_remote_code, source.say, source.progress_or_stop,
+    )  # fmt: skip
+    try:
+        request = Request(split, entries_R, None, "the drift report")
+        said_NRC, fp32_NRC = (
+            one.submit(request).result().logits_NBC.numpy() for one in (source, twins)
+        )
+    finally:
+        twins.close()
+    for n, fp32_RC in zip(reduced, fp32_NRC, strict=True):
+        drifts[n] = compare(said_NRC[n], fp32_RC)
+    return drifts
+
+
+def describe_drift(drift: Drift) -> str:
+    line = f"against fp32 on {drift.rows} rows: logits differ by at most {drift.largest:.4g}"
+    if drift.changed is not None:
+        share = drift.changed / max(drift.rows, 1)
+        line += f", {drift.changed} predictions changed ({share:.2%})"
+    return line

@@ -7,10 +7,9 @@ teachers of one shape are copies of one empty model, filled from their files.
 import copy
 import json
 from collections.abc import MutableMapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,9 +17,9 @@ from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
 from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import build_teacher
+from sead_dist.teachers.inference import quantize
 from sead_dist.teachers.packing import use_packs
-from sead_dist.teachers.quantize import quantize
-from sead_dist.teachers.sharding import empty_model, tensor_files
+from sead_dist.teachers.sharding import by_file, empty_model, tensor_files
 from sead_dist.teachers.teacher import Teacher
 
 
@@ -74,13 +73,8 @@ def _filled(
     try:
         files = tensor_files(teacher, outline)
         model = copy.deepcopy(outline)
-        by_file: dict[Path, list[tuple[str, str]]] = {}
-        for name, (path, stored) in files.items():
-            by_file.setdefault(path, []).append((name, stored))
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name, stored in names:
-                    _put(model, name, file.get_tensor(stored), device)
+        for name, file, stored in by_file(files):
+            _put(model, name, file.get_tensor(stored), device)
     except (UserError, SafetensorError, OSError):
         return None  # it is said what is wrong where Transformers fails too
     return model.to(device).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from sead_dist.runs.distillation import distill
 from sead_dist.runs.labelling import predict_file
 from sead_dist.runs.labels import write_rows
 from sead_dist.runs.prediction import class_order, data_of, evaluate_model
-from sead_dist.runs.resolved import resolve_all
+from sead_dist.runs.shown import resolve_all
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from sead_dist.cli import store as storecli
 from sead_dist.cli.commands import parser
 from sead_dist.errors import RunError, UserError
 from sead_dist.store.maintenance import list_store
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import PredictionStore, TeacherKey
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from sead_dist.models.inputs_check import (
 from sead_dist.models.pretrained import load_tokenizer, locate, position_limit
 from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.models.student import build_student, check_start
-from sead_dist.runs import onnx_file
+from sead_dist.runs import onnx_export
 from sead_dist.teachers.inference import Cut, predict
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -189,9 +189,9 @@ def is_exported(folder: Path, kind: str, side: str) -> bool:
     pads = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
     batch = padded(rows, side, *pads)
     two = {name: tensor[:2] for name, tensor in batch.items()}
-    if outcome(lambda: onnx_file.write_onnx(model, two, folder / "x.onnx")) == "refused":
+    if outcome(lambda: onnx_export.write_onnx(model, two, folder / "x.onnx")) == "refused":
         return False
-    run = onnx_file.open_onnx(folder / "x.onnx", 1)
+    run = onnx_export.open_onnx(folder / "x.onnx", 1)
     for inputs in (batch, rows[0], rows[3], two):
         with torch.inference_mode():
             expected_RC = model(**inputs).logits

@@ -7,8 +7,8 @@ from small import ALONE, model_bytes, read, records, words, write_task
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
+from sead_dist.runs.checks import teacher_runs
 from sead_dist.runs.distillation import distill, finetune
-from sead_dist.runs.encoders import teacher_runs
 
 KEYS = {"teacher_validation": "on", "save_steps": 1, "keep_training_state": "true"}
 

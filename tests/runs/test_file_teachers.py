@@ -31,8 +31,7 @@ from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import teach
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import PredictionStore, TeacherKey
 from sead_dist.sweep.run import run_sweep
 
 

@@ -14,7 +14,7 @@ from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.pool_worker import teach
-from sead_dist.teachers.trained_rows import TRAINED_ROWS
+from sead_dist.teachers.teacher import TRAINED_ROWS
 
 LABELLED, SELECTION, DEV = 54, 6, 20
 

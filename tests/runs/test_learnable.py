@@ -22,8 +22,8 @@ from small import (
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
+from sead_dist.runs.baseline import kept_shares, told_shares, verdict, weigh_up
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.learnable import kept_shares, told_shares, verdict, weigh_up
 from sead_dist.runs.prepared_teachers import told_twins
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.run_log import is_finished

@@ -9,9 +9,9 @@ from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
 from sead_dist.data import resampling
 from sead_dist.errors import UserError
-from sead_dist.runs import distillation, inputs, remarks
+from sead_dist.runs import checks, distillation, remarks
 from sead_dist.runs.prediction import evaluate_model
-from sead_dist.runs.unread import unread_keys
+from sead_dist.runs.remarks import unread_keys
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_distill_with_neither_teachers_nor_a_method_is_refused(tmp_path, task, c
     assert "teachers is empty, so there is nothing to distil; give" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="teachers is empty"):
-        inputs.check_inputs(load_config(given))
+        checks.check_inputs(load_config(given))
     assert attempt_recipe("distill", [*given, "method=finetune"]) is None
 
 

@@ -25,22 +25,24 @@ from store_world import (
 )
 
 from sead_dist.store import ids as id_sets
-from sead_dist.store import layout, logits
+from sead_dist.store import layout
 from sead_dist.store import tensor_file as tensorfile
-from sead_dist.store.coverage import Coverage
+from sead_dist.store.compaction import compact
 from sead_dist.store.ids import common, is_sorted_unique, positions, union, unique_ids
-from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+from sead_dist.store.maintenance import list_store, verify
+from sead_dist.store.removal import plan_removal, remove
+from sead_dist.store.rows import Coverage
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Small stores take the ways of large ones: mapped, in many chunks, in many pieces."""
     monkeypatch.setattr(tensorfile, "MAP_BYTES", 2000)
-    for module in ("table", "compaction", "key_blocks"):
+    for module in ("store", "compaction", "ids"):
         monkeypatch.setattr(f"sead_dist.store.{module}.MAP_BYTES", 2000)
-    monkeypatch.setattr(logits, "CHUNK_BYTES", 600)
+    monkeypatch.setattr("sead_dist.store.rows.CHUNK_BYTES", 600)
     monkeypatch.setattr(id_sets, "PIECE", 128)
-    monkeypatch.setattr("sead_dist.store.coverage.PIECE", 128)
+    monkeypatch.setattr("sead_dist.store.rows.PIECE", 128)
 
 
 def some(num: int, of: int, seed: int) -> np.ndarray:
@@ -314,12 +316,12 @@ def test_compact_sets_an_altered_compacted_block_aside(tmp_path):
 
 
 FILLED = """
-from sead_dist.store import merging
-from sead_dist.store.maintenance import compact
+from sead_dist.store import compaction
+from sead_dist.store.compaction import compact
 def tell(logits_MC):
     print("filled", flush=True)
     time.sleep(60)
-merging.chunk_sums = tell
+compaction.chunk_sums = tell
 compact(Path(sys.argv[1]))
 """
 
@@ -384,7 +386,7 @@ def test_a_compact_without_room_is_one_line_and_loses_nothing(tmp_path):
     code = """
 import resource
 from sead_dist.errors import RunError
-from sead_dist.store.maintenance import compact
+from sead_dist.store.compaction import compact
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     compact(Path(sys.argv[1]))
@@ -409,7 +411,7 @@ def test_a_compact_on_a_really_full_disk_is_one_line_too(tmp_path):
         pytest.skip("no permission to mount a small disk here")
     code = """
 from sead_dist.errors import RunError
-from sead_dist.store.maintenance import compact
+from sead_dist.store.compaction import compact
 try:
     compact(Path(sys.argv[1]))
 except RunError as error:

@@ -30,8 +30,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.store import tensor_file as tensorfile
 from sead_dist.store.ids import positions, unique_ids
 from sead_dist.store.maintenance import verify
-from sead_dist.store.store import PredictionStore
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.store import PredictionStore, TeacherKey
 
 
 def quarantined(folder: Path) -> list[str]:
@@ -57,7 +56,7 @@ def test_lookup_gives_what_was_written_in_this_table_and_in_a_new_one(tmp_path):
 def test_random_writes_and_lookups_agree_with_a_dict(tmp_path, monkeypatch, map_bytes):
     # map_bytes: every block mapped, large ones only, none
     monkeypatch.setattr(tensorfile, "MAP_BYTES", map_bytes)
-    monkeypatch.setattr("sead_dist.store.table.MAP_BYTES", map_bytes)
+    monkeypatch.setattr("sead_dist.store.store.MAP_BYTES", map_bytes)
     rng = np.random.default_rng(map_bytes)
     pool, keys = make_ids(300), [make_key(1), make_key(2, classes=2)]
     truth: dict[tuple[str, bytes], np.ndarray] = {}

@@ -5,8 +5,9 @@ import pytest
 from store_world import check_reads, fill, make_ids, make_key
 
 from sead_dist.errors import UserError
-from sead_dist.store.maintenance import compact, list_store, verify
-from sead_dist.store.table import TeacherKey
+from sead_dist.store.compaction import compact
+from sead_dist.store.maintenance import list_store, verify
+from sead_dist.store.store import TeacherKey
 from sead_dist.store.transfer import carry
 
 IDS = make_ids(300)

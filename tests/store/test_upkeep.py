@@ -24,8 +24,10 @@ from store_world import (
 
 from sead_dist.errors import UserError
 from sead_dist.store import compaction, layout
-from sead_dist.store.key_blocks import read_key_block
-from sead_dist.store.maintenance import compact, list_store, plan_removal, remove, verify
+from sead_dist.store.compaction import compact
+from sead_dist.store.ids import read_key_block
+from sead_dist.store.maintenance import list_store, verify
+from sead_dist.store.removal import plan_removal, remove
 from sead_dist.store.store import PredictionStore
 
 
@@ -186,7 +188,7 @@ def test_a_compact_between_reading_a_block_and_reading_its_keys_goes_unnoticed(
         compact(tmp_path)
         return read_key_block(path)
 
-    monkeypatch.setattr("sead_dist.store.block_reader.read_key_block", compact_first)
+    monkeypatch.setattr("sead_dist.store.store.read_key_block", compact_first)
     assert check_reads(tmp_path, ids, key) == []
     assert not any(path.exists() for path in old_keys)
     assert os.listdir(tmp_path / "quarantine") == []
@@ -215,7 +217,7 @@ def test_one_compact_at_a_time(tmp_path):
 
 COMPACT = """
 from sead_dist.errors import UserError
-from sead_dist.store.maintenance import compact
+from sead_dist.store.compaction import compact
 print("ready", flush=True)
 while True:
     try:

@@ -20,10 +20,9 @@ from sead_dist.planning.table import plan as plan_run
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
 from sead_dist.sweep import run as sweep
-from sead_dist.sweep.checks import settle
+from sead_dist.sweep.checks import needs_rows, settle, told_steps
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.run import run_sweep
-from sead_dist.sweep.steps import needs_rows, told_steps
 
 
 @pytest.fixture(scope="module", autouse=True)

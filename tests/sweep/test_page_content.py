@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from sample_sweep import METHODS, sample_report, take_away
 
-from sead_dist.sweep.page import render_page
-from sead_dist.sweep.plots import ALL_TASKS, costs, gaps, spread_out
+from sead_dist.sweep.page import ALL_TASKS, costs, gaps, render_page, spread_out
 from sead_dist.sweep.report import markdown
 
 

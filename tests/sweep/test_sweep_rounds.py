@@ -12,11 +12,10 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import World
 from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
+from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_plan
-from sead_dist.sweep.jobs import check_jobs
 from sead_dist.sweep.rounds import is_ready, remove, try_join
-from sead_dist.sweep.run import Memory, choose, run_sweep
-from sead_dist.sweep.time_left import time_left
+from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
 TABLE = ("run.json", "run_summary.json", "scores.json", "teacher_manifest.json", "predictions")

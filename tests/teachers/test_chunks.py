@@ -10,9 +10,7 @@ from small import ALONE, config, load_teachers, make_source, save_teacher, small
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.objectives.ensemble import make_ensemble
-from sead_dist.teachers.chunks import chunks_of_split, chunks_of_training
-from sead_dist.teachers.leases import Leases
-from sead_dist.teachers.pool import Worker
+from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_training
 
 TEACHERS, ROWS = 3, 8
 

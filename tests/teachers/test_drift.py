@@ -7,7 +7,7 @@ import pytest
 from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.drift import MOST_ROWS, Drift, compare, describe_drift, measure_drift
+from sead_dist.teachers.validation import MOST_ROWS, Drift, compare, describe_drift, measure_drift
 
 SPLIT = small_split(40, split="selection")
 
@@ -51,7 +51,7 @@ def test_only_a_teacher_in_fewer_bits_is_compared_and_the_runs_counts_do_not_sho
 
 
 def test_of_a_large_split_an_even_sample_is_compared(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sead_dist.teachers.drift.MOST_ROWS", 7)
+    monkeypatch.setattr("sead_dist.teachers.validation.MOST_ROWS", 7)
     source = make_source(
         load_teachers([f"{{path: {folder}, dtype: bf16}}"]), tmp_path / "st", tmp_path / "run"
     )

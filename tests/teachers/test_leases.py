@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sead_dist.store.layout import create
-from sead_dist.teachers import leases as module
-from sead_dist.teachers.leases import Leases
+from sead_dist.teachers import pool as module
+from sead_dist.teachers.pool import Leases
 
 FAR_PAST, FAR_FUTURE = 0.0, 4e9
 

@@ -19,7 +19,7 @@ from sead_dist.errors import UserError
 from sead_dist.planning.workload import batch_shapes
 from sead_dist.teachers import packing
 from sead_dist.teachers.inference import Cut, batches_of, predict
-from sead_dist.teachers.rate_measurement import measure_teacher
+from sead_dist.teachers.rates import measure_teacher
 
 KINDS = ["bert", "roberta", "electra"]
 TEXTS = [*sentences(40), "good", "bad plot"]

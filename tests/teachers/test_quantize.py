@@ -8,8 +8,8 @@ from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request
-from sead_dist.teachers.drift import measure_drift
 from sead_dist.teachers.placement import check_placements
+from sead_dist.teachers.validation import measure_drift
 
 SPLIT = small_split(40)
 ABSENT = importlib.util.find_spec("torchao") is None

@@ -9,12 +9,14 @@ import pytest
 from small import CPU, load_teachers, save_teacher
 from transformers import AutoConfig
 
-from sead_dist.teachers.rate_measurement import Stopwatch, grid, measure_batches
 from sead_dist.teachers.rates import (
     Rate,
+    Stopwatch,
     costs,
     default_rates,
+    grid,
     known_costs,
+    measure_batches,
     operations,
     remember,
     remembered,

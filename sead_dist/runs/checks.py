@@ -1,0 +1,198 @@
+"""What is told of a run before any long work: whether it is finished, what is wrong with its keys,
+files and checkpoints, and the runs that `encoders` stand for.
+
+Nothing here needs torch but `check_inputs`: the command of a finished run, given again, ends in a
+second or two.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sead_dist.config.automatic import PATIENCE
+from sead_dist.config.load import names_shape
+from sead_dist.config.registered import LANGUAGE_MODEL, NO_ENSEMBLE
+from sead_dist.config.schema import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
+from sead_dist.config.yaml_text import read_yaml
+from sead_dist.data.loading import find_files
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import locate
+from sead_dist.models.start import repair_teacher
+from sead_dist.runs.claim import already_finished, drop_training_state
+from sead_dist.runtime.run_log import PUSHED
+
+
+def nothing_to_do(config: RunConfig) -> str | None:
+    """What to say where the output folder holds this very run, finished; None where there is work.
+    Rank 0 alone calls this.
+
+    Raises UserError where the folder holds something else, or `config` is none of a distillation.
+    """
+    if config.encoders:
+        raise UserError(
+            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+        )
+    refuse_unused_text(config)
+    if not already_finished(config):
+        return None
+    run = Path(config.output_dir)
+    kept = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    # a kill may have come between its end and this; what was asked for then decides
+    if not kept.get("keep_training_state"):
+        drop_training_state(config)
+    line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
+    if not config.push_to_hub or (run / PUSHED).is_file():
+        return line
+    # it was killed before its upload, or the hub refused it
+    from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
+
+    return f"{line}; {push_at_end(run, config)}"
+
+
+def refuse_unused_text(config: RunConfig) -> None:
+    """Raises UserError for unlabelled text, or copies without gold labels, in a run that asks no
+    teacher: such rows would fill the batches and teach nothing. (`augment.copies=auto` is none.)"""
+    if config.taught:
+        return
+    copies, rest = config.augment.copies, config.unlabeled.rest
+    if config.unlabeled.path is not None:
+        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
+    elif rest:
+        key, what = "unlabeled.rest=true", "unlabelled rows are learnt"
+    elif isinstance(copies, int) and not config.augment.gold_labels:
+        key, what = f"augment.copies={copies}", "copies without gold labels are learnt"
+    else:
+        return
+    if config.encoders:
+        why, fix = "finetune asks none", "and give it to distill"
+    elif config.teachers:
+        why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
+    else:
+        why, fix = "none are given", "or give teachers=[DIR, ...]"
+    name = key.partition("=")[0]
+    own = " (augment.gold_labels=true keeps them)" if name == "augment.copies" else ""
+    raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")
+
+
+def refuse_untaught(config: RunConfig) -> None:
+    """Raises UserError for `distill` with neither teachers nor a method: it would train on the gold
+    labels alone, which nobody asked for."""
+    if not config.teachers and config.method is None and config.ensemble != NO_ENSEMBLE:
+        raise UserError(
+            "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
+            "method=finetune to train the student on the gold labels alone"
+        )
+
+
+def teacher_runs(config: RunConfig) -> list[RunConfig]:
+    """The run of each encoder: OUTPUT/teacher-0, teacher-1, ... with seeds seed, seed + 1, ...
+
+    Where neither length nor patience is given each trains until it has converged
+    (config/automatic.py). Raises UserError for a key of an encoder's entry that only means
+    something to a teacher.
+    """
+    check_encoders(config)
+    patience = config.early_stopping_patience
+    unsaid = config.num_train_epochs is None and config.max_steps is None
+    # the average is of the last steps, which must be known before
+    if patience is None and unsaid and config.final_checkpoint != "average":
+        patience = PATIENCE
+    return [
+        config.model_copy(
+            update={
+                "student": encoder_as_student(encoder, config.student),
+                "method": "finetune",
+                "teachers": [],
+                "encoders": [],
+                "seed": config.seed + index,
+                "early_stopping_patience": patience,
+                "fold": None if config.folds is None else index % config.folds,
+                "output_dir": str(Path(config.output_dir) / f"teacher-{index}"),
+            }
+        )
+        for index, encoder in enumerate(config.encoders)
+    ]
+
+
+def teacher_layers(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers of a student's configuration without what is the student's alone: what it asks of
+    teachers (another temperature, the same teachers), the text that only they can label, the
+    layers that it takes of its start, and how that is repaired."""
+    own = ("method", "teacher_column", "unlabeled", "augment", "repair", *METHOD_KEYS)
+    plain = [{key: layer[key] for key in layer if key not in own} for layer in layers]
+    return [*plain, {"student": {"layers": None}}]
+
+
+def check_encoders(config: RunConfig) -> None:
+    """Raises UserError for a key of an encoder's entry that only means something to a teacher."""
+    for encoder in config.encoders:
+        plain = TeacherConfig(path=encoder.path, revision=encoder.revision)
+        for key, value in encoder.model_dump().items():
+            if value != getattr(plain, key):
+                raise UserError(
+                    f"encoders: {encoder.path} has {key}={value}, which is a teacher's; an encoder "
+                    "has path and revision, and the run's keys say the rest"
+                )
+
+
+def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> StudentConfig:
+    is_shape = names_shape(encoder.path)
+    path = encoder.path if encoder.revision is None else f"{encoder.path}@{encoder.revision}"
+    start = {"shape": encoder.path, "path": None} if is_shape else {"path": path, "shape": None}
+    return student.model_copy(update=start)
+
+
+def without_teachers_text(config: RunConfig) -> RunConfig:
+    """The configuration of a run that asks no teacher without the rows that only a teacher can say
+    something of: unlabelled text, and copies without gold labels."""
+    if config.taught:
+        return config
+    text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
+    copies = config.augment.copies if config.augment.gold_labels else None
+    augment = config.augment.model_copy(update={"copies": copies})
+    return config.model_copy(update={"unlabeled": text, "augment": augment})
+
+
+def check_inputs(config: RunConfig) -> None:
+    """What is quickly told of a run before it is queued: task, method, files and checkpoints.
+    Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
+    from sead_dist.models.student import check_start
+    from sead_dist.objectives.ensemble import check_method
+    from sead_dist.teachers.language_model import find_model
+
+    task = load_task(config.task)
+    if not config.encoders:
+        refuse_untaught(config)
+    if config.taught:
+        check_method(config, task.task_kind)
+    first_dev = list(task.splits)[1]
+    given = {"train": config.data.train, first_dev: config.data.validation}
+    for split in task.splits:
+        file = given.get(split)
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"data file {file} does not exist; give an existing file")
+        if file is None and config.data.path is not None:
+            find_files(task, split, Path(config.data.path))
+    if config.unlabeled.path is not None and not Path(config.unlabeled.path).is_file():
+        raise UserError(f"unlabeled.path={config.unlabeled.path} does not exist; give a file")
+    if config.repair.text is not None:
+        repair_teacher(config)
+        if not Path(config.repair.text).is_file():
+            raise UserError(f"repair.text={config.repair.text} does not exist; give a file")
+    for entry in (*config.teachers, *config.encoders):
+        if entry.is_model and not names_shape(entry.path):
+            locate(entry.path, entry.revision)
+        elif entry.kind == LANGUAGE_MODEL:
+            find_model(entry.path, entry.revision)
+    check_predictions(config)
+    # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
+    if config.student.path is not None or config.student.tokenizer is not None:
+        check_start(config.student, config.trust_remote_code)
+
+
+def check_predictions(config: RunConfig) -> None:
+    """Raises UserError for a file of predictions that is not there."""
+    for entry in config.teachers:
+        if entry.predictions is not None and not Path(entry.predictions).exists():
+            raise UserError(f"predictions={entry.predictions} does not exist; give a file")
