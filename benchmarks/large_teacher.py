@@ -20,7 +20,7 @@ from transformers import BertConfig
 
 from sead_dist.cli.grammar import grammar_tokenizer, write_grammar_task
 from sead_dist.data.examples import build_examples
-from sead_dist.data.loading import load_split
+from sead_dist.data.loading import split_chunks
 from sead_dist.data.order import Split, make_split
 from sead_dist.data.task_files import load_task
 from sead_dist.models.sequence_classifier import new_classifier
@@ -52,7 +52,8 @@ def long_rows(folder: Path, rows: int) -> Split:
     """Rows of the built-in task, eight joined to one: about 80 tokens each."""
     write_grammar_task(folder, 0, rows, 10, 10)
     task = load_task("sst2")
-    texts = [row["sentence"] for row in load_split(task, "train", folder, None, None, False)]
+    chunks = split_chunks(task, "train", folder, None, None, False, None)
+    texts = [row["sentence"] for rows in chunks for row in rows]
     joined = [
         {"sentence": " ".join(texts[n : n + 8]), "label": "positive"}
         for n in range(0, len(texts) - 7)

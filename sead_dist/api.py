@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sead_dist.config.load import read_layers, resolve
-from sead_dist.config.plugins import kept_plugins
-from sead_dist.config.registered import ROUTED
+from sead_dist.config.registered import ROUTED, kept_plugins
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.splits import load_official

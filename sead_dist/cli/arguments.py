@@ -149,7 +149,7 @@ def add_demo(command: argparse.ArgumentParser) -> None:
 
 
 def add_submit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
+    add_words(command)
     command.add_argument(
         "--slurm", metavar="NAME|FILE", help="settings: a file, or a shipped name (local)"
     )

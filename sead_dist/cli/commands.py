@@ -133,11 +133,27 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    from sead_dist.cli import data as data_command
+    """Print the training rows by kind, what was left out, and some rows of each kind."""
+    from sead_dist.config.load import read_layers, resolve
+    from sead_dist.runs.quiet import quiet_libraries
+    from sead_dist.runs.shown import show_data
+    from sead_dist.runtime.console import print_table
     from sead_dist.runtime.distributed import in_world
 
     with in_world() as world:
-        data_command.show(args.words, args.show, world)
+        # nothing is written, so a run need not be named
+        config = resolve([{"output_dir": "unnamed"}, *read_layers(args.words)])
+        quiet_libraries(world)
+        found = show_data(config, args.show)
+        if not world.is_main:
+            return
+        for note in found.notes:
+            print(note)
+        print_table("training rows", ["kind", "rows"], list(found.rows.items()))
+        if found.removed:
+            print_table("left out", ["what", "rows"], list(found.removed.items()))
+        for row in found.shown:
+            print(f"[{row.kind}] {row.label}: {row.texts}")
 
 
 def labels(args: argparse.Namespace) -> None:
@@ -219,20 +235,19 @@ def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "l
     if sweeps and pools:
         raise UserError("--teacher-workers serve one run; a sweep's runs have --workers")
     if sweeps:
-        from sead_dist.cli.sweep_submit import submit_sweep
+        from sead_dist.cli.submit import submit_sweep
 
-        workers = args.workers or 1
-        return submit_sweep(attempt_recipe, args.words, settings, workers, args.dry_run, root)
+        return submit_sweep(args.words, settings, args.workers or 1, args.dry_run, root)
     if pools:
         from sead_dist.cli.submit import submit_pool
         from sead_dist.slurm.settings import load_settings
 
         own = settings if args.teacher_slurm is None else load_settings(args.teacher_slurm, {})
-        workers, words = args.teacher_workers, args.words
-        return submit_pool(attempt_recipe, words, settings, own, workers, args.dry_run, root)
+        workers = args.teacher_workers
+        return submit_pool(args.words, settings, own, workers, args.dry_run, root)
     from sead_dist.cli.submit import submit as submit_run
 
-    return submit_run(attempt_recipe, args.words, settings, args.seeds, args.dry_run, root)
+    return submit_run(args.words, settings, args.seeds, args.dry_run, root)
 
 
 def jobs(args: argparse.Namespace) -> None:

@@ -12,10 +12,6 @@ from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_e
 GRACE_S = 1.0
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
     mistake, 3 a failure during a run, 130 an interrupt, 1 a bug. debug: its traceback too."""
@@ -25,7 +21,7 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     except (UserError, RunError) as error:
         if debug:
             show_traceback(error)
-        if is_main_process() or isinstance(error, LostRankError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LostRankError):
             print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:
             # a launcher ends all ranks with the first: rank 0 has to say its line before

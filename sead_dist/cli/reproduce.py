@@ -11,13 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.load import (
-    config_folder,
-    load_config,
-    names_shape,
-    read_layers,
-    resolve,
-)
+from sead_dist.config.load import config_folder, load_config, names_shape, read_layers, resolve
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.splits import load_official
 from sead_dist.data.task_files import load_task, nearest
@@ -79,7 +73,9 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     teachers: how many from each encoder, with seeds seed, seed + 1, ... Raises UserError before any
     work for an unknown name, wrong words, and whatever cannot be reached.
     """
-    checkpoint = find(name)
+    if name not in CHECKPOINTS:
+        raise UserError(f"unknown checkpoint {name!r}{nearest(name, CHECKPOINTS)}")
+    checkpoint = CHECKPOINTS[name]
     given = configure(checkpoint, words, teachers)
     output = Path(given.output_dir)
     from_main(world, lambda: check_reach(name, given))
@@ -105,12 +101,6 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     distill(student, world, show_table=False)
     if from_main(world, lambda: is_finished(output / "student")) and world.is_main:
         write_outcome(checkpoint, given, output)
-
-
-def find(name: str) -> Checkpoint:
-    if name not in CHECKPOINTS:
-        raise UserError(f"unknown checkpoint {name!r}{nearest(name, CHECKPOINTS)}")
-    return CHECKPOINTS[name]
 
 
 def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:

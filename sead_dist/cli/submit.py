@@ -1,4 +1,5 @@
-"""`sead-dist submit`: a run, one a seed, or a student and its pool's workers, as SLURM jobs.
+"""`sead-dist submit`: a run, one a seed, a student and its pool's workers, or the workers that
+share a sweep's runs, as SLURM jobs.
 
 What can be wrong is looked for on the login node, before the queue. The workers of a pool are an
 array of jobs of their own, so they may be in another partition than the student, each is queued
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
@@ -21,7 +23,9 @@ from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
-from sead_dist.slurm.submit import Attempt, Launch, enqueue, job_folder, refuse_queued, sbatch_text
+from sead_dist.slurm.submit import Launch, enqueue, make_ready
+from sead_dist.sweep.checks import check_runs, needs_rows, settle
+from sead_dist.sweep.grid import make_plan
 
 # of an array of runs
 MOST_SEEDS = 10_000
@@ -85,7 +89,6 @@ def finished(request: Request) -> bool:
 
 
 def submit(
-    attempt: Attempt,
     words: Sequence[str],
     settings: slurm.SlurmSettings,
     seeds: str | None,
@@ -107,23 +110,17 @@ def submit(
             print(f"{request.name} is finished: nothing to do")
     if not open_:
         return []
-    folder = out.absolute() / ".slurm"
-    parameters = slurm.sbatch_parameters(settings, out.absolute().name, folder)
-    if dry_run:
-        print(sbatch_text(parameters, settings.python, folder, len(open_)))
-        return []
-    slurm.need("sbatch")
-    refuse_queued([request.runs for request in open_], root)
-    job_folder(out)
+    if not dry_run:
+        make_ready([request.runs for request in open_], out, root)
+    folder = str(out.absolute() / ".slurm")
     launches = {
-        request.name: Launch(attempt, request.recipe, request.words, request.runs, str(folder))
+        request.name: Launch(attempt_recipe, request.recipe, request.words, request.runs, folder)
         for request in open_
     }
-    return enqueue(launches, parameters, settings.python, root)
+    return enqueue(launches, settings, out.absolute().name, dry_run, root)
 
 
 def submit_pool(
-    attempt: Attempt,
     words: Sequence[str],
     settings: slurm.SlurmSettings,
     of_workers: slurm.SlurmSettings,
@@ -148,23 +145,22 @@ def submit_pool(
     if finished(student):
         print(f"{student.name} is finished: nothing to do")
         return []
-    folder = out.absolute() / ".slurm"
-    own = worker_settings(of_workers, workers)
-    parameters = slurm.sbatch_parameters(own, f"{out.absolute().name}-teachers", folder)
-    launches = launches_of(attempt, student, workers, folder)
+    launches = launches_of(student, workers, out.absolute() / ".slurm")
+    if not dry_run:
+        make_ready([student.runs, *(launch.runs for launch in launches.values())], out, root)
+        forget_refused(Path(student.config.output_dir))
+    # a worker is one process on one node, with a GPU where there are any
+    gpus = None if of_workers.gpus_per_node is None else 1
+    one = {"nodes": 1, "gpus_per_node": gpus, "concurrent": workers}
+    own = of_workers.model_copy(update=one)
+    made = enqueue(launches, own, f"{out.absolute().name}-teachers", dry_run, root)
     if dry_run:
-        print(sbatch_text(parameters, own.python, folder, workers))
-        return submit(attempt, words, settings, None, dry_run, root)
-    slurm.need("sbatch")
-    refuse_queued([student.runs, *(launch.runs for launch in launches.values())], root)
-    job_folder(out)
-    forget_refused(Path(student.config.output_dir))
-    made = enqueue(launches, parameters, own.python, root)
+        return submit(words, settings, None, dry_run, root)
     # a student that waits in a job of its own while its workers are in the queue wastes nodes
     later = {"dependency": f"after:{made[0].job}", **settings.sbatch}
     try:
         waiting = settings.model_copy(update={"sbatch": later})
-        return [*submit(attempt, words, waiting, None, dry_run, root), *made]
+        return [*submit(words, waiting, None, dry_run, root), *made]
     except UserError:
         for job in made:
             with suppress(UserError):
@@ -172,14 +168,12 @@ def submit_pool(
         raise
 
 
-def launches_of(
-    attempt: Attempt, student: Request, workers: int, folder: Path
-) -> dict[str, Launch]:
+def launches_of(student: Request, workers: int, folder: Path) -> dict[str, Launch]:
     """A launch for each worker of this student's pool, by the name of its job."""
     (run,) = student.runs
     return {
         f"{student.name}/worker-{number}": Launch(
-            attempt,
+            attempt_recipe,
             f"teach {number}/{workers}",
             student.words,
             (str(worker_folder(Path(run), number, workers)),),
@@ -187,12 +181,6 @@ def launches_of(
         )
         for number in range(1, workers + 1)
     }
-
-
-def worker_settings(settings: slurm.SlurmSettings, workers: int) -> slurm.SlurmSettings:
-    """The same for a worker, which is one process on one node, with a GPU where there are any."""
-    gpus = None if settings.gpus_per_node is None else 1
-    return settings.model_copy(update={"nodes": 1, "gpus_per_node": gpus, "concurrent": workers})
 
 
 def forget_refused(run: Path) -> None:
@@ -205,3 +193,28 @@ def forget_refused(run: Path) -> None:
             forget_followed(run)
             if not has_progress(run):
                 (run / "teacher_manifest.json").unlink(missing_ok=True)
+
+
+def submit_sweep(
+    words: Sequence[str], settings: slurm.SlurmSettings, workers: int, dry_run: bool, root: Path
+) -> list[jobs.Job]:
+    """Check the sweep and submit its workers, OUTPUT/worker-0, ...; they are registered in `root`.
+    With `dry_run` only the sbatch file is printed. A sweep that is done is passed over.
+
+    Raises UserError for whatever is found wrong, sbatch's refusal included.
+    """
+    # first, so that a word of the person's own counts
+    asked = (f"preemption_notice_s={settings.signal_delay}", *words)
+    plan = make_plan(asked)
+    check_runs(plan)
+    plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])
+    out = plan.output.absolute()
+    if all(is_finished(unit.folder) for unit in plan.units):
+        print(f"{out.name} is finished: sead-dist sweep writes its report again")
+        return []
+    runs = tuple(str(unit.folder.absolute()) for unit in plan.units)
+    if not dry_run:
+        make_ready([runs], plan.output, root)
+    launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
+    named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
+    return enqueue(named, settings, out.name, dry_run, root)

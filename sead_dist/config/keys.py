@@ -1,5 +1,9 @@
-"""Every key of a run: its default and its sentence, as the fields of RunConfig say them."""
+"""Every key of a run: its default and its sentence, as the fields of RunConfig say them.
 
+`python -m sead_dist.config.keys` writes configs/base.yaml of them.
+"""
+
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
@@ -10,6 +14,16 @@ from pydantic.fields import FieldInfo
 from sead_dist.config.names import nearest, new_name
 from sead_dist.config.schema import Operational, RunConfig, Section
 from sead_dist.errors import UserError
+
+HEAD = """\
+# Every key of a run and its default. These come first; your YAML files are laid over them from
+# left to right, then KEY=VALUE words of the command line. Keys marked (operational) may change
+# when a run is resumed; all others are the run's identity, and a resume refuses when one of them
+# differs. This file is made from the fields in sead_dist/config/schema.py, sections.py and
+# teacher_entry.py: runs go by those, and a change here changes nothing.
+"""
+# where comments start, and how long a line may get
+COLUMN, WIDTH = 24, 120
 
 
 @dataclass(frozen=True)
@@ -93,3 +107,36 @@ def as_line(key: Key) -> str:
     """`name: default`, and below it what the key does."""
     head = f"{key.name}:" if key.default is None else f"{key.name}: {key.default}"
     return f"{head}\n    {key.text}" if key.text else head
+
+
+def base_yaml() -> str:
+    """The text of configs/base.yaml: a block for each base class of RunConfig."""
+    bases = [kind for kind in reversed(RunConfig.__mro__) if issubclass(kind, Section)]
+    groups = [kind for kind in bases if kind not in (Section, RunConfig)]
+    return HEAD + "".join(f"\n# {group.__doc__}\n{_group_lines(group)}" for group in groups)
+
+
+def _group_lines(group: type[Section]) -> str:
+    lines: list[str] = []
+    for name in group.__annotations__:
+        field = group.model_fields[name]
+        lines += _key_lines(key_of(name, field))
+        inside = section_of(field)
+        for key in all_keys(inside) if inside is not None else []:
+            lines += _key_lines(key, "  ")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _key_lines(key: Key, indent: str = "") -> list[str]:
+    """`name: default  # sentence`, over as many lines as the sentence takes."""
+    head = f"{indent}{key.name}:" if key.default is None else f"{indent}{key.name}: {key.default}"
+    if not key.text:
+        return [head]
+    first, *more = textwrap.wrap(key.text, WIDTH - COLUMN - 2, break_long_words=False)
+    return [f"{head:<{COLUMN - 1}} # {first}", *(f"{'':{COLUMN}}# {line}" for line in more)]
+
+
+if __name__ == "__main__":
+    from sead_dist.config.load import config_folder
+
+    (config_folder() / "base.yaml").write_text(base_yaml(), encoding="utf-8")

@@ -2,25 +2,25 @@
 then KEY=VALUE words; later ones lie over earlier ones.
 """
 
+import fnmatch
 import glob
+import json
 import logging
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
-from sead_dist.config.keys import defaults
+from sead_dist.config.keys import all_keys, defaults
 from sead_dist.config.names import RENAMED, nearest, new_name
-from sead_dist.config.overrides import read_word
-from sead_dist.config.patterns import folders_of
-from sead_dist.config.plugins import load_plugins
-from sead_dist.config.schema import METHOD_KEYS, RunConfig, Section
-from sead_dist.config.yaml_text import parse_yaml, read_yaml
+from sead_dist.config.registered import load_plugins
+from sead_dist.config.schema import METHOD_KEYS, RunConfig
+from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
 from sead_dist.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def find_config(name: str) -> Path:
                 return path
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
     near = nearest(Path(name).stem, known)
-    hint = f"; did you mean {near!r}?" if near else f"; shipped tasks: {', '.join(known)}"
-    raise UserError(f"config {name!r} is neither a file nor a shipped config{hint}")
+    hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
+    raise UserError(f"config {name!r} is neither a file nor a shipped config; {hint}")
 
 
 def shipped_methods() -> list[str]:
@@ -73,9 +73,9 @@ def read_method(method: str) -> dict[str, Any]:
     known = shipped_methods()
     if not os.path.isfile(path):
         near = nearest(method, known)
-        meant = f"; did you mean {near!r}?" if near else ";"
+        meant = f" did you mean {near!r}?" if near else ""
         raise UserError(
-            f"method={method} is no method{meant} known: {', '.join(known)}, or a YAML file"
+            f"method={method} is no method;{meant} known: {', '.join(known)}, or a YAML file"
         )
     keys = read_yaml(path)
     old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
@@ -129,6 +129,70 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
         else:  # 007 would be the folder 7
             raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
     return entries
+
+
+def folders_of(pattern: str, key: str, output: str | None) -> list[str]:
+    """The folders that a pattern of `key` stands for in a run, or sweep, of this output folder.
+
+    Raises UserError where there is none, or where one that the run began with is gone.
+    """
+    began = _first_teachers(pattern, Path(output)) if key == "teachers" and output else []
+    for folder in began:
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"{key}={pattern}: {output} began with {folder}, which is not there any more; put "
+                "it back, or give another output_dir"
+            )
+    if began:
+        for folder in _able_folders(pattern, output)[0]:
+            if folder not in began:
+                _log.warning(
+                    "%s=%s leaves out %s, which was not there when %s began; "
+                    "another output_dir takes it in", key, pattern, folder, output
+                )  # fmt: skip
+        return began
+    found, left_out = _able_folders(pattern, output)
+    for line in left_out:
+        _log.warning("%s=%s leaves out %s", key, pattern, line)
+    if not found:
+        raise UserError(f"{key}={pattern} matches no folder; give paths that exist")
+    return found
+
+
+def _able_folders(pattern: str, output: str | None) -> tuple[list[str], list[str]]:
+    """The folders that match, and what is left out of them: the run's own output, and runs that are
+    not finished."""
+    kept, left_out = [], []
+    for folder in sorted(path for path in glob.glob(pattern) if Path(path).is_dir()):
+        path = Path(folder)
+        if output is not None and path.resolve() == Path(output).resolve():
+            left_out.append(f"{folder}, the output of this run")
+        elif (path / "run.json").is_file() and not (path / "model" / "config.json").is_file():
+            left_out.append(f"{folder}, a run that is not finished")
+        else:
+            kept.append(folder)
+    return kept, left_out
+
+
+def _first_teachers(pattern: str, output: Path) -> list[str]:
+    """The teachers of this pattern with which the run in `output`, or the first run of the sweep
+    there (TASK/METHOD/seed-0), began; none where nothing has begun."""
+    for record in (output / "run.json", *sorted(output.glob("*/*/*/run.json"))):
+        try:
+            given = json.loads(record.read_bytes())["teachers_given"]
+            paths = [entry["path"] for entry in given]
+        except Exception:  # what it holds is looked at, and refused, by the run
+            continue
+        found = [path for path in dict.fromkeys(paths) if _is_of(path, pattern)]
+        if found:
+            return found
+    return []
+
+
+def _is_of(path: str, pattern: str) -> bool:
+    """Whether glob would give this path for the pattern, were it there."""
+    names, wanted = Path(path).parts, Path(pattern).parts
+    return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
 
 
 def _at_home(value: Any) -> Any:
@@ -191,29 +255,14 @@ def _expected(mistake: "ErrorDetails") -> str:
     """What is wrong with a value, in YAML's words."""
     kind, value = mistake["type"], mistake["input"]
     if kind in ("list_type", "tuple_type"):
-        return "expected a list" + (f"; give {_as_yaml([value])}" if _is_plain(value) else "")
+        if not isinstance(value, str | int | float):
+            return "expected a list"
+        listed = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10000)
+        return f"expected a list; give {listed.strip()}"
     if kind in ("dict_type", "model_type"):
         return "expected a mapping; give {KEY: VALUE}"
     message = mistake["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10000).strip()
-
-
-def _flat_keys(section: type[Section], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        kind = next(iter(get_args(field.annotation)), field.annotation)  # X of list[X]
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += _flat_keys(kind, f"{prefix}{name}.")
-    return keys
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
@@ -265,7 +314,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(explain(error, _flat_keys(RunConfig))) from None
+        raise UserError(explain(error, [key.name for key in all_keys(of_entries=True)])) from None
     student = config.student
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"

@@ -1,24 +1,35 @@
-"""RunConfig and SweepConfig: the whole configuration of a run, and of a sweep."""
+"""RunConfig and SweepConfig: the whole configuration of a run, and of a sweep.
+
+The keys outside sections stand in groups, in the order of configs/base.yaml, which is made of the
+defaults and sentences of these fields: `keys.py`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from sead_dist.config.plugins import hashes
-from sead_dist.config.registered import NO_ENSEMBLE, ROUTED
-from sead_dist.config.run_keys import MethodKeys, ModelKeys, OutputKeys, TaskKeys, TrainingKeys
+from sead_dist.config.registered import NO_ENSEMBLE, ROUTED, hashes
 from sead_dist.config.sections import (
+    MANY,
+    AugmentConfig,
+    CardConfig,
     DataConfig,
     HeartbeatConfig,
     Operation,
     Operational,
+    Placement,
+    PoolConfig,
     Precision,
+    RepairConfig,
     Section,
+    SelectionConfig,
     StoreConfig,
     StudentConfig,
+    UnlabeledConfig,
+    one_of,
     writable,
 )
 from sead_dist.config.teacher_entry import TeacherConfig
@@ -40,6 +51,203 @@ __all__ = [
     "teacher_names",
     "writable",
 ]
+
+
+class TaskKeys(Section):
+    """What is learnt, from which rows."""
+
+    task: str
+    """a task's name (sst2, mrpc, ...) or the path of your own task's YAML file"""
+    method: Annotated[str | None, Operational] = None
+    """finetune | single | mean | confidence | entropy | random | routed | distilbert | tinybert |
+    minilm | sead, or your own YAML file of these keys: ensemble, teacher, loss, temperature, alpha,
+    alpha_end, feature_loss, feature_loss_weight, feature_stage_ratio, student_init; null: as the
+    keys say, whose defaults are those of sead (operational: its keys count)"""
+    output_dir: Annotated[str, Operational]
+    """the run folder (operational: a run may be moved)"""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """order of the rows, dropout, new weights"""
+    plugins: Annotated[list[str], Operational] = Field(default_factory=list)
+    """your own Python files, which register losses, ensembles, kinds of teacher and of task
+    (operational: what they hold counts)"""
+    data: DataConfig = DataConfig()
+    unlabeled: UnlabeledConfig = UnlabeledConfig()
+    augment: AugmentConfig = AugmentConfig()
+    """changed copies of training rows and of unlabelled text, which the teachers label; drawn by
+    selection.seed"""
+    selection: SelectionConfig = SelectionConfig()
+
+
+class ModelKeys(Section):
+    """The student, its teachers, and where these run."""
+
+    student: StudentConfig = StudentConfig()
+    repair: RepairConfig = RepairConfig()
+    """before the task a start with few layers learns the hidden states of the whole model, once for
+    all tasks and seeds"""
+    teachers: Annotated[list[TeacherConfig], Operational] = Field(default_factory=list)
+    """paths, ids, id@revision, a glob, or {path, name, kind, placement, offload, labels,
+    revision, dtype, quantization, max_length, weight, calibrate}. kind: of a plugin; model: a
+    classifier that Transformers loads. calibrate: on | off: a temperature fitted on the
+    selection split. Or {predictions, name, weight, calibrate, kind, labels, id, column,
+    confidence, annotator, abstain, unknown, duplicates, smoothing}: a file of predictions
+    (docs/teachers.md). Or a language model: {model, prompt, words: {CLASS: [WORD, ...]}, chat,
+    shots, contextual_calibration}, behind an OpenAI-compatible interface also {endpoint: URL,
+    concurrency, max_requests} (docs/language_models.md). offload: true: a sharded teacher's weights
+    lie in the CPU's memory. quantization: int8: 8-bit weights (needs the extra `quantize`)
+    (operational: what their weights, labels, prompts and words are counts)"""
+    encoders: list[TeacherConfig] = Field(default_factory=list)
+    """for `finetune` only: what each teacher starts from, as for teachers"""
+    folds: Annotated[int | None, Field(gt=1, le=1000)] = None
+    """for `finetune` only: teacher i of `encoders` is trained without fold i of so many of the
+    labelled rows, and a student hears of such a row only the teachers that were not trained on it
+    (not with ensemble single, random or routed); null: all are trained on all rows"""
+    fold: Annotated[int | None, Field(ge=0)] = None
+    """the fold, from 0, that a run leaves out; finetune sets it"""
+    placement: Annotated[Placement, Operational] = "auto"
+    """auto | colocated | partitioned | sharded | pool: where teachers run when their entry does not
+    say"""
+    teacher_precision: Precision = "fp32"
+    """fp32 | bf16 | fp16: numbers the teachers compute in"""
+    prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational] = 16384
+    """most rows the teachers work ahead of the student"""
+    teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational] = "on"
+    """on | off | fp32; off: teachers teach without being validated; fp32: those in other numbers
+    are also compared with themselves in fp32, on up to 2,000 rows"""
+    baseline: Annotated[str | None, Operational] = "auto"
+    """auto | the folder of a run of method=finetune on the same rows | null: log and card say what
+    the teachers have over a fine-tuned student, and what this one keeps of that. auto: it is made
+    first, in the run's folder, where that takes at most a tenth of the time"""
+    trust_remote_code: Annotated[bool, Operational] = False
+    """true: run modelling code that comes with a checkpoint"""
+    store: StoreConfig = StoreConfig()
+    pool: PoolConfig = PoolConfig()
+    """of teachers with placement pool, which `sead-dist teach` computes in processes of its own"""
+
+    @field_validator("encoders")
+    @classmethod
+    def encoders_are_models(cls, entries: list[TeacherConfig]) -> list[TeacherConfig]:
+        if any(entry.predictions is not None for entry in entries):
+            raise ValueError("a file of predictions cannot be fine-tuned; give models")
+        return entries
+
+
+class MethodKeys(Section):
+    """How teachers count, and the losses. A method's file may set these, but for teacher_column."""
+
+    ensemble: Annotated[str, one_of("ensemble")] = "mean_probabilities"
+    """none | single | mean_logits | mean_probabilities | fixed | score | fitted | confidence |
+    entropy | answers | random | routed, or a plugin's. none: the labels alone; single: one teacher;
+    fixed: the teachers' `weight`; mean_*: all alike; score: by the selection score; fitted: by the
+    gold labels of the selection split; random: one per micro-batch; the others per example"""
+    teacher: str | None = None
+    """the name of the teacher that `single` asks and that a feature loss follows; null: the best by
+    the selection split"""
+    teacher_column: str | None = None
+    """the column of the data that names each example's teacher, for `routed`"""
+    loss: Annotated[str, one_of("loss", "auto")] = "auto"
+    """kl: cross-entropy to soft targets times T^2 | mse: squared error of logits (or scores) |
+    mse_centered: of logits less their row's mean | auto: mse for scores, else kl; or a plugin's"""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T, of teachers and student in the soft loss"""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """labelled rows: alpha * soft + (1 - alpha) * hard"""
+    alpha_end: Annotated[float | None, Field(ge=0, le=1)] = None
+    """alpha at the last step, changing evenly from step to step; null: alpha stays"""
+    feature_loss: Literal["distilbert", "tinybert", "minilm"] | None = None
+    """distilbert | tinybert | minilm: a loss over the teacher's hidden states or attention beside
+    the soft one"""
+    feature_loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """what that loss is multiplied by"""
+    feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """tinybert: share of the steps, the first ones, that see that loss alone; the others see the
+    task's"""
+    student_init: Literal["own", "feature_teacher"] = "own"
+    """own | feature_teacher: before the first step the student gets that teacher's body with evenly
+    spaced layers, where it fits"""
+
+
+class TrainingKeys(Section):
+    """How long and how the student is trained."""
+
+    num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """passes over the labelled rows: how long the run is, however much text there is"""
+    max_steps: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """so many optimiser steps instead; both null: with teachers three passes over all rows, at
+    least 1500 and at most 30000 steps; without teachers three epochs over the labelled rows, at
+    least 200 steps"""
+    early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)] = None
+    """end the run once the selection loss has not fallen for so many epochs over the labelled rows
+    (those of fewer than 20 steps count together); the number of steps is the most that it takes
+    then, without teachers ten epochs where none is given. null: never, but `finetune` takes 2 where
+    no length is given"""
+    global_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 32
+    """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
+    micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16
+    """rows per forward and backward of one rank, on average; divides global_batch_size. A global
+    batch is cut into micro-batches by length, each of about as many padded tokens, and never of
+    more than micro_batch_size longest rows"""
+    max_length: Annotated[int, Field(gt=1, le=MANY)] = 128
+    """most tokens per row, for the student and for teachers that do not say"""
+    optim: Literal["adamw", "sgd"] = "adamw"
+    """adamw | sgd"""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """the highest, reached after the warm-up; null: by the student's width, 3e-4 up to 256, 1e-4 up
+    to 384, 5e-5 up to 768, else 2e-5"""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """linear | cosine | constant, after the warm-up"""
+    warmup_steps: Annotated[float, Field(ge=0, le=MANY)] = 0.1
+    """steps over which the learning rate rises; below 1: a share of all steps"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """not on biases and norms"""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """clip the gradient to this norm; 0: do not"""
+    precision: Precision = "fp32"
+    """fp32 | bf16 | fp16: the student's arithmetic (weights stay fp32)"""
+    deterministic: bool = False
+    """true: only deterministic kernels (slower on GPUs, needed for bitwise resume there)"""
+    deepspeed: Annotated[str | None, Operational] = None
+    """split the student's state over the ranks: zero1 | zero2 | zero3 | zero2_offload |
+    zero3_offload or your own JSON file"""
+
+
+class OutputKeys(Section):
+    """Which student is kept, what is saved, and who is told."""
+
+    final_checkpoint: Literal["auto", "best", "last", "average"] = "auto"
+    """which student is kept. best: the one that scored best on the selection split | last: that of
+    the last step | average: the mean of its weights over the last steps | auto: best from 500
+    selection rows up and with early_stopping_patience, else average"""
+    average_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """average: share of the steps, the last ones, that the mean is taken over"""
+    eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational] = None
+    """score the selection split so often; null: after each epoch over the labelled rows, and at
+    most fifty times"""
+    save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational] = None
+    """save the state so often; 0: never; null: each minute, as long as that takes at most 2% of the
+    time, and with each new best student where the best is kept"""
+    save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational] = 2
+    """how many checkpoints stay"""
+    keep_training_state: Annotated[bool, Operational] = False
+    """true: a finished run keeps its checkpoints"""
+    preemption_notice_s: Annotated[float | None, Field(gt=0), Operational] = None
+    """seconds between a scheduler's notice (SIGUSR2, SIGTERM) and the kill; then a save is timed at
+    the start"""
+    heartbeat: HeartbeatConfig = HeartbeatConfig()
+    """of a run in several processes: it ends, naming the process, when one is dead or hangs"""
+    report_to: Annotated[str | None, Operational] = None
+    """tensorboard, or any tracker's name that Accelerate knows"""
+    prediction_texts: Annotated[bool, Operational] = True
+    """false: predictions/ hold no texts of the rows"""
+    push_to_hub: Annotated[bool, Operational] = False
+    """true: upload model/ when the run is finished; asks for a token first (hf auth login, or
+    HF_TOKEN)"""
+    hub_model_id: Annotated[str | None, Operational] = None
+    """owner/name, or a name under the token's owner; null: the name on the card"""
+    hub_private_repo: Annotated[bool | None, Operational] = None
+    """true | false: who sees a repository that the upload makes; null: the owner's default"""
+    card: CardConfig = CardConfig()
+
 
 # what a method's file may set: all methods share student, start, data and steps. A column is of the
 # data.

@@ -4,6 +4,7 @@ Shapes: N teachers.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,8 +22,6 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
-from sead_dist.planning.busy import timed_quietly
-from sead_dist.planning.memory import MOMENTS
 from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
 from sead_dist.runtime.memory import forget_peak, held
@@ -57,6 +56,13 @@ from sead_dist.training.engine import build_optimizer
 BUDGET_S = 20.0
 # bytes of weights that are read into a model in a second, at least
 LOAD_PER_S = 200 * 2**20
+# bytes of an optimiser's moments for each parameter
+MOMENTS = {"adamw": 8, "sgd": 0}
+STAT = Path("/proc/stat")
+# of this process's threads, those that may have shared a processor
+SHARED = 0.1
+# processor time is counted in hundredths of a second: shorter spans say nothing
+SHORTEST_S = 0.2
 
 Speed = Annotated[float, Field(gt=0)]
 
@@ -117,10 +123,9 @@ def given_rates(
     nothing of numbers that the run computes in."""
 
     def speed(kind: str, dtype: str) -> float:
-        speeds: dict[Precision, float] = getattr(given, kind)
-        for name, reached in speeds.items():
-            if name == dtype:
-                return reached
+        speeds: dict[str, float] = getattr(given, kind)
+        if dtype in speeds:
+            return speeds[dtype]
         raise UserError(f"--rates {path}: {kind} has no {dtype}, which the run computes in; add it")
 
     def by_length(model_config: PretrainedConfig, reached: float, times: int) -> Rate:
@@ -151,7 +156,8 @@ def own_rates(
     """This machine's rates: remembered ones that reach to the task's lengths, the others measured
     until BUDGET_S after `began` (monotonic seconds), and what that did not allow scaled. Every rank
     calls this, and all measure at the same time: a figure is the slowest rank's."""
-    machine, path = this_machine(world.device), default_rates()
+    device, path = world.device, default_rates()
+    machine = this_machine(device)
     kept = from_main(world, lambda: {} if fresh else remembered(path))
     # those of a busy machine serve only where there is no time to measure again
     found = {key: rate for key, rate in kept.items() if not rate.busy}
@@ -164,33 +170,21 @@ def own_rates(
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
     short = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
     share_s = BUDGET_S / max(1, len(short) + (not _reaches(found.get(own_key), own_K)))
-    rows_N = [partial(full_batch, teacher, world.device) for teacher in teachers]
+    rows_N = [partial(full_batch, teacher, device) for teacher in teachers]
     todo = [n for n in short if _wanted(found.get(keys_N[n]), grids_N[n], rows_N[n], share_s)]
     todo.sort(key=lambda n: teachers[n].parameters)
     mine: dict[str, Rate] = {}
     if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch_size, share_s):
-        now = time.monotonic()
-        until = now + (began + BUDGET_S - now) / (1 + len(todo))
-        mine[own_key] = timed_quietly(
-            partial(measure_student, student, config, world.device, work.choices, own_K),
-            until,
-            world.device,
-        )
+        measure = partial(measure_student, student, config, device, work.choices, own_K)
+        mine[own_key] = timed_quietly(measure, _until(began, 1 + len(todo)), device)
     for place, n in enumerate(todo):
-        now = time.monotonic()
-        until = now + (began + BUDGET_S - now) / (len(todo) - place)
-        if _can_be_loaded(teachers[n], world.device, until - now):
-            mine[keys_N[n]] = timed_quietly(
-                partial(
-                    measure_teacher,
-                    teachers[n],
-                    world.device,
-                    config.trust_remote_code,
-                    grids_N[n],
-                ),
-                until,
-                world.device,
-            )
+        until = _until(began, len(todo) - place)
+        room = TEACHER_SHARE * free_bytes(device)
+        # it is to be loaded in the time that it has, too
+        if teachers[n].bytes <= min(room, (until - time.monotonic()) * LOAD_PER_S):
+            trust = config.trust_remote_code
+            measure = partial(measure_teacher, teachers[n], device, trust, grids_N[n])
+            mine[keys_N[n]] = timed_quietly(measure, until, device)
     measured = {
         key: rate
         for key, rate in _slowest(gather_objects(world, mine)).items()
@@ -215,7 +209,7 @@ def own_rates(
     rates_N = fill(config, student, known[own_key], work.choices, teachers, known_N)
     return Rates(
         machine.device,
-        world.device.type,
+        device.type,
         _marked(known[own_key], own_K),
         [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, grids_N, strict=True)],
         notes=tuple(notes),
@@ -247,6 +241,12 @@ def _wanted(
     return rate.once_s + (TURNS + 1) * once_s < share_s
 
 
+def _until(began: float, left: int) -> float:
+    """When the next of so many measurements has had its part of the time."""
+    now = time.monotonic()
+    return now + (began + BUDGET_S - now) / left
+
+
 def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:
     return rate is not None and rate.lengths_K[-1] >= lengths_K[-1]
 
@@ -254,11 +254,6 @@ def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:
 def _marked(rate: Rate, lengths_K: Sequence[int]) -> Rate:
     """What was not measured up to the task's longest is scaled beyond."""
     return rate if _reaches(rate, lengths_K) else replace(rate, scaled=True)
-
-
-def _can_be_loaded(teacher: Teacher, device: torch.device, seconds: float) -> bool:
-    room = TEACHER_SHARE * free_bytes(device)
-    return teacher.bytes <= min(room, seconds * LOAD_PER_S)
 
 
 def _slowest(everyone: Sequence[dict[str, Rate]]) -> dict[str, Rate]:
@@ -355,3 +350,49 @@ def measure_student(
     state = sum(p.numel() for p in model.parameters()) * (4 + MOMENTS[config.optim])
     work_bytes = beyond(device, held_before, state)
     return replace(rate, once_s=max(0.0, step_s - micro_s), work_bytes=work_bytes)
+
+
+def used_seconds() -> float | None:
+    """Seconds that all processors of this machine have worked since it started; None where the
+    system does not say."""
+    try:
+        fields = STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class Others:
+    """What other processes do from now on."""
+
+    def __init__(self) -> None:
+        self.began, self.used, self.own = time.monotonic(), used_seconds(), time.process_time()
+
+    def in_the_way(self, device: torch.device) -> bool:
+        """Whether they left this process fewer processors than it has threads. Of a GPU it is not
+        known. Ranks of one machine, which a run has too, are no others."""
+        used, wall = used_seconds(), time.monotonic() - self.began
+        if device.type == "cuda" or used is None or self.used is None or wall < SHORTEST_S:
+            return False
+        threads, ranks = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        others = (used - self.used - (time.process_time() - self.own)) / wall
+        crowd = others - threads * (ranks - 1) + threads - (os.cpu_count() or 1)
+        return crowd > SHARED * threads
+
+
+def timed_quietly(measure: Callable[[float], Rate], until: float, device: torch.device) -> Rate:
+    """What `measure(until)` finds; again where others were in the way and there is time, and marked
+    where they still were."""
+    others = Others()
+    first = measure(until)
+    if not others.in_the_way(device):
+        return first
+    now = time.monotonic()
+    if now + (now - others.began) <= until:
+        others = Others()
+        again = measure(until)
+        if not others.in_the_way(device):
+            return again
+        first = min(first, again, key=lambda rate: rate.row_s_K[0])
+    return replace(first, busy=True)

@@ -1,4 +1,6 @@
 """A run under one placement of its teachers or another: what it needs and how long it takes.
+Memory is counted from parameters: the tables of docs/placement.md. Activations, and what libraries
+hold, come on top.
 
 Shapes: N teachers, W ranks.
 """
@@ -7,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.planning.memory import FULL, student_bytes, teacher_bytes
-from sead_dist.planning.rates import Rates
+from sead_dist.models.sequence_classifier import DTYPES, outline
+from sead_dist.planning.rates import MOMENTS, Rates
 from sead_dist.planning.workload import (
     Work,
     batch_shapes,
@@ -23,8 +25,12 @@ from sead_dist.planning.workload import (
 from sead_dist.runs.setup import check_placed
 from sead_dist.teachers.placement import choose_placements, held_bytes, share_rows
 from sead_dist.teachers.rates import costs
+from sead_dist.teachers.sharding import layers_of
 from sead_dist.teachers.teacher import Teacher
+from sead_dist.training.deepspeed_config import OFFLOADS, zero_config
 
+# the part of a GPU that weights and the student's state may take; the rest is activations'
+FULL = 0.8
 PLACEMENTS = ("colocated", "partitioned", "sharded", "pool")
 
 
@@ -169,3 +175,54 @@ def gathered_bytes(setting: Setting, work: Work, placements: Sequence[str]) -> i
             batches = len(batch_shapes(teacher, mine, setting.rates.device)[0])
             received += batches * (teacher.bytes - held_bytes(teacher.bytes, "sharded", size))
     return received
+
+
+def bytes_at_work(config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> int:
+    """What a model that is split by layers holds whole while it computes: all that is in no layer,
+    the largest layer and the next."""
+    model = outline(config, trust_remote_code)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+    total = sum(p.numel() for p in model.parameters())
+    whole = total - sum(layers) + 2 * max(layers, default=0)
+    return int(min(total, whole)) * DTYPES[dtype].itemsize
+
+
+def student_bytes(student: PretrainedConfig, config: RunConfig, size: int) -> int:
+    """The student's parameters, gradients and moments on one of `size` ranks; on its GPU where
+    DeepSpeed leaves the rest to the machine's memory."""
+    parameters = int(
+        sum(p.numel() for p in outline(student, config.trust_remote_code).parameters())
+    )
+    moments = MOMENTS[config.optim]
+    zero = zero_config(config, size)
+    stage = zero.stage if zero is not None else 0
+    settings = zero.values["zero_optimization"] if zero is not None else {}
+    if any(settings.get(name) for name in OFFLOADS):
+        at_work = bytes_at_work(student, "fp32", config.trust_remote_code)
+        return 4 * parameters if stage < 3 else at_work
+    each = {
+        0: 8 + moments,
+        1: 8 + (4 + moments) / size,
+        2: 4 + (8 + moments) / size,
+        3: (12 + moments) / size,
+    }[stage]
+    return round(parameters * each)
+
+
+def teacher_bytes(
+    teachers: Sequence[Teacher],
+    placements: Sequence[str],
+    share_NW: np.ndarray,
+    trust_remote_code: bool,
+) -> int:
+    """The teachers' weights on the rank that holds most; of split teachers with what the largest
+    holds whole while it computes."""
+    size = share_NW.shape[1] if len(teachers) else 1
+    held_W = np.zeros(size)
+    at_work = 0
+    for teacher, placement, share_W in zip(teachers, placements, share_NW, strict=True):
+        held_W += (share_W > 0) * held_bytes(teacher.bytes, placement, size)
+        if placement == "sharded" and size > 1:
+            whole = bytes_at_work(teacher.config, teacher.dtype, trust_remote_code)
+            at_work = max(at_work, whole)
+    return int(held_W.max()) + at_work

@@ -1,24 +1,37 @@
-"""`sead-dist plan`: memory and time of a run, for each placement, before it is started."""
+"""`sead-dist plan`: memory and time of a run, for each placement, before it is started; for people
+(tables and notes) and for programs (--json).
+
+Shapes: R rows of a batch.
+"""
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.filesize import decimal
 from transformers import PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.planning.memory import FULL, student_bytes
 from sead_dist.planning.rates import given_rates, own_rates, read_given
-from sead_dist.planning.rendering import as_json, show
-from sead_dist.planning.scenario import Setting, estimates
-from sead_dist.planning.workload import Work, make_work
+from sead_dist.planning.scenario import (
+    FULL,
+    Estimate,
+    Setting,
+    estimates,
+    own_placements,
+    student_bytes,
+)
+from sead_dist.planning.workload import Work, make_work, store_bytes, training_seconds
 from sead_dist.runs.checks import refuse_unused_text
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import answered_examples
-from sead_dist.runs.setup import read_inputs
-from sead_dist.runtime.console import parse_size
+from sead_dist.runs.setup import read_inputs, uneven
+from sead_dist.runtime.console import clock, counted, parse_size, print_table
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
 from sead_dist.runtime.memory import held
 from sead_dist.runtime.own_files import check_writable
@@ -27,7 +40,8 @@ from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
-from sead_dist.teachers.placement import least_free
+from sead_dist.teachers.placement import choose_placements, least_free
+from sead_dist.teachers.rates import shape_name
 
 
 def plan(
@@ -114,3 +128,168 @@ def process_bytes(world: World, student: PreTrainedModel) -> int | None:
         return 0
     now = held(world.device)
     return None if now is None else max(0, now - sum(p.nbytes for p in student.parameters()))
+
+
+def per_second(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def rate_rows(setting: Setting) -> list[dict[str, Any]]:
+    """The rate of each model on the task's lengths, in examples/s; alone, in full batches."""
+    work, rates = setting.work, setting.rates
+    epoch_s = training_seconds(work, rates.student, 1) / max(work.steps, 1)
+    each = work.examples / max(work.steps, 1)
+    rows = [
+        {
+            "model": f"student {shape_name(setting.student.config)}",
+            "dtype": setting.config.precision,
+            "examples_per_second": each / max(epoch_s, 1e-12),
+            "scaled": rates.student.scaled,
+        }
+    ]
+    lengths = work.lengths_SM.reshape(-1)
+    for teacher, rate in zip(setting.teachers, rates.teachers_N, strict=True):
+        full_R = teacher.cut.full_rows(lengths, rates.device)
+        each_R = work.choices * rate.row_s(lengths) + rate.batch_s / full_R
+        row_s = float(np.mean(each_R))
+        dtype = teacher.dtype if teacher.entry.quantization is None else teacher.entry.quantization
+        rows.append(
+            {
+                "model": f"{teacher.name} {shape_name(teacher.config)}",
+                "dtype": dtype,
+                "examples_per_second": 1 / max(row_s, 1e-12),
+                "scaled": rate.scaled,
+            }
+        )
+    return rows
+
+
+def choices(setting: Setting) -> list[str]:
+    """Where the run's teachers go and why; what `auto` would do where that is not asked."""
+    teachers, default = setting.teachers, setting.config.placement
+    if not teachers:
+        return []
+    own, reason = own_placements(setting)
+    told = any(teacher.entry.placement is not None for teacher in teachers)
+    lines = [f"{'this run' if told or default != 'auto' else 'auto'} takes {reason}"]
+    if len({*own}) > 1:
+        pairs = zip(teachers, own, strict=True)
+        lines[0] += "; " + ", ".join(f"{teacher.name} {place}" for teacher, place in pairs)
+    if default != "auto":
+        auto = choose_placements(teachers, "auto", setting.size, setting.free)[1]
+        lines.append(f"auto would take {auto}")
+    return lines
+
+
+def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
+    """What a reader of the tables should know: the choice and why, and what is not counted."""
+    work, allowed = setting.work, [one for one in found if one.refused is None]
+    lines = choices(setting)
+    for one in allowed:
+        if one.workers:
+            lines.append(
+                f"{one.placement}: workers in jobs of their own keep up with the student from "
+                f"{counted(one.workers, 'worker')} as quick as a rank on; times are from their "
+                "start"
+            )
+    if work.passes == 0 and setting.teachers:
+        lines.append("the store holds every prediction: the teachers cost nothing")
+    lines += [f"{one.placement}: {one.refused}" for one in found if one.refused is not None]
+    if setting.memory is not None:
+        lines.append(f"fits: into {FULL:.0%} of --gpu-memory; activations have the rest")
+        if not any(one.fits for one in allowed if one.placement != "pool"):
+            pool = any(one.fits for one in allowed) * ", or a pool (placement=pool)"
+            lines.append(
+                f"no placement on these ranks fits into {decimal(setting.memory)}: give more "
+                f"ranks, more memory, teachers in fewer bits (teacher_precision=bf16){pool}"
+            )
+    if any(rate.scaled for rate in (setting.rates.student, *setting.rates.teachers_N)):
+        lines.append("scaled: not measured up to the task's longest texts, told by operations")
+    lines += uneven(setting.config, setting.size)
+    if any(one.at_least for one in found):
+        lines.append(">=: moving split teachers' weights between ranks is not counted")
+    if setting.config.feature_loss is not None:
+        lines.append("the feature teacher's own forwards in each step are not counted")
+    if setting.teachers:
+        lines.append(
+            "examples/s and bound: training examples over all seconds, also those in which "
+            "teachers answer for the selection and official splits; a pool's teachers are in "
+            "neither"
+        )
+    unknown = any(one.other_bytes is None for one in found)
+    activations = "activations, libraries and data, " if unknown else ""
+    lines.append(f"not counted: start-up, scoring the student, {activations}gradients' exchange")
+    return [*setting.rates.notes, *lines]
+
+
+def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
+    """The plan on the console."""
+    work, rates = setting.work, setting.rates
+    print_table(
+        f"{task}: examples/s of each model on {rates.hardware}",
+        ["model", "numbers", "examples/s", "known"],
+        [
+            [
+                *(r["model"], r["dtype"], per_second(r["examples_per_second"])),
+                "scaled" if r["scaled"] else "measured",
+            ]
+            for r in rate_rows(setting)
+        ],
+    )
+    columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
+    columns += ["teachers' pass"]
+    columns += ["training", "to the end", "examples/s", "bound"]
+    rows: list[list[object]] = []
+    for one in found:
+        if one.refused is not None:
+            rows.append([one.placement, "refused", *[""] * (len(columns) - 2)])
+            continue
+        more = ">= " if one.at_least else ""
+        rest = one.other_bytes or 0
+        bytes_ = (
+            one.student_bytes + one.teacher_bytes + rest, one.student_bytes, one.teacher_bytes, rest
+        )  # fmt: skip
+        pool = one.placement == "pool"
+        rows.append(
+            [
+                one.placement + pool * f", {counted(one.workers, 'worker')}",
+                *map(decimal, bytes_),
+                {None: "", True: "yes", False: "no"}[one.fits],
+                "the workers'" if pool else more + clock(one.teachers_s),
+                clock(one.training_s),
+                more + clock(one.seconds),
+                per_second(one.examples_per_second),
+                per_second(one.bound),
+            ]
+        )
+    if setting.memory is None:
+        rows = [row[:5] + row[6:] for row in rows]
+        columns.remove("fits")
+    title = (
+        f"{counted(setting.size, 'rank')}: {work.examples:,} examples in {work.steps:,} steps; "
+        f"{work.passes:,} teacher forwards, {decimal(store_bytes(work, setting.teachers))} more in "
+        "the store"
+    )
+    print_table(title, columns, rows)
+    for line in notes(setting, found):
+        print(line)
+
+
+def as_json(setting: Setting, task: str, found: Sequence[Estimate]) -> dict[str, Any]:
+    """The plan for --json."""
+    chosen, reason = choose_placements(setting.teachers, "auto", setting.size, setting.free)
+    return {
+        "task": task,
+        "ranks": setting.size,
+        "hardware": setting.rates.hardware,
+        "steps": setting.work.steps,
+        "examples": setting.work.examples,
+        "teacher_forwards": setting.work.passes,
+        "store_bytes": store_bytes(setting.work, setting.teachers),
+        "rates": rate_rows(setting),
+        "placements": [asdict(one) for one in found],
+        "auto": chosen,
+        "reason": reason,
+        "this_run": own_placements(setting)[0],
+        "notes": notes(setting, found),
+    }

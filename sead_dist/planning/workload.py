@@ -17,16 +17,10 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.choices import steps_of
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.inference import (
-    cut_into_batches,
-    padded_length,
-    rows_for,
-)
+from sead_dist.teachers.inference import cut_into_batches, padded_length, rows_for
 from sead_dist.teachers.packing import SIZES, size_for
 from sead_dist.teachers.placement import deal
-from sead_dist.teachers.rates import (
-    Rate,
-)
+from sead_dist.teachers.rates import Rate
 from sead_dist.teachers.teacher import Teacher
 
 # rows whose tokens are counted, and steps that are cut into micro-batches; others are like them

@@ -19,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.names import renamed
-from sead_dist.config.plugins import FOLDER as PLUGINS
-from sead_dist.config.plugins import keep_plugins, kept_paths
-from sead_dist.config.registered import LANGUAGE_MODEL, MODEL
+from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plugins, kept_paths
 from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task

@@ -28,10 +28,9 @@ from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import answered_examples, tell_requests
 from sead_dist.runs.setup import read_inputs
-from sead_dist.runtime.distributed import StopFlag, World
+from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
-from sead_dist.runtime.shared import node_name
 from sead_dist.store.layout import Layout, default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sead_dist.config.plugins import load_kept
+from sead_dist.config.registered import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet

@@ -50,10 +50,9 @@ from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import answered_examples, tell_requests, told_files
-from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
+from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
-from sead_dist.runtime.shared import check_shared
 from sead_dist.store.layout import default_store
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers

@@ -7,11 +7,15 @@ only.
 import os
 import re
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -19,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from sead_dist.errors import LostRankError, RunError, UserError
+from sead_dist.errors import LostRankError, RunError, UserError, refusal
 from sead_dist.runtime.heartbeat import Heartbeat, Limits, Usual
 
 T = TypeVar("T")
@@ -27,6 +31,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
 # Processes that are started together are given so long to come, where their limits are short.
 SHORTEST_MEETING_S = 60.0
+# A network file system may show a new file to other nodes late.
+PATIENCE_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
 
@@ -122,7 +128,9 @@ def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
         store = _launcher_store(rank, wait_s)
     # a world may be joined again in the same processes
     time_of_joining = store.add(f"joined by {rank}", 1)
-    signs = PrefixStore(f"heartbeat {time_of_joining}", _own_connection(store))
+    # a connection that waits for an answer serves nobody else (some versions of PyTorch have one)
+    own = store.clone() if hasattr(store, "clone") else store
+    signs = PrefixStore(f"heartbeat {time_of_joining}", own)
     # the stub of PyTorch lacks has_extended_api
     heartbeat = Heartbeat(rank, size, signs, limits)  # type: ignore[arg-type]
     heartbeat.start(wait_s)
@@ -130,12 +138,6 @@ def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
         heartbeat.at("making the process group")
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return heartbeat
-
-
-def _own_connection(store: Store) -> Store:
-    """The same store by another connection: one that waits for an answer serves nobody else. (In
-    versions of PyTorch that cannot, the same one.)"""
-    return store.clone() if hasattr(store, "clone") else store
 
 
 def _launcher_store(rank: int, wait_s: float) -> Store:
@@ -288,6 +290,64 @@ def raise_first(failures: Sequence[Exception | None]) -> None:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier(group=world.control)
+
+
+def node_name() -> str:
+    """The node that this rank runs on, as SLURM calls it, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def check_shared(world: World, folders: Mapping[str, Path]) -> None:
+    """Every rank looks for a file that rank 0 wrote into each of `folders` (key -> folder), which
+    every node of a run must see: found out at the start, not after the first epoch.
+
+    Nothing is written where all ranks run on one node. Raises UserError on every rank, naming the
+    node and the folder, when one does not see it.
+    """
+    nodes = gather_objects(world, node_name())
+    if len(set(nodes)) == 1:
+        return
+    token = from_main(world, lambda: f".seen-{uuid.uuid4().hex}")
+    try:
+        from_main(world, lambda: _write_seen(folders, token))
+        blind = gather_objects(world, _first_unseen(folders, token))
+    finally:
+        if world.is_main:
+            for folder in folders.values():
+                with suppress(OSError):
+                    (folder / token).unlink()
+    for node, key in zip(nodes, blind, strict=True):
+        if key is not None:
+            if world.is_main:  # made for nothing; what holds files stays
+                with suppress(OSError):
+                    folders[key].rmdir()
+            raise UserError(
+                f"{key}={folders[key]}: node {node} does not see what node {nodes[0]} wrote there; "
+                "give a folder on a file system that all nodes share"
+            )
+
+
+def _write_seen(folders: Mapping[str, Path], token: str) -> None:
+    for key, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / token).touch()
+        except OSError as error:
+            raise refusal(
+                f"{key}={folder} cannot be written: {error.strerror}; give another folder", error
+            ) from None
+
+
+def _first_unseen(folders: Mapping[str, Path], token: str) -> str | None:
+    end = time.monotonic() + PATIENCE_S
+    for key, folder in folders.items():
+        while not (folder / token).exists():
+            if time.monotonic() > end:
+                return key
+            time.sleep(0.1)
+            with suppress(OSError):
+                os.listdir(folder)  # makes a network file system look again
+    return None
 
 
 class StopFlag:

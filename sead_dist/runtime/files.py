@@ -24,10 +24,7 @@ LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
 # file systems that keep the time of a change themselves
-CLOCKED = (
-    *("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"),
-    *("nfs", "nfs4", "lustre"),
-)
+CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs", "nfs4", "lustre"))
 
 
 def user_folder(variable: str, below: str, own: str) -> Path:
@@ -67,7 +64,8 @@ def files_hash(paths: Sequence[Path]) -> str:
         known.parent.mkdir(parents=True, exist_ok=True)
         aside = known.with_name(f"{key}.{os.getpid()}.tmp")
         aside.write_text(digest, encoding="ascii")
-        if _state(paths) == before and _settled(paths):
+        settled = time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
+        if settled and _state(paths) == before:
             os.replace(aside, known)
         aside.unlink(missing_ok=True)
     return digest
@@ -92,10 +90,6 @@ def _clocked(paths: Sequence[Path]) -> bool:
     homes = [[str(folder) for folder in path.resolve().parents] for path in paths]
     nearest = [next((types[one] for one in home if one in types), None) for home in homes]
     return all(kind in CLOCKED for kind in nearest)
-
-
-def _settled(paths: Sequence[Path]) -> bool:
-    return time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
 
 
 def _read(paths: Sequence[Path]) -> str:

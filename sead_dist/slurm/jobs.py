@@ -115,30 +115,24 @@ def progress(job: Job) -> Progress:
     split's once the run is finished."""
     run = job.at_work_on
     with reading(run, "restore the files of this run folder"):
-        return _progress(run)
-
-
-def _progress(run: Path) -> Progress:
-    records = [record for record in read_metrics(run) if isinstance(record.get("event"), str)]
-    starts = [record for record in records if record["event"] == "start"]
-    steps = [record for record in records if record["event"] == "train"]
-    evals = [record for record in records if record["event"] == "eval"]
-    score = None
-    if evals:
-        score = next(iter(evals[-1]["metrics"].values()), None)
-    if is_finished(run):
-        scores = read_as(dict[str, Any], run / "scores.json")
-        official = [name for name in scores["splits"] if name != "selection"]
-        score = scores["splits"][(official or ["selection"])[0]]["student"][scores["metric"]]
-    found = Progress(
-        step=steps[-1]["step"] if steps else None,
-        total=starts[-1]["total_steps"] if starts else None,
-        score=score,
-        examples_per_s=steps[-1]["examples_per_second"] if steps else None,
-        restarts=max(len(starts) - 1, 0),
-    )
-    checked: Progress = TypeAdapter(Progress).validate_python(asdict(found))
-    return checked
+        records = [record for record in read_metrics(run) if isinstance(record.get("event"), str)]
+        starts = [record for record in records if record["event"] == "start"]
+        steps = [record for record in records if record["event"] == "train"]
+        evals = [record for record in records if record["event"] == "eval"]
+        score = next(iter(evals[-1]["metrics"].values()), None) if evals else None
+        if is_finished(run):
+            scores = read_as(dict[str, Any], run / "scores.json")
+            official = [name for name in scores["splits"] if name != "selection"]
+            score = scores["splits"][(official or ["selection"])[0]]["student"][scores["metric"]]
+        found = Progress(
+            step=steps[-1]["step"] if steps else None,
+            total=starts[-1]["total_steps"] if starts else None,
+            score=score,
+            examples_per_s=steps[-1]["examples_per_second"] if steps else None,
+            restarts=max(len(starts) - 1, 0),
+        )
+        checked: Progress = TypeAdapter(Progress).validate_python(asdict(found))
+        return checked
 
 
 def state_of(job: Job, known: str | None) -> str:

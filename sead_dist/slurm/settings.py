@@ -133,13 +133,11 @@ def minutes(text: str) -> int:
             f"time={text!r} is not a time limit; give MINUTES, H:MM:SS or DAYS-HH:MM:SS"
         )
     days, *parts = match.groups()
-    first, second, third = (None if part is None else int(part) for part in parts)
-    if days is not None:
-        seconds = int(days) * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
-    elif third is not None:
-        seconds = (first or 0) * 3600 + (second or 0) * 60 + third
-    else:
-        seconds = (first or 0) * 60 + (second or 0)
+    given = [int(part) for part in parts if part is not None]
+    # without days the first of fewer than three numbers is of minutes
+    units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
+    seconds = int(days or 0) * 86400
+    seconds += sum(number * unit for number, unit in zip(given, units, strict=False))
     if seconds == 0:
         raise UserError(f"time={text!r} is no time at all; give MINUTES, H:MM:SS or DAYS-HH:MM:SS")
     return -(-seconds // 60)

@@ -98,15 +98,32 @@ def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, co
     return str(submitit_slurm._make_sbatch_string(command, folder, **array, **parameters))
 
 
+def make_ready(runs: Sequence[tuple[str, ...]], out: Path, root: Path) -> None:
+    """Make the folder of a job that is to fill these runs. Raises UserError where there is no
+    SLURM, where a job of one of the runs is in the queue already, and as `job_folder`."""
+    slurm.need("sbatch")
+    refuse_queued(runs, root)
+    job_folder(out)
+
+
 def enqueue(
-    launches: Mapping[str, Launch], parameters: Mapping[str, Any], python: str | None, root: Path
+    launches: Mapping[str, Launch],
+    settings: slurm.SlurmSettings,
+    name: str,
+    dry_run: bool,
+    root: Path,
 ) -> list[jobs.Job]:
-    """Submit these launches (name -> launch), several as an array, and register their jobs.
+    """Submit these launches (name -> launch), several as an array called `name`, and register their
+    jobs. With `dry_run` only the sbatch file is printed.
 
     Raises UserError where sbatch refuses.
     """
     (folder,) = {launch.folder for launch in launches.values()}
-    executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=python)
+    parameters = slurm.sbatch_parameters(settings, name, Path(folder))
+    if dry_run:
+        print(sbatch_text(parameters, settings.python, Path(folder), len(launches)))
+        return []
+    executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
     executor.update_parameters(**parameters)
     try:
         # sbatch's complaint is told below, in one line

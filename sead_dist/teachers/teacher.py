@@ -22,8 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sead_dist.config.prompted import PROMPT_KEYS
-from sead_dist.config.schema import TeacherConfig
+from sead_dist.config.teacher_entry import PROMPT_KEYS, TeacherConfig
 from sead_dist.data.examples import entries
 from sead_dist.data.order import Split
 from sead_dist.errors import UserError, reading

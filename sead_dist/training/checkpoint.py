@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.runtime.own_files import sync
 from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
-from sead_dist.training import averaging
-from sead_dist.training.engine import Engine
+from sead_dist.training.engine import AVERAGE_FILE, Engine
 from sead_dist.training.identity import Identity, refuse_other
 
 # of state.json (1: without rules, start and best_loss)
 FORMAT = 2
+# a state is saved so often where no number of steps says when, for at most this share of the time
+SAVE_EVERY_S, SAVE_SHARE = 60.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,10 @@ class Checkpointer:
         """Whether the checkpoint of this step is there. Every rank calls this."""
         return from_main(self.world, (self.folder / f"step-{step:08d}").is_dir)
 
-    def save_best(self, engine: Engine, step: int) -> None:
-        """Keep the student as it is now under its step's number. Every rank calls this."""
-        self._write_aside(self.folder / f"best-{step:08d}", engine.save_weights)
-
-    def save_average(self, engine: Engine, step: int) -> None:
-        """Keep the student with its averaged weights under its last step's number. Every rank calls
-        this."""
-        self._write_aside(self.folder / f"best-{step:08d}", engine.save_average)
+    def save_best(self, engine: Engine, step: int, averaged: bool = False) -> None:
+        """Keep the student as it is now, or with its averaged weights, under its step's number.
+        Every rank calls this."""
+        self._write_aside(self.best_folder(step), partial(engine.save_weights, averaged=averaged))
 
     def best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
@@ -218,7 +216,7 @@ class Checkpointer:
                 file.keys()
             torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
             if record.get("averaged"):
-                with safe_open(folder / averaging.FILE, framework="pt") as file:
+                with safe_open(folder / AVERAGE_FILE, framework="pt") as file:
                     file.keys()
             step = record["state"]["best_step"]
             if step is not None and not self.best_folder(step).is_dir():
@@ -232,6 +230,27 @@ class Checkpointer:
             self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
         return record
+
+
+class SaveClock:
+    """Says when a state is due: a minute after the last one, or so much later that saving takes at
+    most 2% of the time. Clocks of ranks differ, so rank 0's decides (invariant 8)."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._last = now()
+        self._cost_s = 0.0
+
+    def due(self) -> bool:
+        """Whether a state should be saved after this step."""
+        return self._now() - self._last >= max(SAVE_EVERY_S, self._cost_s / SAVE_SHARE)
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Save by `write`, and remember how long that took."""
+        began = self._now()
+        write()
+        self._last = self._now()
+        self._cost_s = self._last - began
 
 
 def _cannot_save(final: Path, error: Exception) -> RunError:

@@ -10,7 +10,7 @@ Shapes: B rows, C classes, K text rows per example, L tokens.
 import importlib.util
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,13 +32,13 @@ from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.sequence_classifier import unshared
 from sead_dist.objectives.feature_losses import Rest
 from sead_dist.runtime.distributed import World
-from sead_dist.training.averaging import WeightAverage
 from sead_dist.training.deepspeed import ZeroStudent
 from sead_dist.training.deepspeed_config import zero_config
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Transformers' own "constant" has no warm-up
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+AVERAGE_FILE = "average.safetensors"
 
 
 def build_optimizer(
@@ -87,6 +88,51 @@ def build_schedule(
 
     both = {False: base, True: rested}
     return LambdaLR(optimizer, [both[group["rested"]] for group in optimizer.param_groups])
+
+
+class WeightAverage:
+    """The mean of the student's weights after each step from `first` (from 1) on (Izmailov et al.
+    2018; here with the run's own learning-rate schedule).
+
+    The sums of floating-point tensors are fp32 and part of every checkpoint, so that a resumed run
+    has the same mean to the last bit. Rank 0 alone has them: all ranks have equal weights after
+    every step (invariant 7)."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.count = 0
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Count the weights that the student has now."""
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                mine = tensor.detach().float()
+                if name in self.sums:
+                    self.sums[name] += mine.to(self.sums[name].device)
+                else:
+                    self.sums[name] = mine.clone()
+        self.count += 1
+
+    def mean(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean; of tensors that are no floating-point numbers those of `weights`."""
+        means = {name: total / self.count for name, total in self.sums.items()}
+        return {n: means[n].to(w.dtype) if n in means else w for n, w in weights.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the sums into a checkpoint, where there are any."""
+        if self.count:
+            sums = {name: total.contiguous() for name, total in self.sums.items()}
+            save_file(sums, folder / AVERAGE_FILE, metadata={"steps": str(self.count)})
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Take the sums of a checkpoint; none where it has none."""
+        path = folder / AVERAGE_FILE
+        self.count, self.sums = 0, {}
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                self.count = int((file.metadata() or {})["steps"])
+            self.sums = {name: total.to(device) for name, total in load_file(path).items()}
 
 
 class Engine:
@@ -211,20 +257,14 @@ class Engine:
         """The whole student, on rank 0. Every rank calls this."""
         return self.zero.weights() if self.zero is not None else unshared(self.module)
 
-    def save_weights(self, folder: Path) -> None:
-        """The student, written by rank 0. Every rank calls this."""
+    def save_weights(self, folder: Path, averaged: bool = False) -> None:
+        """The student, or with its averaged weights, written by rank 0. Every rank calls this."""
         weights = self.weights()
         if self.world.is_main:
+            if averaged:
+                assert self.average is not None
+                weights = self.average.mean(weights)
             tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(tensors, folder / "student.safetensors")
-
-    def save_average(self, folder: Path) -> None:
-        """The student with its averaged weights, written by rank 0. Every rank calls this."""
-        weights = self.weights()
-        if self.world.is_main:
-            assert self.average is not None
-            mean = self.average.mean(weights)
-            tensors = {name: tensor.contiguous() for name, tensor in mean.items()}
             save_file(tensors, folder / "student.safetensors")
 
     def load_weights(self, folder: Path) -> None:

@@ -95,12 +95,7 @@ def mean_loss(kind: TaskKind, logits_BC: np.ndarray, labels_B: np.ndarray) -> fl
 
 
 def evaluate(
-    task: TaskSpec,
-    model: torch.nn.Module,
-    forward: Forward,
-    split: Split,
-    world: World,
-    step: int,
+    task: TaskSpec, model: torch.nn.Module, forward: Forward, split: Split, world: World, step: int
 ) -> EvalResult:
     """The student's metrics and loss on a split, the same on every rank."""
     began = time.perf_counter()

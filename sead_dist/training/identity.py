@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.names import renamed
-from sead_dist.config.rules import (
-    DEFAULT_RULES,
-    INPUT_RULES,
-    ORDER_RULES,
-    STAGE_RULES,
-    START_RULES,
-)
+from sead_dist.config.rules import DEFAULT_RULES, INPUT_RULES, ORDER_RULES, STAGE_RULES, START_RULES
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.run_log import read_as

@@ -29,8 +29,7 @@ from sead_dist.runtime.distributed import (
 from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
 from sead_dist.runtime.run_log import RunLog
 from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
-from sead_dist.training.cadence import SaveClock
-from sead_dist.training.checkpoint import Checkpointer, TrainState
+from sead_dist.training.checkpoint import Checkpointer, SaveClock, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
 
@@ -274,11 +273,7 @@ class Trainer:
         result = self.select(state.step)
         score = result.metrics[self.metric]
         self.log.metrics(
-            "eval",
-            step=state.step,
-            split="selection",
-            loss=result.loss,
-            metrics=result.metrics,
+            "eval", step=state.step, split="selection", loss=result.loss, metrics=result.metrics
         )
         if self.config.report_to is not None:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
@@ -305,11 +300,10 @@ class Trainer:
                 return state
         elif not self.agreed_better(score, loss, state):
             return state
+        self.checkpointer.save_best(self.engine, state.step, averaged=kept == "average")
         if kept == "average":
             # scored at the end with the official splits, when it is the engine's
-            self.checkpointer.save_average(self.engine, state.step)
             return replace(state, best_step=state.step)
-        self.checkpointer.save_best(self.engine, state.step)
         return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:

@@ -5,8 +5,7 @@ import yaml
 from small import save_teacher, words, write_task
 
 from sead_dist.cli.commands import parse
-from sead_dist.config.base_file import base_yaml
-from sead_dist.config.keys import all_keys, find_keys
+from sead_dist.config.keys import all_keys, base_yaml, find_keys
 from sead_dist.config.load import config_folder, load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
@@ -23,7 +22,7 @@ def run(capsys, *argv):
 def test_base_yaml_is_what_the_fields_say():
     assert BASE.read_text("utf-8") == base_yaml(), (
         "configs/base.yaml is not what the fields say; run "
-        "`.venv/bin/python -m sead_dist.config.base_file`"
+        "`.venv/bin/python -m sead_dist.config.keys`"
     )
 
 

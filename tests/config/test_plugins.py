@@ -18,8 +18,7 @@ from sead_dist.cli.commands import attempt_recipe
 from sead_dist.cli.grammar import ADJECTIVES, LABELS
 from sead_dist.cli.submit import requests
 from sead_dist.config.load import load_config
-from sead_dist.config.plugins import load_plugins
-from sead_dist.config.registered import ADDED
+from sead_dist.config.registered import ADDED, load_plugins
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.prediction import task_of

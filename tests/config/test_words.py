@@ -3,8 +3,8 @@
 import pytest
 
 from sead_dist.config.load import load_config, read_layers
-from sead_dist.config.overrides import read_word
 from sead_dist.config.schema import SweepConfig
+from sead_dist.config.yaml_text import read_word
 from sead_dist.errors import UserError
 
 BASE = ["sst2", "student=s", "output_dir=o"]

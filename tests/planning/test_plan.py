@@ -26,9 +26,8 @@ from sead_dist.config.load import load_config
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import outline
-from sead_dist.planning import busy
 from sead_dist.planning import rates as planrates
-from sead_dist.planning.memory import FULL, bytes_at_work, student_bytes, teacher_bytes
+from sead_dist.planning.scenario import FULL, bytes_at_work, student_bytes, teacher_bytes
 from sead_dist.planning.table import free_of, plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
@@ -54,7 +53,7 @@ def task(tmp_path_factory):
 def rates(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAD_DIST_RATES", str(tmp_path / "rates.json"))
     # other tests run beside this one
-    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: False)
+    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: False)
     return tmp_path / "rates.json"
 
 
@@ -361,12 +360,12 @@ def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
 def test_what_a_busy_machine_measured_is_marked_and_measured_again(
     task, tmp_path, rates, capsys, monkeypatch
 ):
-    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: True)
+    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: True)
     planned(task, tmp_path)
     said = capsys.readouterr().out
     assert "WARNING: other processes had the processors while 3 of the rates were" in said
     assert all(rate.busy for rate in remembered(rates).values())
-    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: False)
+    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: False)
     planned(task, tmp_path)
     said = capsys.readouterr().out
     assert "3 measured again: the machine was busy when they were measured before" in said
@@ -378,16 +377,16 @@ def test_what_a_busy_machine_measured_is_marked_and_measured_again(
 
 def test_where_the_machine_was_busy_and_there_is_time_it_is_measured_twice(monkeypatch):
     found = iter([True, False])
-    monkeypatch.setattr(busy.Others, "in_the_way", lambda *_given: next(found))
+    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: next(found))
     made = iter([2.0, 1.0])
-    kept = busy.timed_quietly(lambda _until: Rate((8,), (next(made),), 0, 0), 1e12, CPU)
+    kept = planrates.timed_quietly(lambda _until: Rate((8,), (next(made),), 0, 0), 1e12, CPU)
     assert (kept.row_s_K, kept.busy) == ((1.0,), False)
 
 
 def test_processes_that_take_the_processors_are_in_the_way():
     """All processors are taken by others, and one more thread wants to work."""
     cores = os.cpu_count() or 1
-    others = busy.Others()
+    others = planrates.Others()
     loads = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * cores)]
     end = time.monotonic() + 3.0
     while time.monotonic() < end:
@@ -395,7 +394,7 @@ def test_processes_that_take_the_processors_are_in_the_way():
     for load in loads:
         load.wait()
     assert others.in_the_way(CPU)
-    assert not busy.Others().in_the_way(CPU)  # too short to tell
+    assert not planrates.Others().in_the_way(CPU)  # too short to tell
 
 
 SPIN = "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass"

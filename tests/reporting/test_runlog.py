@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from sead_dist.errors import UserError
-from sead_dist.runtime import progress
+from sead_dist.runtime import console
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import (
     RunLog,
@@ -102,7 +102,7 @@ def test_console_off_still_writes_the_log_file(tmp_path, capsys):
 
 def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 2))
-    monkeypatch.setattr(progress, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(console, "monotonic", lambda: float(next(clock)))
     with open_log(tmp_path, console=True).progress("steps", total=200, done=95) as bar:
         for step in range(96, 201):
             bar.update(loss=step / 1000, note="x")
@@ -120,7 +120,7 @@ def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, mon
 
 
 def test_fast_work_without_a_terminal_says_only_that_it_is_done(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(console, "monotonic", lambda: 0.0)
     with open_log(tmp_path, console=True).progress("validation", total=7) as bar:
         bar.advance(3)
         bar.advance(4)

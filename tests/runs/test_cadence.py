@@ -7,8 +7,8 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import model_bytes, read, records, run_distill, words
 
-from sead_dist.training import cadence
-from sead_dist.training.cadence import SaveClock
+from sead_dist.training import checkpoint
+from sead_dist.training.checkpoint import SaveClock
 
 STEPS = 14
 
@@ -110,7 +110,7 @@ def at_every_step_of_rank_0(world, given, folder):
     from sead_dist.training.checkpoint import Checkpointer
 
     if world.is_main:
-        cadence.SAVE_EVERY_S, cadence.SAVE_SHARE = 0.0, 1e9
+        checkpoint.SAVE_EVERY_S, checkpoint.SAVE_SHARE = 0.0, 1e9
     saved, save = [], Checkpointer.save
 
     def note(self, engine, state):

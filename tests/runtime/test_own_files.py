@@ -10,7 +10,7 @@ from small import words, write_task
 
 from sead_dist.cli.demo import write_inputs
 from sead_dist.config.load import load_config
-from sead_dist.config.plugins import keep_plugins, kept_paths, load_plugins
+from sead_dist.config.registered import keep_plugins, kept_paths, load_plugins
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import holds_run, try_lock
 from sead_dist.runtime.own_files import check_writable, open_own, sweep_leftovers, written_aside

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from small import ALONE, read, records, sweep_words, words
 
-from sead_dist.cli.submit import requests
-from sead_dist.cli.sweep_submit import submit_sweep
+from sead_dist.cli.submit import requests, submit_sweep
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -108,7 +107,7 @@ def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_pat
     run_sweep(given, ALONE)
     assert not re.search(r"run \d+ of", capsys.readouterr().out)
     settings = SlurmSettings.model_construct(signal_delay=30)
-    submit_sweep(lambda *_: None, given, settings, 2, True, tmp_path)
+    submit_sweep(given, settings, 2, True, tmp_path)
     assert "is finished" in capsys.readouterr().out
 
 

@@ -12,9 +12,8 @@ from sead_dist.config.automatic import (
     final_checkpoint,
     told_checkpoint,
 )
-from sead_dist.training.averaging import FILE, WeightAverage
 from sead_dist.training.checkpoint import TrainState
-from sead_dist.training.engine import Engine
+from sead_dist.training.engine import AVERAGE_FILE, Engine, WeightAverage
 
 # 21 rows, eight a step: six steps in two epochs
 KEYS = {
@@ -72,7 +71,7 @@ def stop_after(trainer, step):
 def test_a_checkpoint_whose_sums_are_damaged_is_passed_over(tmp_path, harm, capsys):
     trainer = make_trainer(tmp_path, **KEYS)
     trainer.run(TrainState())
-    path = trainer.checkpointer.folder / "step-00000006" / FILE
+    path = trainer.checkpointer.folder / "step-00000006" / AVERAGE_FILE
     data = path.read_bytes()
     path.unlink()
     if harm == "cut":
@@ -86,7 +85,7 @@ def test_a_checkpoint_whose_sums_are_damaged_is_passed_over(tmp_path, harm, caps
 def test_before_the_last_share_no_sums_are_kept(tmp_path):
     trainer = make_trainer(tmp_path, **KEYS)
     trainer.run(TrainState())
-    names = {path.parent.name for path in trainer.checkpointer.folder.glob(f"*/{FILE}")}
+    names = {path.parent.name for path in trainer.checkpointer.folder.glob(f"*/{AVERAGE_FILE}")}
     assert names == {"step-00000004", "step-00000005", "step-00000006"}
 
 
