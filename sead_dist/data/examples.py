@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sead_dist.data.formats import Item, Route, read_items
-from sead_dist.data.task_files import Answer, TaskSpec
+from sead_dist.data.metrics import Answer
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 
 

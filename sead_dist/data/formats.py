@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sead_dist.data.task_files import TASKS, Answer, TaskSpec
+from sead_dist.data.metrics import Answer
+from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 

@@ -18,30 +18,9 @@ from pydantic_core import PydanticKnownError
 from sead_dist.config.names import nearest as close
 from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
-from sead_dist.data.kinds import (
-    KINDS,
-    TaskKind,
-    align_name,
-    file_values,
-    normalise_label,
-    number_name,
-)
-from sead_dist.data.metrics import Answer, MetricInputs
+from sead_dist.data.kinds import KINDS, TaskKind
+from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError
-
-__all__ = [
-    "TASKS",
-    "Answer",
-    "MetricInputs",
-    "TaskSpec",
-    "align_name",
-    "compute_metrics",
-    "constant_score",
-    "file_values",
-    "load_task",
-    "normalise_label",
-    "number_name",
-]
 
 
 def _known_kind(kind: Any) -> Any:

@@ -8,7 +8,7 @@ Shapes: R text rows, L tokens, H width, A heads.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -124,17 +124,17 @@ def first_difference(
     other.set_attn_implementation("eager")
     layer_parts = find_layer_parts(other, who, needs_attention(method))
     wanted = wanted_by(method, layer_parts)
-    found = (difference(other, layer_parts, wanted, batch) for batch in batches)
-    return next((differs for differs in found if differs is not None), None)
+    found = (said for batch in batches for said in differences(other, layer_parts, wanted, batch))
+    return next(found, None)
 
 
-def difference(
+def differences(
     model: PreTrainedModel,
     layer_parts: LayerParts,
     wanted: Wanted,
     batch: Mapping[str, torch.Tensor],
-) -> str | None:
-    """What of the wanted the model itself gives otherwise than it is read; None: nothing."""
+) -> Iterator[str]:
+    """What of the wanted the model itself gives otherwise than it is read."""
     on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     asks = {"output_hidden_states": True, "output_attentions": True, "return_dict": True}
     try:
@@ -143,81 +143,66 @@ def difference(
             own = model(**on_device, **asks)
     except Exception as error:  # models with code of their own raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"asked for its own hidden states and attentions, it fails ({reason})"
-    mask_RL = on_device["attention_mask"].bool()
+        yield f"asked for its own hidden states and attentions, it fails ({reason})"
+        return
+    mask_RL, layers = on_device["attention_mask"].bool(), len(layer_parts.layers)
     close = CLOSE.get(model.dtype, 1e-4)
-    hidden, attentions = getattr(own, "hidden_states", None), getattr(own, "attentions", None)
-    differs = None
-    if wanted.hidden:
-        differs = hidden_difference(found, layer_parts, wanted.hidden, hidden, mask_RL, close)
-    if wanted.attention and differs is None:
-        differs = attention_difference(
-            found, layer_parts, wanted.attention, attentions, mask_RL, close
-        )
-    return differs
+    states = getattr(own, "hidden_states", None) or ()
+    if wanted.hidden and len(states) != layers + 1:
+        yield f"{layers + 1} hidden states are read, and it gives {len(states)}"
+        return
+    for number in wanted.hidden:
+        if differs := hidden_difference(found, number, states[number], mask_RL, close):
+            yield differs
+    attentions = getattr(own, "attentions", None) or ()
+    if wanted.attention and len(attentions) != layers:
+        yield f"the attention of {layers} layers is read, and it gives {len(attentions)}"
+        return
+    for number in wanted.attention:
+        own_RALL, heads = attentions[number - 1], layer_parts.heads
+        if differs := attention_difference(found, number, own_RALL, heads, mask_RL, close):
+            yield differs
 
 
 def hidden_difference(
-    found: LayerOutputs,
-    layer_parts: LayerParts,
-    numbers: Sequence[int],
-    own: Sequence[torch.Tensor] | None,
-    mask_RL: torch.Tensor,
-    close: float,
+    found: LayerOutputs, number: int, own_RLH: torch.Tensor, mask_RL: torch.Tensor, close: float
 ) -> str | None:
-    """The first of the hidden states that differs, own text tokens alone."""
-    count = len(layer_parts.layers) + 1
-    if len(own or ()) != count:
-        return f"{count} hidden states are read, and it gives {len(own or ())}"
-    assert own is not None
-    for number in numbers:
-        if number not in found.hidden:
-            return f"hidden states {number} do not come from a layer that can be found"
-        read_RLH, own_RLH = found.hidden[number], own[number]
-        if read_RLH.shape != own_RLH.shape or read_RLH.shape[:2] != mask_RL.shape:
-            return (
-                f"hidden states {number} are read as {list(read_RLH.shape)}, and it gives "
-                f"{list(own_RLH.shape)}"
-            )
-        off = share(read_RLH, own_RLH, mask_RL)
-        if not off <= close:
-            return f"hidden states {number} differ from its own by {off:.2g} of the largest"
+    """Whether hidden states differ, at text tokens alone."""
+    if number not in found.hidden:
+        return f"hidden states {number} do not come from a layer that can be found"
+    read_RLH = found.hidden[number]
+    if read_RLH.shape != own_RLH.shape or read_RLH.shape[:2] != mask_RL.shape:
+        return (
+            f"hidden states {number} are read as {list(read_RLH.shape)}, and it gives "
+            f"{list(own_RLH.shape)}"
+        )
+    off = share(read_RLH, own_RLH, mask_RL)
+    if not off <= close:
+        return f"hidden states {number} differ from its own by {off:.2g} of the largest"
     return None
 
 
 def attention_difference(
-    found: LayerOutputs,
-    layer_parts: LayerParts,
-    numbers: Sequence[int],
-    own: Sequence[torch.Tensor] | None,
-    mask_RL: torch.Tensor,
+    found: LayerOutputs, number: int, own_RALL: torch.Tensor, heads: int, mask_RL: torch.Tensor,
     close: float,
-) -> str | None:
-    """The first layer in which the softmax of what is read is not the attention, own text tokens
-    alone."""
-    count = len(layer_parts.layers)
-    if len(own or ()) != count:
-        return f"the attention of {count} layers is read, and it gives {len(own or ())}"
-    assert own is not None
-    outside_R11L = ~mask_RL[:, None, None, :]
-    for number in numbers:
-        if not all(number in part for part in (found.queries, found.keys, found.values)):
-            return f"the attention of layer {number} does not call its linear maps"
-        query_RLH, own_RALL = found.queries[number], own[number - 1]
-        key_RLH, value_RLH = found.keys[number], found.values[number]
-        said = f"the attention of layer {number} is read as "
-        if query_RLH.shape != key_RLH.shape or value_RLH.shape[:2] != mask_RL.shape:
-            maps = [list(one.shape) for one in (query_RLH, key_RLH, value_RLH)]
-            return f"{said}queries, keys and values of {', '.join(map(str, maps))}"
-        if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % layer_parts.heads:
-            return f"{said}queries of {list(query_RLH.shape)} for {layer_parts.heads} heads"
-        read_RALL = scores(query_RLH, key_RLH, layer_parts.heads)
-        read_RALL = read_RALL.masked_fill(outside_R11L, NEVER).softmax(-1)
-        if read_RALL.shape != own_RALL.shape:
-            return f"{said}{list(read_RALL.shape)}, and it gives {list(own_RALL.shape)}"
-        off = share(read_RALL.transpose(1, 2), own_RALL.transpose(1, 2), mask_RL)
-        if not off <= close:
-            return f"the attention of layer {number} differs from its own by {off:.2g}"
+) -> str | None:  # fmt: skip
+    """Whether the softmax of what is read of a layer is not its attention, at text tokens alone."""
+    if not all(number in part for part in (found.queries, found.keys, found.values)):
+        return f"the attention of layer {number} does not call its linear maps"
+    maps = query_RLH, key_RLH, value_RLH = found.maps(number)
+    said = f"the attention of layer {number} is read as "
+    if query_RLH.shape != key_RLH.shape or value_RLH.shape[:2] != mask_RL.shape:
+        shapes = ", ".join(str(list(one.shape)) for one in maps)
+        return f"{said}queries, keys and values of {shapes}"
+    if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % heads:
+        return f"{said}queries of {list(query_RLH.shape)} for {heads} heads"
+    read_RALL = scores(query_RLH, key_RLH, heads)
+    read_RALL = read_RALL.masked_fill(~mask_RL[:, None, None, :], NEVER).softmax(-1)
+    if read_RALL.shape != own_RALL.shape:
+        return f"{said}{list(read_RALL.shape)}, and it gives {list(own_RALL.shape)}"
+    off = share(read_RALL.transpose(1, 2), own_RALL.transpose(1, 2), mask_RL)
+    if not off <= close:
+        return f"the attention of layer {number} differs from its own by {off:.2g}"
     return None
 
 

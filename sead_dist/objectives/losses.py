@@ -1,7 +1,7 @@
 """Losses: pure functions of logits, registered by name; their sum; and the loss of a run, with a
 feature term and the shares of all by step.
 
-Shapes: B rows of a micro-batch, R text rows, L tokens, C classes. Every function returns per-row
+Shapes: N teachers, B rows, R text rows, L tokens, C classes. Every function returns per-row
 losses; `total_loss` divides by the valid rows of the *global* batch, so a sum over micro-batches
 and ranks is the global batch's mean.
 """

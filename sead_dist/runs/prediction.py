@@ -21,9 +21,10 @@ from sead_dist.config.registered import load_kept
 from sead_dist.config.schema import DataConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.examples import ExampleSet
+from sead_dist.data.kinds import align_name
 from sead_dist.data.metrics import confusion
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import TaskSpec, align_name, load_task
+from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.data.tokens import describe_cuts
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs

@@ -66,7 +66,7 @@ def test_names_that_are_numbers_leave_numbers_their_documented_meaning(tmp_path)
     ],
 )  # fmt: skip
 def test_the_hubs_names_are_read_for_every_shipped_task(task, names):
-    from sead_dist.data.task_files import align_name, file_values, normalise_label
+    from sead_dist.data.kinds import align_name, file_values, normalise_label
 
     spec = TASKS[task]
     assert names_decide(spec, names.split())

@@ -13,9 +13,9 @@ import yaml
 from rows import load_split
 
 from sead_dist.data.examples import ExampleSet, build_examples, subset
+from sead_dist.data.kinds import align_name
 from sead_dist.data.task_files import (
     TASKS,
-    align_name,
     compute_metrics,
     constant_score,
     find_problem,

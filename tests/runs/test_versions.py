@@ -12,7 +12,7 @@ from submitit.helpers import DelayedSubmission
 
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import fingerprint
-from sead_dist.data.task_files import Answer
+from sead_dist.data.metrics import Answer
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
