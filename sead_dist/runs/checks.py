@@ -100,9 +100,9 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
     if 0 < count < folds:
         left = ", ".join(map(str, range(count, folds)))
         _log.warning(
-            "folds=%d of %d encoders: every teacher is trained on the rows of fold %s, so none can "
-            "say of them what the labels have not told it; give %d encoders", folds, count, left,
-            folds,
+            "folds=%d, and encoders has %d: every teacher learns the rows of fold %s, so none "
+            "can say of them what the labels have not told it; give %d encoders",
+            folds, count, left, folds,
         )  # fmt: skip
     patience = config.early_stopping_patience
     unsaid = config.num_train_epochs is None and config.max_steps is None
