@@ -105,10 +105,9 @@ def print_config(words: Sequence[str]) -> None:
 
 
 def keys(args: argparse.Namespace) -> None:
-    from sead_dist.config.keys import all_keys, as_line, find_keys
+    from sead_dist.cli.keys import print_keys
 
-    known = list(all_keys(of_entries=True))
-    print("\n".join(as_line(key) for key in find_keys(known, args.name)))
+    print_keys(args.name)
 
 
 def sweep(args: argparse.Namespace) -> None:

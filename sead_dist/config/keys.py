@@ -3,9 +3,11 @@
 `python -m sead_dist.config.keys` writes configs/base.yaml of them.
 """
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -22,17 +24,21 @@ HEAD = """\
 # differs. This file is made from the fields in sead_dist/config/schema.py, sections.py and
 # teacher_entry.py: runs go by those, and a change here changes nothing.
 """
+# of a teacher's entry what an encoder's has too
+OF_ENCODER = ("path", "revision")
 # where comments start, and how long a line may get
 COLUMN, WIDTH = 24, 120
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key, dotted; its default as YAML (None: it is a section); what it does."""
+    """A key, dotted; its default as YAML (None: it is a section); what it does. group: where it may
+    stand, as a heading; "" for a run's."""
 
     name: str
     default: str | None
     text: str
+    group: str = ""
 
 
 def key_of(name: str, field: FieldInfo) -> Key:
@@ -55,8 +61,21 @@ def all_keys(
     for name, field in section.model_fields.items():
         yield key_of(f"{prefix}{name}", field)
         inside = section_of(field) or (entry_of(field) if of_entries else None)
-        if inside is not None:
-            yield from all_keys(inside, f"{prefix}{name}.", of_entries)
+        for key in [] if inside is None else all_keys(inside, f"{prefix}{name}.", of_entries):
+            if name != "encoders" or key.name.removeprefix("encoders.") in OF_ENCODER:
+                yield key
+
+
+def commented_keys(path: Path, group: str) -> list[Key]:
+    """The keys of a shipped YAML file whose comments say what each does: `name: default  # text`,
+    and more lines of comment below it."""
+    keys: list[Key] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if found := re.fullmatch(r"(\w+): +(.*?) +# (.*)", line):
+            keys.append(Key(found[1], found[2], found[3], group))
+        elif more := re.fullmatch(r" +# (.*)", line):
+            keys[-1] = replace(keys[-1], text=f"{keys[-1].text} {more[1]}")
+    return keys
 
 
 def defaults(section: type[Section] = RunConfig) -> dict[str, Any]:

@@ -218,9 +218,8 @@ def names_shape(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
-def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None = None) -> str:
-    """The first mistake of a configuration as one line; `listed_in` is the file in which its keys
-    are explained, None for a run's, of which `sead-dist keys` tells."""
+def explain(error: ValidationError, known: Sequence[str]) -> str:
+    """The first mistake of a configuration, whose keys are `known`, as one line."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     # pydantic names the type that it tried, `list[str]`, as a part
@@ -232,7 +231,7 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None
             return f"the key {key!r} is {new} now; give {new} instead"
         old = [key for key, new in RENAMED.items() if new in known]
         near = nearest(plain, [*known, *old])
-        hint = f"the keys are listed in {listed_in}" if listed_in else "`sead-dist keys` lists all"
+        hint = "`sead-dist keys` lists all"
         if near is not None:
             hint = f"did you mean {RENAMED.get(near, near)!r}?"
         name, colon, value = str(first["loc"][-1]).partition(":")
@@ -241,13 +240,10 @@ def explain(error: ValidationError, known: Sequence[str], listed_in: Path | None
         return f"unknown key {key!r}; {hint}"
     if first["input"] is None:
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    if listed_in is not None:
-        where = f"; see {key} in {listed_in}"
-    else:
-        names = [part for part in first["loc"] if isinstance(part, str)]
-        while names and ".".join(names) not in known:  # a class in `words` is no key
-            names.pop()
-        where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
+    names = [part for part in first["loc"] if isinstance(part, str)]
+    while names and ".".join(names) not in known:  # a class in `words` is no key
+        names.pop()
+    where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
     return f"{key}={first['input']!r}: {_expected(first)}{where}"
 
 

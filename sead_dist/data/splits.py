@@ -298,7 +298,9 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:
         text = gather_text(config, task, own, rest, held, route)
-    if text.examples is not None or config.unlabeled.path is not None or config.unlabeled.rest:
+    # of rows without labels the training rows themselves are the text
+    asked = config.unlabeled.path is not None or config.unlabeled.rest
+    if text.examples is not None or asked or (config.uses_rest and train.has_gold):
         say(text.describe())
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")
@@ -309,6 +311,12 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         f"task {task.name}: train {with_gold} labelled + {text_rows} unlabelled, "
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
+    if with_gold and (missing := without_rows(task, train)):
+        classes = ", ".join(map(repr, missing[:10]))
+        say(
+            f"WARNING: no training row is {classes}, so no label teaches the student to say so; "
+            "give rows of it, or take it out of the task's labels"
+        )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
         alone = "" if with_gold else "; the student learns from the teachers' answers alone"
         say(
@@ -320,6 +328,13 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         train, selection, official, text_rows, overlap, text.rest + own - with_gold,
         removed=removed, left_out=left_out,
     )  # fmt: skip
+
+
+def without_rows(task: TaskSpec, train: ExampleSet) -> list[str]:
+    """The task's classes that no training row has as its label; none for a task of scores."""
+    if not task.task_kind.has_classes:
+        return []
+    return [name for n, name in enumerate(task.labels) if not (train.labels_B == n).any()]
 
 
 def without_fold(
@@ -400,5 +415,11 @@ def told_cuts(
     counts["selection"] = splits.selection.tokens.cut_of()
     counts |= {name: split.tokens.cut_of() for name, split in splits.official.items()}
     line = describe_cuts(counts, max_length)
-    if line is not None:
+    if line is None:
+        return
+    cut, rows = map(sum, zip(*counts.values(), strict=True))
+    if 2 * cut <= rows:
         yield f"student: {line}"
+    else:
+        fix = "; raise it" if max_length == asked else ""
+        yield f"WARNING: student: {line}: more than half of all lose text to max_length{fix}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
 from sead_dist.config.names import nearest as close
@@ -38,27 +38,49 @@ class TaskSpec:
     """One task. Templates name columns in braces: "{premise}". Only the first three are required
     in a YAML file, and `labels` or `score_range`."""
 
+    # what stands below each field is its description, which `sead-dist keys` tells
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
+
     name: str
-    kind: Annotated[str, BeforeValidator(_known_kind)]  # a name of KINDS
+    """what files and tables call the task"""
+    kind: Annotated[str, BeforeValidator(_known_kind)]
+    """classification | regression | choice, or a plugin's; left out: regression where there is a
+    score_range, else classification"""
     text_a: str
+    """the first text, a template that names columns in braces: "{premise}\""""
     text_b: str | None = None
-    choices: tuple[str, ...] = ()  # kind "choice": second text of each choice, in label order
-    labels: tuple[str, ...] = ()  # canonical names in class order; () for regression
-    aliases: dict[str, str] = field(default_factory=dict)  # other name -> label, files and models
-    value_aliases: dict[str, str] = field(default_factory=dict)  # the same, files only
+    """the second text of a pair, a template; null: there is one text"""
+    choices: tuple[str, ...] = ()
+    """kind choice: the second text of each choice, templates in the order of the labels"""
+    labels: tuple[str, ...] = ()
+    """the classes' names, in their order; [] for a regression"""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """other name of a class: label, in files and in models"""
+    value_aliases: dict[str, str] = field(default_factory=dict)
+    """the same, in files alone"""
     label_column: str = "label"
-    score_range: tuple[float, float] | None = None  # regression: lowest and highest score
-    metrics: tuple[str, ...] = ("accuracy",)  # metrics[0] is the one that selection uses
-    hub: tuple[str, str | None] | None = None  # data set on the hub and its configuration
+    """the column that holds the label"""
+    score_range: tuple[float, float] | None = None
+    """regression: the lowest and the highest score, [0, 5]"""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """what is scored; the first one selects, and left out it is the usual one of the kind"""
+    hub: tuple[str, str | None] | None = None
+    """the data set on the hub and its configuration: [nyu-mll/glue, sst2]"""
     splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_SPLITS))
-    columns: tuple[str, ...] = ()  # official column order of files without a header
-    renames: dict[str, str] = field(default_factory=dict)  # column in some files -> column here
-    reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"  # row shapes
-    fields: tuple[str, ...] = ()  # columns read as text; default: those in the templates
-    sentences: tuple[str, ...] = ()  # columns that tie rows together; default: `fields`
-    # the label stays where the two texts are swapped. Not in the repr, which is part of the data's
-    # fingerprint: it changes no row
+    """each split, and what its files may be called; train first, then the one that is scored"""
+    columns: tuple[str, ...] = ()
+    """the columns of files without a header, in their order"""
+    renames: dict[str, str] = field(default_factory=dict)
+    """column in some files: its name here"""
+    reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"
+    """how a row is laid out; all but plain are of SuperGLUE tasks"""
+    fields: tuple[str, ...] = ()
+    """the columns that are read as text; []: those that the templates name"""
+    sentences: tuple[str, ...] = ()
+    """the columns whose texts tie rows together, to be held out together; []: those of fields"""
+    # not in the repr, which is part of the data's fingerprint: it changes no row
     symmetric: bool = field(default=False, repr=False)
+    """true | false; true: the label stays where the two texts are swapped"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", self.fields or self.templates)

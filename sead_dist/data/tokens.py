@@ -76,7 +76,11 @@ class TokenTable:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", examples: ExampleSet, max_length: int
 ) -> TokenTable:
-    """Every text row of `examples`, truncated to `max_length` tokens (longest text first)."""
+    """Every text row of `examples`, truncated to `max_length` tokens (longest text first).
+
+    Raises UserError for a text without a token, and where `max_length` leaves room for none.
+    """
+    refuse_no_room(tokenizer, examples.texts_b is not None, max_length)
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
@@ -138,6 +142,17 @@ def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str
         return None
     parts = ", ".join(f"{cut} of {rows} in {split}" for split, (cut, rows) in counts.items())
     return f"text rows cut at {max_length} tokens: {parts}"
+
+
+def refuse_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length: int) -> None:
+    """Raises UserError where the tokeniser's own tokens alone fill a row."""
+    # in lists: a bare "" counts as no second text
+    own = len(tokenizer([""], [""] if pairs else None)["input_ids"][0])
+    if max_length <= own:
+        raise UserError(
+            f"max_length={max_length} leaves no token of text: this tokeniser adds {own} of its "
+            f"own to every row; give max_length={own + 1} or more (128 is the default)"
+        )
 
 
 def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ Nothing here needs torch but `check_inputs`: the command of a finished run, give
 second or two.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from sead_dist.models.pretrained import locate
 from sead_dist.models.start import repair_teacher
 from sead_dist.runs.claim import already_finished, drop_training_state
 from sead_dist.runtime.run_log import PUSHED
+
+_log = logging.getLogger(__name__)
 
 
 def nothing_to_do(config: RunConfig) -> str | None:
@@ -90,9 +93,17 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
 
     Where neither length nor patience is given each trains until it has converged
     (config/automatic.py). Raises UserError for a key of an encoder's entry that only means
-    something to a teacher.
+    something to a teacher, and warns of folds that no teacher leaves out.
     """
     check_encoders(config)
+    count, folds = len(config.encoders), config.folds or 0
+    if 0 < count < folds:
+        left = ", ".join(map(str, range(count, folds)))
+        _log.warning(
+            "folds=%d, and encoders has %d: every teacher learns the rows of fold %s, so none "
+            "can say of them what the labels have not told it; give %d encoders",
+            folds, count, left, folds,
+        )  # fmt: skip
     patience = config.early_stopping_patience
     unsaid = config.num_train_epochs is None and config.max_steps is None
     # the average is of the last steps, which must be known before

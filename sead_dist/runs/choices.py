@@ -1,5 +1,7 @@
 """What a run takes for the keys that are left to it, once its rows and its student are known."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
 from sead_dist.config.automatic import (
@@ -14,9 +16,9 @@ from sead_dist.config.automatic import (
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.examples import has_label
-from sead_dist.data.order import Split
-from sead_dist.data.splits import RunExamples, RunSplits
+from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tokens import TokenTable
 from sead_dist.runtime.console import clock
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.teachers.rates import default_rates, remembered, student_key, this_machine
@@ -42,16 +44,17 @@ def told_choices(
     config: RunConfig,
     task: TaskSpec,
     examples: RunExamples,
-    splits: RunSplits,
+    tokens: Callable[[], TokenTable],
     model: PreTrainedModel,
     world: World,
 ) -> list[str]:
-    """Lines on the length of the run, its learning rate and which student is kept."""
+    """Lines on the length of the run, its learning rate and which student is kept. tokens: of the
+    training rows, asked for where the time of a step is known."""
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.transfer_rows)
     steps = steps_of(config, examples)
     length = told_length(config, labelled, rows)
-    step_s = known_step_seconds(config, task, splits.train, model, world)
+    step_s = known_step_seconds(config, task, tokens, model, world)
     if step_s is not None:
         length += f"; about {clock(steps * step_s)} of training, by what `plan` measured here"
     width = width_of(model)
@@ -67,7 +70,11 @@ def rows_to_choose_by(examples: RunExamples) -> int:
 
 
 def known_step_seconds(
-    config: RunConfig, task: TaskSpec, train: Split, model: PreTrainedModel, world: World
+    config: RunConfig,
+    task: TaskSpec,
+    tokens: Callable[[], TokenTable],
+    model: PreTrainedModel,
+    world: World,
 ) -> float | None:
     """Seconds of a step of the student, where its rate is remembered of this machine (`plan`
     measures it). Rows are taken to be of the mean length."""
@@ -78,7 +85,7 @@ def known_step_seconds(
         if rate is None:
             return None
         micro_batches = -(-config.global_batch_size // (config.micro_batch_size * world.size))
-        rows_s = config.micro_batch_size * float(rate.row_s(train.tokens.lengths_B().mean()))
+        rows_s = config.micro_batch_size * float(rate.row_s(tokens().lengths_B().mean()))
         return micro_batches * (rows_s + rate.batch_s) + rate.once_s
 
     return from_main(world, find)

@@ -167,7 +167,7 @@ def build(
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
     for note in (
-        *told_choices(config, task, examples, splits, model, world),
+        *told_choices(config, task, examples, lambda: splits.train.tokens, model, world),
         *notes,
         *told_files(examples, teachers),
         *told_cuts(examples, splits, config.max_length, inputs.max_length),

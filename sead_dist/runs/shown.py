@@ -17,7 +17,7 @@ from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.runs.baseline import MOST_OF_STEPS, OWN, baseline_steps
 from sead_dist.runs.checks import check_predictions, refuse_unused_text, teacher_runs
-from sead_dist.runs.choices import with_choices
+from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World, on_every_rank
@@ -25,17 +25,19 @@ from sead_dist.training.engine import width_of
 
 
 def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
-    """(the configuration with every value that is known before the run, lines on its data and on
-    what is settled later). Of a fine-tuning the values are those of the first encoder. Every rank
-    calls this; nothing is written. Raises UserError as the run would.
+    """(the configuration with every value that is known before the run, lines on its data, on what
+    is settled later, and on its length as the run says it). Of a fine-tuning the values are those
+    of the first encoder. Every rank calls this; nothing is written. Raises UserError as the run
+    would.
     """
     quiet_libraries(world)
     refuse_unused_text(config)
     check_predictions(config)
     one = teacher_runs(config)[0] if config.encoders else config
     notes: list[str] = []
-    task, examples, _, model = on_every_rank(world, lambda: read_inputs(one, notes.append))
+    task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one, notes.append))
     found, later = with_values(one, task, examples, model)
+    later += told_choices(one, task, examples, lambda: inputs.tokens(examples.train), model, world)
     if config.encoders:  # of which each has a folder, a student and a seed
         own = ("output_dir", "student", "seed", "encoders")
         found = found.model_copy(update={name: getattr(config, name) for name in own})

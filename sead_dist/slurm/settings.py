@@ -101,8 +101,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     try:
         settings = SlurmSettings.model_validate(merged)
     except ValidationError as error:
-        known = list(SlurmSettings.model_fields)
-        raise UserError(explain(error, known, base)) from None
+        raise UserError(explain(error, list(SlurmSettings.model_fields))) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
             f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"

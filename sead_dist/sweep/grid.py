@@ -246,9 +246,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     try:
         return SweepConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(
-            explain(error, list(SweepConfig.model_fields), config_folder() / "sweep.yaml")
-        ) from None
+        raise UserError(explain(error, list(SweepConfig.model_fields))) from None
 
 
 def different(key: str, names: Sequence[str]) -> None:

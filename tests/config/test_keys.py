@@ -1,14 +1,20 @@
 """`sead-dist keys` and `--print-config`: what a newcomer asks for first."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
 from small import save_teacher, words, write_task
 
 from sead_dist.cli.commands import parse
+from sead_dist.cli.keys import SLURM, SWEEP, TASK
 from sead_dist.config.keys import all_keys, base_yaml, find_keys
 from sead_dist.config.load import config_folder, load_config
-from sead_dist.config.schema import RunConfig
+from sead_dist.config.schema import RunConfig, SweepConfig
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
+from sead_dist.slurm.settings import SlurmSettings, load_settings
+from sead_dist.sweep.grid import make_plan
 
 BASE = config_folder() / "base.yaml"
 
@@ -105,7 +111,42 @@ def test_keys_of_an_entry_of_teachers_are_told_where_a_hint_names_them(tmp_path,
     asked = str(wrong.value).rpartition("`sead-dist keys ")[2].removesuffix("`")
     assert asked == "teachers.weight"
     assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    how much it counts")
-    assert "encoders.labels: null" in run(capsys, "keys", "encoders")
+    assert run(capsys, "keys", "encoders").count("\nencoders.") == 2  # path and revision
+
+
+@pytest.mark.parametrize(
+    ("asked", "begins"),
+    [
+        ("jobs", "# of `sead-dist sweep`, beside those of its runs\njobs: 1\n    runs at once"),
+        ("reference", "# of `sead-dist sweep`, beside those of its runs\nreference: null\n"),
+        ("label_column", "# in the YAML file of a task of your own\nlabel_column: label\n    the"),
+        ("gpus_per_node", "# of `sead-dist submit`, as options (--gpus-per-node 8) or in"),
+    ],
+)
+def test_keys_of_a_sweep_a_task_file_and_a_slurm_job_are_found_too(asked, begins, capsys):
+    said = run(capsys, "keys", asked)
+    assert said.startswith(begins)
+    assert said.count("\n") == 3
+
+
+def test_every_key_of_a_sweep_a_task_file_and_a_slurm_job_is_told_with_its_default(capsys):
+    said = run(capsys, "keys")
+    for kind, heading in ((SweepConfig, SWEEP), (SlurmSettings, SLURM), (TaskSpec, TASK)):
+        part = said.partition(f"# {heading}\n")[2].partition("\n# ")[0]
+        values = yaml.safe_load("\n".join(part.splitlines()[::2]))
+        named = [f.name for f in fields(TaskSpec)] if kind is TaskSpec else kind.model_fields
+        assert set(values) == set(named)
+        assert all(len(text.strip()) > 4 for text in part.splitlines()[1::2])
+
+
+def test_a_mistake_in_a_key_of_a_sweep_or_a_slurm_job_names_the_command_that_tells_of_it(tmp_path):
+    with pytest.raises(UserError, match=r"jobs=0: .*; see `sead-dist keys jobs`$"):
+        make_plan(["tasks=cola", "methods=mean", "teachers=[T]", "output_dir=out", "jobs=0"])
+    with pytest.raises(UserError, match=r"nodes=0: .*; see `sead-dist keys nodes`$"):
+        load_settings(None, {"nodes": 0})
+    (tmp_path / "own.yaml").write_text("partitionen: low\n")
+    with pytest.raises(UserError, match="unknown key 'partitionen'; did you mean 'partition'"):
+        load_settings(str(tmp_path / "own.yaml"), {})
 
 
 def test_data_are_shown_without_an_output_folder(tmp_path, capsys):

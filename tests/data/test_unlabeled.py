@@ -83,11 +83,21 @@ def test_a_run_without_teachers_or_with_rest_false_has_no_such_text(data):
 
 
 def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
-    assert not any("unlabelled text" in note for note in load(data)[1])
-    notes = load(data, unlabeled__rest="true")[1]
-    assert notes[0] == (
-        "unlabelled text: 0 rows (0 removed): no other row of the train file is left over; give a "
-        "file of text: unlabeled.path=FILE"
+    for given in ({}, {"unlabeled__rest": "true"}):
+        assert load(data, **given)[1][0] == (
+            "unlabelled text: 0 rows (0 removed): no other row of the train file is left over; "
+            "give a file of text: unlabeled.path=FILE"
+        )
+
+
+def test_a_class_without_a_training_row_is_told(data):
+    assert not any("no training row" in note for note in load(data)[1])
+    task = replace(SST2, labels=(*SST2.labels, "neutral", "mixed"))
+    notes = []
+    load_examples(config(data__path=data), task, notes.append)
+    assert notes[-1] == (
+        "WARNING: no training row is 'neutral', 'mixed', so no label teaches the student to say "
+        "so; give rows of it, or take it out of the task's labels"
     )
 
 

@@ -125,6 +125,18 @@ def test_the_students_tokeniser_is_saved_with_the_side_that_it_was_trained_with(
     assert inputs["input_ids"][0, 3:].tolist() == tokenizer("good")["input_ids"]
 
 
+def test_a_maximum_length_that_holds_no_token_of_text_is_refused():
+    tokenizer, one = grammar_tokenizer(), example_set(["good plot"])
+    assert len(tokenize(tokenizer, one, 3).ids) == 3
+    with pytest.raises(
+        UserError, match="max_length=2 leaves no token of text: this tokeniser adds 2"
+    ):
+        tokenize(tokenizer, one, 2)
+    pairs = replace(one, texts_b=["bad"])
+    with pytest.raises(UserError, match=r"max_length=3 leaves no .* give max_length=4 or more"):
+        tokenize(tokenizer, pairs, 3)
+
+
 def test_segments_come_from_the_model_and_not_from_a_list_of_names(tmp_path):
     folder = save_teacher(tmp_path / "bert", type_vocab_size=2)
     tokenizer = grammar_tokenizer()

@@ -2,7 +2,7 @@
 
 import torch
 from safetensors.torch import load_file
-from small import read
+from small import ALONE, read
 
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
@@ -10,6 +10,7 @@ from sead_dist.data.task_files import load_task
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import build_student
+from sead_dist.runs.shown import resolve_all
 from sead_dist.teachers.rates import Rate, default_rates, remember, student_key, this_machine
 
 
@@ -48,7 +49,10 @@ def test_the_time_is_told_where_the_students_rate_is_known(distil, words, tmp_pa
     student = build_student(given.student, task, tokenizer, 0)
     key = student_key(student, given, task.kind, this_machine(torch.device("cpu")))
     remember(default_rates(), {key: Rate((8, 64), (0.5, 4.0), batch_s=1.0, once_s=1.0)})
+    _, notes = resolve_all(load_config(words(tmp_path / "run", "max_steps=2")), ALONE)
     run = distil(words(tmp_path / "run", "max_steps=2"))
+    for note, line in zip(notes[-3:], said(run)[:3], strict=True):
+        assert line.endswith(note)
     assert "2 steps (max_steps); about " in said(run)[0]
     assert "s of training, by what `plan` measured here" in said(run)[0]
 

@@ -79,6 +79,19 @@ def test_only_a_teacher_whose_length_is_not_given_trains_until_it_has_converged(
     assert patience("num_train_epochs=4", "early_stopping_patience=1") == [1, 1]
 
 
+def test_folds_that_no_teacher_leaves_out_are_told(caplog):
+    given = ["task=sst2", "output_dir=o", "folds=3"]
+    for encoders, told in (
+        ("[a]", "of fold 1, 2, so"),
+        ("[a,b]", "of fold 2, so"),
+        ("[a,b,c]", ""),
+    ):
+        caplog.clear()
+        teacher_runs(load_config([*given, f"encoders={encoders}"]))
+        assert told in caplog.text
+        assert bool(caplog.records) == bool(told)
+
+
 def test_an_average_of_steps_that_are_not_known_is_refused():
     with pytest.raises(UserError, match="early_stopping_patience=2 they are not known before"):
         load_config(

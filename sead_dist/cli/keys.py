@@ -1,0 +1,44 @@
+"""`sead-dist keys`: those of a run, then of a task's file, of a sweep and of a SLURM job."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from itertools import groupby
+
+import yaml
+from pydantic import TypeAdapter
+
+from sead_dist.config.keys import Key, all_keys, as_line, commented_keys, find_keys
+from sead_dist.config.load import config_folder
+from sead_dist.data.task_files import TaskSpec
+
+TASK = "in the YAML file of a task of your own"
+SWEEP = "of `sead-dist sweep`, beside those of its runs"
+SLURM = "of `sead-dist submit`, as options (--gpus-per-node 8) or in the YAML file of --slurm"
+
+
+def print_keys(asked: str | None) -> None:
+    """Print all keys, or those that `find_keys` finds, under headings. Raises UserError for
+    none."""
+    known = [
+        *all_keys(of_entries=True),
+        *task_keys(),
+        *commented_keys(config_folder() / "sweep.yaml", SWEEP),
+        *commented_keys(config_folder() / "slurm" / "base.yaml", SLURM),
+    ]
+    for group, keys in groupby(find_keys(known, asked), lambda key: key.group):
+        if group:
+            print(f"# {group}")
+        print("\n".join(as_line(key) for key in keys))
+
+
+def task_keys() -> Iterator[Key]:
+    """The keys of a task's file, as the fields of TaskSpec say them; null stands where there is no
+    default."""
+    told = TypeAdapter(TaskSpec).json_schema()["properties"]
+    for field in fields(TaskSpec):
+        factory = field.default_factory
+        value = field.default if factory is MISSING else factory()
+        plain = None if value is MISSING else json.loads(json.dumps(value))
+        default = yaml.safe_dump([plain], default_flow_style=True, width=1000).strip()[1:-1]
+        yield Key(field.name, default, " ".join(told[field.name]["description"].split()), TASK)
