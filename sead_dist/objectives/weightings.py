@@ -58,15 +58,16 @@ class Weighting:
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. one_teacher: the others are never asked. picks_teacher: a row has one teacher,
-    whatever that one was trained on. precedence: where a report speaks of one ensemble among
-    several, it is the lowest one's.
+    split must have. by_scores: teachers count by their scores on it. one_teacher: the others are
+    never asked. picks_teacher: a row has one teacher, whatever that one was trained on. precedence:
+    where a report speaks of one ensemble among several, it is the lowest one's.
     """
 
     of_logits = False
     needs_classes = False
     needs_labels = False
     fewest_rows = 0
+    by_scores = False
     one_teacher = False
     picks_teacher = False
     precedence = 1
@@ -215,6 +216,8 @@ class Fixed(Weighting):
 class Score(Weighting):
     """By the score on the selection split, where that is above zero; alike where it has no gold
     labels."""
+
+    by_scores = True
 
     def asks_selection(self, config: RunConfig) -> bool:
         return True
