@@ -58,9 +58,10 @@ class Weighting:
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. by_scores: teachers count by their scores on it. one_teacher: the others are
-    never asked. picks_teacher: a row has one teacher, whatever that one was trained on. precedence:
-    where a report speaks of one ensemble among several, it is the lowest one's.
+    split must have. by_scores: teachers count by their scores on it. alike_without_gold: it goes by
+    gold labels, and where there are none teachers count alike. one_teacher: the others are never
+    asked. picks_teacher: a row has one teacher, whatever that one was trained on. precedence: where
+    a report speaks of one ensemble among several, it is the lowest one's.
     """
 
     of_logits = False
@@ -68,6 +69,7 @@ class Weighting:
     needs_labels = False
     fewest_rows = 0
     by_scores = False
+    alike_without_gold = False
     one_teacher = False
     picks_teacher = False
     precedence = 1
@@ -143,7 +145,7 @@ class ByRow(Weighting):
     ) -> None:
         self.weights = weights
         self.of_logits, self.needs_classes = of_logits, needs_classes
-        self.needs_labels = needs_labels
+        self.needs_labels = self.alike_without_gold = needs_labels
 
     def of_rows(
         self,
@@ -218,6 +220,7 @@ class Score(Weighting):
     labels."""
 
     by_scores = True
+    alike_without_gold = True
 
     def asks_selection(self, config: RunConfig) -> bool:
         return True
