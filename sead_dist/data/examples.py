@@ -17,6 +17,7 @@ from sead_dist.data.formats import Item, Route, read_items
 from sead_dist.data.metrics import Answer
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
+from sead_dist.runtime.console import counted
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def hold_out(
         raise UserError(f"{key} is {fraction}; give a number between 0 and 1")
     size = round(fraction * len(examples))
     held_B = _choose(examples, _tied(examples), size, seed)
-    what = f"{key}={fraction} of {len(examples)} {examples.split} rows of {task.name}"
+    what = f"{key}={fraction} of {counted(len(examples), f'{examples.split} row')} of {task.name}"
     if not held_B.any():
         raise UserError(f"{what} holds out no rows; raise {key}")
     if examples.has_gold and len(np.unique(examples.labels_B[held_B])) < 2:

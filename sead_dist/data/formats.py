@@ -92,6 +92,9 @@ def read_items(
                 try:
                     label = parse(_label(task, flat, where), where)
                 except UserError as error:
+                    classes = task.task_kind.has_classes
+                    if classes and task.label_column in flat and _lacks_label(task, flat):
+                        raise _without_label(task, rows, error) from None
                     raise _with_all_labels(task, rows, error) from None
             yield Item(
                 (first,) * (len(task.choices) or 1),
@@ -133,16 +136,23 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
         if not isinstance(flat.get(name), str):
             if name in flat:
                 raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; it must be text")
-            raise UserError(_no_column(name, flat, where))
+            raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
 
 
-def _no_column(name: str, flat: Row, where: str) -> str:
-    return f"{where}: no column {name!r}; its columns: {', '.join(flat)}; rename one in the file"
+def _no_column(name: str, flat: Row, where: str, key: str | None) -> str:
+    """key: of the task's file or of the run, where another column can be named."""
+    other = "" if key is None else f", or name one with {key}"
+    columns = ", ".join(flat)
+    return f"{where}: no column {name!r}; its columns: {columns}; rename one in the file{other}"
+
+
+def _task_key(task: TaskSpec, key: str) -> str | None:
+    return None if TASKS.get(task.name) == task else f"{key} in the task's file"
 
 
 def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     if task.label_column not in flat:
-        line = _no_column(task.label_column, flat, where)
+        line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
         raise UserError(f"{line} (a run learns without gold labels from teachers alone)")
     return flat[task.label_column]
 
@@ -152,6 +162,15 @@ def _lacks_label(task: TaskSpec, flat: Row) -> bool:
     if isinstance(value, str) and not value.strip():
         return not task.task_kind.is_label(task, value)
     return value is None or value != value
+
+
+def _without_label(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
+    """The error for a row whose label is not there."""
+    line = f"{str(error).removesuffix('; fix the row')}; the row has no label"
+    if task.reader == "plain":
+        lacking = sum(_lacks_label(task, _renamed(task, row, "a row")) for row in rows)
+        line += f" (so it is in {counted(lacking, 'row')})"
+    return UserError(f"{line}; fill it in, or leave such rows out")
 
 
 def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
@@ -174,7 +193,7 @@ def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> U
 
 def _teacher_index(route: Route, flat: Row, where: str) -> int:
     if route.column not in flat:
-        raise UserError(_no_column(route.column, flat, where))
+        raise UserError(_no_column(route.column, flat, where, "teacher_column"))
     name = str(flat[route.column])
     if name not in route.teachers:
         raise UserError(

@@ -31,6 +31,8 @@ from sead_dist.errors import UserError, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
+# in a folder that `datasets.save_to_disk` wrote
+SAVED = ("state.json", "dataset_dict.json")
 
 
 def split_chunks(
@@ -66,6 +68,22 @@ def split_chunks(
         yield chunk
     if not read:
         raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
+
+
+def source_of(task: TaskSpec, split: str, path: Path | None, file: Path | None) -> str:
+    """What the rows of `split` come from, for a message."""
+    if file is None and path is None:
+        return f"hub data set {task.hub}"
+    return str(file or find_files(task, split, path or Path())[0])
+
+
+@contextmanager
+def told_with(source: str) -> Iterator[None]:
+    """What is wrong with rows is told with their source."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} ({source})") from error
 
 
 def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
@@ -112,13 +130,19 @@ def read_bytes(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
 
 
-def read_rows(path: Path, task: TaskSpec, skip_malformed: bool = False) -> Rows:
+def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) -> Rows:
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
-    `task` says which columns a TSV without a header has. Raises UserError naming file and line.
+    `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
+    be read are passed over; None where no key could ask for it. Raises UserError naming file and
+    line.
     """
     kind = kind_of(path)
     with _reading_data(path, kind):
+        if path.is_dir() and not any((path / name).is_file() for name in SAVED):
+            raise UserError(f"data file {path} is a folder; give a file")
+        if not path.exists():
+            raise FileNotFoundError
         if path.is_dir():
             return _from_saved_folder(path, task)
         if kind in (".parquet", ".arrow"):

@@ -16,7 +16,7 @@ from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.formats import read_items
 from sead_dist.data.kinds import class_of
-from sead_dist.data.loading import Rows, read_rows
+from sead_dist.data.loading import EXTENSIONS, Rows, read_rows
 from sead_dist.data.prediction_forms import (
     ANNOTATOR_COLUMNS,
     Answer,
@@ -32,7 +32,9 @@ from sead_dist.data.prediction_forms import (
     votes,
 )
 from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.text_files import kind_of
 from sead_dist.errors import UserError
+from sead_dist.runtime.console import counted
 
 # what a row is found by: its id, or its texts
 Key = str | tuple[str, ...]
@@ -84,7 +86,16 @@ def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> Pre
     prediction for this task."""
     path = Path(entry.path)
     # a file of predictions has a header, and its quotation marks are what they are in other files
-    rows = read_rows(path, replace(task, name=path.name, columns=()))
+    if path.is_file() and kind_of(path) not in EXTENSIONS:
+        raise UserError(
+            f"teacher {name}: predictions={path} is of unknown kind {kind_of(path)!r}; allowed: "
+            f"{', '.join(EXTENSIONS)}"
+        )
+    try:
+        rows = read_rows(path, replace(task, name=path.name, columns=()))
+    except UserError as error:
+        line = str(error).removeprefix("data file ")
+        raise UserError(f"predictions of teacher {name}: {line}") from error
     if not rows:
         raise UserError(f"teacher {name}: {path} has no rows; give a file that has some")
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -152,22 +163,28 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
     kind = kind_of_values(sheet)
     if kind == "votes":
         answers = list(votes(sheet, keys))
-        notes = [f"{len(answers)} rows by votes, smoothed by {sheet.entry.smoothing:g} a class"]
+        rows = counted(len(answers), "row")
+        notes = [f"{rows} by votes, smoothed by {sheet.entry.smoothing:g} a class"]
     else:
         notes = []
         read = {"scores": scores, "labels": labels, "top_k": top_labels}.get(kind)
-        found = read(sheet, notes) if read is not None else class_values(sheet, kind)
+        values = read(sheet, notes) if read is not None else class_values(sheet, kind)
         answers = [
             (key, number, values_C)
-            for number, (key, values_C) in enumerate(zip(keys, found, strict=True), 1)
+            for number, (key, values_C) in enumerate(zip(keys, values, strict=True), 1)
             if values_C is not None
         ]
     refuse_unknown(sheet)
-    notes += [f"{count} answers withheld ({what!r})" for what, count in sheet.withheld.items()]
+    notes += [
+        f"{counted(count, 'answer')} withheld ({what!r})" for what, count in sheet.withheld.items()
+    ]
     if sheet.unknown:
         notes.append(f"labels that the task has not are passed over: {counts(sheet.unknown)}")
     if not answers:
-        raise UserError(f"{sheet.path} answers no row: every answer is withheld or unknown")
+        raise UserError(
+            f"{sheet.path} answers no row: every answer is withheld or unknown; give some, take "
+            "fewer for missing (abstain), or map the labels (labels: {NAME: LABEL})"
+        )
     return answers, notes
 
 

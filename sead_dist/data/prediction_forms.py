@@ -106,8 +106,8 @@ def find_column(sheet: Sheet, given: str | None, key: str, usual: Sequence[str])
     """The column that the entry names under `key`, else the first of the usual ones."""
     if given is not None and given not in sheet.columns:
         raise UserError(
-            f"{sheet.path} has no column {given!r} ({key}={given}); its columns: "
-            f"{', '.join(sheet.columns)}"
+            f"{sheet.path} has no column {given!r} ({key}={given}); its columns beside those that "
+            f"rows are found by: {', '.join(sheet.columns) or 'none'}; name one of these with {key}"
         )
     return given or next((name for name in usual if name in sheet.columns), None)
 
@@ -169,9 +169,24 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         read.append((number, values_C))
     if kind == "logits":
         return [None if of is None else of[1].astype(np.float32) for of in read]
+    answered = [of for of in read if of is not None]
+    if kind != "log_probabilities":
+        refuse_percentages(sheet, answered)
     if kind == "columns":
-        kind = guessed(sheet, [of for of in read if of is not None])
+        kind = guessed(sheet, answered)
     return [None if of is None else by_probabilities(sheet, kind, *of) for of in read]
+
+
+def refuse_percentages(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Raises UserError where every row is of shares of a hundred."""
+    if read and all(
+        values_C.min() >= 0 and abs(values_C.sum() / 100 - 1) <= TOLERANCE for _, values_C in read
+    ):
+        number, values_C = read[0]
+        raise UserError(
+            f"{sheet.at(number)}: {told(values_C)} are percentages, as all rows are; expected are "
+            "probabilities in [0, 1]; divide by 100"
+        )
 
 
 def guessed(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
@@ -201,9 +216,11 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
         )
     total = float(p_C.sum())
     if abs(total - 1) > TOLERANCE:
+        # what lies in [0, 1] is no logits
+        other = ", or say what they are (kind: logits)" if kind == "log_probabilities" else ""
         raise UserError(
             f"{sheet.at(number)}: its probabilities sum to {total:.4g}; expected 1 within "
-            f"{TOLERANCE:g}; correct the row, or say what they are (kind: logits)"
+            f"{TOLERANCE:g}; correct the row{other}"
         )
     return log_of(p_C / total)
 
@@ -245,7 +262,8 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
         if not 0 <= value <= 1:
             raise UserError(
                 f"{sheet.at(number)}: column {sure!r} holds {row.get(sure)!r}; expected a "
-                "probability from 0 to 1; correct it, or name another column with confidence"
+                "probability from 0 to 1; correct it (divide percentages by 100), or name another "
+                "column with confidence"
             )
         p_C = np.full(classes, (1 - value) / (classes - 1))
         p_C[index] = value

@@ -32,11 +32,12 @@ from sead_dist.data.examples import (
     without_labels,
 )
 from sead_dist.data.formats import Route
-from sead_dist.data.loading import row_chunks, split_chunks
+from sead_dist.data.loading import row_chunks, source_of, split_chunks, told_with
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
 from sead_dist.errors import UserError
+from sead_dist.runtime.console import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,11 +124,13 @@ def _read_split(
     task: TaskSpec, data: DataConfig, split: str, route: Route | None, may_lack: bool
 ) -> ExampleSet:
     given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
+    path = Path(data.path) if data.path is not None else None
+    file = Path(given) if given is not None else None
     chunks = split_chunks(
         task,
         split,
-        Path(data.path) if data.path is not None else None,
-        Path(given) if given is not None else None,
+        path,
+        file,
         data.revision,
         data.skip_malformed,
         chunk_size(task),
@@ -136,7 +139,8 @@ def _read_split(
     read = 0
     for rows in chunks:
         labels = None if may_lack else True
-        parts.append(build_examples(task, rows, split, labels, route, first=read))
+        with told_with(source_of(task, split, path, file)):
+            parts.append(build_examples(task, rows, split, labels, route, first=read))
         read += len(rows)
     found = concatenate(*parts)
     if found.has_gold and not has_label(found.labels_B).all():
@@ -181,7 +185,7 @@ def split_off(
     one_label = selection.has_gold and len(set(selection.labels_B.tolist())) < 2
     if task.task_kind.head_of_labels and one_label:
         raise UserError(
-            f"the selection split has {len(selection)} rows, all of one label; raise "
+            f"the selection split has {counted(len(selection), 'row')}, all of one label; raise "
             f"selection.fraction={share} or data.max_train_examples={most}"
         )
     sampled, rest = divide(kept, size, seed)
@@ -260,7 +264,8 @@ def text_of_file(
     parts: list[ExampleSet] = []
     read = removed = 0
     for rows in row_chunks(path, task, config.data.skip_malformed, chunk_size(task)):
-        part = build_examples(task, rows, "unlabelled text", False, route, first=read)
+        with told_with(f"unlabeled.path={path}"):
+            part = build_examples(task, rows, "unlabelled text", False, route, first=read)
         read += len(rows)
         shared_B = shares_sentence(part, known)
         removed += int(shared_B.sum())
@@ -292,7 +297,8 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     left_out = None
     if config.folds is not None and config.fold is not None:
         train, left_out = without_fold(config, train, config.folds, config.fold)
-        say(f"fold {config.fold} of {config.folds}: {len(left_out)} labelled rows are left out")
+        rows = counted(len(left_out), "labelled row")
+        say(f"fold {config.fold} of {config.folds}: {rows} left out")
     own, held = len(train), [selection, *official.values()]
     with_gold = own if train.has_gold else 0
     text = UnlabelledText(None, 0, 0)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
+from sead_dist.runtime.console import counted
 
 Row = dict[str, Any]
 # .txt: a text on each line, which no split of a folder is
@@ -25,6 +26,11 @@ _SKIP_HINT = (
     "--skip-malformed)"
 )
 _log = logging.getLogger(__name__)
+
+
+def _mend(skip_malformed: bool | None) -> str:
+    """What to do about a bad line; None: no key passes over it."""
+    return "fix the line" if skip_malformed is None else _SKIP_HINT
 
 
 def kind_of(path: Path) -> str:
@@ -59,9 +65,10 @@ def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Ro
 
 
 def rows_of_text(
-    content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool
+    content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool | None
 ) -> list[Row]:
-    """The rows of a text file's bytes. kind: one of TEXT_KINDS; path: what the file is called."""
+    """The rows of a text file's bytes. kind: one of TEXT_KINDS; path: what the file is called;
+    skip_malformed: None where no key could ask for it."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,7 +87,7 @@ def rows_of_text(
         numbered = list(_csv_lines(text, path, task))
         return list(_records(lambda: iter(numbered), path, task, skip_malformed))
     if text.lstrip().startswith("["):
-        rows = _parse(text, f"data file {path}")
+        rows = _parse(text, f"data file {path}", None)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"data file {path}: expected a list of objects; fix the file")
         return rows
@@ -98,14 +105,17 @@ def _plain_lines(text: str, path: Path, task: TaskSpec) -> list[Row]:
     return [{task.fields[0]: line.removesuffix("\r")} for line in lines]
 
 
-def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Iterator[Row]:
+def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -> Iterator[Row]:
     skipped: list[int] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                row = _parse(line, f"{path}:{number}")
+                row = _parse(line, f"{path}:{number}", skip_malformed)
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected an object; {_SKIP_HINT}")
+                    raise UserError(
+                        f"{path}:{number}: expected an object, and it is {line.strip()[:60]!r}; "
+                        f"{_mend(skip_malformed)}"
+                    )
             except UserError:
                 if not skip_malformed:
                     raise
@@ -115,7 +125,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool) -> Itera
     _tell(path, skipped)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> Row:
         refuse_twins([name for name, _ in pairs], where, "key")
         return dict(pairs)
@@ -126,7 +136,7 @@ def _parse(text: str, where: str) -> Any:
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {reason(error)}; {_SKIP_HINT}") from error
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_mend(skip_malformed)}") from error
 
 
 def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
@@ -230,7 +240,7 @@ def _records(
     lines: Callable[[], Iterator[tuple[int, list[str]]]],
     path: Path,
     task: TaskSpec,
-    skip_malformed: bool,
+    skip_malformed: bool | None,
 ) -> Iterator[Row]:
     """Rows of a file with a header, or of one in the task's official column order without. lines:
     begins anew at each call."""
@@ -246,8 +256,8 @@ def _records(
             skipped.append(number)
         else:
             raise UserError(
-                f"{path}:{number}: {len(fields)} fields where {len(header)} are expected "
-                f"({', '.join(header)}); {_SKIP_HINT}"
+                f"{path}:{number}: {counted(len(fields), 'field')} where {len(header)} are "
+                f"expected ({', '.join(header)}); {_mend(skip_malformed)}"
             )
     _tell(path, skipped)
 
@@ -271,7 +281,9 @@ def _tell(path: Path, skipped: Sequence[int]) -> None:
     """Say which lines were passed over."""
     if skipped:
         listed = listed_numbers(skipped)
-        _log.warning("%s: passed over %d malformed lines: %s", path, len(skipped), listed)
+        _log.warning(
+            "%s: passed over %s: %s", path, counted(len(skipped), "malformed line"), listed
+        )
 
 
 def listed_numbers(numbers: Sequence[int]) -> str:

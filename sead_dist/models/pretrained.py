@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +102,7 @@ def locate(
                 return Checkpoint(path, place, revision)
         if (folder / "run.json").is_file():
             raise UserError(f"the run {path} is not finished; give its own command again")
+        refuse_several(path, marks)
         raise UserError(
             f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
         )
@@ -123,6 +125,21 @@ def locate(
     if _is_adapter(Path(found)):
         return _merged(path, Path(found), Path(found).name)
     return Checkpoint(path, Path(found), Path(found).name)
+
+
+def refuse_several(path: str, marks: Sequence[str] = ("config.json",)) -> None:
+    """Raises UserError for a folder of checkpoints or runs, which is none itself."""
+    found = [
+        child.name
+        for child in sorted(Path(path).iterdir())
+        if any((place / mark).is_file() for place in (child, child / "model") for mark in marks)
+    ]
+    if found and found != ["model"]:
+        raise UserError(
+            f"{path} is a folder of models ({', '.join(found[:4])}{', ...' if found[4:] else ''}); "
+            f"give one of them, such as {Path(path, found[0])}, or as teachers all: "
+            f"teachers={Path(path) / '*'}"
+        )
 
 
 def _is_data(path: Path) -> bool:

@@ -58,16 +58,17 @@ class Weighting:
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. alike_without_gold: it goes by gold labels, and where there are none teachers
-    count alike. one_teacher: the others are never asked. picks_teacher: a row has one teacher,
-    whatever that one was trained on. precedence: where a report speaks of one ensemble among
-    several, it is the lowest one's.
+    split must have. by_scores: teachers count by their scores on it. alike_without_gold: it goes by
+    gold labels, and where there are none teachers count alike. one_teacher: the others are never
+    asked. picks_teacher: a row has one teacher, whatever that one was trained on. precedence: where
+    a report speaks of one ensemble among several, it is the lowest one's.
     """
 
     of_logits = False
     needs_classes = False
     needs_labels = False
     fewest_rows = 0
+    by_scores = False
     alike_without_gold = False
     one_teacher = False
     picks_teacher = False
@@ -218,6 +219,7 @@ class Score(Weighting):
     """By the score on the selection split, where that is above zero; alike where it has no gold
     labels."""
 
+    by_scores = True
     alike_without_gold = True
 
     def asks_selection(self, config: RunConfig) -> bool:

@@ -35,10 +35,13 @@ def refuse_push(config: RunConfig, what: str) -> None:
         )
 
 
-def check_push(repo: str | None) -> None:
+LATER = "or leave push_to_hub out and upload later: sead-dist push RUN"
+
+
+def check_push(repo: str | None, later: str = LATER) -> None:
     """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
-    bare name under the owner, or None). Raises UserError, before any work."""
-    later = "or leave push_to_hub out and upload later: sead-dist push RUN"
+    bare name under the owner, or None). later: what else can be done. Raises UserError, before any
+    work."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
@@ -117,7 +120,7 @@ def push_run(run: Path, repo: str | None, private: bool | None) -> None:
     config = read_run(run).config
     repo = repo or config.get("hub_model_id")
     private = config.get("hub_private_repo") if private is None else private
-    check_push(repo)
+    check_push(repo, "then give the same command again")
     try:
         address = upload(run, repo, private)
     except Exception as error:

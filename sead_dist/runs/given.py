@@ -211,8 +211,8 @@ def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet
     return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
 
 
-def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool = False) -> Rows:
-    """Rows of a file, of a table in memory, or of bare texts."""
+def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> Rows:
+    """Rows of a file, of a table in memory, or of bare texts. skip_malformed: as of `read_rows`."""
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if isinstance(given, list | tuple) and given and not isinstance(given[0], Mapping):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.formats import read_items
 from sead_dist.data.loading import Rows, read_bytes, read_rows
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
@@ -52,8 +53,19 @@ class Asking:
 
     def examples(self, task: TaskSpec, rows: Rows, name: str) -> ExampleSet:
         """The examples of the rows, which need no labels. Raises UserError, naming the row."""
+        if not rows:
+            raise UserError(f"{name} has no rows; give a file that has some")
         skipped = self.passed_over if self.skip_malformed else None
-        return build_examples(task, rows, name, labelled=False, skipped=skipped)
+        try:
+            return build_examples(task, rows, name, labelled=False, skipped=skipped)
+        except UserError as error:
+            readable = read_items(task, rows, name, labelled=False, skipped=[])
+            if skipped is None and next(readable, None) is not None:
+                raise UserError(
+                    f"{error}; correct the row, or pass over such rows (--skip-malformed, in "
+                    "Python: skip_malformed=True)"
+                ) from error
+            raise
 
     def tell_passed_over(self, world: World) -> None:
         """Say which rows were passed over, and why."""
@@ -185,7 +197,13 @@ def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, worl
         content, named = from_main(world, sys.stdin.buffer.read), Path("standard input")
     else:
         content, named = from_main(world, lambda: read_bytes(file)), file
-    return rows_of_text(content, named, kind, task, skip_malformed)
+    try:
+        return rows_of_text(content, named, kind, task, skip_malformed)
+    except UserError as error:
+        kinds = " or ".join(other[1:] for other in TEXT_KINDS if other != kind)
+        raise UserError(
+            f"{error}; it is read as {kind[1:]}, for another: --kind {kinds}"
+        ) from error
 
 
 def check_output(output: Path, option: str) -> None:

@@ -33,6 +33,7 @@ from sead_dist.models.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
+    refuse_several,
 )
 from sead_dist.models.sequence_classifier import (
     DTYPES,
@@ -82,6 +83,7 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:
+        refuse_several(name)
         raise UserError(
             f"{name} is no run folder that names its task; give --task NAME or FILE (in Python: "
             "task=...)"

@@ -1,5 +1,5 @@
-"""What a run will ask: of endpoints, told before it asks since requests cost money, and which
-training rows are left where all teachers are files of predictions.
+"""What a run will ask: of endpoints, told before it asks since requests cost money; whether files
+of predictions answer enough; and which training rows are left where all teachers are such files.
 
 Shapes: N teachers, B training rows.
 """
@@ -16,9 +16,11 @@ from sead_dist.data.order import Split
 from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
 from sead_dist.objectives.weightings import WEIGHTINGS
+from sead_dist.runtime.console import counted
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.validation import FEWEST_ROWS
 
 REMOVED = "unlabelled rows that no file of predictions answers"
 
@@ -52,6 +54,25 @@ def tell_requests(
                 "raise it, or give fewer rows (data.max_train_examples, augment.copies=null)"
             )
         say(f"teacher {teacher.name}: {said}")
+
+
+def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
+    """Raises UserError where teachers count by their scores, and a file answers too few rows of the
+    selection split to have one."""
+    selection = examples.selection
+    if not (config.taught and WEIGHTINGS[config.ensemble].by_scores and selection.has_gold):
+        return
+    for teacher in teachers:
+        if teacher.file is None:
+            continue
+        answered = int((teacher.file.places(selection.ids_B2) >= 0).sum())
+        if answered < FEWEST_ROWS:
+            raise UserError(
+                f"ensemble={config.ensemble} goes by each teacher's score, and {teacher.name} "
+                f"answers {answered} of {counted(len(selection), 'selection row')}, where "
+                f"{FEWEST_ROWS} are needed for one; give a file that answers more, or use "
+                "ensemble=mean_probabilities, or fixed"
+            )
 
 
 def answered_examples(

@@ -49,12 +49,12 @@ from sead_dist.runs.prediction import on_stderr
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
-from sead_dist.runs.requests import answered_examples, tell_requests, told_files
+from sead_dist.runs.requests import answered_examples, check_scored, tell_requests, told_files
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
-from sead_dist.store.layout import default_store
+from sead_dist.store.layout import default_store, refuse_foreign
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import (
@@ -128,6 +128,8 @@ def build(
     shared = {"output_dir": run, **({"store": store} if config.taught else {})}
     if config.repair.text is not None:
         shared["repair.folder"] = repair_folder(config)
+    if config.taught:
+        from_main(world, lambda: refuse_foreign(store))
     check_shared(world, shared)
     check_setting(config, world)
     notes = slow_arithmetic(config, world.device)
@@ -137,6 +139,7 @@ def build(
     teachers = []
     if config.taught:
         teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
+    on_every_rank(world, lambda: check_scored(config, examples, teachers))
     # what files do not answer follows from them, and they are part of the identity themselves
     rows = examples.fingerprint(task)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))

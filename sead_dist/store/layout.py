@@ -99,6 +99,18 @@ def default_store() -> Path:
     return user_folder("XDG_CACHE_HOME", ".cache", "store=DIR") / "sead_dist" / "store"
 
 
+def refuse_foreign(root: Path) -> None:
+    """Raises UserError where `root` is a file, or a folder of something else. Writes nothing."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
+    foreign = sorted(set(os.listdir(root)) - OWN_NAMES) if root.is_dir() else []
+    if foreign and not (root / "format.json").exists():
+        raise UserError(
+            f"store={root} holds other things ({foreign[0]!r}) and no format.json, so it is "
+            "not a prediction store; name an empty or a new folder"
+        )
+
+
 def create(root: Path) -> Layout:
     """Open the store at `root` for writing, making it where it is missing.
 
@@ -106,16 +118,9 @@ def create(root: Path) -> Layout:
     RunError where it is not writable.
     """
     layout = Layout(root)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
     try:
+        refuse_foreign(root)
         root.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(set(os.listdir(root)) - OWN_NAMES)
-        if foreign and not (root / "format.json").exists():
-            raise UserError(
-                f"store={root} holds other things ({foreign[0]!r}) and no format.json, so it is "
-                "not a prediction store; name an empty or a new folder"
-            )
         for name in FOLDERS:
             (root / name).mkdir(exist_ok=True)
         probe = layout.tmp / unique_name("probe")
@@ -140,7 +145,10 @@ def existing(root: Path) -> Layout:
         kind = "is a file" if root.exists() else "does not exist"
         raise UserError(f"store={root} {kind}; name the folder of a prediction store")
     if not (root / "format.json").exists():
-        raise UserError(f"store={root} has no format.json, so it is not a prediction store")
+        raise UserError(
+            f"store={root} has no format.json, so it is not a prediction store; name the folder of "
+            "one, as a run has it in store="
+        )
     layout = Layout(root)
     _check_format(layout)
     return layout

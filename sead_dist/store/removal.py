@@ -56,7 +56,9 @@ def plan_removal(
     condition is given, or a teacher or task is not in the store.
     """
     if teacher is None and task is None and older_than_s is None and keep_bytes is None:
-        raise UserError("nothing says what to remove; give a teacher, a task, an age or a size")
+        raise UserError(
+            "nothing says what to remove; give --teacher, --task, --older-than or --keep"
+        )
     layout = existing(folder)
     blocks = headers(layout)
     tasks = {block.task for block in blocks}

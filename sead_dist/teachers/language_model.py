@@ -95,19 +95,25 @@ def find_model(path: str, revision: str | None) -> Source:
         place = files[0] if files else place
     if place.suffix != ".gguf":
         return Source(locate(path, revision), None)
+    parts = [] if place.is_file() else _hub_parts(path)
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
             f"{path} is a GGUF file, and gguf is not installed; pip install 'sead-dist[gguf]'"
         )
-    if not place.is_file():
-        place = _from_hub(path, revision)
+    if parts:
+        place = _from_hub(path, parts, revision)
     return Source(Checkpoint(path, place.parent, revision), place.name)
 
 
-def _from_hub(path: str, revision: str | None) -> Path:
+def _hub_parts(path: str) -> list[str]:
+    """OWNER, NAME and FILE of a GGUF file of the hub. Raises UserError for what is none."""
     parts = path.split("/")
     if len(parts) != 3 or path.startswith(("/", ".")):
         raise UserError(f"{path} does not exist; give a GGUF file, or OWNER/NAME/FILE.gguf")
+    return parts
+
+
+def _from_hub(path: str, parts: list[str], revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:

@@ -105,7 +105,7 @@ def test_a_label_outside_the_set(refused, changed):
 
 def test_a_malformed_row(refused, changed):
     text = "sentence\tlabel\ngood\tpositive\nbad\n"
-    refused(r"train.tsv:3: 1 fields where 2 are.*skip_malformed", changed("train.tsv", text))
+    refused(r"train.tsv:3: 1 field where 2 are.*skip_malformed", changed("train.tsv", text))
 
 
 def test_an_empty_split(refused, changed, tmp_path):

@@ -12,11 +12,12 @@ from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.splits import load_examples, load_official
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
+from sead_dist.models.pretrained import locate
 from sead_dist.models.start import student_tokenizer
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.labelling import predict_file
 from sead_dist.runs.labels import write_rows
-from sead_dist.runs.prediction import class_order, data_of, evaluate_model
+from sead_dist.runs.prediction import class_order, data_of, evaluate_model, task_of
 from sead_dist.runs.shown import resolve_all
 
 
@@ -191,7 +192,57 @@ def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tm
     line = str(caught.value)
     assert line.startswith("train row 3: label 'neutral' in column 'label' is outside the set;")
     assert "outside it are 'neutral' (2 rows), 'mixed' (1 row); add them to labels" in line
-    assert line.endswith("in the task's file, or fix the rows")
+    assert line.endswith(f"in the task's file, or fix the rows ({data / 'train.tsv'})")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_label_that_is_not_there_is_told_with_its_file_and_how_many_there_are(
+    tmp_path, data, count
+):
+    file = data / "train.tsv"
+    lines = file.read_text().splitlines()
+    for number in range(3, 3 + count):
+        lines[number] = lines[number].split("\t")[0] + "\t"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as caught:
+        load_examples(
+            load_config(words(data, [], tmp_path / "run", method="finetune")),
+            load_task(str(data / "task.yaml")),
+            print,
+        )
+    rows = "1 row" if count == 1 else "2 rows"
+    assert str(caught.value) == (
+        "train row 3: label '' in column 'label' is outside the set; allowed: negative, positive, "
+        f"0, 1; the row has no label (so it is in {rows}); fill it in, or leave such rows out "
+        f"({file})"
+    )
+
+
+def test_a_column_that_is_not_there_may_be_named_in_the_task_file_too(tmp_path, data):
+    for given, other, missing, key in (
+        ("label_column: label", "label_column: team", "team", "label_column"),
+        ("sentence", "text", "text", "text_a"),
+    ):
+        file = tmp_path / f"{missing}.yaml"
+        text = (data / "task.yaml").read_text().replace(given, other)
+        file.write_text(text if other in text else f"{text}{other}\n")
+        told = f"no column '{missing}'; .* or name one with {key} in the task's file.*train.tsv\\)$"
+        with pytest.raises(UserError, match=told):
+            load_official(load_task(str(file)), data_of("m", "grammar", str(data)), "train")
+
+
+def test_a_folder_of_models_is_told_with_the_models_in_it(tmp_path):
+    for name in ("teacher-0", "teacher-1"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+    folder = str(tmp_path)
+    for ask in (lambda: locate(folder), lambda: task_of(folder, None)):
+        with pytest.raises(UserError) as caught:
+            ask()
+        assert str(caught.value) == (
+            f"{folder} is a folder of models (teacher-0, teacher-1); give one of them, such as "
+            f"{folder}/teacher-0, or as teachers all: teachers={folder}/*"
+        )
 
 
 def one_file_words(data, root, **changes):

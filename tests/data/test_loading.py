@@ -158,14 +158,14 @@ def test_mnli_has_two_dev_sets():
 def test_malformed_line_is_named_or_passed_over(tmp_path, caplog):
     path = tmp_path / "train.tsv"
     path.write_text("sentence\tlabel\ngood\t1\nno label 0\nbad\t0\n")
-    message = r"train.tsv:3: 1 fields where 2 are expected .*data.skip_malformed=true"
+    message = r"train.tsv:3: 1 field where 2 are expected .*data.skip_malformed=true"
     with pytest.raises(UserError, match=message):
-        read_rows(path, SST2)
+        read_rows(path, SST2, skip_malformed=False)
     assert [row["sentence"] for row in read_rows(path, SST2, skip_malformed=True)] == [
         "good",
         "bad",
     ]
-    assert "passed over 1 malformed lines" in caplog.text
+    assert "passed over 1 malformed line:" in caplog.text
 
 
 def test_malformed_first_line_of_a_file_without_header(tmp_path):
@@ -189,7 +189,11 @@ def test_renamed_column_in_a_header_is_missing_not_data(tmp_path):
     [
         ("x.jsonl", b'{"a": 1}\n{"a"\n', "x.jsonl:2: not JSON"),
         ("x.jsonl", b'["a"]\n{}\n', "x.jsonl.* not JSON"),
-        ("x.jsonl", b'{"a": 1}\n3\n', "x.jsonl:2: expected an object"),
+        (
+            "x.jsonl",
+            b'{"a": 1}\n3\n',
+            "x.jsonl:2: expected an object, and it is '3'; fix the line$",
+        ),
         ("x.json", b"[1, 2]", "expected a list of objects"),
         ("x.csv", b'a,label\n"open,1\n', "x.csv:.*not CSV"),
         ("x.csv", b"sentence,label\na,b,1\n", "x.csv:2: 3 fields where 2"),
@@ -207,6 +211,10 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"data file .* is a folder; give a file"):
+        read_rows(tmp_path, SST2)
+    with pytest.raises(UserError, match=r"data file .*5 does not exist"):
+        read_rows(tmp_path / "5", SST2)
     with pytest.raises(UserError, match=r"no\.tsv does not exist"):
         read_rows(tmp_path / "no.tsv", SST2)
     with pytest.raises(UserError, match=r"data\.path .*none does not exist"):

@@ -92,7 +92,7 @@ def test_a_label_alone_is_one_vote(tmp_path):
     sample = "sentence,sample,label\na,1,positive\na,2,positive\na,3,negative\n"
     file = read(write(tmp_path / "votes.csv", sample), smoothing=0.5)
     assert p_of(file) == {"a": [round(1.5 / 4, 4), round(2.5 / 4, 4)]}
-    assert file.notes == ["1 rows by votes, smoothed by 0.5 a class"]
+    assert file.notes == ["1 row by votes, smoothed by 0.5 a class"]
 
 
 def test_the_rest_of_a_confidence_and_of_a_list_is_shared_out(tmp_path):
@@ -174,14 +174,14 @@ BAD = {
     "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
     "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 answer 'a' differently; remove one"),
     "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small has not: 'maybe' 1"),
-    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "answers no row: every answer is withheld or unknown"),
+    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "answers no row: every answer is withheld or unknown; give some"),
     "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "answers no row"),
     "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small has not: '' 1"),
     "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is no label of task small"),
     "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),
     "a confidence that is NaN": ("sentence,label,confidence\na,positive,nan\n", {}, "column 'confidence' holds 'nan'"),
     "no such confidence": ("sentence,label\na,positive\n", {"confidence": "sure"}, "has no column 'sure' \\(confidence=sure\\)"),
-    "no such answers": ("sentence,label\na,positive\n", {"column": "said"}, "has no column 'said' \\(column=said\\)"),
+    "no such answers": ("sentence,label\na,positive\n", {"column": "said"}, "has no column 'said' \\(column=said\\); .*found by: label; name one of these with column"),
     "no such annotators": ("sentence,label\na,positive\n", {"annotator": "who"}, "has no column 'who' \\(annotator=who\\)"),
     "two votes of one": ("sentence,annotator,label\na,x,positive\na,x,negative\n", {}, "rows 1 and 2 are two votes of annotator x"),
     "a list without a word": ('sentence,label\na,"{""positive"": 0.9}"\n', {}, "row 1: column 'label' holds.*kind: top_k"),
@@ -189,7 +189,10 @@ BAD = {
     "a list that sums to more": ('sentence,label\na,"{""positive"": 0.9, ""negative"": 0.3}"\n', {"kind": "top_k"}, "sum to 1.2; expected at most 1"),
     "scores for classes": ("sentence,score\na,1\n", {"kind": "scores"}, "kind: scores is for tasks of scores"),
     "two columns of one name": ("sentence,label,label\na,positive,positive\n", {}, "has the column 'label' twice"),
-    "a short line": (HEAD + "a,.2\n", {}, "gpt.csv:2: 2 fields where 3 are expected"),
+    "a short line": (HEAD + "a,.2\n", {}, "predictions of teacher gpt: .*gpt.csv:2: 2 fields where 3 are expected.*; fix the line$"),
+    "percentages": (HEAD + "a,30,70\nb,0,99.5\n", {}, "row 1: 30, 70 are percentages, as all rows are; .*divide by 100$"),
+    "percentages that are said to be probabilities": (HEAD + "a,30,70\n", {"kind": "probabilities"}, "divide by 100$"),
+    "shares that do not sum to 1": (HEAD + "a,.2,.7\n", {}, "sum to 0.9; expected 1 within 0.02; correct the row$"),
 }  # fmt: skip
 
 
@@ -209,6 +212,9 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
         ("gpt.jsonl", b"{\n", "not JSON"),
         ("gpt.csv", b"\xff\xfe", "is not UTF-8"),
         ("gpt.xlsx", b"a", "unknown kind '.xlsx'"),
+        ("gpt.txt", b"a", "teacher gpt: .* unknown kind '.txt'; allowed: .tsv, .*[.]arrow$"),
+        ("gpt.jsonl", b"[1, 2]\n3\n", "predictions of teacher gpt: .*not JSON"),
+        ("gpt.jsonl", b"{}\n[1,2]\n", "gpt.jsonl:2: expected an object, and it is '.1,2.'; fix the line$"),
         ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; it must be text"),
         ("gpt.jsonl", b'{"sentence": "a", "label": null}\n', "row 1: column 'label' holds no label \\(None\\)"),
     ],
@@ -217,6 +223,13 @@ def test_bytes_that_are_no_file_of_predictions_are_told(name, bytes_, message, t
     (tmp_path / name).write_bytes(bytes_)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
+
+
+def test_a_folder_and_no_file_are_told_as_the_predictions_of_a_teacher(tmp_path):
+    with pytest.raises(UserError, match=r"predictions of teacher gpt: .* is a folder; give a file"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=r"predictions of teacher gpt: .*5 does not exist"):
+        read(tmp_path / "5")
 
 
 def test_what_is_no_score_is_refused(tmp_path):

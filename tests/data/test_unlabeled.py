@@ -82,6 +82,13 @@ def test_a_run_without_teachers_or_with_rest_false_has_no_such_text(data):
         assert not any("unlabelled text" in note for note in notes)
 
 
+def test_text_without_the_column_of_the_task_is_told_with_its_file(data):
+    (data / "other.tsv").write_text("review\ngood\n")
+    told = r"row 1: no column 'sentence'.*\(unlabeled.path=.*other.tsv\)$"
+    with pytest.raises(UserError, match=told):
+        load(data, unlabeled__path=data / "other.tsv")
+
+
 def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
     for given in ({}, {"unlabeled__rest": "true"}):
         assert load(data, **given)[1][0] == (
@@ -184,7 +191,7 @@ def test_an_empty_line_is_an_empty_text_between_rows_of_one_column_alone(tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("x.tsv", b"sentence\tn\na\t1\nb\n", r"x.tsv:3: 1 fields where 2 are expected"),
+        ("x.tsv", b"sentence\tn\na\t1\nb\n", r"x.tsv:3: 1 field where 2 are expected"),
         ("x.tsv", b"sentence\na\n\xff\n", r"x.tsv is not UTF-8"),
         ("x.jsonl", b'{"sentence": "a"}\n{"sen\n', r"x.jsonl:2: not JSON"),
         ("x.parquet", b"PAR1 no", r"x.parquet is not a whole .parquet file"),

@@ -200,6 +200,11 @@ def test_what_a_stand_in_hub_will_refuse_is_told_at_once(hub, tmp_path, monkeypa
     assert "hf_" not in str(error.value)
 
 
+def test_push_does_not_advise_itself(finished):
+    with pytest.raises(UserError, match=r"unset it, then give the same command again$"):
+        push_run(finished, None, None)
+
+
 def test_a_run_without_a_token_ends_before_any_work(words, distil, tmp_path):
     with pytest.raises(UserError, match=r"cannot reach the hub .*HF_HUB_OFFLINE is set"):
         distil(words(tmp_path / "run", "push_to_hub=true"))

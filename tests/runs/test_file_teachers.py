@@ -283,6 +283,12 @@ def test_a_run_with_a_baseline_ends_where_a_file_could_not_be_weighed_up(task, l
     assert read(run / "run_summary.json")["finished"]
 
 
+def test_a_store_that_cannot_be_one_is_told_before_anything_is_written(task, tmp_path):
+    with pytest.raises(UserError, match=r"store=.* holds other things"):
+        run_of(task, tmp_path / "run", task[1], store=task[0])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     task, tmp_path_factory
 ):
@@ -320,7 +326,8 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     with pytest.raises(UserError, match=failed):
         run_of((data, None), root / "wrong", [teacher, entry(file, "calibrate: off")], **keys)
     write(selection[:10])
-    with pytest.raises(UserError, match="ensemble=score goes by each teacher's score, and gpt"):
+    few = "each teacher's score, and gpt answers 10 of .* selection rows, where 50 are needed"
+    with pytest.raises(UserError, match=few):
         run_of(
             (data, None),
             root / "score",
@@ -328,6 +335,7 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
             ensemble="score",
             **keys,
         )
+    assert not (root / "score").exists()
 
 
 def texts_of_half(data):

@@ -4,12 +4,13 @@ import csv
 import json
 
 import pytest
-from small import save_random_bert
+from small import ALONE, save_random_bert
 from transformers import pipeline
 
 import sead_dist as sd
 from sead_dist.errors import UserError
-from sead_dist.runs.labelling import predict_file
+from sead_dist.runs.labelling import Asking, predict_file, read_input
+from sead_dist.runs.prediction import task_of
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(finished,
     file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     texts = ["good", None, "bad", 7]
     file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
-    with pytest.raises(UserError, match=r"in.jsonl row 2: column 'sentence' holds None"):
+    with pytest.raises(UserError, match=r"in.jsonl row 2: .* holds None; .*--skip-malformed"):
         predict_file(str(finished), file, None, output, None)
     predict_file(str(finished), file, None, output, None, skip_malformed=True)
     assert [row["sentence"] for row in lines_of(output)] == ["good", "bad"]
@@ -38,7 +39,7 @@ def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(finished,
 def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, caplog):
     file, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
     file.write_text("id,sentence\n1,good\n2\n3,bad,more\n4,fine\n")
-    with pytest.raises(UserError, match=r"in.csv:3: 1 fields where 2 are expected"):
+    with pytest.raises(UserError, match=r"in.csv:3: 1 field where 2 are expected"):
         predict_file(str(finished), file, None, output, None)
     predict_file(str(finished), file, None, output, None, skip_malformed=True)
     assert [row["id"] for row in lines_of(output)] == ["1", "4"]
@@ -50,6 +51,21 @@ def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(fini
     file.write_text('{"text": "good"}\n{"text": "bad"}\n')
     with pytest.raises(UserError, match="no column 'sentence'; its columns: text"):
         predict_file(str(finished), file, None, None, None, skip_malformed=True)
+    # passing over would leave nothing
+    with pytest.raises(UserError, match=r"no column 'sentence'; .* rename one in the file"):
+        Asking(print).examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
+
+
+def test_a_file_without_rows_is_no_split(finished):
+    with pytest.raises(UserError, match=r"^e.csv has no rows; give a file that has some$"):
+        Asking(print).examples(task_of(str(finished), None), [], "e.csv")
+
+
+def test_what_is_read_as_another_kind_is_told_with_the_kinds(finished, tmp_path):
+    file = tmp_path / "in"
+    file.write_text("sentence\ngood\n")
+    with pytest.raises(UserError, match=r"not JSON.*; it is read as jsonl, for another: --kind"):
+        read_input(file, ".jsonl", task_of(str(finished), None), False, ALONE)
 
 
 def test_texts_that_are_blank_or_cut_are_counted(finished, tmp_path, capsys):

@@ -354,9 +354,9 @@ def test_places_without_a_model_are_told_in_one_line(tmp_path, llama, monkeypatc
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     assert "holds 2 GGUF files; give one of them" in said(tmp_path)
+    assert "does not exist; give a GGUF file" in said(tmp_path / "three.gguf")
     pytest.importorskip("gguf")
     assert "its config cannot be read" in said(tmp_path / "one.gguf")
-    assert "does not exist; give a GGUF file" in said(tmp_path / "three.gguf")
     assert "neither a file nor reachable on the hub" in said("owner/name/FILE.gguf")
     monkeypatch.setattr(language_model.importlib.util, "find_spec", lambda _name: None)
     assert "pip install 'sead-dist[gguf]'" in said(tmp_path / "one.gguf")
