@@ -312,8 +312,8 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
         alone = "" if with_gold else "; the student learns from the teachers' answers alone"
         say(
-            f"no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not there or "
-            f"is empty): its figures are agreement with the teachers{alone}"
+            f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not "
+            f"there or is empty): its figures are agreement with the teachers{alone}"
         )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(

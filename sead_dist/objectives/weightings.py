@@ -58,7 +58,8 @@ class Weighting:
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. one_teacher: the others are never asked. picks_teacher: a row has one teacher,
+    split must have. alike_without_gold: it goes by gold labels, and where there are none teachers
+    count alike. one_teacher: the others are never asked. picks_teacher: a row has one teacher,
     whatever that one was trained on. precedence: where a report speaks of one ensemble among
     several, it is the lowest one's.
     """
@@ -67,6 +68,7 @@ class Weighting:
     needs_classes = False
     needs_labels = False
     fewest_rows = 0
+    alike_without_gold = False
     one_teacher = False
     picks_teacher = False
     precedence = 1
@@ -142,7 +144,7 @@ class ByRow(Weighting):
     ) -> None:
         self.weights = weights
         self.of_logits, self.needs_classes = of_logits, needs_classes
-        self.needs_labels = needs_labels
+        self.needs_labels = self.alike_without_gold = needs_labels
 
     def of_rows(
         self,
@@ -215,6 +217,8 @@ class Fixed(Weighting):
 class Score(Weighting):
     """By the score on the selection split, where that is above zero; alike where it has no gold
     labels."""
+
+    alike_without_gold = True
 
     def asks_selection(self, config: RunConfig) -> bool:
         return True

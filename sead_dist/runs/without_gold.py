@@ -34,7 +34,8 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
         return
     weighting = WEIGHTINGS[config.ensemble]
     unnamed = len(config.teachers) > 1 and config.teacher is None
-    by_labels = asks_selection(config) and not weighting.one_teacher and config.ensemble != "score"
+    falls_back = weighting.alike_without_gold or weighting.one_teacher
+    by_labels = asks_selection(config) and not falls_back
     refused = {
         "final_checkpoint=best": config.final_checkpoint == "best",
         "early_stopping_patience": config.early_stopping_patience is not None,
@@ -55,7 +56,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
 def told_unvalidated(config: RunConfig) -> str:
     """The line of the log on teachers, where the selection split has no gold labels."""
     line = "no gold labels to validate or calibrate a teacher by: none is"
-    if config.ensemble in ("score", "confidence", "answers"):
+    if WEIGHTINGS[config.ensemble].alike_without_gold:
         line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
     return line
 
