@@ -422,6 +422,7 @@ def test_a_mistake_exits_with_2_and_one_line(cli, words, grammar, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_a_mistake_once(cli, words, teacher, tmp_path):
     bad = teacher(id2label={"0": "spam", "1": "ham"})
     result = cli("distill", *words(tmp_path / "out", f"teachers=[{bad}]"), ranks=2, launched=True)
@@ -486,6 +487,7 @@ def parameters(run):
     return (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, distil, tmp_path):
     saving = ["save_steps=4", "save_total_limit=9", "keep_training_state=true"]
     run = distil(words(tmp_path / "run", *saving))

@@ -62,6 +62,7 @@ def test_two_processes_are_one_world(launcher, words, tmp_path):
     assert (done.stdout + done.stderr).count("teacher forwards,") == 1
 
 
+@pytest.mark.slow
 def test_accelerate_launch_that_starts_one_process_for_two_is_refused(words, tmp_path):
     """`--cpu` (or the type MULTI_CPU) without mpirun: accelerate itself says nothing."""
     trap = [*ACCELERATE, "--cpu", "--num_processes", "2"]

@@ -75,6 +75,7 @@ def words(models, data, output, width, *more):
     ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_made_from_its_teachers_on_and_put_beside_the_published(
     models, grammar, tmp_path, capsys
 ):

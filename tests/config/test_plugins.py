@@ -145,6 +145,7 @@ def test_a_run_is_resumed_with_its_plugins_and_with_no_others(task, tmp_path):
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_resumed_and_used_without_the_files_that_made_it(task, tmp_path):
     """In processes of their own, which know nothing of the plugins but what the run keeps."""
     data, _ = task
@@ -214,6 +215,7 @@ def test_every_rank_runs_the_plugins(task, tmp_path):
         assert two["validation"][key] == one["validation"][key]
 
 
+@pytest.mark.slow
 def test_a_submitted_job_runs_with_the_plugins(task, tmp_path):
     """A job's process has nothing but the words."""
     given = all_words(task, tmp_path / "run")

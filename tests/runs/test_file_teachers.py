@@ -335,6 +335,7 @@ def texts_of_half(data):
     return load_examples(given, grammar_task(data), lambda _line: None).selection.texts_a
 
 
+@pytest.mark.slow
 def test_a_file_that_is_too_sure_is_calibrated_on_the_selection_split(tmp_path_factory):
     root = tmp_path_factory.mktemp("calibrated")
     data = write_task(root / "data", rows=420, dev=20)

@@ -95,6 +95,7 @@ def test_a_row_has_one_teacher_whatever_that_one_was_trained_on(task, teachers, 
     assert "rows have teachers" not in log
 
 
+@pytest.mark.slow
 def test_ranks_and_a_store_change_nothing(task, teachers, tmp_path):
     one = distill(load_config(words(task, teachers, tmp_path / "one", max_steps=4)), ALONE)
     store = tmp_path / "other"

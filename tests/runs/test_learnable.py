@@ -108,6 +108,7 @@ def test_a_run_says_whether_there_is_anything_to_learn_in_log_and_card(
     assert "| fine-tuned student |" in card
 
 
+@pytest.mark.slow
 def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(automatic, "LEAST_FINETUNING", 4)
     monkeypatch.setattr(automatic, "EPOCHS", 0)
@@ -133,6 +134,7 @@ def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch
     assert "finished: nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_makes_its_baseline_goes_on_there(
     distil, words, tmp_path, monkeypatch
 ):

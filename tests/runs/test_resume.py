@@ -200,7 +200,7 @@ def references(task, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_invariant_06_killed_again_and_again_the_student_is_the_same(
     tmp_path, task, references, size
 ):
@@ -226,7 +226,7 @@ def test_invariant_06_killed_again_and_again_the_student_is_the_same(
 @pytest.mark.parametrize(
     ("size", "moments"),
     [
-        (1, [in_a_block, in_a_checkpoint(7)]),
+        pytest.param(1, [in_a_block, in_a_checkpoint(7)], marks=pytest.mark.slow),
         pytest.param(2, [in_a_checkpoint(5)], marks=pytest.mark.slow),
     ],
 )

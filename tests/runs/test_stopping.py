@@ -116,6 +116,7 @@ def test_invariant_08_a_notice_to_one_rank_saves_all_at_one_step_and_the_student
     assert model_bytes(tmp_path / "run") == whole[size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_notice_while_teachers_compute_keeps_what_they_computed(tmp_path, tiny_task, whole, size):
     given = given_words(tiny_task, tmp_path)
@@ -184,6 +185,7 @@ def test_a_rank_that_dies_or_stops_ends_the_run_by_name(tmp_path, tiny_task, num
     assert "steps taken after it are repeated" in log(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, tiny_task):
     given = given_words(tiny_task, tmp_path, heartbeat__hang_timeout_s=3)
     ranks = start(2, tmp_path / "ranks", slowly, given, "hang", 0.0)

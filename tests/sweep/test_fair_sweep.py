@@ -66,6 +66,7 @@ def summaries(output: Path) -> dict[str, dict]:
     }
 
 
+@pytest.mark.slow
 def test_only_students_of_teachers_get_unlabelled_rows_and_all_take_as_many_steps(finished):
     output, said = finished
     found = summaries(output)
@@ -133,6 +134,7 @@ def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, t
     made.write_text(before)
 
 
+@pytest.mark.slow
 def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path, capsys):
     teachers = finished[0] / "grammar" / "teachers" / "*"
     given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
@@ -145,6 +147,7 @@ def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path
     assert "(equal_steps=off)" in (tmp_path / "out" / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_path, monkeypatch):
     teachers = finished[0] / "grammar" / "teachers" / "*"
     given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
@@ -164,6 +167,7 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
     assert summaries(tmp_path / "out")["finetune"]["steps"] == 30
 
 
+@pytest.mark.slow
 def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsys):
     rows = (task / "train.tsv").read_text().splitlines()
     (tmp_path / "says.tsv").write_text("\n".join(rows) + "\n")  # of training rows alone

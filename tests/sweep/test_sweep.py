@@ -151,6 +151,7 @@ def test_other_data_under_finished_runs_are_refused(finished, task, tmp_path):
         run_sweep(words, ALONE)
 
 
+@pytest.mark.slow
 def test_another_command_in_the_same_folder_is_refused_though_it_began_later(
     task, tmp_path, monkeypatch
 ):
@@ -183,6 +184,7 @@ def test_a_student_of_a_shape_takes_the_tokeniser_of_teachers_that_are_given(
     assert len(runs_of(tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
     output = tmp_path / "out"
     words = sweep_words(task, output)
@@ -200,6 +202,7 @@ def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
         assert model_bytes(run) == model_bytes(finished / run.relative_to(output)), run
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_runs(task, tmp_path):
     output = tmp_path / "out"
     words = sweep_words(task, output)
@@ -211,6 +214,7 @@ def test_two_workers_share_the_runs(task, tmp_path):
     assert report_of(output)["missing"] == []
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
     """The other worker is this test, which ends without having done the run."""
     output = tmp_path / "out"
@@ -226,6 +230,7 @@ def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
     assert report_of(output)["missing"] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys):
     """Teachers of four steps know nothing, and the validation says so."""
     output = tmp_path / "out"
@@ -261,6 +266,7 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys):
     text = f"unlabeled.path={task}/transfer.tsv"
     given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]

@@ -47,6 +47,7 @@ def finished(task, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_all_methods_of_a_seed_are_done_before_the_next(finished):
     runs = sorted(finished.glob("grammar/*/seed-*"), key=made_at)
     assert [str(run.relative_to(finished / "grammar")) for run in runs] == [
@@ -64,6 +65,7 @@ def test_where_models_are_not_kept_scores_and_predictions_stay(finished):
         assert (run / "predictions" / "validation.parquet").is_file()
 
 
+@pytest.mark.slow
 def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_path, monkeypatch):
     output, own = tmp_path / "out", sweep.distill
     seen = []
@@ -78,6 +80,7 @@ def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_
     assert not list(output.glob("grammar/*/*/model"))
 
 
+@pytest.mark.slow
 def test_a_round_that_was_cut_off_is_done_again(finished, task, tmp_path, monkeypatch, capsys):
     """Killed in its second method; the folder of the first went with the machine."""
     output, own = tmp_path / "out", sweep.distill
@@ -102,6 +105,7 @@ def test_a_round_that_was_cut_off_is_done_again(finished, task, tmp_path, monkey
     assert scores(output) == scores(finished)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys):
     output = tmp_path / "out"
     for run in (*finished.glob("grammar/*/seed-0"), *finished.glob("grammar/teachers/*/")):
@@ -147,6 +151,7 @@ def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_within_a_round_all_students_have_the_same_teachers(finished, task, tmp_path, capsys):
     """The teachers were made again on another machine, with other bits, while a round was open."""
     output = shutil.copytree(finished, tmp_path / "out")

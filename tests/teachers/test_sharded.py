@@ -250,6 +250,7 @@ def task(tmp_path_factory, folders):
     return write_task(root / "data"), [save_teacher(root / "a", num_hidden_layers=2), folders[1]]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_sharded_and_a_whole_teacher_gives_the_student_of_whole_ones(tmp_path, task):
     data, (large, small) = task
     mixed = [f"{{path: {large}, placement: sharded}}", small]
@@ -264,6 +265,7 @@ def test_a_run_with_a_sharded_and_a_whole_teacher_gives_the_student_of_whole_one
     assert read(tmp_path / "again" / "run_summary.json")["teacher_forwards"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_same_student(tmp_path, task):
     data, teachers = task
     keys = {"placement": "sharded", "save_steps": 1, "prefetch_rows": 8, "num_train_epochs": 2}
