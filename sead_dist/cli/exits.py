@@ -21,7 +21,7 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     except (UserError, RunError) as error:
         if debug:
             show_traceback(error)
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LostRankError):
+        if not _is_other_rank() or isinstance(error, LostRankError):
             print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:
             # a launcher ends all ranks with the first: rank 0 has to say its line before
@@ -42,6 +42,13 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
         traceback.print_exc()
         return 1
     return None
+
+
+def _is_other_rank() -> bool:
+    """Whether there is a rank 0 that tells the same. (What is wrong may be the rank itself.)"""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    whole = rank.isdecimal() and size.isdecimal()
+    return 0 < int(rank) < int(size) if whole else rank.isdecimal() and int(rank) > 0
 
 
 def show_traceback(error: BaseException) -> None:

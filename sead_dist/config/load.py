@@ -11,20 +11,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
-from sead_dist.config.names import RENAMED, nearest, new_name
+from sead_dist.config.mistakes import explain
+from sead_dist.config.names import RENAMED, nearest
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
 from sead_dist.errors import UserError, reading
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _log = logging.getLogger(__name__)
 
@@ -218,49 +215,6 @@ def names_shape(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
-def explain(error: ValidationError, known: Sequence[str]) -> str:
-    """The first mistake of a configuration, whose keys are `known`, as one line."""
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    # pydantic names the type that it tried, `list[str]`, as a part
-    key = ".".join(part for part in map(str, first["loc"]) if "[" not in part)
-    if first["type"] == "extra_forbidden":
-        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
-        new = new_name(plain)
-        if new is not None and (new in known or new not in RENAMED.values()):
-            return f"the key {key!r} is {new} now; give {new} instead"
-        old = [key for key, new in RENAMED.items() if new in known]
-        near = nearest(plain, [*known, *old])
-        hint = "`sead-dist keys` lists all"
-        if near is not None:
-            hint = f"did you mean {RENAMED.get(near, near)!r}?"
-        name, colon, value = str(first["loc"][-1]).partition(":")
-        if colon:
-            hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
-        return f"unknown key {key!r}; {hint}"
-    if first["input"] is None:
-        return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    names = [part for part in first["loc"] if isinstance(part, str)]
-    while names and ".".join(names) not in known:  # a class in `words` is no key
-        names.pop()
-    where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
-    return f"{key}={first['input']!r}: {_expected(first)}{where}"
-
-
-def _expected(mistake: "ErrorDetails") -> str:
-    """What is wrong with a value, in YAML's words."""
-    kind, value = mistake["type"], mistake["input"]
-    if kind in ("list_type", "tuple_type"):
-        if not isinstance(value, str | int | float):
-            return "expected a list"
-        listed = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10000)
-        return f"expected a list; give {listed.strip()}"
-    if kind in ("dict_type", "model_type"):
-        return "expected a mapping; give {KEY: VALUE}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
-
-
 def load_config(words: Sequence[str]) -> RunConfig:
     """The configuration that files and KEY=VALUE words describe, in their order, over the
     defaults.
@@ -273,7 +227,13 @@ def load_config(words: Sequence[str]) -> RunConfig:
 def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
     """The keys of each file and of each KEY=VALUE word: those that count for more come later."""
     layers: list[Mapping[str, Any]] = []
-    for word in [word for word in words if "=" not in word]:
+    known = {key.name for key in all_keys()}
+    for place, word in enumerate(words):
+        if "=" in word:
+            continue
+        if word in known and not os.path.exists(word):
+            value = words[place + 1] if place + 1 < len(words) else "VALUE"
+            raise UserError(f"{word} is a key, and no value stands with it; write {word}={value}")
         path = find_config(word)
         with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):
             try:

@@ -55,9 +55,10 @@ VALUES = {
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is at most two letters away (changed, left out, too many, or two
-    neighbours swapped; capitals aside), the nearest first; None where none is."""
+    neighbours swapped; capitals aside) and shares more than half of them, the nearest first; None
+    where none is."""
     found = [(letters_apart(name.casefold(), one.casefold()), one) for one in known]
-    near = [pair for pair in found if pair[0] <= min(2, len(name) - 1)]
+    near = [pair for pair in found if pair[0] <= 2 and 2 * pair[0] < max(len(name), len(pair[1]))]
     return min(near, key=lambda pair: pair[0])[1] if near else None
 
 

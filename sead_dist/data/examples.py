@@ -227,6 +227,15 @@ def hold_out(
     in train. UserError, naming `key`, where a side has no rows or what is held out one label."""
     if not 0 < fraction < 1:
         raise UserError(f"{key} is {fraction}; give a number between 0 and 1")
+    if len(examples) == 1:
+        raise UserError(f"{task.name} has 1 {examples.split} row, of which none can be held out")
+    if examples.has_gold and len(np.unique(examples.labels_B)) == 1:
+        label = examples.labels_B[0]
+        name = repr(task.labels[int(label)]) if task.labels else label
+        raise UserError(
+            f"all {len(examples)} {examples.split} rows of {task.name} are {name}; give rows of "
+            "other labels too"
+        )
     size = round(fraction * len(examples))
     held_B = _choose(examples, _tied(examples), size, seed)
     what = f"{key}={fraction} of {counted(len(examples), f'{examples.split} row')} of {task.name}"

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
+from sead_dist.config.mistakes import as_yaml, expected_value
 from sead_dist.config.names import nearest as close
 from sead_dist.config.registered import expected, names
 from sead_dist.config.yaml_text import read_yaml
@@ -225,7 +226,11 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     known = [f.name for f in fields(TaskSpec)]
     for key in raw:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            longer = [one for one in known if one.startswith(f"{key}_")]  # label: label_column
+            hint = nearest(longer[0] if longer else str(key), known)
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
+    if problem := _lone_brace(raw):
+        raise UserError(f"{where}: {problem}")
     raw = _defaults(raw)
     for f in fields(TaskSpec):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
@@ -238,11 +243,25 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
             " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
         )
         key = ".".join(map(str, first["loc"]))
-        what = f"{key} is {first['input']!r}: " if key else "in text_a, text_b or choices: "
-        raise UserError(f"{where}: {what}{first['msg']}{mend}") from error
+        what = f"{key} is {as_yaml(first['input'])}: " if key else ""
+        raise UserError(f"{where}: {what}{expected_value(first)}{mend}") from error
     if problem := find_problem(task):
         raise UserError(f"{where}: {problem}")
     return task
+
+
+def _lone_brace(raw: dict[str, Any]) -> str | None:
+    """What is wrong with the braces of a template, as the end of an error message, or None."""
+    for key in ("text_a", "text_b", "choices"):
+        given = raw.get(key)
+        for text in given if isinstance(given, list | tuple) else [given]:
+            try:
+                list(string.Formatter().parse(text if isinstance(text, str) else ""))
+            except ValueError as error:
+                return (
+                    f"{key} has {text!r}, in which a brace stands alone ({error}); write {{COLUMN}}"
+                )
+    return None
 
 
 def _defaults(raw: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.load import config_folder
+from sead_dist.config.names import nearest
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
 from sead_dist.errors import UserError, reading
@@ -105,5 +106,12 @@ def shape_file(shape: str) -> Path:
     path = named if named.is_file() else Path(shape)
     if not path.is_file():
         known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
-        raise UserError(f"{shape} is no shape of a model; known: {', '.join(known)}, or a file")
+        if shape.endswith((".yaml", ".yml")):
+            raise UserError(f"file {shape} does not exist; give one, or {', '.join(known)}")
+        # L6-H256 lacks the heads
+        near = next((one for one in known if one.startswith(shape)), None) or nearest(shape, known)
+        meant = f" did you mean {near!r}?" if near else ""
+        raise UserError(
+            f"{shape} is no shape of a model;{meant} known: {', '.join(known)}, or a file"
+        )
     return path

@@ -9,8 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from sead_dist.config.names import nearest
 from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
@@ -57,14 +64,37 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
             f"student.shape={shape} does not say model_type; it must hold the fields of a "
             "Transformers config, such as model_type: bert and hidden_size: 256"
         )
-    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
+    kind = fields["model_type"]
+    if str(kind) not in CONFIG_MAPPING:
+        # several are as near as bert, which most shapes are
+        near = nearest(str(kind), ["bert", *CONFIG_MAPPING])
+        hint = f"did you mean {near!r}?" if near else "give one of Transformers, such as bert"
+        raise UserError(f"student.shape={shape}: unknown model_type {kind!r}; {hint}")
+    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
     try:
         with reading(str(path), "see the fields of a Transformers config"):
-            config = AutoConfig.for_model(**fields)
+            config = AutoConfig.for_model(**given)
+            if problem := _ignored_field(config, given):
+                raise UserError(problem)
             outline(config)
     except UserError as error:
         raise UserError(f"student.shape={shape}: {error}") from error
     return config
+
+
+def _ignored_field(config: PretrainedConfig, given: Mapping[str, Any]) -> str | None:
+    """What is wrong with a field that the config only keeps, as an error message, or None. An old
+    name that it reads (rope_theta) is no such field."""
+    known = type(config)()
+    for name in given:
+        if hasattr(known, name) or not hasattr(config, name):
+            continue
+        without = AutoConfig.for_model(**{key: given[key] for key in given if key != name})
+        if {**without.to_dict(), name: given[name]} == config.to_dict():
+            near = nearest(name, known.to_dict())
+            hint = f"did you mean {near!r}?" if near else "leave it out"
+            return f"unknown field {name!r}, which a {config.model_type} would ignore; {hint}"
+    return None
 
 
 def check_start(student: StudentConfig, trust_remote_code: bool) -> None:

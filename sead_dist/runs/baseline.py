@@ -81,7 +81,9 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
     selection rows.
     """
     if not is_finished(baseline):
-        raise UserError(f"baseline={baseline} is no finished run; give the folder of one")
+        raise UserError(
+            f"baseline={baseline} is no finished run; give the folder of one, auto or null"
+        )
     has = read_as(Told, baseline / "scores.json")["task"]
     if has != task.name:
         raise UserError(f"baseline={baseline} is a run of {has}, and this one is of {task.name}")

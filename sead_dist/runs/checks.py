@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.automatic import PATIENCE
-from sead_dist.config.load import names_shape
+from sead_dist.config.load import names_shape, read_method
 from sead_dist.config.registered import LANGUAGE_MODEL, NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
@@ -79,9 +79,12 @@ def refuse_unused_text(config: RunConfig) -> None:
 
 
 def refuse_untaught(config: RunConfig) -> None:
-    """Raises UserError for `distill` with neither teachers nor a method: it would train on the gold
-    labels alone, which nobody asked for."""
-    if not config.teachers and config.method is None and config.ensemble != NO_ENSEMBLE:
+    """Raises UserError for `distill` without teachers by a method that asks them: it would train on
+    the gold labels alone, which nobody asked for."""
+    method = {} if config.method is None else read_method(config.method)
+    # a teacher's own run is of method=finetune, and keeps the ensemble that its students have
+    by_labels = method.get("ensemble") == NO_ENSEMBLE
+    if not config.teachers and config.asks_teachers and not by_labels:
         raise UserError(
             "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
             "method=finetune to train the student on the gold labels alone"

@@ -103,8 +103,7 @@ def join_world(limits: Limits | None = None) -> World:
 
 def checked_place(size: int) -> int:
     """LOCAL_RANK. Raises UserError where the launcher's variables are missing or do not fit."""
-    if "RANK" in os.environ and number_from("RANK", 0, 0) >= size:
-        raise UserError(f"RANK={os.environ['RANK']} is not below WORLD_SIZE={size}; {LAUNCHED}")
+    number_from("RANK", 0, 0, size - 1)
     asked = ["RANK", "LOCAL_RANK"]
     if not dist.is_initialized():
         asked += ["MASTER_ADDR", "MASTER_PORT"]
@@ -142,7 +141,7 @@ def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
 
 def _launcher_store(rank: int, wait_s: float) -> Store:
     """The store at MASTER_ADDR and MASTER_PORT: torchrun's own, else one that rank 0 holds."""
-    host, port = os.environ["MASTER_ADDR"], number_from("MASTER_PORT", 0, 1)
+    host, port = os.environ["MASTER_ADDR"], number_from("MASTER_PORT", 0, 1, 65535)
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -182,11 +181,13 @@ def explain(world: World, error: RuntimeError) -> None:
         world.heartbeat.explain(error)
 
 
-def number_from(name: str, default: int, lowest: int) -> int:
+def number_from(name: str, default: int, lowest: int, highest: int | None = None) -> int:
     """A number that a launcher sets. Raises UserError for anything else."""
     text = os.environ.get(name, str(default))
-    if re.fullmatch("[0-9]{1,9}", text) is None or int(text) < lowest:
-        raise UserError(f"{name}={text!r} is no whole number from {lowest}; {LAUNCHED}")
+    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
+    if number < lowest or (highest is not None and number > highest):
+        upto = "" if highest is None else f" to {highest}"
+        raise UserError(f"{name}={text!r} is no whole number from {lowest}{upto}; {LAUNCHED}")
     return int(text)
 
 

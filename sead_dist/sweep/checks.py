@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config.automatic import run_steps
+from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.splits import check_tokens, load_examples, route_of
@@ -109,7 +110,8 @@ def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
     student, start = config.student, made[0].config.student
     if student.shape is not None and student.tokenizer is None:
         student = student.model_copy(update={"tokenizer": start.tokenizer or start.path})
-    return config.model_copy(update={"teachers": [], "student": student})
+    update = {"teachers": [], "ensemble": NO_ENSEMBLE, "student": student}
+    return config.model_copy(update=update)
 
 
 def read_task(plan: Plan, name: str) -> TaskData:

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from sead_dist.config.load import (
     config_folder,
-    explain,
     merge,
     read_layers,
     resolve,
     run_plugins,
     shipped_methods,
 )
+from sead_dist.config.mistakes import explain
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task, nearest
@@ -358,9 +358,11 @@ def read_arm(given: str | Mapping[str, Any]) -> Arm:
     keys = {key: value for key, value in given.items() if key not in ("name", "method")}
     method = given.get("method")
     if not isinstance(method, str):
+        unknown = [key for key in keys if key not in RunConfig.model_fields]
+        meant = f"{unknown[0]!r} is no key, and " if unknown else ""
         raise UserError(
-            f"methods: the arm {given.get('name')!r} has no method; give {{name: NAME, method: "
-            "METHOD, KEY: VALUE, ...}"
+            f"methods: {meant}the arm {given.get('name')!r} has no method; give {{name: NAME, "
+            "method: METHOD, KEY: VALUE, ...}"
         )
     name = given.get("name", method_name(method))
     if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name) is None:

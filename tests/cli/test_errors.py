@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sead_dist.cli import exits
 from sead_dist.cli.commands import parse
 from sead_dist.cli.exits import attempt
 from sead_dist.config.load import load_config
@@ -116,14 +117,34 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-1"), ("RANK", "x"), ("RANK", "9")],
+    [
+        *(("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-1")),
+        *(("RANK", "x"), ("RANK", "9"), ("RANK", "-1"), ("RANK", "2")),
+        *(("MASTER_PORT", "99999"), ("MASTER_PORT", "http")),
+    ],
 )
-def test_what_a_launcher_sets_is_checked(monkeypatch, name, value):
+def test_what_a_launcher_sets_is_checked_and_told(monkeypatch, capsys, name, value):
     for variable, sound in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(variable, sound)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}='?{value}"):
         join_world()
+    assert attempt(join_world) == 2
+    assert f"{name}='{value}' is no whole number" in capsys.readouterr().err
+
+
+def test_a_mistake_of_all_ranks_is_told_by_one(monkeypatch, capsys):
+    def fail():
+        raise UserError("alpha=2")
+
+    monkeypatch.setattr(exits, "GRACE_S", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert attempt(fail) == 2
+        assert capsys.readouterr().err.count("alpha=2") == lines
 
 
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):

@@ -35,6 +35,7 @@ def data(tmp_path):
         ("ALPHA", "alpha"),
         ("alphabet", None),
         ("task", None),
+        ("sale", None),  # less than three of its letters
         ("a", None),
     ],
 )
@@ -51,6 +52,13 @@ def test_letters_apart_are_counted():
 def test_a_task_file_given_as_a_configuration_is_the_task(tmp_path, data):
     config = load_config([str(data / "task.yaml"), f"output_dir={tmp_path / 'run'}", "seed=3"])
     assert (config.task, config.seed) == (str(data / "task.yaml"), 3)
+
+
+def test_a_key_apart_from_its_value_is_told_as_such():
+    with pytest.raises(UserError, match=r"data.path is a key, .*; write data.path=grammar$"):
+        load_config(["task=sst2", "data.path", "grammar"])
+    with pytest.raises(UserError, match=r"seed is a key, .*; write seed=VALUE$"):
+        load_config(["task=sst2", "seed"])
 
 
 def test_no_hint_names_a_file_that_an_installed_package_has_not():
@@ -84,6 +92,30 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
             "teachers=[{path: m, labels: 3}]",
             "teachers.0.labels='3': expected a list; give ['3']; see `sead-dist keys "
             "teachers.labels`",
+        ),
+        (
+            "teachers=[{endpoint: 'http://u:hunter2@h/v1', model: x, prompt: p, words: {a: [b]}}]",
+            "teachers.0: endpoint holds more than a place, and configurations are kept; give the "
+            "URL alone, and the key in the variable OPENAI_API_KEY; see `sead-dist keys teachers`",
+        ),
+        (
+            "teachers=[{name: m}]",
+            "teachers.0.path is not set; give teachers.0.path=VALUE or set it in a YAML file",
+        ),
+        (
+            "push_to_hub=maybe",
+            "push_to_hub='maybe': expected true or false; give one of them; see `sead-dist keys "
+            "push_to_hub`",
+        ),
+        (
+            "augment.operations=[]",
+            "augment.operations=[]: expected more values; give at least one; see `sead-dist keys "
+            "augment.operations`",
+        ),
+        (
+            "max_steps=true",
+            "max_steps=true: input should be a number, not true or false; see `sead-dist keys "
+            "max_steps`",
         ),
         (
             "augment=3",

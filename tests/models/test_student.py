@@ -205,7 +205,11 @@ def test_a_folder_of_another_width_keeps_its_body(tmp_path):
         ("- bert", "does not say model_type"),
         ("hidden_size: 32", "does not say model_type"),
         ("model_type: bert\nhidden_size: 30\nnum_attention_heads: 7", "cannot be built"),
-        ("model_type: no-such", "no-such"),
+        ("model_type: no-such", "unknown model_type 'no-such'; give one of Transformers"),
+        ("model_type: brt\nhidden_size: 32", "unknown model_type 'brt'; did you mean 'bert'"),
+        ("model_type: [bert]", r"unknown model_type \['bert'\]"),
+        ("model_type: bert\nhiden_size: 32", "unknown field 'hiden_size', .*mean 'hidden_size'"),
+        ("model_type: bert\nn_lists: 32", "unknown field 'n_lists', which a bert would ignore; le"),
     ],
 )
 def test_a_shape_that_is_none_is_refused_in_one_line(tmp_path, text, said):
@@ -213,6 +217,27 @@ def test_a_shape_that_is_none_is_refused_in_one_line(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as caught:
         start(shape=str(tmp_path / "shape.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("shap.yaml", "file shap.yaml does not exist; give one, or L12-H384-A12, L6"),
+        ("L6-H256", "L6-H256 is no shape of a model; did you mean 'L6-H256-A8'"),
+        ("L6-H256-A9", "L6-H256-A9 is no shape of a model; did you mean 'L6-H256-A8'"),
+        ("L6-H257", "L6-H257 is no shape of a model; known: L12-H384-A12"),
+    ],
+)
+def test_a_shape_that_is_not_there_is_named_with_what_is(shape, said):
+    with pytest.raises(UserError, match=said):
+        start(shape=shape)
+
+
+def test_a_field_under_an_old_name_that_the_config_reads_is_none_of_a_typo(tmp_path):
+    text = "model_type: llama\nhidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 2\n"
+    (tmp_path / "shape.yaml").write_text(f"{text}rope_theta: 5000.0\nnum_labels: 2\n")
+    config = start(shape=str(tmp_path / "shape.yaml")).config
+    assert "5000.0" in str(config.to_dict())
 
 
 def test_a_tokeniser_with_more_words_than_the_student_is_refused(tmp_path):

@@ -108,14 +108,21 @@ def test_a_key_that_the_method_does_not_read_is_told(keys, said):
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
 
-def test_distill_with_neither_teachers_nor_a_method_is_refused(tmp_path, task, capsys):
-    given = words(task[0], [], tmp_path / "run", max_steps=1)
+@pytest.mark.parametrize("method", [[], ["method=sead"], ["method=mean"]])
+def test_distill_without_teachers_by_what_asks_them_is_refused(tmp_path, task, capsys, method):
+    given = [*words(task[0], [], tmp_path / "run", max_steps=1), *method]
     assert attempt_recipe("distill", given) == 2
     assert "teachers is empty, so there is nothing to distil; give" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="teachers is empty"):
         checks.check_inputs(load_config(given))
+
+
+def test_distill_without_teachers_by_method_finetune_trains(tmp_path, task):
+    given = words(task[0], [], tmp_path / "run", max_steps=1)
     assert attempt_recipe("distill", [*given, "method=finetune"]) is None
+    # the keys of a teacher's own run
+    checks.refuse_untaught(load_config([*given, "method=finetune", "ensemble=score"]))
 
 
 def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhere(

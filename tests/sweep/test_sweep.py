@@ -291,8 +291,8 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
     output = tmp_path / "out"
     for words, line in (
         ([f"data.path={tmp_path / 'nowhere'}"], "nowhere"),
-        (["student=nothing.yaml"], "nothing.yaml is no shape"),
-        ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "nothing.yaml is no shape"),
+        (["student=nothing.yaml"], "file nothing.yaml does not exist"),
+        ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "file nothing.yaml does not exist"),
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
         (["teacher=nobody"], "teacher=nobody is no teacher of this run; its teachers: teacher-0, "),
         (["precision=fp16"], "fp16"),

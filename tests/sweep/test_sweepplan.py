@@ -204,6 +204,8 @@ def test_a_sweep_is_told_from_a_run():
             "'a' sets early_stopping_patience, and equal_.*=off",
         ),
         (["methods=[{name: a, alpha: 1}]"], "the arm 'a' has no method; give {name: NAME, method"),
+        (["methods=[{name: a, metod: mean}]"], "'metod' is no key, and the arm 'a' has no method"),
+        (["reference=sead"], "reference=sead is no arm of this sweep; known: mean"),
         (["methods=[{name: a/b, method: mean}]"], "the arm's name 'a/b' cannot be a folder's"),
         (["methods=[{name: 3, method: mean}]"], "the arm's name 3 cannot be a folder's"),
         (["methods=[{name: report, method: mean}]"], "'report' is a folder of the sweep's own"),
