@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from small import config, sentences
 
-from sead_dist.data import splits
+from sead_dist.data import unlabeled
 from sead_dist.data.loading import read_rows, row_chunks
 from sead_dist.data.splits import load_examples, source_row
 from sead_dist.data.task_files import TASKS
@@ -144,7 +144,7 @@ def test_rest_keeps_the_data_of_runs_that_have_nothing_left_over(data):
 def test_a_file_is_read_in_chunks_as_it_is_read_whole(data, monkeypatch):
     wanted = {"unlabeled__path": data / "more.tsv", "data__max_train_examples": 30}
     whole = [load(data, **wanted, **more)[0] for more in ({}, {"unlabeled__ratio": 0.2})]
-    monkeypatch.setattr(splits, "CHUNK", 4)
+    monkeypatch.setattr(unlabeled, "CHUNK", 4)
     parts = [load(data, **wanted, **more)[0] for more in ({}, {"unlabeled__ratio": 0.2})]
     for one, other in zip(whole, parts, strict=True):
         assert one.fingerprint(SST2) == other.fingerprint(SST2)
@@ -213,7 +213,7 @@ def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypa
     wanted = {"unlabeled__path": data / "long.tsv", "unlabeled__ratio": 2}
     peaks = []
     for size in (100_000, 1000):
-        monkeypatch.setattr(splits, "CHUNK", size)
+        monkeypatch.setattr(unlabeled, "CHUNK", size)
         tracemalloc.start()
         examples, _ = load(data, **wanted)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -223,7 +223,7 @@ def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypa
 
 
 def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeypatch):
-    monkeypatch.setattr(splits, "CHUNK", 4)
+    monkeypatch.setattr(unlabeled, "CHUNK", 4)
     rows = [{"sentence": text} for text in TEXTS[120:130]] + [{"sentence": None}]
     (data / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="unlabelled text row 11: column 'sentence' holds None"):

@@ -1,0 +1,115 @@
+"""Unlabelled text: rows of the task's own train file that the sample left out, and of a file.
+
+It shares no sentence with a row that students are chosen or scored by.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.examples import (
+    ExampleSet,
+    build_examples,
+    concatenate,
+    known_sentences,
+    sample,
+    shares_sentence,
+    subset,
+    without_labels,
+)
+from sead_dist.data.formats import Route
+from sead_dist.data.loading import row_chunks, told_with
+from sead_dist.data.task_files import TaskSpec
+from sead_dist.errors import UserError
+
+# rows of a file that are in memory at once, beside those that are kept
+CHUNK = 50_000
+
+
+@dataclass(frozen=True)
+class UnlabelledText:
+    """examples: None where there are none. rest: how many of them, the first ones, are of the train
+    file. removed: rows that share a sentence with held-out ones."""
+
+    examples: ExampleSet | None
+    rest: int
+    removed: int
+
+    def describe(self) -> str:
+        """A line for the log."""
+        count = 0 if self.examples is None else len(self.examples)
+        if not count:
+            return (
+                f"unlabelled text: 0 rows ({self.removed} removed): no other row of the train file "
+                "is left over; give a file of text: unlabeled.path=FILE"
+            )
+        return (
+            f"unlabelled text: {self.rest} rows of the train file, {count - self.rest} of "
+            f"unlabeled.path; {self.removed} removed, which share a sentence with selection or "
+            "held-out rows"
+        )
+
+
+def chunk_size(task: TaskSpec) -> int | None:
+    """How many rows of a file are read at once; None: all, where rows belong to groups, which must
+    not be cut."""
+    return None if task.reader in ("multirc", "record") else CHUNK
+
+
+def gather_text(
+    config: RunConfig,
+    task: TaskSpec,
+    labelled: int,
+    rest: ExampleSet,
+    held: Sequence[ExampleSet],
+    route: Route | None,
+) -> UnlabelledText:
+    """The unlabelled text of a run with `labelled` labelled rows. rest: the training rows that the
+    sample left out; held: rows that no text may share a sentence with.
+
+    Raises UserError for whatever is wrong with the file.
+    """
+    known, seed = known_sentences(held), config.selection.seed
+    ratio = config.unlabeled.ratio
+    most = None if ratio is None else max(1, round(ratio * labelled))
+    shared_B = shares_sentence(rest, known) if config.uses_rest else np.ones(len(rest), bool)
+    removed = int(shared_B.sum()) if config.uses_rest else 0
+    text = without_labels(subset(rest, ~shared_B), task.task_kind.unlabelled)
+    own = len(text)
+    if config.unlabeled.path is not None:
+        other, more = text_of_file(config, task, known, most, route)
+        removed += more
+        text = concatenate(text, other)
+    if most is not None and most < len(text):
+        # the same number tells rows of the two kinds apart after the sample as before
+        marked = replace(text, rows_B=np.arange(len(text)))
+        places_B = sample(marked, most, seed).rows_B
+        own = int((places_B < own).sum())
+        text = subset(text, places_B)
+    return UnlabelledText(text if len(text) else None, own, removed)
+
+
+def text_of_file(
+    config: RunConfig, task: TaskSpec, known: np.ndarray, most: int | None, route: Route | None
+) -> tuple[ExampleSet, int]:
+    """(the rows of `unlabeled.path`, how many were removed), read in chunks: of a long file only a
+    chunk and what is kept of it are in memory. At most `most` are kept, as `sample` does."""
+    path, seed = Path(config.unlabeled.path or ""), config.selection.seed
+    parts: list[ExampleSet] = []
+    read = removed = 0
+    for rows in row_chunks(path, task, config.data.skip_malformed, chunk_size(task)):
+        with told_with(f"unlabeled.path={path}"):
+            part = build_examples(task, rows, "unlabelled text", False, route, first=read)
+        read += len(rows)
+        shared_B = shares_sentence(part, known)
+        removed += int(shared_B.sum())
+        parts.append(subset(part, ~shared_B))
+        if most is not None and sum(map(len, parts)) > most + CHUNK:
+            parts = [sample(concatenate(*parts), most, seed)]
+    if not parts:
+        raise UserError(f"unlabeled.path={path} has no rows; give a file that has some")
+    text = concatenate(*parts)
+    return (text if most is None else sample(text, most, seed)), removed
