@@ -56,10 +56,10 @@ def test_a_registered_kind_is_read_aligned_scored_and_answers_in_its_own_columns
 
 
 def test_a_kind_that_is_not_registered_is_refused_with_those_that_are(tmp_path):
-    allowed = "kind is 'graded': Input should be 'classification', 'regression' or 'choice'$"
+    allowed = "kind is 'graded': input should be 'classification', 'regression' or 'choice'$"
     with pytest.raises(UserError, match=allowed):
         load_task(write(tmp_path, GRADES))
-    with pytest.raises(UserError, match="kind is \\['choice'\\]: Input should be"):
+    with pytest.raises(UserError, match="kind is \\['choice'\\]: input should be"):
         load_task(write(tmp_path, GRADES.replace("graded", "[choice]")))
 
 

@@ -86,7 +86,10 @@ def test_a_checkpoint_is_a_folder_or_a_run_folders_model(tmp_path):
     save_teacher(tmp_path / "run" / "model")
     assert locate(str(tmp_path / "run")).folder == tmp_path / "run" / "model"
     assert locate(str(tmp_path / "run" / "model")).folder == tmp_path / "run" / "model"
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no config\.json"):
+        locate(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"is a folder of models \(run\); give one of them"):
         locate(str(tmp_path))
     with pytest.raises(UserError, match="is not a folder"):
         locate(str(tmp_path / "missing"))

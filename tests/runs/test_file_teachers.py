@@ -407,5 +407,5 @@ def test_a_file_is_no_feature_teacher(task, live, tmp_path):
     file = parquet(tmp_path / "a.parquet", texts, said)
     with pytest.raises(UserError, match="teacher a is a file, and feature_loss=distilbert needs"):
         run_of(task, tmp_path / "run", [entry(file)], feature_loss="distilbert")
-    with pytest.raises(UserError, match=r"data file .*none.csv does not exist"):
+    with pytest.raises(UserError, match=r"teacher none: .*none.csv does not exist"):
         run_of(task, tmp_path / "run", [entry(tmp_path / "none.csv")])

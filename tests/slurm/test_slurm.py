@@ -49,7 +49,7 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
     ("text", "message"),
     [
         ("partion: low", r"unknown key 'partion'; did you mean 'partition'\?"),
-        ("nodes: 0", "nodes=0: input should be greater than 0; see nodes in .*slurm.base.yaml"),
+        ("nodes: 0", "nodes=0: input should be greater than 0; see `sead-dist keys nodes`$"),
         ("time: 60", "time=60: input should be a valid string"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
         ('time: "0"', "no time at all"),
