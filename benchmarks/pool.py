@@ -1,4 +1,5 @@
-"""A pool of four workers, one killed 20 s after it is ready and so on, against one left in peace.
+"""A pool of four workers that are killed in turn, each 20 s after it is ready, against one in which
+none is killed.
 
 Both pools fill an empty store for a student that follows it. Counted is what the workers wrote down
 as computed, and for each kill the whole chunk that the dead worker had a lease on, however far it

@@ -10,9 +10,9 @@ teacher is quicker than the bare student's loop, the bound takes ours: the stric
 examples/s: rows trained, by the seconds of the training loop with its waiting for teachers. The
 first step's time is from the building of the run to the first step that has its teachers' answers.
 Memory is what the process has grown by once freed memory is given back to the system, against the
-growth with no teacher and the weights of an equal share of the teachers; with what the allocator
-keeps of freed memory it stands beside. Reading weights is compared with from_pretrained of as many.
-Targets: 0.9 of the bound; memory within 10%; nothing else of the start-up grows with N.
+growth with no teacher and the weights of an equal share of the teachers; a second column counts
+freed memory that the allocator keeps too. Reading weights is compared with from_pretrained of as
+many. Targets: 0.9 of the bound; memory within 10%; nothing else of the start-up grows with N.
 """
 
 import argparse

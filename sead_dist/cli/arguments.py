@@ -151,7 +151,9 @@ def add_demo(command: argparse.ArgumentParser) -> None:
 def add_submit(command: argparse.ArgumentParser) -> None:
     add_words(command)
     command.add_argument(
-        "--slurm", metavar="NAME|FILE", help="settings: a file, or a shipped name (local)"
+        "--slurm",
+        metavar="NAME|FILE",
+        help="settings: a file, or a shipped name (gpus, preemptible)",
     )
     for option in ("partition", "account", "qos", "constraint", "gres", "mem"):
         command.add_argument(f"--{option}", help="as sbatch's")

@@ -100,8 +100,9 @@ class ModelKeys(Section):
     """for `finetune` only: what each teacher starts from, as for teachers"""
     folds: Annotated[int | None, Field(gt=1, le=1000)] = None
     """for `finetune` only: teacher i of `encoders` is trained without fold i of so many of the
-    labelled rows, and a student hears of such a row only the teachers that were not trained on it
-    (not with ensemble single, random or routed); null: all are trained on all rows"""
+    labelled rows, and for such a row a student gets the targets of only those teachers that were
+    not trained on it (not with ensemble single, random or routed); null: all are trained on all
+    rows"""
     fold: Annotated[int | None, Field(ge=0)] = None
     """the fold, from 0, that a run leaves out; finetune sets it"""
     placement: Annotated[Placement, Operational] = "auto"

@@ -36,8 +36,8 @@ _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task. Templates name columns in braces: "{premise}". Only the first three are required
-    in a YAML file, and `labels` or `score_range`."""
+    """One task. Templates name columns in braces: "{premise}". Only `name` and `text_a` are
+    required in a YAML file, and `labels` or `score_range`."""
 
     # what stands below each field is its description, which `sead-dist keys` tells
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
