@@ -40,12 +40,12 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
         # before torch is imported, which takes longer than this
         from sead_dist.runs.checks import nothing_to_do, refuse_untaught
 
-        if not config.encoders:
-            refuse_untaught(config)
         done = None if "WORLD_SIZE" in os.environ else nothing_to_do(config)
         if done is not None:
             print(done, flush=True)
             return
+        if not config.encoders:
+            refuse_untaught(config)
     with importing():
         from sead_dist.runs import distillation as recipes
         from sead_dist.runs.pool_worker import teach as fill_store

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sead_dist.config.load import config_folder
 from sead_dist.config.names import nearest
@@ -19,6 +19,9 @@ from sead_dist.models.pretrained import (
     weights_hash,
 )
 from sead_dist.runtime.files import files_hash
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def run_start_hash(config: RunConfig, offline: bool = False) -> str:
@@ -115,3 +118,16 @@ def shape_file(shape: str) -> Path:
             f"{shape} is no shape of a model;{meant} known: {', '.join(known)}, or a file"
         )
     return path
+
+
+def misspelt_field(config: "PretrainedConfig", fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with a field that the config does not know and that is nearly one which it
+    knows, as an error message, or None. Other fields pass: a model may read what its config does
+    not name (position_buckets of DeBERTa), and old files have more than is read today."""
+    known = type(config)().to_dict()
+    for name in fields:
+        near = None if hasattr(type(config)(), name) else nearest(name, known)
+        if near is not None and near not in fields:
+            kind = config.model_type
+            return f"unknown field {name!r} of a {kind}; did you mean {near!r}?"
+    return None

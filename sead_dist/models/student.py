@@ -4,6 +4,7 @@ feature teacher.
 L tokens, H width.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +51,9 @@ from sead_dist.models.sequence_classifier import (
     new_classifier,
     outline,
 )
-from sead_dist.models.start import shape_file, student_tokenizer
+from sead_dist.models.start import misspelt_field, shape_file, student_tokenizer
+
+_log = logging.getLogger(__name__)
 
 # what a layer and its parts call their place among the layers
 PLACES = {"layer_idx", "layer_id", "layer_index", "layer_number"}
@@ -74,27 +77,14 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
     try:
         with reading(str(path), "see the fields of a Transformers config"):
             config = AutoConfig.for_model(**given)
-            if problem := _ignored_field(config, given):
+            if problem := misspelt_field(config, fields):
                 raise UserError(problem)
+            if unknown := [name for name in fields if not hasattr(type(config)(), name)]:
+                _log.warning("%s: %s may ignore %s", path, config.model_type, ", ".join(unknown))
             outline(config)
     except UserError as error:
         raise UserError(f"student.shape={shape}: {error}") from error
     return config
-
-
-def _ignored_field(config: PretrainedConfig, given: Mapping[str, Any]) -> str | None:
-    """What is wrong with a field that the config only keeps, as an error message, or None. An old
-    name that it reads (rope_theta) is no such field."""
-    known = type(config)()
-    for name in given:
-        if hasattr(known, name) or not hasattr(config, name):
-            continue
-        without = AutoConfig.for_model(**{key: given[key] for key in given if key != name})
-        if {**without.to_dict(), name: given[name]} == config.to_dict():
-            near = nearest(name, known.to_dict())
-            hint = f"did you mean {near!r}?" if near else "leave it out"
-            return f"unknown field {name!r}, which a {config.model_type} would ignore; {hint}"
-    return None
 
 
 def check_start(student: StudentConfig, trust_remote_code: bool) -> None:

@@ -27,7 +27,7 @@ from sead_dist.planning.scenario import (
     student_bytes,
 )
 from sead_dist.planning.workload import Work, make_work, store_bytes, training_seconds
-from sead_dist.runs.checks import refuse_unused_text
+from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import answered_examples
 from sead_dist.runs.setup import read_inputs, uneven
@@ -60,6 +60,7 @@ def plan(
     began = time.monotonic()
     if config.encoders:
         raise UserError("plan is for distill: give teachers=[...] instead of encoders")
+    refuse_untaught(config)
     refuse_unused_text(config)
     size = ranks if ranks is not None else world.size
     if size < 1:

@@ -220,7 +220,8 @@ def plot_regression(
     for axes, (name, predicted_B), colour in zip(
         panels, predicted.items(), (BLUE, ORANGE), strict=False
     ):
-        error = float(np.nanmean(np.abs(predicted_B - gold_B)[known_B]))
+        errors_B = np.abs(predicted_B - gold_B)[known_B]
+        error = float(np.nanmean(errors_B)) if len(errors_B) else float("nan")
         axes.plot(limits, limits, color="black", linestyle="--", linewidth=1, zorder=3)
         axes.scatter(gold_B[known_B], predicted_B[known_B], s=14, alpha=0.4, color=colour, lw=0)
         axes.set(xlim=limits, ylim=limits, xlabel="gold score (dashed: predicted = gold)")

@@ -83,7 +83,8 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:
-        refuse_several(name)
+        if Path(name).is_dir():
+            refuse_several(name)
         raise UserError(
             f"{name} is no run folder that names its task; give --task NAME or FILE (in Python: "
             "task=...)"

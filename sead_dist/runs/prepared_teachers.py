@@ -84,7 +84,7 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
     validations, logits_NBC = found or validated(parts)
     selection = parts.splits.selection
     if not selection.examples.has_gold:
-        parts.log.say(told_unvalidated(config))
+        parts.log.say(told_unvalidated(config, parts.examples.labelled_rows))
     ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
     names = [teacher.name for teacher in teachers]
     for line in told_twins(teachers):

@@ -16,7 +16,12 @@ from sead_dist.data.augmentation import COPIES_OF_EACH, automatic_copies
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.runs.baseline import MOST_OF_STEPS, OWN, baseline_steps
-from sead_dist.runs.checks import check_predictions, refuse_unused_text, teacher_runs
+from sead_dist.runs.checks import (
+    check_predictions,
+    refuse_untaught,
+    refuse_unused_text,
+    teacher_runs,
+)
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.setup import read_inputs
@@ -31,6 +36,8 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     would.
     """
     quiet_libraries(world)
+    if not config.encoders:
+        refuse_untaught(config)
     refuse_unused_text(config)
     check_predictions(config)
     one = teacher_runs(config)[0] if config.encoders else config

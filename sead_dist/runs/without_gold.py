@@ -53,10 +53,12 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
             )
 
 
-def told_unvalidated(config: RunConfig) -> str:
+def told_unvalidated(config: RunConfig, labelled_rows: int) -> str:
     """The line of the log on teachers, where the selection split has no gold labels."""
     line = "no gold labels to validate or calibrate a teacher by: none is"
-    if WEIGHTINGS[config.ensemble].alike_without_gold:
+    # by the labels of the selection split, or by those of the training rows, which may have some
+    lacks = asks_selection(config) or not labelled_rows
+    if WEIGHTINGS[config.ensemble].alike_without_gold and lacks:
         line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
     return line
 

@@ -187,7 +187,10 @@ def number_from(name: str, default: int, lowest: int, highest: int | None = None
     number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
     if number < lowest or (highest is not None and number > highest):
         upto = "" if highest is None else f" to {highest}"
-        raise UserError(f"{name}={text!r} is no whole number from {lowest}{upto}; {LAUNCHED}")
+        world = f" (WORLD_SIZE={os.environ.get('WORLD_SIZE')})" if name == "RANK" else ""
+        raise UserError(
+            f"{name}={text!r} is no whole number from {lowest}{upto}{world}; {LAUNCHED}"
+        )
     return int(text)
 
 

@@ -103,7 +103,12 @@ def refuse_foreign(root: Path) -> None:
     """Raises UserError where `root` is a file, or a folder of something else. Writes nothing."""
     if root.exists() and not root.is_dir():
         raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
-    foreign = sorted(set(os.listdir(root)) - OWN_NAMES) if root.is_dir() else []
+    try:
+        found = set(os.listdir(root)) if root.is_dir() else set()
+    except OSError as error:
+        raise RunError(f"store={root} cannot be read ({error}); give a folder that can") from error
+    # another run may look at this very moment whether all its machines share the folder
+    foreign = sorted(name for name in found - OWN_NAMES if not name.startswith("."))
     if foreign and not (root / "format.json").exists():
         raise UserError(
             f"store={root} holds other things ({foreign[0]!r}) and no format.json, so it is "

@@ -311,6 +311,9 @@ def test_a_path_that_cannot_be_a_store_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds other things"):
         PredictionStore(tmp_path, print)
     assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / ".seen-by-another-run").write_text("")
+    PredictionStore(tmp_path / "shared", print)
 
 
 def test_a_store_that_may_not_be_written_is_refused_at_the_start():
