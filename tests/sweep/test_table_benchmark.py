@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_an_arm_of_the_levers_differs_from_sead_in_one_thing(table, tmp_path):
     assert (changed("third-of-steps"), changed("last")) == ({"max_steps"}, {"final_checkpoint"})
     assert changed("truncated") == {"student.path", "student.layers"}
     assert {key.split(".")[0] for key in changed("repaired", "truncated")} == {"repair"}
+
+
+@pytest.mark.parametrize(
+    ("part", "tasks", "rates"),
+    [
+        ("core", ["sst2"], "per_task={}"),
+        ("core", ["sst2", "stsb"], "per_task={stsb: {learning_rate: 2.0e-4}}"),
+        ("levers", ["stsb"], "per_task={stsb: {learning_rate: 2.0e-4}}"),
+        ("defaults", ["sst2"], "per_task={}"),
+    ],
+)
+def test_a_task_has_a_learning_rate_of_its_own_in_its_own_sweep(
+    table, tmp_path, monkeypatch, part, tasks, rates
+):
+    monkeypatch.setattr(table, "lay_out", lambda folder, task: None)
+    monkeypatch.setattr(table, "filled", lambda arms, *rest: table.ARMS)
+    given = {"encoders": [Path("E")], "student": Path("L3"), "work": tmp_path, "search": False}
+    words = table.table_words(Namespace(part=part, tasks=tasks, **given))
+    assert rates in words
+    make_plan(words)
 
 
 @pytest.mark.parametrize("part", ["little", "defaults"])
