@@ -147,7 +147,7 @@ def check_reach(name: str, config: RunConfig) -> None:
     starts = taught or {entry.path: ("encoder", "encoders=[DIR]") for entry in config.encoders}
     if config.student.path is not None:
         starts[config.student.path] = ("student", "student=DIR")
-    for path, (what, mend) in starts.items():
+    for path, (what, fix) in starts.items():
         if names_shape(path):
             continue
         try:
@@ -155,7 +155,7 @@ def check_reach(name: str, config: RunConfig) -> None:
         except UserError:
             if Path(path).is_dir():
                 raise
-            missing.append(f"{what} {path} (or give {mend})")
+            missing.append(f"{what} {path} (or give {fix})")
     if missing:
         raise UserError(f"{name} needs what cannot be reached here: {', '.join(missing)}")
 

@@ -56,14 +56,15 @@ class Sheet:
     def at(self, number: int) -> str:
         return f"{self.path} row {number}"
 
-    def is_withheld(self, value: Any) -> bool:
-        """Whether a cell holds a missing answer."""
-        text = "" if value is None else str(value).strip().casefold()
-        return text in {missing.strip().casefold() for missing in self.entry.abstain}
-
-    def withhold(self, value: Any) -> None:
-        """Count this missing answer."""
-        self.withheld["" if value is None else str(value)] += 1
+    def withholds(self, *cells: Any, bare: bool = False) -> bool:
+        """Whether each of a row's cells holds a missing answer, or the row is bare. It is counted
+        then."""
+        said = ["" if cell is None else str(cell) for cell in cells]
+        missing = {text.strip().casefold() for text in self.entry.abstain}
+        withheld = bare or all(text.strip().casefold() in missing for text in said)
+        if withheld:
+            self.withheld[said[0]] += 1
+        return withheld
 
     def label_index(self, value: Any) -> int | None:
         """The class of a label in the file; None, and counted, for one that the task has not."""
@@ -154,8 +155,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         cells = [row.get(column) for column in ordered]
         # as `labels --output` writes a row that no teacher answers
         bare = all(cell is None or not str(cell).strip() for cell in cells)
-        if bare or all(sheet.is_withheld(cell) for cell in cells):
-            sheet.withhold(cells[0])
+        if sheet.withholds(*cells, bare=bare):
             read.append(None)
             continue
         values_C = np.array([score_of(cell) for cell in cells])
@@ -272,8 +272,7 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     """The class in a cell; None, and counted, for a missing answer and for an unknown label."""
-    if sheet.is_withheld(cell):
-        sheet.withhold(cell)
+    if sheet.withholds(cell):
         return None
     if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
         raise UserError(
@@ -330,8 +329,7 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     missing: list[float] = []
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.is_withheld(cell):
-            sheet.withhold(cell)
+        if sheet.withholds(cell):
             yield None
             continue
         p_C = np.zeros(len(sheet.task.labels))
@@ -389,8 +387,7 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     column = answer_column(sheet, SCORE_COLUMNS)
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.is_withheld(cell):
-            sheet.withhold(cell)
+        if sheet.withholds(cell):
             yield None
             continue
         value = score_of(cell)

@@ -239,12 +239,10 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
         task = TypeAdapter(TaskSpec).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        mend = (
-            " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
-        )
+        fix = " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
         key = ".".join(map(str, first["loc"]))
         what = f"{key} is {as_yaml(first['input'])}: " if key else ""
-        raise UserError(f"{where}: {what}{expected_value(first)}{mend}") from error
+        raise UserError(f"{where}: {what}{expected_value(first)}{fix}") from error
     if problem := find_problem(task):
         raise UserError(f"{where}: {problem}")
     return task

@@ -166,7 +166,7 @@ def _quoting(lines: Iterable[Sequence[str]], path: Path, task: TaskSpec) -> bool
 def _tsv_lines(
     lines: Callable[[], Iterable[list[str]]], quoted: bool
 ) -> Iterator[tuple[int, list[str]]]:
-    """The numbered lines of a TSV that are rows. lines: begins anew at each call."""
+    """The numbered lines of a TSV that are rows. lines: starts again at each call."""
     first = last = 0
     one_column = True
     for number, fields in enumerate(lines(), start=1):
@@ -243,7 +243,7 @@ def _records(
     skip_malformed: bool | None,
 ) -> Iterator[Row]:
     """Rows of a file with a header, or of one in the task's official column order without. lines:
-    begins anew at each call."""
+    starts again at each call."""
     header, numbered = list(task.columns), lines()
     skipped: list[int] = []
     if _has_header(lines, task):

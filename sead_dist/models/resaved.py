@@ -60,7 +60,7 @@ def check_saving(
     Raises UserError where the two differ.
     """
     kind = model.config.model_type
-    mend = "give a student of another kind, or its whole model (without student.layers)"
+    fix = "give a student of another kind, or its whole model (without student.layers)"
     for left in folder.glob(".trial-*"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -73,7 +73,7 @@ def check_saving(
             off = difference(plain_answer(model, row), plain_answer(again.float(), row))
             del again  # its weights may be mapped from the folder
     except UserError as error:
-        raise UserError(f"the student ({kind}), saved before training: {error}; {mend}") from None
+        raise UserError(f"the student ({kind}), saved before training: {error}; {fix}") from None
     except (OSError, SafetensorError, RunError) as error:
         raise RunError(
             f"the student cannot be saved in {folder}: {error}; free space, raise the limit "
@@ -82,7 +82,7 @@ def check_saving(
     if not off <= CLOSE["fp32"]:
         raise UserError(
             f"the student ({kind}), saved before training and read by plain Transformers, gives "
-            f"other logits for the first row (by {off:.2g} of the largest); {mend}"
+            f"other logits for the first row (by {off:.2g} of the largest); {fix}"
         )
 
 

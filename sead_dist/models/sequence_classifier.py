@@ -67,18 +67,18 @@ def align_classes(
     model: str,
     names: Sequence[str],
     labels: Sequence[str] | str | None,
-    mend: str | None = None,
+    fix: str | None = None,
     given: str | None = None,
 ) -> list[int]:
     """For each task class, the column of the model's own logits: order_C with
     logits_task = logits_model[:, order_C]. (Invariant 4; our own rule.)
 
-    names: the model's label names; labels: what the person says they are, or "task_order"; mend:
+    names: the model's label names; labels: what the person says they are, or "task_order"; fix:
     how to say it, ready to copy, and given: how they were said (default: in a teacher's entry).
     Raises UserError with that line.
     """
     entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
-    mend = mend or f"{entry} or labels: task_order"
+    fix = fix or f"{entry} or labels: task_order"
     if len(names) != width(task):
         raise UserError(
             f"{model} has num_labels={len(names)} but task {task.name} needs {width(task)}"
@@ -91,7 +91,7 @@ def align_classes(
     if labels is None and is_generic(names):
         raise UserError(
             f"{model} names its classes {', '.join(names)}, which says nothing of their order; "
-            f"say the order that it was trained with: {mend}"
+            f"say the order that it was trained with: {fix}"
         )
     found = [align_name(task, name) for name in said]
     wrong = [name for name, index in zip(said, found, strict=True) if index is None]
@@ -103,7 +103,7 @@ def align_classes(
             whose, fix = given or f"{model}, labels: [{', '.join(said)}]", "say"
         raise UserError(
             f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; {fix} "
-            f"what its classes mean, in its own order: {mend}"
+            f"what its classes mean, in its own order: {fix}"
         )
     return [found.index(index) for index in range(len(names))]
 

@@ -107,7 +107,7 @@ def keep_layers(
 ) -> PreTrainedModel:
     """The model of these layers (0 is the first), in this order, and of all that is not in a layer.
 
-    It is built anew from the config of so many layers, and each of its tensors is one of `model`.
+    It is built from the config of so many layers, and each of its tensors is one of `model`.
     So it is what a reader of its files gets, whatever goes by layer in a kind (attention that
     alternates, a first layer unlike the others). Raises UserError where tensors are lacking or left
     over, or a layer would work otherwise in its new place.

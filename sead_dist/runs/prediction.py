@@ -133,9 +133,9 @@ def class_order(
     said = (
         labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
     )
-    mend = f"--labels {','.join(task.labels)} or --labels task_order"
+    fix = f"--labels {','.join(task.labels)} or --labels task_order"
     own = label_names(config)
-    order_C = align_classes(task, name, own, said, mend, f"--labels {labels}")
+    order_C = align_classes(task, name, own, said, fix, f"--labels {labels}")
     found = [align_name(task, each) for each in own]
     says_it = labels is not None and not is_generic(own) and set(found) == set(order_C)
     if says_it and [found.index(index) for index in range(len(own))] != order_C:

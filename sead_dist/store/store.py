@@ -153,7 +153,7 @@ class PredictionStore:
         check_num_keys(block, num_keys)
         return places_P, entries_P
 
-    def mend_keys(self, ids: IdSet) -> None:
+    def rewrite_keys(self, ids: IdSet) -> None:
         """Make sure that the key block of these ids is there, since blocks refer to it."""
         if ids.hash in self.sound_keys:
             return
@@ -318,7 +318,7 @@ class Table:
             raise BadBlockError(f"{classes} classes, not {self.key.classes}")
         covers, present_U = block.covers, self.present_U
         if block.keys == self._ids.hash:
-            self._store.mend_keys(self._ids)
+            self._store.rewrite_keys(self._ids)
             check_num_keys(block, len(present_U))
             # Rows of the exact class stay before those of another.
             comes_first = block.numerics == self.key.numerics or not present_U.any()

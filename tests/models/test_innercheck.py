@@ -57,13 +57,13 @@ def test_what_would_be_misread_is_told_of_the_kind_and_of_a_model_with_new_weigh
 ):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config_of(kind))
-    mend = "give a model built like BERT .*method=single" + (
+    fix = "give a model built like BERT .*method=single" + (
         "" if method == "distilbert" else "|method=distilbert, which needs hidden states alone"
     )
     for check, one in ((check_inside, model), (check_kind, outline(config_of(kind)))):
         with pytest.raises(UserError, match=rf"^it \({kind}\) would be misread: .*{said}") as told:
             check(one, INPUTS, method, "it")
-        assert told.match(mend)
+        assert told.match(fix)
         assert "\n" not in str(told.value)
 
 

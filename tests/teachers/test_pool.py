@@ -213,9 +213,9 @@ def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_i
     given, run = given_words(task, tmp_path, pool__timeout_s=0.05), tmp_path / "run"
     with pytest.raises(RunError):
         distill(load_config(given), alone())
-    mended = save_teacher(tmp_path / "b", "roberta", seed=9)
+    replaced = save_teacher(tmp_path / "b", "roberta", seed=9)
     teachers = [str(entry["path"]) for entry in read(run / "teacher_manifest.json")]
-    now = [*given, f"teachers=[{teachers[0]},{mended},{teachers[2]}]"]
+    now = [*given, f"teachers=[{teachers[0]},{replaced},{teachers[2]}]"]
     with try_lock(run / ".lock") as taken:
         assert taken
         forget_refused(run)  # a student is there: it counts
