@@ -47,6 +47,8 @@ def as_yaml(value: Any) -> str:
     """A value as it is typed: true, not True."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_yaml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_yaml(one)}' for key, one in value.items())}}}"
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else repr(value)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sead_dist.config.mistakes import as_yaml
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import write_json
@@ -129,7 +130,10 @@ def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
         {
             "name": of["name"],
             "method": of["method"],
-            "keys of its own": ", ".join(f"{key}={value}" for key, value in of["keys"].items()),
+            "keys of its own": ", ".join(
+                f"{key}={value if isinstance(value, str) else as_yaml(value)}"
+                for key, value in of["keys"].items()
+            ),
         }
         for of in report["arms"]
     ]

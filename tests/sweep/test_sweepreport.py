@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sead_dist.sweep.report import markdown, write_sweep_report
+from sead_dist.sweep.report import arms, markdown, write_sweep_report
 from sead_dist.sweep.results import add_holm, mean_over_tasks, shared_tasks
 from sead_dist.sweep.significance import Difference
 
@@ -149,3 +149,10 @@ def test_the_p_of_all_together_is_made_of_the_p_that_holds_at_every_level():
     add_holm(cells, {"mean": differences})
     assert [of["p_holm"] for of in cells[:2]] == pytest.approx([0.04, 0.04])
     assert "p_holm" not in cells[2]
+
+
+def test_the_keys_of_an_arm_stand_as_they_are_typed():
+    keys = {"max_steps": None, "augment": {"gold_labels": True}, "final_checkpoint": "auto"}
+    (row,) = arms({"arms": [{"name": "long", "method": "finetune", "keys": keys}]})
+    typed = "max_steps=null, augment={gold_labels: true}, final_checkpoint=auto"
+    assert row["keys of its own"] == typed
