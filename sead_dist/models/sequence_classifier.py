@@ -98,11 +98,11 @@ def align_classes(
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
         reason = f"{wrong[0]!r} is no label of" if wrong else "they are not one each of"
         whose = f"{model} names its classes {', '.join(said)}"
-        fix = "was it trained for another task? then leave it out, else say"
+        ask = "was it trained for another task? then leave it out, else say"
         if labels is not None:
-            whose, fix = given or f"{model}, labels: [{', '.join(said)}]", "say"
+            whose, ask = given or f"{model}, labels: [{', '.join(said)}]", "say"
         raise UserError(
-            f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; {fix} "
+            f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; {ask} "
             f"what its classes mean, in its own order: {fix}"
         )
     return [found.index(index) for index in range(len(names))]
