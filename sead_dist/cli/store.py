@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from sead_dist.errors import RunError
 from sead_dist.runtime.console import AGE_S, parse_age, parse_size, print_table
 from sead_dist.store.compaction import compact
-from sead_dist.store.layout import default_store
+from sead_dist.store.layout import store_folder
 from sead_dist.store.maintenance import Bad, Row, list_store, verify
 from sead_dist.store.removal import plan_removal, remove
 from sead_dist.store.transfer import Carried, carry
@@ -20,7 +20,7 @@ from sead_dist.store.transfer import Carried, carry
 def run(args: argparse.Namespace) -> None:
     """Run the verb that the command line named. Raises UserError where there is no store, RunError
     (exit code 3) where `verify` found bad files."""
-    folder = Path(args.store) if args.store else default_store()
+    folder = store_folder(args.store)
     if args.verb == "ls":
         show(folder)
     elif args.verb == "verify":

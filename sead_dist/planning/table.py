@@ -36,7 +36,7 @@ from sead_dist.runtime.distributed import World, from_main, on_every_rank
 from sead_dist.runtime.memory import held
 from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
-from sead_dist.store.layout import default_store
+from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
@@ -87,7 +87,7 @@ def plan(
     all_teachers = held_everywhere(config, teachers)
     # a file of predictions costs nothing
     teachers = [teacher for teacher in all_teachers if teacher.file is None]
-    folder = Path(config.store.path) if config.store.path else default_store()
+    folder = store_folder(config.store.path)
 
     def count() -> Work:
         store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None

@@ -238,7 +238,7 @@ def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
     task, selection = parts.task, parts.splits.selection
     examples = selection.examples
     if ensemble is not None and parts.source is not None and not examples.has_gold:
-        asked = (len(parts.teachers), parts.config.prefetch_rows, "the selection split")
+        asked = (parts.config.prefetch_rows, "the selection split")
         examples, _ = judged(task, examples, ensemble, ask_all(parts.source, selection, *asked))
 
     def select(step: int) -> EvalResult:

@@ -18,7 +18,8 @@ from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
-from sead_dist.runs.labels import Columns, asking, extend, row_columns, together, weighed
+from sead_dist.runs.labels import Columns, asking, extend, row_columns, weighed
+from sead_dist.runs.without_gold import together
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.teacher import Teacher, out_of_fold
 from sead_dist.teachers.validation import ask_all
@@ -51,9 +52,9 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
         ensemble = weighed(run, splits)
         for split, fit_NU in zip(splits, fit, strict=True):
             part, ahead = split.examples, run.config.prefetch_rows
-            said = ask_all(run.source, split, len(teachers), ahead, part.split, fit_NU)
+            said = ask_all(run.source, split, ahead, part.split, fit_NU)
             said_of_all.append(said)
-            probabilities.append(together(ensemble, said, part))
+            probabilities.append(together(ensemble, said, part).astype(np.float64))
             labels.append(part.labels_B)
             numbers: Columns = {"row": (part.rows_B + 1).tolist()}
             extend(columns, numbers | row_columns(task, part, [part.split] * len(part)))

@@ -33,14 +33,15 @@ from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.setup import read_inputs
+from sead_dist.runs.without_gold import together
 from sead_dist.runtime.distributed import World
-from sead_dist.store.layout import default_store
+from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
-from sead_dist.teachers.validation import ask_all, require_passed, validate
+from sead_dist.teachers.validation import ask_all, ask_and_validate, require_passed
 
 Columns = dict[str, list[Any]]
 
@@ -85,7 +86,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             if split is splits.train and ensemble.seen_NU is not None:
                 asked_NU = unseen(None, ensemble.seen_NU)
             what = split.examples.split
-            said = ask_all(run.source, split, len(teachers), config.prefetch_rows, what, asked_NU)
+            said = ask_all(run.source, split, config.prefetch_rows, what, asked_NU)
             rows = row_columns(task, part, kinds)
             rows |= gold_column(task, part)
             extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
@@ -123,7 +124,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     check_tokens(examples, tokenizers_of(teachers))
     splits = tokenize_splits(examples, inputs.split)
-    store = PredictionStore(Path(config.store.path or default_store()), print)
+    store = PredictionStore(store_folder(config.store.path), print)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
@@ -158,8 +159,9 @@ def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
     selection = splits.selection
     if not needs_validation(config, selection.examples):
         return weigh(config, task, teachers, [], None, splits)
-    said = ask_all(run.source, selection, len(teachers), config.prefetch_rows, "the validation")
-    found = validate(task, teachers, said, selection, run.examples.dev_in_training)
+    found, said = ask_and_validate(
+        run.source, task, selection, config.prefetch_rows, run.examples.dev_in_training
+    )
     if config.validates:
         require_passed(task, found, teachers)
     return weigh(config, task, teachers, found, said, splits)
@@ -208,7 +210,7 @@ def label_columns(
     part: ExampleSet,
 ) -> Columns:  # fmt: skip
     """What the ensemble says and each teacher; said_NBC: NaN where one does not answer."""
-    together_BC = together(ensemble, said_NBC, part)
+    together_BC = together(ensemble, said_NBC, part).astype(np.float64)
     if not task.task_kind.has_classes:
         columns = {"score": as_cells(together_BC[:, 0])}
         for teacher, of_BC in zip(teachers, said_NBC, strict=True):
@@ -225,15 +227,6 @@ def label_columns(
     with np.errstate(invalid="ignore"):
         columns["agreement"] = as_cells(same_NB.sum(axis=0) / answered_NB.sum(axis=0))
     return columns
-
-
-def together(ensemble: Ensemble, said_NBC: np.ndarray, part: ExampleSet) -> np.ndarray:
-    """The ensemble's p_BC, or scores_B1; NaN where no teacher answers."""
-    routes_B = None if part.routes_B is None else torch.from_numpy(part.routes_B)
-    answer = ensemble.answer(torch.from_numpy(said_NBC), routes_B)
-    together_BC = answer.targets_BC.double().numpy()
-    together_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
-    return np.asarray(together_BC)
 
 
 def probability_columns(task: TaskSpec, prefix: str, p_BC: np.ndarray) -> Columns:

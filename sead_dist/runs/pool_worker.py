@@ -31,7 +31,7 @@ from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
-from sead_dist.store.layout import Layout, default_store
+from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
@@ -39,7 +39,7 @@ from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_t
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
-from sead_dist.teachers.validation import Validation, ask_all, require_passed, validate
+from sead_dist.teachers.validation import Validation, ask_and_validate, require_passed
 from sead_dist.training.identity import Identity, rules_of, teacher_identity
 
 
@@ -148,7 +148,7 @@ def open_worker(
 ) -> Worker:
     """A worker over the store; `stack` closes what it opens."""
     config, teachers, run = work.config, work.teachers, work.run
-    store = PredictionStore(Path(config.store.path or default_store()), log.say)
+    store = PredictionStore(store_folder(config.store.path), log.say)
     refuse_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, work.accept_any))
@@ -181,7 +181,8 @@ def open_worker(
 
 
 def fill_all(hand: Worker, work: Work) -> bool:
-    """The whole work in its order; True when all is in the store, False when it ended before."""
+    """The whole work in its order; True when all is in the store, False when it ended before.
+    Raises UserError for a teacher that fails its validation."""
     config, splits, teachers = work.config, work.splits, work.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
@@ -198,7 +199,12 @@ def fill_all(hand: Worker, work: Work) -> bool:
         if not hand.fill(validating):
             return False
         if everyone or all(work.pooled_N):
-            validations, logits_NBC = validate_all(source, work)
+            overlap = work.examples.dev_in_training
+            validations, logits_NBC = ask_and_validate(
+                source, work.task, splits.selection, rows, overlap
+            )
+            if config.validates:
+                require_passed(work.task, validations, teachers)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
         steps_of(config, work.examples), 0, 1,
@@ -213,19 +219,6 @@ def fill_all(hand: Worker, work: Work) -> bool:
     for split in splits.official.values():
         chunks += chunks_of_split(split, count, rows)
     return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
-
-
-def validate_all(source: StoredSource, work: Work) -> tuple[list[Validation], np.ndarray]:
-    """Every teacher's validation, as the student holds it, and logits_NBC of the selection split.
-    Raises UserError where one fails."""
-    config, selection, teachers = work.config, work.splits.selection, work.teachers
-    logits_NBC = ask_all(source, selection, len(teachers), config.pool.item_rows, "the validation")
-    validations = validate(
-        work.task, teachers, logits_NBC, selection, work.examples.dev_in_training
-    )
-    if config.validates:
-        require_passed(work.task, validations, teachers)
-    return validations, logits_NBC
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:

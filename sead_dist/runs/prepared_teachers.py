@@ -37,11 +37,10 @@ from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.teacher import Teacher, seen_by, told_folds
 from sead_dist.teachers.validation import (
     Validation,
-    ask_all,
+    ask_and_validate,
     describe,
     measure_drift,
     require_passed,
-    validate,
 )
 
 # the teachers' validations, and their logits_NBC of the selection split
@@ -56,10 +55,10 @@ def validated(parts: Parts) -> Validated:
     if parts.source is None or not needs_validation(config, selection.examples):
         return [], None
     parts.world.at("validating the teachers")
-    logits_NBC = ask_all(
-        parts.source, selection, len(teachers), config.prefetch_rows, "the validation"
+    overlap = parts.examples.dev_in_training
+    validations, logits_NBC = ask_and_validate(
+        parts.source, task, selection, config.prefetch_rows, overlap
     )
-    validations = validate(task, teachers, logits_NBC, selection, parts.examples.dev_in_training)
     if config.teacher_validation == "fp32":
         drifts = measure_drift(parts.source, selection)
         validations = [

@@ -6,7 +6,6 @@ a folder of that name, for other tasks and seeds. The training is that of a run:
 engine and checkpoints, so that a killed one goes on, with any number of ranks.
 """
 
-import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -34,7 +33,7 @@ from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, withou
 from sead_dist.objectives.losses import DistillationLoss
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.files import cache_place
 from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import RunLog, read_metrics, write_json
@@ -55,10 +54,7 @@ LOOK_AGAIN_S = 1.0
 def repair_folder(config: RunConfig) -> Path:
     """Where repaired starts are kept: `repair.folder`, else SEAD_DIST_REPAIRED, else a folder in
     the user's cache."""
-    named = config.repair.folder or os.environ.get("SEAD_DIST_REPAIRED")
-    if named:
-        return Path(named)
-    return user_folder("XDG_CACHE_HOME", ".cache", "repair.folder=DIR") / "sead_dist" / "repaired"
+    return cache_place("repaired", "repair.folder=DIR", config.repair.folder)
 
 
 def check_repair_setting(config: RunConfig, zero_stage: int | None) -> None:

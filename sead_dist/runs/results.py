@@ -56,9 +56,8 @@ def score_split(
     if parts.source is None or ensemble is None:
         never["the student"] = never_predicted(parts.task, split.examples, result.logits_BC)
         return result, scores, None
-    logits_NBC = ask_all(
-        parts.source, split, len(parts.teachers), parts.config.prefetch_rows, split.examples.split
-    )
+    ahead, what = parts.config.prefetch_rows, split.examples.split
+    logits_NBC = ask_all(parts.source, split, ahead, what)
     by, targets_BC = judged(parts.task, split.examples, ensemble, logits_NBC)
     if by.by_teachers:
         result = rescored(parts.task, result, by)

@@ -54,7 +54,7 @@ from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
-from sead_dist.store.layout import default_store, refuse_foreign
+from sead_dist.store.layout import refuse_foreign, store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import (
@@ -122,7 +122,7 @@ def build(
 ) -> Parts:
     """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
     run = Path(config.output_dir)
-    store = Path(config.store.path) if config.store.path else default_store()
+    store = store_folder(config.store.path)
     quiet_libraries(world)
     world.at("looking at the folders")
     shared = {"output_dir": run, **({"store": store} if config.taught else {})}
@@ -344,7 +344,7 @@ def choose_feature_teacher(
     if len(named) == 1:
         return named[0]
     try:
-        return teachers[best_teacher(source, task, selection, len(teachers), config.prefetch_rows)]
+        return teachers[best_teacher(source, task, selection, config.prefetch_rows)]
     except RuntimeError as error:
         heartbeat.explain(error)  # a collective breaks when another rank dies
         raise

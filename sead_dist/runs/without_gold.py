@@ -63,17 +63,23 @@ def told_unvalidated(config: RunConfig, labelled_rows: int) -> str:
     return line
 
 
-def judged(
-    task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
-) -> tuple[ExampleSet, np.ndarray]:
-    """(the examples, where they have no gold labels with the ensemble's answers for labels; its
-    targets_BC at temperature 1, NaN where no teacher answers). logits_NBC: NaN where one does
-    not."""
+def together(ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet) -> np.ndarray:
+    """The ensemble's targets_BC at temperature 1, NaN where no teacher answers. logits_NBC: NaN
+    where one does not."""
     routes = examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
     answer = ensemble.answer(torch.from_numpy(logits_NBC), routes_B)
     said_BC = answer.targets_BC.numpy()
     said_BC[answer.weights_NB.sum(0).numpy() == 0] = np.nan
+    return said_BC
+
+
+def judged(
+    task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
+) -> tuple[ExampleSet, np.ndarray]:
+    """(the examples, where they have no gold labels with the ensemble's answers for labels; its
+    targets_BC, as `together` gives them)."""
+    said_BC = together(ensemble, logits_NBC, examples)
     if not examples.has_gold:
         examples = answered_by_teachers(task, examples, said_BC)
     return examples, said_BC

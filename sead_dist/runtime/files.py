@@ -40,12 +40,13 @@ def user_folder(variable: str, below: str, own: str) -> Path:
         raise UserError(f"this user has no home folder; set HOME, or {own}") from error
 
 
-def default_hashes() -> Path:
-    """SEAD_DIST_HASHES, else a folder in the user's cache."""
-    if named := os.environ.get("SEAD_DIST_HASHES"):
+def cache_place(name: str, own: str, given: str | None = None) -> Path:
+    """`given`, else where SEAD_DIST_NAME says (of rates.json SEAD_DIST_RATES), else `name` in the
+    package's folder of the user's cache. own: as for `user_folder`, whose errors it raises."""
+    named = given or os.environ.get(f"SEAD_DIST_{Path(name).stem.upper()}")
+    if named:
         return Path(named)
-    cache = user_folder("XDG_CACHE_HOME", ".cache", "SEAD_DIST_HASHES=DIR")
-    return cache / "sead_dist" / "hashes"
+    return user_folder("XDG_CACHE_HOME", ".cache", own) / "sead_dist" / name
 
 
 def files_hash(paths: Sequence[Path]) -> str:
@@ -54,7 +55,7 @@ def files_hash(paths: Sequence[Path]) -> str:
     if sum(size for *_, size, _, _ in before) < LARGE_BYTES or not _clocked(paths):
         return _read(paths)
     key = hashlib.sha256(json.dumps(before).encode()).hexdigest()
-    known = default_hashes() / key
+    known = cache_place("hashes", "SEAD_DIST_HASHES=DIR") / key
     with suppress(OSError, UnicodeDecodeError):
         text = known.read_text(encoding="ascii")
         if len(text) == hashlib.sha256().digest_size * 2:

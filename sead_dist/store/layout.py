@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sead_dist.errors import RunError, UserError, reason, refusal
-from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.files import cache_place
 from sead_dist.runtime.own_files import open_own, sync
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
@@ -91,12 +91,9 @@ class Layout:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def default_store() -> Path:
-    """SEAD_DIST_STORE, else a folder in the user's cache."""
-    named = os.environ.get("SEAD_DIST_STORE")
-    if named:
-        return Path(named)
-    return user_folder("XDG_CACHE_HOME", ".cache", "store=DIR") / "sead_dist" / "store"
+def store_folder(given: str | None) -> Path:
+    """`given`, else SEAD_DIST_STORE, else a folder in the user's cache."""
+    return cache_place("store", "store=DIR", given)
 
 
 def refuse_foreign(root: Path) -> None:

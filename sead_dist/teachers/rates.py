@@ -29,7 +29,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.tokens import TokenTable
 from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import outline
-from sead_dist.runtime.files import user_folder
+from sead_dist.runtime.files import cache_place
 from sead_dist.runtime.memory import forget_peak, held, peak
 from sead_dist.runtime.own_files import written_aside
 from sead_dist.teachers.inference import Cut, batches_of
@@ -154,11 +154,7 @@ def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machi
 
 def default_rates() -> Path:
     """SEAD_DIST_RATES, else a file in the user's cache."""
-    named = os.environ.get("SEAD_DIST_RATES")
-    if named:
-        return Path(named)
-    cache = user_folder("XDG_CACHE_HOME", ".cache", "SEAD_DIST_RATES=FILE")
-    return cache / "sead_dist" / "rates.json"
+    return cache_place("rates.json", "SEAD_DIST_RATES=FILE")
 
 
 def remembered(path: Path) -> dict[str, Rate]:

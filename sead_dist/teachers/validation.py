@@ -60,9 +60,12 @@ class Validation:
 
 
 def ask_all(
-    source: TeacherSource, split: Split, teachers: int, look_ahead: int, what: str,
+    source: TeacherSource,
+    split: Split,
+    look_ahead: int,
+    what: str,
     asked_NU: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
     answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
@@ -77,11 +80,9 @@ def ask_all(
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
-def best_teacher(
-    source: TeacherSource, task: TaskSpec, split: Split, teachers: int, look_ahead: int
-) -> int:
+def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, look_ahead: int) -> int:
     """The teacher that scores best on a split, the first of equals. All ranks call this."""
-    logits_NBC = ask_all(source, split, teachers, look_ahead, "the choice of the feature teacher")
+    logits_NBC = ask_all(source, split, look_ahead, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
@@ -159,6 +160,15 @@ def validate(
             )
         )
     return results
+
+
+def ask_and_validate(
+    source: StoredSource, task: TaskSpec, split: Split, look_ahead: int, dev_texts_in_training: int
+) -> tuple[list[Validation], np.ndarray]:
+    """The teachers' validations, and their logits_NBC of the selection split. All ranks call
+    this."""
+    logits_NBC = ask_all(source, split, look_ahead, "the validation")
+    return validate(task, source.teachers, logits_NBC, split, dev_texts_in_training), logits_NBC
 
 
 def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:

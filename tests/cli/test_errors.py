@@ -21,7 +21,7 @@ from sead_dist.models.pretrained import Checkpoint, load_model_config
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import join_world
 from sead_dist.slurm.jobs import state_folder
-from sead_dist.store.layout import create, default_store
+from sead_dist.store.layout import create, store_folder
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
 
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(UserError, match="set HOME, or store=DIR"):
-        default_store()
+        store_folder(None)
     with pytest.raises(UserError, match="set HOME, or give --root DIR"):
         state_folder(None)
 
