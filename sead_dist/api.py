@@ -44,7 +44,6 @@ from sead_dist.runs.given import (
     is_path,
     planned,
 )
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
     StopFlag,
@@ -56,7 +55,7 @@ from sead_dist.runtime.distributed import (
 )
 from sead_dist.runtime.run_log import is_finished, read_json
 from sead_dist.runtime.run_log import tell as tell_line
-from sead_dist.runtime.surroundings import as_before
+from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 
 @dataclass(frozen=True, init=False)

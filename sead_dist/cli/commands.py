@@ -49,8 +49,8 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     with importing():
         from sead_dist.runs import distillation as recipes
         from sead_dist.runs.pool_worker import teach as fill_store
-        from sead_dist.runs.quiet import quiet_libraries
         from sead_dist.runtime.distributed import in_world
+        from sead_dist.runtime.surroundings import quiet_libraries
 
     recipe, _, worker = name.partition(" ")
     with in_world(config.heartbeat) as world:
@@ -134,10 +134,10 @@ def plan(args: argparse.Namespace) -> None:
 def data(args: argparse.Namespace) -> None:
     """Print the training rows by kind, what was left out, and some rows of each kind."""
     from sead_dist.config.load import read_layers, resolve
-    from sead_dist.runs.quiet import quiet_libraries
     from sead_dist.runs.shown import show_data
     from sead_dist.runtime.console import print_table
     from sead_dist.runtime.distributed import in_world
+    from sead_dist.runtime.surroundings import quiet_libraries
 
     with in_world() as world:
         # nothing is written, so a run need not be named
@@ -160,8 +160,7 @@ def labels(args: argparse.Namespace) -> None:
 
     config = load_config(args.words)
     with importing():
-        from sead_dist.runs.label_errors import write_errors
-        from sead_dist.runs.labels import write_labels, write_rows
+        from sead_dist.runs.labels import write_errors, write_labels, write_rows
         from sead_dist.runtime.distributed import in_world
 
     if args.rows is not None:
@@ -277,8 +276,8 @@ def reproduce(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.cli.demo import run_demo
-        from sead_dist.runs.quiet import quiet_libraries
         from sead_dist.runtime.distributed import in_world
+        from sead_dist.runtime.surroundings import quiet_libraries
 
     with in_world() as world:
         quiet_libraries(world)

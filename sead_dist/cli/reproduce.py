@@ -23,7 +23,7 @@ from sead_dist.runs.checks import refuse_unused_text, teacher_layers
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.distributed import World, from_main
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import is_finished, write_json
 from sead_dist.sweep.published import NOTE, WIDTHS, Figure, Width, sead_figures

@@ -36,7 +36,7 @@ from sead_dist.models.loaded import (
     wrapping,
 )
 from sead_dist.models.pretrained import COPY, Checkpoint, locate, weight_files
-from sead_dist.runtime.own_files import sync_folder
+from sead_dist.runtime.files import sync_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -28,14 +28,14 @@ from sead_dist.planning.scenario import (
 )
 from sead_dist.planning.workload import Work, make_work, store_bytes, training_seconds
 from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import answered_examples
 from sead_dist.runs.setup import read_inputs, uneven
 from sead_dist.runtime.console import clock, counted, parse_size, print_table
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
+from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.memory import held
-from sead_dist.runtime.own_files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers

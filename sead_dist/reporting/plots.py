@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sead_dist.data.metrics import Confusion
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from sead_dist.reporting.plots import (
     reliability,
 )
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import read_metrics
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
 from sead_dist.models.start import run_start_hash
-from sead_dist.runtime.files import files_hash
-from sead_dist.runtime.own_files import open_own, sweep_leftovers, written_aside
+from sead_dist.runtime.files import files_hash, open_own, sweep_leftovers, written_aside
 from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,

@@ -23,7 +23,7 @@ from sead_dist.data.task_files import TaskSpec, load_task, task_from
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import KEPT_DATA, has_progress, locked, try_lock
 from sead_dist.runs.prediction import wanted_splits
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 
 # a folder, a file, a pandas DataFrame, a datasets.Dataset, rows, or a mapping of splits of these
 Data = Any

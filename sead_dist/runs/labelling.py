@@ -23,10 +23,10 @@ from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, on_stderr, task_of, tell_cuts
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runtime.console import PipedConsole, counted, shown_progress
 from sead_dist.runtime.distributed import World, from_main, in_world
-from sead_dist.runtime.own_files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import ROWS_PER_BATCH, student_logits
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")

@@ -37,11 +37,11 @@ from sead_dist.models.sequence_classifier import label_names, load_classifier
 from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
 from sead_dist.runs.prediction import class_order, data_of, task_of
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

@@ -25,12 +25,12 @@ from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.requests import answered_examples, tell_requests
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers

@@ -45,12 +45,12 @@ from sead_dist.models.sequence_classifier import (
 )
 from sead_dist.reporting.model_card import place_on_card
 from sead_dist.runs.claim import KEPT_DATA
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world
-from sead_dist.runtime.own_files import check_writable
+from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, Forward, evaluate
 
 _log = logging.getLogger(__name__)

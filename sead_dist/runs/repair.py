@@ -33,9 +33,8 @@ from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, withou
 from sead_dist.objectives.losses import DistillationLoss
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
-from sead_dist.runtime.files import cache_place
+from sead_dist.runtime.files import cache_place, written_aside
 from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
-from sead_dist.runtime.own_files import written_aside
 from sead_dist.runtime.run_log import RunLog, read_metrics, write_json
 from sead_dist.teachers.feature_teacher import FeatureTeacher
 from sead_dist.training.checkpoint import Checkpointer

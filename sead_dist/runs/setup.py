@@ -46,7 +46,6 @@ from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.prediction import on_stderr
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import answered_examples, check_scored, tell_requests, told_files
@@ -54,6 +53,7 @@ from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import refuse_foreign, store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers

@@ -23,9 +23,9 @@ from sead_dist.runs.checks import (
     teacher_runs,
 )
 from sead_dist.runs.choices import told_choices, with_choices
-from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World, on_every_rank
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.engine import width_of
 
 

@@ -1,23 +1,153 @@
-"""sha256 of large files, remembered for as long as they stay as they are.
+"""Files of our own: regular ones, in the folder that a person gave, never through a link; where
+those of a user lie; and sha256 of large files, remembered for as long as they stay as they are.
+
+The folder itself may be a link, as scratch folders and the hub's cache are. Files that a person
+names (`--json FILE`) are theirs: a link stays and what it leads to is written, and so are devices
+and pipes.
 
 Who a teacher is follows from the bytes of its weights, and 64 of BERT-large's size have 85 GB: a
-minute of one core at every start. What is remembered is a small file each in the user's cache, by
-the files' places, sizes and times. On the file systems named below nobody can set the time of a
-change (ctime), so a file that was written since, or another in its place, is read again; on others
-nothing is remembered.
+minute of one core at every start. What is remembered of them is a small file each in the user's
+cache, by the files' places, sizes and times. On the file systems named below nobody can set the
+time of a change (ctime), so a file that was written since, or another in its place, is read again;
+on others nothing is remembered.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import stat
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError
+
+ASIDE = ".aside"
+# names of folders in which something is tried for a moment
+TRIALS = (".trial-", ".rehearsal-")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a regular file, made where it is missing. flags: as for `os.open`.
+
+    Raises UserError where a link, a pipe or a device stands in its place, OSError as `os.open`.
+    """
+    try:
+        # without O_NONBLOCK a pipe that nobody reads is waited for
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
+            raise _not_ours(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _not_ours(path)
+    return handle
+
+
+def _not_ours(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a link, a pipe or a device, and a file of the run is written there; remove it, "
+        "or give another folder"
+    )
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it takes the place of `path`, which may
+    have been a link.
+
+    On any error the file aside is removed and `path` stays as it was.
+    """
+    # nobody can have laid a link at a name that is drawn by chance
+    aside = path.with_name(f".{secrets.token_hex(8)}{ASIDE}{path.suffix}")
+    try:
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        # a write through an open file fails without saying which
+        error.filename = str(path)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold all files of a folder, and their names."""
+    for path in (*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_for_person(path: Path) -> Iterator[Path]:
+    """As `written_aside`, for a file that a person names: what a link leads to is written, and a
+    device or pipe is written into."""
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            aside = Path(folder) / path.name
+            yield aside
+            with aside.open("rb") as source, path.open("ab") as target:
+                shutil.copyfileobj(source, target)
+        return
+    with written_aside(path.resolve()) as aside:
+        yield aside
+
+
+def is_stream(path: Path) -> bool:
+    """Whether what is written to `path` goes elsewhere: to a device, a pipe, an open file."""
+    return path.absolute().parts[1:2] in (("dev",), ("proc",)) or (
+        path.exists() and not path.is_file()
+    )
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises UserError where no file can be at `path`, RunError where it may not be written, before
+    any long work."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    if is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise RunError(f"{option} {path} is not writable; give another")
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"{option} {path}: folder {folder} is not writable; give another")
+
+
+def sweep_leftovers(run: Path) -> None:
+    """Remove what a killed process of this run left half written. The caller has its lock."""
+    for folder in (run, *(run / name for name in ("plots", "predictions", "model", "model/plots"))):
+        for path in [*folder.glob(f".*{ASIDE}*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    trials = [path for name in TRIALS for path in run.glob(f"{name}*")]
+    checkpoints = run / "checkpoints"
+    for path in (*trials, *checkpoints.glob("*.tmp"), checkpoints / "trial"):
+        shutil.rmtree(path, ignore_errors=True)
+
 
 # what is quick to read is not remembered
 LARGE_BYTES = 1 << 24

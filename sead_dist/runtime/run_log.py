@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.runtime.console import Bar, Lines, PipedConsole, shown_progress
-from sead_dist.runtime.own_files import open_own, written_aside, written_for_person
+from sead_dist.runtime.files import open_own, written_aside, written_for_person
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"

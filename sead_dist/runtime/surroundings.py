@@ -1,5 +1,5 @@
 """What a process has of its own beside what it computes: random state, environment, loggers and
-switches of the libraries. A call from Python leaves it as it found it.
+switches of the libraries. A run quiets the libraries; a call from Python leaves all as it found it.
 """
 
 import logging
@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
+
+from sead_dist.runtime.distributed import World
 
 
 @contextmanager
@@ -100,3 +102,17 @@ def _loggers() -> Iterator[None]:
             one.setLevel(level)
             one.handlers[:], one.filters[:] = handlers, filters
             one.propagate, one.disabled = propagate, disabled
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Not what DeepSpeed says on every CPU, as soon as Accelerate imports it."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+def quiet_libraries(world: World) -> None:
+    """Transformers' reports of new heads and its progress bars say nothing a run does not."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(is_news)
+    if not world.is_main:
+        os.environ.setdefault("TQDM_DISABLE", "1")

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sead_dist.errors import RunError, UserError, reason, refusal
-from sead_dist.runtime.files import cache_place
-from sead_dist.runtime.own_files import open_own, sync
+from sead_dist.runtime.files import cache_place, open_own, sync
 
 # 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
 PLAIN_FORMAT, FORMAT = 1, 2

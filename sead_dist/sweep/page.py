@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sead_dist.data.resampling import LEVEL
 from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
 
 if TYPE_CHECKING:

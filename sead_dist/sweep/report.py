@@ -7,7 +7,7 @@ from typing import Any
 
 from sead_dist.config.mistakes import as_yaml
 from sead_dist.runtime.console import print_table, table
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import write_json
 
 COSTS = (

@@ -29,9 +29,8 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.tokens import TokenTable
 from sead_dist.models.pretrained import SILENT
 from sead_dist.models.sequence_classifier import outline
-from sead_dist.runtime.files import cache_place
+from sead_dist.runtime.files import cache_place, written_aside
 from sead_dist.runtime.memory import forget_peak, held, peak
-from sead_dist.runtime.own_files import written_aside
 from sead_dist.teachers.inference import Cut, batches_of
 from sead_dist.teachers.teacher import Teacher, device_model
 from sead_dist.teachers.whole import load_whole

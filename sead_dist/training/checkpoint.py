@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
-from sead_dist.runtime.own_files import sync
+from sead_dist.runtime.files import sync
 from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
 from sead_dist.training.engine import AVERAGE_FILE, Engine
 from sead_dist.training.identity import Identity, refuse_other

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sead_dist.errors import UserError
 from sead_dist.runtime import console
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import (
     RunLog,
     environment,

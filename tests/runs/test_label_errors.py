@@ -26,8 +26,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
-from sead_dist.runs.label_errors import label_errors, write_errors
-from sead_dist.runs.labels import write_labels
+from sead_dist.runs.labels import label_errors, write_errors, write_labels
 from sead_dist.teachers.teacher import TRAINED_ROWS
 
 SWAP = {"negative": "positive", "positive": "negative"}

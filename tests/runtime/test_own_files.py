@@ -13,7 +13,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.registered import keep_plugins, kept_paths, load_plugins
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import holds_run, try_lock
-from sead_dist.runtime.own_files import check_writable, open_own, sweep_leftovers, written_aside
+from sead_dist.runtime.files import check_writable, open_own, sweep_leftovers, written_aside
 from sead_dist.runtime.run_log import RunLog, write_json, write_json_for_person
 from sead_dist.slurm.settings import load_settings
 from sead_dist.slurm.submit import job_folder

@@ -6,9 +6,8 @@ from store_world import check_reads, fill, make_ids, make_key
 
 from sead_dist.errors import UserError
 from sead_dist.store.compaction import compact
-from sead_dist.store.maintenance import list_store, verify
+from sead_dist.store.maintenance import carry, list_store, verify
 from sead_dist.store.store import TeacherKey
-from sead_dist.store.transfer import carry
 
 IDS = make_ids(300)
 
