@@ -15,10 +15,9 @@ import numpy as np
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
-from sead_dist.config.mistakes import as_yaml, expected_value
 from sead_dist.config.names import nearest as close
 from sead_dist.config.registered import expected, names
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import as_yaml, expected_value, read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError

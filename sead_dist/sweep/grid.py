@@ -21,9 +21,8 @@ from sead_dist.config.load import (
     run_plugins,
     shipped_methods,
 )
-from sead_dist.config.mistakes import explain
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import explain, read_yaml
 from sead_dist.data.task_files import TaskSpec, load_task, nearest
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import why_unfit
