@@ -6,6 +6,7 @@ Fields marked Operational may change on a resume; all others are the run's ident
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -28,16 +29,16 @@ def writable(text: str) -> bool:
     return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
 
 
+def allowed_name(name: Any, allowed: Sequence[str]) -> Any:
+    """The name, where it is one of these; as a Literal of pydantic refuses others."""
+    if name not in allowed:
+        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
+    return name
+
+
 def one_of(what: str, *more: str) -> BeforeValidator:
     """A name that is registered by the time that a configuration is checked."""
-
-    def check(name: Any) -> Any:
-        allowed = [*more, *names(what)]
-        if name not in allowed:
-            raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
-        return name
-
-    return BeforeValidator(check)
+    return BeforeValidator(lambda name: allowed_name(name, [*more, *names(what)]))
 
 
 class Section(BaseModel):

@@ -8,10 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticKnownError
 
-from sead_dist.config.registered import ENDPOINT, LANGUAGE_MODEL, MODEL, expected, names
-from sead_dist.config.sections import MANY, Labels, Placed, Precision, Section
+from sead_dist.config.registered import ENDPOINT, LANGUAGE_MODEL, MODEL, names
+from sead_dist.config.sections import MANY, Labels, Placed, Precision, Section, allowed_name
 
 # what the values of a file of predictions are; auto: what its columns say
 VALUE_KINDS = (
@@ -26,10 +25,7 @@ ENDPOINT_KEYS = ("endpoint", "concurrency", "max_requests")
 def kind_of_teacher(name: Any, info: ValidationInfo) -> Any:
     """A registered kind; of a file of predictions, what its values are."""
     is_file = info.data.get("predictions") is not None
-    allowed = [*VALUE_KINDS] if is_file else names("kind of teacher")
-    if name not in allowed:
-        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
-    return name
+    return allowed_name(name, VALUE_KINDS if is_file else names("kind of teacher"))
 
 
 def with_kind(raw: Any) -> Any:

@@ -12,23 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import PydanticKnownError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sead_dist.config.names import nearest as close
-from sead_dist.config.registered import expected, names
+from sead_dist.config.sections import one_of
 from sead_dist.config.yaml_text import as_yaml, expected_value, read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError
-
-
-def _known_kind(kind: Any) -> Any:
-    allowed = names("kind of task")
-    if kind not in allowed:
-        raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
-    return kind
-
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -43,7 +34,7 @@ class TaskSpec:
 
     name: str
     """what files and tables call the task"""
-    kind: Annotated[str, BeforeValidator(_known_kind)]
+    kind: Annotated[str, one_of("kind of task")]
     """classification | regression | choice, or a plugin's; left out: regression where there is a
     score_range, else classification"""
     text_a: str

@@ -7,7 +7,7 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,19 @@ def load_classifier(
     """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
     or of another shape, and where its files hold more of it."""
     model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
-    head = sorted(head_names(model) & loaded.missing)
-    if head:
-        raise UserError(
-            f"{checkpoint.name} lacks the weights {', '.join(head[:3])}, so it was "
-            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
-        )
+    refuse_no_head(checkpoint, head_names(model) & loaded.missing)
     refuse_gaps(checkpoint.name, model, loaded, set())
     refuse_leftovers(checkpoint.name, model, loaded.unused)
     return model
+
+
+def refuse_no_head(checkpoint: Checkpoint, missing: Collection[str]) -> None:
+    """Raises UserError where weights of the head are missing."""
+    if missing:
+        raise UserError(
+            f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
+            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
+        )
 
 
 def load_start(

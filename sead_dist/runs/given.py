@@ -83,8 +83,7 @@ def with_text(
     others = tables or dict
 
     def all_tables() -> Mapping[str, pa.Table]:
-        bare = isinstance(text, list | tuple) and text and not isinstance(text[0], Mapping)
-        given = text_rows(text, spec) if bare else text
+        given = text_rows(text, spec) if are_texts(text) else text
         return {**others(), "unlabeled": to_table(given, "unlabeled")}
 
     kept_there = str(kept_file(Path(config.output_dir), "unlabeled"))
@@ -134,6 +133,11 @@ def as_plain(value: Any) -> Any:
 
 def is_path(data: Data) -> bool:
     return isinstance(data, str | os.PathLike)
+
+
+def are_texts(given: Any) -> bool:
+    """Whether these are bare texts, or tuples of them, and no rows with columns."""
+    return isinstance(given, list | tuple) and bool(given) and not isinstance(given[0], Mapping)
 
 
 def is_folder(path: str) -> bool:
@@ -215,7 +219,7 @@ def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> R
     """Rows of a file, of a table in memory, or of bare texts. skip_malformed: as of `read_rows`."""
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
-    if isinstance(given, list | tuple) and given and not isinstance(given[0], Mapping):
+    if are_texts(given):
         return text_rows(given, spec)
     return to_rows(given, spec, "what is given")
 

@@ -150,9 +150,7 @@ def beside_rows(
 ) -> list[dict[str, Any] | None]:
     """The answers, one for each of `count` rows, None for a row that was passed over; where rows
     hold several examples, one for each example."""
-    said = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    said = as_rows(columns)
     if len(np.unique(examples.rows_B)) < len(examples):
         return list(said)
     answers: list[dict[str, Any] | None] = [None] * count
@@ -241,6 +239,10 @@ def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
                 )
 
 
+def as_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def as_text(value: Any) -> str:
     if value is None:
         return ""
@@ -252,9 +254,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
 
     Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
     """
-    rows = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    rows = as_rows(columns)
     if output == STANDARD:
         sys.stdout.write(as_lines(rows, list(columns), kind))
         return

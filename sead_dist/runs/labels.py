@@ -67,9 +67,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
         new = sorted(at for id_, at in first.items() if id_ not in seen)
         seen.update(first)
         extend(columns, {name: [values[at] for at in new] for name, values in rows.items()})
-    if output.suffix.lower() == ".tsv":
-        check_no_tabs(columns, output)
-    write_table(columns, output, output.suffix.lower())
+    write(columns, output)
 
 
 def write_labels(config: RunConfig, output: Path, world: World) -> None:
@@ -95,9 +93,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
             rows = row_columns(task, part, kinds)
             rows |= gold_column(task, part)
             extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
-    if output.suffix.lower() == ".tsv":
-        check_no_tabs(columns, output)
-    write_table(columns, output, output.suffix.lower())
+    write(columns, output)
 
 
 @dataclass(frozen=True)
@@ -291,9 +287,7 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
     said_NEC = np.concatenate(said_of_all, axis=1)[:, errors_E]
     answers = answer_columns(task, teachers, labels_B[errors_E], p_BC[errors_E], said_NEC)
     columns = {"rank": list(range(1, len(errors_E) + 1))} | columns | answers
-    if output.suffix.lower() == ".tsv":
-        check_no_tabs(columns, output)
-    write_table(columns, output, output.suffix.lower())
+    write(columns, output)
 
 
 def label_errors(labels_B: np.ndarray, p_BC: np.ndarray) -> np.ndarray:
@@ -359,3 +353,11 @@ def check_fit(
     counts = zip(teachers, fit_NB.sum(1).tolist(), strict=True)
     own = ", ".join(f"{teacher.name} {count}" for teacher, count in counts)
     print(f"labelled rows that teachers were not trained on: {own} of {fit_NB.shape[1]}")
+
+
+def write(columns: Columns, output: Path) -> None:
+    """Write the columns in the kind that the file's name says."""
+    kind = output.suffix.lower()
+    if kind == ".tsv":
+        check_no_tabs(columns, output)
+    write_table(columns, output, kind)

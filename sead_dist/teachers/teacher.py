@@ -30,7 +30,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight_files
-from sead_dist.models.sequence_classifier import DTYPES, label_names
+from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
@@ -125,11 +125,7 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
                 words += count
             else:
                 counted += count
-    if missing:
-        raise UserError(
-            f"{checkpoint.name} lacks the weights {', '.join(sorted(missing)[:3])}, so it was "
-            "never fine-tuned to classify; fine-tune it first (sead-dist finetune)"
-        )
+    refuse_no_head(checkpoint, missing)
     return counted, words
 
 
