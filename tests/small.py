@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from ranks import start
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -250,8 +252,37 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def newest(root: Path) -> int:
+    """The last step of which the run in ROOT/run has a checkpoint; 0: none."""
+    folders = (root / "run" / "checkpoints").glob("step-*[0-9]")
+    return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
+
+
+def kill_at(step: int, root: Path, given: list[str]) -> None:
+    """Start the run of these words in a process of its own, and kill it when this step is saved."""
+    (rank,) = start(1, root / "ranks", run_distill, given)
+    end = time.monotonic() + 120
+    while newest(root) < step:
+        assert rank.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+    kill(rank.pid)
+    rank.join(30)
+    assert rank.exitcode == -signal.SIGKILL
+
+
 def grammar_task(folder: Path) -> TaskSpec:
     return load_task(folder / "task.yaml")
+
+
+def three_teachers(root: Path) -> list[Path]:
+    """One of another kind and order of classes, and one of more layers."""
+    swapped = ("positive", "negative")
+    return [
+        save_teacher(root / "a", seed=0),
+        save_teacher(root / "b", "roberta", seed=1, labels=swapped),
+        save_teacher(root / "c", seed=2, num_hidden_layers=3),
+    ]
 
 
 def load_teachers(paths, world: World = ALONE, task: TaskSpec = TASK, **changes):

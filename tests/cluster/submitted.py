@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import model_bytes, records, words
+from small import model_bytes, newest, records, words
 
 from sead_dist.cli import commands as cli
 from sead_dist.slurm import jobs
@@ -70,14 +70,24 @@ class Submitted:
     def state(self) -> str | None:
         return slurm.job_states([self.id]).get(self.id)
 
-    def saved(self) -> int:
-        folders = (self.run / "checkpoints").glob("step-*[0-9]")
-        return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
-
     def reach(self, step: int) -> None:
         """Wait until a checkpoint of this step or a later one is there."""
-        until(lambda: self.saved() >= step, f"a checkpoint of step {step}")
-        assert self.saved() < STEPS, "the run ended before anything could happen to it"
+        until(lambda: newest(self.root) >= step, f"a checkpoint of step {step}")
+        assert newest(self.root) < STEPS, "the run ended before anything could happen to it"
+
+    def out_of_the_queue(self) -> None:
+        """Wait until all of its jobs have ended."""
+        for job in self.jobs:
+            until(
+                lambda job=job: slurm.job_states([job.job]).get(job.job) in {None, *slurm.ENDED},
+                f"the end of {job.name}",
+            )
+
+    def free_nodes(self) -> None:
+        """End the jobs that a test which failed has left."""
+        for job in self.jobs:
+            run("scancel", job.job, check=False)
+        self.out_of_the_queue()
 
     def wait(self) -> None:
         jobs.wait(self.jobs)

@@ -1,11 +1,10 @@
 """A student and the workers of its pool as jobs of a real SLURM of two nodes."""
 
 import json
-import subprocess
 
 import pytest
 from small import model_bytes
-from submitted import Submitted, until
+from submitted import Submitted
 
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
@@ -21,12 +20,7 @@ PAIRS = 2 * (54 + 6 + 20)
 def submitted(tmp_path, task):
     made = Submitted(tmp_path, task, pool__item_rows=8)
     yield made
-    for job in made.jobs:  # a test that failed leaves the nodes free
-        subprocess.run(["scancel", job.job], capture_output=True, check=False)
-        until(
-            lambda job=job: slurm.job_states([job.job]).get(job.job) in {None, *slurm.ENDED},
-            "the end of the job",
-        )
+    made.free_nodes()
 
 
 def test_two_workers_beside_the_student_make_the_student_of_one_machine(submitted, reference):
@@ -57,8 +51,4 @@ def test_workers_leave_the_queue_when_the_students_job_is_refused(submitted, tmp
     assert code == 2
     assert "sbatch refused the job" in capsys.readouterr().err
     assert [job.name for job in submitted.jobs] == ["run/worker-1", "run/worker-2"]
-    for job in submitted.jobs:
-        until(
-            lambda job=job: slurm.job_states([job.job]).get(job.job) in {None, *slurm.ENDED},
-            "the end of the worker",
-        )
+    submitted.out_of_the_queue()

@@ -1,7 +1,5 @@
 """Today's kinds of models in whole runs: taught by one of its kind, killed, resumed, read again."""
 
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 from kinds import BACKBONES, FOUR_LAYERS, alone, save_kind, texts
 from ranks import finish, start
-from small import config, kill, model_bytes, read, run_distill, words, write_task
+from small import config, kill_at, model_bytes, newest, read, run_distill, words, write_task
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 FEW = ("modernbert", "gpt2")
@@ -25,24 +23,6 @@ def given(data: Path, root: Path, folder: Path, layers: str) -> list[str]:
     return [*kept, f"student={folder}", f"student.layers={layers}"]
 
 
-def newest(root: Path) -> int:
-    folders = (root / "run" / "checkpoints").glob("step-*[0-9]")
-    return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
-
-
-def kill_in_the_middle(root: Path, keys: list[str]) -> None:
-    (rank,) = start(1, root / "ranks", run_distill, keys)
-    end = time.monotonic() + 120
-    while newest(root) < 2:
-        assert rank.is_alive(), "the run ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-    kill(rank.pid)
-    rank.join(30)
-    assert rank.exitcode == -signal.SIGKILL
-    assert newest(root) < STEPS
-
-
 @pytest.mark.parametrize(
     "kind", [k if k in FEW else pytest.param(k, marks=pytest.mark.slow) for k in BACKBONES]
 )
@@ -53,7 +33,8 @@ def test_a_student_of_a_kind_is_taught_resumes_and_is_read_by_plain_transformers
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     keys = [given(data, root, folder, layers) for root in (whole, killed)]
     finish(start(1, whole / "ranks", run_distill, keys[0]), whole / "ranks", 120.0)
-    kill_in_the_middle(killed, keys[1])
+    kill_at(2, killed, keys[1])
+    assert newest(killed) < STEPS
     finish(start(1, killed / "ranks", run_distill, keys[1]), killed / "ranks", 120.0)
     assert model_bytes(killed / "run") == model_bytes(whole / "run")
     assert config(*keys[0]).student.layers == (None if kind in WHOLE else [0, 3])

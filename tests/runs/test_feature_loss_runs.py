@@ -1,8 +1,6 @@
 """Whole runs of The baselines' methods: kill and resume, what stays of them, other kinds of task."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small import (
     ALONE,
-    kill,
+    kill_at,
     model_bytes,
+    newest,
     read,
     records,
     run_distill,
@@ -55,30 +54,12 @@ def killable(task, root: Path) -> list[str]:
     )  # fmt: skip
 
 
-def newest(root: Path) -> int:
-    folders = (root / "run" / "checkpoints").glob("step-*[0-9]")
-    return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
-
-
-def kill_at(step: int, task, root: Path) -> None:
-    """Start the run, and kill it when this step is saved."""
-    (rank,) = start(1, root / "ranks", run_distill, killable(task, root))
-    end = time.monotonic() + 60
-    while newest(root) < step:
-        assert rank.is_alive(), "the run ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-    kill(rank.pid)
-    rank.join(30)
-    assert rank.exitcode == -signal.SIGKILL
-
-
 def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp_path, task):
     whole, root = tmp_path / "whole", tmp_path / "killed"
     finish(start(1, whole / "ranks", run_distill, killable(task, whole)), whole / "ranks", 60.0)
     reached = []
     for step in (3, 9):
-        kill_at(step, task, root)
+        kill_at(step, root, killable(task, root))
         reached.append(newest(root))
     # in the first stage, and in the second
     assert 3 <= reached[0] < 7 < reached[1] < STEPS

@@ -19,6 +19,7 @@ import pytest
 from ranks import finish, run_ranks, start, try_ranks
 from small import (
     model_bytes,
+    newest,
     read,
     records,
     run_distill,
@@ -88,11 +89,6 @@ def at_step(step: int):
         return newest(root) >= step
 
     return reached
-
-
-def newest(root: Path) -> int:
-    folders = (root / "run" / "checkpoints").glob("step-*[0-9]")
-    return max((int(folder.name.partition("-")[2]) for folder in folders), default=0)
 
 
 def kill_when(root: Path, moment, pids, alive, timeout_s: float = 120.0) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ranks import run_ranks, try_ranks
-from small import load_teachers, make_source, save_teacher, small_split
+from small import load_teachers, make_source, save_teacher, small_split, three_teachers
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import barrier
@@ -20,13 +20,7 @@ PARTS = ([0, 2, 4, 6, 8], list(range(21)), [13])
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    swapped = ("positive", "negative")
-    return [
-        save_teacher(root / "a", seed=0),
-        save_teacher(root / "b", "roberta", seed=1, labels=swapped),
-        save_teacher(root / "c", seed=2, num_hidden_layers=3),
-    ]
+    return three_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def ask(source, parts=PARTS):

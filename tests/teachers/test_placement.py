@@ -9,7 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import ALONE, load_teachers, logits_of, make_source, save_teacher, small_split
+from small import (
+    ALONE,
+    load_teachers,
+    logits_of,
+    make_source,
+    save_teacher,
+    small_split,
+    three_teachers,
+)
 
 from sead_dist.errors import RunError
 from sead_dist.models.pretrained import locate
@@ -36,13 +44,7 @@ def request(entries_R=EVERY, asked_NR=None, split=SPLIT):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("teachers")
-    swapped = ("positive", "negative")
-    return [
-        save_teacher(root / "a", seed=0),
-        save_teacher(root / "b", "roberta", seed=1, labels=swapped),
-        save_teacher(root / "c", seed=2, num_hidden_layers=3),
-    ]
+    return three_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")
