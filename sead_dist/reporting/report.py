@@ -42,6 +42,11 @@ class Predictions:
     student_logits_BC: NDArray[Any]
     ensemble_probabilities_BC: NDArray[Any] | None  # regression: the ensemble's scores, C = 1
 
+    def places(self, ids_B2: NDArray[np.int64]) -> list[int | None]:
+        """Where the rows of these ids are; None where they are not."""
+        place_of = {id_2.tobytes(): place for place, id_2 in enumerate(self.ids_B2)}
+        return [place_of.get(id_2.tobytes()) for id_2 in np.ascontiguousarray(ids_B2)]
+
 
 def write_report(run: Path) -> None:
     """Write README.md and plots/ from the other files of a run folder, and into run/model/.

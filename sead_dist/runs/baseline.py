@@ -92,8 +92,7 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
             f"baseline={baseline} had teachers; give a run of method=finetune, which had none"
         )
     found = read_predictions(baseline / "predictions" / "selection.parquet")
-    row_of = {id_2.tobytes(): row for row, id_2 in enumerate(found.ids_B2)}
-    rows = [row_of.get(id_2.tobytes()) for id_2 in np.ascontiguousarray(selection.ids_B2)]
+    rows = found.places(selection.ids_B2)
     if None in rows:
         raise UserError(
             f"baseline={baseline} had other selection rows, {rows.count(None)} of {len(rows)} are "

@@ -40,7 +40,7 @@ from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.teachers.validation import Validation, ask_and_validate, require_passed
-from sead_dist.training.identity import Identity, rules_of, teacher_identity
+from sead_dist.training.identity import Identity
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:
@@ -92,14 +92,8 @@ def read_work(config: RunConfig, world: World) -> Work:
     examples = answered_examples(config, examples, teachers)
     splits = tokenize_splits(examples, inputs.split)
     check_tokens(examples, tokenizers_of(teachers))
-    identity = Identity(
-        config.identity(),
-        rows,
-        [teacher_identity(teacher.manifest()) for teacher in teachers],
-        run_start_hash(config),
-        rules_of(config),
-        examples.copies,
-    )
+    manifests = [teacher.manifest() for teacher in teachers]
+    identity = Identity.of(config, rows, manifests, run_start_hash(config), examples.copies)
     return Work(config, task, examples, splits, inputs, teachers, identity)
 
 

@@ -81,7 +81,7 @@ from sead_dist.teachers.validation import best_teacher
 from sead_dist.training.checkpoint import Checkpointer
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import Engine, check_arithmetic, check_tracker, slow_arithmetic
-from sead_dist.training.identity import Identity, rules_of, teacher_identity
+from sead_dist.training.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,9 @@ def build(
     on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
     teachers = held_everywhere(config, teachers)
     world.at("hashing data, teachers and start")
-    identity = Identity(
-        config.identity(),
-        rows,
-        [teacher_identity(teacher.manifest()) for teacher in teachers],
-        from_main(world, lambda: run_start_hash(config)),
-        rules_of(config),
-        examples.copies,
-    )
+    start = from_main(world, lambda: run_start_hash(config))
+    manifests = [teacher.manifest() for teacher in teachers]
+    identity = Identity.of(config, rows, manifests, start, examples.copies)
     world.at("trying to save the student")
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)

@@ -100,11 +100,10 @@ def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> Ex
         return examples
     found = read_predictions(kept)
     said_BC = found.ensemble_probabilities_BC
-    row_of = {id_2.tobytes(): row for row, id_2 in enumerate(found.ids_B2)}
-    rows = [row_of.get(id_2.tobytes(), -1) for id_2 in np.ascontiguousarray(examples.ids_B2)]
-    if said_BC is None or min(rows) < 0:
+    rows = found.places(examples.ids_B2)
+    if said_BC is None or None in rows:
         raise UserError(
             f"{split} has no gold labels, and {name} keeps its teachers' answers to the rows of "
             "its own data alone; give rows with gold labels"
         )
-    return answered_by_teachers(task, examples, said_BC[np.array(rows)])
+    return answered_by_teachers(task, examples, said_BC[np.array(rows, np.int64)])

@@ -3,7 +3,7 @@
 It is read and compared without torch, so that a finished run is found at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,19 @@ class Identity:
     start: str = ""
     rules: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 1))
     copies: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        data: str,
+        manifests: Sequence[Mapping[str, Any]],
+        start: str,
+        copies: str,
+    ) -> "Identity":
+        """Of a run that begins or goes on now. manifests: of its teachers."""
+        teachers = [teacher_identity(manifest) for manifest in manifests]
+        return cls(config.identity(), data, teachers, start, rules_of(config), copies)
 
     @classmethod
     def read(cls, record: Path) -> "Identity":
