@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sead_dist.config.names import nearest
+from sead_dist.config.names import did_you_mean
 from sead_dist.errors import one_line
 
 WORDS = "YAML files or shipped names (sst2), laid over the defaults in order, then KEY=VALUE"
@@ -23,8 +23,7 @@ class Parser(argparse.ArgumentParser):
         """Refuses a first word that is none of the commands `names`."""
         asked = next((word for word in given if not word.startswith("-")), None)
         if asked is not None and asked not in names:
-            near = nearest(asked, names)
-            hint = f"did you mean {near!r}?" if near else f"commands: {', '.join(names)}"
+            hint = did_you_mean(asked, names, f"commands: {', '.join(names)}")
             self.error(f"{asked!r} is no command; {hint}")
 
 

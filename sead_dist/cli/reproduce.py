@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.load import config_folder, load_config, names_shape, read_layers, resolve
+from sead_dist.config.names import told_known
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.splits import load_official
-from sead_dist.data.task_files import load_task, nearest
+from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.reporting.hub import check_push
@@ -74,7 +75,7 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     work for an unknown name, wrong words, and whatever cannot be reached.
     """
     if name not in CHECKPOINTS:
-        raise UserError(f"unknown checkpoint {name!r}{nearest(name, CHECKPOINTS)}")
+        raise UserError(f"unknown checkpoint {name!r}{told_known(name, CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
     given = configure(checkpoint, words, teachers)
     output = Path(given.output_dir)

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from sead_dist.config.names import nearest, new_name
+from sead_dist.config.names import did_you_mean, new_name
 from sead_dist.config.schema import Operational, RunConfig, Section
 from sead_dist.errors import UserError
 
@@ -116,8 +116,7 @@ def find_keys(keys: Sequence[Key], asked: str | None) -> list[Key]:
     folded = name.casefold()
     found = exact or [key for key in keys if folded in f"{key.name} {key.text}".casefold()]
     if not found:
-        near = nearest(name, [key.name for key in keys])
-        hint = f"did you mean {near!r}?" if near else "`sead-dist keys` lists all"
+        hint = did_you_mean(name, [key.name for key in keys], "`sead-dist keys` lists all")
         raise UserError(f"no key has {asked!r} in its name or its sentence; {hint}")
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
-from sead_dist.config.names import RENAMED, nearest
+from sead_dist.config.names import RENAMED, did_you_mean, told_known
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.yaml_text import explain, parse_yaml, read_word, read_yaml
@@ -40,22 +40,22 @@ def find_config(name: str) -> Path:
     """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
     if os.path.isfile(name):
         return Path(name)
-    shipped = config_folder()
+    top = config_folder()
     inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
     for folder in ("", "tasks", "students"):
         for suffix in ("", ".yaml"):
-            path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
+            path = top / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else top
             if os.path.isfile(path):
                 return path
-    known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
-    near = nearest(Path(name).stem, known)
-    hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
+    known = shipped("tasks")
+    hint = did_you_mean(Path(name).stem, known, f"shipped tasks: {', '.join(known)}")
     raise UserError(f"config {name!r} is neither a file nor a shipped config; {hint}")
 
 
-def shipped_methods() -> list[str]:
-    """The names of the methods whose presets are shipped."""
-    return sorted(path.stem for path in (config_folder() / "methods").glob("*.yaml"))
+def shipped(folder: str, kind: str = "yaml") -> dict[str, Path]:
+    """The files of one kind in a folder of the shipped configs, sorted by name."""
+    files = (config_folder() / folder).glob(f"*.{kind}")
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def read_method(method: str) -> dict[str, Any]:
@@ -63,16 +63,10 @@ def read_method(method: str) -> dict[str, Any]:
 
     Raises UserError for an unknown name, and for keys that are none of a method's.
     """
-    path = config_folder() / "methods" / f"{method}.yaml"
+    known = shipped("methods")
+    path = known.get(method, Path(method))
     if not os.path.isfile(path):
-        path = Path(method)
-    known = shipped_methods()
-    if not os.path.isfile(path):
-        near = nearest(method, known)
-        meant = f" did you mean {near!r}?" if near else ""
-        raise UserError(
-            f"method={method} is no method;{meant} known: {', '.join(known)}, or a YAML file"
-        )
+        raise UserError(f"method={method} is no method{told_known(method, known)}, or a YAML file")
     keys = read_yaml(path)
     old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
     if old:

@@ -62,6 +62,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return min(near, key=lambda pair: pair[0])[1] if near else None
 
 
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown name: the nearest known one, else `otherwise`."""
+    near = nearest(name, known)
+    return otherwise if near is None else f"did you mean {near!r}?"
+
+
+def told_known(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    meant = did_you_mean(name, known, "")
+    return f"; {meant} known: {', '.join(known)}" if meant else f"; known: {', '.join(known)}"
+
+
 def letters_apart(one: str, other: str) -> int:
     """The edit distance (optimal string alignment); 3 for more than two."""
     if abs(len(one) - len(other)) > 2:

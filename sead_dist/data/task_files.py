@@ -6,7 +6,6 @@ One row per task; label order is the hub's. Shapes: B examples, C classes.
 
 import re
 import string
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sead_dist.config.names import nearest as close
+from sead_dist.config.names import told_known
 from sead_dist.config.sections import one_of
 from sead_dist.config.yaml_text import as_yaml, expected_value, read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
@@ -192,15 +191,7 @@ def load_task(name_or_yaml: str | Path) -> TaskSpec:
         return read_task_file(Path(name))
     if name in TASKS:
         return TASKS[name]
-    raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; or the path of a .yaml file")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known one, and all of them."""
-    known = list(known)
-    near = close(name, known)
-    meant = f"; did you mean {near!r}?" if near else ";"
-    return f"{meant} known: {', '.join(known)}"
+    raise UserError(f"unknown task {name!r}{told_known(name, TASKS)}; or the path of a .yaml file")
 
 
 def read_task_file(path: Path) -> TaskSpec:
@@ -217,7 +208,7 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     for key in raw:
         if key not in known:
             longer = [one for one in known if one.startswith(f"{key}_")]  # label: label_column
-            hint = nearest(longer[0] if longer else str(key), known)
+            hint = told_known(longer[0] if longer else str(key), known)
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     if problem := _lone_brace(raw):
         raise UserError(f"{where}: {problem}")

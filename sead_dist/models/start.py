@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sead_dist.config.load import config_folder
+from sead_dist.config.load import shipped
 from sead_dist.config.names import nearest
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
@@ -105,10 +105,9 @@ def student_tokenizer(
 
 
 def shape_file(shape: str) -> Path:
-    named = config_folder() / "students" / f"{shape}.yaml"
-    path = named if named.is_file() else Path(shape)
+    known = shipped("students")
+    path = known.get(shape, Path(shape))
     if not path.is_file():
-        known = sorted(file.stem for file in (config_folder() / "students").glob("*.yaml"))
         if shape.endswith((".yaml", ".yml")):
             raise UserError(f"file {shape} does not exist; give one, or {', '.join(known)}")
         # L6-H256 lacks the heads

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config.load import config_folder
-from sead_dist.config.names import nearest
+from sead_dist.config.load import shipped
+from sead_dist.config.names import did_you_mean
 from sead_dist.config.schema import Section
 from sead_dist.config.yaml_text import explain, read_yaml
 from sead_dist.errors import UserError
@@ -90,7 +90,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
 
     Raises UserError naming the key, its value and what is allowed.
     """
-    base = config_folder() / "slurm" / "base.yaml"
+    base = shipped("slurm")["base"]
     merged: dict[str, Any] = {}
     for path in (base, *([] if name is None else [_find(name)])):
         layer = read_yaml(path)
@@ -113,12 +113,10 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
 def _find(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    shipped = config_folder() / "slurm"
-    if (shipped / f"{name}.yaml").is_file():
-        return shipped / f"{name}.yaml"
-    known = sorted(path.stem for path in shipped.glob("*.yaml"))
-    near = nearest(name, known)
-    hint = f"did you mean {near!r}?" if near else f"shipped: {', '.join(known)}"
+    known = shipped("slurm")
+    if name in known:
+        return known[name]
+    hint = did_you_mean(name, known, f"shipped: {', '.join(known)}")
     raise UserError(f"--slurm {name!r} is neither a file nor shipped settings; {hint}")
 
 

@@ -19,11 +19,12 @@ from sead_dist.config.load import (
     read_layers,
     resolve,
     run_plugins,
-    shipped_methods,
+    shipped,
 )
+from sead_dist.config.names import told_known
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import explain, read_yaml
-from sead_dist.data.task_files import TaskSpec, load_task, nearest
+from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push
@@ -148,7 +149,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     different("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
-            known = nearest(name, [task.name for task in tasks])
+            known = told_known(name, [task.name for task in tasks])
             raise UserError(f"per_task: {name!r} is no task of this sweep{known}")
     teachers: list[Unit] = []
     students: list[Unit] = []
@@ -234,7 +235,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         if isinstance(raw[key], str | Mapping):
             raw[key] = [raw[key]]
     if raw["methods"] is None:
-        raw["methods"] = sorted(shipped_methods(), key=lambda name: name != FINETUNE)
+        raw["methods"] = sorted(shipped("methods"), key=lambda name: name != FINETUNE)
     if isinstance(raw["seeds"], int) and 0 < raw["seeds"] <= MOST_SEEDS:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
@@ -259,8 +260,8 @@ def different(key: str, names: Sequence[str]) -> None:
 
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
     """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
-    shipped = config_folder() / "tasks" / f"{given}.yaml"
-    first = read_yaml(shipped) if os.path.isfile(shipped) else {}
+    file = shipped("tasks").get(given)
+    first = {} if file is None else read_yaml(file)
     return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
 
 
@@ -390,5 +391,5 @@ def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
     if given is None:
         return FINETUNE if FINETUNE in names else None
     if given not in names:
-        raise UserError(f"reference={given} is no arm of this sweep{nearest(given, names)}")
+        raise UserError(f"reference={given} is no arm of this sweep{told_known(given, names)}")
     return given

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.load import config_folder
+from sead_dist.config.load import shipped
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reason, refusal
 
@@ -111,13 +111,14 @@ def find_file(asked: str) -> Path:
     """A DeepSpeed file by path, or by name among the shipped (`zero2`)."""
     if Path(asked).is_file():
         return Path(asked)
-    shipped = config_folder() / "deepspeed"
-    path = shipped / f"{Path(asked).name.removesuffix('.json')}.json"
+    known = shipped("deepspeed", "json")
+    path = known.get(Path(asked).name.removesuffix(".json"))
     # so the path in a checkout finds the shipped file from anywhere
-    if path.is_file() and str(Path(asked).parent) in (".", "configs/deepspeed"):
+    if path is not None and str(Path(asked).parent) in (".", "configs/deepspeed"):
         return path
-    known = ", ".join(sorted(path.stem for path in shipped.glob("*.json")))
-    raise UserError(f"deepspeed={asked} is neither a file nor a shipped name; shipped: {known}")
+    raise UserError(
+        f"deepspeed={asked} is neither a file nor a shipped name; shipped: {', '.join(known)}"
+    )
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise refusal(
             f"{path} is no DeepSpeed configuration with zero_optimization.stage "
-            f"({reason(error)}); see {config_folder() / 'deepspeed' / 'zero2.json'}",
+            f"({reason(error)}); see {shipped('deepspeed', 'json')['zero2']}",
             error,
         ) from error
     if stage not in (1, 2, 3):
