@@ -237,7 +237,11 @@ def build_teacher(
 ) -> PreTrainedModel:
     """A teacher in eval mode, without gradients, in its dtype on its device."""
     checkpoint = locate(entry.path, entry.revision)
-    model = load_classifier(checkpoint, dtype, trust_remote_code).to(device)
+    return frozen(load_classifier(checkpoint, dtype, trust_remote_code).to(device))
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode, without gradients, in memory of its own."""
     for parameter in model.parameters():
         # weights mapped from a file lie at any address, and bits depend on their alignment
         parameter.data = parameter.data.clone()

@@ -31,12 +31,11 @@ from sead_dist.data.agreement import metric_names
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError
-from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs
-from sead_dist.models.pretrained import load_tokenizer, locate
-from sead_dist.models.sequence_classifier import label_names, load_classifier
+from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.sequence_classifier import label_names
 from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
-from sead_dist.runs.prediction import class_order, data_of, task_of
+from sead_dist.runs.prediction import data_of, in_task_order, load_answerer, task_of
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
@@ -78,8 +77,7 @@ class Original:
         """What `run` answers to every official split."""
 
         def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
-            logits = run(inputs)
-            return logits.reshape(-1, choices) if choices > 1 else logits[:, self.order_C]
+            return in_task_order(run(inputs), choices, self.order_C)
 
         alone = World(0, 1, torch.device("cpu"))
         return [evaluate(self.task, self.model, forward, s, alone, step=0) for s in self.splits]
@@ -155,15 +153,9 @@ def load_original(
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)
     sets = [load_to_score(name, task, source, split) for split in task.splits if split != "train"]
-    checkpoint = locate(name)
-    tokenizer = load_tokenizer(checkpoint)
-    model = load_classifier(checkpoint).eval()
-    settle(tokenizer, model.config)
-    order_C = class_order(name, model.config, task, labels)
-    length = own_length(tokenizer, model.config)
-    inputs = student_inputs(model, tokenizer, length, name, sets[0])
-    splits = [inputs.split(examples) for examples in sets]
-    return Original(model, inputs, checkpoint.folder, task, order_C, splits)
+    found = load_answerer(name, task, labels, torch.device("cpu"), sets[0])
+    splits = [found.inputs.split(examples) for examples in sets]
+    return Original(found.model, found.inputs, found.folder, task, found.order_C, splits)
 
 
 def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict[str, Any]:

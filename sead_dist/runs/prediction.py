@@ -58,11 +58,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model in eval mode; `forward` gives its logits in the task's class order, float32."""
+    """A model in eval mode; `forward` gives its logits in the task's class order, float32. folder:
+    of its files; order_C: its own column of each class."""
 
     model: PreTrainedModel
     inputs: ModelInputs
     forward: Forward
+    folder: Path
+    order_C: list[int]
 
 
 def run_config(name: str) -> Mapping[str, Any]:
@@ -120,9 +123,15 @@ def load_answerer(
         logits = logits.float()
         if not bool(torch.isfinite(logits).all()):
             raise RunError(f"{name} gives NaN or infinite logits; check its weights")
-        return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
+        return in_task_order(logits, choices, order_C)
 
-    return Answerer(model, inputs, forward)
+    return Answerer(model, inputs, forward, checkpoint.folder, order_C)
+
+
+def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> torch.Tensor:
+    """logits_BC of a model's own logits of text rows, of which an example has one for each
+    choice."""
+    return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
 
 
 def class_order(

@@ -26,7 +26,7 @@ from sead_dist.models.hidden_states_check import check_inside
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.models.pretrained import load_tokenizer, tokenizer_hash
-from sead_dist.models.sequence_classifier import load_start
+from sead_dist.models.sequence_classifier import frozen, load_start
 from sead_dist.models.start import hash_of, repair_facts, repair_teacher
 from sead_dist.models.student import build_student
 from sead_dist.objectives.feature_losses import REPAIR, make_repair_loss, without_projections
@@ -254,10 +254,7 @@ def load_whole_model(
             f"{who} is a {model.config.model_type}, which does not stand rows that are padded on "
             f"the {inputs.padding}; give another model"
         )
-    model = model.float().to(world.device).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        # weights mapped from a file lie at any address, and bits depend on their alignment
-        parameter.data = parameter.data.clone()
+    model = frozen(model.float().to(world.device))
     check_inside(model, theirs, REPAIR, who)
     return model, find_layer_parts(model, who, attention=False)
 
