@@ -16,8 +16,7 @@ import numpy as np
 
 from sead_dist.config.automatic import patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.agreement import metric_names
-from sead_dist.data.examples import subset
+from sead_dist.data.examples import metric_names, subset
 from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.data.tokens import adds_tokens

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sead_dist.data.agreement import metric_names
+from sead_dist.data.examples import metric_names
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.automatic import learning_rate
-from sead_dist.data.agreement import metric_names, name_of, score
-from sead_dist.data.examples import ExampleSet, subset
+from sead_dist.data.examples import ExampleSet, metric_names, name_of, score, subset
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec, compute_metrics
 from sead_dist.errors import UserError

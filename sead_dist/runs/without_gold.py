@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import DataConfig, RunConfig
-from sead_dist.data.agreement import answered_by_teachers, score
-from sead_dist.data.examples import ExampleSet
+from sead_dist.data.examples import ExampleSet, answered_by_teachers, score
 from sead_dist.data.splits import RunExamples, load_official
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sead_dist.data.agreement import score
+from sead_dist.data.examples import score
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.task_files import TaskSpec
