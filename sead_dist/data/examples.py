@@ -2,9 +2,10 @@
 takes the place of gold labels and of a score where a split has none: the ensemble's answers, and
 agreement with them.
 
-Shapes: B examples, S sentences of an example, U unique examples, C classes. An identity is a 128-bit hash of
-the exact input texts, kept as two int64; equal rows have equal identities. Every cut is a pure
-function of contents and seed, never of the order in the file, and keeps the file's order.
+Shapes: B examples, S sentences of an example, U unique examples, C classes. An identity is a
+128-bit hash of the exact input texts, kept as two int64; equal rows have equal identities. Every
+cut is a pure function of contents and seed, never of the order in the file, and keeps the file's
+order.
 """
 
 import hashlib
