@@ -57,16 +57,11 @@ def card_text(
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
         found: gold labels against the student's on the first evaluation split; None for scores.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    template = (
-        resources.files("sead_dist.reporting.templates").joinpath("card.md.j2").read_text("utf-8")
-    )
-    jinja = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     spec = _task_spec(files)
     worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
     split = files.evaluation_splits[0]
-    text = jinja.from_string(template).render(
+    text = fill_template(
+        "card.md.j2",
         metadata=_metadata(files, spec),
         name=model_name(files),
         by=method_name(files),
@@ -94,6 +89,20 @@ def card_text(
         plots=plots,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def fill_template(file: str, /, **values: object) -> str:
+    """A template of reporting/templates with these values; in HTML their marks are escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = resources.files("sead_dist.reporting.templates").joinpath(file).read_text("utf-8")
+    jinja = Environment(
+        autoescape=file.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return jinja.from_string(text).render(**values)
 
 
 def _task(files: RunFiles) -> str:

@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.data.resampling import LEVEL
+from sead_dist.reporting.model_card import fill_template
 from sead_dist.reporting.plots import BLUE, GREY, RED, save_figure, short
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.files import written_aside
@@ -67,16 +67,10 @@ class Gap:
 def render_page(report: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html, and its pictures as SVG files, into `folder`, which is made; the page's
     path. report: what report.json holds (`sweep.results.scores_of`)."""
-    from jinja2 import Environment, StrictUndefined
-
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [(picture, inline(picture, folder)) for picture in draw_pictures(report, folder)]
-    folder_of = resources.files("sead_dist.reporting.templates")
-    template = folder_of.joinpath("sweep.html.j2").read_text("utf-8")
-    jinja = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    text = jinja.from_string(template).render(
+    text = fill_template(
+        "sweep.html.j2",
         report=report,
         command=shlex.join(report["command"]),
         reference=report["reference"],
