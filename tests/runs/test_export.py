@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SHAPES, build_model, model_inputs, save_random_bert
+from small import SHAPES, build_model, edit_json, model_inputs, save_random_bert
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -268,4 +268,12 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package onnx; .*'sead-dist\[onnx\]'"):
         export_onnx(str(exported), False, None, None, None, None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_that_predict_refuses_is_not_exported(exported, tmp_path):
+    run = shutil.copytree(exported, tmp_path / "run")
+    edit_json(run / "model" / "config.json", problem_type="multi_label_classification")
+    with pytest.raises(UserError, match="says problem_type=multi_label_classification"):
+        export_onnx(str(run), False, str(tmp_path / "x"), None, None, None)
     assert not (tmp_path / "x").exists()
