@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from sead_dist.data.metrics import MOST_SHOWN, confusion
 from sead_dist.errors import reading
@@ -165,7 +164,8 @@ def _plot_predictions(predictions: Predictions, split: str, path: Path) -> dict[
             predicted["ensemble"] = ensemble_BC[:, 0]
         plot_regression(predictions.labels_B, predicted, split, path)
         return {}
-    shares = {"student": softmax(logits_BC, axis=1)}
+    exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
+    shares = {"student": exp_BC / exp_BC.sum(axis=1, keepdims=True)}
     if ensemble_BC is not None:
         shares["ensemble"] = ensemble_BC
     results = {name: reliability(p_BC, predictions.labels_B) for name, p_BC in shares.items()}
