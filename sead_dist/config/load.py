@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
+from sead_dist.config.mistakes import explain
 from sead_dist.config.names import RENAMED, did_you_mean, told_known
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
-from sead_dist.config.yaml_text import explain, parse_yaml, read_word, read_yaml
+from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
 from sead_dist.errors import UserError, reading
 
 _log = logging.getLogger(__name__)

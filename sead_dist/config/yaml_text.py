@@ -6,20 +6,16 @@ whatever is no text is YAML.
     "text"     the text between the marks, as "null" or " a "
     [a, b]     a list where the key takes one: each value as if it stood alone, without the blanks
     {k: a}     a mapping where the key takes one: each value as its own key takes it
-
-And a mistake in keys and values as one line, in YAML's words.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
 
-from sead_dist.config.names import RENAMED, nearest, new_name
 from sead_dist.config.schema import (
     RunConfig,
     Section,
@@ -29,9 +25,6 @@ from sead_dist.config.schema import (
     TeacherConfig,
 )
 from sead_dist.errors import UserError, reading, reason
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 # more values than any configuration has: aliases of aliases stand for billions
 MOST_VALUES = 100_000
@@ -268,64 +261,3 @@ def inner(kind: Any, key: str) -> Any:
     if kind is None or key not in kind.model_fields:
         return None
     return kind.model_fields[key].annotation
-
-
-def explain(error: ValidationError, known: Sequence[str]) -> str:
-    """The first mistake of a configuration, whose keys are `known`, as one line."""
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    # pydantic names the type that it tried, `list[str]`, as a part
-    key = ".".join(part for part in map(str, first["loc"]) if "[" not in part)
-    if first["type"] == "extra_forbidden":
-        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
-        new = new_name(plain)
-        if new is not None and (new in known or new not in RENAMED.values()):
-            return f"the key {key!r} is {new} now; give {new} instead"
-        old = [key for key, new in RENAMED.items() if new in known]
-        near = nearest(plain, [*known, *old])
-        hint = "`sead-dist keys` lists all"
-        if near is not None:
-            hint = f"did you mean {RENAMED.get(near, near)!r}?"
-        name, colon, value = str(first["loc"][-1]).partition(":")
-        if colon:
-            hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
-        return f"unknown key {key!r}; {hint}"
-    if first["input"] is None or first["type"] == "missing":
-        return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
-    names = [part for part in first["loc"] if isinstance(part, str)]
-    while names and ".".join(names) not in known:  # a class in `words` is no key
-        names.pop()
-    where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
-    # what a section holds may be long, or secret
-    value = "" if isinstance(first["input"], Mapping) else f"={as_yaml(first['input'])}"
-    return f"{key}{value}: {expected_value(first)}{where}"
-
-
-def as_yaml(value: Any) -> str:
-    """A value as it is typed: true, not True."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(as_yaml, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {as_yaml(one)}' for key, one in value.items())}}}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else repr(value)
-
-
-def expected_value(mistake: "ErrorDetails") -> str:
-    """What is wrong with a value, in YAML's words."""
-    kind, value = mistake["type"], mistake["input"]
-    if kind in ("list_type", "tuple_type"):
-        if not isinstance(value, str | int | float):
-            return "expected a list"
-        listed = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10000)
-        return f"expected a list; give {listed.strip()}"
-    if kind in ("dict_type", "model_type"):
-        return "expected a mapping; give {KEY: VALUE}"
-    if kind in ("bool_parsing", "bool_type"):
-        return "expected true or false; give one of them"
-    if kind == "too_short":
-        least = mistake["ctx"]["min_length"]
-        return f"expected more values; give at least {'one' if least == 1 else least}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return message[0].lower() + message[1:]

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from sead_dist.config.mistakes import as_yaml, expected_value
 from sead_dist.config.names import told_known
 from sead_dist.config.sections import one_of
-from sead_dist.config.yaml_text import as_yaml, expected_value, read_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError

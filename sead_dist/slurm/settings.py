@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationError
 
 from sead_dist.config.load import shipped
+from sead_dist.config.mistakes import explain
 from sead_dist.config.names import did_you_mean
 from sead_dist.config.schema import Section
-from sead_dist.config.yaml_text import explain, read_yaml
+from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 
 # States that a job does not leave by itself.

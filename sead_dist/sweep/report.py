@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.yaml_text import as_yaml
+from sead_dist.config.mistakes import as_yaml
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import write_json
