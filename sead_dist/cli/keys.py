@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from sead_dist.config.keys import Key, all_keys, as_line, commented_keys, find_keys
-from sead_dist.config.load import config_folder, shipped
+from sead_dist.config.load import config_folder, shipped_files
 from sead_dist.data.task_files import TaskSpec
 
 TASK = "in the YAML file of a task of your own"
@@ -24,7 +24,7 @@ def print_keys(asked: str | None) -> None:
         *all_keys(of_entries=True),
         *task_keys(),
         *commented_keys(config_folder() / "sweep.yaml", SWEEP),
-        *commented_keys(shipped("slurm")["base"], SLURM),
+        *commented_keys(shipped_files("slurm")["base"], SLURM),
     ]
     for group, keys in groupby(find_keys(known, asked), lambda key: key.group):
         if group:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import RENAMED, did_you_mean, told_known
+from sead_dist.config.names import RENAMED, nearest, told_known
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
@@ -41,19 +41,20 @@ def find_config(name: str) -> Path:
     """A config by path, or by name among the shipped ones (`sst2`, `configs/tasks/sst2.yaml`)."""
     if os.path.isfile(name):
         return Path(name)
-    top = config_folder()
+    shipped = config_folder()
     inside = Path(name).parts[1:] if Path(name).parts[:1] == ("configs",) else Path(name).parts
     for folder in ("", "tasks", "students"):
         for suffix in ("", ".yaml"):
-            path = top / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else top
+            path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
             if os.path.isfile(path):
                 return path
-    known = shipped("tasks")
-    hint = did_you_mean(Path(name).stem, known, f"shipped tasks: {', '.join(known)}")
+    known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
+    near = nearest(Path(name).stem, known)
+    hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
     raise UserError(f"config {name!r} is neither a file nor a shipped config; {hint}")
 
 
-def shipped(folder: str, kind: str = "yaml") -> dict[str, Path]:
+def shipped_files(folder: str, kind: str = "yaml") -> dict[str, Path]:
     """The files of one kind in a folder of the shipped configs, sorted by name."""
     files = (config_folder() / folder).glob(f"*.{kind}")
     return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
@@ -64,7 +65,7 @@ def read_method(method: str) -> dict[str, Any]:
 
     Raises UserError for an unknown name, and for keys that are none of a method's.
     """
-    known = shipped("methods")
+    known = shipped_files("methods")
     path = known.get(method, Path(method))
     if not os.path.isfile(path):
         raise UserError(f"method={method} is no method{told_known(method, known)}, or a YAML file")

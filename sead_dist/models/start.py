@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sead_dist.config.load import shipped
+from sead_dist.config.load import shipped_files
 from sead_dist.config.names import nearest
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
@@ -105,7 +105,7 @@ def student_tokenizer(
 
 
 def shape_file(shape: str) -> Path:
-    known = shipped("students")
+    known = shipped_files("students")
     path = known.get(shape, Path(shape))
     if not path.is_file():
         if shape.endswith((".yaml", ".yml")):

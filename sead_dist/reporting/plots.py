@@ -89,7 +89,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> 
     else:
         _note(bottom, "no evaluation on the selection split")
     bottom.set(xlabel="optimiser step", ylabel=f"selection {metric}")
-    save_figure(figure, path)
+    _save(figure, path)
 
 
 def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def plot_scores(
         axes.set_xlim(min([0.0, *values]) * 1.1, max([1.0, *values]))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(xlabel=metric, title=f"Scores on {split}")
-    save_figure(figure, path, grid="x")
+    _save(figure, path, grid="x")
 
 
 def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path: Path) -> None:
@@ -182,7 +182,7 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path:
     top.set_title(f"Calibration on {split}")
     bottom.set(xlabel="confidence (largest class probability)", ylabel="share of rows")
     _legend(top)
-    save_figure(figure, path)
+    _save(figure, path)
 
 
 def plot_confusion(found: Confusion, split: str, path: Path) -> None:
@@ -203,7 +203,7 @@ def plot_confusion(found: Confusion, split: str, path: Path) -> None:
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="gold label", title=f"Student on {split}")
-    save_figure(figure, path, grid=None)
+    _save(figure, path, grid=None)
 
 
 def plot_regression(
@@ -228,7 +228,7 @@ def plot_regression(
         axes.set_title(f"{name}, mean absolute error {error:.3f}", fontsize="medium")
     panels[0].set_ylabel("predicted score")
     figure.suptitle(f"Predicted against gold on {split}")
-    save_figure(figure, path)
+    _save(figure, path)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -280,11 +280,7 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def save_figure(
-    figure: "Figure", path: Path, grid: Literal["both", "x"] | None = "both", **more: Any
-) -> None:
-    """Write a figure in the format that the file's name ends in; more: for Matplotlib's
-    `savefig`."""
+def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] | None = "both") -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if grid is not None:
@@ -292,4 +288,4 @@ def save_figure(
         axes.set_axisbelow(True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
-        figure.savefig(aside, format=path.suffix[1:], **more)
+        figure.savefig(aside, format="png")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
-from sead_dist.config.load import shipped
+from sead_dist.config.load import shipped_files
 from sead_dist.config.mistakes import explain
 from sead_dist.config.names import did_you_mean
 from sead_dist.config.schema import Section
@@ -91,7 +91,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
 
     Raises UserError naming the key, its value and what is allowed.
     """
-    base = shipped("slurm")["base"]
+    base = shipped_files("slurm")["base"]
     merged: dict[str, Any] = {}
     for path in (base, *([] if name is None else [_find(name)])):
         layer = read_yaml(path)
@@ -114,7 +114,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
 def _find(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    known = shipped("slurm")
+    known = shipped_files("slurm")
     if name in known:
         return known[name]
     hint = did_you_mean(name, known, f"shipped: {', '.join(known)}")

@@ -19,7 +19,7 @@ from sead_dist.config.load import (
     read_layers,
     resolve,
     run_plugins,
-    shipped,
+    shipped_files,
 )
 from sead_dist.config.mistakes import explain
 from sead_dist.config.names import told_known
@@ -236,7 +236,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         if isinstance(raw[key], str | Mapping):
             raw[key] = [raw[key]]
     if raw["methods"] is None:
-        raw["methods"] = sorted(shipped("methods"), key=lambda name: name != FINETUNE)
+        raw["methods"] = sorted(shipped_files("methods"), key=lambda name: name != FINETUNE)
     if isinstance(raw["seeds"], int) and 0 < raw["seeds"] <= MOST_SEEDS:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
@@ -261,7 +261,7 @@ def different(key: str, names: Sequence[str]) -> None:
 
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
     """The layers of a task's runs: its shipped configuration, the run's keys, its own keys."""
-    file = shipped("tasks").get(given)
+    file = shipped_files("tasks").get(given)
     first = {} if file is None else read_yaml(file)
     return [first, *(named(layer, name) for layer in run), named(per_task, name), {"task": given}]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sead_dist.data.resampling import LEVEL
 from sead_dist.reporting.model_card import fill_template
-from sead_dist.reporting.plots import BLUE, GREY, RED, save_figure, short
+from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.files import written_aside
 from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
@@ -372,4 +372,9 @@ def svg(path: Path, height_in: float) -> "Iterator[Figure]":
     with rc_context(style):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         yield figure
-        save_figure(figure, path, metadata={"Date": None})
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
+        with written_aside(path) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.load import shipped
+from sead_dist.config.load import shipped_files
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reason, refusal
 
@@ -111,7 +111,7 @@ def find_file(asked: str) -> Path:
     """A DeepSpeed file by path, or by name among the shipped (`zero2`)."""
     if Path(asked).is_file():
         return Path(asked)
-    known = shipped("deepspeed", "json")
+    known = shipped_files("deepspeed", "json")
     path = known.get(Path(asked).name.removesuffix(".json"))
     # so the path in a checkout finds the shipped file from anywhere
     if path is not None and str(Path(asked).parent) in (".", "configs/deepspeed"):
@@ -131,7 +131,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise refusal(
             f"{path} is no DeepSpeed configuration with zero_optimization.stage "
-            f"({reason(error)}); see {shipped('deepspeed', 'json')['zero2']}",
+            f"({reason(error)}); see {shipped_files('deepspeed', 'json')['zero2']}",
             error,
         ) from error
     if stage not in (1, 2, 3):

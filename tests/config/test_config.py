@@ -3,7 +3,7 @@
 import pytest
 from small import config
 
-from sead_dist.config.load import load_config, shipped
+from sead_dist.config.load import load_config, shipped_files
 from sead_dist.config.schema import METHOD_KEYS, dump_config
 from sead_dist.errors import UserError
 
@@ -185,7 +185,7 @@ def test_which_student_is_kept_is_no_key_of_a_method(tmp_path):
 
 
 def test_every_shipped_method_is_a_configuration_of_a_methods_keys():
-    for name in shipped("methods"):
+    for name in shipped_files("methods"):
         assert config(method=name).method == name
 
 

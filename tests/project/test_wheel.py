@@ -62,19 +62,19 @@ def dist_info(site):
     return folder
 
 
-def shipped(pattern, folder):
+def shipped_files(pattern, folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern)}
 
 
 def test_wheel_holds_every_module_config_template_and_the_licence(site):
-    assert shipped("*.py", site / "sead_dist") == shipped("*.py", ROOT / "sead_dist")
-    configs = shipped("*.yaml", site / "sead_dist" / "configs")
-    assert configs == shipped("*.yaml", ROOT / "configs")
-    zero = shipped("*.json", site / "sead_dist" / "configs")
-    assert zero == shipped("*.json", ROOT / "configs")
+    assert shipped_files("*.py", site / "sead_dist") == shipped_files("*.py", ROOT / "sead_dist")
+    configs = shipped_files("*.yaml", site / "sead_dist" / "configs")
+    assert configs == shipped_files("*.yaml", ROOT / "configs")
+    zero = shipped_files("*.json", site / "sead_dist" / "configs")
+    assert zero == shipped_files("*.json", ROOT / "configs")
     assert "deepspeed/zero2.json" in zero
     assert {"base.yaml", "tasks/sst2.yaml", "students/L6-H256-A8.yaml"} <= configs
-    assert shipped("*.j2", site) == {
+    assert shipped_files("*.j2", site) == {
         f"sead_dist/reporting/templates/{path.name}"
         for path in (ROOT / "sead_dist/reporting/templates").glob("*.j2")
     }

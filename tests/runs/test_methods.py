@@ -8,7 +8,7 @@ import yaml
 from small import ALONE, model_bytes, read, shape
 
 from sead_dist.cli.grammar import write_grammar_task
-from sead_dist.config.load import load_config, shipped
+from sead_dist.config.load import load_config, shipped_files
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
 
@@ -71,7 +71,7 @@ def run_method(task: Path, method: str, output: Path, *more: str) -> Path:
     "method",
     [
         pytest.param(method, marks=[] if method in QUICK else pytest.mark.slow)
-        for method in shipped("methods")
+        for method in shipped_files("methods")
     ],
 )
 def test_the_student_of_each_method_beats_a_constant_answer(world_of_methods, tmp_path, method):

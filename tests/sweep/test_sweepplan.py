@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small import student_shape
 
-from sead_dist.config.load import load_config, shipped
+from sead_dist.config.load import load_config, shipped_files
 from sead_dist.errors import UserError
 from sead_dist.sweep.grid import is_sweep, make_plan
 
@@ -159,7 +159,7 @@ def test_arms_are_compared_with_the_one_that_is_named():
 def test_by_default_every_shipped_method_and_what_does_not_apply_is_marked():
     found = plan("tasks=[stsb,cola]", "seeds=1", "teachers=[a,b]")
     assert found.methods[0] == "finetune"
-    assert sorted(found.methods) == list(shipped("methods"))
+    assert sorted(found.methods) == list(shipped_files("methods"))
     assert "needs classes" in found.unfit["stsb", "confidence"]
     assert "needs teacher_column=COLUMN" in found.unfit["cola", "routed"]
     ran = {(unit.task, unit.method) for unit in found.units}
