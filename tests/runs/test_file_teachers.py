@@ -280,10 +280,10 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
     data, (model, _) = task
     texts = texts_of(data)
     lines = (data / "transfer.tsv").read_text().splitlines()[1:]
-    few, all_of = tmp_path / "few.csv", tmp_path / "all.csv"
+    few, all_of = tmp_path / "few.tsv", tmp_path / "all.tsv"
     for file, said in ((few, [*texts, *lines[:4]]), (all_of, [*texts, *lines])):
-        rows = [f"{text},{LABELS[0]}" for text in dict.fromkeys(said)]
-        file.write_text("\n".join(["sentence,label", *rows]) + "\n")
+        rows = [f"{text}\t{LABELS[0]}" for text in dict.fromkeys(said)]
+        file.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     routed = tmp_path / "routed"
     shutil.copytree(data, routed)
     for name in ("train", "validation", "transfer"):
@@ -298,8 +298,8 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
         examples = load_examples(given, spec, lambda _line: None)
         found = read_teachers(given, spec, ALONE, grammar_tokenizer(), examples)
         kept = answered_examples(given, examples, found)
-        chosen = torch.tensor([1.0, 0.0])
-        ensemble = make_ensemble(given, spec.task_kind, chosen)
+        weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
+        ensemble = make_ensemble(given, spec.task_kind, weights_N)
         return kept.transfer_rows, told_idle(ensemble, found, kept.train)
 
     two = [f"{{predictions: {few}, name: few}}", f"{{predictions: {all_of}, name: all}}"]
