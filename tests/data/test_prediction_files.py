@@ -199,6 +199,21 @@ def test_rows_are_found_by_text_in_normal_form_c_and_stripped_and_by_id(tmp_path
     assert file.keys == [id_]
 
 
+def test_ids_of_a_persons_own_are_refused_and_are_nothing_beside_texts(tmp_path):
+    ids = pa.table({"id": [1, 2], "label": ["positive", "negative"]})
+    pq.write_table(ids, tmp_path / "own.parquet")
+    own = write(tmp_path / "own.csv", "id,key,label\nr1,k1,positive\nr2,k2,negative\n")
+    for path, column, keys in ((tmp_path / "own.parquet", "id", {}), (own, "key", {"id": "key"})):
+        said = (
+            f"row 1: column '{column}' holds .*, which is no id as `sead-dist labels --rows` writes"
+        )
+        with pytest.raises(UserError, match=said):
+            read(path, **keys)
+    rows = "id,sentence,label\n7,a,positive\n7,b,negative\n8,c,positive\n"
+    file = read(write(tmp_path / "texts.csv", rows))
+    assert (file.by_id, file.keys) == (False, [("a",), ("b",), ("c",)])
+
+
 def test_unknown_labels_are_told_at_once_with_their_counts(tmp_path):
     rows = "sentence,label\n" + "".join(
         f"{n},{'neutral' if n % 3 else 'mixed'}\n" for n in range(9)
