@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 # the method of a run that has teachers and names neither a method nor a key of one; the defaults
 # are its keys
 DEFAULT_METHOD = "sead"
+# in the folder of `finetune`: the paths of its encoders
+FIRST_ENCODERS = ".encoders.json"
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
 
@@ -128,7 +130,8 @@ def folders_of(pattern: str, key: str, output: str | None) -> list[str]:
 
     Raises UserError where there is none, or where one that the run began with is gone.
     """
-    began = _first_teachers(pattern, Path(output)) if key == "teachers" and output else []
+    first = _first_teachers if key == "teachers" else _first_encoders
+    began = first(pattern, Path(output)) if output else []
     for folder in began:
         if not Path(folder).is_dir():
             raise UserError(
@@ -179,6 +182,17 @@ def _first_teachers(pattern: str, output: Path) -> list[str]:
         if found:
             return found
     return []
+
+
+def _first_encoders(pattern: str, output: Path) -> list[str]:
+    """The encoders of this pattern with which `finetune` began in `output`."""
+    if not any(output.glob("teacher-*/run.json")):
+        return []
+    try:
+        paths = [str(path) for path in json.loads((output / FIRST_ENCODERS).read_bytes())]
+    except (OSError, ValueError, TypeError):  # an older version kept none
+        return []
+    return [path for path in dict.fromkeys(paths) if _is_of(path, pattern)]
 
 
 def _is_of(path: str, pattern: str) -> bool:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sead_dist.data.kinds import normalise_label
 from sead_dist.data.metrics import Answer
 from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
@@ -88,6 +89,8 @@ def read_items(
             _check_texts(task, flat, where)
             first = text_a(flat)
             label = None
+            if labelled is None and task.label_column not in flat:
+                _refuse_misspelt_label(task, flat, where)
             if labelled or (labelled is None and not _lacks_label(task, flat)):
                 try:
                     label = parse(_label(task, flat, where), where)
@@ -155,6 +158,16 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
         line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
         raise UserError(f"{line} (a run learns without gold labels from teachers alone)")
     return flat[task.label_column]
+
+
+def _refuse_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
+    """Raises UserError for a column that is the label's but for capitals and blanks: the row would
+    be one without a gold label."""
+    wanted = normalise_label(task.label_column)
+    near = next((name for name in flat if normalise_label(name) == wanted), None)
+    if near is not None:
+        line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
+        raise UserError(f"{line} (is it {near!r}?)")
 
 
 def _lacks_label(task: TaskSpec, flat: Row) -> bool:

@@ -327,8 +327,9 @@ def to_table(data: Any, where: str) -> pa.Table:
             named = data.rename(columns=str)
             return pa.Table.from_pandas(named, preserve_index=False)
         if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):
-            names = dict.fromkeys(str(name) for row in data for name in row)
-            return pa.table({name: pa.array([row.get(name) for row in data]) for name in names})
+            rows = [{str(name): value for name, value in row.items()} for row in data]
+            names = dict.fromkeys(name for row in rows for name in row)
+            return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
     except (pa.ArrowException, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error

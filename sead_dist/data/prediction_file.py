@@ -18,10 +18,7 @@ from sead_dist.data.formats import read_items
 from sead_dist.data.kinds import class_of
 from sead_dist.data.loading import EXTENSIONS, Rows, read_rows
 from sead_dist.data.prediction_forms import (
-    ANNOTATOR_COLUMNS,
     Answer,
-    Sheet,
-    class_columns,
     class_values,
     counts,
     labels,
@@ -31,6 +28,7 @@ from sead_dist.data.prediction_forms import (
     top_labels,
     votes,
 )
+from sead_dist.data.prediction_sheet import ANNOTATOR_COLUMNS, Sheet, class_columns
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.text_files import kind_of
 from sead_dist.errors import UserError

@@ -11,81 +11,34 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sead_dist.config.schema import TeacherConfig
-from sead_dist.data.kinds import class_of, file_values, normalise_label, score_of
-from sead_dist.data.loading import Rows
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.kinds import score_of
+from sead_dist.data.prediction_sheet import (
+    ANNOTATOR_COLUMNS,
+    CONFIDENCE_COLUMNS,
+    LABEL_COLUMNS,
+    SCORE_COLUMNS,
+    Sheet,
+    answer_column,
+    class_columns,
+    find_column,
+)
 from sead_dist.errors import UserError
 
 # probabilities sum to 1 within this
 TOLERANCE = 0.02
 # a probability counts as at least so much, since it becomes a logarithm
 LEAST = 1e-6
-PREFIXES = ("probability_", "prob_", "p_", "logit_", "logprob_")
-ANNOTATOR_COLUMNS = ("annotator", "sample")
-LABEL_COLUMNS = ("prediction", "predicted_label", "answer", "label")
-SCORE_COLUMNS = ("prediction", "predicted_score", "score", "label")
-CONFIDENCE_COLUMNS = ("confidence", "probability")
+# so many rows of one label, all of them improbable by its confidence, are no chance
+IMPROBABLE = 10
 # of one of the most probable labels, in a list of mappings
 TOP_LABEL, TOP_VALUE = ("label", "token"), ("probability", "score", "prob", "logprob")
 
 # key of a row, the row (from 1), logits_C or score
 Answer = tuple[Any, int, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A file's rows and what reads them. columns: those that may hold answers. unknown: labels that
-    the task has not, with their counts; withheld: how many answers are missing ones."""
-
-    path: Path
-    task: TaskSpec
-    entry: TeacherConfig
-    rows: Rows
-    columns: list[str]
-    unknown: Counter[str] = field(default_factory=Counter)
-    withheld: Counter[str] = field(default_factory=Counter)
-
-    def at(self, number: int) -> str:
-        return f"{self.path} row {number}"
-
-    def withholds(self, *cells: Any, bare: bool = False) -> bool:
-        """Whether each of a row's cells holds a missing answer, or the row is bare. It is counted
-        then."""
-        said = ["" if cell is None else str(cell) for cell in cells]
-        missing = {text.strip().casefold() for text in self.entry.abstain}
-        withheld = bare or all(text.strip().casefold() in missing for text in said)
-        if withheld:
-            self.withheld[said[0]] += 1
-        return withheld
-
-    def label_index(self, value: Any) -> int | None:
-        """The class of a label in the file; None, and counted, for one that the task has not."""
-        index = self.known_label(str(value))
-        if index is None:
-            self.unknown[str(value)] += 1
-        return index
-
-    def known_label(self, name: str) -> int | None:
-        mapping = self.entry.labels if isinstance(self.entry.labels, dict) else {}
-        mapped = mapping.get(name)
-        if mapped is None:
-            bare = normalise_label(name)
-            alike = {to for of, to in mapping.items() if normalise_label(of) == bare}
-            mapped = alike.pop() if len(alike) == 1 else name
-        return class_of(self.classes, mapped)
-
-    @cached_property
-    def classes(self) -> dict[str, int]:
-        """The labels that a file may hold, and their classes."""
-        return file_values(self.task)
 
 
 def probabilities_of(logits_AC: np.ndarray) -> np.ndarray:
@@ -103,42 +56,7 @@ def counts(found: Counter[str]) -> str:
     return f"{listed} and {len(found) - 8} more" if len(found) > 8 else listed
 
 
-def find_column(sheet: Sheet, given: str | None, key: str, usual: Sequence[str]) -> str | None:
-    """The column that the entry names under `key`, else the first of the usual ones."""
-    if given is not None and given not in sheet.columns:
-        raise UserError(
-            f"{sheet.path} has no column {given!r} ({key}={given}); its columns beside those that "
-            f"rows are found by: {', '.join(sheet.columns) or 'none'}; name one of these with {key}"
-        )
-    return given or next((name for name in usual if name in sheet.columns), None)
-
-
 # a column for each class
-
-
-def class_columns(sheet: Sheet) -> dict[int, str]:
-    """Class -> the column of its values; {} where the file has none. Raises UserError where it has
-    some, and not one for each class."""
-    found: dict[int, str] = {}
-    for column in sheet.columns:
-        bare = next((column.removeprefix(of) for of in PREFIXES if column.startswith(of)), column)
-        index = sheet.known_label(bare)
-        if index is None:
-            continue
-        if index in found:
-            raise UserError(
-                f"{sheet.path}: the columns {found[index]!r} and {column!r} both are of the label "
-                f"{sheet.task.labels[index]!r}; remove one"
-            )
-        found[index] = column
-    missing = [label for index, label in enumerate(sheet.task.labels) if index not in found]
-    if found and missing:
-        raise UserError(
-            f"{sheet.path} has columns of classes ({', '.join(found.values())}), and none of "
-            f"{', '.join(missing)}; add it, map names (labels: {{NAME: LABEL}}), or name the "
-            "column of labels with column"
-        )
-    return found
 
 
 def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
@@ -228,20 +146,6 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
 # a column of labels, or of scores
 
 
-def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
-    usual = (*usual, sheet.task.label_column)
-    found = find_column(sheet, sheet.entry.column, "column", usual)
-    if found is None:
-        classes = ", ".join(sheet.task.labels)
-        either = f"a column for each class ({classes}), or " if classes else ""
-        raise UserError(
-            f"{sheet.path} has no answers: expected {either}one of the columns "
-            f"{', '.join(dict.fromkeys(usual))}; its other columns: "
-            f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
-        )
-    return found
-
-
 def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     """Logits of each row by its label: of one with a confidence, which the label has, and the rest
     is shared out; else as of one vote."""
@@ -250,24 +154,46 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     sure = find_column(sheet, entry.confidence, "confidence", CONFIDENCE_COLUMNS)
     if sure is None:
         notes.append(f"labels alone, each as one vote smoothed by {entry.smoothing:g} a class")
+    found: list[tuple[int, float] | None] = []
     for number, row in enumerate(sheet.rows, 1):
         index = one_label(sheet, number, column, row.get(column))
         if index is None:
-            yield None
+            found.append(None)
             continue
-        if sure is None:
-            yield log_of(smoothed(Counter([index]), classes, entry.smoothing))
-            continue
-        value = score_of(row.get(sure))
+        cell = 1.0 if sure is None else row.get(sure)
+        value = score_of(cell)
         if not 0 <= value <= 1:
             raise UserError(
-                f"{sheet.at(number)}: column {sure!r} holds {row.get(sure)!r}; expected a "
+                f"{sheet.at(number)}: column {sure!r} holds {cell!r}; expected a "
                 "probability from 0 to 1; correct it (divide percentages by 100), or name another "
                 "column with confidence"
             )
-        p_C = np.full(classes, (1 - value) / (classes - 1))
-        p_C[index] = value
-        yield log_of(p_C)
+        found.append((index, value))
+    if sure is not None:
+        refuse_one_class(sheet, sure, [of for of in found if of is not None])
+    for one in found:
+        if one is None:
+            yield None
+        elif sure is None:
+            yield log_of(smoothed(Counter([one[0]]), classes, entry.smoothing))
+        else:
+            p_C = np.full(classes, (1 - one[1]) / (classes - 1))
+            p_C[one[0]] = one[1]
+            yield log_of(p_C)
+
+
+def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float]]) -> None:
+    """Raises UserError where all rows of a label have a confidence below chance: then the column is
+    the probability of one class, whichever the label is."""
+    chance = 1 / len(sheet.task.labels)
+    for index, label in enumerate(sheet.task.labels):
+        values = [value for of, value in found if of == index]
+        if len(values) >= IMPROBABLE and max(values) < chance:
+            raise UserError(
+                f"{sheet.path}: {column!r} is below {chance:.3g} in all {len(values)} rows of the "
+                f"label {label!r}, so it is no probability of the row's own label; give a column "
+                "for each class, or name the column of the label's probability (confidence: COLUMN)"
+            )
 
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
@@ -396,4 +322,17 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
                 "it, or take it as no answer (abstain)"
             )
+        refuse_other_scale(sheet, number, column, value)
         yield np.array([value], np.float32)
+
+
+def refuse_other_scale(sheet: Sheet, number: int, column: str, value: float) -> None:
+    """Raises UserError for a score that lies further beyond the task's than these reach: a
+    regression's own answers may lie a little beyond."""
+    low, high = sheet.task.score_range or (-math.inf, math.inf)
+    if abs(value - (low + high) / 2) > 1.5 * (high - low):
+        raise UserError(
+            f"{sheet.at(number)}: column {column!r} holds {value:g}, and the scores of task "
+            f"{sheet.task.name} run from {low:g} to {high:g}; bring the file to this scale, or "
+            "correct the row"
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.errors import UserError, reading
+from sead_dist.models.letter_case import refuse_lost_capitals
 from sead_dist.runtime.files import files_hash
 
 if TYPE_CHECKING:
@@ -248,7 +249,8 @@ def load_tokenizer(
     checkpoint: Checkpoint, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
     """A checkpoint's tokeniser. One without a padding token (GPT-2, Llama) pads with its end token.
-    Raises UserError when there is none, it cannot pad, or a package that reads it is missing."""
+    Raises UserError when there is none, it cannot pad, a package that reads it is missing, or
+    capitals are lost."""
     from transformers import AutoTokenizer
 
     _check_packages(checkpoint)
@@ -259,6 +261,7 @@ def load_tokenizer(
         if tokenizer.pad_token_id is None and _ends_no_text(tokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         _try_out(tokenizer)
+    refuse_lost_capitals(checkpoint.name, checkpoint.folder, tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"{checkpoint.name}: its tokeniser has no padding token; "

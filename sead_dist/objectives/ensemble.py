@@ -69,7 +69,10 @@ class Ensemble:
         at. logits_NBC: NaN where a teacher has no answer."""
         present_NB = ~torch.isnan(logits_NBC).any(-1)
         weighting = self.weighting.scored_as(self.has_classes)
-        teachers = TeacherLogits(self.calibrated(logits_NBC).nan_to_num(), present_NB)
+        logits_NBC = self.calibrated(logits_NBC).nan_to_num()
+        if not weighting.asks_all:  # who has no weight is not asked of a row, nor is so here
+            present_NB &= weighting.of_rows(self.weights_N, logits_NBC, None, routes_B) > 0
+        teachers = TeacherLogits(logits_NBC, present_NB)
         return combine(
             weighting, teachers, None, self.weights_N, 1.0, not self.has_classes, routes_B
         )

@@ -60,8 +60,10 @@ class Weighting:
     of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
     split must have. by_scores: teachers count by their scores on it. alike_without_gold: it goes by
     gold labels, and where there are none teachers count alike. one_teacher: the others are never
-    asked. picks_teacher: a row has one teacher, whatever that one was trained on. precedence: where
-    a report speaks of one ensemble among several, it is the lowest one's.
+    asked. by_weight: nor are those whose entries have the weight 0. asks_all: teachers without
+    weight are asked too, and count where no other answers. picks_teacher: a row has one teacher,
+    whatever that one was trained on. precedence: where a report speaks of one ensemble among
+    several, it is the lowest one's.
     """
 
     of_logits = False
@@ -71,6 +73,8 @@ class Weighting:
     by_scores = False
     alike_without_gold = False
     one_teacher = False
+    by_weight = False
+    asks_all = False
     picks_teacher = False
     precedence = 1
 
@@ -113,7 +117,7 @@ class Weighting:
     def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
         asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
-        asked_NR[weights_N.numpy() > 0] = True
+        asked_NR[(weights_N.numpy() > 0) | self.asks_all] = True
         return None if asked_NR.all() else asked_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
@@ -134,6 +138,8 @@ class ByRow(Weighting):
     labels_B: class indices (below 0: none) or scores (NaN: none), None where gold labels may not be
     looked at, or `needs_labels` is False.
     """
+
+    asks_all = True
 
     def __init__(
         self,
@@ -208,6 +214,8 @@ class Single(Weighting):
 class Fixed(Weighting):
     """By the `weight` of each teacher's entry."""
 
+    by_weight = True
+
     def frozen(self, known: Known) -> torch.Tensor:
         return torch.tensor(list(known.given), dtype=torch.float32)
 
@@ -243,6 +251,8 @@ class Fitted(Weighting):
 
     # fewer were not tried (docs/decisions/0043-losses-and-ensembles.md)
     fewest_rows = 200
+    # a worker of the pool on another machine may find 0 where the student finds next to nothing
+    asks_all = True
 
     def asks_selection(self, config: RunConfig) -> bool:
         return True
@@ -264,10 +274,6 @@ class Fitted(Weighting):
         else:
             weights_N = fit_probabilities(logits_NBC[:, rows_B], labels_B[rows_B])
         return torch.from_numpy(weights_N).float()
-
-    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
-        # a worker of the pool on another machine may find 0 where the student finds next to nothing
-        return None
 
 
 class Random(Weighting):

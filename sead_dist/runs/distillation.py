@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sead_dist.config.automatic import patience_steps
+from sead_dist.config.load import FIRST_ENCODERS
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import metric_names, subset
 from sead_dist.data.splits import check_tokens, load_examples
@@ -186,9 +187,11 @@ def finetune(
             f"output_dir={config.output_dir} holds a run; give another folder for the teachers"
         )
     from_main(world, lambda: check_folder(Path(config.output_dir)))
+    paths = [encoder.path for encoder in config.encoders]
     for one in teachers:
         check_start(one.student, one.trust_remote_code)
     check_texts(teachers)
+    from_main(world, lambda: keep_encoders(Path(config.output_dir), paths))
     runs: list[Path] = []
     for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
         if world.is_main:
@@ -209,6 +212,13 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
     if not all(adds_tokens(tokenizer) for tokenizer in tokenizers.values()):
         task = load_task(teachers[0].task)
         check_tokens(load_examples(teachers[0], task, lambda _line: None), tokenizers)
+
+
+def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
+    """Note what the first start made teachers of: a pattern stands for the same later."""
+    if not any(folder.glob("teacher-*/run.json")):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FIRST_ENCODERS, list(paths))
 
 
 def check_folder(folder: Path) -> None:

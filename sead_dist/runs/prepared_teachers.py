@@ -30,6 +30,7 @@ from sead_dist.runs.baseline import (
     told,
     weigh_up,
 )
+from sead_dist.runs.requests import told_idle
 from sead_dist.runs.setup import Parts
 from sead_dist.runs.without_gold import told_unvalidated
 from sead_dist.runtime.distributed import from_main
@@ -104,6 +105,9 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
     elif ensemble.weighting.has_frozen_weights:
         told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
         parts.log.say(f"weights: {', '.join(told_N)}")
+    if config.feature_loss is None:
+        for line in told_idle(ensemble, teachers, parts.splits.train.examples):
+            parts.log.say(line)
     labelled = parts.examples.labelled_rows
     if ensemble.seen_NU is not None:
         parts.log.say(told_folds(teachers, ensemble.seen_NU, parts.splits.train, labelled))

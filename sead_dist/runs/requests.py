@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import has_label, subset
+from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.order import Split
 from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
+from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runtime.console import counted
 from sead_dist.teachers.endpoint import Endpoint
@@ -80,24 +81,16 @@ def answered_examples(
 ) -> RunExamples:
     """The same without unlabelled rows and copies that no teacher answers: nothing would be learnt
     from them. Labelled ones stay, for their labels. Raises UserError where no row is left."""
-    if not teachers:
-        return examples
-    one = config.teacher if WEIGHTINGS[config.ensemble].one_teacher else None
-    files = [teacher.file for teacher in teachers if one in (None, teacher.name)]
-    if not files or any(file is None for file in files):
+    if config.feature_loss is not None or not any(teacher.file for teacher in teachers):
         return examples
     for part in (examples.selection, *examples.official.values()):
-        found = [file.places(part.ids_B2) for file in files if file is not None]
-        if not part.has_gold and not any((places_B >= 0).any() for places_B in found):
+        if not part.has_gold and not answered_NB(config, teachers, part).any():
             raise UserError(
                 f"{part.split} has no gold labels, and no file answers one of its rows, so that "
                 "nothing can be told of the student there; give answers to it, or gold labels"
             )
     train = examples.train
-    kept_B = has_label(train.labels_B)
-    for file in files:
-        if file is not None:
-            kept_B = kept_B | (file.places(train.ids_B2) >= 0)
+    kept_B = has_label(train.labels_B) | answered_NB(config, teachers, train).any(0)
     if kept_B.all():
         return examples
     if not kept_B.any():
@@ -115,6 +108,47 @@ def answered_examples(
         copied=copied,
         removed=dict(counts),
     )
+
+
+def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
+    """Which teachers may be asked for which rows, as far as the run's keys say it, and answer."""
+    weighting = WEIGHTINGS[config.ensemble]
+    found_NB = has_answer_NB(teachers, part)
+    for n, teacher in enumerate(teachers):
+        named = config.teacher in (None, teacher.name) or not weighting.one_teacher
+        found_NB[n] &= named and (teacher.entry.weight > 0 or not weighting.by_weight)
+        if part.routes_B is not None:
+            found_NB[n] &= part.routes_B == n
+    return found_NB
+
+
+def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
+    """Which rows each teacher can answer: a file those that it holds, others all."""
+    everything_B = np.ones(len(part), bool)
+    return np.stack([
+        everything_B if teacher.file is None else teacher.file.places(part.ids_B2) >= 0
+        for teacher in teachers
+    ])  # fmt: skip
+
+
+def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:
+    """A line on unlabelled rows that stay in batches without a loss, since the teachers that were
+    chosen, or drawn for a batch, are files without an answer to them."""
+    answers_NB = has_answer_NB(teachers, train)
+    if ensemble.weighting.goes_by_place:
+        taught_B, which = answers_NB.all(0), "a file that is drawn for them has no answer"
+    else:
+        weighs_N = (ensemble.weights_N.numpy() > 0) | ensemble.weighting.asks_all
+        names = [teacher.name for teacher, weighs in zip(teachers, weighs_N, strict=True) if weighs]
+        taught_B = answers_NB[weighs_N].any(0)
+        which = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no answer to them"
+        if ensemble.weighting.one_teacher:
+            which += f" (teacher={names[0]}, named from the start, leaves them out)"
+    idle = int((~has_label(train.labels_B) & ~taught_B).sum())
+    if not idle or train.routes_B is not None:
+        return []
+    rows = counted(idle, "unlabelled row")
+    return [f"WARNING: {rows} stay in the batches without a loss: {which}"]
 
 
 def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:

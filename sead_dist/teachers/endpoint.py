@@ -32,6 +32,8 @@ PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 ANSWER_S = 120.0
 # most log-probabilities of a first token that are asked for, and what older interfaces allow
 TOP, LEAST_TOP = 20, 5
+# where so many rows have no word of any class, the words are to blame
+ENOUGH_ROWS = 8
 # letters of a token, roughly, for the count before a run
 LETTERS = 4
 LATER = "what it has answered is kept: give the same command again when it does"
@@ -193,7 +195,14 @@ class Endpoint:
 
         if self.way == "first token":
             found = pool.map(lambda row: guarded(lambda: self._by_first_token(row), row), rows)
-            return np.stack(list(found))
+            found_RK = np.stack(list(found))
+            if len(rows) >= ENOUGH_ROWS and not np.ptp(found_RK, axis=1).any():
+                raise RunError(
+                    f"teacher {self.name}: of {len(rows)} rows, such as {rows[0].first[:60]!r}, no "
+                    f"word of a class begins with one of the {self.top} most probable first "
+                    "tokens; give words as the model begins its answers (capitals count)"
+                )
+            return found_RK
         jobs = [(row, word) for row in rows for word in self.words.words_W]
         scores = pool.map(lambda job: guarded(lambda: self._of_word(*job), job[0]), jobs)
         return self.words.of_classes(np.array(list(scores), np.float64).reshape(len(rows), -1))
@@ -209,7 +218,10 @@ class Endpoint:
             raise RefusedError(200, "no log-probabilities of the prompt")
         end = len(text) + len(word)
         own = [p for at, p in zip(offsets, logp, strict=False) if len(text) <= at < end]
-        if len(text) not in offsets:
+        at_end = _of_last_tokens(word, _part(said, "tokens"))
+        if at_end is not None and len(logp) >= at_end.stop:
+            own = logp[at_end]
+        elif len(text) not in offsets:
             raise RunError(
                 f"teacher {self.name}: the prompt of {row.first[:60]!r} and the word {word!r} are "
                 "joined in one token, so that the word has no probability of its own; end the "
@@ -291,6 +303,20 @@ class Endpoint:
             f"teacher {self.name}: {self.client.url} gives no log-probabilities of {self.model} "
             f"({last}); {NO_SCORES}"
         )
+
+
+def _of_last_tokens(word: str, tokens: Any) -> slice | None:
+    """Which tokens are the word, before the one that was generated; None where their texts do not
+    say it. Offsets may be off: some servers count a letter once for each token that has a part of
+    it."""
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return None
+    end = start = len(tokens) - 1
+    found = ""
+    while start > 0 and len(found) < len(word):
+        start -= 1
+        found = tokens[start] + found
+    return slice(start, end) if found == word else None
 
 
 def _check_first_words(name: str, words: Words) -> None:

@@ -1,4 +1,4 @@
-"""`teachers=DIR/*`: which folders it stands for, at the first start and later."""
+"""`teachers=DIR/*` and `encoders=DIR/*`: which folders it stands for, at the first start and later."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import given_teachers
+from sead_dist.runs.distillation import keep_encoders
 from sead_dist.sweep.grid import make_plan
 
 BASE = ["sst2", "student=s", "output_dir=o"]
@@ -71,3 +72,19 @@ def test_all_runs_of_a_sweep_that_has_begun_keep_its_teachers(models):
     (models / "a").rmdir()
     with pytest.raises(UserError, match="o began with t/a"):
         make_plan(words)
+
+
+def test_finetune_that_has_begun_keeps_its_encoders(models):
+    words = ["sst2", "output_dir=o", "encoders=t/*"]
+    begun = load_config(words)
+    keep_encoders(Path("o"), [entry.path for entry in begun.encoders])
+    (models / "b").mkdir()
+    # nothing has begun yet
+    assert [entry.path for entry in load_config(words).encoders] == ["t/a", "t/b", "t/c"]
+    Path("o/teacher-0").mkdir()
+    Path("o/teacher-0/run.json").write_text("{}")
+    assert [entry.path for entry in load_config(words).encoders] == ["t/a", "t/c"]
+    keep_encoders(Path("o"), ["other"])
+    (models / "c").rmdir()
+    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+        load_config(words)

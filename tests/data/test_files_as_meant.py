@@ -12,7 +12,7 @@ import pytest
 from rows import load_split
 
 from sead_dist.data.examples import build_examples
-from sead_dist.data.loading import names_decide, read_rows
+from sead_dist.data.loading import names_decide, read_rows, to_rows
 from sead_dist.data.task_files import TASKS, TaskSpec, read_task_file
 from sead_dist.data.text_files import Marks
 from sead_dist.errors import UserError
@@ -258,3 +258,16 @@ def test_quotation_marks_that_stay_though_all_are_around_whole_fields_are_told(t
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\tpositive\n")
         assert read_rows(tmp_path / f"{name}.tsv", TONE)[0]["text"] == text
         assert ("quotation marks stay" in caplog.text) == told
+
+
+@pytest.mark.parametrize("name", ["Label", " label", "LABEL "])
+def test_a_column_that_is_the_labels_but_for_capitals_and_blanks_is_no_missing_one(name):
+    rows = [{"text": "a", name: "positive"}]
+    with pytest.raises(UserError, match=f"row 1: no column 'label'; .*is it '{name}'"):
+        build_examples(TONE, rows, "train", labelled=None)
+    assert not build_examples(TONE, [{"text": "a", "labels": "x"}], "train", None).has_gold
+
+
+def test_rows_whose_columns_are_numbers_keep_their_values():
+    rows = [{0: "a", "label": "positive"}, {0: "b", "label": "negative"}]
+    assert [row["0"] for row in to_rows(rows, TONE, "data")] == ["a", "b"]

@@ -86,6 +86,63 @@ def test_every_form_says_the_same(form, tmp_path):
         assert np.array_equal(read(tabs, **keys).values_KC, file.values_KC)
 
 
+def test_a_mapping_of_numbers_is_of_numbers_however_they_are_written(tmp_path):
+    # a column of whole numbers with a gap is read as 1.0, and is no place among the task's labels
+    table = {"sentence": ["a", "b", "c"], "label": [0.0, 1.0, None]}
+    pq.write_table(pa.table(table), tmp_path / "gpt.parquet")
+    keys = {"labels": {0: "positive", 1: "negative"}, "abstain": [""]}
+    said = {name: p > 0.5 for name, (_, p) in p_of(read(tmp_path / "gpt.parquet", **keys)).items()}
+    assert said == {"a": True, "b": False}
+    file = write(tmp_path / "gpt.csv", "sentence,label\na,0\nb,1\n")
+    with pytest.raises(UserError, match="labels that task small has not: '1' 1"):
+        read(file, labels={"0": "positive"})
+    assert read(file, labels={"Pos": "positive"}).keys == [("a",), ("b",)]
+
+
+def test_an_empty_cell_of_any_kind_is_a_missing_answer_where_it_is_said(tmp_path):
+    rows = '{"sentence": "a", "label": NaN}\n{"sentence": "b", "label": "positive"}\n'
+    file = read(write(tmp_path / "gpt.jsonl", rows), abstain=[""])
+    assert file.keys == [("b",)]
+    assert "1 answer withheld ('')" in file.notes
+
+
+def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
+    text = "sentence,label,gpt4,note\na,positive,negative,x\nb,negative,,y\n"
+    file = write(tmp_path / "gpt.csv", text)
+    with pytest.raises(UserError, match=r"'label' and 'gpt4' both hold answers .* column: gpt4"):
+        read(file)
+    assert read(file, column="label").keys == [("a",), ("b",)]
+    assert read(file, column="gpt4", abstain=[""]).keys == [("a",)]
+    # which of a file's own names is meant is no guess either
+    two = write(tmp_path / "two.csv", "sentence,prediction,answer\na,positive,negative\n")
+    with pytest.raises(UserError, match="'prediction' and 'answer' both hold answers"):
+        read(two)
+    scores = "sentence1,sentence2,year,score,gpt\na,b,2012,3.5,1\nc,d,2013,2,4.5\n"
+    with pytest.raises(UserError, match="'score' and 'gpt' both hold answers of task stsb"):
+        read(write(tmp_path / "scores.csv", scores), STSB)
+    own = "sentence1,sentence2,gold_label,score,a_score\na,b,3.5,3,3.2\n"
+    assert read(write(tmp_path / "own.csv", own), STSB).values_KC.tolist() == [[3.0]]
+
+
+def test_the_probability_of_one_class_is_no_confidence(tmp_path):
+    rows = [f"n{n},negative,0.0{n}" for n in range(10)] + [
+        f"p{n},positive,0.9{n}" for n in range(9)
+    ]
+    head = "sentence,prediction,probability"
+    with pytest.raises(UserError, match=r"'probability' is below 0\.5 in all 10 rows of the la"):
+        read(write(tmp_path / "gpt.csv", "\n".join([head, *rows])))
+    # a doubtful answer or two are what they are
+    file = read(write(tmp_path / "few.csv", "\n".join([head, *rows[5:]])))
+    assert p_of(file)["n5"] == [0.05, 0.95]
+
+
+def test_a_score_of_another_scale_is_refused_with_its_row(tmp_path):
+    head = "sentence1,sentence2,score\na,b,3\n"
+    with pytest.raises(UserError, match=r"row 2: column 'score' holds 87, .* run from 0 to 5"):
+        read(write(tmp_path / "gpt.csv", head + "c,d,87\n"), STSB)
+    assert len(read(write(tmp_path / "near.csv", head + "c,d,5.2\n"), STSB).keys) == 2
+
+
 def test_a_label_alone_is_one_vote(tmp_path):
     file = read(write(tmp_path / "gpt.csv", "sentence,label\na,positive\n"))
     assert p_of(file) == {"a": [round(0.1 / 1.2, 4), round(1.1 / 1.2, 4)]}
@@ -140,6 +197,21 @@ def test_rows_are_found_by_text_in_normal_form_c_and_stripped_and_by_id(tmp_path
     assert (file.by_id, file.keys) == (True, [id_])
     file = read(write(tmp_path / "c.csv", f"key,sentence,label\n{id_},x,positive\n"), id="key")
     assert file.keys == [id_]
+
+
+def test_ids_of_a_persons_own_are_refused_and_are_nothing_beside_texts(tmp_path):
+    ids = pa.table({"id": [1, 2], "label": ["positive", "negative"]})
+    pq.write_table(ids, tmp_path / "own.parquet")
+    own = write(tmp_path / "own.csv", "id,key,label\nr1,k1,positive\nr2,k2,negative\n")
+    for path, column, keys in ((tmp_path / "own.parquet", "id", {}), (own, "key", {"id": "key"})):
+        said = (
+            f"row 1: column '{column}' holds .*, which is no id as `sead-dist labels --rows` writes"
+        )
+        with pytest.raises(UserError, match=said):
+            read(path, **keys)
+    rows = "id,sentence,label\n7,a,positive\n7,b,negative\n8,c,positive\n"
+    file = read(write(tmp_path / "texts.csv", rows))
+    assert (file.by_id, file.keys) == (False, [("a",), ("b",), ("c",)])
 
 
 def test_unknown_labels_are_told_at_once_with_their_counts(tmp_path):

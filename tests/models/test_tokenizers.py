@@ -134,3 +134,24 @@ def test_a_missing_half_of_what_reads_sentencepiece_is_told(tmp_path, monkeypatc
     with pytest.raises(UserError, match="needs the package protobuf; pip install"):
         load_tokenizer(locate(str(folder)))
     assert json.loads((folder / "config.json").read_text())["id2label"]["0"] == LABELS[0]
+
+
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "BertTokenizer"}])
+def test_capitals_that_are_lost_because_no_file_says_so_are_told(tmp_path, settings):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "the", "Film", "film", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    about = {"model_type": "bert", "vocab_size": len(words)}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    path = tmp_path / "tokenizer_config.json"
+    if settings is not None:
+        path.write_text(json.dumps(settings))
+    folder = locate(str(tmp_path))
+    with pytest.raises(UserError, match=r"2 of its 5 words have some \('Film'\); write .*false"):
+        load_tokenizer(folder)
+    for lower, said in ((False, ["The", "Film", "##s"]), (True, ["the", "film", "##s"])):
+        path.write_text(json.dumps({**(settings or {}), "do_lower_case": lower}))
+        assert load_tokenizer(folder).tokenize("The Films") == said
+    path.unlink()
+    small = [word for word in words if word == word.lower() or word.startswith("[")]
+    (tmp_path / "vocab.txt").write_text("\n".join(small) + "\n")
+    assert load_tokenizer(folder).tokenize("The Films") == ["the", "film", "##s"]

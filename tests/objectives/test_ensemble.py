@@ -327,6 +327,21 @@ def test_the_ensemble_answers_for_whom_is_there_and_knows_which_rows_are_complet
     assert calibrated.answer(logits_NBC, None).logits_BC.tolist() == [[1.0, 0.0], [1.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    ("method", "weights", "routes"),
+    [("single", [0.0, 1.0], None), ("fixed", [0.0, 1.0], None), ("routed", [0.5, 0.5], [1, 1])],
+)
+def test_who_teaches_no_row_answers_none_in_the_ensembles_place(method, weights, routes):
+    """As in training: such a teacher is not asked there."""
+    logits_NBC = torch.tensor([[[5.0, 0.0], [5.0, 0.0]], [[0.0, 1.0], [math.nan] * 2]])
+    one = Ensemble(WEIGHTINGS[method], torch.tensor(weights), 1.0, has_classes=True, seed=0)
+    routes_B = None if routes is None else torch.tensor(routes)
+    said = one.answer(logits_NBC, routes_B)
+    assert said.weights_NB.tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    mean = Ensemble(WEIGHTINGS["fitted"], torch.tensor([0.0, 1.0]), 1.0, has_classes=True, seed=0)
+    assert mean.answer(logits_NBC, None).weights_NB.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
 def test_who_was_not_validated_is_not_chosen_and_has_no_score():
     known = Known([1, 1], None, (), [None, 0.7], names=["gpt", "a"])
     assert WEIGHTINGS["single"].frozen(known).tolist() == [0.0, 1.0]

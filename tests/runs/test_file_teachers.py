@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ranks import run_ranks
 from small import (
     ALONE,
@@ -27,12 +29,15 @@ from sead_dist.config.load import load_config
 from sead_dist.data.examples import identities
 from sead_dist.data.splits import load_examples
 from sead_dist.errors import UserError
+from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import teach
+from sead_dist.runs.requests import answered_examples, told_idle
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.store.store import PredictionStore, TeacherKey
 from sead_dist.sweep.run import run_sweep
+from sead_dist.teachers.entries import read_teachers
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +273,50 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     made = (run / "run_summary.json").stat().st_mtime_ns
     run_of(task, run, given, **keys)
     assert (run / "run_summary.json").stat().st_mtime_ns == made
+
+
+def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
+    """Whatever others answer: those that the keys name count, or the row's own column."""
+    data, (model, _) = task
+    texts = texts_of(data)
+    lines = (data / "transfer.tsv").read_text().splitlines()[1:]
+    few, all_of = tmp_path / "few.tsv", tmp_path / "all.tsv"
+    for file, said in ((few, [*texts, *lines[:4]]), (all_of, [*texts, *lines])):
+        rows = [f"{text}\t{LABELS[0]}" for text in dict.fromkeys(said)]
+        file.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    routed = tmp_path / "routed"
+    shutil.copytree(data, routed)
+    for name in ("train", "validation", "transfer"):
+        head, *rows = (routed / f"{name}.tsv").read_text().splitlines()
+        rows = [f"{row}\t{('few', 'all')[n % 2]}" for n, row in enumerate(rows)]
+        (routed / f"{name}.tsv").write_text("\n".join([f"{head}\twho", *rows]) + "\n")
+
+    def left(teachers, folder=data, **changes):
+        more = {"unlabeled__path": folder / "transfer.tsv", "augment__copies": "null", **changes}
+        given = load_config(words(folder, teachers, tmp_path / "run", **more))
+        spec = grammar_task(folder)
+        examples = load_examples(given, spec, lambda _line: None)
+        found = read_teachers(given, spec, ALONE, grammar_tokenizer(), examples)
+        kept = answered_examples(given, examples, found)
+        weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
+        ensemble = make_ensemble(given, spec.task_kind, weights_N)
+        return kept.transfer_rows, told_idle(ensemble, found, kept.train)
+
+    two = [f"{{predictions: {few}, name: few}}", f"{{predictions: {all_of}, name: all}}"]
+    assert left(two, ensemble="mean_logits") == (20, [])
+    by_weight = [f"{two[1][:-1]}, weight: 0}}", two[0]]
+    assert left(by_weight, ensemble="fixed")[0] == 4
+    assert left([two[0], f"{{path: {model}, weight: 0}}"], ensemble="fixed")[0] == 4
+    own = {"ensemble": "routed", "teacher_column": "who"}
+    # the first 4 rows of text are answered by both, and of the others each second one is its own
+    assert left(two, routed, **own) == (12, [])
+    assert left(two, ensemble="single", teacher="few") == (4, [])
+    # which one it will be is not known before the teachers are scored
+    ((line,), rows) = left(two, ensemble="single")[::-1]
+    assert rows == 20
+    assert line.startswith("WARNING: 16 unlabelled rows stay in the batches without a loss: few ha")
+    assert "(teacher=few, named from the start, leaves them out)" in line
+    assert "16 unlabelled rows" in left(two, ensemble="random")[1][0]
 
 
 def test_a_run_with_a_baseline_ends_where_a_file_could_not_be_weighed_up(task, live, tmp_path):

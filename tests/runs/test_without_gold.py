@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from ranks import run_ranks
+from ranks import finish, run_ranks
 from small import (
     ALONE,
     model_bytes,
@@ -21,6 +21,7 @@ from small import (
     words,
     write_task,
 )
+from test_resume import at_step, in_a_block, in_a_checkpoint, kill_ranks, start_run
 
 import sead_dist
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer
@@ -161,6 +162,18 @@ def test_a_stopped_run_comes_to_the_same_student(task, done, tmp_path):
     made = (done / "run_summary.json").stat().st_mtime_ns
     distill(load_config(given(task, done)), ALONE)
     assert (done / "run_summary.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+def test_invariant_06_a_run_killed_again_and_again_comes_to_the_same_student(task, done, tmp_path):
+    lines = given(task, tmp_path / "run", save_steps=1, prefetch_rows=8)
+    for moment in (in_a_block, in_a_checkpoint(2), at_step(5)):
+        kill_ranks(tmp_path, start_run(1, tmp_path, lines), moment)
+        assert not (tmp_path / "run" / "model").exists()
+    finish(start_run(1, tmp_path, lines), tmp_path / "ranks", 120.0)
+    assert "resuming at step" in log_of(tmp_path / "run")
+    assert model_bytes(tmp_path / "run") == model_bytes(done)
+    assert read(tmp_path / "run" / "scores.json") == read(done / "scores.json")
 
 
 def test_two_ranks_learn_what_one_learns(task, done, tmp_path):

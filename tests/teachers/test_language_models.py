@@ -252,6 +252,15 @@ def test_a_model_that_looks_ahead_is_refused_when_it_is_loaded(tmp_path):
         teacher.answers.answer(["a text"], None)
 
 
+def test_weights_that_its_config_has_no_place_for_are_refused_by_name(tmp_path):
+    folder = save_llm(tmp_path / "deep")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "num_hidden_layers": 1}))
+    (teacher,) = opened(entry(folder))
+    with pytest.raises(UserError, match=r"teacher deep: its files hold 9 tensors .*layers\.1\."):
+        teacher.answers.answer(["a text"], None)
+
+
 def test_a_word_that_is_joined_to_a_row_is_told_with_the_row(tmp_path):
     folder = save_llm(tmp_path / "llm")
     given = entry(folder, "'Review: {sentence}'", "{positive: [good], negative: [bad]}")

@@ -1,0 +1,43 @@
+"""Whether a tokeniser takes off capitals that its own words have.
+
+Older folders have a vocabulary and no settings beside it. Transformers then takes capitals off, so
+that a cased model reads other words than those it was trained on.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sead_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SETTINGS = "tokenizer_config.json"
+# uncased vocabularies have next to no words with a capital, cased ones a third
+SHARE = 0.01
+
+
+def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises UserError where capitals are taken off since no file of the folder says otherwise, and
+    words of the vocabulary have some: no text would reach these."""
+    settings = folder / SETTINGS
+    if (folder / "tokenizer.json").is_file() or not takes_off(tokenizer):
+        return
+    if settings.is_file() and '"do_lower_case"' in settings.read_text(encoding="utf-8"):
+        return
+    words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    capital = [word for word in words if word != word.lower()]
+    if len(capital) > SHARE * len(words):
+        raise UserError(
+            f"{name}: no file says whether its tokeniser keeps capitals, so that they are taken "
+            f"off, and {len(capital)} of its {len(words)} words have some ({capital[0]!r}); write "
+            f'"do_lower_case": false (or true, if it was trained so) into its {SETTINGS}'
+        )
+
+
+def takes_off(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a capital is read as a small letter."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return bool(getattr(tokenizer, "do_lower_case", False))
+    return backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
