@@ -60,6 +60,24 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drafts() -> Iterator[None]:
+    """The runs of this process draw drafts of their pictures; forked ones do by `warm.py`."""
+    from pictures import draw_drafts
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_drafts(patch)
+        yield
+
+
+@pytest.fixture
+def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn as a person's run draws them."""
+    from pictures import draw_pictures
+
+    draw_pictures(monkeypatch)
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills, made by the first of this run's workers that asks for it."""
     root = factory.getbasetemp()
