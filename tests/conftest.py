@@ -30,9 +30,11 @@ TINY = {
 }
 # The files that take longest come first, so that workers which share the files end together.
 LONGEST = (
-    *("test_benchmarks", "test_sweep", "test_bad_input", "test_deepspeed", "test_resume"),
-    *("test_launchers", "test_pool", "test_methods", "test_sharded", "test_stopping"),
-    *("test_export", "test_reproduce", "test_exchange", "test_feature_loss_runs", "test_python"),
+    *("test_benchmarks", "test_sweep", "test_sweep_rounds", "test_pool", "test_bad_input"),
+    *("test_launchers", "test_file_teachers", "test_deepspeed", "test_resume", "test_methods"),
+    *("test_stopping", "test_plugins", "test_feature_loss_runs", "test_invariants"),
+    *("test_without_gold", "test_text_and_copies", "test_reproduce", "test_lost_ranks"),
+    *("test_plan", "test_starts", "test_training", "test_export", "test_sharded", "test_python"),
 )
 LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
 
