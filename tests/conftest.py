@@ -30,9 +30,11 @@ TINY = {
 }
 # The files that take longest come first, so that workers which share the files end together.
 LONGEST = (
-    *("test_benchmarks", "test_sweep", "test_bad_input", "test_deepspeed", "test_resume"),
-    *("test_launchers", "test_pool", "test_methods", "test_sharded", "test_stopping"),
-    *("test_export", "test_reproduce", "test_exchange", "test_feature_loss_runs", "test_python"),
+    *("test_benchmarks", "test_sweep", "test_sweep_rounds", "test_pool", "test_bad_input"),
+    *("test_launchers", "test_file_teachers", "test_deepspeed", "test_resume", "test_methods"),
+    *("test_stopping", "test_plugins", "test_feature_loss_runs", "test_invariants"),
+    *("test_without_gold", "test_text_and_copies", "test_reproduce", "test_lost_ranks"),
+    *("test_plan", "test_starts", "test_training", "test_export", "test_sharded", "test_python"),
 )
 LAUNCHER = "torch.distributed.run --standalone --nproc_per_node"
 
@@ -58,6 +60,24 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SEAD_DIST_HASHES", str(folder.with_name("hashes")))
         patch.setenv("SEAD_DIST_REPAIRED", str(folder.with_name("repaired")))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drafts() -> Iterator[None]:
+    """The runs of this process draw drafts of their pictures; forked ones do by `warm.py`."""
+    from pictures import draw_drafts
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_drafts(patch)
+        yield
+
+
+@pytest.fixture
+def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn as a person's run draws them."""
+    from pictures import draw_pictures
+
+    draw_pictures(monkeypatch)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -13,7 +13,7 @@ MODULES = (
     *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
     *("sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("pyarrow.dataset", "deepspeed", "torch.profiler", "torch.distributed.fsdp"),
-    *("transformers.modeling_layers", "pytest", "small"),
+    *("transformers.modeling_layers", "pytest", "small", "pictures"),
 )
 
 
@@ -24,6 +24,10 @@ def warm_up() -> None:
     gc.disable()
     for name in MODULES:
         importlib.import_module(name)
+    import pictures
+    import pytest
+
+    pictures.draw_drafts(pytest.MonkeyPatch())
     gc.freeze()
     gc.enable()
 

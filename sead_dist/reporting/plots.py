@@ -1,9 +1,10 @@
-"""The three pictures of a report, each a function of plain numbers and the path to write.
+"""The pictures of a report, each a function of plain numbers that returns a figure.
 
 Shapes: B examples, C classes, K bins of confidence.
 Colours are those of Okabe and Ito (2008), told apart with any kind of colour vision.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10
     return Reliability(confidence_K, accuracy_K, count_K, error)
 
 
-def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> None:
+def plot_loss(records: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
     """Draw the loss parts, and below them the selection score, over steps."""
     figure = _figure(8, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -89,7 +90,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str, path: Path) -> 
     else:
         _note(bottom, "no evaluation on the selection split")
     bottom.set(xlabel="optimiser step", ylabel=f"selection {metric}")
-    _save(figure, path)
+    return _ruled(figure)
 
 
 def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -122,16 +123,13 @@ def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return both
 
 
-def plot_scores(
-    panels: Mapping[str, Sequence[tuple[str, str, float]]], metric: str, path: Path
-) -> None:
+def plot_scores(panels: Mapping[str, Sequence[tuple[str, str, float]]], metric: str) -> "Figure":
     """Draw one panel of horizontal bars per split.
 
     Args:
         panels: per split its (role, name, score), from the top down; the role is "student",
             "ensemble" or "teacher" and gives the colour.
         metric: what the scores are.
-        path: the PNG to write.
     """
     colours = {"student": BLUE, "ensemble": ORANGE, "teacher": GREY}
     rows = max(len(bars) for bars in panels.values())
@@ -156,10 +154,10 @@ def plot_scores(
         axes.set_xlim(min([0.0, *values]) * 1.1, max([1.0, *values]))
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(xlabel=metric, title=f"Scores on {split}")
-    _save(figure, path, grid="x")
+    return _ruled(figure, grid="x")
 
 
-def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path: Path) -> None:
+def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "Figure":
     """Draw how often the student (and the ensemble) is right against how sure it is."""
     figure = _figure(8, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -182,10 +180,10 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str, path:
     top.set_title(f"Calibration on {split}")
     bottom.set(xlabel="confidence (largest class probability)", ylabel="share of rows")
     _legend(top)
-    _save(figure, path)
+    return _ruled(figure)
 
 
-def plot_confusion(found: Confusion, split: str, path: Path) -> None:
+def plot_confusion(found: Confusion, split: str) -> "Figure":
     """Draw how many rows of each gold label got each predicted one; shade is the share of a gold
     label's rows."""
     counts_CC, names = found.counts_CC, [_plain(short(name, 20)) for name in found.names]
@@ -203,12 +201,10 @@ def plot_confusion(found: Confusion, split: str, path: Path) -> None:
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="gold label", title=f"Student on {split}")
-    _save(figure, path, grid=None)
+    return _ruled(figure, grid=None)
 
 
-def plot_regression(
-    gold_B: Floats, predicted: Mapping[str, Floats], split: str, path: Path
-) -> None:
+def plot_regression(gold_B: Floats, predicted: Mapping[str, Floats], split: str) -> "Figure":
     """Draw predicted against gold scores, for the student and the ensemble."""
     figure = _figure(0.5 + 4.5 * len(predicted), 5)
     known_B = np.isfinite(gold_B)
@@ -228,7 +224,7 @@ def plot_regression(
         axes.set_title(f"{name}, mean absolute error {error:.3f}", fontsize="medium")
     panels[0].set_ylabel("predicted score")
     figure.suptitle(f"Predicted against gold on {split}")
-    _save(figure, path)
+    return _ruled(figure)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -280,12 +276,33 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _save(figure: "Figure", path: Path, grid: Literal["both", "x"] | None = "both") -> None:
+def _ruled(figure: "Figure", grid: Literal["both", "x"] | None = "both") -> "Figure":
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if grid is not None:
             axes.grid(axis=grid, alpha=0.25)
         axes.set_axisbelow(True)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the figure as a PNG; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def draft(figure: "Figure") -> bytes:
+    """The figure as a small PNG, without numbers on its axes and with nothing put in its place:
+    these take most of the time. It shows whether the texts in it can be drawn; raises where not.
+    """
+    from matplotlib.ticker import AutoLocator, NullLocator
+
+    figure.set_layout_engine(None)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_locator(), AutoLocator):
+                axis.set_major_locator(NullLocator())
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=20)
+    return drawn.getvalue()

@@ -18,12 +18,14 @@ from sead_dist.errors import reading
 from sead_dist.reporting.model_card import card_text
 from sead_dist.reporting.plots import (
     Reliability,
+    draft,
     plot_calibration,
     plot_confusion,
     plot_loss,
     plot_regression,
     plot_scores,
     reliability,
+    save,
 )
 from sead_dist.reporting.run_files import read_run
 from sead_dist.runtime.files import written_aside
@@ -31,6 +33,7 @@ from sead_dist.runtime.run_log import read_metrics
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ class Predictions:
         return [place_of.get(id_2.tobytes()) for id_2 in np.ascontiguousarray(ids_B2)]
 
 
-def write_report(run: Path) -> None:
+def write_report(run: Path, trial: bool = False) -> None:
     """Write README.md and plots/ from the other files of a run folder, and into run/model/.
 
-    A pure function of those files: it may be called again at any time.
+    A pure function of those files: it may be called again at any time. trial: the plots are
+    drawn as drafts and not kept.
 
     Raises:
         UserError: a file that the report needs is missing or cannot be read.
@@ -59,8 +63,17 @@ def write_report(run: Path) -> None:
     files = read_run(run)
     plots = run / "plots"
     plots.mkdir(exist_ok=True)
+    names: list[str] = []
+
+    def keep(figure: "Figure", name: str) -> None:
+        names.append(name)
+        if trial:
+            draft(figure)
+        else:
+            save(figure, plots / name)
+
     mark = files.mark
-    plot_loss(read_metrics(run), files.metric_of("selection"), plots / "loss.png")
+    keep(plot_loss(read_metrics(run), files.metric_of("selection")), "loss.png")
     panels = {
         f"{split}{mark}": [
             (role, name, metrics[files.metric_of(split)])
@@ -70,21 +83,19 @@ def write_report(run: Path) -> None:
         for split in files.evaluation_splits
     }
     split = files.evaluation_splits[0]
-    plot_scores(panels, files.metric_of(split), plots / "scores.png")
-    names = ["loss.png", "scores.png"]
+    keep(plot_scores(panels, files.metric_of(split)), "scores.png")
     errors, matrix = {}, None
     # without gold labels there is no being right to count
     if (run / "predictions" / f"{split}.parquet").exists() and not files.by_teachers(split):
         predictions = read_predictions(run / "predictions" / f"{split}.parquet")
-        found = _plot_predictions(predictions, f"{split}{mark}", plots / "calibration.png")
+        figure, found = _plot_predictions(predictions, f"{split}{mark}")
+        keep(figure, "calibration.png")
         errors = {name: result.error for name, result in found.items()}
-        names.append("calibration.png")
         labels = files.scores.get("labels") or []
         if len(labels) == predictions.student_logits_BC.shape[1] > 1:
             matrix = confusion(labels, predictions.labels_B, predictions.student_logits_BC)
             if len(labels) <= MOST_SHOWN:
-                plot_confusion(matrix, f"{split}{mark}", plots / "confusion.png")
-                names.append("confusion.png")
+                keep(plot_confusion(matrix, f"{split}{mark}"), "confusion.png")
     with written_aside(run / "README.md") as aside:
         aside.write_text(card_text(files, names, errors, matrix), "utf-8")
     if (run / "model").is_dir():
@@ -154,23 +165,23 @@ def read_predictions(path: Path) -> Predictions:
         )
 
 
-def _plot_predictions(predictions: Predictions, split: str, path: Path) -> dict[str, Reliability]:
-    """Draw the calibration, or for a regression the scatter, which has none to return."""
+def _plot_predictions(
+    predictions: Predictions, split: str
+) -> tuple["Figure", dict[str, Reliability]]:
+    """The calibration with its numbers, or for a regression the scatter, which has none."""
     logits_BC = predictions.student_logits_BC.astype(np.float64)
     ensemble_BC = predictions.ensemble_probabilities_BC
     if np.issubdtype(predictions.labels_B.dtype, np.floating):
         predicted = {"student": logits_BC[:, 0]}
         if ensemble_BC is not None:
             predicted["ensemble"] = ensemble_BC[:, 0]
-        plot_regression(predictions.labels_B, predicted, split, path)
-        return {}
+        return plot_regression(predictions.labels_B, predicted, split), {}
     exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
     shares = {"student": exp_BC / exp_BC.sum(axis=1, keepdims=True)}
     if ensemble_BC is not None:
         shares["ensemble"] = ensemble_BC
     results = {name: reliability(p_BC, predictions.labels_B) for name, p_BC in shares.items()}
-    plot_calibration(results, split, path)
-    return results
+    return plot_calibration(results, split), results
 
 
 def _encodable(values: Sequence[Any]) -> list[Any]:

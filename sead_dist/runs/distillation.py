@@ -327,5 +327,5 @@ def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
     }
     write_json(folder / "scores.json", record)
     write_json(folder / "eval_results.json", results)
-    write_report(folder)
+    write_report(folder, trial=True)
     print_table(*closing_table(parts, scores), file=io.StringIO())

@@ -388,7 +388,7 @@ def test_processes_that_take_the_processors_are_in_the_way():
     cores = os.cpu_count() or 1
     others = planrates.Others()
     loads = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * cores)]
-    end = time.monotonic() + 3.0
+    end = time.monotonic() + 1.5
     while time.monotonic() < end:
         sum(range(10_000))
     for load in loads:
@@ -397,7 +397,7 @@ def test_processes_that_take_the_processors_are_in_the_way():
     assert not planrates.Others().in_the_way(CPU)  # too short to tell
 
 
-SPIN = "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass"
+SPIN = "import time; end = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
 
 
 @pytest.mark.slow

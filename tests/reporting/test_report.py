@@ -1,5 +1,7 @@
 """The report of a run folder: plots, predictions, printed tables."""
 
+import io
+
 import numpy as np
 import pytest
 import yaml
@@ -7,11 +9,21 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from sample_run import CONFIG, make_run, softmax
 
+from sead_dist.data.metrics import confusion
 from sead_dist.errors import UserError
-from sead_dist.reporting.plots import even_records, reliability
+from sead_dist.reporting.plots import (
+    draft,
+    even_records,
+    plot_calibration,
+    plot_confusion,
+    plot_scores,
+    reliability,
+)
 from sead_dist.reporting.report import read_predictions, write_predictions, write_report
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.run_log import write_json
+
+pytestmark = pytest.mark.usefixtures("whole_pictures")
 
 
 def sizes(run):
@@ -46,6 +58,22 @@ def test_the_plots_open_and_have_a_sane_size(tmp_path):
     for width, height in found.values():
         assert 600 <= width <= 2000
         assert 250 <= height <= 2000
+
+
+@pytest.mark.parametrize("draw", [draft, lambda figure: figure.savefig(io.BytesIO())])
+def test_a_draft_fails_where_the_picture_would(draw):
+    """What is tried before a run's first step is what its report ends with."""
+    no_formula = r"$\frac{$"
+    found = reliability(np.array([[0.7, 0.3]]), np.array([0]))
+    matrix = confusion(["a", "b"], np.array([0]), np.array([[0.7, 0.3]]))
+    for figure in (
+        plot_scores({no_formula: [("teacher", "a", 0.5)]}, "accuracy"),
+        plot_scores({"validation": [("teacher", "a", 0.5)]}, no_formula),
+        plot_calibration({"student": found}, no_formula),
+        plot_confusion(matrix, no_formula),
+    ):
+        with pytest.raises(ValueError, match="frac"):
+            draw(figure)
 
 
 def test_a_run_without_teachers(tmp_path):

@@ -167,8 +167,9 @@ def test_a_resume_with_other_answers_is_refused(task, live, tmp_path):
 
 @pytest.mark.parametrize(
     "ensemble",
-    ["single", "mean_logits", "mean_probabilities", "fixed", "confidence", "entropy", "answers",
-     "random"],
+    ["single", "mean_logits", "answers",
+     *(pytest.param(name, marks=pytest.mark.slow)
+       for name in ("mean_probabilities", "fixed", "confidence", "entropy", "random"))],
 )  # fmt: skip
 def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path, ensemble):
     """And a run that was stopped comes to the same student, on two ranks too (world size 2 gives

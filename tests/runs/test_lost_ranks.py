@@ -81,7 +81,7 @@ def check_one_line(code, said, lost, phase, what):
     return line
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize(
     "phase",
     [

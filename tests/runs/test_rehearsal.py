@@ -27,7 +27,7 @@ def test_a_report_that_cannot_be_written_ends_the_run_before_its_first_step(
 ):
     data, teacher = task
 
-    def breaks(panels, metric, path):
+    def breaks(panels, metric):
         raise ValueError("what only a plot would say")
 
     monkeypatch.setattr(report, "plot_scores", breaks)

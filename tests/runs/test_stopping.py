@@ -1,5 +1,6 @@
 """Signals, and ranks that die or hang: everything is saved together, or the run ends by name."""
 
+import functools
 import json
 import os
 import re
@@ -23,14 +24,16 @@ def given_words(tiny_task, root, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tiny_task, tmp_path_factory):
-    """The students of uninterrupted runs, by number of ranks."""
-    found = {}
-    for size in (1, 2):
+    """`whole(size)`: the student of an uninterrupted run on so many ranks."""
+
+    @functools.cache
+    def student(size):
         root = tmp_path_factory.mktemp(f"whole-{size}")
         run_ranks(size, root / "ranks", run_distill, given_words(tiny_task, root))
-        found[size] = model_bytes(root / "run")
         assert not (root / "run" / ".ranks").exists()
-    return found
+        return model_bytes(root / "run")
+
+    return student
 
 
 def slowly(world, given, where, seconds):
@@ -91,7 +94,7 @@ def log(root) -> str:
 @pytest.mark.parametrize(
     ("size", "number"),
     [
-        (1, signal.SIGUSR2),
+        pytest.param(1, signal.SIGUSR2, marks=pytest.mark.slow),
         (2, signal.SIGUSR2),
         pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
     ],
@@ -113,7 +116,7 @@ def test_invariant_08_a_notice_to_one_rank_saves_all_at_one_step_and_the_student
     assert not (tmp_path / "run" / "run_summary.json").exists()
     run_ranks(size, tmp_path / "ranks", run_distill, given)
     assert f"resuming at step {step} of {STEPS} ({saved})\n" in log(tmp_path)
-    assert model_bytes(tmp_path / "run") == whole[size]
+    assert model_bytes(tmp_path / "run") == whole(size)
 
 
 @pytest.mark.slow
@@ -133,7 +136,7 @@ def test_a_notice_while_teachers_compute_keeps_what_they_computed(tmp_path, tiny
     assert (
         computed_rows(tmp_path) == read(tmp_path / "run" / "run_summary.json")["teacher_forwards"]
     )
-    assert model_bytes(tmp_path / "run") == whole[size]
+    assert model_bytes(tmp_path / "run") == whole(size)
 
 
 def computed_rows(root: Path) -> int:

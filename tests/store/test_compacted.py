@@ -248,6 +248,7 @@ def compacted(folder: Path, num: int = 500, missing: int = 20) -> tuple[np.ndarr
     return ids, entries
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_a_compacted_block_is_found_by_verify(tmp_path):
     compacted(tmp_path, num=150, missing=5)
     (path,) = blocks_of(tmp_path)

@@ -102,7 +102,7 @@ def rows_of(run, number, workers):
     return sum(json.loads(line)["rows"] for line in journal.read_text().splitlines())
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
     tmp_path, task, colocated, size
 ):
@@ -391,7 +391,9 @@ def test_a_full_disk_stops_the_worker_and_keeps_what_was_finished(tmp_path, task
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("store", "store={} is not writable (Permission denied)"),
+        pytest.param(
+            "store", "store={} is not writable (Permission denied)", marks=pytest.mark.slow
+        ),
         ("run", "output_dir={}: a worker keeps its log in {}/.pool/worker-1-of-1, which cannot be"),
     ],
 )
