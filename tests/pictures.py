@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sead_dist.reporting import plots, report
-from sead_dist.runtime.own_files import written_aside
+from sead_dist.runtime.files import written_aside
 
 
 def save_draft(figure: Figure, path: Path) -> None:
