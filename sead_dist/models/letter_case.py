@@ -23,7 +23,9 @@ def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenize
     settings = folder / SETTINGS
     if (folder / "tokenizer.json").is_file() or not takes_off(tokenizer):
         return
-    if settings.is_file() and '"do_lower_case"' in settings.read_text(encoding="utf-8"):
+    if settings.is_file() and '"do_lower_case"' in settings.read_text(
+        encoding="utf-8", errors="replace"
+    ):
         return
     words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     capital = [word for word in words if word != word.lower()]
