@@ -21,3 +21,6 @@ DEFAULT_RULES = 2
 STAGE_RULES = 2
 # How a start is repaired (runs/repair.py).
 REPAIR_RULES = 1
+# Which rows no file of predictions answers (runs/requests.py).
+# 1: a row counted as answered where a teacher had an answer that is not asked of it.
+ANSWER_RULES = 2

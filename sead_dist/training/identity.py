@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.names import renamed
-from sead_dist.config.rules import DEFAULT_RULES, INPUT_RULES, ORDER_RULES, STAGE_RULES, START_RULES
+from sead_dist.config.rules import (
+    ANSWER_RULES,
+    DEFAULT_RULES,
+    INPUT_RULES,
+    ORDER_RULES,
+    STAGE_RULES,
+    START_RULES,
+)
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.run_log import read_as
@@ -25,7 +32,9 @@ RULES = {
 
 def rules_of(config: RunConfig) -> dict[str, int]:
     """The versions of the rules that decide the student of this run."""
-    return {**RULES, "stages": STAGE_RULES} if config.feature_loss == "tinybert" else RULES
+    stages = {"stages": STAGE_RULES} if config.feature_loss == "tinybert" else {}
+    by_files = any(entry.predictions is not None for entry in config.teachers)
+    return {**RULES, **stages, **({"answers": ANSWER_RULES} if by_files else {})}
 
 
 # what an entry of a teacher has only where it is asked for; other keys that are not there were
@@ -68,9 +77,10 @@ class Identity:
             return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
-        """The rules that have another version in `other`. Where the two are of unlike methods, one
-        may have rules that the other never has: the methods are the difference then."""
+        """The rules that have another version in `other`. Where the two are of unlike methods or
+        teachers, one may have rules that the other never has: these are the difference then."""
         alike = self.config.get("feature_loss") == other.config.get("feature_loss")
+        alike &= _fingerprints(self.teachers) == _fingerprints(other.teachers)
         names = {**self.rules, **other.rules} if alike else RULES
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
@@ -111,6 +121,10 @@ class Identity:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}..."
+
+
+def _fingerprints(teachers: list[dict[str, Any]]) -> list[str]:
+    return [entry["fingerprint"] for entry in teachers]
 
 
 def _names(teachers: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
 from sead_dist.sweep.run import run_sweep
-from sead_dist.training.identity import RULES, Identity, refuse_other
+from sead_dist.training.identity import RULES, Identity, refuse_other, rules_of
 
 OLD = Path(__file__).parents[1] / "fixtures" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -106,6 +106,19 @@ def test_every_rule_has_a_part_in_the_identity():
             refuse_other(Path("run"), other, now)
     written = json.loads(json.dumps({"config": {}, "data": "data", "teachers": []}))
     assert set(Identity(**written).other_rules(now)) == set(RULES)
+
+
+def test_a_run_with_files_of_predictions_has_the_rules_of_their_rows():
+    model, file = ({"fingerprint": name, "labels": []} for name in "mf")
+    config = load_config(["sst2", "teachers=[m, {predictions: f.csv}]", "output_dir=run"])
+    begun = Identity({}, "data", [model, file], "start", dict(RULES))
+    now = replace(begun, rules=rules_of(config))
+    assert rules_of(load_config(["sst2", "teachers=[m]", "output_dir=run"])) == RULES
+    with pytest.raises(UserError, match="with the rules answers 1; this version has answers 2"):
+        refuse_other(Path("run"), begun, now)
+    # a file that is given besides is another teacher, not another version
+    with pytest.raises(UserError, match="holds another run: teachers were m"):
+        refuse_other(Path("run"), replace(begun, teachers=[model]), now)
 
 
 def test_groups_and_accepted_answers_are_part_of_the_data():
