@@ -48,6 +48,12 @@ def find_config(name: str) -> Path:
             path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
             if os.path.isfile(path):
                 return path
+    if os.path.isdir(name):
+        run = Path(name) / "config.yaml"
+        what = (
+            f"its file {run}" if run.is_file() else f"a YAML file, or KEY=VALUE (data.path={name}?)"
+        )
+        raise UserError(f"config {name!r} is a folder; give {what}")
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
     near = nearest(Path(name).stem, known)
     hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
@@ -232,7 +238,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         if "=" in word:
             continue
         if word in known and not os.path.exists(word):
-            value = words[place + 1] if place + 1 < len(words) else "VALUE"
+            value = words[place + 1].lstrip("=") if place + 1 < len(words) else "VALUE"
             raise UserError(f"{word} is a key, and no value stands with it; write {word}={value}")
         path = find_config(word)
         with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):

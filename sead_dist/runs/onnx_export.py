@@ -36,7 +36,7 @@ from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import label_names, load_classifier
 from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
-from sead_dist.runs.prediction import class_order, data_of, task_of
+from sead_dist.runs.prediction import class_order, data_of, data_option, task_of
 from sead_dist.runs.quiet import quiet_libraries
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
@@ -154,7 +154,9 @@ def load_original(
     """The model on the CPU in fp32, with its task's official splits."""
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)
-    sets = [load_to_score(name, task, source, split) for split in task.splits if split != "train"]
+    with data_option():
+        names = [split for split in task.splits if split != "train"]
+        sets = [load_to_score(name, task, source, split) for split in names]
     checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint).eval()
