@@ -34,7 +34,8 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
         if colon:
             hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
         return f"unknown key {key!r}; {hint}"
-    if first["input"] is None or first["type"] == "missing":
+    no_value = first["input"] is None and first["type"] != "model_type"
+    if no_value or first["type"] == "missing":
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     names = [part for part in first["loc"] if isinstance(part, str)]
     while names and ".".join(names) not in known:  # a class in `words` is no key

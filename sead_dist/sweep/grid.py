@@ -219,7 +219,7 @@ def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]
 def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
     """Raises UserError for a run's key where the sweep has one that says it for all runs."""
     # a task's file may stand beside `tasks`
-    lacking = (("task", "tasks"),) if "tasks" not in own else ()
+    lacking = (("task", "tasks"),) if own.get("tasks") is None else ()
     for layer in run:
         for one, all_ in (("method", "methods"), ("seed", "seeds"), *lacking):
             if one in layer:
