@@ -110,6 +110,13 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
+    group, _, place = key.strip().partition(".")
+    if group in ("teachers", "encoders") and place:
+        name = place.rpartition(".")[2]
+        raise UserError(
+            f"{key.strip()}: a word holds all of {group}, and no part of an entry; write "
+            f"{group}='[{{path: DIR, {name}: {text or 'VALUE'}}}]'"
+        )
     value = read_word(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -251,6 +258,11 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+        if "model_type" in layer:
+            raise UserError(
+                f"config {word!r} is the shape of a model; give student={word}, or for finetune "
+                f"encoders=[{word}]"
+            )
         # a task's own file stands for the task
         layers.append({"task": str(path)} if "text_a" in layer else layer)
     return layers + [_override(word) for word in words if "=" in word]

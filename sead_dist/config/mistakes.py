@@ -35,6 +35,8 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
             hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
         return f"unknown key {key!r}; {hint}"
     no_value = first["input"] is None and first["type"] != "model_type"
+    if first["type"] == "missing" and any(isinstance(part, int) for part in first["loc"]):
+        return f"{key} is not set; give it in the entry: {{{first['loc'][-1]}: VALUE, ...}}"
     if no_value or first["type"] == "missing":
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     names = [part for part in first["loc"] if isinstance(part, str)]

@@ -60,6 +60,8 @@ def told_choices(
     rate = f"learning_rate={learning_rate(config, width):g}"
     if config.learning_rate is None:
         rate += f" (automatic: the student is {width} wide)"
+    if config.warmup(steps) >= steps:
+        rate += f"; WARNING: never reached, since warmup_steps={config.warmup_steps:g} of {steps}"
     return [length, rate, told_checkpoint(config, examples.rows_to_choose_by, steps)]
 
 

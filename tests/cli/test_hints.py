@@ -68,6 +68,9 @@ def test_a_folder_given_as_a_configuration_is_told_as_such(tmp_path):
         UserError, match=r"is a folder; give a YAML file, or KEY=VALUE \(data.path="
     ):
         load_config([str(tmp_path), "output_dir=run"])
+    (tmp_path / "shape.yaml").write_text("model_type: bert\nhidden_size: 32\n")
+    with pytest.raises(UserError, match=r"is the shape of a model; give student=.*shape.yaml, or"):
+        load_config([str(tmp_path / "shape.yaml"), "output_dir=run"])
     (tmp_path / "config.yaml").write_text("seed: 3\n")
     with pytest.raises(UserError, match=rf"is a folder; give its file {tmp_path}/config.yaml$"):
         load_config([str(tmp_path), "output_dir=run"])
@@ -112,7 +115,12 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers=[{name: m}]",
-            "teachers.0.path is not set; give teachers.0.path=VALUE or set it in a YAML file",
+            "teachers.0.path is not set; give it in the entry: {path: VALUE, ...}",
+        ),
+        (
+            "teachers.0.weight=3",
+            "teachers.0.weight: a word holds all of teachers, and no part of an entry; write "
+            "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "push_to_hub=maybe",
