@@ -137,11 +137,11 @@ def refuse_several(
         for child in sorted(Path(path).iterdir())
         if any((place / mark).is_file() for place in (child, child / "model") for mark in marks)
     ]
+    all_ = f", or all: teachers={Path(path) / '*'}" if as_teacher else ""
     if found and found != ["model"]:
         raise UserError(
             f"{path} is a folder of models ({', '.join(found[:4])}{', ...' if found[4:] else ''}); "
-            f"give one of them, such as {Path(path, found[0])}"
-            + (f", or all: teachers={Path(path) / '*'}" if as_teacher else "")
+            f"give one of them, such as {Path(path, found[0])}{all_}"
         )
 
 
@@ -392,8 +392,7 @@ def check_vocabulary(
     name: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
 ) -> None:
     """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
-    size = getattr(config, "vocab_size", None)
-    words = embeddings_for(tokenizer)
+    size, words = getattr(config, "vocab_size", None), embeddings_for(tokenizer)
     if size is not None and words > size:
         raise UserError(
             f"{name} has {size} word embeddings but its tokeniser has {words} words; "

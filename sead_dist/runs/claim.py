@@ -126,7 +126,8 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     run = Path(config.output_dir)
     if not (run / "config.yaml").is_file() or not has_progress(run):
         return
-    saved = read_yaml(run / "config.yaml")
+    kept = read_yaml(run / "config.yaml")
+    saved = kept if isinstance(kept, dict) else {}
     rows = 0 if examples is None else examples.rows_to_choose_by
     if "eval_steps" not in saved or final_checkpoint(config, rows) != "best":
         return
