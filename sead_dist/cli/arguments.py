@@ -27,6 +27,23 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{asked!r} is no command; {hint}")
 
 
+def unknown(rest: Sequence[str], args: argparse.Namespace) -> str:
+    """What is said of the words that a command does not take: keys given as options, and options
+    as keys, are told with what to write."""
+    from sead_dist.config.keys import all_keys  # it needs pydantic
+
+    line = f"unrecognized arguments: {' '.join(rest)}"
+    name, equals, value = rest[0].lstrip("-").partition("=")
+    if not equals:
+        value = next(iter(rest[1:]), "VALUE")
+    if hasattr(args, "words") and name.replace("-", "_") in {key.name for key in all_keys()}:
+        return f"{line}; keys have no dashes: {name.replace('-', '_')}={value}"
+    option = name.partition(".")[0]
+    if equals and hasattr(args, option):
+        return f"{line}; write --{option} {value}"
+    return line
+
+
 def add_words(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="+", metavar="CONFIG|KEY=VALUE", help=WORDS)
 

@@ -338,9 +338,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = top.parse_known_args([word for word in given if word != "--debug"])
     args.debug = "--debug" in given
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
-        arguments.Parser(f"sead-dist {args.command}").error(
-            f"unrecognized arguments: {' '.join(rest)}"
-        )
+        arguments.Parser(f"sead-dist {args.command}").error(arguments.unknown(rest, args))
     if rest:
         args.words = [*args.words, *rest]
     return args

@@ -76,9 +76,10 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
 
 
 def _told_steps(config: RunConfig, labelled: int, rows: int, steps: int) -> str:
-    if config.max_steps is not None:
-        return f"{steps} steps (max_steps)"
     epochs = config.num_train_epochs
+    if config.max_steps is not None:
+        other = "" if epochs is None else f"; num_train_epochs={epochs} does not count beside it"
+        return f"{steps} steps (max_steps{other})"
     if epochs is not None:
         return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
     if config.early_stopping_patience is not None and not config.taught:

@@ -50,6 +50,12 @@ def find_config(name: str) -> Path:
             path = shipped / folder / Path(*inside[:-1], inside[-1] + suffix) if inside else shipped
             if os.path.isfile(path):
                 return path
+    if os.path.isdir(name):
+        run = Path(name) / "config.yaml"
+        what = (
+            f"its file {run}" if run.is_file() else f"a YAML file, or KEY=VALUE (data.path={name}?)"
+        )
+        raise UserError(f"config {name!r} is a folder; give {what}")
     known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
     near = nearest(Path(name).stem, known)
     hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
@@ -101,6 +107,13 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
+    group, _, place = key.strip().partition(".")
+    if group in ("teachers", "encoders") and place:
+        name = place.rpartition(".")[2]
+        raise UserError(
+            f"{key.strip()}: a word holds all of {group}, and no part of an entry; write "
+            f"{group}='[{{path: DIR, {name}: {text or 'VALUE'}}}]'"
+        )
     value = read_word(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -241,7 +254,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         if "=" in word:
             continue
         if word in known and not os.path.exists(word):
-            value = words[place + 1] if place + 1 < len(words) else "VALUE"
+            value = words[place + 1].lstrip("=") if place + 1 < len(words) else "VALUE"
             raise UserError(f"{word} is a key, and no value stands with it; write {word}={value}")
         path = find_config(word)
         with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):
@@ -254,6 +267,11 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+        if "model_type" in layer:
+            raise UserError(
+                f"config {word!r} is the shape of a model; give student={word}, or for finetune "
+                f"encoders=[{word}]"
+            )
         # a task's own file stands for the task
         layers.append({"task": str(path)} if "text_a" in layer else layer)
     return layers + [_override(word) for word in words if "=" in word]

@@ -28,11 +28,16 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
         hint = "`sead-dist keys` lists all"
         if near is not None:
             hint = f"did you mean {RENAMED.get(near, near)!r}?"
+        elif inside := [key for key in known if _is_in_group(key, plain)]:
+            hint = f"did you mean {' or '.join(inside)}?"
         name, colon, value = str(first["loc"][-1]).partition(":")
         if colon:
             hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
         return f"unknown key {key!r}; {hint}"
-    if first["input"] is None or first["type"] == "missing":
+    no_value = first["input"] is None and first["type"] != "model_type"
+    if first["type"] == "missing" and any(isinstance(part, int) for part in first["loc"]):
+        return f"{key} is not set; give it in the entry: {{{first['loc'][-1]}: VALUE, ...}}"
+    if no_value or first["type"] == "missing":
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     names = [part for part in first["loc"] if isinstance(part, str)]
     while names and ".".join(names) not in known:  # a class in `words` is no key
@@ -40,7 +45,23 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
     where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
     # what a section holds may be long, or secret
     value = "" if isinstance(first["input"], Mapping) else f"={as_yaml(first['input'])}"
+    inside = [name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}.")]
+    if inside and first["type"] == "model_type":
+        return f"{key}{value}: {_group_of(key, inside, first['input'])}{where}"
     return f"{key}{value}: {expected_value(first)}{where}"
+
+
+def _is_in_group(key: str, name: str) -> bool:
+    """Whether a key is `data.NAME`, of a group that a run has once (each teacher has an entry)."""
+    group, dot, last = key.rpartition(".")
+    return dot != "" and last == name and group not in ("teachers", "encoders")
+
+
+def _group_of(name: str, keys: Sequence[str], value: Any) -> str:
+    """What to write for a value that was given to a group of keys, as if it were a key."""
+    as_path = isinstance(value, str) and "path" in keys
+    meant = f"{name}.path={value}" if as_path else f"{name}.KEY=VALUE"
+    return f"{name} is a group of keys ({', '.join(keys)}); write {meant}"
 
 
 def as_yaml(value: Any) -> str:
@@ -58,14 +79,26 @@ def expected_value(mistake: "ErrorDetails") -> str:
     """What is wrong with a value, in YAML's words."""
     kind, value = mistake["type"], mistake["input"]
     if kind in ("list_type", "tuple_type"):
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float | Mapping):
             return "expected a list"
-        listed = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10000)
+        given = list(value) if isinstance(value, Mapping) else [value]
+        if isinstance(value, str):  # a,b,c is meant as three
+            given = [part.strip() for part in value.split(",")]
+        listed = yaml.safe_dump(given, default_flow_style=True, allow_unicode=True, width=10000)
         return f"expected a list; give {listed.strip()}"
     if kind in ("dict_type", "model_type"):
         return "expected a mapping; give {KEY: VALUE}"
     if kind in ("bool_parsing", "bool_type"):
         return "expected true or false; give one of them"
+    if kind.startswith("int_"):
+        return "expected a whole number, such as 10"
+    if kind in ("float_parsing", "float_type"):
+        return "expected a number, such as 0.1"
+    if kind == "string_type":
+        if isinstance(value, list | tuple | Mapping):
+            return "expected a text"
+        typed = as_yaml(value) if isinstance(value, bool) else str(value)
+        return f"expected a text; quote it: {typed!r} (YAML reads it as another type)"
     if kind == "too_short":
         least = mistake["ctx"]["min_length"]
         return f"expected more values; give at least {'one' if least == 1 else least}"

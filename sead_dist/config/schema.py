@@ -223,7 +223,7 @@ class OutputKeys(Section):
     """average: share of the steps, the last ones, that the mean is taken over"""
     eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational] = None
     """score the selection split so often; null: after each epoch over the labelled rows, and at
-    most fifty times"""
+    most fifty times (where the best student is kept, a resume may not change it)"""
     save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational] = None
     """save the state so often; 0: never; null: each minute, as long as that takes at most 2% of the
     time, and with each new best student where the best is kept"""

@@ -190,11 +190,13 @@ def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> U
     """The error for a label outside the set, with all others that are outside it and how often they
     occur: more than a slip of one row is first a matter of the task's file."""
     line = str(error).removesuffix("; fix the row")
-    if task.reader != "plain" or not task.task_kind.has_classes or line == str(error):
+    if task.reader != "plain" or line == str(error) or TASKS.get(task.name) == task:
         return error
+    if not task.task_kind.has_classes:
+        return UserError(f"{error}, or score_range in the task's file")
     counts = Counter(str(row.get(task.label_column)) for row in rows)
     outside = [pair for pair in counts.most_common() if not task.task_kind.is_label(task, pair[0])]
-    if not outside or TASKS.get(task.name) == task:
+    if not outside:
         return error
     listed = ", ".join(f"{label!r} ({counted(count, 'row')})" for label, count in outside[:10])
     more = f" and {len(outside) - 10} more" if len(outside) > 10 else ""

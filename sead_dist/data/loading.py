@@ -111,10 +111,13 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
         raise UserError(f"{path} has {_list(found)} for the {split} split; keep one of them")
     if not found:
         key = "train" if split == "train" else "validation"
+        may_be_cut = key == "validation" and task.hub is None and len(task.splits) == 2
+        alone = ", or data.train=FILE alone, of which a part is held out" if may_be_cut else ""
         held = _list(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
             f"no {split} file in {path}: looked for {_list(task.splits[split])} with "
             f"{_list(EXTENSIONS)}; the folder holds {held}; or give the file: data.{key}=FILE"
+            f"{alone}"
         )
     files = next(iter(found.values()))
     if (shard := re.search(r"-of-(\d+)", files[0].stem)) and len(files) != int(shard[1]):

@@ -6,6 +6,7 @@ Shapes: B rows.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,11 @@ class RunExamples:
     @property
     def labelled_rows(self) -> int:
         return len(self.train) - self.transfer_rows - len(self.copied)
+
+    @property
+    def rows_to_choose_by(self) -> int:
+        """Rows of the selection split that have a gold label."""
+        return int(has_label(self.selection.labels_B).sum())
 
     @property
     def labelled(self) -> ExampleSet:
@@ -132,7 +138,13 @@ def _read_split(
     for rows in chunks:
         labels = None if may_lack else True
         with told_with(source_of(task, split, path, file)):
-            parts.append(build_examples(task, rows, split, labels, route, first=read))
+            try:
+                parts.append(build_examples(task, rows, split, labels, route, first=read))
+            except UserError:
+                # it may count rows with the same mistake: those of later chunks too
+                rows += chain.from_iterable(chunks)
+                build_examples(task, rows, split, labels, route, first=read)
+                raise
         read += len(rows)
     found = concatenate(*parts)
     if found.has_gold and not has_label(found.labels_B).all():

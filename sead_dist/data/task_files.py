@@ -24,6 +24,11 @@ from sead_dist.errors import UserError
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
 
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names in braces."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """One task. Templates name columns in braces: "{premise}". Only `name` and `text_a` are
@@ -81,8 +86,7 @@ class TaskSpec:
     def templates(self) -> tuple[str, ...]:
         """The columns that the templates name."""
         texts = [self.text_a, self.text_b or "", *self.choices]
-        parts = (part for text in texts for part in string.Formatter().parse(text))
-        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+        return tuple(dict.fromkeys(name for text in texts for name in columns_of(text)))
 
     @property
     def task_kind(self) -> TaskKind:
@@ -192,6 +196,8 @@ def load_task(name_or_yaml: str | Path) -> TaskSpec:
         return read_task_file(Path(name))
     if name in TASKS:
         return TASKS[name]
+    if Path(f"{name}.yaml").is_file():
+        raise UserError(f"unknown task {name!r}; did you mean the file {name}.yaml?")
     raise UserError(f"unknown task {name!r}{told_known(name, TASKS)}; or the path of a .yaml file")
 
 
@@ -221,10 +227,9 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
         task = TypeAdapter(TaskSpec).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        fix = " (quote it: YAML reads it as another type)" if first["type"] == "string_type" else ""
         key = ".".join(map(str, first["loc"]))
         what = f"{key} is {as_yaml(first['input'])}: " if key else ""
-        raise UserError(f"{where}: {what}{expected_value(first)}{fix}") from error
+        raise UserError(f"{where}: {what}{expected_value(first)}") from error
     if problem := find_problem(task):
         raise UserError(f"{where}: {problem}")
     return task
@@ -287,6 +292,10 @@ def find_problem(task: TaskSpec) -> str | None:
         return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
+    for key, one in (("text_a", task.text_a), ("text_b", task.text_b)):
+        # a sentence may be meant for every row, one word is hardly
+        if one is not None and re.fullmatch(r"\w+", one):
+            return f"{key} is {one!r} in every row; write a column's name in braces: '{{{one}}}'"
     if "train" not in task.splits or len(task.splits) < 2:
         return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
     allowed = task.task_kind.metric_names(task.reader)

@@ -208,12 +208,17 @@ def _unquoted(field: str) -> str:
 
 def _delimiter(text: str, path: Path, task: TaskSpec) -> str:
     """A semicolon, as spreadsheets write it in some countries, where it divides the first line into
-    names of the task's columns and a comma does not."""
+    names of the task's columns and a comma does not. Raises UserError where tabs do."""
     known = {*task.fields, task.label_column, *task.renames}
     first = text.partition("\n")[0].removesuffix("\r")
-    by_comma, by_semicolon = (
-        {name.strip('"') for name in first.split(mark)} for mark in (",", ";")
+    by_comma, by_semicolon, by_tab = (
+        {name.strip('"') for name in first.split(mark)} for mark in (",", ";", "\t")
     )
+    if known & by_tab - by_comma:
+        raise UserError(
+            f"data file {path}: tabs divide its columns ({first.replace(chr(9), ', ')}), and its "
+            "name says commas; name it .tsv"
+        )
     if known & by_comma or not known & by_semicolon:
         return ","
     _log.warning("%s: its columns are divided by semicolons", path)

@@ -24,6 +24,7 @@ from sead_dist.data.formats import Route
 from sead_dist.data.loading import row_chunks, told_with
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
+from sead_dist.runtime.console import counted
 
 # rows of a file that are in memory at once, beside those that are kept
 CHUNK = 50_000
@@ -47,9 +48,9 @@ class UnlabelledText:
                 "is left over; give a file of text: unlabeled.path=FILE"
             )
         return (
-            f"unlabelled text: {self.rest} rows of the train file, {count - self.rest} of "
-            f"unlabeled.path; {self.removed} removed, which share a sentence with selection or "
-            "held-out rows"
+            f"unlabelled text: {counted(self.rest, 'row')} of the train file, "
+            f"{count - self.rest} of unlabeled.path; {self.removed} removed, which share a "
+            "sentence with selection or held-out rows"
         )
 
 

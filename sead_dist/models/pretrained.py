@@ -85,12 +85,13 @@ def locate(
     revision: str | None = None,
     marks: tuple[str, ...] = ("config.json",),
     offline: bool = False,
+    as_teacher: bool = False,
 ) -> Checkpoint:
     """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id; of a LoRA
     adapter, the folder in which it is merged into its base.
 
     marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
-    fetched before.
+    fetched before. as_teacher: whether it is one of `teachers`, of which a pattern gives several.
 
     Raises UserError when it is not there, or the hub cannot be reached.
     """
@@ -103,7 +104,7 @@ def locate(
                 return Checkpoint(path, place, revision)
         if (folder / "run.json").is_file():
             raise UserError(f"the run {path} is not finished; give its own command again")
-        refuse_several(path, marks)
+        refuse_several(path, marks, as_teacher)
         raise UserError(
             f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
         )
@@ -128,18 +129,20 @@ def locate(
     return Checkpoint(path, Path(found), Path(found).name)
 
 
-def refuse_several(path: str, marks: Sequence[str] = ("config.json",)) -> None:
+def refuse_several(
+    path: str, marks: Sequence[str] = ("config.json",), as_teacher: bool = False
+) -> None:
     """Raises UserError for a folder of checkpoints or runs, which is none itself."""
     found = [
         child.name
         for child in sorted(Path(path).iterdir())
         if any((place / mark).is_file() for place in (child, child / "model") for mark in marks)
     ]
+    all_ = f", or all: teachers={Path(path) / '*'}" if as_teacher else ""
     if found and found != ["model"]:
         raise UserError(
             f"{path} is a folder of models ({', '.join(found[:4])}{', ...' if found[4:] else ''}); "
-            f"give one of them, such as {Path(path, found[0])}, or as teachers all: "
-            f"teachers={Path(path) / '*'}"
+            f"give one of them, such as {Path(path, found[0])}{all_}"
         )
 
 
@@ -383,13 +386,16 @@ def fitting_length(asked: int, config: "PretrainedConfig") -> int:
     return min(asked, position_limit(config) or asked)
 
 
+def embeddings_for(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many word embeddings a tokeniser needs: numbers of words may have gaps."""
+    return max(len(tokenizer), 1 + int(max(tokenizer.get_vocab().values())))
+
+
 def check_vocabulary(
     name: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
 ) -> None:
     """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
-    size = getattr(config, "vocab_size", None)
-    # numbers of words may have gaps
-    words = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    size, words = getattr(config, "vocab_size", None), embeddings_for(tokenizer)
     if size is not None and words > size:
         raise UserError(
             f"{name} has {size} word embeddings but its tokeniser has {words} words; "

@@ -85,23 +85,30 @@ def start_hash(config: RunConfig, offline: bool) -> str:
 
 
 def student_tokenizer(
-    student: StudentConfig, teachers: Sequence[TeacherConfig], offline: bool = False
+    student: StudentConfig, teachers: Sequence[TeacherConfig] | None, offline: bool = False
 ) -> Checkpoint:
-    """Where the student's tokeniser comes from: its own entry, its start, else a teacher."""
-    models = [teacher.path for teacher in teachers if teacher.is_model]
+    """Where the student's tokeniser comes from: its own entry, its start, else a teacher. teachers:
+    None where there can be none, as in the run of an encoder. Raises UserError."""
+    models = [teacher.path for teacher in teachers or () if teacher.is_model]
     sources = [student.tokenizer, student.path, *models]
     source = next((source for source in sources if source is not None), None)
+    if source is None and teachers is None:
+        raise UserError(
+            f"{student.shape} is a shape, which has no tokeniser; set student.tokenizer=DIR, a "
+            "folder or hub id that has one"
+        )
     if source is None:
         raise UserError(
             "a student of a shape needs a tokeniser; set student.tokenizer=FOLDER, or give "
             + ("a teacher that is a model" if teachers else "teachers")
             + (
                 " (a file of predictions has no tokeniser)"
-                if any(teacher.predictions is not None for teacher in teachers)
+                if any(teacher.predictions is not None for teacher in teachers or ())
                 else ""
             )
         )
-    return locate(source, marks=TOKENIZER_FILES, offline=offline)
+    as_teacher = source not in (student.tokenizer, student.path)
+    return locate(source, marks=TOKENIZER_FILES, offline=offline, as_teacher=as_teacher)
 
 
 def shape_file(shape: str) -> Path:

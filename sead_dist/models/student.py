@@ -40,6 +40,7 @@ from sead_dist.models.pretrained import (
     TOKENIZER_FILES,
     Checkpoint,
     check_vocabulary,
+    embeddings_for,
     load_model_config,
     load_tokenizer,
     locate,
@@ -73,7 +74,11 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
         near = nearest(str(kind), ["bert", *CONFIG_MAPPING])
         hint = f"did you mean {near!r}?" if near else "give one of Transformers, such as bert"
         raise UserError(f"student.shape={shape}: unknown model_type {kind!r}; {hint}")
-    given = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **fields}
+    given = {
+        "vocab_size": embeddings_for(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        **fields,
+    }
     try:
         with reading(str(path), "see the fields of a Transformers config"):
             config = AutoConfig.for_model(**given)
@@ -90,7 +95,7 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
 def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
     """Raises UserError for a start that is not there or whose weights do not fit, before anything
     long depends on it. No weights are read."""
-    tokenizer = load_tokenizer(student_tokenizer(student, []))
+    tokenizer = load_tokenizer(student_tokenizer(student, None))
     if student.shape is not None:
         _shape_config(student.shape, tokenizer)
     elif student.path is not None:

@@ -92,6 +92,14 @@ class Weighting:
         """What the run's keys lack, as one line; None where nothing."""
         return None
 
+    def too_few(self, name: str, rows: int) -> str:
+        """That so many rows are fewer than `fewest_rows`, where files answer some rows alone."""
+        return (
+            f"ensemble={name} needs {self.fewest_rows} labelled rows of the selection split that "
+            f"every teacher answers, and there are {rows}; give files that answer more of them, "
+            "or use ensemble=mean_probabilities"
+        )
+
     def asks_selection(self, config: RunConfig) -> bool:
         """Whether the weights follow from the teachers' answers on the selection split."""
         return False
@@ -264,11 +272,7 @@ class Fitted(Weighting):
         complete_B = ~np.isnan(logits_NBC).any(axis=(0, 2))
         rows_B = np.flatnonzero(has_label(labels_B) & complete_B)
         if not complete_B.all() and len(rows_B) < self.fewest_rows:
-            raise UserError(
-                f"ensemble=fitted needs {self.fewest_rows} labelled rows of the selection split "
-                f"that every teacher answers, and there are {len(rows_B)}; give files that answer "
-                "more of them, or use ensemble=mean_probabilities"
-            )
+            raise UserError(self.too_few("fitted", len(rows_B)))
         if labels_B.dtype.kind == "f":
             weights_N = fit_scores(logits_NBC[:, rows_B, 0], labels_B[rows_B])
         else:

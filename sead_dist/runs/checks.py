@@ -196,7 +196,7 @@ def check_inputs(config: RunConfig) -> None:
             raise UserError(f"repair.text={config.repair.text} does not exist; give a file")
     for entry in (*config.teachers, *config.encoders):
         if entry.is_model and not names_shape(entry.path):
-            locate(entry.path, entry.revision)
+            locate(entry.path, entry.revision, as_teacher=entry in config.teachers)
         elif entry.kind == LANGUAGE_MODEL:
             find_model(entry.path, entry.revision)
     check_predictions(config)

@@ -15,7 +15,6 @@ from sead_dist.config.automatic import (
 )
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import rows_asked
-from sead_dist.data.examples import has_label
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.tokens import TokenTable
@@ -34,7 +33,7 @@ def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     return config.model_copy(
         update={
             "max_steps": steps,
-            "final_checkpoint": final_checkpoint(config, rows_to_choose_by(examples)),
+            "final_checkpoint": final_checkpoint(config, examples.rows_to_choose_by),
             "eval_steps": scoring_steps(config, epoch_steps(config, labelled, rows), steps),
         }
     )
@@ -61,12 +60,9 @@ def told_choices(
     rate = f"learning_rate={learning_rate(config, width):g}"
     if config.learning_rate is None:
         rate += f" (automatic: the student is {width} wide)"
-    return [length, rate, told_checkpoint(config, rows_to_choose_by(examples), steps)]
-
-
-def rows_to_choose_by(examples: RunExamples) -> int:
-    """Rows of the selection split that have a gold label."""
-    return int(has_label(examples.selection.labels_B).sum())
+    if config.warmup(steps) >= steps:
+        rate += f"; WARNING: never reached, since warmup_steps={config.warmup_steps:g} of {steps}"
+    return [length, rate, told_checkpoint(config, examples.rows_to_choose_by, steps)]
 
 
 def known_step_seconds(

@@ -18,10 +18,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
+from sead_dist.config.automatic import final_checkpoint
+from sead_dist.config.mistakes import as_yaml
 from sead_dist.config.names import renamed
 from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plugins, kept_paths
 from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
-from sead_dist.data.splits import load_examples
+from sead_dist.config.yaml_text import read_yaml
+from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
@@ -104,13 +107,36 @@ def already_finished(config: RunConfig) -> bool:
     refuse_other_teachers(config)
     check_model(run)
     task = load_task(config.task)
-    data, start = saved.data, saved.start
+    data, start, examples = saved.data, saved.start, None
     if config.data.path is not None or config.data.train is not None:  # else they are the hub's
-        data = load_examples(config, task, lambda _line: None).fingerprint(task)
+        examples = load_examples(config, task, lambda _line: None)
+        data = examples.fingerprint(task)
     with suppress(UserError):  # a start that is gone now is no other one
         start = run_start_hash(config, offline=True)
     refuse_other(run, saved, replace(saved, data=data, start=start))
+    refuse_other_scoring(config, examples)
     return True
+
+
+def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> None:
+    """Raises UserError where the run in the output folder keeps the best of the students that it
+    scores, and now would score others. examples: None where they are not known; then only a
+    final_checkpoint that is given counts."""
+    run = Path(config.output_dir)
+    if not (run / "config.yaml").is_file() or not has_progress(run):
+        return
+    kept = read_yaml(run / "config.yaml")
+    saved = kept if isinstance(kept, dict) else {}
+    rows = 0 if examples is None else examples.rows_to_choose_by
+    if "eval_steps" not in saved or final_checkpoint(config, rows) != "best":
+        return
+    was, asked = (as_yaml(value) for value in (saved["eval_steps"], config.eval_steps))
+    if was != asked:
+        raise UserError(
+            f"output_dir={run} holds a run that keeps the best of the students that it scores: "
+            f"eval_steps was {was}, is {asked}, which scores others; give eval_steps={was} to "
+            "resume it, or another output_dir"
+        )
 
 
 def check_model(run: Path) -> None:

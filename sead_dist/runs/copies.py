@@ -22,6 +22,7 @@ from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
+from sead_dist.runtime.console import counted_rows
 
 
 def add_copies(
@@ -61,7 +62,7 @@ def add_copies(
     copies = make_copies(task, sources, held, wanted, material)
     counts = Counter(copies.operations)
     made = ", ".join(f"{name} {counts[name]}" for name in operations) or "no operation fits"
-    gone = "".join(f"; {count} {reason}" for reason, count in copies.removed.items())
+    gone = "".join(f"; {counted_rows(count, reason)}" for reason, count in copies.removed.items())
     say(f"copies: {len(copies.operations)} ({made}){gone}")
     if copies.examples is None:
         return examples

@@ -207,7 +207,7 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
     makes no token. The data are read for it where such a tokeniser is among them."""
     tokenizers = {}
     for one in teachers:
-        source = student_tokenizer(one.student, [])
+        source = student_tokenizer(one.student, None)
         tokenizers[source.name] = load_tokenizer(source, one.trust_remote_code)
     if not all(adds_tokens(tokenizer) for tokenizer in tokenizers.values()):
         task = load_task(teachers[0].task)

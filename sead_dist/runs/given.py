@@ -80,6 +80,11 @@ def with_text(
     """The keys and tables of `data_layer` with those of unlabelled text."""
     if is_path(text):
         return {**told, "unlabeled": {"path": os.fspath(text)}}, tables
+    if isinstance(text, int | float):
+        raise UserError(
+            f"unlabeled={text} is neither keys nor text; give keys, such as {{'ratio': {text}}}, "
+            "or the text: a file, a table, or a list of texts"
+        )
     others = tables or dict
 
     def all_tables() -> Mapping[str, pa.Table]:
@@ -94,6 +99,11 @@ def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, A
     """The keys that a task's name, a file or a configuration stand for."""
     if isinstance(task, RunConfig):
         return [task.model_dump(mode="json")]
+    if not is_path(task):
+        raise UserError(
+            f"task is of type {type(task).__name__}; give a shipped name (sst2), a YAML file, a "
+            "TaskSpec, or what load_config returns"
+        )
     name = os.fspath(task)
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         try:
@@ -167,6 +177,7 @@ def data_layer(
         return {"data": {"path" if is_folder(path) else "train": path}}, None
     if not isinstance(data, Mapping):
         if spec.hub is None and config.data.validation is None and config.data.path is None:
+            to_table(data, "data")  # what is no table at all is told as such
             raise UserError(
                 f"data is the training split alone; give data={{'train': ..., {first!r}: ...}}"
             )

@@ -35,7 +35,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
-from sead_dist.runs.requests import tell_requests
+from sead_dist.runs.requests import check_fitted, check_scored, tell_requests
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runs.without_gold import together
 from sead_dist.runtime.distributed import World
@@ -58,6 +58,8 @@ def write_rows(config: RunConfig, output: Path) -> None:
     task = load_task(config.task)
     if not config.teachers:  # they are to come: what the sample leaves out is text for them
         config = config.model_copy(update={"teachers": [TeacherConfig(path="to come")]})
+    # nor is the column that names them: whom a row is for changes no row
+    config = config.model_copy(update={"teacher_column": None})
     examples = load_examples(config, task, print)
     columns: Columns = {}
     seen: set[str] = set()
@@ -123,6 +125,8 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     config = config.model_copy(update={"augment": no_copies})
     task, examples, inputs, _ = read_inputs(config, print)
     teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
+    check_scored(config, examples, teachers)
+    check_fitted(config, examples, teachers)
     check_tokens(examples, tokenizers_of(teachers))
     splits = tokenize_splits(examples, inputs.split)
     store = PredictionStore(store_folder(config.store.path), print)

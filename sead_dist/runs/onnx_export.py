@@ -35,7 +35,13 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.sequence_classifier import label_names
 from sead_dist.reporting.report import write_report
 from sead_dist.reporting.run_files import onnx_rows
-from sead_dist.runs.prediction import data_of, in_task_order, load_answerer, task_of
+from sead_dist.runs.prediction import (
+    data_of,
+    data_option,
+    in_task_order,
+    load_answerer,
+    task_of,
+)
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
@@ -152,7 +158,9 @@ def load_original(
     """The model on the CPU in fp32, with its task's official splits."""
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)
-    sets = [load_to_score(name, task, source, split) for split in task.splits if split != "train"]
+    with data_option():
+        names = [split for split in task.splits if split != "train"]
+        sets = [load_to_score(name, task, source, split) for split in names]
     found = load_answerer(name, task, labels, torch.device("cpu"), sets[0])
     splits = [found.inputs.split(examples) for examples in sets]
     return Original(found.model, found.inputs, found.folder, task, found.order_C, splits)

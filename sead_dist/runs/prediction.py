@@ -8,7 +8,8 @@ Shapes: B examples, C classes (task order).
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     if asked is None:
         if Path(name).is_dir():
             refuse_several(name)
+        run = Path(name).absolute().parent
+        if Path(name).name == "model" and (run / "config.yaml").is_file():
+            raise UserError(
+                f"{name} is the model of a run; give the run's folder: {Path(name).parent}"
+            )
         raise UserError(
             f"{name} is no run folder that names its task; give --task NAME or FILE (in Python: "
             "task=...)"
@@ -201,12 +207,22 @@ def evaluate_model(
         task = task_of(name, task_name)
         source = data_of(name, task_name, data)
         world.at("reading the rows")
-        sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
+        with data_option():
+            sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
         found = results_of(name, task, sets, labels, world, on_stderr)
         if world.is_main:
             show_results(name, task, sets, found)
         if json_file is not None:
             from_main(world, lambda: write_scores(as_one(found), Path(json_file)))
+
+
+@contextmanager
+def data_option() -> Iterator[None]:
+    """A mistake in the rows is told with the option of the command, which has no key data.path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "--data")) from error
 
 
 def show_results(

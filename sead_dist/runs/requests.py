@@ -17,7 +17,7 @@ from sead_dist.data.splits import RunExamples
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.weightings import WEIGHTINGS
-from sead_dist.runtime.console import counted
+from sead_dist.runtime.console import counted, counted_rows
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher
@@ -74,6 +74,21 @@ def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
                 f"{FEWEST_ROWS} are needed for one; give a file that answers more, or use "
                 "ensemble=mean_probabilities, or fixed"
             )
+
+
+def check_fitted(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
+    """Raises UserError where weights are fitted to gold labels, and too few rows of the selection
+    split have one and an answer of each file."""
+    selection = examples.selection
+    files = [teacher.file for teacher in teachers if teacher.file is not None]
+    if not (config.taught and files and WEIGHTINGS[config.ensemble].fewest_rows):
+        return
+    weighting = WEIGHTINGS[config.ensemble]
+    answered_B = has_label(selection.labels_B)
+    for file in files:
+        answered_B = answered_B & (file.places(selection.ids_B2) >= 0)
+    if (count := int(answered_B.sum())) < weighting.fewest_rows:
+        raise UserError(weighting.too_few(config.ensemble, count))
 
 
 def answered_examples(
@@ -155,4 +170,4 @@ def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
     """Lines on the files among the teachers: what they answer, and what is left out for them."""
     lines = [line for teacher in teachers if teacher.file is not None for line in teacher.file.told]
     count = examples.removed.get(REMOVED, 0)
-    return lines + ([f"left out: {count} {REMOVED}"] if count else [])
+    return lines + ([f"left out: {counted_rows(count, REMOVED)}"] if count else [])

@@ -43,12 +43,18 @@ from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.reporting.hub import check_push
 from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.choices import told_choices, with_choices
-from sead_dist.runs.claim import claim, forget_followed, locked, say_followed
+from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.prediction import on_stderr
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
-from sead_dist.runs.requests import answered_examples, check_scored, tell_requests, told_files
+from sead_dist.runs.requests import (
+    answered_examples,
+    check_fitted,
+    check_scored,
+    tell_requests,
+    told_files,
+)
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
@@ -140,6 +146,7 @@ def build(
     if config.taught:
         teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
     on_every_rank(world, lambda: check_scored(config, examples, teachers))
+    on_every_rank(world, lambda: check_fitted(config, examples, teachers))
     # what files do not answer follows from them, and they are part of the identity themselves
     rows = examples.fingerprint(task)
     examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
@@ -159,6 +166,7 @@ def build(
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
+    from_main(world, lambda: refuse_other_scoring(config, examples))
     from_main(world, lambda: claim(run, config, identity))
     beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
     heartbeat = stack.enter_context(beating.of_run(run, stop, config.heartbeat))

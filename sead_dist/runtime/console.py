@@ -97,6 +97,16 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def counted_rows(number: int, what: str) -> str:
+    """`2 rows that ...`, and of one `1 row that ...`. what: in the plural, of rows or copies."""
+    if number == 1:
+        what = re.sub(
+            r"\b(row|cop)(?:s|ies)\b", lambda of: of[1].replace("cop", "copy"), what, count=1
+        )
+        what = what.replace("which share ", "which shares ")
+    return f"{number} {what}"
+
+
 class Bar:
     """One row of a rich progress display."""
 

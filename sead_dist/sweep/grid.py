@@ -138,7 +138,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     Raises UserError for whatever is wrong with them, in any of the runs.
     """
     own, run = split_layers(read_layers(words))
-    refuse_single(run)
+    refuse_single(own, run)
     sweep = read_sweep(own)
     for layer in run:  # a task may be of a plugin's kind
         run_plugins(layer.get("plugins"))
@@ -217,10 +217,12 @@ def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]
     return own, [{key: layer[key] for key in layer if key not in keys} for layer in layers]
 
 
-def refuse_single(run: Layers) -> None:
+def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
     """Raises UserError for a run's key where the sweep has one that says it for all runs."""
+    # a task's file may stand beside `tasks`
+    lacking = (("task", "tasks"),) if own.get("tasks") is None else ()
     for layer in run:
-        for one, all_ in (("method", "methods"), ("seed", "seeds")):
+        for one, all_ in (("method", "methods"), ("seed", "seeds"), *lacking):
             if one in layer:
                 raise UserError(
                     f"{one}={layer[one]} is of one run, and this is a sweep ({all_} say it for "

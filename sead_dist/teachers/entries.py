@@ -73,7 +73,10 @@ def read_teachers(
     # where classifiers lie; None for teachers of other kinds
     checkpoints = on_every_rank(
         world,
-        lambda: [locate(e.path, e.revision) if e.is_model else None for e in config.teachers],
+        lambda: [
+            locate(e.path, e.revision, as_teacher=True) if e.is_model else None
+            for e in config.teachers
+        ],
     )
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(

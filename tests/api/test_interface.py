@@ -140,6 +140,20 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
         ("sst2", None, {"num_train_epochs": "many"}, "num_train_epochs='many'"),
         ("sst2", {"train": "a.tsv"}, {}, "data has no split 'validation'; it has train"),
         (sd.TaskSpec("own", "classification", "{text}"), None, {}, "task 'own': labels is []"),
+        ({"name": "own"}, None, {}, "task is of type dict; give a shipped name (sst2), a YAML"),
+        (
+            "sst2",
+            None,
+            {"unlabeled": 5},
+            "unlabeled=5 is neither keys nor text; give keys, such as",
+        ),
+        ("sst2", None, {"augment": None}, "augment=null: augment is a group of keys (copies, oper"),
+        (
+            sd.TaskSpec("own", "classification", "{text}", labels=("a", "b")),
+            ["a text", "another"],
+            {},
+            "data is of type list; give a folder, a file, a pandas DataFrame",
+        ),
     ],
 )
 def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):

@@ -14,7 +14,7 @@ from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import student_tokenizer
-from sead_dist.runs.distillation import distill
+from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.labelling import predict_file
 from sead_dist.runs.labels import write_rows
 from sead_dist.runs.prediction import class_order, data_of, evaluate_model, task_of
@@ -59,6 +59,21 @@ def test_a_key_apart_from_its_value_is_told_as_such():
         load_config(["task=sst2", "data.path", "grammar"])
     with pytest.raises(UserError, match=r"seed is a key, .*; write seed=VALUE$"):
         load_config(["task=sst2", "seed"])
+    with pytest.raises(UserError, match=r"data.path is a key, .*; write data.path=grammar$"):
+        load_config(["task=sst2", "data.path", "=grammar"])
+
+
+def test_a_folder_given_as_a_configuration_is_told_as_such(tmp_path):
+    with pytest.raises(
+        UserError, match=r"is a folder; give a YAML file, or KEY=VALUE \(data.path="
+    ):
+        load_config([str(tmp_path), "output_dir=run"])
+    (tmp_path / "shape.yaml").write_text("model_type: bert\nhidden_size: 32\n")
+    with pytest.raises(UserError, match=r"is the shape of a model; give student=.*shape.yaml, or"):
+        load_config([str(tmp_path / "shape.yaml"), "output_dir=run"])
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    with pytest.raises(UserError, match=rf"is a folder; give its file {tmp_path}/config.yaml$"):
+        load_config([str(tmp_path), "output_dir=run"])
 
 
 def test_no_hint_names_a_file_that_an_installed_package_has_not():
@@ -100,7 +115,12 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers=[{name: m}]",
-            "teachers.0.path is not set; give teachers.0.path=VALUE or set it in a YAML file",
+            "teachers.0.path is not set; give it in the entry: {path: VALUE, ...}",
+        ),
+        (
+            "teachers.0.weight=3",
+            "teachers.0.weight: a word holds all of teachers, and no part of an entry; write "
+            "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "push_to_hub=maybe",
@@ -119,7 +139,32 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "augment=3",
-            "augment=3: expected a mapping; give {KEY: VALUE}; see `sead-dist keys augment`",
+            "augment=3: augment is a group of keys (copies, operations, gold_labels); write "
+            "augment.KEY=VALUE; see `sead-dist keys augment`",
+        ),
+        (
+            "unlabeled=new.txt",
+            "unlabeled='new.txt': unlabeled is a group of keys (path, rest, ratio); write "
+            "unlabeled.path=new.txt; see `sead-dist keys unlabeled`",
+        ),
+        (
+            "max_train_examples=10",
+            "unknown key 'max_train_examples'; did you mean data.max_train_examples?",
+        ),
+        ("fraction=0.2", "unknown key 'fraction'; did you mean selection.fraction?"),
+        ("weight=2", "unknown key 'weight'; `sead-dist keys` lists all"),
+        (
+            "max_steps=1.5",
+            "max_steps=1.5: expected a whole number, such as 10; see `sead-dist keys max_steps`",
+        ),
+        (
+            "alpha=much",
+            "alpha='much': expected a number, such as 0.1; see `sead-dist keys alpha`",
+        ),
+        (
+            "augment.operations=mask, swap",
+            "augment.operations='mask, swap': expected a list; give [mask, swap]; see `sead-dist "
+            "keys augment.operations`",
         ),
         (
             "fold=3",
@@ -141,6 +186,19 @@ def test_a_mistake_is_told_in_yaml_s_words_and_leads_to_a_key_that_is_listed(wor
         ("predict a b --kind foo", "argument --kind: invalid choice: 'foo'"),
         ("distill sst2 --foo", "unrecognized arguments: --foo; see 'sead-dist distill --help'"),
         ("store foo", "argument VERB: invalid choice: 'foo'"),
+        (
+            "distill sst2 --max-steps 9",
+            "unrecognized arguments: --max-steps 9; keys have no dashes: max_steps=9; see",
+        ),
+        (
+            "distill sst2 --alpha=1",
+            "unrecognized arguments: --alpha=1; keys have no dashes: alpha=1; see",
+        ),
+        ("evaluate run data.path=x", "unrecognized arguments: data.path=x; write --data x; see"),
+        (
+            "predict run new.csv output=x.csv",
+            "unrecognized arguments: output=x.csv; write --output x.csv",
+        ),
         ("jbos", "'jbos' is no command; did you mean 'jobs'?; see 'sead-dist --help'"),
         ("nothing_like_it", "'nothing_like_it' is no command; commands: distill, finetune, "),
     ],
@@ -161,6 +219,17 @@ def test_a_shape_s_student_beside_a_file_is_told_what_has_a_tokeniser():
         student_tokenizer(student, teachers)
     with pytest.raises(UserError, match=r"set student.tokenizer=FOLDER, or give teachers$"):
         student_tokenizer(student, [])
+
+
+def test_finetune_offers_no_teachers_for_the_tokeniser_of_a_shape(tmp_path, data):
+    given = words(data, [], tmp_path / "run", encoders=f"[{data / 'student.yaml'}]")
+    kept = [word for word in given if not word.startswith(("student.", "teachers="))]
+    with pytest.raises(UserError) as caught:
+        finetune(load_config(kept), ALONE)
+    assert str(caught.value) == (
+        f"{data / 'student.yaml'} is a shape, which has no tokeniser; set student.tokenizer=DIR, a "
+        "folder or hub id that has one"
+    )
 
 
 def test_print_config_refuses_a_file_of_predictions_that_is_not_there(tmp_path, data):
@@ -266,15 +335,43 @@ def test_a_column_that_is_not_there_may_be_named_in_the_task_file_too(tmp_path, 
 def test_a_folder_of_models_is_told_with_the_models_in_it(tmp_path):
     for name in ("teacher-0", "teacher-1"):
         (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "model" / "config.json").write_text("{}")
+        for file in ("config.json", "tokenizer.json"):
+            (tmp_path / name / "model" / file).write_text("{}")
     folder = str(tmp_path)
-    for ask in (lambda: locate(folder), lambda: task_of(folder, None)):
+    told = f"{folder} is a folder of models (teacher-0, teacher-1); give one of them, such as "
+    told += f"{folder}/teacher-0"
+    student = StudentConfig(path=folder)
+    taught = StudentConfig(path=None, shape="L2-H128-A2")
+    for ask, all_ in (
+        (lambda: locate(folder), ""),
+        (lambda: task_of(folder, None), ""),
+        (lambda: student_tokenizer(student, [TeacherConfig(path="m")]), ""),
+        (
+            lambda: student_tokenizer(taught, [TeacherConfig(path=folder)]),
+            f", or all: teachers={folder}/*",
+        ),
+        (lambda: locate(folder, as_teacher=True), f", or all: teachers={folder}/*"),
+    ):
         with pytest.raises(UserError) as caught:
             ask()
-        assert str(caught.value) == (
-            f"{folder} is a folder of models (teacher-0, teacher-1); give one of them, such as "
-            f"{folder}/teacher-0, or as teachers all: teachers={folder}/*"
-        )
+        assert str(caught.value) == told + all_
+
+
+def test_the_model_of_a_run_is_told_with_its_run(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    model = tmp_path / "run" / "model"
+    with pytest.raises(UserError, match=rf"model is the model of a run; give .*: {model.parent}$"):
+        task_of(str(model), None)
+
+
+def test_evaluate_tells_of_its_option_and_of_no_key(tmp_path, data):
+    for given, said in (
+        (str(tmp_path / "no"), r"^--data .*no does not exist; give the folder"),
+        (None, "^task 'grammar' is not on the hub; give --data, a folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate_model(str(tmp_path), str(data / "task.yaml"), given, None, None, None)
 
 
 def one_file_words(data, root, **changes):

@@ -28,6 +28,7 @@ def test_a_run_with_nothing_said_tells_first_what_it_takes(distil, words, tmp_pa
     first, second, third = said(run)[:3]
     assert "36 steps (automatic: three passes over 360 rows, at least 4, at most 30000;" in first
     assert "about" not in first
+    assert "never reached" not in second
     assert "learning_rate=0.0003 (automatic: the student is 32 wide)" in second
     assert "the mean of the weights of the last 7 of 36 steps (automatic: 40 selection" in third
     chosen = {"max_steps": 36, "learning_rate": 3e-4, "final_checkpoint": "average"}
@@ -53,7 +54,13 @@ def test_the_time_is_told_where_the_students_rate_is_known(distil, words, tmp_pa
     run = distil(words(tmp_path / "run", "max_steps=2"))
     for note, line in zip(notes[-3:], said(run)[:3], strict=True):
         assert line.endswith(note)
-    assert "2 steps (max_steps); about " in said(run)[0]
+    assert (
+        "2 steps (max_steps; num_train_epochs=1 does not count beside it); about " in said(run)[0]
+    )
+    more = ("max_steps=2", "num_train_epochs=null", "warmup_steps=5")
+    length, rate, _ = resolve_all(load_config(words(tmp_path / "run", *more)), ALONE)[1][-3:]
+    assert "2 steps (max_steps); about" in length
+    assert rate.endswith("; WARNING: never reached, since warmup_steps=5 of 2")
     assert "s of training, by what `plan` measured here" in said(run)[0]
 
 

@@ -183,6 +183,7 @@ def test_a_sweep_is_told_from_a_run():
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
         (["tasks=[]"], r"tasks=\[\]"),
         (["tasks=null"], "tasks is not set"),
+        (["tasks=null", "task=t.yaml"], r"task=t.yaml is of one run, .*; give tasks=\[t.yaml\]"),
         (["equal_steps=maybe"], "equal_steps='maybe'"),
         (
             ["methods=[finetune]", "unlabeled.path=more.tsv"],

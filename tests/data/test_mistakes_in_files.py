@@ -1,0 +1,178 @@
+"""Mistakes in a task's file and in files of rows: what is told leads to what was meant."""
+
+import re
+
+import pytest
+from small import ALONE, grammar_task, grammar_tokenizer, save_teacher, words, write_task
+
+from sead_dist.config.load import load_config
+from sead_dist.data import unlabeled
+from sead_dist.data.splits import load_examples, load_official
+from sead_dist.data.task_files import load_task
+from sead_dist.errors import UserError
+from sead_dist.models.pretrained import check_vocabulary
+from sead_dist.models.student import build_student
+from sead_dist.runs.distillation import distill
+from sead_dist.runs.labels import write_rows
+from sead_dist.runs.prediction import data_of
+from sead_dist.runtime.console import counted_rows
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_task(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "text_a: subject\ntext_b: '{body}'\nlabels: [a, b]",
+            "text_a is 'subject' in every row; write a column's name in braces: '{subject}'",
+        ),
+        (
+            "text_a: '{subject}'\ntext_b: body\nlabels: [a, b]",
+            "text_b is 'body' in every row; write a column's name in braces: '{body}'",
+        ),
+        (
+            "text_a: '{t}'\nlabels: billing, outage",
+            "labels is 'billing, outage': expected a list; give [billing, outage]",
+        ),
+        (
+            "text_a: '{t}'\nlabels: {billing: 0, outage: 1}",
+            "labels is {billing: 0, outage: 1}: expected a list; give [billing, outage]",
+        ),
+        (
+            "text_a: '{t}'\nlabels: [1, 2]",
+            "labels.0 is 1: expected a text; quote it: '1' (YAML reads it as another type)",
+        ),
+    ],
+)
+def test_a_task_s_file_is_told_with_what_was_meant(lines, said, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\n{lines}\n")
+    with pytest.raises(UserError) as caught:
+        load_task(str(file))
+    assert str(caught.value) == f"task file {file}: {said}"
+
+
+def test_a_sentence_may_stand_in_every_row(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: m\ntext_a: '{mail}'\ntext_b: Is it spam?\nlabels: [spam, ham]\n")
+    assert load_task(str(file)).text_b == "Is it spam?"
+
+
+def test_a_task_without_its_ending_is_told_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(UserError, match=r"unknown task 'mine'; did you mean the file mine.yaml\?"):
+        load_task("mine")
+
+
+def test_tabs_in_a_csv_are_told_as_such(data):
+    (data / "train.tsv").rename(data / "train.csv")
+    with pytest.raises(UserError) as caught:
+        load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
+    assert str(caught.value) == (
+        f"data file {data / 'train.csv'}: tabs divide its columns (sentence, label), and its name "
+        "says commas; name it .tsv"
+    )
+
+
+def test_a_folder_of_a_train_file_alone_is_told_how_it_serves(data):
+    (data / "validation.tsv").unlink()
+    told = r"data.validation=FILE, or data.train=FILE alone, of which a part is held out$"
+    with pytest.raises(UserError, match=told):
+        load_official(grammar_task(data), data_of("m", "grammar", str(data)), "validation")
+    (data / "train.tsv").unlink()
+    with pytest.raises(UserError, match=r"data.train=FILE$"):
+        load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
+
+
+def test_a_score_out_of_range_may_be_a_matter_of_the_task_s_file(tmp_path):
+    (tmp_path / "price.yaml").write_text("name: price\ntext_a: '{t}'\nscore_range: [0, 1]\n")
+    (tmp_path / "train.csv").write_text("t,label\na,0.5\nb,2.5\n")
+    with pytest.raises(
+        UserError, match=r"from 0 to 1; fix the row, or score_range in the task's f"
+    ):
+        task = load_task(str(tmp_path / "price.yaml"))
+        load_official(task, data_of("m", "price", str(tmp_path)), "train")
+
+
+def test_labels_outside_the_set_are_counted_in_the_whole_of_a_long_file(data, monkeypatch):
+    monkeypatch.setattr(unlabeled, "CHUNK", 8)
+    lines = (data / "train.tsv").read_text().splitlines()
+    for number in (3, 20, 41):  # of three chunks
+        lines[number] = lines[number].split("\t")[0] + "\tneutral"
+    (data / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"train row 3: .*outside it are 'neutral' \(3 rows\);"):
+        load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
+    # no gold label in rows of two chunks
+    for number in (3, 20, 41):
+        lines[number] = lines[number].split("\t")[0] + "\t"
+    (data / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"train row 3: .*\(so it is in 3 rows\)"):
+        load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
+
+
+def test_one_row_is_told_in_the_singular():
+    assert counted_rows(1, "rows not copied, which share a sentence with held-out rows") == (
+        "1 row not copied, which shares a sentence with held-out rows"
+    )
+    assert counted_rows(1, "copies equal to a row or to another copy") == (
+        "1 copy equal to a row or to another copy"
+    )
+    assert counted_rows(1, "unlabelled rows that no file of predictions answers").startswith(
+        "1 unlabelled row that"
+    )
+    assert counted_rows(2, "copies with a held-out sentence") == "2 copies with a held-out sentence"
+
+
+def test_a_shape_has_embeddings_for_words_whose_numbers_have_gaps(tmp_path, data):
+    from transformers import BertTokenizerFast
+
+    names = [*grammar_tokenizer().get_vocab(), "twice"]
+    numbers = {name: number for number, name in enumerate(names)} | {"twice": len(names) + 3}
+    tokenizer = BertTokenizerFast(vocab=numbers)
+    config = load_config(words(data, [], tmp_path / "run"))
+    model = build_student(config.student, grammar_task(data), tokenizer, 0)
+    assert model.config.vocab_size == len(names) + 4 > len(tokenizer)
+    check_vocabulary("m", tokenizer, model.config)
+
+
+def test_weights_fitted_to_too_few_answers_are_refused_before_teachers_are_asked(tmp_path):
+    data = write_task(tmp_path / "data", rows=420, dev=8)
+    lines = (data / "train.tsv").read_text().splitlines()
+    (tmp_path / "gpt.tsv").write_text("\n".join(lines[:301]) + "\n")
+    file = f"{{predictions: {tmp_path / 'gpt.tsv'}}}"
+    fitted = {"ensemble": "fitted", "selection__fraction": 0.5, "max_steps": 2}
+    teachers = [save_teacher(tmp_path / "a"), file]
+    config = load_config(words(data, teachers, tmp_path / "run", **fitted))
+    with pytest.raises(UserError) as caught:
+        distill(config, ALONE)
+    assert re.search(
+        r"ensemble=fitted needs 200 labelled rows of the selection split that every teacher "
+        r"answers, and there are 1\d\d; give files that answer more of them",
+        str(caught.value),
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_a_routed_run_are_written_for_whoever_answers_them(tmp_path, data):
+    lines = (data / "train.tsv").read_text().splitlines()
+    named = [f"{line}\t{'annotator' if n == 0 else 'ann'}" for n, line in enumerate(lines)]
+    (data / "train.tsv").write_text("\n".join(named) + "\n")
+    for more in ({"teacher_column": "annotator"}, {}):
+        config = load_config(words(data, [], tmp_path / "run", ensemble="routed", **more))
+        rows = tmp_path / f"rows{len(more)}.jsonl"
+        write_rows(config, rows)
+        assert len(rows.read_text().splitlines()) == 80
+
+
+def test_the_mistake_of_a_long_file_is_that_of_its_row(data, monkeypatch):
+    monkeypatch.setattr(unlabeled, "CHUNK", 8)
+    lines = (data / "train.tsv").read_text().splitlines()
+    lines[41] = lines[41].split("\t")[0] + "\tneutral"
+    (data / "train.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"train row 41: label 'neutral' .*\(1 row\)"):
+        load_examples(load_config(words(data, [], data / "run")), grammar_task(data), print)
