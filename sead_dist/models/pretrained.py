@@ -32,8 +32,8 @@ READ_BY = {
 }
 # what no tokeniser is read from
 NOT_WORDS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx"),
-    *(".md", ".png", ".svg"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".md"),
+    *(".png", ".svg"),
 )
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "pytorch_model*.bin", "*.py"]
 # their positions start after the padding index
@@ -92,7 +92,6 @@ def locate(
 
     marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
     fetched before. as_teacher: whether it is one of `teachers`, of which a pattern gives several.
-
     Raises UserError when it is not there, or the hub cannot be reached.
     """
     folder = Path(path)
@@ -138,11 +137,11 @@ def refuse_several(
         for child in sorted(Path(path).iterdir())
         if any((place / mark).is_file() for place in (child, child / "model") for mark in marks)
     ]
-    all_ = f", or all: teachers={Path(path) / '*'}" if as_teacher else ""
+    every = f", or all: teachers={Path(path) / '*'}" if as_teacher else ""
     if found and found != ["model"]:
         raise UserError(
             f"{path} is a folder of models ({', '.join(found[:4])}{', ...' if found[4:] else ''}); "
-            f"give one of them, such as {Path(path, found[0])}{all_}"
+            f"give one of them, such as {Path(path, found[0])}{every}"
         )
 
 
@@ -252,8 +251,8 @@ def load_tokenizer(
     checkpoint: Checkpoint, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
     """A checkpoint's tokeniser. One without a padding token (GPT-2, Llama) pads with its end token.
-    Raises UserError when there is none, it cannot pad, a package that reads it is missing, or
-    capitals are lost."""
+    Raises UserError when there is none, it cannot pad, a package is missing, or capitals are lost.
+    """
     from transformers import AutoTokenizer
 
     _check_packages(checkpoint)
@@ -279,10 +278,10 @@ def load_tokenizer(
 
 
 def _check_packages(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the tokeniser's only file is of a format that Transformers reads by a
-    package which is not installed."""
-    files = sorted(path for kind in WORD_FILES for path in checkpoint.folder.glob(kind))
-    if not files or (checkpoint.folder / "tokenizer.json").is_file():
+    """Raises UserError where the tokeniser's only file is read by a package that is missing."""
+    folder = checkpoint.folder
+    files = sorted(path for kind in WORD_FILES for path in folder.glob(kind))
+    if not files or (folder / "tokenizer.json").is_file():
         return
     with reading(files[0], COPY), files[0].open("rb") as file:
         # lines of a word in base 64 and its number; a SentencePiece model is no text
