@@ -82,7 +82,7 @@ def expected_value(mistake: "ErrorDetails") -> str:
         if not isinstance(value, str | int | float | Mapping):
             return "expected a list"
         given = list(value) if isinstance(value, Mapping) else [value]
-        if isinstance(value, str):  # a,b,c is meant as three
+        if isinstance(value, str) and "," in value:  # a,b,c is meant as three
             given = [part.strip() for part in value.split(",")]
         listed = yaml.safe_dump(given, default_flow_style=True, allow_unicode=True, width=10000)
         return f"expected a list; give {listed.strip()}"

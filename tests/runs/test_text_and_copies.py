@@ -362,7 +362,7 @@ def test_text_can_be_given_from_python(task, tmp_path):
         task[0] / "task.yaml", output_dir=tmp_path / "r", unlabeled=frame, **keys, **named
     )
     assert read(run.path / "run_summary.json")["transfer_rows"] == 14
-    with pytest.raises(UserError, match="unlabeled is of type int"):
+    with pytest.raises(UserError, match="unlabeled=7 is neither keys nor text"):
         sd.distill(task[0] / "task.yaml", output_dir=tmp_path / "t", unlabeled=7, **keys)
 
 
