@@ -33,13 +33,14 @@ def unknown(rest: Sequence[str], args: argparse.Namespace) -> str:
     from sead_dist.config.keys import all_keys  # it needs pydantic
 
     line = f"unrecognized arguments: {' '.join(rest)}"
-    name, equals, value = rest[0].lstrip("-").partition("=")
+    word = next((word for word in rest if word.startswith("-")), rest[0])
+    name, equals, value = word.lstrip("-").partition("=")
     if not equals:
-        value = next(iter(rest[1:]), "VALUE")
+        value = next(iter(rest[rest.index(word) + 1 :]), "VALUE")
     if hasattr(args, "words") and name.replace("-", "_") in {key.name for key in all_keys()}:
         return f"{line}; keys have no dashes: {name.replace('-', '_')}={value}"
     option = name.partition(".")[0]
-    if equals and hasattr(args, option):
+    if equals and re.search(rf"--{re.escape(option)} [A-Z]", args.parser.format_usage()):
         return f"{line}; write --{option} {value}"
     return line
 

@@ -326,7 +326,7 @@ def parser() -> arguments.Parser:
     for run, add, help_ in all_commands():
         command = commands.add_parser(run.__name__, help=help_)
         add(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     return top
 
 
@@ -338,7 +338,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = top.parse_known_args([word for word in given if word != "--debug"])
     args.debug = "--debug" in given
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
-        arguments.Parser(f"sead-dist {args.command}").error(arguments.unknown(rest, args))
+        args.parser.error(arguments.unknown(rest, args))
     if rest:
         args.words = [*args.words, *rest]
     return args

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 DEFAULT_METHOD = "sead"
 # in the folder of `finetune`: the paths of its encoders
 FIRST_ENCODERS = ".encoders.json"
+# keys of which an entry has one: what kind of teacher it is of
+WHOLE_ENTRY = ("path", "model", "predictions", "endpoint")
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
 
@@ -109,10 +111,17 @@ def _override(word: str) -> dict[str, Any]:
     key, _, text = word.partition("=")
     group, _, place = key.strip().partition(".")
     if group in ("teachers", "encoders") and place:
-        name = place.rpartition(".")[2]
+        name, said = place.rpartition(".")[2], text or "VALUE"
+        known = {one.name for one in all_keys(of_entries=True)}
+        if f"{group}.{name}" not in known:
+            entry = said if name.isdigit() else "{path: DIR, KEY: VALUE}"
+        elif name in WHOLE_ENTRY:
+            entry = f"{{{name}: {said}}}"
+        else:
+            entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
             f"{key.strip()}: a word holds all of {group}, and no part of an entry; write "
-            f"{group}='[{{path: DIR, {name}: {text or 'VALUE'}}}]'"
+            f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
     for part in reversed(key.strip().split(".")):
@@ -268,9 +277,11 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
         if not isinstance(layer, Mapping):
             raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
         if "model_type" in layer:
+            shape = path.suffix in (".yaml", ".yml")
+            given = word if shape else path.parent
             raise UserError(
-                f"config {word!r} is the shape of a model; give student={word}, or for finetune "
-                f"encoders=[{word}]"
+                f"config {word!r} is the {'shape' if shape else 'config'} of a model; give "
+                f"student={given}, or for finetune encoders=[{given}]"
             )
         # a task's own file stands for the task
         layers.append({"task": str(path)} if "text_a" in layer else layer)

@@ -156,18 +156,31 @@ def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     others = sheet.columns if found in gold else [name for name in usual if name not in gold]
     entry = sheet.entry
     beside = {found, entry.confidence, entry.annotator, *CONFIDENCE_COLUMNS, *ANNOTATOR_COLUMNS}
+    numbers = holds_numbers(sheet, found)
     for other in others:
-        if other not in beside and other in sheet.columns and holds_answers(sheet, other):
+        if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
+            continue
+        # a seed or a count is no place among the labels beside a column of names
+        if numbers or not holds_numbers(sheet, other):
             raise UserError(
                 f"{sheet.path}: the columns {found!r} and {other!r} both hold answers of task "
                 f"{task.name}; say which are the teacher's: column: {other}, or column: {found}"
             )
 
 
+def said_in(sheet: Sheet, column: str) -> list[str]:
+    """What stands in the cells of a column that are not empty."""
+    cells = [row.get(column) for row in sheet.rows]
+    return [str(cell) for cell in cells if cell is not None and cell == cell and str(cell).strip()]
+
+
+def holds_numbers(sheet: Sheet, column: str) -> bool:
+    return all(number_name(text) is not None for text in said_in(sheet, column))
+
+
 def holds_answers(sheet: Sheet, column: str) -> bool:
     """Whether whatever stands in a column is a label, or a score, of the task."""
-    cells = [row.get(column) for row in sheet.rows]
-    said = [str(cell) for cell in cells if cell is not None and cell == cell and str(cell).strip()]
+    said = said_in(sheet, column)
     if sheet.task.task_kind.has_classes:
         return bool(said) and all(sheet.known_label(text) is not None for text in said)
     return bool(said) and all(sheet.task.task_kind.is_label(sheet.task, text) for text in said)

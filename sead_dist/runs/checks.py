@@ -42,7 +42,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
     run = Path(config.output_dir)
     kept = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     # a kill may have come between its end and this; what was asked for then decides
-    if not kept.get("keep_training_state"):
+    if not isinstance(kept, dict) or not kept.get("keep_training_state"):
         drop_training_state(config)
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
     if not config.push_to_hub or (run / PUSHED).is_file():

@@ -217,12 +217,18 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
 def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
     """Note what the first start made teachers of: a pattern stands for the same later."""
     if not any(folder.glob("teacher-*/run.json")):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"output_dir={folder} cannot be made: {error.strerror}; give another folder"
+            raise refusal(what, error) from None
         write_json(folder / FIRST_ENCODERS, list(paths))
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder holds other things than teachers."""
+    """Raises UserError where the folder is a file, or holds other things than teachers."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={folder} is a file; give a folder")
     others = [path.name for path in folder.glob("[!.]*") if not path.name.startswith("teacher-")]
     if others:
         raise UserError(

@@ -81,8 +81,9 @@ def with_text(
     if is_path(text):
         return {**told, "unlabeled": {"path": os.fspath(text)}}, tables
     if isinstance(text, int | float):
+        name = "rest" if isinstance(text, bool) else "ratio"
         raise UserError(
-            f"unlabeled={text} is neither keys nor text; give keys, such as {{'ratio': {text}}}, "
+            f"unlabeled={text} is neither keys nor text; give keys, such as {{{name!r}: {text}}}, "
             "or the text: a file, a table, or a list of texts"
         )
     others = tables or dict

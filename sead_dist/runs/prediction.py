@@ -7,6 +7,7 @@ Shapes: B examples, C classes (task order).
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -218,11 +219,12 @@ def evaluate_model(
 
 @contextmanager
 def data_option() -> Iterator[None]:
-    """A mistake in the rows is told with the option of the command, which has no key data.path."""
+    """A mistake in the rows is told with the option of the command, which has no keys of data."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("data.path", "--data")) from error
+        line = str(error).partition("; or give the file: data.")[0]
+        raise UserError(re.sub(r"(?<![\w/.-])data\.path(?![\w/])", "--data", line)) from error
 
 
 def show_results(

@@ -123,6 +123,21 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
             "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
+            "teachers.path=a",
+            "teachers.path: a word holds all of teachers, and no part of an entry; "
+            "write teachers='[{path: a}]'",
+        ),
+        (
+            "teachers.0=a",
+            "teachers.0: a word holds all of teachers, and no part of an entry; write "
+            "teachers='[a]'",
+        ),
+        (
+            "teachers.0.weigth=3",
+            "teachers.0.weigth: a word holds all of teachers, and no part of an "
+            "entry; write teachers='[{path: DIR, KEY: VALUE}]'",
+        ),
+        (
             "push_to_hub=maybe",
             "push_to_hub='maybe': expected true or false; give one of them; see `sead-dist keys "
             "push_to_hub`",
@@ -195,6 +210,8 @@ def test_a_mistake_is_told_in_yaml_s_words_and_leads_to_a_key_that_is_listed(wor
             "unrecognized arguments: --alpha=1; keys have no dashes: alpha=1; see",
         ),
         ("evaluate run data.path=x", "unrecognized arguments: data.path=x; write --data x; see"),
+        ("evaluate run model=x", "unrecognized arguments: model=x; see"),
+        ("labels sst2 --rows x.tsv seed=1 --foo", "unrecognized arguments: seed=1 --foo; see"),
         (
             "predict run new.csv output=x.csv",
             "unrecognized arguments: output=x.csv; write --output x.csv",

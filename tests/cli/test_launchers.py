@@ -41,7 +41,7 @@ def launch(launcher, words, cwd, **env):
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, id="torchrun"),
         pytest.param(
             [*ACCELERATE, "--config_file", str(ROOT / "launch" / "cpu2.yaml")],
             id="accelerate",

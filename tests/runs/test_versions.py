@@ -110,10 +110,13 @@ def test_every_rule_has_a_part_in_the_identity():
 
 def test_a_run_with_files_of_predictions_has_the_rules_of_their_rows():
     model, file = ({"fingerprint": name, "labels": []} for name in "mf")
-    config = load_config(["sst2", "teachers=[m, {predictions: f.csv}]", "output_dir=run"])
+    words = ["sst2", "teachers=[m, {predictions: f.csv}]", "output_dir=run"]
+    config = load_config([*words, "ensemble=fixed"])
     begun = Identity({}, "data", [model, file], "start", dict(RULES))
     now = replace(begun, rules=rules_of(config))
-    assert rules_of(load_config(["sst2", "teachers=[m]", "output_dir=run"])) == RULES
+    # where all teachers are asked, and where there is no file, nothing has changed
+    assert rules_of(load_config(words)) == RULES
+    assert rules_of(load_config([words[0], "teachers=[m]", "ensemble=fixed", words[2]])) == RULES
     with pytest.raises(UserError, match="with the rules answers 1; this version has answers 2"):
         refuse_other(Path("run"), begun, now)
     # a file that is given besides is another teacher, not another version

@@ -194,7 +194,6 @@ def test_another_machine_takes_another_round(task, tmp_path):
         assert free
 
 
-@pytest.mark.slow
 def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd):
     output = tmp_path / "out"
     run_sweep(words(task, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
