@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sead_dist.data.kinds import normalise_label
+from sead_dist.data.kinds import normalise_label, number_name
 from sead_dist.data.metrics import Answer
 from sead_dist.data.task_files import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
@@ -140,6 +140,12 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
             if name in flat:
                 raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; it must be text")
             raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
+    for key, text in (("text_a", task.text_a), ("text_b", task.text_b)):
+        if text in flat:
+            raise UserError(
+                f"{key} is {text!r} in every row, and {text!r} is a column; write its name in "
+                f"braces: '{{{text}}}'"
+            )
 
 
 def _no_column(name: str, flat: Row, where: str, key: str | None) -> str:
@@ -164,8 +170,9 @@ def _refuse_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
     """Raises UserError for a column that is the label's but for capitals and blanks: the row would
     be one without a gold label."""
     wanted = normalise_label(task.label_column)
-    near = next((name for name in flat if normalise_label(name) == wanted), None)
-    if near is not None:
+    named = (name for name in flat if normalise_label(name) == wanted)
+    near = next((name for name in named if name not in task.fields), None)
+    if near is not None and str(flat[near] or "").strip():
         line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
         raise UserError(f"{line} (is it {near!r}?)")
 
@@ -193,7 +200,11 @@ def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> U
     if task.reader != "plain" or line == str(error) or TASKS.get(task.name) == task:
         return error
     if not task.task_kind.has_classes:
-        return UserError(f"{error}, or score_range in the task's file")
+        said = [str(row.get(task.label_column)) for row in rows]
+        beyond = [
+            one for one in said if number_name(one) and not task.task_kind.is_label(task, one)
+        ]
+        return UserError(f"{error}, or score_range in the task's file") if beyond else error
     counts = Counter(str(row.get(task.label_column)) for row in rows)
     outside = [pair for pair in counts.most_common() if not task.task_kind.is_label(task, pair[0])]
     if not outside:

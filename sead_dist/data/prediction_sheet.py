@@ -160,12 +160,22 @@ def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     for other in others:
         if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
             continue
-        # a seed or a count is no place among the labels beside a column of names
-        if numbers or not holds_numbers(sheet, other):
+        # a seed or a count is no place among the labels beside a column of names, or in all rows
+        said = said_in(sheet, other)
+        chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
+        if not chance and not says_the_same(sheet, found, other):
             raise UserError(
                 f"{sheet.path}: the columns {found!r} and {other!r} both hold answers of task "
-                f"{task.name}; say which are the teacher's: column: {other}, or column: {found}"
+                f"{task.name}; say which are the teacher's: column: {found}, or column: {other}"
             )
+
+
+def says_the_same(sheet: Sheet, one: str, other: str) -> bool:
+    """Whether two columns of labels hold the same class in every row."""
+    if not sheet.task.task_kind.has_classes:
+        return False
+    pairs = ((str(row.get(one)), str(row.get(other))) for row in sheet.rows)
+    return all(sheet.known_label(a) == sheet.known_label(b) for a, b in pairs)
 
 
 def said_in(sheet: Sheet, column: str) -> list[str]:

@@ -5,8 +5,9 @@ Shapes: B rows.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,9 @@ from sead_dist.runtime.console import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# further parts of a long file, in which rows with the mistake of one are counted
+COUNTED_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,9 @@ def _read_split(
             try:
                 parts.append(build_examples(task, rows, split, labels, route, first=read))
             except UserError:
-                # it may count rows with the same mistake: those of later chunks too
-                rows += chain.from_iterable(chunks)
+                # it may count rows with the same mistake: those of some later chunks too
+                with suppress(UserError):
+                    rows += chain.from_iterable(islice(chunks, COUNTED_CHUNKS))
                 build_examples(task, rows, split, labels, route, first=read)
                 raise
         read += len(rows)

@@ -292,10 +292,6 @@ def find_problem(task: TaskSpec) -> str | None:
         return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
-    for key, one in (("text_a", task.text_a), ("text_b", task.text_b)):
-        # a sentence may be meant for every row, one word is hardly
-        if one is not None and re.fullmatch(r"\w+", one):
-            return f"{key} is {one!r} in every row; write a column's name in braces: '{{{one}}}'"
     if "train" not in task.splits or len(task.splits) < 2:
         return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
     allowed = task.task_kind.metric_names(task.reader)

@@ -27,7 +27,8 @@ def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenize
         encoding="utf-8", errors="replace"
     ):
         return
-    words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    words = sorted(word for word in tokenizer.get_vocab() if word not in marks and word[0] != "[")
     capital = [word for word in words if word != word.lower()]
     if len(capital) > SHARE * len(words):
         raise UserError(

@@ -19,8 +19,12 @@ from sead_dist.models.hidden_states import body_of, layer_stack
 # encoders, training loops with a student in them
 WRAPPER = re.compile(r"(?:module|model|student|encoder_model|_orig_mod|(?:\d+\.)?auto_model)\.")
 NAMED = 3
-# buffers that older versions saved in layers; they are computed, not learned
-OLD_BUFFERS = ("masked_bias", "inv_freq", "position_ids")
+# buffers that older versions saved in layers, the last three a causal mask; they are computed, not
+# learned
+OLD_BUFFERS = (
+    *("masked_bias", "inv_freq", "position_ids"),
+    *("attn.bias", "attn.attention.bias", "causal_mask"),
+)
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,13 @@ class Weighting:
     """Teachers that count alike, and what other weightings may say otherwise.
 
     of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
-    of probabilities. Scores are averaged as they are. fewest_rows: labelled rows that the selection
-    split must have. by_scores: teachers count by their scores on it. alike_without_gold: it goes by
-    gold labels, and where there are none teachers count alike. one_teacher: the others are never
-    asked. by_weight: nor are those whose entries have the weight 0. asks_all: teachers without
-    weight are asked too, and count where no other answers. picks_teacher: a row has one teacher,
-    whatever that one was trained on. precedence: where a report speaks of one ensemble among
-    several, it is the lowest one's.
+    of probabilities. Scores are averaged as they are. fewest_rows: labelled rows of the selection
+    split that all teachers must answer. by_scores: teachers count by their scores on it.
+    alike_without_gold: it goes by gold labels, and where there are none teachers count alike.
+    one_teacher: the others are never asked. by_weight: nor are those whose entries have the weight
+    0. asks_all: teachers without weight are asked too, and count where no other answers.
+    picks_teacher: a row has one teacher, whatever that one was trained on. precedence: where a
+    report speaks of one ensemble among several, it is the lowest one's.
     """
 
     of_logits = False

@@ -38,7 +38,7 @@ from sead_dist.runtime.run_log import (
     read_metrics,
     write_json,
 )
-from sead_dist.training.identity import Identity, refuse_other, rules_of
+from sead_dist.training.identity import RULES, Identity, refuse_other, rules_of
 
 # what a run leaves before its first checkpoint; a new claim starts without it
 EARLY_FILES = (
@@ -125,10 +125,12 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     run = Path(config.output_dir)
     if not (run / "config.yaml").is_file() or not has_progress(run):
         return
+    rows = 0 if examples is None else examples.rows_to_choose_by
+    if final_checkpoint(config, rows) != "best":
+        return
     kept = read_yaml(run / "config.yaml")
     saved = kept if isinstance(kept, dict) else {}
-    rows = 0 if examples is None else examples.rows_to_choose_by
-    if "eval_steps" not in saved or final_checkpoint(config, rows) != "best":
+    if "eval_steps" not in saved:
         return
     was, asked = (as_yaml(value) for value in (saved["eval_steps"], config.eval_steps))
     if was != asked:
@@ -168,17 +170,25 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
     saved = Identity.read(run / "run.json")
-    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules_of(config)))
+    rules = rules_of(config)
+    if teachers_of(run) != given_teachers(config):  # these are the difference, and are told as such
+        own = {name: version for name, version in saved.rules.items() if name not in RULES}
+        rules = {**own, **{name: rules[name] for name in RULES}}
+    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules))
     return saved
+
+
+def teachers_of(run: Path) -> list[dict[str, Any]]:
+    """The entries of teachers that the run in this folder was given."""
+    given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
+    return [renamed(entry, "teachers.") for entry in given]
 
 
 def refuse_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run was given other teachers."""
     run = Path(config.output_dir)
-    given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
-    given = [renamed(entry, "teachers.") for entry in given]
-    if given != given_teachers(config):
-        names = ", ".join(str(entry.get("path")) for entry in given) or "none"
+    if teachers_of(run) != given_teachers(config):
+        names = ", ".join(str(entry.get("path")) for entry in teachers_of(run)) or "none"
         raise UserError(
             f"output_dir={run} holds a finished run with the teachers {names}; "
             "give another output_dir"

@@ -25,7 +25,12 @@ from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
-from sead_dist.runs.requests import answered_examples, tell_requests
+from sead_dist.runs.requests import (
+    answered_examples,
+    check_fitted,
+    check_scored,
+    tell_requests,
+)
 from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
@@ -88,6 +93,8 @@ def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
     task, examples, inputs, _ = read_inputs(config, lambda _line: None)
     teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
+    check_scored(config, examples, teachers)
+    check_fitted(config, examples, teachers)
     rows = examples.fingerprint(task)
     examples = answered_examples(config, examples, teachers)
     splits = tokenize_splits(examples, inputs.split)

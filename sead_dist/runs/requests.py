@@ -1,5 +1,5 @@
 """What a run will ask: of endpoints, told before it asks since requests cost money; whether files
-of predictions answer enough; and which training rows are left where all teachers are such files.
+of predictions answer enough; and which training rows are left where files do not answer all.
 
 Shapes: N teachers, B training rows.
 """

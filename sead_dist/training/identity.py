@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.names import renamed
-from sead_dist.config.registered import ROUTED
 from sead_dist.config.rules import (
     ANSWER_RULES,
     DEFAULT_RULES,
@@ -29,15 +28,14 @@ RULES = {
     "input": INPUT_RULES,
     "defaults": DEFAULT_RULES,
 }
-# ensembles that do not ask all teachers of a row
-SOME_ASKED = ("single", "fixed", ROUTED)
 
 
 def rules_of(config: RunConfig) -> dict[str, int]:
     """The versions of the rules that decide the student of this run."""
     stages = {"stages": STAGE_RULES} if config.feature_loss == "tinybert" else {}
     by_files = any(entry.predictions is not None for entry in config.teachers)
-    by_files &= config.ensemble in SOME_ASKED
+    unasked = config.routed or any(not entry.weight for entry in config.teachers)
+    by_files &= unasked or config.feature_loss is not None
     return {**RULES, **stages, **({"answers": ANSWER_RULES} if by_files else {})}
 
 

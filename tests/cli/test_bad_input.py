@@ -626,3 +626,9 @@ def test_teachers_are_not_put_among_other_things(words, grammar, tmp_path):
     plain = [word for word in words(tmp_path, *given) if "teachers=" not in word]
     with pytest.raises(UserError, match=r"holds other files \('notes.txt'\); give a new folder"):
         finetune(load_config(plain), World(0, 1, torch.device("cpu")))
+    for place, message in (
+        (tmp_path / "notes.txt", r"notes.txt is a file; give a folder"),
+        (tmp_path / "notes.txt" / "run", r"notes.txt/run cannot be made: .*; give another"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune(load_config([*plain, f"output_dir={place}"]), World(0, 1, torch.device("cpu")))

@@ -7,6 +7,7 @@ from small import ALONE, grammar_task, grammar_tokenizer, save_teacher, words, w
 
 from sead_dist.config.load import load_config
 from sead_dist.data import unlabeled
+from sead_dist.data.examples import build_examples
 from sead_dist.data.splits import load_examples, load_official
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
@@ -27,14 +28,6 @@ def data(tmp_path):
     ("lines", "said"),
     [
         (
-            "text_a: subject\ntext_b: '{body}'\nlabels: [a, b]",
-            "text_a is 'subject' in every row; write a column's name in braces: '{subject}'",
-        ),
-        (
-            "text_a: '{subject}'\ntext_b: body\nlabels: [a, b]",
-            "text_b is 'body' in every row; write a column's name in braces: '{body}'",
-        ),
-        (
             "text_a: '{t}'\nlabels: billing, outage",
             "labels is 'billing, outage': expected a list; give [billing, outage]",
         ),
@@ -54,6 +47,17 @@ def test_a_task_s_file_is_told_with_what_was_meant(lines, said, tmp_path):
     with pytest.raises(UserError) as caught:
         load_task(str(file))
     assert str(caught.value) == f"task file {file}: {said}"
+
+
+@pytest.mark.parametrize("lines", ["text_a: body\ntext_b: '{s}'", "text_a: '{s}'\ntext_b: body"])
+def test_a_column_s_name_without_braces_is_no_text_of_every_row(lines, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\n{lines}\nlabels: [a, b]\n")
+    task, key = load_task(str(file)), "text_a" if lines.startswith("text_a: body") else "text_b"
+    with pytest.raises(UserError, match=rf"^{key} is 'body' in every row, .*: '\{{body\}}'$"):
+        build_examples(task, [{"s": "x", "body": "y", "label": "a"}], "train", True)
+    # a word that is no column may be meant, in any script
+    assert build_examples(task, [{"s": "x", "label": "a"}], "train", True).texts_a
 
 
 def test_a_sentence_may_stand_in_every_row(tmp_path):
@@ -89,6 +93,14 @@ def test_a_folder_of_a_train_file_alone_is_told_how_it_serves(data):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
 
 
+def test_a_word_in_place_of_a_score_is_the_row_s_fault(tmp_path):
+    (tmp_path / "price.yaml").write_text("name: price\ntext_a: '{t}'\nscore_range: [0, 1]\n")
+    task = load_task(str(tmp_path / "price.yaml"))
+    with pytest.raises(UserError) as caught:
+        build_examples(task, [{"t": "a", "label": "high"}], "train", True)
+    assert "score_range in the task's" not in str(caught.value)
+
+
 def test_a_score_out_of_range_may_be_a_matter_of_the_task_s_file(tmp_path):
     (tmp_path / "price.yaml").write_text("name: price\ntext_a: '{t}'\nscore_range: [0, 1]\n")
     (tmp_path / "train.csv").write_text("t,label\na,0.5\nb,2.5\n")
@@ -99,16 +111,16 @@ def test_a_score_out_of_range_may_be_a_matter_of_the_task_s_file(tmp_path):
         load_official(task, data_of("m", "price", str(tmp_path)), "train")
 
 
-def test_labels_outside_the_set_are_counted_in_the_whole_of_a_long_file(data, monkeypatch):
+def test_labels_outside_the_set_are_counted_in_several_parts_of_a_long_file(data, monkeypatch):
     monkeypatch.setattr(unlabeled, "CHUNK", 8)
     lines = (data / "train.tsv").read_text().splitlines()
-    for number in (3, 20, 41):  # of three chunks
+    for number in (3, 20, 35):  # of three chunks, of the first five
         lines[number] = lines[number].split("\t")[0] + "\tneutral"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"train row 3: .*outside it are 'neutral' \(3 rows\);"):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
     # no gold label in rows of two chunks
-    for number in (3, 20, 41):
+    for number in (3, 20, 35):
         lines[number] = lines[number].split("\t")[0] + "\t"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"train row 3: .*\(so it is in 3 rows\)"):

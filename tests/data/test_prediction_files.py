@@ -113,6 +113,13 @@ def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
         read(file)
     assert read(file, column="label").keys == [("a",), ("b",)]
     assert read(file, column="gpt4", abstain=[""]).keys == [("a",)]
+    # a second name of the same class, a seed and a fold are no rivals
+    for more in (
+        "label_text,seed\na,positive,Positive,0\nb,negative,Negative,1\n",
+        "fold,votes\na,positive,0,1\nb,negative,1,1\n",
+    ):
+        same = write(tmp_path / "same.csv", f"sentence,label,{more}")
+        assert read(same).keys == [("a",), ("b",)]
     # which of a file's own names is meant is no guess either
     two = write(tmp_path / "two.csv", "sentence,prediction,answer\na,positive,negative\n")
     with pytest.raises(UserError, match="'prediction' and 'answer' both hold answers"):

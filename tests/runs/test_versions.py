@@ -111,7 +111,8 @@ def test_every_rule_has_a_part_in_the_identity():
 def test_a_run_with_files_of_predictions_has_the_rules_of_their_rows():
     model, file = ({"fingerprint": name, "labels": []} for name in "mf")
     words = ["sst2", "teachers=[m, {predictions: f.csv}]", "output_dir=run"]
-    config = load_config([*words, "ensemble=fixed"])
+    idle = "teachers=[{path: m, weight: 0}, {predictions: f.csv}]"
+    config = load_config([words[0], idle, words[2], "ensemble=fixed"])
     begun = Identity({}, "data", [model, file], "start", dict(RULES))
     now = replace(begun, rules=rules_of(config))
     # where all teachers are asked, and where there is no file, nothing has changed
