@@ -138,7 +138,7 @@ def test_named_files_of_the_run_folder_are_there(worked):
     section = (
         (ROOT / "docs" / "runs.md")
         .read_text("utf-8")
-        .split("## The run folder")[1]
+        .split("## The run directory")[1]
         .split("\n## ")[0]
     )
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
