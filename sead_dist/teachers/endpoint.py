@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 8
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 ANSWER_S = 120.0
+# two log-probabilities of one token may differ so much: servers round, and batch
+AGREE = 0.1
 # most log-probabilities of a first token that are asked for, and what older interfaces allow
 TOP, LEAST_TOP = 20, 5
 # where so many rows have no word of any class, the words are to blame
@@ -129,7 +132,7 @@ class Client:
 
 
 class Endpoint:
-    """An endpoint at work (`kinds.Answers`). At the start it is asked once or twice whether and how
+    """An endpoint at work (`kinds.Answers`). At the start it is asked a few times whether and how
     it gives scores.
 
     Raises UserError where it gives none.
@@ -209,6 +212,11 @@ class Endpoint:
 
     def _of_word(self, row: Texts, word: str) -> float:
         """The sum of a word's log-probabilities behind a row's prompt."""
+        return math.fsum(self._tokens_of(row, word)[1])
+
+    def _tokens_of(self, row: Texts, word: str) -> tuple[str | None, list[float]]:
+        """(the word's first token, None where the server does not say it; the log-probability of
+        each of its tokens behind a row's prompt)."""
         text = self.prompt.text(row)
         body = {"prompt": text + word, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         answer = self.client.post("/completions", {"model": self.model, **body, "echo": True})
@@ -218,7 +226,8 @@ class Endpoint:
             raise RefusedError(200, "no log-probabilities of the prompt")
         end = len(text) + len(word)
         own = [p for at, p in zip(offsets, logp, strict=False) if len(text) <= at < end]
-        at_end = _of_last_tokens(word, _part(said, "tokens"))
+        tokens = _part(said, "tokens")
+        at_end = _of_last_tokens(word, tokens)
         if at_end is not None and len(logp) >= at_end.stop:
             own = logp[at_end]
         elif len(text) not in offsets:
@@ -229,11 +238,40 @@ class Endpoint:
             )
         if not own or not all(_is_number(p) for p in own):
             raise RefusedError(200, "no log-probabilities of the word")
-        return math.fsum(own)
+        begins = offsets.index(len(text)) if at_end is None else at_end.start
+        known = isinstance(tokens, list) and begins < len(tokens)
+        return (str(tokens[begins]) if known else None), own
+
+    def _try_prompts(self, row: Texts) -> None:
+        """Ask for a word as rows will be, and hold its first token against what the server says of
+        the tokens that it would write there. Raises RefusedError where it gives no scores, or two:
+        llama-cpp-python 0.3 gives those of a prompt one place off."""
+        asked = self._tokens_of(row, self.words.words_W[0])
+        try:
+            top = self._first_tokens(row)
+        except RefusedError:  # there is nothing to hold it against
+            return
+        more = (self._tokens_of(row, word) for word in self.words.words_W[1:])
+        for first, own in chain([asked], more):
+            if first in top:
+                if abs(top[first] - own[0]) > AGREE:
+                    raise RefusedError(200, "two log-probabilities of one token")
+                return
 
     def _by_first_token(self, row: Texts) -> np.ndarray:
         """logits_K by the most probable first tokens; a class of which none is listed has the
         least probability of those that are."""
+        top = self._first_tokens(row)
+        floor = min(top.values())
+        begun = [self._begun_by(k, top) for k in range(len(self.labels))]
+        only = [
+            [top[token] for token in tokens if sum(token in other for other in begun) == 1]
+            for tokens in begun
+        ]
+        return np.array([np.logaddexp.reduce(found) if found else floor for found in only])
+
+    def _first_tokens(self, row: Texts) -> dict[str, float]:
+        """The most probable first tokens behind a row's prompt, with their log-probabilities."""
         if self.chat:
             body = {"messages": self.prompt.messages(row), "logprobs": True}
             path, asked = "/chat/completions", {**body, "top_logprobs": self.top}
@@ -251,13 +289,7 @@ class Endpoint:
         top = {token: p for token, p in pairs if isinstance(token, str) and _is_number(p)}
         if not top:
             raise RefusedError(200, "no log-probabilities of the first token")
-        floor = min(top.values())
-        begun = [self._begun_by(k, top) for k in range(len(self.labels))]
-        only = [
-            [top[token] for token in tokens if sum(token in other for other in begun) == 1]
-            for tokens in begun
-        ]
-        return np.array([np.logaddexp.reduce(found) if found else floor for found in only])
+        return top
 
     def _begun_by(self, k: int, top: Mapping[str, float]) -> set[str]:
         """The longest of these tokens that begins each word of a class."""
@@ -274,13 +306,13 @@ class Endpoint:
 
     def _find_way(self) -> Way:
         """How it gives scores. Raises UserError where it gives none."""
-        trial, first = Texts(*TRIAL), self.words.words_W[0]
+        trial = Texts(*TRIAL)
         ways: list[tuple[Way, int, Callable[[], object]]] = [
             ("first token", TOP, lambda: self._by_first_token(trial)),
             ("first token", LEAST_TOP, lambda: self._by_first_token(trial)),
         ]
         if not self.chat:
-            ways.insert(0, ("prompt", TOP, lambda: self._of_word(trial, first)))
+            ways.insert(0, ("prompt", TOP, lambda: self._try_prompts(trial)))
         last = ""
         for way, top, ask in ways:
             self.top = top

@@ -51,15 +51,16 @@ def _cut(word):
 
 class Model(ThreadingHTTPServer):
     """offers: which log-probabilities it gives. failures: how each of the next requests fails,
-    as (status, headers, text). broken_after: it gives nothing more after so many requests."""
+    as (status, headers, text). broken_after: it gives nothing more after so many requests. late:
+    its log-probabilities of prompts are one place off, and what it writes is not among them."""
 
     daemon_threads = True
     # a connection beyond these would wait for a second
     request_queue_size = 128
 
-    def __init__(self, offers=("prompt", "top"), most_top=20, drift=0):
+    def __init__(self, offers=("prompt", "top"), most_top=20, drift=0, late=False):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.offers, self.most_top, self.drift = offers, most_top, drift
+        self.offers, self.most_top, self.drift, self.late = offers, most_top, drift, late
         self.failures, self.broken_after = [], None
         self.bodies, self.keys, self.lock = [], [], threading.Lock()
         self.now = self.most_at_once = 0
@@ -110,15 +111,18 @@ class Handler(BaseHTTPRequestHandler):
                 return 400, {}, {"error": "echo is not supported"}
             parts = pieces(body["prompt"])
             starts = [len("".join(parts[:n])) for n in range(len(parts))]
+            ends, late = [*starts[1:], len(body["prompt"])], self.server.late
             logp = [
                 None,
                 *(
-                    log_probability(body["prompt"][: starts[n]], parts[n])
+                    log_probability(body["prompt"][: ends[n] if late else starts[n]], parts[n])
                     for n in range(1, len(parts))
                 ),
             ]
             said = {"tokens": [*parts, " and"], "token_logprobs": [*logp, -1.0],
                     "text_offset": [*starts, len(body["prompt"])]}  # fmt: skip
+            if late:
+                said = {name: values[:-1] for name, values in said.items()}
             # letters of which a token has a half are counted as often as there are such tokens
             shift = self.server.drift * body["prompt"].count("\u00e9")
             said["text_offset"][1:] = [at + shift for at in said["text_offset"][1:]]
@@ -181,9 +185,15 @@ def test_words_are_scored_by_the_log_probabilities_of_prompts_where_there_are_so
     found_RK = teacher.answers.answer(texts, None)
     np.testing.assert_allclose(found_RK, [of_prompt(prompt_of(text)) for text in texts], rtol=1e-6)
     assert teacher.answers.way == "prompt"
-    # one to try, and one for each row and word
-    assert len(server.bodies) == 1 + 5 * 3
+    # two to try, and one for each row and word
+    assert len(server.bodies) == 2 + 5 * 3
     assert {(path, body["model"]) for path, body in server.bodies} == {("/v1/completions", "m")}
+
+
+def test_log_probabilities_of_prompts_that_are_others_than_of_first_tokens_are_not_taken(serve):
+    """llama-cpp-python 0.3.x gives what the model says behind a token, not before it."""
+    (teacher,) = opened(entry(serve(late=True)))
+    assert teacher.answers.way == "first token"
 
 
 def test_a_word_is_known_by_its_tokens_where_offsets_are_off(serve):
@@ -389,10 +399,10 @@ def test_a_run_whose_server_fails_goes_on_where_it_was(task, tmp_path, serve, mo
     data, encoder = task
     good, bad = serve(), serve()
     whole = words(
-        data, [encoder, entry(good, ", max_requests: 241")], tmp_path / "whole", tmp_path / "s1"
+        data, [encoder, entry(good, ", max_requests: 242")], tmp_path / "whole", tmp_path / "s1"
     )
     run_ranks(1, tmp_path / "ranks", run_quickly, whole)
-    assert len(good.bodies) == 1 + 3 * 80
+    assert len(good.bodies) == 2 + 3 * 80
     log = (tmp_path / "whole" / "log.txt").read_text()
     assert "teacher m: at most 240 requests of about " in log
     assert "tokens for 80 rows" in log
@@ -408,7 +418,7 @@ def test_a_run_whose_server_fails_goes_on_where_it_was(task, tmp_path, serve, mo
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "whole")
     # the six selection rows and two pieces of eight were kept before it failed
     assert before > 90
-    assert len(bad.bodies) == 1 + 3 * (80 - 6 - 2 * 8)
+    assert len(bad.bodies) == 2 + 3 * (80 - 6 - 2 * 8)
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
@@ -424,7 +434,7 @@ def test_a_run_that_would_send_more_requests_than_it_may_is_refused_before_any(
     assert re.search(
         r"would send at most 240 requests .* for 80 rows, and max_requests is 100", str(error)
     )
-    assert len(server.bodies) == 1
+    assert len(server.bodies) == 2
 
 
 def test_what_it_may_send_ends_it_where_retries_use_it_up(serve):
