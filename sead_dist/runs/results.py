@@ -31,6 +31,7 @@ from sead_dist.runs.setup import Parts
 from sead_dist.runs.without_gold import judged, rescored
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
+from sead_dist.runtime.memory import peak
 from sead_dist.runtime.run_log import read_as, write_json
 from sead_dist.teachers.teacher import write_trained_rows
 from sead_dist.teachers.validation import answered, ask_all
@@ -94,8 +95,10 @@ def score_split(
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes this rank held: of its GPU, or of the process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    known = peak(device)
+    if known is not None:
+        return known
+    # on Linux this may be what the process had that started this one
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -414,3 +414,13 @@ def test_the_memory_of_a_plan_is_that_of_the_run(task, tmp_path, rates, cli):
     told = one["student_bytes"] + one["teacher_bytes"] + one["other_bytes"]
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
     assert told == pytest.approx(summary["peak_memory_bytes"][0], rel=0.2)
+
+
+@pytest.mark.slow
+def test_a_run_s_peak_is_its_own_whatever_started_it():
+    """The system's account of a process begins with the memory of the one that started it."""
+    ballast = np.ones(120_000_000)
+    ask = "import torch; from sead_dist.runs.results import peak_memory; "
+    ask += "print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < ballast.nbytes
