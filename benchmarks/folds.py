@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from inputs import data_folder, minilm, random_classifier
-from outcome_file import set_threads, smoke_argument, table
+from outcome_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
@@ -138,10 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=2000, help="of SST-2")
     parser.add_argument("--share", type=float, default=0.05, help="of the labels turned round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written")
-    smoke_argument(parser)
+    page_arguments(parser, PAGE)
     args = parser.parse_args()
     if args.smoke:
         args.rows = 60

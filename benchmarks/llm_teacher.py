@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, random_llm, small_folder, texts_of
-from outcome_file import set_threads, smoke_argument, table
+from outcome_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.config.load import load_config
@@ -195,10 +195,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="two or more")
     parser.add_argument("--steps", type=int, default=300, help="of each student")
     parser.add_argument("--timed", type=int, default=100, help="rows that the speed is of")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written")
-    smoke_argument(parser)
+    page_arguments(parser, PAGE)
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.seeds, args.timed, args.steps = 60, [1, 2], 8, 2

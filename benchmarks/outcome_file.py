@@ -48,6 +48,14 @@ def smoke_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def page_arguments(parser: argparse.ArgumentParser, page: Path) -> None:
+    """For the benchmarks whose result is a page of docs/results."""
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
+    parser.add_argument("--page", type=Path, default=page, help="where the page is written")
+    smoke_argument(parser)
+
+
 def device_argument(parser: argparse.ArgumentParser) -> None:
     """For the benchmarks that a GPU can run."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, small_folder
-from outcome_file import set_threads, smoke_argument, table
+from outcome_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
@@ -144,10 +144,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=13500, help="sampled before the hold-out")
     parser.add_argument("--epochs", type=int, default=2, help="of teachers and students")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="at least two")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the page is written")
-    smoke_argument(parser)
+    page_arguments(parser, PAGE)
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.epochs, args.seeds = 60, 1, [1, 2]

@@ -373,9 +373,7 @@ def position_limit(config: "PretrainedConfig") -> int | None:
         return None
     sizes = (getattr(config, name, None) for name in LIMITS)
     limit = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-    if limit is None:
-        return None
-    if config.model_type not in OFFSET_POSITIONS:
+    if limit is None or config.model_type not in OFFSET_POSITIONS:
         return limit
     return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
 

@@ -41,7 +41,7 @@ from sead_dist.teachers.teacher import Teacher
 T = TypeVar("T")
 # numbers that are what they say; others are codes whose scales stand elsewhere
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-MEND = "give it placement=partitioned or colocated"
+FIX = "give it placement=partitioned or colocated"
 
 
 class TornForwardError(RunError, RuntimeError):
@@ -80,7 +80,7 @@ def check_shardable(teacher: Teacher, trust_remote_code: bool) -> None:
     if not layers:
         raise UserError(
             f"teacher {teacher.name}: placement=sharded cannot split {type(model).__name__}: it "
-            f"has no list of layers; {MEND}"
+            f"has no list of layers; {FIX}"
         )
     units = [list(layer.modules()) for layer in dict.fromkeys(layers)]
     inside = {id(module) for modules in units for module in modules}
@@ -91,7 +91,7 @@ def check_shardable(teacher: Teacher, trust_remote_code: bool) -> None:
         if seen & own.keys() or any(parameter.dim() == 0 for parameter in own.values()):
             raise UserError(
                 f"teacher {teacher.name}: placement=sharded cannot split {type(model).__name__}: "
-                f"its layers share parameters or hold scalars; {MEND}"
+                f"its layers share parameters or hold scalars; {FIX}"
             )
         seen |= own.keys()
 
@@ -107,7 +107,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     if files[0].suffix != ".safetensors":
         raise UserError(
             f"teacher {teacher.name}: placement=sharded reads slices of safetensors, and its "
-            f"weights are {files[0].name}; save it again with save_pretrained, or {MEND}"
+            f"weights are {files[0].name}; save it again with save_pretrained, or {FIX}"
         )
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     coded: set[str] = set()
@@ -128,12 +128,12 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
             shape = list(parameter.shape)
             raise UserError(
                 f"teacher {teacher.name}: placement=sharded found no tensor {name} of shape "
-                f"{shape} in its files; save it again with save_pretrained, or {MEND}"
+                f"{shape} in its files; save it again with save_pretrained, or {FIX}"
             )
         if known[0] in coded:
             raise UserError(
                 f"teacher {teacher.name}: the weights of {name} are quantised in its files, and "
-                f"placement=sharded reads plain numbers; save it again in bf16, or {MEND}"
+                f"placement=sharded reads plain numbers; save it again in bf16, or {FIX}"
             )
         found[name] = (stored[known[0]][0], known[0])
     for name, buffer in model.named_buffers():
