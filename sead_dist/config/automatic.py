@@ -65,6 +65,14 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     return min(max(passes, LEAST_STEPS), MOST_STEPS)
 
 
+def most_rows_read(config: RunConfig, labelled: int) -> int:
+    """Rows that the longest run of this configuration takes: of more text it has no use, so that no
+    more than these are kept. labelled: rows with a label."""
+    epochs = config.num_train_epochs or 0
+    steps = max(MOST_STEPS, config.max_steps or 0, epochs * epoch_steps(config, labelled, 0))
+    return steps * config.global_batch_size
+
+
 def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     """How long a run is, and why."""
     steps = run_steps(config, labelled, rows)

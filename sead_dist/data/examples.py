@@ -121,9 +121,10 @@ def _as_int64(digests: list[bytes]) -> np.ndarray:
 
 
 def sentence_hash(text: str, hashes: dict[str, int]) -> int:
-    """The hash by which equal sentences are found, 0 of a blank one. hashes: those known so far."""
+    """The hash by which equal sentences are found, 0 of a blank one: capitals, and how many blanks
+    stand where, make no other sentence. hashes: those known so far."""
     if text not in hashes:
-        folded = unicodedata.normalize("NFC", text).casefold().strip()
+        folded = " ".join(unicodedata.normalize("NFC", text).casefold().split())
         encoded = folded.encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(encoded, digest_size=8).digest()
         hashes[text] = int.from_bytes(digest, "big", signed=True) if folded else 0

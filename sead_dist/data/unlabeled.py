@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sead_dist.config.automatic import most_rows_read
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import (
     ExampleSet,
@@ -33,11 +34,13 @@ CHUNK = 50_000
 @dataclass(frozen=True)
 class UnlabelledText:
     """examples: None where there are none. rest: how many of them, the first ones, are of the train
-    file. removed: rows that share a sentence with held-out ones."""
+    file. removed: rows that share a sentence with held-out ones. left_out: rows beyond those that
+    the longest run of its kind reads."""
 
     examples: ExampleSet | None
     rest: int
     removed: int
+    left_out: int = 0
 
     def describe(self) -> str:
         """A line for the log."""
@@ -51,6 +54,7 @@ class UnlabelledText:
             f"unlabelled text: {counted(self.rest, 'row')} of the train file, "
             f"{count - self.rest} of unlabeled.path; {self.removed} removed, which share a "
             "sentence with selection or held-out rows"
+            + (f"; {self.left_out} others left out: no run reads more" if self.left_out else "")
         )
 
 
@@ -74,30 +78,33 @@ def gather_text(
     Raises UserError for whatever is wrong with the file.
     """
     known, seed = known_sentences(held), config.selection.seed
-    ratio = config.unlabeled.ratio
-    most = None if ratio is None else max(1, round(ratio * labelled))
+    ratio, read_most = config.unlabeled.ratio, most_rows_read(config, labelled)
+    most = read_most if ratio is None else max(1, round(ratio * labelled))
     shared_B = shares_sentence(rest, known) if config.uses_rest else np.ones(len(rest), bool)
     removed = int(shared_B.sum()) if config.uses_rest else 0
     text = without_labels(subset(rest, ~shared_B), task.task_kind.unlabelled)
-    own = len(text)
+    own = found = len(text)
     if config.unlabeled.path is not None:
-        other, more = text_of_file(config, task, known, most, route)
+        other, read, more = text_of_file(config, task, known, most, route)
         removed += more
+        found += read - more
         text = concatenate(text, other)
-    if most is not None and most < len(text):
+    if most < len(text):
         # the same number tells rows of the two kinds apart after the sample as before
         marked = replace(text, rows_B=np.arange(len(text)))
         places_B = sample(marked, most, seed).rows_B
         own = int((places_B < own).sum())
         text = subset(text, places_B)
-    return UnlabelledText(text if len(text) else None, own, removed)
+    left_out = found - len(text) if ratio is None else 0
+    return UnlabelledText(text if len(text) else None, own, removed, left_out)
 
 
 def text_of_file(
-    config: RunConfig, task: TaskSpec, known: np.ndarray, most: int | None, route: Route | None
-) -> tuple[ExampleSet, int]:
-    """(the rows of `unlabeled.path`, how many were removed), read in chunks: of a long file only a
-    chunk and what is kept of it are in memory. At most `most` are kept, as `sample` does."""
+    config: RunConfig, task: TaskSpec, known: np.ndarray, most: int, route: Route | None
+) -> tuple[ExampleSet, int, int]:
+    """(the rows of `unlabeled.path`, how many it has, how many were removed), read in chunks: of a
+    long file only a chunk and what is kept of it are in memory. At most `most` are kept, as
+    `sample` does."""
     path, seed = Path(config.unlabeled.path or ""), config.selection.seed
     parts: list[ExampleSet] = []
     read = removed = 0
@@ -108,9 +115,8 @@ def text_of_file(
         shared_B = shares_sentence(part, known)
         removed += int(shared_B.sum())
         parts.append(subset(part, ~shared_B))
-        if most is not None and sum(map(len, parts)) > most + CHUNK:
+        if sum(map(len, parts)) > most + CHUNK:
             parts = [sample(concatenate(*parts), most, seed)]
     if not parts:
         raise UserError(f"unlabeled.path={path} has no rows; give a file that has some")
-    text = concatenate(*parts)
-    return (text if most is None else sample(text, most, seed)), removed
+    return sample(concatenate(*parts), most, seed), read, removed

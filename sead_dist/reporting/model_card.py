@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.data.metrics import Confusion
 from sead_dist.errors import UserError
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
@@ -153,11 +154,14 @@ def model_name(files: RunFiles) -> str:
 
 
 def method_name(files: RunFiles) -> str:
-    """The method that the run named, else its ensemble; "finetune" where no teacher was asked."""
+    """The method that the run named, else its ensemble; "finetune" where no teacher was asked, and
+    "single" where `sead` had one alone."""
     config = redact(files.config)
     if not files.teacher_manifest:
         return "finetune"
     method = config.get("method")
+    if method == DEFAULT_METHOD and len(files.teacher_manifest) == 1:
+        return "single"
     return PurePosixPath(str(method)).stem if method else str(config.get("ensemble"))
 
 

@@ -37,8 +37,8 @@ FILE = "learnable.json"
 WORTH = 0.01
 OWN = "auto"
 FOLDER = "baseline"
-# a step on gold labels alone takes about half of one with teachers, so that a fifth of the steps
-# is a tenth of the time
+# a step on gold labels alone takes about half of one whose teachers are asked, so that a fifth of
+# the steps is a tenth of the time. Where a store has the answers it is up to a fifth
 MOST_OF_STEPS = 5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sead_dist.config.automatic import ENOUGH_TO_CHOOSE
+from sead_dist.config.automatic import ENOUGH_TO_CHOOSE, final_checkpoint
 from sead_dist.config.load import usual_values
 from sead_dist.config.registered import BUILT_IN
 from sead_dist.config.schema import RunConfig
@@ -16,6 +16,7 @@ from sead_dist.data.metrics import confusion
 from sead_dist.data.resampling import paired_gap
 from sead_dist.data.splits import RunSplits
 from sead_dist.data.task_files import TaskSpec, constant_score
+from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted
 
@@ -40,16 +41,19 @@ def make_remarks(
     config: RunConfig, task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]
 ) -> list[str]:
     """One line for each silent disappointment of the run; `scores` as in scores.json."""
-    return [*_of_scores(task, splits, scores), *unread_keys(config)]
+    rows = len(splits.selection)
+    chosen = final_checkpoint(config, rows) == "best" or asks_selection(config)
+    by_chance = []
+    if chosen and splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
+        by_chance = [
+            f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
+            f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
+        ]
+    return [*by_chance, *_of_scores(task, splits, scores), *unread_keys(config)]
 
 
 def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> Iterator[str]:
-    metric, rows = task.metrics[0], len(splits.selection)
-    if splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
-        yield (
-            f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
-            f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
-        )
+    metric = task.metrics[0]
     for name, split in splits.official.items():
         if not split.examples.has_gold:
             yield (

@@ -124,7 +124,10 @@ class Bar:
 
 
 class Lines:
-    """Progress as plain lines: each 10%, but not more than one a second, and always the last."""
+    """Progress as plain lines: each 10%, but not more than one a second, a first one after 30 s,
+    and always the last. The others say how long the rest takes at the mean speed so far."""
+
+    FIRST_S = 30.0
 
     def __init__(self, put: Callable[[str], None], description: str, total: int, done: int) -> None:
         self._put = put
@@ -132,7 +135,9 @@ class Lines:
         self._total = total
         self._done = done
         self._tenth = self._tenths()
-        self._last = monotonic()
+        self._began = self._last = monotonic()
+        self._start = done
+        self._told = False
         self._text = ""
 
     def _tenths(self) -> int:
@@ -141,14 +146,16 @@ class Lines:
     def advance(self, n: int = 1) -> None:
         """Count `n` more units as done."""
         self._done += n
+        now = monotonic()
         finished = self._done - n < self._total <= self._done
-        due = self._tenths() > self._tenth and monotonic() - self._last >= 1.0
-        if finished or due:
-            self._tenth = self._tenths()
-            self._last = monotonic()
+        due = self._tenths() > self._tenth and now - self._last >= 1.0
+        if finished or due or (not self._told and now - self._began >= self.FIRST_S):
+            self._tenth, self._last, self._told = self._tenths(), now, True
             percent = 100 * self._done // max(self._total, 1)
             line = f"{self._description}: {self._done}/{self._total} ({percent}%) {self._text}"
-            self._put(line.rstrip())
+            step_s = (now - self._began) / max(self._done - self._start, 1)
+            left_s = (self._total - self._done) * step_s
+            self._put(line.rstrip() + (f" left={clock(left_s)}" if left_s > 0 else ""))
 
     def update(self, **shown: object) -> None:
         """Set the values shown in the next line, such as loss=0.41."""

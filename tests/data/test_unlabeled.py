@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from small import config, sentences
 
+from sead_dist.config import automatic
 from sead_dist.data import unlabeled
+from sead_dist.data.examples import sentence_hash
 from sead_dist.data.loading import read_rows, row_chunks
 from sead_dist.data.splits import load_examples, source_row
 from sead_dist.data.task_files import TASKS
@@ -220,6 +222,33 @@ def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypa
         tracemalloc.stop()
         assert examples.transfer_rows == 180
     assert peaks[1] < peaks[0] / 10
+
+
+def test_capitals_and_blanks_make_no_other_sentence():
+    known = {}
+    one = sentence_hash("A man is dancing.", known)
+    for text in ("a MAN  is dancing.", " A man\tis\u00a0dancing. "):
+        assert sentence_hash(text, known) == one
+    assert sentence_hash("Aman is dancing.", known) != one
+    assert sentence_hash(" \u00a0\t", known) == 0
+
+
+def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
+    monkeypatch.setattr(automatic, "MOST_STEPS", 50)
+    monkeypatch.setattr(unlabeled, "CHUNK", 1000)
+    peaks = []
+    for count in (10_000, 40_000):
+        lines = "".join(f"row number {n}\n" for n in range(count))
+        (data / "long.tsv").write_text("sentence\n" + lines)
+        tracemalloc.start()
+        examples, notes = load(data, unlabeled__path=data / "long.tsv", global_batch_size=16)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert examples.transfer_rows == 50 * 16
+        assert f"; {count - 800} others left out: no run reads more" in notes[0]
+    assert peaks[1] < 1.2 * peaks[0]
+    # a longer run reads more
+    assert load(data, unlabeled__path=data / "long.tsv", max_steps=10_000)[0].transfer_rows == 40_000
 
 
 def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeypatch):

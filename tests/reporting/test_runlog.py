@@ -116,7 +116,18 @@ def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, mon
         "180/200",
         "200/200",
     ]
-    assert lines[0] == "steps: 100/200 (50%) loss=0.1 note=x"
+    # five steps of two seconds each are done, a hundred are left
+    assert lines[0] == "steps: 100/200 (50%) loss=0.1 note=x left=3.33 min"
+    assert "left=" not in lines[-1]
+
+
+def test_the_first_line_of_long_work_comes_after_half_a_minute(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 2))
+    monkeypatch.setattr(console, "monotonic", lambda: float(next(clock)))
+    with open_log(tmp_path, console=True).progress("steps", total=1000) as bar:
+        for _ in range(60):
+            bar.advance()
+    assert capsys.readouterr().out == "steps: 15/1000 (1%) left=32.8 min\n"
 
 
 def test_fast_work_without_a_terminal_says_only_that_it_is_done(tmp_path, capsys, monkeypatch):

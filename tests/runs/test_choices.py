@@ -73,5 +73,8 @@ def test_sead_with_one_teacher_says_that_it_is_single(distil, words, teachers, t
     weights = [load_file(of / "model" / "model.safetensors") for of in (run, single)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+    card = (run / "README.md").read_text()
+    assert "single" in card.split("# ", 1)[1].splitlines()[0]
+    assert "method sead" not in card
     both = distil(words(tmp_path / "both", "max_steps=3"))
     assert line not in "\n".join(said(both))

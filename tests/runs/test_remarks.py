@@ -153,14 +153,24 @@ def test_an_ensemble_that_is_better_than_its_best_member_is_not_told(tmp_path, t
     assert not any(line.startswith("the ensemble") for line in told["remarks"])
 
 
-def test_a_small_selection_split_is_told_by_the_same_bound_as_the_final_checkpoint(
-    tmp_path, task, monkeypatch
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"final_checkpoint": "auto"}, False),  # the average: nothing is chosen
+        ({"final_checkpoint": "best"}, True),
+        ({"final_checkpoint": "auto", "ensemble": "score"}, True),
+    ],
+)
+def test_a_small_selection_split_is_told_where_something_is_chosen_by_it(
+    tmp_path, task, keys, told
 ):
     data, teacher = task
-    given = words(data, [teacher], tmp_path / "run", max_steps=1, final_checkpoint="auto")
+    given = words(data, [teacher], tmp_path / "run", max_steps=1, **keys)
     run = distillation.distill(load_config(given), ALONE, console=False)
     remark = "the selection split has 6 rows, and what is chosen by fewer than 500"
-    assert any(line.startswith(remark) for line in read(run / "scores.json")["remarks"])
-    assert (
-        "6 selection rows are too few to choose by; 500 are enough" in (run / "log.txt").read_text()
-    )
+    lines = read(run / "scores.json")["remarks"]
+    assert any(line.startswith(remark) for line in lines) == told
+    # by the same bound as the final checkpoint
+    few = "6 selection rows are too few to choose by; 500 are enough"
+    automatic = keys["final_checkpoint"] == "auto"
+    assert (few in (run / "log.txt").read_text()) == automatic
