@@ -248,7 +248,9 @@ def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
         assert f"; {count - 800} others left out: no run reads more" in notes[0]
     assert peaks[1] < 1.2 * peaks[0]
     # a longer run reads more
-    assert load(data, unlabeled__path=data / "long.tsv", max_steps=10_000)[0].transfer_rows == 40_000
+    assert (
+        load(data, unlabeled__path=data / "long.tsv", max_steps=10_000)[0].transfer_rows == 40_000
+    )
 
 
 def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeypatch):
