@@ -220,6 +220,8 @@ def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path]
     """A new file in tmp/ to write to, and what flushes it to disk and gives it its path.
 
     Without that nothing is left of it. Raises RunError (disk full, read-only, no permission).
+    Apart from `written_aside` (runtime/files.py): a block's path follows from its content, its file
+    may be mapped meanwhile, and it lies in tmp/, whose old files `compact` removes.
     """
     path = layout.tmp / unique_name(name)
 
@@ -291,7 +293,8 @@ class LiveRun:
 def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     """Mark the teacher folders as used by `run`, for as long as this process lives at most.
 
-    The file is locked before it gets its name, so nobody ever sees it unlocked while we live.
+    The file is locked before it gets its name, so nobody ever sees it unlocked while we live. It
+    stays open and locked, which no file written by `aside` does.
     """
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}

@@ -4,9 +4,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+from sead_dist.config.names import did_you_mean
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
 from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
@@ -96,8 +96,9 @@ def _is_teacher(block: ValueBlock, wanted: str) -> bool:
 
 def _check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:
     if wanted is not None and not found:
-        near = get_close_matches(wanted, known, 1, 0) or ["nothing at all"]
-        raise UserError(f"no {kind} {wanted!r} is in the store; the nearest there is {near[0]!r}")
+        held = ", ".join(sorted(known)) or "nothing"
+        hint = did_you_mean(wanted, sorted(known), f"it holds {held}")
+        raise UserError(f"no {kind} {wanted!r} is in the store; {hint}")
 
 
 def _until_small(

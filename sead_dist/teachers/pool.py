@@ -274,8 +274,8 @@ class Worker:
 
     def take(self, left: list[WorkItem]) -> tuple[WorkItem, Lease] | None:
         """The first open work item, the very first time from this worker's place in the front of
-        the list. Where not all teachers fit into memory, those that are loaded come before others in
-        the front. Chunks that are in the store leave the list."""
+        the list. Where not all teachers fit into memory, those that are loaded come before others
+        in the front. Items that are in the store leave the list."""
         front = left[: self.front]
         turn = self.turn % len(front)
         front = front[turn:] + front[:turn]
