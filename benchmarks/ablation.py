@@ -16,12 +16,11 @@ from pathlib import Path
 from inputs import alone, shape_file, small_folder
 from outcome_file import smoke_argument, table
 
-from sead_dist.data.resampling import units_of
+from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.sweep.checks import settle
 from sead_dist.sweep.grid import make_plan
 from sead_dist.sweep.results import read_runs, versus
 from sead_dist.sweep.run import run_sweep
-from sead_dist.sweep.significance import Difference, mean_difference
 
 
 def told(of: Difference) -> list[object]:

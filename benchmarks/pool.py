@@ -71,7 +71,7 @@ class Pool:
         assert member.process is not None
         member.process.kill()
         member.process.wait()
-        leases = (self.store / "claims").iterdir()
+        leases = (self.store / "leases").iterdir()
         held = [one for one in leases if f" {member.process.pid} " in text_of(one)]
         self.lost += [self.chunk_rows] * len(held)
 

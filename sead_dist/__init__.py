@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from sead_dist.errors import RunError, UserError
     from sead_dist.objectives.losses import register_loss
     from sead_dist.objectives.weightings import register_ensemble
+    from sead_dist.runs.stored import PredictionStore
     from sead_dist.teachers.kinds import register_teacher
 
 __version__ = "0.1.0"
 __all__ = [
+    "PredictionStore",
     "Run",
     "RunConfig",
     "RunError",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 # the others are the interface's own
 _ELSEWHERE = {
+    "PredictionStore": "sead_dist.runs.stored",
     "RunConfig": "sead_dist.config.schema",
     "RunError": "sead_dist.errors",
     "TaskSpec": "sead_dist.data.task_files",

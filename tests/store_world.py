@@ -1,6 +1,7 @@
 """What the store's tests share: ids, a teacher whose logits follow from the ids, other processes."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,21 @@ def check_reads(folder: Path, ids: np.ndarray, key: TeacherKey, present=None, **
 
 def blocks_of(folder: Path, key: TeacherKey | None = None) -> list[Path]:
     return sorted(folder.glob(f"values/{key.folder if key else '*'}/*.safetensors"))
+
+
+def format_of(folder: Path) -> int:
+    return int(json.loads((folder / "format.json").read_text())["format"])
+
+
+def make_older(folder: Path) -> None:
+    """The number of a store of format 1, which is the same without compacted blocks."""
+    (folder / "format.json").write_text(json.dumps({"format": 1}))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What lies in a store, by its place."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def start(code: str, *args: object) -> subprocess.Popen:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import RENAMED, nearest, told_known
+from sead_dist.config.names import RENAMED, did_you_mean, told_known
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
@@ -58,9 +58,8 @@ def find_config(name: str) -> Path:
             f"its file {run}" if run.is_file() else f"a YAML file, or KEY=VALUE (data.path={name}?)"
         )
         raise UserError(f"config {name!r} is a folder; give {what}")
-    known = sorted(path.stem for path in (shipped / "tasks").glob("*.yaml"))
-    near = nearest(Path(name).stem, known)
-    hint = f"did you mean {near!r}?" if near else f"shipped tasks: {', '.join(known)}"
+    known = shipped_files("tasks")
+    hint = did_you_mean(Path(name).stem, known, f"shipped tasks: {', '.join(known)}")
     raise UserError(f"config {name!r} is neither a file nor a shipped config; {hint}")
 
 

@@ -8,7 +8,6 @@ base, not from the bits of the merged weights, which another machine may round o
 import hashlib
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ from sead_dist.models.pretrained import (
     weights_hash,
 )
 from sead_dist.models.sequence_classifier import outline, read_classifier
-from sead_dist.runtime.files import files_hash, user_folder
+from sead_dist.runtime.files import cache_place, files_hash, folder_aside
 
 RULES = "merge-1"
 WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +52,7 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
         parts = [RULES, files_hash([folder / WEIGHTS]), setting_hash(own)]
     parts += [weights_hash(base), setting_hash(base)]
     identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    place = user_folder("XDG_CACHE_HOME", ".cache", "XDG_CACHE_HOME=DIR") / "sead_dist" / "merged"
+    place = cache_place("merged", "SEAD_DIST_MERGED=DIR")
     target = place / identity
     found = Checkpoint(name, target, revision, identity)
     if target.is_dir():
@@ -65,11 +64,9 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
         )
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, suffix=".tmp") as aside:
-            # what it draws is overwritten, and depends on whether it was merged before
-            with torch.random.fork_rng(devices=[]):
-                _merge(own, base, Path(aside) / identity)
-            (Path(aside) / identity).rename(target)
+        # what it draws is overwritten, and depends on whether it was merged before
+        with folder_aside(target, replaces=False) as aside, torch.random.fork_rng(devices=[]):
+            _merge(own, base, aside)
     except (OSError, SafetensorError) as error:
         if target.is_dir():
             return found  # another rank was quicker

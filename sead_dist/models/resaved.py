@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sead_dist.data.order import Split, make_batch
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import load_plain, unshared, write_weights
+from sead_dist.runtime.files import put_folder
 
 # of the largest logit, at least 1; autocast rounds every product
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
@@ -123,8 +124,7 @@ def check_saved(
 def refuse(folder: Path, reason: str) -> NoReturn:
     """Set the model aside, so that nothing takes it for the run's, and raise RunError."""
     aside = folder.with_name(f"{folder.name}.refused")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    put_folder(folder, aside)
     raise RunError(
         f"the saved model is not what was trained: {reason}; it lies in {aside}, and the last "
         "checkpoint is intact; fix the disk or change the version of Transformers, then give the "

@@ -6,7 +6,6 @@ The only file that imports AutoModel*. Weights are read from safetensors, or fro
 
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from sead_dist.models.loaded import (
     wrapping,
 )
 from sead_dist.models.pretrained import COPY, Checkpoint, locate, weight_files
-from sead_dist.runtime.files import sync_folder
+from sead_dist.runtime.files import folder_aside
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -296,18 +295,12 @@ def save_model(
     weights: the model's state, of which the model itself may hold a part only. save_words: writes
     the tokeniser into a folder. Written aside and renamed. Raises RunError when that fails.
     """
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        write_weights(model, weights, aside)
-        save_words(aside)
         # a finished run deletes its checkpoints, so the disk must hold its model before
-        sync_folder(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        sync_folder(folder)
+        with folder_aside(folder) as aside:
+            write_weights(model, weights, aside)
+            save_words(aside)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise RunError(
             f"the model cannot be written to {folder}: {error}; free space or fix the folder, "
             "then give the same command again"

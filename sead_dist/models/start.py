@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.config.load import shipped_files
-from sead_dist.config.names import nearest
+from sead_dist.config.names import nearest, told_known
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
 from sead_dist.errors import UserError, reading
@@ -118,11 +118,8 @@ def shape_file(shape: str) -> Path:
         if shape.endswith((".yaml", ".yml")):
             raise UserError(f"file {shape} does not exist; give one, or {', '.join(known)}")
         # L6-H256 lacks the heads
-        near = next((one for one in known if one.startswith(shape)), None) or nearest(shape, known)
-        meant = f" did you mean {near!r}?" if near else ""
-        raise UserError(
-            f"{shape} is no shape of a model;{meant} known: {', '.join(known)}, or a file"
-        )
+        meant = next((one for one in known if one.startswith(shape)), shape)
+        raise UserError(f"{shape} is not a shape of a model{told_known(meant, known)}, or a file")
     return path
 
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sead_dist.config.names import nearest
+from sead_dist.config.names import did_you_mean
 from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.task_files import TaskSpec
@@ -71,8 +71,8 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
     kind = fields["model_type"]
     if str(kind) not in CONFIG_MAPPING:
         # several are as near as bert, which most shapes are
-        near = nearest(str(kind), ["bert", *CONFIG_MAPPING])
-        hint = f"did you mean {near!r}?" if near else "give one of Transformers, such as bert"
+        known = ["bert", *CONFIG_MAPPING]
+        hint = did_you_mean(str(kind), known, "give one of Transformers, such as bert")
         raise UserError(f"student.shape={shape}: unknown model_type {kind!r}; {hint}")
     given = {
         "vocab_size": embeddings_for(tokenizer),

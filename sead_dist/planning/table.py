@@ -90,7 +90,9 @@ def plan(
     folder = store_folder(config.store.path)
 
     def count() -> Work:
-        store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
+        store = None
+        if (folder / "format.json").is_file():
+            store = PredictionStore(folder, print, read_only=True)
         return make_work(config, task.name, examples, inputs, all_teachers, store)
 
     work = from_main(world, count)

@@ -28,7 +28,7 @@ from sead_dist.reporting.plots import (
     save,
 )
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runtime.files import written_aside
+from sead_dist.runtime.files import folder_aside, written_aside
 from sead_dist.runtime.run_log import read_metrics
 
 if TYPE_CHECKING:
@@ -219,8 +219,5 @@ def _link_folder(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(file, place)
 
-    aside = target.with_name(f".{target.name}.{os.getpid()}.aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=link)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    with folder_aside(target) as aside:
+        shutil.copytree(source, aside, copy_function=link, dirs_exist_ok=True)

@@ -22,7 +22,7 @@ from sead_dist.config.sections import AugmentConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import BatchStream
-from sead_dist.data.resampling import paired_gap
+from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError

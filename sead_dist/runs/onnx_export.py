@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 import statistics
 import time
 import warnings
@@ -45,6 +44,7 @@ from sead_dist.runs.prediction import (
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
+from sead_dist.runtime.files import folder_aside
 from sead_dist.runtime.run_log import write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, evaluate
@@ -108,21 +108,11 @@ def export_onnx(
     folder = output_folder(name, output)
     quiet_libraries(World(0, 1, torch.device("cpu")))
     original = load_original(name, task_name, data, labels)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.aside")
-    older = aside.with_suffix(".older")
     try:
-        aside.mkdir()
-        record = write_and_measure(original, aside, quantized)
-        if folder.exists():
-            folder.rename(older)
-        aside.rename(folder)
+        with folder_aside(folder) as aside:
+            record = write_and_measure(original, aside, quantized)
     except OSError as error:
         raise RunError(f"--output {folder} cannot be written: {error.strerror}") from error
-    finally:
-        if older.exists() and not folder.exists():
-            older.rename(folder)
-        for rest in (aside, older):
-            shutil.rmtree(rest, ignore_errors=True)
     title = f"{record['task']}, CPU, threads: {record['threads']}"
     print_table(title, *onnx_rows(record))
     print(f"written to {folder}")

@@ -40,7 +40,7 @@ from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
-from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_training
+from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
@@ -190,9 +190,9 @@ def fill_all(hand: Worker, work: Work) -> bool:
     # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
     everyone = asks_selection(config)
     validating = [
-        chunk
-        for chunk in chunks_of_split(splits.selection, count, rows)
-        if work.pooled_N[chunk.teacher] or (everyone and teachers[chunk.teacher].file is None)
+        item
+        for item in items_of_split(splits.selection, count, rows)
+        if work.pooled_N[item.teacher] or (everyone and teachers[item.teacher].file is None)
     ]
     validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None
@@ -212,14 +212,14 @@ def fill_all(hand: Worker, work: Work) -> bool:
     )  # fmt: skip
     ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
-    chunks = chunks_of_training(batches, count, rows, asked)
+    items = items_of_training(batches, count, rows, asked)
     if not splits.selection.examples.has_gold:  # the student asks first, to be scored by them
-        chunks = validating + chunks
+        items = validating + items
     elif not needs_validation(config, splits.selection.examples):
-        chunks += validating
+        items += validating
     for split in splits.official.values():
-        chunks += chunks_of_split(split, count, rows)
-    return hand.fill([chunk for chunk in chunks if work.pooled_N[chunk.teacher]])
+        items += items_of_split(split, count, rows)
+    return hand.fill([item for item in items if work.pooled_N[item.teacher]])
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:

@@ -13,7 +13,7 @@ from sead_dist.config.registered import BUILT_IN
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.metrics import confusion
-from sead_dist.data.resampling import paired_gap
+from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunSplits
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.objectives.ensemble import asks_selection

@@ -82,6 +82,61 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
+    """Yield a new folder beside `target` to write to; on success, when the disk holds its files, it
+    gets the name `target`.
+
+    replaces: in the place of what is there (`put_folder`); without it what another process has put
+    there meanwhile stays, and OSError is raised. On any error the folder aside is removed, and
+    `target` stays as it was.
+    """
+    aside = _beside(target, ASIDE)
+    try:
+        aside.mkdir()
+        yield aside
+        sync_folder(aside)
+        if replaces:
+            put_folder(aside, target)
+        else:
+            aside.rename(target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_folder(folder: Path, target: Path) -> None:
+    """Give a folder the name `target`, in the place of what is there, and have the disk hold that.
+
+    A folder cannot take another's name in one step: a kill leaves at `target` the new one, the old
+    one, or between two renames nothing, and never a part of one. After an error the old one is
+    there. Raises OSError.
+    """
+    older = _beside(target, f"{ASIDE}-older")
+    try:
+        if os.path.lexists(target):
+            target.rename(older)
+        folder.rename(target)
+    finally:
+        if os.path.lexists(older) and not os.path.lexists(target):
+            older.rename(target)
+    sync(target.parent)
+    _remove(older)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{ending}")
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Have the disk hold all files of a folder, and their names."""
     for path in (*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent):
@@ -137,14 +192,12 @@ def check_writable(option: str, path: Path) -> None:
 
 def sweep_leftovers(run: Path) -> None:
     """Remove what a killed process of this run left half written. The caller has its lock."""
-    for folder in (run, *(run / name for name in ("plots", "predictions", "model", "model/plots"))):
-        for path in [*folder.glob(f".*{ASIDE}*")]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-    trials = [path for name in TRIALS for path in run.glob(f"{name}*")]
     checkpoints = run / "checkpoints"
+    inside = ("plots", "predictions", "model", "model/plots")
+    for folder in (run, checkpoints, *(run / name for name in inside)):
+        for path in [*folder.glob(f".*{ASIDE}*")]:
+            _remove(path)
+    trials = [path for name in TRIALS for path in run.glob(f"{name}*")]
     for path in (*trials, *checkpoints.glob("*.tmp"), checkpoints / "trial"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -193,12 +246,10 @@ def files_hash(paths: Sequence[Path]) -> str:
     digest = _read(paths)
     with suppress(OSError):
         known.parent.mkdir(parents=True, exist_ok=True)
-        aside = known.with_name(f"{key}.{os.getpid()}.tmp")
-        aside.write_text(digest, encoding="ascii")
         settled = time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
         if settled and _state(paths) == before:
-            os.replace(aside, known)
-        aside.unlink(missing_ok=True)
+            with written_aside(known) as aside:
+                aside.write_text(digest, encoding="ascii")
     return digest
 
 
@@ -227,6 +278,5 @@ def _read(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -20,8 +20,6 @@ import numpy.typing as npt
 from sead_dist.store.ids import Ints, ensure_key_block
 from sead_dist.store.layout import (
     BLOCK_SUFFIX,
-    FORMAT,
-    PLAIN_FORMAT,
     Layout,
     make_folder,
     write_aside,
@@ -32,6 +30,8 @@ from sead_dist.store.tensor_file import BadBlockError, digest, read_tensors, wri
 # What is checked of a block before it is used: its header alone; all but the rows of a compacted
 # block, which are checked when they are first touched; all.
 Check = Literal["header", "touched", "all"]
+# What the header of a block says of its own form: as a run writes it, or as a compaction does.
+PLAIN, COMPACT = "1", "2"
 # The order of tensors in a compacted block.
 COMPACTED = ("words", "sums", "rows", "logits")
 
@@ -96,8 +96,7 @@ def read_value_block(path: Path, check: Check) -> ValueBlock:
     """A value block. Raises BadBlockError (truncated, altered, not a block, another teacher's),
     FileNotFoundError."""
     tensors, about = read_tensors(path)
-    formats = {str(PLAIN_FORMAT), str(FORMAT)}
-    if about.get("format") not in formats or about.get("kind") != "values":
+    if about.get("format") not in (PLAIN, COMPACT) or about.get("kind") != "values":
         raise BadBlockError("not a value block of this format")
     try:
         num_keys = int(about["num_keys"])
@@ -161,7 +160,7 @@ def _checksum(content: str, about: dict[str, str]) -> str:
 def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
     """What the header of the block says besides its tensors; `content` is its content hash."""
     about = {
-        "format": str(FORMAT if block.compacted else PLAIN_FORMAT),
+        "format": COMPACT if block.compacted else PLAIN,
         "kind": "values",
         "keys": block.keys,
         "num_keys": str(block.covers.num_keys),
@@ -205,7 +204,7 @@ def describe_teacher(layout: Layout, block: ValueBlock) -> None:
         return
     make_folder(layout, path.parent)
     description = {
-        "format": PLAIN_FORMAT,
+        "format": 1,
         "name": block.name,
         "fingerprint": block.teacher,
         "numerics": block.numerics,

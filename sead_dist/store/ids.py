@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sead_dist.store.layout import BLOCK_SUFFIX, PLAIN_FORMAT, Layout, aside, set_aside
+from sead_dist.store.layout import BLOCK_SUFFIX, Layout, aside, set_aside
 from sead_dist.store.tensor_file import (
     MAP_BYTES,
     BadBlockError,
@@ -116,7 +116,7 @@ def union(parts: Sequence[tuple[Ints, Bools]]) -> Iterator[Ints]:
         yield unique_ids(np.concatenate(held))[0]
 
 
-KEY_BLOCK = {"format": str(PLAIN_FORMAT), "kind": "keys"}
+KEY_BLOCK = {"format": "1", "kind": "keys"}
 HEADER_ROOM = 256
 
 

@@ -1,12 +1,12 @@
 """The folder of a prediction store: its parts, its format, writing into it, locks and holds.
 
-STORE/format.json                 {"format": 1}, or 2 where there may be compacted blocks
+STORE/format.json                 {"format": 2}
 STORE/keys/<hash>.safetensors     key blocks: the sorted unique example ids of one example set
 STORE/values/<teacher>/           teacher.json, and the value blocks of one teacher key
 STORE/tmp/                        files being written; whoever wrote an old one is dead
 STORE/quarantine/                 files found bad, never read again
 STORE/live/                       one locked file per run that uses the store now
-STORE/claims/                     chunks that workers of a pool compute now (teachers/pool.py)
+STORE/leases/                     work items that a pool computes now (teachers/pool.py)
 STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
 STORE/compact.lock                one compaction or removal at a time
 """
@@ -28,10 +28,12 @@ from typing import Any, BinaryIO
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.runtime.files import cache_place, open_own, sync
 
-# 2 adds compacted blocks, which a version that knows 1 alone would take for bad ones.
-PLAIN_FORMAT, FORMAT = 1, 2
-FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "claims")
-OWN_NAMES = {*FOLDERS, "format.json", "store.lock", "compact.lock", "id"}
+# 1 was the same without compacted blocks. A store of it is read, and raised when it is opened for
+# writing: a version that knows 1 alone would take compacted blocks for bad ones.
+FORMAT, OLDER_FORMAT = 2, 1
+FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "leases")
+# claims: what leases were called before; nothing is read in it
+OWN_NAMES = {*FOLDERS, "claims", "format.json", "store.lock", "compact.lock", "id"}
 BLOCK_SUFFIX = ".safetensors"
 # A temporary file that has not grown for this long belongs to a dead writer.
 DEAD_WRITER_S = 3600.0
@@ -56,11 +58,8 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.keys, self.values, self.tmp = root / "keys", root / "values", root / "tmp"
-        self.quarantine, self.live, self.claims = (
-            root / "quarantine",
-            root / "live",
-            root / "claims",
-        )
+        self.quarantine, self.live = root / "quarantine", root / "live"
+        self.leases = root / "leases"
 
     def key_path(self, key_hash: str) -> Path:
         return self.keys / f"{key_hash}{BLOCK_SUFFIX}"
@@ -113,7 +112,8 @@ def refuse_foreign(root: Path) -> None:
 
 
 def create(root: Path) -> Layout:
-    """Open the store at `root` for writing, making it where it is missing.
+    """Open the store at `root` for writing, making it where it is missing. One of the older format
+    is raised to the newest.
 
     Raises UserError where `root` is a file, a folder of something else or of another format,
     RunError where it is not writable.
@@ -132,11 +132,11 @@ def create(root: Path) -> Layout:
         raise refusal(
             f"store={root} is not writable ({error.strerror}); {remedy}", error
         ) from error
-    if not (root / "format.json").exists():
-        _write_format(layout, PLAIN_FORMAT)
-    _check_format(layout)
+    if (root / "format.json").exists():
+        _check_format(layout)
     with layout.lock("store.lock", exclusive=False):
         pass
+    raise_format(layout)
     return layout
 
 
@@ -156,16 +156,23 @@ def existing(root: Path) -> Layout:
 
 
 def raise_format(layout: Layout) -> None:
-    """Mark the store as one that may hold compacted blocks; raises RunError."""
-    if _check_format(layout) < FORMAT:
-        _write_format(layout, FORMAT)
+    """Give a new store, or one of the older format, the number of the newest format.
 
-
-def _write_format(layout: Layout, number: int) -> None:
-    write_aside(layout, layout.root / "format.json", [json.dumps({"format": number}).encode()])
+    The number is all that differs: each block lies as it is under either. It is changed by one
+    rename, so a kill leaves the one number or the other, and whoever reads meanwhile sees one of
+    them, with the same rows. Raises RunError.
+    """
+    path = layout.root / "format.json"
+    if path.exists() and _check_format(layout) == FORMAT:
+        return
+    with layout.lock("store.lock", exclusive=True):
+        # looked at again under the lock: a later version may have raised it further
+        if not path.exists() or _check_format(layout) < FORMAT:
+            write_aside(layout, path, [json.dumps({"format": FORMAT}).encode()])
 
 
 def _check_format(layout: Layout) -> int:
+    """The store's format. Raises UserError for one that this version does not read."""
     path = layout.root / "format.json"
     try:
         found = json.loads(path.read_bytes())["format"]
@@ -175,10 +182,10 @@ def _check_format(layout: Layout) -> int:
             f'{{"format": N}}: fix it or name another store=',
             error,
         ) from error
-    if found not in (PLAIN_FORMAT, FORMAT):
+    if found not in (OLDER_FORMAT, FORMAT):
         raise UserError(
             f"the prediction store {layout.root} has format {found}, this version reads formats "
-            f"{PLAIN_FORMAT} and {FORMAT}; name another store= or use the version of sead_dist "
+            f"{OLDER_FORMAT} and {FORMAT}; name another store= or use the version of sead_dist "
             "that wrote it"
         )
     return int(found)
@@ -213,6 +220,8 @@ def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path]
     """A new file in tmp/ to write to, and what flushes it to disk and gives it its path.
 
     Without that nothing is left of it. Raises RunError (disk full, read-only, no permission).
+    Apart from `written_aside` (runtime/files.py): a block's path follows from its content, its file
+    may be mapped meanwhile, and it lies in tmp/, whose old files `compact` removes.
     """
     path = layout.tmp / unique_name(name)
 
@@ -284,7 +293,8 @@ class LiveRun:
 def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     """Mark the teacher folders as used by `run`, for as long as this process lives at most.
 
-    The file is locked before it gets its name, so nobody ever sees it unlocked while we live.
+    The file is locked before it gets its name, so nobody ever sees it unlocked while we live. It
+    stays open and locked, which no file written by `aside` does.
     """
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}

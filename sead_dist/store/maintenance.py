@@ -37,7 +37,6 @@ from sead_dist.store.layout import (
     explain,
     live_runs,
     old_temporaries,
-    raise_format,
     set_aside,
     unreadable,
 )
@@ -347,7 +346,5 @@ def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Pa
     if len(ids_K2) != block.covers.num_keys:
         raise BadBlockError(f"{len(ids_K2)} ids for {block.covers.num_keys} keys")
     block = replace(block, name=PurePath(redact(block.name)).name, runs=())
-    if block.compacted:
-        raise_format(into)
     there, new = write_value_block(into, block, ids_K2, sound)
     return there, block.covers.num_rows, new

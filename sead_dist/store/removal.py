@@ -4,9 +4,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+from sead_dist.config.names import did_you_mean
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
 from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
@@ -62,14 +62,14 @@ def plan_removal(
     layout = existing(folder)
     blocks = headers(layout)
     tasks = {block.task for block in blocks}
-    known = any(_is_teacher(block, teacher) for block in blocks) if teacher else False
-    _check_known("teacher", teacher, known, {block.name for block in blocks})
-    _check_known("task", task, task in tasks, tasks)
+    known = any(is_teacher(block, teacher) for block in blocks) if teacher else False
+    check_known("teacher", teacher, known, {block.name for block in blocks})
+    check_known("task", task, task in tasks, tasks)
     limit = time.time() - (older_than_s or 0.0)
     chosen = [
         block
         for block in sorted(blocks, key=lambda block: block.written_at)
-        if (teacher is None or _is_teacher(block, teacher))
+        if (teacher is None or is_teacher(block, teacher))
         and (task is None or block.task == task)
         and (older_than_s is None or block.written_at < limit)
     ]
@@ -89,15 +89,18 @@ def plan_removal(
     )
 
 
-def _is_teacher(block: ValueBlock, wanted: str) -> bool:
+def is_teacher(block: ValueBlock, wanted: str) -> bool:
+    """Whether a block is of the teacher of this name, or of this start of a fingerprint."""
     prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
     return prefix or block.name == wanted
 
 
-def _check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:
+def check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:
+    """Raises UserError for a teacher or task that was asked for and not found."""
     if wanted is not None and not found:
-        near = get_close_matches(wanted, known, 1, 0) or ["nothing at all"]
-        raise UserError(f"no {kind} {wanted!r} is in the store; the nearest there is {near[0]!r}")
+        held = ", ".join(sorted(known)) or "nothing"
+        hint = did_you_mean(wanted, sorted(known), f"it holds {held}")
+        raise UserError(f"no {kind} {wanted!r} is in the store; {hint}")
 
 
 def _until_small(

@@ -40,7 +40,7 @@ from sead_dist.store.ids import (
     is_sorted_unique,
     read_key_block,
 )
-from sead_dist.store.layout import BLOCK_SUFFIX, create, hold, set_aside, unreadable
+from sead_dist.store.layout import BLOCK_SUFFIX, create, existing, hold, set_aside, unreadable
 from sead_dist.store.rows import BadChunkError, Coverage, Floats, Logits, Rows
 from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError, digest
 
@@ -78,12 +78,15 @@ class IdSet:
 class PredictionStore:
     """The store in `folder`, made where missing; `report` receives one-line notices.
 
-    Raises UserError where `folder` is a file, not writable, of another format or no store.
+    read_only: the store has to be there, and nothing in it is changed: bad blocks stay where they
+    are. Raises UserError where `folder` is a file, not writable, of another format or no store.
     """
 
-    def __init__(self, folder: Path | str, report: Callable[[str], None]) -> None:
-        self.layout = create(Path(folder))
-        self.report = report
+    def __init__(
+        self, folder: Path | str, report: Callable[[str], None], read_only: bool = False
+    ) -> None:
+        self.layout = existing(Path(folder)) if read_only else create(Path(folder))
+        self.report, self.read_only = report, read_only
         self.sound_keys: set[str] = set()
         self._id_sets: dict[int, IdSet] = {}
         self._shared: dict[tuple[str, str], tuple[int, Places, Places]] = {}
@@ -119,8 +122,9 @@ class PredictionStore:
         return self._id_sets[id(ids_U2)]
 
     def set_aside(self, path: Path, reason: object) -> None:
-        target = set_aside(self.layout, path)
-        where = f"moved to {target.parent.name}/" if target else "could not be moved away"
+        target = None if self.read_only else set_aside(self.layout, path)
+        where = "left there" if self.read_only else "could not be moved away"
+        where = f"moved to {target.parent.name}/" if target else where
         self.report(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}")
 
     def read_block(self, path: Path) -> ValueBlock | None:
@@ -155,7 +159,7 @@ class PredictionStore:
 
     def rewrite_keys(self, ids: IdSet) -> None:
         """Make sure that the key block of these ids is there, since blocks refer to it."""
-        if ids.hash in self.sound_keys:
+        if self.read_only or ids.hash in self.sound_keys:
             return
         with self.layout.lock("store.lock", exclusive=False):
             trouble = ensure_key_block(self.layout, ids.hash, ids.ids_U2, self.sound_keys)
@@ -221,6 +225,8 @@ class Table:
 
         Entries that are stored already are left as they are.
         """
+        if self._store.read_only:
+            raise ValueError(f"{self._store.layout.root} was opened for reading alone")
         logits = np.asarray(logits_RC, np.float32)
         entries, first = np.unique(np.asarray(entries_R, np.int64), return_index=True)
         if logits.shape != (len(entries_R), self.key.classes):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sead_dist.data.resampling import LEVEL
+from sead_dist.data.significance import LEVEL
 from sead_dist.reporting.model_card import fill_template
 from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sead_dist.data.examples import ExampleSet
-from sead_dist.data.resampling import Floats, resampled_scores, units_of
+from sead_dist.data.significance import (
+    Difference,
+    Floats,
+    compare,
+    holm,
+    mean_difference,
+    resampled_scores,
+    units_of,
+)
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError, reading
 from sead_dist.objectives.weightings import WEIGHTINGS
@@ -25,7 +33,6 @@ from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit, method_name
 from sead_dist.sweep.published import FIGURES, NOTE
-from sead_dist.sweep.significance import Difference, compare, holm, mean_difference
 
 
 @dataclass(frozen=True)

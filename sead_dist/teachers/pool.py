@@ -1,16 +1,17 @@
-"""The work of a pool: chunks, leases on them, and the worker that computes them.
+"""The work of a pool: work items, leases on them, and the worker that computes them.
 
-A chunk is a teacher and a few examples, in the student's order of use. Every worker of a run makes
-the same list. A (teacher, example) pair is in the first chunk that needs it, and in no other of its
-split.
+A work item is a teacher and a few examples, in the student's order of use. Every worker of a run
+makes the same list. A (teacher, example) pair is in the first work item that needs it, and in no
+other of its split.
 
-A lease says that a chunk is being computed now (STORE/claims/, one file each). It is a file that is
-created exclusively and that its holder writes to several times in `broken_s`. Whoever sees that it
-has not changed for so long, by the observer's own monotonic clock, takes it away: times that other
-machines write down, in files or on them, are never looked at. A lease only saves work. Two holders
-of one chunk write the same predictions. (Our own scheme.)
+A lease says that a work item is being computed now (STORE/leases/, one file each). It is a file
+that is created exclusively and that its holder writes to several times in `broken_s`. Whoever sees
+that it has not changed for so long, by the observer's own monotonic clock, takes it away: times
+that other machines write down, in files or on them, are never looked at. A lease only saves work.
+Two holders of one work item write the same predictions. (Our own scheme; why not that of a library:
+docs/decisions/0018-pool.md.)
 
-Shapes: N teachers, R examples of a chunk or window, U unique examples of a split.
+Shapes: N teachers, R examples of a work item or window, U unique examples of a split.
 """
 
 import os
@@ -36,7 +37,7 @@ from sead_dist.teachers.source import StoredSource
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class WorkItem:
     """Rows `entries_R` (ascending) of teacher number `teacher`; `what` names their place."""
 
     teacher: int
@@ -54,25 +55,25 @@ class Chunk:
         return Request(self.split, self.entries_R, asked_NR, self.what)
 
 
-def chunks_of_split(split: Split, teachers: int, rows: int) -> list[Chunk]:
+def items_of_split(split: Split, teachers: int, rows: int) -> list[WorkItem]:
     """All of a split, of every teacher."""
     entries_U = np.arange(len(split.ids_U2))
     what = split.examples.split
     return [
-        Chunk(n, split, entries_U[start : start + rows], what)
+        WorkItem(n, split, entries_U[start : start + rows], what)
         for start in range(0, len(entries_U), rows)
         for n in range(teachers)
     ]
 
 
-def chunks_of_training(
+def items_of_training(
     batches: BatchStream,
     teachers: int,
     rows: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
-) -> list[Chunk]:
+) -> list[WorkItem]:
     """The training rows, as the steps come to them; `asked` as in `stream`."""
-    found: list[Chunk] = []
+    found: list[WorkItem] = []
     due_NU = np.ones((teachers, len(batches.split.ids_U2)), bool)
     for steps in batches.windows(0, rows):
         if not due_NU.any():
@@ -89,7 +90,7 @@ def chunks_of_training(
                 due_NU[n, new] = False
                 first, last = steps.start + 1, steps.stop
                 what = f"steps {first}-{last}" if last > first else f"step {last}"
-                found.append(Chunk(n, batches.split, new, what))
+                found.append(WorkItem(n, batches.split, new, what))
     return found
 
 
@@ -98,13 +99,13 @@ LEAST_BEAT_S, MOST_BEAT_S, BEATS = 0.02, 5.0, 10
 
 
 class Lease:
-    """A chunk that is ours; a thread says so for as long as the block lasts. taken_from: whose
-    broken lease it was before, in words."""
+    """A work item that is ours; a thread says so for as long as the block lasts. taken_from: whose
+    broken lease it was before, in plain text."""
 
     def __init__(self, path: Path, file: int, beat_s: float, taken_from: str | None) -> None:
         self.path, self._file, self._beat_s, self.taken_from = path, file, beat_s, taken_from
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, name="claim", daemon=True)
+        self._thread = threading.Thread(target=self._go_on, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         self._thread.start()
@@ -151,9 +152,9 @@ class Leases:
         self._seen: dict[str, Seen] = {}
 
     def take(self, name: str) -> Lease | None:
-        """The lease on this chunk, or None while another process holds it. Raises RunError where
-        none can be written."""
-        path = self.layout.claims / name
+        """The lease on this work item, or None while another process holds it. Raises RunError
+        where none can be written."""
+        path = self.layout.leases / name
         lease = self._create(path)
         if lease is None and self._is_broken(name, path):
             holder = f"{self._seen[name].holder}, silent for {self.broken_s:g} s"
@@ -163,10 +164,10 @@ class Leases:
         return lease
 
     def clear(self, names: Sequence[str]) -> None:
-        """Remove all leases on these chunks, which are done."""
-        for name in {*names}.intersection(os.listdir(self.layout.claims)):
+        """Remove all leases on these work items, which are done."""
+        for name in {*names}.intersection(os.listdir(self.layout.leases)):
             with suppress(OSError):
-                os.unlink(self.layout.claims / name)
+                os.unlink(self.layout.leases / name)
 
     def _create(self, path: Path, taken_from: str | None = None) -> Lease | None:
         text = f"{0:012d} {socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n"
@@ -175,7 +176,7 @@ class Leases:
         except FileExistsError:
             return None
         except OSError as error:
-            raise RunError(explain(self.layout.root, f"claims/{path.name}", error)) from error
+            raise RunError(explain(self.layout.root, f"leases/{path.name}", error)) from error
         try:
             os.write(file, text.encode())
             os.fsync(file)
@@ -183,7 +184,7 @@ class Leases:
             os.close(file)
             with suppress(OSError):
                 os.unlink(path)
-            raise RunError(explain(self.layout.root, f"claims/{path.name}", error)) from error
+            raise RunError(explain(self.layout.root, f"leases/{path.name}", error)) from error
         return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
@@ -204,7 +205,7 @@ class Leases:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunError(explain(self.layout.root, f"claims/{name}", error)) from error
+            raise RunError(explain(self.layout.root, f"leases/{name}", error)) from error
         broken = _text(aside) == self._seen.pop(name).text
         if not broken:  # a third process was quicker, and has a lease of its own by now
             with suppress(OSError):  # a fourth has one there already, or there are no second names
@@ -228,8 +229,8 @@ MOST_PAUSE_S = 1.0
 class Worker:
     """Worker `number` (from 1) of `workers`; their number only decides where each begins to look.
 
-    source: computes in this process. check: called before every chunk; False where the work is no
-    longer needed; may raise UserError and StopRequestedError. say: takes a line for each chunk.
+    source: computes in this process. check: called before every work item; False where the work is
+    no longer needed; may raise UserError and StopRequestedError. say: takes a line for each item.
     """
 
     def __init__(
@@ -241,19 +242,19 @@ class Worker:
         check: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
-        self.source, self.claims, self.check, self.say = source, leases, check, say
-        # where in the list the first chunk is looked for; from then on the oldest comes first
+        self.source, self.leases, self.check, self.say = source, leases, check, say
+        # where in the list the first work item is looked for; from then on the oldest comes first
         self.turn = number - 1
-        # how far from the front of the list a chunk may be preferred to those before it
+        # how far from the front of the list a work item may be preferred to those before it
         self.front = 2 * max(workers, len(source.teachers))
         self.room = int(TEACHER_SHARE * free_bytes(source.world.device))
         self.done = 0
         # computed since this process started
         self.rows = 0
 
-    def fill(self, chunks: Sequence[Chunk]) -> bool:
-        """Return True when all of the chunks are in the store, False where `check` ended it."""
-        left = list(chunks)
+    def fill(self, items: Sequence[WorkItem]) -> bool:
+        """Return True when all of the items are in the store, False where `check` ended it."""
+        left = list(items)
         while left:
             if not self.check():
                 return False
@@ -261,68 +262,68 @@ class Worker:
             if taken is None:
                 # others have all that is left: to see what they finish, or who dies
                 self.drop_finished(left)
-                time.sleep(min(self.claims.broken_s / 10, MOST_PAUSE_S))
+                time.sleep(min(self.leases.broken_s / 10, MOST_PAUSE_S))
                 continue
-            chunk, lease = taken
+            item, lease = taken
             with lease:
-                self.compute(chunk)
-            left.remove(chunk)
+                self.compute(item)
+            left.remove(item)
         # a worker killed between its block and its lease has left the lease
-        self.claims.clear([self.name(chunk) for chunk in chunks])
+        self.leases.clear([self.name(item) for item in items])
         return True
 
-    def take(self, left: list[Chunk]) -> tuple[Chunk, Lease] | None:
-        """The first open chunk, the very first time from this worker's place in the front of the
-        list. Where not all teachers fit into memory, those that are loaded come before others in
-        the front. Chunks that are in the store leave the list."""
+    def take(self, left: list[WorkItem]) -> tuple[WorkItem, Lease] | None:
+        """The first open work item, the very first time from this worker's place in the front of
+        the list. Where not all teachers fit into memory, those that are loaded come before others
+        in the front. Items that are in the store leave the list."""
         front = left[: self.front]
         turn = self.turn % len(front)
         front = front[turn:] + front[:turn]
         if sum(teacher.bytes for teacher in self.source.teachers) > self.room:
-            front.sort(key=lambda chunk: chunk.teacher not in self.source.models)
-        for chunk in (*front, *left[self.front :]):
-            if self.is_finished(chunk):
-                left.remove(chunk)
+            front.sort(key=lambda item: item.teacher not in self.source.models)
+        for item in (*front, *left[self.front :]):
+            if self.is_finished(item):
+                left.remove(item)
                 continue
-            lease = self.claims.take(self.name(chunk))
+            lease = self.leases.take(self.name(item))
             if lease is not None:
                 self.turn = 0
                 if lease.taken_from is not None:
-                    name = self.source.teachers[chunk.teacher].name
-                    self.say(f"{name}, {chunk.what}: taken over from {lease.taken_from}")
-                return chunk, lease
+                    name = self.source.teachers[item.teacher].name
+                    self.say(f"{name}, {item.what}: taken over from {lease.taken_from}")
+                return item, lease
         return None
 
-    def name(self, chunk: Chunk) -> str:
-        return chunk.name(self.source.teachers[chunk.teacher].key)
+    def name(self, item: WorkItem) -> str:
+        return item.name(self.source.teachers[item.teacher].key)
 
-    def is_finished(self, chunk: Chunk) -> bool:
+    def is_finished(self, item: WorkItem) -> bool:
         """Whether all of its rows were in the store when this process last looked."""
-        table = self.source.table(chunk.teacher, chunk.split)
-        return bool(table.lookup(chunk.entries_R)[1].all())
+        table = self.source.table(item.teacher, item.split)
+        return bool(table.lookup(item.entries_R)[1].all())
 
-    def drop_finished(self, left: list[Chunk]) -> None:
+    def drop_finished(self, left: list[WorkItem]) -> None:
         """Look into the store again, and take from the list what is there."""
-        for table in {self.source.table(chunk.teacher, chunk.split) for chunk in left}:
+        for table in {self.source.table(item.teacher, item.split) for item in left}:
             table.refresh()
-        left[:] = [chunk for chunk in left if not self.is_finished(chunk)]
+        left[:] = [item for item in left if not self.is_finished(item)]
 
-    def compute(self, chunk: Chunk) -> None:
-        """Bring the chunk's rows into the store: those that nobody else has brought meanwhile."""
-        table = self.source.table(chunk.teacher, chunk.split)
+    def compute(self, item: WorkItem) -> None:
+        """Bring an item's rows into the store: those that nobody else has brought meanwhile."""
+        table = self.source.table(item.teacher, item.split)
         table.refresh()
-        present_R = table.lookup(chunk.entries_R)[1]
+        present_R = table.lookup(item.entries_R)[1]
         missing = int((~present_R).sum())
         if missing == 0:
             return
-        self.make_room(chunk.teacher)
+        self.make_room(item.teacher)
         began = time.perf_counter()
-        self.source.submit(chunk.request(len(self.source.teachers))).result()
+        self.source.submit(item.request(len(self.source.teachers))).result()
         spent_s = time.perf_counter() - began
         self.done += 1
         self.rows += missing
-        name = self.source.teachers[chunk.teacher].name
-        self.say(f"{name}, {chunk.what}: {missing} rows in {spent_s:.1f} s")
+        name = self.source.teachers[item.teacher].name
+        self.say(f"{name}, {item.what}: {missing} rows in {spent_s:.1f} s")
 
     def make_room(self, n: int) -> None:
         """Let go of teachers, those loaded first, while there is no room for teacher n."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sead_dist.errors import RunError
-from sead_dist.store.layout import Layout, explain, unique_name
+from sead_dist.store.layout import Layout, aside
 from sead_dist.store.store import Table, TeacherKey
 
 # seconds between two looks at the store: doubled up to the most while nothing comes
@@ -124,19 +124,15 @@ def store_id(layout: Layout) -> str:
     """
     path = layout.root / "id"
     if not path.exists():
-        aside = layout.tmp / unique_name("id")
-        try:
-            aside.write_text(uuid.uuid4().hex + "\n", encoding="ascii")
+        with aside(layout, "id") as (file, keep):
+            file.write(f"{uuid.uuid4().hex}\n".encode())
+            file.flush()
             try:
-                os.link(aside, path)
-            except OSError as error:
-                # the id of a quicker process stays; a file system without second names refuses the
-                # link, and there the last of two gives the id
-                if not isinstance(error, FileExistsError):
-                    os.replace(aside, path)
-            aside.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(explain(layout.root, "id", error)) from error
+                os.link(file.name, path)
+            except FileExistsError:
+                pass  # the id of a quicker process stays
+            except OSError:
+                keep(path)  # no second names there: the last of two gives the id
     return path.read_text(encoding="ascii").strip()
 
 

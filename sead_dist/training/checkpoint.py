@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
-from sead_dist.runtime.files import sync
+from sead_dist.runtime.files import put_folder, sync
 from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
 from sead_dist.training.engine import AVERAGE_FILE, Engine
 from sead_dist.training.identity import Identity, refuse_other
@@ -113,6 +113,7 @@ class Checkpointer:
         return self.folder / f"best-{step:08d}"
 
     def _write_aside(self, final: Path, write: Callable[[Path], None]) -> None:
+        # all ranks write into it, so its name is not drawn
         aside = final.with_name(final.name + ".tmp")
 
         def prepare() -> None:
@@ -133,12 +134,7 @@ class Checkpointer:
             from_main(self.world, prepare)
             on_every_rank(self.world, attempt)
 
-            def rename() -> None:
-                shutil.rmtree(final, ignore_errors=True)
-                aside.rename(final)
-                sync(final.parent)
-
-            from_main(self.world, rename)
+            from_main(self.world, lambda: put_folder(aside, final))
         except (RunError, OSError) as error:
             barrier(self.world)
             if self.world.is_main:

@@ -31,7 +31,7 @@ def runs(code, folder):
 def test_the_pages_snippets_run(tmp_path):
     page = (ROOT / "docs" / "python.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     said = runs("\n".join(blocks), tmp_path).splitlines()
     # only the page's own lines are printed
     assert len(said) == 3

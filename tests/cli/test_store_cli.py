@@ -123,8 +123,8 @@ def test_rm_by_age_and_size(store, said):
     ("options", "message"),
     [
         ([], "nothing says what to remove; give --teacher, --task, --older-than or --keep"),
-        (["--teacher", "nobody"], "no teacher 'nobody' is in the store; the nearest"),
-        (["--task", "gramar"], "nearest there is 'grammar'"),
+        (["--teacher", "nobody"], "no teacher 'nobody' is in the store; it holds"),
+        (["--task", "gramar"], "did you mean 'grammar'?"),
         (["--older-than", "soon"], "--older-than 'soon' is not a number with a unit of s, m, h"),
         (["--keep", "10"], "--keep '10' is not a number with a unit of B, kB"),
     ],

@@ -70,6 +70,27 @@ def test_it_is_merged_once_and_draws_nothing(tmp_path, monkeypatch):
     assert [one.name for one in first.folder.parent.iterdir()] == [first.origin]
 
 
+def test_what_is_merged_lies_in_the_folder_that_is_named_and_a_quicker_ranks_stays(
+    tmp_path, monkeypatch
+):
+    save_adapter(tmp_path)
+    monkeypatch.setenv("SEAD_DIST_MERGED", str(tmp_path / "named"))
+    merge, mine = adapters._merge, []
+
+    def late(adapter, base, folder):
+        merge(adapter, base, folder)
+        mine.append(folder)
+        if len(mine) == 1:  # another rank is done meanwhile
+            (locate(str(tmp_path / "lora")).folder / "first").touch()
+
+    monkeypatch.setattr(adapters, "_merge", late)
+    found = locate(str(tmp_path / "lora")).folder
+    assert found.parent == tmp_path / "named"
+    assert (found / "first").exists()
+    assert [one.name for one in found.parent.iterdir()] == [found.name]
+    assert not (tmp_path / "cache" / "sead_dist" / "merged").exists()
+
+
 def test_its_identity_covers_adapter_and_base(tmp_path):
     save_adapter(tmp_path)
 
@@ -159,7 +180,7 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tmp_path, mistake):
     with pytest.raises(UserError, match=said) as told:
         load_teachers([entry(tmp_path / "lora")])
     assert "\n" not in str(told.value)
-    assert not [*(tmp_path / "cache").rglob("*.tmp")]
+    assert not [*(tmp_path / "cache").rglob("*.aside*")]
 
 
 def test_the_line_that_installs_peft_is_told(tmp_path, monkeypatch):

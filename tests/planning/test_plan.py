@@ -20,6 +20,7 @@ from small import (
     words,
     write_task,
 )
+from store_world import files_of, make_older
 from transformers import AutoConfig
 
 from sead_dist.config.load import load_config
@@ -142,10 +143,13 @@ def test_measuring_ends_with_its_time(task, tmp_path, rates, monkeypatch):
     assert any(one["scaled"] for one in found["rates"])
 
 
-def test_a_warm_store_costs_nothing(task, tmp_path, rates, capsys):
+def test_a_warm_store_costs_nothing_and_is_left_as_it_is(task, tmp_path, rates, capsys):
     data, teachers = task
     distill(load_config(words(data, teachers, tmp_path / "other")), ALONE, show_table=False)
+    make_older(tmp_path / "store")
+    before = files_of(tmp_path / "store")
     found = planned(task, tmp_path)
+    assert files_of(tmp_path / "store") == before
     assert found["teacher_forwards"] == 0
     assert [one["teachers_s"] for one in found["placements"]] == [0, 0, 0, 0]
     assert found["placements"][3]["workers"] == 0

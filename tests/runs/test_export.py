@@ -241,7 +241,7 @@ def test_an_export_that_cannot_take_its_place_leaves_the_old_one(exported, tmp_p
         export_onnx(str(run), False, None, None, None, None)
     after = {path.name: path.read_bytes() for path in (run / "onnx").iterdir() if path.is_file()}
     assert after == before
-    assert not list(run.glob(".onnx*"))
+    assert not list(run.glob("*.aside*"))
 
 
 def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from small import ALONE, read, save_teacher, words
 
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
-from sead_dist.data import resampling
+from sead_dist.data import significance
 from sead_dist.errors import UserError
 from sead_dist.runs import checks, distillation, remarks
 from sead_dist.runs.prediction import evaluate_model
@@ -144,7 +144,7 @@ def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhe
 
 def test_an_ensemble_that_is_better_than_its_best_member_is_not_told(tmp_path, task, monkeypatch):
     data, teacher = task
-    monkeypatch.setattr(remarks, "paired_gap", lambda *_given: resampling.Gap(0.1, (0.02, 0.18)))
+    monkeypatch.setattr(remarks, "paired_gap", lambda *_given: significance.Gap(0.1, (0.02, 0.18)))
     twins = [str(teacher), str(save_teacher(tmp_path / "b", seed=0))]
     given = words(data, twins, tmp_path / "run", max_steps=1)
     run = distillation.distill(load_config(given), ALONE, console=False)

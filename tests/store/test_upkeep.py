@@ -419,10 +419,13 @@ def test_rm_without_a_condition_or_with_an_unknown_name_is_refused(tmp_path):
     fill(tmp_path, make_ids(5), make_key())
     with pytest.raises(UserError, match="nothing says what to remove"):
         plan_removal(tmp_path)
-    with pytest.raises(UserError, match="nearest there is 'teacher-1'"):
+    with pytest.raises(UserError, match=r"in the store; did you mean 'teacher-1'\?"):
         plan_removal(tmp_path, teacher="teacher-9")
-    with pytest.raises(UserError, match="nearest there is 'sst2'"):
+    with pytest.raises(UserError, match=r"did you mean 'sst2'\?"):
         plan_removal(tmp_path, task="sst3")
+    fill(tmp_path, make_ids(5), make_key(2), task="cola")
+    with pytest.raises(UserError, match="no task 'copa-2' is in the store; it holds cola, sst2"):
+        plan_removal(tmp_path, task="copa-2")
 
 
 HOLD = """

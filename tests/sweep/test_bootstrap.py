@@ -5,22 +5,20 @@ import pytest
 from scipy.special import expit, stdtrit
 from scipy.stats import chi2, norm, ttest_1samp
 
-from sead_dist.data import resampling as bootstrap
+from sead_dist.data import significance as bootstrap
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.metrics import Answer
-from sead_dist.data.resampling import (
+from sead_dist.data.significance import (
+    cautious_p,
+    compare,
     draw_units,
+    holm,
+    mean_difference,
     paired_gap,
     resampled_scores,
     rescorer,
-    units_of,
-)
-from sead_dist.sweep.significance import (
-    cautious_p,
-    compare,
-    holm,
-    mean_difference,
     summarise,
+    units_of,
     variance_of_mean,
 )
 

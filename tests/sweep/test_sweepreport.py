@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from sead_dist.data.significance import Difference
 from sead_dist.sweep.report import arms, markdown, write_sweep_report
 from sead_dist.sweep.results import add_holm, mean_over_tasks, shared_tasks
-from sead_dist.sweep.significance import Difference
 
 
 def cell(task, method, mean, **more):

@@ -10,7 +10,7 @@ from small import ALONE, config, load_teachers, make_source, save_teacher, small
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.order import BatchStream
 from sead_dist.objectives.ensemble import make_ensemble
-from sead_dist.teachers.pool import Leases, Worker, chunks_of_split, chunks_of_training
+from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_training
 
 TEACHERS, ROWS = 3, 8
 
@@ -21,7 +21,7 @@ def chunks(split, **changes):
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
     asked = partial(make_ensemble(given, KINDS["classification"], weights_N).asked, batches)
-    return chunks_of_training(batches, TEACHERS, ROWS, asked), batches, asked
+    return items_of_training(batches, TEACHERS, ROWS, asked), batches, asked
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "random"])
@@ -51,9 +51,9 @@ def test_chunks_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(
 def test_a_chunks_name_is_of_its_content_alone(tmp_path):
     teachers = load_teachers([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
     one, same, longer = small_split(21), small_split(21), small_split(22)
-    names = [c.name(teachers[c.teacher].key) for c in chunks_of_split(one, 2, ROWS)]
-    again = [c.name(teachers[c.teacher].key) for c in chunks_of_split(same, 2, ROWS)]
-    other = [c.name(teachers[c.teacher].key) for c in chunks_of_split(longer, 2, ROWS)]
+    names = [c.name(teachers[c.teacher].key) for c in items_of_split(one, 2, ROWS)]
+    again = [c.name(teachers[c.teacher].key) for c in items_of_split(same, 2, ROWS)]
+    other = [c.name(teachers[c.teacher].key) for c in items_of_split(longer, 2, ROWS)]
     assert names == again
     assert len(set(names)) == len(names) == 6
     assert set(names) != set(other)
@@ -75,7 +75,7 @@ def test_workers_begin_at_different_places_and_where_room_is_short_stay_with_the
     for number in (4, 3, 2, 1):
         hand = pool(number, 4)
         hand.room = 1
-        left = chunks_of_split(split, TEACHERS, ROWS)
+        left = items_of_split(split, TEACHERS, ROWS)
         want = left[number - 1]
         chunk, claim = hand.take(left)
         assert chunk is want
@@ -94,7 +94,7 @@ def test_after_its_first_chunk_a_worker_goes_in_the_students_order(pool):
     hand, order = pool(3, 4), []
     compute = hand.compute
     hand.compute = lambda chunk: (order.append(chunk), compute(chunk))
-    chunks = chunks_of_split(split, TEACHERS, ROWS)
+    chunks = items_of_split(split, TEACHERS, ROWS)
     assert hand.fill(chunks)
     places = [chunks.index(chunk) for chunk in order]
     assert places == [2, 0, 1, *range(3, 24)]
@@ -115,8 +115,8 @@ def test_a_worker_holds_no_more_teachers_than_there_is_room_for(pool):
 def test_a_worker_passes_over_what_others_have_finished_and_ends_when_nothing_is_left(pool):
     first, second = pool(1, 2), pool(2, 2)
     split = small_split(21)
-    assert first.fill(chunks_of_split(split, TEACHERS, ROWS))
-    assert second.fill(chunks_of_split(split, TEACHERS, ROWS))
+    assert first.fill(items_of_split(split, TEACHERS, ROWS))
+    assert second.fill(items_of_split(split, TEACHERS, ROWS))
     assert first.source.journal.rows() == 3 * 21
     assert second.source.journal.rows() == 0
 
@@ -124,15 +124,15 @@ def test_a_worker_passes_over_what_others_have_finished_and_ends_when_nothing_is
 def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     left = iter([True, True, False])
     hand = pool(1, 1, lambda: next(left))
-    assert not hand.fill(chunks_of_split(small_split(21), TEACHERS, ROWS))
+    assert not hand.fill(items_of_split(small_split(21), TEACHERS, ROWS))
     assert hand.source.journal.rows() == 2 * ROWS
 
 
 def test_a_worker_says_from_whom_it_takes_a_chunk_over(pool, capsys):
     hand = pool(1, 1)
-    hand.claims.broken_s = 0.0
-    chunks = chunks_of_split(small_split(21), TEACHERS, ROWS)
-    dead = hand.source.store.layout.claims / hand.name(chunks[1])
+    hand.leases.broken_s = 0.0
+    chunks = items_of_split(small_split(21), TEACHERS, ROWS)
+    dead = hand.source.store.layout.leases / hand.name(chunks[1])
     dead.write_text("000000000007 elsewhere 4711 0123\n")
     assert hand.fill(chunks)
     assert hand.rows == 3 * 21
@@ -143,10 +143,10 @@ def test_a_worker_says_from_whom_it_takes_a_chunk_over(pool, capsys):
 
 def test_a_claim_that_a_dead_worker_left_on_a_finished_chunk_is_removed_at_the_end(pool):
     hand = pool(1, 1)
-    chunks = chunks_of_split(small_split(21), TEACHERS, ROWS)
+    chunks = items_of_split(small_split(21), TEACHERS, ROWS)
     for chunk in chunks:
         hand.compute(chunk)
-    leftover = hand.source.store.layout.claims / hand.name(chunks[0])
+    leftover = hand.source.store.layout.leases / hand.name(chunks[0])
     elsewhere = leftover.with_name("of another run")
     for path in (leftover, elsewhere):
         path.write_text("000000000007 elsewhere 4711 0123\n")

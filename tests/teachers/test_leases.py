@@ -38,7 +38,7 @@ def store(tmp_path):
 
 def of_a_dead_worker(store, name: str) -> Path:
     """A lease whose holder was killed: it is never written to again."""
-    path = store.claims / name
+    path = store.leases / name
     path.write_text("000000000007 elsewhere 4711 0123\n")
     return path
 
@@ -58,7 +58,7 @@ def test_a_chunk_has_one_holder_at_a_time(store):
     assert again is not None
     with again:
         assert ours.take("chunk") is None
-    assert list(store.claims.iterdir()) == []
+    assert list(store.leases.iterdir()) == []
 
 
 def test_the_claim_of_a_worker_that_lives_is_never_taken_away(store, clock):
@@ -124,7 +124,7 @@ def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, mo
     with won[0] as lease:
         # it was put back as it was: its holder still writes to it, and removes it
         assert os.path.samestat(os.stat(lease.path), os.fstat(lease._file))
-    assert list(store.claims.iterdir()) == []
+    assert list(store.leases.iterdir()) == []
     assert not list(store.tmp.iterdir())
 
 
@@ -159,5 +159,5 @@ def test_a_holder_whose_claim_was_taken_away_leaves_the_new_one_alone(store, clo
         clock.now += 61.0  # it gives a sign of life every five seconds, and has given none
         with other.take("chunk"):
             held.close()
-            assert (store.claims / "chunk").exists()
-    assert list(store.claims.iterdir()) == []
+            assert (store.leases / "chunk").exists()
+    assert list(store.leases.iterdir()) == []

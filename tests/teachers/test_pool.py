@@ -131,7 +131,7 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
 
 def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
     given = given_words(task, tmp_path, pool__lease_s=1.0)
-    run, leases = tmp_path / "run", tmp_path / "store" / "claims"
+    run, leases = tmp_path / "run", tmp_path / "store" / "leases"
     student = start(1, tmp_path / "student", run_distill, given)
     victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
     for _ in range(1000):

@@ -1,17 +1,30 @@
-"""How much of a score is chance of which rows a split holds: the metrics of resampled rows, and the
-interval of a difference between two models on the same rows.
+"""What is said of chance: how much of a score is chance of which rows a split holds, and whether a
+difference between two models or methods is larger than chance.
+
+Of two models on the same rows (`paired_gap`) only the rows vary, so they are resampled. Of two
+methods in a sweep (`compare`) two things vary by chance: which rows the dev split happens to hold,
+and the seeds of the runs. The difference of a seed's two runs on a row is row + seed + row by seed,
+each random (a crossed analysis of variance without repetition: Searle, Casella and McCulloch 1992,
+chapter 4). The variance of the mean difference is that of rows (of the mean over seeds), plus that
+of seeds, less that of row by seed, which both hold, so that each part counts once. What seeds add
+is left out where an F test does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom
+are fewer than Satterthwaite's (1946), which few seeds overstate; interval and p are Student's t.
+Variances over rows come from resamples, since most metrics are no means over rows. How often it is
+wrong is simulated in the tests; docs/decisions/0023-sweep-statistics.md says how the constants were
+chosen.
 
 Shapes: B examples, C classes, U units that are drawn whole (an example, or all examples of a
 group), R resamples, S seeds, K statistics of a unit.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.optimize import brentq
+from scipy.special import fdtri, stdtr, stdtrit
 from scipy.stats import rankdata
 
 from sead_dist.data import metrics
@@ -22,6 +35,11 @@ RESAMPLES = 2000
 LEVEL = 0.95
 # most numbers of one table of draws
 CHUNK = 4_000_000
+# level of the F test of what seeds add: LEAST, plus MORE times the row-by-seed share of the
+# variance over rows; where it sees nothing, that share of the row-by-seed part is kept
+LEAST, MORE, KEPT = 0.2, 0.4, 0.7
+# degrees of freedom fall with this power of the seeds' share of the variance; Satterthwaite's is 2
+POWER = 1.25
 
 Floats = NDArray[np.float64]
 # how often each unit was drawn, times_RU -> the metric of each resample, scores_R
@@ -159,9 +177,10 @@ def _correlation(name: str, labels_B: Floats, scores_B: Floats) -> Rescore:
 
 
 def _pearson(a_B: Floats, b_B: Floats) -> float:
-    a_B, b_B = a_B - a_B.mean(), b_B - b_B.mean()
-    spread = float(np.sqrt((a_B @ a_B) * (b_B @ b_B)))
-    return float(a_B @ b_B) / spread if spread > 0 else 0.0
+    """0 where one of the two is the same everywhere."""
+    if np.ptp(a_B) == 0 or np.ptp(b_B) == 0:
+        return 0.0
+    return float(np.corrcoef(a_B, b_B)[0, 1])
 
 
 def resampled_scores(
@@ -215,11 +234,133 @@ def paired_gap(
     drawn_R = mine_R - other_R
     spare = max(units - 1, 1)
     variance = float(np.nanvar(drawn_R)) * units / spare + 2 / (units + 2) ** 2
-    reach = float(stdtrit(spare, (1 + LEVEL) / 2)) * math.sqrt(variance)
+    reach = reach_of(variance, spare)
     most = widest_gap(name)
     return Gap(value, (max(value - reach, -most), min(value + reach, most)))
+
+
+def reach_of(variance: float, freedom: float) -> float:
+    """How far Student's interval reaches to each side."""
+    return float(stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(variance)
 
 
 def widest_gap(name: str) -> float:
     """The largest difference between two scores under a metric: correlations go from -1 to 1."""
     return 2.0 if name in (*metrics.REGRESSION, "matthews_correlation") else 1.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's mean minus the reference's, its 95% interval and two-sided p; the variance of that
+    mean, and its degrees of freedom.
+
+    p_among: the p for a comparison among several (`cautious_p`); None for a mean over tasks.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+    variance: float
+    freedom: float
+    p_among: float | None = None
+
+    @property
+    def beyond_chance(self) -> bool:
+        low, high = self.interval
+        return low > 0 or high < 0
+
+
+def compare(
+    scores_S: list[float],
+    reference_S: list[float],
+    scores_SR: Floats,
+    reference_SR: Floats,
+    units: int,
+) -> Difference:
+    """The difference of two methods over the same seeds, S at least 3, its interval and p.
+
+    scores_S: on the whole split; scores_SR: on the resamples; units: what the resamples draw.
+    """
+    each_S = np.asarray(scores_S, np.float64) - np.asarray(reference_S, np.float64)
+    of_seeds_SR = scores_SR - reference_SR
+    rows = float(of_seeds_SR.mean(axis=0).var(ddof=1))
+    of_one = float(of_seeds_SR.var(axis=1, ddof=1).mean())
+    variance, freedom = variance_of_mean(each_S, rows, of_one, units)
+    found = summarise(float(each_S.mean()), variance, freedom)
+    return replace(found, p_among=cautious_p(each_S, rows, of_one, units))
+
+
+def parts_of(each_S: Floats, rows: float, of_one: float) -> tuple[float, float]:
+    """(variance of the mean by the spread of seeds, what of it is row by seed)."""
+    spare = len(each_S) - 1
+    return float(each_S.var(ddof=1)) / len(each_S), max(of_one - rows, 0.0) / spare
+
+
+def variance_of_mean(each_S: Floats, rows: float, of_one: float, units: int) -> tuple[float, float]:
+    """(variance, degrees of freedom) of the mean difference over seeds.
+
+    each_S: the difference of each seed; rows: the variance over rows of their mean; of_one: the
+    mean variance over rows of one seed's difference.
+    """
+    spare, many = len(each_S) - 1, max(units - 1, 1)
+    seeds, both = parts_of(each_S, rows, of_one)
+    level = LEAST + MORE * (min(both / rows, 1.0) if rows > 0 else 1.0)
+    if seeds > both * float(fdtri(spare, spare * many, 1 - level)):
+        variance = rows + max(seeds - both, 0.0)
+        share = max(seeds, both) / variance
+    else:
+        variance, share = rows - (1 - KEPT) * min(both, rows), 0.0
+    if variance <= 0:
+        return 0.0, 1.0
+    return variance, 1 / (min(share, 1.0) ** POWER / spare + min(rows / variance, 1.0) ** 2 / many)
+
+
+def cautious_p(each_S: Floats, rows: float, of_one: float, units: int) -> float:
+    """A two-sided p that is too small at no level, for corrections of several comparisons.
+
+    The squared limit of level a is the sum of each part's variance times its own squared t of
+    level a (Banerjee 1961). `summarise`'s p is made for 5%, and too small far below that.
+    """
+    spare, many = len(each_S) - 1, max(units - 1, 1)
+    seeds, both = parts_of(each_S, rows, of_one)
+    of_rows, square = max(rows - both, 0.0), float(each_S.mean()) ** 2
+    if seeds + of_rows == 0 or square == 0:
+        return 1.0 if square == 0 else 0.0
+
+    def beyond(log_p: float) -> float:
+        half = math.exp(log_p) / 2
+        limit = of_rows * stdtrit(many, half) ** 2 + seeds * stdtrit(spare, half) ** 2
+        return square - float(limit)
+
+    least = math.log(1e-12)
+    return math.exp(least if beyond(least) > 0 else brentq(beyond, least, 0.0))
+
+
+def mean_difference(differences: Sequence[Difference]) -> Difference:
+    """The mean of differences on different tasks, whose chances are independent."""
+    number = len(differences)
+    variance = sum(of.variance for of in differences) / number**2
+    spread = sum((of.variance / number**2) ** 2 / of.freedom for of in differences)
+    freedom = variance**2 / spread if spread > 0 else 1.0
+    value = float(np.mean([of.value for of in differences]))
+    return summarise(value, variance, freedom)
+
+
+def summarise(value: float, variance: float, freedom: float) -> Difference:
+    """Student's interval and p of a difference; nothing varies where both methods say the same."""
+    freedom = max(freedom, 1.0)
+    reach = reach_of(variance, freedom)
+    if variance > 0:
+        p = 2 * float(stdtr(freedom, -abs(value) / math.sqrt(variance)))
+    else:
+        p = 1.0 if value == 0 else 0.0
+    return Difference(value, (value - reach, value + reach), p, variance, freedom)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p of each of several comparisons that are spoken of together (Holm 1979)."""
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda n: ps[n])):
+        highest = max(highest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = highest
+    return adjusted

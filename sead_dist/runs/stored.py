@@ -1,0 +1,101 @@
+"""The prediction store as a program reads it: what it holds, and a teacher's kept logits of rows.
+
+Nothing in the store is changed, and no teacher is asked.
+
+Shapes: B rows, C classes (C = 1: a score), U rows that differ.
+"""
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sead_dist.data.examples import build_examples, entries
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.errors import UserError
+from sead_dist.runs.given import as_rows, checked_task
+from sead_dist.runtime.run_log import tell
+from sead_dist.store import store as kept
+from sead_dist.store.layout import store_folder
+from sead_dist.store.maintenance import Row, headers, list_store
+from sead_dist.store.removal import check_known, is_teacher
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class PredictionStore:
+    """A store of predictions, opened for reading alone. Bad blocks in it are left where they are,
+    their rows are not there, and the logger `sead_dist` is told.
+
+    folder: as `store=` of a run; left out: `SEAD_DIST_STORE`, else the folder in the user's cache.
+    Raises UserError where there is no store.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.path: Path = store_folder(None if folder is None else os.fspath(folder))
+        self._store = kept.PredictionStore(
+            self.path, lambda line: tell(line, console=False), read_only=True
+        )
+
+    def contents(self) -> "pd.DataFrame":
+        """A row for what is kept of one teacher, task and split: teacher (its name as given to the
+        run), fingerprint, numerics, task, split, num_rows, num_blocks, num_bytes, newest (seconds
+        since 1970), folder."""
+        import pandas as pd
+
+        rows = [asdict(row) for row in list_store(self.path).rows]
+        return pd.DataFrame(rows, columns=[field.name for field in fields(Row)])
+
+    def predictions(
+        self,
+        teacher: str,
+        texts_or_rows: Any,
+        *,
+        task: str | os.PathLike[str] | TaskSpec,
+        numerics: str | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """The kept logits [B, C] of rows, float32, in the teacher's own order of classes (that of
+        its config.json); NaN in rows that are not kept. Rows of any split are found, by the exact
+        texts that the task makes of them.
+
+        teacher: its name or the first digits (6 or more) of its fingerprint, as in `contents`.
+        texts_or_rows: as for `predict`. numerics: which of the teacher's numerics classes, where
+        the store has several. Raises UserError for a teacher that is not kept or is not one alone,
+        for a numerics class that is not kept or not named, and for rows that do not fit the task.
+        """
+        key = self._key(teacher, numerics)
+        if isinstance(texts_or_rows, str):
+            raise UserError(
+                "texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)"
+            )
+        spec = checked_task(task) if isinstance(task, TaskSpec) else load_task(os.fspath(task))
+        examples = build_examples(spec, as_rows(spec, texts_or_rows), "given", labelled=False)
+        ids_U2, entry_B = entries(examples.ids_B2)
+        table = self._store.table(key, ids_U2, spec.name, "given", run="")
+        return table.lookup(entry_B)[0]
+
+    def _key(self, teacher: str, numerics: str | None) -> kept.TeacherKey:
+        blocks = headers(self._store.layout)
+        own = [block for block in blocks if is_teacher(block, teacher)]
+        check_known("teacher", teacher, bool(own), {block.name for block in blocks})
+        prints = sorted({block.teacher for block in own})
+        if len(prints) > 1:
+            raise UserError(
+                f"{len(prints)} teachers in the store are called {teacher!r}; give the start of a "
+                f"fingerprint: {', '.join(one[:16] for one in prints)}"
+            )
+        found = {block.numerics: block for block in own}
+        if numerics is None and len(found) == 1:
+            numerics = next(iter(found))
+        if numerics not in found:
+            said = "is kept in several numerics classes"
+            if numerics is not None:
+                said = f"is not kept in the numerics class {numerics!r}"
+            raise UserError(f"teacher {teacher!r} {said}; give numerics= one of: {list(found)}")
+        block = found[numerics]
+        classes = block.logits.values_MC.shape[1]
+        return kept.TeacherKey(block.teacher, block.numerics, block.name, classes)

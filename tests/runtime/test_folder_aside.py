@@ -1,0 +1,119 @@
+"""A folder is written aside and takes its place whole, whatever goes wrong and whenever it is killed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sead_dist.runtime.files import folder_aside, put_folder, sweep_leftovers
+
+
+def folder_of(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "one").write_text(text)
+    (path / "two").write_text(text)
+    return path
+
+
+def held(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+OLD, NEW = {"one": "old", "two": "old"}, {"one": "new", "three": "new"}
+
+
+def write_new(target: Path, replaces: bool = True) -> None:
+    with folder_aside(target, replaces) as aside:
+        for name, text in NEW.items():
+            (aside / name).write_text(text)
+
+
+def test_a_folder_written_aside_takes_the_place_of_the_old_one(tmp_path):
+    write_new(tmp_path / "model")
+    assert held(tmp_path / "model") == NEW
+    folder_of(tmp_path / "other", "old")
+    write_new(tmp_path / "other")
+    assert held(tmp_path / "other") == NEW
+    assert sorted(os.listdir(tmp_path)) == ["model", "other"]
+
+
+def test_an_error_while_it_is_written_leaves_the_old_one(tmp_path):
+    target = folder_of(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="disk"), folder_aside(target) as aside:
+        (aside / "one").write_text("new")
+        raise OSError("no room on the disk")
+    assert held(target) == OLD
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
+def test_an_error_between_its_two_renames_puts_the_old_one_back(tmp_path, monkeypatch, error):
+    target, rename = folder_of(tmp_path / "model", "old"), Path.rename
+
+    def broken(path, to):
+        if path.name.endswith(".aside"):
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(type(error)):
+        write_new(target)
+    assert held(target) == OLD
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_without_replacing_the_folder_of_a_quicker_process_stays(tmp_path):
+    target = folder_of(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="not empty"):
+        write_new(target, replaces=False)
+    assert held(target) == OLD
+    assert os.listdir(tmp_path) == ["model"]
+    write_new(tmp_path / "first", replaces=False)
+    assert held(tmp_path / "first") == NEW
+
+
+def test_a_link_in_its_place_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    elsewhere = folder_of(tmp_path / "elsewhere", "old")
+    (tmp_path / "model").symlink_to(elsewhere)
+    write_new(tmp_path / "model")
+    assert held(tmp_path / "model") == NEW
+    assert not (tmp_path / "model").is_symlink()
+    assert held(elsewhere) == OLD
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_kill_at_any_step_leaves_no_part_of_a_folder(tmp_path, moment):
+    target = folder_of(tmp_path / "model", "old")
+    child = os.fork()
+    if child == 0:
+        left, steps = [moment], (os.rename, os.unlink)
+
+        def killed_at(step):
+            def go(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return step(*args, **kwargs)
+
+            return go
+
+        # two renames, and the files of the old folder
+        os.rename, os.unlink = map(killed_at, steps)
+        write_new(target)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    found = held(target) if target.exists() else None
+    assert found == [OLD, None, NEW, NEW][moment]
+    sweep_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ([] if found is None else ["model"])
+    write_new(target)
+    assert held(target) == NEW
+
+
+def test_a_folder_that_is_there_already_gets_another_name(tmp_path):
+    source = folder_of(tmp_path / "model", "old")
+    folder_of(tmp_path / "model.refused", "older")
+    put_folder(source, tmp_path / "model.refused")
+    assert held(tmp_path / "model.refused") == OLD
+    assert os.listdir(tmp_path) == ["model.refused"]
