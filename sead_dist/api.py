@@ -23,6 +23,7 @@ import torch.distributed as dist
 from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.registered import ROUTED, kept_plugins
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
@@ -78,9 +79,17 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The run's whole configuration."""
+        """The run's whole configuration, that of an older version under the present names. Raises
+        UserError where there is none, or one that this version has not."""
         kept = kept_plugins(self.path)
-        return load_config(str(self.path / "config.yaml"), **({"plugins": kept} if kept else {}))
+        keys = read_run_config(self.path)
+        try:
+            return resolve([keys, {"plugins": kept} if kept else {}])
+        except UserError as error:
+            raise UserError(
+                f"{self.path / 'config.yaml'} is not a configuration of this version: {error}; "
+                "read it as YAML, or use the version that wrote it (environment.json names it)"
+            ) from error
 
     @property
     def model_dir(self) -> Path:

@@ -98,7 +98,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in task, small: 400 training rows, 100 dev rows, 200 transfer rows; and in the
+    """The built-in task, small: 400 training rows, 100 dev rows, 200 unlabelled rows; and in the
     same folder `shape.yaml`, a student's shape."""
     import yaml
 

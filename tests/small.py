@@ -132,9 +132,9 @@ def logits_of(model, texts: list[str]) -> np.ndarray:
     return torch.stack(rows).numpy()
 
 
-def write_task(folder: Path, rows: int = 60, dev: int = 20, transfer: int = 20) -> Path:
+def write_task(folder: Path, rows: int = 60, dev: int = 20, unlabelled: int = 20) -> Path:
     """The built-in task's files, few rows."""
-    write_grammar_task(folder, 0, rows, dev, transfer)
+    write_grammar_task(folder, 0, rows, dev, unlabelled)
     return folder
 
 

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
+from sead_dist.config.names import renamed_config
 from sead_dist.config.schema import (
     RunConfig,
     Section,
@@ -123,6 +124,13 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
     name = name or str(path)
     with reading(path, "give a YAML file in UTF-8", name):
         return parse_yaml(path.read_text(encoding="utf-8"), name)
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """The keys in a run directory's config.yaml, old ones under their present names; none where
+    the file holds none. Raises UserError where it cannot be read."""
+    keys = read_yaml(run / "config.yaml")
+    return renamed_config(keys) if isinstance(keys, dict) else {}
 
 
 def parse_yaml(text: str, where: str) -> Any:

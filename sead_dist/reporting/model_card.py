@@ -30,7 +30,7 @@ ENDS = ("runtime", "samples_per_second", "steps_per_second", "loss", "samples")
 COST = {
     "steps": "optimiser steps",
     "train_rows": "training rows",
-    "transfer_rows": "unlabelled rows of text among them",
+    "unlabelled_rows": "unlabelled rows of text among them",
     "copy_rows": "changed copies of rows among them",
     "examples_per_second": "examples per second",
     "teacher_forwards": "teacher forwards (unique teacher-example pairs)",

@@ -25,6 +25,7 @@ LOSSES = {
     "loss": ("total", BLUE, "-"),
     "loss_soft": ("soft (teachers)", ORANGE, "--"),
     "loss_hard": ("hard (labelled rows)", GREEN, ":"),
+    "loss_feature": ("feature", GREY, "-."),
 }
 Floats = NDArray[np.floating[Any]]
 

@@ -23,7 +23,7 @@ from sead_dist.config.mistakes import as_yaml
 from sead_dist.config.names import renamed
 from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plugins, kept_paths
 from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
@@ -128,8 +128,7 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     rows = 0 if examples is None else examples.rows_to_choose_by
     if final_checkpoint(config, rows) != "best":
         return
-    kept = read_yaml(run / "config.yaml")
-    saved = kept if isinstance(kept, dict) else {}
+    saved = read_run_config(run)
     if "eval_steps" not in saved:
         return
     was, asked = (as_yaml(value) for value in (saved["eval_steps"], config.eval_steps))

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.registered import load_kept
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.kinds import align_name
 from sead_dist.data.metrics import confusion
@@ -72,9 +72,7 @@ class Answerer:
 
 def run_config(name: str) -> Mapping[str, Any]:
     """The configuration of the run folder `name`; empty where it is no run folder."""
-    path = Path(name) / "config.yaml"
-    found = read_yaml(path) if path.is_file() else {}
-    return found if isinstance(found, Mapping) else {}
+    return read_run_config(Path(name)) if (Path(name) / "config.yaml").is_file() else {}
 
 
 def task_of(name: str, given: str | None) -> TaskSpec:

@@ -139,7 +139,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "placement": placement_word(parts),
         "deepspeed": parts.engine.deepspeed,
         "train_rows": len(parts.splits.train),
-        "transfer_rows": parts.examples.transfer_rows,
+        "unlabelled_rows": parts.examples.unlabelled_rows,
         "copy_rows": len(parts.examples.copied),
         "base_model": start if is_hub_id else None,
     }

@@ -140,7 +140,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
         task,
         dev,
         examples.labelled_rows,
-        examples.transfer_rows,
+        examples.unlabelled_rows,
         constant_score(task, dev),
         {rows_key(students[0]): examples.fingerprint(task)},
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sead_dist.config.names import renamed_record
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.resampling import Floats, resampled_scores, units_of
 from sead_dist.data.task_files import TaskSpec
@@ -62,7 +63,7 @@ class Runs:
     task: str
     method: str
     scores: dict[int, float]
-    summaries: dict[int, Mapping[str, Any]]
+    summaries: Mapping[int, Mapping[str, Any]]
     resampled_SR: Floats | None
 
 
@@ -72,7 +73,9 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
     units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
     keys = dict[str, Any]
-    summaries = {u.config.seed: read_as(keys, u.folder / "run_summary.json") for u in units}
+    summaries = {
+        u.config.seed: renamed_record(read_as(keys, u.folder / "run_summary.json")) for u in units
+    }
     resampled_SR = None
     if len(units) > 1:
         logits_SBC = [logits_of(unit, data.dev) for unit in units]
@@ -139,10 +142,10 @@ def cell(
         "steps": max((of["steps"] for of in summaries), default=None),
         "own_steps": own_steps,
         "labelled_rows": max(
-            (of["train_rows"] - of["transfer_rows"] - of.get("copy_rows", 0) for of in summaries),
+            (of["train_rows"] - of["unlabelled_rows"] - of.get("copy_rows", 0) for of in summaries),
             default=None,
         ),
-        "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
+        "unlabelled_rows": max((of["unlabelled_rows"] for of in summaries), default=None),
     }
 
 

@@ -519,7 +519,7 @@ def test_a_store_that_cannot_be_written_is_told(grammar, words, distil, tmp_path
     more = [
         f"task={task / 'task.yaml'}",
         f"data.path={task}",
-        f"unlabeled.path={task / 'transfer.tsv'}",
+        f"unlabeled.path={task / 'unlabeled.tsv'}",
         f"student.shape={tmp_path / 'shape.yaml'}",
         "max_steps=1",
     ]

@@ -314,9 +314,9 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
 
 def test_overlap_is_of_exact_texts():
     dev = sentences(("a", 1), ("b", 0), ("b", 0), ("c", 1))
-    train, transfer = sentences(("b", 1), ("d", 0), ("b", 1)), sentences(("c ", 1), ("a", 0))
+    train, text = sentences(("b", 1), ("d", 0), ("b", 1)), sentences(("c ", 1), ("a", 0))
     assert count_overlap(dev, train) == 2
-    assert count_overlap(dev, train, transfer) == 3
+    assert count_overlap(dev, train, text) == 3
     assert count_overlap(dev) == 0
 
 

@@ -84,7 +84,7 @@ def test_a_head_without_a_bias_starts_as_it_was(tmp_path):
 
 def test_the_mean_score_is_of_labelled_training_rows_of_a_regression_task():
     scored = replace(example_set(["good", "bad", "dull"]), labels_B=np.array([1.0, 4.0, np.nan]))
-    one = RunExamples(scored, scored, {}, transfer_rows=1, dev_in_training=0)
+    one = RunExamples(scored, scored, {}, unlabelled_rows=1, dev_in_training=0)
     assert one.labelled_rows == 2
     assert one.mean_score(TASKS["stsb"]) == 2.5
     assert one.mean_score(TASK) is None

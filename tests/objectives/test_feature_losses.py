@@ -120,13 +120,13 @@ def test_fillers_do_not_count_and_rows_are_shares_of_the_global_batch():
     loss_R = feature_loss.loss(mine, theirs, MASK.bool()).detach()
     given = (terms_of(logits), mine, theirs, MASK)
     only_first = feature_loss.join(*given, torch.tensor([True, False]), 5)
-    torch.testing.assert_close(only_first.inner, loss_R[0] / 5)
+    torch.testing.assert_close(only_first.feature, loss_R[0] / 5)
     both = feature_loss.join(*given, torch.tensor([True, True]), 5)
-    torch.testing.assert_close(both.inner, loss_R.sum() / 5)
-    torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.inner)
+    torch.testing.assert_close(both.feature, loss_R.sum() / 5)
+    torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.feature)
     # two text rows that make one example are one share of it
     one = feature_loss.join(*given, torch.tensor([True]), 5)
-    torch.testing.assert_close(one.inner, loss_R.mean() / 5)
+    torch.testing.assert_close(one.feature, loss_R.mean() / 5)
 
 
 def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
@@ -139,7 +139,7 @@ def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     mine, theirs, logits = read_both(student, feature_loss, body)
     valid_B = torch.tensor([True, True])
     first = feature_loss.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)
-    torch.testing.assert_close(first.total.detach(), first.inner)
+    torch.testing.assert_close(first.total.detach(), first.feature)
     first.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
     assert norms["classifier.weight"] == 0
@@ -147,7 +147,7 @@ def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     student.zero_grad()
     _, _, logits = read_both(student, feature_loss, body)
     second = feature_loss.join(terms_of(logits), None, None, MASK, valid_B, 2)
-    assert second.inner == 0
+    assert second.feature == 0
     second.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
     assert norms["classifier.weight"] > 0

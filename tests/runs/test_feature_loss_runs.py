@@ -70,7 +70,7 @@ def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp
     assert "projections.hidden.weight" in load_file(root / last)
     summaries = [read(place / "run" / "run_summary.json") for place in (whole, root)]
     assert summaries[0]["feature_loss"] == summaries[1]["feature_loss"]
-    losses = [[line["loss_inner"] for line in records(place / "run")] for place in (whole, root)]
+    losses = [[line["loss_feature"] for line in records(place / "run")] for place in (whole, root)]
     assert losses[0] == losses[1]
     assert all(losses[0][:7])
     assert not any(losses[0][7:])
@@ -190,6 +190,6 @@ def test_scores_and_choices_are_learnt_like_classes(tmp_path, task, name, write,
         "task": name, "data__path": write(tmp_path / "data"), "max_steps": 3, "max_length": 40,
     }  # fmt: skip
     output = run((task[0], [teacher]), tmp_path / "run", method=method, **keys)
-    losses = [line["loss_inner"] for line in records(output)]
+    losses = [line["loss_feature"] for line in records(output)]
     assert losses[0] > 0
     assert read(output / "run_summary.json")["finished"]

@@ -78,12 +78,12 @@ def test_text_is_asked_of_all_and_a_teacher_that_says_nothing_of_its_rows_of_eve
 ):
     silent = save_teacher(tmp_path / "silent")
     given = words(
-        task, [teachers[1], silent], tmp_path / "run", unlabeled__path=task / "transfer.tsv"
+        task, [teachers[1], silent], tmp_path / "run", unlabeled__path=task / "unlabeled.tsv"
     )
     done = read(distill(load_config(given), ALONE) / "run_summary.json")
-    pairs = LABELLED + (LABELLED - len(trained_ids(teachers[1]))) + 2 * done["transfer_rows"]
+    pairs = LABELLED + (LABELLED - len(trained_ids(teachers[1]))) + 2 * done["unlabelled_rows"]
     # nothing is asked twice, and an epoch of the labelled rows sees not all of the text
-    assert done["transfer_rows"] == 20
+    assert done["unlabelled_rows"] == 20
     assert done["teacher_forwards"] <= pairs + 2 * (SELECTION + DEV)
 
 

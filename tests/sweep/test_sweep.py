@@ -268,7 +268,7 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys):
-    text = f"unlabeled.path={task}/transfer.tsv"
+    text = f"unlabeled.path={task}/unlabeled.tsv"
     given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]
     run_sweep(given, ALONE)
     assert "run 1 of 3" in capsys.readouterr().out
