@@ -61,7 +61,7 @@ from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 @dataclass(frozen=True, init=False)
 class Run:
-    """A run's folder, and what a finished run left in it. It stands for its model wherever a model
+    """A run directory, and what a finished run left in it. It stands for its model wherever a model
     is asked for."""
 
     path: Path
@@ -124,8 +124,8 @@ class Run:
 
 
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
-    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE words and keys, later ones
-    over earlier ones. Raises UserError naming the key, its value and what is allowed."""
+    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys, later
+    ones over earlier ones. Raises UserError naming the key, its value and what is allowed."""
     return resolve([*read_layers([os.fspath(word) for word in words]), as_layer(keys)])
 
 
@@ -140,7 +140,7 @@ def distill(
 ) -> Run:
     """Distil the teachers into the student: run, resume or find finished, as `sead-dist distill`.
 
-    data: None is the hub's. Data in memory are kept in the run's folder. student: a checkpoint, a
+    data: None is the hub's. Data in memory are kept in the run directory. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
     dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 

@@ -192,7 +192,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def distil() -> Distil:
-    """Run `distill` in this process, alone on the CPU; the run folder. Raises what it raises."""
+    """Run `distill` in this process, alone on the CPU; the run directory. Raises what it raises."""
 
     def run(words: Sequence[str]) -> Path:
         import torch
@@ -210,7 +210,7 @@ def distil() -> Distil:
 def finished(
     words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A finished run folder, made once; tests only read it."""
+    """A finished run directory, made once; tests only read it."""
     more = ("num_train_epochs=6", "keep_training_state=true")
     return distil(words(tmp_path_factory.mktemp("runs") / "finished", *more))
 

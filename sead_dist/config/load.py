@@ -1,5 +1,5 @@
 """Where a run's keys come from: the defaults, the method's preset, YAML files from left to right,
-then KEY=VALUE words; later ones lie over earlier ones.
+then KEY=VALUE overrides; later ones lie over earlier ones.
 """
 
 import fnmatch
@@ -120,7 +120,7 @@ def _override(word: str) -> dict[str, Any]:
         else:
             entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
-            f"{key.strip()}: a word holds all of {group}, and no part of an entry; write "
+            f"{key.strip()}: KEY=VALUE holds all of {group}, and no part of an entry; write "
             f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
@@ -247,7 +247,7 @@ def names_shape(path: str) -> bool:
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The configuration that files and KEY=VALUE words describe, in their order, over the
+    """The configuration that files and KEY=VALUE overrides describe, in their order, over the
     defaults.
 
     Raises UserError naming the key, its value and what is allowed.
@@ -256,7 +256,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 
 def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The keys of each file and of each KEY=VALUE word: those that count for more come later."""
+    """The keys of each file and of each KEY=VALUE override: later ones count for more."""
     layers: list[Mapping[str, Any]] = []
     known = {key.name for key in all_keys()}
     for place, word in enumerate(words):

@@ -133,7 +133,7 @@ def renamed_config(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(keys: dict[str, Any], name: str, value: Any) -> None:
-    if name == "warmup" and value == 1:  # a file holds the number of what a word says
+    if name == "warmup" and value == 1:  # a file holds a number, an override a text
         value = float(_value(name, "1"))
     section, dot, part = RENAMED.get(name, name).rpartition(".")
     within = keys.setdefault(section, {}) if dot else keys
@@ -146,7 +146,7 @@ def renamed_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed_words(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The KEY=VALUE words of a command under the keys' present names."""
+    """The KEY=VALUE overrides of a command under the keys' present names."""
     off = any(word.strip() == "gate=off" for word in words)
     found = [_word(word) for word in words if not (word.startswith("drift=") and off)]
     gone = set() if off else {"teacher_validation=off"}

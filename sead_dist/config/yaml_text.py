@@ -1,6 +1,6 @@
-"""How values are written: YAML in files, and KEY=VALUE words of the command line. Of a word a text
-(a path, a name) is what was typed, so that it may hold `#`, blanks, brackets and digits alone;
-whatever is no text is YAML.
+"""How values are written: YAML in files, and KEY=VALUE overrides of the command line. In an
+override a text (a path, a name) is what was typed, so that it may hold `#`, blanks, brackets and
+digits alone; whatever is not a text is YAML.
 
     null       unsets the key, wherever a value may stand
     "text"     the text between the marks, as "null" or " a "
@@ -150,7 +150,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_word(key: str, text: str) -> Any:
-    """The value that a word gives to a (dotted) key of a run or of a sweep.
+    """The value that an override gives to a (dotted) key of a run or of a sweep.
 
     Raises UserError where brackets are not closed, or what is no text is not YAML.
     """

@@ -87,8 +87,8 @@ def locate(
     offline: bool = False,
     as_teacher: bool = False,
 ) -> Checkpoint:
-    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id; of a LoRA
-    adapter, the folder in which it is merged into its base.
+    """The local folder of a checkpoint: a folder, a run directory (its model/), or a hub id; of a
+    LoRA adapter, the folder in which it is merged into its base.
 
     marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
     fetched before. as_teacher: whether it is one of `teachers`, of which a pattern gives several.

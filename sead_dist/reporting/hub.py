@@ -116,7 +116,7 @@ def push_run(run: Path, repo: str | None, private: bool | None) -> None:
     RunError where the upload fails.
     """
     if not is_finished(run):
-        raise UserError(f"{run} is no finished run; give a run folder with run_summary.json")
+        raise UserError(f"{run} is no finished run; give a run directory with run_summary.json")
     config = read_run(run).config
     repo = repo or config.get("hub_model_id")
     private = config.get("hub_private_repo") if private is None else private

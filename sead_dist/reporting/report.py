@@ -53,7 +53,7 @@ class Predictions:
 
 
 def write_report(run: Path, trial: bool = False) -> None:
-    """Write README.md and plots/ from the other files of a run folder, and into run/model/.
+    """Write README.md and plots/ from the other files of a run directory, and into run/model/.
 
     A pure function of those files: it may be called again at any time. trial: the plots are
     drawn as drafts and not kept.

@@ -1,4 +1,4 @@
-"""The files of a run folder that a report is made of, read once."""
+"""The files of a run directory that a report is made of, read once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Scores(TypedDict):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of a run folder hold, read once; the fields have the files' names."""
+    """What the files of a run directory hold, read once; the fields have the files' names."""
 
     config: Mapping[str, Any]
     scores: Mapping[str, Any]
@@ -90,13 +90,13 @@ class RunFiles:
 
 
 def read_run(run: Path) -> RunFiles:
-    """Read the files of a run folder that a report needs.
+    """Read the files of a run directory that a report needs.
 
     Raises:
         UserError: config.yaml, scores.json or eval_results.json is missing, or a file is broken.
     """
     if not (run / "config.yaml").exists():
-        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run folder?")
+        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run directory?")
     config = read_run_config(run)
     if not config:
         raise UserError(f"{run / 'config.yaml'} holds no keys; restore it or start a new run")

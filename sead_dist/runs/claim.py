@@ -155,7 +155,7 @@ def check_model(run: Path) -> None:
 
 
 def drop_training_state(config: RunConfig) -> None:
-    """A finished run goes by its model: its checkpoints go, but where the key keeps them."""
+    """Removes a finished run's checkpoints, unless keep_training_state is true."""
     if not config.keep_training_state:
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
 
@@ -260,7 +260,7 @@ def refuse_busy_baseline(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other processes out of this run folder. Raises UserError where one is at work."""
+    """Keep other processes out of this run directory. Raises UserError where one is at work."""
     path = run / ".lock"
     with try_lock(path) as taken:
         if not taken:
@@ -319,7 +319,7 @@ class Followed(TypedDict):
 
 
 def say_followed(run: Path, root: Path, store_id: str) -> None:
-    """Leave word for workers in the run folder of a student: the store that it follows."""
+    """Leave word for workers in the run directory of a student: the store that it follows."""
     path = run / FOLLOWED
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"store": str(root.absolute()), "id": store_id})

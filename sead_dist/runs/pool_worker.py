@@ -49,7 +49,7 @@ from sead_dist.training.identity import Identity
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:
-    """Where a worker's own files lie, in the student's run folder."""
+    """Where a worker's own files lie, in the student's run directory."""
     return run / ".pool" / f"worker-{number}-of-{workers}"
 
 
@@ -242,8 +242,8 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 
 def make_folder(folder: Path, run: Path) -> None:
-    """Raises RunError where a worker may not write into the student's run folder, UserError where
-    it cannot be a folder."""
+    """Raises RunError where a worker may not write into the student's run directory, UserError
+    where it cannot be a folder."""
     remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ class Expected(TypedDict):
 
 
 def refuse_other_student(work: Work) -> None:
-    """Raises UserError where the run folder holds a student that waits for something else."""
+    """Raises UserError where the run directory holds a student that waits for something else."""
     run, teachers = work.run, work.teachers
     manifest = run / "teacher_manifest.json"
     try:

@@ -58,7 +58,7 @@ Layers = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run folders that
+    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run directories that
     have to be finished before. A round is all methods of one task and seed."""
 
     task: str

@@ -121,13 +121,13 @@ def methods(report: Mapping[str, Any]) -> Rows:
 
 
 def ceilings(report: Mapping[str, Any]) -> Rows:
-    """A row for each teacher, the ensemble and the constant answer, with a score for each task.
+    """A row for each teacher, the ensemble and the majority baseline, with a score for each task.
 
     Their means are over the same tasks as the methods'."""
     scores: dict[str, dict[str, float]] = {}
     for of in report["ceilings"]:
         scores.setdefault(of["who"], {})[of["task"]] = of["score"]
-    scores["constant answer"] = {task["name"]: task["constant"] for task in report["tasks"]}
+    scores["majority baseline"] = {task["name"]: task["constant"] for task in report["tasks"]}
     names = [task["name"] for task in report["tasks"]]
     return [
         {

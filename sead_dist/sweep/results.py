@@ -1,4 +1,4 @@
-"""What a sweep has found so far, read from its finished run folders: all that report.json holds.
+"""What a sweep has found so far, read from its finished runs: all that report.json holds.
 
 Shapes: B examples, C classes, S seeds, R resamples.
 """
@@ -33,7 +33,7 @@ from sead_dist.sweep.significance import Difference, compare, holm, mean_differe
 class TaskData:
     """What a sweep needs of a task's data. dev: its first official split; train_rows: labelled
     rows that students learn from; unlabelled_rows: those that students of teachers have beside
-    them; constant: the score of the best constant answer; fingerprints: of all that runs of one
+    them; constant: the score of the majority baseline; fingerprints: of all that runs of one
     `rows_key` read."""
 
     task: TaskSpec
@@ -68,7 +68,7 @@ class Runs:
 
 
 def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
-    """Raises UserError for a run folder whose files are missing or are of other data."""
+    """Raises UserError for a run directory whose files are missing or are of other data."""
     task, split = data.task.name, data.dev.split
     units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}

@@ -1,8 +1,8 @@
 """`sead-dist sweep`: workers go through the list of a sweep's runs and do what is open.
 
 A worker is a process, or a world of ranks that take part in every run together. What is done, what
-failed and what another worker has in hand is told by the run folders alone, so several workers on
-one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A process
+failed and what another worker has in hand is told by the run directories alone, so several workers
+on one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A process
 that the key `jobs` starts is `python -m sead_dist.sweep.run WORDS`.
 """
 

@@ -318,7 +318,7 @@ def test_a_teacher_no_better_than_a_constant(words, distil, teacher, tmp_path):
         distil(words(tmp_path / "run", f"teachers=[{folder}]", "max_steps=1"))
     assert re.search(
         r"teacher teacher failed its validation: accuracy 0\.\d+ on \d+ selection rows, no better "
-        r"than a constant answer \(0\.\d+\).*teacher_validation=off",
+        r"than the majority baseline \(0\.\d+\).*teacher_validation=off",
         str(caught.value),
     )
     # refused before its first step, it does not hold the folder: the fix works as it is written

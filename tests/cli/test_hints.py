@@ -119,22 +119,22 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers.0.weight=3",
-            "teachers.0.weight: a word holds all of teachers, and no part of an entry; write "
+            "teachers.0.weight: KEY=VALUE holds all of teachers, and no part of an entry; write "
             "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "teachers.path=a",
-            "teachers.path: a word holds all of teachers, and no part of an entry; "
+            "teachers.path: KEY=VALUE holds all of teachers, and no part of an entry; "
             "write teachers='[{path: a}]'",
         ),
         (
             "teachers.0=a",
-            "teachers.0: a word holds all of teachers, and no part of an entry; write "
+            "teachers.0: KEY=VALUE holds all of teachers, and no part of an entry; write "
             "teachers='[a]'",
         ),
         (
             "teachers.0.weigth=3",
-            "teachers.0.weigth: a word holds all of teachers, and no part of an "
+            "teachers.0.weigth: KEY=VALUE holds all of teachers, and no part of an "
             "entry; write teachers='[{path: DIR, KEY: VALUE}]'",
         ),
         (
@@ -274,9 +274,9 @@ def test_labels_names_the_option_that_was_given(tmp_path):
 
 
 def test_a_model_or_a_file_that_is_not_there_is_told_before_anything(tmp_path, data):
-    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+    with pytest.raises(UserError, match=r"nosuch does not exist; give a run directory or a model's"):
         predict_file("nosuch", tmp_path / "new.tsv", None, None, None)
-    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+    with pytest.raises(UserError, match=r"nosuch does not exist; give a run directory or a model's"):
         evaluate_model("nosuch", None, None, None, None, None)
     with pytest.raises(UserError, match=r"data is a folder; give a file"):
         predict_file("nosuch", data, None, None, None)

@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
 
 
 def again(finished, tmp_path, spoil):
-    """The same command for a copy of the run folder that is spoilt."""
+    """The same command for a copy of the run directory that is spoilt."""
     root, given = finished
     shutil.copytree(root / "run", tmp_path / "run")
     spoil(tmp_path)

@@ -1,4 +1,4 @@
-"""The list of submitted runs, from a state folder and run folders; SLURM's answers are given."""
+"""The list of submitted runs, from a state folder and run directories; SLURM's answers are given."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_job_is_named(registry):
 def test_a_job_whose_runs_folder_cannot_be_is_named(registry):
     job = {"name": "x", "job": "1", "folder": "f", "runs": ["/r/" + "ä" * 130], "submitted": ""}
     (registry / "x.json").write_text(json.dumps(job))
-    with pytest.raises(UserError, match=r"x\.json names a run's folder that no file system holds"):
+    with pytest.raises(UserError, match=r"x\.json names a run directory that no file system holds"):
         jobs.registered(registry)
 
 

@@ -182,7 +182,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def waited(task, tmp_path_factory):
-    """The words and the run folder of a student that is there and found no workers."""
+    """The words and the run directory of a student that is there and found no workers."""
     root = tmp_path_factory.mktemp("waited")
     given = given_words(task, root, pool__timeout_s=0.05)
     with pytest.raises(RunError):
