@@ -273,7 +273,9 @@ def soft_targets(
     N, B, C = logits_NBC.shape
     allowed = [name for name, of in WEIGHTINGS.items() if not of.goes_by_place]
     if ensemble not in allowed:
-        raise UserError(f"ensemble={ensemble!r} is none here; allowed: {', '.join(allowed)}")
+        raise UserError(
+            f"ensemble={ensemble!r} is not one of these here; allowed: {', '.join(allowed)}"
+        )
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")
     weighting = WEIGHTINGS[ensemble]
@@ -311,7 +313,7 @@ def distillation_loss(
     if student_BC.dim() != 2:
         raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
     if loss not in ("auto", *SOFT_LOSSES):
-        raise UserError(f"loss={loss!r} is no loss; allowed: auto, {', '.join(SOFT_LOSSES)}")
+        raise UserError(f"loss={loss!r} is not a loss; allowed: auto, {', '.join(SOFT_LOSSES)}")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape

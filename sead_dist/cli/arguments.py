@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         asked = next((word for word in given if not word.startswith("-")), None)
         if asked is not None and asked not in names:
             hint = did_you_mean(asked, names, f"commands: {', '.join(names)}")
-            self.error(f"{asked!r} is no command; {hint}")
+            self.error(f"{asked!r} is not a command; {hint}")
 
 
 def unknown(rest: Sequence[str], args: argparse.Namespace) -> str:
@@ -70,7 +70,7 @@ def add_teach(command: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """A number of at least one, for argparse."""
     if re.fullmatch("[0-9]{1,6}", text) is None or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 999999; give one")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 999999; give one")
     return int(text)
 
 

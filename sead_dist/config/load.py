@@ -78,7 +78,9 @@ def read_method(method: str) -> dict[str, Any]:
     known = shipped_files("methods")
     path = known.get(method, Path(method))
     if not os.path.isfile(path):
-        raise UserError(f"method={method} is no method{told_known(method, known)}, or a YAML file")
+        raise UserError(
+            f"method={method} is not a method{told_known(method, known)}, or a YAML file"
+        )
     keys = read_yaml(path)
     old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
     if old:
@@ -87,8 +89,8 @@ def read_method(method: str) -> dict[str, Any]:
     others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
     if not isinstance(keys, dict) or others:
         raise UserError(
-            f"method={method}: {others[0] if others else path} is no key of a method; its file may "
-            f"set {', '.join(METHOD_KEYS)}; give other keys beside it"
+            f"method={method}: {others[0] if others else path} is not a key of a method; its file "
+            f"may set {', '.join(METHOD_KEYS)}; give other keys beside it"
         )
     return keys
 
@@ -143,7 +145,9 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
         elif isinstance(item, Mapping):
             entries.append(item)
         else:  # 007 would be the folder 7
-            raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
+            raise UserError(
+                f"{key}: {item!r} is not a text in YAML; put the path in quotation marks"
+            )
     return entries
 
 
@@ -271,7 +275,8 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+                    f"config {word!r} is not a text; give a YAML file, or KEY=VALUE "
+                    f"(student={word}?)"
                 ) from error
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):

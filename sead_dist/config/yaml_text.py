@@ -152,7 +152,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def read_word(key: str, text: str) -> Any:
     """The value that an override gives to a (dotted) key of a run or of a sweep.
 
-    Raises UserError where brackets are not closed, or what is no text is not YAML.
+    Raises UserError where brackets are not closed, or what is not a text is not YAML.
     """
     first, *rest = key.split(".")
     own = RunConfig if first in RunConfig.model_fields else SweepConfig

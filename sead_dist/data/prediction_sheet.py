@@ -160,7 +160,7 @@ def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     for other in others:
         if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
             continue
-        # a seed or a count is no place among the labels beside a column of names, or in all rows
+        # a seed or a count is not a place among the labels beside a column of names, or in all rows
         said = said_in(sheet, other)
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
         if not chance and not says_the_same(sheet, found, other):

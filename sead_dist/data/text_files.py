@@ -46,7 +46,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a JSON file is one list, which is no line for each row."""
+    """Whether a JSON file is one list, which is not a line for each row."""
     first = next((line for line in _text_lines(path) if line.strip()), "")
     return first.lstrip().startswith("[")
 
@@ -132,7 +132,7 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
 
     try:
         parsed = json.loads(text, object_pairs_hook=once)
-        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
+        if "\\" in text:  # half a pair of \\ud83d\\ude00 is not a text that a tokeniser takes
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except (ValueError, RecursionError) as error:

@@ -284,7 +284,7 @@ def _check_packages(checkpoint: Checkpoint) -> None:
     if not files or (folder / "tokenizer.json").is_file():
         return
     with reading(files[0], COPY), files[0].open("rb") as file:
-        # lines of a word in base 64 and its number; a SentencePiece model is no text
+        # lines of a word in base 64 and its number; a SentencePiece model is not a text
         extra = "tiktoken" if re.match(rb"[\w+/=]+ \d+\r?\n", file.read(200)) else "sentencepiece"
     lacking = [name for name, module in READ_BY[extra].items() if not _is_installed(module)]
     if lacking:

@@ -121,7 +121,7 @@ def shape_file(shape: str) -> Path:
         near = next((one for one in known if one.startswith(shape)), None) or nearest(shape, known)
         meant = f" did you mean {near!r}?" if near else ""
         raise UserError(
-            f"{shape} is no shape of a model;{meant} known: {', '.join(known)}, or a file"
+            f"{shape} is not a shape of a model;{meant} known: {', '.join(known)}, or a file"
         )
     return path
 

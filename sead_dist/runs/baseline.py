@@ -82,7 +82,7 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
     """
     if not is_finished(baseline):
         raise UserError(
-            f"baseline={baseline} is no finished run; give the folder of one, auto or null"
+            f"baseline={baseline} is not a finished run; give the folder of one, auto or null"
         )
     has = read_as(Told, baseline / "scores.json")["task"]
     if has != task.name:

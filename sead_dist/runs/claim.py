@@ -111,7 +111,7 @@ def already_finished(config: RunConfig) -> bool:
     if config.data.path is not None or config.data.train is not None:  # else they are the hub's
         examples = load_examples(config, task, lambda _line: None)
         data = examples.fingerprint(task)
-    with suppress(UserError):  # a start that is gone now is no other one
+    with suppress(UserError):  # a start that is gone now is not another one
         start = run_start_hash(config, offline=True)
     refuse_other(run, saved, replace(saved, data=data, start=start))
     refuse_other_scoring(config, examples)
@@ -141,7 +141,7 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
 
 
 def check_model(run: Path) -> None:
-    """Raises UserError where the model of a finished run is gone or is no whole file."""
+    """Raises UserError where the model of a finished run is gone or is not a whole file."""
     try:
         for path in weight_files(locate(str((run / "model").absolute()))):
             if path.suffix == ".safetensors":
@@ -199,7 +199,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
         weights = taught.get("weights_sha256")
         if entry.kind not in (MODEL, LANGUAGE_MODEL):
             continue  # a file's content is its teacher, and an endpoint is its first answers
-        with suppress(UserError):  # one that is gone now is no other one
+        with suppress(UserError):  # one that is gone now is not another one
             weights = weights_now(entry) or weights
         if weights != taught.get("weights_sha256"):
             raise UserError(

@@ -173,8 +173,8 @@ def finetune(
     console: bool = True,
 ) -> list[Path]:
     """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run
-    directories OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop and console:
-    as for `distill`."""
+    directories OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop
+    and console: as for `distill`."""
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:

@@ -178,7 +178,7 @@ def data_layer(
         return {"data": {"path" if is_folder(path) else "train": path}}, None
     if not isinstance(data, Mapping):
         if spec.hub is None and config.data.validation is None and config.data.path is None:
-            to_table(data, "data")  # what is no table at all is told as such
+            to_table(data, "data")  # what is not a table at all is told as such
             raise UserError(
                 f"data is the training split alone; give data={{'train': ..., {first!r}: ...}}"
             )

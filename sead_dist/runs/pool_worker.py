@@ -58,7 +58,7 @@ def parse_worker(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= workers:
-        raise UserError(f"--worker {text!r} is no worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
+        raise UserError(f"--worker {text!r} is not a worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
     return number, workers
 
 

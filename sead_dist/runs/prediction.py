@@ -71,7 +71,7 @@ class Answerer:
 
 
 def run_config(name: str) -> Mapping[str, Any]:
-    """The configuration of the run directory `name`; empty where it is no run directory."""
+    """The configuration of the run directory `name`; empty where it is not a run directory."""
     return read_run_config(Path(name)) if (Path(name) / "config.yaml").is_file() else {}
 
 
@@ -94,8 +94,8 @@ def task_of(name: str, given: str | None) -> TaskSpec:
                 f"{name} is the model of a run; give the run directory: {Path(name).parent}"
             )
         raise UserError(
-            f"{name} is no run directory that names its task; give --task NAME or FILE (in Python: "
-            "task=...)"
+            f"{name} is not a run directory that names its task; give --task NAME or FILE (in "
+            "Python: task=...)"
         )
     return load_task(asked)
 

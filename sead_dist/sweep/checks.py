@@ -91,7 +91,7 @@ def check_runs(plan: Plan) -> None:
 
 
 def check_folder(output: Path) -> None:
-    """Raises UserError where it is no folder of a sweep: that holds folders alone."""
+    """Raises UserError where it is not a folder of a sweep: that holds folders alone."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output} is a file; give a folder")
     for path in sorted(output.glob("[!.]*")):

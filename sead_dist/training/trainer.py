@@ -180,7 +180,7 @@ class Trainer:
         return self.ensemble.asked(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
-        """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
+        """The optimiser's step; a gradient that is not a number never reaches a checkpoint."""
         norm = self.engine.step()
         # fp16 meets such gradients and passes over them
         if self.config.precision != "fp16" and not math.isfinite(norm):
@@ -193,7 +193,7 @@ class Trainer:
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
     ) -> tuple[dict[str, float], TrainState]:
-        """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
+        """Sum the ranks' tallies, log them, and stop a run whose loss is not a number."""
         parts = gather_objects(self.world, tally)
         losses = torch.stack([part.losses for part in parts]).sum(0) / tally.rows
         total, soft, hard, feature = losses.tolist()

@@ -170,7 +170,7 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
         ("task=sst3", r"unknown task 'sst3'; did you mean 'sst2'\?"),
         ("micro_batch_size=7", r"micro_batch_size=7 does not divide global_batch_size=32; .*micro_batch_size=4"),
         ("select=[1, 2", r"the value of select.* is not valid YAML"),
-        ("student.shape=L6-H257", r"L6-H257 is no shape of a model; known: L12-H384-A12, L6"),
+        ("student.shape=L6-H257", r"L6-H257 is not a shape of a model; known: L12-H384-A12, L6"),
         ("student.shape=null", r"no student is set; give student=DIR"),
         ("teachers=/no/where/*", r"teachers=/no/where/\* matches no folder"),
     ],
@@ -199,14 +199,14 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
 
 def test_a_config_that_is_no_text(words, distil, teachers, tmp_path):
     weights = teachers[0] / "model.safetensors"
-    with pytest.raises(UserError, match=r"is no text; give a YAML file, or KEY=VALUE"):
+    with pytest.raises(UserError, match=r"is not a text; give a YAML file, or KEY=VALUE"):
         distil([str(weights), *words(tmp_path / "run")])
 
 
 def test_fp16_on_a_cpu_and_a_tracker_that_is_not_there(refused):
     refused("precision=fp16 needs a GPU; on a CPU give precision=bf16", "precision=fp16")
     refused("report_to=wandb is not installed; pip install it", "report_to=wandb")
-    refused("report_to=diary is none that Accelerate knows", "report_to=diary")
+    refused("report_to=diary is not one that Accelerate knows", "report_to=diary")
 
 
 def test_a_config_file_that_is_not_there(words, distil, tmp_path):
@@ -233,7 +233,7 @@ def test_num_labels_that_differ(refused, grammar, tmp_path):
 
 def test_class_names_that_cannot_be_aligned(refused, teacher):
     bad = teacher(id2label={"0": "spam", "1": "ham"})
-    line = refused(r"names its classes spam, ham: 'spam' is no label of", f"teachers=[{bad}]")
+    line = refused(r"names its classes spam, ham: 'spam' is not a label of", f"teachers=[{bad}]")
     assert f"{{path: {bad}, labels: [negative, positive]}}" in line
 
 
@@ -426,7 +426,7 @@ def test_a_mistake_exits_with_2_and_one_line(cli, words, grammar, tmp_path):
 def test_two_ranks_tell_a_mistake_once(cli, words, teacher, tmp_path):
     bad = teacher(id2label={"0": "spam", "1": "ham"})
     result = cli("distill", *words(tmp_path / "out", f"teachers=[{bad}]"), ranks=2, launched=True)
-    assert "'spam' is no label of" in one_line(result, 1)  # torchrun's own code
+    assert "'spam' is not a label of" in one_line(result, 1)  # torchrun's own code
     assert re.search(r"exitcode *: 2", result.stderr)
     assert not (tmp_path / "out").exists()
 

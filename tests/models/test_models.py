@@ -65,10 +65,10 @@ def test_invariant_04_names_that_say_nothing_are_refused_with_the_line_to_add():
 @pytest.mark.parametrize(
     ("names", "labels", "message"),
     [
-        (["positive", "sad"], None, "'sad' is no label of task small"),
+        (["positive", "sad"], None, "'sad' is not a label of task small"),
         (["positive", "positive"], None, "not one each of"),
         (["a", "b", "c"], None, "num_labels=3 but task small needs 2"),
-        (["LABEL_0", "LABEL_1"], ["negative", "bad"], "'bad' is no label"),
+        (["LABEL_0", "LABEL_1"], ["negative", "bad"], "'bad' is not a label"),
         (["LABEL_0", "LABEL_1"], ["negative"], "not one each of"),
     ],
 )

@@ -236,9 +236,9 @@ def test_fields_that_a_config_does_not_name_are_told_and_given_on(tmp_path, capl
     ("shape", "said"),
     [
         ("shap.yaml", "file shap.yaml does not exist; give one, or L12-H384-A12, L6"),
-        ("L6-H256", "L6-H256 is no shape of a model; did you mean 'L6-H256-A8'"),
-        ("L6-H256-A9", "L6-H256-A9 is no shape of a model; did you mean 'L6-H256-A8'"),
-        ("L6-H257", "L6-H257 is no shape of a model; known: L12-H384-A12"),
+        ("L6-H256", "L6-H256 is not a shape of a model; did you mean 'L6-H256-A8'"),
+        ("L6-H256-A9", "L6-H256-A9 is not a shape of a model; did you mean 'L6-H256-A8'"),
+        ("L6-H257", "L6-H257 is not a shape of a model; known: L12-H384-A12"),
     ],
 )
 def test_a_shape_that_is_not_there_is_named_with_what_is(shape, said):

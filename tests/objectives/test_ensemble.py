@@ -185,7 +185,9 @@ def test_what_regression_cannot_do_is_refused(method, loss, message):
 def test_a_method_without_what_it_needs_is_refused():
     with pytest.raises(UserError, match="ensemble=routed needs teacher_column=COLUMN"):
         check_method(config("teachers=[a,b]", ensemble="routed"), KINDS["classification"])
-    with pytest.raises(UserError, match="teacher=c is no teacher of this run; its teachers: a, b"):
+    with pytest.raises(
+        UserError, match="teacher=c is not a teacher of this run; its teachers: a, b"
+    ):
         check_method(config("teachers=[a,b]", teacher="c"), KINDS["classification"])
 
 

@@ -183,7 +183,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "new" / "run.json").exists()
 
-    refused("is no finished run; give the folder of one, auto or null", tmp_path / "nowhere")
+    refused("is not a finished run; give the folder of one, auto or null", tmp_path / "nowhere")
     refused("had other selection rows", finetuned, "selection.seed=7")
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
     refused("had teachers; give a run of method=finetune", taught)

@@ -131,7 +131,7 @@ def test_a_start_that_is_another_at_the_resume_is_refused(old):
     weights.write_bytes(spoilt)
     with pytest.raises(UserError, match=r"the student's start was .*, is .*; give the same"):
         distill(load_config(words), ALONE)
-    # one that is gone is no other one: the run is finished all the same
+    # one that is gone is not another one: the run is finished all the same
     shutil.rmtree(old / "start")
     distill(load_config(words), ALONE)
 

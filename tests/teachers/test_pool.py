@@ -421,8 +421,8 @@ def test_a_folder_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task,
 @pytest.mark.parametrize(
     ("changes", "worker", "message"),
     [
-        ({}, "5/4", "--worker '5/4' is no worker; give NUMBER/WORKERS"),
-        ({}, "one", "--worker 'one' is no worker"),
+        ({}, "5/4", "--worker '5/4' is not a worker; give NUMBER/WORKERS"),
+        ({}, "one", "--worker 'one' is not a worker"),
         ({"ensemble": "none"}, "1/1", "nothing asks teachers here"),
         ({"placement": "auto"}, "1/1", r"no teacher of this run is in the pool \(placement=auto\)"),
         ({"encoders": "[x]"}, "1/1", "encoders are for finetune"),

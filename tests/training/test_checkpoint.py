@@ -105,7 +105,7 @@ def test_half_a_checkpoint_is_no_checkpoint(tmp_path, engine):
     whole = checkpoints.folder / "step-00000001"
     whole.rename(checkpoints.folder / "step-00000001.tmp")
     assert checkpoints.latest() is None
-    # and it is no hindrance to the next one
+    # and it is not a hindrance to the next one
     checkpoints.save(engine, state_at(1))
     assert checkpoints.latest()[1].step == 1
 

@@ -195,7 +195,7 @@ def test_a_run_ends_when_its_selection_loss_has_not_fallen_for_so_many_epochs(tm
     keys = {"num_train_epochs": 5, "early_stopping_patience": 2, "save_steps": 1}
     trainer = make_trainer(tmp_path, select=scores, losses=FALLS, **keys)
     state = trainer.run(TrainState())
-    # equal to the lowest is no fall
+    # equal to the lowest is not a fall
     assert (state.step, state.lowest_step, state.lowest_loss) == (12, 6, 0.3)
     # the loss says when, the score which
     assert (state.best_step, trainer.checkpointer.latest()[1].step) == (9, 12)
