@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs import random_classifier, shape_file, small_folder
-from outcome_file import smoke_argument, table
+from result_file import smoke_argument, table
 
 # the name that a file of a run had -> its name today
 RENAMED = {

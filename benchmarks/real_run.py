@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, small_folder
-from outcome_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model

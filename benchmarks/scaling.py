@@ -31,8 +31,8 @@ from typing import Any
 
 from bare_ranks import BATCH, Bare, give_back_memory, read_weights
 from inputs import laid_out, random_classifier, run_config
-from outcome_file import common_arguments, set_threads, table, write_result
 from placement import counted_bytes
+from result_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.runs.distillation import make_trainer
 from sead_dist.runs.prepared_teachers import prepare_teachers

@@ -126,6 +126,20 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     return root / "grammar", [root / "a", root / "b"]
 
 
+@pytest.fixture(scope="session")
+def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The same with a BERT and a RoBERTa as teachers. To be read too."""
+    from small import save_teacher, student_shape, write_task
+
+    def make(folder: Path) -> None:
+        student_shape(write_task(folder / "grammar"))
+        save_teacher(folder / "a")
+        save_teacher(folder / "b", "roberta", seed=1)
+
+    root = made_once(tmp_path_factory, "two-kinds", make)
+    return root / "grammar", [root / "a", root / "b"]
+
+
 def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], steps: int) -> None:
     """A tiny BERT taught the training rows of `task`, with these label names, in its class order."""
     import torch

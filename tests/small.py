@@ -235,6 +235,24 @@ def run_distill(world: World, given: list[str]) -> None:
     distill(load_config(given), world)
 
 
+class Trap:
+    """What opens a file for writing where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def command(*given) -> int | None:
+    """The command of this line in this process; its exit code, None where it went well."""
+    from sead_dist.cli import commands
+
+    args = commands.parser().parse_args(list(map(str, given)))
+    return commands.attempt(lambda: args.run(args))
+
+
 def model_bytes(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 

@@ -141,11 +141,11 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
             f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
         )
     if sheet.entry.column is None:
-        refuse_rival(sheet, found, usual)
+        refuse_second_column(sheet, found, usual)
     return found
 
 
-def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
+def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     """Raises UserError where another column may hold the answers as well as the one found: what is
     called as gold labels are may hold these, and the teacher's answers stand beside them."""
     task = sheet.task

@@ -62,7 +62,7 @@ class Validation:
 def ask_all(
     source: TeacherSource,
     split: Split,
-    look_ahead: int,
+    prefetch_rows: int,
     what: str,
     asked_NU: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -70,8 +70,8 @@ def ask_all(
     answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
     pieces = []
-    for start in range(0, len(wanted), look_ahead):
-        part_R = wanted[start : start + look_ahead]
+    for start in range(0, len(wanted), prefetch_rows):
+        part_R = wanted[start : start + prefetch_rows]
         asked_NR = None if asked_NU is None else asked_NU[:, part_R]
         request = Request(split, part_R, asked_NR, what)
         found = source.submit(request).result()
@@ -80,9 +80,9 @@ def ask_all(
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
-def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, look_ahead: int) -> int:
+def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, prefetch_rows: int) -> int:
     """The teacher that scores best on a split, the first of equals. All ranks call this."""
-    logits_NBC = ask_all(source, split, look_ahead, "the choice of the feature teacher")
+    logits_NBC = ask_all(source, split, prefetch_rows, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
@@ -163,11 +163,15 @@ def validate(
 
 
 def ask_and_validate(
-    source: StoredSource, task: TaskSpec, split: Split, look_ahead: int, dev_texts_in_training: int
+    source: StoredSource,
+    task: TaskSpec,
+    split: Split,
+    prefetch_rows: int,
+    dev_texts_in_training: int,
 ) -> tuple[list[Validation], np.ndarray]:
     """The teachers' validations, and their logits_NBC of the selection split. All ranks call
     this."""
-    logits_NBC = ask_all(source, split, look_ahead, "the validation")
+    logits_NBC = ask_all(source, split, prefetch_rows, "the validation")
     return validate(task, source.teachers, logits_NBC, split, dev_texts_in_training), logits_NBC
 
 

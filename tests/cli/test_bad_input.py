@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from small import ALONE
+from small import ALONE, model_bytes
 from transformers import AutoTokenizer
 
 from sead_dist.cli.grammar import write_grammar_task
@@ -483,15 +483,11 @@ def limited(most_bytes, *args):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def parameters(run):
-    return (run / "model" / "model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, distil, tmp_path):
     saving = ["save_steps=4", "save_total_limit=9", "keep_training_state=true"]
     run = distil(words(tmp_path / "run", *saving))
-    expected = parameters(run)
+    expected = model_bytes(run)
     # as a kill after step 4 would leave it
     (run / "run_summary.json").unlink()
     shutil.rmtree(run / "model")
@@ -507,7 +503,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(words, disti
     assert contents(last) == before
     assert not list((run / "checkpoints").glob("*.tmp"))
     distil(words(run, *saving))
-    assert parameters(run) == expected
+    assert model_bytes(run) == expected
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_missing_columns_and_texts_are_named():
         build_examples(SST2, [], "train")
 
 
-def test_transfer_text_needs_no_labels():
+def test_unlabelled_text_needs_no_labels():
     unlabelled = build_examples(
         SST2, [{"sentence": "a"}, {"sentence": "b", "label": 1}], "t", labelled=False
     )

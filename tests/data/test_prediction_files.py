@@ -113,7 +113,7 @@ def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
         read(file)
     assert read(file, column="label").keys == [("a",), ("b",)]
     assert read(file, column="gpt4", abstain=[""]).keys == [("a",)]
-    # a second name of the same class, a seed and a fold are no rivals
+    # a second name of the same class, a seed and a fold are not a second choice
     for more in (
         "label_text,seed\na,positive,Positive,0\nb,negative,Negative,1\n",
         "fold,votes\na,positive,0,1\nb,negative,1,1\n",

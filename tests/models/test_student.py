@@ -146,7 +146,7 @@ def test_a_head_whose_classes_align_is_kept_in_task_order(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert"])
 @pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1"), ("cat", "dog", "cow")])
-def test_a_head_whose_classes_are_unknown_is_drawn_anew_from_the_seed(tmp_path, kind, labels):
+def test_a_head_whose_classes_are_unknown_is_drawn_again_from_the_seed(tmp_path, kind, labels):
     folder = save_teacher(tmp_path / "t", kind, labels=labels)
     old = build_model(kind, labels=labels)
     one, two, other = (

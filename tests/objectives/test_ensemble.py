@@ -191,7 +191,7 @@ def test_a_method_without_what_it_needs_is_refused():
         check_method(config("teachers=[a,b]", teacher="c"), KINDS["classification"])
 
 
-def test_single_is_the_best_teacher_by_selection_or_the_guide():
+def test_single_is_the_best_teacher_by_selection_or_the_one_that_is_named():
     assert frozen_weights("single", [1.0] * 3, [0.5, 0.9, 0.9], None).tolist() == [0, 1, 0]
     assert frozen_weights("single", [1.0] * 3, [], 2).tolist() == [0, 0, 1]
     found = ask("single", TWO, weights=[0.0, 1.0], present=[[False], [True]])

@@ -154,7 +154,7 @@ def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     assert norms["projections.hidden.weight"] == 0
 
 
-def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
+def test_the_student_starts_from_evenly_spaced_layers_of_the_feature_teacher():
     student = build_model(num_hidden_layers=2)
     body = build_model(seed=1, num_hidden_layers=4)
     head = student.classifier.weight.clone()
@@ -170,7 +170,7 @@ def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("bert", WIDE), ("distilbert", {})])
-def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
+def test_where_the_feature_teachers_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
     student = build_model(num_hidden_layers=2)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     assert not start_as_feature_teacher(student, build_model(kind, seed=1, **sizes))
@@ -199,11 +199,11 @@ def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, size
         ),
     ],
 )
-def test_what_rules_internals_out_is_told(words, stage, said):
+def test_what_rules_layer_outputs_out_is_told(words, stage, said):
     with pytest.raises(UserError, match=said):
         check_feature_loss(config(*words), stage)
 
 
 @pytest.mark.parametrize("stage", [None, 1, 2])
-def test_what_allows_internals_passes(stage):
+def test_what_allows_layer_outputs_passes(stage):
     check_feature_loss(config("method=tinybert", "teachers=[a]"), stage)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
-from small import ALONE, model_bytes, read, run_distill, save_teacher, words, write_task
+from small import ALONE, model_bytes, read, run_distill, save_teacher, words
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -20,8 +20,8 @@ LABELLED, SELECTION, DEV = 54, 6, 20
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("task"))
+def task(tiny_task):
+    return tiny_task[0]
 
 
 @pytest.fixture(scope="module")

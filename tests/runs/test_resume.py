@@ -25,7 +25,6 @@ from small import (
     run_distill,
     save_teacher,
     words,
-    write_task,
 )
 
 from sead_dist.errors import UserError
@@ -51,11 +50,8 @@ RANKS = {
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    data = write_task(root / "data")
-    return data, teachers
+def task(two_kinds):
+    return two_kinds
 
 
 def given_words(task, root: Path, store: Path | None = None, teachers=None, **changes):

@@ -38,11 +38,8 @@ COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5, "max_steps":
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    save_teacher(root / "start", seed=5)
-    return write_task(root / "data"), teachers, root / "start"
+def task(two_kinds, tmp_path_factory):
+    return *two_kinds, save_teacher(tmp_path_factory.mktemp("task") / "start", seed=5)
 
 
 def given_words(task, root, **changes):

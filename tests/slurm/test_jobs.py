@@ -5,8 +5,8 @@ import os
 import stat
 
 import pytest
+from small import command
 
-from sead_dist.cli import commands as cli
 from sead_dist.errors import RunError, UserError
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
@@ -48,11 +48,6 @@ def states(monkeypatch):
         slurm, "job_states", lambda asked: {j: known[j] for j in asked if j in known}
     )
     return known
-
-
-def command(*given):
-    args = cli.parser().parse_args(list(map(str, given)))
-    return cli.attempt(lambda: args.run(args))
 
 
 def test_the_table_says_how_far_each_run_is(registry, states, capsys):

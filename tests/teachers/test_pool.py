@@ -12,7 +12,7 @@ import time
 
 import pytest
 from ranks import finish, run_ranks, start
-from small import model_bytes, read, run_distill, save_teacher, words, write_task
+from small import model_bytes, read, run_distill, save_teacher, words
 
 from sead_dist.cli.submit import forget_refused
 from sead_dist.config.load import load_config
@@ -33,10 +33,9 @@ WAIT_S = 90.0
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    kinds = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    return write_task(root / "data"), [*kinds, save_teacher(root / "c", seed=2)]
+def task(two_kinds, tmp_path_factory):
+    data, teachers = two_kinds
+    return data, [*teachers, save_teacher(tmp_path_factory.mktemp("third") / "c", seed=2)]
 
 
 def given_words(task, root, **changes):
