@@ -156,8 +156,8 @@ def chosen(parts: Parts) -> dict[str, Any]:
 
 
 def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
-    """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
-    made again in every epoch (those of steps that a killed run repeated are not counted)."""
+    """Whose layer outputs the student followed and how; `forwards` of it are computed in training,
+    again in every epoch (those of steps that a killed run repeated are not counted)."""
     feature_loss = parts.loss.feature
     if parts.feature_teacher is None or feature_loss is None:
         return None

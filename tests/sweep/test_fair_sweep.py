@@ -102,6 +102,19 @@ def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
         assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
 
 
+def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished, task):
+    output, _ = finished
+    before = read(output / "report" / "report.json")["cells"]
+    kept = {file: file.read_text() for file in output.glob("grammar/*/seed-0/run_summary.json")}
+    assert len(kept) == 2
+    for file, text in kept.items():
+        file.write_text(text.replace('"unlabelled_rows"', '"transfer_rows"'))
+    run_sweep(fair_words(task, output), ALONE)
+    assert read(output / "report" / "report.json")["cells"] == before
+    for file, text in kept.items():
+        file.write_text(text)
+
+
 def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys):
     output, _ = finished
     given = fair_words(task, output)
