@@ -28,7 +28,7 @@ _SKIP_HINT = (
 _log = logging.getLogger(__name__)
 
 
-def _mend(skip_malformed: bool | None) -> str:
+def _fix(skip_malformed: bool | None) -> str:
     """What to do about a bad line; None: no key passes over it."""
     return "fix the line" if skip_malformed is None else _SKIP_HINT
 
@@ -114,7 +114,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 if not isinstance(row, dict):
                     raise UserError(
                         f"{path}:{number}: expected an object, and it is {line.strip()[:60]!r}; "
-                        f"{_mend(skip_malformed)}"
+                        f"{_fix(skip_malformed)}"
                     )
             except UserError:
                 if not skip_malformed:
@@ -136,7 +136,7 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {reason(error)}; {_mend(skip_malformed)}") from error
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_fix(skip_malformed)}") from error
 
 
 def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
@@ -262,7 +262,7 @@ def _records(
         else:
             raise UserError(
                 f"{path}:{number}: {counted(len(fields), 'field')} where {len(header)} are "
-                f"expected ({', '.join(header)}); {_mend(skip_malformed)}"
+                f"expected ({', '.join(header)}); {_fix(skip_malformed)}"
             )
     _tell(path, skipped)
 

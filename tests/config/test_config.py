@@ -70,7 +70,7 @@ def test_on_and_off_are_words_and_exponents_are_numbers():
         ("seed=[1", "the value of seed"),
     ],
 )
-def test_mistakes_name_the_key_the_value_and_the_mend(given, message):
+def test_mistakes_name_the_key_the_value_and_the_fix(given, message):
     with pytest.raises(UserError, match=message) as caught:
         load_config(["sst2", "output_dir=x", "global_batch_size=8", given])
     assert "\n" not in str(caught.value)

@@ -177,7 +177,7 @@ def test_invariant_09_code_that_comes_with_a_checkpoint_is_not_run_unasked(tmp_p
     assert not mark.exists()
 
 
-def test_a_tokeniser_without_padding_is_refused_with_the_mend(tmp_path):
+def test_a_tokeniser_without_padding_is_refused_with_the_fix(tmp_path):
     folder = save_teacher(tmp_path / "t")
     edit_json(folder / "tokenizer_config.json", pad_token=None)
     with pytest.raises(UserError, match='no padding token; set "pad_token"'):

@@ -47,7 +47,7 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("nodes: 0", "nodes=0: input should be greater than 0; see `sead-dist keys nodes`$"),
         ("time: 60", "time=60: expected a text; quote it: '60'"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
-        ('time: "0"', "no time at all"),
+        ('time: "0"', "gives no time"),
         ('{time: "3", signal_delay: 120}', "signal_delay=120 s is most of time=3"),
         ("- nodes", "holds no settings"),
     ],
