@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from inputs import alone, shape_file, small_folder
-from outcome_file import smoke_argument, table
+from result_file import smoke_argument, table
 
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.sweep.checks import settle

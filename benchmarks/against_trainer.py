@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs import alone, laid_out, minilm, random_classifier
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from result_file import common_arguments, set_threads, spread, table, write_result
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from inputs import random_classifier, shape_file, small_folder
-from outcome_file import smoke_argument, table
+from result_file import smoke_argument, table
 
 # the name that a file of a run had -> its name today
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "examination.json": "teacher_validation.json",
+    "transfer.tsv": "unlabeled.tsv",
+}
 # names that differ from run to run
 PASSING = re.compile(r"(^|/)(\.[^/]+|events\.out[^/]*|[^/]*\.lock)(/|$)")
 # of scores.json and the like: what a clock said

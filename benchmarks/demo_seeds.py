@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from inputs import alone
-from outcome_file import smoke_argument
+from result_file import smoke_argument
 
 from sead_dist.cli import demo
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from inputs import laid_out, random_classifier, texts_of
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from result_file import common_arguments, set_threads, spread, table, write_result
 from torch import nn
 from torch.func import functional_call, stack_module_state
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel

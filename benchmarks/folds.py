@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from inputs import data_folder, minilm, random_classifier
-from outcome_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model

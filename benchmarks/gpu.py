@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from inputs import LABELS, alone, laid_out, random_classifier, texts_of
-from outcome_file import (
+from result_file import (
     common_arguments,
     device_argument,
     set_threads,

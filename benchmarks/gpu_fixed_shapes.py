@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from gpu import load, seconds
 from inputs import alone, laid_out, random_classifier
-from outcome_file import (
+from result_file import (
     common_arguments,
     device_argument,
     set_threads,

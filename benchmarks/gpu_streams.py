@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from gpu import wait
 from inputs import alone, laid_out, random_classifier, run_config, shape_file
-from outcome_file import (
+from result_file import (
     common_arguments,
     device_argument,
     set_threads,

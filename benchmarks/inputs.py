@@ -53,7 +53,7 @@ def sst2_folder(folder: Path, rows: int, seed: int = 0) -> Path:
 
 def small_folder(folder: Path, rows: int) -> Path:
     """The same files with the built-in task's rows, and its tokeniser: for `--smoke`."""
-    write_grammar_task(folder, train_rows=rows, validation_rows=40, transfer_rows=40)
+    write_grammar_task(folder, train_rows=rows, validation_rows=40, unlabelled_rows=40)
     for path in (folder / "train.tsv", folder / "validation.tsv"):
         text = path.read_text(encoding="utf-8")
         for number, name in LABELS.items():  # SST-2's labels are numbers

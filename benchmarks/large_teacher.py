@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from inputs import LABELS, run_config
-from outcome_file import common_arguments, table, write_result
+from result_file import common_arguments, table, write_result
 from transformers import BertConfig
 
 from sead_dist.cli.grammar import grammar_tokenizer, write_grammar_task

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, random_llm, small_folder, texts_of
-from outcome_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.config.load import load_config

@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 from inputs import alone, laid_out, shape_file
-from outcome_file import common_arguments, set_threads, table, write_result
+from result_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.config.load import load_config
 from sead_dist.data import order as data

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from inputs import laid_out, random_classifier, run_config
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from result_file import common_arguments, set_threads, spread, table, write_result
 
 from sead_dist.runs.distillation import make_trainer
 from sead_dist.runs.prepared_teachers import prepare_teachers

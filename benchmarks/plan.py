@@ -1,4 +1,4 @@
-"""What `sead-dist plan` foresees of a run against what the run takes.
+"""What `sead-dist plan` estimates of a run against what the run takes.
 
 Each case measures every rate again, as `plan --fresh` does, and then runs the distillation over an
 empty store in the same process. The error is of the time of teachers' pass and training together:
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from inputs import alone, laid_out, random_classifier, run_config
-from outcome_file import common_arguments, set_threads, table, write_result
+from result_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
@@ -34,15 +34,15 @@ def one_case(words: dict[str, object]) -> dict[str, float]:
     config = run_config(words)
     figures = Path(config.output_dir).with_name("plan.json")
     plan(config, alone(), 1, None, None, True, figures)
-    foreseen = json.loads(figures.read_text(encoding="utf-8"))["placements"][0]
+    estimated = json.loads(figures.read_text(encoding="utf-8"))["placements"][0]
     distill(config, alone(), show_table=False)
     summary = json.loads((Path(config.output_dir) / "run_summary.json").read_text("utf-8"))
     teachers_s, training_s = summary["teachers_s"], summary["train_s"] - summary["teacher_wait_s"]
-    planned_s = foreseen["teachers_s"] + foreseen["training_s"]
+    planned_s = estimated["teachers_s"] + estimated["training_s"]
     took_s = teachers_s + training_s
     return {
-        "teachers_s": foreseen["teachers_s"],
-        "training_s": foreseen["training_s"],
+        "teachers_s": estimated["teachers_s"],
+        "training_s": estimated["training_s"],
         "took_teachers_s": teachers_s,
         "took_training_s": training_s,
         "error": abs(planned_s - took_s) / took_s,
@@ -98,7 +98,7 @@ def main() -> None:
         f"Median error over all {len(raw)} runs: {median:.1%} (target: at most {TARGET:.0%}: "
         f"{'reached' if median <= TARGET else 'not reached'})."
     )
-    write_result("plan", "What a plan foresees, and what the run takes", text, raw, args)
+    write_result("plan", "What a plan estimates, and what the run takes", text, raw, args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs import laid_out, random_classifier
-from outcome_file import common_arguments, set_threads, table, write_result
+from result_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished, read_json

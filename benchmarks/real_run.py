@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, small_folder
-from outcome_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
@@ -33,7 +33,7 @@ SPLITS = ("selection", "validation")
 STUDENTS = {
     "alone": "student without teachers",
     "taught": "student with teachers",
-    "transfer": "student with teachers and unlabelled text",
+    "unlabelled": "student with teachers and unlabelled text",
 }
 
 
@@ -50,8 +50,8 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     ]
     taught = ["teachers=RUNS/teachers/*", "teacher_precision=bf16", "store=RUNS/store"]
     # one epoch: the unlabelled text is several times the labelled
-    transfer = [*taught, "num_train_epochs=1", "unlabeled.path=DATA/sst2/train.tsv"]
-    ways = {"alone": [epochs, "method=finetune"], "taught": [*taught, epochs], "transfer": transfer}
+    text = [*taught, "num_train_epochs=1", "unlabeled.path=DATA/sst2/train.tsv"]
+    ways = {"alone": [epochs, "method=finetune"], "taught": [*taught, epochs], "unlabelled": text}
     for seed in args.seeds:
         student = [*common, "student=MINILM", "student.layers=[1,3,5]", f"seed={seed}"]
         for way, words in ways.items():
@@ -114,9 +114,9 @@ def steps(run: Path) -> int:
 
 
 def page(args: argparse.Namespace, runs: Path, lines: list[list[str]], minutes: float) -> str:
-    summary, transfer = (
+    summary, with_text = (
         json.loads((runs / f"{way}-{args.seeds[0]}" / "run_summary.json").read_text("utf-8"))
-        for way in ("taught", "transfer")
+        for way in ("taught", "unlabelled")
     )
     shown = "\n".join(shlex.join(["sead-dist", *line]) for line in lines)
     return "\n\n".join(
@@ -127,7 +127,7 @@ def page(args: argparse.Namespace, runs: Path, lines: list[list[str]], minutes: 
             f"Mean ± standard deviation over {len(args.seeds)} seeds. One standard deviation of "
             "sampling 872 rows is about 1 point, which the seeds do not show. The unlabelled text "
             "is the task's training file without held-out texts: "
-            f"{transfer['transfer_rows']} rows.",
+            f"{with_text['unlabelled_rows']} rows.",
             table(["model", *SPLITS], rows_of_page(runs, args.seeds)),
             "## Commands",
             "`python benchmarks/real_run.py` runs these lines, MINILM being the model folder of "

@@ -31,8 +31,8 @@ from typing import Any
 
 from bare_ranks import BATCH, Bare, give_back_memory, read_weights
 from inputs import laid_out, random_classifier, run_config
-from outcome_file import common_arguments, set_threads, table, write_result
 from placement import counted_bytes
+from result_file import common_arguments, set_threads, table, write_result
 
 from sead_dist.runs.distillation import make_trainer
 from sead_dist.runs.prepared_teachers import prepare_teachers
@@ -180,7 +180,7 @@ def row_of(turns: list[dict[str, Any]], alone: list[dict[str, Any]]) -> list[obj
     count, ranks = turns[0]["teachers"], turns[0]["ranks"]
     share = turns[0]["weights_mib"] / ranks
     student_row_s = median_of(turns, "student_row_s")
-    if count:  # a bare loop that is slower than ours is no limit
+    if count:  # a bare loop that is slower than ours is not a limit
         student_row_s = min(student_row_s, 1 / median_of(alone, "examples_per_s"))
     rate = median_of(turns, "examples_per_s")
     of_bound = rate * (student_row_s + median_of(turns, "teachers_row_s"))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome_file import RESULTS, set_threads, smoke_argument, table, write_result
+from result_file import RESULTS, set_threads, smoke_argument, table, write_result
 
 from sead_dist.store.compaction import compact
 from sead_dist.store.store import PredictionStore, Table, TeacherKey

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inputs import alone, minilm, random_classifier, small_folder
-from outcome_file import smoke_argument
+from result_file import smoke_argument
 
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.run import run_sweep

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from inputs import alone, laid_out, random_classifier, run_config
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from result_file import common_arguments, set_threads, spread, table, write_result
 from transformers import PreTrainedModel
 
 from sead_dist.data.order import Split

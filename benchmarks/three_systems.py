@@ -37,8 +37,8 @@ from inputs import (
     run_config,
     tokenizer_folder,
 )
-from outcome_file import common_arguments, set_threads, spread, table, write_result
 from peers import Setting, run_bare, run_textbrewer, score
+from result_file import common_arguments, set_threads, spread, table, write_result
 
 from sead_dist.data.splits import load_examples
 from sead_dist.data.task_files import load_task

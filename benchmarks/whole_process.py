@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inputs import laid_out, random_classifier, shape_file
-from outcome_file import common_arguments, set_threads, spread, table, write_result
+from result_file import common_arguments, set_threads, spread, table, write_result
 
 TARGET, TARGET_S = 1.4, 2.0
 FLOOR = """

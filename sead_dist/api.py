@@ -23,6 +23,7 @@ import torch.distributed as dist
 from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.registered import ROUTED, kept_plugins
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, run_error
@@ -60,7 +61,7 @@ from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 @dataclass(frozen=True, init=False)
 class Run:
-    """A run's folder, and what a finished run left in it. It stands for its model wherever a model
+    """A run directory, and what a finished run left in it. It stands for its model wherever a model
     is asked for."""
 
     path: Path
@@ -78,9 +79,17 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The run's whole configuration."""
+        """The run's whole configuration, that of an older version under the present names. Raises
+        UserError where there is none, or one that this version has not."""
         kept = kept_plugins(self.path)
-        return load_config(str(self.path / "config.yaml"), **({"plugins": kept} if kept else {}))
+        keys = read_run_config(self.path)
+        try:
+            return resolve([keys, {"plugins": kept} if kept else {}])
+        except UserError as error:
+            raise UserError(
+                f"{self.path / 'config.yaml'} is not a configuration of this version: {error}; "
+                "read it as YAML, or use the version that wrote it (environment.json names it)"
+            ) from error
 
     @property
     def model_dir(self) -> Path:
@@ -115,8 +124,8 @@ class Run:
 
 
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
-    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE words and keys, later ones
-    over earlier ones. Raises UserError naming the key, its value and what is allowed."""
+    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys, later
+    ones over earlier ones. Raises UserError naming the key, its value and what is allowed."""
     return resolve([*read_layers([os.fspath(word) for word in words]), as_layer(keys)])
 
 
@@ -131,7 +140,7 @@ def distill(
 ) -> Run:
     """Distil the teachers into the student: run, resume or find finished, as `sead-dist distill`.
 
-    data: None is the hub's. Data in memory are kept in the run's folder. student: a checkpoint, a
+    data: None is the hub's. Data in memory are kept in the run directory. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
     dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 
@@ -264,7 +273,9 @@ def soft_targets(
     N, B, C = logits_NBC.shape
     allowed = [name for name, of in WEIGHTINGS.items() if not of.goes_by_place]
     if ensemble not in allowed:
-        raise UserError(f"ensemble={ensemble!r} is none here; allowed: {', '.join(allowed)}")
+        raise UserError(
+            f"ensemble={ensemble!r} is not one of these here; allowed: {', '.join(allowed)}"
+        )
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")
     weighting = WEIGHTINGS[ensemble]
@@ -302,7 +313,7 @@ def distillation_loss(
     if student_BC.dim() != 2:
         raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
     if loss not in ("auto", *SOFT_LOSSES):
-        raise UserError(f"loss={loss!r} is no loss; allowed: auto, {', '.join(SOFT_LOSSES)}")
+        raise UserError(f"loss={loss!r} is not a loss; allowed: auto, {', '.join(SOFT_LOSSES)}")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape

@@ -98,7 +98,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in task, small: 400 training rows, 100 dev rows, 200 transfer rows; and in the
+    """The built-in task, small: 400 training rows, 100 dev rows, 200 unlabelled rows; and in the
     same folder `shape.yaml`, a student's shape."""
     import yaml
 
@@ -123,6 +123,20 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
         save_teacher(folder / "b", seed=1, num_hidden_layers=2)
 
     root = made_once(tmp_path_factory, "tiny", make)
+    return root / "grammar", [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="session")
+def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The same with a BERT and a RoBERTa as teachers. To be read too."""
+    from small import save_teacher, student_shape, write_task
+
+    def make(folder: Path) -> None:
+        student_shape(write_task(folder / "grammar"))
+        save_teacher(folder / "a")
+        save_teacher(folder / "b", "roberta", seed=1)
+
+    root = made_once(tmp_path_factory, "two-kinds", make)
     return root / "grammar", [root / "a", root / "b"]
 
 
@@ -192,7 +206,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def distil() -> Distil:
-    """Run `distill` in this process, alone on the CPU; the run folder. Raises what it raises."""
+    """Run `distill` in this process, alone on the CPU; the run directory. Raises what it raises."""
 
     def run(words: Sequence[str]) -> Path:
         import torch
@@ -210,7 +224,7 @@ def distil() -> Distil:
 def finished(
     words: Callable[..., list[str]], distil: Distil, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A finished run folder, made once; tests only read it."""
+    """A finished run directory, made once; tests only read it."""
     more = ("num_train_epochs=6", "keep_training_state=true")
     return distil(words(tmp_path_factory.mktemp("runs") / "finished", *more))
 

@@ -1,4 +1,4 @@
-"""A finished run folder, made up, as the report's tests read it."""
+"""A finished run directory, made up, as the report's tests read it."""
 
 import json
 import math

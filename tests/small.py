@@ -132,9 +132,9 @@ def logits_of(model, texts: list[str]) -> np.ndarray:
     return torch.stack(rows).numpy()
 
 
-def write_task(folder: Path, rows: int = 60, dev: int = 20, transfer: int = 20) -> Path:
+def write_task(folder: Path, rows: int = 60, dev: int = 20, unlabelled: int = 20) -> Path:
     """The built-in task's files, few rows."""
-    write_grammar_task(folder, 0, rows, dev, transfer)
+    write_grammar_task(folder, 0, rows, dev, unlabelled)
     return folder
 
 
@@ -233,6 +233,24 @@ def run_distill(world: World, given: list[str]) -> None:
     from sead_dist.runs.distillation import distill
 
     distill(load_config(given), world)
+
+
+class Trap:
+    """What opens a file for writing where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def command(*given) -> int | None:
+    """The command of this line in this process; its exit code, None where it went well."""
+    from sead_dist.cli import commands
+
+    args = commands.parser().parse_args(list(map(str, given)))
+    return commands.attempt(lambda: args.run(args))
 
 
 def model_bytes(run: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""The commands: each parses its words, calls the packages below and prints."""
+"""The commands: each parses its arguments, calls the packages below and prints."""
 
 from typing import Any
 

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         asked = next((word for word in given if not word.startswith("-")), None)
         if asked is not None and asked not in names:
             hint = did_you_mean(asked, names, f"commands: {', '.join(names)}")
-            self.error(f"{asked!r} is no command; {hint}")
+            self.error(f"{asked!r} is not a command; {hint}")
 
 
 def unknown(rest: Sequence[str], args: argparse.Namespace) -> str:
@@ -70,7 +70,7 @@ def add_teach(command: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """A number of at least one, for argparse."""
     if re.fullmatch("[0-9]{1,6}", text) is None or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to 999999; give one")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 999999; give one")
     return int(text)
 
 
@@ -105,7 +105,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="run folder, model folder or hub id")
+    command.add_argument("model", help="run directory, model folder or hub id")
     command.add_argument("--task", help="task name or YAML file; default: the run's own")
     command.add_argument("--labels", help="the model's class order: a,b,c or task_order")
 
@@ -147,7 +147,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 
 def add_push(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run_folder", metavar="RUN", help="run folder")
+    command.add_argument("run_folder", metavar="RUN", help="run directory")
     command.add_argument("--to", metavar="ID", help="owner/name; default: the run's, or the card's")
     command.add_argument(
         "--private", action="store_true", default=None, help="where the repository is made again"
@@ -213,7 +213,7 @@ def add_jobs(command: argparse.ArgumentParser) -> None:
         ("wait", "until a run is done; exit code as distill's"),
     ):
         one = verbs.add_parser(verb, help=help_)
-        one.add_argument("name", metavar="RUN", help="name, job number or run folder")
+        one.add_argument("name", metavar="RUN", help="name, job number or run directory")
         one.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=ROOT)
         if verb == "logs":
             one.add_argument("-f", "--follow", action="store_true", help="until the job ends")

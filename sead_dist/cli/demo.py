@@ -113,14 +113,12 @@ def run_demo(output: Path, seed: int, world: World) -> None:
         alone.append(distill(configure(output, *words), world, show_table=False))
     heading(world, "3 of 3: distil the teachers into the same student, three seeds")
     names = f"teachers=[{','.join(str(run) for run in teachers)}]"
-    transfer = f"unlabeled.path={output / 'task' / 'transfer.tsv'}"
+    text = f"unlabeled.path={output / 'task' / 'unlabeled.tsv'}"
     for number in range(SEEDS):
         where = f"output_dir={output / f'distilled-{number}'}"
         words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)
         taught.append(
-            distill(
-                configure(output, *words, names, transfer, *SOFT_WORDS), world, show_table=False
-            )
+            distill(configure(output, *words, names, text, *SOFT_WORDS), world, show_table=False)
         )
     if world.is_main:
         show(teachers, alone, taught)

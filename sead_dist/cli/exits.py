@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_error
 
-# how long another rank waits with its end, so that rank 0 can say its line
+# seconds that another rank waits before it ends, so that rank 0 can print its line
 GRACE_S = 1.0
 
 

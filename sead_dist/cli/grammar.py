@@ -71,12 +71,12 @@ def write_grammar_task(
     seed: int = 0,
     train_rows: int = 1100,
     validation_rows: int = 1000,
-    transfer_rows: int = 6000,
+    unlabelled_rows: int = 6000,
     label_noise: float = 0.1,
 ) -> None:
     """Write the whole task into `folder` (made if missing), the same bytes for the same arguments.
 
-    Files: `train.tsv` and `validation.tsv` (header sentence, label), `transfer.tsv` (header
+    Files: `train.tsv` and `validation.tsv` (header sentence, label), `unlabeled.tsv` (header
     sentence), `task.yaml` (the task as a person's own) and `tokenizer/` (for AutoTokenizer). No
     sentence occurs twice, within a file or between files.
 
@@ -87,7 +87,7 @@ def write_grammar_task(
     seen_pools, unseen_pools = _divide_words(rng)
     taken: set[str] = set()
     train = _draw_rows(seen_pools, train_rows, taken, rng)
-    transfer = _draw_rows(seen_pools, transfer_rows, taken, rng)
+    text = _draw_rows(seen_pools, unlabelled_rows, taken, rng)
     validation = _draw_rows(unseen_pools, validation_rows, taken, rng)
     for row in rng.sample(range(train_rows), round(label_noise * train_rows)):
         sentence, label = train[row]
@@ -96,8 +96,8 @@ def write_grammar_task(
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(folder / "train.tsv", train)
     _write_rows(folder / "validation.tsv", validation)
-    lines = ["sentence", *(sentence for sentence, _ in transfer)]
-    (folder / "transfer.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = ["sentence", *(sentence for sentence, _ in text)]
+    (folder / "unlabeled.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     task = {
         "name": "grammar",
         "kind": "classification",

@@ -101,7 +101,7 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     )
     distill(student, world, show_table=False)
     if from_main(world, lambda: is_finished(output / "student")) and world.is_main:
-        write_outcome(checkpoint, given, output)
+        write_results(checkpoint, given, output)
 
 
 def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:
@@ -161,7 +161,7 @@ def check_reach(name: str, config: RunConfig) -> None:
         raise UserError(f"{name} needs what cannot be reached here: {', '.join(missing)}")
 
 
-def write_outcome(checkpoint: Checkpoint, config: RunConfig, output: Path) -> None:
+def write_results(checkpoint: Checkpoint, config: RunConfig, output: Path) -> None:
     """Print published and obtained side by side; the same into reproduce.json and reproduce.md."""
     files = read_run(output / "student")
     figures: list[dict[str, Any]] = []

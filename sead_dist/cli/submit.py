@@ -73,7 +73,7 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
         if match is None:
-            raise UserError(f"--seeds {text!r} is no list of seeds; give e.g. 0,1,2 or 0-4")
+            raise UserError(f"--seeds {text!r} is not a list of seeds; give e.g. 0,1,2 or 0-4")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)[:MOST_SEEDS]
     if not 0 < len(seeds) < MOST_SEEDS or len(set(seeds)) != len(seeds):
         raise UserError(

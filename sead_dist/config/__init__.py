@@ -1,1 +1,4 @@
-"""The run configuration: its fields, its files and its overrides."""
+"""The run configuration: its fields, its files and its overrides.
+
+Others use `load_config`, `RunConfig`, `SweepConfig`.
+"""

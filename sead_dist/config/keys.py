@@ -19,7 +19,7 @@ from sead_dist.errors import UserError
 
 HEAD = """\
 # Every key of a run and its default. These come first; your YAML files are laid over them from
-# left to right, then KEY=VALUE words of the command line. Keys marked (operational) may change
+# left to right, then KEY=VALUE overrides of the command line. Keys marked (operational) may change
 # when a run is resumed; all others are the run's identity, and a resume refuses when one of them
 # differs. This file is made from the fields in sead_dist/config/schema.py, sections.py and
 # teacher_entry.py: runs go by those, and a change here changes nothing.

@@ -1,5 +1,5 @@
 """Where a run's keys come from: the defaults, the method's preset, YAML files from left to right,
-then KEY=VALUE words; later ones lie over earlier ones.
+then KEY=VALUE overrides; later ones lie over earlier ones.
 """
 
 import fnmatch
@@ -77,7 +77,9 @@ def read_method(method: str) -> dict[str, Any]:
     known = shipped_files("methods")
     path = known.get(method, Path(method))
     if not os.path.isfile(path):
-        raise UserError(f"method={method} is no method{told_known(method, known)}, or a YAML file")
+        raise UserError(
+            f"method={method} is not a method{told_known(method, known)}, or a YAML file"
+        )
     keys = read_yaml(path)
     old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
     if old:
@@ -86,8 +88,8 @@ def read_method(method: str) -> dict[str, Any]:
     others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
     if not isinstance(keys, dict) or others:
         raise UserError(
-            f"method={method}: {others[0] if others else path} is no key of a method; its file may "
-            f"set {', '.join(METHOD_KEYS)}; give other keys beside it"
+            f"method={method}: {others[0] if others else path} is not a key of a method; its file "
+            f"may set {', '.join(METHOD_KEYS)}; give other keys beside it"
         )
     return keys
 
@@ -119,7 +121,7 @@ def _override(word: str) -> dict[str, Any]:
         else:
             entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
-            f"{key.strip()}: a word holds all of {group}, and no part of an entry; write "
+            f"{key.strip()}: KEY=VALUE holds all of {group}, and no part of an entry; write "
             f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
@@ -142,7 +144,9 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
         elif isinstance(item, Mapping):
             entries.append(item)
         else:  # 007 would be the folder 7
-            raise UserError(f"{key}: {item!r} is no text in YAML; put the path in quotation marks")
+            raise UserError(
+                f"{key}: {item!r} is not a text in YAML; put the path in quotation marks"
+            )
     return entries
 
 
@@ -246,7 +250,7 @@ def names_shape(path: str) -> bool:
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The configuration that files and KEY=VALUE words describe, in their order, over the
+    """The configuration that files and KEY=VALUE overrides describe, in their order, over the
     defaults.
 
     Raises UserError naming the key, its value and what is allowed.
@@ -255,7 +259,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 
 def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The keys of each file and of each KEY=VALUE word: those that count for more come later."""
+    """The keys of each file and of each KEY=VALUE override: later ones count for more."""
     layers: list[Mapping[str, Any]] = []
     known = {key.name for key in all_keys()}
     for place, word in enumerate(words):
@@ -270,7 +274,8 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"config {word!r} is no text; give a YAML file, or KEY=VALUE (student={word}?)"
+                    f"config {word!r} is not a text; give a YAML file, or KEY=VALUE "
+                    f"(student={word}?)"
                 ) from error
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):

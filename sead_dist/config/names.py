@@ -1,6 +1,6 @@
-"""Names of configuration keys: the one map from those that keys had to those that they have.
+"""Names that keys and files had, and those that they have: the one map.
 
-It serves the refusal of an old key, and the reading of what was written with old keys.
+It serves the refusal of an old key, and the reading of what was written with old names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,6 +51,14 @@ VALUES = {
     ("warmup", "1"): "0.999999999",
     ("warmup", "1.0"): "0.999999999",
 }
+# of the records in run_summary.json and metrics.jsonl
+RECORDS = {
+    "internals": "feature_loss",
+    "loss_inner": "loss_feature",
+    "transfer_rows": "unlabelled_rows",
+}
+# in a run directory
+FILES = {"examination.json": "teacher_validation.json"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -107,8 +115,38 @@ def renamed(keys: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     return {names[key]: _value(inside + key, value) for key, value in keys.items()}
 
 
+def renamed_config(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a run directory's config.yaml, in sections, under their present names and
+    values."""
+    keys, found = dict(keys), dict[str, Any]()
+    if keys.pop("drift", None) == "on" and keys.get("gate") != "off":
+        keys["gate"] = "fp32"
+    for key, value in keys.items():
+        if isinstance(value, Mapping) and any(old.startswith(f"{key}.") for old in RENAMED):
+            for part, inner in value.items():
+                _put(found, f"{key}.{part}", inner)
+        elif key in ("teachers", "encoders") and isinstance(value, list):
+            found[key] = [renamed(e, f"{key}.") if isinstance(e, Mapping) else e for e in value]
+        else:
+            _put(found, key, value)
+    return found
+
+
+def _put(keys: dict[str, Any], name: str, value: Any) -> None:
+    if name == "warmup" and value == 1:  # a file holds a number, an override a text
+        value = float(_value(name, "1"))
+    section, dot, part = RENAMED.get(name, name).rpartition(".")
+    within = keys.setdefault(section, {}) if dot else keys
+    within[part] = _value(name, value)
+
+
+def renamed_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of run_summary.json or metrics.jsonl under the present names."""
+    return {RECORDS.get(name, name): value for name, value in record.items()}
+
+
 def renamed_words(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The KEY=VALUE words of a command under the keys' present names."""
+    """The KEY=VALUE overrides of a command under the keys' present names."""
     off = any(word.strip() == "gate=off" for word in words)
     found = [_word(word) for word in words if not (word.startswith("drift=") and off)]
     gone = set() if off else {"teacher_validation=off"}

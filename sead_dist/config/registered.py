@@ -79,7 +79,7 @@ def names(what: str) -> list[str]:
 def claim_name(what: str, name: str) -> None:
     """Take a name for what is being registered. Raises UserError where it is taken or no word."""
     if not isinstance(name, str) or not name.isidentifier():
-        raise UserError(f"{name!r} is no name of a {what}; give letters, digits and _")
+        raise UserError(f"{name!r} is not a name of a {what}; give letters, digits and _")
     if name in names(what):
         owner = ADDED.owners[what].get(name)
         by = "built in" if owner is None else f"registered by {ADDED.files[owner]}"
@@ -190,7 +190,7 @@ def keep_plugins(paths: Sequence[str], run: Path) -> None:
 
 def kept_plugins(run: Path) -> list[str]:
     """The plugins that a run directory of this user keeps, as its identity names them: a folder
-    that is no run may hold any code.
+    that is not a run may hold any code.
 
     Raises UserError for one that is not the file that ran.
     """

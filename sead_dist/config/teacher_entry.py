@@ -96,7 +96,7 @@ def _mistaken_url(url: str) -> str | None:
     except ValueError:
         usable = False
     if not usable:
-        return "endpoint is no URL of http or https; give one, such as http://localhost:8000/v1"
+        return "endpoint is not a URL of http or https; give one, such as http://localhost:8000/v1"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         return (
             "endpoint holds more than a place, and configurations are kept; give the URL alone, "

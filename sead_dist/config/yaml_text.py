@@ -1,6 +1,6 @@
-"""How values are written: YAML in files, and KEY=VALUE words of the command line. Of a word a text
-(a path, a name) is what was typed, so that it may hold `#`, blanks, brackets and digits alone;
-whatever is no text is YAML.
+"""How values are written: YAML in files, and KEY=VALUE overrides of the command line. In an
+override a text (a path, a name) is what was typed, so that it may hold `#`, blanks, brackets and
+digits alone; whatever is not a text is YAML.
 
     null       unsets the key, wherever a value may stand
     "text"     the text between the marks, as "null" or " a "
@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
+from sead_dist.config.names import renamed_config
 from sead_dist.config.schema import (
     RunConfig,
     Section,
@@ -125,6 +126,13 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
         return parse_yaml(path.read_text(encoding="utf-8"), name)
 
 
+def read_run_config(run: Path) -> dict[str, Any]:
+    """The keys in a run directory's config.yaml, old ones under their present names; none where
+    the file holds none. Raises UserError where it cannot be read."""
+    keys = read_yaml(run / "config.yaml")
+    return renamed_config(keys) if isinstance(keys, dict) else {}
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML document. Raises UserError with the place of the first mistake, such as a key that
     stands twice in a mapping."""
@@ -142,9 +150,9 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_word(key: str, text: str) -> Any:
-    """The value that a word gives to a (dotted) key of a run or of a sweep.
+    """The value that an override gives to a (dotted) key of a run or of a sweep.
 
-    Raises UserError where brackets are not closed, or what is no text is not YAML.
+    Raises UserError where brackets are not closed, or what is not a text is not YAML.
     """
     first, *rest = key.split(".")
     own = RunConfig if first in RunConfig.model_fields else SweepConfig

@@ -1,1 +1,4 @@
-"""Tasks, metrics, reading of files, splits and the order of rows."""
+"""Tasks, metrics, reading of files, splits and the order of rows.
+
+Others use `TaskSpec`, `load_examples`, `BatchStream`.
+"""

@@ -106,7 +106,7 @@ def fitting_operations(
     """
     fitting = []
     for operation in asked or OPERATIONS:
-        why = _misfit(operation, task, has_table, gold_alone)
+        why = _unfit_reason(operation, task, has_table, gold_alone)
         if why is not None and asked:
             raise UserError(f"augment.operations names {operation!r}: {why}; leave it out")
         # swapped texts of a task that is not symmetric are unlike any row: only where asked for
@@ -115,7 +115,7 @@ def fitting_operations(
     return list(dict.fromkeys(fitting))
 
 
-def _misfit(operation: str, task: TaskSpec, has_table: bool, gold_alone: bool) -> str | None:
+def _unfit_reason(operation: str, task: TaskSpec, has_table: bool, gold_alone: bool) -> str | None:
     if operation in ("swap", "recombine") and not is_pair(task):
         return f"it is of tasks with two texts, and task {task.name} has no such pairs"
     if operation == "neighbor" and not has_table:

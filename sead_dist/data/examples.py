@@ -75,11 +75,11 @@ def build_examples(
     where given, rows that cannot be read are passed over, and what is wrong with each is put there.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
-    is no text, a label outside the set and a split without rows.
+    is not a text, a label outside the set and a split without rows.
     """
     items = list(read_items(task, rows, split, labelled, route, first, skipped))
     if not items and skipped:
-        raise UserError(skipped[0])  # what is wrong with all rows is no matter of one
+        raise UserError(skipped[0])  # what is wrong with all rows is not a matter of one
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
     kind = task.task_kind

@@ -223,7 +223,7 @@ def _teacher_index(route: Route, flat: Row, where: str) -> int:
     name = str(flat[route.column])
     if name not in route.teachers:
         raise UserError(
-            f"{where}: {name!r} in column {route.column!r} is no teacher of this run: "
+            f"{where}: {name!r} in column {route.column!r} is not a teacher of this run: "
             f"{', '.join(route.teachers)}; name the teachers as the column does: "
             f"teachers=[{{path: DIR, name: {name}}}, ...]"
         )

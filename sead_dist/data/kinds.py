@@ -40,8 +40,8 @@ class TaskKind(ABC):
     metric_names: Callable[[str], list[str]]
     # metrics of logits_BC, by name; ValueError where a row has no label
     compute: Callable[[Sequence[str], np.ndarray, MetricInputs], dict[str, float]]
-    # the best score under a metric that a prediction without looking can reach, of C classes
-    baseline: Callable[[str, int, MetricInputs], float]
+    # the majority baseline: the best score of a constant answer under a metric, of C classes
+    constant: Callable[[str, int, MetricInputs], float]
 
     def outputs(self, task: "TaskSpec") -> tuple[str, ...]:
         """The names of the logits that a model gives for one text row."""
@@ -76,7 +76,7 @@ class Classification(TaskKind):
     problem_type: str | None = "single_label_classification"
     metric_names = staticmethod(metrics.names_of_classes)
     compute = staticmethod(metrics.of_classes)
-    baseline = staticmethod(metrics.constant)
+    constant = staticmethod(metrics.constant)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         if task.score_range is not None:
@@ -151,7 +151,7 @@ class Regression(TaskKind):
     metric_names = staticmethod(lambda reader: list(metrics.REGRESSION))
     compute = staticmethod(metrics.of_scores)
     # a constant correlates with nothing
-    baseline = staticmethod(lambda name, classes, inputs: 0.0)
+    constant = staticmethod(lambda name, classes, inputs: 0.0)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         low, high = task.score_range or (0.0, 0.0)

@@ -137,9 +137,9 @@ def id_keys(path: Path, rows: Rows, column: str) -> list[Key]:
         value = str(row.get(column)).strip().casefold()
         if not re.fullmatch("[0-9a-f]{32}", value):
             raise UserError(
-                f"{path} row {number}: column {column!r} holds {row.get(column)!r}, which is no id "
-                "as `sead-dist labels --rows` writes them (32 hex digits); give such ids, or the "
-                "text columns of the task"
+                f"{path} row {number}: column {column!r} holds {row.get(column)!r}, which is not "
+                "an id as `sead-dist labels --rows` writes them (32 hex digits); give such ids, or "
+                "the text columns of the task"
             )
         keys.append(value)
     return keys
@@ -156,7 +156,7 @@ def keys_by_text(path: Path, task: TaskSpec, rows: Rows) -> list[Key]:
 
 
 def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[str]]:
-    """(what each row answers, notes for a person). Raises UserError for what is no answer."""
+    """(what each row answers, notes for a person). Raises UserError for what is not an answer."""
     check_mapping(sheet)
     kind = kind_of_values(sheet)
     if kind == "votes":
@@ -193,8 +193,8 @@ def check_mapping(sheet: Sheet) -> None:
         if class_of(sheet.classes, label) is None:
             allowed = ", ".join(sheet.task.labels)
             raise UserError(
-                f"labels of {sheet.path}: {name!r} stands for {label!r}, which is no label of task "
-                f"{sheet.task.name}; its labels: {allowed or 'none, it has scores'}"
+                f"labels of {sheet.path}: {name!r} stands for {label!r}, which is not a label of "
+                f"task {sheet.task.name}; its labels: {allowed or 'none, it has scores'}"
             )
 
 

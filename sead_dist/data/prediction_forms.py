@@ -115,7 +115,7 @@ def guessed(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
         return "log_probabilities"
     number, values_C = next(of for of in read if bool(((of[1] < 0) | (of[1] > 1)).any()))
     raise UserError(
-        f"{sheet.at(number)}: {told(values_C)} are no probabilities, which lie in [0, 1], nor are "
+        f"{sheet.at(number)}: {told(values_C)} are not probabilities, which lie in [0, 1], nor are "
         "all rows logarithms of some; where they are logits say so (kind: logits)"
     )
 
@@ -125,16 +125,16 @@ def told(values_C: np.ndarray) -> str:
 
 
 def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray) -> np.ndarray:
-    """Logits of one row. Raises UserError for what are no probabilities."""
+    """Logits of one row. Raises UserError for what are not probabilities."""
     p_C = np.exp(values_C) if kind == "log_probabilities" else values_C
     if ((p_C < 0) | (p_C > 1 + 1e-9)).any():
         raise UserError(
-            f"{sheet.at(number)}: {told(values_C)} are no {kind.replace('_', '-')}, which lie in "
+            f"{sheet.at(number)}: {told(values_C)} are not {kind.replace('_', '-')}, which lie in "
             "[0, 1]" + (" after exp" if kind == "log_probabilities" else "") + "; correct the row"
         )
     total = float(p_C.sum())
     if abs(total - 1) > TOLERANCE:
-        # what lies in [0, 1] is no logits
+        # what lies in [0, 1] is not of logits
         other = ", or say what they are (kind: logits)" if kind == "log_probabilities" else ""
         raise UserError(
             f"{sheet.at(number)}: its probabilities sum to {total:.4g}; expected 1 within "
@@ -191,8 +191,9 @@ def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float
         if len(values) >= IMPROBABLE and max(values) < chance:
             raise UserError(
                 f"{sheet.path}: {column!r} is below {chance:.3g} in all {len(values)} rows of the "
-                f"label {label!r}, so it is no probability of the row's own label; give a column "
-                "for each class, or name the column of the label's probability (confidence: COLUMN)"
+                f"label {label!r}, so it is not a probability of the row's own label; give a "
+                "column for each class, or name the column of the label's probability "
+                "(confidence: COLUMN)"
             )
 
 

@@ -141,11 +141,11 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
             f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
         )
     if sheet.entry.column is None:
-        refuse_rival(sheet, found, usual)
+        refuse_second_column(sheet, found, usual)
     return found
 
 
-def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
+def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     """Raises UserError where another column may hold the answers as well as the one found: what is
     called as gold labels are may hold these, and the teacher's answers stand beside them."""
     task = sheet.task
@@ -160,7 +160,7 @@ def refuse_rival(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     for other in others:
         if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
             continue
-        # a seed or a count is no place among the labels beside a column of names, or in all rows
+        # a seed or a count is not a place among the labels beside a column of names, or in all rows
         said = said_in(sheet, other)
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
         if not chance and not says_the_same(sheet, found, other):

@@ -54,7 +54,7 @@ class RunExamples:
     train: ExampleSet
     selection: ExampleSet
     official: dict[str, ExampleSet]
-    transfer_rows: int
+    unlabelled_rows: int
     dev_in_training: int
     rest_rows: int = 0
     copied: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class RunExamples:
 
     @property
     def labelled_rows(self) -> int:
-        return len(self.train) - self.transfer_rows - len(self.copied)
+        return len(self.train) - self.unlabelled_rows - len(self.copied)
 
     @property
     def rows_to_choose_by(self) -> int:
@@ -82,9 +82,9 @@ class RunExamples:
         place = index - self.labelled_rows
         if place < 0:
             return "labelled"
-        if place < self.transfer_rows:
+        if place < self.unlabelled_rows:
             return "rest" if place < self.rest_rows else "text"
-        return self.copied[place - self.transfer_rows]
+        return self.copied[place - self.unlabelled_rows]
 
     def mean_score(self, task: TaskSpec) -> float | None:
         """Of the training rows; None where labels are classes, or there are none."""
@@ -335,9 +335,9 @@ def told_cuts(
     if max_length < asked:
         yield f"max_length={asked}, but the student's positions end at {max_length}"
     train = splits.train.tokens
-    labelled, text = examples.labelled_rows, examples.labelled_rows + examples.transfer_rows
+    labelled, text = examples.labelled_rows, examples.labelled_rows + examples.unlabelled_rows
     counts = {"train": train.cut_of(slice(labelled))}
-    if examples.transfer_rows:
+    if examples.unlabelled_rows:
         counts["unlabelled text"] = train.cut_of(slice(labelled, text))
     if examples.copied:
         counts["copies"] = train.cut_of(slice(text, None))

@@ -185,8 +185,9 @@ def compute_metrics(
 
 
 def constant_score(task: TaskSpec, examples: MetricInputs) -> float:
-    """The best constant prediction under `task.metrics[0]` (0 for correlations and MCC)."""
-    return task.task_kind.baseline(task.metrics[0], task.num_labels, examples)
+    """The majority baseline: what the best constant answer scores under `task.metrics[0]` (0 for
+    correlations and MCC)."""
+    return task.task_kind.constant(task.metrics[0], task.num_labels, examples)
 
 
 def load_task(name_or_yaml: str | Path) -> TaskSpec:

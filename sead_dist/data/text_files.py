@@ -28,7 +28,7 @@ _SKIP_HINT = (
 _log = logging.getLogger(__name__)
 
 
-def _mend(skip_malformed: bool | None) -> str:
+def _fix(skip_malformed: bool | None) -> str:
     """What to do about a bad line; None: no key passes over it."""
     return "fix the line" if skip_malformed is None else _SKIP_HINT
 
@@ -46,7 +46,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a JSON file is one list, which is no line for each row."""
+    """Whether a JSON file is one list, which is not a line for each row."""
     first = next((line for line in _text_lines(path) if line.strip()), "")
     return first.lstrip().startswith("[")
 
@@ -114,7 +114,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 if not isinstance(row, dict):
                     raise UserError(
                         f"{path}:{number}: expected an object, and it is {line.strip()[:60]!r}; "
-                        f"{_mend(skip_malformed)}"
+                        f"{_fix(skip_malformed)}"
                     )
             except UserError:
                 if not skip_malformed:
@@ -132,11 +132,11 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
 
     try:
         parsed = json.loads(text, object_pairs_hook=once)
-        if "\\" in text:  # half a pair of \\ud83d\\ude00 is no text that a tokeniser takes
+        if "\\" in text:  # half a pair of \\ud83d\\ude00 is not a text that a tokeniser takes
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {reason(error)}; {_mend(skip_malformed)}") from error
+        raise UserError(f"{where}: not JSON: {reason(error)}; {_fix(skip_malformed)}") from error
 
 
 def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
@@ -262,7 +262,7 @@ def _records(
         else:
             raise UserError(
                 f"{path}:{number}: {counted(len(fields), 'field')} where {len(header)} are "
-                f"expected ({', '.join(header)}); {_mend(skip_malformed)}"
+                f"expected ({', '.join(header)}); {_fix(skip_malformed)}"
             )
     _tell(path, skipped)
 

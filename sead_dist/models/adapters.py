@@ -42,7 +42,7 @@ PREFIX = "base_model.model."
 def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
     """The checkpoint of an adapter's folder and its base, merged where it was not yet.
 
-    Raises UserError for an adapter that is no LoRA of a classifier, whose base is not found, or
+    Raises UserError for an adapter that is not a LoRA of a classifier, whose base is not found, or
     that does not fit to it.
     """
     facts = _facts(name, folder)
@@ -94,7 +94,7 @@ def _base_of(name: str, folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
     base = facts.get("base_model_name_or_path")
     said = f"{name} is an adapter of {base} (base_model_name_or_path in its {ADAPTER})"
     if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
-        raise UserError(f"{said}, which is no model; correct it")
+        raise UserError(f"{said}, which is not a model; correct it")
     try:
         return locate(base, facts.get("revision"))
     except UserError as error:

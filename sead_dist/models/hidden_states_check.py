@@ -208,6 +208,6 @@ def attention_difference(
 
 def share(read: torch.Tensor, own: torch.Tensor, mask_RL: torch.Tensor) -> float:
     """The largest difference at text tokens (the first two dimensions), of the largest value."""
-    # what is no number in both is no difference of theirs; it is told elsewhere
+    # what is not a number in both is not a difference of theirs; it is told elsewhere
     mine, theirs = (one.float()[mask_RL].nan_to_num() for one in (read, own))
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))

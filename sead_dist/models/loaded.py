@@ -151,7 +151,7 @@ def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: se
 def refuse_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
     """Raises UserError, naming them, where a trained model's files hold more than the model takes:
     layers beyond its depth, adapters on its modules, a second copy of its tensors. A pooler or a
-    language model's head that nothing asks is no part of a classifier."""
+    language model's head that nothing asks is not a part of a classifier."""
     modules, body, stack = dict(model.named_modules()), body_of(model), layer_stack(model)
     layers = next((name for name, one in modules.items() if one is stack and stack is not None), "")
     names = set(model.state_dict())

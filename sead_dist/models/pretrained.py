@@ -87,8 +87,8 @@ def locate(
     offline: bool = False,
     as_teacher: bool = False,
 ) -> Checkpoint:
-    """The local folder of a checkpoint: a folder, a run folder (its model/), or a hub id; of a LoRA
-    adapter, the folder in which it is merged into its base.
+    """The local folder of a checkpoint: a folder, a run directory (its model/), or a hub id; of a
+    LoRA adapter, the folder in which it is merged into its base.
 
     marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
     fetched before. as_teacher: whether it is one of `teachers`, of which a pattern gives several.
@@ -284,7 +284,7 @@ def _check_packages(checkpoint: Checkpoint) -> None:
     if not files or (folder / "tokenizer.json").is_file():
         return
     with reading(files[0], COPY), files[0].open("rb") as file:
-        # lines of a word in base 64 and its number; a SentencePiece model is no text
+        # lines of a word in base 64 and its number; a SentencePiece model is not a text
         extra = "tiktoken" if re.match(rb"[\w+/=]+ \d+\r?\n", file.read(200)) else "sentencepiece"
     lacking = [name for name, module in READ_BY[extra].items() if not _is_installed(module)]
     if lacking:

@@ -47,7 +47,7 @@ def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
     """The largest difference between logits, as a share of the largest logit (at least 1)."""
     if one_RC.shape != other_RC.shape:
         return math.inf
-    # what is no number in both is no difference of theirs; training will tell
+    # what is not a number in both is not a difference of theirs; training will tell
     one_RC, other_RC = one_RC.double().nan_to_num(), other_RC.double().nan_to_num()
     return float((one_RC - other_RC).abs().max() / one_RC.abs().max().clamp(min=1.0))
 

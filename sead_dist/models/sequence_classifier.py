@@ -52,7 +52,7 @@ def width(task: TaskSpec) -> int:
 
 def label_names(config: PretrainedConfig) -> list[str]:
     """The names of a model's classes in its own order, by id2label. One that label2id gives another
-    number, or that has none, carries a remark, so that it is no label of a task."""
+    number, or that has none, carries a remark, so that it is not a label of a task."""
     numbers, names = config.label2id or {}, []
     for index in range(config.num_labels):
         name = str(config.id2label.get(index, f"without a name ({index})"))
@@ -95,7 +95,7 @@ def align_classes(
     found = [align_name(task, name) for name in said]
     wrong = [name for name, index in zip(said, found, strict=True) if index is None]
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
-        reason = f"{wrong[0]!r} is no label of" if wrong else "they are not one each of"
+        reason = f"{wrong[0]!r} is not a label of" if wrong else "they are not one each of"
         whose = f"{model} names its classes {', '.join(said)}"
         ask = "was it trained for another task? then leave it out, else say"
         if labels is not None:

@@ -1,1 +1,4 @@
-"""Ensembles, losses and feature losses."""
+"""Ensembles, losses and feature losses.
+
+Others use `make_ensemble`, `DistillationLoss`, `register_loss`, `register_ensemble`.
+"""

@@ -174,7 +174,8 @@ def check_method(config: RunConfig, kind: TaskKind) -> None:
     names = teacher_names(config.teachers)
     if config.teacher is not None and config.teacher not in names:
         raise UserError(
-            f"teacher={config.teacher} is no teacher of this run; its teachers: {', '.join(names)}"
+            f"teacher={config.teacher} is not a teacher of this run; its teachers: "
+            f"{', '.join(names)}"
         )
 
 

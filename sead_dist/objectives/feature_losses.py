@@ -191,9 +191,9 @@ class FeatureLoss:
             return replace(terms, total=terms.total + idle)
         loss_R = self.loss(student, feature_teacher, mask_RL.bool())
         loss_B = loss_R.reshape(len(valid_B), -1).mean(1)
-        inner = torch.where(valid_B, loss_B, torch.zeros_like(loss_B)).sum() / valid_rows
+        feature = torch.where(valid_B, loss_B, torch.zeros_like(loss_B)).sum() / valid_rows
         task = idle if self.method in ("tinybert", REPAIR) else terms.total + idle
-        return replace(terms, total=task + self.weight * inner, inner=inner.detach())
+        return replace(terms, total=task + self.weight * feature, feature=feature.detach())
 
     def loss(
         self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor

@@ -40,14 +40,14 @@ class SoftTargets:
 class LossTerms:
     """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
 
-    soft, hard and inner (over a teacher's hidden states and attention) are before their shares, for
-    the log; total is what is differentiated.
+    soft, hard and feature (over a teacher's hidden states and attention) are before their shares,
+    for the log; total is what is differentiated.
     """
 
     total: torch.Tensor
     soft: torch.Tensor
     hard: torch.Tensor
-    inner: torch.Tensor
+    feature: torch.Tensor
 
 
 def known(labels_B: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def total_loss(
     if soft is None:
         total = hard_B.sum() / valid_rows
         none = torch.zeros_like(total.detach())
-        return LossTerms(total=total, soft=none, hard=total.detach(), inner=none)
+        return LossTerms(total=total, soft=none, hard=total.detach(), feature=none)
     answered_B = soft.weights_NB.sum(0) > 0
     soft_B = torch.where(valid_B & answered_B, soft_loss(student_BC, soft, loss), zero_B)
     share_B = torch.where(known(labels_B), alpha, 1.0)
@@ -180,7 +180,7 @@ def total_loss(
         total=total,
         soft=soft_B.sum().detach() / valid_rows,
         hard=hard_B.sum().detach() / valid_rows,
-        inner=torch.zeros_like(total.detach()),
+        feature=torch.zeros_like(total.detach()),
     )
 
 

@@ -1,1 +1,4 @@
-"""The cost of a run before it starts."""
+"""The cost of a run before it starts.
+
+Others use `plan`.
+"""

@@ -217,7 +217,7 @@ def own_rates(
 
 
 def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
-    """Remember rates; a line where that cannot be, which is no reason to lose the plan."""
+    """Remember rates; a line where that cannot be, which is not a reason to lose the plan."""
     try:
         remember(path, measured)
     except OSError as error:
@@ -371,7 +371,7 @@ class Others:
 
     def in_the_way(self, device: torch.device) -> bool:
         """Whether they left this process fewer processors than it has threads. Of a GPU it is not
-        known. Ranks of one machine, which a run has too, are no others."""
+        known. Ranks of one machine, which a run has too, are not others."""
         used, wall = used_seconds(), time.monotonic() - self.began
         if device.type == "cuda" or used is None or self.used is None or wall < SHORTEST_S:
             return False

@@ -83,7 +83,7 @@ def make_work(
     done: int = 0,
 ) -> Work:
     """The work of a run that has `done` steps behind it, but of files of predictions, which do
-    none. What the store holds is no work; None: it holds nothing. Of a run that asks for a part of
+    none. What the store holds is not work; None: it holds nothing. Of a run that asks for a part of
     the rows, the store is taken to hold those first: it does where this run was cut off, and not
     where another one asked for other rows."""
     train = examples.train

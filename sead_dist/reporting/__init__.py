@@ -1,1 +1,4 @@
-"""Model card, plots and tables of a run."""
+"""Model card, plots and tables of a run.
+
+Others use `read_run`, `write_report`.
+"""

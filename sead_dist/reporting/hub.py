@@ -112,11 +112,11 @@ def push_run(run: Path, repo: str | None, private: bool | None) -> None:
     """`sead-dist push`: upload a finished run to `repo`, else to its own hub_model_id, else under
     the name on its card.
 
-    Raises UserError for a folder that is no finished run and a hub that cannot be written to,
+    Raises UserError for a folder that is not a finished run and a hub that cannot be written to,
     RunError where the upload fails.
     """
     if not is_finished(run):
-        raise UserError(f"{run} is no finished run; give a run folder with run_summary.json")
+        raise UserError(f"{run} is not a finished run; give a run directory with run_summary.json")
     config = read_run(run).config
     repo = repo or config.get("hub_model_id")
     private = config.get("hub_private_repo") if private is None else private

@@ -31,7 +31,7 @@ ENDS = ("runtime", "samples_per_second", "steps_per_second", "loss", "samples")
 COST = {
     "steps": "optimiser steps",
     "train_rows": "training rows",
-    "transfer_rows": "unlabelled rows of text among them",
+    "unlabelled_rows": "unlabelled rows of text among them",
     "copy_rows": "changed copies of rows among them",
     "examples_per_second": "examples per second",
     "teacher_forwards": "teacher forwards (unique teacher-example pairs)",
@@ -284,7 +284,7 @@ def _teacher_table(files: RunFiles) -> str:
         ]
         rows.append(row + _drift_cells(teacher, validation.get("drift")) if drifted else row)
     scored = f"validation, {files.validations[0]['metric']}" if files.validations else "validation"
-    columns = ["teacher", "from", "parameters", "weights", scored, "constant", "placement"]
+    columns = ["teacher", "from", "parameters", "weights", scored, "majority baseline", "placement"]
     if drifted:
         columns += ["computed in", "largest logit difference to fp32", "predictions changed"]
     return table(columns, rows)
@@ -326,7 +326,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     for validation in files.validations:
         name = redact(validation["name"])
         if not validation.get("passed", True):
-            yield f"Teacher {name} was no better than a constant answer."
+            yield f"Teacher {name} was no better than the majority baseline."
         if validation["score"] is None:
             rows = validation["rows"]
             yield f"Teacher {name} was not validated: it answers {rows} selection rows."
@@ -354,7 +354,7 @@ def _learnable(files: RunFiles) -> str:
     rows.append((f"best teacher ({redact(found['best_name'])})", found["best_teacher"]))
     rows.append(("ensemble", found["ensemble"]))
     low, high = found["interval"]
-    over = "the best constant answer" if found["finetuned"] is None else "the fine-tuned student"
+    over = "the majority baseline" if found["finetuned"] is None else "the fine-tuned student"
     few = " from so few rows" if found["verdict"] == "cannot be told" else ""
     text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
     text += (

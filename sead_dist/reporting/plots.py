@@ -25,6 +25,7 @@ LOSSES = {
     "loss": ("total", BLUE, "-"),
     "loss_soft": ("soft (teachers)", ORANGE, "--"),
     "loss_hard": ("hard (labelled rows)", GREEN, ":"),
+    "loss_feature": ("feature", GREY, "-."),
 }
 Floats = NDArray[np.floating[Any]]
 
@@ -95,7 +96,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
 
 def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The records of training, those of few rows joined with their neighbours: a score or the end
-    of the run cuts a record short, and the mean of a few rows is no point of a curve.
+    of the run cuts a record short, and the mean of a few rows is not a point of a curve.
 
     Losses are means over rows; a joined record has the step of its last one.
     """

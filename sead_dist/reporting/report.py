@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sead_dist.config.names import renamed_record
 from sead_dist.data.metrics import MOST_SHOWN, confusion
 from sead_dist.errors import reading
 from sead_dist.reporting.model_card import card_text
@@ -52,7 +53,7 @@ class Predictions:
 
 
 def write_report(run: Path, trial: bool = False) -> None:
-    """Write README.md and plots/ from the other files of a run folder, and into run/model/.
+    """Write README.md and plots/ from the other files of a run directory, and into run/model/.
 
     A pure function of those files: it may be called again at any time. trial: the plots are
     drawn as drafts and not kept.
@@ -73,7 +74,8 @@ def write_report(run: Path, trial: bool = False) -> None:
             save(figure, plots / name)
 
     mark = files.mark
-    keep(plot_loss(read_metrics(run), files.metric_of("selection")), "loss.png")
+    records = [renamed_record(record) for record in read_metrics(run)]
+    keep(plot_loss(records, files.metric_of("selection")), "loss.png")
     panels = {
         f"{split}{mark}": [
             (role, name, metrics[files.metric_of(split)])

@@ -1,4 +1,4 @@
-"""The files of a run folder that a report is made of, read once."""
+"""The files of a run directory that a report is made of, read once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,8 @@ from typing import Any, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.names import FILES, renamed_record
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import read_as
@@ -40,7 +41,7 @@ class Scores(TypedDict):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of a run folder hold, read once; the fields have the files' names."""
+    """What the files of a run directory hold, read once; the fields have the files' names."""
 
     config: Mapping[str, Any]
     scores: Mapping[str, Any]
@@ -89,31 +90,30 @@ class RunFiles:
 
 
 def read_run(run: Path) -> RunFiles:
-    """Read the files of a run folder that a report needs.
+    """Read the files of a run directory that a report needs.
 
     Raises:
         UserError: config.yaml, scores.json or eval_results.json is missing, or a file is broken.
     """
     if not (run / "config.yaml").exists():
-        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run folder?")
-    config = read_yaml(run / "config.yaml")
-    if not isinstance(config, dict):
+        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run directory?")
+    config = read_run_config(run)
+    if not config:
         raise UserError(f"{run / 'config.yaml'} holds no keys; restore it or start a new run")
 
     def optional(name: str, kind: Any, default: Any) -> Any:
-        path = run / name
-        return (read_as(kind | None, path) or default) if path.exists() else default
+        names = [name, *(old for old, new in FILES.items() if new == name)]
+        path = next((run / one for one in names if (run / one).exists()), None)
+        return default if path is None else read_as(kind | None, path) or default
 
     keys = dict[str, Any]
     return RunFiles(
         config=config,
         scores=read_as(Scores, run / "scores.json"),
         eval_results=read_as(keys, run / "eval_results.json"),
-        # runs of before keys had their present names called it examination.json
-        validations=optional("teacher_validation.json", list[keys], [])
-        or optional("examination.json", list[keys], []),
+        validations=optional("teacher_validation.json", list[keys], []),
         teacher_manifest=optional("teacher_manifest.json", list[keys], []),
-        run_summary=optional("run_summary.json", keys, {}),
+        run_summary=renamed_record(optional("run_summary.json", keys, {})),
         environment=optional("environment.json", keys, {}),
         onnx=optional("onnx/export.json", keys, {}),
         learnable=optional("learnable.json", keys, {}),

@@ -1,1 +1,4 @@
-"""What a run does from its configuration to its results."""
+"""What a run does from its configuration to its results.
+
+Others use `distill`, `finetune`.
+"""

@@ -45,7 +45,7 @@ MOST_OF_STEPS = 5
 @dataclass(frozen=True)
 class Learnable:
     """Scores on the selection split under `metric`. finetuned: of the student that `baseline`
-    names, None without one. gap: of the ensemble over it, or over the best constant answer, with
+    names, None without one. gap: of the ensemble over it, or over the majority baseline, with
     its 95% interval over rows. verdict: yes, no, or cannot be told."""
 
     metric: str
@@ -82,7 +82,7 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
     """
     if not is_finished(baseline):
         raise UserError(
-            f"baseline={baseline} is no finished run; give the folder of one, auto or null"
+            f"baseline={baseline} is not a finished run; give the folder of one, auto or null"
         )
     has = read_as(Told, baseline / "scores.json")["task"]
     if has != task.name:
@@ -102,7 +102,7 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
 
 
 def constant_logits(task: TaskSpec, examples: ExampleSet) -> NDArray[np.float32]:
-    """The logits_BC of the best constant answer."""
+    """The logits_BC of the majority baseline."""
     rows, metric = len(examples.labels_B), task.metrics[0]
     if not task.task_kind.has_classes:
         return np.zeros((rows, 1), np.float32)
@@ -185,7 +185,7 @@ def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
 
 
 def baseline_folder(config: RunConfig) -> Path | None:
-    """The run folder of the fine-tuned student; None where there is none."""
+    """The run directory of the fine-tuned student; None where there is none."""
     if config.baseline != OWN:
         return None if config.baseline is None else Path(config.baseline)
     own = Path(config.output_dir) / FOLDER

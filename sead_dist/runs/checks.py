@@ -14,7 +14,7 @@ from sead_dist.config.automatic import PATIENCE
 from sead_dist.config.load import names_shape, read_method
 from sead_dist.config.registered import LANGUAGE_MODEL, NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.loading import find_files
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError
@@ -40,9 +40,9 @@ def nothing_to_do(config: RunConfig) -> str | None:
     if not already_finished(config):
         return None
     run = Path(config.output_dir)
-    kept = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    kept = read_run_config(run) if (run / "config.yaml").is_file() else None
     # a kill may have come between its end and this; what was asked for then decides
-    if not isinstance(kept, dict) or not kept.get("keep_training_state"):
+    if kept is None or not kept.get("keep_training_state"):
         drop_training_state(config)
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
     if not config.push_to_hub or (run / PUSHED).is_file():

@@ -28,7 +28,7 @@ from sead_dist.training.engine import width_of
 def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.transfer_rows)
+    rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
     return config.model_copy(
         update={
@@ -50,7 +50,7 @@ def told_choices(
     """Lines on the length of the run, its learning rate and which student is kept. tokens: of the
     training rows, asked for where the time of a step is known."""
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.transfer_rows)
+    rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
     length = told_length(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
@@ -103,4 +103,4 @@ def told_end(state: TrainState, most: int, epoch: int) -> str:
 def steps_of(config: RunConfig, examples: RunExamples) -> int:
     """Optimiser steps of the run."""
     labelled = examples.labelled_rows
-    return run_steps(config, labelled, rows_asked(config, labelled, examples.transfer_rows))
+    return run_steps(config, labelled, rows_asked(config, labelled, examples.unlabelled_rows))

@@ -23,7 +23,7 @@ from sead_dist.config.mistakes import as_yaml
 from sead_dist.config.names import renamed
 from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plugins, kept_paths
 from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import load_task
 from sead_dist.errors import UserError, refusal
@@ -111,7 +111,7 @@ def already_finished(config: RunConfig) -> bool:
     if config.data.path is not None or config.data.train is not None:  # else they are the hub's
         examples = load_examples(config, task, lambda _line: None)
         data = examples.fingerprint(task)
-    with suppress(UserError):  # a start that is gone now is no other one
+    with suppress(UserError):  # a start that is gone now is not another one
         start = run_start_hash(config, offline=True)
     refuse_other(run, saved, replace(saved, data=data, start=start))
     refuse_other_scoring(config, examples)
@@ -128,8 +128,7 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     rows = 0 if examples is None else examples.rows_to_choose_by
     if final_checkpoint(config, rows) != "best":
         return
-    kept = read_yaml(run / "config.yaml")
-    saved = kept if isinstance(kept, dict) else {}
+    saved = read_run_config(run)
     if "eval_steps" not in saved:
         return
     was, asked = (as_yaml(value) for value in (saved["eval_steps"], config.eval_steps))
@@ -142,7 +141,7 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
 
 
 def check_model(run: Path) -> None:
-    """Raises UserError where the model of a finished run is gone or is no whole file."""
+    """Raises UserError where the model of a finished run is gone or is not a whole file."""
     try:
         for path in weight_files(locate(str((run / "model").absolute()))):
             if path.suffix == ".safetensors":
@@ -156,7 +155,7 @@ def check_model(run: Path) -> None:
 
 
 def drop_training_state(config: RunConfig) -> None:
-    """A finished run goes by its model: its checkpoints go, but where the key keeps them."""
+    """Removes a finished run's checkpoints, unless keep_training_state is true."""
     if not config.keep_training_state:
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
 
@@ -200,7 +199,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
         weights = taught.get("weights_sha256")
         if entry.kind not in (MODEL, LANGUAGE_MODEL):
             continue  # a file's content is its teacher, and an endpoint is its first answers
-        with suppress(UserError):  # one that is gone now is no other one
+        with suppress(UserError):  # one that is gone now is not another one
             weights = weights_now(entry) or weights
         if weights != taught.get("weights_sha256"):
             raise UserError(
@@ -261,7 +260,7 @@ def refuse_busy_baseline(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other processes out of this run folder. Raises UserError where one is at work."""
+    """Keep other processes out of this run directory. Raises UserError where one is at work."""
     path = run / ".lock"
     with try_lock(path) as taken:
         if not taken:
@@ -320,7 +319,7 @@ class Followed(TypedDict):
 
 
 def say_followed(run: Path, root: Path, store_id: str) -> None:
-    """Leave word for workers in the run folder of a student: the store that it follows."""
+    """Leave word for workers in the run directory of a student: the store that it follows."""
     path = run / FOLLOWED
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"store": str(root.absolute()), "id": store_id})

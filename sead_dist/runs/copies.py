@@ -41,7 +41,7 @@ def add_copies(
     asked = config.augment.copies
     if asked is None or not config.uses_copies:
         return examples
-    in_all = automatic_copies(examples.labelled_rows, examples.transfer_rows)
+    in_all = automatic_copies(examples.labelled_rows, examples.unlabelled_rows)
     if asked == "auto" and in_all == 0:
         return examples
     # without teachers there is no text among them

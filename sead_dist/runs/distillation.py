@@ -58,7 +58,7 @@ def distill(
     stop: StopFlag | None = None,
     console: bool = True,
 ) -> Path:
-    """Run, resume or find finished the distillation that `config` describes; its run folder.
+    """Run, resume or find finished the distillation that `config` describes; its run directory.
 
     stop: the caller's flag, which then knows too that a stop was asked for. console: whether lines
     and the closing table are printed; else the lines go to the logger `sead_dist`. Raises UserError
@@ -172,9 +172,9 @@ def finetune(
     stop: StopFlag | None = None,
     console: bool = True,
 ) -> list[Path]:
-    """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run folders
-    OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop and console:
-    as for `distill`."""
+    """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run
+    directories OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop
+    and console: as for `distill`."""
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:

@@ -43,7 +43,7 @@ class Plan:
 
     @contextmanager
     def keeping(self, check: Callable[[Path], object]) -> Iterator[None]:
-        """While inside, data and task lie in the run's folder, which `check` has looked at."""
+        """While inside, data and task lie in the run directory, which `check` has looked at."""
         if self.tables is None and self.task is None:
             yield
             return
@@ -178,7 +178,7 @@ def data_layer(
         return {"data": {"path" if is_folder(path) else "train": path}}, None
     if not isinstance(data, Mapping):
         if spec.hub is None and config.data.validation is None and config.data.path is None:
-            to_table(data, "data")  # what is no table at all is told as such
+            to_table(data, "data")  # what is not a table at all is told as such
             raise UserError(
                 f"data is the training split alone; give data={{'train': ..., {first!r}: ...}}"
             )
@@ -248,7 +248,7 @@ def kept_task(run: Path) -> Path:
 
 @contextmanager
 def kept(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | None) -> Iterator[None]:
-    """While inside, these splits and this task lie in the run folder, and no other process keeps
+    """While inside, these splits and this task lie in the run directory, and no other process keeps
     other ones there.
 
     Raises UserError where the folder holds a run that was started with others, or where another

@@ -97,7 +97,7 @@ def export_onnx(
     data: str | None,
     labels: str | None,
 ) -> None:
-    """Write `name` (a run folder or model folder) as ONNX into OUTPUT (default: NAME/onnx):
+    """Write `name` (a run directory or model folder) as ONNX into OUTPUT (default: NAME/onnx):
     model.onnx, with `quantized` model_int8.onnx too, tokeniser, config.json with the label names,
     and export.json with what was measured. A run's card is made again with it.
 

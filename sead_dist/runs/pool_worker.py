@@ -49,7 +49,7 @@ from sead_dist.training.identity import Identity
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:
-    """Where a worker's own files lie, in the student's run folder."""
+    """Where a worker's own files lie, in the student's run directory."""
     return run / ".pool" / f"worker-{number}-of-{workers}"
 
 
@@ -58,7 +58,7 @@ def parse_worker(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= workers:
-        raise UserError(f"--worker {text!r} is no worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
+        raise UserError(f"--worker {text!r} is not a worker; give NUMBER/WORKERS, e.g. 1/4 to 4/4")
     return number, workers
 
 
@@ -242,8 +242,8 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 
 def make_folder(folder: Path, run: Path) -> None:
-    """Raises RunError where a worker may not write into the student's run folder, UserError where
-    it cannot be a folder."""
+    """Raises RunError where a worker may not write into the student's run directory, UserError
+    where it cannot be a folder."""
     remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ class Expected(TypedDict):
 
 
 def refuse_other_student(work: Work) -> None:
-    """Raises UserError where the run folder holds a student that waits for something else."""
+    """Raises UserError where the run directory holds a student that waits for something else."""
     run, teachers = work.run, work.teachers
     manifest = run / "teacher_manifest.json"
     try:

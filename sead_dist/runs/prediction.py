@@ -1,7 +1,7 @@
 """A finished model put to use: loaded, and scored on a task's splits.
 
-MODEL is a run folder, a model folder or a hub id; its classes are aligned with the task's by name
-(invariant 4).
+MODEL is a run directory, a model folder or a hub id; its classes are aligned with the task's by
+name (invariant 4).
 
 Shapes: B examples, C classes (task order).
 """
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.registered import load_kept
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.kinds import align_name
 from sead_dist.data.metrics import confusion
@@ -71,19 +71,17 @@ class Answerer:
 
 
 def run_config(name: str) -> Mapping[str, Any]:
-    """The configuration of the run folder `name`; empty where it is no run folder."""
-    path = Path(name) / "config.yaml"
-    found = read_yaml(path) if path.is_file() else {}
-    return found if isinstance(found, Mapping) else {}
+    """The configuration of the run directory `name`; empty where it is not a run directory."""
+    return read_run_config(Path(name)) if (Path(name) / "config.yaml").is_file() else {}
 
 
 def task_of(name: str, given: str | None) -> TaskSpec:
-    """The task that was asked for, else the run folder's own. Raises UserError for neither."""
+    """The task that was asked for, else the run directory's own. Raises UserError for neither."""
     load_kept(Path(name))
     if given is None and not Path(name).exists():
         raise UserError(
-            f"{name} does not exist; give a run folder or a model's folder, or for a model of the "
-            "hub --task NAME or FILE (in Python: task=...)"
+            f"{name} does not exist; give a run directory or a model's folder, or for a model of "
+            "the hub --task NAME or FILE (in Python: task=...)"
         )
     own = Path(name) / "task.yaml"
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
@@ -93,11 +91,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
         run = Path(name).absolute().parent
         if Path(name).name == "model" and (run / "config.yaml").is_file():
             raise UserError(
-                f"{name} is the model of a run; give the run's folder: {Path(name).parent}"
+                f"{name} is the model of a run; give the run directory: {Path(name).parent}"
             )
         raise UserError(
-            f"{name} is no run folder that names its task; give --task NAME or FILE (in Python: "
-            "task=...)"
+            f"{name} is not a run directory that names its task; give --task NAME or FILE (in "
+            "Python: task=...)"
         )
     return load_task(asked)
 
@@ -180,7 +178,7 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
 
 
 def moved(value: Any, run: Path) -> Any:
-    """A path among the data that a run keeps, as it is in the run folder of today."""
+    """A path among the data that a run keeps, as it is in the run directory of today."""
     if not isinstance(value, str) or Path(value).exists():
         return value
     if Path(value).name == KEPT_DATA:

@@ -65,8 +65,8 @@ def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> 
         score = scores[name]["student"][metric]
         if score <= best:
             yield (
-                f"the student is no better than a constant answer on {name}: {metric} {score:.4f}, "
-                f"of the best constant answer {best:.4f}"
+                f"the student is no better than the majority baseline on {name}: {metric} "
+                f"{score:.4f}, of the baseline {best:.4f}"
             )
     for name, of in scores.items():
         if "ensemble_rows" in of:

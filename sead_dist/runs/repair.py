@@ -285,6 +285,6 @@ def load_body(model: PreTrainedModel, path: Path) -> None:
     if lost or strange:
         which = f"lacks {min(lost)}" if lost else f"holds {strange[0]} too many"
         raise UserError(
-            f"{path} {which}, so it is no start of this student; remove {path.parent}, and it is "
-            "made again"
+            f"{path} {which}, so it is not a start of this student; remove {path.parent}, and it "
+            "is made again"
         )

@@ -110,15 +110,15 @@ def answered_examples(
         return examples
     if not kept_B.any():
         raise UserError("no training row has a label or an answer; give a file that answers some")
-    text_kept = kept_B[examples.labelled_rows : examples.labelled_rows + examples.transfer_rows]
-    copies_kept = kept_B[examples.labelled_rows + examples.transfer_rows :]
+    text_kept = kept_B[examples.labelled_rows : examples.labelled_rows + examples.unlabelled_rows]
+    copies_kept = kept_B[examples.labelled_rows + examples.unlabelled_rows :]
     copied = tuple(np.array(examples.copied, object)[copies_kept]) if examples.copied else ()
     counts = Counter(examples.removed)
     counts[REMOVED] += int((~kept_B).sum())
     return replace(
         examples,
         train=subset(train, kept_B),
-        transfer_rows=int(text_kept.sum()),
+        unlabelled_rows=int(text_kept.sum()),
         rest_rows=int(text_kept[: examples.rest_rows].sum()),
         copied=copied,
         removed=dict(counts),

@@ -139,7 +139,7 @@ def summary(parts: Parts, state: TrainState) -> dict[str, Any]:
         "placement": placement_word(parts),
         "deepspeed": parts.engine.deepspeed,
         "train_rows": len(parts.splits.train),
-        "transfer_rows": parts.examples.transfer_rows,
+        "unlabelled_rows": parts.examples.unlabelled_rows,
         "copy_rows": len(parts.examples.copied),
         "base_model": start if is_hub_id else None,
     }
@@ -156,8 +156,8 @@ def chosen(parts: Parts) -> dict[str, Any]:
 
 
 def feature_record(parts: Parts, forwards: int) -> dict[str, Any] | None:
-    """Whose layer outputs the student followed and how; `forwards` of it are live ones, which are
-    made again in every epoch (those of steps that a killed run repeated are not counted)."""
+    """Whose layer outputs the student followed and how; `forwards` of it are computed in training,
+    again in every epoch (those of steps that a killed run repeated are not counted)."""
     feature_loss = parts.loss.feature
     if parts.feature_teacher is None or feature_loss is None:
         return None

@@ -118,7 +118,7 @@ class Parts:
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
         """The student's logits in scoring, where every rank does the same number of forwards: a
-        long split is no hang."""
+        long split is not a hang."""
         self.heartbeat.move("scoring the student")
         return self.engine.forward(inputs, choices)
 

@@ -64,10 +64,10 @@ def with_values(
     if config.unlabeled.rest is None:
         update["unlabeled"] = config.unlabeled.model_copy(update={"rest": config.uses_rest})
     if config.augment.copies == "auto":
-        copies = automatic_copies(examples.labelled_rows, examples.transfer_rows)
+        copies = automatic_copies(examples.labelled_rows, examples.unlabelled_rows)
         if not copies or not config.uses_copies:
             update["augment"] = config.augment.model_copy(update={"copies": None})
-        elif not examples.transfer_rows:
+        elif not examples.unlabelled_rows:
             update["augment"] = config.augment.model_copy(update={"copies": COPIES_OF_EACH})
         else:  # which is not so many of each row
             later.append(f"augment.copies=auto: up to {copies} copies in all, beside the text")

@@ -1,1 +1,4 @@
-"""Ranks, heartbeat, files, run directories and the log."""
+"""Ranks, heartbeat, files, run directories and the log.
+
+Others use `World`, `join_world`, `RunLog`.
+"""

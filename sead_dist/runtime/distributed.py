@@ -189,7 +189,7 @@ def number_from(name: str, default: int, lowest: int, highest: int | None = None
         upto = "" if highest is None else f" to {highest}"
         world = f" (WORLD_SIZE={os.environ.get('WORLD_SIZE')})" if name == "RANK" else ""
         raise UserError(
-            f"{name}={text!r} is no whole number from {lowest}{upto}{world}; {LAUNCHED}"
+            f"{name}={text!r} is not a whole number from {lowest}{upto}{world}; {LAUNCHED}"
         )
     return int(text)
 

@@ -114,7 +114,7 @@ class Heartbeat:
         # all ranks are there; this one rests; this one has something to tell
         self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
-        # the end is told once: what breaks because of it is no other one
+        # the end is told once: what breaks because of it is not another one
         self.ending = threading.Lock()
 
     @property

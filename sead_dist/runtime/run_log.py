@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
         try:
             return json.loads(path.read_text("utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: is {path.parent} a run folder?") from error
+            raise UserError(f"{path} is missing: is {path.parent} a run directory?") from error
         except ValueError as error:
             raise UserError(
                 f"{path} is not JSON ({reason(error)}): restore it or start a new run"
@@ -81,13 +81,13 @@ def read_as(kind: Any, path: Path, key: str | None = None) -> Any:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether this run folder holds a run that came to its end."""
+    """Whether this run directory holds a run that came to its end."""
     summary = run / "run_summary.json"
     return summary.is_file() and bool(read_as(dict[str, Any], summary).get("finished"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of a run folder's metrics.jsonl, oldest first.
+    """Read the records of a run directory's metrics.jsonl, oldest first.
 
     A last line that a killed run left unfinished is passed over; no file gives no records.
 
@@ -158,10 +158,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 class RunLog:
-    """The files and the console of one run folder; on ranks other than 0 every call is quiet.
+    """The files and the console of one run directory; on ranks other than 0 every call is quiet.
 
     Args:
-        folder: the run folder; made if it is missing.
+        folder: the run directory; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
         console: whether rank 0 also speaks on standard output; else to the logger `sead_dist`.
     """

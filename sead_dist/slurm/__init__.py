@@ -1,1 +1,4 @@
-"""Settings of SLURM, submission and jobs."""
+"""Settings of SLURM, submission and jobs.
+
+Others use `SlurmSettings`, `Launch`, `enqueue`.
+"""

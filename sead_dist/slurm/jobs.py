@@ -29,7 +29,7 @@ FORGOTTEN_S = 60.0
 @dataclass(frozen=True)
 class Job:
     """A submitted run: `job` is SLURM's number, `folder` holds the job's own files, `runs` are the
-    run folders that it fills one after the other (several when it fine-tunes teachers)."""
+    run directories that it fills one after the other (several when it fine-tunes teachers)."""
 
     name: str
     job: str
@@ -94,13 +94,13 @@ def registered(folder: Path) -> list[Job]:
         if not job.runs:
             raise UserError(f"{path} describes a job without runs; remove it")
         if any(len(os.fsencode(part)) > 255 for run in job.runs for part in Path(run).parts):
-            raise UserError(f"{path} names a run's folder that no file system holds; remove it")
+            raise UserError(f"{path} names a run directory that no file system holds; remove it")
         found.append(job)
     return sorted(found, key=lambda job: (job.submitted, job.name))
 
 
 def find(folder: Path, word: str) -> Job:
-    """The newest job of this name, number or run folder. Raises UserError where there is none."""
+    """The newest job of this name, number or run directory. Raises UserError for none."""
     jobs = registered(folder)
     asked = str(Path(word).absolute())
     for job in reversed(jobs):
@@ -111,10 +111,10 @@ def find(folder: Path, word: str) -> Job:
 
 
 def progress(job: Job) -> Progress:
-    """Read from the run folder. The score is the selection split's so far, and the first official
-    split's once the run is finished."""
+    """Read from the run directory. The score is the selection split's so far, and the first
+    official split's once the run is finished."""
     run = job.at_work_on
-    with reading(run, "restore the files of this run folder"):
+    with reading(run, "restore the files of this run directory"):
         records = [record for record in read_metrics(run) if isinstance(record.get("event"), str)]
         starts = [record for record in records if record["event"] == "start"]
         steps = [record for record in records if record["event"] == "train"]
@@ -136,7 +136,7 @@ def progress(job: Job) -> Progress:
 
 
 def state_of(job: Job, known: str | None) -> str:
-    """SLURM's word; where SLURM has none, what the run folder tells."""
+    """SLURM's word; where SLURM has none, what the run directory tells."""
     if known == "COMPLETED" and not job.finished:
         return "STOPPED"  # it was asked to stop, saved, and was not queued again
     if known is not None:

@@ -137,7 +137,7 @@ def minutes(text: str) -> int:
     seconds = int(days or 0) * 86400
     seconds += sum(number * unit for number, unit in zip(given, units, strict=False))
     if seconds == 0:
-        raise UserError(f"time={text!r} is no time at all; give MINUTES, H:MM:SS or DAYS-HH:MM:SS")
+        raise UserError(f"time={text!r} gives no time; give MINUTES, H:MM:SS or DAYS-HH:MM:SS")
     return -(-seconds // 60)
 
 

@@ -1,1 +1,4 @@
-"""The prediction store: kept predictions of teachers."""
+"""The prediction store: kept predictions of teachers.
+
+Others use `PredictionStore`, `TeacherKey`.
+"""

@@ -107,7 +107,7 @@ def compact(folder: Path) -> CompactResult:
     """Merge what each teacher holds of a task and split into one block, and drop what nothing
     needs; may be killed at any point.
 
-    Safe beside readers and writers. Raises UserError where `folder` is no store or another
+    Safe beside readers and writers. Raises UserError where `folder` is not a store or another
     compaction or removal is at work, RunError where the disk is full.
     """
     layout = existing(folder)

@@ -215,7 +215,7 @@ class VerifyResult:
 
 
 def list_store(folder: Path) -> Listing:
-    """What the store holds, read from headers; raises UserError where `folder` is no store."""
+    """What the store holds, read from headers; raises UserError where `folder` is not a store."""
     layout = existing(folder)
     blocks = headers(layout)
     keys = key_sizes(layout)
@@ -232,7 +232,7 @@ def list_store(folder: Path) -> Listing:
 def verify(folder: Path, repair: bool = False) -> VerifyResult:
     """Check every file in full; `repair` moves bad ones to quarantine/, to be computed again.
 
-    Raises UserError where `folder` is no store.
+    Raises UserError where `folder` is not a store.
     """
     layout = existing(folder)
     bad: list[Bad] = []
@@ -297,8 +297,8 @@ def carry(
     checked on the way; what the target holds stays.
 
     task, teacher: only theirs; a teacher is given by its name or the start of its fingerprint.
-    Raises UserError where one is no store, or where nothing fits, RunError where the target cannot
-    be written.
+    Raises UserError where one is not a store, or where nothing fits, RunError where the target
+    cannot be written.
     """
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is the store itself; give another folder")

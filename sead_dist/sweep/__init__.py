@@ -1,1 +1,4 @@
-"""Grids of runs and their report."""
+"""Grids of runs and their report.
+
+Others use `run_sweep`.
+"""

@@ -91,7 +91,7 @@ def check_runs(plan: Plan) -> None:
 
 
 def check_folder(output: Path) -> None:
-    """Raises UserError where it is no folder of a sweep: that holds folders alone."""
+    """Raises UserError where it is not a folder of a sweep: that holds folders alone."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output} is a file; give a folder")
     for path in sorted(output.glob("[!.]*")):
@@ -140,7 +140,7 @@ def read_task(plan: Plan, name: str) -> TaskData:
         task,
         dev,
         examples.labelled_rows,
-        examples.transfer_rows,
+        examples.unlabelled_rows,
         constant_score(task, dev),
         {rows_key(students[0]): examples.fingerprint(task)},
     )

@@ -58,7 +58,7 @@ Layers = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run folders that
+    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run directories that
     have to be finished before. A round is all methods of one task and seed."""
 
     task: str
@@ -151,7 +151,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
             known = told_known(name, [task.name for task in tasks])
-            raise UserError(f"per_task: {name!r} is no task of this sweep{known}")
+            raise UserError(f"per_task: {name!r} is not a task of this sweep{known}")
     teachers: list[Unit] = []
     students: list[Unit] = []
     unfit: dict[tuple[str, str], str] = {}
@@ -243,7 +243,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
         raise UserError(
-            f"seeds={raw['seeds']} is no number of seeds; give how many (seeds=5), or which "
+            f"seeds={raw['seeds']} is not a number of seeds; give how many (seeds=5), or which "
             f"(seeds=[0,3]), at most {MOST_SEEDS}"
         )
     try:
@@ -362,7 +362,7 @@ def read_arm(given: str | Mapping[str, Any]) -> Arm:
     method = given.get("method")
     if not isinstance(method, str):
         unknown = [key for key in keys if key not in RunConfig.model_fields]
-        meant = f"{unknown[0]!r} is no key, and " if unknown else ""
+        meant = f"{unknown[0]!r} is not a key, and " if unknown else ""
         raise UserError(
             f"methods: {meant}the arm {given.get('name')!r} has no method; give {{name: NAME, "
             "method: METHOD, KEY: VALUE, ...}"
@@ -394,5 +394,5 @@ def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
     if given is None:
         return FINETUNE if FINETUNE in names else None
     if given not in names:
-        raise UserError(f"reference={given} is no arm of this sweep{told_known(given, names)}")
+        raise UserError(f"reference={given} is not an arm of this sweep{told_known(given, names)}")
     return given

@@ -45,7 +45,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Gap:
+class MethodGap:
     """How far a method is from the reference on one task, or over all of them.
 
     interval: None where too few runs were made to say.
@@ -121,13 +121,13 @@ def methods(report: Mapping[str, Any]) -> Rows:
 
 
 def ceilings(report: Mapping[str, Any]) -> Rows:
-    """A row for each teacher, the ensemble and the constant answer, with a score for each task.
+    """A row for each teacher, the ensemble and the majority baseline, with a score for each task.
 
     Their means are over the same tasks as the methods'."""
     scores: dict[str, dict[str, float]] = {}
     for of in report["ceilings"]:
         scores.setdefault(of["who"], {})[of["task"]] = of["score"]
-    scores["constant answer"] = {task["name"]: task["constant"] for task in report["tasks"]}
+    scores["majority baseline"] = {task["name"]: task["constant"] for task in report["tasks"]}
     names = [task["name"] for task in report["tasks"]]
     return [
         {
@@ -208,7 +208,7 @@ def draw_pictures(report: Mapping[str, Any], folder: Path) -> list[Picture]:
     return pictures
 
 
-def gaps(report: Mapping[str, Any]) -> list[Gap]:
+def gaps(report: Mapping[str, Any]) -> list[MethodGap]:
     """The report's differences; without an interval also those of single runs of the same seeds."""
     reference = {of["task"]: of for of in report["cells"] if of["method"] == report["reference"]}
     found = []
@@ -220,13 +220,13 @@ def gaps(report: Mapping[str, Any]) -> list[Gap]:
         if value is None and ran(of) == ran(other):
             value = of["mean"] - other["mean"]
         if value is not None:
-            gap = Gap(
+            gap = MethodGap(
                 of["task"], of["method"], value, interval and tuple(interval), of.get("p_holm")
             )
             found.append(gap)
     if len(report["tasks"]) > 1:
         found += [
-            Gap(ALL_TASKS, of["method"], of["difference"], tuple(of["interval"]))
+            MethodGap(ALL_TASKS, of["method"], of["difference"], tuple(of["interval"]))
             for of in report["means"]
             if of["difference"] is not None and of["interval"] is not None
         ]
@@ -246,7 +246,7 @@ def costs(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-def draw_gaps(found: Sequence[Gap], name: str, folder: Path) -> Picture:
+def draw_gaps(found: Sequence[MethodGap], name: str, folder: Path) -> Picture:
     """A panel for each task and a row for each method, or the other way where panels are fewer;
     name: of the reference."""
     tasks = list(dict.fromkeys(gap.task for gap in found))
@@ -278,7 +278,7 @@ def draw_gaps(found: Sequence[Gap], name: str, folder: Path) -> Picture:
     return Picture("differences.svg", f"Differences from {name}", words)
 
 
-def plot_panel(axes: "Axes", at: Sequence[tuple[int, Gap]]) -> None:
+def plot_panel(axes: "Axes", at: Sequence[tuple[int, MethodGap]]) -> None:
     """Dots with their intervals; filled and coloured where the interval leaves out 0."""
     axes.axvline(0, color=INK, linewidth=0.8)
     reach = 1e-4
@@ -293,7 +293,7 @@ def plot_panel(axes: "Axes", at: Sequence[tuple[int, Gap]]) -> None:
     axes.locator_params(axis="x", nbins=4)
 
 
-def in_words(found: Sequence[Gap], name: str) -> str:
+def in_words(found: Sequence[MethodGap], name: str) -> str:
     single = [gap for gap in found if gap.task != ALL_TASKS]
     number = counted(len(single), "difference")
     better = sum(gap.colour == BLUE for gap in single)

@@ -1,4 +1,4 @@
-"""What a sweep has found so far, read from its finished run folders: all that report.json holds.
+"""What a sweep has found so far, read from its finished runs: all that report.json holds.
 
 Shapes: B examples, C classes, S seeds, R resamples.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sead_dist.config.names import renamed_record
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.significance import (
     Difference,
@@ -39,7 +40,7 @@ from sead_dist.sweep.published import FIGURES, NOTE
 class TaskData:
     """What a sweep needs of a task's data. dev: its first official split; train_rows: labelled
     rows that students learn from; unlabelled_rows: those that students of teachers have beside
-    them; constant: the score of the best constant answer; fingerprints: of all that runs of one
+    them; constant: the score of the majority baseline; fingerprints: of all that runs of one
     `rows_key` read."""
 
     task: TaskSpec
@@ -69,17 +70,19 @@ class Runs:
     task: str
     method: str
     scores: dict[int, float]
-    summaries: dict[int, Mapping[str, Any]]
+    summaries: Mapping[int, Mapping[str, Any]]
     resampled_SR: Floats | None
 
 
 def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
-    """Raises UserError for a run folder whose files are missing or are of other data."""
+    """Raises UserError for a run directory whose files are missing or are of other data."""
     task, split = data.task.name, data.dev.split
     units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
     keys = dict[str, Any]
-    summaries = {u.config.seed: read_as(keys, u.folder / "run_summary.json") for u in units}
+    summaries = {
+        u.config.seed: renamed_record(read_as(keys, u.folder / "run_summary.json")) for u in units
+    }
     resampled_SR = None
     if len(units) > 1:
         logits_SBC = [logits_of(unit, data.dev) for unit in units]
@@ -146,10 +149,10 @@ def cell(
         "steps": max((of["steps"] for of in summaries), default=None),
         "own_steps": own_steps,
         "labelled_rows": max(
-            (of["train_rows"] - of["transfer_rows"] - of.get("copy_rows", 0) for of in summaries),
+            (of["train_rows"] - of["unlabelled_rows"] - of.get("copy_rows", 0) for of in summaries),
             default=None,
         ),
-        "unlabelled_rows": max((of["transfer_rows"] for of in summaries), default=None),
+        "unlabelled_rows": max((of["unlabelled_rows"] for of in summaries), default=None),
     }
 
 

@@ -1,9 +1,9 @@
 """`sead-dist sweep`: workers go through the list of a sweep's runs and do what is open.
 
 A worker is a process, or a world of ranks that take part in every run together. What is done, what
-failed and what another worker has in hand is told by the run folders alone, so several workers on
-one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A process
-that the key `jobs` starts is `python -m sead_dist.sweep.run WORDS`.
+failed and what another worker has in hand is told by the run directories alone, so several workers
+on one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A
+process that the key `jobs` starts is `python -m sead_dist.sweep.run WORDS`.
 """
 
 import os
@@ -219,8 +219,8 @@ def take(plan: Plan, unit: Unit, memory: Memory, held: ExitStack) -> bool:
 def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
     """Run it; where it fails, write down why.
 
-    Raises again what is no mistake of a person, in a world of several ranks whatever was not found
-    before the run began: there the ranks may no longer agree on what comes next.
+    Raises again what is not a mistake of a person, in a world of several ranks whatever was not
+    found before the run began: there the ranks may no longer agree on what comes next.
     """
     unit = plan.units[index]
     if world.is_main:

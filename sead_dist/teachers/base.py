@@ -91,7 +91,7 @@ def stream(
     batches: BatchStream,
     source: TeacherSource | None,
     start: int,
-    look_ahead: int,
+    prefetch_rows: int,
     depth: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
     live: LiveTeacher | None = None,
@@ -109,7 +109,7 @@ def stream(
             parts = [nobody(batch) for batch in step.batches] if shows else None
             yield TaughtStep(step, parts, 0.0, live if shows else None)
         return
-    windows = batches.windows(start, look_ahead)
+    windows = batches.windows(start, prefetch_rows)
     ahead: deque[tuple[range, np.ndarray, Future[TeacherLogits]]] = deque()
 
     def submit_next() -> None:

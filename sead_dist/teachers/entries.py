@@ -94,9 +94,9 @@ OF_LANGUAGE_MODEL = OF_MODEL[2:]
 def other_teacher(
     opening: Opening, student: PreTrainedTokenizerBase, examples: RunExamples | None
 ) -> Teacher:
-    """A teacher that is no classifier; examples: in which a file of predictions looks for its rows.
-    Raises UserError for what cannot teach, and for keys of its entry that only mean something to a
-    classifier."""
+    """A teacher that is not a classifier; examples: in which a file of predictions looks for its
+    rows. Raises UserError for what cannot teach, and for keys of its entry that only mean something
+    to a classifier."""
     config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
     answers: Answers | FileAnswers
     if entry.predictions is not None:

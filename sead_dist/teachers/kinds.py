@@ -160,7 +160,7 @@ class FileAnswers:
 def open_file(
     entry: TeacherConfig, name: str, task: TaskSpec, examples: RunExamples
 ) -> FileAnswers:
-    """What the file of an entry answers of a run's rows. Raises UserError for what is no file of
+    """What the file of an entry answers of a run's rows. Raises UserError for what is not a file of
     predictions for the task, and for one that answers no training row."""
     file = read_prediction_file(entry, name, task)
     place_of_key = {key: place for place, key in enumerate(file.keys)}

@@ -27,8 +27,8 @@ TRIAL = ("a plain text", "another text")
 
 @dataclass(frozen=True)
 class Opening:
-    """What a teacher that is no classifier is opened with. train: the labelled training rows, where
-    they are known and prompts may show some."""
+    """What a teacher that is not a classifier is opened with. train: the labelled training rows,
+    where they are known and prompts may show some."""
 
     entry: TeacherConfig
     name: str
@@ -131,7 +131,7 @@ def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, 
         if field is not None and (field not in fields or spec or conversion):
             said = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(
-                f"teacher {name}: its prompt names {{{said}}}, which is no text of task "
+                f"teacher {name}: its prompt names {{{said}}}, which is not a text of task "
                 f"{task.name}; it may name {known}"
             )
         parts.append((literal, None if field is None else fields[field]))
@@ -150,7 +150,7 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     if not task.task_kind.head_of_labels:
         raise UserError(
             f"teacher {name} gives words their probabilities, and the answers of task {task.name} "
-            f"({task.kind}) are no classes; leave it out, or have it score the rows elsewhere"
+            f"({task.kind}) are not classes; leave it out, or have it score the rows elsewhere"
         )
     assert entry.prompt is not None
     assert entry.words is not None
@@ -186,7 +186,7 @@ def check_classes(
     wrong = [label for label, index in found.items() if index is None]
     if wrong:
         raise UserError(
-            f"teacher {name}: words names {wrong[0]!r}, which is no label of task {task.name}; "
+            f"teacher {name}: words names {wrong[0]!r}, which is not a label of task {task.name}; "
             f"its labels: {its}"
         )
     lacking = [label for index, label in enumerate(task.labels) if index not in found.values()]

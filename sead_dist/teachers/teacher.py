@@ -48,7 +48,7 @@ TRAINED_ROWS = "trained_rows.safetensors"
 class Teacher:
     """order_C: own logits column of each task class. parameters: weights without word embeddings,
     what a forward costs. cut: how its rows become batches. answers: of a registered kind or a file
-    of predictions, which is no model: checkpoint, config and inputs mean nothing then."""
+    of predictions, which is not a model: checkpoint, config and inputs mean nothing then."""
 
     entry: TeacherConfig
     name: str

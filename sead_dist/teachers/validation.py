@@ -1,5 +1,5 @@
 """The validation: no teacher teaches before it has shown, on the selection split, that it knows
-more than the best constant answer (invariant 5). And how far one in fewer bits (bf16, fp16, 8-bit
+more than the majority baseline (invariant 5). And how far one in fewer bits (bf16, fp16, 8-bit
 weights) says something else than in fp32.
 
 Shapes: N teachers, U unique examples of a split, R examples compared, B rows, C classes.
@@ -34,7 +34,7 @@ class Drift:
 MOST_CLASSES_REORDERED = 4
 # of a file of predictions that answers fewer rows too little is known to validate it
 FEWEST_ROWS = 50
-# here the best constant answer is the state of the art, so a failure is only told
+# here the majority baseline is the state of the art, so a failure is only told
 LENIENT_TASKS = ("wnli",)
 
 
@@ -62,7 +62,7 @@ class Validation:
 def ask_all(
     source: TeacherSource,
     split: Split,
-    look_ahead: int,
+    prefetch_rows: int,
     what: str,
     asked_NU: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -70,8 +70,8 @@ def ask_all(
     answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
     wanted = np.arange(len(split.ids_U2))
     pieces = []
-    for start in range(0, len(wanted), look_ahead):
-        part_R = wanted[start : start + look_ahead]
+    for start in range(0, len(wanted), prefetch_rows):
+        part_R = wanted[start : start + prefetch_rows]
         asked_NR = None if asked_NU is None else asked_NU[:, part_R]
         request = Request(split, part_R, asked_NR, what)
         found = source.submit(request).result()
@@ -80,9 +80,9 @@ def ask_all(
     return np.asarray(np.concatenate(pieces, axis=1)[:, split.entry_B])
 
 
-def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, look_ahead: int) -> int:
+def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, prefetch_rows: int) -> int:
     """The teacher that scores best on a split, the first of equals. All ranks call this."""
-    logits_NBC = ask_all(source, split, look_ahead, "the choice of the feature teacher")
+    logits_NBC = ask_all(source, split, prefetch_rows, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
@@ -96,7 +96,7 @@ def better_order(
     classes = logits_BC.shape[1]
     if not task.task_kind.head_of_labels or classes > MOST_CLASSES_REORDERED:
         return None
-    # an order that only reaches the constant answer says nothing of the names
+    # an order that only reaches the majority baseline says nothing of the names
     best, found = max(score, constant_score(task, examples)), None
     for order in permutations(range(classes)):
         tried = compute_metrics(task, logits_BC[:, list(order)], examples)[task.metrics[0]]
@@ -124,7 +124,7 @@ def validate(
     split: Split,
     dev_texts_in_training: int,
 ) -> list[Validation]:
-    """Each teacher's score on the selection split beside the best constant answer's, on the rows
+    """Each teacher's score on the selection split beside the majority baseline's, on the rows
     that it answers (logits_NBC: NaN where it does not)."""
     metric = task.metrics[0]
     results = []
@@ -163,11 +163,15 @@ def validate(
 
 
 def ask_and_validate(
-    source: StoredSource, task: TaskSpec, split: Split, look_ahead: int, dev_texts_in_training: int
+    source: StoredSource,
+    task: TaskSpec,
+    split: Split,
+    prefetch_rows: int,
+    dev_texts_in_training: int,
 ) -> tuple[list[Validation], np.ndarray]:
     """The teachers' validations, and their logits_NBC of the selection split. All ranks call
     this."""
-    logits_NBC = ask_all(source, split, look_ahead, "the validation")
+    logits_NBC = ask_all(source, split, prefetch_rows, "the validation")
     return validate(task, source.teachers, logits_NBC, split, dev_texts_in_training), logits_NBC
 
 
@@ -186,7 +190,7 @@ def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
             f"rows, and {FEWEST_ROWS} are needed"
         )
     line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} "
-    line += f"(constant {validation.constant_score:.4f})"
+    line += f"(majority baseline {validation.constant_score:.4f})"
     if validation.rows < rows:
         line += f" on the {validation.rows} of {rows} selection rows that it answers"
     if validation.better_order is not None:
@@ -235,8 +239,8 @@ def require_passed(
             )
         raise UserError(
             f"teacher {validation.name} failed its validation: {validation.metric} "
-            f"{validation.score:.4f} on {validation.rows} selection rows, no better than a "
-            f"constant answer ({validation.constant_score:.4f}); {hint}; leave it out, or "
+            f"{validation.score:.4f} on {validation.rows} selection rows, no better than the "
+            f"majority baseline ({validation.constant_score:.4f}); {hint}; leave it out, or "
             "teach all the same with teacher_validation=off"
         )
 

@@ -1,1 +1,4 @@
-"""Engine, loop, checkpoint and evaluation."""
+"""Engine, loop, checkpoint and evaluation.
+
+Others use `Engine`, `Trainer`, `Checkpointer`, `evaluate`.
+"""

@@ -58,7 +58,7 @@ class TrainState:
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run folder; `say` takes one-line notices."""
+    """Saves and finds the checkpoints of one run directory; `say` takes one-line notices."""
 
     def __init__(
         self,

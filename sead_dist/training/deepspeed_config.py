@@ -130,7 +130,7 @@ def read_file(path: Path) -> dict[str, Any]:
         stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
     except Exception as error:
         raise refusal(
-            f"{path} is no DeepSpeed configuration with zero_optimization.stage "
+            f"{path} is not a DeepSpeed configuration with zero_optimization.stage "
             f"({reason(error)}); see {shipped_files('deepspeed', 'json')['zero2']}",
             error,
         ) from error

@@ -334,7 +334,7 @@ def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
     if lost or strange:
         which = f"lacks the tensor {lost[0]}" if lost else f"holds a tensor {strange[0]} too many"
         raise RunError(
-            f"{folder / 'student.safetensors'} {which}, so it is no checkpoint of this student; "
+            f"{folder / 'student.safetensors'} {which}, so it is not a checkpoint of this student; "
             f"remove {folder} to go on from an earlier one, or give another output_dir"
         )
 
@@ -343,7 +343,7 @@ def check_tracker(name: str | None) -> None:
     """Raises UserError for a tracker that Accelerate does not know, or that is not installed."""
     known = [str(kind) for kind in LoggerType if str(kind) != "all"]
     if name is not None and name not in known:
-        raise UserError(f"report_to={name} is none that Accelerate knows: {', '.join(known)}")
+        raise UserError(f"report_to={name} is not one that Accelerate knows: {', '.join(known)}")
     if name is not None and importlib.util.find_spec(name) is None:
         raise UserError(
             f"report_to={name} is not installed; pip install it, or leave report_to out"

@@ -135,7 +135,7 @@ def _names(teachers: list[dict[str, Any]]) -> str:
 
 
 def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
-    """Raises UserError when a run folder holds another run than the one asked for."""
+    """Raises UserError when a run directory holds another run than the one asked for."""
     if names := saved.other_rules(asked):
         old = ", ".join(f"{name} {saved.rules.get(name, 1)}" for name in names)
         new = ", ".join(f"{name} {asked.rules.get(name, 1)}" for name in names)

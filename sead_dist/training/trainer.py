@@ -160,7 +160,7 @@ class Trainer:
                 self.engine.backward(terms.total)
             self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
-            parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.inner])
+            parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.feature])
             # a row counts alike in the log, whatever batch it was in
             tally.losses += parts.cpu() * taught.step.valid_rows
         tally.steps += 1
@@ -180,7 +180,7 @@ class Trainer:
         return self.ensemble.asked(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
-        """The optimiser's step; a gradient that is no number never reaches a checkpoint."""
+        """The optimiser's step; a gradient that is not a number never reaches a checkpoint."""
         norm = self.engine.step()
         # fp16 meets such gradients and passes over them
         if self.config.precision != "fp16" and not math.isfinite(norm):
@@ -193,10 +193,10 @@ class Trainer:
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
     ) -> tuple[dict[str, float], TrainState]:
-        """Sum the ranks' tallies, log them, and stop a run whose loss is no number."""
+        """Sum the ranks' tallies, log them, and stop a run whose loss is not a number."""
         parts = gather_objects(self.world, tally)
         losses = torch.stack([part.losses for part in parts]).sum(0) / tally.rows
-        total, soft, hard, inner = losses.tolist()
+        total, soft, hard, feature = losses.tolist()
         if not np.isfinite(total):
             raise RunError(
                 f"the loss is {total} at step {state.step}; the last checkpoint is intact; "
@@ -224,11 +224,13 @@ class Trainer:
             **shown,
             loss_soft=soft if taught else None,
             loss_hard=hard_mean,
-            loss_inner=None if self.loss.feature is None else inner,
+            loss_feature=None if self.loss.feature is None else feature,
             agreement=rates,
         )
         if self.config.report_to is not None:
             parts_of_loss = {"loss_soft": soft, "loss_hard": hard_mean or 0.0}
+            if self.loss.feature is not None:
+                parts_of_loss["loss_feature"] = feature
             self.engine.track({**shown, **parts_of_loss}, state.step)
         return shown, state.add(padding=padding, tokens=tokens)
 
@@ -321,7 +323,7 @@ def is_better(score: float, loss: float, state: TrainState) -> bool:
 
 
 class Tally:
-    """What this rank saw since the last line of the log. losses: total, soft, hard, inner, each
+    """What this rank saw since the last line of the log. losses: total, soft, hard, feature, each
     summed over rows."""
 
     def __init__(self, teachers: int) -> None:

@@ -96,7 +96,7 @@ def test_scores_are_learnt_by_squared_error():
     [
         (lambda t: sd.soft_targets(t[0]), "expected [N, B, C]"),
         (lambda t: sd.soft_targets(t, ensemble="fixed"), "ensemble=fixed needs weights_N"),
-        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' is none here"),
+        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' is not one of these here"),
         (lambda t: sd.soft_targets(t, ensemble="routed", routes_B=torch.zeros(2)), "expected [5]"),
         (lambda t: sd.soft_targets(t, temperature=0.0), "temperature=0.0; expected"),
         (lambda t: sd.soft_targets(t[..., :1], ensemble="entropy"), "needs classes"),
@@ -104,7 +104,7 @@ def test_scores_are_learnt_by_squared_error():
         (lambda t: sd.distillation_loss(t[0], None), "nothing to learn from"),
         (lambda t: sd.distillation_loss(t[0], None, torch.full((B,), -1)), "no row has a label"),
         (lambda t: sd.distillation_loss(t[0], sd.soft_targets(t), alpha=2.0), "alpha=2.0; expected"),
-        (lambda t: sd.distillation_loss(t[0], sd.soft_targets(t), loss="l1"), "loss='l1' is no loss"),
+        (lambda t: sd.distillation_loss(t[0], sd.soft_targets(t), loss="l1"), "loss='l1' is not a loss"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(logits_NBC, call, says):

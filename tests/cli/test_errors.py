@@ -132,7 +132,7 @@ def test_what_a_launcher_sets_is_checked_and_told(monkeypatch, capsys, name, val
     with pytest.raises(UserError, match=f"{name}='?{value}"):
         join_world()
     assert attempt(join_world) == 2
-    assert f"{name}='{value}' is no whole number" in capsys.readouterr().err
+    assert f"{name}='{value}' is not a whole number" in capsys.readouterr().err
 
 
 def test_a_mistake_of_all_ranks_is_told_by_one(monkeypatch, capsys):

@@ -14,7 +14,7 @@ STRONG = {"very", "really", "truly", "so", "extremely"}
 
 
 def write(folder: Path, seed: int = 0, **sizes) -> Path:
-    grammar.write_grammar_task(folder, seed, **{"transfer_rows": 2000, **sizes})
+    grammar.write_grammar_task(folder, seed, **{"unlabelled_rows": 2000, **sizes})
     return folder
 
 
@@ -83,17 +83,17 @@ def test_dev_labels_are_right_and_only_the_stated_share_of_training_labels_is_no
 def test_dev_holds_known_words_in_pairs_that_no_other_text_holds(tmp_path, seed):
     folder = write(tmp_path, seed)
     train, dev = sentences(folder / "train.tsv"), sentences(folder / "validation.tsv")
-    transfer = sentences(folder / "transfer.tsv")
+    text = sentences(folder / "unlabeled.tsv")
     assert set(" ".join(dev).split()) <= set(" ".join(train).split())
     assert len(pairs(dev)) > 100
-    assert not pairs(dev) & pairs(train + transfer)
-    # Transfer text, though, is more of what training text is.
-    assert len(pairs(transfer) & pairs(train)) > 100
+    assert not pairs(dev) & pairs(train + text)
+    # Unlabelled text, though, is more of what training text is.
+    assert len(pairs(text) & pairs(train)) > 100
 
 
 def test_no_sentence_occurs_twice_in_or_between_files(tmp_path):
     folder = write(tmp_path)
-    names = ("train.tsv", "validation.tsv", "transfer.tsv")
+    names = ("train.tsv", "validation.tsv", "unlabeled.tsv")
     every = [line for name in names for line in sentences(folder / name)]
     assert len(every) == 1100 + 1000 + 2000
     assert len(set(every)) == len(every)
@@ -113,7 +113,7 @@ def test_the_seed_alone_decides_the_files(tmp_path):
     assert len(files) >= 6
     for file in files:
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
-    for name in ("train.tsv", "validation.tsv", "transfer.tsv"):
+    for name in ("train.tsv", "validation.tsv", "unlabeled.tsv"):
         assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
@@ -122,7 +122,7 @@ def test_headers_and_task_file_fit_each_other(tmp_path):
     task = yaml.safe_load((folder / "task.yaml").read_text(encoding="utf-8"))
     header = (folder / "train.tsv").read_text(encoding="utf-8").splitlines()[0]
     assert header.split("\t") == [*task["fields"], task["label_column"]]
-    assert (folder / "transfer.tsv").read_text(encoding="utf-8").startswith("sentence\n")
+    assert (folder / "unlabeled.tsv").read_text(encoding="utf-8").startswith("sentence\n")
     assert {label for _, label in read(folder / "train.tsv")} == set(task["labels"])
 
 

@@ -119,22 +119,22 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers.0.weight=3",
-            "teachers.0.weight: a word holds all of teachers, and no part of an entry; write "
+            "teachers.0.weight: KEY=VALUE holds all of teachers, and no part of an entry; write "
             "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "teachers.path=a",
-            "teachers.path: a word holds all of teachers, and no part of an entry; "
+            "teachers.path: KEY=VALUE holds all of teachers, and no part of an entry; "
             "write teachers='[{path: a}]'",
         ),
         (
             "teachers.0=a",
-            "teachers.0: a word holds all of teachers, and no part of an entry; write "
+            "teachers.0: KEY=VALUE holds all of teachers, and no part of an entry; write "
             "teachers='[a]'",
         ),
         (
             "teachers.0.weigth=3",
-            "teachers.0.weigth: a word holds all of teachers, and no part of an "
+            "teachers.0.weigth: KEY=VALUE holds all of teachers, and no part of an "
             "entry; write teachers='[{path: DIR, KEY: VALUE}]'",
         ),
         (
@@ -216,8 +216,8 @@ def test_a_mistake_is_told_in_yaml_s_words_and_leads_to_a_key_that_is_listed(wor
             "predict run new.csv output=x.csv",
             "unrecognized arguments: output=x.csv; write --output x.csv",
         ),
-        ("jbos", "'jbos' is no command; did you mean 'jobs'?; see 'sead-dist --help'"),
-        ("nothing_like_it", "'nothing_like_it' is no command; commands: distill, finetune, "),
+        ("jbos", "'jbos' is not a command; did you mean 'jobs'?; see 'sead-dist --help'"),
+        ("nothing_like_it", "'nothing_like_it' is not a command; commands: distill, finetune, "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(given, said, capsys):
@@ -274,9 +274,13 @@ def test_labels_names_the_option_that_was_given(tmp_path):
 
 
 def test_a_model_or_a_file_that_is_not_there_is_told_before_anything(tmp_path, data):
-    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+    with pytest.raises(
+        UserError, match=r"nosuch does not exist; give a run directory or a model's"
+    ):
         predict_file("nosuch", tmp_path / "new.tsv", None, None, None)
-    with pytest.raises(UserError, match=r"nosuch does not exist; give a run folder or a model's"):
+    with pytest.raises(
+        UserError, match=r"nosuch does not exist; give a run directory or a model's"
+    ):
         evaluate_model("nosuch", None, None, None, None, None)
     with pytest.raises(UserError, match=r"data is a folder; give a file"):
         predict_file("nosuch", data, None, None, None)
@@ -285,7 +289,7 @@ def test_a_model_or_a_file_that_is_not_there_is_told_before_anything(tmp_path, d
 def test_labels_against_a_model_s_own_names_are_told_and_bad_ones_are_named(data, caplog):
     task = load_task(str(data / "task.yaml"))
     own = PretrainedConfig(id2label=dict(enumerate(task.labels)))
-    with pytest.raises(UserError, match=r"^--labels a,b: 'a' is no label of task grammar"):
+    with pytest.raises(UserError, match=r"^--labels a,b: 'a' is not a label of task grammar"):
         class_order("m", own, task, "a,b")
     assert class_order("m", own, task, ",".join(task.labels)) == [0, 1]
     assert caplog.messages == []

@@ -39,7 +39,7 @@ def test_no_file_of_a_run_holds_a_secret_of_its_environment_or_words(
         assert token not in said.out + said.err
     command = (run / "run.json").read_text()
     assert "hub_token=[removed]" in command
-    assert str(tmp_path / "store") in command  # what is no secret is there to be given again
+    assert str(tmp_path / "store") in command  # what is not a secret is there to be given again
 
 
 def test_a_line_of_the_log_loses_its_tokens(tmp_path):

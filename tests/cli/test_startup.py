@@ -99,7 +99,7 @@ def test_a_mistyped_command_is_refused_before_anything_heavy_is_imported():
         check=False,
     )
     assert done.returncode == 2
-    said = "sead-dist: 'destill' is no command; did you mean 'distill'?; see 'sead-dist --help'"
+    said = "sead-dist: 'destill' is not a command; did you mean 'distill'?; see 'sead-dist --help'"
     assert said in done.stderr.splitlines()
     assert "usage:" not in done.stderr
     imported = {

@@ -37,7 +37,7 @@ def test_shorthands():
 def test_a_glob_of_teachers_is_sorted_and_must_match(tmp_path):
     for name in ("t-2", "t-1"):
         (tmp_path / name).mkdir()
-    (tmp_path / "t-3.txt").write_text("a file is no teacher")
+    (tmp_path / "t-3.txt").write_text("a file is not a teacher")
     found = config(f"teachers={tmp_path}/t-*")
     assert [entry.path for entry in found.teachers] == [f"{tmp_path}/t-1", f"{tmp_path}/t-2"]
     with pytest.raises(UserError, match="matches no folder"):
@@ -70,7 +70,7 @@ def test_on_and_off_are_words_and_exponents_are_numbers():
         ("seed=[1", "the value of seed"),
     ],
 )
-def test_mistakes_name_the_key_the_value_and_the_mend(given, message):
+def test_mistakes_name_the_key_the_value_and_the_fix(given, message):
     with pytest.raises(UserError, match=message) as caught:
         load_config(["sst2", "output_dir=x", "global_batch_size=8", given])
     assert "\n" not in str(caught.value)
@@ -180,7 +180,7 @@ def test_the_methods_are_what_their_sources_say():
 def test_which_student_is_kept_is_no_key_of_a_method(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("final_checkpoint: last\n")
-    with pytest.raises(UserError, match="final_checkpoint is no key of a method"):
+    with pytest.raises(UserError, match="final_checkpoint is not a key of a method"):
         config(method=own)
 
 
@@ -190,7 +190,9 @@ def test_every_shipped_method_is_a_configuration_of_a_methods_keys():
 
 
 def test_an_unknown_method_is_told_the_known_ones():
-    with pytest.raises(UserError, match=r"method=mena is no method; did you mean 'mean'\? known: "):
+    with pytest.raises(
+        UserError, match=r"method=mena is not a method; did you mean 'mean'\? known: "
+    ):
         config(method="mena")
 
 
@@ -198,6 +200,6 @@ def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("alpha: 0.2\nnum_train_epochs: 9\n")
     with pytest.raises(
-        UserError, match="num_train_epochs is no key of a method; its file may set ensemble,"
+        UserError, match="num_train_epochs is not a key of a method; its file may set ensemble,"
     ):
         config(method=own)

@@ -3,7 +3,7 @@
 import pytest
 
 from sead_dist.config.load import load_config
-from sead_dist.config.names import RENAMED, renamed, renamed_words
+from sead_dist.config.names import RENAMED, renamed, renamed_config, renamed_record, renamed_words
 from sead_dist.config.schema import dump_config
 from sead_dist.errors import UserError
 
@@ -38,6 +38,44 @@ def test_keys_of_an_old_identity_read_as_todays():
         "student_init": "feature_teacher",
         "alpha": 0.5,
         "warmup_steps": 0.1,
+    }
+
+
+def test_sections_of_an_old_file_read_as_todays():
+    old = {
+        "gate": "on",
+        "drift": "on",
+        "warmup": 1.0,
+        "evaluate": {"every_steps": 5},
+        "checkpoint": {"every_steps": 7, "keep_last": 2},
+        "select": {"fraction": 0.2, "on": "select"},
+        "pool": {"claim_s": 60.0},
+        "data": {"path": "here"},
+        "teachers": [{"path": "a", "weights": "int8"}],
+    }
+    assert renamed_config(old) == {
+        "teacher_validation": "fp32",
+        "warmup_steps": 0.999999999,
+        "eval_steps": 5,
+        "save_steps": 7,
+        "save_total_limit": 2,
+        "selection": {"fraction": 0.2, "split": "held_out"},
+        "pool": {"lease_s": 60.0},
+        "data": {"path": "here"},
+        "teachers": [{"path": "a", "quantization": "int8"}],
+    }
+    assert renamed_config({"gate": "off", "drift": "on"}) == {"teacher_validation": "off"}
+    assert renamed_config({"gate": "on", "drift": "off"}) == {"teacher_validation": "on"}
+
+
+def test_names_of_todays_files_are_left_alone():
+    now = load_config(["sst2", "output_dir=x", "teachers=[{path: a, quantization: int8}]"])
+    keys = now.model_dump(mode="json")
+    assert renamed_config(keys) == keys
+    assert renamed_record({"steps": 3, "transfer_rows": 2, "internals": None}) == {
+        "steps": 3,
+        "unlabelled_rows": 2,
+        "feature_loss": None,
     }
 
 

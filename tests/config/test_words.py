@@ -1,4 +1,4 @@
-"""KEY=VALUE words: a text is what was typed, and whatever is no text is of its key's own type."""
+"""KEY=VALUE words: a text is what was typed, and whatever is not a text is of its key's own type."""
 
 import pytest
 
@@ -97,7 +97,7 @@ def test_brackets_left_open_and_keys_given_twice_are_refused():
 
 def test_a_path_that_yaml_reads_as_a_number_is_refused_in_a_file(tmp_path):
     (tmp_path / "mine.yaml").write_text("teachers: [7]\n")
-    with pytest.raises(UserError, match="teachers: 7 is no text in YAML; put the path in quot"):
+    with pytest.raises(UserError, match="teachers: 7 is not a text in YAML; put the path in quot"):
         load_config([str(tmp_path / "mine.yaml"), *BASE])
 
 

@@ -53,12 +53,12 @@ class Answer:
         return TeacherLogits(logits_NRC, torch.ones(1, len(self.entries_R), dtype=torch.bool))
 
 
-def seen_rows(split, size, look_ahead, start=0, depth=0, **more):
+def seen_rows(split, size, prefetch_rows, start=0, depth=0, **more):
     """{(step, micro): its rows' entries, teachers' answers} over all ranks, valid rows alone."""
     found = {}
     for rank in range(size):
         batches = batches_of(split, rank, size, **more)
-        taught_steps = stream(batches, Recorder(), start, look_ahead, depth, lambda *_: None)
+        taught_steps = stream(batches, Recorder(), start, prefetch_rows, depth, lambda *_: None)
         for taught in taught_steps:
             for batch, teachers in zip(taught.step.batches, taught.teachers, strict=True):
                 keep = batch.valid_B
@@ -73,20 +73,20 @@ def seen_rows(split, size, look_ahead, start=0, depth=0, **more):
     return found
 
 
-def test_invariant_01_order_does_not_depend_on_ranks_look_ahead_depth_or_restarts():
+def test_invariant_01_order_does_not_depend_on_ranks_prefetch_rows_depth_or_restarts():
     split = small_split(21)
-    expected = seen_rows(split, size=1, look_ahead=10**6)
+    expected = seen_rows(split, size=1, prefetch_rows=10**6)
     # two epochs of all 21 rows, the last batch of five rows included
     assert sorted(e for rows, _, _ in expected.values() for e in rows) == sorted(2 * [*range(21)])
     for rows, teachers, _ in expected.values():
         assert rows == [int(e) for e in teachers]
     for size in (1, 2, 4):
-        for look_ahead in (1, 8, 20, 10**6):
+        for prefetch_rows in (1, 8, 20, 10**6):
             for depth in (0, 1):
-                assert seen_rows(split, size, look_ahead, depth=depth) == expected
+                assert seen_rows(split, size, prefetch_rows, depth=depth) == expected
     for start in (1, 3, 5):
         tail = {place: seen for place, seen in expected.items() if place[0] >= start}
-        assert seen_rows(split, size=2, look_ahead=9, start=start) == tail
+        assert seen_rows(split, size=2, prefetch_rows=9, start=start) == tail
 
 
 def test_invariant_01_rows_that_fill_the_shape_reach_neither_teachers_nor_the_loss():

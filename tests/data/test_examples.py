@@ -158,7 +158,7 @@ def test_missing_columns_and_texts_are_named():
         build_examples(SST2, [], "train")
 
 
-def test_transfer_text_needs_no_labels():
+def test_unlabelled_text_needs_no_labels():
     unlabelled = build_examples(
         SST2, [{"sentence": "a"}, {"sentence": "b", "label": 1}], "t", labelled=False
     )
@@ -314,9 +314,9 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
 
 def test_overlap_is_of_exact_texts():
     dev = sentences(("a", 1), ("b", 0), ("b", 0), ("c", 1))
-    train, transfer = sentences(("b", 1), ("d", 0), ("b", 1)), sentences(("c ", 1), ("a", 0))
+    train, text = sentences(("b", 1), ("d", 0), ("b", 1)), sentences(("c ", 1), ("a", 0))
     assert count_overlap(dev, train) == 2
-    assert count_overlap(dev, train, transfer) == 3
+    assert count_overlap(dev, train, text) == 3
     assert count_overlap(dev) == 0
 
 

@@ -353,4 +353,4 @@ def test_a_header_of_other_names_is_never_taken_for_data(tmp_path, name, text):
     with pytest.raises(
         UserError, match=r"no column 'sentence'; its columns: (subject|review|text)"
     ):
-        build_examples(SST2, rows, "transfer", labelled=False)
+        build_examples(SST2, rows, "unlabelled", labelled=False)

@@ -56,7 +56,7 @@ def test_a_column_s_name_without_braces_is_no_text_of_every_row(lines, tmp_path)
     task, key = load_task(str(file)), "text_a" if lines.startswith("text_a: body") else "text_b"
     with pytest.raises(UserError, match=rf"^{key} is 'body' in every row, .*: '\{{body\}}'$"):
         build_examples(task, [{"s": "x", "body": "y", "label": "a"}], "train", True)
-    # a word that is no column may be meant, in any script
+    # a word that is not a column may be meant, in any script
     assert build_examples(task, [{"s": "x", "label": "a"}], "train", True).texts_a
 
 

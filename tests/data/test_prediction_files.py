@@ -87,7 +87,7 @@ def test_every_form_says_the_same(form, tmp_path):
 
 
 def test_a_mapping_of_numbers_is_of_numbers_however_they_are_written(tmp_path):
-    # a column of whole numbers with a gap is read as 1.0, and is no place among the task's labels
+    # a column of whole numbers with a gap is read as 1.0, and is not a place among the task's labels
     table = {"sentence": ["a", "b", "c"], "label": [0.0, 1.0, None]}
     pq.write_table(pa.table(table), tmp_path / "gpt.parquet")
     keys = {"labels": {0: "positive", 1: "negative"}, "abstain": [""]}
@@ -113,14 +113,14 @@ def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
         read(file)
     assert read(file, column="label").keys == [("a",), ("b",)]
     assert read(file, column="gpt4", abstain=[""]).keys == [("a",)]
-    # a second name of the same class, a seed and a fold are no rivals
+    # a second name of the same class, a seed and a fold are not a second choice
     for more in (
         "label_text,seed\na,positive,Positive,0\nb,negative,Negative,1\n",
         "fold,votes\na,positive,0,1\nb,negative,1,1\n",
     ):
         same = write(tmp_path / "same.csv", f"sentence,label,{more}")
         assert read(same).keys == [("a",), ("b",)]
-    # which of a file's own names is meant is no guess either
+    # which of a file's own names is meant is not a guess either
     two = write(tmp_path / "two.csv", "sentence,prediction,answer\na,positive,negative\n")
     with pytest.raises(UserError, match="'prediction' and 'answer' both hold answers"):
         read(two)
@@ -211,9 +211,7 @@ def test_ids_of_a_persons_own_are_refused_and_are_nothing_beside_texts(tmp_path)
     pq.write_table(ids, tmp_path / "own.parquet")
     own = write(tmp_path / "own.csv", "id,key,label\nr1,k1,positive\nr2,k2,negative\n")
     for path, column, keys in ((tmp_path / "own.parquet", "id", {}), (own, "key", {"id": "key"})):
-        said = (
-            f"row 1: column '{column}' holds .*, which is no id as `sead-dist labels --rows` writes"
-        )
+        said = f"row 1: column '{column}' holds .*, which is not an id as `sead-dist labels --rows` writes"
         with pytest.raises(UserError, match=said):
             read(path, **keys)
     rows = "id,sentence,label\n7,a,positive\n7,b,negative\n8,c,positive\n"
@@ -236,7 +234,7 @@ BAD = {
     "no rows": (HEAD, {}, "gpt.csv has no rows; give a file that has some"),
     "no such column of ids": (HEAD + "a,.2,.8\n", {"id": "key"}, "has no column 'key' \\(id=key\\)"),
     "neither id nor text": ("text,label\na,positive\n", {}, "neither a column 'id' nor the text column 'sentence'"),
-    "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is no id"),
+    "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is not an id"),
     "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none of positive"),
     "two columns of a class": ("sentence,negative,positive,p_positive\na,.2,.8,.8\n", {}, "both are of the label 'positive'"),
     "no answers at all": ("sentence,note\na,x\n", {}, "has no answers: expected a column for each class"),
@@ -246,9 +244,9 @@ BAD = {
     "infinity": (HEAD + "a,inf,.8\n", {"kind": "logits"}, "column 'negative' holds 'inf'"),
     "minus infinity as a logit": (HEAD + "a,-inf,.8\n", {"kind": "logits"}, "column 'negative' holds '-inf'"),
     "a sum that is not 1": (HEAD + "a,.2,.8\nb,.5,.9\n", {}, "row 2: its probabilities sum to 1.4; expected 1 within"),
-    "logits without a word": (HEAD + "a,-2,3\n", {}, "row 1: -2, 3 are no probabilities.*kind: logits"),
-    "a probability above 1": (HEAD + "a,-.2,1.2\n", {"kind": "probabilities"}, "row 1: -0.2, 1.2 are no probabilities"),
-    "logarithms above 0": (HEAD + "a,.2,.8\n", {"kind": "log_probabilities"}, "are no log-probabilities.*after exp"),
+    "logits without a word": (HEAD + "a,-2,3\n", {}, "row 1: -2, 3 are not probabilities.*kind: logits"),
+    "a probability above 1": (HEAD + "a,-.2,1.2\n", {"kind": "probabilities"}, "row 1: -0.2, 1.2 are not probabilities"),
+    "logarithms above 0": (HEAD + "a,.2,.8\n", {"kind": "log_probabilities"}, "are not log-probabilities.*after exp"),
     "logarithms of no probabilities": (HEAD + "a,-1,-1\n", {}, "row 1: its probabilities sum to 0.7358"),
     "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
     "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 answer 'a' differently; remove one"),
@@ -256,7 +254,7 @@ BAD = {
     "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "answers no row: every answer is withheld or unknown; give some"),
     "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "answers no row"),
     "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small has not: '' 1"),
-    "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is no label of task small"),
+    "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is not a label of task small"),
     "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),
     "a confidence that is NaN": ("sentence,label,confidence\na,positive,nan\n", {}, "column 'confidence' holds 'nan'"),
     "no such confidence": ("sentence,label\na,positive\n", {"confidence": "sure"}, "has no column 'sure' \\(confidence=sure\\)"),

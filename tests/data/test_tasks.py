@@ -125,7 +125,7 @@ def test_constant_scores_have_no_correlation():
 
 def test_unlabelled_rows_have_no_metric():
     task = TASKS["sst2"]
-    examples = build_examples(task, [{"sentence": "a"}], "transfer", labelled=False)
+    examples = build_examples(task, [{"sentence": "a"}], "unlabelled", labelled=False)
     with pytest.raises(ValueError, match="label in every row"):
         compute_metrics(task, np.zeros((1, 2)), examples)
     with pytest.raises(ValueError, match="for 1 labels"):

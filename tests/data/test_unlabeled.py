@@ -50,7 +50,7 @@ def test_rows_that_the_sample_left_out_are_text_without_labels(data):
     assert len(examples.selection) == 3
     # 90 are not held out, 27 sampled, and one is a dev sentence
     shared = TEXTS[100].upper() not in examples.train.texts_a[:27]
-    assert examples.transfer_rows == examples.rest_rows == 63 - shared
+    assert examples.unlabelled_rows == examples.rest_rows == 63 - shared
     assert notes[0].startswith(f"unlabelled text: {63 - shared} rows of the train file, 0 of unl")
     assert f"{int(shared)} removed, which share a sentence with selection or held-out" in notes[0]
     assert set(examples.train.labels_B[:27]) <= {0, 1}
@@ -73,7 +73,7 @@ def test_held_out_rows_that_the_selection_sample_left_out_are_no_text(data):
 def test_selecting_on_dev_leaves_text_over_too(data):
     examples, _ = load(data, "selection.split=dev", data__max_train_examples=30)
     assert examples.labelled_rows == 30
-    assert examples.transfer_rows in (69, 70)
+    assert examples.unlabelled_rows in (69, 70)
 
 
 def test_a_run_without_teachers_or_with_rest_false_has_no_such_text(data):
@@ -125,7 +125,7 @@ def test_text_of_a_file_stands_beside_the_rest_and_the_ratio_is_of_both(data):
         f"{counts['rest']} rows of the train file, {counts['text']} of unlabeled.path" in notes[0]
     )
     half, _ = load(data, unlabeled__ratio=1, **more)
-    assert half.transfer_rows == 27
+    assert half.unlabelled_rows == 27
     both = {kind: kinds(half).count(kind) for kind in ("rest", "text")}
     assert both["rest"] > 10
     assert both["text"] > 1
@@ -220,7 +220,7 @@ def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypa
         examples, _ = load(data, **wanted)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert examples.transfer_rows == 180
+        assert examples.unlabelled_rows == 180
     assert peaks[1] < peaks[0] / 10
 
 

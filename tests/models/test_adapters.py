@@ -155,7 +155,7 @@ MISTAKES = {
         r"is an adapter of .*base \(base_model_name.*",
     ),
     "no base": (lambda f: bad(f, base_model_name_or_path=None), "adapter of None .* correct it"),
-    "itself": (lambda f: bad(f, base_model_name_or_path=str(f / "lora")), "which is no model"),
+    "itself": (lambda f: bad(f, base_model_name_or_path=str(f / "lora")), "which is not a model"),
     "another kind": (lambda f: bad(f, peft_type="IA3"), "peft_type=IA3 .* peft_type=LORA"),
     "another task": (lambda f: bad(f, task_type="CAUSAL_LM"), "task_type=CAUSAL_LM; give one"),
     "no weights": (

@@ -65,10 +65,10 @@ def test_invariant_04_names_that_say_nothing_are_refused_with_the_line_to_add():
 @pytest.mark.parametrize(
     ("names", "labels", "message"),
     [
-        (["positive", "sad"], None, "'sad' is no label of task small"),
+        (["positive", "sad"], None, "'sad' is not a label of task small"),
         (["positive", "positive"], None, "not one each of"),
         (["a", "b", "c"], None, "num_labels=3 but task small needs 2"),
-        (["LABEL_0", "LABEL_1"], ["negative", "bad"], "'bad' is no label"),
+        (["LABEL_0", "LABEL_1"], ["negative", "bad"], "'bad' is not a label"),
         (["LABEL_0", "LABEL_1"], ["negative"], "not one each of"),
     ],
 )
@@ -177,7 +177,7 @@ def test_invariant_09_code_that_comes_with_a_checkpoint_is_not_run_unasked(tmp_p
     assert not mark.exists()
 
 
-def test_a_tokeniser_without_padding_is_refused_with_the_mend(tmp_path):
+def test_a_tokeniser_without_padding_is_refused_with_the_fix(tmp_path):
     folder = save_teacher(tmp_path / "t")
     edit_json(folder / "tokenizer_config.json", pad_token=None)
     with pytest.raises(UserError, match='no padding token; set "pad_token"'):

@@ -219,7 +219,7 @@ def test_invariant_11_weights_that_are_missing_or_do_not_fit_are_refused_by_name
         start(folder)
 
 
-def test_a_body_that_base_model_prefix_does_not_name_is_not_drawn_anew(tmp_path, monkeypatch):
+def test_a_body_that_base_model_prefix_does_not_name_is_not_drawn_again(tmp_path, monkeypatch):
     folder = save_teacher(tmp_path / "t", labels=("cat", "dog"))
     expected = build_model(labels=("cat", "dog"))
     monkeypatch.setattr(type(expected), "base_model_prefix", "nothing")
@@ -521,7 +521,7 @@ def states(model, depth):
 @pytest.mark.parametrize(
     "kind", ["bert", "electra", "distilbert", "mpnet", "deberta", "deberta-v2"]
 )
-def test_a_student_as_deep_as_its_guide_has_the_guides_hidden_states(kind):
+def test_a_student_as_deep_as_its_feature_teacher_has_the_feature_teachers_hidden_states(kind):
     feature_teacher, own = make(kind, seed=1), make(kind, seed=2)
     head = {n: w.clone() for n, w in own.state_dict().items() if n in models.head_weights(own)}
     assert start_as_feature_teacher(own, feature_teacher)
@@ -530,7 +530,7 @@ def test_a_student_as_deep_as_its_guide_has_the_guides_hidden_states(kind):
     assert all(torch.equal(own.state_dict()[name], tensor) for name, tensor in head.items())
 
 
-def test_a_student_whose_arithmetic_is_not_the_guides_is_told():
+def test_a_student_whose_arithmetic_is_not_the_feature_teachers_is_told():
     feature_teacher, own = make("bert", seed=1), make("bert", seed=2, hidden_act="relu")
     with pytest.raises(UserError, match=r"hidden states 1 differ .*student_init=own"):
         start_as_feature_teacher(own, feature_teacher)

@@ -84,7 +84,7 @@ def test_a_head_without_a_bias_starts_as_it_was(tmp_path):
 
 def test_the_mean_score_is_of_labelled_training_rows_of_a_regression_task():
     scored = replace(example_set(["good", "bad", "dull"]), labels_B=np.array([1.0, 4.0, np.nan]))
-    one = RunExamples(scored, scored, {}, transfer_rows=1, dev_in_training=0)
+    one = RunExamples(scored, scored, {}, unlabelled_rows=1, dev_in_training=0)
     assert one.labelled_rows == 2
     assert one.mean_score(TASKS["stsb"]) == 2.5
     assert one.mean_score(TASK) is None
@@ -146,7 +146,7 @@ def test_a_head_whose_classes_align_is_kept_in_task_order(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert"])
 @pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1"), ("cat", "dog", "cow")])
-def test_a_head_whose_classes_are_unknown_is_drawn_anew_from_the_seed(tmp_path, kind, labels):
+def test_a_head_whose_classes_are_unknown_is_drawn_again_from_the_seed(tmp_path, kind, labels):
     folder = save_teacher(tmp_path / "t", kind, labels=labels)
     old = build_model(kind, labels=labels)
     one, two, other = (

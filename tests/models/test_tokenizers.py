@@ -153,6 +153,6 @@ def test_capitals_that_are_lost_because_no_file_says_so_are_told(tmp_path, setti
         assert load_tokenizer(folder).tokenize("The Films") == said
     path.unlink()
     small = [word for word in words if word == word.lower() or word.startswith("[")]
-    small += ["[E0]", "[unused0]", "[UNUSED1]"]  # marks are no words
+    small += ["[E0]", "[unused0]", "[UNUSED1]"]  # marks are not words
     (tmp_path / "vocab.txt").write_text("\n".join(small) + "\n")
     assert load_tokenizer(folder).tokenize("The Films") == ["the", "film", "##s"]

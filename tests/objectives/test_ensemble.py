@@ -185,11 +185,13 @@ def test_what_regression_cannot_do_is_refused(method, loss, message):
 def test_a_method_without_what_it_needs_is_refused():
     with pytest.raises(UserError, match="ensemble=routed needs teacher_column=COLUMN"):
         check_method(config("teachers=[a,b]", ensemble="routed"), KINDS["classification"])
-    with pytest.raises(UserError, match="teacher=c is no teacher of this run; its teachers: a, b"):
+    with pytest.raises(
+        UserError, match="teacher=c is not a teacher of this run; its teachers: a, b"
+    ):
         check_method(config("teachers=[a,b]", teacher="c"), KINDS["classification"])
 
 
-def test_single_is_the_best_teacher_by_selection_or_the_guide():
+def test_single_is_the_best_teacher_by_selection_or_the_one_that_is_named():
     assert frozen_weights("single", [1.0] * 3, [0.5, 0.9, 0.9], None).tolist() == [0, 1, 0]
     assert frozen_weights("single", [1.0] * 3, [], 2).tolist() == [0, 0, 1]
     found = ask("single", TWO, weights=[0.0, 1.0], present=[[False], [True]])

@@ -120,13 +120,13 @@ def test_fillers_do_not_count_and_rows_are_shares_of_the_global_batch():
     loss_R = feature_loss.loss(mine, theirs, MASK.bool()).detach()
     given = (terms_of(logits), mine, theirs, MASK)
     only_first = feature_loss.join(*given, torch.tensor([True, False]), 5)
-    torch.testing.assert_close(only_first.inner, loss_R[0] / 5)
+    torch.testing.assert_close(only_first.feature, loss_R[0] / 5)
     both = feature_loss.join(*given, torch.tensor([True, True]), 5)
-    torch.testing.assert_close(both.inner, loss_R.sum() / 5)
-    torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.inner)
+    torch.testing.assert_close(both.feature, loss_R.sum() / 5)
+    torch.testing.assert_close(both.total.detach(), terms_of(logits).total.detach() + both.feature)
     # two text rows that make one example are one share of it
     one = feature_loss.join(*given, torch.tensor([True]), 5)
-    torch.testing.assert_close(one.inner, loss_R.mean() / 5)
+    torch.testing.assert_close(one.feature, loss_R.mean() / 5)
 
 
 def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
@@ -139,7 +139,7 @@ def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     mine, theirs, logits = read_both(student, feature_loss, body)
     valid_B = torch.tensor([True, True])
     first = feature_loss.join(terms_of(logits), mine, theirs, MASK, valid_B, 2)
-    torch.testing.assert_close(first.total.detach(), first.inner)
+    torch.testing.assert_close(first.total.detach(), first.feature)
     first.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
     assert norms["classifier.weight"] == 0
@@ -147,14 +147,14 @@ def test_tinybert_has_two_stages_and_every_parameter_a_gradient_in_both():
     student.zero_grad()
     _, _, logits = read_both(student, feature_loss, body)
     second = feature_loss.join(terms_of(logits), None, None, MASK, valid_B, 2)
-    assert second.inner == 0
+    assert second.feature == 0
     second.total.backward()
     norms = {name: float(p.grad.norm()) for name, p in student.named_parameters()}
     assert norms["classifier.weight"] > 0
     assert norms["projections.hidden.weight"] == 0
 
 
-def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
+def test_the_student_starts_from_evenly_spaced_layers_of_the_feature_teacher():
     student = build_model(num_hidden_layers=2)
     body = build_model(seed=1, num_hidden_layers=4)
     head = student.classifier.weight.clone()
@@ -170,7 +170,7 @@ def test_the_student_starts_from_evenly_spaced_layers_of_the_guide():
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("bert", WIDE), ("distilbert", {})])
-def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
+def test_where_the_feature_teachers_layers_do_not_fit_the_student_keeps_its_own(kind, sizes):
     student = build_model(num_hidden_layers=2)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     assert not start_as_feature_teacher(student, build_model(kind, seed=1, **sizes))
@@ -199,11 +199,11 @@ def test_where_the_guides_layers_do_not_fit_the_student_keeps_its_own(kind, size
         ),
     ],
 )
-def test_what_rules_internals_out_is_told(words, stage, said):
+def test_what_rules_layer_outputs_out_is_told(words, stage, said):
     with pytest.raises(UserError, match=said):
         check_feature_loss(config(*words), stage)
 
 
 @pytest.mark.parametrize("stage", [None, 1, 2])
-def test_what_allows_internals_passes(stage):
+def test_what_allows_layer_outputs_passes(stage):
     check_feature_loss(config("method=tinybert", "teachers=[a]"), stage)

@@ -102,7 +102,7 @@ def test_a_plan_has_passes_store_times_and_the_choice_and_writes_no_run(
     assert not (tmp_path / "store").exists()
 
 
-def test_what_was_measured_is_remembered_and_measured_anew_only_when_asked(
+def test_what_was_measured_is_remembered_and_measured_again_only_when_asked(
     task, tmp_path, rates, monkeypatch
 ):
     planned(task, tmp_path)

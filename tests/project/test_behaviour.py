@@ -16,7 +16,7 @@ def behaviour():
         import behaviour
 
         yield behaviour
-        for name in ("behaviour", "inputs", "outcome_file"):
+        for name in ("behaviour", "inputs", "result_file"):
             sys.modules.pop(name, None)
 
 

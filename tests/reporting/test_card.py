@@ -1,4 +1,4 @@
-"""The model card of a run folder."""
+"""The model card of a run directory."""
 
 import pytest
 import yaml

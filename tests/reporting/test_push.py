@@ -212,7 +212,7 @@ def test_a_run_without_a_token_ends_before_any_work(words, distil, tmp_path):
 
 
 def test_a_folder_that_is_no_finished_run_is_not_uploaded(tmp_path):
-    with pytest.raises(UserError, match="is no finished run; give a run folder"):
+    with pytest.raises(UserError, match="is not a finished run; give a run directory"):
         push_run(tmp_path, None, None)
 
 

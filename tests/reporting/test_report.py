@@ -1,4 +1,4 @@
-"""The report of a run folder: plots, predictions, printed tables."""
+"""The report of a run directory: plots, predictions, printed tables."""
 
 import io
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from small import ALONE, model_bytes, read, records, words, write_task
+from small import ALONE, model_bytes, read, records, words
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -19,8 +19,8 @@ def finetune_words(task, output, *more, **changes) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("task"))
+def task(tiny_task):
+    return tiny_task[0]
 
 
 @pytest.fixture(scope="module")

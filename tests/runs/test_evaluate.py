@@ -227,7 +227,7 @@ def test_the_command_line_hands_everything_on(teachers, grammar, tmp_path, capsy
     main(["evaluate", str(teachers[0]), *task, *data, "--labels", "positive,negative"])
     assert json.loads(file.read_text())["eval_samples"] == 400
     assert json.loads(file.read_text())["eval_accuracy"] < 0.5  # the labels are turned round
-    source = str(grammar / "transfer.tsv")
+    source = str(grammar / "unlabeled.tsv")
     main(["predict", str(teachers[0]), source, *task, "--output", str(output)])
     assert f"200 rows written to {output}" in capsys.readouterr().out
 
@@ -294,7 +294,7 @@ def test_nested_rows_are_written_one_for_each_example(grammar, tmp_path):
 
 
 def test_predict_names_its_file_after_the_input(finished, grammar, tmp_path):
-    file = Path(shutil.copy(grammar / "transfer.tsv", tmp_path / "in.tsv"))
+    file = Path(shutil.copy(grammar / "unlabeled.tsv", tmp_path / "in.tsv"))
     predict_file(str(finished), file, None, None, None)
     assert (tmp_path / "in.predicted.tsv").is_file()
     with pytest.raises(UserError, match=r"in.predicted.tsv exists and is not written over"):
@@ -302,7 +302,7 @@ def test_predict_names_its_file_after_the_input(finished, grammar, tmp_path):
 
 
 def test_predict_writes_over_nothing(finished, grammar, tmp_path):
-    file = shutil.copy(grammar / "transfer.tsv", tmp_path / "in.tsv")
+    file = shutil.copy(grammar / "unlabeled.tsv", tmp_path / "in.tsv")
     before = Path(file).read_bytes()
     for output, message in (
         (file, "exists and is not written over"),

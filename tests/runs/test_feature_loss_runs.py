@@ -70,13 +70,13 @@ def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp
     assert "projections.hidden.weight" in load_file(root / last)
     summaries = [read(place / "run" / "run_summary.json") for place in (whole, root)]
     assert summaries[0]["feature_loss"] == summaries[1]["feature_loss"]
-    losses = [[line["loss_inner"] for line in records(place / "run")] for place in (whole, root)]
+    losses = [[line["loss_feature"] for line in records(place / "run")] for place in (whole, root)]
     assert losses[0] == losses[1]
     assert all(losses[0][:7])
     assert not any(losses[0][7:])
 
 
-def test_another_loss_over_internals_is_another_run(tmp_path, task):
+def test_another_loss_over_layer_outputs_is_another_run(tmp_path, task):
     run(task, tmp_path / "run", method="minilm", teacher="a", max_steps=2)
     for changes, said in (
         ({"feature_loss_weight": 2.0}, r"feature_loss_weight was 1\.0, is 2\.0"),
@@ -140,7 +140,9 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
     assert f"feature_loss={method} of b: " in (output / "log.txt").read_text()
 
 
-def test_the_guide_is_the_best_teacher_of_the_selection_split_as_for_single(tmp_path, task, plain):
+def test_the_feature_teacher_is_the_best_teacher_of_the_selection_split_as_for_single(
+    tmp_path, task, plain
+):
     followed = run(task, tmp_path / "run", method="minilm", max_steps=1)
     said = [
         (output / "log.txt")
@@ -190,6 +192,6 @@ def test_scores_and_choices_are_learnt_like_classes(tmp_path, task, name, write,
         "task": name, "data__path": write(tmp_path / "data"), "max_steps": 3, "max_length": 40,
     }  # fmt: skip
     output = run((task[0], [teacher]), tmp_path / "run", method=method, **keys)
-    losses = [line["loss_inner"] for line in records(output)]
+    losses = [line["loss_feature"] for line in records(output)]
     assert losses[0] > 0
     assert read(output / "run_summary.json")["finished"]

@@ -251,18 +251,18 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     """With files alone there are no automatic copies; labelled rows without answers stay."""
     data = task[0]
     texts = texts_of(data)
-    lines = (data / "transfer.tsv").read_text().splitlines()[1:]
+    lines = (data / "unlabeled.tsv").read_text().splitlines()[1:]
     file = tmp_path / "gpt.csv"
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["sentence", "label"])
         writer.writerows([text, LABELS[0]] for text in [*texts[:30], *lines[:5]])
     given = [entry(file, "calibrate: off")]
-    keys = {"augment__copies": "auto", "unlabeled__path": data / "transfer.tsv"}
+    keys = {"augment__copies": "auto", "unlabeled__path": data / "unlabeled.tsv"}
     run = run_of(task, tmp_path / "run", given, **keys)
     log, summary = log_of(run), read(run / "run_summary.json")
     assert "left out: 15 unlabelled rows that no file of predictions answers" in log
-    assert (summary["train_rows"], summary["transfer_rows"], summary["copy_rows"]) == (59, 5, 0)
+    assert (summary["train_rows"], summary["unlabelled_rows"], summary["copy_rows"]) == (59, 5, 0)
     assert "labels alone, each as one vote smoothed by 0.1 a class" in log
     assert read(run / "scores.json")["splits"]["validation"]["ensemble"] is None
     assert read(run / "scores.json")["splits"]["validation"]["teachers"] == [
@@ -280,20 +280,20 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
     """Whatever others answer: those that the keys name count, or the row's own column."""
     data, (model, _) = task
     texts = texts_of(data)
-    lines = (data / "transfer.tsv").read_text().splitlines()[1:]
+    lines = (data / "unlabeled.tsv").read_text().splitlines()[1:]
     few, all_of = tmp_path / "few.tsv", tmp_path / "all.tsv"
     for file, said in ((few, [*texts, *lines[:4]]), (all_of, [*texts, *lines])):
         rows = [f"{text}\t{LABELS[0]}" for text in dict.fromkeys(said)]
         file.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     routed = tmp_path / "routed"
     shutil.copytree(data, routed)
-    for name in ("train", "validation", "transfer"):
+    for name in ("train", "validation", "unlabeled"):
         head, *rows = (routed / f"{name}.tsv").read_text().splitlines()
         rows = [f"{row}\t{('few', 'all')[n % 2]}" for n, row in enumerate(rows)]
         (routed / f"{name}.tsv").write_text("\n".join([f"{head}\twho", *rows]) + "\n")
 
     def left(teachers, folder=data, **changes):
-        more = {"unlabeled__path": folder / "transfer.tsv", "augment__copies": "null", **changes}
+        more = {"unlabeled__path": folder / "unlabeled.tsv", "augment__copies": "null", **changes}
         given = load_config(words(folder, teachers, tmp_path / "run", **more))
         spec = grammar_task(folder)
         examples = load_examples(given, spec, lambda _line: None)
@@ -301,7 +301,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
         kept = answered_examples(given, examples, found)
         weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
         ensemble = make_ensemble(given, spec.task_kind, weights_N)
-        return kept.transfer_rows, told_idle(ensemble, found, kept.train)
+        return kept.unlabelled_rows, told_idle(ensemble, found, kept.train)
 
     two = [f"{{predictions: {few}, name: few}}", f"{{predictions: {all_of}, name: all}}"]
     assert left(two, ensemble="mean_logits") == (20, [])

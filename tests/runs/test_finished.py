@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
 
 
 def again(finished, tmp_path, spoil):
-    """The same command for a copy of the run folder that is spoilt."""
+    """The same command for a copy of the run directory that is spoilt."""
     root, given = finished
     shutil.copytree(root / "run", tmp_path / "run")
     spoil(tmp_path)
@@ -55,7 +55,7 @@ def test_a_finished_run_whose_teacher_has_other_weights_is_not_said_to_be_done(f
     again(finished, tmp_path / "same", lambda root: None)
     root = finished[0]
     shutil.move(root / "a", tmp_path / "a")
-    again(finished, tmp_path / "gone", lambda root: None)  # it is no other one
+    again(finished, tmp_path / "gone", lambda root: None)  # it is not another one
     save_teacher(root / "a", seed=7)
     with pytest.raises(UserError, match=r"teacher .*a has other weights now than when it taught"):
         again(finished, tmp_path / "other", lambda root: None)

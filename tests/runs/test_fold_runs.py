@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
-from small import ALONE, model_bytes, read, run_distill, save_teacher, words, write_task
+from small import ALONE, model_bytes, read, run_distill, save_teacher, words
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -20,8 +20,8 @@ LABELLED, SELECTION, DEV = 54, 6, 20
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("task"))
+def task(tiny_task):
+    return tiny_task[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,12 @@ def test_text_is_asked_of_all_and_a_teacher_that_says_nothing_of_its_rows_of_eve
 ):
     silent = save_teacher(tmp_path / "silent")
     given = words(
-        task, [teachers[1], silent], tmp_path / "run", unlabeled__path=task / "transfer.tsv"
+        task, [teachers[1], silent], tmp_path / "run", unlabeled__path=task / "unlabeled.tsv"
     )
     done = read(distill(load_config(given), ALONE) / "run_summary.json")
-    pairs = LABELLED + (LABELLED - len(trained_ids(teachers[1]))) + 2 * done["transfer_rows"]
+    pairs = LABELLED + (LABELLED - len(trained_ids(teachers[1]))) + 2 * done["unlabelled_rows"]
     # nothing is asked twice, and an epoch of the labelled rows sees not all of the text
-    assert done["transfer_rows"] == 20
+    assert done["unlabelled_rows"] == 20
     assert done["teacher_forwards"] <= pairs + 2 * (SELECTION + DEV)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from small import (
+    Trap,
     edit_json,
     grammar_task,
     model_bytes,
@@ -117,14 +118,6 @@ def test_invariant_05_on_wnli_a_failure_is_only_told(tmp_path, task):
     (validation,) = read(tmp_path / "run" / "teacher_validation.json")
     assert not validation["passed"]
     assert "it would score better" in (tmp_path / "run" / "log.txt").read_text()
-
-
-class Trap:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
 
 
 def test_invariant_09_a_malicious_teacher_is_a_persons_mistake_and_runs_nothing(tmp_path, task):

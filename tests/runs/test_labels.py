@@ -26,7 +26,7 @@ def given(tiny_task, output, teachers, **changes):
 
 
 def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(tiny_task, tmp_path):
-    text = {"unlabeled__path": tiny_task[0] / "transfer.tsv"}
+    text = {"unlabeled__path": tiny_task[0] / "unlabeled.tsv"}
     rows = tmp_path / "rows.jsonl"
     write_rows(given(tiny_task, tmp_path / "run", [], **text), rows)
     asked = [json.loads(line) for line in rows.read_text().splitlines()]

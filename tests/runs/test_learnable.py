@@ -125,9 +125,11 @@ def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch
     plain = distil(words(tmp_path / "plain", "max_steps=20", *keys))
     assert model_bytes(run) == model_bytes(plain)
     assert not (plain / "baseline").exists()
-    before = read(fine / "scores.json")["splits"]["selection"]["student"]["accuracy"]
-    assert read(run / "learnable.json")["finetuned"] == before
-    assert read(run / "learnable.json")["splits"]["validation"]["finetuned"] >= 0
+    before = read(fine / "scores.json")["splits"]
+    told = read(run / "learnable.json")
+    assert told["finetuned"] == before["selection"]["student"]["accuracy"]
+    validation = before["validation"]["student"]["accuracy"]
+    assert told["splits"]["validation"]["finetuned"] == validation
     # given again it is finished, and nothing is made twice
     capsys.readouterr()
     distil(given)
@@ -183,7 +185,7 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "new" / "run.json").exists()
 
-    refused("is no finished run; give the folder of one, auto or null", tmp_path / "nowhere")
+    refused("is not a finished run; give the folder of one, auto or null", tmp_path / "nowhere")
     refused("had other selection rows", finetuned, "selection.seed=7")
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
     refused("had teachers; give a run of method=finetune", taught)

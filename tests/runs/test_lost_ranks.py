@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forked import _command, free_port
 from ranks import CONTEXT, serve
-from small import save_teacher, words, write_task
+from small import words
 
 # what a run is at before its first step, in this order
 PHASES = (
@@ -29,9 +29,8 @@ PHASES = (
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    return write_task(root / "data"), [save_teacher(root / "a")]
+def task(tiny_task):
+    return tiny_task[0], tiny_task[1][:1]
 
 
 def lost_command(phase, number, *given):

@@ -113,7 +113,7 @@ def scores_of(left_BLH, right_BLH, heads):
     return parts[0] @ parts[1].transpose(-1, -2) / parts[0].shape[-1] ** 0.5
 
 
-def inner_by_hand(case, student, feature_teacher, mask_BL, projections):
+def feature_by_hand(case, student, feature_teacher, mask_BL, projections):
     """The mean over rows of the loss over layer outputs; each row by itself, without its padding."""
     (_, own, own_maps), (_, their, their_maps) = student, feature_teacher
     losses = []
@@ -149,7 +149,7 @@ def loss_by_hand(case, step, student, feature_teacher, said_NBC, labels_B, mask_
     """The mean loss of a global batch."""
     keys, logits_BC = CASES[case], student[0]
     if case == "tinybert" and step < UNTIL:
-        return inner_by_hand(case, student, feature_teacher, mask_BL, projections)
+        return feature_by_hand(case, student, feature_teacher, mask_BL, projections)
     if case == "regression":
         hard = ((logits_BC[:, 0] - labels_B) ** 2).mean()
     else:
@@ -167,8 +167,8 @@ def loss_by_hand(case, step, student, feature_teacher, said_NBC, labels_B, mask_
         return soft
     loss = keys["alpha"] * soft + (1 - keys["alpha"]) * hard
     if case in ("distilbert", "minilm"):
-        inner = inner_by_hand(case, student, feature_teacher, mask_BL, projections)
-        loss = loss + keys.get("feature_loss_weight", 1.0) * inner
+        feature = feature_by_hand(case, student, feature_teacher, mask_BL, projections)
+        loss = loss + keys.get("feature_loss_weight", 1.0) * feature
     return loss
 
 

@@ -41,7 +41,7 @@ def test_a_student_of_one_answer_is_told_everywhere(tmp_path, task, monkeypatch,
     said = capsys.readouterr().out
     remarks = read(run / "scores.json")["remarks"]
     assert any(
-        "the student is no better than a constant answer on validation" in r for r in remarks
+        "the student is no better than the majority baseline on validation" in r for r in remarks
     )
     assert any(r == "the student never predicts positive on validation" for r in remarks)
     assert any(r.startswith("teacher=a is not read: it is for ensemble=single") for r in remarks)

@@ -25,12 +25,11 @@ from small import (
     run_distill,
     save_teacher,
     words,
-    write_task,
 )
 
 from sead_dist.errors import UserError
 
-# 54 labelled and 20 transfer rows of 60 + 20, two passes of 10 steps; every step is saved, and
+# 54 labelled and 20 unlabelled rows of 60 + 20, two passes of 10 steps; every step is saved, and
 # teachers work one step ahead, so that there are many moments of each kind
 STEPS = 20
 PAIRS = 2 * (60 + 20 + 20)
@@ -51,17 +50,14 @@ RANKS = {
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    data = write_task(root / "data")
-    return data, teachers
+def task(two_kinds):
+    return two_kinds
 
 
 def given_words(task, root: Path, store: Path | None = None, teachers=None, **changes):
     data = task[0]
     teachers = teachers or task[1]
-    keys = {**KEYS, "unlabeled__path": data / "transfer.tsv", **changes}
+    keys = {**KEYS, "unlabeled__path": data / "unlabeled.tsv", **changes}
     return words(data, teachers, root / "run", store or root / "store", **keys)
 
 

@@ -38,11 +38,8 @@ COPIED = {**SAMPLED, "augment__copies": 2, "unlabeled__ratio": 0.5, "max_steps":
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    save_teacher(root / "start", seed=5)
-    return write_task(root / "data"), teachers, root / "start"
+def task(two_kinds, tmp_path_factory):
+    return *two_kinds, save_teacher(tmp_path_factory.mktemp("task") / "start", seed=5)
 
 
 def given_words(task, root, **changes):
@@ -74,7 +71,10 @@ def whole(task, tmp_path_factory):
 
 def test_text_and_copies_are_labelled_once_through_the_store(task, whole):
     summary = read(whole / "run" / "run_summary.json")
-    assert (summary["train_rows"], summary["transfer_rows"]) == (36 + 18 + summary["copy_rows"], 18)
+    assert (summary["train_rows"], summary["unlabelled_rows"]) == (
+        36 + 18 + summary["copy_rows"],
+        18,
+    )
     assert 80 < summary["copy_rows"] <= 2 * (36 + 18)
     assert summary["steps"] == 20 >= summary["train_rows"] / 8
     asked = 2 * (summary["train_rows"] + 4 + 20)
@@ -154,12 +154,12 @@ def test_another_embedding_table_or_number_of_copies_is_another_run(task, whole,
 
 def test_no_row_of_text_and_no_copy_has_a_held_out_sentence(task, tmp_path):
     given = given_words(
-        task, tmp_path, augment__copies=20, unlabeled__path=task[0] / "transfer.tsv"
+        task, tmp_path, augment__copies=20, unlabeled__path=task[0] / "unlabeled.tsv"
     )
     # half of dev is in the text
     data = shutil.copytree(task[0], tmp_path / "data")
     dev = (data / "validation.tsv").read_text().splitlines()[1:11]
-    with (data / "transfer.tsv").open("a") as file:
+    with (data / "unlabeled.tsv").open("a") as file:
         file.writelines(f"{line.partition(chr(9))[0].upper()}\n" for line in dev)
     given = [word.replace(str(task[0]), str(data)) for word in given]
     examples = examples_of(given)
@@ -178,7 +178,7 @@ def test_no_row_of_text_and_no_copy_has_a_held_out_sentence(task, tmp_path):
 
 def test_only_the_soft_loss_sees_copies_unless_gold_labels_are_asked_for(task, tmp_path):
     plain = examples_of(given_words(task, tmp_path))
-    first = plain.labelled_rows + plain.transfer_rows
+    first = plain.labelled_rows + plain.unlabelled_rows
     assert set(plain.train.labels_B[first:]) == {-1}
     gold = examples_of(given_words(task, tmp_path, augment__gold_labels="true"))
     labels_B = gold.train.labels_B[first:]
@@ -194,7 +194,7 @@ def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labe
     given = given_words(task, tmp_path, augment__gold_labels="true", **alone)
     distill(load_config(given), ALONE)
     summary = read(tmp_path / "run" / "run_summary.json")
-    assert summary["transfer_rows"] == 0
+    assert summary["unlabelled_rows"] == 0
     assert 36 < summary["copy_rows"] <= 72
     examples = examples_of(given)
     assert (examples.train.labels_B >= 0).all()
@@ -223,7 +223,7 @@ def test_finetune_gets_neither_text_nor_copies_without_gold_labels(task, tmp_pat
     given = given_words(task, tmp_path, augment__copies="null", max_steps=1, **encoders, **own)
     (run,) = finetune(load_config(given), ALONE)
     summary = read(run / "run_summary.json")
-    assert (summary["train_rows"], summary["transfer_rows"], summary["copy_rows"]) == (36, 0, 0)
+    assert (summary["train_rows"], summary["unlabelled_rows"], summary["copy_rows"]) == (36, 0, 0)
 
 
 def test_a_student_with_new_embeddings_has_no_neighbours(task, tmp_path):
@@ -268,7 +268,7 @@ def test_runs_of_other_kinds_have_copies_too(tmp_path, kind):
     ]
     distill(load_config(given), ALONE)
     summary = read(tmp_path / "run" / "run_summary.json")
-    assert summary["transfer_rows"] > 10
+    assert summary["unlabelled_rows"] > 10
     assert summary["copy_rows"] > 100
     found = show_data(load_config(given), 12)
     pairs = {"copy: swap", "copy: recombine"} & set(found.rows)
@@ -341,27 +341,27 @@ def test_a_sweep_gives_text_and_copies_to_methods_that_ask_teachers_alone(task, 
 
 
 def test_text_can_be_given_from_python(task, tmp_path):
-    lines = (task[0] / "transfer.tsv").read_text().splitlines()[1:]
+    lines = (task[0] / "unlabeled.tsv").read_text().splitlines()[1:]
     keys = {
         **{"data": task[0], "teachers": [task[1][0]], "student": str(task[2]), "max_steps": 1},
         **{"teacher_validation": "off", "store": str(tmp_path / "store")},
     }
     frame = pd.DataFrame({"sentence": lines})
     named = {"unlabeled.ratio": 0.25}
-    for name, text in (("frame", frame), ("texts", lines), ("file", task[0] / "transfer.tsv")):
+    for name, text in (("frame", frame), ("texts", lines), ("file", task[0] / "unlabeled.tsv")):
         run = sd.distill(task[0] / "task.yaml", output_dir=tmp_path / name, unlabeled=text, **keys)
-        assert read(run.path / "run_summary.json")["transfer_rows"] == 20
+        assert read(run.path / "run_summary.json")["unlabelled_rows"] == 20
         # found again, and none of it is asked for again
         assert sd.distill(
             task[0] / "task.yaml", output_dir=tmp_path / name, unlabeled=text, **keys
         ).finished
-    section = {"path": str(task[0] / "transfer.tsv"), "ratio": 0.25}
+    section = {"path": str(task[0] / "unlabeled.tsv"), "ratio": 0.25}
     run = sd.distill(task[0] / "task.yaml", output_dir=tmp_path / "s", unlabeled=section, **keys)
-    assert read(run.path / "run_summary.json")["transfer_rows"] == 14
+    assert read(run.path / "run_summary.json")["unlabelled_rows"] == 14
     run = sd.distill(
         task[0] / "task.yaml", output_dir=tmp_path / "r", unlabeled=frame, **keys, **named
     )
-    assert read(run.path / "run_summary.json")["transfer_rows"] == 14
+    assert read(run.path / "run_summary.json")["unlabelled_rows"] == 14
     with pytest.raises(UserError, match="unlabeled=7 is neither keys nor text"):
         sd.distill(task[0] / "task.yaml", output_dir=tmp_path / "t", unlabeled=7, **keys)
 

@@ -10,10 +10,12 @@ import torch
 from small import example_set
 from submitit.helpers import DelayedSubmission
 
+import sead_dist as sd
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import fingerprint
 from sead_dist.data.metrics import Answer
 from sead_dist.errors import UserError
+from sead_dist.reporting.report import write_report
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
 from sead_dist.sweep.run import run_sweep
@@ -61,6 +63,44 @@ def test_a_run_of_old_rules_is_refused_in_one_line_before_any_work(old, run):
     assert after == before
 
 
+def test_an_old_run_directory_is_read_under_the_present_names(old):
+    config = sd.Run("finished").config
+    assert (config.num_train_epochs, config.teacher_validation) == (2, "off")
+    assert (config.selection.split, config.save_total_limit) == ("held_out", 2)
+    assert (config.teachers[0].quantization, config.heartbeat.timeout_s) == (None, 600)
+    metrics = old / "finished" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss_inner": null', '"loss_inner": 0.5'))
+    summary = old / "finished" / "run_summary.json"
+    summary.write_text(summary.read_text().replace('"transfer_rows": 0', '"transfer_rows": 7'))
+    write_report(old / "finished")
+    card = (old / "finished" / "README.md").read_text()
+    assert "teacher_validation: 'off'" in card
+    assert "selection:\n  fraction: 0.2" in card
+    assert "| unlabelled rows of text among them | 7 |" in card
+    for name in ("gate:", "graduate:", "epochs: 2\nmax", "internals", "transfer"):
+        assert name not in card.replace("num_train_epochs: 2", "")
+
+
+def test_a_model_of_an_old_run_is_scored_and_asked(old):
+    found = sd.evaluate("finished")
+    assert (
+        found["eval_accuracy"]
+        == json.loads((old / "finished/eval_results.json").read_text())["eval_accuracy"]
+    )
+    assert len(sd.predict("finished", ["the plot was good"])) == 1
+
+
+def test_a_configuration_that_this_version_has_not_is_told_in_one_line(old):
+    file = old / "finished" / "config.yaml"
+    file.write_text(file.read_text() + "gone_since: 3\n")
+    with pytest.raises(
+        UserError, match=r"config\.yaml is not a configuration of this version: .*gone_since"
+    ) as caught:
+        assert sd.Run("finished").config
+    assert "read it as YAML, or use the version that wrote it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_sweep_of_old_rules_is_not_mixed_with_new_runs(old):
     keys = [
         *(
@@ -91,7 +131,7 @@ def test_a_start_that_is_another_at_the_resume_is_refused(old):
     weights.write_bytes(spoilt)
     with pytest.raises(UserError, match=r"the student's start was .*, is .*; give the same"):
         distill(load_config(words), ALONE)
-    # one that is gone is no other one: the run is finished all the same
+    # one that is gone is not another one: the run is finished all the same
     shutil.rmtree(old / "start")
     distill(load_config(words), ALONE)
 

@@ -90,7 +90,7 @@ def test_a_stop_that_was_asked_of_another_rank_is_heard(heartbeat):
         heartbeat.progress_or_stop("teacher a")
 
 
-def test_an_observer_that_was_suspended_itself_counts_anew(heartbeat):
+def test_an_observer_that_was_suspended_itself_counts_again(heartbeat):
     beat(heartbeat, 1, 1)
     beat(heartbeat, 2, 1)
     heartbeat.look(1.0)

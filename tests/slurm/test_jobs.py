@@ -1,12 +1,12 @@
-"""The list of submitted runs, from a state folder and run folders; SLURM's answers are given."""
+"""The list of submitted runs, from a state folder and run directories; SLURM's answers are given."""
 
 import json
 import os
 import stat
 
 import pytest
+from small import command
 
-from sead_dist.cli import commands as cli
 from sead_dist.errors import RunError, UserError
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
@@ -48,11 +48,6 @@ def states(monkeypatch):
         slurm, "job_states", lambda asked: {j: known[j] for j in asked if j in known}
     )
     return known
-
-
-def command(*given):
-    args = cli.parser().parse_args(list(map(str, given)))
-    return cli.attempt(lambda: args.run(args))
 
 
 def test_the_table_says_how_far_each_run_is(registry, states, capsys):
@@ -106,7 +101,7 @@ def test_a_file_that_is_no_job_is_named(registry):
 def test_a_job_whose_runs_folder_cannot_be_is_named(registry):
     job = {"name": "x", "job": "1", "folder": "f", "runs": ["/r/" + "ä" * 130], "submitted": ""}
     (registry / "x.json").write_text(json.dumps(job))
-    with pytest.raises(UserError, match=r"x\.json names a run's folder that no file system holds"):
+    with pytest.raises(UserError, match=r"x\.json names a run directory that no file system holds"):
         jobs.registered(registry)
 
 

@@ -6,7 +6,7 @@ import stat
 import subprocess
 
 import pytest
-from small import config, words
+from small import command, config, words
 
 from sead_dist.cli import commands as cli
 from sead_dist.cli.submit import parse_seeds, requests
@@ -21,11 +21,6 @@ from sead_dist.slurm.submit import Launch, job_folder, sbatch_text
 @pytest.fixture
 def task(tiny_task):
     return tiny_task[0], tiny_task[1][:1]
-
-
-def command(*given) -> int | None:
-    args = cli.parser().parse_args(list(map(str, given)))
-    return cli.attempt(lambda: args.run(args))
 
 
 def test_every_setting_has_a_default_and_a_comment_and_every_shipped_file_is_accepted():
@@ -52,7 +47,7 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("nodes: 0", "nodes=0: input should be greater than 0; see `sead-dist keys nodes`$"),
         ("time: 60", "time=60: expected a text; quote it: '60'"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
-        ('time: "0"', "no time at all"),
+        ('time: "0"', "gives no time"),
         ('{time: "3", signal_delay: 120}', "signal_delay=120 s is most of time=3"),
         ("- nodes", "holds no settings"),
     ],

@@ -44,7 +44,7 @@ def fair_words(task: Path, output: Path, *more: str) -> list[str]:
         task,
         output,
         *("methods=[finetune,mean]", "seeds=1", "max_steps=null"),
-        *("finetune.max_steps=2", f"unlabeled.path={task}/transfer.tsv", *more),
+        *("finetune.max_steps=2", f"unlabeled.path={task}/unlabeled.tsv", *more),
     )
 
 
@@ -70,10 +70,10 @@ def summaries(output: Path) -> dict[str, dict]:
 def test_only_students_of_teachers_get_unlabelled_rows_and_all_take_as_many_steps(finished):
     output, said = finished
     found = summaries(output)
-    rows = {m: (of["train_rows"], of["transfer_rows"], of["steps"]) for m, of in found.items()}
+    rows = {m: (of["train_rows"], of["unlabelled_rows"], of["steps"]) for m, of in found.items()}
     assert rows == {"finetune": (54, 0, 30), "mean": (74, 20, 30)}
     for teacher in (output / "grammar" / "teachers").glob("teacher-?"):
-        assert read(teacher / "run_summary.json")["transfer_rows"] == 0
+        assert read(teacher / "run_summary.json")["unlabelled_rows"] == 0
     assert (
         "grammar: 54 labelled rows, 20 unlabelled ones for methods that ask teachers; every method "
         "takes 30 steps (equal_steps=on; by their own rows: finetune 21)"
@@ -100,6 +100,19 @@ def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
     assert re.search(r"\| grammar \| mean \| 54 \| 20 \| 30 \| \d+\.\d \| \d+ \|", text)
     for page in (text, (output / "report" / "report.html").read_text()):
         assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
+
+
+def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished, task):
+    output, _ = finished
+    before = read(output / "report" / "report.json")["cells"]
+    kept = {file: file.read_text() for file in output.glob("grammar/*/seed-0/run_summary.json")}
+    assert len(kept) == 2
+    for file, text in kept.items():
+        file.write_text(text.replace('"unlabelled_rows"', '"transfer_rows"'))
+    run_sweep(fair_words(task, output), ALONE)
+    assert read(output / "report" / "report.json")["cells"] == before
+    for file, text in kept.items():
+        file.write_text(text)
 
 
 def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys):
@@ -176,7 +189,7 @@ def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsy
     )
     run_sweep(given, ALONE)
     found = summaries(tmp_path / "out")
-    assert {m: (of["transfer_rows"], of["steps"]) for m, of in found.items()} == {
+    assert {m: (of["unlabelled_rows"], of["steps"]) for m, of in found.items()} == {
         "finetune": (0, 30),
         "mean": (0, 30),
     }
@@ -200,7 +213,7 @@ def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
 
 
 def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
-    out, text = tmp_path / "out", f"unlabeled.path={task}/transfer.tsv"
+    out, text = tmp_path / "out", f"unlabeled.path={task}/unlabeled.tsv"
     untaught = load_config([*words(task, ["t"], out), text, "method=finetune"])
     alone = load_config([*words(task, [], out), text])
     encoder = f"encoders=[{task / 'student.yaml'}]"

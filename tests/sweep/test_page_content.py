@@ -61,7 +61,7 @@ def test_every_score_and_spread_is_that_of_the_report(tmp_path):
         assert f"{of['score']:.4f}" in rows[of["method"]]["mean"]
     for of in report["ceilings"]:
         assert rows[of["who"]][of["task"]] == f"{of['score']:.4f}"
-    assert rows["constant answer"]["sst2"] == "0.5092"
+    assert rows["majority baseline"]["sst2"] == "0.5092"
 
 
 def test_a_mark_stands_where_the_interval_leaves_out_zero_and_tells_it(tmp_path):

@@ -251,7 +251,7 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, c
 
 
 def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
-    """A learning rate without bounds: the second teacher's loss is no number."""
+    """A learning rate without bounds: the second teacher's loss is not a number."""
     output = tmp_path / "out"
     broken = student_shape(tmp_path, initializer_range=1e30)
     words = sweep_words(task, output, "seeds=1", f"encoders=[{task / 'student.yaml'},{broken}]")
@@ -268,7 +268,7 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys):
-    text = f"unlabeled.path={task}/transfer.tsv"
+    text = f"unlabeled.path={task}/unlabeled.tsv"
     given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]
     run_sweep(given, ALONE)
     assert "run 1 of 3" in capsys.readouterr().out
@@ -294,7 +294,10 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
         (["student=nothing.yaml"], "file nothing.yaml does not exist"),
         ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "file nothing.yaml does not exist"),
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
-        (["teacher=nobody"], "teacher=nobody is no teacher of this run; its teachers: teacher-0, "),
+        (
+            ["teacher=nobody"],
+            "teacher=nobody is not a teacher of this run; its teachers: teacher-0, ",
+        ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),
         ([f"output_dir={task}"], "holds other files"),

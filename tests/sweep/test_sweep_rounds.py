@@ -145,7 +145,7 @@ def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
         killed.setattr(rounds.shutil, "rmtree", lambda *_, **__: None)
         remove(model)
     assert not model.exists()
-    # what the kill left is no hindrance, and goes with the next
+    # what the kill left is not a hindrance, and goes with the next
     model.mkdir()
     remove(model)
     assert not list(tmp_path.iterdir())

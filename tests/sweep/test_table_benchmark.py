@@ -144,7 +144,7 @@ def test_a_folder_of_rows_that_was_cut_off_is_written_again(table, tmp_path, mon
         assert {path.name: path.read_text() for path in folder.iterdir()} == whole
 
 
-def test_runs_that_were_done_again_are_kept_anew_and_undone_ones_no_more(table, tmp_path):
+def test_runs_that_were_done_again_are_kept_again_and_undone_ones_no_more(table, tmp_path):
     work, kept = tmp_path / "work", tmp_path / "kept"
     names = ("again", "undone", "same", "other")
     runs = {name: Path("sst2", name, "seed-0") for name in names}

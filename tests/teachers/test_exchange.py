@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ranks import run_ranks, try_ranks
-from small import load_teachers, make_source, save_teacher, small_split, three_teachers
+from small import load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import barrier
@@ -16,11 +16,6 @@ MIXES = {
 }
 # the second asks for rows that are there and rows that are not; the last for one row
 PARTS = ([0, 2, 4, 6, 8], list(range(21)), [13])
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return three_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def ask(source, parts=PARTS):

@@ -80,19 +80,19 @@ def checked(folders, entries, world=TWO, length=32, **keys):
         (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not BERT's"),
     ],
 )
-def test_a_teacher_that_cannot_be_the_guide_is_told(folders, entries, keys, said):
+def test_a_teacher_that_cannot_be_the_feature_teacher_is_told(folders, entries, keys, said):
     with pytest.raises(UserError, match=said):
         checked(folders, entries, **keys)
 
 
-def test_a_guide_of_another_tokeniser_is_told(folders):
+def test_a_feature_teacher_of_another_tokeniser_is_told(folders):
     teachers = load_teachers([folders / "plain"])
     other = replace(model_inputs(), tokenizer_hash="other")
     with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
         check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, other, TWO)
 
 
-def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
+def test_a_feature_teacher_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
     (teacher,) = load_teachers([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
     said = (
@@ -102,7 +102,7 @@ def test_a_guide_that_is_padded_on_the_other_side_than_the_student_is_told(folde
         check_feature_teacher(config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO)
 
 
-def test_the_guide_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
+def test_the_feature_teacher_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
     # whatever its file says, the padding token is the tokeniser's
     edit_json(save_teacher(tmp_path / "odd", seed=3) / "config.json", pad_token_id=7)
     (teacher,) = load_teachers([tmp_path / "odd"])
@@ -114,7 +114,7 @@ def test_the_guide_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
         load_feature_teacher(given, asked, CPU)
 
 
-def test_a_guide_with_its_own_weights_is_compared_when_it_is_loaded(folders):
+def test_a_feature_teacher_with_its_own_weights_is_compared_when_it_is_loaded(folders):
     (teacher,) = load_teachers([folders / "roformer"])
     with pytest.raises(UserError, match=r"teacher roformer \(roformer\) would be misread: the att"):
         load_feature_teacher(config("teachers=[a]", method="minilm"), teacher, CPU)
@@ -147,11 +147,11 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
         (["{path: @deberta, placement: sharded}"], TWO, {"method": "single"}),
     ],
 )
-def test_a_teacher_that_can_be_the_guide_passes(folders, entries, world, keys):
+def test_a_teacher_that_can_be_the_feature_teacher_passes(folders, entries, world, keys):
     checked(folders, entries, world, **keys)
 
 
-def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
+def test_auto_holds_on_every_rank_what_may_become_the_feature_teacher(folders):
     teachers = load_teachers(
         [folders / "plain", f"{{path: {folders / 'short'}, placement: partitioned}}"]
     )
@@ -176,7 +176,9 @@ def test_auto_holds_on_every_rank_what_may_become_the_guide(folders):
     }
 
 
-def test_the_guide_shows_the_internals_of_a_micro_batch_without_dropout_or_gradient(folders):
+def test_the_feature_teacher_shows_the_layer_outputs_of_a_micro_batch_without_dropout_or_gradient(
+    folders,
+):
     (teacher,) = load_teachers([folders / "plain"])
     model = load_feature_teacher(config("teachers=[a]"), teacher, CPU)
     feature_teacher = FeatureTeacher(

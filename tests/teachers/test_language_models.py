@@ -282,10 +282,10 @@ BAD = [
     ({}, f"{{path: LLM, model: LLM, prompt: {PROMPT}, words: {WORDS}}}", "model and path are two"),
     ({}, f"{{kind: model, path: LLM, prompt: {PROMPT}, words: {WORDS}}}", "prompt is a language"),
     ({"prompt": '""'}, None, "should have at least 1 character"),
-    ({"prompt": '"{sentense}:"'}, None, r"names \{sentense\}, which is no text of task small; it may name"),
-    ({"prompt": '"{text_b}:"'}, None, r"names \{text_b\}, which is no text"),
-    ({"prompt": '"{}:"'}, None, r"names \{\}, which is no text"),
-    ({"prompt": '"{sentence!r}:"'}, None, r"names \{sentence!r\}, which is no text"),
+    ({"prompt": '"{sentense}:"'}, None, r"names \{sentense\}, which is not a text of task small; it may name"),
+    ({"prompt": '"{text_b}:"'}, None, r"names \{text_b\}, which is not a text"),
+    ({"prompt": '"{}:"'}, None, r"names \{\}, which is not a text"),
+    ({"prompt": '"{sentence!r}:"'}, None, r"names \{sentence!r\}, which is not a text"),
     ({"prompt": '"Is it good?"'}, None, "names no text, so that it asks the same of every row"),
     ({"prompt": '"{sentence} is "', "words": "{positive: [good], negative: [bad]}"}, None,
      "other tokens than alone.*end the prompt without a blank"),
@@ -294,7 +294,7 @@ BAD = [
     ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which says noth"),
     ({"words": '{positive: [" good"], negative: [" good"]}'}, None, "' good' stands twice"),
     ({"words": '{positiv: [" good"], negative: [" bad"]}'}, None,
-     "words names 'positiv', which is no label of task small; its labels: negative, positive"),
+     "words names 'positiv', which is not a label of task small; its labels: negative, positive"),
     ({"words": '{positive: [" good"]}', "more": ", labels: [positive]"}, None,
      "words names 1 classes, and task small has 2"),
     ({"words": '{positive: [" good"]}'}, None, "words lacks the class 'negative'; give"),
@@ -307,7 +307,7 @@ BAD = [
     ({"more": ", quantization: int8"}, None, "quantization=int8 is for a model, and its kind is"),
     ({"more": ", offload: true"}, None, "offload=True is for a model"),
     ({"more": ", max_requests: 5"}, None, "max_requests is for kind: endpoint; leave it out"),
-    ({"more": ", labels: [good, bad]"}, None, "'good' is no label of task small"),
+    ({"more": ", labels: [good, bad]"}, None, "'good' is not a label of task small"),
 ]  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def test_places_without_a_model_are_told_in_one_line(tmp_path, llama, monkeypatc
 
 
 def test_other_tasks_and_placements_are_told_in_one_line(llama, tmp_path):
-    with pytest.raises(UserError, match=r"the answers of task stsb \(regression\) are no classes"):
+    with pytest.raises(UserError, match=r"the answers of task stsb \(regression\) are not classes"):
         opened(entry(llama, '"{sentence1}:"'), task=load_task("stsb"))
     with pytest.raises(UserError, match="no chat template; leave chat out"):
         opened(entry(save_llm(tmp_path / "bare"), more=", chat: true"))

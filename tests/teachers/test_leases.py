@@ -85,7 +85,7 @@ def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
     # however old or new it says it is, the first look only notes what is in it
     assert observer.take("chunk") is None
     clock.now += 59.0
-    os.utime(path, (clock.now, clock.now))  # a time that moves is no sign of life
+    os.utime(path, (clock.now, clock.now))  # a time that moves is not a sign of life
     assert observer.take("chunk") is None
     clock.now += 2.0
     lease = observer.take("chunk")

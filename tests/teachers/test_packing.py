@@ -171,7 +171,7 @@ def test_what_cannot_be_packed_is_padded(monkeypatch):
         assert packing.packs_from(other, "bf16", gpu) is None
 
 
-def test_rates_and_forecasts_know_packs_with_a_stand_in_kernel(tmp_path):
+def test_rates_and_estimates_know_packs_with_a_stand_in_kernel(tmp_path):
     (teacher,) = load_teachers([save_teacher(tmp_path / "one")])
     packed = replace(teacher, cut=replace(teacher.cut, pack_from=512))
     rate = measure_teacher(packed, CPU, False, [8, 16], time.monotonic() + 60)

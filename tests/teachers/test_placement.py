@@ -16,7 +16,6 @@ from small import (
     make_source,
     save_teacher,
     small_split,
-    three_teachers,
 )
 
 from sead_dist.errors import RunError
@@ -40,11 +39,6 @@ EVERY = np.arange(21)
 
 def request(entries_R=EVERY, asked_NR=None, split=SPLIT):
     return Request(split, np.asarray(entries_R), asked_NR, "a test")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return three_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from ranks import finish, run_ranks, start
-from small import model_bytes, read, run_distill, save_teacher, words, write_task
+from small import model_bytes, read, run_distill, save_teacher, words
 
 from sead_dist.cli.submit import forget_refused
 from sead_dist.config.load import load_config
@@ -33,10 +33,9 @@ WAIT_S = 90.0
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    kinds = [save_teacher(root / "a"), save_teacher(root / "b", "roberta", seed=1)]
-    return write_task(root / "data"), [*kinds, save_teacher(root / "c", seed=2)]
+def task(two_kinds, tmp_path_factory):
+    data, teachers = two_kinds
+    return data, [*teachers, save_teacher(tmp_path_factory.mktemp("third") / "c", seed=2)]
 
 
 def given_words(task, root, **changes):
@@ -182,7 +181,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def waited(task, tmp_path_factory):
-    """The words and the run folder of a student that is there and found no workers."""
+    """The words and the run directory of a student that is there and found no workers."""
     root = tmp_path_factory.mktemp("waited")
     given = given_words(task, root, pool__timeout_s=0.05)
     with pytest.raises(RunError):
@@ -421,8 +420,8 @@ def test_a_folder_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task,
 @pytest.mark.parametrize(
     ("changes", "worker", "message"),
     [
-        ({}, "5/4", "--worker '5/4' is no worker; give NUMBER/WORKERS"),
-        ({}, "one", "--worker 'one' is no worker"),
+        ({}, "5/4", "--worker '5/4' is not a worker; give NUMBER/WORKERS"),
+        ({}, "one", "--worker 'one' is not a worker"),
         ({"ensemble": "none"}, "1/1", "nothing asks teachers here"),
         ({"placement": "auto"}, "1/1", r"no teacher of this run is in the pool \(placement=auto\)"),
         ({"encoders": "[x]"}, "1/1", "encoders are for finetune"),

@@ -131,13 +131,13 @@ def test_rows_that_lose_tokens_are_told_in_every_split(tmp_path):
         "0 of 1 in selection, 1 of 2 in validation"
     )
     only = RunSplits(dev, selection, {"validation": dev})
-    half = replace(examples, train=dev.examples, transfer_rows=0)
+    half = replace(examples, train=dev.examples, unlabelled_rows=0)
     told = next(told_cuts(half, only, 5, 5))
     assert told.startswith("student: text rows cut at 5 tokens: 1 of 2")
     most = RunSplits(train, dev, {"validation": dev})
-    assert [*told_cuts(replace(examples, transfer_rows=0), most, 5, 5)] == [
+    assert [*told_cuts(replace(examples, unlabelled_rows=0), most, 5, 5)] == [
         "WARNING: student: text rows cut at 5 tokens: 3 of 5 in train, 1 of 2 in selection, 1 of 2 "
         "in validation: more than half of all lose text to max_length; raise it"
     ]
     short_only = RunSplits(selection, selection, {})
-    assert list(told_cuts(replace(examples, transfer_rows=0), short_only, 5, 5)) == []
+    assert list(told_cuts(replace(examples, unlabelled_rows=0), short_only, 5, 5)) == []

@@ -1,4 +1,4 @@
-"""Teachers that are no model of Transformers: what they are asked, and what is refused of them.
+"""Teachers that are not models of Transformers: what they are asked, and what is refused of them.
 
 R text rows, M examples, C classes."""
 
@@ -123,7 +123,7 @@ def test_a_kind_that_cannot_be_opened_or_has_other_classes_is_told_in_one_line(l
     TEACHER_KINDS["lengths"] = lambda path, task: type("Other", (Lengths,), {"labels": ("a", "b")})(
         path, task
     )
-    with pytest.raises(UserError, match="any names its classes a, b: 'a' is no label of"):
+    with pytest.raises(UserError, match="any names its classes a, b: 'a' is not a label of"):
         teachers_of("{kind: lengths, path: any}")
     TEACHER_KINDS["lengths"] = lambda path, task: type("Same", (Lengths,), {"fingerprint": None})(
         path, task

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import ALONE, build_model, config
+from small import ALONE, Trap, build_model, config
 
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError
@@ -105,17 +105,9 @@ def test_half_a_checkpoint_is_no_checkpoint(tmp_path, engine):
     whole = checkpoints.folder / "step-00000001"
     whole.rename(checkpoints.folder / "step-00000001.tmp")
     assert checkpoints.latest() is None
-    # and it is no hindrance to the next one
+    # and it is not a hindrance to the next one
     checkpoints.save(engine, state_at(1))
     assert checkpoints.latest()[1].step == 1
-
-
-class Trap:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
 
 
 def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine):

@@ -142,7 +142,9 @@ def test_invariant_07_ranks_hold_equal_parameters_after_every_step_of_both_stage
     assert summary["teacher_forwards"] + summary["store_hits"] == 80 + 4 * 8
 
 
-def test_a_guide_that_is_not_on_every_rank_is_refused_when_the_run_is_built(tmp_path, task):
+def test_a_feature_teacher_that_is_not_on_every_rank_is_refused_when_the_run_is_built(
+    tmp_path, task
+):
     data, teacher = task
     given = words(data, [teacher], tmp_path / "run", method="minilm", placement="partitioned")
     for outcome in try_ranks(2, tmp_path / "ranks", run_distill, given):

@@ -1,4 +1,4 @@
-"""The run folder's own files and the console."""
+"""The run directory's own files and the console."""
 
 import io
 import json

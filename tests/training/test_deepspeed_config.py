@@ -87,8 +87,8 @@ def test_what_would_be_ignored_or_contradicts_is_refused(monkeypatch, env, keys,
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ("no json", "is no DeepSpeed configuration"),
-        ({"zero_optimization": 2}, "is no DeepSpeed configuration"),
+        ("no json", "is not a DeepSpeed configuration"),
+        ({"zero_optimization": 2}, "is not a DeepSpeed configuration"),
         ({"zero_optimization": {"stage": 0}}, r"stage=0; 1, 2 and 3 split something"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},

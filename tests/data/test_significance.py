@@ -329,7 +329,7 @@ def test_several_comparisons_are_corrected_together():
 
 
 def test_rows_are_paired():
-    """The same hard rows fall to both methods: paired, a difference of few rows is no accident."""
+    """The same hard rows fall to both methods: paired, a difference of few rows is not an accident."""
     random = np.random.default_rng(0)
     labels_B = random.integers(2, size=400)
     wrong_B = random.random(400) < 0.4
