@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import CountVectorizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +36,9 @@ def nearest_texts(queries: Sequence[str], pool: Sequence[str]) -> list[list[int]
     word of it, are left out. Of a large pool words of more than a tenth of the texts say little of
     any, would take long, and are passed over.
     """
+    # here: scikit-learn takes long to import, and most runs do without
+    from sklearn.feature_extraction.text import CountVectorizer
+
     counter = CountVectorizer(token_pattern=r"\w+", dtype=np.int64)
     try:
         counts_PV = csr_array(counter.fit_transform(pool))
