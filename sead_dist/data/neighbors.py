@@ -102,15 +102,16 @@ def near_words(
     for start in range(0, len(asked), WORDS_AT_ONCE):
         part = asked[start : start + WORDS_AT_ONCE]
         places_Q = np.array([place[word] for word in part])
-        # one number for each pair of nearness and place: no two are equal
-        keys_QV = (vectors_VH[places_Q] @ vectors_VH.T).astype(np.int64) * len(names)
-        keys_QV -= np.arange(len(names))
-        keys_QV[np.arange(len(part)), places_Q] = -(2**62)
+        near_QV = vectors_VH[places_Q] @ vectors_VH.T
+        near_QV[np.arange(len(part)), places_Q] = -np.inf
         count = min(NEAREST, len(names) - 1)
-        best_QK = np.argpartition(-keys_QV, count, axis=1)[:, :count] if count else keys_QV[:, :0]
+        # nearness of the last that counts; others may be as near, and come later
+        last = len(names) - max(count, 1)
+        least_Q = np.partition(near_QV, last, axis=1)[:, last]
         for row, word in enumerate(part):
-            order = np.argsort(-keys_QV[row, best_QK[row]])
-            near[word] = [names[index] for index in best_QK[row][order]]
+            best = np.flatnonzero(near_QV[row] >= least_Q[row])
+            order = np.lexsort((best, -near_QV[row, best]))[:count]
+            near[word] = [names[index] for index in best[order]]
     return near
 
 

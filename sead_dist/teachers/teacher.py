@@ -29,7 +29,7 @@ from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight_files
+from sead_dist.models.pretrained import COPY, SILENT, Checkpoint, position_limit, weight_files
 from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
@@ -198,6 +198,15 @@ def cut_of(
     # the check of row counts compares batches padded on the right
     free_rows = free_rows_from(config, dtype, device, weights) if padding == "right" else None
     return Cut(position_limit(config) or 1 << 30, free_rows, packs, padding)
+
+
+def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding: Padding) -> str:
+    """All that `cut_of` depends on, in one process: not the depth, the words and the classes' names
+    of a model."""
+    probe = probe_config(config)
+    facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
+    more = [probe.num_labels, position_limit(config), dtype, weights, padding]
+    return json.dumps([facts, *more], sort_keys=True, default=str)
 
 
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
