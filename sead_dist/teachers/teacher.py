@@ -205,8 +205,8 @@ def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding
     of a model."""
     probe = probe_config(config)
     facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
-    more = [probe.num_labels, position_limit(config), dtype, weights, padding]
-    return json.dumps([facts, *more], sort_keys=True, default=str)
+    shape = [probe.num_labels, probe._attn_implementation, position_limit(config)]
+    return json.dumps([facts, shape, dtype, weights, padding], sort_keys=True, default=str)
 
 
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
