@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import CountVectorizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +36,9 @@ def nearest_texts(queries: Sequence[str], pool: Sequence[str]) -> list[list[int]
     word of it, are left out. Of a large pool words of more than a tenth of the texts say little of
     any, would take long, and are passed over.
     """
+    # here: scikit-learn takes long to import, and most runs do without
+    from sklearn.feature_extraction.text import CountVectorizer
+
     counter = CountVectorizer(token_pattern=r"\w+", dtype=np.int64)
     try:
         counts_PV = csr_array(counter.fit_transform(pool))
@@ -100,15 +102,16 @@ def near_words(
     for start in range(0, len(asked), WORDS_AT_ONCE):
         part = asked[start : start + WORDS_AT_ONCE]
         places_Q = np.array([place[word] for word in part])
-        # one number for each pair of nearness and place: no two are equal
-        keys_QV = (vectors_VH[places_Q] @ vectors_VH.T).astype(np.int64) * len(names)
-        keys_QV -= np.arange(len(names))
-        keys_QV[np.arange(len(part)), places_Q] = -(2**62)
+        near_QV = vectors_VH[places_Q] @ vectors_VH.T
+        near_QV[np.arange(len(part)), places_Q] = -np.inf
         count = min(NEAREST, len(names) - 1)
-        best_QK = np.argpartition(-keys_QV, count, axis=1)[:, :count] if count else keys_QV[:, :0]
+        # nearness of the last that counts; others may be as near, and come later
+        last = len(names) - max(count, 1)
+        least_Q = np.partition(near_QV, last, axis=1)[:, last]
         for row, word in enumerate(part):
-            order = np.argsort(-keys_QV[row, best_QK[row]])
-            near[word] = [names[index] for index in best_QK[row][order]]
+            best = np.flatnonzero(near_QV[row] >= least_Q[row])
+            order = np.lexsort((best, -near_QV[row, best]))[:count]
+            near[word] = [names[index] for index in best[order]]
     return near
 
 

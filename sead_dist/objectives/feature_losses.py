@@ -255,6 +255,14 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
         )
 
 
+def feature_steps(config: RunConfig, total_steps: int) -> int:
+    """In how many of a run's steps, the first ones, the feature teacher is asked."""
+    if config.feature_loss != "tinybert":
+        return total_steps if config.feature_loss is not None else 0
+    # at least one step is left for the task
+    return min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
+
+
 def make_feature_loss(
     config: RunConfig, model: PreTrainedModel, feature_teacher: LayerParts, total_steps: int
 ) -> FeatureLoss:
@@ -262,11 +270,8 @@ def make_feature_loss(
 
     Raises UserError for a student that cannot be read.
     """
-    method, until = config.feature_loss, total_steps
+    method, until = config.feature_loss, feature_steps(config, total_steps)
     assert method is not None
-    if method == "tinybert":
-        # at least one step is left for the task
-        until = min(round(config.feature_stage_ratio * total_steps), total_steps - 1)
     warmup = config.warmup(total_steps - until) if 0 < until < total_steps else None
     weight = config.feature_loss_weight
     return _put_together(method, model, feature_teacher, config.seed, weight, until, warmup)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES, outline
+from sead_dist.objectives.feature_losses import feature_steps
 from sead_dist.planning.rates import MOMENTS, Rates
 from sead_dist.planning.workload import (
     Work,
@@ -23,6 +24,7 @@ from sead_dist.planning.workload import (
     training_seconds,
 )
 from sead_dist.runs.setup import check_placed
+from sead_dist.teachers.feature_teacher import candidates
 from sead_dist.teachers.placement import choose_placements, held_bytes, share_rows
 from sead_dist.teachers.rates import costs
 from sead_dist.teachers.sharding import layers_of
@@ -54,11 +56,13 @@ class Setting:
 @dataclass(frozen=True)
 class Estimate:
     """A run under one placement. Bytes are of the rank that needs most; other_bytes: activations,
-    and what the process holds beside models, None where not measured. seconds: until the last
-    step is trained; start-up, scoring the student, and what the student's ranks exchange are not in
-    it. workers: how many a pool needs for the student never to wait for long, which is what the
-    times are for; each computes as quickly as a rank. at_least: the transfer of split teachers'
-    weights, whose speed is not known, is not in the seconds. refused: why this cannot be."""
+    and what the process holds beside models, None where not measured. before_s: what the run trains
+    before its own steps, by name. seconds: until the last step is trained; start-up, scoring the
+    student, and what the student's ranks exchange are not in it. examples_per_second: over
+    teachers_s and training_s. workers: how many a pool needs for the student never to wait for
+    long, which is what the times are for; each computes as quickly as a rank. at_least: the
+    transfer of split teachers' weights, whose speed is not known, is not in the seconds. refused:
+    why this cannot be."""
 
     placement: str
     placements: list[str]
@@ -66,6 +70,7 @@ class Estimate:
     teacher_bytes: int
     other_bytes: int | None
     fits: bool | None
+    before_s: dict[str, float]
     teachers_s: float
     training_s: float
     seconds: float
@@ -111,8 +116,9 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
     split = size > 1 and "sharded" in placements
     if split and rates.link is not None:
         teachers_s += gathered_bytes(setting, work, placements) / rates.link
-    training_s = training_seconds(work, rates.student, size)
+    training_s = training_seconds(work, rates.student, size) + feature_seconds(setting)
     seconds = teachers_s + training_s
+    before_s = {name: training_seconds(of, rates.student, size) for name, of in work.before.items()}
     return Estimate(
         placement=name,
         placements=placements,
@@ -120,15 +126,27 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
         teacher_bytes=held,
         other_bytes=other_bytes(setting, placements),
         fits=fits(setting, placements, own + held),
+        before_s=before_s,
         teachers_s=teachers_s,
         training_s=training_s,
-        seconds=seconds,
+        seconds=seconds + sum(before_s.values()),
         examples_per_second=work.examples / max(seconds, 1e-12),
         bound=bound(work, teachers, rates.teachers_N, rates.student, size, rates.device),
         workers=int(np.ceil(workers_s / max(seconds, 1e-12))),
         at_least=split and rates.link is None,
         refused=refused,
     )
+
+
+def feature_seconds(setting: Setting) -> float:
+    """Seconds of the feature teacher's own forwards, in the student's micro-batches. Where it is
+    chosen only after the validation, the costliest stands for it."""
+    config, work, may = setting.config, setting.work, candidates(setting.config, setting.teachers)
+    steps = min(work.steps, feature_steps(config, work.steps))
+    live = replace(work, steps=steps, row_cost=work.choices)
+    pairs = zip(setting.teachers, setting.rates.teachers_N, strict=True)
+    rates = [replace(rate, once_s=0.0) for teacher, rate in pairs if teacher in may]
+    return max((training_seconds(live, rate, setting.size) for rate in rates), default=0.0)
 
 
 def other_bytes(setting: Setting, placements: Sequence[str]) -> int | None:

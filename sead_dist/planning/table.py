@@ -6,7 +6,7 @@ Shapes: R rows of a batch.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from rich.filesize import decimal
 from transformers import PreTrainedModel
 
+from sead_dist.config.automatic import PATIENCE
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.planning.rates import given_rates, own_rates, read_given
@@ -26,7 +27,13 @@ from sead_dist.planning.scenario import (
     own_placements,
     student_bytes,
 )
-from sead_dist.planning.workload import Work, make_work, store_bytes, training_seconds
+from sead_dist.planning.workload import (
+    Work,
+    make_work,
+    store_bytes,
+    training_seconds,
+    work_before,
+)
 from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
 from sead_dist.runs.requests import answered_examples
 from sead_dist.runs.setup import read_inputs, uneven
@@ -59,7 +66,10 @@ def plan(
     """
     began = time.monotonic()
     if config.encoders:
-        raise UserError("plan is for distill: give teachers=[...] instead of encoders")
+        raise UserError(
+            "plan is for distill: give teachers=[...] instead of encoders; one encoder's run is "
+            f"planned by method=finetune student=ENCODER early_stopping_patience={PATIENCE}"
+        )
     refuse_untaught(config)
     refuse_unused_text(config)
     size = ranks if ranks is not None else world.size
@@ -93,7 +103,9 @@ def plan(
         store = None
         if (folder / "format.json").is_file():
             store = PredictionStore(folder, print, read_only=True)
-        return make_work(config, task.name, examples, inputs, all_teachers, store)
+        work = make_work(config, task.name, examples, inputs, all_teachers, store)
+        before = work_before(config, examples, inputs, all_teachers, student.config)
+        return replace(work, before=before)
 
     work = from_main(world, count)
     own_bytes = student_bytes(student.config, config, size)
@@ -211,17 +223,25 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     lines += uneven(setting.config, setting.size)
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
-    if setting.config.feature_loss is not None:
-        lines.append("the feature teacher's own forwards in each step are not counted")
+    if "repair" in work.before:
+        lines.append("repair: scaled from the student's step by operations")
+    if work.least_steps is not None:
+        patience = setting.config.early_stopping_patience
+        lines.append(
+            f"at most: early_stopping_patience={patience} may end the run from step "
+            f"{work.least_steps:,} on, which cannot be known before"
+        )
     if setting.teachers:
         lines.append(
-            "examples/s and bound: training examples over all seconds, also those in which "
-            "teachers answer for the selection and official splits; a pool's teachers are in "
-            "neither"
+            "examples/s and bound: training examples over the seconds of teachers' pass and "
+            "training, also those in which teachers answer for the selection and official splits; "
+            "a pool's teachers are in neither"
         )
     unknown = any(one.other_bytes is None for one in found)
     activations = "activations, libraries and data, " if unknown else ""
-    lines.append(f"not counted: start-up, scoring the student, {activations}gradients' exchange")
+    drift = "teachers against fp32, " if setting.config.teacher_validation == "fp32" else ""
+    more = f"{drift}{activations}gradients' exchange"
+    lines.append(f"not counted: start-up, scoring the student, {more}")
     return [*setting.rates.notes, *lines]
 
 
@@ -240,7 +260,7 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
         ],
     )
     columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
-    columns += ["teachers' pass"]
+    columns += [*work.before, "teachers' pass"]
     columns += ["training", "to the end", "examples/s", "bound"]
     rows: list[list[object]] = []
     for one in found:
@@ -248,6 +268,8 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             rows.append([one.placement, "refused", *[""] * (len(columns) - 2)])
             continue
         more = ">= " if one.at_least else ""
+        most = "" if work.least_steps is None else "<= "
+        both = "about " if more and most else more or most
         rest = one.other_bytes or 0
         bytes_ = (
             one.student_bytes + one.teacher_bytes + rest, one.student_bytes, one.teacher_bytes, rest
@@ -258,9 +280,10 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
                 one.placement + pool * f", {counted(one.workers, 'worker')}",
                 *map(decimal, bytes_),
                 {None: "", True: "yes", False: "no"}[one.fits],
+                *map(clock, one.before_s.values()),
                 "the workers'" if pool else more + clock(one.teachers_s),
-                clock(one.training_s),
-                more + clock(one.seconds),
+                most + clock(one.training_s),
+                both + clock(one.seconds),
                 per_second(one.examples_per_second),
                 per_second(one.bound),
             ]
@@ -269,7 +292,8 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
         rows = [row[:5] + row[6:] for row in rows]
         columns.remove("fits")
     title = (
-        f"{counted(setting.size, 'rank')}: {work.examples:,} examples in {work.steps:,} steps; "
+        f"{counted(setting.size, 'rank')}: {'' if work.least_steps is None else 'at most '}"
+        f"{work.examples:,} examples in {work.steps:,} steps; "
         f"{work.passes:,} teacher forwards, {decimal(store_bytes(work, setting.teachers))} more in "
         "the store"
     )
@@ -286,6 +310,7 @@ def as_json(setting: Setting, task: str, found: Sequence[Estimate]) -> dict[str,
         "ranks": setting.size,
         "hardware": setting.rates.hardware,
         "steps": setting.work.steps,
+        "least_steps": setting.work.least_steps,
         "examples": setting.work.examples,
         "teacher_forwards": setting.work.passes,
         "store_bytes": store_bytes(setting.work, setting.teachers),

@@ -5,23 +5,34 @@ steps of an epoch, M micro-batches of a step, G rows of a global batch, U unique
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+from transformers import PretrainedConfig
 
+from sead_dist.config.automatic import epoch_steps, patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.examples import ExampleSet, entries, sample
+from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.examples import ExampleSet, entries, sample, subset
 from sead_dist.data.order import cut_into_micro_batches, epoch_order
 from sead_dist.data.splits import RunExamples
 from sead_dist.models.inputs import ModelInputs
+from sead_dist.models.pretrained import load_model_config
+from sead_dist.models.start import repair_facts, repair_teacher
+from sead_dist.objectives.ensemble import unseen
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
+from sead_dist.runs.baseline import baseline_steps, needs_own_baseline, own_baseline
 from sead_dist.runs.choices import steps_of
+from sead_dist.runs.repair import read_text, repair_config, repaired_path
+from sead_dist.runs.requests import has_answer_NB, seen_examples
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.inference import cut_into_batches, padded_length, rows_for
 from sead_dist.teachers.packing import SIZES, size_for
 from sead_dist.teachers.placement import deal
-from sead_dist.teachers.rates import Rate
+from sead_dist.teachers.rates import COST_TOKENS, STEP_FORWARDS, Rate, operations
 from sead_dist.teachers.teacher import Teacher
+from sead_dist.teachers.validation import is_scored
 
 # rows whose tokens are counted, and steps that are cut into micro-batches; others are like them
 SAMPLE = 4000
@@ -32,7 +43,10 @@ SAMPLE_STEPS = 1000
 class Work:
     """What a run has before it. requests_N: for each teacher the tokens of the rows it has to
     compute, one array for each request. lengths_SM, rows_SM: padded length and rows of the
-    micro-batches of an epoch or of its first steps. steps, examples: those still to be trained."""
+    micro-batches of an epoch or of its first steps. steps, examples: those still to be trained.
+    row_cost: of a row in a step, where one in the run's own costs 1. least_steps: those after which
+    early stopping may end the run, None where it cannot. before: what is trained before, by name.
+    """
 
     requests_N: list[list[np.ndarray]]
     lengths_SM: np.ndarray
@@ -40,6 +54,9 @@ class Work:
     steps: int
     examples: int
     choices: int
+    row_cost: float = 1.0
+    least_steps: int | None = None
+    before: dict[str, "Work"] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
@@ -86,34 +103,27 @@ def make_work(
     none. What the store holds is not work; None: it holds nothing. Of a run that asks for a part of
     the rows, the store is taken to hold those first: it does where this run was cut off, and not
     where another one asked for other rows."""
-    train = examples.train
-    lengths_B = spread(sampled_lengths(inputs, train), len(train))
-    order_SG = epoch_order(len(train), config.seed, 0, config.global_batch_size)
-    lengths_SM, rows_SM = micro_batch_shapes(
-        order_SG[:SAMPLE_STEPS], lengths_B, config.global_batch_size // config.micro_batch_size
-    )
-    total = steps_of(config, examples)
-    in_time = min(1.0, total / len(order_SG))
-    passes = -(-total // len(order_SG))
-    asked_N = asked_share(config, all_teachers, train, passes)
-    shares_N = [
-        share * in_time
-        for share, one in zip(asked_N, all_teachers, strict=True)
-        if one.file is None
-    ]
-    teachers = [teacher for teacher in all_teachers if teacher.file is None]
-    requests_N: list[list[np.ndarray]] = [[] for _ in teachers]
+    train, total = examples.train, steps_of(config, examples)
+    epoch = -(-len(train) // config.global_batch_size)
+    asked_N = np.array(asked_share(config, all_teachers, train, -(-total // epoch)))
+    requests_N: list[list[np.ndarray]] = [[] for _ in all_teachers]
     counted: dict[tuple[tuple[str, int], str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):
         ids_U2, _ = entries(split.ids_B2)
-        for n, teacher in enumerate(teachers):
-            needed, present = len(ids_U2), 0
-            if split is train:
-                needed = round(needed * shares_N[n])
+        asked_NU, share_N = np.ones((len(all_teachers), len(ids_U2)), bool), np.ones(len(asked_N))
+        if split is train:
+            asked_NU &= asked_N[:, None] > 0
+            share_N = asked_N * min(1.0, total / epoch)
+            seen_NU = seen_examples(config, all_teachers, ids_U2) if all_teachers else None
+            asked_NU = asked_NU if seen_NU is None else unseen(asked_NU, seen_NU)
+        for n, teacher in enumerate(all_teachers):
+            if teacher.file is not None:
+                continue
+            needed, present = round(int(asked_NU[n].sum()) * share_N[n]), 0
             if store is not None:
                 accept_any = config.store.accept == "any"
                 table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
-                present = int(table.present_U.sum())
+                present = int(table.present_U[asked_NU[n]].sum())
             missing = max(0, needed - present)
             key = (teacher.inputs.key, split.split)
             if missing and key not in counted:
@@ -121,9 +131,60 @@ def make_work(
             parts = -(-missing // config.prefetch_rows)
             sizes = [missing // parts + (part < missing % parts) for part in range(parts)]
             requests_N[n] += [spread(counted[key], size) for size in sizes]
-    left = max(0, total - done)
-    rows = round(left * len(train) / len(order_SG))
-    return Work(requests_N, lengths_SM, rows_SM, left, rows, train.choices)
+    least = None
+    if config.early_stopping_patience is not None:
+        each = patience_steps(epoch_steps(config, examples.labelled_rows, len(train)))
+        # the first loss has nothing to fall from
+        least = min(total, (config.early_stopping_patience + 1) * each)
+    own = training_work(config, sampled_lengths(inputs, train), len(train), total - done)
+    pairs = zip(requests_N, all_teachers, strict=True)
+    return replace(
+        own,
+        requests_N=[of for of, teacher in pairs if teacher.file is None],
+        choices=train.choices,
+        least_steps=least,
+    )
+
+
+def training_work(config: RunConfig, lengths: np.ndarray, rows: int, steps: int) -> Work:
+    """So many steps, at least none, on so many rows that are as long as these."""
+    order_SG = epoch_order(rows, config.seed, 0, config.global_batch_size)
+    parts = config.global_batch_size // config.micro_batch_size
+    shapes = micro_batch_shapes(order_SG[:SAMPLE_STEPS], spread(lengths, rows), parts)
+    steps = max(0, steps)
+    return Work([], *shapes, steps, round(steps * rows / len(order_SG)), 1)
+
+
+def work_before(
+    config: RunConfig,
+    examples: RunExamples,
+    inputs: ModelInputs,
+    all_teachers: Sequence[Teacher],
+    student: PretrainedConfig,
+) -> dict[str, Work]:
+    """What a run trains before its own steps: the repair of its start, where none is kept, and the
+    fine-tuned student that it is compared with. Raises UserError for a repair that cannot be."""
+    found: dict[str, Work] = {}
+    if config.repair.text is not None:
+        path, trust = repaired_path(config, repair_facts(config)), config.trust_remote_code
+        if not path.is_file():
+            own, text = repair_config(config, path.parent), read_text(Path(config.repair.text))
+            lengths = sampled_lengths(inputs, text)
+            repair = training_work(own, lengths, len(text), config.repair.steps)
+            # beside the student's step a forward of the whole model
+            whole = load_model_config(repair_teacher(config), trust)
+            step = STEP_FORWARDS * operations(student, COST_TOKENS, trust)
+            cost = 1 + operations(whole, COST_TOKENS, trust) / step
+            found["repair"] = replace(repair, row_cost=cost / examples.train.choices)
+    total, labelled = steps_of(config, examples), examples.labelled_rows
+    rows_N = has_answer_NB(all_teachers, examples.selection).sum(1) if all_teachers else []
+    scored = any(map(is_scored, all_teachers, rows_N))
+    if scored and needs_own_baseline(config, examples, total, lambda _line: None):
+        own = own_baseline(config)
+        lengths = sampled_lengths(inputs, subset(examples.train, np.arange(labelled)))
+        rows = rows_asked(own, labelled, 0)
+        found["baseline"] = training_work(own, lengths, rows, baseline_steps(config, examples))
+    return found
 
 
 def micro_batch_shapes(
@@ -205,7 +266,8 @@ def training_seconds(work: Work, rate: Rate, size: int) -> float:
     steps, micro_batches = work.lengths_SM.shape
     turns = -(-micro_batches // size)
     spent_SM = np.zeros((steps, turns * size))
-    spent_SM[:, :micro_batches] = rate.row_s(work.lengths_SM) * work.rows_SM + rate.batch_s
+    rows_s_SM = work.row_cost * rate.row_s(work.lengths_SM) * work.rows_SM
+    spent_SM[:, :micro_batches] = rows_s_SM + rate.batch_s
     epoch_s = float(spent_SM.reshape(-1, size).max(axis=1).sum())
     shapes = set(zip(work.lengths_SM.flat, work.rows_SM.flat, strict=True))
     first_s = rate.shape_s * len(shapes) if work.steps else 0.0

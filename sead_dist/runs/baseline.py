@@ -7,6 +7,7 @@ validated on: is there anything to learn? At the end it says what the student ke
 Shapes: N teachers, B rows of the selection split, C classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.sections import AugmentConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.examples import ExampleSet
-from sead_dist.data.order import BatchStream
 from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
@@ -30,7 +30,7 @@ from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import Scores
 from sead_dist.runs.checks import without_teachers_text
-from sead_dist.runtime.run_log import RunLog, is_finished, read_as
+from sead_dist.runtime.run_log import is_finished, read_as
 
 FILE = "learnable.json"
 # a smaller gap is not worth a run: one point
@@ -233,16 +233,17 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
 
 
 def needs_own_baseline(
-    config: RunConfig, examples: RunExamples, batches: BatchStream, log: RunLog
+    config: RunConfig, examples: RunExamples, total_steps: int, say: Callable[[str], None]
 ) -> bool:
-    """Whether the run's own baseline is to be made; the log says why not."""
+    """Whether the own baseline of a run of so many steps is to be made; a line where it would take
+    too long."""
     steps = baseline_steps(config, examples)
     if not steps or baseline_folder(config) is not None:
         return False
-    if steps * MOST_OF_STEPS > batches.total_steps:
-        log.say(
+    if steps * MOST_OF_STEPS > total_steps:
+        say(
             f"no fine-tuned student to compare with: its {steps} steps are more than a fifth of "
-            f"this run's {batches.total_steps} (a tenth of its time); make one by "
+            f"this run's {total_steps} (a tenth of its time); make one by "
             "method=finetune and give baseline=RUN_DIR"
         )
         return False

@@ -106,7 +106,9 @@ def train_student(
                 world,
                 lambda: (
                     parts.checkpointer.is_empty()
-                    and needs_own_baseline(config, parts.examples, parts.batches, parts.log)
+                    and needs_own_baseline(
+                        config, parts.examples, parts.batches.total_steps, parts.log.say
+                    )
                 ),
             ):
                 # a teacher that may not teach is told before any long work

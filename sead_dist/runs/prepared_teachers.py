@@ -20,7 +20,7 @@ from sead_dist.objectives.ensemble import (
     make_ensemble,
 )
 from sead_dist.objectives.teacher_weights import FEWEST_ROWS, fit_temperature
-from sead_dist.objectives.weightings import WEIGHTINGS, Known
+from sead_dist.objectives.weightings import Known
 from sead_dist.runs.baseline import (
     FILE,
     OWN,
@@ -30,12 +30,12 @@ from sead_dist.runs.baseline import (
     told,
     weigh_up,
 )
-from sead_dist.runs.requests import told_idle
+from sead_dist.runs.requests import seen_examples, told_idle
 from sead_dist.runs.setup import Parts
 from sead_dist.runs.without_gold import told_unvalidated
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.teacher import Teacher, seen_by, told_folds
+from sead_dist.teachers.teacher import Teacher, told_folds
 from sead_dist.teachers.validation import (
     Validation,
     ask_and_validate,
@@ -240,8 +240,7 @@ def weigh(
         if calibration_N is not None:
             scaled_NBC = logits_NBC / calibration_N.numpy()[:, None, None]
         known = replace(known, logits_NBC=scaled_NBC)
-    picks = WEIGHTINGS[config.ensemble].picks_teacher
-    seen_NU = None if picks else seen_by(teachers, splits.train)
+    seen_NU = seen_examples(config, teachers, splits.train.ids_U2)
     ensemble = make_ensemble(
         config, task.task_kind, frozen_weights(config.ensemble, known), seen_NU
     )

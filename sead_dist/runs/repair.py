@@ -56,6 +56,11 @@ def repair_folder(config: RunConfig) -> Path:
     return cache_place("repaired", "repair.folder=DIR", config.repair.folder)
 
 
+def repaired_path(config: RunConfig, facts: dict[str, Any]) -> Path:
+    """The file of the start that is repaired by these facts, be it made or not."""
+    return repair_folder(config) / hash_of(facts)[:32] / WEIGHTS
+
+
 def check_repair_setting(config: RunConfig, zero_stage: int | None) -> None:
     """Raises UserError for a repair that DeepSpeed's stage rules out."""
     if config.repair.text is not None and zero_stage == 3:
@@ -83,8 +88,8 @@ def repair_start(
     """
     world.at("looking for a repaired start")
     facts = from_main(world, lambda: repair_facts(config))
-    folder = repair_folder(config) / hash_of(facts)[:32]
-    path = folder / WEIGHTS
+    path = repaired_path(config, facts)
+    folder = path.parent
     with ExitStack() as stack:
         if not from_main(world, path.is_file):
             wait_for_lock(world, folder, stop, heartbeat, log, stack)

@@ -1,7 +1,7 @@
 """What a run will ask: of endpoints, told before it asks since requests cost money; whether files
 of predictions answer enough; and which training rows are left where files do not answer all.
 
-Shapes: N teachers, B training rows.
+Shapes: N teachers, B training rows, U unique examples.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runtime.console import counted, counted_rows
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.validation import FEWEST_ROWS
+from sead_dist.teachers.teacher import Teacher, seen_by
+from sead_dist.teachers.validation import FEWEST_ROWS, is_scored
 
 REMOVED = "unlabelled rows that no file of predictions answers"
 
@@ -64,10 +64,8 @@ def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
     if not (config.taught and WEIGHTINGS[config.ensemble].by_scores and selection.has_gold):
         return
     for teacher in teachers:
-        if teacher.file is None:
-            continue
-        answered = int((teacher.file.places(selection.ids_B2) >= 0).sum())
-        if answered < FEWEST_ROWS:
+        answered = int(has_answer_NB([teacher], selection).sum())
+        if not is_scored(teacher, answered):
             raise UserError(
                 f"ensemble={config.ensemble} goes by each teacher's score, and {teacher.name} "
                 f"answers {answered} of {counted(len(selection), 'selection row')}, where "
@@ -144,6 +142,15 @@ def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
         everything_B if teacher.file is None else teacher.file.places(part.ids_B2) >= 0
         for teacher in teachers
     ])  # fmt: skip
+
+
+def seen_examples(
+    config: RunConfig, teachers: Sequence[Teacher], ids_U2: np.ndarray
+) -> np.ndarray | None:
+    """seen_NU: which teacher was trained on which of these examples, and is not asked of it while
+    others are; None where nothing is left out for that."""
+    picks = WEIGHTINGS[config.ensemble].picks_teacher
+    return None if picks else seen_by(teachers, ids_U2)
 
 
 def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:

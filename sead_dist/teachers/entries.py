@@ -42,7 +42,14 @@ from sead_dist.teachers.inference import Cut, check_quantize
 from sead_dist.teachers.kinds import Answers, FileAnswers, fingerprint_of, open_answers, open_file
 from sead_dist.teachers.language_model import SCHEME, LanguageModel
 from sead_dist.teachers.prompts import Opening
-from sead_dist.teachers.teacher import Teacher, cut_of, numerics_class, size_of, weight_bytes
+from sead_dist.teachers.teacher import (
+    Teacher,
+    cut_facts,
+    cut_of,
+    numerics_class,
+    size_of,
+    weight_bytes,
+)
 
 
 def _hash_all(checkpoints: Sequence[Checkpoint | None], world: World) -> list[str]:
@@ -141,6 +148,7 @@ def _call(
 ) -> list[Teacher]:
     entries = config.teachers
     checked: dict[tuple[str, str, str | None, str, int], tuple[ModelInputs, Cut]] = {}
+    cuts: dict[str, Cut] = {}
     alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
     tokenizers = {} if student is None else {tokenizer_hash(student): student}
     teachers: list[Teacher] = []
@@ -178,8 +186,10 @@ def _call(
         kind = (facts, dtype, entry.quantization, tokens, max_length)
         if kind not in checked:
             inputs = teacher_inputs(tokenizer, tokens, shape, max_length)
-            cut = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
-            checked[kind] = inputs, cut
+            about = cut_facts(shape, dtype, entry.quantization, inputs.padding)
+            if about not in cuts:
+                cuts[about] = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
+            checked[kind] = inputs, cuts[about]
         inputs, cut = checked[kind]
         attention = parts.config._attn_implementation
         numerics = numerics_class(device, dtype, entry.quantization, attention, cut)

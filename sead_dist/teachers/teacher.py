@@ -29,7 +29,7 @@ from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import COPY, Checkpoint, position_limit, weight_files
+from sead_dist.models.pretrained import COPY, SILENT, Checkpoint, position_limit, weight_files
 from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
@@ -200,6 +200,15 @@ def cut_of(
     return Cut(position_limit(config) or 1 << 30, free_rows, packs, padding)
 
 
+def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding: Padding) -> str:
+    """All that `cut_of` depends on, in one process: not the depth, the words and the classes' names
+    of a model."""
+    probe = probe_config(config)
+    facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
+    shape = [probe.num_labels, probe._attn_implementation, position_limit(config)]
+    return json.dumps([facts, shape, dtype, weights, padding], sort_keys=True, default=str)
+
+
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
     """The same teacher, computing in fp32 with its weights as they are in its files."""
     cut = cut_of(teacher.config, "fp32", device, None, teacher.cut.padding)
@@ -219,11 +228,11 @@ def write_trained_rows(model: Path, train: Split) -> None:
     save_file({"ids_U2": train.ids_U2}, model / TRAINED_ROWS)
 
 
-def trained_on(teacher: Teacher, split: Split) -> np.ndarray | None:
-    """bool [U]: which examples of a split a teacher was trained on; None where its folder does not
-    say. Raises UserError for a file that is damaged."""
+def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
+    """bool [U]: which examples a teacher was trained on; None where its folder does not say. Raises
+    UserError for a file that is damaged."""
     if teacher.file is not None:  # it has nothing to say of the rows that it lacks
-        return np.asarray(teacher.file.places(split.ids_U2) < 0)
+        return np.asarray(teacher.file.places(ids_U2) < 0)
     path = teacher.trained_rows
     if path is None:
         return None
@@ -231,18 +240,18 @@ def trained_on(teacher: Teacher, split: Split) -> np.ndarray | None:
         known_K2 = load_file(path)["ids_U2"]
         if known_K2.dtype != np.int64 or known_K2.ndim != 2 or known_K2.shape[1] != 2:
             raise UserError(f"teacher {teacher.name}: {path.name} holds no identities; {COPY}")
-    _, entry_B = entries(np.concatenate([split.ids_U2, known_K2]))
-    count = len(split.ids_U2)
+    _, entry_B = entries(np.concatenate([ids_U2, known_K2]))
+    count = len(ids_U2)
     return np.asarray(np.isin(entry_B[:count], entry_B[count:]))
 
 
-def seen_by(teachers: Sequence[Teacher], split: Split) -> np.ndarray | None:
-    """seen_NU: which teacher was trained on which example of a split; None where no teacher's
-    folder says so. One whose folder says nothing counts as not trained on any."""
+def seen_by(teachers: Sequence[Teacher], ids_U2: np.ndarray) -> np.ndarray | None:
+    """seen_NU: which teacher was trained on which of these examples; None where no teacher's folder
+    says so. One whose folder says nothing counts as not trained on any."""
     if all(teacher.trained_rows is None for teacher in teachers):
         return None
-    seen = [trained_on(teacher, split) for teacher in teachers]
-    none_U = np.zeros(len(split.ids_U2), bool)
+    seen = [trained_on(teacher, ids_U2) for teacher in teachers]
+    none_U = np.zeros(len(ids_U2), bool)
     return np.stack([none_U if one is None else one for one in seen])
 
 
@@ -250,7 +259,7 @@ def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
     """fit_NU: which teachers' predictions of which examples of a split tell nothing of the gold
     label that they were taught. A model's folder must say so. A file of predictions and a language
     model with a prompt were not trained on any."""
-    seen = [trained_on(teacher, split) for teacher in teachers]
+    seen = [trained_on(teacher, split.ids_U2) for teacher in teachers]
     return np.stack([
         np.full(len(split.ids_U2), teacher.entry.prompt is not None) if one is None else ~one
         for teacher, one in zip(teachers, seen, strict=True)

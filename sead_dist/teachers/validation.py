@@ -117,6 +117,11 @@ def off_scale(
     return (float(scores_B.min()), float(scores_B.max())) if error > labels_B.var() else None
 
 
+def is_scored(teacher: Teacher, rows: int) -> bool:
+    """Whether a teacher that answers so many selection rows is scored on them."""
+    return teacher.file is None or rows >= FEWEST_ROWS
+
+
 def validate(
     task: TaskSpec,
     teachers: Sequence[Teacher],
@@ -131,7 +136,7 @@ def validate(
     truncated: dict[tuple[str, int], int] = {}
     for teacher, logits_BC in zip(teachers, logits_NBC, strict=True):
         logits_BC, examples = answered(logits_BC, split.examples)
-        if teacher.file is not None and len(examples) < FEWEST_ROWS:
+        if not is_scored(teacher, len(examples)):
             results.append(
                 Validation(
                     teacher.name, metric, None, 0.0, True, None, None, 0, dev_texts_in_training,

@@ -8,7 +8,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small import CPU, SHAPES, build_model, example_set, logits_of, sentences
+from small import (
+    CPU,
+    SHAPES,
+    build_model,
+    example_set,
+    load_teachers,
+    logits_of,
+    save_teacher,
+    sentences,
+)
 from transformers import AutoConfig
 
 from sead_dist.cli.grammar import grammar_tokenizer
@@ -187,6 +196,27 @@ def test_a_row_count_that_changes_bits_is_found_by_the_self_check():
         assert free_rows_from(config, "fp32", CPU) is None
     finally:
         modeling_bert.BertPooler.forward = original
+
+
+def test_the_row_counts_of_one_width_and_numbers_are_tried_once(tmp_path, monkeypatch):
+    tried = []
+
+    def trying(config, dtype, *more):
+        tried.append((config.hidden_size, dtype))
+        return free_rows_from(config, dtype, *more)
+
+    monkeypatch.setattr("sead_dist.teachers.teacher.free_rows_from", trying)
+    # of other depth, other order of classes, and read elsewhere
+    first = save_teacher(tmp_path / "a")
+    deep = save_teacher(tmp_path / "b", seed=1, num_hidden_layers=3)
+    other = save_teacher(tmp_path / "c", seed=2, labels=("positive", "negative"))
+    teachers = load_teachers([first, deep, other])
+    assert tried == [(32, "fp32")]
+    assert len({teacher.cut for teacher in teachers}) == 1
+    tried.clear()
+    wide = save_teacher(tmp_path / "d", hidden_size=64)
+    load_teachers([first, wide, f"{{path: {first}, dtype: bf16}}"])
+    assert tried == [(32, "fp32"), (64, "fp32"), (32, "bf16")]
 
 
 def test_the_self_check_leaves_the_generator_and_the_threads_alone():
