@@ -32,10 +32,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
 
     Raises UserError where the folder holds something else, or `config` is none of a distillation.
     """
-    if config.encoders:
-        raise UserError(
-            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
-        )
+    refuse_encoders(config)
     refuse_unused_text(config)
     if not already_finished(config):
         return None
@@ -51,6 +48,14 @@ def nothing_to_do(config: RunConfig) -> str | None:
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"
+
+
+def refuse_encoders(config: RunConfig) -> None:
+    """Raises UserError for what a fine-tuning starts from in a distillation."""
+    if config.encoders:
+        raise UserError(
+            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+        )
 
 
 def refuse_unused_text(config: RunConfig) -> None:
