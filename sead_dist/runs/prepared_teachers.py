@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NotRequired  # of Python 3.12, for pydantic
 
 import numpy as np
 import torch
-from typing_extensions import NotRequired, TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict
 
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset
@@ -99,26 +100,37 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
     )
     for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
         parts.log.say(line)
-    if ensemble.weighting.one_teacher:
-        chosen = teachers[int(ensemble.weights_N.argmax())]
-        parts.log.say(f"the one teacher of this student: {chosen.name}")
-    elif ensemble.weighting.has_frozen_weights:
-        told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
-        parts.log.say(f"weights: {', '.join(told_N)}")
-    if config.feature_loss is None:
-        for line in told_idle(ensemble, teachers, parts.splits.train.examples):
-            parts.log.say(line)
-    labelled = parts.examples.labelled_rows
-    if ensemble.seen_NU is not None:
-        parts.log.say(told_folds(teachers, ensemble.seen_NU, parts.splits.train, labelled))
-    elif any(teacher.trained_rows is not None for teacher in teachers):
-        parts.log.say(
-            f"WARNING: ensemble={config.ensemble} has one teacher for a row, and asks it of rows "
-            "that it was trained on too; an ensemble of all teachers leaves these out"
-        )
+    for line in (*told_weights(ensemble, names), *told_asked(parts, ensemble)):
+        parts.log.say(line)
     if logits_NBC is not None:
         say_learnable(parts, validations, logits_NBC, ensemble)
     return ensemble
+
+
+def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
+    """A line on what each teacher counts, where that is fixed."""
+    if ensemble.weighting.one_teacher:
+        return [f"the one teacher of this student: {names[int(ensemble.weights_N.argmax())]}"]
+    if not ensemble.weighting.has_frozen_weights:
+        return []
+    weights = ensemble.weights_N.tolist()
+    told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
+    return [f"weights: {', '.join(told_N)}"]
+
+
+def told_asked(parts: Parts, ensemble: Ensemble) -> list[str]:
+    """Lines on training rows that no teacher answers, and on those that one was trained on."""
+    config, teachers, train = parts.config, parts.teachers, parts.splits.train
+    lines = [] if config.feature_loss is not None else told_idle(ensemble, teachers, train.examples)
+    if ensemble.seen_NU is not None:
+        labelled = parts.examples.labelled_rows
+        lines.append(told_folds(teachers, ensemble.seen_NU, train, labelled))
+    elif any(teacher.trained_rows is not None for teacher in teachers):
+        lines.append(
+            f"WARNING: ensemble={config.ensemble} has one teacher for a row, and asks it of rows "
+            "that it was trained on too; an ensemble of all teachers leaves these out"
+        )
+    return lines
 
 
 def told_twins(teachers: Sequence[Teacher]) -> list[str]:

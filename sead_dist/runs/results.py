@@ -295,34 +295,14 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         found = scores["selection"]
         closing["best_metric"] = found["student"][found.get("metric", parts.task.metrics[0])]
-    shares: dict[str, dict[str, float]] = {}
-    baseline = baseline_folder(config)
-    if parts.source is not None and baseline is not None:
-        try:
-            shares = kept_shares(baseline, scores, parts.task.metrics[0])
-        except UserError as error:  # it was read at the start, and a run must come to its end
-            parts.log.say(f"what the student keeps of the gap is not told: {error}")
+    shares = shares_of(parts, scores)
     for line in told_shares(shares):
         parts.log.say(line)
-    some_gold = any("metric" not in of for of in scores.values())
     results["epoch"] = round(state.step / parts.batches.steps_per_epoch, 4)
 
     def write() -> None:
         write_json(run / "eval_results.json", results)
-        record = {
-            "task": parts.task.name,
-            "metric": parts.task.metrics[0] if some_gold else name_of(parts.task.metrics[0]),
-            "splits": scores,
-            "selected_on": config.selection.split,
-            "labels": list(parts.task.labels),
-            "remarks": remarks,
-        }
-        write_json(run / "scores.json", record)
-        if (
-            shares and (run / FILE).is_file()
-        ):  # of teachers that could not be weighed up there is none
-            found = read_as(dict[str, Any], run / FILE)
-            write_json(run / FILE, {**found, "splits": shares})
+        write_scores(parts, scores, shares, remarks)
         # the report quotes the summary, and the run is finished only with its report
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)
@@ -343,6 +323,43 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if config.push_to_hub:
         line = from_main(world, lambda: push_at_end(run, config))
         parts.log.say(line)
+
+
+def shares_of(parts: Parts, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By split and then by name, what the student keeps of the gap between the baseline and its
+    teachers; empty where there is no baseline."""
+    baseline = baseline_folder(parts.config)
+    if parts.source is None or baseline is None:
+        return {}
+    try:
+        return kept_shares(baseline, scores, parts.task.metrics[0])
+    except UserError as error:  # it was read at the start, and a run must come to its end
+        parts.log.say(f"what the student keeps of the gap is not told: {error}")
+        return {}
+
+
+def write_scores(
+    parts: Parts,
+    scores: dict[str, Any],
+    shares: dict[str, dict[str, float]],
+    remarks: Sequence[str],
+) -> None:
+    """Write scores.json, and the shares beside what was learnable. Rank 0 calls this."""
+    task, run = parts.task, Path(parts.config.output_dir)
+    some_gold = any("metric" not in of for of in scores.values())
+    record = {
+        "task": task.name,
+        "metric": task.metrics[0] if some_gold else name_of(task.metrics[0]),
+        "splits": scores,
+        "selected_on": parts.config.selection.split,
+        "labels": list(task.labels),
+        "remarks": remarks,
+    }
+    write_json(run / "scores.json", record)
+    # where the teachers could not be weighed up, the file is missing
+    if shares and (run / FILE).is_file():
+        found = read_as(dict[str, Any], run / FILE)
+        write_json(run / FILE, {**found, "splits": shares})
 
 
 def closing_table(
