@@ -173,7 +173,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
     config, splits, teachers = work.config, work.splits, work.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
-    # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
+    # takes the answers of teachers outside the pool too. A validation that decides nothing else can
+    # be left to the student.
     everyone = asks_selection(config)
     validating = [
         chunk

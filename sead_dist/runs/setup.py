@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration before the first step.
+"""The setup of a run: all that it is made of, built from its configuration before the first step.
 
 All of a person's mistakes come to light here or in the validation.
 """
@@ -60,7 +60,7 @@ from sead_dist.training.identity import Identity
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunSetup:
     """What a run is made of before its first step."""
 
     config: RunConfig
@@ -94,8 +94,8 @@ class Parts:
 
 def build(
     config: RunConfig, world: World, stack: ExitStack, stop: StopFlag, console: bool = True
-) -> Parts:
-    """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
+) -> RunSetup:
+    """The whole setup of the run; `stack` closes it. Nothing is written before all is checked."""
     quiet_libraries(world)
     run, notes = Path(config.output_dir), list[str]()
     checked = check_run(config, world, notes.append, folders=run_folders(config))
@@ -143,7 +143,7 @@ def build(
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
-    return Parts(
+    return RunSetup(
         config, task, world, log, examples, splits, inputs, teachers, source, engine, batches,
         checkpointer, stop, heartbeat, feature_teacher,
         make_loss(config, task.task_kind, batches.total_steps, feature_loss),
