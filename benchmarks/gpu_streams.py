@@ -35,10 +35,10 @@ from sead_dist.training.evaluation import EvalResult
 def epoch_seconds(words: dict[str, object], device: str, streams: int) -> float:
     """One epoch of the training loop, teachers computing."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(device), stack, StopFlag())
-        assert parts.source is not None
+        setup = build(run_config(words), alone(device), stack, StopFlag())
+        assert setup.source is not None
         if streams == 1:
-            parts.source.stream = None
+            setup.source.stream = None
         ended: list[float] = []
 
         def end_of_epoch(step: int) -> EvalResult:
@@ -47,7 +47,7 @@ def epoch_seconds(words: dict[str, object], device: str, streams: int) -> float:
             nothing = np.zeros((0, 2), np.float32)
             return EvalResult("sst2", "selection", step, 0, {"accuracy": 0.0}, 0.0, 1.0, nothing)
 
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end_of_epoch)
+        trainer = replace(make_trainer(setup, prepare_teachers(setup)), select=end_of_epoch)
         wait()
         began = time.perf_counter()
         trainer.run(TrainState())

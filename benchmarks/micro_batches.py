@@ -48,19 +48,19 @@ def cut(how: str) -> Iterator[None]:
 def measure(words: list[str]) -> tuple[float, float]:
     """(seconds of a step, padding's share of the tokens), over the steps of one run."""
     with ExitStack() as stack:
-        parts = build(load_config(words), alone(), stack, StopFlag())
+        setup = build(load_config(words), alone(), stack, StopFlag())
         ended: list[float] = []
 
         def end(step: int) -> EvalResult:
             ended.append(time.perf_counter())
             nothing = np.zeros((0, 2), np.float32)
-            scores = {parts.task.metrics[0]: 0.0}
-            return EvalResult(parts.task.name, "selection", step, 0, scores, 0.0, 1.0, nothing)
+            scores = {setup.task.metrics[0]: 0.0}
+            return EvalResult(setup.task.name, "selection", step, 0, scores, 0.0, 1.0, nothing)
 
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end)
+        trainer = replace(make_trainer(setup, prepare_teachers(setup)), select=end)
         began = time.perf_counter()
         state = trainer.run(TrainState())
-        steps = parts.batches.total_steps
+        steps = setup.batches.total_steps
         return (ended[-1] - began) / steps, state.totals["padding"] / state.totals["tokens"]
 
 

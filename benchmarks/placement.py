@@ -67,8 +67,8 @@ def counted_bytes() -> Iterator[list[int]]:
 def one_turn(words: dict[str, object], world: World) -> dict[str, float]:
     """Figures of one placement, the same on every rank: the slowest's seconds, all ranks' bytes."""
     with ExitStack() as stack:
-        parts = build(run_config(words), world, stack, StopFlag())
-        source, split = parts.source, parts.splits.train
+        setup = build(run_config(words), world, stack, StopFlag())
+        source, split = setup.source, setup.splits.train
         assert source is not None
         asked = Request(split, np.arange(len(split.ids_U2)), None, "the pass")
         barrier(world)
@@ -76,7 +76,7 @@ def one_turn(words: dict[str, object], world: World) -> dict[str, float]:
             began = time.perf_counter()
             source.submit(asked).result()
             pass_s = time.perf_counter() - began
-        trainer = make_trainer(parts, prepare_teachers(parts))
+        trainer = make_trainer(setup, prepare_teachers(setup))
         barrier(world)
         began = time.perf_counter()
         trainer.run(TrainState(world_size=world.size))

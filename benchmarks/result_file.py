@@ -12,7 +12,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Name
     if getattr(args, "device", "cpu") == "cuda":
         about = gpu = torch.cuda.get_device_name()
     hardware = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")
-    today = datetime.now(timezone.utc).date().isoformat()
+    today = datetime.now(UTC).date().isoformat()
     setting = table(
         ["what", "value"],
         [

@@ -100,15 +100,15 @@ def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:
     before = resident_mib()
     began = time.perf_counter()
     with ExitStack() as stack:
-        parts = build(run_config(words), world, stack, StopFlag())
+        setup = build(run_config(words), world, stack, StopFlag())
         built_s = time.perf_counter() - began
         exchanges = setting["folders"] and world.size > 1
         exchanged = stack.enter_context(counted_bytes()) if exchanges else []
         loads = stack.enter_context(timed_loading())
-        first = FirstStep(parts.heartbeat)
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), heartbeat=first)
+        first = FirstStep(setup.heartbeat)
+        trainer = replace(make_trainer(setup, prepare_teachers(setup)), heartbeat=first)
         state = trainer.run(TrainState(world_size=world.size))
-        source = parts.source
+        source = setup.source
         models = {} if source is None else source.models
         held = sum(p.nbytes for model in models.values() for p in model.parameters())
         grown_mib = resident_mib() - before

@@ -37,7 +37,7 @@ TARGET = 1.03
 def step_seconds(words: dict[str, object], device: str) -> float:
     """Seconds of a step, over one epoch of the training loop."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(device), stack, StopFlag())
+        setup = build(run_config(words), alone(device), stack, StopFlag())
         ended: list[float] = []
 
         def end_of_epoch(step: int) -> EvalResult:
@@ -45,10 +45,10 @@ def step_seconds(words: dict[str, object], device: str) -> float:
             nothing = np.zeros((0, 2), np.float32)
             return EvalResult("sst2", "selection", step, 0, {"accuracy": 0.0}, 0.0, 1.0, nothing)
 
-        trainer = replace(make_trainer(parts, prepare_teachers(parts)), select=end_of_epoch)
+        trainer = replace(make_trainer(setup, prepare_teachers(setup)), select=end_of_epoch)
         began = time.perf_counter()
         trainer.run(TrainState())
-        return (ended[0] - began) / parts.batches.total_steps
+        return (ended[0] - began) / setup.batches.total_steps
 
 
 def main() -> None:

@@ -46,13 +46,13 @@ def bare_seconds(model: PreTrainedModel, split: Split, rows: int) -> float:
 def one_turn(words: dict[str, object]) -> dict[str, float]:
     """Examples per second of ours and of the bare loop at each batch size."""
     with ExitStack() as stack:
-        parts = build(run_config(words), alone(), stack, StopFlag())
-        source, split = parts.source, parts.splits.train
+        setup = build(run_config(words), alone(), stack, StopFlag())
+        source, split = setup.source, setup.splits.train
         assert source is not None
-        for n, teacher in enumerate(parts.teachers):
-            source.models[n] = load_whole(teacher, parts.world.device, False, {})
+        for n, teacher in enumerate(setup.teachers):
+            source.models[n] = load_whole(teacher, setup.world.device, False, {})
         asked = Request(split, np.arange(len(split.ids_U2)), None, "the pass")
-        pairs = len(split.ids_U2) * len(parts.teachers)
+        pairs = len(split.ids_U2) * len(setup.teachers)
 
         def ours() -> float:
             began = time.perf_counter()

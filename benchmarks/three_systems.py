@@ -60,7 +60,7 @@ TARGETS = {  # the other's time over ours
 
 
 def run_ours(setting: Setting) -> dict[str, float]:
-    """`recipes.distill`, with the time of each of its parts."""
+    """`recipes.distill`, with the time of each of its setup."""
     config = run_config(
         {
             "data.path": setting.data,
@@ -90,10 +90,10 @@ def run_ours(setting: Setting) -> dict[str, float]:
     began, clock = time.perf_counter(), time.time()
     selecting: list[float] = []
     with ExitStack() as stack:
-        parts = build(config, alone(), stack, StopFlag())
-        state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
-        weights_N = prepare_teachers(parts)
-        trainer = make_trainer(parts, weights_N)
+        setup = build(config, alone(), stack, StopFlag())
+        state = setup.checkpointer.resume(setup.engine, setup.log, setup.batches.total_steps)
+        weights_N = prepare_teachers(setup)
+        trainer = make_trainer(setup, weights_N)
         built_s = time.perf_counter() - began
 
         def select(step: int) -> EvalResult:
@@ -104,7 +104,7 @@ def run_ours(setting: Setting) -> dict[str, float]:
 
         state = replace(trainer, select=select).run(state)
         trained_s = time.perf_counter() - began
-        conclude(parts, state, weights_N, show_table=False)
+        conclude(setup, state, weights_N, show_table=False)
     whole_s = time.perf_counter() - began
     weights = setting.folder / "run" / "model" / "model.safetensors"
     saved_s = weights.stat().st_mtime - clock

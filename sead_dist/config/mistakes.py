@@ -75,17 +75,22 @@ def as_yaml(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
+def as_list(value: object) -> str:
+    """How a value is written as the list that it is meant as, behind "expected a list"."""
+    if not isinstance(value, str | int | float | Mapping):
+        return ""
+    given = list(value) if isinstance(value, Mapping) else [value]
+    if isinstance(value, str) and "," in value:  # a,b,c is meant as three
+        given = [part.strip() for part in value.split(",")]
+    listed = yaml.safe_dump(given, default_flow_style=True, allow_unicode=True, width=10000)
+    return f"; give {listed.strip()}"
+
+
 def expected_value(mistake: "ErrorDetails") -> str:
     """What is wrong with a value, in YAML's words."""
     kind, value = mistake["type"], mistake["input"]
     if kind in ("list_type", "tuple_type"):
-        if not isinstance(value, str | int | float | Mapping):
-            return "expected a list"
-        given = list(value) if isinstance(value, Mapping) else [value]
-        if isinstance(value, str) and "," in value:  # a,b,c is meant as three
-            given = [part.strip() for part in value.split(",")]
-        listed = yaml.safe_dump(given, default_flow_style=True, allow_unicode=True, width=10000)
-        return f"expected a list; give {listed.strip()}"
+        return f"expected a list{as_list(value)}"
     if kind in ("dict_type", "model_type"):
         return "expected a mapping; give {KEY: VALUE}"
     if kind in ("bool_parsing", "bool_type"):

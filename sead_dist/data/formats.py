@@ -87,20 +87,14 @@ def read_items(
             ) from error
         for flat in flats:
             _check_texts(task, flat, where)
-            first = text_a(flat)
             label = None
-            if labelled is None and task.label_column not in flat:
-                _refuse_misspelt_label(task, flat, where)
-            if labelled or (labelled is None and not _lacks_label(task, flat)):
+            if _reads_label(task, flat, where, labelled):
                 try:
                     label = parse(_label(task, flat, where), where)
                 except UserError as error:
-                    classes = task.task_kind.has_classes
-                    if classes and task.label_column in flat and _lacks_label(task, flat):
-                        raise _without_label(task, rows, error) from None
-                    raise _with_all_labels(task, rows, error) from None
+                    raise _explained(task, rows, flat, error) from None
             yield Item(
-                (first,) * (len(task.choices) or 1),
+                (text_a(flat),) * (len(task.choices) or 1),
                 tuple(text(flat) for text in texts_b),
                 tuple(flat[name] for name in task.sentences),
                 label,
@@ -109,6 +103,24 @@ def read_items(
                 position,
                 None if route is None else _teacher_index(route, flat, where),
             )
+
+
+def _reads_label(task: TaskSpec, flat: Row, where: str, labelled: bool | None) -> bool:
+    """Whether the label of an example is to be read; `labelled` as in `read_items`. Raises
+    UserError for a label column whose name is misspelt."""
+    if labelled is not None:
+        return labelled
+    if task.label_column not in flat:
+        _refuse_misspelt_label(task, flat, where)
+    return not _lacks_label(task, flat)
+
+
+def _explained(task: TaskSpec, rows: Sequence[Row], flat: Row, error: UserError) -> UserError:
+    """The mistake in a label, with what the other rows tell of it."""
+    classes = task.task_kind.has_classes
+    if classes and task.label_column in flat and _lacks_label(task, flat):
+        return _without_label(task, rows, error)
+    return _with_all_labels(task, rows, error)
 
 
 def _renamed(task: TaskSpec, row: Row, where: str) -> Row:

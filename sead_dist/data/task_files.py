@@ -274,17 +274,37 @@ def names_file(name: str) -> bool:
 
 def find_problem(task: TaskSpec) -> str | None:
     """What in `task` contradicts the rest, as the end of an error message, or None."""
+    return (
+        _unlisted_column(task)
+        or _name_problem(task)
+        or _template_problem(task)
+        or _scoring_problem(task)
+        or task.task_kind.find_problem(task)
+    )
+
+
+def _unlisted_column(task: TaskSpec) -> str | None:
     for key, columns in (
         ("text_a, text_b or choices", task.templates),
         ("sentences", task.sentences),
     ):
         if missing := set(columns) - set(task.fields):
             return f"{key} names {sorted(missing)}, which fields does not list; add them there"
+    return None
+
+
+def _name_problem(task: TaskSpec) -> str | None:
+    """What is wrong with the names that files are called by."""
     if not names_file(task.name):
         return f"name is {task.name!r}; {FILE_NAME}"
     for split in task.splits:
         if not names_file(split) or split == "selection":
             return f"splits has {split!r}; {FILE_NAME}, and not selection, which is held out"
+    return None
+
+
+def _template_problem(task: TaskSpec) -> str | None:
+    """What is wrong with the templates of the texts."""
     for text in (task.text_a, task.text_b or "", *task.choices):
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):
@@ -293,9 +313,14 @@ def find_problem(task: TaskSpec) -> str | None:
         return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
+    return None
+
+
+def _scoring_problem(task: TaskSpec) -> str | None:
+    """What is wrong with the splits and the metrics on them."""
     if "train" not in task.splits or len(task.splits) < 2:
         return f"splits has {list(task.splits)}; it needs train and a split to evaluate on"
     allowed = task.task_kind.metric_names(task.reader)
     if not task.metrics or set(task.metrics) - set(allowed):
         return f"metrics is {list(task.metrics)}; allowed here: {', '.join(allowed)}"
-    return task.task_kind.find_problem(task)
+    return None

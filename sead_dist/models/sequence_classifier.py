@@ -50,6 +50,12 @@ def width(task: TaskSpec) -> int:
     return len(task.task_kind.outputs(task))
 
 
+def by_example(logits: torch.Tensor, choices: int) -> torch.Tensor:
+    """logits_BC of B examples, from those of their text rows: [B, C] as they are, or [B x K, 1] as
+    [B, K] where an example has a text row for each of K choices."""
+    return logits.reshape(-1, choices) if choices > 1 else logits
+
+
 def label_names(config: PretrainedConfig) -> list[str]:
     """The names of a model's classes in its own order, by id2label. One that label2id gives another
     number, or that has none, carries a remark, so that it is not a label of a task."""

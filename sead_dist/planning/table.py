@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.filesize import decimal
 from transformers import PreTrainedModel
 
@@ -34,21 +35,20 @@ from sead_dist.planning.workload import (
     training_seconds,
     work_before,
 )
+from sead_dist.runs.checked_run import CheckedRun, check_run
 from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
-from sead_dist.runs.requests import answered_examples
-from sead_dist.runs.setup import read_inputs, uneven
+from sead_dist.runs.setup import uneven
 from sead_dist.runtime.console import clock, counted, parse_size, print_table
-from sead_dist.runtime.distributed import World, from_main, on_every_rank
+from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.memory import held
 from sead_dist.runtime.run_log import write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
 from sead_dist.teachers.placement import choose_placements, least_free
 from sead_dist.teachers.rates import shape_name
+from sead_dist.teachers.teacher import Teacher
 
 
 def plan(
@@ -80,34 +80,13 @@ def plan(
     memory = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
-    task, examples, inputs, student = on_every_rank(
-        world, lambda: read_inputs(config, lambda _note: None)
-    )
-    teachers = []
-    if config.taught:
-        teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
-    examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
-    for teacher in teachers:
-        if teacher.answers is not None and teacher.file is None:
-            raise UserError(
-                f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
-                "told before; plan without it"
-            )
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
-    all_teachers = held_everywhere(config, teachers)
+    device = None if given is None else torch.device(given.device)
+    checked = check_run(config, world, lambda _line: None, size, device)
+    task, student = checked.task, checked.model
+    refuse_untimed(checked.teachers)
     # a file of predictions costs nothing
-    teachers = [teacher for teacher in all_teachers if teacher.file is None]
-    folder = store_folder(config.store.path)
-
-    def count() -> Work:
-        store = None
-        if (folder / "format.json").is_file():
-            store = PredictionStore(folder, print, read_only=True)
-        work = make_work(config, task.name, examples, inputs, all_teachers, store)
-        before = work_before(config, examples, inputs, all_teachers, student.config)
-        return replace(work, before=before)
-
-    work = from_main(world, count)
+    teachers = [teacher for teacher in checked.teachers if teacher.file is None]
+    work = from_main(world, partial(work_of, checked))
     own_bytes = student_bytes(student.config, config, size)
     if memory is not None and own_bytes > FULL * memory:
         raise UserError(
@@ -127,6 +106,28 @@ def plan(
         show(setting, task.name, found)
         if json_file is not None:
             write_json_for_person(json_file, as_json(setting, task.name, found))
+
+
+def refuse_untimed(teachers: Sequence[Teacher]) -> None:
+    """Raises UserError for a teacher that takes a time which nothing tells before."""
+    for teacher in teachers:
+        if teacher.answers is not None and teacher.file is None:
+            raise UserError(
+                f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
+                "told before; plan without it"
+            )
+
+
+def work_of(checked: CheckedRun) -> Work:
+    """What the run has to do, and the store does not hold."""
+    config, folder = checked.config, store_folder(checked.config.store.path)
+    store = None
+    if (folder / "format.json").is_file():
+        store = PredictionStore(folder, print, read_only=True)
+    examples, inputs, teachers = checked.examples, checked.inputs, checked.teachers
+    work = make_work(config, checked.task.name, examples, inputs, teachers, store)
+    before = work_before(config, examples, inputs, teachers, checked.model.config)
+    return replace(work, before=before)
 
 
 def free_of(world: World, size: int) -> int:
@@ -218,6 +219,24 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
                 f"no placement on these ranks fits into {decimal(setting.memory)}: give more "
                 f"ranks, more memory, teachers in fewer bits (teacher_precision=bf16){pool}"
             )
+    lines += uncertain(setting, found)
+    if setting.teachers:
+        lines.append(
+            "examples/s and bound: training examples over the seconds of teachers' pass and "
+            "training, also those in which teachers answer for the selection and official splits; "
+            "a pool's teachers are in neither"
+        )
+    unknown = any(one.other_bytes is None for one in found)
+    activations = "activations, libraries and data, " if unknown else ""
+    drift = "teachers against fp32, " if setting.config.teacher_validation == "fp32" else ""
+    more = f"{drift}{activations}gradients' exchange"
+    lines.append(f"not counted: start-up, scoring the student, {more}")
+    return [*setting.rates.notes, *lines]
+
+
+def uncertain(setting: Setting, found: Sequence[Estimate]) -> list[str]:
+    """Which figures are scaled, at least, or at most."""
+    work, lines = setting.work, []
     if any(rate.scaled for rate in (setting.rates.student, *setting.rates.teachers_N)):
         lines.append("scaled: not measured up to the task's longest texts, told by operations")
     lines += uneven(setting.config, setting.size)
@@ -231,18 +250,7 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
             f"at most: early_stopping_patience={patience} may end the run from step "
             f"{work.least_steps:,} on, which cannot be known before"
         )
-    if setting.teachers:
-        lines.append(
-            "examples/s and bound: training examples over the seconds of teachers' pass and "
-            "training, also those in which teachers answer for the selection and official splits; "
-            "a pool's teachers are in neither"
-        )
-    unknown = any(one.other_bytes is None for one in found)
-    activations = "activations, libraries and data, " if unknown else ""
-    drift = "teachers against fp32, " if setting.config.teacher_validation == "fp32" else ""
-    more = f"{drift}{activations}gradients' exchange"
-    lines.append(f"not counted: start-up, scoring the student, {more}")
-    return [*setting.rates.notes, *lines]
+    return lines
 
 
 def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:

@@ -1,8 +1,8 @@
 """What is told of a run before any long work: whether it is finished, what is wrong with its keys,
 files and checkpoints, and the runs that `encoders` stand for.
 
-Nothing here needs torch but `check_inputs`: the command of a finished run, given again, ends in a
-second or two.
+Nothing here needs torch but `check_inputs` and `check_checkpoints`: the command of a finished run,
+given again, ends in a second or two.
 """
 
 import logging
@@ -16,7 +16,7 @@ from sead_dist.config.registered import LANGUAGE_MODEL, NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.loading import find_files
-from sead_dist.data.task_files import load_task
+from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import repair_teacher
@@ -32,10 +32,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
 
     Raises UserError where the folder holds something else, or `config` is none of a distillation.
     """
-    if config.encoders:
-        raise UserError(
-            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
-        )
+    refuse_encoders(config)
     refuse_unused_text(config)
     if not already_finished(config):
         return None
@@ -51,6 +48,14 @@ def nothing_to_do(config: RunConfig) -> str | None:
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"
+
+
+def refuse_encoders(config: RunConfig) -> None:
+    """Raises UserError for what a fine-tuning starts from in a distillation."""
+    if config.encoders:
+        raise UserError(
+            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+        )
 
 
 def refuse_unused_text(config: RunConfig) -> None:
@@ -173,13 +178,22 @@ def check_inputs(config: RunConfig) -> None:
     Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
     from sead_dist.models.student import check_start
     from sead_dist.objectives.ensemble import check_method
-    from sead_dist.teachers.language_model import find_model
 
     task = load_task(config.task)
     if not config.encoders:
         refuse_untaught(config)
     if config.taught:
         check_method(config, task.task_kind)
+    check_files(config, task)
+    check_checkpoints(config)
+    check_predictions(config)
+    # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
+    if config.student.path is not None or config.student.tokenizer is not None:
+        check_start(config.student, config.trust_remote_code)
+
+
+def check_files(config: RunConfig, task: TaskSpec) -> None:
+    """Raises UserError for a file of data or of text that is not there."""
     first_dev = list(task.splits)[1]
     given = {"train": config.data.train, first_dev: config.data.validation}
     for split in task.splits:
@@ -194,15 +208,18 @@ def check_inputs(config: RunConfig) -> None:
         repair_teacher(config)
         if not Path(config.repair.text).is_file():
             raise UserError(f"repair.text={config.repair.text} does not exist; give a file")
+
+
+def check_checkpoints(config: RunConfig) -> None:
+    """Raises UserError for a teacher or an encoder whose files are not found. Those of the hub are
+    fetched."""
+    from sead_dist.teachers.language_model import find_model
+
     for entry in (*config.teachers, *config.encoders):
         if entry.is_model and not names_shape(entry.path):
             locate(entry.path, entry.revision, as_teacher=entry in config.teachers)
         elif entry.kind == LANGUAGE_MODEL:
             find_model(entry.path, entry.revision)
-    check_predictions(config)
-    # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
-    if config.student.path is not None or config.student.tokenizer is not None:
-        check_start(config.student, config.trust_remote_code)
 
 
 def check_predictions(config: RunConfig) -> None:

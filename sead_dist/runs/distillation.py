@@ -1,4 +1,4 @@
-"""The recipes: build the parts of a run from its configuration, then run them.
+"""The recipes: build the setup of a run from its configuration, then run it.
 
 Distillation, and fine-tuning of teachers, which is distillation with no teacher.
 """
@@ -33,7 +33,7 @@ from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_run
 from sead_dist.runs.choices import told_end
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
-from sead_dist.runs.setup import Parts, build
+from sead_dist.runs.setup import RunSetup, build
 from sead_dist.runs.without_gold import judged, rescored
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
@@ -75,7 +75,7 @@ def distill(
         return run
     stop = stop or StopFlag()
     while not train_student(config, world, show_table, stop, console):
-        # all is checked and the folder is this run's; its parts are let go of meanwhile
+        # all is checked and the folder is this run's; its setup is let go of meanwhile
         own = distill(own_baseline(config), world, False, stop, console)
         if not from_main(world, partial(is_finished, own)):
             break  # it was asked to stop
@@ -90,7 +90,7 @@ def train_student(
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         try:
-            parts = build(config, world, stack, stop, console)
+            setup = build(config, world, stack, stop, console)
         except StopRequestedError as stopped:
             if world.is_main:
                 tell(str(stopped) or STOPPED_EARLY, console)
@@ -105,55 +105,55 @@ def train_student(
             if from_main(
                 world,
                 lambda: (
-                    parts.checkpointer.is_empty()
+                    setup.checkpointer.is_empty()
                     and needs_own_baseline(
-                        config, parts.examples, parts.batches.total_steps, parts.log.say
+                        config, setup.examples, setup.batches.total_steps, setup.log.say
                     )
                 ),
             ):
                 # a teacher that may not teach is told before any long work
-                found = validated(parts)
+                found = validated(setup)
                 if any(validation.score is not None for validation in found[0]):
-                    parts.log.say(told_baseline(config, parts.examples))
+                    setup.log.say(told_baseline(config, setup.examples))
                     return False
-            run_parts(parts, show_table and console, found)
+            run_to_end(setup, show_table and console, found)
         except StopRequestedError:
-            parts.log.say(STOPPED_EARLY)
+            setup.log.say(STOPPED_EARLY)
             return True
         except RuntimeError as error:
-            parts.heartbeat.explain(error)
+            setup.heartbeat.explain(error)
             raise
     barrier(world)
     return True
 
 
-def run_parts(parts: Parts, show_table: bool, found: Validated | None) -> None:
-    """Examine, train, conclude; or stop, saved, where a signal asks for it. found: the teachers'
-    validations, where they are known."""
+def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> None:
+    """Validate the teachers, train, and report; or stop, saved, where a signal asks for it. found:
+    the teachers' validations, where they are known."""
     # one for each start of the run, resumed ones too
-    parts.log.metrics("start", total_steps=parts.batches.total_steps, world_size=parts.world.size)
-    parts.world.at("rehearsing the report")
-    from_main(parts.world, lambda: rehearse(parts))
-    state = parts.checkpointer.resume(parts.engine, parts.log, parts.batches.total_steps)
-    ensemble = prepare_teachers(parts, found)
-    touch_past(parts, ensemble, state.step)
-    if parts.config.preemption_notice_s is not None:
-        parts.log.say(
+    setup.log.metrics("start", total_steps=setup.batches.total_steps, world_size=setup.world.size)
+    setup.world.at("rehearsing the report")
+    from_main(setup.world, lambda: rehearse(setup))
+    state = setup.checkpointer.resume(setup.engine, setup.log, setup.batches.total_steps)
+    ensemble = prepare_teachers(setup, found)
+    touch_past(setup, ensemble, state.step)
+    if setup.config.preemption_notice_s is not None:
+        setup.log.say(
             against_grace(
-                parts.checkpointer.measure(parts.engine), parts.config.preemption_notice_s
+                setup.checkpointer.measure(setup.engine), setup.config.preemption_notice_s
             )
         )
-    trainer = make_trainer(parts, ensemble)
+    trainer = make_trainer(setup, ensemble)
     state = trainer.run(state)
     if not trainer.is_over(state):
-        parts.log.say(
-            f"stopped at step {state.step} of {parts.batches.total_steps}, saved; "
+        setup.log.say(
+            f"stopped at step {state.step} of {setup.batches.total_steps}, saved; "
             "give the same command again to go on"
         )
         return
-    if parts.config.early_stopping_patience is not None:
-        parts.log.say(told_end(state, parts.batches.total_steps, parts.epoch_steps))
-    conclude(parts, state, ensemble, show_table)
+    if setup.config.early_stopping_patience is not None:
+        setup.log.say(told_end(state, setup.batches.total_steps, setup.epoch_steps))
+    conclude(setup, state, ensemble, show_table)
 
 
 def against_grace(save_s: float, grace_s: float) -> str:
@@ -238,61 +238,61 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def touch_past(parts: Parts, ensemble: Ensemble | None, done: int) -> None:
+def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
     """Count what teachers said for the steps that a resumed run has behind it."""
-    if parts.source is None or ensemble is None:
+    if setup.source is None or ensemble is None:
         return
-    batches = parts.batches
-    for steps in batches.windows(0, parts.config.window_rows):
+    batches = setup.batches
+    for steps in batches.windows(0, setup.config.window_rows):
         steps = range(steps.start, min(steps.stop, done))
         if len(steps):
             entries_R = batches.entries(steps)
             asked_NR = ensemble.asked(batches, steps, entries_R)
-            parts.source.touch(parts.splits.train, entries_R, asked_NR)
+            setup.source.touch(setup.splits.train, entries_R, asked_NR)
 
 
-def make_trainer(parts: Parts, ensemble: Ensemble | None) -> Trainer:
-    task, selection = parts.task, parts.splits.selection
+def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
+    task, selection = setup.task, setup.splits.selection
     examples = selection.examples
-    if ensemble is not None and parts.source is not None and not examples.has_gold:
-        asked = (parts.config.prefetch_rows, "the selection split")
-        examples, _ = judged(task, examples, ensemble, ask_all(parts.source, selection, *asked))
+    if ensemble is not None and setup.source is not None and not examples.has_gold:
+        asked = (setup.config.prefetch_rows, "the selection split")
+        examples, _ = judged(task, examples, ensemble, ask_all(setup.source, selection, *asked))
 
     def select(step: int) -> EvalResult:
-        result = evaluate(task, parts.engine.model, parts.forward, selection, parts.world, step)
+        result = evaluate(task, setup.engine.model, setup.forward, selection, setup.world, step)
         return rescored(task, result, examples) if examples.by_teachers else result
 
     return Trainer(
-        config=parts.config,
-        world=parts.world,
-        engine=parts.engine,
-        batches=parts.batches,
-        source=parts.source,
-        teacher_names=[teacher.name for teacher in parts.teachers],
+        config=setup.config,
+        world=setup.world,
+        engine=setup.engine,
+        batches=setup.batches,
+        source=setup.source,
+        teacher_names=[teacher.name for teacher in setup.teachers],
         ensemble=ensemble,
-        loss=parts.loss,
-        checkpointer=parts.checkpointer,
-        log=parts.log,
+        loss=setup.loss,
+        checkpointer=setup.checkpointer,
+        log=setup.log,
         select=select,
         metric=metric_names(task, examples)[0],
-        stop=parts.stop,
-        heartbeat=parts.heartbeat,
-        live=parts.feature_teacher,
-        patience_steps=patience_steps(parts.epoch_steps),
+        stop=setup.stop,
+        heartbeat=setup.heartbeat,
+        live=setup.feature_teacher,
+        patience_steps=patience_steps(setup.epoch_steps),
     )
 
 
-def rehearse(parts: Parts) -> None:
+def rehearse(setup: RunSetup) -> None:
     """Write predictions, plots, card and closing table of two rows under the run's own names, in a
     folder that goes at once: a name that the report cannot hold ends no long run. Rank 0 calls
     this.
 
     Raises UserError, or RunError for the environment's failures.
     """
-    run = Path(parts.config.output_dir)
+    run = Path(setup.config.output_dir)
     try:
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run) as folder:
-            write_rehearsal(parts, run, Path(folder))
+            write_rehearsal(setup, run, Path(folder))
     except (UserError, RunError):
         raise
     except Exception as error:
@@ -303,37 +303,37 @@ def rehearse(parts: Parts) -> None:
         ) from error
 
 
-def write_rehearsal(parts: Parts, run: Path, folder: Path) -> None:
+def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
     for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    metrics = dict.fromkeys(parts.task.metrics, 0.5)
-    splits = {"selection": parts.splits.selection, **parts.splits.official}
+    metrics = dict.fromkeys(setup.task.metrics, 0.5)
+    splits = {"selection": setup.splits.selection, **setup.splits.official}
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
     for name, split in splits.items():
         examples = subset(split.examples, np.arange(min(REHEARSED, len(split))))
-        logits_BC = np.zeros((len(examples), parts.task.num_labels), np.float32)
+        logits_BC = np.zeros((len(examples), setup.task.num_labels), np.float32)
         write_predictions(
             folder / "predictions" / f"{name}.parquet", examples.ids_B2, examples.labels_B,
             logits_BC,
-            np.full_like(logits_BC, 1 / parts.task.num_labels) if parts.teachers else None,
-            for_people(parts, examples, logits_BC),
+            np.full_like(logits_BC, 1 / setup.task.num_labels) if setup.teachers else None,
+            for_people(setup, examples, logits_BC),
         )  # fmt: skip
-        result = EvalResult(parts.task.name, name, 1, REHEARSED, metrics, 1.0, 1.0, logits_BC)
+        result = EvalResult(setup.task.name, name, 1, REHEARSED, metrics, 1.0, 1.0, logits_BC)
         results.update(result.card(f"eval_{name}"))
         scores[name] = {
             "student": metrics,
-            "ensemble": metrics if parts.teachers else None,
-            "teachers": [{"name": one.name, "metrics": metrics} for one in parts.teachers],
+            "ensemble": metrics if setup.teachers else None,
+            "teachers": [{"name": one.name, "metrics": metrics} for one in setup.teachers],
         }
     record = {
-        "task": parts.task.name,
-        "metric": parts.task.metrics[0],
+        "task": setup.task.name,
+        "metric": setup.task.metrics[0],
         "splits": scores,
-        "labels": list(parts.task.labels),
+        "labels": list(setup.task.labels),
     }
     write_json(folder / "scores.json", record)
     write_json(folder / "eval_results.json", results)
     write_report(folder, trial=True)
-    print_table(*closing_table(parts, scores), file=io.StringIO())
+    print_table(*closing_table(setup, scores), file=io.StringIO())

@@ -23,29 +23,22 @@ from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.examples import ExampleSet, has_label
 from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
-from sead_dist.data.splits import (
-    RunExamples,
-    RunSplits,
-    check_tokens,
-    load_examples,
-    tokenize_splits,
-)
+from sead_dist.data.splits import RunExamples, RunSplits, load_examples, tokenize_splits
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
+from sead_dist.runs.checked_run import read_run
 from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
-from sead_dist.runs.requests import check_fitted, check_scored, tell_requests
-from sead_dist.runs.setup import read_inputs
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.without_gold import together
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, out_of_fold, tokenizers_of
+from sead_dist.teachers.teacher import Teacher, out_of_fold
 from sead_dist.teachers.validation import ask_all, ask_and_validate, require_passed
 
 Columns = dict[str, list[Any]]
@@ -123,12 +116,9 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
-    task, examples, inputs, _ = read_inputs(config, print)
-    teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
-    check_scored(config, examples, teachers)
-    check_fitted(config, examples, teachers)
-    check_tokens(examples, tokenizers_of(teachers))
-    splits = tokenize_splits(examples, inputs.split)
+    checked = read_run(config, world, print, learns=False)
+    task, examples, teachers = checked.task, checked.examples, checked.teachers
+    splits = tokenize_splits(examples, checked.inputs.split)
     store = PredictionStore(store_folder(config.store.path), print)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
@@ -140,7 +130,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
         )  # fmt: skip
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
-                source.share_tokens(split, inputs)
+                source.share_tokens(split, checked.inputs)
             yield Asking(config, task, examples, splits, teachers, source)
         finally:
             source.close()

@@ -16,34 +16,27 @@ from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
-from sead_dist.data.splits import RunExamples, RunSplits, check_tokens, tokenize_splits
+from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
-from sead_dist.models.start import run_start_hash
 from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.runs.checked_run import read_run
 from sead_dist.runs.choices import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
-from sead_dist.runs.requests import (
-    answered_examples,
-    check_fitted,
-    check_scored,
-    tell_requests,
-)
-from sead_dist.runs.setup import read_inputs
+from sead_dist.runs.requests import tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, tokenizers_of
+from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.validation import Validation, ask_and_validate, require_passed
 from sead_dist.training.identity import Identity
 
@@ -91,17 +84,10 @@ class Work:
 
 def read_work(config: RunConfig, world: World) -> Work:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
-    task, examples, inputs, _ = read_inputs(config, lambda _line: None)
-    teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
-    check_scored(config, examples, teachers)
-    check_fitted(config, examples, teachers)
-    rows = examples.fingerprint(task)
-    examples = answered_examples(config, examples, teachers)
-    splits = tokenize_splits(examples, inputs.split)
-    check_tokens(examples, tokenizers_of(teachers))
-    manifests = [teacher.manifest() for teacher in teachers]
-    identity = Identity.of(config, rows, manifests, run_start_hash(config), examples.copies)
-    return Work(config, task, examples, splits, inputs, teachers, identity)
+    run = read_run(config, world, lambda _line: None)
+    splits = tokenize_splits(run.examples, run.inputs.split)
+    identity = run.identity(world)
+    return Work(config, run.task, run.examples, splits, run.inputs, run.teachers, identity)
 
 
 def teach(config: RunConfig, worker: str, world: World) -> Path:
@@ -187,7 +173,8 @@ def fill_all(hand: Worker, work: Work) -> bool:
     config, splits, teachers = work.config, work.splits, work.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
-    # takes the answers of teachers outside the pool too. A gate alone can be left to the student.
+    # takes the answers of teachers outside the pool too. A validation that decides nothing else can
+    # be left to the student.
     everyone = asks_selection(config)
     validating = [
         item

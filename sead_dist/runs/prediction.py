@@ -40,6 +40,7 @@ from sead_dist.models.pretrained import (
 from sead_dist.models.sequence_classifier import (
     DTYPES,
     align_classes,
+    by_example,
     check_problem_type,
     is_generic,
     label_names,
@@ -134,9 +135,9 @@ def load_answerer(
 
 
 def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> torch.Tensor:
-    """logits_BC of a model's own logits of text rows, of which an example has one for each
-    choice."""
-    return logits.reshape(-1, choices) if choices > 1 else logits[:, order_C]
+    """logits_BC of a model's own logits of text rows. The choices of a row stand in its order."""
+    logits_BC = by_example(logits, choices)
+    return logits_BC if choices > 1 else logits_BC[:, order_C]
 
 
 def class_order(

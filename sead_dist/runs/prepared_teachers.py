@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NotRequired  # of Python 3.12, for pydantic
 
 import numpy as np
 import torch
-from typing_extensions import NotRequired, TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict
 
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset
@@ -31,7 +32,7 @@ from sead_dist.runs.baseline import (
     weigh_up,
 )
 from sead_dist.runs.requests import seen_examples, told_idle
-from sead_dist.runs.setup import Parts
+from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import told_unvalidated
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, write_json
@@ -48,26 +49,26 @@ from sead_dist.teachers.validation import (
 Validated = tuple[list[Validation], np.ndarray | None]
 
 
-def validated(parts: Parts) -> Validated:
+def validated(setup: RunSetup) -> Validated:
     """The teachers' validations, and their logits_NBC of the selection split; nothing where no one
     asks for them. Raises UserError for a teacher that may not teach."""
-    config, task, teachers = parts.config, parts.task, parts.teachers
-    selection = parts.splits.selection
-    if parts.source is None or not needs_validation(config, selection.examples):
+    config, task, teachers = setup.config, setup.task, setup.teachers
+    selection = setup.splits.selection
+    if setup.source is None or not needs_validation(config, selection.examples):
         return [], None
-    parts.world.at("validating the teachers")
-    overlap = parts.examples.dev_in_training
+    setup.world.at("validating the teachers")
+    overlap = setup.examples.dev_in_training
     validations, logits_NBC = ask_and_validate(
-        parts.source, task, selection, config.prefetch_rows, overlap
+        setup.source, task, selection, config.prefetch_rows, overlap
     )
     if config.teacher_validation == "fp32":
-        drifts = measure_drift(parts.source, selection)
+        drifts = measure_drift(setup.source, selection)
         validations = [
             replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
         ]
     for validation, teacher in zip(validations, teachers, strict=True):
-        parts.log.say(describe(validation, teacher, len(selection)))
-    if parts.world.is_main:
+        setup.log.say(describe(validation, teacher, len(selection)))
+    if setup.world.is_main:
         record = [asdict(validation) for validation in validations]
         write_json(Path(config.output_dir) / "teacher_validation.json", record)
     if config.validates:
@@ -75,22 +76,22 @@ def validated(parts: Parts) -> Validated:
     return validations, logits_NBC
 
 
-def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble | None:
+def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensemble | None:
     """Validate the teachers, unless that is done (`found`), and freeze the ensemble's weights
     before the first step; None without teachers."""
-    config, task, teachers = parts.config, parts.task, parts.teachers
-    if parts.source is None:
+    config, task, teachers = setup.config, setup.task, setup.teachers
+    if setup.source is None:
         return None
-    validations, logits_NBC = found or validated(parts)
-    selection = parts.splits.selection
+    validations, logits_NBC = found or validated(setup)
+    selection = setup.splits.selection
     if not selection.examples.has_gold:
-        parts.log.say(told_unvalidated(config, parts.examples.labelled_rows))
-    ensemble = weigh(config, task, teachers, validations, logits_NBC, parts.splits)
+        setup.log.say(told_unvalidated(config, setup.examples.labelled_rows))
+    ensemble = weigh(config, task, teachers, validations, logits_NBC, setup.splits)
     names = [teacher.name for teacher in teachers]
     for line in told_twins(teachers):
-        parts.log.say(line)
+        setup.log.say(line)
     weights, calibration = from_main(
-        parts.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
+        setup.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
     )
     ensemble = replace(
         ensemble,
@@ -98,27 +99,38 @@ def prepare_teachers(parts: Parts, found: Validated | None = None) -> Ensemble |
         calibration_N=None if calibration is None else torch.tensor(calibration),
     )
     for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
-        parts.log.say(line)
+        setup.log.say(line)
+    for line in (*told_weights(ensemble, names), *told_asked(setup, ensemble)):
+        setup.log.say(line)
+    if logits_NBC is not None:
+        say_learnable(setup, validations, logits_NBC, ensemble)
+    return ensemble
+
+
+def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
+    """A line on what each teacher counts, where that is fixed."""
     if ensemble.weighting.one_teacher:
-        chosen = teachers[int(ensemble.weights_N.argmax())]
-        parts.log.say(f"the one teacher of this student: {chosen.name}")
-    elif ensemble.weighting.has_frozen_weights:
-        told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
-        parts.log.say(f"weights: {', '.join(told_N)}")
-    if config.feature_loss is None:
-        for line in told_idle(ensemble, teachers, parts.splits.train.examples):
-            parts.log.say(line)
-    labelled = parts.examples.labelled_rows
+        return [f"the one teacher of this student: {names[int(ensemble.weights_N.argmax())]}"]
+    if not ensemble.weighting.has_frozen_weights:
+        return []
+    weights = ensemble.weights_N.tolist()
+    told_N = [f"{name} {of:.3f}" for name, of in zip(names, weights, strict=True)]
+    return [f"weights: {', '.join(told_N)}"]
+
+
+def told_asked(setup: RunSetup, ensemble: Ensemble) -> list[str]:
+    """Lines on training rows that no teacher answers, and on those that one was trained on."""
+    config, teachers, train = setup.config, setup.teachers, setup.splits.train
+    lines = [] if config.feature_loss is not None else told_idle(ensemble, teachers, train.examples)
     if ensemble.seen_NU is not None:
-        parts.log.say(told_folds(teachers, ensemble.seen_NU, parts.splits.train, labelled))
+        labelled = setup.examples.labelled_rows
+        lines.append(told_folds(teachers, ensemble.seen_NU, train, labelled))
     elif any(teacher.trained_rows is not None for teacher in teachers):
-        parts.log.say(
+        lines.append(
             f"WARNING: ensemble={config.ensemble} has one teacher for a row, and asks it of rows "
             "that it was trained on too; an ensemble of all teachers leaves these out"
         )
-    if logits_NBC is not None:
-        say_learnable(parts, validations, logits_NBC, ensemble)
-    return ensemble
+    return lines
 
 
 def told_twins(teachers: Sequence[Teacher]) -> list[str]:
@@ -164,13 +176,13 @@ def kept_weights(
 
 
 def say_learnable(
-    parts: Parts,
+    setup: RunSetup,
     validations: Sequence[Validation],
     logits_NBC: np.ndarray,
     ensemble: Ensemble,
 ) -> None:
     """Say, and write down, whether the teachers together know more than a fine-tuned student."""
-    selection, baseline = parts.splits.selection.examples, baseline_folder(parts.config)
+    selection, baseline = setup.splits.selection.examples, baseline_folder(setup.config)
 
     routes = selection.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
@@ -178,16 +190,16 @@ def say_learnable(
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     scored = [validation for validation in validations if validation.score is not None]
     if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
-        parts.log.say("whether there is anything to learn cannot be told from the selection split")
+        setup.log.say("whether there is anything to learn cannot be told from the selection split")
         return
 
     def find() -> Learnable:
         answer = ensemble.answer(all_NBC, routes_B)
         finetuned_BC = None
         if baseline is not None:
-            finetuned_BC = baseline_logits(baseline, parts.task, selection)[complete_B]
+            finetuned_BC = baseline_logits(baseline, setup.task, selection)[complete_B]
         return weigh_up(
-            parts.task,
+            setup.task,
             selection if complete_B.all() else subset(selection, complete_B),
             [validation.score or 0.0 for validation in scored],
             [validation.name for validation in scored],
@@ -195,13 +207,13 @@ def say_learnable(
             finetuned_BC,
         )
 
-    found = from_main(parts.world, find)
+    found = from_main(setup.world, find)
     line = told(found)
     if ensemble.weighting.fewest_rows:
         line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
-    parts.log.say(line)
-    if parts.world.is_main:
-        write_json(Path(parts.config.output_dir) / FILE, asdict(found))
+    setup.log.say(line)
+    if setup.world.is_main:
+        write_json(Path(setup.config.output_dir) / FILE, asdict(found))
 
 
 def needs_validation(config: RunConfig, selection: ExampleSet) -> bool:

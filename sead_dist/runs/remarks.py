@@ -127,6 +127,11 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key in OF_TEACHERS:
             yield key, "no teacher is asked"
         return
+    yield from _unread_by_method(config)
+
+
+def _unread_by_method(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys that the run's ensemble, loss or feature loss does not read."""
     ensemble = f"this run has ensemble={config.ensemble}"
     weighting = WEIGHTINGS[config.ensemble]
     if not isinstance(weighting, Single) and config.feature_loss is None:

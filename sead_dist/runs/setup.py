@@ -1,10 +1,10 @@
-"""The parts of a run, built from its configuration before the first step.
+"""The setup of a run: all that it is made of, built from its configuration before the first step.
 
 All of a person's mistakes come to light here or in the validation.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,60 +16,30 @@ from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
-from sead_dist.data.splits import (
-    RunExamples,
-    RunSplits,
-    check_tokens,
-    load_examples,
-    tokenize_splits,
-    told_cuts,
-)
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits, told_cuts
+from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
-from sead_dist.models.hidden_states_check import check_inside, needs_attention
-from sead_dist.models.inputs import ModelInputs, settle, student_inputs
-from sead_dist.models.pretrained import load_tokenizer
+from sead_dist.models.hidden_states_check import needs_attention
+from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.resaved import check_saving, one_row
-from sead_dist.models.start import run_start_hash, student_tokenizer
-from sead_dist.models.student import build_student, start_as_feature_teacher
-from sead_dist.objectives.ensemble import check_method, check_selection
-from sead_dist.objectives.feature_losses import (
-    FeatureLoss,
-    check_feature_loss,
-    make_feature_loss,
-)
+from sead_dist.models.student import start_as_feature_teacher
+from sead_dist.objectives.feature_losses import FeatureLoss, make_feature_loss
 from sead_dist.objectives.losses import DistillationLoss, make_loss
-from sead_dist.reporting.hub import check_push
-from sead_dist.runs.baseline import OWN, baseline_logits
+from sead_dist.runs.checked_run import CheckedRun, check_run
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
-from sead_dist.runs.copies import add_copies
 from sead_dist.runs.prediction import on_stderr
 from sead_dist.runs.remarks import unread_keys
-from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
-from sead_dist.runs.requests import (
-    answered_examples,
-    check_fitted,
-    check_scored,
-    tell_requests,
-    told_files,
-)
-from sead_dist.runs.without_gold import check_gold
-from sead_dist.runtime.distributed import StopFlag, World, check_shared, from_main, on_every_rank
+from sead_dist.runs.repair import repair_folder, repair_start
+from sead_dist.runs.requests import tell_requests, told_files
+from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
-from sead_dist.store.layout import refuse_foreign, store_folder
+from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
-from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.feature_teacher import (
-    FeatureTeacher,
-    candidates,
-    check_feature_teacher,
-    held_everywhere,
-    load_feature_teacher,
-)
+from sead_dist.teachers.feature_teacher import FeatureTeacher, candidates, load_feature_teacher
 from sead_dist.teachers.placement import (
     check_placements,
     choose_placements,
@@ -82,16 +52,15 @@ from sead_dist.teachers.pool_client import PoolClient, store_id
 from sead_dist.teachers.rates import known_costs
 from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.source import StoredSource
-from sead_dist.teachers.teacher import Teacher, tokenizers_of
+from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.validation import best_teacher
 from sead_dist.training.checkpoint import Checkpointer
-from sead_dist.training.deepspeed_config import zero_config
-from sead_dist.training.engine import Engine, check_arithmetic, check_tracker, slow_arithmetic
+from sead_dist.training.engine import Engine
 from sead_dist.training.identity import Identity
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunSetup:
     """What a run is made of before its first step."""
 
     config: RunConfig
@@ -125,62 +94,22 @@ class Parts:
 
 def build(
     config: RunConfig, world: World, stack: ExitStack, stop: StopFlag, console: bool = True
-) -> Parts:
-    """Every part of the run; `stack` closes them. Nothing is written before all is checked."""
-    run = Path(config.output_dir)
-    store = store_folder(config.store.path)
+) -> RunSetup:
+    """The whole setup of the run; `stack` closes it. Nothing is written before all is checked."""
     quiet_libraries(world)
-    world.at("looking at the folders")
-    shared = {"output_dir": run, **({"store": store} if config.taught else {})}
-    if config.repair.text is not None:
-        shared["repair.folder"] = repair_folder(config)
-    if config.taught:
-        from_main(world, lambda: refuse_foreign(store))
-    check_shared(world, shared)
-    check_setting(config, world)
-    notes = slow_arithmetic(config, world.device)
-    world.at("reading the data and the student")
-    task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(config, notes.append))
-    world.at("reading the teachers")
-    teachers = []
-    if config.taught:
-        teachers = read_teachers(config, task, world, inputs.tokenizer, examples)
-    on_every_rank(world, lambda: check_scored(config, examples, teachers))
-    on_every_rank(world, lambda: check_fitted(config, examples, teachers))
-    # what files do not answer follows from them, and they are part of the identity themselves
-    rows = examples.fingerprint(task)
-    examples = on_every_rank(world, lambda: answered_examples(config, examples, teachers))
+    run, notes = Path(config.output_dir), list[str]()
+    checked = check_run(config, world, notes.append, folders=run_folders(config))
+    task, examples, inputs, model = checked.task, checked.examples, checked.inputs, checked.model
+    teachers = checked.teachers
     world.at("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
-    check_tokens(examples, tokenizers_of(teachers))
-    if teachers and config.baseline not in (None, OWN):
-        given = Path(str(config.baseline))
-        on_every_rank(world, lambda: baseline_logits(given, task, examples.selection))
-    on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, world))
-    teachers = held_everywhere(config, teachers)
-    world.at("hashing data, teachers and start")
-    start = from_main(world, lambda: run_start_hash(config))
-    manifests = [teacher.manifest() for teacher in teachers]
-    identity = Identity.of(config, rows, manifests, start, examples.copies)
-    world.at("trying to save the student")
-    from_main(world, lambda: stack.enter_context(locked(run)))
-    row = one_row(splits.train)
-    from_main(world, lambda: check_saving(model, row, run, config.trust_remote_code))
-    from_main(world, lambda: refuse_other_scoring(config, examples))
-    from_main(world, lambda: claim(run, config, identity))
+    identity = claim_folder(checked, splits, world, stack)
     beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
     heartbeat = stack.enter_context(beating.of_run(run, stop, config.heartbeat))
     log = RunLog(run, world.is_main, console)
     stack.callback(log.close)
-    for note in (
-        *told_choices(config, task, examples, lambda: splits.train.tokens, model, world),
-        *notes,
-        *told_files(examples, teachers),
-        *told_cuts(examples, splits, config.max_length, inputs.max_length),
-    ):
-        log.say(note)
-    for line in unread_keys(config):
-        log.say(f"WARNING: {line}")
+    for line in first_lines(checked, splits, notes, world):
+        log.say(line)
     if config.repair.text is not None:
         repair_start(config, world, model, inputs, stop, heartbeat, log, console)
     config = with_choices(config, examples)
@@ -195,27 +124,13 @@ def build(
         world.rank,
         world.size,
     )
-    for line in uneven(config, world.size):
+    for line in (*uneven(config, world.size), *told_teachers(config, teachers)):
         log.say(line)
-    if config.deterministic:
-        # what CUDA's matrix products ask for; read when the first one runs
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
-    if not teachers:
-        log.say("no teachers: the student learns from the labels alone")
-    if config.method == DEFAULT_METHOD and len(teachers) == 1:
-        log.say(f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`")
-    source = (
-        place_teachers(config, task, world, teachers, run, store, log, heartbeat, stack)
-        if teachers
-        else None
-    )
-    if source is not None:
-        asked = (splits.train, splits.selection, *splits.official.values())
-        for split in asked:
-            source.share_tokens(split, inputs)
-        from_main(world, lambda: tell_requests(source, asked, log.say))
-    feature_teacher, feature_loss = None, None
+    be_deterministic(config.deterministic)
+    source, feature_teacher, feature_loss = None, None, None
+    if teachers:
+        source = place_teachers(config, task, world, teachers, log, heartbeat, stack)
+        share_splits(source, splits, inputs, world, log)
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
         feature_teacher, feature_loss = follow(config, world, chosen, model, batches.total_steps)
@@ -228,23 +143,74 @@ def build(
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
     checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
-    return Parts(
+    return RunSetup(
         config, task, world, log, examples, splits, inputs, teachers, source, engine, batches,
         checkpointer, stop, heartbeat, feature_teacher,
         make_loss(config, task.task_kind, batches.total_steps, feature_loss),
     )  # fmt: skip
 
 
-def check_setting(config: RunConfig, world: World) -> None:
-    """What can be told from the settings alone, before anything is read. Raises UserError."""
-    check_tracker(config.report_to)
-    if config.push_to_hub:
-        from_main(world, lambda: check_push(config.hub_model_id))
-    check_arithmetic(config.precision, world.device)
-    zero = zero_config(config, world.size)
-    stage = zero.stage if zero is not None else None
-    check_feature_loss(config, stage)
-    check_repair_setting(config, stage)
+def run_folders(config: RunConfig) -> dict[str, Path]:
+    """The folders that every node of a run must see, by their keys."""
+    folders = {"output_dir": Path(config.output_dir)}
+    if config.taught:
+        folders["store"] = store_folder(config.store.path)
+    if config.repair.text is not None:
+        folders["repair.folder"] = repair_folder(config)
+    return folders
+
+
+def claim_folder(
+    checked: CheckedRun, splits: RunSplits, world: World, stack: ExitStack
+) -> Identity:
+    """Make the output folder this run's, and lock it while `stack` is open: the first that a run
+    writes. The student is saved there once, to see that it can be. Returns the run's identity.
+
+    Raises UserError for a folder of another run, and for a student that does not come back as it
+    was saved.
+    """
+    config, run = checked.config, Path(checked.config.output_dir)
+    world.at("hashing data, teachers and start")
+    identity = checked.identity(world)
+    world.at("trying to save the student")
+    from_main(world, lambda: stack.enter_context(locked(run)))
+    row = one_row(splits.train)
+    from_main(world, lambda: check_saving(checked.model, row, run, config.trust_remote_code))
+    from_main(world, lambda: refuse_other_scoring(config, checked.examples))
+    from_main(world, lambda: claim(run, config, identity))
+    return identity
+
+
+def first_lines(
+    checked: CheckedRun, splits: RunSplits, notes: Sequence[str], world: World
+) -> list[str]:
+    """The first lines of the log: what the run takes for keys that are left to it, and what it has
+    read. notes: those of the reading. Every rank calls this."""
+    config, task, examples = checked.config, checked.task, checked.examples
+    return [
+        *told_choices(config, task, examples, lambda: splits.train.tokens, checked.model, world),
+        *notes,
+        *told_files(examples, checked.teachers),
+        *told_cuts(examples, splits, config.max_length, checked.inputs.max_length),
+        *(f"WARNING: {line}" for line in unread_keys(config)),
+    ]
+
+
+def told_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
+    """A line where there are no teachers, or one alone that would be averaged."""
+    if not teachers:
+        return ["no teachers: the student learns from the labels alone"]
+    if config.method == DEFAULT_METHOD and len(teachers) == 1:
+        return [f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`"]
+    return []
+
+
+def be_deterministic(asked: bool) -> None:
+    """Have torch refuse what is not deterministic, or allow it."""
+    if asked:
+        # what CUDA's matrix products ask for; read when the first one runs
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(asked)
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
@@ -258,47 +224,17 @@ def uneven(config: RunConfig, ranks: int) -> list[str]:
     ]
 
 
-def read_inputs(
-    config: RunConfig, say: Callable[[str], None]
-) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
-    """Task, examples, and the student with what it is fed."""
-    task = load_task(config.task)
-    if config.taught:
-        check_method(config, task.task_kind)
-    tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
-    examples = load_examples(config, task, say)
-    check_gold(config, task, examples)
-    check_selection(config, examples.selection.labels_B)
-    model = build_student(
-        config.student,
-        task,
-        tokenizer,
-        config.seed,
-        config.trust_remote_code,
-        say,
-        examples.mean_score(task),
-    )
-    settle(tokenizer, model.config)
-    examples = add_copies(config, task, examples, tokenizer, model, say)
-    check_tokens(examples, {"the student": tokenizer})
-    inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
-    if config.feature_loss is not None:
-        check_inside(model, inputs, config.feature_loss, "the student")
-    return task, examples, inputs, model
-
-
 def place_teachers(
     config: RunConfig,
     task: TaskSpec,
     world: World,
     teachers: Sequence[Teacher],
-    run: Path,
-    folder: Path,
     log: RunLog,
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """The teacher source over the store in `folder`, with every teacher placed."""
+    """The teacher source over the run's store, with every teacher placed."""
+    run, folder = Path(config.output_dir), store_folder(config.store.path)
     free = least_free(world)
     placements, reason = choose_placements(teachers, config.placement, world.size, free)
     on_every_rank(world, lambda: check_placed(config, teachers, placements))
@@ -332,6 +268,17 @@ def place_teachers(
     )  # fmt: skip
     stack.callback(source.close)
     return source
+
+
+def share_splits(
+    source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World, log: RunLog
+) -> None:
+    """Lend the student's tokens to teachers that are fed alike, and say what endpoints will be
+    asked. Raises UserError where that is more than they may be."""
+    asked = (splits.train, splits.selection, *splits.official.values())
+    for split in asked:
+        source.share_tokens(split, inputs)
+    from_main(world, lambda: tell_requests(source, asked, log.say))
 
 
 def choose_feature_teacher(

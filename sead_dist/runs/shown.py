@@ -16,6 +16,7 @@ from sead_dist.data.augmentation import COPIES_OF_EACH, automatic_copies
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.task_files import TaskSpec, load_task
 from sead_dist.runs.baseline import MOST_OF_STEPS, OWN, baseline_steps
+from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.checks import (
     check_predictions,
     refuse_untaught,
@@ -23,7 +24,6 @@ from sead_dist.runs.checks import (
     teacher_runs,
 )
 from sead_dist.runs.choices import told_choices, with_choices
-from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World, on_every_rank
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.engine import width_of

@@ -10,7 +10,7 @@ compacted block is the hash of the sums of its chunks, so that it is known witho
 
 import json
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +170,7 @@ def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
         "numerics": block.numerics,
         "name": block.name,
         "runs": json.dumps(block.runs),
-        "written_at": datetime.fromtimestamp(block.written_at, timezone.utc).isoformat(),
+        "written_at": datetime.fromtimestamp(block.written_at, UTC).isoformat(),
     }
     return {**about, "checksum": _checksum(content, about)}
 

@@ -18,7 +18,6 @@ from sead_dist.models.hidden_states_check import check_inside, check_kind
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.sequence_classifier import outline
-from sead_dist.runtime.distributed import World
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
 
@@ -56,10 +55,11 @@ def check_feature_teacher(
     config: RunConfig,
     teachers: Sequence[Teacher],
     inputs: ModelInputs,
-    world: World,
+    ranks: int,
 ) -> None:
     """Raises UserError for a teacher that may become the feature teacher and cannot show its hidden
-    states and attention on the student's batches. inputs: the student's."""
+    states and attention on the student's batches. inputs: the student's; ranks: how many
+    the run has."""
     asks = f"feature_loss={config.feature_loss}"
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
@@ -70,7 +70,7 @@ def check_feature_teacher(
                 f"hidden states of a model; leave it out{other}"
             )
         placement = teacher.entry.placement or config.placement
-        if placement in ("partitioned", "sharded") and world.size > 1:
+        if placement in ("partitioned", "sharded") and ranks > 1:
             raise UserError(
                 f"teacher {teacher.name} is {placement}, and {asks} needs it on every rank; give "
                 f"its entry placement: colocated{other}"

@@ -25,7 +25,7 @@ from sead_dist.data.tokens import TokenTable
 from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import Padding, shallow
 from sead_dist.models.pretrained import position_limit
-from sead_dist.models.sequence_classifier import DTYPES, new_classifier
+from sead_dist.models.sequence_classifier import DTYPES, by_example, new_classifier
 from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pack_inputs
 
 
@@ -209,7 +209,7 @@ def own_logits(logits: torch.Tensor, part_P: np.ndarray, choices: int) -> np.nda
     Raises NotFiniteError.
     """
     count = len(part_P)
-    logits_PC = logits[: count * choices].float().reshape(count, -1).cpu()
+    logits_PC = by_example(logits[: count * choices].float(), choices).cpu()
     finite_P = torch.isfinite(logits_PC).all(dim=1)
     if not bool(finite_P.all()):
         raise NotFiniteError(int(part_P[int((~finite_P).nonzero()[0])]))

@@ -11,7 +11,7 @@ Shapes: R rows of a request, P rows of one batch, C the model's own classes.
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,15 +109,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
             f"teacher {teacher.name}: placement=sharded reads slices of safetensors, and its "
             f"weights are {files[0].name}; save it again with save_pretrained, or {FIX}"
         )
-    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    coded: set[str] = set()
-    for path in files:
-        with reading(path, COPY), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                about = file.get_slice(name)
-                stored[name] = (path, tuple(about.get_shape()))
-                if about.get_dtype() not in PLAIN_DTYPES:
-                    coded.add(name)
+    stored, coded = stored_tensors(files)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -142,6 +134,22 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
     used = {name for twins in names.values() for name in twins} | found.keys()
     refuse_leftovers(f"teacher {teacher.name}", model, stored.keys() - used)
     return found
+
+
+def stored_tensors(
+    files: Sequence[Path],
+) -> tuple[dict[str, tuple[Path, tuple[int, ...]]], set[str]]:
+    """(of each tensor its file and shape, names of those that are quantised)."""
+    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    coded: set[str] = set()
+    for path in files:
+        with reading(path, COPY), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                about = file.get_slice(name)
+                stored[name] = (path, tuple(about.get_shape()))
+                if about.get_dtype() not in PLAIN_DTYPES:
+                    coded.add(name)
+    return stored, coded
 
 
 def by_file(files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, str]]:

@@ -29,7 +29,7 @@ from sead_dist.config.automatic import averaged_steps, learning_rate
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import micro_batch_seed
 from sead_dist.errors import RunError, UserError, reading
-from sead_dist.models.sequence_classifier import unshared
+from sead_dist.models.sequence_classifier import by_example, unshared
 from sead_dist.objectives.feature_losses import Rest
 from sead_dist.runtime.distributed import World
 from sead_dist.training.deepspeed import ZeroStudent
@@ -183,10 +183,10 @@ class Engine:
         return float(self.schedule.get_last_lr()[0])
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
-        """Student logits_BC: [B, width], or [B, K] where K text rows make an example."""
+        """Student logits_BC."""
         on_device = {name: tensor.to(self.world.device) for name, tensor in inputs.items()}
         logits: torch.Tensor = self.model(**on_device).logits.float()
-        return logits.reshape(-1, choices) if choices > 1 else logits
+        return by_example(logits, choices)
 
     def seed_micro_batch(self, step: int, micro: int) -> None:
         """Seed the generator that dropout draws from: this rank's device's alone."""

@@ -234,7 +234,7 @@ def test_a_full_disk_is_a_run_error(own, frames, keys, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(distillation, "run_parts", full)
+    monkeypatch.setattr(distillation, "run_to_end", full)
     with pytest.raises(sd.RunError, match="No space left on device; fix it"):
         sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
 

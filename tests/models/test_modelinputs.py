@@ -49,9 +49,9 @@ from sead_dist.models.inputs_check import (
 )
 from sead_dist.models.pretrained import locate
 from sead_dist.models.sequence_classifier import load_classifier
+from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.onnx_export import load_original
 from sead_dist.runs.prediction import data_of, load_answerer
-from sead_dist.runs.setup import read_inputs
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers import whole
 from sead_dist.teachers.base import Request

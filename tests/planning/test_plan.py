@@ -217,7 +217,7 @@ def test_rates_that_cannot_be_kept_do_not_lose_the_plan(task, tmp_path, monkeypa
 
 def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, rates, monkeypatch):
     data, teachers = task
-    monkeypatch.setattr("sead_dist.planning.table.read_inputs", None)
+    monkeypatch.setattr("sead_dist.planning.table.check_run", None)
     run = load_config(words(data, teachers, tmp_path / "run"))
     for path, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "plan", "does not exist")):
         with pytest.raises(UserError, match=f"--json .*{said}"):
@@ -282,7 +282,7 @@ def test_a_wrong_file_of_rates_is_refused_in_one_line(task, tmp_path, rates, tex
         ({"gpu_memory": "24"}, "--gpu-memory '24' is not a number with a unit"),
         ({"gpu_memory": "1kB"}, "the student's training state alone takes"),
         ({"ranks": 0}, "--ranks 0 must be at least 1"),
-        ({"encoders": "[L6-H256-A8]"}, "plan is for distill"),
+        ({"encoders": "[L6-H256-A8]"}, "encoders are for finetune; give the teachers to distil"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(task, tmp_path, rates, changes, said):

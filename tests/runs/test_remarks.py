@@ -24,11 +24,11 @@ def of_one_answer(task, monkeypatch):
     build = distillation.build
 
     def built(*given, **more):
-        parts = build(*given, **more)
+        setup = build(*given, **more)
         with torch.no_grad():
-            parts.engine.module.classifier.weight.zero_()
-            parts.engine.module.classifier.bias.copy_(torch.tensor([9.0, -9.0]))
-        return parts
+            setup.engine.module.classifier.weight.zero_()
+            setup.engine.module.classifier.bias.copy_(torch.tensor([9.0, -9.0]))
+        return setup
 
     monkeypatch.setattr(distillation, "build", built)
 

@@ -24,9 +24,9 @@ from small import (
 import sead_dist as sd
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
+from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.pool_worker import teach
-from sead_dist.runs.setup import read_inputs
 from sead_dist.runs.shown import show_data
 from sead_dist.sweep.grid import make_plan
 from sead_dist.training.engine import Engine

@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 def checked(folders, entries, world=TWO, length=32, **keys):
     teachers = load_teachers([entry.replace("@", f"{folders}/") for entry in entries])
     given = config("teachers=[a]", **{"method": "minilm", **keys})
-    check_feature_teacher(given, teachers, model_inputs(length), world)
+    check_feature_teacher(given, teachers, model_inputs(length), world.size)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_feature_teacher_of_another_tokeniser_is_told(folders):
     teachers = load_teachers([folders / "plain"])
     other = replace(model_inputs(), tokenizer_hash="other")
     with pytest.raises(UserError, match="teacher plain has another tokeniser than the student"):
-        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, other, TWO)
+        check_feature_teacher(config("teachers=[a]", method="minilm"), teachers, other, TWO.size)
 
 
 def test_a_feature_teacher_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
@@ -99,7 +99,9 @@ def test_a_feature_teacher_that_is_padded_on_the_other_side_than_the_student_is_
         "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
     )
     with pytest.raises(UserError, match=said):
-        check_feature_teacher(config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO)
+        check_feature_teacher(
+            config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO.size
+        )
 
 
 def test_the_feature_teacher_is_fed_by_the_rules_of_any_teacher(folders, tmp_path):
@@ -129,7 +131,7 @@ def test_int8_weights_are_told_without_the_library_that_makes_them(folders):
         UserError, match=r"quantization=int8, and feature_loss=minilm .* give dtype: bf16"
     ):
         check_feature_teacher(
-            config("teachers=[a]", method="minilm"), teachers, model_inputs(), TWO
+            config("teachers=[a]", method="minilm"), teachers, model_inputs(), TWO.size
         )
 
 

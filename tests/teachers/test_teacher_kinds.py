@@ -113,7 +113,7 @@ def test_what_only_a_model_can_do_is_refused(lengths):
         check_placements(teachers, ["sharded"])
     given = config("teachers=[{kind: lengths, path: any}]", feature_loss="distilbert")
     with pytest.raises(UserError, match="is of kind lengths, and feature_loss=distilbert needs"):
-        check_feature_teacher(given, teachers, model_inputs(128), ALONE)
+        check_feature_teacher(given, teachers, model_inputs(128), 1)
 
 
 def test_a_kind_that_cannot_be_opened_or_has_other_classes_is_told_in_one_line(lengths):

@@ -1,0 +1,165 @@
+"""A run's configuration, data, student and teachers: read, and checked in one order, before
+anything is written, placed or asked.
+
+`distill` and `plan` do all of it in `check_run`. A worker of the pool and `labels`, which train no
+student, do the second half, `read_run`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from sead_dist.config.schema import RunConfig
+from sead_dist.data.splits import RunExamples, check_tokens, load_examples
+from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.models.hidden_states_check import check_inside
+from sead_dist.models.inputs import ModelInputs, settle, student_inputs
+from sead_dist.models.pretrained import load_tokenizer
+from sead_dist.models.start import run_start_hash, student_tokenizer
+from sead_dist.models.student import build_student
+from sead_dist.objectives.ensemble import check_method, check_selection
+from sead_dist.objectives.feature_losses import check_feature_loss
+from sead_dist.reporting.hub import check_push
+from sead_dist.runs.baseline import OWN, baseline_logits
+from sead_dist.runs.copies import add_copies
+from sead_dist.runs.repair import check_repair_setting
+from sead_dist.runs.requests import answered_examples, check_fitted, check_scored
+from sead_dist.runs.without_gold import check_gold
+from sead_dist.runtime.distributed import World, check_shared, from_main, on_every_rank
+from sead_dist.store.layout import refuse_foreign, store_folder
+from sead_dist.teachers.entries import read_teachers
+from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
+from sead_dist.teachers.teacher import Teacher, tokenizers_of
+from sead_dist.training.deepspeed_config import zero_config
+from sead_dist.training.engine import check_arithmetic, check_tracker, slow_arithmetic
+from sead_dist.training.identity import Identity
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What a run reads. read: the examples of its files and their copies; examples: those of them
+    that it has a use for. model: the student at its start."""
+
+    config: RunConfig
+    task: TaskSpec
+    read: RunExamples
+    examples: RunExamples
+    inputs: ModelInputs
+    model: PreTrainedModel
+    teachers: list[Teacher]
+
+    def identity(self, world: World) -> Identity:
+        """What decides that a run is the same run. Every rank calls this; rank 0 hashes the files
+        of the start."""
+        start = from_main(world, lambda: run_start_hash(self.config))
+        manifests = [teacher.manifest() for teacher in self.teachers]
+        # what files do not answer follows from them, and they are part of the identity themselves
+        rows = self.read.fingerprint(self.task)
+        return Identity.of(self.config, rows, manifests, start, self.examples.copies)
+
+
+def check_run(
+    config: RunConfig,
+    world: World,
+    say: Callable[[str], None],
+    ranks: int | None = None,
+    device: torch.device | None = None,
+    folders: Mapping[str, Path] | None = None,
+) -> CheckedRun:
+    """A run that is to train a student. Every rank calls this, and nothing is written.
+
+    say: is told the lines that the run says of its data and student. ranks, device: the run's,
+    where it is planned for others than these. folders: those that every node must see (key ->
+    folder), where the run is to begin now. Raises UserError for whatever is wrong with the
+    configuration, the files or the models, on every rank.
+    """
+    ranks, device = ranks or world.size, device or world.device
+    world.at("looking at the folders")
+    if config.taught:
+        from_main(world, lambda: refuse_foreign(store_folder(config.store.path)))
+    if folders is not None:
+        check_shared(world, folders)
+    check_setting(config, world, ranks, device)
+    for line in slow_arithmetic(config, device):
+        say(line)
+    run = read_run(config, world, say, ranks)
+    if run.teachers and config.baseline not in (None, OWN):
+        given = Path(str(config.baseline))
+        on_every_rank(world, lambda: baseline_logits(given, run.task, run.examples.selection))
+    return run
+
+
+def read_run(
+    config: RunConfig,
+    world: World,
+    say: Callable[[str], None],
+    ranks: int | None = None,
+    learns: bool = True,
+) -> CheckedRun:
+    """Task, data, student and teachers, checked against each other and the keys that concern them.
+    Every rank calls this.
+
+    learns: False where no student is to learn (`labels`). Then unlabelled rows that no teacher
+    answers are kept, and no teacher has to show its hidden states. Raises UserError as `check_run`.
+    """
+    world.at("reading the data and the student")
+    task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config, say))
+    world.at("reading the teachers")
+    teachers = []
+    if config.taught:
+        teachers = read_teachers(config, task, world, inputs.tokenizer, read)
+    on_every_rank(world, lambda: check_scored(config, read, teachers))
+    on_every_rank(world, lambda: check_fitted(config, read, teachers))
+    examples = read
+    if learns:
+        examples = on_every_rank(world, lambda: answered_examples(config, read, teachers))
+    check_tokens(examples, tokenizers_of(teachers))
+    if learns:
+        size = ranks or world.size
+        on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, size))
+        teachers = held_everywhere(config, teachers)
+    return CheckedRun(config, task, read, examples, inputs, model, teachers)
+
+
+def check_setting(config: RunConfig, world: World, ranks: int, device: torch.device) -> None:
+    """What can be told from the settings alone, before anything is read. Raises UserError."""
+    check_tracker(config.report_to)
+    if config.push_to_hub:
+        from_main(world, lambda: check_push(config.hub_model_id))
+    check_arithmetic(config.precision, device)
+    zero = zero_config(config, ranks)
+    stage = zero.stage if zero is not None else None
+    check_feature_loss(config, stage)
+    check_repair_setting(config, stage)
+
+
+def read_inputs(
+    config: RunConfig, say: Callable[[str], None]
+) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
+    """Task, examples, and the student with what it is fed."""
+    task = load_task(config.task)
+    if config.taught:
+        check_method(config, task.task_kind)
+    tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
+    examples = load_examples(config, task, say)
+    check_gold(config, task, examples)
+    check_selection(config, examples.selection.labels_B)
+    model = build_student(
+        config.student,
+        task,
+        tokenizer,
+        config.seed,
+        config.trust_remote_code,
+        say,
+        examples.mean_score(task),
+    )
+    settle(tokenizer, model.config)
+    examples = add_copies(config, task, examples, tokenizer, model, say)
+    check_tokens(examples, {"the student": tokenizer})
+    inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
+    if config.feature_loss is not None:
+        check_inside(model, inputs, config.feature_loss, "the student")
+    return task, examples, inputs, model
