@@ -6,7 +6,7 @@ Shapes: R rows of a batch.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from sead_dist.planning.workload import Work, make_work, store_bytes, training_s
 from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
 from sead_dist.runs.requests import answered_examples
 from sead_dist.runs.setup import read_inputs, uneven
-from sead_dist.runtime.console import clock, counted, parse_size, print_table
+from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main, on_every_rank
 from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.memory import held
-from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.runtime.run_log import tell, write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
@@ -42,6 +42,14 @@ from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
 from sead_dist.teachers.placement import choose_placements, least_free
 from sead_dist.teachers.rates import shape_name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is printed of a plan: tables, then lines."""
+
+    tables: list[TitledTable]
+    notes: list[str]
 
 
 def plan(
@@ -52,8 +60,8 @@ def plan(
     rates_file: Path | None,
     fresh: bool,
     json_file: Path | None,
-) -> None:
-    """Measure what is not known, and print the plan. Every rank calls this.
+) -> Plan | None:
+    """Measure what is not known; the plan, on rank 0. Every rank calls this.
 
     Raises UserError for a mistake in what is asked, as the run itself would.
     """
@@ -90,7 +98,7 @@ def plan(
     folder = store_folder(config.store.path)
 
     def count() -> Work:
-        store = PredictionStore(folder, print) if (folder / "format.json").is_file() else None
+        store = PredictionStore(folder, tell) if (folder / "format.json").is_file() else None
         return make_work(config, task.name, examples, inputs, all_teachers, store)
 
     work = from_main(world, count)
@@ -107,12 +115,14 @@ def plan(
         rates = given_rates(given, rates_file, config, student, work.choices, teachers)
     else:
         rates = own_rates(config, task, world, student, teachers, work, fresh, began)
-    if world.is_main:
-        setting = Setting(config, teachers, student, work, rates, size, free, memory, beside)
-        found = estimates(setting)
-        show(setting, task.name, found)
-        if json_file is not None:
-            write_json_for_person(json_file, as_json(setting, task.name, found))
+    if not world.is_main:
+        return None
+    setting = Setting(config, teachers, student, work, rates, size, free, memory, beside)
+    found = estimates(setting)
+    if json_file is not None:
+        write_json_for_person(json_file, as_json(setting, task.name, found))
+    tables = [rate_table(setting, task.name), estimate_table(setting, found)]
+    return Plan(tables, notes(setting, found))
 
 
 def free_of(world: World, size: int) -> int:
@@ -223,11 +233,10 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     return [*setting.rates.notes, *lines]
 
 
-def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
-    """The plan on the console."""
-    work, rates = setting.work, setting.rates
-    print_table(
-        f"{task}: examples/s of each model on {rates.hardware}",
+def rate_table(setting: Setting, task: str) -> TitledTable:
+    """How quick each model is."""
+    return (
+        f"{task}: examples/s of each model on {setting.rates.hardware}",
         ["model", "numbers", "examples/s", "known"],
         [
             [
@@ -237,6 +246,11 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             for r in rate_rows(setting)
         ],
     )
+
+
+def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
+    """Memory and time of each placement."""
+    work = setting.work
     columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
     columns += ["teachers' pass"]
     columns += ["training", "to the end", "examples/s", "bound"]
@@ -271,9 +285,7 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
         f"{work.passes:,} teacher forwards, {decimal(store_bytes(work, setting.teachers))} more in "
         "the store"
     )
-    print_table(title, columns, rows)
-    for line in notes(setting, found):
-        print(line)
+    return title, columns, rows
 
 
 def as_json(setting: Setting, task: str, found: Sequence[Estimate]) -> dict[str, Any]:

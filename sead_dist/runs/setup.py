@@ -45,7 +45,7 @@ from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
 from sead_dist.runs.copies import add_copies
-from sead_dist.runs.prediction import on_stderr
+from sead_dist.runs.prediction import tell_aside
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import check_repair_setting, repair_folder, repair_start
 from sead_dist.runs.requests import (
@@ -308,7 +308,7 @@ def place_teachers(
     log.say(reason)
     if "partitioned" in placements and world.size > 1:
         log.say(describe_shares(teachers, placements, share_NW))
-    report = log.say if world.is_main else on_stderr
+    report = log.say if world.is_main else tell_aside
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
