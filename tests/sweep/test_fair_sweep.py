@@ -54,7 +54,7 @@ def finished(task, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("done") / "out"
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr(sweep, "print", lambda *line, **_: said.append(" ".join(line)), raising=False)
+        patch.setattr(sweep, "tell", said.append)
         run_sweep(fair_words(task, output), ALONE)
     return output, "\n".join(said)
 
