@@ -16,6 +16,7 @@ from pathlib import Path
 from inputs import alone, shape_file, small_folder
 from result_file import smoke_argument, table
 
+from sead_dist.cli.output import lines_shown
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.sweep.checks import settle
 from sead_dist.sweep.grid import make_plan
@@ -86,4 +87,5 @@ def compare(reference: str, words: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with lines_shown():
+        main()

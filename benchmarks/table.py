@@ -36,6 +36,7 @@ from pathlib import Path
 from inputs import alone, minilm, random_classifier, small_folder
 from result_file import smoke_argument
 
+from sead_dist.cli.output import lines_shown
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.sweep.run import run_sweep
 
@@ -294,4 +295,5 @@ def divided(
 
 
 if __name__ == "__main__":
-    main()
+    with lines_shown():
+        main()

@@ -54,8 +54,7 @@ from sead_dist.runtime.distributed import (
     join_world,
     leave_world,
 )
-from sead_dist.runtime.run_log import is_finished, read_json
-from sead_dist.runtime.run_log import tell as tell_line
+from sead_dist.runtime.run_log import is_finished, read_json, tell
 from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 
@@ -213,7 +212,7 @@ def evaluate(
             sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        found = prediction.results_of(name, spec, sets, order(labels), world, to_logger)
+        found = prediction.results_of(name, spec, sets, order(labels), world, tell)
     return prediction.as_one(found)
 
 
@@ -242,7 +241,7 @@ def predict(
         raise UserError("texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = labelling.Asking(to_logger, order(labels), batch_size, skip_malformed)
+    asking = labelling.Asking(tell, order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, skip_malformed)
@@ -367,10 +366,6 @@ def call() -> Iterator[World]:
         finally:
             if world.heartbeat is not None:  # between two calls a process may do what it likes
                 world.heartbeat.rest()
-
-
-def to_logger(line: str) -> None:
-    tell_line(line, console=False)
 
 
 def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskSpec:

@@ -28,7 +28,8 @@ class RunError(Exception):
 
 
 class LostRankError(RunError):
-    """A rank that did not come or is gone. The rank that raises it tells it: rank 0 may be lost."""
+    """A rank that did not come, is gone, or can agree nothing more with the others. The rank that
+    raises it tells it: rank 0 may be lost, or know nothing of it."""
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:

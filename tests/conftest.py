@@ -204,18 +204,30 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.fixture
+def shown() -> Iterator[None]:
+    """What the package tells is printed, as by a command."""
+    from sead_dist.cli.output import lines_shown
+
+    with lines_shown():
+        yield
+
+
 @pytest.fixture(scope="session")
 def distil() -> Distil:
-    """Run `distill` in this process, alone on the CPU; the run directory. Raises what it raises."""
+    """Run `distill` in this process, alone on the CPU, as the command does; the run directory.
+    Raises what it raises."""
 
     def run(words: Sequence[str]) -> Path:
         import torch
 
+        from sead_dist.cli.output import lines_shown
         from sead_dist.config.load import load_config
         from sead_dist.runs.distillation import distill
         from sead_dist.runtime.distributed import World
 
-        return distill(load_config(words), World(0, 1, torch.device("cpu")))
+        with lines_shown():
+            return distill(load_config(words), World(0, 1, torch.device("cpu")))
 
     return run
 

@@ -15,6 +15,7 @@ from sead_dist.cli.exits import attempt, leave
 from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from sead_dist.planning.table import Plan
     from sead_dist.slurm.jobs import Job
     from sead_dist.slurm.settings import SlurmSettings
 
@@ -128,7 +129,18 @@ def plan(args: argparse.Namespace) -> None:
 
     rates, report = (None if path is None else Path(path) for path in (args.rates, args.json))
     with in_world(config.heartbeat) as world:
-        plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
+        found = plan_run(config, world, args.ranks, args.gpu_memory, rates, args.fresh, report)
+    if found is not None:
+        print_plan(found)
+
+
+def print_plan(found: "Plan") -> None:
+    from sead_dist.runtime.console import print_table
+
+    for title, columns, rows in found.tables:
+        print_table(title, columns, rows)
+    for line in found.notes:
+        print(line)
 
 
 def data(args: argparse.Namespace) -> None:
@@ -196,7 +208,7 @@ def export(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     from sead_dist.reporting.hub import push_run
 
-    push_run(Path(args.run_folder), args.to, args.private)
+    print(f"uploaded to {push_run(Path(args.run_folder), args.to, args.private)}")
 
 
 def store(args: argparse.Namespace) -> None:
@@ -249,15 +261,23 @@ def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "l
 
 
 def jobs(args: argparse.Namespace) -> None:
-    from sead_dist.slurm import jobs
+    from sead_dist.runtime.console import print_table
+    from sead_dist.slurm import jobs, settings
 
     root = jobs.state_folder(args.root)
     if args.verb is None:
-        jobs.show(root)
+        found = jobs.registered(root)
+        if found:
+            print_table("", jobs.COLUMNS, jobs.rows_of(found))
+        else:
+            print(f"no submitted runs in {root}; sead-dist submit adds them")
     elif args.verb == "logs":
-        jobs.print_log(jobs.find(root, args.name), args.rank, args.follow)
+        for text in jobs.log_text(jobs.find(root, args.name), args.rank, args.follow):
+            print(text, end="", flush=True)
     elif args.verb == "cancel":
-        jobs.cancel(jobs.find(root, args.name))
+        job = jobs.find(root, args.name)
+        settings.cancel(job.job)
+        print(f"{job.name}: job {job.job} cancelled; submit the same line again to go on")
     else:
         jobs.wait([jobs.find(root, args.name)])
 

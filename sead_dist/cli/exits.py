@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+from sead_dist.cli.output import lines_shown
 from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_error
 
 # seconds that another rank waits before it ends, so that rank 0 can print its line
@@ -16,7 +17,8 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
     """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
     mistake, 3 a failure during a run, 130 an interrupt, 1 a bug. debug: its traceback too."""
     try:
-        do()
+        with lines_shown():
+            do()
         sys.stdout.flush()
     except (UserError, RunError) as error:
         if debug:

@@ -7,7 +7,7 @@ again by itself, and the student needs none in particular.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
-from sead_dist.slurm.submit import Launch, enqueue, make_ready
+from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
 from sead_dist.sweep.checks import check_runs, needs_rows, settle
 from sead_dist.sweep.grid import make_plan
 
@@ -117,7 +117,25 @@ def submit(
         request.name: Launch(attempt_recipe, request.recipe, request.words, request.runs, folder)
         for request in open_
     }
-    return enqueue(launches, settings, out.absolute().name, dry_run, root)
+    return queue(launches, settings, out.absolute().name, dry_run, root)
+
+
+def queue(
+    launches: Mapping[str, Launch],
+    settings: slurm.SlurmSettings,
+    name: str,
+    dry_run: bool,
+    root: Path,
+) -> list[jobs.Job]:
+    """Submit as `enqueue` does, and print how to follow the jobs; with `dry_run` only print the
+    sbatch file."""
+    if dry_run:
+        print(sbatch_file(launches, settings, name))
+        return []
+    made = enqueue(launches, settings, name, root)
+    for job in made:
+        print(f"job {job.job} is {job.name}: sead-dist jobs logs {job.name} -f")
+    return made
 
 
 def submit_pool(
@@ -153,7 +171,7 @@ def submit_pool(
     gpus = None if of_workers.gpus_per_node is None else 1
     one = {"nodes": 1, "gpus_per_node": gpus, "concurrent": workers}
     own = of_workers.model_copy(update=one)
-    made = enqueue(launches, own, f"{out.absolute().name}-teachers", dry_run, root)
+    made = queue(launches, own, f"{out.absolute().name}-teachers", dry_run, root)
     if dry_run:
         return submit(words, settings, None, dry_run, root)
     # a student that waits in a job of its own while its workers are in the queue wastes nodes
@@ -217,4 +235,4 @@ def submit_sweep(
         make_ready([runs], plan.output, root)
     launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
     named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
-    return enqueue(named, settings, out.name, dry_run, root)
+    return queue(named, settings, out.name, dry_run, root)

@@ -6,7 +6,7 @@ Shapes: R rows of a batch.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,25 @@ from sead_dist.planning.workload import (
 from sead_dist.runs.checked_run import CheckedRun, check_run
 from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
 from sead_dist.runs.setup import uneven
-from sead_dist.runtime.console import clock, counted, parse_size, print_table
+from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.memory import held
-from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.runtime.run_log import tell, write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
 from sead_dist.teachers.placement import choose_placements, least_free
 from sead_dist.teachers.rates import shape_name
 from sead_dist.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is printed of a plan: tables, then lines."""
+
+    tables: list[TitledTable]
+    notes: list[str]
 
 
 def plan(
@@ -59,8 +67,8 @@ def plan(
     rates_file: Path | None,
     fresh: bool,
     json_file: Path | None,
-) -> None:
-    """Measure what is not known, and print the plan. Every rank calls this.
+) -> Plan | None:
+    """Measure what is not known; the plan, on rank 0. Every rank calls this.
 
     Raises UserError for a mistake in what is asked, as the run itself would.
     """
@@ -100,12 +108,14 @@ def plan(
         rates = given_rates(given, rates_file, config, student, work.choices, teachers)
     else:
         rates = own_rates(config, task, world, student, teachers, work, fresh, began)
-    if world.is_main:
-        setting = Setting(config, teachers, student, work, rates, size, free, memory, beside)
-        found = estimates(setting)
-        show(setting, task.name, found)
-        if json_file is not None:
-            write_json_for_person(json_file, as_json(setting, task.name, found))
+    if not world.is_main:
+        return None
+    setting = Setting(config, teachers, student, work, rates, size, free, memory, beside)
+    found = estimates(setting)
+    if json_file is not None:
+        write_json_for_person(json_file, as_json(setting, task.name, found))
+    tables = [rate_table(setting, task.name), estimate_table(setting, found)]
+    return Plan(tables, notes(setting, found))
 
 
 def refuse_untimed(teachers: Sequence[Teacher]) -> None:
@@ -123,7 +133,7 @@ def work_of(checked: CheckedRun) -> Work:
     config, folder = checked.config, store_folder(checked.config.store.path)
     store = None
     if (folder / "format.json").is_file():
-        store = PredictionStore(folder, print, read_only=True)
+        store = PredictionStore(folder, tell, read_only=True)
     examples, inputs, teachers = checked.examples, checked.inputs, checked.teachers
     work = make_work(config, checked.task.name, examples, inputs, teachers, store)
     before = work_before(config, examples, inputs, teachers, checked.model.config)
@@ -253,11 +263,10 @@ def uncertain(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     return lines
 
 
-def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
-    """The plan on the console."""
-    work, rates = setting.work, setting.rates
-    print_table(
-        f"{task}: examples/s of each model on {rates.hardware}",
+def rate_table(setting: Setting, task: str) -> TitledTable:
+    """How quick each model is."""
+    return (
+        f"{task}: examples/s of each model on {setting.rates.hardware}",
         ["model", "numbers", "examples/s", "known"],
         [
             [
@@ -267,6 +276,11 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
             for r in rate_rows(setting)
         ],
     )
+
+
+def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
+    """Memory and time of each placement."""
+    work = setting.work
     columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
     columns += [*work.before, "teachers' pass"]
     columns += ["training", "to the end", "examples/s", "bound"]
@@ -305,9 +319,7 @@ def show(setting: Setting, task: str, found: Sequence[Estimate]) -> None:
         f"{work.passes:,} teacher forwards, {decimal(store_bytes(work, setting.teachers))} more in "
         "the store"
     )
-    print_table(title, columns, rows)
-    for line in notes(setting, found):
-        print(line)
+    return title, columns, rows
 
 
 def as_json(setting: Setting, task: str, found: Sequence[Estimate]) -> dict[str, Any]:

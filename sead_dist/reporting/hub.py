@@ -108,9 +108,9 @@ def push_at_end(run: Path, config: RunConfig) -> str:
     return f"uploaded to {address}"
 
 
-def push_run(run: Path, repo: str | None, private: bool | None) -> None:
-    """`sead-dist push`: upload a finished run to `repo`, else to its own hub_model_id, else under
-    the name on its card.
+def push_run(run: Path, repo: str | None, private: bool | None) -> str:
+    """Upload a finished run to `repo`, else to its own hub_model_id, else under the name on its
+    card; the address of the repository.
 
     Raises UserError for a folder that is not a finished run and a hub that cannot be written to,
     RunError where the upload fails.
@@ -122,9 +122,8 @@ def push_run(run: Path, repo: str | None, private: bool | None) -> None:
     private = config.get("hub_private_repo") if private is None else private
     check_push(repo, "then give the same command again")
     try:
-        address = upload(run, repo, private)
+        return upload(run, repo, private)
     except Exception as error:
         raise RunError(
             f"the upload of {run} failed: {reason(error)}; give the same command again"
         ) from error
-    print(f"uploaded to {address}")

@@ -60,9 +60,9 @@ def distill(
 ) -> Path:
     """Run, resume or find finished the distillation that `config` describes; its run directory.
 
-    stop: the caller's flag, which then knows too that a stop was asked for. console: whether lines
-    and the closing table are printed; else the lines go to the logger `sead_dist`. Raises UserError
-    before any long work, RunError during it.
+    stop: the caller's flag, which then knows too that a stop was asked for. console: whether the
+    run's lines and bars are shown on the console; else the lines go to the logger `sead_dist`, and
+    there is no closing table. Raises UserError before any long work, RunError during it.
     """
     run = Path(config.output_dir)
     if world.heartbeat is not None:
@@ -71,7 +71,7 @@ def distill(
     done = from_main(world, lambda: nothing_to_do(config))
     if done is not None:
         if world.is_main:
-            tell(done, console)
+            tell(done)
         return run
     stop = stop or StopFlag()
     while not train_student(config, world, show_table, stop, console):
@@ -93,7 +93,7 @@ def train_student(
             setup = build(config, world, stack, stop, console)
         except StopRequestedError as stopped:
             if world.is_main:
-                tell(str(stopped) or STOPPED_EARLY, console)
+                tell(str(stopped) or STOPPED_EARLY)
             return True
         except RuntimeError as error:
             # a collective breaks when another rank dies: name that rank rather than the collective
@@ -197,7 +197,7 @@ def finetune(
     runs: list[Path] = []
     for index, (one, encoder) in enumerate(zip(teachers, config.encoders, strict=True)):
         if world.is_main:
-            tell(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}", console)
+            tell(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}")
         runs.append(distill(one, world, show_table, stop, console))
         if not from_main(world, lambda: is_finished(runs[-1])):
             break  # it was asked to stop

@@ -22,10 +22,11 @@ from sead_dist.data.loading import Rows, read_bytes, read_rows
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
 from sead_dist.errors import RunError, UserError
-from sead_dist.runs.prediction import load_answerer, on_stderr, task_of, tell_cuts
+from sead_dist.runs.prediction import load_answerer, task_of, tell_aside, tell_cuts
 from sead_dist.runtime.console import PipedConsole, counted, shown_progress
 from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.files import check_writable, is_stream, written_for_person
+from sead_dist.runtime.run_log import tell
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import ROWS_PER_BATCH, student_logits
 
@@ -101,7 +102,7 @@ def predict_file(
     """
     if file.is_dir() and not (file / "state.json").is_file():  # which `datasets` saves
         raise UserError(f"{file} is a folder; give a file")
-    asking = Asking(on_stderr, labels, batch_rows, skip_malformed, progress=True)
+    asking = Asking(tell_aside, labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
     output, written = output_of(file, output, kind)
     with in_world() as world:
@@ -138,7 +139,8 @@ def answer_examples(
     console = PipedConsole(highlight=False, stderr=True, quiet=not asking.progress)
     put = asking.say if world.is_main and asking.progress else lambda _line: None
     world.at("answering rows")
-    with shown_progress(console, put, "rows answered", len(split)) as bar:
+    where = (console, put, "rows answered", len(split))
+    with shown_progress(*where, in_notebooks=world.is_main) as bar:
         logits_BC = student_logits(
             answerer.model, answerer.forward, split, world, asking.batch_rows, bar.advance
         )
@@ -272,8 +274,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
     except OSError as error:
         raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
     # a stream may be what holds the rows
-    told = f"{counted(len(rows), 'row')} written to {output}"
-    print(told, file=sys.stderr if is_stream(output) else None)
+    tell(f"{counted(len(rows), 'row')} written to {output}", aside=is_stream(output))
 
 
 def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:

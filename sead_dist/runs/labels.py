@@ -33,6 +33,7 @@ from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.without_gold import together
 from sead_dist.runtime.distributed import World
+from sead_dist.runtime.run_log import tell
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import PredictionStore
@@ -53,7 +54,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
         config = config.model_copy(update={"teachers": [TeacherConfig(path="to come")]})
     # nor is the column that names them: whom a row is for changes no row
     config = config.model_copy(update={"teacher_column": None})
-    examples = load_examples(config, task, print)
+    examples = load_examples(config, task, tell)
     columns: Columns = {}
     seen: set[str] = set()
     for part, kinds in parts_of(examples):
@@ -116,17 +117,17 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
-    checked = read_run(config, world, print, learns=False)
+    checked = read_run(config, world, tell, learns=False)
     task, examples, teachers = checked.task, checked.examples, checked.teachers
     splits = tokenize_splits(examples, checked.inputs.split)
-    store = PredictionStore(store_folder(config.store.path), print)
+    store = PredictionStore(store_folder(config.store.path), tell)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
     with tempfile.TemporaryDirectory() as run, store.hold(str(output), keys, accept_any):
         source = StoredSource(
             teachers, alone, world, store, task.name, Path(run), accept_any,
-            config.trust_remote_code, print, lambda _doing: None,
+            config.trust_remote_code, tell, lambda _doing: None,
         )  # fmt: skip
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
@@ -150,7 +151,7 @@ def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
     """The ensemble as a run of these teachers has it before its first step, after a line on what
     will be asked: these splits."""
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
-    tell_requests(run.source, asked, print)
+    tell_requests(run.source, asked, tell)
     selection = splits.selection
     if not needs_validation(config, selection.examples):
         return weigh(config, task, teachers, [], None, splits)
@@ -346,7 +347,7 @@ def check_fit(
         )
     counts = zip(teachers, fit_NB.sum(1).tolist(), strict=True)
     own = ", ".join(f"{teacher.name} {count}" for teacher, count in counts)
-    print(f"labelled rows that teachers were not trained on: {own} of {fit_NB.shape[1]}")
+    tell(f"labelled rows that teachers were not trained on: {own} of {fit_NB.shape[1]}")
 
 
 def write(columns: Columns, output: Path) -> None:

@@ -42,10 +42,9 @@ from sead_dist.runs.prediction import (
     task_of,
 )
 from sead_dist.runs.without_gold import load_to_score
-from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.files import folder_aside
-from sead_dist.runtime.run_log import write_json
+from sead_dist.runtime.run_log import tell, tell_table, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, evaluate
 
@@ -114,11 +113,11 @@ def export_onnx(
     except OSError as error:
         raise RunError(f"--output {folder} cannot be written: {error.strerror}") from error
     title = f"{record['task']}, CPU, threads: {record['threads']}"
-    print_table(title, *onnx_rows(record))
-    print(f"written to {folder}")
+    tell_table(title, *onnx_rows(record))
+    tell(f"written to {folder}")
     if folder == Path(name) / "onnx" and (Path(name) / "run_summary.json").is_file():
         write_report(Path(name))
-        print(f"the model card links it: {Path(name) / 'README.md'}")
+        tell(f"the model card links it: {Path(name) / 'README.md'}")
 
 
 def output_folder(name: str, output: str | None) -> Path:

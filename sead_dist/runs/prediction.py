@@ -8,7 +8,6 @@ Shapes: B examples, C classes (task order).
 
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.console import table
 from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.files import check_writable
-from sead_dist.runtime.run_log import write_json_for_person
+from sead_dist.runtime.run_log import tell, write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, Forward, evaluate
 
@@ -195,7 +194,7 @@ def evaluate_model(
     split: str | None,
     json_file: str | None,
 ) -> None:
-    """Print the line of scores that model cards carry, for `split` or every official one.
+    """Tell the line of scores that model cards carry, for `split` or every official one.
 
     json_file: where to write the same, under the keys of a run's eval_results.json. Raises
     UserError for files or a model that do not fit the task.
@@ -209,7 +208,7 @@ def evaluate_model(
         world.at("reading the rows")
         with data_option():
             sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
-        found = results_of(name, task, sets, labels, world, on_stderr)
+        found = results_of(name, task, sets, labels, world, tell_aside)
         if world.is_main:
             show_results(name, task, sets, found)
         if json_file is not None:
@@ -229,13 +228,13 @@ def data_option() -> Iterator[None]:
 def show_results(
     name: str, task: TaskSpec, sets: Sequence[ExampleSet], found: Sequence[EvalResult]
 ) -> None:
-    """Print the scores of each split, and of a task with classes those of each class."""
+    """Tell the scores of each split, and of a task with classes those of each class."""
     cards = cards_of(found)
     for examples, result in zip(sets, found, strict=True):
-        print(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
+        tell(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
         if task.task_kind.has_classes and examples.has_gold:
             by_class = confusion(task.labels, examples.labels_B, result.logits_BC)
-            print("".join(f"\n{text}\n" for text in by_class.tables(drawn=False)), end="")
+            tell("\n".join(f"\n{text}" for text in by_class.tables(drawn=False)))
 
 
 def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
@@ -278,8 +277,8 @@ def as_one(found: Sequence[EvalResult]) -> dict[str, float]:
     return {key: value for card in cards_of(found).values() for key, value in card.items()}
 
 
-def on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+def tell_aside(line: str) -> None:
+    tell(line, aside=True)
 
 
 def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], None]) -> None:

@@ -29,10 +29,9 @@ from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.remarks import ensemble_gap, make_remarks, never_predicted
 from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import judged, rescored
-from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.memory import peak
-from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.runtime.run_log import read_as, tell_table, write_json
 from sead_dist.teachers.teacher import write_trained_rows
 from sead_dist.teachers.validation import answered, ask_all
 from sead_dist.training.checkpoint import TrainState
@@ -314,7 +313,7 @@ def conclude(
     setup.heartbeat.move("writing the report")
     from_main(world, write)
     if show_table and world.is_main:
-        print_table(*closing_table(setup, scores))
+        tell_table(*closing_table(setup, scores))
     for line in remarks:
         setup.log.say(f"WARNING: {line}")
     setup.log.say(

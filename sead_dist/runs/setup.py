@@ -29,7 +29,7 @@ from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.runs.checked_run import CheckedRun, check_run
 from sead_dist.runs.choices import told_choices, with_choices
 from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
-from sead_dist.runs.prediction import on_stderr
+from sead_dist.runs.prediction import tell_aside
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import repair_folder, repair_start
 from sead_dist.runs.requests import tell_requests, told_files
@@ -244,7 +244,7 @@ def place_teachers(
     log.say(reason)
     if "partitioned" in placements and world.size > 1:
         log.say(describe_shares(teachers, placements, share_NW))
-    report = log.say if world.is_main else on_stderr
+    report = log.say if world.is_main else tell_aside
     store = on_every_rank(world, lambda: PredictionStore(folder, report))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"

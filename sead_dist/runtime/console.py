@@ -1,10 +1,11 @@
 """What a person reads on the console and in Markdown: tables, cells, sizes, ages and counts; and
-how far a piece of work is: a bar in a terminal, plain lines elsewhere.
+how far a piece of work is: a bar in a terminal or a notebook, plain lines elsewhere.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from time import monotonic
 from typing import IO
 
@@ -23,8 +24,11 @@ class PipedConsole(Console):
         raise BrokenPipeError
 
 
+# title, columns, rows
+TitledTable = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 AGE_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 SIZE = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def parse_age(text: str) -> float:
@@ -33,7 +37,7 @@ def parse_age(text: str) -> float:
 
 
 def parse_size(text: str, option: str = "--keep") -> int:
-    """ "500MB", "1.5GB" in bytes (decimal units)."""
+    """ "500MB", "1.5GB", "80GiB" in bytes."""
     return int(_parse(option, text, SIZE, "500MB or 10GB"))
 
 
@@ -75,9 +79,12 @@ def print_table(
 ) -> None:
     """Print a table on the console, or into a file: the first column to the left, the others to
     the right."""
-    console = PipedConsole(highlight=False, file=file)
+    # rich shows in a notebook what was meant for a file
+    in_notebook = None if file is None else False
+    console = PipedConsole(highlight=False, file=file, force_jupyter=in_notebook)
     if not console.is_terminal:  # a log file has no width to fit into
-        console = PipedConsole(highlight=False, width=max(console.width, 160), file=file)
+        width = max(console.width, 160)
+        console = PipedConsole(highlight=False, file=file, force_jupyter=in_notebook, width=width)
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for n, column in enumerate(columns):
         drawn.add_column(column, justify="right" if n else "left", no_wrap=n > 0)
@@ -162,11 +169,45 @@ class Lines:
         self._text = _shown(shown)
 
 
+class NotebookBar:
+    """A bar in a notebook. tqdm draws it as text where the notebook has no widgets; rich would draw
+    nothing there."""
+
+    def __init__(self, description: str, total: int, done: int) -> None:
+        from tqdm.auto import tqdm
+
+        # nothing else is on standard output, and its bars have no red ground
+        self._bar = tqdm(desc=description, total=total, initial=done, file=sys.stdout)
+
+    def advance(self, n: int = 1) -> None:
+        """Count `n` more units as done."""
+        self._bar.update(n)
+
+    def update(self, **shown: object) -> None:
+        """Set the values shown beside the bar, such as loss=0.41."""
+        self._bar.set_postfix_str(_shown(shown), refresh=False)
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        self._bar.close()
+
+
 @contextmanager
 def shown_progress(
-    console: Console, put: Callable[[str], None], description: str, total: int, done: int = 0
-) -> Iterator[Bar | Lines]:
-    """How far a piece of work is: a bar where the console is a terminal, else lines to `put`."""
+    console: Console,
+    put: Callable[[str], None],
+    description: str,
+    total: int,
+    done: int = 0,
+    in_notebooks: bool = True,
+) -> Iterator[Bar | Lines | NotebookBar]:
+    """How far a piece of work is: a bar where the console is a terminal, else lines to `put`.
+
+    in_notebooks: whether a notebook shows a bar, which it does also where the console is quiet."""
+    if in_notebooks and console.is_jupyter:
+        with closing(NotebookBar(description, total, done)) as bar:
+            yield bar
+        return
     if console.quiet or not console.is_terminal:
         yield Lines(put, description, total, done)
         return

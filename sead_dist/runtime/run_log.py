@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter
 
 from sead_dist.errors import UserError, reading, reason
-from sead_dist.runtime.console import Bar, Lines, PipedConsole, shown_progress
+from sead_dist.runtime.console import Bar, Lines, NotebookBar, PipedConsole, shown_progress, table
 from sead_dist.runtime.files import open_own, written_aside, written_for_person
 from sead_dist.runtime.redact import without_secrets
 
@@ -134,12 +134,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def tell(line: str, console: bool) -> None:
-    """One line on standard output, or to the logger `sead_dist`."""
-    if console:
-        print(line, flush=True)
-    else:
-        _log.info("%s", line)
+def tell(line: str, aside: bool = False) -> None:
+    """One line to the logger `sead_dist`, which the command line prints. aside: it prints it on
+    standard error, because standard output may hold what was asked for."""
+    _log.info("%s", line, extra={"aside": aside})
+
+
+def tell_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table to the logger `sead_dist`, as Markdown; the command line draws it."""
+    drawn = {"table": (title, columns, rows)}
+    _log.info("%s\n%s", title, table(columns, rows), extra=drawn)
 
 
 def steps_done(folder: Path) -> int:
@@ -223,15 +227,18 @@ class RunLog:
         self._print(line)
 
     @contextmanager
-    def progress(self, description: str, total: int, done: int = 0) -> Iterator["Bar | Lines"]:
-        """Show how far a piece of work is: a bar in a terminal, else a line every 10%.
+    def progress(
+        self, description: str, total: int, done: int = 0
+    ) -> Iterator[Bar | Lines | NotebookBar]:
+        """Show how far a piece of work is: a bar in a terminal or a notebook, else lines.
 
         Args:
             description: what is being done, a few words.
             total: units of work in all.
             done: units done before, by the run that this one resumes.
         """
-        with shown_progress(self.console, self._print, description, total, done) as shown:
+        where = (self.console, self._print, description, total, done, self.is_main)
+        with shown_progress(*where) as shown:
             yield shown
 
     def close(self) -> None:

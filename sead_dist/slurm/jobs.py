@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sead_dist.errors import RunError, UserError, reading
-from sead_dist.runtime.console import print_table
 from sead_dist.runtime.files import user_folder
 from sead_dist.runtime.run_log import is_finished, read_as, read_metrics, write_json
 from sead_dist.slurm import settings as slurm
@@ -24,6 +23,7 @@ from sead_dist.slurm import settings as slurm
 POLL_S = 2.0
 # SLURM may not know a job for a moment, e.g. while its controller restarts.
 FORGOTTEN_S = 60.0
+COLUMNS = ("run", "job", "state", "step", "score", "examples/s", "restarts", "last line")
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,8 @@ def last_line(job: Job) -> str:
     return (own or said or [""])[-1]
 
 
-def show(folder: Path) -> None:
-    """Print the table of all registered jobs."""
-    jobs = registered(folder)
-    if not jobs:
-        print(f"no submitted runs in {folder}; sead-dist submit adds them")
-        return
+def rows_of(jobs: Sequence[Job]) -> list[list[object]]:
+    """A row for each job, with what `COLUMNS` heads."""
     known = slurm.job_states([job.job for job in jobs])
     rows: list[list[object]] = []
     for job in jobs:
@@ -180,8 +176,7 @@ def show(folder: Path) -> None:
             line,
         ]
         rows.append(["" if cell is None else cell for cell in row])
-    columns = ["run", "job", "state", "step", "score", "examples/s", "restarts", "last line"]
-    print_table("", columns, rows)
+    return rows
 
 
 def wait(jobs: Sequence[Job]) -> None:
@@ -213,8 +208,8 @@ def _end_of(job: Job) -> str | None:
         time.sleep(POLL_S)
 
 
-def print_log(job: Job, rank: int, follow: bool) -> None:
-    """Print a rank's log; with `follow` go on until the job has ended.
+def log_text(job: Job, rank: int, follow: bool) -> Iterator[str]:
+    """A rank's log; with `follow` also what is added until the job has ended.
 
     Raises UserError where there is no log yet and nobody waits for it.
     """
@@ -230,16 +225,11 @@ def print_log(job: Job, rank: int, follow: bool) -> None:
                 file.seek(position)
                 text = file.read()
             position += len(text)
-            print(text.decode("utf-8", errors="replace"), end="", flush=True)
+            yield text.decode("utf-8", errors="replace")
         unheard = unheard + 1 if known is None else 0
         if not follow or known in slurm.ENDED or unheard * POLL_S > FORGOTTEN_S:
             return
         time.sleep(POLL_S)
-
-
-def cancel(job: Job) -> None:
-    slurm.cancel(job.job)
-    print(f"{job.name}: job {job.job} cancelled; submit the same line again to go on")
 
 
 def exit_file(folder: str, job: str, rank: int) -> Path:

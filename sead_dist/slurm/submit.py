@@ -90,8 +90,20 @@ def job_folder(out: Path) -> Path:
     return folder
 
 
+def folder_of(launches: Mapping[str, Launch]) -> str:
+    """The job folder that all of them have."""
+    (folder,) = {launch.folder for launch in launches.values()}
+    return folder
+
+
+def sbatch_file(launches: Mapping[str, Launch], settings: slurm.SlurmSettings, name: str) -> str:
+    """The text of the file that `enqueue` has submitit hand to sbatch."""
+    folder = Path(folder_of(launches))
+    parameters = slurm.sbatch_parameters(settings, name, folder)
+    return sbatch_text(parameters, settings.python, folder, len(launches))
+
+
 def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, count: int) -> str:
-    """The file that submitit hands to sbatch."""
     start = python or shlex.quote(sys.executable)
     command = f"{start} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array: dict[str, Any] = {"map_count": count} if count > 1 else {}
@@ -110,19 +122,15 @@ def enqueue(
     launches: Mapping[str, Launch],
     settings: slurm.SlurmSettings,
     name: str,
-    dry_run: bool,
     root: Path,
 ) -> list[jobs.Job]:
     """Submit these launches (name -> launch), several as an array called `name`, and register their
-    jobs. With `dry_run` only the sbatch file is printed.
+    jobs.
 
     Raises UserError where sbatch refuses.
     """
-    (folder,) = {launch.folder for launch in launches.values()}
+    folder = folder_of(launches)
     parameters = slurm.sbatch_parameters(settings, name, Path(folder))
-    if dry_run:
-        print(sbatch_text(parameters, settings.python, Path(folder), len(launches)))
-        return []
     executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
     executor.update_parameters(**parameters)
     try:
@@ -140,7 +148,6 @@ def enqueue(
     ]
     for job in made:
         jobs.register(root, job)
-        print(f"job {job.job} is {job.name}: sead-dist jobs logs {job.name} -f")
     return made
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.mistakes import as_yaml
-from sead_dist.runtime.console import print_table, table
+from sead_dist.runtime.console import table
 from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import write_json
 
@@ -24,11 +24,6 @@ def write_sweep_report(report: Mapping[str, Any], folder: Path) -> None:
     write_json(folder / "report.json", report)
     with written_aside(folder / "report.md") as aside:
         aside.write_text(markdown(report), encoding="utf-8")
-
-
-def show(report: Mapping[str, Any]) -> None:
-    """Print the table of means on the console."""
-    print_table(title(report), ["task", *report["methods"]], scores(report, "*"))
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.runs.claim import open_lock, takes, try_lock
-from sead_dist.runtime.run_log import is_finished, read_as
+from sead_dist.runtime.run_log import is_finished, read_as, tell
 from sead_dist.sweep.grid import TEACHERS, Plan, Unit
 
 
@@ -93,7 +93,7 @@ def clear_lost(plan: Plan, unit: Unit) -> None:
     unfinished students learnt of it: the new one may differ in its last bits, or be another."""
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
-    print(f"{unit.title}: its model is gone, so it is made again", flush=True)
+    tell(f"{unit.title}: its model is gone, so it is made again")
     remove(unit.folder)
     for student in plan.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
@@ -115,7 +115,7 @@ def undo_others(plan: Plan, unit: Unit) -> list[Unit]:
         if taught_by(other.folder) not in (None, own):
             with try_lock(lock_of(other)) as taken:
                 if taken:
-                    print(f"{other.title}: it had other teachers, so it is done again", flush=True)
+                    tell(f"{other.title}: it had other teachers, so it is done again")
                     remove(other.folder)
                     undone.append(other)
     return undone

@@ -2,8 +2,7 @@
 
 A worker is a process, or a world of ranks that take part in every run together. What is done, what
 failed and what another worker has in hand is told by the run directories alone, so several workers
-on one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them. A
-process that the key `jobs` starts is `python -m sead_dist.sweep.run WORDS`.
+on one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them.
 """
 
 import os
@@ -20,16 +19,16 @@ from typing import IO, Any
 
 import torch
 
-from sead_dist.errors import RunError, UserError, one_line
+from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import refuse_other_keys, try_lock
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.console import clock, counted
-from sead_dist.runtime.distributed import StopFlag, World, from_main, in_world
-from sead_dist.runtime.run_log import is_finished, read_as, write_json
+from sead_dist.runtime.distributed import StopFlag, World, from_main
+from sead_dist.runtime.run_log import is_finished, read_as, tell, tell_table, write_json
 from sead_dist.sweep.checks import check_plan, told_steps
 from sead_dist.sweep.grid import Plan, Unit, make_plan
 from sead_dist.sweep.page import render_page
-from sead_dist.sweep.report import show, write_sweep_report
+from sead_dist.sweep.report import scores, title, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
 from sead_dist.sweep.rounds import (
     clear_lost,
@@ -43,6 +42,8 @@ from sead_dist.sweep.rounds import (
 from sead_dist.teachers.teacher import device_model
 
 POLL_S = 2.0
+# the program of a process that the key `jobs` starts; it calls `run_worker`
+WORKER = "sead_dist.cli.sweep_worker"
 
 
 def run_sweep(words: Sequence[str], world: World) -> None:
@@ -58,7 +59,7 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         fixed, found = check_plan(asked, world)
         data.update(found)
         for name, of in found.items():
-            print(told_steps(fixed, name, of), flush=True)
+            tell(told_steps(fixed, name, of))
         return fixed
 
     plan = from_main(world, check)
@@ -94,7 +95,7 @@ def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
             time.sleep(POLL_S / 10)
         write_sweep_report(found, folder)
         render_page(found, folder)
-    show(found)
+    tell_table(title(found), ["task", *found["methods"]], scores(found, "*"))
 
 
 def tell_end(plan: Plan, came_to_end: bool) -> None:
@@ -110,9 +111,9 @@ def tell_end(plan: Plan, came_to_end: bool) -> None:
             f"{failed[0]['reason']}; fix it and give the same command again. {of_all}"
         )
     if came_to_end:
-        print(of_all, flush=True)
+        tell(of_all)
     else:
-        print(f"stopped: {of_all}; give the same command again to go on", flush=True)
+        tell(f"stopped: {of_all}; give the same command again to go on")
 
 
 @dataclass
@@ -191,7 +192,7 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
             memory.beside += 1
     if waiting and memory.said != "waiting":
         memory.said = "waiting"
-        print(f"{waiting} runs are left to other processes; waiting for them", flush=True)
+        tell(f"{waiting} runs are left to other processes; waiting for them")
     return None, waiting
 
 
@@ -225,7 +226,7 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
     unit = plan.units[index]
     if world.is_main:
         left = time_left(plan, 1 + memory.beside)
-        print(f"\nrun {index + 1} of {len(plan.units)}: {unit.title} ({left})", flush=True)
+        tell(f"\nrun {index + 1} of {len(plan.units)}: {unit.title} ({left})")
         memory.said = unit.title
         clear_lost(plan, unit)
     try:
@@ -246,7 +247,7 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
 
 def note_failure(unit: Unit, error: Exception) -> None:
     reason = str(error) or type(error).__name__
-    print(f"sead-dist: {unit.title} failed: {reason}", flush=True)
+    tell(f"sead-dist: {unit.title} failed: {reason}")
     write_json(unit.failure, {"run": unit.title, "reason": reason})
 
 
@@ -316,7 +317,7 @@ def start_worker(plan: Plan) -> subprocess.Popen[str]:
     """A process with its share of the threads."""
     threads = str(max(1, torch.get_num_threads() // plan.jobs))
     return subprocess.Popen(
-        [sys.executable, "-m", "sead_dist.sweep.run", *plan.words, "jobs=1"],
+        [sys.executable, "-m", WORKER, *plan.words, "jobs=1"],
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -326,31 +327,14 @@ def start_worker(plan: Plan) -> subprocess.Popen[str]:
 
 
 def pass_on(worker: subprocess.Popen[str], number: int) -> threading.Thread:
-    """A thread that prints what a worker says, with its number before each line."""
+    """A thread that tells what a worker says, with its number before each line."""
 
     def read(said: IO[str]) -> None:
         for line in said:
-            print(f"[{number + 1}] {line}" if line.strip() else line, end="", flush=True)
+            line = line.rstrip("\n")
+            tell(f"[{number + 1}] {line}" if line.strip() else "")
 
     assert worker.stdout is not None
     thread = threading.Thread(target=read, args=(worker.stdout,), daemon=True)
     thread.start()
     return thread
-
-
-def main() -> int:
-    """A worker's whole life. Exit codes as those of `sead-dist`."""
-    try:
-        with in_world() as world:
-            run_worker(sys.argv[1:], world)
-    except (UserError, RunError) as error:
-        print(f"sead-dist: {one_line(str(error))}", flush=True)
-        return 2 if isinstance(error, UserError) else 3
-    return 0
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    # threads of libraries may be in the middle of something
-    os._exit(code)

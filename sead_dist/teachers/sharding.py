@@ -10,7 +10,6 @@ Shapes: R rows of a request, P rows of one batch, C the model's own classes.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sead_dist.data.tokens import TokenTable
-from sead_dist.errors import RunError, UserError, reading
+from sead_dist.errors import LostRankError, RunError, UserError, reading
 from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
 from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import COPY, weight_files
@@ -44,7 +43,7 @@ PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 FIX = "give it placement=partitioned or colocated"
 
 
-class TornForwardError(RunError, RuntimeError):
+class TornForwardError(LostRankError, RuntimeError):
     """A forward of all ranks broke off on this one: nothing more can be agreed with the others.
 
     A RuntimeError too, as every collective that breaks because another rank died.
@@ -306,10 +305,9 @@ def agreed(world: World, what: str, do: Callable[[], T]) -> T:
     try:
         result = do()
     except TornForwardError as error:
-        line = f"rank {rank}: a sharded teacher's forward broke off at {what}: {error}"
-        # the command line tells a RunError on rank 0 alone
-        print(f"sead-dist: {line}", file=sys.stderr, flush=True)
-        raise TornForwardError(line) from error
+        raise TornForwardError(
+            f"rank {rank}: a sharded teacher's forward broke off at {what}: {error}"
+        ) from error
     except (RunError, UserError, StopRequestedError) as error:
         failure = error
     except OSError as error:

@@ -147,6 +147,7 @@ def test_sizes_and_ages_are_read_and_written():
     assert storecli.parse_age("90m") == 5400
     assert storecli.parse_age("1.5 d") == 129600
     assert storecli.parse_size("1.5GB") == 1_500_000_000
+    assert storecli.parse_size("80GiB") == 80 * 2**30
     assert [storecli.age(s) for s in (-5, 59, 61, 7200, 200_000)] == ["0s", "59s", "1m", "2h", "2d"]
 
 

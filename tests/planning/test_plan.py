@@ -23,6 +23,7 @@ from small import (
 from store_world import files_of, make_older
 from transformers import AutoConfig
 
+from sead_dist.cli.commands import print_plan
 from sead_dist.config.load import load_config
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
@@ -62,7 +63,7 @@ def planned(task, tmp_path, ranks=None, gpu_memory=None, given=None, fresh=False
     """The plan's JSON."""
     data, teachers = task
     run = load_config(words(data, teachers, tmp_path / "run", **changes))
-    plan(run, ALONE, ranks, gpu_memory, given, fresh, tmp_path / "plan.json")
+    print_plan(plan(run, ALONE, ranks, gpu_memory, given, fresh, tmp_path / "plan.json"))
     return json.loads((tmp_path / "plan.json").read_text())
 
 
@@ -171,7 +172,7 @@ def test_a_mixture_of_placements_has_a_row_of_its_own_and_says_who_goes_where(
     capsys.readouterr()
     entries = f"[{teachers[0]}, {{path: {teachers[1]}, placement: pool}}]"
     run = load_config([*words(data, teachers, tmp_path / "run"), f"teachers={entries}"])
-    plan(run, ALONE, 2, None, None, False, tmp_path / "plan.json")
+    print_plan(plan(run, ALONE, 2, None, None, False, tmp_path / "plan.json"))
     found = json.loads((tmp_path / "plan.json").read_text())
     own, colocated = found["placements"][-1], found["placements"][0]
     assert own["placement"] == "this run"

@@ -48,7 +48,7 @@ def dev_rows(grammar):
     return [line.split("\t") for line in lines]
 
 
-def test_a_run_folder_scores_what_the_run_wrote_down(finished, grammar, tmp_path, capsys):
+def test_a_run_folder_scores_what_the_run_wrote_down(finished, grammar, tmp_path, capsys, shown):
     found = scores(finished, grammar / "task.yaml", grammar, tmp_path)
     told = json.loads((finished / "eval_results.json").read_text())
     timed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
@@ -98,7 +98,7 @@ def test_labels_say_what_a_model_does_not(teachers, grammar, tmp_path):
     assert turned["eval_accuracy"] == pytest.approx(1 - own)
 
 
-def test_mnli_has_two_dev_sets(grammar, tmp_path, capsys):
+def test_mnli_has_two_dev_sets(grammar, tmp_path, capsys, shown):
     labels = ["contradiction", "entailment", "neutral"]
     model = save_random_bert(tmp_path / "m", grammar / "tokenizer", labels)
     found = scores(model, "mnli", FIXTURES / "mnli", tmp_path)
@@ -220,7 +220,7 @@ def test_where_scores_cannot_be_written_is_found_out_before_they_are_computed(
         evaluate_model(str(teachers[0]), str(grammar / "task.yaml"), str(grammar), None, None, file)
 
 
-def test_the_command_line_hands_everything_on(teachers, grammar, tmp_path, capsys):
+def test_the_command_line_hands_everything_on(teachers, grammar, tmp_path, capsys, shown):
     output, file = tmp_path / "out.csv", tmp_path / "scores.json"
     task = ["--task", str(grammar / "task.yaml")]
     data = ["--data", str(grammar), "--split", "train", "--json", str(file)]

@@ -87,7 +87,7 @@ def errors_of(config, file: Path) -> list[dict]:
 
 
 def test_turned_labels_stand_at_the_top_and_rows_that_a_teacher_was_trained_on_do_not_count(
-    made, tmp_path, capsys
+    made, tmp_path, capsys, shown
 ):
     task, halves, learnt, turned = made
     found = errors_of(given(task, tmp_path / "run", [*halves, learnt]), tmp_path / "errors.jsonl")
@@ -119,7 +119,7 @@ def test_two_calls_write_the_same_bytes_in_each_kind_of_file(made, tmp_path):
 
 
 def test_a_teacher_of_which_nobody_knows_its_rows_does_not_count_alone_it_is_refused(
-    made, tmp_path, capsys
+    made, tmp_path, capsys, shown
 ):
     task, halves, learnt, turned = made
     plain = shutil.copytree(learnt, tmp_path / "plain")
@@ -134,7 +134,7 @@ def test_a_teacher_of_which_nobody_knows_its_rows_does_not_count_alone_it_is_ref
 
 
 def test_a_file_counts_for_the_rows_that_it_answers_and_a_language_model_for_all(
-    made, tmp_path, capsys
+    made, tmp_path, capsys, shown
 ):
     task, halves, _, _ = made
     write_labels(given(task, tmp_path / "run", [halves[0]]), tmp_path / "soft.jsonl", ALONE)

@@ -22,7 +22,9 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(finished, tmp_path, capsys):
+def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(
+    finished, tmp_path, capsys, shown
+):
     file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     texts = ["good", None, "bad", 7]
     file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
@@ -68,7 +70,7 @@ def test_what_is_read_as_another_kind_is_told_with_the_kinds(finished, tmp_path)
         read_input(file, ".jsonl", task_of(str(finished), None), False, ALONE)
 
 
-def test_texts_that_are_blank_or_cut_are_counted(finished, tmp_path, capsys):
+def test_texts_that_are_blank_or_cut_are_counted(finished, tmp_path, capsys, shown):
     file = tmp_path / "in.jsonl"
     texts = ["good", "", " \t", "the plot " * 300]
     file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))

@@ -33,7 +33,7 @@ def of_one_answer(task, monkeypatch):
     monkeypatch.setattr(distillation, "build", built)
 
 
-def test_a_student_of_one_answer_is_told_everywhere(tmp_path, task, monkeypatch, capsys):
+def test_a_student_of_one_answer_is_told_everywhere(tmp_path, task, monkeypatch, capsys, shown):
     data, teacher = task
     of_one_answer(task, monkeypatch)
     given = words(data, [teacher], tmp_path / "run", max_steps=1, alpha_end=0.1, teacher="a")
@@ -51,7 +51,7 @@ def test_a_student_of_one_answer_is_told_everywhere(tmp_path, task, monkeypatch,
         assert f"- {line}" in (run / "README.md").read_text()
 
 
-def test_the_card_and_evaluate_show_every_class(tmp_path, task, capsys):
+def test_the_card_and_evaluate_show_every_class(tmp_path, task, capsys, shown):
     data, teacher = task
     run = distillation.distill(
         load_config(words(data, [teacher], tmp_path / "run", max_steps=2)), ALONE, console=False
@@ -126,7 +126,7 @@ def test_distill_without_teachers_by_method_finetune_trains(tmp_path, task):
 
 
 def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhere(
-    tmp_path, task, capsys
+    tmp_path, task, capsys, shown
 ):
     data, teacher = task
     twins = [str(teacher), str(save_teacher(tmp_path / "b", seed=0))]

@@ -54,7 +54,7 @@ def finished(task, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("done") / "out"
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr(sweep, "print", lambda *line, **_: said.append(" ".join(line)), raising=False)
+        patch.setattr(sweep, "tell", said.append)
         run_sweep(fair_words(task, output), ALONE)
     return output, "\n".join(said)
 
@@ -115,7 +115,7 @@ def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished,
         file.write_text(text)
 
 
-def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys):
+def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys, shown):
     output, _ = finished
     given = fair_words(task, output)
     run_sweep(given, ALONE)
@@ -148,7 +148,7 @@ def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, t
 
 
 @pytest.mark.slow
-def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path, capsys):
+def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path, capsys, shown):
     teachers = finished[0] / "grammar" / "teachers" / "*"
     given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
     run_sweep([*given, "equal_steps=off"], ALONE)
@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
 
 
 @pytest.mark.slow
-def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsys):
+def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsys, shown):
     rows = (task / "train.tsv").read_text().splitlines()
     (tmp_path / "says.tsv").write_text("\n".join(rows) + "\n")  # of training rows alone
     given = fair_words(

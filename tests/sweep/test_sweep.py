@@ -121,7 +121,7 @@ def test_a_finished_run_keeps_its_model_and_no_checkpoints(finished):
         assert not (run / "checkpoints").exists()
 
 
-def test_again_it_does_nothing_but_write_the_report(finished, task, capsys):
+def test_again_it_does_nothing_but_write_the_report(finished, task, capsys, shown):
     before = {run: (run / "run_summary.json").stat().st_mtime_ns for run in runs_of(finished)}
     (finished / "report" / "report.json").unlink()
     run_sweep(sweep_words(task, finished), ALONE)
@@ -231,7 +231,7 @@ def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys):
+def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys, shown):
     """Teachers of four steps know nothing, and the validation says so."""
     output = tmp_path / "out"
     words = sweep_words(task, output, "seeds=1", "methods=[mean,finetune]")
@@ -267,7 +267,7 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys):
+def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys, shown):
     text = f"unlabeled.path={task}/unlabeled.tsv"
     given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]
     run_sweep(given, ALONE)

@@ -81,7 +81,9 @@ def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_
 
 
 @pytest.mark.slow
-def test_a_round_that_was_cut_off_is_done_again(finished, task, tmp_path, monkeypatch, capsys):
+def test_a_round_that_was_cut_off_is_done_again(
+    finished, task, tmp_path, monkeypatch, capsys, shown
+):
     """Killed in its second method; the folder of the first went with the machine."""
     output, own = tmp_path / "out", sweep.distill
 
@@ -106,7 +108,7 @@ def test_a_round_that_was_cut_off_is_done_again(finished, task, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys):
+def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys, shown):
     output = tmp_path / "out"
     for run in (*finished.glob("grammar/*/seed-0"), *finished.glob("grammar/teachers/*/")):
         for name in TABLE:
@@ -152,7 +154,9 @@ def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_within_a_round_all_students_have_the_same_teachers(finished, task, tmp_path, capsys):
+def test_within_a_round_all_students_have_the_same_teachers(
+    finished, task, tmp_path, capsys, shown
+):
     """The teachers were made again on another machine, with other bits, while a round was open."""
     output = shutil.copytree(finished, tmp_path / "out")
     for seed in (0, 1):
@@ -194,7 +198,7 @@ def test_another_machine_takes_another_round(task, tmp_path):
         assert free
 
 
-def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd):
+def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd, shown):
     output = tmp_path / "out"
     run_sweep(words(task, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
     said = capfd.readouterr().out
