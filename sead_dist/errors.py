@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # what no other words would change: disk, permission, memory, limits of the machine
 OF_ENVIRONMENT = frozenset(
@@ -29,6 +30,13 @@ class RunError(Exception):
 
 class LostRankError(RunError):
     """A rank that did not come or is gone. The rank that raises it tells it: rank 0 may be lost."""
+
+
+def expect(name: str, given: object, kinds: Any, what: str) -> None:
+    """Raises UserError where an argument of a call from Python is of none of these types. kinds:
+    as `isinstance` takes them; what: to give instead."""
+    if not isinstance(given, kinds):
+        raise UserError(f"{name} is of type {type(given).__name__}; give {what}")
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:

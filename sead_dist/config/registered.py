@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from sead_dist.errors import UserError, one_line, reading, reason
+from sead_dist.errors import UserError, expect, one_line, reading, reason
 
 # where a run directory keeps its plugins
 PLUGINS = "plugins"
@@ -78,7 +78,8 @@ def names(what: str) -> list[str]:
 
 def claim_name(what: str, name: str) -> None:
     """Take a name for what is being registered. Raises UserError where it is taken or no word."""
-    if not isinstance(name, str) or not name.isidentifier():
+    expect("name", name, str, f"the name of a {what}")
+    if not name.isidentifier():
         raise UserError(f"{name!r} is no name of a {what}; give letters, digits and _")
     if name in names(what):
         owner = ADDED.owners[what].get(name)
