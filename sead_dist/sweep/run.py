@@ -22,12 +22,12 @@ import torch
 
 from sead_dist.errors import RunError, UserError, one_line
 from sead_dist.runs.claim import refuse_other_keys, try_lock
-from sead_dist.runs.distillation import distill
+from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main, in_world
 from sead_dist.runtime.run_log import is_finished, read_as, write_json
 from sead_dist.sweep.checks import check_plan, told_steps
-from sead_dist.sweep.grid import Plan, Unit, make_plan
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit, make_plan
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import show, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
@@ -59,6 +59,9 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         data.update(found)
         for name, of in found.items():
             print(told_steps(fixed, name, of), flush=True)
+        made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
+        if made:
+            keep_encoders(fixed.output, [path for path in made if path is not None])
         return fixed
 
     plan = from_main(world, check)
