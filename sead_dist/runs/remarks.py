@@ -2,7 +2,7 @@
 and keys that its method does not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sead_dist.data.splits import RunSplits
 from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted
+from sead_dist.teachers.teacher import Teacher
 
 
 def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray) -> list[str]:
@@ -37,10 +38,15 @@ def ensemble_gap(
 
 
 def make_remarks(
-    config: RunConfig, task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]
+    config: RunConfig,
+    task: TaskSpec,
+    splits: RunSplits,
+    scores: Mapping[str, Any],
+    teachers: Sequence[Teacher],
 ) -> list[str]:
     """One line for each silent disappointment of the run; `scores` as in scores.json."""
-    return [*_of_scores(task, splits, scores), *unread_keys(config)]
+    of_files = [line for one in teachers if one.file is not None for line in one.file.remarks]
+    return [*_of_scores(task, splits, scores), *of_files, *unread_keys(config)]
 
 
 def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> Iterator[str]:

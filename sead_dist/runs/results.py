@@ -291,7 +291,7 @@ def conclude(parts: Parts, state: TrainState, ensemble: Ensemble | None, show_ta
     if parts.splits.left_out is not None:
         say_left_out(parts, parts.splits.left_out, state.step)
     closing = summary(parts, state)
-    remarks = make_remarks(config, parts.task, parts.splits, scores)
+    remarks = make_remarks(config, parts.task, parts.splits, scores, parts.teachers)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         found = scores["selection"]
         closing["best_metric"] = found["student"][found.get("metric", parts.task.metrics[0])]
