@@ -191,8 +191,9 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    expect("kind", kind, TaskKind, "an instance of a TaskKind")
-    claim_name("kind of task", kind.name)
+    fix = "an instance of a class of TaskKind"
+    expect("kind", kind, TaskKind, fix)
+    claim_name("kind of task", kind.name, kind, TaskKind, fix)
     KINDS[kind.name] = kind
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sead_dist.config.registered import claim_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import TaskKind
-from sead_dist.errors import UserError, expect
+from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
     from sead_dist.models.hidden_states import LayerOutputs
@@ -118,16 +118,14 @@ def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False)
     `temperature`. needs_classes: refuse it for tasks whose labels are scores. Raises UserError
     where the name is taken.
     """
-    expect("loss", loss, Callable, "a function of student_BC and soft")
-    claim_name("loss", name)
+    claim_name("loss", name, loss, Callable, "a function of student_BC and soft")
     SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
 
 
 def register_hard_loss(name: str, loss: HardFunction) -> None:
     """Let a kind of task name this hard loss: loss(student_BC, labels_B) -> loss_B, 0 where a row
     has no gold label. Raises UserError where the name is taken."""
-    expect("loss", loss, Callable, "a function of student_BC and labels_B")
-    claim_name("hard loss", name)
+    claim_name("hard loss", name, loss, Callable, "a function of student_BC and labels_B")
     HARD_LOSSES[name] = loss
 
 

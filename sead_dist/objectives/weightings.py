@@ -16,7 +16,7 @@ from sead_dist.config.registered import claim_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
-from sead_dist.errors import UserError, expect
+from sead_dist.errors import UserError
 from sead_dist.objectives.teacher_weights import (
     answers,
     confidence,
@@ -385,8 +385,8 @@ def register_ensemble(
     averaged, not probabilities. needs_classes: refuse it for tasks whose labels are scores.
     Raises UserError where the name is taken.
     """
-    expect("weighting", weighting, Weighting | Callable, "a function, or a Weighting")
-    claim_name("ensemble", name)
+    kinds = (Weighting, Callable)
+    claim_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):
         weighting = ByRow(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels

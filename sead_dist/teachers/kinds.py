@@ -21,7 +21,7 @@ from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import RunError, UserError, expect, reading, reason
+from sead_dist.errors import RunError, UserError, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.inference import NotFiniteError
@@ -63,8 +63,7 @@ def register_teacher(kind: str, open: Opener) -> None:
     open(path, task) -> `Answers`; every process of a run calls it, before any long work. Raises
     UserError where the name is taken.
     """
-    expect("open", open, Callable, "a function of path and task")
-    claim_name("kind of teacher", kind)
+    claim_name("kind of teacher", kind, open, Callable, "a function of path and task")
     TEACHER_KINDS[kind] = open
 
 

@@ -202,10 +202,10 @@ def test_one_table_alone_needs_rows_to_evaluate_on_where_a_task_has_several_spli
         (lambda x: sd.soft_targets(torch.ones(2, 3, 2), labels_B=[x]), "labels_B is of type list"),
         (lambda x: sd.distillation_loss([x], None), "student_BC is of type list"),
         (lambda x: sd.distillation_loss(torch.ones(3, 2), [x]), "soft is of type list"),
-        (lambda x: sd.register_loss("mine", [x]), "loss is of type list"),
+        (lambda x: sd.register_loss("mine", [x]), "the loss 'mine' is of type list"),
         (lambda x: sd.register_loss([x], len), "name is of type list"),
-        (lambda x: sd.register_ensemble("mine", [x]), "weighting is of type list"),
-        (lambda x: sd.register_teacher("mine", [x]), "open is of type list"),
+        (lambda x: sd.register_ensemble("mine", [x]), "the ensemble 'mine' is of type list"),
+        (lambda x: sd.register_teacher("mine", [x]), "the kind of teacher 'mine' is of type list"),
         (lambda x: sd.register_task_kind(x), "kind is of type"),
     ],
 )  # fmt: skip
