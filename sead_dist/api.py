@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.kinds import KINDS
 from sead_dist.data.task_files import TaskSpec
-from sead_dist.errors import RunError, UserError, run_error
+from sead_dist.errors import RunError, UserError, expect, run_error
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
@@ -35,6 +36,7 @@ from sead_dist.runs import distillation, labelling, prediction
 from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
+    NAMES,
     Data,
     Task,
     as_layer,
@@ -66,6 +68,7 @@ class Run:
     path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        expect("path", path, NAMES, "the folder of a run")
         object.__setattr__(self, "path", Path(path))
 
     def __fspath__(self) -> str:
@@ -125,6 +128,8 @@ class Run:
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
     """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys, later
     ones over earlier ones. Raises UserError naming the key, its value and what is allowed."""
+    for word in words:
+        expect("a word", word, NAMES, "a YAML file, a shipped name (sst2), or KEY=VALUE")
     return resolve([*read_layers([os.fspath(word) for word in words]), as_layer(keys)])
 
 
@@ -139,7 +144,8 @@ def distill(
 ) -> Run:
     """Distil the teachers into the student: run, resume or find finished, as `sead-dist distill`.
 
-    data: None is the hub's. Data in memory are kept in the run directory. student: a checkpoint, a
+    data: None is the hub's. Data in memory are kept in the run directory. One table or file alone
+    is divided (`data.validation_fraction`), but for a task of the hub. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
     dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 
@@ -201,7 +207,8 @@ def evaluate(
     those of `split`, else of the task's first one to evaluate on. labels: the model's class order,
     or "task_order". Raises UserError for data or a model that do not fit the task.
     """
-    name = os.fspath(model)
+    name = model_name(model)
+    expect("split", split, str | None, "the name of a split")
     with call() as world:
         spec = spec_of(name, task)
         path = None if data is None or not is_path(data) else os.fspath(data)
@@ -236,9 +243,11 @@ def predict(
     (official MultiRC, ReCoRD) have an answer for each of their examples. Other arguments and
     errors: as for `evaluate`.
     """
-    name = os.fspath(model)
+    name = model_name(model)
     if isinstance(texts_or_rows, str):
         raise UserError("texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)")
+    expect("skip_malformed", skip_malformed, bool, "True or False")
+    expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
     asking = labelling.Asking(tell, order(labels), batch_size, skip_malformed)
@@ -267,6 +276,9 @@ def soft_targets(
     none) or scores (NaN: none), for `confidence` and `answers`. routes_B: the number of each row's
     teacher, for `routed`. `random` draws in a run alone. Raises UserError for what does not fit.
     """
+    expect("logits_NBC", logits_NBC, torch.Tensor, "a tensor of shape [N, B, C]")
+    expect("ensemble", ensemble, str, "the name of an ensemble")
+    expect("temperature", temperature, Real, "a number above 0")
     if logits_NBC.dim() != 3:
         raise UserError(f"logits_NBC has shape {tuple(logits_NBC.shape)}; expected [N, B, C]")
     N, B, C = logits_NBC.shape
@@ -287,6 +299,7 @@ def soft_targets(
     ):
         if value is None and asked:
             raise UserError(f"ensemble={ensemble} needs {name}; give a tensor of {size}")
+        expect(name, value, torch.Tensor | None, f"a tensor of {size}")
         if value is not None and tuple(value.shape) != (size,):
             raise UserError(f"{name} has shape {tuple(value.shape)}; expected [{size}]")
     weights_N = torch.ones(N) if weights_N is None else weights_N.float()
@@ -309,6 +322,11 @@ def distillation_loss(
     labels_B: class indices (-1: none) or scores (NaN: none); None: no row has one. loss: as the
     key of a run. Raises UserError for what does not fit.
     """
+    expect("student_BC", student_BC, torch.Tensor, "a tensor of shape [B, C]")
+    expect("soft", soft, SoftTargets | None, "what soft_targets returns, or None")
+    expect("labels_B", labels_B, torch.Tensor | None, "a tensor of [B], or None")
+    expect("loss", loss, str, "the name of a loss")
+    expect("alpha", alpha, Real, "a number from 0 to 1")
     if student_BC.dim() != 2:
         raise UserError(f"student_BC has shape {tuple(student_BC.shape)}; expected [B, C]")
     if loss not in ("auto", *SOFT_LOSSES):
@@ -368,12 +386,21 @@ def call() -> Iterator[World]:
                 world.heartbeat.rest()
 
 
+def model_name(model: str | os.PathLike[str]) -> str:
+    expect("model", model, NAMES, "a run, the folder of a model, or its id on the hub")
+    return os.fspath(model)
+
+
 def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskSpec:
     if isinstance(task, TaskSpec):
         return checked_task(task)
+    expect("task", task, NAMES | None, "a shipped name (sst2), a YAML file, or a TaskSpec")
     return prediction.task_of(model, None if task is None else os.fspath(task))
 
 
 def order(labels: str | Sequence[str] | None) -> str | None:
     """The model's class order as the command line has it."""
-    return labels if labels is None or isinstance(labels, str) else ",".join(labels)
+    if labels is None or isinstance(labels, str):
+        return labels
+    expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
+    return ",".join(map(str, labels))

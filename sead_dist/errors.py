@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # what no other words would change: disk, permission, memory, limits of the machine
 OF_ENVIRONMENT = frozenset(
@@ -30,6 +31,13 @@ class RunError(Exception):
 class LostRankError(RunError):
     """A rank that did not come, is gone, or can agree nothing more with the others. The rank that
     raises it tells it: rank 0 may be lost, or know nothing of it."""
+
+
+def expect(name: str, given: object, kinds: Any, what: str) -> None:
+    """Raises UserError where an argument of a call from Python is of none of these types. kinds:
+    as `isinstance` takes them; what: to give instead."""
+    if not isinstance(given, kinds):
+        raise UserError(f"{name} is of type {type(given).__name__}; give {what}")
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:

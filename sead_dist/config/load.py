@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # the method of a run that has teachers and names neither a method nor a key of one; the defaults
 # are its keys
 DEFAULT_METHOD = "sead"
-# in the folder of `finetune`: the paths of its encoders
+# in the folder of `finetune`, or of a sweep: the paths of its encoders
 FIRST_ENCODERS = ".encoders.json"
 # keys of which an entry has one: what kind of teacher it is of
 WHOLE_ENTRY = ("path", "model", "predictions", "endpoint")
@@ -210,14 +210,18 @@ def _first_teachers(pattern: str, output: Path) -> list[str]:
 
 
 def _first_encoders(pattern: str, output: Path) -> list[str]:
-    """The encoders of this pattern with which `finetune` began in `output`."""
-    if not any(output.glob("teacher-*/run.json")):
-        return []
+    """The encoders of this pattern with which `finetune`, or the sweep, began in `output`."""
     try:
-        paths = [str(path) for path in json.loads((output / FIRST_ENCODERS).read_bytes())]
+        kept = json.loads((output / FIRST_ENCODERS).read_bytes()) if has_teachers(output) else []
+        paths = [str(path) for path in kept]
     except (OSError, ValueError, TypeError):  # an older version kept none
         return []
     return [path for path in dict.fromkeys(paths) if _is_of(path, pattern)]
+
+
+def has_teachers(output: Path) -> bool:
+    """Whether `finetune`, or a sweep, has begun a teacher in `output`."""
+    return any([*output.glob("teacher-*/run.json"), *output.glob("*/teachers/teacher-*/run.json")])
 
 
 def _is_of(path: str, pattern: str) -> bool:

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from sead_dist.errors import UserError, one_line, reading, reason
+from sead_dist.errors import UserError, expect, one_line, reading, reason
 
 # where a run directory keeps its plugins
 PLUGINS = "plugins"
@@ -76,14 +77,17 @@ def names(what: str) -> list[str]:
     return [*BUILT_IN[what], *ADDED.owners[what]]
 
 
-def claim_name(what: str, name: str) -> None:
-    """Take a name for what is being registered. Raises UserError where it is taken or no word."""
-    if not isinstance(name, str) or not name.isidentifier():
+def claim_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None:
+    """Take a name for what is being registered. kinds and fix: as of `expect`, of what it names.
+    Raises UserError where the name is taken or no word, or names something of another type."""
+    expect("name", name, str, f"the name of a {what}")
+    if not name.isidentifier():
         raise UserError(f"{name!r} is not a name of a {what}; give letters, digits and _")
     if name in names(what):
         owner = ADDED.owners[what].get(name)
         by = "built in" if owner is None else f"registered by {ADDED.files[owner]}"
         raise UserError(f"a {what} {name!r} is there already ({by}); give yours another name")
+    expect(f"the {what} {name!r}", given, kinds, fix)
     ADDED.owners[what][name] = ADDED.loading
 
 

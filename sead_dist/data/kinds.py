@@ -17,7 +17,7 @@ import numpy as np
 from sead_dist.config.registered import claim_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 
 if TYPE_CHECKING:
     from sead_dist.data.task_files import TaskSpec
@@ -191,7 +191,9 @@ KINDS: dict[str, TaskKind] = {
 
 def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
-    claim_name("kind of task", kind.name)
+    fix = "an instance of a class of TaskKind"
+    expect("kind", kind, TaskKind, fix)
+    claim_name("kind of task", kind.name, kind, TaskKind, fix)
     KINDS[kind.name] = kind
 
 

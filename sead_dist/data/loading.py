@@ -27,7 +27,7 @@ from sead_dist.data.text_files import (
     rows_of_text,
     tsv_stream,
 )
-from sead_dist.errors import UserError, reading, reason
+from sead_dist.errors import UserError, expect, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -355,8 +355,9 @@ def text_rows(texts: Sequence[Any], task: TaskSpec) -> Rows:
         raise UserError(f"task {task.name!r} reads nested rows; give rows, as its files have them")
     rows: Rows = []
     for number, given in enumerate(texts, 1):
+        expect(f"text {number}", given, str | tuple | list, f"texts of the columns {columns}")
         parts = (given,) if isinstance(given, str) else given
-        if not isinstance(parts, tuple | list) or len(parts) != len(task.fields):
+        if len(parts) != len(task.fields):
             raise UserError(
                 f"text {number} is {given!r}, but task {task.name!r} reads {columns}; give "
                 f"{'a text' if len(task.fields) == 1 else f'({columns})'} each, or rows"

@@ -28,7 +28,7 @@ from sead_dist.data.examples import (
     subset,
 )
 from sead_dist.data.formats import Route
-from sead_dist.data.loading import source_of, split_chunks, told_with
+from sead_dist.data.loading import find_files, source_of, split_chunks, told_with
 from sead_dist.data.order import Split
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
@@ -125,9 +125,8 @@ def load_official(
 def _read_split(
     task: TaskSpec, data: DataConfig, split: str, route: Route | None, may_lack: bool
 ) -> ExampleSet:
-    given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
     path = Path(data.path) if data.path is not None else None
-    file = Path(given) if given is not None else None
+    file = file_of(task, data, split)
     chunks = split_chunks(
         task,
         split,
@@ -154,6 +153,24 @@ def _read_split(
     found = concatenate(*parts)
     if found.has_gold and not has_label(found.labels_B).all():
         return _read_split(task, data, split, route, False)  # refuses the first row without one
+    return found
+
+
+def file_of(task: TaskSpec, data: DataConfig, split: str) -> Path | None:
+    """The file that is named for a split."""
+    given = {"train": data.train, list(task.splits)[1]: data.validation}.get(split)
+    return None if given is None else Path(given)
+
+
+def own_files(task: TaskSpec, data: DataConfig) -> list[Path]:
+    """The files that the splits of a run are read from; none of the hub."""
+    found: list[Path] = []
+    for split in task.splits:
+        given = file_of(task, data, split)
+        if given is not None:
+            found.append(given.resolve())
+        elif data.path is not None:
+            found += [file.resolve() for file in find_files(task, split, Path(data.path))]
     return found
 
 

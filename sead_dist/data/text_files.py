@@ -56,7 +56,7 @@ def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row
         # each question about the whole file is a pass over it
         return (line.removesuffix("\r").split("\t") for line in _text_lines(path))
 
-    quoted = _quoting(lines(), path, task)
+    quoted = _quoting(lines, path, task)
     return _records(partial(_tsv_lines, lines, quoted), path, task, skip_malformed)
 
 
@@ -80,7 +80,7 @@ def rows_of_text(
         return _plain_lines(text, path, task)
     if kind == ".tsv":
         split = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-        quoted = _quoting(split, path, task)
+        quoted = _quoting(lambda: split, path, task)
         lines = partial(_tsv_lines, lambda: split, quoted)
         return list(_records(lines, path, task, skip_malformed))
     if kind == ".csv":
@@ -146,9 +146,18 @@ def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
         raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
 
 
-def _quoting(lines: Iterable[Sequence[str]], path: Path, task: TaskSpec) -> bool:
-    """Whether the quotation marks of a TSV are taken off; a warning says so, or why not."""
-    marked = Marks.of(lines)
+def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpec) -> bool:
+    """Whether the quotation marks of a TSV are taken off; a warning says so, or why not. lines:
+    starts again at each call."""
+    broken = _broken_text(lines())
+    if broken is not None:
+        _log.warning(
+            "%s: every line is a row, also of a text in quotation marks that goes over several "
+            "(lines %d to %d): name it .csv to have it as one row",
+            path,
+            *broken,
+        )
+    marked = Marks.of(lines())
     if marked.quoted and task.name in TASKS:
         # official files have no quoting, and QQP's look as if they had
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
@@ -161,6 +170,20 @@ def _quoting(lines: Iterable[Sequence[str]], path: Path, task: TaskSpec) -> bool
             'field has a doubled one (""): name it .csv to have them off', path
         )  # fmt: skip
     return marked.quoted
+
+
+def _broken_text(lines: Iterable[list[str]]) -> tuple[int, int] | None:
+    """The first and the last line of a text in quotation marks that seems to go over several lines
+    of a file of one column; with more columns such lines have too few fields."""
+    opened = None
+    for number, fields in enumerate(lines, start=1):
+        if len(fields) > 1:
+            return None
+        if fields[0].count('"') % 2:  # a mark is open behind it, or was before it
+            if opened is not None and fields[0].endswith('"'):
+                return opened, number
+            opened = number if fields[0].startswith('"') else None
+    return None
 
 
 def _tsv_lines(

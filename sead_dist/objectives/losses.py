@@ -118,14 +118,14 @@ def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False)
     `temperature`. needs_classes: refuse it for tasks whose labels are scores. Raises UserError
     where the name is taken.
     """
-    claim_name("loss", name)
+    claim_name("loss", name, loss, Callable, "a function of student_BC and soft")
     SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
 
 
 def register_hard_loss(name: str, loss: HardFunction) -> None:
     """Let a kind of task name this hard loss: loss(student_BC, labels_B) -> loss_B, 0 where a row
     has no gold label. Raises UserError where the name is taken."""
-    claim_name("hard loss", name)
+    claim_name("hard loss", name, loss, Callable, "a function of student_BC and labels_B")
     HARD_LOSSES[name] = loss
 
 

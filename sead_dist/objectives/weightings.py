@@ -385,7 +385,8 @@ def register_ensemble(
     averaged, not probabilities. needs_classes: refuse it for tasks whose labels are scores.
     Raises UserError where the name is taken.
     """
-    claim_name("ensemble", name)
+    kinds = (Weighting, Callable)
+    claim_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):
         weighting = ByRow(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels

@@ -120,13 +120,17 @@ def already_finished(config: RunConfig) -> bool:
 
 def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> None:
     """Raises UserError where the run in the output folder keeps the best of the students that it
-    scores, and now would score others. examples: None where they are not known; then only a
-    final_checkpoint that is given counts."""
+    scores, and now would score others. examples: None where a finished run's are not known;
+    then what it has chosen counts."""
     run = Path(config.output_dir)
     if not (run / "config.yaml").is_file() or not has_progress(run):
         return
-    rows = 0 if examples is None else examples.rows_to_choose_by
-    if final_checkpoint(config, rows) != "best":
+    if examples is not None:
+        keeps = final_checkpoint(config, examples.rows_to_choose_by)
+    else:
+        chosen = read_as(Summary, run / "run_summary.json").get("chosen", {})
+        keeps = chosen.get("final_checkpoint", final_checkpoint(config, 0))
+    if keeps != "best":
         return
     saved = read_run_config(run)
     if "eval_steps" not in saved:
@@ -309,6 +313,12 @@ def takes(handle: int, kind: int) -> bool:
     except OSError:
         return False
     return True
+
+
+class Summary(TypedDict, total=False):
+    """chosen: what a finished run took for keys that were left to it."""
+
+    chosen: dict[str, Any]
 
 
 class Followed(TypedDict):

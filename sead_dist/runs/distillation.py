@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sead_dist.config.automatic import patience_steps
-from sead_dist.config.load import FIRST_ENCODERS
+from sead_dist.config.load import FIRST_ENCODERS, has_teachers
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import metric_names, subset
 from sead_dist.data.splits import check_tokens, load_examples
@@ -218,7 +218,7 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
 
 def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
     """Note what the first start made teachers of: a pattern stands for the same later."""
-    if not any(folder.glob("teacher-*/run.json")):
+    if not has_teachers(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -6,21 +6,23 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows, text_rows, to_rows, to_table
+from sead_dist.data.splits import is_one_file
 from sead_dist.data.task_files import TaskSpec, load_task, task_from
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 from sead_dist.runs.claim import KEPT_DATA, has_progress, locked, try_lock
 from sead_dist.runs.prediction import wanted_splits
 from sead_dist.runtime.files import written_aside
@@ -29,6 +31,8 @@ from sead_dist.runtime.files import written_aside
 Data = Any
 # a shipped task's name, a YAML file of a task or of a configuration, or one of these in memory
 Task = str | os.PathLike[str] | TaskSpec | RunConfig
+# the types of what names a file, a folder, a model or a shipped task
+NAMES: Any = str | os.PathLike
 # the tables to keep, by split
 Tables = Callable[[], Mapping[str, pa.Table]]
 
@@ -62,8 +66,10 @@ def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     layer = as_layer({k: v for k, v in keys.items() if k != "unlabeled" or text is None})
     own = checked_task(task) if isinstance(task, TaskSpec) else None
     layers: list[Mapping[str, Any]]
+    output = layer.get("output_dir", "")
+    expect("output_dir", output, str, "a folder")
     if isinstance(task, TaskSpec):
-        layers = [{"task": str(kept_task(Path(layer.get("output_dir") or "")))}, layer]
+        layers = [{"task": str(kept_task(Path(output)))}, layer]
     else:
         layers = [*task_layers(task), layer]
     config = resolve(layers)
@@ -100,11 +106,8 @@ def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, A
     """The keys that a task's name, a file or a configuration stand for."""
     if isinstance(task, RunConfig):
         return [task.model_dump(mode="json")]
-    if not is_path(task):
-        raise UserError(
-            f"task is of type {type(task).__name__}; give a shipped name (sst2), a YAML file, a "
-            "TaskSpec, or what load_config returns"
-        )
+    known = "a shipped name (sst2), a YAML file, a TaskSpec, or what load_config returns"
+    expect("task", task, NAMES, known)
     name = os.fspath(task)
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         try:
@@ -125,25 +128,27 @@ def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as a YAML file would have them: dotted ones nested, paths as text."""
     layer: dict[str, Any] = {}
     for key, given in keys.items():
-        value: Any = as_plain(given)
+        value: Any = as_plain(key, given)
         for part in reversed(key.split(".")):
             value = {part: value}
         layer = merge(layer, value)
     return layer
 
 
-def as_plain(value: Any) -> Any:
+def as_plain(key: str, value: Any) -> Any:
+    """The value of a key as YAML has it. Raises UserError for what is none, such as a table."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {key: as_plain(item) for key, item in value.items()}
+        return {str(name): as_plain(f"{key}.{name}", item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_plain(item) for item in value]
+        return [as_plain(key, item) for item in value]
+    expect(key, value, str | Number | BaseModel | None, "a text, a number, a list or a mapping")
     return value
 
 
 def is_path(data: Data) -> bool:
-    return isinstance(data, str | os.PathLike)
+    return isinstance(data, NAMES)
 
 
 def are_texts(given: Any) -> bool:
@@ -173,18 +178,23 @@ def data_layer(
     run, first = Path(config.output_dir), list(spec.splits)[1]
     if data is None:
         return {}, None
+    # a table alone is divided as a file alone is
+    divided = is_one_file(spec, config.data.model_copy(update={"train": "given"}))
+    names = split_names(spec, data) if isinstance(data, Mapping) else {}
+    if divided and list(names) == ["train"] and len(data) == 1:
+        data = data[names["train"]]
     if is_path(data):
         path = os.fspath(data)
         return {"data": {"path" if is_folder(path) else "train": path}}, None
     if not isinstance(data, Mapping):
-        if spec.hub is None and config.data.validation is None and config.data.path is None:
-            to_table(data, "data")  # what is not a table at all is told as such
+        table = to_table(data, "data")
+        others = spec.hub or config.data.validation or config.data.path
+        if others is None and not divided:
             raise UserError(
-                f"data is the training split alone; give data={{'train': ..., {first!r}: ...}}"
+                f"data is the training split alone, and task {spec.name!r} has "
+                f"{', '.join(spec.splits)}; give data={{'train': ..., {first!r}: ...}}"
             )
-        told = {"data": {"train": str(kept_file(run, "train"))}}
-        return told, lambda: {"train": to_table(data, "data")}
-    names = split_names(spec, data)
+        return {"data": {"train": str(kept_file(run, "train"))}}, lambda: {"train": table}
     if missing := [split for split in spec.splits if split not in names]:
         raise UserError(
             f"data has no split {missing[0]!r}; it has {', '.join(map(str, data))}, and task "

@@ -2,7 +2,7 @@
 and keys that its method does not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from sead_dist.data.task_files import TaskSpec, constant_score
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted
+from sead_dist.teachers.teacher import Teacher
 
 
 def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray) -> list[str]:
@@ -38,18 +39,24 @@ def ensemble_gap(
 
 
 def make_remarks(
-    config: RunConfig, task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]
+    config: RunConfig,
+    task: TaskSpec,
+    splits: RunSplits,
+    scores: Mapping[str, Any],
+    teachers: Sequence[Teacher],
 ) -> list[str]:
     """One line for each silent disappointment of the run; `scores` as in scores.json."""
     rows = len(splits.selection)
     chosen = final_checkpoint(config, rows) == "best" or asks_selection(config)
-    by_chance = []
+    lines = []
     if chosen and splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
-        by_chance = [
+        lines.append(
             f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
             f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
-        ]
-    return [*by_chance, *_of_scores(task, splits, scores), *unread_keys(config)]
+        )
+    lines += _of_scores(task, splits, scores)
+    lines += (line for one in teachers if one.file is not None for line in one.file.remarks)
+    return [*lines, *unread_keys(config)]
 
 
 def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> Iterator[str]:

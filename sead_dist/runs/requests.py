@@ -175,6 +175,8 @@ def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet
 
 def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
     """Lines on the files among the teachers: what they answer, and what is left out for them."""
-    lines = [line for teacher in teachers if teacher.file is not None for line in teacher.file.told]
+    files = [teacher.file for teacher in teachers if teacher.file is not None]
+    lines = [line for file in files for line in file.told]
+    lines += [f"WARNING: {line}" for file in files for line in file.remarks]
     count = examples.removed.get(REMOVED, 0)
     return lines + ([f"left out: {counted_rows(count, REMOVED)}"] if count else [])

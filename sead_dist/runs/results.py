@@ -292,7 +292,7 @@ def conclude(
     if setup.splits.left_out is not None:
         say_left_out(setup, setup.splits.left_out, state.step)
     closing = summary(setup, state)
-    remarks = make_remarks(config, setup.task, setup.splits, scores)
+    remarks = make_remarks(config, setup.task, setup.splits, scores, setup.teachers)
     if closing["best_metric"] is None:  # an average is scored when it is the engine's
         found = scores["selection"]
         closing["best_metric"] = found["student"][found.get("metric", setup.task.metrics[0])]

@@ -284,7 +284,9 @@ def teacher_units(
     if common.teachers and common.encoders:
         raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
     folder = Path(common.output_dir) / task / TEACHERS
-    config = resolve([*teacher_layers(layers), finetune, {"output_dir": str(folder)}])
+    # a pattern of encoders is that of the whole sweep
+    config = resolve([*teacher_layers(layers), finetune, {"output_dir": common.output_dir}])
+    config = config.model_copy(update={"output_dir": str(folder)})
     refuse_unused_text(config)
     return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
 

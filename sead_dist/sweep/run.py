@@ -21,12 +21,12 @@ import torch
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import refuse_other_keys, try_lock
-from sead_dist.runs.distillation import distill
+from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
 from sead_dist.runtime.run_log import is_finished, read_as, tell, tell_table, write_json
 from sead_dist.sweep.checks import check_plan, told_steps
-from sead_dist.sweep.grid import Plan, Unit, make_plan
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit, make_plan
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import scores, title, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
@@ -60,6 +60,9 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         data.update(found)
         for name, of in found.items():
             tell(told_steps(fixed, name, of))
+        made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
+        if made:
+            keep_encoders(fixed.output, [path for path in made if path is not None])
         return fixed
 
     plan = from_main(world, check)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sead_dist.config.registered import LANGUAGE_MODEL
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
-from sead_dist.data.splits import RunExamples
+from sead_dist.data.splits import RunExamples, own_files
 from sead_dist.data.task_files import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
@@ -109,7 +109,7 @@ def other_teacher(
     if entry.predictions is not None:
         if examples is None:
             raise ValueError(f"teacher {name} is a file, and needs the run's rows")
-        answers = open_file(entry, name, task, examples)
+        answers = open_file(entry, name, task, examples, own_files(task, config.data))
         order_C, fingerprint = list(range(task.num_labels)), answers.fingerprint
     else:
         plain = TeacherConfig(path=entry.path)

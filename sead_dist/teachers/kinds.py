@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from sead_dist.config.registered import ADDED, ENDPOINT, LANGUAGE_MODEL, claim_name
 from sead_dist.config.schema import TeacherConfig
-from sead_dist.data.examples import ExampleSet, subset
+from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.task_files import TaskSpec
@@ -62,7 +63,7 @@ def register_teacher(kind: str, open: Opener) -> None:
     open(path, task) -> `Answers`; every process of a run calls it, before any long work. Raises
     UserError where the name is taken.
     """
-    claim_name("kind of teacher", kind)
+    claim_name("kind of teacher", kind, open, Callable, "a function of path and task")
     TEACHER_KINDS[kind] = open
 
 
@@ -136,19 +137,22 @@ def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | No
 
 # letters of a text that is shown
 SHOWN = 60
+# so many answers that are all the gold ones are seldom chance
+TELLING = 10
 
 
 @dataclass(frozen=True)
 class FileAnswers:
     """fingerprint: of the map from example to values, whatever the file's form and order. place_of:
     the row of values_KC of each example, by its id. labels: of the task, in its order. told: lines
-    on what was found of what."""
+    on what was found of what. remarks: what a person must know of it at the end too."""
 
     fingerprint: str
     labels: Sequence[str]
     place_of: dict[bytes, int]
     values_KC: np.ndarray
     told: list[str]
+    remarks: list[str]
 
     def places(self, ids_U2: np.ndarray) -> np.ndarray:
         """The row of values_KC of each example, place_U; -1 where there is no answer."""
@@ -158,10 +162,12 @@ class FileAnswers:
 
 
 def open_file(
-    entry: TeacherConfig, name: str, task: TaskSpec, examples: RunExamples
+    entry: TeacherConfig, name: str, task: TaskSpec, examples: RunExamples, own: Sequence[Path]
 ) -> FileAnswers:
-    """What the file of an entry answers of a run's rows. Raises UserError for what is not a file of
-    predictions for the task, and for one that answers no training row."""
+    """What the file of an entry answers of a run's rows. own: the files of these rows. Raises
+    UserError for what is not a file of predictions for the task, for one that answers no training
+    row, and for the run's own file where it answers with the gold labels and its column was not
+    named."""
     file = read_prediction_file(entry, name, task)
     place_of_key = {key: place for place, key in enumerate(file.keys)}
     place_of: dict[bytes, int] = {}
@@ -199,7 +205,33 @@ def open_file(
             f"{first}; check that both are of one task and form"
         )
     labels = task.task_kind.outputs(task) if task.task_kind.head_of_labels else ("score",)
-    return FileAnswers(_hash_of(place_of, file.values_KC), labels, place_of, file.values_KC, told)
+    fingerprint = _hash_of(place_of, file.values_KC)
+    answers = FileAnswers(fingerprint, labels, place_of, file.values_KC, told, [])
+    gold = answers_by_gold(answers, task, parts)
+    what = f"teacher {name} gives the gold label alone in all {gold} rows that have one"
+    fix = "name the column of its own answers with column"
+    if gold and entry.column is None and Path(entry.path).resolve() in own:
+        raise UserError(f"{what}: {entry.path} is the file of these rows; {fix}, or leave it out")
+    if gold >= TELLING:
+        answers.remarks.append(f"{what}: if that is what its file holds, it teaches no more; {fix}")
+    return answers
+
+
+def answers_by_gold(answers: FileAnswers, task: TaskSpec, parts: Iterable[ExampleSet]) -> int:
+    """How many rows with a gold label a file answers, where it answers each with this label, and
+    all with labels of one certainty; else 0."""
+    values_KC, rows = answers.values_KC, 0
+    if task.task_kind.has_classes and np.ptp(np.sort(values_KC, axis=1), axis=0).any():
+        return 0
+    for part in parts:
+        place_B = answers.places(part.ids_B2)
+        gold_B = has_label(part.labels_B) & (place_B >= 0)
+        said_BC = values_KC[place_B[gold_B]]
+        said_B = said_BC.argmax(1) if task.task_kind.has_classes else said_BC[:, 0]
+        if not np.allclose(said_B, part.labels_B[gold_B]):
+            return 0
+        rows += len(said_B)
+    return rows
 
 
 def _parts_of(examples: RunExamples) -> list[ExampleSet]:

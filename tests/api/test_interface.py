@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ import sead_dist as sd
 from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows, text_rows, to_rows
 from sead_dist.data.task_files import TASKS
-from sead_dist.objectives.losses import hard_loss, soft_loss
+from sead_dist.objectives.losses import SOFT_LOSSES, hard_loss, soft_loss
 from sead_dist.runs.given import planned
 
 N, B, C = 3, 5, 4
@@ -163,15 +164,73 @@ def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):
     assert "\n" not in str(error.value)
 
 
-def test_one_table_alone_needs_rows_to_evaluate_on():
-    own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
-    with pytest.raises(sd.UserError, match="data is the training split alone"):
+def test_one_table_alone_needs_rows_to_evaluate_on_where_a_task_has_several_splits_of_them(
+    tmp_path,
+):
+    splits = {"train": ("train",), "validation": ("validation",), "other": ("other",)}
+    own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"), splits=splits)
+    with pytest.raises(sd.UserError, match="data is the training split alone, and task 'own' has"):
         planned(own, [{"text": "x", "label": "a"}], {"output_dir": "unused"})
+    two = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
+    for data in ([{"text": "x", "label": "a"}], {"train": [{"text": "x", "label": "a"}]}):
+        asked = planned(two, data, {"output_dir": "unused"}).config.data
+        assert (asked.train, asked.validation) == ("unused/.data/train.parquet", None)
+        assert asked.path is None
+    file = tmp_path / "x.tsv"
+    file.touch()
+    for data in (file, {"train": file}):
+        assert planned(two, data, {"output_dir": "unused"}).config.data.train == str(file)
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, b"m", None, ["m"], pd.DataFrame({"a": [1, 2]}), torch.ones(2)]
+)
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: sd.Run(x), "path is of type"),
+        (lambda x: sd.evaluate(x), "model is of type"),
+        (lambda x: sd.predict(x, ["a"]), "model is of type"),
+        (lambda x: sd.load_config(x), "a word is of type"),
+        (lambda x: sd.distill(x), "task is of type"),
+        (lambda x: sd.finetune(x), "task is of type"),
+        (lambda x: sd.load_config("sst2", output_dir="o", seed=[x, torch.ones(2)]), "seed is of type"),
+        (lambda x: sd.predict("m", ["a"], batch_size=[x]), "batch_size is of type list"),
+        (lambda x: sd.predict("m", ["a"], skip_malformed=[x]), "skip_malformed is of type list"),
+        (lambda x: sd.evaluate("m", split=[x]), "split is of type list"),
+        (lambda x: sd.soft_targets([x]), "logits_NBC is of type list"),
+        (lambda x: sd.soft_targets(torch.ones(2, 3, 2), labels_B=[x]), "labels_B is of type list"),
+        (lambda x: sd.distillation_loss([x], None), "student_BC is of type list"),
+        (lambda x: sd.distillation_loss(torch.ones(3, 2), [x]), "soft is of type list"),
+        (lambda x: sd.register_loss("mine", [x]), "the loss 'mine' is of type list"),
+        (lambda x: sd.register_loss([x], len), "name is of type list"),
+        (lambda x: sd.register_ensemble("mine", [x]), "the ensemble 'mine' is of type list"),
+        (lambda x: sd.register_teacher("mine", [x]), "the kind of teacher 'mine' is of type list"),
+        (lambda x: sd.register_task_kind(x), "kind is of type"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_refused_in_one_line(call, says, wrong):
+    with pytest.raises(sd.UserError) as error:
+        call(wrong)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "mine" not in SOFT_LOSSES
+
+
+def test_a_label_a_task_and_a_text_of_another_type_are_refused():
+    own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
+    with pytest.raises(sd.UserError, match="task is of type int; give a shipped name"):
+        sd.evaluate("m", task=3)
+    with pytest.raises(sd.UserError, match="labels is of type int; give the names of the classes"):
+        sd.predict("m", ["a"], task=own, labels=3)
+    with pytest.raises(sd.UserError, match="text 2 is of type int; give texts of the columns text"):
+        sd.predict("m", ["a", 3], task=own)
+    with pytest.raises(sd.UserError, match="output_dir is of type int; give a folder"):
+        sd.distill(own, data=[{"text": "x", "label": "a"}], output_dir=3)
 
 
 def test_rows_in_memory_are_those_of_a_file(tmp_path):
     import datasets
-    import pandas as pd
 
     rows = [{"sentence": "good", "label": 1}, {"sentence": 'a "bad" one', "label": 0}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -148,6 +148,30 @@ def test_data_in_memory_are_found_again(run, own, frames, keys, distil, capfd):
     assert "finished: nothing to do" in capfd.readouterr().out
 
 
+def test_one_table_alone_gives_the_student_of_the_command_line_with_one_file(
+    own, grammar, frames, keys, words, distil, cli, tmp_path
+):
+    """The command divides its one file into training and validation rows, and so does the call."""
+    file = tmp_path / "all.tsv"
+    file.write_bytes((grammar / "train.tsv").read_bytes())
+    data = ["data.path=null", f"data.train={file}", "data.validation_fraction=0.2"]
+    line = words(tmp_path / "line", *data, "max_steps=6")
+    done = cli("distill", *line)
+    assert done.returncode == 0, done.stderr
+    short = {**keys, "max_steps": 6, "data.validation_fraction": 0.2}
+    made = sd.distill(own, data=frames["train"], output_dir=tmp_path / "run", **short)
+    assert model_bytes(made) == model_bytes(tmp_path / "line")
+    assert made.scores == sd.Run(tmp_path / "line").scores
+    # it is found in the run's folder: by `evaluate`, the same call, and the command line
+    score = made.scores["validation"]["student"]["accuracy"]
+    assert sd.evaluate(made)["eval_accuracy"] == score
+    assert len(made.predictions("validation")) == sd.evaluate(made)["eval_samples"] < 120
+    assert sd.distill(own, data={"train": frames["train"]}, output_dir=made, **short) == made
+    distil([str(made.path / "config.yaml")])
+    with pytest.raises(sd.UserError, match="holds a run with another train rows"):
+        sd.distill(own, data=frames["validation"], output_dir=made, **short)
+
+
 def test_a_run_that_was_moved_is_evaluated_on_its_own_data(run, tmp_path):
     import shutil
 

@@ -88,3 +88,27 @@ def test_finetune_that_has_begun_keeps_its_encoders(models):
     (models / "c").rmdir()
     with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
         load_config(words)
+
+
+def test_all_tasks_of_a_sweep_that_has_begun_keep_its_encoders(models):
+    words = ["tasks=[sst2,rte]", "methods=[finetune,mean]", "student=s", "output_dir=o", "seeds=1"]
+    words = [*words, "encoders=[x, t/*]"]
+
+    def starts() -> list[tuple[str, str | None]]:
+        made = [unit for unit in make_plan(words).units if unit.method == "teachers"]
+        return [(unit.task, unit.config.student.path) for unit in made]
+
+    before = starts()
+    assert before == [(task, of) for task in ("sst2", "rte") for of in ("x", "t/a", "t/c")]
+    keep_encoders(Path("o"), [str(path) for _, path in before])
+    (models / "b").mkdir()
+    assert ("rte", "t/b") in starts()  # nothing has begun yet
+    first = Path("o/sst2/teachers/teacher-0")
+    first.mkdir(parents=True)
+    (first / "run.json").write_text("{}")
+    assert starts() == before
+    keep_encoders(Path("o"), ["other"])
+    assert starts() == before
+    (models / "c").rmdir()
+    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+        make_plan(words)

@@ -262,13 +262,15 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
     refused(r"mine\.py: a loss 'kl' is there already \(built in\)", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('a b', None)\n")
     refused(r"mine\.py: 'a b' is not a name of a loss", mine)
-    mine.write_text("import sead_dist as sd\nsd.register_loss('half', None)\n1 / 0\n")
+    mine.write_text("import sead_dist as sd\nsd.register_loss('half', None)\n")
+    refused(r"mine\.py: the loss 'half' is of type NoneType; give a function", mine)
+    mine.write_text("import sead_dist as sd\nsd.register_loss('half', len)\n1 / 0\n")
     refused(r"mine\.py cannot be run: ZeroDivisionError", mine)
     # what it had registered by then is free again
-    mine.write_text("import sead_dist as sd\nsd.register_loss('half', None)\n")
+    mine.write_text("import sead_dist as sd\nsd.register_loss('half', len)\n")
     load_plugins([str(mine)])
     other = tmp_path / "other.py"
-    other.write_text("import sead_dist as sd\nsd.register_loss('half', None)  # another\n")
+    other.write_text("import sead_dist as sd\nsd.register_loss('half', len)  # another\n")
     refused(r"a loss 'half' is there already \(registered by .*mine\.py\)", other)
     refused(r"plugins has two files of the name 'mine\.py'", mine, mine)
 

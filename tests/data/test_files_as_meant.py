@@ -12,7 +12,7 @@ import pytest
 from rows import load_split
 
 from sead_dist.data.examples import build_examples
-from sead_dist.data.loading import names_decide, read_rows, to_rows
+from sead_dist.data.loading import names_decide, read_rows, row_chunks, to_rows
 from sead_dist.data.task_files import TASKS, TaskSpec, read_task_file
 from sead_dist.data.text_files import Marks
 from sead_dist.errors import UserError
@@ -242,6 +242,28 @@ def test_an_empty_line_between_rows_of_one_column_is_an_empty_text(tmp_path):
     assert [row["text"] for row in read_rows(tmp_path / "a.tsv", TONE)] == ["one", "", "three"]
     (tmp_path / "b.tsv").write_text("text\tlabel\none\tpositive\n\nthree\tnegative\n\n")
     assert len(read_rows(tmp_path / "b.tsv", TONE)) == 2
+
+
+def test_a_text_that_goes_over_several_lines_of_a_tsv_of_one_column_is_told(tmp_path, caplog):
+    """With two columns such a line has too few fields, and is refused."""
+    told = {
+        '"He came.\n""No"", she said."\nanother': "lines 2 to 3",
+        'first\n"one\n\nand two"\nlast': "lines 3 to 5",
+        '"whole"\n"and ""whole"""': "",
+        '"It is so.\nHe left.': "",
+        'a 5" nail\n"then': "",
+    }
+    for number, (text, lines) in enumerate(told.items()):
+        caplog.clear()
+        path = tmp_path / f"{number}.tsv"
+        path.write_text(f"text\n{text}\n")
+        assert len(read_rows(path, TONE)) == text.count("\n") + 1
+        assert next(row_chunks(path, TONE, False, 100)) == read_rows(path, TONE)
+        assert ("goes over several" in caplog.text) == bool(lines)
+        assert lines in caplog.text
+    (tmp_path / "two.tsv").write_text('text\tlabel\n"one\ntwo"\tpositive\n')
+    with pytest.raises(UserError, match=r"two.tsv:2: 1 field where 2 are expected"):
+        read_rows(tmp_path / "two.tsv", TONE)
 
 
 @pytest.mark.parametrize("template", ["{text!r}", "{text:>30}", "{} x"])

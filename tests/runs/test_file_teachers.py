@@ -276,6 +276,50 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     assert (run / "run_summary.json").stat().st_mtime_ns == made
 
 
+def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
+    """The run's own file is refused; of a copy it may be chance, and is told in log and card."""
+    data = task[0]
+    rows = [row for name in ("train", "validation") for row in rows_of(data / f"{name}.tsv")]
+    own = data / "train.tsv"
+    with pytest.raises(UserError) as caught:
+        run_of(task, tmp_path / "own", [entry(own, "calibrate: off")])
+    assert str(caught.value) == (
+        f"teacher train gives the gold label alone in all 60 rows that have one: {own} is the file "
+        "of these rows; name the column of its own answers with column, or leave it out"
+    )
+    assert not (tmp_path / "own").exists()
+    told = "gives the gold label alone in all"
+    named = run_of(task, tmp_path / "named", [entry(own, "column: label, calibrate: off")])
+    assert f"WARNING: teacher train {told} 60 rows" in log_of(named)
+    (remark,) = [line for line in read(named / "scores.json")["remarks"] if told in line]
+    assert remark in (named / "model" / "README.md").read_text()
+
+    def left(texts, wrong=0, **more):
+        file = tmp_path / f"gpt-{len(texts)}-{wrong}-{len(more)}.jsonl"
+        swap = dict(zip(LABELS, LABELS[::-1], strict=True))
+        said = [(text, swap[of] if n < wrong else of) for n, (text, of) in enumerate(texts)]
+        lines = [{"sentence": text, "label": of, **more} for text, of in said]
+        for n, line in enumerate(lines):
+            line.update({key: values[n % 2] for key, values in more.items()})
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        given = load_config(words(data, [entry(file, "calibrate: off")], tmp_path / "unused"))
+        spec = grammar_task(data)
+        examples = load_examples(given, spec, lambda _line: None)
+        (found,) = read_teachers(given, spec, ALONE, grammar_tokenizer(), examples)
+        return found.file.remarks
+
+    (line,) = left(rows)
+    assert f"{told} 80 rows that have one: if that is what its file holds" in line
+    assert left(rows, wrong=1) == []
+    assert left(rows[:9]) == []  # chance
+    assert left(rows, confidence=(0.9, 0.8)) == []  # it says more than the label
+
+
+def rows_of(path):
+    """(text, label) of each row."""
+    return [tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]]
+
+
 def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
     """Whatever others answer: those that the keys name count, or the row's own column."""
     data, (model, _) = task

@@ -7,6 +7,7 @@ from small import ALONE, read, words, write_task
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.checks import nothing_to_do
+from sead_dist.runs.claim import already_finished
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import StopFlag
 
@@ -49,6 +50,19 @@ def test_a_run_that_keeps_the_best_is_not_scored_at_other_steps_on_a_resume(data
     other = load_config(words(data, [], run, **KEYS, **{**best, "eval_steps": 3}))
     with pytest.raises(UserError, match="eval_steps was 2, is 3"):
         nothing_to_do(other)
+
+
+def test_a_finished_run_whose_rows_are_the_hubs_is_compared_by_what_it_chose(tmp_path):
+    """Its rows are not read again: that there were enough to choose the best by, it has noted."""
+    data = write_task(tmp_path / "data", rows=1020)
+    keys = {"method": "finetune", "max_steps": 2, "eval_steps": 2, "selection__fraction": 0.5}
+    given = words(data, [], tmp_path / "run", **keys, final_checkpoint="auto")
+    run = distill(load_config(given), ALONE)
+    assert read(run / "run_summary.json")["chosen"]["final_checkpoint"] == "best"
+    hub = [*given, "data.path=null"]
+    assert already_finished(load_config(hub))
+    with pytest.raises(UserError, match="eval_steps was 2, is 3, which scores others"):
+        already_finished(load_config([*hub, "eval_steps=3"]))
 
 
 def test_a_run_that_keeps_the_average_may_be_scored_at_other_steps(data, tmp_path):

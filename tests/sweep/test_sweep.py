@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import time
@@ -86,6 +87,23 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
     assert cells["mean"]["beyond_chance"] is None
     assert "Two seeds hardly tell a spread" in markdown
     assert {row["who"] for row in report["ceilings"]} == {"teacher-0", "teacher-1", "ensemble"}
+
+
+def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
+    task, tiny_task, tmp_path, caplog, capsys
+):
+    shutil.copytree(tiny_task[1][0], tmp_path / "encoders" / "a")
+    pattern = f"encoders={tmp_path / 'encoders'}/*"
+    given = sweep_words(
+        task, tmp_path / "out", "methods=[finetune]", "seeds=1", "max_steps=1", pattern
+    )
+    run_sweep(given, ALONE)
+    shutil.copytree(tiny_task[1][1], tmp_path / "encoders" / "b")
+    capsys.readouterr()
+    run_sweep(given, ALONE)
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+    assert "encoders/b, which was not there when" in caplog.text
+    assert len(runs_of(tmp_path / "out")) == 2
 
 
 def test_what_the_runs_warn_of_stands_in_the_report_without_figures(finished):
