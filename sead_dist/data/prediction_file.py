@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.special import softmax
 
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet
@@ -23,7 +24,6 @@ from sead_dist.data.prediction_forms import (
     counts,
     labels,
     log_of,
-    probabilities_of,
     scores,
     top_labels,
     votes,
@@ -269,4 +269,4 @@ def mean_of(task: TaskSpec, values: Sequence[np.ndarray]) -> np.ndarray:
     rows_MC = np.array(sorted(one_C.tolist() for one_C in values), np.float64)
     if not task.task_kind.has_classes:
         return np.asarray(rows_MC.mean(axis=0), np.float32)
-    return log_of(probabilities_of(rows_MC).mean(axis=0))
+    return log_of(softmax(rows_MC, axis=1).mean(axis=0))

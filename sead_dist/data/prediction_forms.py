@@ -41,11 +41,6 @@ TOP_LABEL, TOP_VALUE = ("label", "token"), ("probability", "score", "prob", "log
 Answer = tuple[Any, int, np.ndarray]
 
 
-def probabilities_of(logits_AC: np.ndarray) -> np.ndarray:
-    shifted_AC = np.exp(logits_AC - logits_AC.max(axis=-1, keepdims=True))
-    return np.asarray(shifted_AC / shifted_AC.sum(axis=-1, keepdims=True))
-
-
 def log_of(probabilities_C: np.ndarray) -> np.ndarray:
     """Logits whose softmax these probabilities are, each at least `LEAST`."""
     return np.asarray(np.log(np.maximum(probabilities_C, LEAST)), np.float32)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar, nnls
+from scipy.special import log_softmax
 
 from sead_dist.objectives.losses import known
 
@@ -74,10 +75,8 @@ def fit_probabilities(logits_NBC: np.ndarray, labels_B: np.ndarray) -> np.ndarra
     mixture of fixed components). It ends by a bound: at weights w the highest mean log-likelihood
     is at most max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above theirs (the function is concave).
     """
-    top_NB1 = logits_NBC.max(axis=-1, keepdims=True)
-    spread_NBC = logits_NBC.astype(np.float64) - top_NB1
-    total_NB = np.log(np.exp(spread_NBC).sum(axis=-1))
-    log_p_NB = spread_NBC[:, np.arange(len(labels_B)), labels_B] - total_NB
+    log_p_NBC = log_softmax(logits_NBC.astype(np.float64), axis=-1)
+    log_p_NB = np.take_along_axis(log_p_NBC, labels_B[None, :, None], axis=-1)[..., 0]
     # a row's scale does not count: no row is 0 for all teachers
     p_NB = np.exp(log_p_NB - log_p_NB.max(axis=0))
     weights_N = np.full(len(p_NB), 1 / len(p_NB))
@@ -112,11 +111,10 @@ def fit_temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
     The likelihood is concave in 1/T, so that it has one maximum.
     """
     spread_BC = logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True)
-    gold_B = spread_BC[np.arange(len(labels_B)), labels_B]
 
     def loss(log_t: float) -> float:
-        scaled = math.exp(-log_t)
-        return float((np.log(np.exp(spread_BC * scaled).sum(axis=1)) - gold_B * scaled).mean())
+        log_p_BC = log_softmax(spread_BC * math.exp(-log_t), axis=1)
+        return -float(log_p_BC[np.arange(len(labels_B)), labels_B].mean())
 
     low, high = (math.log(bound) for bound in BOUNDS)
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from sead_dist.config.names import renamed_record
 from sead_dist.data.metrics import MOST_SHOWN, confusion
@@ -178,8 +179,7 @@ def _plot_predictions(
         if ensemble_BC is not None:
             predicted["ensemble"] = ensemble_BC[:, 0]
         return plot_regression(predictions.labels_B, predicted, split), {}
-    exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
-    shares = {"student": exp_BC / exp_BC.sum(axis=1, keepdims=True)}
+    shares = {"student": softmax(logits_BC, axis=1)}
     if ensemble_BC is not None:
         shares["ensemble"] = ensemble_BC
     results = {name: reliability(p_BC, predictions.labels_B) for name, p_BC in shares.items()}
