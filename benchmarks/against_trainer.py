@@ -37,7 +37,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.splits import load_examples
-from sead_dist.data.task_files import TaskSpec, compute_metrics, load_task
+from sead_dist.data.tasks import TaskSpec, compute_metrics, load_task
 from sead_dist.models.sequence_classifier import width
 from sead_dist.runs.distillation import distill
 from sead_dist.training.evaluation import mean_loss

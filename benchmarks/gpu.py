@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sead_dist.data.examples import build_examples
 from sead_dist.data.order import Split, make_split
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.models.pretrained import locate
 from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.teachers.inference import SHAPES, Cut, batches_of, padded_length, predict

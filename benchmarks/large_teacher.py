@@ -22,7 +22,7 @@ from sead_dist.cli.grammar import grammar_tokenizer, write_grammar_task
 from sead_dist.data.examples import build_examples
 from sead_dist.data.loading import split_chunks
 from sead_dist.data.order import Split, make_split
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.models.sequence_classifier import new_classifier
 from sead_dist.runtime.distributed import World, barrier, gather_objects, join_world, leave_world
 from sead_dist.teachers.entries import read_teachers

@@ -30,7 +30,7 @@ from result_file import page_arguments, set_threads, table
 
 from sead_dist.cli import commands as cli
 from sead_dist.config.load import load_config
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.entries import read_teachers

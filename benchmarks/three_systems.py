@@ -41,7 +41,7 @@ from peers import Setting, run_bare, run_textbrewer, score
 from result_file import common_arguments, set_threads, spread, table, write_result
 
 from sead_dist.data.splits import load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.runs.distillation import make_trainer
 from sead_dist.runs.prepared_teachers import prepare_teachers
 from sead_dist.runs.results import conclude

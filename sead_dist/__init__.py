@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from sead_dist.config.schema import RunConfig
     from sead_dist.data.kinds import register_task_kind
-    from sead_dist.data.task_files import TaskSpec
+    from sead_dist.data.tasks import TaskSpec
     from sead_dist.errors import RunError, UserError
     from sead_dist.objectives.losses import register_loss
     from sead_dist.objectives.weightings import register_ensemble
@@ -53,7 +53,7 @@ _ELSEWHERE = {
     "PredictionStore": "sead_dist.runs.stored",
     "RunConfig": "sead_dist.config.schema",
     "RunError": "sead_dist.errors",
-    "TaskSpec": "sead_dist.data.task_files",
+    "TaskSpec": "sead_dist.data.tasks",
     "UserError": "sead_dist.errors",
     "register_ensemble": "sead_dist.objectives.weightings",
     "register_loss": "sead_dist.objectives.losses",

@@ -26,7 +26,7 @@ from sead_dist.config.registered import ROUTED, kept_plugins
 from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.kinds import KINDS
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, expect, run_error
 from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine

@@ -21,7 +21,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.order import Split, make_split
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.pretrained import tokenizer_hash
 from sead_dist.runtime.distributed import World

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from sead_dist.config.keys import Key, all_keys, as_line, commented_keys, find_keys
 from sead_dist.config.load import config_folder, shipped_files
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 
 TASK = "in the YAML file of a task of your own"
 SWEEP = "of `sead-dist sweep`, beside those of its runs"

@@ -15,7 +15,7 @@ from sead_dist.config.load import config_folder, load_config, names_shape, read_
 from sead_dist.config.names import told_known
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.splits import load_official
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.reporting.hub import check_push

@@ -27,7 +27,7 @@ from sead_dist.data.examples import (
     subset,
 )
 from sead_dist.data.neighbors import nearest_texts
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 
 # Version of the rules by which a row becomes a copy

@@ -18,7 +18,7 @@ import numpy as np
 
 from sead_dist.data.formats import Item, Route, read_items
 from sead_dist.data.metrics import Answer
-from sead_dist.data.task_files import TaskSpec, compute_metrics
+from sead_dist.data.tasks import TaskSpec, compute_metrics
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from sead_dist.data.kinds import normalise_label, number_name
 from sead_dist.data.metrics import Answer
-from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 

@@ -20,7 +20,7 @@ from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError, expect
 
 if TYPE_CHECKING:
-    from sead_dist.data.task_files import TaskSpec
+    from sead_dist.data.tasks import TaskSpec
 
 
 class TaskKind(ABC):

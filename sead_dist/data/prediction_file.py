@@ -29,7 +29,7 @@ from sead_dist.data.prediction_forms import (
     votes,
 )
 from sead_dist.data.prediction_sheet import ANNOTATOR_COLUMNS, Sheet, class_columns
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.text_files import kind_of
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted

@@ -11,7 +11,7 @@ from typing import Any
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.kinds import class_of, file_values, normalise_label, number_name
 from sead_dist.data.loading import Rows
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 
 PREFIXES = ("probability_", "prob_", "p_", "logit_", "logprob_")

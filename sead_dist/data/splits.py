@@ -30,7 +30,7 @@ from sead_dist.data.examples import (
 from sead_dist.data.formats import Route
 from sead_dist.data.loading import find_files, source_of, split_chunks, told_with
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
 from sead_dist.data.unlabeled import UnlabelledText, chunk_size, gather_text
 from sead_dist.errors import UserError

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 

@@ -23,7 +23,7 @@ from sead_dist.data.examples import (
 )
 from sead_dist.data.formats import Route
 from sead_dist.data.loading import row_chunks, told_with
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted
 

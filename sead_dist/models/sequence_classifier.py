@@ -22,7 +22,7 @@ from transformers import (
 
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.kinds import align_name
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, reading, reason, refusal
 from sead_dist.models.hidden_states import body_of
 from sead_dist.models.loaded import (

@@ -21,7 +21,7 @@ from transformers import (
 from sead_dist.config.names import did_you_mean
 from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import read_yaml
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.models.hidden_states import (
     LayerParts,

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import Precision, RunConfig, Section
 from sead_dist.config.yaml_text import read_yaml
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
 from sead_dist.planning.workload import Work

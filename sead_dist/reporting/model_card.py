@@ -23,7 +23,7 @@ from sead_dist.runtime.redact import redact
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from sead_dist.data.task_files import TaskSpec
+    from sead_dist.data.tasks import TaskSpec
 
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?:@[\w./-]+)?")
 HUB_METRICS = {"pearson": "pearsonr", "f1_macro": "f1", "f1_a": "f1"}  # ours: the hub's
@@ -115,7 +115,7 @@ def _task(files: RunFiles) -> str:
 def _task_spec(files: RunFiles) -> "TaskSpec | None":
     """The task of this run: a built-in one, or that of the file that the run keeps; None where the
     file needs a plugin that is not loaded."""
-    from sead_dist.data.task_files import TASKS, load_task
+    from sead_dist.data.tasks import TASKS, load_task
 
     if files.task_file is None:
         return TASKS.get(_task(files))

@@ -24,7 +24,7 @@ from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
+from sead_dist.data.tasks import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.reporting.report import read_predictions

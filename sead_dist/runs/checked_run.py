@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.splits import RunExamples, check_tokens, load_examples
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.models.hidden_states_check import check_inside
 from sead_dist.models.inputs import ModelInputs, settle, student_inputs
 from sead_dist.models.pretrained import load_tokenizer

@@ -16,7 +16,7 @@ from sead_dist.config.registered import LANGUAGE_MODEL, NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig, StudentConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.loading import find_files
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import repair_teacher

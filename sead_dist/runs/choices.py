@@ -16,7 +16,7 @@ from sead_dist.config.automatic import (
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import TokenTable
 from sead_dist.runtime.console import clock
 from sead_dist.runtime.distributed import World, from_main

@@ -25,7 +25,7 @@ from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plu
 from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError, refusal
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
 from sead_dist.models.start import run_start_hash

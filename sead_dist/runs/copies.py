@@ -19,7 +19,7 @@ from sead_dist.data.augmentation import (
 from sead_dist.data.examples import ExampleSet, concatenate
 from sead_dist.data.neighbors import embedding_table, near_words, table_hash
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.runtime.console import counted_rows

@@ -19,7 +19,7 @@ from sead_dist.config.load import FIRST_ENCODERS, has_teachers
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import metric_names, subset
 from sead_dist.data.splits import check_tokens, load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.data.tokens import adds_tokens
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.models.pretrained import load_tokenizer

@@ -21,7 +21,7 @@ from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows, text_rows, to_rows, to_table
 from sead_dist.data.splits import is_one_file
-from sead_dist.data.task_files import TaskSpec, load_task, task_from
+from sead_dist.data.tasks import TaskSpec, load_task, task_from
 from sead_dist.errors import UserError, expect
 from sead_dist.runs.claim import KEPT_DATA, has_progress, locked, try_lock
 from sead_dist.runs.prediction import wanted_splits

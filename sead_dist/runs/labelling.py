@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.formats import read_items
 from sead_dist.data.loading import Rows, read_bytes, read_rows
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, task_of, tell_aside, tell_cuts

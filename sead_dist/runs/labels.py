@@ -24,7 +24,7 @@ from sead_dist.data.examples import ExampleSet, has_label
 from sead_dist.data.order import Split
 from sead_dist.data.prediction_file import id_of
 from sead_dist.data.splits import RunExamples, RunSplits, load_examples, tokenize_splits
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.runs.checked_run import read_run

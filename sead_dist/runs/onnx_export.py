@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from sead_dist.data.examples import metric_names
 from sead_dist.data.order import Split, make_batch
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.sequence_classifier import label_names

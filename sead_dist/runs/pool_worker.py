@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.ensemble import asks_selection

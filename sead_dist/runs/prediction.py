@@ -25,7 +25,7 @@ from sead_dist.data.examples import ExampleSet
 from sead_dist.data.kinds import align_name
 from sead_dist.data.metrics import confusion
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.data.tokens import describe_cuts
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.inputs import ModelInputs, own_length, settle, student_inputs

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.splits import RunSplits
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import (
     Ensemble,

@@ -15,7 +15,7 @@ from sead_dist.data.examples import ExampleSet
 from sead_dist.data.metrics import confusion
 from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunSplits
-from sead_dist.data.task_files import TaskSpec, constant_score
+from sead_dist.data.tasks import TaskSpec, constant_score
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted

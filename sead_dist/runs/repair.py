@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.order import BatchStream
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.hidden_states import LayerParts, find_layer_parts
 from sead_dist.models.hidden_states_check import check_inside

@@ -16,7 +16,7 @@ import torch
 from sead_dist.config.automatic import learning_rate
 from sead_dist.data.examples import ExampleSet, metric_names, name_of, score, subset
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import TaskSpec, compute_metrics
+from sead_dist.data.tasks import TaskSpec, compute_metrics
 from sead_dist.errors import UserError
 from sead_dist.models.resaved import answer, check_saved, one_row
 from sead_dist.models.sequence_classifier import save_model

@@ -17,7 +17,7 @@ from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits, told_cuts
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
 from sead_dist.models.hidden_states_check import needs_attention

@@ -14,7 +14,7 @@ from sead_dist.config.automatic import learning_rate
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import COPIES_OF_EACH, automatic_copies
 from sead_dist.data.splits import RunExamples, load_examples
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.runs.baseline import MOST_OF_STEPS, OWN, baseline_steps
 from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.checks import (

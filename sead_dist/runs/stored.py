@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sead_dist.data.examples import build_examples, entries
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.runs.given import as_rows, checked_task
 from sead_dist.runtime.run_log import tell

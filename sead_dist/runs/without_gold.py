@@ -12,7 +12,7 @@ import torch
 from sead_dist.config.schema import DataConfig, RunConfig
 from sead_dist.data.examples import ExampleSet, answered_by_teachers, score
 from sead_dist.data.splits import RunExamples, load_official
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, asks_selection
 from sead_dist.objectives.weightings import WEIGHTINGS

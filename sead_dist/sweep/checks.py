@@ -11,7 +11,7 @@ from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.augmentation import rows_asked
 from sead_dist.data.splits import check_tokens, load_examples, route_of
-from sead_dist.data.task_files import constant_score
+from sead_dist.data.tasks import constant_score
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start

@@ -25,7 +25,7 @@ from sead_dist.config.mistakes import explain
 from sead_dist.config.names import told_known
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
-from sead_dist.data.task_files import TaskSpec, load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import why_unfit
 from sead_dist.reporting.hub import refuse_push

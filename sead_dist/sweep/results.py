@@ -25,7 +25,7 @@ from sead_dist.data.significance import (
     resampled_scores,
     units_of,
 )
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError, reading
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.reporting.report import read_predictions

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sead_dist.config.registered import LANGUAGE_MODEL
 from sead_dist.config.schema import RunConfig, TeacherConfig, teacher_names
 from sead_dist.data.splits import RunExamples, own_files
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.pretrained import (

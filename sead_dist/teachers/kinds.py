@@ -20,7 +20,7 @@ from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
 from sead_dist.teachers.endpoint import Endpoint

@@ -15,7 +15,7 @@ import torch
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.kinds import align_name
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import align_classes
 

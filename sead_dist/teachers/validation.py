@@ -13,7 +13,7 @@ import numpy as np
 
 from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.order import Split
-from sead_dist.data.task_files import TaskSpec, compute_metrics, constant_score
+from sead_dist.data.tasks import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
 from sead_dist.teachers.base import Request, TeacherSource
 from sead_dist.teachers.source import StoredSource

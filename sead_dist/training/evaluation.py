@@ -13,7 +13,7 @@ import torch
 from sead_dist.data.examples import score
 from sead_dist.data.kinds import TaskKind
 from sead_dist.data.order import Split, make_batch
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.objectives.losses import hard_loss, known
 from sead_dist.runtime.distributed import World, gather_objects
 

@@ -589,7 +589,7 @@ def test_encoders_that_are_not_there_are_found_before_the_first_is_trained(
 def test_runs_of_different_sample_sizes_never_select_on_each_others_training_rows(words, grammar):
     from sead_dist.config.load import load_config
     from sead_dist.data.splits import load_examples
-    from sead_dist.data.task_files import load_task
+    from sead_dist.data.tasks import load_task
 
     task = load_task(str(grammar / "task.yaml"))
     texts = {}

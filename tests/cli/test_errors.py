@@ -15,7 +15,7 @@ from sead_dist.cli.commands import parse
 from sead_dist.cli.exits import attempt
 from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows
-from sead_dist.data.task_files import TASKS, load_task
+from sead_dist.data.tasks import TASKS, load_task
 from sead_dist.errors import RunError, UserError, reading, refusal
 from sead_dist.models.pretrained import Checkpoint, load_model_config
 from sead_dist.runs.claim import try_lock

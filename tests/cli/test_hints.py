@@ -10,7 +10,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.names import letters_apart, nearest
 from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.splits import load_examples, load_official
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import student_tokenizer

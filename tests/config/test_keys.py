@@ -11,7 +11,7 @@ from sead_dist.cli.keys import SLURM, SWEEP, TASK
 from sead_dist.config.keys import all_keys, base_yaml, find_keys
 from sead_dist.config.load import config_folder, load_config
 from sead_dist.config.schema import RunConfig, SweepConfig
-from sead_dist.data.task_files import TaskSpec
+from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.slurm.settings import SlurmSettings, load_settings
 from sead_dist.sweep.grid import make_plan

@@ -6,7 +6,7 @@ from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.load import load_config, read_method
 from sead_dist.config.schema import StudentConfig
 from sead_dist.config.yaml_text import parse_yaml
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.student import check_start
 from sead_dist.slurm.settings import load_settings

@@ -21,7 +21,7 @@ from sead_dist.data.augmentation import (
 )
 from sead_dist.data.examples import build_examples, concatenate, subset, without_labels
 from sead_dist.data.neighbors import nearest_texts
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
 
 NEAR = {"good": ["fine", "nice"], "plot": ["story"]}

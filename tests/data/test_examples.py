@@ -21,7 +21,7 @@ from sead_dist.data.examples import (
     shares_sentence,
     subset,
 )
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

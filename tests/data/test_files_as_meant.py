@@ -13,7 +13,7 @@ from rows import load_split
 
 from sead_dist.data.examples import build_examples
 from sead_dist.data.loading import names_decide, read_rows, row_chunks, to_rows
-from sead_dist.data.task_files import TASKS, TaskSpec, read_task_file
+from sead_dist.data.tasks import TASKS, TaskSpec, read_task_file
 from sead_dist.data.text_files import Marks
 from sead_dist.errors import UserError
 

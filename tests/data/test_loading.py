@@ -14,7 +14,7 @@ from rows import load_split
 
 from sead_dist.data.examples import build_examples, count_overlap
 from sead_dist.data.loading import read_rows
-from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -252,7 +252,7 @@ def test_an_explicit_file_needs_no_name():
 
 def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
     code = (
-        "from sead_dist.data.loading import split_chunks; from sead_dist.data.task_files import TASKS\n"
+        "from sead_dist.data.loading import split_chunks; from sead_dist.data.tasks import TASKS\n"
         "from sead_dist.errors import UserError\n"
         "try: list(split_chunks(TASKS['rte'], 'validation', None, None, None, False, None))\n"
         "except UserError as error: print(error)\n"
@@ -269,7 +269,7 @@ def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
 def test_reading_local_files_does_not_import_datasets():
     code = (
         "import sys; from pathlib import Path; from sead_dist.data.loading import read_rows\n"
-        "from sead_dist.data.task_files import TASKS; import sead_dist.data.examples\n"
+        "from sead_dist.data.tasks import TASKS; import sead_dist.data.examples\n"
         f"read_rows(Path({str(FIXTURES / 'sst2' / 'dev.tsv')!r}), TASKS['sst2'])\n"
         "print([m for m in ('datasets', 'torch', 'transformers') if m in sys.modules])\n"
     )

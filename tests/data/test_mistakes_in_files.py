@@ -9,7 +9,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data import unlabeled
 from sead_dist.data.examples import build_examples
 from sead_dist.data.splits import load_examples, load_official
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import check_vocabulary
 from sead_dist.models.student import build_student

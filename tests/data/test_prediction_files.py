@@ -12,7 +12,7 @@ from small import TASK, config, example_set
 
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.prediction_file import id_of, read_prediction_file, text_keys
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 
 MNLI = load_task("mnli")

@@ -10,7 +10,7 @@ from source_text import comparisons
 from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS, Classification, register_task_kind
-from sead_dist.data.task_files import TASKS, compute_metrics, constant_score, load_task
+from sead_dist.data.tasks import TASKS, compute_metrics, constant_score, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import align_classes
 from sead_dist.objectives.losses import HARD_LOSSES, hard_loss

@@ -14,7 +14,7 @@ from rows import load_split
 
 from sead_dist.data.examples import ExampleSet, build_examples, subset
 from sead_dist.data.kinds import align_name
-from sead_dist.data.task_files import (
+from sead_dist.data.tasks import (
     TASKS,
     compute_metrics,
     constant_score,

@@ -15,7 +15,7 @@ from sead_dist.data import unlabeled
 from sead_dist.data.examples import sentence_hash
 from sead_dist.data.loading import read_rows, row_chunks
 from sead_dist.data.splits import load_examples, source_row
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
 
 SST2 = TASKS["sst2"]

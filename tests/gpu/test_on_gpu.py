@@ -28,7 +28,7 @@ def test_a_prediction_on_a_gpu_has_the_same_bits_whatever_its_neighbours(
     from sead_dist.config.schema import TeacherConfig
     from sead_dist.data.examples import build_examples
     from sead_dist.data.order import make_split
-    from sead_dist.data.task_files import load_task
+    from sead_dist.data.tasks import load_task
     from sead_dist.models.pretrained import load_tokenizer, locate
     from sead_dist.models.sequence_classifier import build_teacher
     from sead_dist.teachers.inference import predict

@@ -36,7 +36,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.order import make_split
 from sead_dist.data.splits import load_official
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.data.tokens import tokenize
 from sead_dist.errors import UserError
 from sead_dist.models.inputs import settle, student_inputs

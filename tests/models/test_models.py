@@ -21,7 +21,7 @@ from small import (
 )
 
 from sead_dist.config.schema import TeacherConfig
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import (
     load_model_config,

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import StudentConfig, TeacherConfig
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import resaved
 from sead_dist.models import sequence_classifier as models

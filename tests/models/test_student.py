@@ -19,7 +19,7 @@ from small import (
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.schema import StudentConfig, TeacherConfig
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import build_student

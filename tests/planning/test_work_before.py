@@ -11,7 +11,7 @@ from small import ALONE, read, save_teacher, sentences, words, write_task
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import entries
 from sead_dist.data.splits import load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
 from sead_dist.teachers.teacher import TRAINED_ROWS

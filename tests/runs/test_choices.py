@@ -6,7 +6,7 @@ from small import ALONE, read
 
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import build_student

@@ -25,7 +25,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import StudentConfig
 from sead_dist.data.examples import build_examples
 from sead_dist.data.loading import read_rows
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.pretrained import load_model_config, load_tokenizer, locate, weight_files
 from sead_dist.models.sequence_classifier import align_classes, label_names, outline

@@ -28,7 +28,7 @@ from transformers import (
 from sead_dist.config.load import load_config
 from sead_dist.data.order import epoch_order
 from sead_dist.data.splits import load_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.training.engine import micro_batch_seed
 

@@ -1,6 +1,6 @@
 """The published figures name tasks, splits and metrics that the product has."""
 
-from sead_dist.data.task_files import TASKS
+from sead_dist.data.tasks import TASKS
 from sead_dist.sweep.published import FIGURES, WIDTHS, sead_figures
 
 PUBLISHED_TASKS = ("sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb", "wnli")

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sead_dist.config.load import load_config
 from sead_dist.data.splits import RunExamples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.pool_worker import teach
 from sead_dist.teachers import language_model

@@ -10,7 +10,7 @@ from small import ALONE, TASK, config, example_set, grammar_tokenizer, model_inp
 
 from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
-from sead_dist.data.task_files import load_task
+from sead_dist.data.tasks import load_task
 from sead_dist.errors import RunError, UserError
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher

@@ -9,7 +9,7 @@ from small import LABELS, example_set, load_teachers, save_teacher, sentences
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.examples import build_examples
 from sead_dist.data.order import make_split
-from sead_dist.data.task_files import TASKS, TaskSpec
+from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.teachers.validation import better_order, describe, require_passed, validate
 
