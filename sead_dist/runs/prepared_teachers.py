@@ -24,10 +24,13 @@ from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.baseline import (
     FILE,
     OWN,
+    SECOND,
     Learnable,
     baseline_folder,
     baseline_logits,
+    second_ensemble,
     told,
+    told_second,
     weigh_up,
 )
 from sead_dist.runs.requests import told_idle
@@ -186,7 +189,7 @@ def say_learnable(
         finetuned_BC = None
         if baseline is not None:
             finetuned_BC = baseline_logits(baseline, parts.task, selection)[complete_B]
-        return weigh_up(
+        found = weigh_up(
             parts.task,
             selection if complete_B.all() else subset(selection, complete_B),
             [validation.score or 0.0 for validation in scored],
@@ -194,12 +197,20 @@ def say_learnable(
             answer.logits_BC.numpy()[complete_B],
             finetuned_BC,
         )
+        if parts.config.ensemble == SECOND:
+            return found
+        names = [teacher.name for teacher in parts.teachers]
+        calibrated_NBC = ensemble.calibrated(all_NBC).numpy()
+        second = second_ensemble(parts.task, selection, names, calibrated_NBC)
+        return replace(found, second=second)
 
     found = from_main(parts.world, find)
     line = told(found)
     if ensemble.weighting.fewest_rows:
         line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
     parts.log.say(line)
+    if found.second is not None:
+        parts.log.say(told_second(found.second, found.metric))
     if parts.world.is_main:
         write_json(Path(parts.config.output_dir) / FILE, asdict(found))
 
