@@ -62,8 +62,7 @@ class Weighting:
     alike_without_gold: it goes by gold labels, and where there are none teachers count alike.
     one_teacher: the others are never asked. by_weight: nor are those whose entries have the weight
     0. asks_all: teachers without weight are asked too, and count where no other answers.
-    picks_teacher: a row has one teacher, whatever that one was trained on. precedence: where a
-    report speaks of one ensemble among several, it is the lowest one's.
+    picks_teacher: a row has one teacher, whatever that one was trained on.
     """
 
     of_logits = False
@@ -76,7 +75,6 @@ class Weighting:
     by_weight = False
     asks_all = False
     picks_teacher = False
-    precedence = 1
 
     @property
     def has_frozen_weights(self) -> bool:
@@ -179,13 +177,10 @@ class ByRow(Weighting):
 
 class MeanLogits(Weighting):
     of_logits = True
-    precedence = 0
 
 
 class MeanProbabilities(Weighting):
     """Of scores, which have no probabilities, it is their mean."""
-
-    precedence = 0
 
 
 class Single(Weighting):
@@ -194,7 +189,6 @@ class Single(Weighting):
     of_logits = True
     one_teacher = True
     picks_teacher = True
-    precedence = 2
 
     def asks_selection(self, config: RunConfig) -> bool:
         return config.teacher is None

@@ -361,6 +361,16 @@ def _learnable(files: RunFiles) -> str:
         f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
         f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
     )
+    # a run of an earlier version has none
+    if second := found.get("second"):
+        low, high = second["interval"]
+        weights = [f"{redact(name)} {of:.3f}" for name, of in second["weights"].items()]
+        text += (
+            f" Teachers together on {second['rows']} rows: equal weights {second['equal']:.4f}, "
+            f"fitted weights {second['fitted']:.4f} ({low:+.4f} to {high:+.4f} more; each fifth of "
+            "the rows by weights that were fitted to the others; fitted to all: "
+            f"{', '.join(weights)})."
+        )
     for split, of in (found.get("splits") or {}).items():
         if "share" in of and split != "selection":
             text += (

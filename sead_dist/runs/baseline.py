@@ -3,16 +3,18 @@
 It is a run of its own in RUN/baseline, made before the teachers are asked, or the run that
 `baseline` names. Before the first step it stands beside the ensemble, on the rows that teachers are
 validated on: is there anything to learn? At the end it says what the student kept of the gap.
+Beside the run's ensemble stands the one whose weights are fitted to those rows (`fitted`).
 
 Shapes: N teachers, B rows of the selection split, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
@@ -21,12 +23,14 @@ from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.sections import AugmentConfig
 from sead_dist.data.augmentation import rows_asked
-from sead_dist.data.examples import ExampleSet
-from sead_dist.data.significance import paired_gap
+from sead_dist.data.examples import ExampleSet, has_label, subset
+from sead_dist.data.significance import paired_gap, units_of
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.objectives.ensemble import asks_selection, combine, frozen_weights
+from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import Scores
 from sead_dist.runs.checks import without_teachers_text
@@ -40,6 +44,24 @@ FOLDER = "baseline"
 # a step on gold labels alone takes about half of one whose teachers are asked, so that a fifth of
 # the steps is a tenth of the time. Where a store has the answers it is up to a fifth
 MOST_OF_STEPS = 5
+SECOND = "fitted"
+# each part of the rows is scored by weights that are fitted to the others
+PARTS = 5
+
+
+@dataclass(frozen=True)
+class SecondEnsemble:
+    """The mean of the teachers' probabilities (or scores) with equal weights and with fitted ones,
+    on selection rows that all of them answer. fitted: of rows that its weights were not fitted to.
+    gap: of the fitted one over the equal one, with its 95% interval over rows. weights: by teacher,
+    fitted to all of the rows, as `ensemble=fitted` would have them."""
+
+    rows: int
+    equal: float
+    fitted: float
+    gap: float
+    interval: tuple[float, float]
+    weights: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,7 @@ class Learnable:
     gap: float
     interval: tuple[float, float]
     verdict: str
+    second: SecondEnsemble | None = None
 
 
 class Told(TypedDict):
@@ -137,6 +160,68 @@ def weigh_up(
         gap=gap.value,
         interval=gap.interval,
         verdict=verdict(gap.interval),
+    )
+
+
+def second_ensemble(
+    task: TaskSpec, selection: ExampleSet, names_N: Sequence[str], logits_NBC: NDArray[np.float32]
+) -> SecondEnsemble | None:
+    """Fitted weights beside equal ones; None below two teachers, and where fewer labelled rows than
+    `fitted` needs are answered by all (logits_NBC: NaN without an answer)."""
+    rows_B = np.flatnonzero(~np.isnan(logits_NBC).any(axis=(0, 2)) & has_label(selection.labels_B))
+    examples, logits_NBC = subset(selection, rows_B), logits_NBC[:, rows_B]
+    if len(names_N) < 2 or len(rows_B) < WEIGHTINGS[SECOND].fewest_rows:
+        return None
+    part_B = units_of(examples) % PARTS
+    if len(set(part_B.tolist())) < PARTS:
+        return None
+    equal_BC = weighted(task, torch.full((len(names_N),), 1 / len(names_N)), logits_NBC)
+    fitted_BC = np.empty_like(equal_BC)
+    for part in range(PARTS):
+        own_B = part_B == part
+        weights_N = fit(names_N, logits_NBC[:, ~own_B], examples.labels_B[~own_B])
+        fitted_BC[own_B] = weighted(task, weights_N, logits_NBC[:, own_B])
+    metric = task.metrics[0]
+    gap = paired_gap(metric, task.task_kind, fitted_BC, equal_BC, examples)
+    weights_N = fit(names_N, logits_NBC, examples.labels_B)
+    return SecondEnsemble(
+        rows=len(rows_B),
+        equal=compute_metrics(task, equal_BC, examples)[metric],
+        fitted=compute_metrics(task, fitted_BC, examples)[metric],
+        gap=gap.value,
+        interval=gap.interval,
+        weights=dict(zip(names_N, weights_N.tolist(), strict=True)),
+    )
+
+
+def fit(
+    names_N: Sequence[str], logits_NBC: NDArray[np.float32], labels_B: NDArray[Any]
+) -> torch.Tensor:
+    """weights_N, of sum 1."""
+    given = [1.0] * len(names_N)
+    known = Known(given, names=names_N, logits_NBC=logits_NBC, labels_B=labels_B)
+    return frozen_weights(SECOND, known)
+
+
+def weighted(
+    task: TaskSpec, weights_N: torch.Tensor, logits_NBC: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The logits_BC of the teachers' mean under these weights."""
+    all_NBC = torch.from_numpy(logits_NBC)
+    teachers = TeacherLogits(all_NBC, torch.ones(all_NBC.shape[:2], dtype=torch.bool))
+    regression = not task.task_kind.has_classes
+    return combine(SECOND, teachers, None, weights_N, 1.0, regression).logits_BC.numpy()
+
+
+def told_second(found: SecondEnsemble, metric: str) -> str:
+    """The line of the log."""
+    weights = ", ".join(f"{name} {weight:.3f}" for name, weight in found.weights.items())
+    low, high = found.interval
+    return (
+        f"the teachers together, {metric} on {found.rows} selection rows: equal weights "
+        f"{found.equal:.4f}, fitted weights {found.fitted:.4f} ({found.gap:+.4f}, {low:+.4f} to "
+        f"{high:+.4f}; each fifth of the rows by weights that were fitted to the others); weights "
+        f"fitted to all (ensemble=fitted): {weights}"
     )
 
 

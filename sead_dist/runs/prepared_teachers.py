@@ -25,10 +25,13 @@ from sead_dist.objectives.weightings import Known
 from sead_dist.runs.baseline import (
     FILE,
     OWN,
+    SECOND,
     Learnable,
     baseline_folder,
     baseline_logits,
+    second_ensemble,
     told,
+    told_second,
     weigh_up,
 )
 from sead_dist.runs.requests import seen_examples, told_idle
@@ -198,7 +201,7 @@ def say_learnable(
         finetuned_BC = None
         if baseline is not None:
             finetuned_BC = baseline_logits(baseline, setup.task, selection)[complete_B]
-        return weigh_up(
+        found = weigh_up(
             setup.task,
             selection if complete_B.all() else subset(selection, complete_B),
             [validation.score or 0.0 for validation in scored],
@@ -206,12 +209,20 @@ def say_learnable(
             answer.logits_BC.numpy()[complete_B],
             finetuned_BC,
         )
+        if setup.config.ensemble == SECOND:
+            return found
+        names = [teacher.name for teacher in setup.teachers]
+        calibrated_NBC = ensemble.calibrated(all_NBC).numpy()
+        second = second_ensemble(setup.task, selection, names, calibrated_NBC)
+        return replace(found, second=second)
 
     found = from_main(setup.world, find)
     line = told(found)
     if ensemble.weighting.fewest_rows:
         line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
     setup.log.say(line)
+    if found.second is not None:
+        setup.log.say(told_second(found.second, found.metric))
     if setup.world.is_main:
         write_json(Path(setup.config.output_dir) / FILE, asdict(found))
 

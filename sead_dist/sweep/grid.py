@@ -5,7 +5,6 @@ configs/sweep.yaml; all other keys are those of its runs.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,24 +34,13 @@ from sead_dist.runs.checks import (
     teacher_runs,
     without_teachers_text,
 )
+from sead_dist.sweep.arms import FINETUNE, Arm, keys_by_arm, read_arms, reference_of
 
 TEACHERS = "teachers"
 # folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
 TAKEN = ("report", "store", TEACHERS)
 # of one sweep, given as their number
 MOST_SEEDS = 1000
-# what the others are compared with where nothing else is named
-FINETUNE = "finetune"
-# arms are compared on the same rows, and with the same teachers
-COMMON_KEYS = (
-    *("task", "seed", "output_dir", "data", "selection"),
-    *("teachers", "encoders", "plugins"),
-)
-# what says how many steps a run takes
-STEP_KEYS = (
-    *("max_steps", "num_train_epochs", "early_stopping_patience", "global_batch_size"),
-    *("unlabeled", "augment"),
-)
 Layers = Sequence[Mapping[str, Any]]
 
 
@@ -83,16 +71,6 @@ class Unit:
     def failure(self) -> Path:
         """The file that says why this run failed when it was last tried."""
         return self.folder.with_name(f"{self.folder.name}.failed.json")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """name: of its folders, and in the report; method: a shipped one or a file of keys; keys: of
-    its runs, over all others."""
-
-    name: str
-    method: str
-    keys: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,7 +122,8 @@ def make_plan(words: Sequence[str]) -> Plan:
         run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
     different("tasks", [task.name for task in tasks])
-    arms = read_arms(sweep.methods, sweep.equal_steps == "on")
+    equal = sweep.equal_steps == "on"
+    arms = read_arms(sweep.methods, equal)
     different("methods", [arm.name for arm in arms])
     reference = reference_of(sweep.reference, arms)
     different("seeds", [str(seed) for seed in sweep.seeds])
@@ -157,7 +136,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     unfit: dict[tuple[str, str], str] = {}
     texts: list[str] = []
     for given, task in zip(sweep.tasks, tasks, strict=True):
-        layers = task_layers(given, task.name, run, sweep.per_task.get(task.name, {}))
+        per_task, by_arm = keys_by_arm(task.name, sweep.per_task.get(task.name, {}), arms, equal)
+        layers = task_layers(given, task.name, run, per_task)
         common = resolve(layers)
         refuse_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
@@ -165,7 +145,11 @@ def make_plan(words: Sequence[str]) -> Plan:
         teachers += made
         fitting: list[tuple[str, RunConfig]] = []
         for arm in arms:
-            own = named(arm.keys, task.name)
+            more = by_arm.get(arm.name, {})
+            if more is None:
+                unfit[task.name, arm.name] = "per_task leaves it out"
+                continue
+            own = named(merge(arm.keys, more), task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
             refuse_push(config, "a sweep")
             reason = why_unfit(config, task.task_kind)
@@ -193,7 +177,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         [*teachers, *students],
         unfit,
         own_teachers=bool(teachers),
-        equal_steps=sweep.equal_steps == "on",
+        equal_steps=equal,
         keep_models=sweep.keep_models,
         jobs=sweep.jobs,
     )
@@ -337,64 +321,3 @@ def student_units(
         for seed in seeds
         for arm, config in arms
     ]
-
-
-def read_arms(given: Sequence[str | Mapping[str, Any]], equal_steps: bool) -> list[Arm]:
-    """The arms that `methods` lists: names of methods, or {name, method, keys of a run}.
-
-    Raises UserError for what cannot be an arm, and for one that sets its own number of steps where
-    all are to take as many.
-    """
-    arms = [read_arm(one) for one in given]
-    for arm in arms:
-        own = next((key for key in STEP_KEYS if key in arm.keys), None)
-        if equal_steps and own is not None:
-            raise UserError(
-                f"methods: the arm {arm.name!r} sets {own}, and equal_steps=on gives all arms of a "
-                "task as many steps; give equal_steps=off"
-            )
-    return arms
-
-
-def read_arm(given: str | Mapping[str, Any]) -> Arm:
-    """One entry of `methods`. Raises UserError."""
-    if isinstance(given, str):
-        return Arm(method_name(given), given)
-    keys = {key: value for key, value in given.items() if key not in ("name", "method")}
-    method = given.get("method")
-    if not isinstance(method, str):
-        unknown = [key for key in keys if key not in RunConfig.model_fields]
-        meant = f"{unknown[0]!r} is not a key, and " if unknown else ""
-        raise UserError(
-            f"methods: {meant}the arm {given.get('name')!r} has no method; give {{name: NAME, "
-            "method: METHOD, KEY: VALUE, ...}"
-        )
-    name = given.get("name", method_name(method))
-    if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name) is None:
-        raise UserError(
-            f"methods: the arm's name {name!r} cannot be a folder's; give letters, digits, dots "
-            "and hyphens, beginning with a letter or digit"
-        )
-    for key in COMMON_KEYS:
-        if key in keys:
-            raise UserError(
-                f"methods: the arm {name!r} sets {key}, which is the same for all arms of a sweep; "
-                "give it beside methods"
-            )
-    return Arm(name, method, keys)
-
-
-def method_name(method: str) -> str:
-    """A shipped method's name, or the stem of a person's own file."""
-    return Path(method).stem
-
-
-def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
-    """The arm that the others are compared with; None where nothing is named and no arm is called
-    finetune. Raises UserError for a name that no arm has."""
-    names = [arm.name for arm in arms]
-    if given is None:
-        return FINETUNE if FINETUNE in names else None
-    if given not in names:
-        raise UserError(f"reference={given} is not an arm of this sweep{told_known(given, names)}")
-    return given

@@ -19,7 +19,16 @@ from sead_dist.reporting.model_card import fill_template
 from sead_dist.reporting.plots import BLUE, GREY, RED, short
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.files import written_aside
-from sead_dist.sweep.report import arms, chance_of, equal_steps, means_over
+from sead_dist.sweep.report import (
+    SHARES,
+    SHARES_SAY,
+    arms,
+    chance_of,
+    equal_steps,
+    gap_shares,
+    holm_words,
+    means_over,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -79,6 +88,10 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         methods=methods(report),
         ceilings=ceilings(report),
         published=published(report),
+        holm_words=holm_words(report),
+        shares=gap_shares(report),
+        shares_columns=SHARES,
+        shares_say=SHARES_SAY,
         costs=cost_rows(report),
         equal_steps=equal_steps(report),
         means_over=means_over(report),

@@ -14,6 +14,14 @@ COSTS = (
     *("labelled rows", "unlabelled rows", "steps"),
     *("seconds of training", "teacher forwards needed"),
 )
+SHARES = ["task", "method", "over", "its ensemble", "share", "best teacher", "share of that"]
+SHARES_SAY = (
+    "Share: what the method has over the arm without teachers, as a part of what its own run's "
+    "ensemble has over that arm, and of what the best of its teachers has. Means over the seeds "
+    "that both have. Above 100% the student is better than what it is held against. There is no "
+    "gap where that is no better than the arm without teachers. The best teacher is the best on "
+    "these very rows. A share has no interval: of a small gap it says little."
+)
 # behind a mean whose difference from the reference is larger than chance
 BEYOND = "\\*"
 
@@ -39,12 +47,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         how_to_read(report),
         *section(
             f"Differences from {report['reference']}",
-            ["task", "method", "difference", "95% interval", "p"],
+            ["task", "method", "difference", "95% interval", "p", "p, Holm"],
             differences(report),
         ),
+        *holm_words(report),
         "The same as a page: [report.html](report.html); its plots: "
         "[differences](differences.svg), [score against time](cost.svg).",
         *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
+        *section("Share of the gap that is kept", SHARES, gap_shares(report)),
+        *([SHARES_SAY] if gap_shares(report) else []),
         "## Cost",
         table(["task", "method", *COSTS], cost),
         f"Rows: those that a run of the method has. {equal_steps(report)}",
@@ -187,6 +198,39 @@ def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) ->
     return [f"## {head}", table(columns, [[row[column] for column in columns] for row in rows])]
 
 
+def gap_shares(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each task, arm with teachers and arm without; a report of an earlier version has
+    none."""
+    return [
+        dict(
+            zip(
+                SHARES,
+                (
+                    *(of["task"], of["method"], of["over"]),
+                    *(f"{of['ensemble']:.4f}", told_share(of["of_ensemble"])),
+                    *(f"{of['best']:.4f}", told_share(of["of_best"])),
+                ),
+                strict=True,
+            )
+        )
+        for of in report.get("shares", ())
+    ]
+
+
+def told_share(share: float | None) -> str:
+    return "no gap" if share is None else f"{share:.0%}"
+
+
+def holm_words(report: Mapping[str, Any]) -> list[str]:
+    """What the two columns of p say; nothing where there is none."""
+    if not any(row["p, Holm"] for row in differences(report)):
+        return []
+    return [
+        "p: of each comparison taken by itself. p, Holm: of all comparisons of the tasks together; "
+        "it is made of a p that is too small at no level, and so is larger at few seeds."
+    ]
+
+
 def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each task and method, and for each method over all tasks."""
     over = [{**of, "task": "mean", "p": None} for of in report["means"] if of["tasks"] > 1]
@@ -197,6 +241,7 @@ def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "difference": f"{of['difference']:+.4f}",
             "95% interval": f"{of['interval'][0]:+.4f} to {of['interval'][1]:+.4f}",
             "p": None if of["p"] is None else f"{of['p']:.3f}",
+            "p, Holm": None if of.get("p_holm") is None else f"{of['p_holm']:.3f}",
         }
         for of in (*report["cells"], *over)
         if of["difference"] is not None

@@ -27,12 +27,13 @@ from sead_dist.data.significance import (
 )
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError, reading
-from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.reporting.report import read_predictions
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit, method_name
+from sead_dist.sweep.arms import method_name
+from sead_dist.sweep.ceilings import ceilings, read_taught, shares
+from sead_dist.sweep.grid import TEACHERS, Plan, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 
 
@@ -193,28 +194,6 @@ def mean_over_tasks(
     }
 
 
-def ceilings(plan: Plan, data: TaskData) -> list[dict[str, Any]]:
-    """What each teacher and the ensemble score on the dev split, as a finished student was told:
-    one of `mean` where there is one."""
-    taught = [
-        unit
-        for unit in plan.students(data.task.name)
-        if unit.config.taught and is_finished(unit.folder)
-    ]
-    if not taught:
-        return []
-    # an ensemble of all teachers, and of the plainest kind, comes first
-    best = min(taught, key=lambda unit: WEIGHTINGS[unit.config.ensemble].precedence)
-    path = best.folder / "scores.json"
-    with reading(path, "restore it, or train this run again"):
-        scores = read_json(path)["splits"][data.dev.split]
-        found = [(str(teacher["name"]), teacher["metrics"]) for teacher in scores["teachers"]]
-        if not WEIGHTINGS[best.config.ensemble].one_teacher:
-            found.append(("ensemble", scores["ensemble"]))
-        task = data.task.name
-        return [{"task": task, "who": who, "score": of[data.metric]} for who, of in found if of]
-
-
 def remarks(plan: Plan, tasks: Collection[str]) -> list[dict[str, Any]]:
     """What the finished students' cards warn of, each remark once with the seeds that have it."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
@@ -285,6 +264,11 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
     add_holm(cells, differences)
     shared = shared_tasks(cells)
+    taught = [
+        found
+        for task, of in data.items()
+        for found in read_taught(plan, task, of.dev.split, of.metric)
+    ]
     failed = failures(plan)
     return {
         "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
@@ -315,7 +299,8 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         "cells": cells,
         "mean_tasks": shared,
         "means": [mean_over_tasks(name, cells, differences[name], shared) for name in plan.methods],
-        "ceilings": [row for of in data.values() for row in ceilings(plan, of)],
+        "ceilings": ceilings(taught),
+        "shares": shares(taught, cells, plan.seeds),
         "published": [
             {"task": of.task, "who": of.who, "metric": of.metric, "score": of.score, "note": NOTE}
             for of in FIGURES

@@ -22,7 +22,16 @@ from small import (
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
-from sead_dist.runs.baseline import kept_shares, told_shares, verdict, weigh_up
+from sead_dist.runs.baseline import (
+    fit,
+    kept_shares,
+    second_ensemble,
+    told_second,
+    told_shares,
+    verdict,
+    weigh_up,
+    weighted,
+)
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.prepared_teachers import told_twins
 from sead_dist.runtime.distributed import StopFlag
@@ -199,3 +208,58 @@ def test_two_ranks_make_the_baseline_together(words, tmp_path):
     assert (own["finished"], own["steps"], own["world_size"]) == (True, 270, 2)
     assert read(tmp_path / "run" / "learnable.json")["finetuned"] is not None
     assert is_finished(tmp_path / "run")
+
+
+def logits_of(rights_NB, labels_B):
+    """logits_NBC of teachers that give the gold label where they are right."""
+    said_NB = np.where(rights_NB, labels_B, 1 - labels_B)
+    return np.eye(2, dtype=np.float32)[said_NB] * 2
+
+
+def test_fitted_weights_stand_beside_equal_ones(selection):
+    labels_B, rows = selection.labels_B, np.arange(200)
+    # one is right in nine rows of ten, two are wrong together in four of ten
+    rights_NB = np.stack([rows % 10 != 9, rows % 10 > 3, rows % 10 > 3])
+    logits_NBC = logits_of(rights_NB, labels_B)
+    found = second_ensemble(TASK, selection, ["a", "b", "c"], logits_NBC)
+    assert (found.rows, found.equal, found.fitted) == (200, 0.6, 0.9)
+    assert found.weights["a"] > 0.5
+    assert sum(found.weights.values()) == pytest.approx(1)
+    assert found.gap == pytest.approx(0.3)
+    assert found.interval[0] > 0
+    line = told_second(found, "accuracy")
+    assert "200 selection rows: equal weights 0.6000, fitted weights 0.9000 (+0.3000" in line
+    assert f"(ensemble=fitted): a {found.weights['a']:.3f}, b " in line
+    # too few rows that all answer, or one teacher alone
+    logits_NBC[0, 0] = np.nan
+    assert second_ensemble(TASK, selection, ["a", "b", "c"], logits_NBC) is None
+    assert second_ensemble(TASK, selection, ["b"], logits_NBC[1:2]) is None
+
+
+def test_fitted_weights_are_not_scored_on_the_rows_that_they_are_fitted_to(selection):
+    chance = np.random.default_rng(0)
+    logits_NBC = chance.normal(size=(100, 200, 2)).astype(np.float32)
+    names = [f"t{n}" for n in range(100)]
+    found = second_ensemble(TASK, selection, names, logits_NBC)
+    weights_N = fit(names, logits_NBC, selection.labels_B)
+    answer_BC = weighted(TASK, weights_N, logits_NBC)
+    flattered = float((answer_BC.argmax(1) == selection.labels_B).mean())
+    assert flattered > 0.62
+    assert found.fitted < 0.5
+
+
+def test_a_run_tells_of_fitted_weights_in_log_record_and_card(distil, words, tmp_path):
+    half = ("selection.fraction=0.5", "max_steps=1")
+    run = distil(words(tmp_path / "run", *half))
+    second = read(run / "learnable.json")["second"]
+    assert second["rows"] == 200
+    assert second["equal"] == pytest.approx(read(run / "learnable.json")["ensemble"])
+    log = (run / "log.txt").read_text()
+    told = f"equal weights {second['equal']:.4f}, fitted weights {second['fitted']:.4f}"
+    assert log.count(told) == 1
+    assert told in (run / "README.md").read_text()
+    fitted = distil(words(tmp_path / "fitted", *half, "method=null", "ensemble=fitted"))
+    assert read(fitted / "learnable.json")["second"] is None
+    assert "equal weights" not in (fitted / "log.txt").read_text()
+    kept = read(fitted / "ensemble.json")["weights"]
+    assert list(second["weights"].values()) == pytest.approx(kept, abs=1e-3)

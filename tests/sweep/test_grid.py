@@ -40,6 +40,21 @@ def test_teachers_come_first_and_every_student_needs_those_of_its_task():
     )
 
 
+def test_an_arm_may_have_keys_of_its_own_on_one_task_or_be_left_out_there():
+    arms = "methods=[finetune,mean,{name: long, method: mean, learning_rate: 3.0e-4, alpha: 0.3}]"
+    per_task = (
+        "per_task={rte: {learning_rate: 2.0e-4, methods: {finetune: {learning_rate: 1.0e-5}, "
+    )
+    per_task += "mean: null, long: {learning_rate: 5.0e-5}}}}"
+    found = plan("tasks=[cola,rte]", arms, "seeds=1", ENCODERS, "learning_rate=1e-4", per_task)
+    rates = {(unit.task, unit.method): unit.config.learning_rate for unit in found.units}
+    assert [rates["cola", arm] for arm in ("finetune", "mean", "long")] == [1e-4, 1e-4, 3e-4]
+    assert (rates["rte", "finetune"], rates["rte", "long"]) == (1e-5, 5e-5)
+    assert [of(found, task, "long")[0].alpha for task in ("cola", "rte")] == [0.3, 0.3]
+    assert found.unfit == {("rte", "mean"): "per_task leaves it out"}
+    assert not of(found, "rte", "mean")
+
+
 def test_students_are_told_apart_by_task_method_and_seed_alone(monkeypatch):
     monkeypatch.delenv("SEAD_DIST_STORE")
     found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=[3,7]", ENCODERS)
@@ -230,6 +245,21 @@ def test_a_sweep_is_told_from_a_run():
             ["per_task.cb.num_train_epochs=3"],
             "per_task: 'cb' is not a task of this sweep; known: cola",
         ),
+        (
+            ["per_task.cola.methods={meen: null}"],
+            "per_task.cola.methods: 'meen' is no arm of this sweep; did you mean 'mean'",
+        ),
+        (["per_task.cola.methods={mean: 3}"], "mean=3 has no keys; give {KEY: VALUE}, or null"),
+        (["per_task.cola.methods=[mean]"], r"is no list of arms with keys; give \{ARM: "),
+        (
+            ["per_task.cola.methods={mean: {seed: 3}}"],
+            "per_task.cola.methods: the arm 'mean' sets seed, which is the same for all",
+        ),
+        (
+            ["per_task.cola.methods={mean: {max_steps: 3}}"],
+            "'mean' sets max_steps, and equal_.*off",
+        ),
+        (["per_task.cola.methods={mean: null}"], "no method applies: per_task leaves it out"),
         (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),

@@ -67,11 +67,27 @@ def test_means_spreads_and_marks_are_those_of_the_cells():
     # means are over the tasks that every method has, which are named
     assert "| mean |  | 0.7000 | 0.8000 |" in rows(text)
     assert "every method with a score has: cola. Left out: rte." in text
-    assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 |" in rows(text)
+    assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 | - |" in rows(text)
     assert "| rte | A | accuracy | 0.7000 | on dev |" in rows(text)
     assert "| cola | teacher-0 | 0.8500 |" in rows(text)
     assert "| cola | finetune | 30 | 0 | 7 | 12.3 | 40 |" in rows(text)
     assert "| cola | mean | 30 | 20 | 7 | 12.3 | 40 |" in rows(text)
+
+
+def test_a_difference_has_its_p_alone_and_its_p_among_all():
+    alone = compared(0.1, 0.05, 0.15, beyond=True)
+    text = markdown(report(cells=[cell("cola", "mean", 0.8, **alone, p_holm=0.0624)]))
+    assert "| task | method | difference | 95% interval | p | p, Holm |" in rows(text)
+    assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 | 0.062 |" in rows(text)
+    assert "p, Holm: of all comparisons of the tasks together" in text
+
+
+def test_the_share_of_the_gap_is_told_or_that_there_is_none():
+    kept = {"task": "cola", "method": "mean", "over": "finetune", "ensemble": 0.8, "best": 0.69}
+    text = markdown(report(shares=[{**kept, "of_ensemble": 1.25, "of_best": None}]))
+    assert "| cola | mean | finetune | 0.8000 | 125% | 0.6900 | no gap |" in rows(text)
+    assert "Above 100% the student is better than what it is held against" in text
+    assert "Share of the gap" not in markdown(report())
 
 
 def test_the_report_says_whether_methods_took_as_many_steps():

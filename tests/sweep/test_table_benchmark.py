@@ -1,5 +1,6 @@
 """The table of results: its arms, and the part of qqp that is divided for it."""
 
+import json
 import shutil
 import sys
 from argparse import Namespace
@@ -7,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from sead_dist.data.augmentation import rows_asked
 from sead_dist.sweep.grid import make_plan
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS, KEPT = ROOT / "benchmarks", ROOT / "docs" / "results" / "table" / "runs"
+# by task, the rows that a sample of 2,500 leaves over, as text
+LEFT_OVER = {"sst2": 58364, "stsb": 2722, "mrpc": 1168, "qqp": 30000}
+LEFT_OVER |= {"cola": 6051, "wic": 2928, "rte": 0, "cb": 0}
 
 
 @pytest.fixture
@@ -55,31 +61,102 @@ def test_an_arm_of_the_levers_differs_from_sead_in_one_thing(table, tmp_path):
 
     assert changed("hard-labels") == {"loss"}
     assert not changed("no-text")  # its data's fingerprint counts
-    assert [name for name, config in configs.items() if not config.has_text] == ["no-text"]
+    assert [name for name, config in configs.items() if not config.has_text] == [
+        "no-text",
+        "neither",
+    ]
     assert {key.split(".")[0] for key in changed("no-copies")} == {"augment"}
+    assert {key.split(".")[0] for key in changed("neither")} == {"augment"}
     assert (changed("third-of-steps"), changed("last")) == ({"max_steps"}, {"final_checkpoint"})
     assert changed("truncated") == {"student.path", "student.layers"}
     assert {key.split(".")[0] for key in changed("repaired", "truncated")} == {"repair"}
 
 
+STSB = "stsb: {learning_rate: 2.0e-4"
+
+
 @pytest.mark.parametrize(
-    ("part", "tasks", "rates"),
+    ("part", "tasks", "own"),
     [
-        ("core", ["sst2"], "per_task={}"),
-        ("core", ["sst2", "stsb"], "per_task={stsb: {learning_rate: 2.0e-4}}"),
-        ("levers", ["stsb"], "per_task={stsb: {learning_rate: 2.0e-4}}"),
-        ("defaults", ["sst2"], "per_task={}"),
+        ("core", ["sst2"], ""),
+        ("core", ["sst2", "stsb"], STSB + ", methods: {finetune: {learning_rate: 2.0e-4}}}"),
+        ("levers", ["sst2", "stsb"], "sst2: {methods: {no-copies: null}}, " + STSB + "}"),
+        ("defaults", ["sst2"], ""),
     ],
 )
-def test_a_task_has_a_learning_rate_of_its_own_in_its_own_sweep(
-    table, tmp_path, monkeypatch, part, tasks, rates
-):
-    monkeypatch.setattr(table, "lay_out", lambda folder, task: None)
-    monkeypatch.setattr(table, "filled", lambda arms, *rest: table.ARMS)
-    given = {"encoders": [Path("E")], "student": Path("L3"), "work": tmp_path, "search": False}
-    words = table.table_words(Namespace(part=part, tasks=tasks, **given))
-    assert rates in words
+def test_a_task_has_learning_rates_of_its_own_and_may_lack_an_arm(words_of, part, tasks, own):
+    words = words_of(part, tasks)
+    assert f"per_task={{{own}}}" in words
     make_plan(words)
+
+
+@pytest.fixture
+def words_of(table, tmp_path, monkeypatch):
+    """`words_of(part, tasks)`: the words of a part's sweep; a task's data are one row."""
+
+    def lay_out(folder, task):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.tsv").write_text("sentence\tlabel\na warm and funny film\t1\n")
+
+    for name in ("lay_out", "lay_out_search"):
+        monkeypatch.setattr(table, name, lay_out)
+
+    def make(part, tasks, search=False):
+        given = {"encoders": [Path("E")] * 3, "student": Path("l3"), "work": tmp_path}
+        return table.table_words(Namespace(part=part, tasks=tasks, search=search, **given))
+
+    return make
+
+
+def test_the_kept_runs_are_those_that_the_table_asks_for(words_of):
+    plan = make_plan([*words_of("core", ["sst2", "stsb"]), "seeds=[0]"])
+    assert len(plan.students("sst2")) == len(plan.students("stsb")) == 5
+    for unit in (*plan.students("sst2"), *plan.students("stsb")):
+        kept = KEPT / unit.task / unit.method / unit.folder.name / "run.json"
+        asked, had = unit.config.identity(), json.loads(kept.read_text())["identity"]["config"]
+        assert {key for key in asked if had.get(key) != asked[key]} == set(), unit.title
+
+
+@pytest.mark.parametrize(
+    ("part", "search"),
+    [("core", False), ("levers", False), ("little", False), ("defaults", False), ("core", True)],
+)
+def test_no_two_arms_of_a_part_make_the_same_run(table, words_of, part, search):
+    tasks = table.TASKS if search else table.PARTS[part][1]
+    plan = make_plan(words_of(part, tasks, search))
+    seed = plan.seeds[0]
+    for task in tasks:
+        runs = {}
+        for unit in plan.students(task):
+            if unit.config.seed == seed:
+                runs.setdefault(what_it_makes(unit.config, LEFT_OVER[task]), []).append(unit.method)
+        assert [names for names in runs.values() if len(names) > 1] == []
+    if part == "levers":
+        assert ("sst2", "no-copies") in plan.unfit
+        assert ("stsb", "no-copies") not in plan.unfit
+
+
+def what_it_makes(config, left_over):
+    """All that decides a run of 2,250 labelled rows, with the copies that there are in the end."""
+    text = left_over if config.has_text else 0
+    copies = rows_asked(config, 2250, text) - 2250 - text
+    keys = {k: v for k, v in config.identity().items() if copies or not k.startswith("augment.")}
+    return repr((sorted(keys.items(), key=lambda item: item[0]), text, copies))
+
+
+def test_the_search_tries_rates_for_each_kind_of_arm(words_of):
+    plan = make_plan(words_of("core", ["sst2"], search=True))
+    found = {unit.method: unit.config for unit in plan.students("sst2")}
+    for kind in ("finetune", "control", "control-no-copies"):
+        tried = [of.learning_rate for name, of in found.items() if name.startswith(kind)]
+        assert {5e-5, 1e-4, 3e-4} <= set(tried)
+    assert {found[name].max_steps for name in found if name.startswith("finetune")} == {None}
+    rates = [found[name].learning_rate for name in ("sead", "sead-2e-4", "sead-3e-4")]
+    assert rates == [1e-4, 2e-4, 3e-4]
+    assert (found["sead-fitted"].ensemble, found["sead-centered"].loss) == (
+        "fitted",
+        "mse_centered",
+    )
 
 
 @pytest.mark.parametrize("part", ["little", "defaults"])

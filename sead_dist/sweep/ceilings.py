@@ -1,0 +1,141 @@
+"""What the teachers of a sweep reach, and what part of their gap over students without teachers
+the students with teachers keep.
+
+Arms that combine teachers in different ways have different ensembles: each arm is held against its
+own.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sead_dist.errors import reading
+from sead_dist.objectives.weightings import WEIGHTINGS
+from sead_dist.runtime.run_log import is_finished, read_json
+from sead_dist.sweep.grid import Plan
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a finished student's run says of its teachers, by a task's metric on the dev split.
+
+    kind: how they are combined (`ensemble`); alone: by taking one of them. teachers: the score of
+    each that answers; ensemble: None where no row is answered by all. whole: the scores are on the
+    rows that the student is scored on.
+    """
+
+    task: str
+    method: str
+    seed: int
+    kind: str
+    alone: bool
+    teachers: Mapping[str, float]
+    ensemble: float | None
+    whole: bool = True
+
+
+def read_taught(plan: Plan, task: str, split: str, metric: str) -> list[Taught]:
+    """Of all finished students of a task that had teachers. Raises UserError for a run without a
+    readable scores.json."""
+    found = []
+    for unit in plan.students(task):
+        if not unit.config.taught or not is_finished(unit.folder):
+            continue
+        path = unit.folder / "scores.json"
+        with reading(path, "restore it, or train this run again"):
+            scores = read_json(path)["splits"][split]
+            teachers, ensemble = scores["teachers"], scores["ensemble"]
+            found.append(
+                Taught(
+                    task,
+                    unit.method,
+                    unit.config.seed,
+                    kind=unit.config.ensemble,
+                    alone=WEIGHTINGS[unit.config.ensemble].one_teacher,
+                    teachers={
+                        str(of["name"]): float(of["metrics"][metric])
+                        for of in teachers
+                        if of["metrics"]
+                    },
+                    ensemble=float(ensemble[metric]) if ensemble else None,
+                    whole="ensemble_rows" not in scores
+                    and not any("rows" in of for of in teachers),
+                )
+            )
+    return found
+
+
+def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
+    """By task, the score of each teacher and of each kind of ensemble, as the first run of it was
+    told. Kinds that score alike on every task share a row."""
+    kinds = {of.kind: of for of in found if not of.alone and of.ensemble is not None}
+    tasks = list(dict.fromkeys(of.task for of in found))
+    first: dict[tuple[str, str], float] = {}
+    for of in found:
+        for name, score in of.teachers.items():
+            first.setdefault((of.task, name), score)
+    by_kind: dict[tuple[str, str], float] = {}
+    for of in found:
+        if of.kind in kinds and of.ensemble is not None:
+            by_kind.setdefault((of.task, of.kind), of.ensemble)
+    alike: dict[tuple[float | None, ...], list[str]] = {}
+    for kind in kinds:
+        alike.setdefault(tuple(by_kind.get((task, kind)) for task in tasks), []).append(kind)
+    for names in alike.values():
+        for task in tasks:
+            if (task, names[0]) in by_kind:
+                first[task, f"ensemble ({', '.join(names)})"] = by_kind[task, names[0]]
+    return [
+        {"task": task, "who": who, "score": score}
+        for task in tasks
+        for (of, who), score in first.items()
+        if of == task
+    ]
+
+
+def shares(
+    found: Sequence[Taught], cells: Iterable[Mapping[str, Any]], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What each arm with teachers keeps of the gap over each arm without, on each task, where one
+    seed has both."""
+    scores = {
+        (of["task"], of["method"]): dict(zip(seeds, of["scores"], strict=True)) for of in cells
+    }
+    taught = dict.fromkeys((of.task, of.method) for of in found)
+    rows = []
+    for task, method in taught:
+        own = [of for of in found if (of.task, of.method) == (task, method)]
+        for (where, other), without in scores.items():
+            common = [of for of in own if comparable(of) and without.get(of.seed) is not None]
+            if where == task and (task, other) not in taught and common:
+                kept = kept_of(common, scores[task, method], without)
+                rows.append({"task": task, "method": method, "over": other, **kept})
+    return rows
+
+
+def comparable(of: Taught) -> bool:
+    return of.whole and of.ensemble is not None
+
+
+def kept_of(
+    common: Sequence[Taught], mine: Mapping[int, Any], without: Mapping[int, Any]
+) -> dict[str, float | None]:
+    """Means over these runs' seeds: the score of the run's own ensemble, and of the best of its
+    teachers on these rows. of_ensemble, of_best: the share of the gap to each, above 1 where the
+    student is better; None where there is no gap."""
+    base = statistics.mean(without[of.seed] for of in common)
+    gain = statistics.mean(mine[of.seed] for of in common) - base
+    ensemble = statistics.mean(of.ensemble or 0.0 for of in common)
+    best = statistics.mean(max(of.teachers.values()) for of in common)
+    return {
+        "ensemble": ensemble,
+        "best": best,
+        "of_ensemble": share(gain, ensemble - base),
+        "of_best": share(gain, best - base),
+    }
+
+
+def share(gain: float, gap: float) -> float | None:
+    """None where there is no gap but rounding."""
+    return gain / gap if gap > 1e-9 else None
