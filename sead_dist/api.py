@@ -303,8 +303,7 @@ def soft_targets(
         if value is not None and tuple(value.shape) != (size,):
             raise UserError(f"{name} has shape {tuple(value.shape)}; expected [{size}]")
     weights_N = torch.ones(N) if weights_N is None else weights_N.float()
-    present_NB = torch.ones((N, B), dtype=torch.bool, device=logits_NBC.device)
-    teachers = TeacherLogits(logits_NBC, present_NB)
+    teachers = TeacherLogits(logits_NBC, torch.ones_like(logits_NBC[..., 0], dtype=torch.bool))
     return combine(weighting, teachers, labels_B, weights_N, temperature, C == 1, routes_B)
 
 
@@ -335,16 +334,13 @@ def distillation_loss(
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape
     if soft is not None and soft.logits_BC.shape != student_BC.shape:
-        there = tuple(soft.logits_BC.shape)
-        raise UserError(f"student_BC has shape {(B, C)}, and the soft targets {there}")
+        raise UserError(f"student_BC has shape {(B, C)}, soft {tuple(soft.logits_BC.shape)}")
     if soft is None and labels_B is None:
         raise UserError("there is nothing to learn from; give soft targets, labels_B or both")
     if C == 1 and loss != "auto" and SOFT_LOSSES[loss].needs_classes:
         raise UserError(f"loss={loss} needs classes, and C is 1; use mse, or auto")
     if labels_B is None:
-        nothing = torch.nan if C == 1 else -1
-        dtype = torch.float32 if C == 1 else torch.long
-        labels_B = torch.full((B,), nothing, dtype=dtype, device=student_BC.device)
+        labels_B = torch.full((B,), torch.nan if C == 1 else -1, device=student_BC.device)
     if tuple(labels_B.shape) != (B,):
         raise UserError(f"labels_B has shape {tuple(labels_B.shape)}; expected [{B}]")
     labels_B = labels_B.float() if C == 1 else labels_B
@@ -400,7 +396,7 @@ def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskS
 
 def order(labels: str | Sequence[str] | None) -> str | None:
     """The model's class order as the command line has it."""
-    if labels is None or isinstance(labels, str):
-        return labels
-    expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
-    return ",".join(map(str, labels))
+    if labels is not None and not isinstance(labels, str):
+        expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
+        return ",".join(map(str, labels))
+    return labels

@@ -255,10 +255,7 @@ def names_shape(path: str) -> bool:
 
 def load_config(words: Sequence[str]) -> RunConfig:
     """The configuration that files and KEY=VALUE overrides describe, in their order, over the
-    defaults.
-
-    Raises UserError naming the key, its value and what is allowed.
-    """
+    defaults. Raises UserError naming the key, its value and what is allowed."""
     return resolve(read_layers(words))
 
 
@@ -308,8 +305,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     for key in ("teachers", "encoders"):
         merged[key] = _as_entries(merged.get(key) or [], key, merged.get("output_dir"))
     merged["student"] = _shape_shorthand(merged["student"])
-    keys = ("method", *METHOD_KEYS)
-    unsaid = all(layer.get(key) is None for layer in layers for key in keys)
+    unsaid = all(layer.get(key) is None for layer in layers for key in ("method", *METHOD_KEYS))
     if merged["teachers"] and unsaid:
         merged["method"] = DEFAULT_METHOD
     merged["plugins"] = run_plugins(merged.get("plugins"))
@@ -374,8 +370,7 @@ def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
 
 def usual_values(config: RunConfig) -> dict[str, Any]:
     """What keys have where nobody gives them, flat: by their fields and the method's file."""
-    preset = read_method(config.method) if config.method is not None else {}
-    return _flat(merge(defaults(), preset))
+    return _flat(merge(defaults(), {} if config.method is None else read_method(config.method)))
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
