@@ -334,7 +334,8 @@ def distillation_loss(
         raise UserError(f"alpha={alpha}; expected a number from 0 to 1")
     B, C = student_BC.shape
     if soft is not None and soft.logits_BC.shape != student_BC.shape:
-        raise UserError(f"student_BC has shape {(B, C)}, soft {tuple(soft.logits_BC.shape)}")
+        there = tuple(soft.logits_BC.shape)
+        raise UserError(f"student_BC has shape {(B, C)}, and the soft targets {there}")
     if soft is None and labels_B is None:
         raise UserError("there is nothing to learn from; give soft targets, labels_B or both")
     if C == 1 and loss != "auto" and SOFT_LOSSES[loss].needs_classes:

@@ -53,7 +53,7 @@ def width(task: TaskSpec) -> int:
 def by_example(logits: torch.Tensor, choices: int) -> torch.Tensor:
     """logits_BC of B examples, from those of their text rows: [B, C] as they are, or [B x K, 1] as
     [B, K] where an example has a text row for each of K choices."""
-    return logits.reshape(-1, choices) if choices > 1 else logits
+    return logits.reshape(len(logits) // choices, choices * logits.shape[-1])
 
 
 def label_names(config: PretrainedConfig) -> list[str]:

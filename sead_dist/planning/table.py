@@ -16,7 +16,6 @@ import torch
 from rich.filesize import decimal
 from transformers import PreTrainedModel
 
-from sead_dist.config.automatic import PATIENCE
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.planning.rates import given_rates, own_rates, read_given
@@ -36,7 +35,7 @@ from sead_dist.planning.workload import (
     work_before,
 )
 from sead_dist.runs.checked_run import CheckedRun, check_run
-from sead_dist.runs.checks import refuse_untaught, refuse_unused_text
+from sead_dist.runs.checks import refuse_encoders, refuse_untaught, refuse_unused_text
 from sead_dist.runs.setup import uneven
 from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main
@@ -73,11 +72,7 @@ def plan(
     Raises UserError for a mistake in what is asked, as the run itself would.
     """
     began = time.monotonic()
-    if config.encoders:
-        raise UserError(
-            "plan is for distill: give teachers=[...] instead of encoders; one encoder's run is "
-            f"planned by method=finetune student=ENCODER early_stopping_patience={PATIENCE}"
-        )
+    refuse_encoders(config)
     refuse_untaught(config)
     refuse_unused_text(config)
     size = ranks if ranks is not None else world.size

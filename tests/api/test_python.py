@@ -239,7 +239,7 @@ def test_a_mistake_is_an_exception_of_one_line(own, frames, keys, grammar, teach
             "teachers is empty, so there is nothing to distil",
         ),
         (lambda: sd.evaluate(tmp_path, task=own, data=frames), "holds no config.json"),
-        (lambda: sd.evaluate(teachers[0], data=frames), "no run directory that names its task"),
+        (lambda: sd.evaluate(teachers[0], data=frames), "not a run directory that names its task"),
     ):
         with pytest.raises(sd.UserError) as error:
             call()

@@ -244,12 +244,12 @@ def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
         examples, notes = load(data, unlabeled__path=data / "long.tsv", global_batch_size=16)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert examples.transfer_rows == 50 * 16
+        assert examples.unlabelled_rows == 50 * 16
         assert f"; {count - 800} others left out: no run reads more" in notes[0]
     assert peaks[1] < 1.2 * peaks[0]
     # a longer run reads more
     assert (
-        load(data, unlabeled__path=data / "long.tsv", max_steps=10_000)[0].transfer_rows == 40_000
+        load(data, unlabeled__path=data / "long.tsv", max_steps=10_000)[0].unlabelled_rows == 40_000
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 from small import ALONE, read, save_teacher, sentences, words, write_task
 
+from sead_dist.cli.commands import print_plan
 from sead_dist.config.load import load_config
 from sead_dist.data.examples import entries
 from sead_dist.data.splits import load_examples
@@ -40,7 +41,7 @@ def run_of(task, tmp_path, **changes):
 
 def planned(run, tmp_path):
     (tmp_path / "rates.yaml").write_text(GIVEN)
-    plan(run, ALONE, None, None, tmp_path / "rates.yaml", False, tmp_path / "plan.json")
+    print_plan(plan(run, ALONE, None, None, tmp_path / "rates.yaml", False, tmp_path / "plan.json"))
     return json.loads((tmp_path / "plan.json").read_text())
 
 

@@ -4,6 +4,7 @@ the same line."""
 import pytest
 from small import ALONE, save_teacher, words, write_task
 
+from sead_dist.cli.commands import print_plan
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.planning.table import plan
@@ -109,7 +110,7 @@ def test_a_plan_for_other_hardware_is_checked_for_that(task, tmp_path, capsys):
     rates = tmp_path / "rates.yaml"
     rates.write_text("hardware: a GPU\nforward: {fp32: 2.0e+9}\ntraining: {fp16: 1.0e+9}\n")
     given = words(data, [teacher], tmp_path / "run", precision="fp16")
-    plan(load_config(given), ALONE, None, None, rates, False, None)
+    print_plan(plan(load_config(given), ALONE, None, None, rates, False, None))
     assert "a GPU" in capsys.readouterr().out
     rates.write_text(f"{rates.read_text()}device: cpu\n")
     said = refusals(given, tmp_path, ["plan"], rates_file=rates)["plan"]

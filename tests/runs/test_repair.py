@@ -131,7 +131,7 @@ def test_a_killed_repair_goes_on_to_the_same_start(task, repaired, tmp_path):
     assert made_in(tmp_path / "kept").read_bytes() == made_in(repaired[1]).read_bytes()
 
 
-def test_a_repair_that_is_stopped_is_saved_and_says_so(task, tmp_path, capsys):
+def test_a_repair_that_is_stopped_is_saved_and_says_so(task, tmp_path, capsys, shown):
     stop = StopFlag()
     stop.signal = signal.SIGTERM
     distill(load_config(given_words(task, tmp_path / "run", tmp_path / "kept")), ALONE, stop=stop)

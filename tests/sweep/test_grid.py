@@ -247,10 +247,10 @@ def test_a_sweep_is_told_from_a_run():
         ),
         (
             ["per_task.cola.methods={meen: null}"],
-            "per_task.cola.methods: 'meen' is no arm of this sweep; did you mean 'mean'",
+            "per_task.cola.methods: 'meen' is not an arm of this sweep; did you mean 'mean'",
         ),
         (["per_task.cola.methods={mean: 3}"], "mean=3 has no keys; give {KEY: VALUE}, or null"),
-        (["per_task.cola.methods=[mean]"], r"is no list of arms with keys; give \{ARM: "),
+        (["per_task.cola.methods=[mean]"], r"is not a list of arms with keys; give \{ARM: "),
         (
             ["per_task.cola.methods={mean: {seed: 3}}"],
             "per_task.cola.methods: the arm 'mean' sets seed, which is the same for all",

@@ -92,7 +92,7 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
 
 
 def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
-    task, tiny_task, tmp_path, caplog, capsys
+    task, tiny_task, tmp_path, caplog, capsys, shown
 ):
     shutil.copytree(tiny_task[1][0], tmp_path / "encoders" / "a")
     pattern = f"encoders={tmp_path / 'encoders'}/*"
@@ -111,7 +111,8 @@ def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
 def test_what_the_runs_warn_of_stands_in_the_report_without_figures(finished):
     told = report_of(finished)["remarks"]
     small = [of for of in told if of["remark"].startswith("the selection split has 6 rows")]
-    assert {of["method"] for of in small} == set(METHODS)
+    # of these only `single` chooses by so few rows: its teacher
+    assert {of["method"] for of in small} == {"single"}
     assert {of["seeds"] for of in small} == {"0, 1"}
     assert all(of["remark"] in (finished / "report" / "report.md").read_text() for of in told)
     assert all(of["remark"] in (finished / "report" / "report.html").read_text() for of in told)
