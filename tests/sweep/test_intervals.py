@@ -1,0 +1,71 @@
+"""The intervals of the table's page: those of the kept runs, by the package's own statistics."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sead_dist.sweep.significance import compare, mean_difference
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture
+def intervals(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "intervals", raising=False)
+    import intervals
+
+    return intervals
+
+
+@pytest.fixture
+def runs(intervals, tmp_path):
+    return intervals.made_up(tmp_path / "runs")
+
+
+def test_the_page_of_the_table_has_what_the_kept_runs_say(intervals):
+    page = (RESULTS / "table.md").read_text("utf-8")
+    assert intervals.page_of(RESULTS / "table" / "runs") in page
+
+
+def test_one_seed_has_the_paired_interval_over_rows(intervals, runs):
+    of = intervals.read_task(runs / "sst2")
+    mine, other = (of.arms[arm][0].logits_BC for arm in ("sead", "finetune"))
+    gap = intervals.paired_gap("accuracy", of.task.task_kind, mine, other, of.rows)
+    more, interval = intervals.told_more(of, "finetune")
+    assert interval == f"{gap.interval[0]:+.4f} to {gap.interval[1]:+.4f}"
+    assert more == f"{gap.value:+.4f}"
+    assert "the spread between seeds is not in it" in intervals.pooled([of], "control")
+
+
+def test_three_seeds_have_the_interval_of_a_sweeps_report(intervals, runs):
+    tasks = [intervals.read_task(runs / name) for name in ("sst2", "stsb")]
+    chance = np.random.default_rng(1)
+    for of in tasks:
+        for arm in of.arms.values():
+            for seed in (1, 2):
+                noise_BC = chance.normal(size=arm[0].logits_BC.shape).astype(np.float32)
+                arm[seed] = intervals.replace(arm[0], logits_BC=arm[0].logits_BC + noise_BC)
+    found = []
+    for of in tasks:
+        scores = [[of.score(arm, seed) for seed in (0, 1, 2)] for arm in ("sead", "control")]
+        drawn = [of.resampled_SR(arm, [0, 1, 2]) for arm in ("sead", "control")]
+        found.append(compare(*scores, *drawn, 60))
+    over = mean_difference(found)
+    told = intervals.pooled(tasks, "control")
+    assert f"{over.value:+.4f} (95% interval {over.interval[0]:+.4f} to " in told
+    assert "over rows and seeds, as in the sweep's report; 3 seeds or more" in told
+    assert intervals.told_more(tasks[0], "control")[1].startswith(f"{found[0].interval[0]:+.4f}")
+
+
+def test_the_tables_stand_between_two_lines_of_a_page(intervals, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{intervals.BEGIN}\nold\n{intervals.END}\nafter\n")
+    intervals.put_into(page, "new")
+    assert page.read_text() == f"before\n{intervals.BEGIN}\n\nnew\n\n{intervals.END}\nafter\n"
+    page.write_text("nothing\n")
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        intervals.put_into(page, "new")
