@@ -6,10 +6,10 @@
 For each task of the folder: every arm's score by the task's main metric, what `sead` has more, and
 the 95% interval of that. With one seed it is the paired interval over rows (`paired_gap`), with
 three or more it is over rows and seeds, as in a sweep's report; of two seeds there is none. At the
-end `sead` less `control` over all tasks, which count alike. --page puts all of it into a file
-between the lines BEGIN and END. Tasks whose rows stand in groups are not read.
+end `sead` less `control`, and less `finetune`, over all tasks, which count alike. --page puts all
+of it into a file between the lines BEGIN and END. Tasks whose rows stand in groups are not read.
 
-Shapes: B rows, C classes, S seeds, R resamples.
+Shapes: T tasks, B rows, C classes, S seeds, R resamples.
 """
 
 import argparse
@@ -40,6 +40,8 @@ from sead_dist.runtime.run_log import is_finished, read_as, write_json
 
 BEGIN, END = "<!-- intervals: begin -->", "<!-- intervals: end -->"
 FIRST, CONTROL = "sead", "control"
+# arms without teachers, over which FIRST is told for all tasks together
+WITHOUT = (CONTROL, "finetune")
 COLUMNS = ("arm", "seeds", "steps", "{metric}", "`sead` has more", "95% interval", "seconds")
 
 
@@ -177,38 +179,39 @@ def teachers(of: TaskRuns) -> list[list[object]]:
     return lines
 
 
-def pooled(tasks: Sequence[TaskRuns]) -> str:
-    """The sentence on FIRST less CONTROL over all tasks."""
-    having = [of for of in tasks if CONTROL in of.arms and of.common(FIRST, CONTROL)]
+def pooled(tasks: Sequence[TaskRuns], arm: str) -> str:
+    """The sentence on FIRST less an arm over all tasks."""
+    having = [of for of in tasks if arm in of.arms and of.common(FIRST, arm)]
     if not having:
         return ""
     names = ", ".join(of.task.name for of in having)
-    seeds = [len(of.common(FIRST, CONTROL)) for of in having]
+    seeds = [len(of.common(FIRST, arm)) for of in having]
     if min(seeds) >= 3:
-        over = mean_difference([of.difference(CONTROL) for of in having])
+        over = mean_difference([of.difference(arm) for of in having])
         value, interval = over.value, over.interval
         how = f"over rows and seeds, as in the sweep's report; {min(seeds)} seeds or more"
     else:
-        value = mean(mean_gap(of, CONTROL) for of in having)
-        low, high = np.percentile(np.mean([drawn_R(of) for of in having], axis=0), [2.5, 97.5])
+        value = mean(mean_gap(of, arm) for of in having)
+        drawn_TR = [drawn_R(of, arm) for of in having]
+        low, high = np.percentile(np.mean(drawn_TR, axis=0), [2.5, 97.5])
         interval = float(low), float(high)
         how = f"rows drawn anew within each task, {RESAMPLES:,} times, percentiles; the spread "
         how += "between seeds is not in it"
     return (
-        f"`{FIRST}` less `{CONTROL}`, mean over {names}, which count alike: {value:+.4f} "
+        f"`{FIRST}` less `{arm}`, mean over {names}, which count alike: {value:+.4f} "
         f"(95% interval {told(interval)}: {how})."
     )
 
 
-def drawn_R(of: TaskRuns) -> Floats:
-    """FIRST less CONTROL on resampled rows, mean over their seeds."""
-    seeds = of.common(FIRST, CONTROL)
-    both = [of.resampled_SR(arm, seeds).mean(axis=0) for arm in (FIRST, CONTROL)]
+def drawn_R(of: TaskRuns, arm: str) -> Floats:
+    """FIRST less an arm on resampled rows, mean over their seeds."""
+    seeds = of.common(FIRST, arm)
+    both = [of.resampled_SR(one, seeds).mean(axis=0) for one in (FIRST, arm)]
     return both[0] - both[1]
 
 
 def page_of(folder: Path) -> str:
-    """The tables of all tasks of a folder, and the sentence over them."""
+    """The tables of all tasks of a folder, and the sentences over them."""
     tasks = [read_task(path) for path in sorted(folder.iterdir()) if any(path.glob("*/seed-*"))]
     parts = []
     for of in tasks:
@@ -216,7 +219,7 @@ def page_of(folder: Path) -> str:
         columns = [column.format(metric=of.metric) for column in COLUMNS]
         parts.append(f"{of.task.name}, {of.split}, {len(of.rows.labels_B):,} rows:")
         parts.append(table(columns, lines))
-    return "\n\n".join([*parts, pooled(tasks)])
+    return "\n\n".join([*parts, *(pooled(tasks, arm) for arm in WITHOUT)])
 
 
 def put_into(page: Path, text: str) -> None:

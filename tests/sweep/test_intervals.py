@@ -38,7 +38,7 @@ def test_one_seed_has_the_paired_interval_over_rows(intervals, runs):
     more, interval = intervals.told_more(of, "finetune")
     assert interval == f"{gap.interval[0]:+.4f} to {gap.interval[1]:+.4f}"
     assert more == f"{gap.value:+.4f}"
-    assert "the spread between seeds is not in it" in intervals.pooled([of])
+    assert "the spread between seeds is not in it" in intervals.pooled([of], "control")
 
 
 def test_three_seeds_have_the_interval_of_a_sweeps_report(intervals, runs):
@@ -55,7 +55,7 @@ def test_three_seeds_have_the_interval_of_a_sweeps_report(intervals, runs):
         drawn = [of.resampled_SR(arm, [0, 1, 2]) for arm in ("sead", "control")]
         found.append(compare(*scores, *drawn, 60))
     over = mean_difference(found)
-    told = intervals.pooled(tasks)
+    told = intervals.pooled(tasks, "control")
     assert f"{over.value:+.4f} (95% interval {over.interval[0]:+.4f} to " in told
     assert "over rows and seeds, as in the sweep's report; 3 seeds or more" in told
     assert intervals.told_more(tasks[0], "control")[1].startswith(f"{found[0].interval[0]:+.4f}")
