@@ -44,9 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_configure() -> None:
+    """The collector rests while modules are imported: it would take a third of that time."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: without this the collector spends a quarter of the tests on it."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,12 +69,14 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def drafts() -> Iterator[None]:
-    """The runs of this process draw drafts of their pictures; forked ones do by `warm.py`."""
-    from pictures import draw_drafts
+def spared() -> Iterator[None]:
+    """What the runs of this process need not do again; `warm.py` does it for forked ones."""
+    import self_checks
+    from pictures import keep_blanks
 
     with pytest.MonkeyPatch.context() as patch:
-        draw_drafts(patch)
+        keep_blanks(patch)
+        self_checks.make_once(patch)
         yield
 
 

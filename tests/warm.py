@@ -27,7 +27,7 @@ def warm_up() -> None:
     import pictures
     import pytest
 
-    pictures.draw_drafts(pytest.MonkeyPatch())
+    pictures.keep_blanks(pytest.MonkeyPatch())
     gc.freeze()
     gc.enable()
 
