@@ -384,11 +384,13 @@ def call() -> Iterator[World]:
 
 
 def model_name(model: str | os.PathLike[str]) -> str:
+    """A model, as a call was given it, as text. Raises UserError for what cannot name one."""
     expect("model", model, NAMES, "a run, the folder of a model, or its id on the hub")
     return os.fspath(model)
 
 
 def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskSpec:
+    """The task that was given; where none was, the model's own. Raises UserError."""
     if isinstance(task, TaskSpec):
         return checked_task(task)
     expect("task", task, NAMES | None, "a shipped name (sst2), a YAML file, or a TaskSpec")

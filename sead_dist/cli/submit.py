@@ -68,7 +68,7 @@ def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Reques
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0-4" or "0,3,7-9" as numbers. Raises UserError."""
+    """The numbers of "0-4" or "0,3,7-9". Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())

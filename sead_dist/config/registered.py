@@ -130,6 +130,8 @@ def load_plugins(paths: Sequence[str]) -> None:
 
 
 def load_plugin(path: str) -> None:
+    """Run a plugin's file, so that it registers its own: once, and again where it was edited since.
+    Raises UserError."""
     key = str(Path(path).absolute())
     if not os.path.isfile(path):
         raise UserError(f"plugins: {path} does not exist; give the path of a Python file")

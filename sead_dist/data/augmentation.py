@@ -219,6 +219,7 @@ def change(
 
 
 def texts_of(examples: ExampleSet, index: int) -> Texts:
+    """The texts of the example at `index`."""
     part = slice(index * examples.choices, (index + 1) * examples.choices)
     second = () if examples.texts_b is None else tuple(examples.texts_b[part])
     return tuple(examples.texts_a[part]), second

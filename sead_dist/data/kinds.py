@@ -65,6 +65,8 @@ class TaskKind(ABC):
 
 
 class Classification(TaskKind):
+    """One of C classes. Labels are indices of classes, -1 for none; logits are [B, C]."""
+
     name = "classification"
     has_classes = True
     head_of_labels = True
@@ -139,6 +141,8 @@ class Choice(Classification):
 
 
 class Regression(TaskKind):
+    """A score. Labels are floats, NaN for none; logits are [B, 1]."""
+
     name = "regression"
     has_classes = False
     head_of_labels = False

@@ -229,5 +229,6 @@ def scores(left_RLH: torch.Tensor, right_RLH: torch.Tensor, heads: int) -> torch
 
 
 def by_head(vectors_RLH: torch.Tensor, heads: int) -> torch.Tensor:
+    """[R, L, H] -> [R, heads, L, H / heads]."""
     R, L, H = vectors_RLH.shape
     return vectors_RLH.reshape(R, L, heads, H // heads).transpose(1, 2)

@@ -32,6 +32,7 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def needs_attention(method: str) -> bool:
+    """Whether a method reads attention beside hidden states."""
     return method not in ("distilbert", "repair")
 
 

@@ -355,6 +355,7 @@ def outside(model: PreTrainedModel, layer_parts: LayerParts) -> dict[str, torch.
 
 
 def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of each tensor, by name."""
     return {name: tensor.shape for name, tensor in state.items()}
 
 

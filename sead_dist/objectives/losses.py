@@ -89,12 +89,14 @@ def centered_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Te
 
 
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """hard_B of scores: (student - gold)^2, 0 where the gold score is NaN."""
     known_B = ~torch.isnan(labels_B)
     gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
     return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
 
 
 def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """hard_B of classes, in nats: 0 where the label is -1."""
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
 
 

@@ -176,6 +176,8 @@ class ByRow(Weighting):
 
 
 class MeanLogits(Weighting):
+    """All teachers alike, by the mean of their logits."""
+
     of_logits = True
 
 

@@ -152,6 +152,7 @@ def process_bytes(world: World, student: PreTrainedModel) -> int | None:
 
 
 def per_second(rate: float) -> str:
+    """A rate for people, in three digits or whole."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 

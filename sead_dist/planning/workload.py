@@ -71,6 +71,7 @@ def spread(lengths: np.ndarray, count: int) -> np.ndarray:
 
 
 def sampled_lengths(inputs: ModelInputs, examples: ExampleSet) -> np.ndarray:
+    """Tokens of each of up to SAMPLE examples."""
     return inputs.tokens(sample(examples, SAMPLE, 0)).lengths_B()
 
 

@@ -252,6 +252,8 @@ def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
 
 
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
+    """The trainer of a run. Without gold labels the selection split is scored by the teachers'
+    classes."""
     task, selection = setup.task, setup.splits.selection
     examples = selection.examples
     if ensemble is not None and setup.source is not None and not examples.has_gold:
@@ -304,6 +306,7 @@ def rehearse(setup: RunSetup) -> None:
 
 
 def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
+    """Write a report of made-up scores into `folder`; raises as the report itself does."""
     for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)

@@ -148,6 +148,7 @@ def as_plain(key: str, value: Any) -> Any:
 
 
 def is_path(data: Data) -> bool:
+    """Whether data is given by a path, not as rows."""
     return isinstance(data, NAMES)
 
 
@@ -297,6 +298,7 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
 
 
 def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet. Raises UserError for what Parquet cannot hold."""
     try:
         with written_aside(path) as aside:
             pq.write_table(table, aside)

@@ -242,10 +242,12 @@ def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
 
 
 def as_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of one length as rows."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def as_text(value: Any) -> str:
+    """A value as a field of TSV or CSV: None is empty, a list or mapping is JSON."""
     if value is None:
         return ""
     return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
@@ -278,6 +280,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
 
 
 def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:
+    """Rows as the text of a .jsonl, .tsv or .csv file; the latter two begin with the names."""
     if kind == ".jsonl":
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         return "".join(line + "\n" for line in lines)

@@ -185,6 +185,7 @@ def row_columns(task: TaskSpec, part: ExampleSet, kinds: list[str]) -> Columns:
 
 
 def name_of(template: str, usual: str) -> str:
+    """The column of a template that is one column alone, else the usual name."""
     match = re.fullmatch(r"\{(\w+)\}", template)
     return match[1] if match else usual
 
@@ -226,6 +227,7 @@ def label_columns(
 
 
 def probability_columns(task: TaskSpec, prefix: str, p_BC: np.ndarray) -> Columns:
+    """A column for each class, `{prefix}probability_LABEL`."""
     return {
         f"{prefix}probability_{label}": as_cells(p_B)
         for label, p_B in zip(task.labels, p_BC.T, strict=True)
@@ -238,6 +240,7 @@ def as_cells(values_B: np.ndarray) -> list[Any]:
 
 
 def extend(columns: Columns, more: Columns) -> None:
+    """Put the rows of `more` below those of `columns`."""
     for name, values in more.items():
         columns.setdefault(name, []).extend(values)
 

@@ -47,7 +47,7 @@ def worker_folder(run: Path, number: int, workers: int) -> Path:
 
 
 def parse_worker(text: str) -> tuple[int, int]:
-    """ "2/16" as (2, 16). Raises UserError."""
+    """(2, 16) of "2/16". Raises UserError."""
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= workers:

@@ -90,6 +90,8 @@ SHOWN = 160
 
 @dataclass(frozen=True)
 class ShownRow:
+    """A training row for people: what kind of row it is, its label's name, its texts."""
+
     kind: str
     label: str
     texts: str
@@ -148,6 +150,7 @@ def chosen_rows(kinds: Sequence[str], show: int) -> list[int]:
 
 
 def show_row(task: TaskSpec, examples: RunExamples, kinds: Sequence[str], index: int) -> ShownRow:
+    """The row at `index` of the training split, its texts cut to SHOWN letters."""
     train = examples.train
     first, after = index * train.choices, (index + 1) * train.choices
     texts = [train.texts_a[first], *(train.texts_b or [])[first:after]]

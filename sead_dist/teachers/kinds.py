@@ -125,6 +125,7 @@ def answer_rows(
 
 
 def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
+    """What a registered teacher answers, [R, K]. Raises RunError where its plugin fails."""
     try:
         return np.asarray(answers.answer(texts_a, texts_b), dtype=np.float32)
     except (UserError, RunError):

@@ -108,6 +108,7 @@ class Machine:
 
 
 def this_machine(device: torch.device) -> Machine:
+    """What rates of this process hold for."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Machine(device_model(device), torch.__version__, torch.get_num_threads(), ranks)
 
