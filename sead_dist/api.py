@@ -42,10 +42,10 @@ from sead_dist.runs.given import (
     as_layer,
     as_rows,
     checked_task,
+    given_run,
     given_sets,
     is_folder,
     is_path,
-    planned,
 )
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
@@ -154,12 +154,12 @@ def distill(
     """
     given = {"teachers": teachers, "student": student, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
-        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
-        if not plan.config.encoders:
-            refuse_untaught(plan.config)
-        from_main(world, lambda: stack.enter_context(plan.keeping(holds_run)))
+        asked = given_run(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        if not asked.config.encoders:
+            refuse_untaught(asked.config)
+        from_main(world, lambda: stack.enter_context(asked.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
-        folder = distillation.distill(plan.config, world, stop=stop, console=False)
+        folder = distillation.distill(asked.config, world, stop=stop, console=False)
         return ended(Run(folder), stop, world)
 
 
@@ -175,11 +175,11 @@ def finetune(
     Arguments and errors are those of `distill`."""
     given = {"encoders": encoders, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
-        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        asked = given_run(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
         check = distillation.check_folder
-        from_main(world, lambda: stack.enter_context(plan.keeping(check)))
+        from_main(world, lambda: stack.enter_context(asked.keeping(check)))
         stop = StopFlag(second=signal.default_int_handler)
-        folders = distillation.finetune(plan.config, world, stop=stop, console=False)
+        folders = distillation.finetune(asked.config, world, stop=stop, console=False)
         return [ended(Run(folder), stop, world) for folder in folders]
 
 

@@ -327,14 +327,14 @@ def said_by(teacher, texts) -> np.ndarray:
 
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
-    from sead_dist.store.store import PredictionStore
+    from sead_dist.store.store import StoreFolder
     from sead_dist.teachers.placement import place, share_rows
     from sead_dist.teachers.source import StoredSource
 
     placements = placements or ["colocated"] * len(teachers)
     costs_N = [float(teacher.parameters) for teacher in teachers]
     share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
-    kept = PredictionStore(store, print)
+    kept = StoreFolder(store, print)
     return StoredSource(
         teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 import sead_dist
 from sead_dist.store.ids import unique_ids
-from sead_dist.store.store import PredictionStore, Table, TeacherKey
+from sead_dist.store.store import StoreFolder, Table, TeacherKey
 
 EXACT = '{"device":"cpu","dtype":"float32"}'
 OTHER = '{"device":"cuda","dtype":"bfloat16"}'
@@ -39,7 +39,7 @@ def logits_of(ids: np.ndarray, key: TeacherKey) -> np.ndarray:
 def open_table(folder: Path, ids: np.ndarray, key: TeacherKey, **more) -> tuple[Table, list[str]]:
     notes: list[str] = []
     names = {"task": "sst2", "split": "train", "run": "run-1", **more}
-    return PredictionStore(folder, notes.append).table(key, ids, **names), notes
+    return StoreFolder(folder, notes.append).table(key, ids, **names), notes
 
 
 def fill(folder: Path, ids: np.ndarray, key: TeacherKey, entries=None, **more) -> None:

@@ -25,7 +25,7 @@ from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
 from sead_dist.sweep.checks import check_runs, needs_rows, settle
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 # of an array of runs
 MOST_SEEDS = 10_000
@@ -223,16 +223,16 @@ def submit_sweep(
     """
     # first, so that a word of the person's own counts
     asked = (f"preemption_notice_s={settings.signal_delay}", *words)
-    plan = make_plan(asked)
-    check_runs(plan)
-    plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])
-    out = plan.output.absolute()
-    if all(is_finished(unit.folder) for unit in plan.units):
+    grid = make_grid(asked)
+    check_runs(grid)
+    grid, _ = settle(grid, [name for name in grid.tasks if needs_rows(grid, name)])
+    out = grid.output.absolute()
+    if all(is_finished(unit.folder) for unit in grid.units):
         print(f"{out.name} is finished: sead-dist sweep writes its report again")
         return []
-    runs = tuple(str(unit.folder.absolute()) for unit in plan.units)
+    runs = tuple(str(unit.folder.absolute()) for unit in grid.units)
     if not dry_run:
-        make_ready([runs], plan.output, root)
+        make_ready([runs], grid.output, root)
     launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
     named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
     return queue(named, settings, out.name, dry_run, root)

@@ -2,7 +2,7 @@
 
 A copy is a pure function of its row, the seed, its number, the student's embedding table (whose
 neighbours are handed in) and, where texts of other rows are put in, of those. Ranks, restarts and
-machines change nothing: choices are made of `random.Random.random`, which Python keeps as it is.
+machines change nothing: it draws by `random.Random.random`, which Python keeps as it is.
 
 B examples.
 """
@@ -226,7 +226,7 @@ def texts_of(examples: ExampleSet, index: int) -> Texts:
 
 
 def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
-    """The choices of a copy: of a row, a seed and the copy's number (-1: the row's own)."""
+    """The random numbers of a copy: of a row, a seed and the copy's number (-1: the row's own)."""
     key = f"{seed} {number}".encode()
     digest = hashlib.blake2b(id_2.astype(">i8").tobytes(), digest_size=8, key=key)
     return random.Random(int.from_bytes(digest.digest(), "big"))

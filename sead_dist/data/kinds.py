@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sead_dist.config.registered import claim_name
+from sead_dist.config.registered import take_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError, expect
@@ -197,7 +197,7 @@ def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
     fix = "an instance of a class of TaskKind"
     expect("kind", kind, TaskKind, fix)
-    claim_name("kind of task", kind.name, kind, TaskKind, fix)
+    take_name("kind of task", kind.name, kind, TaskKind, fix)
     KINDS[kind.name] = kind
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sead_dist.config.registered import claim_name
+from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
@@ -382,7 +382,7 @@ def register_ensemble(
     Raises UserError where the name is taken.
     """
     kinds = (Weighting, Callable)
-    claim_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
+    take_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):
         weighting = ByRow(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels

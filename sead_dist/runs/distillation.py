@@ -30,7 +30,7 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.baseline import needs_own_baseline, own_baseline, told_baseline
 from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_runs
-from sead_dist.runs.choices import told_end
+from sead_dist.runs.chosen_keys import told_end
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import RunSetup, build

@@ -38,7 +38,7 @@ Tables = Callable[[], Mapping[str, pa.Table]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class GivenRun:
     """A run's configuration, and what is given in memory to be kept in its folder."""
 
     config: RunConfig
@@ -58,7 +58,7 @@ class Plan:
             yield
 
 
-def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
+def given_run(task: Task, data: Data, keys: Mapping[str, Any]) -> GivenRun:
     """What a call of `distill` or `finetune` asks for. The key `unlabeled` may also be unlabelled
     text itself: a file, a table, rows or texts."""
     text = keys.get("unlabeled")
@@ -77,7 +77,7 @@ def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     told, tables = data_layer(data, spec, config)
     if text is not None:
         told, tables = with_text(told, tables, text, spec, config)
-    return Plan(resolve([*layers, told]), tables, own)
+    return GivenRun(resolve([*layers, told]), tables, own)
 
 
 def with_text(

@@ -36,7 +36,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import tell
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, out_of_fold
@@ -120,7 +120,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     checked = read_run(config, world, tell, learns=False)
     task, examples, teachers = checked.task, checked.examples, checked.teachers
     splits = tokenize_splits(examples, checked.inputs.split)
-    store = PredictionStore(store_folder(config.store.path), tell)
+    store = StoreFolder(store_folder(config.store.path), tell)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"

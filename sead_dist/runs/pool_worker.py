@@ -22,7 +22,7 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.checked_run import read_run
-from sead_dist.runs.choices import steps_of
+from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
@@ -31,7 +31,7 @@ from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
@@ -135,7 +135,7 @@ def open_worker(
 ) -> Worker:
     """A worker over the store; `stack` closes what it opens."""
     config, teachers, run = work.config, work.teachers, work.run
-    store = PredictionStore(store_folder(config.store.path), log.say)
+    store = StoreFolder(store_folder(config.store.path), log.say)
     refuse_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, work.accept_any))

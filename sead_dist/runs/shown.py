@@ -23,7 +23,7 @@ from sead_dist.runs.checks import (
     refuse_unused_text,
     teacher_runs,
 )
-from sead_dist.runs.choices import told_choices, with_choices
+from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
 from sead_dist.runtime.distributed import World, on_every_rank
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.engine import width_of
@@ -44,7 +44,9 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     notes: list[str] = []
     task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one, notes.append))
     found, later = with_values(one, task, examples, model)
-    later += told_choices(one, task, examples, lambda: inputs.tokens(examples.train), model, world)
+    later += told_chosen_keys(
+        one, task, examples, lambda: inputs.tokens(examples.train), model, world
+    )
     if config.encoders:  # of which each has a folder, a student and a seed
         own = ("output_dir", "student", "seed", "encoders")
         found = found.model_copy(update={name: getattr(config, name) for name in own})
@@ -56,7 +58,7 @@ def with_values(
 ) -> tuple[RunConfig, list[str]]:
     """The configuration with the values that rows and student decide, and a line on each key that
     keeps its `auto`."""
-    chosen = with_choices(config, examples)
+    chosen = with_chosen_keys(config, examples)
     later: list[str] = []
     update: dict[str, Any] = {"learning_rate": learning_rate(config, width_of(model))}
     if config.taught and config.loss == "auto":
