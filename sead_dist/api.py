@@ -32,7 +32,7 @@ from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
-from sead_dist.runs import distillation, labelling, prediction
+from sead_dist.runs import distillation, predicted_rows, prediction
 from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
@@ -250,14 +250,14 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = labelling.Asking(tell, order(labels), batch_size, skip_malformed)
+    asking = predicted_rows.Asking(tell, order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, skip_malformed)
         examples = asking.examples(spec, rows, "given")
         asking.tell_passed_over(world)
-        columns = labelling.answer_examples(name, spec, examples, asking, world)
-    return labelling.beside_rows(columns, len(rows), examples)
+        columns = predicted_rows.answer_examples(name, spec, examples, asking, world)
+    return predicted_rows.beside_rows(columns, len(rows), examples)
 
 
 def soft_targets(

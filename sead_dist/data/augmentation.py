@@ -233,7 +233,7 @@ def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedCopies:
     """What copies are asked for: so many of each row, or so many in all."""
 
     operations: Sequence[Operation]
@@ -244,7 +244,7 @@ class Wanted:
 
 
 def make_copies(
-    task: TaskSpec, sources: ExampleSet, held: Sequence[ExampleSet], wanted: Wanted,
+    task: TaskSpec, sources: ExampleSet, held: Sequence[ExampleSet], wanted: WantedCopies,
     material: Material,
 ) -> Copies:  # fmt: skip
     """The copies of these rows. Rows that share a sentence with `held` are not copied, and copies
@@ -308,7 +308,7 @@ def _ordered_rows(sources: ExampleSet, allowed: np.ndarray, seed: int) -> list[i
 
 
 def _planned(
-    sources: ExampleSet, rows: Sequence[int], total: int, wanted: Wanted
+    sources: ExampleSet, rows: Sequence[int], total: int, wanted: WantedCopies
 ) -> list[tuple[int, int, Operation]]:
     """(row, number of the copy, operation) of each copy: the operations take turns in each row,
     beginning with one by the row's contents."""

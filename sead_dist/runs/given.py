@@ -291,13 +291,13 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
         )
     with locked(run):
         for name in changed:
-            write_table(kept_file(run, name), tables[name])
+            write_parquet(kept_file(run, name), tables[name])
         if text is not None and other_task:
             with written_aside(path) as aside:
                 aside.write_text(text, encoding="utf-8")
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table as Parquet. Raises UserError for what Parquet cannot hold."""
     try:
         with written_aside(path) as aside:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 
 from sead_dist.cli.commands import main
-from sead_dist.cli.submit import requests
+from sead_dist.cli.submit import runs_to_submit
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
 from sead_dist.reporting.hub import check_push, push_run
@@ -221,7 +221,7 @@ def test_runs_side_by_side_are_not_uploaded_over_one_another(tmp_path):
     with pytest.raises(UserError, match="is for one run of distill, not for finetune; upload"):
         finetune(load_config(given), World(0, 1, torch.device("cpu")))
     with pytest.raises(UserError, match="not for --seeds"):
-        requests(given, "0-1")
+        runs_to_submit(given, "0-1")
     with pytest.raises(UserError, match="not for a sweep"):
         make_grid([*given[1:], "tasks=[sst2]", "methods=[mean]", "seeds=2", "student=L6-H256-A8"])
     assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ from sead_dist.planning.rates import read_given
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import read_run
 from sead_dist.runs.claim import followed_store, has_progress, refuse_other_keys
-from sead_dist.runs.labelling import predict_file
+from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
 from sead_dist.slurm.settings import load_settings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small import ALONE, read, records, sweep_words, words
 
-from sead_dist.cli.submit import requests, submit_sweep
+from sead_dist.cli.submit import runs_to_submit, submit_sweep
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -228,5 +228,5 @@ def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
     with pytest.raises(UserError, match="asks none"):
         plan_run(untaught, ALONE, None, None, None, False, None)
     with pytest.raises(UserError, match="none are given"):
-        requests([*words(task, [], out), text], None)
+        runs_to_submit([*words(task, [], out), text], None)
     assert not out.exists()

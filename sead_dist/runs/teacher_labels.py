@@ -28,7 +28,7 @@ from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.runs.checked_run import read_run
-from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
+from sead_dist.runs.predicted_rows import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.without_gold import together
@@ -75,7 +75,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     teacher does not answer is empty. Raises UserError, as for a teacher that fails its validation.
     """
     check_output(output, "--output")
-    with asking(config, output, world) as run:
+    with teachers_at_work(config, output, world) as run:
         config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
         everything = (splits.train, splits.selection, *splits.official.values())
         ensemble = weighed(run, everything)
@@ -93,7 +93,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Asking:
+class TeachersAtWork:
     """The teachers of a run, at work, and the splits that they may be asked. examples: without
     copies."""
 
@@ -106,7 +106,7 @@ class Asking:
 
 
 @contextmanager
-def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
+def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[TeachersAtWork]:
     """The teachers of a run while they may be asked; `output` is whose name the store knows them
     by. Nothing is asked yet. Raises UserError for what cannot be asked."""
     if not config.taught:
@@ -132,7 +132,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
                 source.share_tokens(split, checked.inputs)
-            yield Asking(config, task, examples, splits, teachers, source)
+            yield TeachersAtWork(config, task, examples, splits, teachers, source)
         finally:
             source.close()
 
@@ -147,7 +147,7 @@ def with_any_student(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"student": start})
 
 
-def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
+def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
     """The ensemble as a run of these teachers has it before its first step, after a line on what
     will be asked: these splits."""
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
@@ -266,7 +266,7 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
     no_text = config.unlabeled.model_copy(update={"path": None, "rest": False})
     columns: Columns = {}
     labels, said_of_all, probabilities = [], [], []
-    with asking(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
+    with teachers_at_work(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
         splits, teachers = (run.splits.train, run.splits.selection), run.teachers
         fit = [out_of_fold(teachers, split) for split in splits]
         check_fit(teachers, fit, splits)
