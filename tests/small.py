@@ -338,3 +338,11 @@ def make_source(teachers, store: Path, run: Path, world: World = ALONE, placemen
     return StoredSource(
         teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip
+
+
+def answers_of(source, split: Split, parts) -> list[np.ndarray]:
+    """logits_NRC of each of these lists of entries, asked for one after the other."""
+    from sead_dist.teachers.base import Request
+
+    requests = (Request(split, np.asarray(entries_R), None, "a test") for entries_R in parts)
+    return [source.submit(request).result().logits_NBC.numpy() for request in requests]

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,22 @@ def start(code: str, *args: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """While inside, `folder` is a disk of this size; the test is skipped where that cannot be."""
+    import pytest  # not in the processes of `start`
+
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("mounting a small disk needs root on Linux")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def finish(process: subprocess.Popen, expect: int = 0) -> str:

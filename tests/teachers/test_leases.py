@@ -105,8 +105,9 @@ def test_a_sign_of_life_starts_the_count_anew(store, clock):
     assert observer.take("item") is None
 
 
-def test_of_two_that_take_over_a_dead_workers_item_one_gets_it(store, clock, monkeypatch):
-    """The slower one has seen the dead lease too, and comes when the quicker has its own there."""
+def overtakers(store, clock, monkeypatch, third=None):
+    """The leases that a quicker worker, and then a third, got of a dead worker's item, which a
+    slower one was taking over."""
     of_a_dead_worker(store, "item")
     quick, slow = Leases(store, 60.0), Leases(store, 60.0)
     assert quick.take("item") is None
@@ -118,10 +119,18 @@ def test_of_two_that_take_over_a_dead_workers_item_one_gets_it(store, clock, mon
         monkeypatch.setattr(os, "rename", rename)
         won.append(quick.take("item"))
         rename(path, aside)
+        if third is not None:
+            won.append(third.take("item"))
 
     monkeypatch.setattr(os, "rename", overtaken)
     assert slow.take("item") is None
-    with won[0] as lease:
+    return won
+
+
+def test_of_two_that_take_over_a_dead_workers_item_one_gets_it(store, clock, monkeypatch):
+    """The slower one has seen the dead lease too, and comes when the quicker has its own there."""
+    (won,) = overtakers(store, clock, monkeypatch)
+    with won as lease:
         # it was put back as it was: its holder still writes to it, and removes it
         assert os.path.samestat(os.stat(lease.path), os.fstat(lease._file))
     assert list(store.leases.iterdir()) == []
@@ -130,24 +139,10 @@ def test_of_two_that_take_over_a_dead_workers_item_one_gets_it(store, clock, mon
 
 def test_a_lease_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatch):
     """A third worker has a lease of its own before the slower one can give back the quicker's."""
-    of_a_dead_worker(store, "item")
-    quick, slow, third = Leases(store, 60.0), Leases(store, 60.0), Leases(store, 60.0)
-    assert quick.take("item") is None
-    assert slow.take("item") is None
-    clock.now += 61.0
-    rename, won = os.rename, []
-
-    def overtaken(path, aside):
-        monkeypatch.setattr(os, "rename", rename)
-        won.append(quick.take("item"))
-        rename(path, aside)
-        won.append(third.take("item"))
-
-    monkeypatch.setattr(os, "rename", overtaken)
-    assert slow.take("item") is None
-    with won[1]:
+    first, second = overtakers(store, clock, monkeypatch, third=Leases(store, 60.0))
+    with second:
         assert not list(store.tmp.iterdir())
-    with won[0]:
+    with first:
         pass
 
 
