@@ -216,9 +216,12 @@ def test_a_sweep_hands_plugins_to_its_runs(task, tmp_path):
         assert (folder / "plugins" / "huber.py").is_file()
 
 
-def test_workers_of_a_pool_ask_a_plugins_teacher(task, tmp_path):
+def test_workers_of_a_pool_ask_a_plugins_teacher(task, tmp_path, capfd):
     given = [*all_words(task, tmp_path / "run"), "placement=pool"]
     run("teach 1/1", given)
+    said = capfd.readouterr().out
+    assert "worker 1 of 1: " in said
+    assert "this worker has computed" in said
     run("distill", given)
     run("distill", all_words(task, tmp_path / "alone", store=tmp_path / "other"))
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "alone")
