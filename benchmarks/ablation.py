@@ -19,7 +19,7 @@ from result_file import smoke_argument, table
 from sead_dist.cli.output import lines_shown
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.sweep.checks import settle
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.results import read_runs, versus
 from sead_dist.sweep.run import run_sweep
 
@@ -68,14 +68,14 @@ def main() -> None:
 
 def compare(reference: str, words: list[str]) -> str:
     """The table of every method minus the reference."""
-    asked = make_plan(words)
-    plan, read = settle(asked, filter(asked.students, asked.tasks))
+    asked = make_grid(words)
+    grid, read = settle(asked, filter(asked.students, asked.tasks))
     rows: list[list[object]] = []
     found: dict[str, list[Difference]] = {}
     for task, data in read.items():
-        runs = {method: read_runs(plan, data, method) for method in plan.methods}
+        runs = {method: read_runs(grid, data, method) for method in grid.methods}
         units = int(units_of(data.dev).max()) + 1
-        for method in plan.methods:
+        for method in grid.methods:
             difference = versus(runs[method], runs[reference], units)
             if method != reference and difference is not None:
                 found.setdefault(method, []).append(difference)
@@ -83,7 +83,7 @@ def compare(reference: str, words: list[str]) -> str:
     for method, over in found.items():
         rows.append([method, f"mean of {len(over)}", "", *told(mean_difference(over))])
     columns = ["method", "task", "seeds", f"minus {reference}", "95% interval", "p"]
-    return table(columns, sorted(rows, key=lambda row: plan.methods.index(str(row[0]))))
+    return table(columns, sorted(rows, key=lambda row: grid.methods.index(str(row[0]))))
 
 
 if __name__ == "__main__":

@@ -91,8 +91,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
-def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Namespace) -> Path:
-    """Print the result, and write it with the hardware and the raw measurements."""
+def write_result(
+    name: str, title: str, text: str, raw: Any, args: argparse.Namespace, dated: bool = True
+) -> Path:
+    """Print the result, and write it with the hardware and the raw measurements. dated: the
+    file's name says day and hardware."""
     device = device_model(torch.device("cpu"))
     about = f"{device} {os.cpu_count()} cores"
     gpu = None
@@ -114,7 +117,7 @@ def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Name
             ["sead_dist", sead_dist.__version__],
         ],
     )
-    page = "\n\n".join(
+    content = "\n\n".join(
         [
             f"# {title}",
             f"{today}. `{command_line()}`",
@@ -126,9 +129,9 @@ def write_result(name: str, title: str, text: str, raw: Any, args: argparse.Name
         ]
     )
     args.results.mkdir(parents=True, exist_ok=True)
-    path: Path = args.results / f"{today}_{hardware}_{name}.md"
+    path: Path = args.results / (f"{today}_{hardware}_{name}.md" if dated else f"{name}.md")
     if not args.smoke:
-        path.write_text(page + "\n", encoding="utf-8")
+        path.write_text(content + "\n", encoding="utf-8")
         print(f"written to {path.name}")
     print(text)
     return path

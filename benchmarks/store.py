@@ -26,7 +26,7 @@ import numpy as np
 from result_file import RESULTS, set_threads, smoke_argument, table, write_result
 
 from sead_dist.store.compaction import compact
-from sead_dist.store.store import PredictionStore, Table, TeacherKey
+from sead_dist.store.store import StoreFolder, Table, TeacherKey
 
 OPEN_S, READS_PER_S, SIZE = 2.0, 2e6, 1.3
 BATCH = 4096
@@ -61,7 +61,7 @@ def logits_of(ids_R2: np.ndarray, teacher: int, classes: int) -> np.ndarray:
 
 def open_table(store: Path, ids_U2: np.ndarray, teacher: int, classes: int) -> Table:
     key = make_key(teacher, classes)
-    return PredictionStore(store, print).table(key, ids_U2, "synthetic", "train", "benchmark")
+    return StoreFolder(store, print).table(key, ids_U2, "synthetic", "train", "benchmark")
 
 
 @contextmanager

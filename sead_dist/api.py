@@ -32,7 +32,7 @@ from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
-from sead_dist.runs import distillation, labelling, prediction
+from sead_dist.runs import distillation, predicted_rows, prediction
 from sead_dist.runs.checks import refuse_untaught
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
@@ -43,10 +43,10 @@ from sead_dist.runs.given import (
     as_rows,
     checked_task,
     class_order,
+    given_run,
     given_sets,
     is_folder,
     is_path,
-    planned,
 )
 from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
@@ -155,12 +155,12 @@ def distill(
     """
     given = {"teachers": teachers, "student": student, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
-        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
-        if not plan.config.encoders:
-            refuse_untaught(plan.config)
-        from_main(world, lambda: stack.enter_context(plan.keeping(holds_run)))
+        asked = given_run(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        if not asked.config.encoders:
+            refuse_untaught(asked.config)
+        from_main(world, lambda: stack.enter_context(asked.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
-        folder = distillation.distill(plan.config, world, stop=stop, console=False)
+        folder = distillation.distill(asked.config, world, stop=stop, console=False)
         return ended(Run(folder), stop, world)
 
 
@@ -176,11 +176,11 @@ def finetune(
     Arguments and errors are those of `distill`."""
     given = {"encoders": encoders, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
-        plan = planned(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
+        asked = given_run(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
         check = distillation.check_folder
-        from_main(world, lambda: stack.enter_context(plan.keeping(check)))
+        from_main(world, lambda: stack.enter_context(asked.keeping(check)))
         stop = StopFlag(second=signal.default_int_handler)
-        folders = distillation.finetune(plan.config, world, stop=stop, console=False)
+        folders = distillation.finetune(asked.config, world, stop=stop, console=False)
         return [ended(Run(folder), stop, world) for folder in folders]
 
 
@@ -251,14 +251,14 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = labelling.Asking(tell, class_order(labels), batch_size, skip_malformed)
+    asking = predicted_rows.Asking(tell, class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, skip_malformed)
         examples = asking.examples(spec, rows, "given")
         asking.tell_passed_over(world)
-        columns = labelling.answer_examples(name, spec, examples, asking, world)
-    return labelling.beside_rows(columns, len(rows), examples)
+        columns = predicted_rows.answer_examples(name, spec, examples, asking, world)
+    return predicted_rows.beside_rows(columns, len(rows), examples)
 
 
 def soft_targets(
@@ -385,11 +385,13 @@ def call() -> Iterator[World]:
 
 
 def model_name(model: str | os.PathLike[str]) -> str:
+    """A model, as a call was given it, as text. Raises UserError for what cannot name one."""
     expect("model", model, NAMES, "a run, the folder of a model, or its id on the hub")
     return os.fspath(model)
 
 
 def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskSpec:
+    """The task that was given; where none was, the model's own. Raises UserError."""
     if isinstance(task, TaskSpec):
         return checked_task(task)
     expect("task", task, NAMES | None, "a shipped name (sst2), a YAML file, or a TaskSpec")

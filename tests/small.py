@@ -327,14 +327,22 @@ def said_by(teacher, texts) -> np.ndarray:
 
 
 def make_source(teachers, store: Path, run: Path, world: World = ALONE, placements=None):
-    from sead_dist.store.store import PredictionStore
+    from sead_dist.store.store import StoreFolder
     from sead_dist.teachers.placement import place, share_rows
     from sead_dist.teachers.source import StoredSource
 
     placements = placements or ["colocated"] * len(teachers)
     costs_N = [float(teacher.parameters) for teacher in teachers]
     share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
-    kept = PredictionStore(store, print)
+    kept = StoreFolder(store, print)
     return StoredSource(
         teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
     )  # fmt: skip
+
+
+def answers_of(source, split: Split, parts) -> list[np.ndarray]:
+    """logits_NRC of each of these lists of entries, asked for one after the other."""
+    from sead_dist.teachers.base import Request
+
+    requests = (Request(split, np.asarray(entries_R), None, "a test") for entries_R in parts)
+    return [source.submit(request).result().logits_NBC.numpy() for request in requests]

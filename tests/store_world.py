@@ -5,13 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 import sead_dist
 from sead_dist.store.ids import unique_ids
-from sead_dist.store.store import PredictionStore, Table, TeacherKey
+from sead_dist.store.store import StoreFolder, Table, TeacherKey
 
 EXACT = '{"device":"cpu","dtype":"float32"}'
 OTHER = '{"device":"cuda","dtype":"bfloat16"}'
@@ -39,7 +41,7 @@ def logits_of(ids: np.ndarray, key: TeacherKey) -> np.ndarray:
 def open_table(folder: Path, ids: np.ndarray, key: TeacherKey, **more) -> tuple[Table, list[str]]:
     notes: list[str] = []
     names = {"task": "sst2", "split": "train", "run": "run-1", **more}
-    return PredictionStore(folder, notes.append).table(key, ids, **names), notes
+    return StoreFolder(folder, notes.append).table(key, ids, **names), notes
 
 
 def fill(folder: Path, ids: np.ndarray, key: TeacherKey, entries=None, **more) -> None:
@@ -93,6 +95,22 @@ def start(code: str, *args: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """While inside, `folder` is a disk of this size; the test is skipped where that cannot be."""
+    import pytest  # not in the processes of `start`
+
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("mounting a small disk needs root on Linux")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def finish(process: subprocess.Popen, expect: int = 0) -> str:

@@ -172,7 +172,7 @@ def labels(args: argparse.Namespace) -> None:
 
     config = load_config(args.words)
     with importing():
-        from sead_dist.runs.labels import write_errors, write_labels, write_rows
+        from sead_dist.runs.teacher_labels import write_errors, write_labels, write_rows
         from sead_dist.runtime.distributed import in_world
 
     if args.rows is not None:
@@ -191,7 +191,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     with importing():
-        from sead_dist.runs.labelling import predict_file
+        from sead_dist.runs.predicted_rows import predict_file
 
     output = None if args.output is None else Path(args.output)
     more = (args.kind, args.batch_size, args.skip_malformed)

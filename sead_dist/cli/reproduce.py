@@ -31,7 +31,7 @@ from sead_dist.sweep.published import NOTE, WIDTHS, Figure, Width, sead_figures
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PublishedCheckpoint:
     """One published checkpoint: its task, its student's start, and how long we train."""
 
     name: str
@@ -47,7 +47,7 @@ class Checkpoint:
 # small training sets are gone through more often
 EPOCHS = {"sst2": 3, "mrpc": 10, "qqp": 3, "mnli": 3, "qnli": 3, "rte": 10, "stsb": 10, "wnli": 10}
 CHECKPOINTS = {
-    f"{task}-h{width}": Checkpoint(
+    f"{task}-h{width}": PublishedCheckpoint(
         f"{task}-h{width}", task, width, f"microsoft/xtremedistil-l6-h{width}-uncased", epochs
     )
     for task, epochs in EPOCHS.items()
@@ -104,7 +104,7 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
         write_results(checkpoint, given, output)
 
 
-def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:
+def base_words(checkpoint: PublishedCheckpoint, words: Sequence[str]) -> list[str]:
     return [
         str(config_folder() / "reproduce.yaml"),
         f"task={checkpoint.task}",
@@ -115,7 +115,7 @@ def base_words(checkpoint: Checkpoint, words: Sequence[str]) -> list[str]:
     ]
 
 
-def configure(checkpoint: Checkpoint, words: Sequence[str], teachers: int) -> RunConfig:
+def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: int) -> RunConfig:
     """The student's run, with `teachers` encoders from each that is named. Raises UserError."""
     if teachers < 1:
         raise UserError(f"--teachers {teachers}: give at least 1")
@@ -161,7 +161,7 @@ def check_reach(name: str, config: RunConfig) -> None:
         raise UserError(f"{name} needs what cannot be reached here: {', '.join(missing)}")
 
 
-def write_results(checkpoint: Checkpoint, config: RunConfig, output: Path) -> None:
+def write_results(checkpoint: PublishedCheckpoint, config: RunConfig, output: Path) -> None:
     """Print published and obtained side by side; the same into reproduce.json and reproduce.md."""
     files = read_run(output / "student")
     figures: list[dict[str, Any]] = []

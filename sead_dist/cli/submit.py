@@ -25,14 +25,14 @@ from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
 from sead_dist.sweep.checks import check_runs, needs_rows, settle
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 # of an array of runs
 MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
-class Request:
+class RunToSubmit:
     """One job to submit: the words of the run and what they mean."""
 
     name: str
@@ -50,25 +50,25 @@ class Request:
         return tuple(str(out / f"teacher-{n}") for n in teachers) or (str(out),)
 
 
-def requests(words: Sequence[str], seeds: str | None) -> tuple[Path, list[Request]]:
-    """The output folder, and a request for each seed (OUTPUT/seed-N), or one.
+def runs_to_submit(words: Sequence[str], seeds: str | None) -> tuple[Path, list[RunToSubmit]]:
+    """The output folder, and a run for each seed (OUTPUT/seed-N), or one.
 
     Raises UserError for words that cannot be, and for text that nothing can use."""
     config = load_config(words)
     refuse_unused_text(config)
     out = Path(config.output_dir)
     if seeds is None:
-        return out, [Request(out.absolute().name, tuple(words), config)]
+        return out, [RunToSubmit(out.absolute().name, tuple(words), config)]
     refuse_push(config, "--seeds")
     made = []
     for seed in parse_seeds(seeds):
         own = (*words, f"seed={seed}", f"output_dir={out / f'seed-{seed}'}")
-        made.append(Request(f"{out.absolute().name}/seed-{seed}", own, load_config(own)))
+        made.append(RunToSubmit(f"{out.absolute().name}/seed-{seed}", own, load_config(own)))
     return out, made
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0-4" or "0,3,7-9" as numbers. Raises UserError."""
+    """The numbers of "0-4" or "0,3,7-9". Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
@@ -82,10 +82,10 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def finished(request: Request) -> bool:
-    if request.recipe == "distill":
-        return already_finished(request.config)
-    return all(is_finished(Path(run)) for run in request.runs)
+def finished(one: RunToSubmit) -> bool:
+    if one.recipe == "distill":
+        return already_finished(one.config)
+    return all(is_finished(Path(run)) for run in one.runs)
 
 
 def submit(
@@ -101,21 +101,20 @@ def submit(
     Raises UserError for whatever is found wrong, sbatch's refusal included.
     """
     # first, so that a word of the person's own counts
-    out, asked = requests((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
-    for request in asked:
-        check_inputs(request.config)
-    open_ = [request for request in asked if not finished(request)]
-    for request in asked:
-        if request not in open_:
-            print(f"{request.name} is finished: nothing to do")
+    out, asked = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
+    for one in asked:
+        check_inputs(one.config)
+    open_ = [one for one in asked if not finished(one)]
+    for one in asked:
+        if one not in open_:
+            print(f"{one.name} is finished: nothing to do")
     if not open_:
         return []
     if not dry_run:
-        make_ready([request.runs for request in open_], out, root)
+        make_ready([one.runs for one in open_], out, root)
     folder = str(out.absolute() / ".slurm")
     launches = {
-        request.name: Launch(attempt_recipe, request.recipe, request.words, request.runs, folder)
-        for request in open_
+        one.name: Launch(attempt_recipe, one.recipe, one.words, one.runs, folder) for one in open_
     }
     return queue(launches, settings, out.absolute().name, dry_run, root)
 
@@ -153,7 +152,7 @@ def submit_pool(
     """
     # first, so that a word of the person's own counts
     words = ("placement=pool", *words)
-    out, (student,) = requests(words, None)
+    out, (student,) = runs_to_submit(words, None)
     if not student.config.pooled:
         raise UserError(
             "--teacher-workers are for teachers with placement=pool, and none has it; leave the "
@@ -186,7 +185,7 @@ def submit_pool(
         raise
 
 
-def launches_of(student: Request, workers: int, folder: Path) -> dict[str, Launch]:
+def launches_of(student: RunToSubmit, workers: int, folder: Path) -> dict[str, Launch]:
     """A launch for each worker of this student's pool, by the name of its job."""
     (run,) = student.runs
     return {
@@ -223,16 +222,16 @@ def submit_sweep(
     """
     # first, so that a word of the person's own counts
     asked = (f"preemption_notice_s={settings.signal_delay}", *words)
-    plan = make_plan(asked)
-    check_runs(plan)
-    plan, _ = settle(plan, [name for name in plan.tasks if needs_rows(plan, name)])
-    out = plan.output.absolute()
-    if all(is_finished(unit.folder) for unit in plan.units):
+    grid = make_grid(asked)
+    check_runs(grid)
+    grid, _ = settle(grid, [name for name in grid.tasks if needs_rows(grid, name)])
+    out = grid.output.absolute()
+    if all(is_finished(unit.folder) for unit in grid.units):
         print(f"{out.name} is finished: sead-dist sweep writes its report again")
         return []
-    runs = tuple(str(unit.folder.absolute()) for unit in plan.units)
+    runs = tuple(str(unit.folder.absolute()) for unit in grid.units)
     if not dry_run:
-        make_ready([runs], plan.output, root)
+        make_ready([runs], grid.output, root)
     launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
     named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
     return queue(named, settings, out.name, dry_run, root)

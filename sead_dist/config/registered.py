@@ -77,7 +77,7 @@ def names(what: str) -> list[str]:
     return [*BUILT_IN[what], *ADDED.owners[what]]
 
 
-def claim_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None:
+def take_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None:
     """Take a name for what is being registered. kinds and fix: as of `expect`, of what it names.
     Raises UserError where the name is taken or no word, or names something of another type."""
     expect("name", name, str, f"the name of a {what}")
@@ -130,6 +130,8 @@ def load_plugins(paths: Sequence[str]) -> None:
 
 
 def load_plugin(path: str) -> None:
+    """Run a plugin's file, so that it registers its own: once, and again where it was edited since.
+    Raises UserError."""
     key = str(Path(path).absolute())
     if not os.path.isfile(path):
         raise UserError(f"plugins: {path} does not exist; give the path of a Python file")

@@ -42,6 +42,8 @@ def one_of(what: str, *more: str) -> BeforeValidator:
 
 
 class Section(BaseModel):
+    """A group of keys. Keys that are not known, infinities and NaN are refused."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -70,6 +72,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    """Where a run's rows come from."""
+
     path: Annotated[str | None, Operational] = None
     """folder with the task's files (train.tsv, dev.jsonl, ...); null: the hub (operational: the
     data's fingerprint counts)"""
@@ -91,6 +95,8 @@ class DataConfig(Section):
 
 
 class UnlabeledConfig(Section):
+    """Text without gold labels."""
+
     path: Annotated[str | None, Operational] = None
     """a file of unlabelled text with the task's columns; only the soft loss sees it, so a run that
     asks no teacher refuses it (operational: the data's fingerprint counts)"""
@@ -107,6 +113,8 @@ Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
 
 
 class AugmentConfig(Section):
+    """Changed copies of rows."""
+
     copies: int | Literal["auto"] | None = "auto"
     """so many copies of each row; auto: where teachers are asked up to ten times the labelled rows
     together with the text, none above 50,000 labelled rows; null: none"""
@@ -128,6 +136,8 @@ class AugmentConfig(Section):
 
 
 class SelectionConfig(Section):
+    """The rows that are held out to choose by."""
+
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the training rows held out to choose by: teacher validation, weights, and the best
     checkpoint where there are 500 such rows"""
@@ -138,6 +148,8 @@ class SelectionConfig(Section):
 
 
 class StudentConfig(Section):
+    """The student's start."""
+
     path: str | None = None
     """hub id, id@revision or folder of the student's start (student=DIR is short for
     student.path=DIR); only its head may be new"""
@@ -151,6 +163,8 @@ class StudentConfig(Section):
 
 
 class RepairConfig(Section):
+    """The repair of a start with few layers."""
+
     text: Annotated[str | None, Operational] = None
     """a file of plain text, one text a line; null: nothing is repaired (operational: the text's
     hash counts)"""
@@ -164,6 +178,8 @@ class RepairConfig(Section):
 
 
 class StoreConfig(Section):
+    """The prediction store."""
+
     path: Annotated[str | None, Operational] = None
     """folder of kept teacher predictions (store=DIR is short); null: SEAD_DIST_STORE or the user's
     cache"""
@@ -172,6 +188,8 @@ class StoreConfig(Section):
 
 
 class PoolConfig(Section):
+    """The pool's work items, and when a worker counts as dead."""
+
     item_rows: Annotated[int, Field(gt=0, le=MANY), Operational] = 2048
     """rows of one teacher that a worker takes at a time"""
     lease_s: Annotated[float, Field(gt=0), Operational] = 60
@@ -182,6 +200,8 @@ class PoolConfig(Section):
 
 
 class HeartbeatConfig(Section):
+    """When a rank counts as dead or as hanging."""
+
     timeout_s: Annotated[float, Field(gt=0), Operational] = 120
     """a process that gives no sign of life for so many seconds is dead (killed, stopped, node lost)
     """
@@ -190,6 +210,8 @@ class HeartbeatConfig(Section):
 
 
 class CardConfig(Section):
+    """What the model card says of itself."""
+
     license: Annotated[str | None, Field(min_length=1), Operational] = None
     """the model's licence, as the hub names it (apache-2.0, mit, other, ...); null: the card names
     none"""

@@ -106,6 +106,9 @@ def _mistaken_url(url: str) -> str | None:
 
 
 class TeacherConfig(Section):
+    """An entry of `teachers` or `encoders`: a model, a file of predictions, a language model, an
+    endpoint, or a registered kind."""
+
     any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
     # keys that mean something to a model alone, and to a file of predictions alone
     of_models: ClassVar[tuple[str, ...]] = (

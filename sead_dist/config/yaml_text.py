@@ -185,6 +185,7 @@ def read_inside(text: str, kind: Any, where: str) -> Any:
 
 
 def read_mapping(text: str, kind: Any, where: str) -> dict[str, Any]:
+    """`{key: value, ...}` as such a mapping. Raises UserError for a key that stands twice."""
     found: dict[str, Any] = {}
     for part in parts(text[1:-1]):
         split = re.fullmatch(r"""(?s)(?:(["'])(.*?)\1\s*:|(.*?):(?:\s|$))(.*)""", part)
@@ -235,6 +236,7 @@ def encloses(text: str, bracket: str, where: str) -> bool:
 
 
 def options(kind: Any) -> tuple[Any, ...]:
+    """The types that a union allows; another type is its only option."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 

@@ -2,7 +2,7 @@
 
 A copy is a pure function of its row, the seed, its number, the student's embedding table (whose
 neighbours are handed in) and, where texts of other rows are put in, of those. Ranks, restarts and
-machines change nothing: choices are made of `random.Random.random`, which Python keeps as it is.
+machines change nothing: it draws by `random.Random.random`, which Python keeps as it is.
 
 B examples.
 """
@@ -219,20 +219,21 @@ def change(
 
 
 def texts_of(examples: ExampleSet, index: int) -> Texts:
+    """The texts of the example at `index`."""
     part = slice(index * examples.choices, (index + 1) * examples.choices)
     second = () if examples.texts_b is None else tuple(examples.texts_b[part])
     return tuple(examples.texts_a[part]), second
 
 
 def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
-    """The choices of a copy: of a row, a seed and the copy's number (-1: the row's own)."""
+    """The random numbers of a copy: of a row, a seed and the copy's number (-1: the row's own)."""
     key = f"{seed} {number}".encode()
     digest = hashlib.blake2b(id_2.astype(">i8").tobytes(), digest_size=8, key=key)
     return random.Random(int.from_bytes(digest.digest(), "big"))
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedCopies:
     """What copies are asked for: so many of each row, or so many in all."""
 
     operations: Sequence[Operation]
@@ -243,7 +244,7 @@ class Wanted:
 
 
 def make_copies(
-    task: TaskSpec, sources: ExampleSet, held: Sequence[ExampleSet], wanted: Wanted,
+    task: TaskSpec, sources: ExampleSet, held: Sequence[ExampleSet], wanted: WantedCopies,
     material: Material,
 ) -> Copies:  # fmt: skip
     """The copies of these rows. Rows that share a sentence with `held` are not copied, and copies
@@ -307,7 +308,7 @@ def _ordered_rows(sources: ExampleSet, allowed: np.ndarray, seed: int) -> list[i
 
 
 def _planned(
-    sources: ExampleSet, rows: Sequence[int], total: int, wanted: Wanted
+    sources: ExampleSet, rows: Sequence[int], total: int, wanted: WantedCopies
 ) -> list[tuple[int, int, Operation]]:
     """(row, number of the copy, operation) of each copy: the operations take turns in each row,
     beginning with one by the row's contents."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sead_dist.config.registered import claim_name
+from sead_dist.config.registered import take_name
 from sead_dist.data import metrics
 from sead_dist.data.metrics import MetricInputs
 from sead_dist.errors import UserError, expect
@@ -65,6 +65,8 @@ class TaskKind(ABC):
 
 
 class Classification(TaskKind):
+    """One of C classes. Labels are indices of classes, -1 for none; logits are [B, C]."""
+
     name = "classification"
     has_classes = True
     head_of_labels = True
@@ -139,6 +141,8 @@ class Choice(Classification):
 
 
 class Regression(TaskKind):
+    """A score. Labels are floats, NaN for none; logits are [B, 1]."""
+
     name = "regression"
     has_classes = False
     head_of_labels = False
@@ -193,7 +197,7 @@ def register_task_kind(kind: TaskKind) -> None:
     """Let tasks name this kind. Raises UserError where another has the name."""
     fix = "an instance of a class of TaskKind"
     expect("kind", kind, TaskKind, fix)
-    claim_name("kind of task", kind.name, kind, TaskKind, fix)
+    take_name("kind of task", kind.name, kind, TaskKind, fix)
     KINDS[kind.name] = kind
 
 

@@ -84,6 +84,7 @@ def embedding_table(model: "PreTrainedModel") -> np.ndarray | None:
 
 
 def table_hash(table_VH: np.ndarray) -> str:
+    """SHA-256 of an embedding table's values, as little-endian float32."""
     return hashlib.sha256(np.ascontiguousarray(table_VH).astype("<f4").tobytes()).hexdigest()
 
 

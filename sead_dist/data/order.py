@@ -50,6 +50,7 @@ class Split:
 def make_split(
     examples: ExampleSet, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Split:
+    """Examples as a split: tokenised, equal examples as one entry."""
     ids_U2, entry_B = entries(examples.ids_B2)
     row_U = np.zeros(len(ids_U2), np.int64)
     # backwards, so that the first row of equal ones stands for them

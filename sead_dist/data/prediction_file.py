@@ -132,6 +132,7 @@ def found_by_id(
 
 
 def id_keys(path: Path, rows: Rows, column: str) -> list[Key]:
+    """The id of each row, in small letters. Raises UserError for a value that is no id."""
     keys: list[Key] = []
     for number, row in enumerate(rows, 1):
         value = str(row.get(column)).strip().casefold()
@@ -146,6 +147,8 @@ def id_keys(path: Path, rows: Rows, column: str) -> list[Key]:
 
 
 def keys_by_text(path: Path, task: TaskSpec, rows: Rows) -> list[Key]:
+    """The texts of each row, as the task makes them. Raises UserError where a row is several
+    examples."""
     items = list(read_items(task, rows, str(path), labelled=False))
     if len(items) != len(rows):
         raise UserError(
@@ -222,6 +225,7 @@ def kind_of_values(sheet: Sheet) -> str:
 
 
 def refuse_unknown(sheet: Sheet) -> None:
+    """Raises UserError for labels that the task has not, unless the entry says otherwise."""
     if sheet.unknown and sheet.entry.unknown == "refuse":
         raise UserError(
             f"{sheet.path} has labels that task {sheet.task.name} has not: "

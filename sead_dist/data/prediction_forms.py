@@ -47,6 +47,7 @@ def log_of(probabilities_C: np.ndarray) -> np.ndarray:
 
 
 def counts(found: Counter[str]) -> str:
+    """Labels with their counts, the commonest eight, for a message."""
     listed = ", ".join(f"{name[:40]!r} {count}" for name, count in found.most_common(8))
     return f"{listed} and {len(found) - 8} more" if len(found) > 8 else listed
 
@@ -116,6 +117,7 @@ def guessed(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
 
 
 def told(values_C: np.ndarray) -> str:
+    """The first six values, for a message."""
     return ", ".join(f"{value:.4g}" for value in values_C[:6])
 
 

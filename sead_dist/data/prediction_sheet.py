@@ -185,6 +185,7 @@ def said_in(sheet: Sheet, column: str) -> list[str]:
 
 
 def holds_numbers(sheet: Sheet, column: str) -> bool:
+    """Whether all that stands in a column is a number."""
     return all(number_name(text) is not None for text in said_in(sheet, column))
 
 

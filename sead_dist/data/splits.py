@@ -339,6 +339,7 @@ class RunSplits:
 
 
 def tokenize_splits(examples: RunExamples, tokenized: Callable[[ExampleSet], Split]) -> RunSplits:
+    """A run's splits, each made of its examples by `tokenized`."""
     official = {name: tokenized(split) for name, split in examples.official.items()}
     left_out = None if examples.left_out is None else tokenized(examples.left_out)
     return RunSplits(tokenized(examples.train), tokenized(examples.selection), official, left_out)

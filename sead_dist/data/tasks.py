@@ -90,6 +90,7 @@ class TaskSpec:
 
     @property
     def task_kind(self) -> TaskKind:
+        """What `kind` names."""
         return KINDS[self.kind]
 
     @property

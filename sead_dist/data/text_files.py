@@ -52,6 +52,9 @@ def is_array(path: Path) -> bool:
 
 
 def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
+    """The rows of a TSV file, one at a time. Raises UserError for a line that cannot be read, which
+    `skip_malformed` passes over."""
+
     def lines() -> Iterator[list[str]]:
         # each question about the whole file is a pass over it
         return (line.removesuffix("\r").split("\t") for line in _text_lines(path))
@@ -61,6 +64,7 @@ def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row
 
 
 def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
+    """The rows of a JSONL file, one at a time; errors as of `tsv_stream`."""
     return _json_lines(_text_lines(path), path, skip_malformed)
 
 

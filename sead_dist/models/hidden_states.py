@@ -25,7 +25,7 @@ ATTENTION_NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedLayers:
     """Which layers to read, 1 the first: `hidden` states that a layer gives (0: what enters the
     first one), and the queries, keys and values of its `attention`."""
 
@@ -35,8 +35,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """Of one forward, float32, by layer (as in Wanted): each [R, L, H]. The maps of attention hold
-    all heads side by side."""
+    """Of one forward, float32, by layer (as in WantedLayers): each [R, L, H]. The maps of attention
+    hold all heads side by side."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -152,7 +152,7 @@ def attention_maps(layer: nn.Module) -> tuple[nn.Linear, ...] | None:
 
 
 @contextmanager
-def reading(layer_parts: LayerParts, wanted: Wanted) -> Iterator[LayerOutputs]:
+def reading(layer_parts: LayerParts, wanted: WantedLayers) -> Iterator[LayerOutputs]:
     """Inside, one forward of the model fills what is given. Gradients flow through it.
 
     The last hidden states are what the body gives: many kinds normalise once more behind their last
@@ -229,5 +229,6 @@ def scores(left_RLH: torch.Tensor, right_RLH: torch.Tensor, heads: int) -> torch
 
 
 def by_head(vectors_RLH: torch.Tensor, heads: int) -> torch.Tensor:
+    """[R, L, H] -> [R, heads, L, H / heads]."""
     R, L, H = vectors_RLH.shape
     return vectors_RLH.reshape(R, L, heads, H // heads).transpose(1, 2)

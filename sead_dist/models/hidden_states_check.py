@@ -18,7 +18,7 @@ from sead_dist.models.hidden_states import (
     NEVER,
     LayerOutputs,
     LayerParts,
-    Wanted,
+    WantedLayers,
     find_layer_parts,
     reading,
     scores,
@@ -32,6 +32,7 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def needs_attention(method: str) -> bool:
+    """Whether a method reads attention beside hidden states."""
     return method not in ("distilbert", "repair")
 
 
@@ -87,14 +88,14 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def wanted_by(method: str, layer_parts: LayerParts) -> Wanted:
+def wanted_by(method: str, layer_parts: LayerParts) -> WantedLayers:
     """All that a method may read of a model."""
     last = len(layer_parts.layers)
     return {
-        "distilbert": Wanted((last,)),
-        "repair": Wanted(tuple(range(1, last + 1))),
-        "tinybert": Wanted(tuple(range(last + 1)), tuple(range(1, last + 1))),
-        "minilm": Wanted((), (last,)),
+        "distilbert": WantedLayers((last,)),
+        "repair": WantedLayers(tuple(range(1, last + 1))),
+        "tinybert": WantedLayers(tuple(range(last + 1)), tuple(range(1, last + 1))),
+        "minilm": WantedLayers((), (last,)),
     }[method]
 
 
@@ -131,7 +132,7 @@ def first_difference(
 def differences(
     model: PreTrainedModel,
     layer_parts: LayerParts,
-    wanted: Wanted,
+    wanted: WantedLayers,
     batch: Mapping[str, torch.Tensor],
 ) -> Iterator[str]:
     """What of the wanted the model itself gives otherwise than it is read."""

@@ -39,6 +39,7 @@ def answer(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tenso
 
 
 def plain_answer(model: PreTrainedModel, row: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """logits_RC of the model's own forward, as Transformers calls it."""
     on_device = {name: tensor.to(model.device) for name, tensor in row.items()}
     return answer(model, lambda: model(**on_device).logits)
 

@@ -56,6 +56,7 @@ def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
 
 
 def hash_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of facts, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,6 +113,7 @@ def student_tokenizer(
 
 
 def shape_file(shape: str) -> Path:
+    """The YAML file of a shape, which is shipped or given. Raises UserError where there is none."""
     known = shipped_files("students")
     path = known.get(shape, Path(shape))
     if not path.is_file():

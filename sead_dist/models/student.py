@@ -25,7 +25,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.models.hidden_states import (
     LayerParts,
-    Wanted,
+    WantedLayers,
     body_of,
     find_layer_parts,
     layer_lists,
@@ -355,6 +355,7 @@ def outside(model: PreTrainedModel, layer_parts: LayerParts) -> dict[str, torch.
 
 
 def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of each tensor, by name."""
     return {name: tensor.shape for name, tensor in state.items()}
 
 
@@ -390,7 +391,7 @@ def states_of_layers(model: PreTrainedModel, layer_parts: LayerParts) -> list[to
 
 def states_of(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
     """The hidden states of a few words, from what enters the first layer on; each [1, L, H]."""
-    wanted = Wanted(tuple(range(len(layer_parts.layers) + 1)))
+    wanted = WantedLayers(tuple(range(len(layer_parts.layers) + 1)))
     ids_RL = torch.arange(8, device=model.device)[None] + min(8, model.config.vocab_size - 8)
     was_training = model.training
     model.eval()

@@ -19,7 +19,7 @@ from sead_dist.objectives.weightings import (
     WEIGHTINGS,
     ByRow,
     Known,
-    Wanted,
+    WantedSteps,
     Weighting,
 )
 
@@ -42,7 +42,7 @@ class Ensemble:
 
     def asked(self, batches: BatchStream, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
-        wanted = Wanted(batches, self.seed, steps, entries_R)
+        wanted = WantedSteps(batches, self.seed, steps, entries_R)
         asked_NR = self.weighting.asked(self.weights_N, wanted)
         if self.seen_NU is None:
             return asked_NR

@@ -27,7 +27,7 @@ from sead_dist.models.hidden_states import (
     NEVER,
     LayerOutputs,
     LayerParts,
-    Wanted,
+    WantedLayers,
     find_layer_parts,
     layer_map,
     reading,
@@ -154,8 +154,8 @@ class FeatureLoss:
     method: str
     student: LayerParts
     feature_teacher: LayerParts
-    mine: Wanted
-    theirs: Wanted
+    mine: WantedLayers
+    theirs: WantedLayers
     projections: nn.ModuleDict
     variant: str
     weight: float
@@ -295,7 +295,7 @@ def _put_together(
     student = find_layer_parts(model, "the student", needs_attention(method))
     mine = wanted_by(method, student)
     followed = [0, *layer_map(len(student.layers), len(feature_teacher.layers))]
-    theirs = Wanted(
+    theirs = WantedLayers(
         tuple(followed[layer] for layer in mine.hidden),
         tuple(followed[layer] for layer in mine.attention),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from sead_dist.config.registered import claim_name
+from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import TaskKind
 from sead_dist.errors import UserError
@@ -89,12 +89,14 @@ def centered_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Te
 
 
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """hard_B of scores: (student - gold)^2, 0 where the gold score is NaN."""
     known_B = ~torch.isnan(labels_B)
     gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
     return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
 
 
 def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """hard_B of classes, in nats: 0 where the label is -1."""
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
 
 
@@ -118,14 +120,14 @@ def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False)
     `temperature`. needs_classes: refuse it for tasks whose labels are scores. Raises UserError
     where the name is taken.
     """
-    claim_name("loss", name, loss, Callable, "a function of student_BC and soft")
+    take_name("loss", name, loss, Callable, "a function of student_BC and soft")
     SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
 
 
 def register_hard_loss(name: str, loss: HardFunction) -> None:
     """Let a kind of task name this hard loss: loss(student_BC, labels_B) -> loss_B, 0 where a row
     has no gold label. Raises UserError where the name is taken."""
-    claim_name("hard loss", name, loss, Callable, "a function of student_BC and labels_B")
+    take_name("hard loss", name, loss, Callable, "a function of student_BC and labels_B")
     HARD_LOSSES[name] = loss
 
 

@@ -51,6 +51,7 @@ def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Te
 
 
 def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
+    """weights_NB of teachers that count alike: 1 / N."""
     N, B, _ = logits_NBC.shape
     return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
 

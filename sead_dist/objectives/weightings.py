@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sead_dist.config.registered import claim_name
+from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
@@ -43,7 +43,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedSteps:
     """Steps of a run, and those of their examples whose predictions are wanted: entries_R
     ascending."""
 
@@ -120,7 +120,7 @@ class Weighting:
         """weights_NB. labels_B: None where gold labels may not be looked at."""
         return weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
 
-    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
+    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
         """asked_NR: which teachers these steps need for which examples; None: all for all."""
         asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         asked_NR[(weights_N.numpy() > 0) | self.asks_all] = True
@@ -176,6 +176,8 @@ class ByRow(Weighting):
 
 
 class MeanLogits(Weighting):
+    """All teachers alike, by the mean of their logits."""
+
     of_logits = True
 
 
@@ -284,7 +286,7 @@ class Random(Weighting):
         chosen = chosen_teacher(seed, step, micro, len(weights_N))
         return torch.nn.functional.one_hot(torch.tensor(chosen), len(weights_N)).float()
 
-    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
+    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
         asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         for step in of.steps:
             for micro, rows_B in enumerate(of.batches.micro_batches(step)):
@@ -326,7 +328,7 @@ class Routed(Weighting):
         assert routes_B is not None
         return torch.nn.functional.one_hot(routes_B, len(logits_NBC)).T.float()
 
-    def asked(self, weights_N: torch.Tensor, of: Wanted) -> np.ndarray | None:
+    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
         routes_B = of.batches.split.examples.routes_B
         assert routes_B is not None
         asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
@@ -380,7 +382,7 @@ def register_ensemble(
     Raises UserError where the name is taken.
     """
     kinds = (Weighting, Callable)
-    claim_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
+    take_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):
         weighting = ByRow(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels

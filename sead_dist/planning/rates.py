@@ -28,7 +28,7 @@ from sead_dist.runtime.memory import forget_peak, held
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.rates import (
     COST_TOKENS,
-    GRID,
+    MEASURED_LENGTHS,
     STEP_FORWARDS,
     TURNS,
     Rate,
@@ -36,7 +36,7 @@ from sead_dist.teachers.rates import (
     beyond,
     default_rates,
     full_batch,
-    grid,
+    lengths_to_measure,
     measure_batches,
     measure_teacher,
     operations,
@@ -129,8 +129,13 @@ def given_rates(
         raise UserError(f"--rates {path}: {kind} has no {dtype}, which the run computes in; add it")
 
     def by_length(model_config: PretrainedConfig, reached: float, times: int) -> Rate:
-        works = [times * operations(model_config, at, config.trust_remote_code) for at in GRID]
-        return Rate(GRID, tuple(work / reached for work in works), 0.0, 0.0, scaled=True)
+        works = [
+            times * operations(model_config, at, config.trust_remote_code)
+            for at in MEASURED_LENGTHS
+        ]
+        return Rate(
+            MEASURED_LENGTHS, tuple(work / reached for work in works), 0.0, 0.0, scaled=True
+        )
 
     step = speed("training", config.precision)
     return Rates(
@@ -164,14 +169,17 @@ def own_rates(
     own_key = student_key(student, config, task.kind, machine)
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]
     keys = {own_key, *keys_N}
-    own_K = grid(work.lengths_SM, config.max_length)
-    grids_N = [grid(work.lengths_SM, min(config.max_length, t.inputs.max_length)) for t in teachers]
+    own_K = lengths_to_measure(work.lengths_SM, config.max_length)
+    lengths_N = [
+        lengths_to_measure(work.lengths_SM, min(config.max_length, t.inputs.max_length))
+        for t in teachers
+    ]
     # one of each shape; the quickest first, so that something is known to scale the others from
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
-    short = [n for key, n in kinds.items() if not _reaches(found.get(key), grids_N[n])]
+    short = [n for key, n in kinds.items() if not _reaches(found.get(key), lengths_N[n])]
     share_s = BUDGET_S / max(1, len(short) + (not _reaches(found.get(own_key), own_K)))
     rows_N = [partial(full_batch, teacher, device) for teacher in teachers]
-    todo = [n for n in short if _wanted(found.get(keys_N[n]), grids_N[n], rows_N[n], share_s)]
+    todo = [n for n in short if _wanted(found.get(keys_N[n]), lengths_N[n], rows_N[n], share_s)]
     todo.sort(key=lambda n: teachers[n].parameters)
     mine: dict[str, Rate] = {}
     if _wanted(found.get(own_key), own_K, lambda _length: config.micro_batch_size, share_s):
@@ -183,7 +191,7 @@ def own_rates(
         # it is to be loaded in the time that it has, too
         if teachers[n].bytes <= min(room, (until - time.monotonic()) * LOAD_PER_S):
             trust = config.trust_remote_code
-            measure = partial(measure_teacher, teachers[n], device, trust, grids_N[n])
+            measure = partial(measure_teacher, teachers[n], device, trust, lengths_N[n])
             mine[keys_N[n]] = timed_quietly(measure, until, device)
     measured = {
         key: rate
@@ -211,7 +219,7 @@ def own_rates(
         machine.device,
         device.type,
         _marked(known[own_key], own_K),
-        [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, grids_N, strict=True)],
+        [_marked(rate, lengths_K) for rate, lengths_K in zip(rates_N, lengths_N, strict=True)],
         notes=tuple(notes),
     )
 

@@ -44,7 +44,7 @@ from sead_dist.runtime.memory import held
 from sead_dist.runtime.run_log import tell, write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import choose_placements, least_free
 from sead_dist.teachers.rates import shape_name
 from sead_dist.teachers.teacher import Teacher
@@ -128,7 +128,7 @@ def work_of(checked: CheckedRun) -> Work:
     config, folder = checked.config, store_folder(checked.config.store.path)
     store = None
     if (folder / "format.json").is_file():
-        store = PredictionStore(folder, tell, read_only=True)
+        store = StoreFolder(folder, tell, read_only=True)
     examples, inputs, teachers = checked.examples, checked.inputs, checked.teachers
     work = make_work(config, checked.task.name, examples, inputs, teachers, store)
     before = work_before(config, examples, inputs, teachers, checked.model.config)
@@ -152,6 +152,7 @@ def process_bytes(world: World, student: PreTrainedModel) -> int | None:
 
 
 def per_second(rate: float) -> str:
+    """A rate for people, in three digits or whole."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
@@ -185,7 +186,7 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def choices(setting: Setting) -> list[str]:
+def told_placements(setting: Setting) -> list[str]:
     """Where the run's teachers go and why; what `auto` would do where that is not asked."""
     teachers, default = setting.teachers, setting.config.placement
     if not teachers:
@@ -205,7 +206,7 @@ def choices(setting: Setting) -> list[str]:
 def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     """What a reader of the tables should know: the choice and why, and what is not counted."""
     work, allowed = setting.work, [one for one in found if one.refused is None]
-    lines = choices(setting)
+    lines = told_placements(setting)
     for one in allowed:
         if one.workers:
             lines.append(

@@ -23,10 +23,10 @@ from sead_dist.models.start import repair_facts, repair_teacher
 from sead_dist.objectives.ensemble import unseen
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.runs.baseline import baseline_steps, needs_own_baseline, own_baseline
-from sead_dist.runs.choices import steps_of
+from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.repair import read_text, repair_config, repaired_path
 from sead_dist.runs.requests import has_answer_NB, seen_examples
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.inference import cut_into_batches, padded_length, rows_for
 from sead_dist.teachers.packing import SIZES, size_for
 from sead_dist.teachers.placement import deal
@@ -71,6 +71,7 @@ def spread(lengths: np.ndarray, count: int) -> np.ndarray:
 
 
 def sampled_lengths(inputs: ModelInputs, examples: ExampleSet) -> np.ndarray:
+    """Tokens of each of up to SAMPLE examples."""
     return inputs.tokens(sample(examples, SAMPLE, 0)).lengths_B()
 
 
@@ -96,7 +97,7 @@ def make_work(
     examples: RunExamples,
     inputs: ModelInputs,
     all_teachers: Sequence[Teacher],
-    store: PredictionStore | None,
+    store: StoreFolder | None,
     done: int = 0,
 ) -> Work:
     """The work of a run that has `done` steps behind it, but of files of predictions, which do

@@ -269,6 +269,7 @@ def _note(axes: "Axes", text: str) -> None:
 
 
 def short(name: str, longest: int = 32) -> str:
+    """A name of at most `longest` letters; the end of a longer one is cut."""
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 

@@ -156,6 +156,7 @@ def check_encoders(config: RunConfig) -> None:
 
 
 def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> StudentConfig:
+    """The student's keys with this encoder as its start."""
     is_shape = names_shape(encoder.path)
     path = encoder.path if encoder.revision is None else f"{encoder.path}@{encoder.revision}"
     start = {"shape": encoder.path, "path": None} if is_shape else {"path": path, "shape": None}

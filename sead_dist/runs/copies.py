@@ -11,7 +11,7 @@ from sead_dist.config.registered import MODEL
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import (
     Material,
-    Wanted,
+    WantedCopies,
     automatic_copies,
     fitting_operations,
     make_copies,
@@ -57,7 +57,9 @@ def add_copies(
         near = near_words(table, tokenizer, words_of(sources))
         material = replace(material, neighbors=near, table=table_hash(table))
     of_each = None if asked == "auto" else asked
-    wanted = Wanted(operations, config.selection.seed, of_each, in_all, config.augment.gold_labels)
+    wanted = WantedCopies(
+        operations, config.selection.seed, of_each, in_all, config.augment.gold_labels
+    )
     held = [examples.selection, *examples.official.values()]
     copies = make_copies(task, sources, held, wanted, material)
     counts = Counter(copies.operations)

@@ -30,7 +30,7 @@ from sead_dist.reporting.hub import refuse_push
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.baseline import needs_own_baseline, own_baseline, told_baseline
 from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_runs
-from sead_dist.runs.choices import told_end
+from sead_dist.runs.chosen_keys import told_end
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import RunSetup, build
@@ -252,6 +252,8 @@ def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
 
 
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
+    """The trainer of a run. Without gold labels the selection split is scored by the teachers'
+    classes."""
     task, selection = setup.task, setup.splits.selection
     examples = selection.examples
     if ensemble is not None and setup.source is not None and not examples.has_gold:
@@ -304,6 +306,7 @@ def rehearse(setup: RunSetup) -> None:
 
 
 def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
+    """Write a report of made-up scores into `folder`; raises as the report itself does."""
     for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)

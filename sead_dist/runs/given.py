@@ -38,7 +38,7 @@ Tables = Callable[[], Mapping[str, pa.Table]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class GivenRun:
     """A run's configuration, and what is given in memory to be kept in its folder."""
 
     config: RunConfig
@@ -58,7 +58,7 @@ class Plan:
             yield
 
 
-def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
+def given_run(task: Task, data: Data, keys: Mapping[str, Any]) -> GivenRun:
     """What a call of `distill` or `finetune` asks for. The key `unlabeled` may also be unlabelled
     text itself: a file, a table, rows or texts."""
     text = keys.get("unlabeled")
@@ -77,7 +77,7 @@ def planned(task: Task, data: Data, keys: Mapping[str, Any]) -> Plan:
     told, tables = data_layer(data, spec, config)
     if text is not None:
         told, tables = with_text(told, tables, text, spec, config)
-    return Plan(resolve([*layers, told]), tables, own)
+    return GivenRun(resolve([*layers, told]), tables, own)
 
 
 def with_text(
@@ -157,6 +157,7 @@ def as_plain(key: str, value: Any) -> Any:
 
 
 def is_path(data: Data) -> bool:
+    """Whether data is given by a path, not as rows."""
     return isinstance(data, NAMES)
 
 
@@ -299,13 +300,14 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
         )
     with locked(run):
         for name in changed:
-            write_table(kept_file(run, name), tables[name])
+            write_parquet(kept_file(run, name), tables[name])
         if text is not None and other_task:
             with written_aside(path) as aside:
                 aside.write_text(text, encoding="utf-8")
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet. Raises UserError for what Parquet cannot hold."""
     try:
         with written_aside(path) as aside:
             pq.write_table(table, aside)

@@ -207,6 +207,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
 
 
 def file_bytes(folder: Path, pattern: str) -> int:
+    """Bytes of a folder's files of this pattern."""
     return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
@@ -238,6 +239,7 @@ def refuse_difference(before: EvalResult, after: EvalResult) -> None:
 
 
 def largest_difference(before: EvalResult, after: EvalResult) -> float:
+    """The largest absolute difference between logits."""
     return float(np.abs(before.logits_BC - after.logits_BC).max())
 
 

@@ -22,7 +22,7 @@ from sead_dist.errors import RunError, UserError, refusal
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.checked_run import read_run
-from sead_dist.runs.choices import steps_of
+from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.claim import followed_store
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
@@ -31,7 +31,7 @@ from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_training
 from sead_dist.teachers.pool_client import differing_facts, store_id
@@ -47,7 +47,7 @@ def worker_folder(run: Path, number: int, workers: int) -> Path:
 
 
 def parse_worker(text: str) -> tuple[int, int]:
-    """ "2/16" as (2, 16). Raises UserError."""
+    """(2, 16) of "2/16". Raises UserError."""
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= workers:
@@ -56,7 +56,7 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Work:
+class StudentRun:
     """What a worker has to know of the student's run. inputs: the student's."""
 
     config: RunConfig
@@ -82,12 +82,12 @@ class Work:
         return self.config.store.accept == "any"
 
 
-def read_work(config: RunConfig, world: World) -> Work:
+def read_student_run(config: RunConfig, world: World) -> StudentRun:
     """Raises UserError for whatever is wrong with task, data, student or teachers."""
     run = read_run(config, world, lambda _line: None)
     splits = tokenize_splits(run.examples, run.inputs.split)
     identity = run.identity(world)
-    return Work(config, run.task, run.examples, splits, run.inputs, run.teachers, identity)
+    return StudentRun(config, run.task, run.examples, splits, run.inputs, run.teachers, identity)
 
 
 def teach(config: RunConfig, worker: str, world: World) -> Path:
@@ -102,30 +102,30 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
     number, workers = parse_worker(worker)
     refuse_other_starts(config, world)
     quiet_libraries(world)
-    work = read_work(config, world)
-    refuse_other_student(work)
-    folder = worker_folder(work.run, number, workers)
-    make_folder(folder, work.run)
+    student = read_student_run(config, world)
+    refuse_other_student(student)
+    folder = worker_folder(student.run, number, workers)
+    make_folder(folder, student.run)
     stop = StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         log = RunLog(folder, is_main=True, console=True)
         stack.callback(log.close)
         (folder / "run_summary.json").unlink(missing_ok=True)
-        hand = open_worker(work, number, workers, world, stop, log, stack)
+        hand = open_worker(student, number, workers, world, stop, log, stack)
         try:
-            whole = fill_all(hand, work)
+            whole = fill_all(hand, student)
         except StopRequestedError:
             log.say("stopped; what was computed is kept, and other workers take over the rest")
             return folder
-        why = "all predictions are in the store" if whole else f"{work.run} is finished"
+        why = "all predictions are in the store" if whole else f"{student.run} is finished"
         log.say(f"done, {why}; this worker has computed {hand.rows} rows")
         write_json(folder / "run_summary.json", {"finished": True, "rows": hand.rows})
     return folder
 
 
 def open_worker(
-    work: Work,
+    student: StudentRun,
     number: int,
     workers: int,
     world: World,
@@ -134,11 +134,11 @@ def open_worker(
     stack: ExitStack,
 ) -> Worker:
     """A worker over the store; `stack` closes what it opens."""
-    config, teachers, run = work.config, work.teachers, work.run
-    store = PredictionStore(store_folder(config.store.path), log.say)
+    config, teachers, run = student.config, student.teachers, student.run
+    store = StoreFolder(store_folder(config.store.path), log.say)
     refuse_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
-    stack.enter_context(store.hold(str(run), keys, work.accept_any))
+    stack.enter_context(store.hold(str(run), keys, student.accept_any))
 
     def progress_or_stop(_doing: str) -> None:
         if stop.signal is not None:
@@ -146,31 +146,31 @@ def open_worker(
 
     def check() -> bool:
         progress_or_stop("")
-        refuse_other_student(work)
+        refuse_other_student(student)
         refuse_other_store(run, store.layout)
         return not is_finished(run)
 
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     source = StoredSource(
         teachers, alone, world, store,
-        work.task.name, worker_folder(run, number, workers), work.accept_any,
+        student.task.name, worker_folder(run, number, workers), student.accept_any,
         config.trust_remote_code, log.say, progress_or_stop,
     )  # fmt: skip
     stack.callback(source.close)
-    asked = (work.splits.train, work.splits.selection, *work.splits.official.values())
+    asked = (student.splits.train, student.splits.selection, *student.splits.official.values())
     for split in asked:
-        source.share_tokens(split, work.inputs)
+        source.share_tokens(split, student.inputs)
     tell_requests(source, asked, log.say)
-    pooled = sum(work.pooled_N)
+    pooled = sum(student.pooled_N)
     log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
     leases = Leases(store.layout, config.pool.lease_s)
     return Worker(source, leases, number, workers, check, log.say)
 
 
-def fill_all(hand: Worker, work: Work) -> bool:
-    """The whole work in its order; True when all is in the store, False when it ended before.
+def fill_all(hand: Worker, student: StudentRun) -> bool:
+    """All work items in their order; True when all is in the store, False when it ended before.
     Raises UserError for a teacher that fails its validation."""
-    config, splits, teachers = work.config, work.splits, work.teachers
+    config, splits, teachers = student.config, student.splits, student.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
     # Scores that decide which rows the student asks of whom are found here as it finds them, which
     # takes the answers of teachers outside the pool too. A validation that decides nothing else can
@@ -179,25 +179,25 @@ def fill_all(hand: Worker, work: Work) -> bool:
     validating = [
         item
         for item in items_of_split(splits.selection, count, rows)
-        if work.pooled_N[item.teacher] or (everyone and teachers[item.teacher].file is None)
+        if student.pooled_N[item.teacher] or (everyone and teachers[item.teacher].file is None)
     ]
     validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None
     if needs_validation(config, splits.selection.examples):
         if not hand.fill(validating):
             return False
-        if everyone or all(work.pooled_N):
-            overlap = work.examples.dev_in_training
+        if everyone or all(student.pooled_N):
+            overlap = student.examples.dev_in_training
             validations, logits_NBC = ask_and_validate(
-                source, work.task, splits.selection, rows, overlap
+                source, student.task, splits.selection, rows, overlap
             )
             if config.validates:
-                require_passed(work.task, validations, teachers)
+                require_passed(student.task, validations, teachers)
     batches = BatchStream(
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
-        steps_of(config, work.examples), 0, 1,
+        steps_of(config, student.examples), 0, 1,
     )  # fmt: skip
-    ensemble = weigh(config, work.task, teachers, validations, logits_NBC, splits)
+    ensemble = weigh(config, student.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     items = items_of_training(batches, count, rows, asked)
     if not splits.selection.examples.has_gold:  # the student asks first, to be scored by them
@@ -206,7 +206,7 @@ def fill_all(hand: Worker, work: Work) -> bool:
         items += validating
     for split in splits.official.values():
         items += items_of_split(split, count, rows)
-    return hand.fill([item for item in items if work.pooled_N[item.teacher]])
+    return hand.fill([item for item in items if student.pooled_N[item.teacher]])
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:
@@ -264,9 +264,9 @@ class Expected(TypedDict):
     numerics: str
 
 
-def refuse_other_student(work: Work) -> None:
+def refuse_other_student(student: StudentRun) -> None:
     """Raises UserError where the run directory holds a student that waits for something else."""
-    run, teachers = work.run, work.teachers
+    run, teachers = student.run, student.teachers
     manifest = run / "teacher_manifest.json"
     try:
         expected = read_as(list[Expected], manifest)
@@ -280,7 +280,7 @@ def refuse_other_student(work: Work) -> None:
             f"this worker has {len(teachers)} teachers, the student in {run} {len(expected)}; "
             f"{remedy}"
         )
-    for teacher, entry, pooled in zip(teachers, expected, work.pooled_N, strict=True):
+    for teacher, entry, pooled in zip(teachers, expected, student.pooled_N, strict=True):
         if entry["placement"] == "pool" and not pooled:
             raise UserError(
                 f"teacher {teacher.name}: the student in {run} waits for it to come from the pool, "
@@ -292,7 +292,7 @@ def refuse_other_student(work: Work) -> None:
                 f"{teacher.key.fingerprint[:16]} here, and the student in {run} expects "
                 f"{entry['fingerprint'][:16]}; {remedy}"
             )
-        if entry["numerics"] != teacher.key.numerics and not work.accept_any:
+        if entry["numerics"] != teacher.key.numerics and not student.accept_any:
             facts = differing_facts(teacher.key.numerics, entry["numerics"])
             raise UserError(
                 f"teacher {teacher.name}: the student in {run} reads another numerics class than "
@@ -300,6 +300,6 @@ def refuse_other_student(work: Work) -> None:
                 "with the same teacher_precision, or give both store.accept=any"
             )
     saved = Identity.read(run / "run.json")
-    differences = saved.differences(work.identity)
+    differences = saved.differences(student.identity)
     if differences:
         raise UserError(f"the student in {run} has other settings: {differences[0]}; {remedy}")

@@ -278,6 +278,7 @@ def as_one(found: Sequence[EvalResult]) -> dict[str, float]:
 
 
 def tell_aside(line: str) -> None:
+    """Say a line on standard error: standard output may hold rows or scores."""
     tell(line, aside=True)
 
 
@@ -289,6 +290,7 @@ def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], 
 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:
+    """Write scores as JSON. Raises RunError where the file cannot be written."""
     try:
         write_json_for_person(path, results)
     except OSError as error:

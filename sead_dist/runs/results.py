@@ -170,6 +170,7 @@ def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(setup: RunSetup) -> str | None:
+    """Where the teachers run, in a word; None where none is asked."""
     return None if setup.source is None else setup.source.placement.word
 
 

@@ -27,7 +27,7 @@ from sead_dist.models.student import start_as_feature_teacher
 from sead_dist.objectives.feature_losses import FeatureLoss, make_feature_loss
 from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.runs.checked_run import CheckedRun, check_run
-from sead_dist.runs.choices import told_choices, with_choices
+from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
 from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
 from sead_dist.runs.prediction import tell_aside
 from sead_dist.runs.remarks import unread_keys
@@ -38,7 +38,7 @@ from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.feature_teacher import FeatureTeacher, candidates, load_feature_teacher
 from sead_dist.teachers.placement import (
     check_placements,
@@ -112,7 +112,7 @@ def build(
         log.say(line)
     if config.repair.text is not None:
         repair_start(config, world, model, inputs, stop, heartbeat, log, console)
-    config = with_choices(config, examples)
+    config = with_chosen_keys(config, examples)
     world.at("placing the teachers")
     batches = BatchStream(
         splits.train,
@@ -188,7 +188,9 @@ def first_lines(
     read. notes: those of the reading. Every rank calls this."""
     config, task, examples = checked.config, checked.task, checked.examples
     return [
-        *told_choices(config, task, examples, lambda: splits.train.tokens, checked.model, world),
+        *told_chosen_keys(
+            config, task, examples, lambda: splits.train.tokens, checked.model, world
+        ),
         *notes,
         *told_files(examples, checked.teachers),
         *told_cuts(examples, splits, config.max_length, checked.inputs.max_length),
@@ -245,7 +247,7 @@ def place_teachers(
     if "partitioned" in placements and world.size > 1:
         log.say(describe_shares(teachers, placements, share_NW))
     report = log.say if world.is_main else tell_aside
-    store = on_every_rank(world, lambda: PredictionStore(folder, report))
+    store = on_every_rank(world, lambda: StoreFolder(folder, report))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
     stack.enter_context(store.hold(str(run), keys, accept_any) if world.is_main else nullcontext())

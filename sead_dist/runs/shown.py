@@ -23,7 +23,7 @@ from sead_dist.runs.checks import (
     refuse_unused_text,
     teacher_runs,
 )
-from sead_dist.runs.choices import told_choices, with_choices
+from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
 from sead_dist.runtime.distributed import World, on_every_rank
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.engine import width_of
@@ -44,7 +44,9 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     notes: list[str] = []
     task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one, notes.append))
     found, later = with_values(one, task, examples, model)
-    later += told_choices(one, task, examples, lambda: inputs.tokens(examples.train), model, world)
+    later += told_chosen_keys(
+        one, task, examples, lambda: inputs.tokens(examples.train), model, world
+    )
     if config.encoders:  # of which each has a folder, a student and a seed
         own = ("output_dir", "student", "seed", "encoders")
         found = found.model_copy(update={name: getattr(config, name) for name in own})
@@ -56,7 +58,7 @@ def with_values(
 ) -> tuple[RunConfig, list[str]]:
     """The configuration with the values that rows and student decide, and a line on each key that
     keeps its `auto`."""
-    chosen = with_choices(config, examples)
+    chosen = with_chosen_keys(config, examples)
     later: list[str] = []
     update: dict[str, Any] = {"learning_rate": learning_rate(config, width_of(model))}
     if config.taught and config.loss == "auto":
@@ -90,6 +92,8 @@ SHOWN = 160
 
 @dataclass(frozen=True)
 class ShownRow:
+    """A training row for people: what kind of row it is, its label's name, its texts."""
+
     kind: str
     label: str
     texts: str
@@ -148,6 +152,7 @@ def chosen_rows(kinds: Sequence[str], show: int) -> list[int]:
 
 
 def show_row(task: TaskSpec, examples: RunExamples, kinds: Sequence[str], index: int) -> ShownRow:
+    """The row at `index` of the training split, its texts cut to SHOWN letters."""
     train = examples.train
     first, after = index * train.choices, (index + 1) * train.choices
     texts = [train.texts_a[first], *(train.texts_b or [])[first:after]]

@@ -37,7 +37,7 @@ class PredictionStore:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.path: Path = store_folder(None if folder is None else os.fspath(folder))
-        self._store = kept.PredictionStore(self.path, tell, read_only=True)
+        self._store = kept.StoreFolder(self.path, tell, read_only=True)
 
     def contents(self) -> "pd.DataFrame":
         """A row for what is kept of one teacher, task and split: teacher (its name as given to the

@@ -32,12 +32,12 @@ SIZE |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def parse_age(text: str) -> float:
-    """ "90m", "12h", "30d" in seconds."""
+    """Seconds of an age: "90m", "12h", "30d"."""
     return _parse("--older-than", text, AGE_S, "12h or 30d")
 
 
 def parse_size(text: str, option: str = "--keep") -> int:
-    """ "500MB", "1.5GB", "80GiB" in bytes."""
+    """Bytes of a size: "500MB", "1.5GB", "80GiB"."""
     return int(_parse(option, text, SIZE, "500MB or 10GB"))
 
 
@@ -94,13 +94,14 @@ def print_table(
 
 
 def clock(seconds: float) -> str:
-    """ "41 s", "12.3 min", "3.4 h"."""
+    """A duration for people: "41 s", "12.3 min", "3.4 h"."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def counted(number: int, what: str) -> str:
+    """A number with its noun: 1 row, 2 rows."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 

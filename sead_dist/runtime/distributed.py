@@ -229,6 +229,7 @@ def refuse_lone_process() -> None:
 
 
 def leave_world(world: World) -> None:
+    """End this rank's heartbeat and its process group."""
     if world.heartbeat is not None:
         world.heartbeat.rest()
     if world.size > 1 and dist.is_initialized():
@@ -292,6 +293,7 @@ def raise_first(failures: Sequence[Exception | None]) -> None:
 
 
 def barrier(world: World) -> None:
+    """Wait until all ranks have come here."""
     if world.size > 1:
         dist.barrier(group=world.control)
 

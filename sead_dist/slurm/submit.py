@@ -104,6 +104,7 @@ def sbatch_file(launches: Mapping[str, Launch], settings: slurm.SlurmSettings, n
 
 
 def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, count: int) -> str:
+    """The sbatch file of `count` jobs, as submitit writes it. parameters: sbatch's options."""
     start = python or shlex.quote(sys.executable)
     command = f"{start} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array: dict[str, Any] = {"map_count": count} if count > 1 else {}

@@ -1,4 +1,4 @@
 """The prediction store: kept predictions of teachers.
 
-Others use `PredictionStore`, `TeacherKey`.
+Others use `StoreFolder`, `TeacherKey`.
 """

@@ -76,7 +76,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherFolder:
     """What one teacher folder holds: its sound parts, which ids of each key block they cover, and
     the width of its logits."""
 
@@ -183,7 +183,7 @@ def _compact_split(
 
 def _look_at(
     layout: Layout, folder: str, paths: list[Path], keys: dict[str, Ints], bad: list[Bad]
-) -> Teacher:
+) -> TeacherFolder:
     """What one teacher holds, checked; bad blocks go to quarantine/.
 
     The rows of a compacted block that is the only one are left alone.
@@ -206,10 +206,12 @@ def _look_at(
         classes = block.logits.values_MC.shape[1]
         block.covers.add_to(masks.setdefault(block.keys, np.zeros(block.covers.num_keys, bool)))
         parts.append(Part.of(block))
-    return Teacher(folder, parts, masks, classes)
+    return TeacherFolder(folder, parts, masks, classes)
 
 
-def choose_keys(layout: Layout, keys: dict[str, Ints], teachers: Sequence[Teacher]) -> list[str]:
+def choose_keys(
+    layout: Layout, keys: dict[str, Ints], teachers: Sequence[TeacherFolder]
+) -> list[str]:
     """The hash of the key block for each teacher, [T]; new ones are written and put into `keys`.
 
     Raises RunError.
@@ -234,7 +236,7 @@ def _count(keys: Mapping[str, Ints], masks: Mapping[str, Bools]) -> int:
     return sum(len(piece) for piece in union([(keys[key], mask) for key, mask in masks.items()]))
 
 
-def _own_keys(layout: Layout, keys: dict[str, Ints], teacher: Teacher) -> str:
+def _own_keys(layout: Layout, keys: dict[str, Ints], teacher: TeacherFolder) -> str:
     """The smallest key block of a teacher that has every id it holds, else one of just those."""
     if len(teacher.masks) == 1:
         return next(iter(teacher.masks))
@@ -253,7 +255,7 @@ def _write_union(layout: Layout, keys: dict[str, Ints], masks: Mapping[str, Bool
 
 
 def merge(
-    layout: Layout, teacher: Teacher, key_hash: str, keys: Mapping[str, Ints]
+    layout: Layout, teacher: TeacherFolder, key_hash: str, keys: Mapping[str, Ints]
 ) -> tuple[Path, int]:
     """One block of the rows of all parts (the first part that has a row wins), on the ids of
     `key_hash`: its path, and how many rows were stored twice with other bits.

@@ -192,15 +192,18 @@ def _check_format(layout: Layout) -> int:
 
 
 def unique_name(stem: str) -> str:
+    """A name that no other process makes."""
     return f"{stem}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
 
 
 def explain(root: Path, name: str, error: OSError) -> str:
+    """The line that says that the store cannot be written, why, and what to do."""
     remedy = REMEDIES.get(error.errno or 0, "see to that folder or name another store=")
     return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
 
 
 def unreadable(path: Path, error: OSError) -> RunError:
+    """The error of a file in the store that cannot be read."""
     return RunError(
         f"the prediction store cannot read {path} ({error.strerror}); fix that or name another "
         "store="

@@ -126,6 +126,7 @@ def pack(mask_K: Bools) -> npt.NDArray[np.uint64]:
 
 
 def unpack(words: npt.NDArray[np.uint64], num_keys: int) -> Bools:
+    """mask_K of `pack`, with `num_keys` values."""
     bits = np.unpackbits(words.view(np.uint8), count=num_keys, bitorder="little")
     return bits.view(np.bool_)
 
@@ -196,6 +197,7 @@ def chunk_rows(classes: int) -> int:
 
 
 def chunk_sum(values_MC: Floats) -> int:
+    """The checksum (XXH3, 64 bits) of the bytes of a chunk."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(values_MC).data)
 
 

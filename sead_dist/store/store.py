@@ -75,7 +75,7 @@ class IdSet:
     hash: str
 
 
-class PredictionStore:
+class StoreFolder:
     """The store in `folder`, made where missing; `report` receives one-line notices.
 
     read_only: the store has to be there, and nothing in it is changed: bad blocks stay where they
@@ -168,7 +168,7 @@ class PredictionStore:
 
 
 class Table:
-    """Predictions of one teacher on the U examples of one set; made by `PredictionStore.table`.
+    """Predictions of one teacher on the U examples of one set; made by `StoreFolder.table`.
 
     present_U: which are stored (read it, do not write it); classes_read: the numerics classes that
     rows were read from. Use from several threads is safe.
@@ -176,7 +176,7 @@ class Table:
 
     def __init__(
         self,
-        store: PredictionStore,
+        store: StoreFolder,
         key: TeacherKey,
         ids: IdSet,
         task: str,

@@ -57,6 +57,7 @@ def digest(*parts: str | npt.NDArray[Any]) -> str:
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """An array's bytes in order; a copy only where they are not in one piece."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sead_dist.errors import reading
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runtime.run_log import is_finished, read_json
-from sead_dist.sweep.grid import Plan
+from sead_dist.sweep.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Taught:
     whole: bool = True
 
 
-def read_taught(plan: Plan, task: str, split: str, metric: str) -> list[Taught]:
+def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
     """Of all finished students of a task that had teachers. Raises UserError for a run without a
     readable scores.json."""
     found = []
-    for unit in plan.students(task):
+    for unit in grid.students(task):
         if not unit.config.taught or not is_finished(unit.folder):
             continue
         path = unit.folder / "scores.json"
@@ -115,6 +115,7 @@ def shares(
 
 
 def comparable(of: Taught) -> bool:
+    """Whether a run has an ensemble's score, on all rows that the student is scored on."""
     return of.whole and of.ensemble is not None
 
 

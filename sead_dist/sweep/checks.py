@@ -21,70 +21,70 @@ from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.results import TaskData
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
 from sead_dist.training.identity import refuse_other
 
 
-def check_plan(plan: Plan, world: World) -> tuple[Plan, dict[str, TaskData]]:
-    """What can be told of all runs before the first: the plan with its steps fixed, and each task's
+def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
+    """What can be told of all runs before the first: the grid with its steps fixed, and each task's
     data.
 
     Raises UserError for the first mistake.
     """
-    check_jobs(plan, world)
-    check_runs(plan)
-    for unit in plan.units:
+    check_jobs(grid, world)
+    check_runs(grid)
+    for unit in grid.units:
         check_tracker(unit.config.report_to)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
-    return settle(plan, [name for name in plan.tasks if plan.students(name)])
+    return settle(grid, [name for name in grid.tasks if grid.students(name)])
 
 
-def check_jobs(plan: Plan, world: World) -> None:
+def check_jobs(grid: Grid, world: World) -> None:
     """Raises UserError where several runs at once would share what one of them needs alone."""
-    if plan.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
+    if grid.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
         what = f"{world.size} ranks" if world.size > 1 else "a GPU"
         raise UserError(
-            f"jobs={plan.jobs} divides the threads of one process without a GPU, and here is "
+            f"jobs={grid.jobs} divides the threads of one process without a GPU, and here is "
             f"{what}; leave jobs out (the same line, started several times, shares the runs too)"
         )
 
 
-def settle(plan: Plan, tasks: Iterable[str]) -> tuple[Plan, dict[str, TaskData]]:
-    """The plan with its steps fixed, and the data of these tasks, which are read.
+def settle(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
+    """The grid with its steps fixed, and the data of these tasks, which are read.
 
     Raises UserError where the data are wrong, or the folders hold other runs.
     """
-    data = {name: read_task(plan, name) for name in tasks}
-    plan = fix_steps(plan, data)
-    for unit in plan.units:
-        refuse_other_unit(plan, unit)
+    data = {name: read_task(grid, name) for name in tasks}
+    grid = fix_steps(grid, data)
+    for unit in grid.units:
+        refuse_other_unit(grid, unit)
     for name, of in data.items():
-        refuse_other_data(plan, name, of)
-    return plan, data
+        refuse_other_data(grid, name, of)
+    return grid, data
 
 
-def check_runs(plan: Plan) -> None:
+def check_runs(grid: Grid) -> None:
     """Inputs of all runs. Raises UserError for a mistake."""
-    check_folder(plan.output)
-    starts = {repr(unit.config.student): unit.config for unit in plan.units if not unit.needs}
+    check_folder(grid.output)
+    starts = {repr(unit.config.student): unit.config for unit in grid.units if not unit.needs}
     for config in starts.values():
         start = config.student
         # else it takes the tokeniser of a teacher, which is looked at below
         if start.path is not None or start.tokenizer is not None or not config.teachers:
             check_start(start, config.trust_remote_code)
-    for name, task in plan.tasks.items():
-        students = plan.students(name)
+    for name, task in grid.tasks.items():
+        students = grid.students(name)
         for unit in students:
             if unit.config.taught:
                 check_method(unit.config, task.task_kind)
-        teachers = [unit for unit in plan.units if (unit.task, unit.method) == (name, TEACHERS)]
+        teachers = [unit for unit in grid.units if (unit.task, unit.method) == (name, TEACHERS)]
         with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
         # the others ask for nothing else
-        own = {arm.name for arm in plan.arms if arm.keys}
+        own = {arm.name for arm in grid.arms if arm.keys}
         with_keys = {unit.method: unit for unit in students if unit.method in own}
         for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
             check_inputs(with_made_teachers(unit.config, teachers))
@@ -114,20 +114,20 @@ def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def read_task(plan: Plan, name: str) -> TaskData:
+def read_task(grid: Grid, name: str) -> TaskData:
     """Raises UserError where the data are wrong."""
-    task, students = plan.tasks[name], [unit.config for unit in plan.students(name)]
+    task, students = grid.tasks[name], [unit.config for unit in grid.students(name)]
     # most rows first; the column that names each row's teacher is not there for all methods
     students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
-    check_tokens(examples, start_tokenizers(plan, name))
+    check_tokens(examples, start_tokenizers(grid, name))
     dev = next(iter(examples.official.values()))
     if not dev.has_gold:
         raise UserError(
             f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
             "teachers says nothing of methods against each other; give it gold labels"
         )
-    untaught = [u.method for u in plan.units if u.task == name and not u.config.taught]
+    untaught = [u.method for u in grid.units if u.task == name and not u.config.taught]
     if untaught and not examples.labelled_rows:
         raise UserError(
             f"train of {name} has no gold labels, and {untaught[0]} asks no teacher, so it has "
@@ -153,12 +153,12 @@ def rows_key(config: RunConfig) -> str:
     return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))
 
 
-def refuse_other_unit(plan: Plan, unit: Unit) -> None:
+def refuse_other_unit(grid: Grid, unit: Unit) -> None:
     """Raises UserError where its folder holds a run of other keys."""
     try:
         refuse_other_keys(unit.config)
     except UserError as error:
-        own = plan.lengthened.get((unit.task, unit.method))
+        own = grid.lengthened.get((unit.task, unit.method))
         if own is None or "max_steps" not in str(error):
             raise
         raise UserError(
@@ -167,11 +167,11 @@ def refuse_other_unit(plan: Plan, unit: Unit) -> None:
         ) from None
 
 
-def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
+def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
     """Raises UserError where the data are others than those of runs that are there, or the teachers
     others than those of a run that is done."""
     known = data.fingerprints
-    for unit in plan.units:
+    for unit in grid.units:
         # earlier versions gave unlabelled text to the teachers' fine-tuning as well
         counts = unit.method != TEACHERS or data.unlabelled_rows > 0
         saved = refuse_other_keys(unit.config) if unit.task == name and counts else None
@@ -182,20 +182,20 @@ def refuse_other_data(plan: Plan, name: str, data: TaskData) -> None:
             examples = load_examples(unit.config, data.task, lambda _line: None)
             known[key] = examples.fingerprint(data.task)
         refuse_other(unit.folder, saved, replace(saved, data=known[key]))
-        if unit.config.taught and not plan.own_teachers and is_finished(unit.folder):
+        if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):
             refuse_other_teachers(unit.config)
 
 
-def start_tokenizers(plan: Plan, task: str) -> dict[str, PreTrainedTokenizerBase]:
+def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase]:
     """What a task's runs read texts with: made teachers read as their encoders do."""
     sources: dict[str, TeacherConfig] = {}
-    for unit in [unit for unit in plan.units if unit.task == task]:
+    for unit in [unit for unit in grid.units if unit.task == task]:
         start = unit.config.student.tokenizer or unit.config.student.path
-        given = [] if plan.own_teachers or not unit.config.taught else unit.config.teachers
+        given = [] if grid.own_teachers or not unit.config.taught else unit.config.teachers
         given = [entry for entry in given if entry.is_model]
         for entry in (*([TeacherConfig(path=start)] if start else []), *given):
             sources.setdefault(entry.path, entry)
-    trust = plan.units[0].config.trust_remote_code
+    trust = grid.units[0].config.trust_remote_code
     return {
         path: load_tokenizer(locate(path, entry.revision, marks=TOKENIZER_FILES), trust)
         for path, entry in sources.items()
@@ -208,18 +208,18 @@ def steps_of(config: RunConfig, data: TaskData) -> int:
     return run_steps(config, data.train_rows, rows_asked(config, data.train_rows, unlabelled))
 
 
-def needs_rows(plan: Plan, task: str) -> bool:
+def needs_rows(grid: Grid, task: str) -> bool:
     """Whether the data must be read to say how many steps the runs of a task take."""
-    students = [unit.config for unit in plan.students(task)]
+    students = [unit.config for unit in grid.students(task)]
     left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
     unlike = len({config.taught for config in students}) > 1
-    return plan.equal_steps and left and (unlike or any(map(may_leave_text_out, students)))
+    return grid.equal_steps and left and (unlike or any(map(may_leave_text_out, students)))
 
 
-def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
-    """The plan with as many steps for all students of a task as the longest has, where equal_steps
+def fix_steps(grid: Grid, data: Mapping[str, TaskData]) -> Grid:
+    """The grid with as many steps for all students of a task as the longest has, where equal_steps
     asks for it: only then is their comparison fair. Tasks that `data` lacks stay as they are. A
-    function of plan and data alone, so that all workers of a sweep find the same.
+    function of grid and data alone, so that all workers of a sweep find the same.
 
     Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
     those that ask teachers take more steps, the more so with unlabelled text. The run with the most
@@ -227,15 +227,15 @@ def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
     often. Steps are counted with text that files of predictions do not answer, which their run
     leaves out. So runs with files get as many steps as max_steps too.
     """
-    if not plan.equal_steps:
-        return plan
+    if not grid.equal_steps:
+        return grid
     units, lengthened = [], {}
     longest = {
-        name: max(steps_of(unit.config, of) for unit in plan.students(name))
+        name: max(steps_of(unit.config, of) for unit in grid.students(name))
         for name, of in data.items()
     }
-    for unit in plan.units:
-        if unit.task in longest and unit.method in plan.methods:
+    for unit in grid.units:
+        if unit.task in longest and unit.method in grid.methods:
             own, most = steps_of(unit.config, data[unit.task]), longest[unit.task]
             if own < most:
                 lengthened[unit.task, unit.method] = own
@@ -243,7 +243,7 @@ def fix_steps(plan: Plan, data: Mapping[str, TaskData]) -> Plan:
                 config = unit.config.model_copy(update={"max_steps": most})
                 unit = replace(unit, config=config)
         units.append(unit)
-    return replace(plan, units=units, lengthened=lengthened)
+    return replace(grid, units=units, lengthened=lengthened)
 
 
 def may_leave_text_out(config: RunConfig) -> bool:
@@ -253,9 +253,9 @@ def may_leave_text_out(config: RunConfig) -> bool:
     return left and config.taught and bool(files)
 
 
-def told_steps(plan: Plan, name: str, data: TaskData) -> str:
+def told_steps(grid: Grid, name: str, data: TaskData) -> str:
     """A line on the rows and the steps of a task's students."""
-    configs = {unit.method: unit.config for unit in plan.students(name)}
+    configs = {unit.method: unit.config for unit in grid.students(name)}
     steps = {method: steps_of(config, data) for method, config in configs.items()}
     most = {
         method: f"{'at most ' if config.early_stopping_patience is not None else ''}{steps[method]}"
@@ -267,6 +267,6 @@ def told_steps(plan: Plan, name: str, data: TaskData) -> str:
     if len(set(steps.values())) > 1:
         each = ", ".join(f"{method} {count}" for method, count in most.items())
         return f"{rows}; steps: {each} (equal_steps=off)"
-    more = [f"{method} {of}" for (task, method), of in plan.lengthened.items() if task == name]
+    more = [f"{method} {of}" for (task, method), of in grid.lengthened.items() if task == name]
     own = f" (equal_steps=on; by their own rows: {', '.join(more)})" if more else ""
     return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"

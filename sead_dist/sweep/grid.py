@@ -74,7 +74,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
     applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
     methods of a task are to take as many steps; methods: the names of the arms, one of which may be
@@ -110,7 +110,7 @@ def is_sweep(words: Sequence[str]) -> bool:
     return any(key in layer for layer in read_layers(words) for key in SweepConfig.model_fields)
 
 
-def make_plan(words: Sequence[str]) -> Plan:
+def make_grid(words: Sequence[str]) -> Grid:
     """The runs that these words stand for. Only configurations are read.
 
     Raises UserError for whatever is wrong with them, in any of the runs.
@@ -167,7 +167,7 @@ def make_plan(words: Sequence[str]) -> Plan:
             else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
         )
     refuse_useless(texts, students)
-    return Plan(
+    return Grid(
         outputs.pop(),
         tuple(words),
         {task.name: task for task in tasks},

@@ -247,6 +247,7 @@ def gaps(report: Mapping[str, Any]) -> list[MethodGap]:
 
 
 def ran(cell: Mapping[str, Any]) -> list[bool]:
+    """For each seed whether there is a score."""
     return [score is not None for score in cell["scores"]]
 
 
@@ -307,6 +308,7 @@ def plot_panel(axes: "Axes", at: Sequence[tuple[int, MethodGap]]) -> None:
 
 
 def in_words(found: Sequence[MethodGap], name: str) -> str:
+    """What the picture of differences shows, as sentences."""
     single = [gap for gap in found if gap.task != ALL_TASKS]
     number = counted(len(single), "difference")
     better = sum(gap.colour == BLUE for gap in single)

@@ -77,11 +77,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def title(report: Mapping[str, Any]) -> str:
+    """The report's heading."""
     mark = " (selected on dev)" if report["selected_on_dev"] else ""
     return f"Sweep: {report['title']}{mark}"
 
 
 def ran(report: Mapping[str, Any]) -> str:
+    """Seeds, ranks, device and versions, as a sentence."""
     made = report["made_with"]
     names = [f"{name} {made[name]}" for name in ("sead_dist", "torch", "transformers")]
     seeds = ", ".join(map(str, report["seeds"]))
@@ -103,6 +105,7 @@ def scores(report: Mapping[str, Any], mark: str, metric: bool = False) -> list[l
 
 
 def score(cell: Mapping[str, Any] | None, mark: str) -> str:
+    """A cell of the table: mean ± spread over seeds, and the mark where it is beyond chance."""
     if cell is None or cell["mean"] is None:
         return "-"
     spread = "" if cell["spread"] is None else f" ± {cell['spread']:.4f}"
@@ -110,6 +113,7 @@ def score(cell: Mapping[str, Any] | None, mark: str) -> str:
 
 
 def over_tasks(mean: Mapping[str, Any], mark: str) -> str:
+    """A cell of the table's last row: the mean over tasks."""
     if mean["score"] is None:
         return "-"
     return f"{mean['score']:.4f}{mark if mean['beyond_chance'] else ''}"
@@ -172,6 +176,7 @@ def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def how_to_read(report: Mapping[str, Any]) -> str:
+    """What the table's figures and marks say."""
     if len(report["seeds"]) < 2:
         return " ".join(
             [
@@ -218,6 +223,7 @@ def gap_shares(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def told_share(share: float | None) -> str:
+    """A share of a gap as a percentage."""
     return "no gap" if share is None else f"{share:.0%}"
 
 

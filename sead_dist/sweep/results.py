@@ -33,7 +33,7 @@ from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
 from sead_dist.sweep.arms import method_name
 from sead_dist.sweep.ceilings import ceilings, read_taught, shares
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 
 
@@ -75,10 +75,10 @@ class Runs:
     resampled_SR: Floats | None
 
 
-def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
+def read_runs(grid: Grid, data: TaskData, method: str) -> Runs:
     """Raises UserError for a run directory whose files are missing or are of other data."""
     task, split = data.task.name, data.dev.split
-    units = [unit for unit in plan.students(task, method) if is_finished(unit.folder)]
+    units = [unit for unit in grid.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
     keys = dict[str, Any]
     summaries = {
@@ -93,6 +93,8 @@ def read_runs(plan: Plan, data: TaskData, method: str) -> Runs:
 
 
 def score_in(run: Path, split: str, metric: str) -> float:
+    """The student's score in a finished run's scores.json. Raises UserError for one that is
+    damaged."""
     path = run / "scores.json"
     with reading(path, "restore it, or train this run again"):
         return float(read_json(path)["splits"][split]["student"][metric])
@@ -158,6 +160,7 @@ def cell(
 
 
 def described(difference: Difference | None) -> dict[str, Any]:
+    """A difference as the report holds it; None for each value where there is none."""
     if difference is None:
         return {"difference": None, "interval": None, "beyond_chance": None}
     return {
@@ -194,10 +197,10 @@ def mean_over_tasks(
     }
 
 
-def remarks(plan: Plan, tasks: Collection[str]) -> list[dict[str, Any]]:
+def remarks(grid: Grid, tasks: Collection[str]) -> list[dict[str, Any]]:
     """What the finished students' cards warn of, each remark once with the seeds that have it."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
-    for unit in plan.units:
+    for unit in grid.units:
         if unit.task in tasks and unit.method != TEACHERS and is_finished(unit.folder):
             path = unit.folder / "scores.json"
             with reading(path, "restore it, or train this run again"):
@@ -215,23 +218,24 @@ def without_figures(line: str) -> str:
     return re.sub(r": [a-z0-9_]+ [-+]?\d.*", "", line)
 
 
-def failures(plan: Plan) -> list[dict[str, Any]]:
+def failures(grid: Grid) -> list[dict[str, Any]]:
     """The runs that failed when they were last tried."""
     return [
         {**place(unit), "reason": redact(str(read_as(dict[str, Any], unit.failure).get("reason")))}
-        for unit in plan.units
+        for unit in grid.units
         if unit.failure.is_file() and not is_finished(unit.folder)
     ]
 
 
 def place(unit: Unit) -> dict[str, Any]:
+    """Which run it is: task, method, seed."""
     return {"task": unit.task, "method": unit.method, "seed": unit.config.seed}
 
 
-def missing(plan: Plan, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def missing(grid: Grid, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The places of the students that are neither finished nor failed."""
     excused = [{key: of[key] for key in ("task", "method", "seed")} for of in failed]
-    students = [unit for unit in plan.units if unit.method != TEACHERS]
+    students = [unit for unit in grid.units if unit.method != TEACHERS]
     return [
         place(unit)
         for unit in students
@@ -239,52 +243,52 @@ def missing(plan: Plan, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     ]
 
 
-def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
+def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
     """All that report.json holds; scores are fractions. data: of each task that has students.
 
     Raises UserError for a finished run whose files are missing or are of other data.
     """
     cells: list[dict[str, Any]] = []
-    differences: dict[str, dict[str, Difference]] = {method: {} for method in plan.methods}
+    differences: dict[str, dict[str, Difference]] = {method: {} for method in grid.methods}
     ranks = 0
     for task, of in data.items():
         runs = {
-            method: read_runs(plan, of, method)
-            for method in plan.methods
-            if (task, method) not in plan.unfit
+            method: read_runs(grid, of, method)
+            for method in grid.methods
+            if (task, method) not in grid.unfit
         }
         for method, found in runs.items():
             difference = None
-            if plan.reference in runs and method != plan.reference:
-                difference = versus(found, runs[plan.reference], int(units_of(of.dev).max()) + 1)
+            if grid.reference in runs and method != grid.reference:
+                difference = versus(found, runs[grid.reference], int(units_of(of.dev).max()) + 1)
             if difference is not None:
                 differences[method][task] = difference
-            own_steps = plan.lengthened.get((task, method))
-            cells.append(cell(found, difference, plan.seeds, own_steps))
+            own_steps = grid.lengthened.get((task, method))
+            cells.append(cell(found, difference, grid.seeds, own_steps))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
     add_holm(cells, differences)
     shared = shared_tasks(cells)
     taught = [
         found
         for task, of in data.items()
-        for found in read_taught(plan, task, of.dev.split, of.metric)
+        for found in read_taught(grid, task, of.dev.split, of.metric)
     ]
-    failed = failures(plan)
+    failed = failures(grid)
     return {
-        "title": f"{counted(len(data), 'task')}, {counted(len(plan.methods), 'method')}, "
-        f"{counted(len(plan.seeds), 'seed')}",
-        "command": ["sead-dist", "sweep", *(redact(word) for word in plan.words)],
+        "title": f"{counted(len(data), 'task')}, {counted(len(grid.methods), 'method')}, "
+        f"{counted(len(grid.seeds), 'seed')}",
+        "command": ["sead-dist", "sweep", *(redact(word) for word in grid.words)],
         "made_with": {**versions(), "device": device},
         "ranks": ranks,
-        "seeds": plan.seeds,
-        "methods": plan.methods,
-        "reference": plan.reference,
+        "seeds": grid.seeds,
+        "methods": grid.methods,
+        "reference": grid.reference,
         "arms": [
             {"name": arm.name, "method": method_name(arm.method), "keys": redact(arm.keys)}
-            for arm in plan.arms
+            for arm in grid.arms
         ],
-        "equal_steps": plan.equal_steps,
-        "selected_on_dev": any(unit.config.selection.split == "dev" for unit in plan.units),
+        "equal_steps": grid.equal_steps,
+        "selected_on_dev": any(unit.config.selection.split == "dev" for unit in grid.units),
         "tasks": [
             {
                 "name": task,
@@ -298,20 +302,20 @@ def scores_of(plan: Plan, data: Mapping[str, TaskData], device: str) -> dict[str
         ],
         "cells": cells,
         "mean_tasks": shared,
-        "means": [mean_over_tasks(name, cells, differences[name], shared) for name in plan.methods],
+        "means": [mean_over_tasks(name, cells, differences[name], shared) for name in grid.methods],
         "ceilings": ceilings(taught),
-        "shares": shares(taught, cells, plan.seeds),
+        "shares": shares(taught, cells, grid.seeds),
         "published": [
             {"task": of.task, "who": of.who, "metric": of.metric, "score": of.score, "note": NOTE}
             for of in FIGURES
             if of.task in data
         ],
-        "remarks": remarks(plan, data),
+        "remarks": remarks(grid, data),
         "failed": failed,
-        "missing": missing(plan, failed),
+        "missing": missing(grid, failed),
         "not_applicable": [
             {"task": task, "method": method, "reason": reason}
-            for (task, method), reason in plan.unfit.items()
+            for (task, method), reason in grid.unfit.items()
         ],
     }
 
@@ -327,5 +331,6 @@ def add_holm(
 
 
 def versions() -> dict[str, str | None]:
+    """The versions that a report names."""
     found = environment()["versions"]
     return {name: found.get(name) for name in ("sead_dist", "torch", "transformers")}

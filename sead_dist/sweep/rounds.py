@@ -15,7 +15,7 @@ from typing import Any
 
 from sead_dist.runs.claim import open_lock, takes, try_lock
 from sead_dist.runtime.run_log import is_finished, read_as, tell
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit
+from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 
 
 def lock_of(unit: Unit) -> Path:
@@ -43,20 +43,21 @@ def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
 
 
 def has_model(run: Path) -> bool:
+    """Whether a run has left a model."""
     return (run / "model").is_dir()
 
 
-def is_done(plan: Plan, unit: Unit) -> bool:
+def is_done(grid: Grid, unit: Unit) -> bool:
     """Whether nothing is left to do for a run. A teacher that has students to teach is done only
     with its model."""
     if not is_finished(unit.folder):
         return False
-    return unit.method != TEACHERS or has_model(unit.folder) or _all_taught(plan, unit.task)
+    return unit.method != TEACHERS or has_model(unit.folder) or _all_taught(grid, unit.task)
 
 
-def is_ready(plan: Plan, unit: Unit) -> bool:
+def is_ready(grid: Grid, unit: Unit) -> bool:
     """Whether what a run needs is there: its teachers, with their models where it asks them."""
-    made = plan.own_teachers and unit.config.taught
+    made = grid.own_teachers and unit.config.taught
     return all(is_finished(need) and (has_model(need) or not made) for need in unit.needs)
 
 
@@ -69,47 +70,47 @@ def remove(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _all_taught(plan: Plan, task: str) -> bool:
-    """Whether all students of the task are finished: those of the plan, and those that another
+def _all_taught(grid: Grid, task: str) -> bool:
+    """Whether all students of the task are finished: those of the grid, and those that another
     command has begun in this folder."""
-    own = [student.folder for student in plan.students(task)]
+    own = [student.folder for student in grid.students(task)]
     begun = [run.parent for folder in own for run in folder.parent.parent.glob("*/seed-*/run.json")]
     return all(is_finished(folder) for folder in {*own, *begun})
 
 
-def tidy(plan: Plan, unit: Unit) -> None:
+def tidy(grid: Grid, unit: Unit) -> None:
     """Where models are not kept, remove that of a student that is finished; those of the teachers
     go with their task's last student."""
-    if plan.keep_models or unit.method == TEACHERS:
+    if grid.keep_models or unit.method == TEACHERS:
         return
     remove(unit.folder / "model")
-    if plan.own_teachers and _all_taught(plan, unit.task):
+    if grid.own_teachers and _all_taught(grid, unit.task):
         for teacher in unit.needs:
             remove(teacher / "model")
 
 
-def clear_lost(plan: Plan, unit: Unit) -> None:
+def clear_lost(grid: Grid, unit: Unit) -> None:
     """Where a teacher is to be made again, because its model is gone, forget its old run, and what
     unfinished students learnt of it: the new one may differ in its last bits, or be another."""
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
     tell(f"{unit.title}: its model is gone, so it is made again")
     remove(unit.folder)
-    for student in plan.students(unit.task):
+    for student in grid.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
             with try_lock(lock_of(student)) as taken:  # another process may be at it
                 if taken:
                     remove(student.folder)
 
 
-def undo_others(plan: Plan, unit: Unit) -> list[Unit]:
+def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
     """The finished runs of this run's round that had other teachers than this one, which was just
     finished. Their folders are removed: they are done again."""
     own = taught_by(unit.folder)
-    if not plan.own_teachers or own is None:
+    if not grid.own_teachers or own is None:
         return []
     undone = []
-    for other in plan.units:
+    for other in grid.units:
         if other.round != unit.round or other is unit or not is_finished(other.folder):
             continue
         if taught_by(other.folder) not in (None, own):

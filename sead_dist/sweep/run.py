@@ -25,8 +25,8 @@ from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
 from sead_dist.runtime.run_log import is_finished, read_as, tell, tell_table, write_json
-from sead_dist.sweep.checks import check_plan, told_steps
-from sead_dist.sweep.grid import TEACHERS, Plan, Unit, make_plan
+from sead_dist.sweep.checks import check_grid, told_steps
+from sead_dist.sweep.grid import TEACHERS, Grid, Unit, make_grid
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import scores, title, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
@@ -52,11 +52,11 @@ def run_sweep(words: Sequence[str], world: World) -> None:
     A run that fails is written down and the others go on. Raises UserError for mistakes, before any
     run starts, and RunError at the end where runs have failed.
     """
-    asked = make_plan(words)
+    asked = make_grid(words)
     data: dict[str, TaskData] = {}
 
-    def check() -> Plan:
-        fixed, found = check_plan(asked, world)
+    def check() -> Grid:
+        fixed, found = check_grid(asked, world)
         data.update(found)
         for name, of in found.items():
             tell(told_steps(fixed, name, of))
@@ -65,34 +65,34 @@ def run_sweep(words: Sequence[str], world: World) -> None:
             keep_encoders(fixed.output, [path for path in made if path is not None])
         return fixed
 
-    plan = from_main(world, check)
+    grid = from_main(world, check)
     stop = StopFlag()
     try:
         with stop.listening():
-            came_to_end = work(plan, world, stop) if plan.jobs == 1 else run_jobs(plan, stop)
+            came_to_end = work(grid, world, stop) if grid.jobs == 1 else run_jobs(grid, stop)
     except BaseException:
         if world.is_main:
             # what is there can be seen; what ended it is told
             with suppress(UserError, OSError):
-                report(plan, data, world.device)
+                report(grid, data, world.device)
         raise
-    from_main(world, lambda: report(plan, data, world.device))
-    from_main(world, lambda: tell_end(plan, came_to_end))
+    from_main(world, lambda: report(grid, data, world.device))
+    from_main(world, lambda: tell_end(grid, came_to_end))
 
 
 def run_worker(words: Sequence[str], world: World) -> None:
     """One of the processes that `jobs` starts: it takes part in the runs, and leaves the report to
     the one that started it."""
-    plan, _ = check_plan(make_plan(words), world)
+    grid, _ = check_grid(make_grid(words), world)
     stop = StopFlag()
     with stop.listening():
-        work(plan, world, stop)
+        work(grid, world, stop)
 
 
-def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
+def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
     """Write OUTPUT/report; one worker at a time."""
-    folder = plan.output / "report"
-    found = scores_of(plan, data, device_model(device))
+    folder = grid.output / "report"
+    found = scores_of(grid, data, device_model(device))
     with ExitStack() as stack:
         while not stack.enter_context(try_lock(folder / ".lock")):
             time.sleep(POLL_S / 10)
@@ -101,16 +101,16 @@ def report(plan: Plan, data: dict[str, TaskData], device: torch.device) -> None:
     tell_table(title(found), ["task", *found["methods"]], scores(found, "*"))
 
 
-def tell_end(plan: Plan, came_to_end: bool) -> None:
+def tell_end(grid: Grid, came_to_end: bool) -> None:
     """Say how it ended. Raises RunError where runs have failed."""
-    done = sum(is_finished(unit.folder) for unit in plan.units)
-    of_all = f"{done} of {len(plan.units)} runs are done; report: {plan.output / 'report'}"
-    failed = failures(plan)
+    done = sum(is_finished(unit.folder) for unit in grid.units)
+    of_all = f"{done} of {len(grid.units)} runs are done; report: {grid.output / 'report'}"
+    failed = failures(grid)
     if failed:
         named = ", ".join(f"{of['task']} {of['method']} seed {of['seed']}" for of in failed[:4])
         more = ", ..." if len(failed) > 4 else ""
         raise RunError(
-            f"{len(failed)} of {len(plan.units)} runs failed: {named}{more}; the first because: "
+            f"{len(failed)} of {len(grid.units)} runs failed: {named}{more}; the first because: "
             f"{failed[0]['reason']}; fix it and give the same command again. {of_all}"
         )
     if came_to_end:
@@ -135,15 +135,15 @@ class Memory:
     beside: int = 0
 
 
-def work(plan: Plan, world: World, stop: StopFlag) -> bool:
+def work(grid: Grid, world: World, stop: StopFlag) -> bool:
     """Run what is open until nothing is; False when it was asked to stop before."""
-    memory = from_main(world, lambda: Memory(failure_times(plan)))
+    memory = from_main(world, lambda: Memory(failure_times(grid)))
     with memory.joined:
         while not stop.agreed(world):
             with ExitStack() as held:
-                index, waiting = from_main(world, lambda: choose(plan, memory, held))
+                index, waiting = from_main(world, lambda: choose(grid, memory, held))
                 if index is not None:
-                    run_unit(plan, index, memory, world, stop)
+                    run_unit(grid, index, memory, world, stop)
                 elif not waiting:
                     return True
                 else:
@@ -159,12 +159,13 @@ def failed_at(unit: Unit) -> int | None:
         return None
 
 
-def failure_times(plan: Plan) -> dict[Path, int]:
-    times = {unit.failure: failed_at(unit) for unit in plan.units}
+def failure_times(grid: Grid) -> dict[Path, int]:
+    """When each failure that is written down was, in ns, by its file."""
+    times = {unit.failure: failed_at(unit) for unit in grid.units}
     return {file: at for file, at in times.items() if at is not None}
 
 
-def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
+def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
     """(the next run, whose lock is `held` from now on, or None; how many others have in hand).
 
     Runs that failed before come last, so that those behind them get their turn; before that the
@@ -173,22 +174,22 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
     # a file that was not there, or is newer, is the failure of a worker beside this one
     memory.failed |= {
         n
-        for n, unit in enumerate(plan.units)
+        for n, unit in enumerate(grid.units)
         if (at := failed_at(unit)) is not None and memory.before.get(unit.failure) != at
     }
-    failed = {plan.units[n].folder for n in memory.failed}
+    failed = {grid.units[n].folder for n in memory.failed}
     waiting = memory.beside = 0
-    for n in sorted(range(len(plan.units)), key=lambda n: rank_of(plan.units[n], memory)):
-        unit = plan.units[n]
+    for n in sorted(range(len(grid.units)), key=lambda n: rank_of(grid.units[n], memory)):
+        unit = grid.units[n]
         if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
             continue
-        if is_done(plan, unit):
+        if is_done(grid, unit):
             # perhaps by another command in the same folder
             refuse_other_keys(unit.config)
             memory.done.add(n)
-        elif not is_ready(plan, unit):
+        elif not is_ready(grid, unit):
             waiting += 1
-        elif take(plan, unit, memory, held):
+        elif take(grid, unit, memory, held):
             return n, waiting
         else:
             waiting += 1
@@ -200,15 +201,16 @@ def choose(plan: Plan, memory: Memory, held: ExitStack) -> tuple[int | None, int
 
 
 def rank_of(unit: Unit, memory: Memory) -> tuple[bool, bool]:
+    """What a worker sorts runs by: those that failed before last, its own round's first."""
     return unit.failure in memory.before, unit.round not in (None, memory.round)
 
 
-def take(plan: Plan, unit: Unit, memory: Memory, held: ExitStack) -> bool:
+def take(grid: Grid, unit: Unit, memory: Memory, held: ExitStack) -> bool:
     """Whether the run is this worker's now: its lock is `held`, and its round joined."""
     lock, share = ExitStack(), ExitStack()
     own = unit.round in (None, memory.round) or share.enter_context(try_join(unit))
     # it may have been finished just before
-    if own and lock.enter_context(try_lock(lock_of(unit))) and not is_done(plan, unit):
+    if own and lock.enter_context(try_lock(lock_of(unit))) and not is_done(grid, unit):
         held.push(lock)
         if unit.round not in (None, memory.round):
             memory.joined.close()
@@ -220,18 +222,18 @@ def take(plan: Plan, unit: Unit, memory: Memory, held: ExitStack) -> bool:
     return False
 
 
-def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
+def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
     """Run it; where it fails, write down why.
 
     Raises again what is not a mistake of a person, in a world of several ranks whatever was not
     found before the run began: there the ranks may no longer agree on what comes next.
     """
-    unit = plan.units[index]
+    unit = grid.units[index]
     if world.is_main:
-        left = time_left(plan, 1 + memory.beside)
-        tell(f"\nrun {index + 1} of {len(plan.units)}: {unit.title} ({left})")
+        left = time_left(grid, 1 + memory.beside)
+        tell(f"\nrun {index + 1} of {len(grid.units)}: {unit.title} ({left})")
         memory.said = unit.title
-        clear_lost(plan, unit)
+        clear_lost(grid, unit)
     try:
         distill(unit.config, world, show_table=False, stop=stop)
     except Exception as error:
@@ -243,18 +245,19 @@ def run_unit(plan: Plan, index: int, memory: Memory, world: World, stop: StopFla
         raise
     if world.is_main and is_finished(unit.folder):
         unit.failure.unlink(missing_ok=True)
-        undone = undo_others(plan, unit)
-        memory.done -= {n for n, other in enumerate(plan.units) if other in undone}
-        tidy(plan, unit)
+        undone = undo_others(grid, unit)
+        memory.done -= {n for n, other in enumerate(grid.units) if other in undone}
+        tidy(grid, unit)
 
 
 def note_failure(unit: Unit, error: Exception) -> None:
+    """Tell a run's failure, and write it down."""
     reason = str(error) or type(error).__name__
     tell(f"sead-dist: {unit.title} failed: {reason}")
     write_json(unit.failure, {"run": unit.title, "reason": reason})
 
 
-def time_left(plan: Plan, workers: int) -> str:
+def time_left(grid: Grid, workers: int) -> str:
     """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
 
     A run takes the median of the finished ones of its task and method. Where there is none, it
@@ -262,14 +265,14 @@ def time_left(plan: Plan, workers: int) -> str:
     """
     spent: dict[tuple[str, str], list[float]] = {}
     left = []
-    for unit in plan.units:
+    for unit in grid.units:
         if is_finished(unit.folder):
             summary = read_as(dict[str, Any], unit.folder / "run_summary.json")
             spent.setdefault((unit.task, unit.method), []).append(float(summary["train_s"]))
-        if not is_done(plan, unit):
+        if not is_done(grid, unit):
             left.append(unit)
     told = f"{counted(len(left), 'run')} left"
-    expected = [of_run(unit, plan, spent) for unit in left]
+    expected = [of_run(unit, grid, spent) for unit in left]
     known = [seconds for seconds in expected if seconds is not None]
     if not known:
         return told
@@ -277,20 +280,20 @@ def time_left(plan: Plan, workers: int) -> str:
     return f"{told}, {about} {clock(sum(known) / workers)}"
 
 
-def of_run(unit: Unit, plan: Plan, spent: dict[tuple[str, str], list[float]]) -> float | None:
+def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) -> float | None:
     """Seconds that a run will take; None where nothing like it is finished."""
     own = spent.get((unit.task, unit.method), [])
-    if not own and unit.method in plan.methods:
-        own = [s for method in plan.methods for s in spent.get((unit.task, method), [])]
+    if not own and unit.method in grid.methods:
+        own = [s for method in grid.methods for s in spent.get((unit.task, method), [])]
     return statistics.median(own) if own else None
 
 
-def run_jobs(plan: Plan, stop: StopFlag) -> bool:
+def run_jobs(grid: Grid, stop: StopFlag) -> bool:
     """Start `jobs` workers and wait until they end; False when the sweep was asked to stop before.
 
     Raises RunError where one ended otherwise and runs are left over.
     """
-    workers = [start_worker(plan) for _ in range(plan.jobs)]
+    workers = [start_worker(grid) for _ in range(grid.jobs)]
     readers = [pass_on(worker, number) for number, worker in enumerate(workers)]
     try:
         told = False
@@ -308,19 +311,19 @@ def run_jobs(plan: Plan, stop: StopFlag) -> bool:
         reader.join()
     # a run that fails is written down, and its worker goes on
     bad = [worker.returncode for worker in workers if worker.returncode]
-    if bad and stop.signal is None and not all(is_done(plan, unit) for unit in plan.units):
+    if bad and stop.signal is None and not all(is_done(grid, unit) for unit in grid.units):
         raise RunError(
-            f"{len(bad)} of {plan.jobs} workers of the sweep ended with code {bad[0]}; what they "
+            f"{len(bad)} of {grid.jobs} workers of the sweep ended with code {bad[0]}; what they "
             "said stands above; give the same command again to go on"
         )
     return stop.signal is None
 
 
-def start_worker(plan: Plan) -> subprocess.Popen[str]:
+def start_worker(grid: Grid) -> subprocess.Popen[str]:
     """A process with its share of the threads."""
-    threads = str(max(1, torch.get_num_threads() // plan.jobs))
+    threads = str(max(1, torch.get_num_threads() // grid.jobs))
     return subprocess.Popen(
-        [sys.executable, "-m", WORKER, *plan.words, "jobs=1"],
+        [sys.executable, "-m", WORKER, *grid.words, "jobs=1"],
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

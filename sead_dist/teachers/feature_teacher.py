@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import LayerOutputs, LayerParts, Wanted, reading
+from sead_dist.models.hidden_states import LayerOutputs, LayerParts, WantedLayers, reading
 from sead_dist.models.hidden_states_check import check_inside, check_kind
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
@@ -30,7 +30,7 @@ class FeatureTeacher:
     name: str
     model: PreTrainedModel
     layer_parts: LayerParts
-    wanted: Wanted
+    wanted: WantedLayers
     until: int
 
     # not inference_mode: what it makes may not be part of a graph

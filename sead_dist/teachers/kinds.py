@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sead_dist.config.registered import ADDED, ENDPOINT, LANGUAGE_MODEL, claim_name
+from sead_dist.config.registered import ADDED, ENDPOINT, LANGUAGE_MODEL, take_name
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
@@ -63,7 +63,7 @@ def register_teacher(kind: str, open: Opener) -> None:
     open(path, task) -> `Answers`; every process of a run calls it, before any long work. Raises
     UserError where the name is taken.
     """
-    claim_name("kind of teacher", kind, open, Callable, "a function of path and task")
+    take_name("kind of teacher", kind, open, Callable, "a function of path and task")
     TEACHER_KINDS[kind] = open
 
 
@@ -125,6 +125,7 @@ def answer_rows(
 
 
 def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
+    """What a registered teacher answers, [R, K]. Raises RunError where its plugin fails."""
     try:
         return np.asarray(answers.answer(texts_a, texts_b), dtype=np.float32)
     except (UserError, RunError):

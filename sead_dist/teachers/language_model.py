@@ -126,7 +126,7 @@ def _from_hub(path: str, parts: list[str], revision: str | None) -> Path:
         ) from error
 
 
-class Plan:
+class Continuations:
     """Which sequences are forwarded behind a prompt, and where in them each word's tokens are read.
 
     stems: those that are no beginning of another. read_W: each word's stem and its (place behind
@@ -183,7 +183,7 @@ class LanguageModel:
         self.dtype = opening.entry.dtype or config.teacher_precision
         self.trust_remote_code = config.trust_remote_code
         self.calibrated = opening.entry.contextual_calibration
-        self.reader, self.words, self.plan = reader, words, Plan(reader.words_W)
+        self.reader, self.words, self.continuations = reader, words, Continuations(reader.words_W)
         self.weights_sha256, self.fingerprint = weights, fingerprint
         self.labels: Sequence[str] = words.labels
         self.max_length = reader.limit
@@ -208,7 +208,9 @@ class LanguageModel:
         return logits_RK.astype(np.float32)
 
     def _logits(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> np.ndarray:
-        return self.words.of_classes(self.plan.scores(self._log_probabilities(model, prompts)))
+        return self.words.of_classes(
+            self.continuations.scores(self._log_probabilities(model, prompts))
+        )
 
     def _load(self) -> PreTrainedModel:
         with reading(self.source.checkpoint.folder, COPY, f"teacher {self.name}: its weights"):
@@ -231,13 +233,13 @@ class LanguageModel:
         self, model: PreTrainedModel, prompts: Sequence[list[int]]
     ) -> np.ndarray:
         """logp_RSJT behind each prompt and stem; 0 where a stem is shorter than others."""
-        plan, on_gpu = self.plan, self.device.type == "cuda"
+        behind, on_gpu = self.continuations, self.device.type == "cuda"
         found_RSJT = np.zeros(
-            (len(prompts), len(plan.stems), plan.places, len(plan.tokens)), np.float32
+            (len(prompts), len(behind.stems), behind.places, len(behind.tokens)), np.float32
         )
         by_length: dict[int, list[tuple[int, int]]] = {}
         for row, prompt in enumerate(prompts):
-            for stem, more in enumerate(plan.stems):
+            for stem, more in enumerate(behind.stems):
                 tokens = len(prompt) + len(more)
                 # on a GPU a row always has padding: without, other kernels would be chosen
                 length = (tokens // GPU_STEP + 1) * GPU_STEP if on_gpu else tokens
@@ -246,18 +248,18 @@ class LanguageModel:
         for length, jobs in sorted(by_length.items(), reverse=True):
             for start in range(0, len(jobs), rows):
                 part = jobs[start : start + rows]
-                sequences = [[*prompts[row], *plan.stems[stem]] for row, stem in part]
+                sequences = [[*prompts[row], *behind.stems[stem]] for row, stem in part]
                 sequences += [sequences[0]] * (rows - len(part))
                 at = [
                     (n, row, stem, place, len(prompts[row]) - 1 + place)
                     for n, (row, stem) in enumerate(part)
-                    for place in range(len(plan.stems[stem]) + 1)
+                    for place in range(len(behind.stems[stem]) + 1)
                 ]
                 batch_P, row_P, stem_P, place_P, position_P = np.array(at).T
                 last = GPU_STEP if on_gpu else 0
-                logits, skipped = self._forward(model, sequences, length, last + plan.places)
+                logits, skipped = self._forward(model, sequences, length, last + behind.places)
                 logp_PV = torch.log_softmax(logits[batch_P, position_P - skipped].float(), dim=-1)
-                found_RSJT[row_P, stem_P, place_P] = logp_PV[:, plan.tokens].cpu().numpy()
+                found_RSJT[row_P, stem_P, place_P] = logp_PV[:, behind.tokens].cpu().numpy()
         return found_RSJT
 
     def _forward(
@@ -281,7 +283,7 @@ class LanguageModel:
     def _check(self, model: PreTrainedModel, prompt: list[int]) -> None:
         """Raises UserError where the scores of this row are not those that plain Transformers gives
         each word behind it alone."""
-        ours_W = self.plan.scores(self._log_probabilities(model, [prompt]))[0]
+        ours_W = self.continuations.scores(self._log_probabilities(model, [prompt]))[0]
         plain_W = []
         for word in self.reader.words_W:
             ids = torch.tensor([[*prompt, *word]], device=self.device)

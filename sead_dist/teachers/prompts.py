@@ -101,6 +101,7 @@ class Prompt:
 
 
 def rows_of(texts_a: Sequence[str], texts_b: Sequence[str] | None) -> list[Texts]:
+    """The texts of each row; the second is empty where there is none."""
     return [Texts(*both) for both in zip(texts_a, texts_b or [""] * len(texts_a), strict=True)]
 
 

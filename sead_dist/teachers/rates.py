@@ -108,6 +108,7 @@ class Machine:
 
 
 def this_machine(device: torch.device) -> Machine:
+    """What rates of this process hold for."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Machine(device_model(device), torch.__version__, torch.get_num_threads(), ranks)
 
@@ -207,17 +208,23 @@ def known_costs(teachers: Sequence[Teacher], device: torch.device) -> list[float
 
 
 # a batch's time is measured at the ends of these that hold the task's lengths, and between
-GRID = (8, 16, 32, 64, 128, 256, 512)
+MEASURED_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 TURNS = 3
 # a batch of so few rows shows what a batch costs whatever its rows
 FEW_ROWS = 4
 
 
-def grid(lengths: np.ndarray, most: int) -> list[int]:
+def lengths_to_measure(lengths: np.ndarray, most: int) -> list[int]:
     """The lengths to measure for rows of these lengths, none over `most`."""
-    low = max((length for length in GRID if length <= lengths.min()), default=GRID[0])
-    high = min((length for length in GRID if length >= lengths.max()), default=GRID[-1])
-    return sorted({min(length, most) for length in GRID if low <= length <= high})
+    low = max(
+        (length for length in MEASURED_LENGTHS if length <= lengths.min()),
+        default=MEASURED_LENGTHS[0],
+    )
+    high = min(
+        (length for length in MEASURED_LENGTHS if length >= lengths.max()),
+        default=MEASURED_LENGTHS[-1],
+    )
+    return sorted({min(length, most) for length in MEASURED_LENGTHS if low <= length <= high})
 
 
 class Stopwatch:

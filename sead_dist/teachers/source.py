@@ -28,7 +28,7 @@ from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import append_line
-from sead_dist.store.store import PredictionStore, Table
+from sead_dist.store.store import StoreFolder, Table
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.inference import NotFiniteError, predict
 from sead_dist.teachers.kinds import FileAnswers, answer_rows
@@ -57,7 +57,7 @@ class StoredSource:
         teachers: Sequence[Teacher],
         placement: Placement,
         world: World,
-        store: PredictionStore,
+        store: StoreFolder,
         task: str,
         run: Path,
         accept_any: bool,

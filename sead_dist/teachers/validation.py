@@ -189,6 +189,7 @@ def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, E
 
 
 def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
+    """The line of one teacher's validation. rows: of the selection split."""
     if validation.score is None:
         return (
             f"{validation.name} is not validated: it answers {validation.rows} of {rows} selection "
@@ -255,6 +256,7 @@ MOST_ROWS = 2000
 
 
 def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
+    """How far a teacher's logits are from those of the same model in fp32."""
     changed = None
     if logits_RC.shape[1] > 1:
         changed = int((logits_RC.argmax(axis=1) != fp32_RC.argmax(axis=1)).sum())
@@ -296,6 +298,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
 
 
 def describe_drift(drift: Drift) -> str:
+    """The line of a comparison with fp32."""
     line = f"against fp32 on {drift.rows} rows: logits differ by at most {drift.largest:.4g}"
     if drift.changed is not None:
         share = drift.changed / max(drift.rows, 1)

@@ -213,6 +213,7 @@ def start_deepspeed(
 
 
 def persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a state dict holds, with their names."""
     kept = module.state_dict().keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
 

@@ -14,7 +14,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows, text_rows, to_rows
 from sead_dist.data.tasks import TASKS
 from sead_dist.objectives.losses import SOFT_LOSSES, hard_loss, soft_loss
-from sead_dist.runs.given import planned
+from sead_dist.runs.given import given_run
 
 N, B, C = 3, 5, 4
 HEAVY = {"numpy", "pandas", "pyarrow", "torch", "transformers"}
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_in_one_line(logits_NBC, call, says):
 
 def test_keys_of_a_call_are_those_of_the_command(tmp_path):
     given = {"method": "entropy", "selection.fraction": 0.2, "store": tmp_path / "store"}
-    asked = planned(
+    asked = given_run(
         "sst2", tmp_path, {"output_dir": tmp_path / "run", "num_train_epochs": 2, **given}
     )
     words = [
@@ -129,7 +129,7 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
     words += ["method=entropy", "selection.fraction=0.2", f"store={tmp_path / 'store'}"]
     assert asked.config == load_config(words) == sd.load_config(*words)
     assert sd.load_config("sst2", output_dir="run").max_length == 64
-    again = planned(asked.config, None, {"seed": 3, "selection": {"seed": 4}})
+    again = given_run(asked.config, None, {"seed": 3, "selection": {"seed": 4}})
     assert again.config == load_config([*words, "seed=3", "selection.seed=4"])
 
 
@@ -159,7 +159,7 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
 )
 def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):
     with pytest.raises(sd.UserError) as error:
-        planned(task, data, {"output_dir": "unused", **keys})
+        given_run(task, data, {"output_dir": "unused", **keys})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -170,16 +170,16 @@ def test_one_table_alone_needs_rows_to_evaluate_on_where_a_task_has_several_spli
     splits = {"train": ("train",), "validation": ("validation",), "other": ("other",)}
     own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"), splits=splits)
     with pytest.raises(sd.UserError, match="data is the training split alone, and task 'own' has"):
-        planned(own, [{"text": "x", "label": "a"}], {"output_dir": "unused"})
+        given_run(own, [{"text": "x", "label": "a"}], {"output_dir": "unused"})
     two = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
     for data in ([{"text": "x", "label": "a"}], {"train": [{"text": "x", "label": "a"}]}):
-        asked = planned(two, data, {"output_dir": "unused"}).config.data
+        asked = given_run(two, data, {"output_dir": "unused"}).config.data
         assert (asked.train, asked.validation) == ("unused/.data/train.parquet", None)
         assert asked.path is None
     file = tmp_path / "x.tsv"
     file.touch()
     for data in (file, {"train": file}):
-        assert planned(two, data, {"output_dir": "unused"}).config.data.train == str(file)
+        assert given_run(two, data, {"output_dir": "unused"}).config.data.train == str(file)
 
 
 @pytest.mark.parametrize(

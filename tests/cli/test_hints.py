@@ -15,10 +15,10 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import student_tokenizer
 from sead_dist.runs.distillation import distill, finetune
-from sead_dist.runs.labelling import predict_file
-from sead_dist.runs.labels import write_rows
+from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runs.prediction import class_order, data_of, evaluate_model, task_of
 from sead_dist.runs.shown import resolve_all
+from sead_dist.runs.teacher_labels import write_rows
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from sead_dist.config.schema import RunConfig, SweepConfig
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.slurm.settings import SlurmSettings, load_settings
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 BASE = config_folder() / "base.yaml"
 
@@ -141,7 +141,7 @@ def test_every_key_of_a_sweep_a_task_file_and_a_slurm_job_is_told_with_its_defau
 
 def test_a_mistake_in_a_key_of_a_sweep_or_a_slurm_job_names_the_command_that_tells_of_it(tmp_path):
     with pytest.raises(UserError, match=r"jobs=0: .*; see `sead-dist keys jobs`$"):
-        make_plan(["tasks=cola", "methods=mean", "teachers=[T]", "output_dir=out", "jobs=0"])
+        make_grid(["tasks=cola", "methods=mean", "teachers=[T]", "output_dir=out", "jobs=0"])
     with pytest.raises(UserError, match=r"nodes=0: .*; see `sead-dist keys nodes`$"):
         load_settings(None, {"nodes": 0})
     (tmp_path / "own.yaml").write_text("partitionen: low\n")

@@ -9,7 +9,7 @@ from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import given_teachers
 from sead_dist.runs.distillation import keep_encoders
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 BASE = ["sst2", "student=s", "output_dir=o"]
 
@@ -65,13 +65,13 @@ def test_a_run_that_has_begun_keeps_its_teachers(models, caplog):
 def test_all_runs_of_a_sweep_that_has_begun_keep_its_teachers(models):
     words = ["tasks=[sst2,rte]", "methods=[finetune,mean]", "student=s", "output_dir=o"]
     words = [*words, "teachers=t/*"]
-    (first, *_) = make_plan(words).units
+    (first, *_) = make_grid(words).units
     begin(first.config)
     (models / "b").mkdir()
-    assert {tuple(paths(unit.config)) for unit in make_plan(words).units} == {("t/a", "t/c")}
+    assert {tuple(paths(unit.config)) for unit in make_grid(words).units} == {("t/a", "t/c")}
     (models / "a").rmdir()
     with pytest.raises(UserError, match="o began with t/a"):
-        make_plan(words)
+        make_grid(words)
 
 
 def test_finetune_that_has_begun_keeps_its_encoders(models):
@@ -95,7 +95,7 @@ def test_all_tasks_of_a_sweep_that_has_begun_keep_its_encoders(models):
     words = [*words, "encoders=[x, t/*]"]
 
     def starts() -> list[tuple[str, str | None]]:
-        made = [unit for unit in make_plan(words).units if unit.method == "teachers"]
+        made = [unit for unit in make_grid(words).units if unit.method == "teachers"]
         return [(unit.task, unit.config.student.path) for unit in made]
 
     before = starts()
@@ -111,4 +111,4 @@ def test_all_tasks_of_a_sweep_that_has_begun_keep_its_encoders(models):
     assert starts() == before
     (models / "c").rmdir()
     with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
-        make_plan(words)
+        make_grid(words)

@@ -16,7 +16,7 @@ from small import ALONE, model_bytes, read, run_distill, save_teacher, words, wr
 import sead_dist as sd
 from sead_dist.cli.commands import attempt_recipe
 from sead_dist.cli.grammar import ADJECTIVES, LABELS
-from sead_dist.cli.submit import requests
+from sead_dist.cli.submit import runs_to_submit
 from sead_dist.config.load import load_config
 from sead_dist.config.registered import ADDED, load_plugins
 from sead_dist.errors import UserError
@@ -241,7 +241,7 @@ def test_every_rank_runs_the_plugins(task, tmp_path):
 def test_a_submitted_job_runs_with_the_plugins(task, tmp_path):
     """A job's process has nothing but the words."""
     given = all_words(task, tmp_path / "run")
-    _, (request,) = requests(given, None)
+    _, (request,) = runs_to_submit(given, None)
     script = "import sys; from sead_dist.cli.commands import attempt_recipe; "
     script += "raise SystemExit(attempt_recipe(sys.argv[1], sys.argv[2:]))"
     job = [sys.executable, "-c", script, request.recipe, *request.words]

@@ -10,7 +10,7 @@ from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.student import check_start
 from sead_dist.slurm.settings import load_settings
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_key_that_stands_twice_is_refused_in_every_file_with_its_line(tmp_path
     shape = StudentConfig(path=None, shape=str(path), layers=None, tokenizer=str(tmp_path))
     for read in (
         lambda: load_config([str(path), "student=s", "output_dir=o"]),
-        lambda: make_plan([str(path), "tasks=[sst2]", "student=s", "output_dir=o"]),
+        lambda: make_grid([str(path), "tasks=[sst2]", "student=s", "output_dir=o"]),
         lambda: load_task(path),
         lambda: check_start(shape, False),
         lambda: read_method(str(path)),

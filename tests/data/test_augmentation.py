@@ -11,7 +11,7 @@ from small import TASK, config, example_set, sentences
 from sead_dist.data.augmentation import (
     OPERATIONS,
     Material,
-    Wanted,
+    WantedCopies,
     automatic_copies,
     fitting_operations,
     keep_ngram,
@@ -51,7 +51,7 @@ def choices(count: int = 12):
 
 
 def copies(task, examples, held=(), operations=OPERATIONS, of_each=4, seed=0, gold=False, **more):
-    wanted = Wanted(operations, seed, of_each, 0, gold)
+    wanted = WantedCopies(operations, seed, of_each, 0, gold)
     material = Material(**{"mask_token": "[MASK]", "neighbors": NEAR, **more})
     return make_copies(task, examples, list(held), wanted, material)
 
@@ -215,7 +215,7 @@ def test_the_automatic_number_is_ten_times_the_labelled_rows_with_the_text():
     assert automatic_copies(50_000, 0) == 500_000
     assert automatic_copies(50_001, 0) == 0
     rows = example_set(sentences(20))
-    wanted = Wanted(("mask",), 0, None, 30, False)
+    wanted = WantedCopies(("mask",), 0, None, 30, False)
     made = make_copies(TASK, rows, [NONE], wanted, Material("[MASK]"))
     assert len(made.operations) + sum(made.removed.values()) == 30
 

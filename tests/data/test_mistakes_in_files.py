@@ -14,8 +14,8 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import check_vocabulary
 from sead_dist.models.student import build_student
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.labels import write_rows
 from sead_dist.runs.prediction import data_of
+from sead_dist.runs.teacher_labels import write_rows
 from sead_dist.runtime.console import counted_rows
 
 

@@ -5,7 +5,7 @@ import torch
 from small import build_model
 
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Wanted, find_layer_parts, reading, scores
+from sead_dist.models.hidden_states import WantedLayers, find_layer_parts, reading, scores
 
 KINDS = ["bert", "roberta", "electra", "distilbert"]
 
@@ -22,7 +22,7 @@ def test_hidden_states_and_attention_are_the_models_own(kind):
     model = build_model(kind, attn_implementation="eager")
     layer_parts = find_layer_parts(model, "it", attention=True)
     layers = range(1, len(layer_parts.layers) + 1)
-    with torch.no_grad(), reading(layer_parts, Wanted((0, *layers), tuple(layers))) as found:
+    with torch.no_grad(), reading(layer_parts, WantedLayers((0, *layers), tuple(layers))) as found:
         own = model(**inputs(), output_hidden_states=True, output_attentions=True)
     assert layer_parts.width == 32
     assert sorted(found.hidden) == [0, *layers]
@@ -41,7 +41,7 @@ def test_hidden_states_and_attention_are_the_models_own(kind):
 def test_any_attention_kernel_is_read_and_nothing_stays_behind(kind):
     model = build_model(kind, attn_implementation="sdpa")
     layer_parts = find_layer_parts(model, "it", attention=True)
-    with reading(layer_parts, Wanted((0, 1), (1,))) as found:
+    with reading(layer_parts, WantedLayers((0, 1), (1,))) as found:
         model(**inputs())
     assert found.hidden[1].requires_grad
     assert found.queries[1].shape == found.keys[1].shape == found.values[1].shape == (3, 7, 32)
@@ -57,7 +57,7 @@ def test_values_are_those_that_attention_sums():
     attention = model.bert.encoder.layer[0].attention.self
     seen = []
     hook = attention.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
-    with torch.no_grad(), reading(layer_parts, Wanted((), (1,))) as found:
+    with torch.no_grad(), reading(layer_parts, WantedLayers((), (1,))) as found:
         own = model(**inputs(), output_attentions=True)
     hook.remove()
     value_RALD = found.values[1].reshape(3, 7, 2, 16).transpose(1, 2)
@@ -86,7 +86,7 @@ def test_a_layer_that_runs_several_times_is_read_each_time(groups):
     model.set_attn_implementation("eager")
     layer_parts = find_layer_parts(model, "it", attention=True)
     numbers = (1, 2, 3, 4)
-    with torch.no_grad(), reading(layer_parts, Wanted((0, *numbers), numbers)) as found:
+    with torch.no_grad(), reading(layer_parts, WantedLayers((0, *numbers), numbers)) as found:
         own = model(**inputs(), output_hidden_states=True, output_attentions=True)
     for number in (0, *numbers):
         assert torch.equal(found.hidden[number], own.hidden_states[number])
@@ -102,7 +102,7 @@ def test_the_last_hidden_states_are_those_behind_the_last_norm():
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(3.0)
     layer_parts = find_layer_parts(model, "it", attention=False)
-    with torch.no_grad(), reading(layer_parts, Wanted((1,))) as found:
+    with torch.no_grad(), reading(layer_parts, WantedLayers((1,))) as found:
         own = model(**inputs(), output_hidden_states=True)
     assert torch.equal(found.hidden[1], own.hidden_states[1])
 
@@ -110,6 +110,6 @@ def test_the_last_hidden_states_are_those_behind_the_last_norm():
 def test_hidden_states_alone_are_read_of_other_attentions_too():
     model = build_model("deberta-v2")
     layer_parts = find_layer_parts(model, "it", attention=False)
-    with torch.no_grad(), reading(layer_parts, Wanted((1,))) as found:
+    with torch.no_grad(), reading(layer_parts, WantedLayers((1,))) as found:
         own = model(**inputs(), output_hidden_states=True)
     assert torch.equal(found.hidden[1], own.hidden_states[1])

@@ -32,7 +32,7 @@ from sead_dist.data.tasks import TASKS
 from sead_dist.errors import RunError, UserError
 from sead_dist.models import resaved
 from sead_dist.models import sequence_classifier as models
-from sead_dist.models.hidden_states import Wanted as Read
+from sead_dist.models.hidden_states import WantedLayers as Read
 from sead_dist.models.hidden_states import body_of, find_layer_parts, reading
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.models.sequence_classifier import build_teacher, unshared

@@ -61,6 +61,20 @@ def missing_files(page):
     return [path for path in shown if not any((top / path).exists() for top in tops)]
 
 
+def missing_names(page):
+    """Names that a page says to be in a Python file (`NAME` in `FILE`, or `NAME` (`FILE`)), and that
+    are not in it."""
+    missing = []
+    places = re.findall(r"`([\w.]+)`\s(?:\(|in\s)`((?:[\w-]+/)+\w+\.py)`", prose(page))
+    for name, path in places:
+        file = next(top / path for top in (ROOT, ROOT / "sead_dist") if (top / path).exists())
+        source = file.read_text("utf-8")
+        missing += [(name, path)] * any(
+            not re.search(rf"\b{part}\b", source) for part in name.split(".")
+        )
+    return missing
+
+
 def command_lines(page):
     """The `sead-dist` lines of a page's code, each as its words, without variables' values."""
     code = [body for _, body in FENCE.findall(page.read_text("utf-8"))]
@@ -90,6 +104,11 @@ def test_every_relative_link_resolves(page):
 @named(CURRENT)
 def test_files_that_a_page_names_are_there(page):
     assert missing_files(page) == []
+
+
+@named(CURRENT)
+def test_names_that_a_page_places_in_a_file_are_there(page):
+    assert missing_names(page) == []
 
 
 def test_pages_that_the_source_names_are_there():

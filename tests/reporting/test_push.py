@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from small import ALONE
 
 from sead_dist.cli.commands import main
-from sead_dist.cli.submit import requests
+from sead_dist.cli.submit import runs_to_submit
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
 from sead_dist.planning.table import plan
@@ -22,7 +22,7 @@ from sead_dist.reporting.hub import check_push, push_run
 from sead_dist.runs.distillation import finetune
 from sead_dist.runs.onnx_export import export_onnx
 from sead_dist.runtime.distributed import World
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 TOKEN = "hf_QwErTyUiOpAsDfGhJk"
 
@@ -243,9 +243,9 @@ def test_runs_side_by_side_are_not_uploaded_over_one_another(tmp_path):
     with pytest.raises(UserError, match="is for one run of distill, not for finetune; upload"):
         finetune(load_config(given), World(0, 1, torch.device("cpu")))
     with pytest.raises(UserError, match="not for --seeds"):
-        requests(given, "0-1")
+        runs_to_submit(given, "0-1")
     with pytest.raises(UserError, match="not for a sweep"):
-        make_plan([*given[1:], "tasks=[sst2]", "methods=[mean]", "seeds=2", "student=L6-H256-A8"])
+        make_grid([*given[1:], "tasks=[sst2]", "methods=[mean]", "seeds=2", "student=L6-H256-A8"])
     assert not (tmp_path / "out").exists()
 
 

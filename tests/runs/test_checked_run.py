@@ -9,8 +9,8 @@ from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.labels import write_labels
 from sead_dist.runs.pool_worker import teach
+from sead_dist.runs.teacher_labels import write_labels
 
 
 @pytest.fixture(scope="module")

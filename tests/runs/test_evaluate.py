@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sead_dist.cli.commands import main
 from sead_dist.errors import RunError, UserError
-from sead_dist.runs.labelling import predict_file
+from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runs.prediction import evaluate_model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -35,7 +35,7 @@ from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import teach
 from sead_dist.runs.requests import answered_examples, told_idle
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.store.store import PredictionStore, TeacherKey
+from sead_dist.store.store import StoreFolder, TeacherKey
 from sead_dist.sweep.run import run_sweep
 from sead_dist.teachers.entries import read_teachers
 
@@ -79,7 +79,7 @@ def said_by(run, name, texts):
     key = TeacherKey(of["fingerprint"], of["numerics"], name, 2)
     ids_B2 = identities([((text,), ()) for text in texts])
     order = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
-    store = PredictionStore(run.parent / "store", print)
+    store = StoreFolder(run.parent / "store", print)
     table = store.table(key, ids_B2[order], "grammar", "any", "test")
     logits_BC, present_B = table.lookup(np.arange(len(texts)))
     assert present_B.all()

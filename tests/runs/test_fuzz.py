@@ -34,11 +34,11 @@ from sead_dist.planning.rates import read_given
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import read_run
 from sead_dist.runs.claim import followed_store, has_progress, refuse_other_keys
-from sead_dist.runs.labelling import predict_file
+from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
 from sead_dist.slurm.settings import load_settings
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.rates import remembered
 from sead_dist.training.deepspeed_config import read_file
@@ -200,7 +200,7 @@ def fuzz_yaml(fuzzer, folder, sound):
         "task": lambda: load_task(path),
         "rates": lambda: read_given(path),
         "slurm": lambda: load_settings(str(path), {}),
-        "sweep": lambda: make_plan([str(path), "output_dir=x"]),
+        "sweep": lambda: make_grid([str(path), "output_dir=x"]),
     }
     for name, read in readers.items():
         for line in YAML_LINES:

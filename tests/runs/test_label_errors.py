@@ -26,7 +26,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.splits import load_examples
 from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
-from sead_dist.runs.labels import label_errors, write_errors, write_labels
+from sead_dist.runs.teacher_labels import label_errors, write_errors, write_labels
 from sead_dist.teachers.teacher import TRAINED_ROWS
 
 SWAP = {"negative": "positive", "positive": "negative"}

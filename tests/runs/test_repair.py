@@ -13,7 +13,7 @@ from small import ALONE, read, run_distill, save_teacher, sentences, words, writ
 
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Wanted, find_layer_parts, reading
+from sead_dist.models.hidden_states import WantedLayers, find_layer_parts, reading
 from sead_dist.models.sequence_classifier import load_plain
 from sead_dist.runs.claim import try_lock
 from sead_dist.runs.distillation import distill
@@ -77,7 +77,7 @@ def repaired(task, tmp_path_factory):
 def last_states(model, layer):
     ids_RL = torch.arange(5, 25)[None]
     parts = find_layer_parts(model.eval(), "it", attention=False)
-    with torch.no_grad(), reading(parts, Wanted((layer,))) as found:
+    with torch.no_grad(), reading(parts, WantedLayers((layer,))) as found:
         model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL))
     return found.hidden[layer]
 

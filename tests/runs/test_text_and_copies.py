@@ -28,7 +28,7 @@ from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.pool_worker import teach
 from sead_dist.runs.shown import show_data
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 from sead_dist.training.engine import Engine
 from sead_dist.training.identity import Identity
 
@@ -331,12 +331,12 @@ def test_a_sweep_gives_text_and_copies_to_methods_that_ask_teachers_alone(task, 
         *(f"teachers=[{task[1][0]}]", f"data.path={task[0]}", f"student={task[2]}"),
         *("unlabeled.rest=true", "augment.copies=2", f"output_dir={tmp_path}"),
     ]
-    plan = make_plan(given)
+    grid = make_grid(given)
     uses = {
-        unit.method: (unit.config.unlabeled.rest, unit.config.augment.copies) for unit in plan.units
+        unit.method: (unit.config.unlabeled.rest, unit.config.augment.copies) for unit in grid.units
     }
     assert uses == {"finetune": (None, None), "mean": (True, 2)}
-    gold = make_plan([*given, "max_steps=2", "augment.gold_labels=true"])
+    gold = make_grid([*given, "max_steps=2", "augment.gold_labels=true"])
     assert {unit.config.augment.copies for unit in gold.units} == {2}
 
 

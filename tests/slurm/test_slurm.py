@@ -9,7 +9,7 @@ import pytest
 from small import command, config, words
 
 from sead_dist.cli import commands as cli
-from sead_dist.cli.submit import parse_seeds, requests
+from sead_dist.cli.submit import parse_seeds, runs_to_submit
 from sead_dist.config.load import config_folder
 from sead_dist.config.yaml_text import parse_yaml
 from sead_dist.errors import UserError
@@ -189,7 +189,7 @@ def test_seeds_make_a_run_each():
     for wrong in ("", "a", "1,1", "3-1"):
         with pytest.raises(UserError, match="--seeds"):
             parse_seeds(wrong)
-    _, asked = requests(["sst2", "output_dir=out", "seed=9"], "3,4")
+    _, asked = runs_to_submit(["sst2", "output_dir=out", "seed=9"], "3,4")
     assert [request.name for request in asked] == ["out/seed-3", "out/seed-4"]
     assert [request.config.seed for request in asked] == [3, 4]
     assert asked[0].config.output_dir == "out/seed-3"
@@ -198,7 +198,7 @@ def test_seeds_make_a_run_each():
 
 
 def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
-    (_, (asked,)) = requests(["sst2", f"output_dir={tmp_path}", "encoders=[a/b,c/d]"], None)
+    (_, (asked,)) = runs_to_submit(["sst2", f"output_dir={tmp_path}", "encoders=[a/b,c/d]"], None)
     assert asked.recipe == "finetune"
     assert asked.runs == (f"{tmp_path}/teacher-0", f"{tmp_path}/teacher-1")
 

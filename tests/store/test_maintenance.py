@@ -28,7 +28,7 @@ from sead_dist.store.compaction import compact
 from sead_dist.store.ids import read_key_block
 from sead_dist.store.maintenance import list_store, verify
 from sead_dist.store.removal import plan_removal, remove
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 
 
 def fill_in_parts(folder: Path, ids: np.ndarray, key, num_parts: int, **more) -> None:
@@ -257,7 +257,7 @@ print(rounds)
 
 def test_two_compacts_run_beside_readers_and_writers_and_nobody_notices(tmp_path):
     ids = make_ids(2000)
-    PredictionStore(tmp_path, print)
+    StoreFolder(tmp_path, print)
     compacts = [start(COMPACT, tmp_path) for _ in range(2)]
     for process in compacts:
         assert process.stdout.readline() == "ready\n"
@@ -344,7 +344,7 @@ def test_large_parts_stay_while_a_run_holds_the_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(compaction, "MAP_BYTES", 1000)
     ids, key = make_ids(500), make_key()
     fill_in_parts(tmp_path, ids, key, 3)
-    with PredictionStore(tmp_path, print).hold("runs/a", [key]):
+    with StoreFolder(tmp_path, print).hold("runs/a", [key]):
         assert compact(tmp_path).left_for_live == 3
         assert len(blocks_of(tmp_path)) == 4
     assert compact(tmp_path).blocks_after == 1
@@ -356,9 +356,9 @@ def test_a_run_that_accepts_any_numerics_holds_them_all(tmp_path, monkeypatch):
     ids, key = make_ids(500), make_key()
     fill_in_parts(tmp_path, ids, key, 3)
     elsewhere = replace(key, numerics="of another machine")
-    with PredictionStore(tmp_path, print).hold("runs/a", [elsewhere], accept_any=True):
+    with StoreFolder(tmp_path, print).hold("runs/a", [elsewhere], accept_any=True):
         assert compact(tmp_path).left_for_live == 3
-    with PredictionStore(tmp_path, print).hold("runs/a", [elsewhere]):
+    with StoreFolder(tmp_path, print).hold("runs/a", [elsewhere]):
         assert compact(tmp_path).left_for_live == 0
 
 
@@ -430,7 +430,7 @@ def test_rm_without_a_condition_or_with_an_unknown_name_is_refused(tmp_path):
 
 HOLD = """
 key = make_key(int(sys.argv[2]))
-with PredictionStore(Path(sys.argv[1]), print).hold("runs/live", [key]):
+with StoreFolder(Path(sys.argv[1]), print).hold("runs/live", [key]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -474,7 +474,7 @@ def test_a_plan_says_so_where_a_compact_came_between(tmp_path):
 
 
 def test_a_hold_ends_with_its_block_also_after_an_error(tmp_path):
-    store = PredictionStore(tmp_path, print)
+    store = StoreFolder(tmp_path, print)
     with pytest.raises(KeyError), store.hold("runs/a", [make_key()]):
         assert len(list_store(tmp_path).live) == 1
         raise KeyError

@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -23,6 +21,7 @@ from store_world import (
     make_ids,
     make_key,
     open_table,
+    small_disk,
     start,
 )
 
@@ -30,7 +29,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.store import tensor_file as tensorfile
 from sead_dist.store.ids import positions, unique_ids
 from sead_dist.store.maintenance import verify
-from sead_dist.store.store import PredictionStore, TeacherKey
+from sead_dist.store.store import StoreFolder, TeacherKey
 
 
 def quarantined(folder: Path) -> list[str]:
@@ -293,27 +292,27 @@ def test_logits_that_are_not_finite_are_not_stored(tmp_path):
 
 
 def test_a_store_of_another_format_is_refused_and_left_as_it_is(tmp_path):
-    PredictionStore(tmp_path, print)
+    StoreFolder(tmp_path, print)
     (tmp_path / "format.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; name"):
-        PredictionStore(tmp_path, print)
+        StoreFolder(tmp_path, print)
     (tmp_path / "format.json").write_text("{")
     with pytest.raises(UserError, match=r"format\.json cannot be read"):
-        PredictionStore(tmp_path, print)
+        StoreFolder(tmp_path, print)
 
 
 def test_a_path_that_cannot_be_a_store_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(UserError, match="is a file"):
-        PredictionStore(tmp_path / "file", print)
+        StoreFolder(tmp_path / "file", print)
     with pytest.raises(UserError, match="not writable"):
-        PredictionStore(tmp_path / "file" / "store", print)
+        StoreFolder(tmp_path / "file" / "store", print)
     with pytest.raises(UserError, match="holds other things"):
-        PredictionStore(tmp_path, print)
+        StoreFolder(tmp_path, print)
     assert os.listdir(tmp_path) == ["file"]
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / ".seen-by-another-run").write_text("")
-    PredictionStore(tmp_path / "shared", print)
+    StoreFolder(tmp_path / "shared", print)
 
 
 def test_a_store_that_may_not_be_written_is_refused_at_the_start():
@@ -325,7 +324,7 @@ def test_a_store_that_may_not_be_written_is_refused_at_the_start():
             os.setuid(65534)
         from sead_dist.errors import RunError
         try:
-            PredictionStore(Path(sys.argv[1]), print)
+            StoreFolder(Path(sys.argv[1]), print)
         except RunError as error:
             print(error)
         """
@@ -408,14 +407,8 @@ except RunError as error:
     check_reads(tmp_path, make_ids(5000), make_key(), present=np.arange(1000))
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux"
-)
 def test_a_really_full_disk_too(tmp_path):
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no permission to mount a small disk here")
-    try:
+    with small_disk(tmp_path, "256k"):
         ids, key = make_ids(5000), make_key()
         table, _ = open_table(tmp_path, ids, key)
         with pytest.raises(RunError, match="No space left on device"):
@@ -425,5 +418,3 @@ def test_a_really_full_disk_too(tmp_path):
                 fill(tmp_path, ids, make_key(3))
         assert verify(tmp_path).ok
         assert os.listdir(tmp_path / "tmp") == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)

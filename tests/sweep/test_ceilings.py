@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sead_dist.sweep.ceilings import Taught, ceilings, read_taught, shares
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "docs" / "results" / "table" / "runs"
@@ -20,11 +20,11 @@ def cell(method, *scores, task="t"):
     return {"task": task, "method": method, "scores": list(scores)}
 
 
-def kept_plan(tasks):
+def kept_grid(tasks):
     """Of the table's runs that are kept, seed 0."""
     given = ["student=l3", "encoders=[E,E,E]", f"output_dir={KEPT}", "data.path=data/{task}"]
     arms = ROOT / "benchmarks" / "sweeps" / "table.yaml"
-    return make_plan([str(arms), f"tasks=[{','.join(tasks)}]", "seeds=[0]", *given])
+    return make_grid([str(arms), f"tasks=[{','.join(tasks)}]", "seeds=[0]", *given])
 
 
 def test_an_ensemble_is_shown_for_each_way_of_combining_where_they_differ():
@@ -74,10 +74,10 @@ def test_an_ensemble_of_some_rows_alone_has_no_share():
 
 
 def test_the_kept_runs_of_the_table_have_an_ensemble_for_mean_and_one_for_sead():
-    plan = kept_plan(["sst2", "stsb"])
+    grid = kept_grid(["sst2", "stsb"])
     found = [
-        *read_taught(plan, "sst2", "validation", "accuracy"),
-        *read_taught(plan, "stsb", "validation", "pearson"),
+        *read_taught(grid, "sst2", "validation", "accuracy"),
+        *read_taught(grid, "stsb", "validation", "pearson"),
     ]
     assert {of.method for of in found} == {"single", "mean", "sead"}
     shown = {(of["task"], of["who"]): round(of["score"], 4) for of in ceilings(found)}

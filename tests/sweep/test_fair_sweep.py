@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small import ALONE, read, records, sweep_words, words
 
-from sead_dist.cli.submit import requests, submit_sweep
+from sead_dist.cli.submit import runs_to_submit, submit_sweep
 from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
@@ -20,7 +20,7 @@ from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import needs_rows, settle, told_steps
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.run import run_sweep
 
 
@@ -196,20 +196,20 @@ def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsy
     assert "takes 30 steps (equal_steps=on; by their own rows: finetune 21)" in (
         capsys.readouterr().out
     )
-    assert needs_rows(make_plan([*given, "methods=[mean]"]), "grammar")
+    assert needs_rows(make_grid([*given, "methods=[mean]"]), "grammar")
 
 
 def test_a_length_that_the_loss_may_cut_is_told_as_the_most(finished, task, tmp_path):
-    plan = make_plan(fair_words(task, tmp_path / "out", "early_stopping_patience=2"))
-    fixed, data = settle(plan, ["grammar"])
+    grid = make_grid(fair_words(task, tmp_path / "out", "early_stopping_patience=2"))
+    fixed, data = settle(grid, ["grammar"])
     assert "; every method takes at most " in told_steps(fixed, "grammar", data["grammar"])
 
 
 def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
-    plan = make_plan(fair_words(task, tmp_path / "out", "max_steps=3"))
-    fixed, _ = settle(plan, ["grammar"])
-    assert fixed == plan
-    assert not needs_rows(plan, "grammar")
+    grid = make_grid(fair_words(task, tmp_path / "out", "max_steps=3"))
+    fixed, _ = settle(grid, ["grammar"])
+    assert fixed == grid
+    assert not needs_rows(grid, "grammar")
 
 
 def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
@@ -228,5 +228,5 @@ def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
     with pytest.raises(UserError, match="asks none"):
         plan_run(untaught, ALONE, None, None, None, False, None)
     with pytest.raises(UserError, match="none are given"):
-        requests([*words(task, [], out), text], None)
+        runs_to_submit([*words(task, [], out), text], None)
     assert not out.exists()

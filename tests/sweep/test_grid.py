@@ -7,14 +7,14 @@ from small import student_shape
 
 from sead_dist.config.load import load_config, shipped_files
 from sead_dist.errors import UserError
-from sead_dist.sweep.grid import is_sweep, make_plan
+from sead_dist.sweep.grid import is_sweep, make_grid
 
 GIVEN = ["data.path=data/{task}", "student=L6-H256-A8", "output_dir=out"]
 ENCODERS = "encoders=[L12-H384-A12,L6-H384-A12]"
 
 
-def plan(*words):
-    return make_plan([*GIVEN, *words])
+def grid(*words):
+    return make_grid([*GIVEN, *words])
 
 
 def of(found, task, method):
@@ -22,7 +22,7 @@ def of(found, task, method):
 
 
 def test_teachers_come_first_and_every_student_needs_those_of_its_task():
-    found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=2", ENCODERS)
+    found = grid("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=2", ENCODERS)
     assert [str(unit.folder) for unit in found.units] == [
         *(f"out/{task}/teachers/teacher-{n}" for task in ("cola", "rte") for n in (0, 1)),
         *(
@@ -46,7 +46,7 @@ def test_an_arm_may_have_keys_of_its_own_on_one_task_or_be_left_out_there():
         "per_task={rte: {learning_rate: 2.0e-4, methods: {finetune: {learning_rate: 1.0e-5}, "
     )
     per_task += "mean: null, long: {learning_rate: 5.0e-5}}}}"
-    found = plan("tasks=[cola,rte]", arms, "seeds=1", ENCODERS, "learning_rate=1e-4", per_task)
+    found = grid("tasks=[cola,rte]", arms, "seeds=1", ENCODERS, "learning_rate=1e-4", per_task)
     rates = {(unit.task, unit.method): unit.config.learning_rate for unit in found.units}
     assert [rates["cola", arm] for arm in ("finetune", "mean", "long")] == [1e-4, 1e-4, 3e-4]
     assert (rates["rte", "finetune"], rates["rte", "long"]) == (1e-5, 5e-5)
@@ -57,7 +57,7 @@ def test_an_arm_may_have_keys_of_its_own_on_one_task_or_be_left_out_there():
 
 def test_students_are_told_apart_by_task_method_and_seed_alone(monkeypatch):
     monkeypatch.delenv("SEAD_DIST_STORE")
-    found = plan("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=[3,7]", ENCODERS)
+    found = grid("tasks=[cola,rte]", "methods=[finetune,mean]", "seeds=[3,7]", ENCODERS)
     (first, second), (mean, _) = of(found, "rte", "finetune"), of(found, "rte", "mean")
     assert (first.seed, second.seed) == (3, 7)
     assert first.data.path == "data/rte"
@@ -72,15 +72,15 @@ def test_students_are_told_apart_by_task_method_and_seed_alone(monkeypatch):
 
 def test_the_store_that_the_environment_names_is_the_sweeps_too(monkeypatch, tmp_path):
     monkeypatch.setenv("SEAD_DIST_STORE", str(tmp_path))
-    found = plan("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS)
+    found = grid("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS)
     # the runs themselves ask the environment
     assert of(found, "cola", "mean")[0].store.path is None
-    found = plan("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS, "store=own")
+    found = grid("tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS, "store=own")
     assert of(found, "cola", "mean")[0].store.path == "own"
 
 
 def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
-    found = plan(
+    found = grid(
         *("tasks=[cola,rte]", "methods=[mean]", "seeds=1", ENCODERS, "num_train_epochs=2"),
         *(
             "finetune={num_train_epochs: 9, learning_rate: 1e-3, seed: 40}",
@@ -100,14 +100,14 @@ def test_a_task_has_keys_of_its_own_and_so_has_fine_tuning():
 def test_what_students_ask_of_teachers_does_not_change_the_teachers():
     words = ["tasks=[cola]", "methods=[mean]", "seeds=1", ENCODERS]
     asked = ["alpha=0.1", "temperature=9", "teacher_column=column", "student.layers=null"]
-    before, after = plan(*words), plan(*words, *asked)
+    before, after = grid(*words), grid(*words, *asked)
     assert of(before, "cola", "teachers") == of(after, "cola", "teachers")
     assert of(before, "cola", "mean") != of(after, "cola", "mean")
 
 
 def test_unlabelled_text_is_for_students_that_ask_teachers_alone():
     words = ["tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS]
-    found = plan(*words, "unlabeled.path={task}.tsv", "unlabeled.ratio=2")
+    found = grid(*words, "unlabeled.path={task}.tsv", "unlabeled.ratio=2")
     given = {unit.method: unit.config.unlabeled for unit in found.units}
     assert (given["mean"].path, given["mean"].ratio) == ("cola.tsv", 2)
     assert {(given[m].path, given[m].ratio) for m in ("finetune", "teachers")} == {(None, None)}
@@ -115,10 +115,10 @@ def test_unlabelled_text_is_for_students_that_ask_teachers_alone():
 
 def test_the_students_layers_are_not_the_teachers(tmp_path):
     words = ["student=DIR", "student.layers=[1,3]", "encoders=[DIR]", "tasks=cola", "methods=mean"]
-    found = make_plan([*words, "seeds=1", "output_dir=out"])
+    found = make_grid([*words, "seeds=1", "output_dir=out"])
     assert of(found, "cola", "teachers")[0].student.layers is None
     assert of(found, "cola", "mean")[0].student.layers == [1, 3]
-    found = make_plan([*words, "seeds=1", "output_dir=out", "finetune.student.layers=[0]"])
+    found = make_grid([*words, "seeds=1", "output_dir=out", "finetune.student.layers=[0]"])
     assert of(found, "cola", "teachers")[0].student.layers == [0]
 
 
@@ -127,7 +127,7 @@ def test_keys_of_a_sweep_may_stand_in_a_file_and_an_own_method_too(tmp_path):
     own.write_text("ensemble: mean_logits\ntemperature: 0.5\n")
     file = tmp_path / "sweep.yaml"
     file.write_text(f"tasks: [cola]\nmethods: [mean, {own}]\nseeds: 3\nteachers: [T]\n")
-    found = plan(str(file), "seeds=2")
+    found = grid(str(file), "seeds=2")
     assert (found.methods, found.seeds) == (["mean", "cold"], [0, 1])
     (cold, _) = of(found, "cola", "cold")
     assert (cold.temperature, cold.output_dir) == (0.5, "out/cola/cold/seed-0")
@@ -136,7 +136,7 @@ def test_keys_of_a_sweep_may_stand_in_a_file_and_an_own_method_too(tmp_path):
 
 
 def test_folds_are_the_teachers_and_no_students():
-    found = plan("tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS, "folds=2")
+    found = grid("tasks=[cola]", "methods=[finetune,mean]", "seeds=1", ENCODERS, "folds=2")
     teachers = of(found, "cola", "teachers")
     assert {(config.folds, config.fold) for config in teachers} >= {(2, 0), (2, 1)}
     students = [*of(found, "cola", "finetune"), *of(found, "cola", "mean")]
@@ -145,7 +145,7 @@ def test_folds_are_the_teachers_and_no_students():
 
 def test_an_arm_is_a_method_with_keys_of_its_own():
     arms = "methods=[mean,{name: warm, method: mean, temperature: 9, student: {layers: [1]}}]"
-    found = plan("tasks=[cola]", arms, "seeds=1", ENCODERS, "temperature=3", "student=DIR")
+    found = grid("tasks=[cola]", arms, "seeds=1", ENCODERS, "temperature=3", "student=DIR")
     assert found.methods == ["mean", "warm"]
     (mean,), (warm,) = of(found, "cola", "mean"), of(found, "cola", "warm")
     assert (mean.temperature, warm.temperature) == (3, 9)
@@ -159,20 +159,20 @@ def test_an_arm_is_a_method_with_keys_of_its_own():
 
 def test_an_arm_may_have_steps_of_its_own_where_they_are_not_equal():
     arms = "methods=[mean,{name: long, method: mean, max_steps: 900, unlabeled: {path: null}}]"
-    found = plan("tasks=[cola]", arms, "seeds=1", ENCODERS, "equal_steps=off")
+    found = grid("tasks=[cola]", arms, "seeds=1", ENCODERS, "equal_steps=off")
     assert [config.max_steps for config in of(found, "cola", "long")] == [900]
 
 
 def test_arms_are_compared_with_the_one_that_is_named():
     words = ["tasks=[cola]", "seeds=1", ENCODERS]
-    assert plan(*words, "methods=[finetune,mean]").reference == "finetune"
-    assert plan(*words, "methods=[single,mean]").reference is None
+    assert grid(*words, "methods=[finetune,mean]").reference == "finetune"
+    assert grid(*words, "methods=[single,mean]").reference is None
     arms = "methods=[mean,{name: control, method: finetune}]"
-    assert plan(*words, arms, "reference=control").reference == "control"
+    assert grid(*words, arms, "reference=control").reference == "control"
 
 
 def test_by_default_every_shipped_method_and_what_does_not_apply_is_marked():
-    found = plan("tasks=[stsb,cola]", "seeds=1", "teachers=[a,b]")
+    found = grid("tasks=[stsb,cola]", "seeds=1", "teachers=[a,b]")
     assert found.methods[0] == "finetune"
     assert sorted(found.methods) == list(shipped_files("methods"))
     assert "needs classes" in found.unfit["stsb", "confidence"]
@@ -274,7 +274,7 @@ def test_a_sweep_is_told_from_a_run():
 )
 def test_mistakes_are_one_line_that_says_what_to_do(words, line):
     with pytest.raises(UserError, match=line) as error:
-        plan("tasks=[cola]", "methods=[mean]", ENCODERS, *words)
+        grid("tasks=[cola]", "methods=[mean]", ENCODERS, *words)
     assert "\n" not in str(error.value)
 
 
@@ -284,7 +284,7 @@ def test_tasks_of_ones_own_are_named_by_their_files(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(text)
     files = f"[{tmp_path / 'one.yaml'},{tmp_path / 'two.yaml'}]"
     shape = student_shape(tmp_path)
-    found = plan(f"tasks={files}", "methods=finetune", "seeds=1", f"student={shape}")
+    found = grid(f"tasks={files}", "methods=finetune", "seeds=1", f"student={shape}")
     assert [unit.config.data.path for unit in found.units] == ["data/one", "data/two"]
     assert [str(unit.folder) for unit in found.units] == [
         "out/one/finetune/seed-0",

@@ -13,7 +13,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.rounds import is_ready, remove, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
@@ -133,8 +133,8 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys, 
 
 def test_a_student_waits_for_the_model_of_its_teacher(finished, task):
     given = words(task, finished, "seeds=2", "keep_models=false")
-    plan = make_plan(given)
-    ready = {unit.method: is_ready(plan, unit) for unit in plan.students("grammar")}
+    grid = make_grid(given)
+    ready = {unit.method: is_ready(grid, unit) for unit in grid.students("grammar")}
     # the teachers are finished, and their models are gone
     assert ready == {"finetune": True, "mean": False}
 
@@ -182,19 +182,19 @@ def test_within_a_round_all_students_have_the_same_teachers(
 
 def test_another_machine_takes_another_round(task, tmp_path):
     given = words(task, tmp_path / "out", "methods=[finetune]", "encoders=[]", "seeds=2")
-    plan = make_plan(given)
-    with try_join(plan.units[0], "another machine") as taken, ExitStack() as held:
+    grid = make_grid(given)
+    with try_join(grid.units[0], "another machine") as taken, ExitStack() as held:
         assert taken
         memory = Memory({})
-        assert choose(plan, memory, held)[0] == 1
+        assert choose(grid, memory, held)[0] == 1
         assert (memory.round, memory.beside) == (("grammar", 1), 1)
         memory.joined.close()
-    with try_join(plan.units[0], "this machine") as first:
-        with try_join(plan.units[0], "this machine") as second:
+    with try_join(grid.units[0], "this machine") as first:
+        with try_join(grid.units[0], "this machine") as second:
             assert (first, second) == (True, True)
-        with try_join(plan.units[0], "another machine") as third:
+        with try_join(grid.units[0], "another machine") as third:
             assert not third
-    with try_join(plan.units[0], "another machine") as free:
+    with try_join(grid.units[0], "another machine") as free:
         assert free
 
 
@@ -216,9 +216,9 @@ def test_a_worker_that_ends_badly_is_told(task, tmp_path, monkeypatch):
 
 
 def test_several_runs_at_once_are_for_one_process_without_a_gpu(task, tmp_path):
-    plan = make_plan(words(task, tmp_path / "out", "jobs=2"))
+    grid = make_grid(words(task, tmp_path / "out", "jobs=2"))
     with pytest.raises(UserError, match=r"jobs=2 divides the threads .* here is 2 ranks; leave"):
-        check_jobs(plan, World(0, 2, CPU))
+        check_jobs(grid, World(0, 2, CPU))
 
 
 def test_arms_are_run_with_their_keys_and_compared_with_the_reference(task, tmp_path):
@@ -244,19 +244,19 @@ def test_arms_are_run_with_their_keys_and_compared_with_the_reference(task, tmp_
 
 def test_the_time_left_follows_from_runs_of_the_same_method(task, tmp_path):
     given = words(task, tmp_path / "out", "seeds=3", "encoders=[]", "teachers=[T]")
-    plan = make_plan(given)
-    assert time_left(plan, 1) == "6 runs left"
+    grid = make_grid(given)
+    assert time_left(grid, 1) == "6 runs left"
 
     def finish(unit, seconds):
         unit.folder.mkdir(parents=True)
         summary = {"finished": True, "train_s": seconds}
         (unit.folder / "run_summary.json").write_text(json.dumps(summary))
 
-    first, other, second, _, _, _ = plan.units
+    first, other, second, _, _, _ = grid.units
     finish(first, 100.0)
     # nothing is known of the other method: it takes as long as this one
-    assert time_left(plan, 1) == "5 runs left, about 8.33 min"
+    assert time_left(grid, 1) == "5 runs left, about 8.33 min"
     finish(other, 900.0)
-    assert time_left(plan, 1) == "4 runs left, about 33.3 min"
+    assert time_left(grid, 1) == "4 runs left, about 33.3 min"
     finish(second, 300.0)
-    assert time_left(plan, 2) == "3 runs left, about 16.7 min"
+    assert time_left(grid, 2) == "3 runs left, about 16.7 min"

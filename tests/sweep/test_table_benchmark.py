@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sead_dist.data.augmentation import rows_asked
-from sead_dist.sweep.grid import make_plan
+from sead_dist.sweep.grid import make_grid
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS, KEPT = ROOT / "benchmarks", ROOT / "docs" / "results" / "table" / "runs"
@@ -29,10 +29,10 @@ def table(monkeypatch):
 
 def test_the_arms_of_the_table_differ_in_what_they_are_meant_to(table):
     given = ["student=L3", "encoders=[E,E,E]", "output_dir=out", "data.path=data/{task}"]
-    plan = make_plan([str(table.ARMS), f"tasks=[{','.join(table.TASKS)}]", *given])
-    assert plan.methods == ["finetune", "control", "single", "mean", "sead"]
-    assert (plan.reference, len(plan.seeds), plan.keep_models) == ("control", 5, False)
-    configs = {u.method: u.config for u in plan.students("sst2") if u.config.seed == 0}
+    grid = make_grid([str(table.ARMS), f"tasks=[{','.join(table.TASKS)}]", *given])
+    assert grid.methods == ["finetune", "control", "single", "mean", "sead"]
+    assert (grid.reference, len(grid.seeds), grid.keep_models) == ("control", 5, False)
+    configs = {u.method: u.config for u in grid.students("sst2") if u.config.seed == 0}
     long = [name for name, config in configs.items() if config.max_steps == 1500]
     assert long == ["control", "single", "mean", "sead"]
     taught = [configs[name] for name in ("single", "mean", "sead")]
@@ -49,10 +49,10 @@ def test_an_arm_of_the_levers_differs_from_sead_in_one_thing(table, tmp_path):
     file = table.filled(arms, tmp_path, "ENC", [rows])
     assert (tmp_path / "plain.txt").read_text() == "a warm and funny film\n"
     given = ["student=L3", "encoders=[E,E,E]", "output_dir=out", "data.path=data/{task}"]
-    plan = make_plan([str(file), f"tasks=[{','.join(tasks)}]", *given])
-    assert list(plan.unfit) == [("stsb", "hard-labels")]
-    assert (plan.reference, len(plan.seeds)) == ("sead", 3)
-    configs = {u.method: u.config for u in plan.students("sst2") if u.config.seed == 0}
+    grid = make_grid([str(file), f"tasks=[{','.join(tasks)}]", *given])
+    assert list(grid.unfit) == [("stsb", "hard-labels")]
+    assert (grid.reference, len(grid.seeds)) == ("sead", 3)
+    configs = {u.method: u.config for u in grid.students("sst2") if u.config.seed == 0}
     keys = {name: config.identity() for name, config in configs.items()}
 
     def changed(arm: str, since: str = "sead") -> set[str]:
@@ -87,7 +87,7 @@ STSB = "stsb: {learning_rate: 2.0e-4"
 def test_a_task_has_learning_rates_of_its_own_and_may_lack_an_arm(words_of, part, tasks, own):
     words = words_of(part, tasks)
     assert f"per_task={{{own}}}" in words
-    make_plan(words)
+    make_grid(words)
 
 
 @pytest.fixture
@@ -109,9 +109,9 @@ def words_of(table, tmp_path, monkeypatch):
 
 
 def test_the_kept_runs_are_those_that_the_table_asks_for(words_of):
-    plan = make_plan([*words_of("core", ["sst2", "stsb"]), "seeds=[0]"])
-    assert len(plan.students("sst2")) == len(plan.students("stsb")) == 5
-    for unit in (*plan.students("sst2"), *plan.students("stsb")):
+    grid = make_grid([*words_of("core", ["sst2", "stsb"]), "seeds=[0]"])
+    assert len(grid.students("sst2")) == len(grid.students("stsb")) == 5
+    for unit in (*grid.students("sst2"), *grid.students("stsb")):
         kept = KEPT / unit.task / unit.method / unit.folder.name / "run.json"
         asked, had = unit.config.identity(), json.loads(kept.read_text())["identity"]["config"]
         assert {key for key in asked if had.get(key) != asked[key]} == set(), unit.title
@@ -123,17 +123,17 @@ def test_the_kept_runs_are_those_that_the_table_asks_for(words_of):
 )
 def test_no_two_arms_of_a_part_make_the_same_run(table, words_of, part, search):
     tasks = table.TASKS if search else table.PARTS[part][1]
-    plan = make_plan(words_of(part, tasks, search))
-    seed = plan.seeds[0]
+    grid = make_grid(words_of(part, tasks, search))
+    seed = grid.seeds[0]
     for task in tasks:
         runs = {}
-        for unit in plan.students(task):
+        for unit in grid.students(task):
             if unit.config.seed == seed:
                 runs.setdefault(what_it_makes(unit.config, LEFT_OVER[task]), []).append(unit.method)
         assert [names for names in runs.values() if len(names) > 1] == []
     if part == "levers":
-        assert ("sst2", "no-copies") in plan.unfit
-        assert ("stsb", "no-copies") not in plan.unfit
+        assert ("sst2", "no-copies") in grid.unfit
+        assert ("stsb", "no-copies") not in grid.unfit
 
 
 def what_it_makes(config, left_over):
@@ -145,8 +145,8 @@ def what_it_makes(config, left_over):
 
 
 def test_the_search_tries_rates_for_each_kind_of_arm(words_of):
-    plan = make_plan(words_of("core", ["sst2"], search=True))
-    found = {unit.method: unit.config for unit in plan.students("sst2")}
+    grid = make_grid(words_of("core", ["sst2"], search=True))
+    found = {unit.method: unit.config for unit in grid.students("sst2")}
     for kind in ("finetune", "control", "control-no-copies"):
         tried = [of.learning_rate for name, of in found.items() if name.startswith(kind)]
         assert {5e-5, 1e-4, 3e-4} <= set(tried)
@@ -163,9 +163,9 @@ def test_the_search_tries_rates_for_each_kind_of_arm(words_of):
 def test_the_other_parts_name_what_they_compare(part, table):
     arms, tasks = table.PARTS[part]
     given = ["student=L3", "encoders=[E,E,E]", "output_dir=out", "data.path=data/{task}"]
-    plan = make_plan([str(arms), f"tasks=[{','.join(tasks)}]", *given])
-    (steps,) = {unit.config.max_steps for unit in plan.students(tasks[0])}
-    assert (plan.methods[1], len(plan.seeds)) == ("sead", 3)
+    grid = make_grid([str(arms), f"tasks=[{','.join(tasks)}]", *given])
+    (steps,) = {unit.config.max_steps for unit in grid.students(tasks[0])}
+    assert (grid.methods[1], len(grid.seeds)) == ("sead", 3)
     assert steps == {"little": 750, "defaults": None}[part]
 
 

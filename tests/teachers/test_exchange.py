@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from ranks import run_ranks, try_ranks
-from small import load_teachers, make_source, save_teacher, small_split
+from small import answers_of, load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import barrier
-from sead_dist.teachers.base import Request
 
 MIXES = {
     "colocated": ["colocated"] * 3,
@@ -18,13 +17,8 @@ MIXES = {
 PARTS = ([0, 2, 4, 6, 8], list(range(21)), [13])
 
 
-def ask(source, parts=PARTS):
-    split = small_split(21)
-    answers = []
-    for entries_R in parts:
-        request = Request(split, np.asarray(entries_R), None, "a test")
-        answers.append(source.submit(request).result().logits_NBC.numpy())
-    return answers
+def ask(source):
+    return answers_of(source, small_split(21), PARTS)
 
 
 def every_placement(world, folders, root):

@@ -17,7 +17,7 @@ from small import (
 
 from sead_dist.data.order import make_batch
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states import Wanted, find_layer_parts
+from sead_dist.models.hidden_states import WantedLayers, find_layer_parts
 from sead_dist.runtime.distributed import World
 from sead_dist.teachers.feature_teacher import (
     FeatureTeacher,
@@ -184,7 +184,7 @@ def test_the_feature_teacher_shows_the_layer_outputs_of_a_micro_batch_without_dr
     (teacher,) = load_teachers([folders / "plain"])
     model = load_feature_teacher(config("teachers=[a]"), teacher, CPU)
     feature_teacher = FeatureTeacher(
-        "plain", model, find_layer_parts(model, "it", True), Wanted((0, 1), (1,)), 3
+        "plain", model, find_layer_parts(model, "it", True), WantedLayers((0, 1), (1,)), 3
     )
     batch = make_batch(small_split(), torch.tensor([0, 1, -1, -1]).numpy())
     torch.manual_seed(0)

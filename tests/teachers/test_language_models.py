@@ -37,7 +37,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.runs.pool_worker import teach
 from sead_dist.teachers import language_model
 from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.language_model import Plan
+from sead_dist.teachers.language_model import Continuations
 from sead_dist.teachers.placement import check_placements
 from sead_dist.teachers.prompts import Texts, read_template
 
@@ -111,9 +111,9 @@ def test_batches_as_on_a_gpu_say_the_same(llama, monkeypatch):
 
 
 def test_words_share_the_sequences_that_they_begin_with():
-    plan = Plan([(5,), (6, 7), (6, 8), (6, 7, 9), (4,)])
-    assert plan.stems == [(6, 7)]
-    logp_RSJT = np.zeros((1, 1, 3, len(plan.tokens)))
+    behind = Continuations([(5,), (6, 7), (6, 8), (6, 7, 9), (4,)])
+    assert behind.stems == [(6, 7)]
+    logp_RSJT = np.zeros((1, 1, 3, len(behind.tokens)))
     for place, token, value in [
         (0, 5, 1),
         (0, 6, 2),
@@ -122,8 +122,8 @@ def test_words_share_the_sequences_that_they_begin_with():
         (2, 9, 500),
         (0, 4, 7),
     ]:
-        logp_RSJT[0, 0, place, plan.tokens.index(token)] = value
-    assert plan.scores(logp_RSJT)[0].tolist() == [1, 32, 42, 532, 7]
+        logp_RSJT[0, 0, place, behind.tokens.index(token)] = value
+    assert behind.scores(logp_RSJT)[0].tolist() == [1, 32, 42, 532, 7]
 
 
 def test_contextual_calibration_takes_off_what_it_says_of_an_empty_text(llama):

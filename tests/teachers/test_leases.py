@@ -1,4 +1,4 @@
-"""Leases on the chunks of a pool: one holder at a time, and a dead one's work is taken over, by the
+"""Leases on the work items of a pool: one holder at a time, and a dead one's work is taken over, by the
 observer's own clock alone."""
 
 import os
@@ -43,121 +43,116 @@ def of_a_dead_worker(store, name: str) -> Path:
     return path
 
 
-def test_a_chunk_has_one_holder_at_a_time(store):
+def test_a_work_item_has_one_holder_at_a_time(store):
     ours, theirs = Leases(store, 60.0), Leases(store, 60.0)
-    lease = ours.take("chunk")
+    lease = ours.take("item")
     assert lease is not None
     assert lease.taken_from is None
     with lease:
-        assert theirs.take("chunk") is None
+        assert theirs.take("item") is None
         other = theirs.take("another")
         assert other is not None
         with other:
             pass
-    again = theirs.take("chunk")
+    again = theirs.take("item")
     assert again is not None
     with again:
-        assert ours.take("chunk") is None
+        assert ours.take("item") is None
     assert list(store.leases.iterdir()) == []
 
 
-def test_the_claim_of_a_worker_that_lives_is_never_taken_away(store, clock):
+def test_the_lease_of_a_worker_that_lives_is_never_taken_away(store, clock):
     ours, theirs = Leases(store, 0.2), Leases(store, 60.0)
-    lease = ours.take("chunk")
+    lease = ours.take("item")
     with lease:
         text = lease.path.read_bytes()
         for _ in range(3):
-            assert theirs.take("chunk") is None
+            assert theirs.take("item") is None
             clock.now += 61.0  # by the observer's clock a sign of life is due
             end = time.monotonic() + 30.0
             while lease.path.read_bytes() == text:
                 assert time.monotonic() < end, "the holder gave no sign of life"
                 time.sleep(0.005)
             text = lease.path.read_bytes()
-            assert theirs.take("chunk") is None
+            assert theirs.take("item") is None
 
 
 @pytest.mark.parametrize("written_at", [FAR_PAST, FAR_FUTURE])
 def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
-    path = of_a_dead_worker(store, "chunk")
+    path = of_a_dead_worker(store, "item")
     os.utime(path, (written_at, written_at))
     observer = Leases(store, 60.0)
     # however old or new it says it is, the first look only notes what is in it
-    assert observer.take("chunk") is None
+    assert observer.take("item") is None
     clock.now += 59.0
     os.utime(path, (clock.now, clock.now))  # a time that moves is not a sign of life
-    assert observer.take("chunk") is None
+    assert observer.take("item") is None
     clock.now += 2.0
-    lease = observer.take("chunk")
+    lease = observer.take("item")
     assert lease is not None
     assert lease.taken_from == "process 4711 on elsewhere, silent for 60 s"
     with lease:
-        assert observer.take("chunk") is None
+        assert observer.take("item") is None
 
 
 def test_a_sign_of_life_starts_the_count_anew(store, clock):
-    path = of_a_dead_worker(store, "chunk")
+    path = of_a_dead_worker(store, "item")
     observer = Leases(store, 60.0)
     for beat in range(3):
-        assert observer.take("chunk") is None
+        assert observer.take("item") is None
         clock.now += 59.0
         path.write_text(f"{beat:012d} elsewhere 4711 0123\n")
-    assert observer.take("chunk") is None
+    assert observer.take("item") is None
 
 
-def test_of_two_that_take_over_a_dead_workers_chunk_one_gets_it(store, clock, monkeypatch):
-    """The slower one has seen the dead lease too, and comes when the quicker has its own there."""
-    of_a_dead_worker(store, "chunk")
+def overtakers(store, clock, monkeypatch, third=None):
+    """The leases that a quicker worker, and then a third, got of a dead worker's item, which a
+    slower one was taking over."""
+    of_a_dead_worker(store, "item")
     quick, slow = Leases(store, 60.0), Leases(store, 60.0)
-    assert quick.take("chunk") is None
-    assert slow.take("chunk") is None
+    assert quick.take("item") is None
+    assert slow.take("item") is None
     clock.now += 61.0
     rename, won = os.rename, []
 
     def overtaken(path, aside):
         monkeypatch.setattr(os, "rename", rename)
-        won.append(quick.take("chunk"))
+        won.append(quick.take("item"))
         rename(path, aside)
+        if third is not None:
+            won.append(third.take("item"))
 
     monkeypatch.setattr(os, "rename", overtaken)
-    assert slow.take("chunk") is None
-    with won[0] as lease:
+    assert slow.take("item") is None
+    return won
+
+
+def test_of_two_that_take_over_a_dead_workers_item_one_gets_it(store, clock, monkeypatch):
+    """The slower one has seen the dead lease too, and comes when the quicker has its own there."""
+    (won,) = overtakers(store, clock, monkeypatch)
+    with won as lease:
         # it was put back as it was: its holder still writes to it, and removes it
         assert os.path.samestat(os.stat(lease.path), os.fstat(lease._file))
     assert list(store.leases.iterdir()) == []
     assert not list(store.tmp.iterdir())
 
 
-def test_a_claim_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatch):
+def test_a_lease_that_cannot_be_put_back_leaves_no_file(store, clock, monkeypatch):
     """A third worker has a lease of its own before the slower one can give back the quicker's."""
-    of_a_dead_worker(store, "chunk")
-    quick, slow, third = Leases(store, 60.0), Leases(store, 60.0), Leases(store, 60.0)
-    assert quick.take("chunk") is None
-    assert slow.take("chunk") is None
-    clock.now += 61.0
-    rename, won = os.rename, []
-
-    def overtaken(path, aside):
-        monkeypatch.setattr(os, "rename", rename)
-        won.append(quick.take("chunk"))
-        rename(path, aside)
-        won.append(third.take("chunk"))
-
-    monkeypatch.setattr(os, "rename", overtaken)
-    assert slow.take("chunk") is None
-    with won[1]:
+    first, second = overtakers(store, clock, monkeypatch, third=Leases(store, 60.0))
+    with second:
         assert not list(store.tmp.iterdir())
-    with won[0]:
+    with first:
         pass
 
 
-def test_a_holder_whose_claim_was_taken_away_leaves_the_new_one_alone(store, clock):
+def test_a_holder_whose_lease_was_taken_away_leaves_the_new_one_alone(store, clock):
     suspended, other = Leases(store, 1e9), Leases(store, 60.0)
     with ExitStack() as held:
-        held.enter_context(suspended.take("chunk"))
-        assert other.take("chunk") is None
+        held.enter_context(suspended.take("item"))
+        assert other.take("item") is None
         clock.now += 61.0  # it gives a sign of life every five seconds, and has given none
-        with other.take("chunk"):
+        with other.take("item"):
             held.close()
-            assert (store.leases / "chunk").exists()
+            assert (store.leases / "item").exists()
     assert list(store.leases.iterdir()) == []

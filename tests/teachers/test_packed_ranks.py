@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from packs import SIZES, stand_in_for_packs
 from ranks import run_ranks
-from small import load_teachers, make_source, save_teacher, small_split
-
-from sead_dist.teachers.base import Request
+from small import answers_of, load_teachers, make_source, save_teacher, small_split
 
 SPLIT = small_split(21)
 # some rows, all rows, one row: fewer than there are ranks
@@ -31,8 +29,7 @@ def answers(world, folders, root, placement, packed):
         )
         found, shapes = [], set()
         for entries_R in PARTS:
-            request = Request(SPLIT, np.asarray(entries_R), None, "a test")
-            found.append(source.submit(request).result().logits_NBC.numpy())
+            found += answers_of(source, SPLIT, [entries_R])
             for model in source.models.values():
                 model.register_forward_pre_hook(
                     lambda _m, _a, given: shapes.add(tuple(given["input_ids"].shape)),

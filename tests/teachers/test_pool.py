@@ -134,7 +134,7 @@ def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, tas
     student = start(1, tmp_path / "student", run_distill, given)
     victim = start(1, tmp_path / "w1", run_teach, given, "1/2")[0]
     for _ in range(1000):
-        until(lambda: rows_of(run, 1, 2) > 6 and any(leases.iterdir()), "a claim", 0.0005)
+        until(lambda: rows_of(run, 1, 2) > 6 and any(leases.iterdir()), "a lease", 0.0005)
         os.kill(victim.pid, signal.SIGSTOP)
         left = list(leases.iterdir())
         os.kill(victim.pid, signal.SIGKILL if left else signal.SIGCONT)

@@ -4,10 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from small import load_teachers, make_source, save_teacher, small_split
+from small import answers_of, load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import UserError
-from sead_dist.teachers.base import Request
 from sead_dist.teachers.placement import check_placements
 from sead_dist.teachers.validation import measure_drift
 
@@ -43,10 +42,7 @@ def test_invariant_03_an_int8_prediction_has_the_same_bits_in_any_company(folder
     found = []
     for name, parts in (("whole", [range(40)]), ("parts", [[3], range(7), range(40)])):
         source = make_source([teacher], tmp_path / name, tmp_path / "run")
-        for entries in parts:
-            request = Request(SPLIT, np.array(entries), None, "a test")
-            logits_RC = source.submit(request).result().logits_NBC[0].numpy()
-        found.append(logits_RC)
+        found.append(answers_of(source, SPLIT, parts)[-1][0])
         source.close()
     np.testing.assert_array_equal(*found)
 

@@ -14,8 +14,8 @@ from sead_dist.teachers.rates import (
     Stopwatch,
     costs,
     default_rates,
-    grid,
     known_costs,
+    lengths_to_measure,
     measure_batches,
     operations,
     remember,
@@ -107,9 +107,9 @@ def test_teachers_cost_their_seconds_where_all_are_known_else_their_parameters(
 
 
 def test_lengths_are_measured_around_those_of_the_task():
-    assert grid(np.array([5, 20]), 128) == [8, 16, 32]
-    assert grid(np.array([20, 40]), 48) == [16, 32, 48]
-    assert grid(np.array([600]), 2048) == [512]
+    assert lengths_to_measure(np.array([5, 20]), 128) == [8, 16, 32]
+    assert lengths_to_measure(np.array([20, 40]), 48) == [16, 32, 48]
+    assert lengths_to_measure(np.array([600]), 2048) == [512]
 
 
 class Pretended(Stopwatch):

@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks, start
 from safetensors.torch import load_file, save_file
 from small import (
+    answers_of,
     load_teachers,
     make_source,
     model_bytes,
@@ -24,7 +25,6 @@ from small import (
 )
 
 from sead_dist.errors import RunError
-from sead_dist.teachers.base import Request
 from sead_dist.teachers.sharding import build_sharded
 
 SPLIT = small_split(21)
@@ -41,12 +41,8 @@ def folders(tmp_path_factory):
     return [save_teacher(root / kind, kind, seed=n, labels=swapped) for n, kind in enumerate(KINDS)]
 
 
-def ask(source, parts=PARTS, split=SPLIT):
-    answers = []
-    for entries_R in parts:
-        request = Request(split, np.asarray(entries_R), None, "a test")
-        answers.append(source.submit(request).result().logits_NBC.numpy())
-    return answers
+def ask(source, parts=PARTS):
+    return answers_of(source, SPLIT, parts)
 
 
 def sharded_and_not(world, entries, root):

@@ -15,8 +15,8 @@ from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_tra
 TEACHERS, ROWS = 3, 8
 
 
-def chunks(split, **changes):
-    """(the training chunks, the stream, what it asks of whom) of three epochs of 6 steps."""
+def items(split, **changes):
+    """(the training items, the stream, what it asks of whom) of three epochs of 6 steps."""
     given = config(global_batch_size=4, micro_batch_size=2, **changes)
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
@@ -25,13 +25,13 @@ def chunks(split, **changes):
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "random"])
-def test_chunks_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(ensemble):
+def test_items_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(ensemble):
     split = small_split(21)
-    found, batches, asked = chunks(split, ensemble=ensemble)
+    found, batches, asked = items(split, ensemble=ensemble)
     first_NU = np.full((TEACHERS, 21), -1)
-    for place, chunk in enumerate(found):
-        assert (first_NU[chunk.teacher, chunk.entries_R] == -1).all(), "a pair is there twice"
-        first_NU[chunk.teacher, chunk.entries_R] = place
+    for place, item in enumerate(found):
+        assert (first_NU[item.teacher, item.entries_R] == -1).all(), "a pair is there twice"
+        first_NU[item.teacher, item.entries_R] = place
     last = -1
     needed_NU = np.zeros((TEACHERS, 21), bool)
     for steps in batches.windows(0, ROWS):
@@ -48,7 +48,7 @@ def test_chunks_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(
     np.testing.assert_array_equal(first_NU >= 0, needed_NU)
 
 
-def test_a_chunks_name_is_of_its_content_alone(tmp_path):
+def test_a_items_name_is_of_its_content_alone(tmp_path):
     teachers = load_teachers([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
     one, same, longer = small_split(21), small_split(21), small_split(22)
     names = [c.name(teachers[c.teacher].key) for c in items_of_split(one, 2, ROWS)]
@@ -77,26 +77,26 @@ def test_workers_begin_at_different_places_and_where_room_is_short_stay_with_the
         hand.room = 1
         left = items_of_split(split, TEACHERS, ROWS)
         want = left[number - 1]
-        chunk, claim = hand.take(left)
-        assert chunk is want
-        with claim:
-            hand.compute(chunk)
-        left.remove(chunk)
-        following, claim = hand.take(left)
-        with claim:
+        item, lease = hand.take(left)
+        assert item is want
+        with lease:
+            hand.compute(item)
+        left.remove(item)
+        following, lease = hand.take(left)
+        with lease:
             pass
-        assert following.teacher == chunk.teacher
+        assert following.teacher == item.teacher
 
 
-def test_after_its_first_chunk_a_worker_goes_in_the_students_order(pool):
+def test_after_its_first_item_a_worker_goes_in_the_students_order(pool):
     """Alone, worker 3 of 4 leaves nothing behind that the student will ask for first."""
     split = small_split(64)
     hand, order = pool(3, 4), []
     compute = hand.compute
-    hand.compute = lambda chunk: (order.append(chunk), compute(chunk))
-    chunks = items_of_split(split, TEACHERS, ROWS)
-    assert hand.fill(chunks)
-    places = [chunks.index(chunk) for chunk in order]
+    hand.compute = lambda item: (order.append(item), compute(item))
+    items = items_of_split(split, TEACHERS, ROWS)
+    assert hand.fill(items)
+    places = [items.index(item) for item in order]
     assert places == [2, 0, 1, *range(3, 24)]
 
 
@@ -128,28 +128,28 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     assert hand.source.journal.rows() == 2 * ROWS
 
 
-def test_a_worker_says_from_whom_it_takes_a_chunk_over(pool, capsys):
+def test_a_worker_says_from_whom_it_takes_a_item_over(pool, capsys):
     hand = pool(1, 1)
     hand.leases.broken_s = 0.0
-    chunks = items_of_split(small_split(21), TEACHERS, ROWS)
-    dead = hand.source.store.layout.leases / hand.name(chunks[1])
+    items = items_of_split(small_split(21), TEACHERS, ROWS)
+    dead = hand.source.store.layout.leases / hand.name(items[1])
     dead.write_text("000000000007 elsewhere 4711 0123\n")
-    assert hand.fill(chunks)
+    assert hand.fill(items)
     assert hand.rows == 3 * 21
     said = [line for line in capsys.readouterr().out.splitlines() if "taken over" in line]
-    place = f"{hand.source.teachers[chunks[1].teacher].name}, {chunks[1].what}"
+    place = f"{hand.source.teachers[items[1].teacher].name}, {items[1].what}"
     assert said == [f"{place}: taken over from process 4711 on elsewhere, silent for 0 s"]
 
 
-def test_a_claim_that_a_dead_worker_left_on_a_finished_chunk_is_removed_at_the_end(pool):
+def test_a_lease_that_a_dead_worker_left_on_a_finished_item_is_removed_at_the_end(pool):
     hand = pool(1, 1)
-    chunks = items_of_split(small_split(21), TEACHERS, ROWS)
-    for chunk in chunks:
-        hand.compute(chunk)
-    leftover = hand.source.store.layout.leases / hand.name(chunks[0])
+    items = items_of_split(small_split(21), TEACHERS, ROWS)
+    for item in items:
+        hand.compute(item)
+    leftover = hand.source.store.layout.leases / hand.name(items[0])
     elsewhere = leftover.with_name("of another run")
     for path in (leftover, elsewhere):
         path.write_text("000000000007 elsewhere 4711 0123\n")
-    assert hand.fill(chunks)
+    assert hand.fill(items)
     assert not leftover.exists()
     assert elsewhere.exists()

@@ -9,7 +9,7 @@ from transformers import pipeline
 
 import sead_dist as sd
 from sead_dist.errors import UserError
-from sead_dist.runs.labelling import Asking, predict_file, read_input
+from sead_dist.runs.predicted_rows import Asking, predict_file, read_input
 from sead_dist.runs.prediction import task_of
 
 

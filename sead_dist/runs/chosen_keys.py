@@ -25,7 +25,7 @@ from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
 
 
-def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
+def with_chosen_keys(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.unlabelled_rows)
@@ -39,7 +39,7 @@ def with_choices(config: RunConfig, examples: RunExamples) -> RunConfig:
     )
 
 
-def told_choices(
+def told_chosen_keys(
     config: RunConfig,
     task: TaskSpec,
     examples: RunExamples,

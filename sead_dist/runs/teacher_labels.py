@@ -28,7 +28,7 @@ from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.runs.checked_run import read_run
-from sead_dist.runs.labelling import check_no_tabs, check_output, write_table
+from sead_dist.runs.predicted_rows import check_no_tabs, check_output, write_table
 from sead_dist.runs.prepared_teachers import needs_validation, weigh
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runs.without_gold import together
@@ -36,7 +36,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import tell
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
-from sead_dist.store.store import PredictionStore
+from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, out_of_fold
@@ -79,7 +79,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     teacher does not answer is empty. Raises UserError, as for a teacher that fails its validation.
     """
     check_output(output, "--output")
-    with asking(config, output, world) as run:
+    with teachers_at_work(config, output, world) as run:
         config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
         everything = (splits.train, splits.selection, *splits.official.values())
         ensemble = weighed(run, everything)
@@ -97,7 +97,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Asking:
+class TeachersAtWork:
     """The teachers of a run, at work, and the splits that they may be asked. examples: without
     copies."""
 
@@ -110,7 +110,7 @@ class Asking:
 
 
 @contextmanager
-def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
+def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[TeachersAtWork]:
     """The teachers of a run while they may be asked; `output` is whose name the store knows them
     by. Nothing is asked yet. Raises UserError for what cannot be asked."""
     if not config.teachers:
@@ -130,7 +130,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     checked = read_run(config, world, tell, learns=False)
     task, examples, teachers = checked.task, checked.examples, checked.teachers
     splits = tokenize_splits(examples, checked.inputs.split)
-    store = PredictionStore(store_folder(config.store.path), tell)
+    store = StoreFolder(store_folder(config.store.path), tell)
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
@@ -142,7 +142,7 @@ def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
                 source.share_tokens(split, checked.inputs)
-            yield Asking(config, task, examples, splits, teachers, source)
+            yield TeachersAtWork(config, task, examples, splits, teachers, source)
         finally:
             source.close()
 
@@ -157,7 +157,7 @@ def with_any_student(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"student": start})
 
 
-def weighed(run: Asking, asked: Iterable[Split]) -> Ensemble:
+def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
     """The ensemble as a run of these teachers has it before its first step, after a line on what
     will be asked: these splits."""
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
@@ -195,6 +195,7 @@ def row_columns(task: TaskSpec, part: ExampleSet, kinds: list[str]) -> Columns:
 
 
 def name_of(template: str, usual: str) -> str:
+    """The column of a template that is one column alone, else the usual name."""
     match = re.fullmatch(r"\{(\w+)\}", template)
     return match[1] if match else usual
 
@@ -236,6 +237,7 @@ def label_columns(
 
 
 def probability_columns(task: TaskSpec, prefix: str, p_BC: np.ndarray) -> Columns:
+    """A column for each class, `{prefix}probability_LABEL`."""
     return {
         f"{prefix}probability_{label}": as_cells(p_B)
         for label, p_B in zip(task.labels, p_BC.T, strict=True)
@@ -248,6 +250,7 @@ def as_cells(values_B: np.ndarray) -> list[Any]:
 
 
 def extend(columns: Columns, more: Columns) -> None:
+    """Put the rows of `more` below those of `columns`."""
     for name, values in more.items():
         columns.setdefault(name, []).extend(values)
 
@@ -273,7 +276,7 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
     no_text = config.unlabeled.model_copy(update={"path": None, "rest": False})
     columns: Columns = {}
     labels, said_of_all, probabilities = [], [], []
-    with asking(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
+    with teachers_at_work(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
         splits, teachers = (run.splits.train, run.splits.selection), run.teachers
         fit = [out_of_fold(teachers, split) for split in splits]
         check_fit(teachers, fit, splits)

@@ -1,4 +1,5 @@
-"""A finished model labels the rows of a file, of standard input, or of a call from Python.
+"""`sead-dist predict`: what a finished model answers to the rows of a file, of standard input, or
+of a call from Python.
 
 Shapes: B examples, C classes (task order).
 """
@@ -152,7 +153,7 @@ def beside_rows(
 ) -> list[dict[str, Any] | None]:
     """The answers, one for each of `count` rows, None for a row that was passed over; where rows
     hold several examples, one for each example."""
-    said = as_rows(columns)
+    said = rows_of_columns(columns)
     if len(np.unique(examples.rows_B)) < len(examples):
         return list(said)
     answers: list[dict[str, Any] | None] = [None] * count
@@ -241,11 +242,13 @@ def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
                 )
 
 
-def as_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def rows_of_columns(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of one length as rows."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def as_text(value: Any) -> str:
+    """A value as a field of TSV or CSV: None is empty, a list or mapping is JSON."""
     if value is None:
         return ""
     return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
@@ -256,7 +259,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
 
     Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
     """
-    rows = as_rows(columns)
+    rows = rows_of_columns(columns)
     if output == STANDARD:
         sys.stdout.write(as_lines(rows, list(columns), kind))
         return
@@ -278,6 +281,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
 
 
 def as_lines(rows: Rows, names: Sequence[str], kind: str) -> str:
+    """Rows as the text of a .jsonl, .tsv or .csv file; the latter two begin with the names."""
     if kind == ".jsonl":
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         return "".join(line + "\n" for line in lines)

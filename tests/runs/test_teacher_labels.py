@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.labels import write_errors, write_labels, write_rows
+from sead_dist.runs.teacher_labels import write_errors, write_labels, write_rows
 
 
 def given(tiny_task, output, teachers, **changes):
