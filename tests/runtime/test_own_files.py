@@ -167,6 +167,7 @@ def test_what_killed_runs_leave_behind_is_swept(tmp_path):
         tmp_path / "checkpoints" / "step-00000004.tmp" / "optimizer.pt",
         tmp_path / "checkpoints" / "trial" / "optimizer.pt",
         tmp_path / ".onnx.12.aside" / "model.onnx",
+        tmp_path / "model.tmp" / "model.safetensors",  # of versions before the names with a dot
         tmp_path / ".model.0123456789abcdef.aside-older" / "model.safetensors",
         tmp_path / "checkpoints" / ".step-00000002.01234567.aside-older" / "optimizer.pt",
     ]
