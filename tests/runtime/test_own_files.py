@@ -147,6 +147,21 @@ def test_the_demo_writes_over_nothing(tmp_path):
     assert (tmp_path / "demo" / "shapes" / "student.yaml").is_file()
 
 
+def test_the_demo_goes_on_in_a_folder_in_which_its_text_has_the_older_name(tmp_path):
+    write_inputs(tmp_path, seed=0)
+    text = tmp_path / "task" / "unlabeled.tsv"
+    written = text.read_bytes()
+    text.rename(tmp_path / "task" / "transfer.tsv")
+    write_inputs(tmp_path, seed=0)
+    assert text.read_bytes() == written
+    # the older runs' configurations name it
+    assert (tmp_path / "task" / "transfer.tsv").read_bytes() == written
+    for name in ("unlabeled", "transfer"):
+        (tmp_path / "task" / f"{name}.tsv").unlink()
+    with pytest.raises(UserError, match=r"lacks a file of the demo, task.unlabeled.tsv; give a new"):
+        write_inputs(tmp_path, seed=0)
+
+
 def test_a_line_end_never_becomes_a_line_of_a_job(tmp_path):
     with pytest.raises(UserError, match=r"partition='a.ntouch x': expected a text without line"):
         load_settings(None, {"partition": "a\ntouch x"})
