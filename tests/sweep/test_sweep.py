@@ -172,6 +172,17 @@ def test_other_data_under_finished_runs_are_refused(finished, task, tmp_path):
         run_sweep(words, ALONE)
 
 
+def test_rows_that_an_older_version_divided_otherwise_are_refused_as_such(finished, task, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "out")
+    for record in output.glob("grammar/*/*/run.json"):
+        record.write_text(record.read_text().replace('"splits": 2', '"splits": 1'))
+    other = write_task(tmp_path / "grammar", rows=61)
+    with pytest.raises(
+        UserError, match="with the rules splits 1; this version has splits 2, under"
+    ):
+        run_sweep(sweep_words(task, output, f"data.path={other}"), ALONE)
+
+
 @pytest.mark.slow
 def test_another_command_in_the_same_folder_is_refused_though_it_began_later(
     task, tmp_path, monkeypatch

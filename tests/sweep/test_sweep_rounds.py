@@ -14,7 +14,7 @@ from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_plan
-from sead_dist.sweep.rounds import is_ready, remove, try_join
+from sead_dist.sweep.rounds import is_ready, remove, told_again, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
@@ -127,6 +127,8 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys, 
     run_sweep(words(task, output, "seeds=2", "keep_models=false"), ALONE)
     said = capsys.readouterr().out
     assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
+    line = "grammar: 2 teachers made again, since the model is gone; finished students that stay: 1"
+    assert said.index(line) < said.index("\nrun ")
     assert [made_at(run) for run in kept] == before
     assert scores(output) == scores(finished)
 
@@ -137,6 +139,29 @@ def test_a_student_waits_for_the_model_of_its_teacher(finished, task):
     ready = {unit.method: is_ready(plan, unit) for unit in plan.students("grammar")}
     # the teachers are finished, and their models are gone
     assert ready == {"finetune": True, "mean": False}
+
+
+def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_run(
+    finished, task, tmp_path
+):
+    def told(*given):
+        return list(told_again(make_plan(words(task, finished, "keep_models=false", *given))))
+
+    # all is done: no teacher is made
+    assert told("seeds=2") == []
+    again = "grammar: 2 teachers made again, since the model is gone"
+    assert told("seeds=3") == [f"{again}; finished students that stay: 2"]
+    # an open round: its finished students had the old teachers
+    cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
+    undone = "; done again if its teachers differ then: grammar mean seed-1"
+    assert told("seeds=[1]", cold) == [f"{again}{undone}; finished students that stay: 0"]
+    assert told("seeds=[1,2]") == [f"{again}; finished students that stay: 1"]
+    # a run that was begun
+    copy = shutil.copytree(finished, tmp_path / "out")
+    (copy / "grammar" / "mean" / "seed-1" / "run_summary.json").unlink()
+    plan = make_plan(words(task, copy, "keep_models=false", "seeds=2"))
+    begun = "; what begins again: grammar mean seed-1"
+    assert list(told_again(plan)) == [f"{again}{begun}; finished students that stay: 1"]
 
 
 def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
