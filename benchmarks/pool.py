@@ -2,9 +2,9 @@
 none is killed.
 
 Both pools fill an empty store for a student that follows it. Counted is what the workers wrote down
-as computed, and for each kill the whole chunk that the dead worker had a lease on, however far it
-was. Target: no more extra work than 5%, one chunk for each kill and one for each worker; and the
-student's parameters equal bit for bit.
+as computed, and for each kill the whole work item that the dead worker had a lease on, however far
+it was. Target: no more extra work than 5%, one work item for each kill and one for each worker; and
+the student's parameters equal bit for bit.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sead_dist.runtime.run_log import is_finished, read_json
 
 ALLOWED_SHARE = 0.05
 # dead after so long; long enough for four workers and a student on one core
-CLAIM_S = 10.0
+LEASE_S = 10.0
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Member:
 
 @dataclass
 class Pool:
-    """The workers of one run; `lost` holds the rows of chunks that dead ones had a lease on."""
+    """The workers of one run; `lost` holds the rows of work items that dead ones had a lease on."""
 
     words: list[str]
     run: Path
     store: Path
     members: list[Member]
-    chunk_rows: int
+    item_rows: int
     lost: list[int] = field(default_factory=list)
 
     def start(self, member: Member) -> None:
@@ -73,7 +73,7 @@ class Pool:
         member.process.wait()
         leases = (self.store / "leases").iterdir()
         held = [one for one in leases if f" {member.process.pid} " in text_of(one)]
-        self.lost += [self.chunk_rows] * len(held)
+        self.lost += [self.item_rows] * len(held)
 
     def computed(self) -> int:
         """Rows that the workers wrote down, over all their starts."""
@@ -112,7 +112,7 @@ def one_run(
     run, store = root / "run", root / "store"
     words = [*words, f"output_dir={run}", f"store={store}"]
     members = [Member(n, root / f"worker-{n}.log") for n in range(1, setting.workers + 1)]
-    pool = Pool(words, run, store, members, setting.chunk_rows)
+    pool = Pool(words, run, store, members, setting.item_rows)
     kills = 0
     began = time.monotonic()
     kill_at: float | None = None
@@ -158,7 +158,7 @@ def report(peace: dict[str, Any], killed: dict[str, Any], args: argparse.Namespa
     rows = []
     for name, one, kills in (("in peace", peace, 0), ("killed", killed, killed["kills"])):
         extra = one["computed"] - one["pairs"] + one["lost_at_most"]
-        allowed = ALLOWED_SHARE * one["pairs"] + (kills + args.workers) * args.chunk_rows
+        allowed = ALLOWED_SHARE * one["pairs"] + (kills + args.workers) * args.item_rows
         one |= {"extra": extra, "allowed": round(allowed)}
         share = f"{100 * extra / one['pairs']:.1f}%"
         row: list[object] = [name, kills, one["pairs"], one["computed"], one["lost_at_most"]]
@@ -171,10 +171,10 @@ def report(peace: dict[str, Any], killed: dict[str, Any], args: argparse.Namespa
         f"{args.workers} workers with {args.threads} thread each on the cores that this benchmark "
         f"may use ({len(os.sched_getaffinity(0))}), one after the other killed (SIGKILL) "
         f"{args.every_s:g} s after it is ready, and started again; {args.teachers} teachers "
-        f"{args.shape} with random weights, chunks of {args.chunk_rows} rows, a lease is broken "
-        f"after {CLAIM_S:g} s, student L2-H128, {args.rows} rows of SST-2.\n\n"
+        f"{args.shape} with random weights, work items of {args.item_rows} rows, a lease is broken "
+        f"after {LEASE_S:g} s, student L2-H128, {args.rows} rows of SST-2.\n\n"
         f"{table(columns, rows)}\n\n"
-        f"The students' parameters are {same}. Target (5% + a chunk for each kill + a chunk for "
+        f"The students' parameters are {same}. Target (5% + a work item for each kill + one for "
         f"each worker, and equal parameters): {verdict}."
     )
     raw = {"in peace": peace, "killed": killed, "parameters equal": equal}
@@ -186,13 +186,13 @@ def main() -> None:
     parser.add_argument("--shape", default="L4-H256", help="of the teachers, random weights")
     parser.add_argument("--teachers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--chunk-rows", type=int, default=256)
+    parser.add_argument("--item-rows", type=int, default=256)
     parser.add_argument("--every-s", type=float, default=20.0, help="seconds from ready to kill")
     parser.add_argument("--kills", type=int, help="no more than so many; default: to the end")
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.shape, args.teachers, args.every_s = 300, "L1-H32", 1, 0.0
-        args.workers, args.chunk_rows, args.kills = 1, 64, 1
+        args.workers, args.item_rows, args.kills = 1, 64, 1
     set_threads(args.threads)
     # ended from outside, it ends its workers too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -207,8 +207,8 @@ def main() -> None:
             f"student={random_classifier(folder / 'student', 'L2-H128', tokenizer, 0)}",
             f"teachers=[{','.join(teachers)}]",
             "placement=pool",
-            f"pool.item_rows={args.chunk_rows}",
-            f"pool.lease_s={CLAIM_S}",
+            f"pool.item_rows={args.item_rows}",
+            f"pool.lease_s={LEASE_S}",
             "num_train_epochs=1",
             "teacher_validation=off",
         ]

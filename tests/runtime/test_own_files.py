@@ -158,7 +158,9 @@ def test_the_demo_goes_on_in_a_folder_in_which_its_text_has_the_older_name(tmp_p
     assert (tmp_path / "task" / "transfer.tsv").read_bytes() == written
     for name in ("unlabeled", "transfer"):
         (tmp_path / "task" / f"{name}.tsv").unlink()
-    with pytest.raises(UserError, match=r"lacks a file of the demo, task.unlabeled.tsv; give a new"):
+    with pytest.raises(
+        UserError, match=r"lacks a file of the demo, task.unlabeled.tsv; give a new"
+    ):
         write_inputs(tmp_path, seed=0)
 
 
