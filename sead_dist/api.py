@@ -42,6 +42,7 @@ from sead_dist.runs.given import (
     as_layer,
     as_rows,
     checked_task,
+    class_order,
     given_sets,
     is_folder,
     is_path,
@@ -220,7 +221,7 @@ def evaluate(
             sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        found = prediction.results_of(name, spec, sets, order(labels), world, tell)
+        found = prediction.results_of(name, spec, sets, class_order(labels), world, tell)
     return prediction.as_one(found)
 
 
@@ -251,7 +252,7 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = labelling.Asking(tell, order(labels), batch_size, skip_malformed)
+    asking = labelling.Asking(tell, class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, skip_malformed)
@@ -394,11 +395,3 @@ def spec_of(model: str, task: str | os.PathLike[str] | TaskSpec | None) -> TaskS
         return checked_task(task)
     expect("task", task, NAMES | None, "a shipped name (sst2), a YAML file, or a TaskSpec")
     return prediction.task_of(model, None if task is None else os.fspath(task))
-
-
-def order(labels: str | Sequence[str] | None) -> str | None:
-    """The model's class order as the command line has it."""
-    if labels is not None and not isinstance(labels, str):
-        expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
-        return ",".join(map(str, labels))
-    return labels

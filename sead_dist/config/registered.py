@@ -163,8 +163,18 @@ def run_file(path: str, plugin: Plugin) -> None:
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = "" if line is None else f" in line {line}"
         raise UserError(
-            f"plugin {path} cannot be run: {one_line(reason(error))}{where}; correct the file"
+            f"plugin {path} cannot be run: {one_line(reason(error))}{where}; {fix_of(error)}"
         ) from error
+
+
+def fix_of(error: BaseException) -> str:
+    """What a person does about a plugin that raised this."""
+    missing = error.name if isinstance(error, ImportError) else None
+    if missing is None:
+        return "correct the file"
+    if missing.partition(".")[0] == "sead_dist":
+        return "correct the import: docs/architecture.md lists the modules of this version"
+    return f"install {missing.partition('.')[0]} for this Python, or correct the import"
 
 
 def hashes(paths: Sequence[str]) -> dict[str, str]:

@@ -73,6 +73,8 @@ def rescorer(
 
     With every unit counted once it is the kind's own value.
     """
+    if kind.compute not in (metrics.of_classes, metrics.of_scores):
+        return _of_drawn_rows(name, kind, logits_BC, inputs)
     if name in metrics.REGRESSION:
         return _correlation(name, inputs.labels_B, logits_BC[:, 0].astype(np.float64))
     if inputs.answers is not None or name == "exact_match":
@@ -87,6 +89,25 @@ def rescorer(
         return CONFUSION[name]((times_RU @ counts_UK).reshape(-1, classes, classes))
 
     return scores
+
+
+def _of_drawn_rows(
+    name: str, kind: TaskKind, logits_BC: NDArray[np.float32], inputs: MetricInputs
+) -> Rescore:
+    """A metric of a kind that computes its own: of rows that stand there as often as they are
+    drawn. A group that is drawn again is a group of its own."""
+    units_B = units_of(inputs)
+
+    def score(times_U: NDArray[np.int64]) -> float:
+        times_B = times_U[units_B]
+        rows = np.repeat(np.arange(len(units_B)), times_B)
+        drawn = _some(inputs, rows)
+        if drawn.groups_B is not None:
+            turn = np.arange(len(rows)) - np.repeat(np.cumsum(times_B) - times_B, times_B)
+            drawn = replace(drawn, groups_B=units_B[rows] * (times_U.max() + 1) + turn)
+        return kind.compute([name], logits_BC[rows], drawn)[name]
+
+    return lambda times_RU: np.array([score(t_U) for t_U in times_RU.astype(np.int64)])
 
 
 def _accuracy(table_RCC: Floats) -> Floats:
@@ -245,8 +266,11 @@ def reach_of(variance: float, freedom: float) -> float:
 
 
 def widest_gap(name: str) -> float:
-    """The largest difference between two scores under a metric: correlations go from -1 to 1."""
-    return 2.0 if name in (*metrics.REGRESSION, "matthews_correlation") else 1.0
+    """The largest difference between two scores under a metric: correlations go from -1 to 1, and
+    of the metric of a person's own kind nothing is known."""
+    if name in (*metrics.REGRESSION, "matthews_correlation"):
+        return 2.0
+    return 1.0 if name in (*CONFUSION, *metrics.GROUPED, *metrics.ANSWERS) else math.inf
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Uploading a finished model to the hub: whether it can be done, and doing it.
 
-The token is huggingface_hub's own affair (HF_TOKEN, or a login); it is never read here.
+The token is huggingface_hub's own affair (HF_TOKEN, or a login); it is never kept here.
 """
 
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import (  # type: ignore[attr-defined] # not in its __all__, but documented
     disable_progress_bars,
     validate_repo_id,
@@ -38,10 +38,9 @@ def refuse_push(config: RunConfig, what: str) -> None:
 LATER = "or leave push_to_hub out and upload later: sead-dist push RUN"
 
 
-def check_push(repo: str | None, later: str = LATER) -> None:
-    """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
-    bare name under the owner, or None). later: what else can be done. Raises UserError, before any
-    work."""
+def check_push_here(repo: str | None, later: str = LATER) -> None:
+    """What this machine alone says of an upload: the hub is allowed, `repo` is a name, and a token
+    is there. Nothing is asked over a network. Arguments and errors are those of `check_push`."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
@@ -50,14 +49,22 @@ def check_push(repo: str | None, later: str = LATER) -> None:
     try:
         if repo is not None:
             validate_repo_id(repo)
-        account = HfApi().whoami()
     except HFValidationError as error:
         raise UserError(f"hub_model_id={repo}: {reason(error)}; give owner/name") from None
-    except LocalTokenNotFoundError:
+    if get_token() is None:
         raise UserError(
             "uploading needs a token of the hub and there is none; hf auth login, or set "
             f"HF_TOKEN, {later}"
-        ) from None
+        )
+
+
+def check_push(repo: str | None, later: str = LATER) -> None:
+    """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
+    bare name under the owner, or None). later: what else can be done. Raises UserError, before any
+    work."""
+    check_push_here(repo, later)
+    try:
+        account = HfApi().whoami()
     except HfHubHTTPError as error:
         raise UserError(
             f"the hub ({constants.ENDPOINT}) does not accept the token: {reason(error)}; "

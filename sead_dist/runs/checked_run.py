@@ -1,8 +1,9 @@
 """A run's configuration, data, student and teachers: read, and checked in one order, before
 anything is written, placed or asked.
 
-`distill` and `plan` do all of it in `check_run`. A worker of the pool and `labels`, which train no
-student, do the second half, `read_run`.
+`distill` and `plan` do all of it in `check_run`, but that a plan asks no network: whether the hub
+accepts the token of an upload is asked by the run alone. A worker of the pool and `labels`, which
+train no student, do the second half, `read_run`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from sead_dist.models.start import run_start_hash, student_tokenizer
 from sead_dist.models.student import build_student
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.objectives.feature_losses import check_feature_loss
-from sead_dist.reporting.hub import check_push
+from sead_dist.reporting.hub import check_push, check_push_here
 from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.copies import add_copies
 from sead_dist.runs.repair import check_repair_setting
@@ -73,7 +74,8 @@ def check_run(
 
     say: is told the lines that the run says of its data and student. ranks, device: the run's,
     where it is planned for others than these. folders: those that every node must see (key ->
-    folder), where the run is to begin now. Raises UserError for whatever is wrong with the
+    folder), where the run is to begin now; None where it is planned alone, and then nothing is
+    asked of the hub about its upload. Raises UserError for whatever is wrong with the
     configuration, the files or the models, on every rank.
     """
     ranks, device = ranks or world.size, device or world.device
@@ -83,6 +85,8 @@ def check_run(
     if folders is not None:
         check_shared(world, folders)
     check_setting(config, world, ranks, device)
+    if folders is not None and config.push_to_hub:
+        from_main(world, lambda: check_push(config.hub_model_id))
     for line in slow_arithmetic(config, device):
         say(line)
     run = read_run(config, world, say, ranks)
@@ -125,10 +129,11 @@ def read_run(
 
 
 def check_setting(config: RunConfig, world: World, ranks: int, device: torch.device) -> None:
-    """What can be told from the settings alone, before anything is read. Raises UserError."""
+    """What can be told from the settings and this machine alone, before anything is read: a tracker
+    is only looked for among the packages. Raises UserError."""
     check_tracker(config.report_to)
     if config.push_to_hub:
-        from_main(world, lambda: check_push(config.hub_model_id))
+        from_main(world, lambda: check_push_here(config.hub_model_id))
     check_arithmetic(config.precision, device)
     zero = zero_config(config, ranks)
     stage = zero.stage if zero is not None else None

@@ -3,7 +3,7 @@ folder where it is in memory, so that a resume, `evaluate` and the command line 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
@@ -122,6 +122,15 @@ def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, A
 def checked_task(task: TaskSpec) -> TaskSpec:
     """The same task. Raises UserError for what a YAML file of it would be refused for."""
     return task_from(dict(vars(task)), f"task {task.name!r}")
+
+
+def class_order(labels: str | Sequence[str] | None) -> str | None:
+    """The order of a model's classes as the command line has it. Raises UserError for what is
+    neither names nor "task_order"."""
+    if labels is not None and not isinstance(labels, str):
+        expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
+        return ",".join(map(str, labels))
+    return labels
 
 
 def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,10 +50,14 @@ def write_rows(config: RunConfig, output: Path) -> None:
     and texts, to be answered anywhere. Teachers are not looked at. Raises UserError."""
     check_output(output, "--rows")
     task = load_task(config.task)
-    if not config.teachers:  # they are to come: what the sample leaves out is text for them
-        config = config.model_copy(update={"teachers": [TeacherConfig(path="to come")]})
     # nor is the column that names them: whom a row is for changes no row
-    config = config.model_copy(update={"teacher_column": None})
+    asked: dict[str, Any] = {"teacher_column": None}
+    # where none are given or asked they are to come: what the sample leaves out is text for them
+    if not config.teachers:
+        asked["teachers"] = [TeacherConfig(path="to come")]
+    if not config.asks_teachers:
+        asked["ensemble"] = RunConfig.model_fields["ensemble"].get_default()
+    config = config.model_copy(update=asked)
     examples = load_examples(config, task, tell)
     columns: Columns = {}
     seen: set[str] = set()
@@ -109,8 +113,14 @@ class Asking:
 def asking(config: RunConfig, output: Path, world: World) -> Iterator[Asking]:
     """The teachers of a run while they may be asked; `output` is whose name the store knows them
     by. Nothing is asked yet. Raises UserError for what cannot be asked."""
-    if not config.taught:
+    if not config.teachers:
         raise UserError("there are no teachers to say anything; give teachers=[DIR, ...]")
+    if not config.asks_teachers:
+        by = "" if config.method is None else f"method={config.method}: "
+        raise UserError(
+            f"{by}ensemble={config.ensemble} asks none of the teachers, and their answers are what "
+            "labels writes; give another method or ensemble (ensemble=mean_probabilities)"
+        )
     if world.size > 1:
         raise UserError("labels runs in one process; start it without a launcher")
     quiet_libraries(world)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NotRequired  # of Python 3.12, for pydantic
+from typing import NotRequired
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # of Python 3.12, for pydantic
 
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset

@@ -41,6 +41,8 @@ def task(tmp_path_factory):
     data = write_task(root / "data")
     fields = yaml.safe_load((data / "task.yaml").read_text())
     (data / "graded.yaml").write_text(yaml.safe_dump({**fields, "kind": "graded"}))
+    near = {**fields, "kind": "near", "metrics": ["closeness"]}
+    (data / "near.yaml").write_text(yaml.safe_dump(near))
     (data / "words.tsv").write_text(WORDS)
     for name in ("train", "validation"):
         path = data / f"{name}.tsv"
@@ -121,6 +123,23 @@ def test_a_word_list_teaches_what_its_words_say(task, tmp_path):
     assert read(tmp_path / "again" / "run_summary.json")["teacher_forwards"] == 0
 
 
+def test_a_metric_of_a_kind_of_ones_own_has_figures_and_intervals(task, tmp_path):
+    data, _ = task
+    found = {}
+    near = {"plugins": own("word_list", "closeness"), "task": data / "near.yaml"}
+    for name, keys in (("near", near), ("plain", {"plugins": own("word_list")})):
+        keys |= {"selection__fraction": 0.4, "teacher_validation": "fp32"}
+        given = words(data, [word_list(data)], tmp_path / name, **keys)
+        run("distill", given)
+        found[name] = read(tmp_path / name / "learnable.json")
+    assert found["near"]["metric"] == "closeness"
+    # of two classes it is what accuracy is
+    for key in ("majority", "ensemble", "gap"):
+        assert found["near"][key] == pytest.approx(found["plain"][key]), key
+    low, high = found["near"]["interval"]
+    assert [low, min(high, 1)] == pytest.approx(found["plain"]["interval"])
+
+
 def stopped_after_one_step(given: list[str]) -> None:
     stop = StopFlag()
     stop.signal = 15
@@ -197,9 +216,12 @@ def test_a_sweep_hands_plugins_to_its_runs(task, tmp_path):
         assert (folder / "plugins" / "huber.py").is_file()
 
 
-def test_workers_of_a_pool_ask_a_plugins_teacher(task, tmp_path):
+def test_workers_of_a_pool_ask_a_plugins_teacher(task, tmp_path, capfd):
     given = [*all_words(task, tmp_path / "run"), "placement=pool"]
     run("teach 1/1", given)
+    said = capfd.readouterr().out
+    assert "worker 1 of 1: " in said
+    assert "this worker has computed" in said
     run("distill", given)
     run("distill", all_words(task, tmp_path / "alone", store=tmp_path / "other"))
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "alone")
@@ -273,6 +295,50 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
     other.write_text("import sead_dist as sd\nsd.register_loss('half', len)  # another\n")
     refused(r"a loss 'half' is there already \(registered by .*mine\.py\)", other)
     refused(r"plugins has two files of the name 'mine\.py'", mine, mine)
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "fix"),
+    [
+        (
+            "from sead_dist.data.task_files import TaskSpec",
+            "No module named 'sead_dist.data.task_files'",
+            "correct the import: docs/architecture.md lists the modules of this version",
+        ),
+        (
+            "import sead_dist.sweep.significance",
+            "No module named 'sead_dist.sweep.significance'",
+            "correct the import: docs/architecture.md lists the modules of this version",
+        ),
+        (
+            "from sead_dist.data.resampling import units_of",
+            "No module named 'sead_dist.data.resampling'",
+            "correct the import: docs/architecture.md lists the modules of this version",
+        ),
+        (
+            "from sead_dist.data.tasks import read_task",
+            "cannot import name 'read_task' from 'sead_dist.data.tasks'",
+            "correct the import: docs/architecture.md lists the modules of this version",
+        ),
+        (
+            "import no_such_package.part",
+            "No module named 'no_such_package'",
+            "install no_such_package for this Python, or correct the import",
+        ),
+    ],
+)
+def test_a_plugin_that_imports_what_is_not_there_is_told_with_the_module_and_the_fix(
+    tmp_path, line, what, fix
+):
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"import torch\n\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        load_plugins([str(mine)])
+    said = str(caught.value)
+    assert said.startswith(f"plugin {mine} cannot be run: ")
+    assert what in said
+    assert said.endswith(f" in line 3; {fix}")
+    assert "\n" not in said
 
 
 def test_a_name_that_no_plugin_registers_is_refused_with_those_that_are_known(task, tmp_path):

@@ -11,11 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from huggingface_hub import constants
+from small import ALONE
 
 from sead_dist.cli.commands import main
 from sead_dist.cli.submit import requests
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
+from sead_dist.planning.table import plan
 from sead_dist.reporting.hub import check_push, push_run
 from sead_dist.runs.distillation import finetune
 from sead_dist.runs.onnx_export import export_onnx
@@ -208,6 +210,26 @@ def test_push_does_not_advise_itself(finished):
 def test_a_run_without_a_token_ends_before_any_work(words, distil, tmp_path):
     with pytest.raises(UserError, match=r"cannot reach the hub .*HF_HUB_OFFLINE is set"):
         distil(words(tmp_path / "run", "push_to_hub=true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_asks_a_stand_in_hub_before_any_work_and_a_plan_asks_nothing(
+    hub, words, distil, tmp_path, monkeypatch
+):
+    given = words(tmp_path / "run", "push_to_hub=true", "hub_model_id=lab/film")
+    rates = tmp_path / "rates.yaml"
+    rates.write_text("{hardware: any, forward: {fp32: 1.0e+9}, training: {fp32: 1.0e+9}}")
+    hub.role = "read"
+    assert plan(load_config(given), ALONE, None, None, rates, False, None)
+    assert hub.asked == []
+    with pytest.raises(UserError, match="the token of somebody may only read"):
+        distil(given)
+    assert hub.asked == ["/api/whoami-v2"]
+    # what this machine knows alone, a plan tells too
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="needs a token of the hub and there is none"):
+        plan(load_config(given), ALONE, None, None, rates, False, None)
     assert not (tmp_path / "run").exists()
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.labels import write_labels, write_rows
+from sead_dist.runs.labels import write_errors, write_labels, write_rows
 
 
 def given(tiny_task, output, teachers, **changes):
@@ -92,6 +92,25 @@ def test_what_no_teacher_answers_is_empty(tiny_task, tmp_path):
         write_labels(given(tiny_task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
     with pytest.raises(UserError, match="there are no teachers to say anything"):
         write_labels(given(tiny_task, tmp_path / "run", []), tmp_path / "other.jsonl", ALONE)
+
+
+def test_rows_are_those_of_a_run_with_teachers_though_the_method_asks_none(tiny_task, tmp_path):
+    few = {"data__max_train_examples": 30, "selection__fraction": 0.4}
+    for name, more in (("mean", {}), ("finetune", {"method": "finetune"})):
+        config = given(tiny_task, tmp_path / "run", tiny_task[1], **few, **more)
+        write_rows(config, tmp_path / f"{name}.jsonl")
+    written = (tmp_path / "mean.jsonl").read_text()
+    assert '"split": "text"' in written
+    assert (tmp_path / "finetune.jsonl").read_text() == written
+
+
+@pytest.mark.parametrize("write", [write_labels, write_errors])
+def test_a_method_that_asks_no_teacher_is_refused_though_teachers_are_given(
+    tiny_task, tmp_path, write
+):
+    config = given(tiny_task, tmp_path / "run", tiny_task[1], method="finetune")
+    with pytest.raises(UserError, match="method=finetune: ensemble=none asks none of the teachers"):
+        write(config, tmp_path / "out.tsv", ALONE)
 
 
 def test_from_a_csv_of_answers_to_a_student_as_the_page_says(tiny_task, tmp_path, cli):

@@ -201,10 +201,16 @@ def test_groups_and_accepted_answers_are_part_of_the_data():
     assert len({fingerprint(each) for each in (plain, *grouped, *answered)}) == 5
 
 
-def test_a_job_that_was_pickled_before_the_keys_had_their_names_still_runs(old, capfd):
+def test_a_job_that_was_pickled_before_the_keys_had_their_names_still_runs(old, capfd, monkeypatch):
     launch = DelayedSubmission.load("waiting.pkl").function
     assert launch.attempt(launch.recipe, launch.words) is None
     assert (old / "waiting" / "model" / "model.safetensors").is_file()
+    assert "training: " in capfd.readouterr().out
+    # what a recipe tells is in the job's log too: again, as the one task of a job
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert launch.attempt(launch.recipe, launch.words) is None
+    assert "waiting holds this run, finished: nothing to do" in capfd.readouterr().out
 
 
 def test_a_pickled_job_with_a_checkpoint_of_old_rules_ends_in_one_line(old, capfd):
