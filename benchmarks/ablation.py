@@ -1,11 +1,11 @@
 """A finished sweep's methods against one of them, by the sweep's own test: what each element of a
 method is worth.
 
-    python benchmarks/ablation.py REFERENCE WORDS OF THE SWEEP...
+    python benchmarks/ablation.py REFERENCE CONFIG|KEY=VALUE ...
     python benchmarks/ablation.py --smoke       # makes a sweep of a few steps and compares in it
 
-prints, for each method of the sweep, its mean minus that of REFERENCE on every task and on all
-tasks together (tasks count alike), with the 95% interval and p.
+takes what the sweep was given, and prints, for each method of the sweep, its mean minus that of
+REFERENCE on every task and on all tasks together (tasks count alike), with the 95% interval and p.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from inputs import alone, shape_file, small_folder
 from result_file import smoke_argument, table
 
-from sead_dist.cli.output import lines_shown
+from sead_dist.cli.exits import attempt
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.sweep.checks import settle
 from sead_dist.sweep.grid import make_grid
@@ -30,7 +30,7 @@ def told(of: Difference) -> list[object]:
 
 
 def small_sweep(work: Path) -> list[str]:
-    """The words of a finished sweep of two methods and three seeds on the built-in task."""
+    """What was given of a finished sweep of two methods and three seeds on the built-in task."""
     task = small_folder(work / "grammar", 60)
     shape = shape_file(work / "shape.yaml", "L1-H32")
     words = [
@@ -54,7 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("reference", nargs="?", metavar="REFERENCE", help="a method of the sweep")
-    parser.add_argument("words", nargs="*", metavar="WORD", help="KEY=VALUE words of the sweep")
+    parser.add_argument("words", nargs="*", metavar="CONFIG|KEY=VALUE", help="of the sweep")
     smoke_argument(parser)
     args = parser.parse_args()
     if args.smoke:
@@ -87,5 +87,4 @@ def compare(reference: str, words: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    with lines_shown():
-        main()
+    sys.exit(attempt(main))

@@ -64,7 +64,7 @@ class Bench:
         }
 
     def words(self, run: str, *more: str) -> list[str]:
-        """KEY=VALUE words of a short run into the folder `run`; `more` comes last."""
+        """KEY=VALUE overrides of a short run into the folder `run`; `more` comes last."""
         return [
             *("sst2", f"data.path={self.data}", f"output_dir={self.work / run}"),
             *(f"student.shape={self.shape}", f"student.tokenizer={self.data / 'tokenizer'}"),
@@ -110,7 +110,7 @@ Case = Callable[[Bench, str], None]
 def own_task(
     bench: Bench, name: str, rows: Sequence[Mapping[str, object]], task: str
 ) -> tuple[str, str]:
-    """The words for a task of one's own of these rows, whose YAML file says `task` of it."""
+    """The overrides for a task of one's own of these rows, whose YAML file says `task` of it."""
     folder = bench.work / f"{name}-data"
     folder.mkdir()
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -180,7 +180,7 @@ def sweep(bench: Bench, name: str) -> None:
 
 
 def with_keys(*more: str, ranks: int = 1) -> Case:
-    """A case of one run with these words."""
+    """A case of one run with these overrides."""
     return lambda bench, name: bench.distil(name, *more, ranks=ranks)
 
 

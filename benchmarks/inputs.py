@@ -161,8 +161,8 @@ def finetuned_teachers(
 
 
 def run_config(words: dict[str, object]) -> RunConfig:
-    """An SST-2 run of these KEY=VALUE words, on the labelled rows alone: a bare loop has no other
-    rows, and where teachers teach, the package takes text and copies by itself."""
+    """An SST-2 run of these overrides, on the labelled rows alone: a bare loop has no other rows,
+    and where teachers teach, the package takes text and copies by itself."""
     labelled_only = {"augment.copies": None, "unlabeled.rest": False}
     given = {**labelled_only, **words}
     return load_config(["sst2", *(f"{key}={_yaml(value)}" for key, value in given.items())])

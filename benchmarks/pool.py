@@ -174,8 +174,8 @@ def report(peace: dict[str, Any], killed: dict[str, Any], args: argparse.Namespa
         f"{args.shape} with random weights, work items of {args.item_rows} rows, a lease is broken "
         f"after {LEASE_S:g} s, student L2-H128, {args.rows} rows of SST-2.\n\n"
         f"{table(columns, rows)}\n\n"
-        f"The students' parameters are {same}. Target (5% + a work item for each kill and "
-        f"for each worker, and equal parameters): {verdict}."
+        f"The students' parameters are {same}. Target (5% + a work item for each kill + one for "
+        f"each worker, and equal parameters): {verdict}."
     )
     raw = {"in peace": peace, "killed": killed, "parameters equal": equal}
     write_result("pool", "A pool whose workers are killed", text, raw, args)

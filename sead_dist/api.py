@@ -129,8 +129,9 @@ class Run:
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
     """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys, later
     ones over earlier ones. Raises UserError naming the key, its value and what is allowed."""
-    for word in words:
-        expect("a word", word, NAMES, "a YAML file, a shipped name (sst2), or KEY=VALUE")
+    for place, word in enumerate(words, 1):
+        what = "a YAML file, a shipped name (sst2), or KEY=VALUE"
+        expect(f"argument {place} of load_config", word, NAMES, what)
     return resolve([*read_layers([os.fspath(word) for word in words]), as_layer(keys)])
 
 

@@ -148,6 +148,32 @@ def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     return root / "grammar", [root / "a", root / "b"]
 
 
+@pytest.fixture(scope="session")
+def two_alike(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The same with two BERTs of one shape. To be read too."""
+    from small import save_teacher, student_shape, write_task
+
+    def make(folder: Path) -> None:
+        student_shape(write_task(folder / "grammar"))
+        save_teacher(folder / "a")
+        save_teacher(folder / "b", seed=1)
+
+    root = made_once(tmp_path_factory, "two-alike", make)
+    return root / "grammar", [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_task: tuple[Path, list[Path]]) -> Path:
+    """The folder of `tiny_task`'s files."""
+    return tiny_task[0]
+
+
+@pytest.fixture(scope="session")
+def one_teacher(tiny_task: tuple[Path, list[Path]]) -> tuple[Path, list[Path]]:
+    """`tiny_task` with the first of its teachers."""
+    return tiny_task[0], tiny_task[1][:1]
+
+
 def train_teacher(task: Path, folder: Path, seed: int, labels: Sequence[str], steps: int) -> None:
     """A tiny BERT taught the training rows of `task`, with these label names, in its class order."""
     import torch

@@ -4,6 +4,7 @@ Three teachers of different shapes, the same small student with and without them
 Every figure is measured in the run; the settings were chosen for time and are kept here.
 """
 
+import shutil
 import statistics
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World, from_main
+from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import read_json
 
 # layers, width, heads, feed-forward width
@@ -61,8 +63,10 @@ def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) ->
 
 
 def write_inputs(output: Path, seed: int) -> None:
-    """The task's files and the shapes' YAML files, once."""
+    """The task's files and the shapes' YAML files, once. Raises UserError for a folder that holds
+    other files, or lacks some of these."""
     if (output / "shapes" / "student.yaml").is_file():
+        take_former_text(output)
         return
     foreign = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if foreign and not (output / MARK).is_file():
@@ -74,6 +78,21 @@ def write_inputs(output: Path, seed: int) -> None:
     for index, shape in enumerate(TEACHER_SHAPES):
         write_shape(output / "shapes" / f"teacher-{index}.yaml", shape, dropout=0.05)
     write_shape(output / "shapes" / "student.yaml", STUDENT_SHAPE, dropout=0.0)
+
+
+def take_former_text(output: Path) -> None:
+    """Give the unlabelled text of a folder that an older version began its present name too.
+    Raises UserError where there is none."""
+    text, former = output / "task" / "unlabeled.tsv", output / "task" / "transfer.tsv"
+    if text.is_file():
+        return
+    if not former.is_file():
+        raise UserError(
+            f"--output-dir {output} lacks a file of the demo, {text.relative_to(output)}; give a "
+            "new or an empty folder"
+        )
+    with written_aside(text) as aside:
+        shutil.copyfile(former, aside)
 
 
 def configure(output: Path, *words: str) -> RunConfig:

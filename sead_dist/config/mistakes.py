@@ -40,7 +40,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
     if no_value or first["type"] == "missing":
         return f"{key} is not set; give {key}=VALUE or set it in a YAML file"
     names = [part for part in first["loc"] if isinstance(part, str)]
-    while names and ".".join(names) not in known:  # a class in `words` is no key
+    while names and ".".join(names) not in known:  # a class in `words` is not a key
         names.pop()
     where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
     # what a section holds may be long, or secret

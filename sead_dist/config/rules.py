@@ -19,6 +19,10 @@ DEFAULT_RULES = 2
 # Of the second stage of a method that has two (objectives/feature_losses.py).
 # 1: its optimiser state is as old as the run.
 STAGE_RULES = 2
+# How rows are divided: which ones are tied, held out, sampled and left out as text
+# (data/examples.py). They count only where they give a run other rows than it has read.
+# 1: sentences that differ in blanks between words were two.
+SPLIT_RULES = 2
 # How a start is repaired (runs/repair.py).
 REPAIR_RULES = 1
 # Which rows no file of predictions answers (runs/requests.py).

@@ -113,7 +113,7 @@ def already_finished(config: RunConfig) -> bool:
         data = examples.fingerprint(task)
     with suppress(UserError):  # a start that is gone now is not another one
         start = run_start_hash(config, offline=True)
-    refuse_other(run, saved, replace(saved, data=data, start=start))
+    refuse_other(run, saved, replace(saved.with_data(data), start=start))
     refuse_other_scoring(config, examples)
     return True
 

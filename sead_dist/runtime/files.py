@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,10 @@ import psutil
 from sead_dist.errors import RunError, UserError
 
 ASIDE = ".aside"
+# the end of the name that a folder has while another takes its place
+OLDER = f"{ASIDE}-older"
+# what versions before those names wrote a model to
+FORMER_ASIDE = "model.tmp"
 # names of folders in which something is tried for a moment
 TRIALS = (".trial-", ".rehearsal-")
 
@@ -92,6 +97,8 @@ def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
     `target` stays as it was.
     """
     aside = _beside(target, ASIDE)
+    if replaces:
+        put_back(target)
     try:
         aside.mkdir()
         yield aside
@@ -109,10 +116,11 @@ def put_folder(folder: Path, target: Path) -> None:
     """Give a folder the name `target`, in the place of what is there, and have the disk hold that.
 
     A folder cannot take another's name in one step: a kill leaves at `target` the new one, the old
-    one, or between two renames nothing, and never a part of one. After an error the old one is
-    there. Raises OSError.
+    one, or between two renames nothing, and never a part of one. The old one is then beside it
+    (`put_back`). After an error the old one is there. Raises OSError.
     """
-    older = _beside(target, f"{ASIDE}-older")
+    put_back(target)
+    older = _beside(target, OLDER)
     try:
         if os.path.lexists(target):
             target.rename(older)
@@ -121,7 +129,33 @@ def put_folder(folder: Path, target: Path) -> None:
         if os.path.lexists(older) and not os.path.lexists(target):
             older.rename(target)
     sync(target.parent)
-    _remove(older)
+    _discard(older)
+
+
+def put_back(target: Path) -> None:
+    """Give the old folder its name `target` again, where a process was killed between the two
+    renames of `put_folder`; where a folder is there, remove the old one. No other process may be
+    at `target` meanwhile. Raises OSError."""
+    for older in target.parent.glob(f".{escape(target.name)}.*{OLDER}"):
+        if _name_of(older) != target.name:  # of NAME.other
+            continue
+        if os.path.lexists(target):
+            _discard(older)
+        else:
+            older.rename(target)
+
+
+def _discard(older: Path) -> None:
+    """Remove an old folder, under another name first: a part of it is never put back."""
+    aside = _beside(older.with_name(_name_of(older)), ASIDE)
+    with suppress(FileNotFoundError):
+        older.rename(aside)
+        _remove(aside)
+
+
+def _name_of(older: Path) -> str:
+    """The name that a folder had before it became .NAME.LETTERS.aside-older."""
+    return older.name[1:].rsplit(".", 2)[0]
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -191,14 +225,18 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def sweep_leftovers(run: Path) -> None:
-    """Remove what a killed process of this run left half written. The caller has its lock."""
+    """Remove what a killed process of this run left half written, and put back the folders that it
+    was about to replace. The caller has its lock."""
     checkpoints = run / "checkpoints"
     inside = ("plots", "predictions", "model", "model/plots")
     for folder in (run, checkpoints, *(run / name for name in inside)):
+        for older in [*folder.glob(f".*{OLDER}")]:
+            put_back(folder / _name_of(older))
         for path in [*folder.glob(f".*{ASIDE}*")]:
             _remove(path)
     trials = [path for name in TRIALS for path in run.glob(f"{name}*")]
-    for path in (*trials, *checkpoints.glob("*.tmp"), checkpoints / "trial"):
+    former = (run / FORMER_ASIDE, *checkpoints.glob("*.tmp"))
+    for path in (*trials, *former, checkpoints / "trial"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -98,18 +98,20 @@ def shares(
     found: Sequence[Taught], cells: Iterable[Mapping[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """What each arm with teachers keeps of the gap over each arm without, on each task, where one
-    seed has both."""
+    seed has both scores: a run may have ended after `cells` were read."""
     scores = {
         (of["task"], of["method"]): dict(zip(seeds, of["scores"], strict=True)) for of in cells
     }
     taught = dict.fromkeys((of.task, of.method) for of in found)
     rows = []
     for task, method in taught:
-        own = [of for of in found if (of.task, of.method) == (task, method)]
+        mine = scores.get((task, method), {})
+        own = [of for of in found if (of.task, of.method) == (task, method) and comparable(of)]
+        own = [of for of in own if mine.get(of.seed) is not None]
         for (where, other), without in scores.items():
-            common = [of for of in own if comparable(of) and without.get(of.seed) is not None]
+            common = [of for of in own if without.get(of.seed) is not None]
             if where == task and (task, other) not in taught and common:
-                kept = kept_of(common, scores[task, method], without)
+                kept = kept_of(common, mine, without)
                 rows.append({"task": task, "method": method, "over": other, **kept})
     return rows
 

@@ -181,7 +181,7 @@ def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
         if key not in known:
             examples = load_examples(unit.config, data.task, lambda _line: None)
             known[key] = examples.fingerprint(data.task)
-        refuse_other(unit.folder, saved, replace(saved, data=known[key]))
+        refuse_other(unit.folder, saved, saved.with_data(known[key]))
         if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):
             refuse_other_teachers(unit.config)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.runs.claim import open_lock, takes, try_lock
+from sead_dist.runtime.console import counted
 from sead_dist.runtime.run_log import is_finished, read_as, tell
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 
@@ -87,6 +88,27 @@ def tidy(grid: Grid, unit: Unit) -> None:
     if grid.own_teachers and _all_taught(grid, unit.task):
         for teacher in unit.needs:
             remove(teacher / "model")
+
+
+def told_again(grid: Grid) -> Iterator[str]:
+    """A line on each task whose teachers are to be made again, because their models are gone, and
+    on what is done again with them (`clear_lost`, `undo_others`)."""
+    for task in grid.tasks:
+        made = [of for of in grid.units if (of.task, of.method) == (task, TEACHERS)]
+        gone = [of for of in made if is_finished(of.folder) and not is_done(grid, of)]
+        if not gone:
+            continue
+        taught = [of for of in grid.students(task) if of.config.taught]
+        done = {of.title: of.round for of in taught if is_finished(of.folder)}
+        left = [of for of in taught if of.title not in done]
+        begun = [of.title for of in left if (of.folder / "run.json").is_file()]
+        undone = [title for title, of in done.items() if of in {of.round for of in left}]
+        line = f"{task}: {counted(len(gone), 'teacher')} made again, since the model is gone"
+        if begun:
+            line += f"; what begins again: {', '.join(begun)}"
+        if undone:
+            line += f"; done again if its teachers differ then: {', '.join(undone)}"
+        yield f"{line}; finished students that stay: {len(done) - len(undone)}"
 
 
 def clear_lost(grid: Grid, unit: Unit) -> None:

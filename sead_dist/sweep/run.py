@@ -36,6 +36,7 @@ from sead_dist.sweep.rounds import (
     is_ready,
     lock_of,
     tidy,
+    told_again,
     try_join,
     undo_others,
 )
@@ -60,6 +61,8 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         data.update(found)
         for name, of in found.items():
             tell(told_steps(fixed, name, of))
+        for line in told_again(fixed):
+            tell(line)
         made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
         if made:
             keep_encoders(fixed.output, [path for path in made if path is not None])

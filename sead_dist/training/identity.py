@@ -14,6 +14,7 @@ from sead_dist.config.rules import (
     DEFAULT_RULES,
     INPUT_RULES,
     ORDER_RULES,
+    SPLIT_RULES,
     STAGE_RULES,
     START_RULES,
 )
@@ -28,6 +29,9 @@ RULES = {
     "input": INPUT_RULES,
     "defaults": DEFAULT_RULES,
 }
+
+# of how rows are divided: the only ones that count by what they give
+SPLITS = "splits"
 
 
 def rules_of(config: RunConfig) -> dict[str, int]:
@@ -68,7 +72,12 @@ class Identity:
     ) -> "Identity":
         """Of a run that begins or goes on now. manifests: of its teachers."""
         teachers = [teacher_identity(manifest) for manifest in manifests]
-        return cls(config.identity(), data, teachers, start, rules_of(config), copies)
+        found = cls(config.identity(), data, teachers, start, rules_of(config), copies)
+        return found.with_data(data)
+
+    def with_data(self, data: str) -> "Identity":
+        """The same run on the rows that it would read now."""
+        return replace(self, data=data, rules={**self.rules, SPLITS: SPLIT_RULES})
 
     @classmethod
     def read(cls, record: Path) -> "Identity":
@@ -83,7 +92,9 @@ class Identity:
         teachers, one may have rules that the other never has: these are the difference then."""
         alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         alike &= _fingerprints(self.teachers) == _fingerprints(other.teachers)
-        names = {**self.rules, **other.rules} if alike else RULES
+        names = dict.fromkeys({**self.rules, **other.rules} if alike else RULES)
+        if self.data == other.data:
+            names.pop(SPLITS, None)
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
     def differences(self, other: "Identity") -> list[str]:

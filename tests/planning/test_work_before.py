@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.numpy import save_file
-from small import ALONE, read, save_teacher, sentences, words, write_task
+from small import ALONE, read, save_teacher, sentences, words
 
 from sead_dist.cli.commands import print_plan
 from sead_dist.config.load import load_config
@@ -22,13 +22,6 @@ GIVEN = "hardware: none\ndevice: cpu\nforward: {fp32: 1.0e+9}\ntraining: {fp32: 
 LABELLED, SELECTION, DEV = 54, 6, 20
 # of fine-tuning so few rows (config/automatic.py), at most a fifth of the run's
 BASELINE = 200
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("before")
-    data = write_task(root / "data")
-    return data, [save_teacher(root / "a"), save_teacher(root / "b", seed=1)]
 
 
 def run_of(task, tmp_path, **changes):
@@ -50,9 +43,9 @@ def colocated(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folded(task, tmp_path_factory):
+def folded(two_alike, tmp_path_factory):
     """Teachers of which the first was trained on 30 of the rows, and the second on none."""
-    data, teachers = task
+    data, teachers = two_alike
     root = tmp_path_factory.mktemp("folded")
     first = shutil.copytree(teachers[0], root / "a")
     given = load_config(words(data, teachers, root / "run"))
@@ -81,10 +74,10 @@ def test_an_ensemble_that_asks_one_teacher_for_a_row_asks_it_of_its_own_rows_too
     assert planned(run, tmp_path)["teacher_forwards"] == 2 * (LABELLED // 2 + SELECTION + DEV)
 
 
-def test_the_run_s_own_baseline_is_counted_where_it_is_made(task, tmp_path, capsys):
+def test_the_run_s_own_baseline_is_counted_where_it_is_made(two_alike, tmp_path, capsys):
     def told(**changes):
         given = {"max_steps": 5 * BASELINE, "teacher_validation": "on", **changes}
-        return colocated(run_of(task, tmp_path, **given), tmp_path)
+        return colocated(run_of(two_alike, tmp_path, **given), tmp_path)
 
     one = told()
     # on the same rows
@@ -102,11 +95,11 @@ def test_the_run_s_own_baseline_is_counted_where_it_is_made(task, tmp_path, caps
     assert told()["before_s"] == {}
 
 
-def test_a_repair_is_counted_until_its_start_is_kept(task, tmp_path, capsys):
+def test_a_repair_is_counted_until_its_start_is_kept(two_alike, tmp_path, capsys):
     whole = save_teacher(tmp_path / "whole", num_hidden_layers=4)
     (tmp_path / "text.txt").write_text("\n".join(sentences(40, seed=7)), "utf-8")
     run = run_of(
-        task, tmp_path, student__path=whole, student__layers="[1,3]", max_steps=20,
+        two_alike, tmp_path, student__path=whole, student__layers="[1,3]", max_steps=20,
         repair__text=tmp_path / "text.txt", repair__steps=20, repair__folder=tmp_path / "kept",
     )  # fmt: skip
     one = colocated(run, tmp_path)
@@ -118,10 +111,10 @@ def test_a_repair_is_counted_until_its_start_is_kept(task, tmp_path, capsys):
     assert colocated(run, tmp_path)["before_s"] == {}
 
 
-def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(task, tmp_path, capsys):
+def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(two_alike, tmp_path, capsys):
     # a loss that never falls: the least steps are those that the run takes
     run = run_of(
-        task, tmp_path, num_train_epochs=12, early_stopping_patience=1, learning_rate=1e-12,
+        two_alike, tmp_path, num_train_epochs=12, early_stopping_patience=1, learning_rate=1e-12,
         eval_steps=84, weight_decay=0,
     )  # fmt: skip
     found = planned(run, tmp_path)
@@ -133,10 +126,10 @@ def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(task, tmp
     assert read(distill(run, ALONE) / "run_summary.json")["steps"] == found["least_steps"]
 
 
-def test_the_feature_teachers_own_forwards_are_counted_as_long_as_it_is_asked(task, tmp_path):
+def test_the_feature_teachers_own_forwards_are_counted_as_long_as_it_is_asked(two_alike, tmp_path):
     def training_s(**changes):
         given = {"max_steps": 20, **changes}
-        return colocated(run_of(task, tmp_path, **given), tmp_path)["training_s"]
+        return colocated(run_of(two_alike, tmp_path, **given), tmp_path)["training_s"]
 
     none = training_s()
     whole = training_s(feature_loss="distilbert") - none

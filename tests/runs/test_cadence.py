@@ -13,11 +13,6 @@ from sead_dist.training.checkpoint import SaveClock
 STEPS = 14
 
 
-@pytest.fixture
-def task(tiny_task):
-    return tiny_task[0], tiny_task[1][:1]
-
-
 def given_words(task, root, **changes):
     return words(
         *task, root / "run", root / "store", num_train_epochs=2, final_checkpoint="best", **changes
@@ -71,11 +66,11 @@ def slow_distill(world, given):
 
 
 def test_invariant_06_a_short_run_killed_with_default_settings_goes_on_from_its_best_student(
-    tmp_path, task
+    tmp_path, one_teacher
 ):
     whole, root = tmp_path / "whole", tmp_path / "killed"
-    run_ranks(1, whole / "ranks", run_distill, given_words(task, whole))
-    given = given_words(task, root, learning_rate=1e-3)
+    run_ranks(1, whole / "ranks", run_distill, given_words(one_teacher, whole))
+    given = given_words(one_teacher, root, learning_rate=1e-3)
     (rank,) = start(1, root / "ranks", slow_distill, given)
     end = time.monotonic() + 60
     while not saved_steps(root) or read(root / "run" / "progress.json")["step"] < 9:
@@ -91,16 +86,18 @@ def test_invariant_06_a_short_run_killed_with_default_settings_goes_on_from_its_
     assert model_bytes(root / "run") == model_bytes(whole / "run")
 
 
-def test_a_finished_run_keeps_its_model_and_deletes_its_training_states(tmp_path, task):
+def test_a_finished_run_keeps_its_model_and_deletes_its_training_states(tmp_path, one_teacher):
     for name, keeps in (("run", False), ("kept", True)):
         key = {"keep_training_state": str(keeps).lower()}
-        run_ranks(1, tmp_path / name / "r", run_distill, given_words(task, tmp_path / name, **key))
+        run_ranks(
+            1, tmp_path / name / "r", run_distill, given_words(one_teacher, tmp_path / name, **key)
+        )
         run = tmp_path / name / "run"
         assert (run / "model" / "model.safetensors").is_file()
         assert (run / "checkpoints").exists() is keeps
     # as a kill between the run's end and the deletion would leave it
     shutil.copytree(tmp_path / "kept" / "run" / "checkpoints", tmp_path / "run/run/checkpoints")
-    given = given_words(task, tmp_path / "run", keep_training_state="false")
+    given = given_words(one_teacher, tmp_path / "run", keep_training_state="false")
     run_ranks(1, tmp_path / "run" / "r", run_distill, given)
     assert not (tmp_path / "run" / "run" / "checkpoints").exists()
 
@@ -123,11 +120,11 @@ def at_every_step_of_rank_0(world, given, folder):
 
 
 def test_invariant_08_rank_0_decides_when_a_state_is_saved_and_the_student_is_the_same(
-    tmp_path, task
+    tmp_path, one_teacher
 ):
-    plain = given_words(task, tmp_path / "plain", save_steps=0)
+    plain = given_words(one_teacher, tmp_path / "plain", save_steps=0)
     run_ranks(2, tmp_path / "r", run_distill, plain)
-    given = given_words(task, tmp_path / "often", keep_training_state="true")
+    given = given_words(one_teacher, tmp_path / "often", keep_training_state="true")
     found = run_ranks(2, tmp_path / "r", at_every_step_of_rank_0, given, tmp_path)
     assert found == [list(range(1, STEPS + 1))] * 2
     assert model_bytes(tmp_path / "often" / "run") == model_bytes(tmp_path / "plain" / "run")

@@ -19,16 +19,11 @@ def finetune_words(task, output, *more, **changes) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def task(tiny_task):
-    return tiny_task[0]
-
-
-@pytest.fixture(scope="module")
-def ended(task, tmp_path_factory):
+def ended(tiny_data, tmp_path_factory):
     """A teacher that ends before its thirty epochs of 7 steps, of which three count as one: it
     learns too quickly."""
     given = finetune_words(
-        task, tmp_path_factory.mktemp("t") / "teachers", "early_stopping_patience=2",
+        tiny_data, tmp_path_factory.mktemp("t") / "teachers", "early_stopping_patience=2",
         num_train_epochs=30, learning_rate=3e-2, save_total_limit=1000,
     )  # fmt: skip
     return finetune(load_config(given), ALONE)[0]

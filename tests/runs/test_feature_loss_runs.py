@@ -1,4 +1,4 @@
-"""Whole runs of The baselines' methods: kill and resume, what stays of them, other kinds of task."""
+"""Whole runs of the baselines' methods: kill and resume, what stays of them, other kinds of task."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,6 @@ from small import (
     sentences,
     shape,
     words,
-    write_task,
 )
 from transformers import AutoModelForSequenceClassification
 
@@ -30,13 +29,6 @@ from sead_dist.runs.distillation import distill
 METHODS = ("distilbert", "tinybert", "minilm")
 # 54 rows, eight a step, two epochs
 STEPS = 14
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("task")
-    teachers = [save_teacher(root / name, seed=n) for n, name in enumerate("ab")]
-    return write_task(root / "data"), teachers
 
 
 def run(given, output: Path, **changes) -> Path:
@@ -54,16 +46,18 @@ def killable(task, root: Path) -> list[str]:
     )  # fmt: skip
 
 
-def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp_path, task):
+def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp_path, two_alike):
     whole, root = tmp_path / "whole", tmp_path / "killed"
-    finish(start(1, whole / "ranks", run_distill, killable(task, whole)), whole / "ranks", 60.0)
+    finish(
+        start(1, whole / "ranks", run_distill, killable(two_alike, whole)), whole / "ranks", 60.0
+    )
     reached = []
     for step in (3, 9):
-        kill_at(step, root, killable(task, root))
+        kill_at(step, root, killable(two_alike, root))
         reached.append(newest(root))
     # in the first stage, and in the second
     assert 3 <= reached[0] < 7 < reached[1] < STEPS
-    finish(start(1, root / "ranks", run_distill, killable(task, root)), root / "ranks", 60.0)
+    finish(start(1, root / "ranks", run_distill, killable(two_alike, root)), root / "ranks", 60.0)
     assert model_bytes(root / "run") == model_bytes(whole / "run")
     last = Path("run") / "checkpoints" / f"step-{STEPS:08d}" / "student.safetensors"
     assert (root / last).read_bytes() == (whole / last).read_bytes()
@@ -76,8 +70,8 @@ def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp
     assert not any(losses[0][7:])
 
 
-def test_another_loss_over_layer_outputs_is_another_run(tmp_path, task):
-    run(task, tmp_path / "run", method="minilm", teacher="a", max_steps=2)
+def test_another_loss_over_layer_outputs_is_another_run(tmp_path, two_alike):
+    run(two_alike, tmp_path / "run", method="minilm", teacher="a", max_steps=2)
     for changes, said in (
         ({"feature_loss_weight": 2.0}, r"feature_loss_weight was 1\.0, is 2\.0"),
         ({"teacher": "b"}, "teacher was 'a', is 'b'"),
@@ -86,30 +80,30 @@ def test_another_loss_over_layer_outputs_is_another_run(tmp_path, task):
     ):
         with pytest.raises(UserError, match=said):
             keys = {"method": "minilm", "teacher": "a", "max_steps": 2, **changes}
-            run(task, tmp_path / "run", **keys)
+            run(two_alike, tmp_path / "run", **keys)
 
 
-def test_a_student_that_would_be_misread_is_told_before_anything_is_written(tmp_path, task):
+def test_a_student_that_would_be_misread_is_told_before_anything_is_written(tmp_path, two_alike):
     student = tmp_path / "student.yaml"
     fields = shape("roformer", hidden_size=16, intermediate_size=32)
     student.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
     said = r"the student \(roformer\) would be misread: the attention of layer 1 differs"
     with pytest.raises(UserError, match=said):
-        run(task, tmp_path / "run", method="minilm", student__shape=student)
+        run(two_alike, tmp_path / "run", method="minilm", student__shape=student)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
-def plain(task, tmp_path_factory):
+def plain(two_alike, tmp_path_factory):
     """A run that follows no layer outputs."""
-    return run(task, tmp_path_factory.mktemp("plain") / "run", method="single", max_steps=4)
+    return run(two_alike, tmp_path_factory.mktemp("plain") / "run", method="single", max_steps=4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_followed(
-    tmp_path, task, plain, method
+    tmp_path, two_alike, plain, method
 ):
-    output = run(task, tmp_path / "run", method=method, teacher="b", max_steps=4)
+    output = run(two_alike, tmp_path / "run", method=method, teacher="b", max_steps=4)
     with (
         safe_open(output / "model" / "model.safetensors", "pt") as own,
         safe_open(plain / "model" / "model.safetensors", "pt") as other,
@@ -141,9 +135,9 @@ def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_f
 
 
 def test_the_feature_teacher_is_the_best_teacher_of_the_selection_split_as_for_single(
-    tmp_path, task, plain
+    tmp_path, two_alike, plain
 ):
-    followed = run(task, tmp_path / "run", method="minilm", max_steps=1)
+    followed = run(two_alike, tmp_path / "run", method="minilm", max_steps=1)
     said = [
         (output / "log.txt")
         .read_text()
@@ -154,7 +148,7 @@ def test_the_feature_teacher_is_the_best_teacher_of_the_selection_split_as_for_s
     record = read(followed / "run_summary.json")["feature_loss"]
     assert [record["teacher"]] * 2 == said
     # the better of the two, whichever comes first
-    data, teachers = task
+    data, teachers = two_alike
     turned = run((data, teachers[::-1]), tmp_path / "turned", method="minilm", max_steps=1)
     assert read(turned / "run_summary.json")["feature_loss"]["teacher"] == record["teacher"]
 
@@ -186,12 +180,12 @@ def write_choices(folder: Path) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "write"), [("stsb", write_pairs), ("copa", write_choices)])
-def test_scores_and_choices_are_learnt_like_classes(tmp_path, task, name, write, method):
+def test_scores_and_choices_are_learnt_like_classes(tmp_path, two_alike, name, write, method):
     teacher = save_teacher(tmp_path / "teacher", labels=["score"])
     keys = {
         "task": name, "data__path": write(tmp_path / "data"), "max_steps": 3, "max_length": 40,
     }  # fmt: skip
-    output = run((task[0], [teacher]), tmp_path / "run", method=method, **keys)
+    output = run((two_alike[0], [teacher]), tmp_path / "run", method=method, **keys)
     losses = [line["loss_feature"] for line in records(output)]
     assert losses[0] > 0
     assert read(output / "run_summary.json")["finished"]

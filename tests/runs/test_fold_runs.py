@@ -20,15 +20,10 @@ LABELLED, SELECTION, DEV = 54, 6, 20
 
 
 @pytest.fixture(scope="module")
-def task(tiny_task):
-    return tiny_task[0]
-
-
-@pytest.fixture(scope="module")
-def teachers(task, tmp_path_factory):
+def teachers(tiny_data, tmp_path_factory):
     """Three teachers with two folds: the first and the third leave out the same one."""
-    given = words(task, [], tmp_path_factory.mktemp("t") / "teachers", max_steps=5, folds=2)
-    shape = task / "student.yaml"
+    given = words(tiny_data, [], tmp_path_factory.mktemp("t") / "teachers", max_steps=5, folds=2)
+    shape = tiny_data / "student.yaml"
     return finetune(load_config([*given, f"encoders=[{shape},{shape},{shape}]"]), ALONE)
 
 
@@ -57,9 +52,9 @@ def test_every_row_is_left_out_once_and_predicted_by_a_teacher_that_never_saw_it
 
 
 def test_a_student_hears_of_a_row_only_teachers_that_were_not_trained_on_it(
-    task, teachers, tmp_path
+    tiny_data, teachers, tmp_path
 ):
-    run = distill(load_config(words(task, teachers, tmp_path / "run")), ALONE)
+    run = distill(load_config(words(tiny_data, teachers, tmp_path / "run")), ALONE)
     done = read(run / "run_summary.json")
     halves = [len(trained_ids(one)) for one in teachers]
     pairs = halves[1] * 2 + halves[0]
@@ -68,17 +63,21 @@ def test_a_student_hears_of_a_row_only_teachers_that_were_not_trained_on_it(
     assert f"teacher-0 {halves[0]}, teacher-1 {halves[1]}, teacher-2 {halves[2]} of 54; 54 " in said
     # the rows of fold 0 are taught by the first and the third alone
     alone = distill(
-        load_config(words(task, [teachers[0], teachers[2]], tmp_path / "two", max_steps=1)), ALONE
+        load_config(words(tiny_data, [teachers[0], teachers[2]], tmp_path / "two", max_steps=1)),
+        ALONE,
     )
     assert "; 27 rows have teachers" in (alone / "log.txt").read_text()
 
 
 def test_text_is_asked_of_all_and_a_teacher_that_says_nothing_of_its_rows_of_everything(
-    task, teachers, tmp_path
+    tiny_data, teachers, tmp_path
 ):
     silent = save_teacher(tmp_path / "silent")
     given = words(
-        task, [teachers[1], silent], tmp_path / "run", unlabeled__path=task / "unlabeled.tsv"
+        tiny_data,
+        [teachers[1], silent],
+        tmp_path / "run",
+        unlabeled__path=tiny_data / "unlabeled.tsv",
     )
     done = read(distill(load_config(given), ALONE) / "run_summary.json")
     pairs = LABELLED + (LABELLED - len(trained_ids(teachers[1]))) + 2 * done["unlabelled_rows"]
@@ -87,31 +86,35 @@ def test_text_is_asked_of_all_and_a_teacher_that_says_nothing_of_its_rows_of_eve
     assert done["teacher_forwards"] <= pairs + 2 * (SELECTION + DEV)
 
 
-def test_a_row_has_one_teacher_whatever_that_one_was_trained_on(task, teachers, tmp_path):
+def test_a_row_has_one_teacher_whatever_that_one_was_trained_on(tiny_data, teachers, tmp_path):
     """And the log says so: `single`, `random` and `routed` do not go by folds."""
-    given = words(task, teachers, tmp_path / "run", ensemble="single", max_steps=2)
+    given = words(tiny_data, teachers, tmp_path / "run", ensemble="single", max_steps=2)
     log = (distill(load_config(given), ALONE) / "log.txt").read_text()
     assert "WARNING: ensemble=single has one teacher for a row, and asks it of rows that it" in log
     assert "rows have teachers" not in log
 
 
 @pytest.mark.slow
-def test_ranks_and_a_store_change_nothing(task, teachers, tmp_path):
-    one = distill(load_config(words(task, teachers, tmp_path / "one", max_steps=4)), ALONE)
+def test_ranks_and_a_store_change_nothing(tiny_data, teachers, tmp_path):
+    one = distill(load_config(words(tiny_data, teachers, tmp_path / "one", max_steps=4)), ALONE)
     store = tmp_path / "other"
-    given = words(task, teachers, tmp_path / "two", store, max_steps=4, placement="partitioned")
+    given = words(
+        tiny_data, teachers, tmp_path / "two", store, max_steps=4, placement="partitioned"
+    )
     run_ranks(2, tmp_path / "ranks", run_distill, given)
     done = [read(tmp_path / name / "run_summary.json") for name in ("one", "two")]
     asked = [of["teacher_forwards"] + of["store_hits"] for of in done]
     assert asked[0] == asked[1]
-    again = distill(load_config(words(task, teachers, tmp_path / "three", max_steps=4)), ALONE)
+    again = distill(load_config(words(tiny_data, teachers, tmp_path / "three", max_steps=4)), ALONE)
     assert read(again / "run_summary.json")["teacher_forwards"] == 0
     assert model_bytes(again) == model_bytes(one)
 
 
-def test_a_worker_of_the_pool_computes_what_the_student_asks_and_no_more(task, teachers, tmp_path):
-    one = distill(load_config(words(task, teachers, tmp_path / "one")), ALONE)
-    given = words(task, teachers, tmp_path / "two", tmp_path / "pool", placement="pool")
+def test_a_worker_of_the_pool_computes_what_the_student_asks_and_no_more(
+    tiny_data, teachers, tmp_path
+):
+    one = distill(load_config(words(tiny_data, teachers, tmp_path / "one")), ALONE)
+    given = words(tiny_data, teachers, tmp_path / "two", tmp_path / "pool", placement="pool")
     teach(load_config(given), "1/1", ALONE)
     two = distill(load_config(given), ALONE)
     done = [read(run / "run_summary.json") for run in (one, two)]
@@ -121,9 +124,9 @@ def test_a_worker_of_the_pool_computes_what_the_student_asks_and_no_more(task, t
     assert model_bytes(two) == model_bytes(one)
 
 
-def test_a_run_that_goes_on_with_other_rows_left_out_is_refused(task, teachers, tmp_path):
+def test_a_run_that_goes_on_with_other_rows_left_out_is_refused(tiny_data, teachers, tmp_path):
     mine = [shutil.copytree(one, tmp_path / one.name) for one in teachers]
-    given = words(task, mine, tmp_path / "run", max_steps=4, keep_training_state="true")
+    given = words(tiny_data, mine, tmp_path / "run", max_steps=4, keep_training_state="true")
     run = distill(load_config(given), ALONE)
     (run / "run_summary.json").unlink()
     (mine[0] / "model" / TRAINED_ROWS).unlink()
@@ -131,16 +134,16 @@ def test_a_run_that_goes_on_with_other_rows_left_out_is_refused(task, teachers, 
         distill(load_config(given), ALONE)
 
 
-def test_a_damaged_list_of_rows_is_named(task, teachers, tmp_path):
+def test_a_damaged_list_of_rows_is_named(tiny_data, teachers, tmp_path):
     mine = shutil.copytree(teachers[0], tmp_path / "mine")
     (mine / "model" / TRAINED_ROWS).write_bytes(b"nothing")
     with pytest.raises(UserError, match=TRAINED_ROWS):
-        distill(load_config(words(task, [mine], tmp_path / "run")), ALONE)
+        distill(load_config(words(tiny_data, [mine], tmp_path / "run")), ALONE)
 
 
-def test_more_folds_than_rows_and_a_fold_that_there_is_not_are_refused(task, tmp_path):
-    given = words(task, [], tmp_path / "t", folds=400)
+def test_more_folds_than_rows_and_a_fold_that_there_is_not_are_refused(tiny_data, tmp_path):
+    given = words(tiny_data, [], tmp_path / "t", folds=400)
     with pytest.raises(UserError, match="fold 0 has 0; lower folds, or give more rows"):
-        finetune(load_config([*given, f"encoders=[{task / 'student.yaml'}]"]), ALONE)
+        finetune(load_config([*given, f"encoders=[{tiny_data / 'student.yaml'}]"]), ALONE)
     with pytest.raises(UserError, match="fold=2 must be one of the folds"):
         load_config(["task=sst2", "output_dir=o", "folds=2", "fold=2"])

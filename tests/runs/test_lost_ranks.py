@@ -28,11 +28,6 @@ PHASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def task(tiny_task):
-    return tiny_task[0], tiny_task[1][:1]
-
-
 def lost_command(phase, number, *given):
     """The command; this process sends itself a signal when it comes to this phase."""
     from sead_dist.runtime.heartbeat import Heartbeat
@@ -90,9 +85,9 @@ def check_one_line(code, said, lost, phase, what):
     ],
 )  # fmt: skip
 def test_a_rank_that_stops_before_training_is_named_with_what_it_was_at(
-    task, tmp_path, lost, phase
+    one_teacher, tmp_path, lost, phase
 ):
-    asked = [*command(task, tmp_path), "heartbeat.timeout_s=3"]
+    asked = [*command(one_teacher, tmp_path), "heartbeat.timeout_s=3"]
     code, said = run_with_one_lost(asked, tmp_path, lost, phase, signal.SIGSTOP)
     line = check_one_line(code, said, lost, phase, "has given no sign of life for 3 s")
     # its last sign may be of a second before
@@ -109,8 +104,10 @@ def test_a_rank_that_stops_before_training_is_named_with_what_it_was_at(
         *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("hashing data, teachers and start", "validating the teachers")),
     ],
 )  # fmt: skip
-def test_a_peer_that_is_killed_is_one_line_without_a_launcher(task, tmp_path, lost, phase):
-    code, said = run_with_one_lost(command(task, tmp_path), tmp_path, lost, phase, signal.SIGKILL)
+def test_a_peer_that_is_killed_is_one_line_without_a_launcher(one_teacher, tmp_path, lost, phase):
+    code, said = run_with_one_lost(
+        command(one_teacher, tmp_path), tmp_path, lost, phase, signal.SIGKILL
+    )
     check_one_line(code, said, lost, phase, "is gone (")
 
 

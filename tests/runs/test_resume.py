@@ -49,11 +49,6 @@ RANKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def task(two_kinds):
-    return two_kinds
-
-
 def given_words(task, root: Path, store: Path | None = None, teachers=None, **changes):
     data = task[0]
     teachers = teachers or task[1]
@@ -179,12 +174,12 @@ def kill_ranks(root: Path, ranks, moment) -> None:
 
 
 @pytest.fixture(scope="module")
-def references(task, tmp_path_factory):
+def references(two_kinds, tmp_path_factory):
     """The uninterrupted runs' students, by number of ranks."""
     found = {}
     for size in (1, 2):
         root = tmp_path_factory.mktemp(f"whole-{size}")
-        finish(start_run(size, root, given_words(task, root)), root / "ranks", 120.0)
+        finish(start_run(size, root, given_words(two_kinds, root)), root / "ranks", 120.0)
         found[size] = students(root / "run")
         check_finished(root, found[size], size)
         assert read(root / "run" / "run_summary.json")["teacher_forwards"] == PAIRS
@@ -194,9 +189,9 @@ def references(task, tmp_path_factory):
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_invariant_06_killed_again_and_again_the_student_is_the_same(
-    tmp_path, task, references, size
+    tmp_path, two_kinds, references, size
 ):
-    given = given_words(task, tmp_path)
+    given = given_words(two_kinds, tmp_path)
     chance = random.Random(size)
     steps = sorted(chance.sample(range(2, STEPS - 3), 3))
     moments = [in_a_block, in_a_checkpoint(steps[0]), at_step(steps[1]), in_a_checkpoint(steps[2])]
@@ -223,9 +218,9 @@ def test_invariant_06_killed_again_and_again_the_student_is_the_same(
     ],
 )
 def test_invariant_06_the_real_command_killed_and_given_again(
-    tmp_path, task, references, size, moments
+    tmp_path, two_kinds, references, size, moments
 ):
-    command = [*RANKS[size], *given_words(task, tmp_path)]
+    command = [*RANKS[size], *given_words(two_kinds, tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for moment in moments:
         kill_command(command, env, tmp_path, moment)
@@ -270,10 +265,10 @@ def members(session: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def halfway(task, tmp_path_factory):
+def halfway(two_kinds, tmp_path_factory):
     """A run that was killed after its eighth step; tests copy it."""
     root = tmp_path_factory.mktemp("halfway")
-    kill_ranks(root, start_run(1, root, given_words(task, root)), at_step(8))
+    kill_ranks(root, start_run(1, root, given_words(two_kinds, root)), at_step(8))
     return root
 
 
@@ -283,20 +278,20 @@ def copy_of(halfway: Path, root: Path) -> Path:
 
 
 def test_invariant_06_what_may_change_on_a_resume_changes_nothing_in_one_rank(
-    tmp_path, task, references, halfway
+    tmp_path, two_kinds, references, halfway
 ):
     root = copy_of(halfway, tmp_path)
     changed = given_words(
-        task, root, prefetch_rows=50, placement="partitioned", save_total_limit=1,
+        two_kinds, root, prefetch_rows=50, placement="partitioned", save_total_limit=1,
         store=tmp_path / "another-store",
     )  # fmt: skip
     run_ranks(1, root / "ranks", run_distill, changed)
     check_finished(root, references[1])
 
 
-def test_invariant_06_a_run_may_go_on_with_another_number_of_ranks(tmp_path, task, halfway):
+def test_invariant_06_a_run_may_go_on_with_another_number_of_ranks(tmp_path, two_kinds, halfway):
     root = copy_of(halfway, tmp_path)
-    changed = given_words(task, root, placement="partitioned", save_steps=7)
+    changed = given_words(two_kinds, root, placement="partitioned", save_steps=7)
     run_ranks(2, root / "ranks", run_distill, changed)
     summary = read(root / "run" / "run_summary.json")
     assert (summary["steps"], summary["world_size"]) == (STEPS, 2)
@@ -322,16 +317,16 @@ def other_teachers(task, root):
         (lambda *_: {"global_batch_size": 16}, "global_batch_size was 8, is 16"),
         (other_data, "the fingerprint of data and task was"),
         (other_teachers, "fingerprint of teacher 2 was"),
-        (lambda task, _: {"teachers": task[1][::-1]}, "fingerprint of teacher 1 was"),
+        (lambda two_kinds, _: {"teachers": two_kinds[1][::-1]}, "fingerprint of teacher 1 was"),
     ],
 )
 def test_invariant_06_another_run_is_refused_and_what_differs_is_named(
-    tmp_path, task, halfway, changes, said
+    tmp_path, two_kinds, halfway, changes, said
 ):
     root = copy_of(halfway, tmp_path)
     before = {path: path.read_bytes() for path in (root / "run" / "checkpoints").rglob("*.*")}
     (outcome,) = try_ranks(
-        1, root / "ranks", run_distill, given_words(task, root, **changes(task, tmp_path))
+        1, root / "ranks", run_distill, given_words(two_kinds, root, **changes(two_kinds, tmp_path))
     )
     assert isinstance(outcome, UserError), outcome
     assert "holds another run" in str(outcome)
@@ -341,10 +336,10 @@ def test_invariant_06_another_run_is_refused_and_what_differs_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(6))
-def test_invariant_06_killed_at_moments_drawn_by_chance(tmp_path, task, references, attempt):
+def test_invariant_06_killed_at_moments_drawn_by_chance(tmp_path, two_kinds, references, attempt):
     chance = random.Random(attempt)
     size = 1 + attempt % 2
-    given = given_words(task, tmp_path)
+    given = given_words(two_kinds, tmp_path)
     for _ in range(3):
         ranks = start_run(size, tmp_path, given)
         time.sleep(chance.uniform(0.5, 6.0))

@@ -148,6 +148,33 @@ def test_every_rule_has_a_part_in_the_identity():
     assert set(Identity(**written).other_rules(now)) == set(RULES)
 
 
+def test_rules_of_splits_count_only_where_they_give_other_rows():
+    config = load_config(["sst2", "teachers=[m]", "output_dir=run"])
+    now = Identity.of(config, "data", [], "start", "")
+    older = replace(now, rules=dict(RULES))
+    refuse_other(Path("run"), older, now)
+    refuse_other(Path("run"), older, older.with_data("data"))
+    for other in (now.with_data("rows"), older.with_data("rows"), replace(now, data="rows")):
+        with pytest.raises(UserError, match="with the rules splits 1; this version has splits 2"):
+            refuse_other(Path("run"), older, other)
+    # under the same rules the data are others
+    with pytest.raises(UserError, match="holds another run: the fingerprint of data and task was"):
+        refuse_other(Path("run"), now, now.with_data("rows"))
+
+
+def test_a_run_whose_rows_an_older_version_divided_is_refused_as_such(old):
+    words = [*WORDS, "output_dir=run", "max_steps=2"]
+    distill(load_config(words), ALONE)
+    record = old / "run" / "run.json"
+    saved = json.loads(record.read_text())
+    assert saved["identity"]["rules"].pop("splits") == 2
+    record.write_text(json.dumps(saved))
+    distill(load_config(words), ALONE)  # the rows are the same
+    record.write_text(json.dumps(saved).replace(saved["identity"]["data"], "0" * 64))
+    with pytest.raises(UserError, match=r"rules splits 1; .* has splits 2.* give another output"):
+        distill(load_config(words), ALONE)
+
+
 def test_a_run_with_files_of_predictions_has_the_rules_of_their_rows():
     model, file = ({"fingerprint": name, "labels": []} for name in "mf")
     words = ["sst2", "teachers=[m, {predictions: f.csv}]", "output_dir=run"]

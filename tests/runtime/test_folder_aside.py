@@ -1,6 +1,8 @@
 """A folder is written aside and takes its place whole, whatever goes wrong and whenever it is killed."""
 
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,14 +84,13 @@ def test_a_link_in_its_place_is_replaced_and_what_it_leads_to_stays(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_a_kill_at_any_step_leaves_no_part_of_a_folder(tmp_path, moment):
-    target = folder_of(tmp_path / "model", "old")
+def killed_at(target: Path, moment: int) -> None:
+    """Write `target` anew in a process that is killed at a step of putting it into its place."""
     child = os.fork()
     if child == 0:
-        left, steps = [moment], (os.rename, os.unlink)
+        left = [moment]
 
-        def killed_at(step):
+        def counted(step):
             def go(*args, **kwargs):
                 left[0] -= 1
                 if left[0] < 0:
@@ -98,17 +99,84 @@ def test_a_kill_at_any_step_leaves_no_part_of_a_folder(tmp_path, moment):
 
             return go
 
-        # two renames, and the files of the old folder
-        os.rename, os.unlink = map(killed_at, steps)
+        # two renames, one of the old folder before it is removed, and its files
+        os.rename, os.unlink = map(counted, (os.rename, os.unlink))
         write_new(target)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_kill_at_any_step_leaves_no_part_of_a_folder(tmp_path, moment):
+    target = folder_of(tmp_path / "model", "old")
+    killed_at(target, moment)
     found = held(target) if target.exists() else None
-    assert found == [OLD, None, NEW, NEW][moment]
+    assert found == [OLD, None, NEW, NEW, NEW][moment]
     sweep_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ([] if found is None else ["model"])
+    assert held(target) == (found or OLD)
+    assert os.listdir(tmp_path) == ["model"]
     write_new(target)
     assert held(target) == NEW
+
+
+def test_a_part_of_an_old_folder_is_not_put_back(tmp_path):
+    target = folder_of(tmp_path / "onnx", "old")
+    killed_at(target, 4)
+    shutil.rmtree(target)  # by the user
+    sweep_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def killed_between_renames(target: Path) -> None:
+    """Write `target` anew in a process that is killed when its old folder has been renamed."""
+    child = os.fork()
+    if child == 0:
+        rename = os.rename
+
+        def killed_at_the_second(source, to):
+            if str(source).endswith(".aside"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, to)
+
+        os.rename = killed_at_the_second
+        write_new(target)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["onnx", "model.refused", "model/plots", "checkpoints/step-00000002"]
+)
+def test_the_old_folder_of_a_killed_process_is_put_back_where_leftovers_are_swept(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    target = folder_of(tmp_path / place, "old")
+    killed_between_renames(target)
+    sweep_leftovers(tmp_path)
+    assert held(target) == OLD
+    assert os.listdir(target.parent) == [target.name]
+
+
+def test_a_folder_written_again_after_a_kill_is_first_the_old_one(tmp_path):
+    # an export's folder, whose run no process claims any more
+    target = folder_of(tmp_path / "onnx", "old")
+    killed_between_renames(target)
+    with pytest.raises(OSError, match="disk"), folder_aside(target):
+        raise OSError("no room on the disk")
+    assert held(target) == OLD
+    killed_between_renames(target)
+    put_folder(folder_of(tmp_path / "new", "new"), target)
+    assert held(target) == {"one": "new", "two": "new"}
+    left = [name for name in os.listdir(tmp_path) if name.endswith("-older")]
+    assert left == []
+
+
+def test_a_folder_of_a_longer_name_is_not_put_back_under_a_shorter_one(tmp_path):
+    refused = folder_of(tmp_path / "model.refused", "old")
+    killed_between_renames(refused)
+    write_new(tmp_path / "model")
+    sweep_leftovers(tmp_path)
+    assert (held(tmp_path / "model"), held(refused)) == (NEW, OLD)
 
 
 def test_a_folder_that_is_there_already_gets_another_name(tmp_path):

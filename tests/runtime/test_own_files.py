@@ -147,6 +147,23 @@ def test_the_demo_writes_over_nothing(tmp_path):
     assert (tmp_path / "demo" / "shapes" / "student.yaml").is_file()
 
 
+def test_the_demo_goes_on_in_a_folder_in_which_its_text_has_the_older_name(tmp_path):
+    write_inputs(tmp_path, seed=0)
+    text = tmp_path / "task" / "unlabeled.tsv"
+    written = text.read_bytes()
+    text.rename(tmp_path / "task" / "transfer.tsv")
+    write_inputs(tmp_path, seed=0)
+    assert text.read_bytes() == written
+    # the older runs' configurations name it
+    assert (tmp_path / "task" / "transfer.tsv").read_bytes() == written
+    for name in ("unlabeled", "transfer"):
+        (tmp_path / "task" / f"{name}.tsv").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks a file of the demo, task.unlabeled.tsv; give a new"
+    ):
+        write_inputs(tmp_path, seed=0)
+
+
 def test_a_line_end_never_becomes_a_line_of_a_job(tmp_path):
     with pytest.raises(UserError, match=r"partition='a.ntouch x': expected a text without line"):
         load_settings(None, {"partition": "a\ntouch x"})
@@ -167,6 +184,7 @@ def test_what_killed_runs_leave_behind_is_swept(tmp_path):
         tmp_path / "checkpoints" / "step-00000004.tmp" / "optimizer.pt",
         tmp_path / "checkpoints" / "trial" / "optimizer.pt",
         tmp_path / ".onnx.12.aside" / "model.onnx",
+        tmp_path / "model.tmp" / "model.safetensors",  # of versions before the names with a dot
         tmp_path / ".model.0123456789abcdef.aside-older" / "model.safetensors",
         tmp_path / "checkpoints" / ".step-00000002.01234567.aside-older" / "optimizer.pt",
     ]

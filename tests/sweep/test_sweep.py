@@ -22,11 +22,6 @@ from sead_dist.sweep.run import run_sweep
 METHODS = ("finetune", "mean", "single")
 
 
-@pytest.fixture(scope="module")
-def task(tiny_task) -> Path:
-    return tiny_task[0]
-
-
 def work(world, words) -> None:
     """A worker's whole life (for `ranks`)."""
     run_sweep(words, world)
@@ -52,10 +47,10 @@ def report_of(output: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(task, tmp_path_factory) -> Path:
+def finished(tiny_data, tmp_path_factory) -> Path:
     """A sweep's folder, done; tests only read it."""
     output = tmp_path_factory.mktemp("done") / "out"
-    run_sweep(sweep_words(task, output), ALONE)
+    run_sweep(sweep_words(tiny_data, output), ALONE)
     return output
 
 
@@ -92,12 +87,12 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
 
 
 def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
-    task, tiny_task, tmp_path, caplog, capsys, shown
+    tiny_data, tiny_task, tmp_path, caplog, capsys, shown
 ):
     shutil.copytree(tiny_task[1][0], tmp_path / "encoders" / "a")
     pattern = f"encoders={tmp_path / 'encoders'}/*"
     given = sweep_words(
-        task, tmp_path / "out", "methods=[finetune]", "seeds=1", "max_steps=1", pattern
+        tiny_data, tmp_path / "out", "methods=[finetune]", "seeds=1", "max_steps=1", pattern
     )
     run_sweep(given, ALONE)
     shutil.copytree(tiny_task[1][1], tmp_path / "encoders" / "b")
@@ -142,10 +137,10 @@ def test_a_finished_run_keeps_its_model_and_no_checkpoints(finished):
         assert not (run / "checkpoints").exists()
 
 
-def test_again_it_does_nothing_but_write_the_report(finished, task, capsys, shown):
+def test_again_it_does_nothing_but_write_the_report(finished, tiny_data, capsys, shown):
     before = {run: (run / "run_summary.json").stat().st_mtime_ns for run in runs_of(finished)}
     (finished / "report" / "report.json").unlink()
-    run_sweep(sweep_words(task, finished), ALONE)
+    run_sweep(sweep_words(tiny_data, finished), ALONE)
     said = capsys.readouterr().out
     assert "8 of 8 runs are done" in said
     assert not re.search(r"run \d+ of", said)
@@ -154,33 +149,46 @@ def test_again_it_does_nothing_but_write_the_report(finished, task, capsys, show
     assert report_of(finished)["missing"] == []
 
 
-def test_other_settings_in_the_same_folder_are_refused_before_anything_runs(finished, task):
+def test_other_settings_in_the_same_folder_are_refused_before_anything_runs(finished, tiny_data):
     with pytest.raises(UserError, match="holds another run: max_steps was 4, is 5"):
-        run_sweep(sweep_words(task, finished, "max_steps=5", "seeds=3"), ALONE)
+        run_sweep(sweep_words(tiny_data, finished, "max_steps=5", "seeds=3"), ALONE)
     assert not (finished / "grammar" / "mean" / "seed-2").exists()
     # another method is no other setting
     before = (finished / "report" / "report.json").read_bytes()
-    run_sweep(sweep_words(task, finished, "methods=[finetune]"), ALONE)
+    run_sweep(sweep_words(tiny_data, finished, "methods=[finetune]"), ALONE)
     assert report_of(finished)["methods"] == ["finetune"]
     (finished / "report" / "report.json").write_bytes(before)
 
 
-def test_other_data_under_finished_runs_are_refused(finished, task, tmp_path):
+def test_other_data_under_finished_runs_are_refused(finished, tiny_data, tmp_path):
     other = write_task(tmp_path / "grammar", rows=61)
-    words = sweep_words(task, finished, f"data.path={other}")
+    words = sweep_words(tiny_data, finished, f"data.path={other}")
     with pytest.raises(UserError, match="holds another run: the fingerprint of data"):
         run_sweep(words, ALONE)
 
 
+def test_rows_that_an_older_version_divided_otherwise_are_refused_as_such(
+    finished, tiny_data, tmp_path
+):
+    output = shutil.copytree(finished, tmp_path / "out")
+    for record in output.glob("grammar/*/*/run.json"):
+        record.write_text(record.read_text().replace('"splits": 2', '"splits": 1'))
+    other = write_task(tmp_path / "grammar", rows=61)
+    with pytest.raises(
+        UserError, match="with the rules splits 1; this version has splits 2, under"
+    ):
+        run_sweep(sweep_words(tiny_data, output, f"data.path={other}"), ALONE)
+
+
 @pytest.mark.slow
 def test_another_command_in_the_same_folder_is_refused_though_it_began_later(
-    task, tmp_path, monkeypatch
+    tiny_data, tmp_path, monkeypatch
 ):
     """While one run is made, the other command makes the next with settings of its own."""
     output = tmp_path / "out"
-    mine = sweep_words(task, output, "methods=[finetune]", "seeds=2")
+    mine = sweep_words(tiny_data, output, "methods=[finetune]", "seeds=2")
     others = sweep_words(
-        task, output, "methods=[finetune]", "seeds=[1]", "max_steps=3", "finetune.max_steps=4"
+        tiny_data, output, "methods=[finetune]", "seeds=[1]", "max_steps=3", "finetune.max_steps=4"
     )
     own, came = sweep.distill, []
 
@@ -196,19 +204,19 @@ def test_another_command_in_the_same_folder_is_refused_though_it_began_later(
 
 
 def test_a_student_of_a_shape_takes_the_tokeniser_of_teachers_that_are_given(
-    finished, task, tmp_path
+    finished, tiny_data, tmp_path
 ):
     teachers = finished / "grammar" / "teachers" / "*"
     given = ["methods=[finetune,mean]", "encoders=[]", f"teachers={teachers}", "seeds=1"]
-    words = sweep_words(task, tmp_path / "out", *given, "student.tokenizer=null")
+    words = sweep_words(tiny_data, tmp_path / "out", *given, "student.tokenizer=null")
     run_sweep(words, ALONE)
     assert len(runs_of(tmp_path / "out")) == 2
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
+def test_killed_in_the_middle_it_goes_on_there(tiny_data, tmp_path, finished):
     output = tmp_path / "out"
-    words = sweep_words(task, output)
+    words = sweep_words(tiny_data, output)
     ranks = start(1, tmp_path / "ranks", work, words)
     await_path(output, "grammar/mean/seed-0/checkpoints/step-*[0-9]", ranks)
     os.kill(ranks[0].pid, signal.SIGKILL)
@@ -224,9 +232,9 @@ def test_killed_in_the_middle_it_goes_on_there(task, tmp_path, finished):
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_runs(task, tmp_path):
+def test_two_workers_share_the_runs(tiny_data, tmp_path):
     output = tmp_path / "out"
-    words = sweep_words(task, output)
+    words = sweep_words(tiny_data, output)
     workers = [start(1, tmp_path / str(n), work, words) for n in (0, 1)]
     for n, ranks in enumerate(workers):
         assert finish(ranks, tmp_path / str(n), 300.0) == [None]
@@ -236,13 +244,13 @@ def test_two_workers_share_the_runs(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
+def test_a_worker_waits_for_a_run_that_another_has_in_hand(tiny_data, tmp_path):
     """The other worker is this test, which ends without having done the run."""
     output = tmp_path / "out"
     held = output / "grammar" / "mean" / ".seed-1.lock"
     with try_lock(held) as taken:
         assert taken
-        ranks = start(1, tmp_path / "ranks", work, sweep_words(task, output))
+        ranks = start(1, tmp_path / "ranks", work, sweep_words(tiny_data, output))
         await_path(output, "grammar/single/seed-1/run_summary.json", ranks)
         ranks[0].join(4.0)
         assert ranks[0].is_alive(), "it did not wait"
@@ -252,10 +260,10 @@ def test_a_worker_waits_for_a_run_that_another_has_in_hand(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, capsys, shown):
+def test_a_run_that_fails_is_written_down_and_the_others_go_on(tiny_data, tmp_path, capsys, shown):
     """Teachers of four steps know nothing, and the validation says so."""
     output = tmp_path / "out"
-    words = sweep_words(task, output, "seeds=1", "methods=[mean,finetune]")
+    words = sweep_words(tiny_data, output, "seeds=1", "methods=[mean,finetune]")
     with pytest.raises(RunError, match=r"1 of 4 runs failed: grammar mean seed 0; .*validation"):
         run_sweep([*words, "teacher_validation=on", "finetune.learning_rate=1e-9"], ALONE)
     report = report_of(output)
@@ -271,11 +279,13 @@ def test_a_run_that_fails_is_written_down_and_the_others_go_on(task, tmp_path, c
     assert not list(output.glob("*/*/*.failed.json"))
 
 
-def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
+def test_students_whose_teacher_failed_are_not_run(tiny_data, tmp_path, monkeypatch):
     """A learning rate without bounds: the second teacher's loss is not a number."""
     output = tmp_path / "out"
     broken = student_shape(tmp_path, initializer_range=1e30)
-    words = sweep_words(task, output, "seeds=1", f"encoders=[{task / 'student.yaml'},{broken}]")
+    words = sweep_words(
+        tiny_data, output, "seeds=1", f"encoders=[{tiny_data / 'student.yaml'},{broken}]"
+    )
     with pytest.raises(RunError, match="1 of 5 runs failed: grammar teachers seed 1"):
         run_sweep(words, ALONE)
     report = report_of(output)
@@ -288,18 +298,22 @@ def test_students_whose_teacher_failed_are_not_run(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_again_with_folds_and_text_it_finds_its_runs_done(task, tmp_path, capsys, shown):
-    text = f"unlabeled.path={task}/unlabeled.tsv"
-    given = [*sweep_words(task, tmp_path / "out", text, "folds=2"), "methods=[mean]", "seeds=1"]
+def test_again_with_folds_and_text_it_finds_its_runs_done(tiny_data, tmp_path, capsys, shown):
+    text = f"unlabeled.path={tiny_data}/unlabeled.tsv"
+    given = [
+        *sweep_words(tiny_data, tmp_path / "out", text, "folds=2"),
+        "methods=[mean]",
+        "seeds=1",
+    ]
     run_sweep(given, ALONE)
     assert "run 1 of 3" in capsys.readouterr().out
     run_sweep(given, ALONE)
     assert not re.search(r"run \d+ of", capsys.readouterr().out)
 
 
-def test_one_seed_is_a_single_run_without_a_spread(task, tmp_path):
+def test_one_seed_is_a_single_run_without_a_spread(tiny_data, tmp_path):
     output = tmp_path / "out"
-    run_sweep(sweep_words(task, output, "seeds=1", "methods=[finetune,mean]"), ALONE)
+    run_sweep(sweep_words(tiny_data, output, "seeds=1", "methods=[finetune,mean]"), ALONE)
     for cell in report_of(output)["cells"]:
         given = [cell[key] for key in ("spread", "difference", "interval", "p", "beyond_chance")]
         assert given == [None] * 5
@@ -308,12 +322,15 @@ def test_one_seed_is_a_single_run_without_a_spread(task, tmp_path):
     assert "±" not in markdown
 
 
-def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path):
+def test_mistakes_in_what_is_given_are_found_before_the_first_run(tiny_data, tmp_path):
     output = tmp_path / "out"
     for words, line in (
         ([f"data.path={tmp_path / 'nowhere'}"], "nowhere"),
         (["student=nothing.yaml"], "file nothing.yaml does not exist"),
-        ([f"encoders=[{task / 'student.yaml'},nothing.yaml]"], "file nothing.yaml does not exist"),
+        (
+            [f"encoders=[{tiny_data / 'student.yaml'},nothing.yaml]"],
+            "file nothing.yaml does not exist",
+        ),
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
         (
             ["teacher=nobody"],
@@ -321,19 +338,19 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(task, tmp_path
         ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),
-        ([f"output_dir={task}"], "holds other files"),
+        ([f"output_dir={tiny_data}"], "holds other files"),
     ):
         with pytest.raises(UserError, match=line):
-            run_sweep(sweep_words(task, output, *words), ALONE)
+            run_sweep(sweep_words(tiny_data, output, *words), ALONE)
     assert not output.exists()
-    assert not (task / "report").exists()
+    assert not (tiny_data / "report").exists()
 
 
 @pytest.mark.slow
-def test_two_ranks_take_part_in_every_run(task, tmp_path):
+def test_two_ranks_take_part_in_every_run(tiny_data, tmp_path):
     """The first try is told to stop: it saves, reports what is missing, and goes on from there."""
     output = tmp_path / "out"
-    words = sweep_words(task, output)
+    words = sweep_words(tiny_data, output)
     ranks = start(2, tmp_path / "ranks", work, words)
     await_path(output, "grammar/finetune/seed-1/checkpoints/step-*[0-9]", ranks)
     os.kill(ranks[1].pid, signal.SIGTERM)

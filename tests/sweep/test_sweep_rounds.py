@@ -14,16 +14,11 @@ from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_grid
-from sead_dist.sweep.rounds import is_ready, remove, try_join
+from sead_dist.sweep.rounds import is_ready, remove, told_again, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
 TABLE = ("run.json", "run_summary.json", "scores.json", "teacher_manifest.json", "predictions")
-
-
-@pytest.fixture(scope="module")
-def task(tiny_task) -> Path:
-    return tiny_task[0]
 
 
 def words(task: Path, output: Path, *more: str) -> list[str]:
@@ -40,10 +35,10 @@ def made_at(run: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(task, tmp_path_factory) -> Path:
+def finished(tiny_data, tmp_path_factory) -> Path:
     """A sweep of two seeds whose models were not kept; tests only read it."""
     output = tmp_path_factory.mktemp("done") / "out"
-    run_sweep(words(task, output, "seeds=2", "keep_models=false"), ALONE)
+    run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false"), ALONE)
     return output
 
 
@@ -66,7 +61,9 @@ def test_where_models_are_not_kept_scores_and_predictions_stay(finished):
 
 
 @pytest.mark.slow
-def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_path, monkeypatch):
+def test_models_of_teachers_stay_until_the_last_student_of_their_task(
+    tiny_data, tmp_path, monkeypatch
+):
     output, own = tmp_path / "out", sweep.distill
     seen = []
 
@@ -75,14 +72,14 @@ def test_models_of_teachers_stay_until_the_last_student_of_their_task(task, tmp_
         return own(config, *given, **more)
 
     monkeypatch.setattr(sweep, "distill", distill)
-    run_sweep(words(task, output, "keep_models=false"), ALONE)
+    run_sweep(words(tiny_data, output, "keep_models=false"), ALONE)
     assert seen == [0, 1, 2, 2]
     assert not list(output.glob("grammar/*/*/model"))
 
 
 @pytest.mark.slow
 def test_a_round_that_was_cut_off_is_done_again(
-    finished, task, tmp_path, monkeypatch, capsys, shown
+    finished, tiny_data, tmp_path, monkeypatch, capsys, shown
 ):
     """Killed in its second method; the folder of the first went with the machine."""
     output, own = tmp_path / "out", sweep.distill
@@ -94,13 +91,13 @@ def test_a_round_that_was_cut_off_is_done_again(
 
     monkeypatch.setattr(sweep, "distill", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(words(task, output, "seeds=2"), ALONE)
+        run_sweep(words(tiny_data, output, "seeds=2"), ALONE)
     monkeypatch.setattr(sweep, "distill", own)
     shutil.rmtree(output / "grammar" / "finetune" / "seed-1")
     kept = [output / "grammar" / method / "seed-0" for method in ("finetune", "mean")]
     before = [made_at(run) for run in kept]
     capsys.readouterr()
-    run_sweep(words(task, output, "seeds=2"), ALONE)
+    run_sweep(words(tiny_data, output, "seeds=2"), ALONE)
     said = capsys.readouterr().out
     assert said.count("run 5 of 6: grammar finetune seed-1 (2 runs left, about ") == 1
     assert [made_at(run) for run in kept] == before
@@ -108,7 +105,7 @@ def test_a_round_that_was_cut_off_is_done_again(
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys, shown):
+def test_a_sweep_goes_on_from_its_table_alone(finished, tiny_data, tmp_path, capsys, shown):
     output = tmp_path / "out"
     for run in (*finished.glob("grammar/*/seed-0"), *finished.glob("grammar/teachers/*/")):
         for name in TABLE:
@@ -120,23 +117,48 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, task, tmp_path, capsys, 
     before = [made_at(run) for run in kept]
     assert len(kept) == 2
     # all is done: nothing is made, the teachers neither
-    run_sweep(words(task, output, "keep_models=false"), ALONE)
+    run_sweep(words(tiny_data, output, "keep_models=false"), ALONE)
     assert [made_at(run) for run in kept] == before
     # another seed: the teachers are made again
     capsys.readouterr()
-    run_sweep(words(task, output, "seeds=2", "keep_models=false"), ALONE)
+    run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false"), ALONE)
     said = capsys.readouterr().out
     assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
+    line = "grammar: 2 teachers made again, since the model is gone; finished students that stay: 1"
+    assert said.index(line) < said.index("\nrun ")
     assert [made_at(run) for run in kept] == before
     assert scores(output) == scores(finished)
 
 
-def test_a_student_waits_for_the_model_of_its_teacher(finished, task):
-    given = words(task, finished, "seeds=2", "keep_models=false")
+def test_a_student_waits_for_the_model_of_its_teacher(finished, tiny_data):
+    given = words(tiny_data, finished, "seeds=2", "keep_models=false")
     grid = make_grid(given)
     ready = {unit.method: is_ready(grid, unit) for unit in grid.students("grammar")}
     # the teachers are finished, and their models are gone
     assert ready == {"finetune": True, "mean": False}
+
+
+def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_run(
+    finished, tiny_data, tmp_path
+):
+    def told(*given):
+        return list(told_again(make_grid(words(tiny_data, finished, "keep_models=false", *given))))
+
+    # all is done: no teacher is made
+    assert told("seeds=2") == []
+    again = "grammar: 2 teachers made again, since the model is gone"
+    assert told("seeds=3") == [f"{again}; finished students that stay: 2"]
+    # an open round: its finished students had the old teachers
+    cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
+    undone = "; done again if its teachers differ then: grammar mean seed-1"
+    assert told("seeds=[1]", cold) == [f"{again}{undone}; finished students that stay: 0"]
+    assert told("seeds=[1,2]") == [f"{again}; finished students that stay: 1"]
+    # a run that was begun
+    copy = shutil.copytree(finished, tmp_path / "out")
+    (copy / "grammar" / "mean" / "seed-1" / "run_summary.json").unlink()
+    grid = make_grid(words(tiny_data, copy, "keep_models=false", "seeds=2"))
+    begun = "; what begins again: grammar mean seed-1"
+    assert list(told_again(grid)) == [f"{again}{begun}; finished students that stay: 1"]
 
 
 def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -155,7 +177,7 @@ def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_within_a_round_all_students_have_the_same_teachers(
-    finished, task, tmp_path, capsys, shown
+    finished, tiny_data, tmp_path, capsys, shown
 ):
     """The teachers were made again on another machine, with other bits, while a round was open."""
     output = shutil.copytree(finished, tmp_path / "out")
@@ -167,7 +189,7 @@ def test_within_a_round_all_students_have_the_same_teachers(
     before = [made_at(closed), made_at(untaught)]
     arms = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
     shutil.rmtree(output / "grammar" / "finetune" / "seed-0")
-    run_sweep(words(task, output, "seeds=[1]", arms), ALONE)
+    run_sweep(words(tiny_data, output, "seeds=[1]", arms), ALONE)
     assert "grammar mean seed-1: it had other teachers, so it is done again" in (
         capsys.readouterr().out
     )
@@ -180,8 +202,8 @@ def test_within_a_round_all_students_have_the_same_teachers(
     assert hashes[0] == hashes[1]
 
 
-def test_another_machine_takes_another_round(task, tmp_path):
-    given = words(task, tmp_path / "out", "methods=[finetune]", "encoders=[]", "seeds=2")
+def test_another_machine_takes_another_round(tiny_data, tmp_path):
+    given = words(tiny_data, tmp_path / "out", "methods=[finetune]", "encoders=[]", "seeds=2")
     grid = make_grid(given)
     with try_join(grid.units[0], "another machine") as taken, ExitStack() as held:
         assert taken
@@ -198,9 +220,9 @@ def test_another_machine_takes_another_round(task, tmp_path):
         assert free
 
 
-def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd, shown):
+def test_two_runs_at_once_give_the_same_table(finished, tiny_data, tmp_path, capfd, shown):
     output = tmp_path / "out"
-    run_sweep(words(task, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
+    run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
     said = capfd.readouterr().out
     assert "[1] run " in said
     assert "[2] run " in said
@@ -209,23 +231,23 @@ def test_two_runs_at_once_give_the_same_table(finished, task, tmp_path, capfd, s
     assert [len(records(run, "start")) for run in output.glob("grammar/*/seed-*")] == [1] * 4
 
 
-def test_a_worker_that_ends_badly_is_told(task, tmp_path, monkeypatch):
+def test_a_worker_that_ends_badly_is_told(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RunError, match="2 of 2 workers of the sweep ended with code 1; what they"):
-        run_sweep(words(task, tmp_path / "out", "jobs=2"), ALONE)
+        run_sweep(words(tiny_data, tmp_path / "out", "jobs=2"), ALONE)
 
 
-def test_several_runs_at_once_are_for_one_process_without_a_gpu(task, tmp_path):
-    grid = make_grid(words(task, tmp_path / "out", "jobs=2"))
+def test_several_runs_at_once_are_for_one_process_without_a_gpu(tiny_data, tmp_path):
+    grid = make_grid(words(tiny_data, tmp_path / "out", "jobs=2"))
     with pytest.raises(UserError, match=r"jobs=2 divides the threads .* here is 2 ranks; leave"):
         check_jobs(grid, World(0, 2, CPU))
 
 
-def test_arms_are_run_with_their_keys_and_compared_with_the_reference(task, tmp_path):
+def test_arms_are_run_with_their_keys_and_compared_with_the_reference(tiny_data, tmp_path):
     output = tmp_path / "out"
     arms = "methods=[finetune,{name: long, method: finetune, max_steps: 3, learning_rate: 1e-2}]"
     more = (arms, "seeds=3", "encoders=[]", "reference=long", "equal_steps=off")
-    run_sweep(words(task, output, *more), ALONE)
+    run_sweep(words(tiny_data, output, *more), ALONE)
     long, plain = (output / "grammar" / name / "seed-2" for name in ("long", "finetune"))
     assert [read(run / "run_summary.json")["steps"] for run in (long, plain)] == [3, 2]
     report = read(output / "report" / "report.json")
@@ -242,8 +264,8 @@ def test_arms_are_run_with_their_keys_and_compared_with_the_reference(task, tmp_
     assert "Differences from long" in page
 
 
-def test_the_time_left_follows_from_runs_of_the_same_method(task, tmp_path):
-    given = words(task, tmp_path / "out", "seeds=3", "encoders=[]", "teachers=[T]")
+def test_the_time_left_follows_from_runs_of_the_same_method(tiny_data, tmp_path):
+    given = words(tiny_data, tmp_path / "out", "seeds=3", "encoders=[]", "teachers=[T]")
     grid = make_grid(given)
     assert time_left(grid, 1) == "6 runs left"
 

@@ -345,11 +345,6 @@ def test_the_table_of_students_that_fit_follows_from_the_counted_bytes():
         assert rows[name][2] == f"{bytes_promised(way, 8):g}"
 
 
-@pytest.fixture
-def task(tiny_task):
-    return tiny_task[0], tiny_task[1][:1]
-
-
 def whole_run(task, root, size, **changes):
     given = words(*task, root / "run", root / "store", save_steps=2, **changes)
     finish(start(size, root / "ranks", run_distill, given), root / "ranks", 300.0)
@@ -358,11 +353,11 @@ def whole_run(task, root, size, **changes):
 
 @pytest.mark.slow
 def test_invariant_06_a_run_under_zero3_killed_after_a_checkpoint_ends_with_the_same_model(
-    task, tmp_path
+    one_teacher, tmp_path
 ):
-    whole = whole_run(task, tmp_path / "whole", 2, deepspeed="zero3")
+    whole = whole_run(one_teacher, tmp_path / "whole", 2, deepspeed="zero3")
     root = tmp_path / "killed"
-    given = words(*task, root / "run", root / "store", save_steps=2, deepspeed="zero3")
+    given = words(*one_teacher, root / "run", root / "store", save_steps=2, deepspeed="zero3")
     ranks = start(2, root / "ranks", run_distill, given)
     first = root / "run" / "checkpoints" / "step-00000002"
     while not first.is_dir():
@@ -372,7 +367,7 @@ def test_invariant_06_a_run_under_zero3_killed_after_a_checkpoint_ends_with_the_
         rank.kill()
         rank.join()
     assert not (root / "run" / "run_summary.json").exists()
-    run = whole_run(task, root, 2, deepspeed="zero3")
+    run = whole_run(one_teacher, root, 2, deepspeed="zero3")
     assert "resuming at step" in (run / "log.txt").read_text()
     assert model_bytes(run) == model_bytes(whole)
     assert read(run / "run_summary.json")["deepspeed"] == "zero3"
