@@ -176,7 +176,10 @@ def fix_of(error: BaseException) -> str:
         return "correct the file"
     if missing.partition(".")[0] == "sead_dist":
         return "correct the import: docs/architecture.md lists the modules of this version"
-    return f"install {missing.partition('.')[0]} for this Python, or correct the import"
+    package = missing.partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError):
+        return f"correct the import, or install another version of {package}"
+    return f"install {package} for this Python, or put its code into the plugin"
 
 
 def hashes(paths: Sequence[str]) -> dict[str, str]:

@@ -30,8 +30,8 @@ class ExampleSet:
     `labels_B`: int64 class index, -1 unlabelled; regression float64, NaN unlabelled.
     `groups_B`: int64, multirc and record only. `ids_B2`: int64 identities. `rows_B`: int64, the row
     of the source (from 0) that the example came from. `routes_B`: int64, the teacher that each row
-    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence, in
-    Unicode's normal form C, case-folded and stripped; 0 if blank.
+    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence (`sentence_hash`);
+    0 if blank.
     """
 
     split: str

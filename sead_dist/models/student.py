@@ -1,5 +1,4 @@
-"""The student at its start: a checkpoint, chosen layers of one, a new shape, or layers of its
-feature teacher.
+"""The student at its start: a checkpoint, layers of one or of its feature teacher, or a new shape.
 
 L tokens, H width.
 """

@@ -129,13 +129,9 @@ def given_rates(
         raise UserError(f"--rates {path}: {kind} has no {dtype}, which the run computes in; add it")
 
     def by_length(model_config: PretrainedConfig, reached: float, times: int) -> Rate:
-        works = [
-            times * operations(model_config, at, config.trust_remote_code)
-            for at in MEASURED_LENGTHS
-        ]
-        return Rate(
-            MEASURED_LENGTHS, tuple(work / reached for work in works), 0.0, 0.0, scaled=True
-        )
+        lengths, trusted = MEASURED_LENGTHS, config.trust_remote_code
+        works = (times * operations(model_config, at, trusted) for at in lengths)
+        return Rate(lengths, tuple(work / reached for work in works), 0.0, 0.0, scaled=True)
 
     step = speed("training", config.precision)
     return Rates(
@@ -239,8 +235,7 @@ def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
 def _wanted(
     rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int], share_s: float
 ) -> bool:
-    """Whether to measure a model: it is not known, or only up to shorter texts, and in share_s one
-    comes to the task's."""
+    """Whether to measure a model: unknown to the task's lengths, and share_s is enough for that."""
     if rate is None:
         return True
     if _reaches(rate, lengths_K):
@@ -390,8 +385,7 @@ class Others:
 
 
 def timed_quietly(measure: Callable[[float], Rate], until: float, device: torch.device) -> Rate:
-    """What `measure(until)` finds; again where others were in the way and there is time, and marked
-    where they still were."""
+    """What `measure(until)` finds; where others were busy once more if time allows, and marked."""
     others = Others()
     first = measure(until)
     if not others.in_the_way(device):

@@ -3,6 +3,7 @@
 The token is huggingface_hub's own affair (HF_TOKEN, or a login); it is never kept here.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -35,12 +36,16 @@ def refuse_push(config: RunConfig, what: str) -> None:
         )
 
 
+NO_TOKEN = (
+    "uploading needs a token of the hub and there is none; hf auth login, or set HF_TOKEN, {later}"
+)
 LATER = "or leave push_to_hub out and upload later: sead-dist push RUN"
 
 
 def check_push_here(repo: str | None, later: str = LATER) -> None:
-    """What this machine alone says of an upload: the hub is allowed, `repo` is a name, and a token
-    is there. Nothing is asked over a network. Arguments and errors are those of `check_push`."""
+    """What this machine alone says of an upload: the hub is allowed, `repo` is a name, and there is
+    something that a token can come from. Nothing is asked over a network. Arguments and errors are
+    those of `check_push`."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
@@ -51,11 +56,9 @@ def check_push_here(repo: str | None, later: str = LATER) -> None:
             validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"hub_model_id={repo}: {reason(error)}; give owner/name") from None
-    if get_token() is None:
-        raise UserError(
-            "uploading needs a token of the hub and there is none; hf auth login, or set "
-            f"HF_TOKEN, {later}"
-        )
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
+    if not any(map(os.environ.get, names)) and not Path(constants.HF_TOKEN_PATH).exists():
+        raise UserError(NO_TOKEN.format(later=later))
 
 
 def check_push(repo: str | None, later: str = LATER) -> None:
@@ -63,6 +66,14 @@ def check_push(repo: str | None, later: str = LATER) -> None:
     bare name under the owner, or None). later: what else can be done. Raises UserError, before any
     work."""
     check_push_here(repo, later)
+    try:
+        token = get_token()
+    except Exception as error:  # a file that cannot be read; a login that is renewed over a network
+        raise UserError(
+            f"the token of the hub cannot be read: {reason(error)}; hf auth login again, {later}"
+        ) from None
+    if token is None:
+        raise UserError(NO_TOKEN.format(later=later))
     try:
         account = HfApi().whoami()
     except HfHubHTTPError as error:

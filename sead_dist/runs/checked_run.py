@@ -1,9 +1,9 @@
 """A run's configuration, data, student and teachers: read, and checked in one order, before
 anything is written, placed or asked.
 
-`distill` and `plan` do all of it in `check_run`, but that a plan asks no network: whether the hub
-accepts the token of an upload is asked by the run alone. A worker of the pool and `labels`, which
-train no student, do the second half, `read_run`.
+`distill` and `plan` do all of it in `check_run`. One check is left out of a plan: whether the hub
+accepts the token of an upload. A worker of the pool and `labels` train no student. They do the
+second half, `read_run`.
 """
 
 from collections.abc import Callable, Mapping

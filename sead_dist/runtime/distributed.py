@@ -1,7 +1,6 @@
 """World: who this process is among the ranks, and the few things that ranks agree on.
 
-A world of one needs no process group. gloo on CPU and NCCL on GPU differ in backend and device
-only.
+A world of one needs no process group. gloo and NCCL differ in backend and device only.
 """
 
 import os

@@ -79,7 +79,7 @@ class Grid:
     applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
     methods of a task are to take as many steps; methods: the names of the arms, one of which may be
     the reference; lengthened: (task, method) -> the steps of its own, where it was given more
-    (`steps.fix_steps`)."""
+    (`checks.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]

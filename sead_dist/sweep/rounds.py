@@ -102,8 +102,9 @@ def told_again(grid: Grid) -> Iterator[str]:
         done = {of.title: of.round for of in taught if is_finished(of.folder)}
         left = [of for of in taught if of.title not in done]
         begun = [of.title for of in left if (of.folder / "run.json").is_file()]
-        undone = [title for title, of in done.items() if of in {of.round for of in left}]
-        line = f"{task}: {counted(len(gone), 'teacher')} made again, since the model is gone"
+        open_rounds = {of.round for of in left}
+        undone = [title for title, round_ in done.items() if round_ in open_rounds]
+        line = f"{task}: {counted(len(gone), 'teacher')} to be made again: no model is left"
         if begun:
             line += f"; what begins again: {', '.join(begun)}"
         if undone:

@@ -103,6 +103,7 @@ class Identity:
             f"the rules of {name} were version {self.rules.get(name, 1)}, are version "
             f"{other.rules.get(name, 1)}"
             for name in self.other_rules(other)
+            if name != SPLITS
         ]
         keys = [key for key in {**self.config, **other.config}]
         found += [
@@ -148,6 +149,14 @@ def _names(teachers: list[dict[str, Any]]) -> str:
 def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
     """Raises UserError when a run directory holds another run than the one asked for."""
     if names := saved.other_rules(asked):
+        if names == [SPLITS]:
+            raise UserError(
+                f"output_dir={run} holds a run of other rows: its files were others, or an older "
+                f"version divided the same ones otherwise (rules splits "
+                f"{saved.rules.get(SPLITS, 1)}, here {asked.rules.get(SPLITS, 1)}); give the files "
+                "that it began with, or another output_dir; with the same files go on with the "
+                "version that began it"
+            )
         old = ", ".join(f"{name} {saved.rules.get(name, 1)}" for name in names)
         new = ", ".join(f"{name} {asked.rules.get(name, 1)}" for name in names)
         raise UserError(

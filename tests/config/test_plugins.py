@@ -241,10 +241,10 @@ def test_every_rank_runs_the_plugins(task, tmp_path):
 def test_a_submitted_job_runs_with_the_plugins(task, tmp_path):
     """A job's process has nothing but the words."""
     given = all_words(task, tmp_path / "run")
-    _, (request,) = runs_to_submit(given, None)
+    _, (one,) = runs_to_submit(given, None)
     script = "import sys; from sead_dist.cli.commands import attempt_recipe; "
     script += "raise SystemExit(attempt_recipe(sys.argv[1], sys.argv[2:]))"
-    job = [sys.executable, "-c", script, request.recipe, *request.words]
+    job = [sys.executable, "-c", script, one.recipe, *one.words]
     subprocess.run(job, check=True)
     run("distill", all_words(task, tmp_path / "alone"))
     assert model_bytes(tmp_path / "run") == model_bytes(tmp_path / "alone")
@@ -323,7 +323,12 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
         (
             "import no_such_package.part",
             "No module named 'no_such_package'",
-            "install no_such_package for this Python, or correct the import",
+            "install no_such_package for this Python, or put its code into the plugin",
+        ),
+        (
+            "from numpy import no_such_name",
+            "cannot import name 'no_such_name' from 'numpy'",
+            "correct the import, or install another version of numpy",
         ),
     ],
 )

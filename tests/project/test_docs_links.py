@@ -67,8 +67,9 @@ def missing_names(page):
     missing = []
     places = re.findall(r"`([\w.]+)`\s(?:\(|in\s)`((?:[\w-]+/)+\w+\.py)`", prose(page))
     for name, path in places:
-        file = next(top / path for top in (ROOT, ROOT / "sead_dist") if (top / path).exists())
-        source = file.read_text("utf-8")
+        tops = (top / path for top in (ROOT, ROOT / "sead_dist"))
+        file = next((found for found in tops if found.exists()), None)
+        source = "" if file is None else file.read_text("utf-8")
         missing += [(name, path)] * any(
             not re.search(rf"\b{part}\b", source) for part in name.split(".")
         )

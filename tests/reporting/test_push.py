@@ -18,7 +18,7 @@ from sead_dist.cli.submit import runs_to_submit
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
 from sead_dist.planning.table import plan
-from sead_dist.reporting.hub import check_push, push_run
+from sead_dist.reporting.hub import check_push, check_push_here, push_run
 from sead_dist.runs.distillation import finetune
 from sead_dist.runs.onnx_export import export_onnx
 from sead_dist.runtime.distributed import World
@@ -200,6 +200,24 @@ def test_what_a_stand_in_hub_will_refuse_is_told_at_once(hub, tmp_path, monkeypa
         check_push(change.get("repo", "lab/x"))
     assert "upload later: sead-dist push RUN" in str(error.value) or "repo" in change
     assert "hf_" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["HF_OIDC_RESOURCE", "HF_TOKEN_PATH"])
+def test_a_token_that_cannot_be_read_is_told_in_one_line_and_no_plan_reads_it(
+    hub, tmp_path, monkeypatch, name
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # a folder, or a pipeline that has no token to give
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    if name == "HF_OIDC_RESOURCE":
+        monkeypatch.setenv(name, "somebody/film")
+    else:
+        (tmp_path / "none").mkdir()
+    check_push_here("lab/x")
+    with pytest.raises(UserError, match=r"^the token of the hub cannot be read: .*; hf auth login"):
+        check_push("lab/x")
+    assert hub.asked == []
 
 
 def test_push_does_not_advise_itself(finished):

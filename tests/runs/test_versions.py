@@ -155,7 +155,7 @@ def test_rules_of_splits_count_only_where_they_give_other_rows():
     refuse_other(Path("run"), older, now)
     refuse_other(Path("run"), older, older.with_data("data"))
     for other in (now.with_data("rows"), older.with_data("rows"), replace(now, data="rows")):
-        with pytest.raises(UserError, match="with the rules splits 1; this version has splits 2"):
+        with pytest.raises(UserError, match=r"of other rows: .* \(rules splits 1, here 2\)"):
             refuse_other(Path("run"), older, other)
     # under the same rules the data are others
     with pytest.raises(UserError, match="holds another run: the fingerprint of data and task was"):
@@ -171,7 +171,9 @@ def test_a_run_whose_rows_an_older_version_divided_is_refused_as_such(old):
     record.write_text(json.dumps(saved))
     distill(load_config(words), ALONE)  # the rows are the same
     record.write_text(json.dumps(saved).replace(saved["identity"]["data"], "0" * 64))
-    with pytest.raises(UserError, match=r"rules splits 1; .* has splits 2.* give another output"):
+    with pytest.raises(
+        UserError, match=r"\(rules splits 1, here 2\); give the files .* or another output"
+    ):
         distill(load_config(words), ALONE)
 
 

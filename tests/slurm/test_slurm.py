@@ -187,11 +187,11 @@ def test_seeds_make_a_run_each():
         with pytest.raises(UserError, match="--seeds"):
             parse_seeds(wrong)
     _, asked = runs_to_submit(["sst2", "output_dir=out", "seed=9"], "3,4")
-    assert [request.name for request in asked] == ["out/seed-3", "out/seed-4"]
-    assert [request.config.seed for request in asked] == [3, 4]
+    assert [one.name for one in asked] == ["out/seed-3", "out/seed-4"]
+    assert [one.config.seed for one in asked] == [3, 4]
     assert asked[0].config.output_dir == "out/seed-3"
     # what is held out stays the same
-    assert {request.config.selection.seed for request in asked} == {config().selection.seed}
+    assert {one.config.selection.seed for one in asked} == {config().selection.seed}
 
 
 def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):

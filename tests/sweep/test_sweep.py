@@ -175,7 +175,8 @@ def test_rows_that_an_older_version_divided_otherwise_are_refused_as_such(
         record.write_text(record.read_text().replace('"splits": 2', '"splits": 1'))
     other = write_task(tmp_path / "grammar", rows=61)
     with pytest.raises(
-        UserError, match="with the rules splits 1; this version has splits 2, under"
+        UserError,
+        match=r"holds a run of other rows: its files .* splits 1, here 2\); give the files",
     ):
         run_sweep(sweep_words(tiny_data, output, f"data.path={other}"), ALONE)
 

@@ -124,7 +124,7 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, tiny_data, tmp_path, cap
     run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false"), ALONE)
     said = capsys.readouterr().out
     assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
-    line = "grammar: 2 teachers made again, since the model is gone; finished students that stay: 1"
+    line = "grammar: 2 teachers to be made again: no model is left; finished students that stay: 1"
     assert said.index(line) < said.index("\nrun ")
     assert [made_at(run) for run in kept] == before
     assert scores(output) == scores(finished)
@@ -146,7 +146,7 @@ def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_
 
     # all is done: no teacher is made
     assert told("seeds=2") == []
-    again = "grammar: 2 teachers made again, since the model is gone"
+    again = "grammar: 2 teachers to be made again: no model is left"
     assert told("seeds=3") == [f"{again}; finished students that stay: 2"]
     # an open round: its finished students had the old teachers
     cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"

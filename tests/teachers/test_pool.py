@@ -65,13 +65,13 @@ def run_teach(world: World, given, worker):
 
 
 def run_sharing_teach(world: World, given, worker, journal):
-    """The same, but behind its first chunk it waits until the other worker has computed one too: how
+    """The same, but behind its first work item it waits until the other worker has computed one too: how
     quick each is to start shall not decide who does what."""
     compute = Worker.compute
 
-    def compute_and_wait(self, chunk):
-        compute(self, chunk)
-        until(journal.is_file, "a chunk of the other worker")
+    def compute_and_wait(self, item):
+        compute(self, item)
+        until(journal.is_file, "a work item of the other worker")
 
     Worker.compute = compute_and_wait  # in this process, which ends with the work
     return teach(load_config(given), worker, world)
@@ -128,7 +128,7 @@ def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
     assert " rows ahead" in said(run)
 
 
-def test_a_worker_that_is_killed_in_a_chunk_is_replaced_by_another(tmp_path, task, colocated):
+def test_a_worker_that_is_killed_in_a_work_item_is_replaced_by_another(tmp_path, task, colocated):
     given = given_words(task, tmp_path, pool__lease_s=1.0)
     run, leases = tmp_path / "run", tmp_path / "store" / "leases"
     student = start(1, tmp_path / "student", run_distill, given)
@@ -337,7 +337,7 @@ def test_a_worker_counts_what_it_has_computed_since_it_was_started(task, tmp_pat
 
 
 def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(task, tmp_path):
-    """The worker looks before every chunk."""
+    """The worker looks before every work item."""
     given = given_words(task, tmp_path)
     worker = start(1, tmp_path / "w", run_teach, [*given, "teacher_precision=bf16"], "1/1")
     until(lambda: rows_of(tmp_path / "run", 1, 1) > 0, "a worker at work")
@@ -351,15 +351,15 @@ def test_a_student_that_comes_later_stops_a_worker_that_teaches_something_else(t
 
 
 def run_with_full_disk(world: World, given, worker):
-    """A worker that after its first chunk may write no block, as on a disk that is full."""
+    """A worker that after its first work item may write no block, as on a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     compute = Worker.compute
 
-    def first_alone(self, chunk):
+    def first_alone(self, item):
         if self.done == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
-        compute(self, chunk)
+        compute(self, item)
 
     Worker.compute = first_alone
     try:
@@ -377,7 +377,7 @@ def test_a_full_disk_stops_the_worker_and_keeps_what_was_finished(tmp_path, task
     assert isinstance(outcome, RunError)
     assert "cannot be written" in str(outcome)
     assert "ulimit -f" in str(outcome)
-    # the first chunk was written; the student still waits for the rest
+    # the first work item was written; the student still waits for the rest
     assert rows_of(run, 1, 1) == 16
     assert student[0].is_alive()
     worker = start(1, tmp_path / "w2", run_teach, given, "1/1")

@@ -48,7 +48,7 @@ def test_items_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(e
     np.testing.assert_array_equal(first_NU >= 0, needed_NU)
 
 
-def test_a_items_name_is_of_its_content_alone(tmp_path):
+def test_an_items_name_is_of_its_content_alone(tmp_path):
     teachers = load_teachers([save_teacher(tmp_path / "a"), save_teacher(tmp_path / "b", seed=1)])
     one, same, longer = small_split(21), small_split(21), small_split(22)
     names = [c.name(teachers[c.teacher].key) for c in items_of_split(one, 2, ROWS)]
@@ -128,7 +128,7 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     assert hand.source.journal.rows() == 2 * ROWS
 
 
-def test_a_worker_says_from_whom_it_takes_a_item_over(pool, capsys):
+def test_a_worker_says_from_whom_it_takes_an_item_over(pool, capsys):
     hand = pool(1, 1)
     hand.leases.broken_s = 0.0
     items = items_of_split(small_split(21), TEACHERS, ROWS)
