@@ -56,7 +56,8 @@ PARTS = {
 }
 # learning rates other than those of the arms' files, by task: of all arms that have none of their
 # own there ("taught"), and of an arm alone. Chosen by the search's rows (docs/results/table.md) but
-# for stsb's finetune, which was not searched there: its finished runs have this one
+# for stsb's finetune, whose finished runs have this one. When stsb is made again, it has 1e-4, and
+# the control has no copies: so the search of fine-tuning says, which came later
 RATES = {"stsb": {"taught": "2.0e-4", "finetune": "2.0e-4"}}
 # by part and task, arms that would be another arm's run again: sst2 has more than ten times as much
 # text as labels, and so no copies that could be left out
