@@ -274,9 +274,10 @@ def soft_targets(
     """The soft targets of teachers' logits in one class order (C = 1: scores): `targets_BC`,
     `logits_BC` and `weights_NB`.
 
-    weights_N: of the teachers, for `fixed`, `score` and `single`. labels_B: gold labels (-1:
-    none) or scores (NaN: none), for `confidence` and `answers`. routes_B: the number of each row's
-    teacher, for `routed`. `random` draws in a run alone. Raises UserError for what does not fit.
+    weights_N: of the teachers, for `fixed`, `score`, `fitted` and `single`. labels_B: gold labels
+    (-1: none) or scores (NaN: none), for `confidence` and `answers`. routes_B: the number of each
+    row's teacher, for `routed`. `random` draws in a run alone. Raises UserError for what does not
+    fit.
     """
     expect("logits_NBC", logits_NBC, torch.Tensor, "a tensor of shape [N, B, C]")
     expect("ensemble", ensemble, str, "the name of an ensemble")
