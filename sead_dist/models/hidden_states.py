@@ -36,8 +36,8 @@ class WantedLayers:
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """What one forward gave, in float32, by layer number (as in WantedLayers). Each tensor is [R,
-    L, H]. Queries, keys and values hold all heads side by side."""
+    """What one forward gave, in float32, by layer number (as in WantedLayers), each [R, L, H].
+    Queries, keys and values hold all heads side by side."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -108,8 +108,8 @@ def running_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
-    """For each student layer (from 1) the teacher layer that it is compared with. These are evenly
-    spaced. The last student layer is compared with the last teacher layer. (Jiao et al. 2020: the
+    """For each student layer (from 1) the number of the teacher layer that belongs to it. These are
+    evenly spaced. The last student layer gets the last teacher layer. (Jiao et al. 2020: the
     uniform map g(m) = m * N / M, here rounded up where M does not divide N.)"""
     return [-(-m * teacher_layers // student_layers) for m in range(1, student_layers + 1)]
 

@@ -67,9 +67,9 @@ class ModelInputs:
         return int(self.tokenizer.pad_token_id)
 
     def facts(self) -> tuple[list[Any], list[Any]]:
-        """What of all this a prediction depends on: (always, only where rows are not padded on the
-        right). Padding on the right adds nothing, since version 1 of the rules of input always
-        padded so."""
+        """The parts of this that a prediction depends on: (always, only where rows are not padded
+        on the right). Padding on the right adds nothing, since version 1 of the rules of input
+        padded so too."""
         always: list[Any] = [self.tokenizer_hash, self.max_length]
         if self.padding == "right":
             return always, []
@@ -84,7 +84,7 @@ class ModelInputs:
         return make_split(examples, self.tokenizer, self.max_length)
 
     def probe_rows(self, device: torch.device) -> CheckRows:
-        """Fixed texts on which a model is checked that is loaded without data."""
+        """Fixed texts, to check a model that is loaded without data."""
         return probe_rows(self.tokenizer, self.max_length, device)
 
     def real_rows(
@@ -187,8 +187,8 @@ def student_inputs(
         model.train(was_training)
     if padding == "none":
         raise UserError(
-            f"{name} is a {kind}, and {reason}, so a text in a batch of the training gets other "
-            "answers than alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
+            f"{name} is a {kind}, and {reason}, so in training a text would get other answers "
+            "than alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
         )
     _set(tokenizer, "padding_side", padding)
     return ModelInputs(tokenizer, tokenizer_hash(tokenizer), length, padding)

@@ -51,8 +51,8 @@ def width(task: TaskSpec) -> int:
 
 
 def by_example(logits: torch.Tensor, choices: int) -> torch.Tensor:
-    """logits_BC of B examples, from the logits of their text rows. [B, C] stays as it is. [B x K,
-    1] becomes [B, K], where an example has a text row for each of K choices."""
+    """logits_BC of B examples, from the logits of their text rows. Shape [B, C] stays as it is. [B
+    x K, 1] becomes [B, K], where an example has a text row for each of K choices."""
     return logits.reshape(len(logits) // choices, choices * logits.shape[-1])
 
 

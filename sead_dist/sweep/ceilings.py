@@ -67,8 +67,8 @@ def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
 
 
 def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
-    """For each task the score of each teacher and of each kind of ensemble, as the first run with
-    it recorded it. Kinds with equal scores on every task share a row."""
+    """For each task the score of each teacher and of each kind of ensemble, as recorded in the
+    first run that has it. Kinds with equal scores on every task share a row."""
     kinds = {of.kind: of for of in found if not of.alone and of.ensemble is not None}
     tasks = list(dict.fromkeys(of.task for of in found))
     first: dict[tuple[str, str], float] = {}

@@ -168,7 +168,9 @@ def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused():
 
     model.bert.forward = blind
     for rows in (real, fixed):
-        with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the r"):
+        with pytest.raises(
+            UserError, match="teacher a gives a text other logits in a batch padded on the r"
+        ):
             check_teacher(model, rows, "right", "a")
 
 
@@ -189,7 +191,9 @@ def test_rounding_of_a_score_near_zero_is_no_misreading(dtype, rounding):
     off["padded"] = rounding
     check_teacher(model, rows, "right", "it")
     off["padded"] = 10 * rounding
-    with pytest.raises(UserError, match="teacher it answers a text in a batch padded on the right"):
+    with pytest.raises(
+        UserError, match="teacher it gives a text other logits in a batch padded on the right"
+    ):
         check_teacher(model, rows, "right", "it")
 
 
