@@ -159,7 +159,9 @@ def check_reach(name: str, config: RunConfig) -> None:
                 raise
             missing.append(f"{what} {path} (or give {fix})")
     if missing:
-        raise UserError(f"{name} needs what cannot be reached here: {', '.join(missing)}")
+        raise UserError(
+            f"{name} needs data or models that cannot be reached here: {', '.join(missing)}"
+        )
 
 
 def write_results(checkpoint: PublishedCheckpoint, config: RunConfig, output: Path) -> None:

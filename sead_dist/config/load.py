@@ -121,7 +121,7 @@ def _override(word: str) -> dict[str, Any]:
         else:
             entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
-            f"{key.strip()}: KEY=VALUE holds all of {group}, and no part of an entry; write "
+            f"{key.strip()}: KEY=VALUE sets all of {group}, not a part of an entry; write "
             f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
@@ -268,7 +268,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
             continue
         if word in known and not os.path.exists(word):
             value = words[place + 1].lstrip("=") if place + 1 < len(words) else "VALUE"
-            raise UserError(f"{word} is a key without a value; write {word}={value}")
+            raise UserError(f"{word} is a key, and has no value; write {word}={value}")
         path = find_config(word)
         with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):
             try:
@@ -364,7 +364,7 @@ def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
     if layer.get("method") in (None, method) or not all(key in layer for key in METHOD_KEYS):
         return layer
     left = ", ".join(METHOD_KEYS)
-    _log.warning("method=%s leaves out what a file says for %s: %s", method, layer["method"], left)
+    _log.warning("method=%s: a file's keys for %s are left out: %s", method, layer["method"], left)
     return {key: value for key, value in layer.items() if key not in METHOD_KEYS}
 
 

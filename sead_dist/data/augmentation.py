@@ -124,7 +124,7 @@ def _unfit_reason(operation: str, task: TaskSpec, has_table: bool, gold_alone: b
         return "the student's embeddings are new or of another tokeniser, and have no neighbours"
     if gold_alone and not keeps_label(operation, task):
         return (
-            "its copies lose their gold label, and no teacher is asked for another (of task "
+            "its copies lose their gold label, and no teacher is asked for another (for task "
             f"{task.name} {', '.join(op for op in OPERATIONS if keeps_label(op, task))} keep it)"
         )
     return None

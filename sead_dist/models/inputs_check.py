@@ -186,7 +186,7 @@ def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
     if not bool(torch.isfinite(alone_RC).all()):
         return "left" if first == "left" else "right"  # reported elsewhere
     if _far(_said(model, rows.alone[::-1]).flip(0), alone_RC, dtype):
-        raise UserError("its answers depend on what it was asked before")
+        raise UserError("its answer to a text depends on the texts before it")
     sides: list[Padding] = ["right", "left"] if first == "right" else ["left", "right"]
     for side in sides:
         if not _far(_said_together(model, rows, side), alone_RC, dtype):
@@ -267,8 +267,8 @@ def check_teacher(model: PreTrainedModel, rows: CheckRows, padding: Padding, nam
         return  # reported with the row when the run computes it
     if _far(again_RC, alone_RC, dtype):
         raise UserError(
-            f"teacher {name}, a {kind}: its answers depend on what it was asked before; "
-            "leave it out"
+            f"teacher {name}, a {kind}: its answer to a text depends on the texts before it; "
+            "leave the teacher out"
         )
     if _far(ours_RC, alone_RC, dtype):
         how = "of texts of its length" if padding == "none" else f"padded on the {padding}"

@@ -103,9 +103,11 @@ def align_classes(
     found = [align_name(task, name) for name in said]
     wrong = [name for name, index in zip(said, found, strict=True) if index is None]
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
-        reason = f"{wrong[0]!r} is not a label of" if wrong else "they are not one each of"
+        reason = (
+            f"{wrong[0]!r} is not a label of" if wrong else "they do not name exactly the labels of"
+        )
         whose = f"{model} names its classes {', '.join(said)}"
-        ask = "was it trained for another task? then leave it out, else say"
+        ask = "leave it out if it was trained for another task, else say"
         if labels is not None:
             whose, ask = given or f"{model}, labels: [{', '.join(said)}]", "say"
         raise UserError(

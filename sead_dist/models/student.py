@@ -146,8 +146,8 @@ def keep_layers(
         other += [f"{name}.{place}.{part}" for part in there if there[part] != here.get(part)]
     if other:
         raise UserError(
-            f"student.layers={list(layers)}: a {kind} of {len(layers)} layers is built otherwise "
-            f"in {other[0]} than the layers that were chosen; keep layer 0 first and "
+            f"student.layers={list(layers)}: a {kind} of {len(layers)} layers differs in "
+            f"{other[0]} from the layers that were chosen; keep layer 0 first and "
             "the order of the kinds of layers, or give the whole model (leave student.layers out)"
         )
     if not on_meta:

@@ -82,8 +82,8 @@ class PoolClient:
                 raise RunError(self._given_up(lacking[0], what))
             short = f"{lacking[0].missing()} of {len(lacking[0].entries_M)} rows"
             line = (
-                f"waiting for the pool: {short} of {what} are missing of {lacking[0].name} in the "
-                f"store {self.layout.root}"
+                f"waiting for the pool: {short} of {what} are missing in the store "
+                f"{self.layout.root} for teacher {lacking[0].name}"
             )
             self._say("waiting", line)
             self.progress_or_stop(line)

@@ -238,7 +238,13 @@ def test_operations_that_do_not_fit_are_passed_over_or_refused_by_name():
         ),
         (["recombine"], TASKS["copa"], True, False, "task copa has no such pairs; leave it out"),
         (["neighbor"], sst2, False, False, "the student's embeddings are new or of another token"),
-        (["ngram"], sst2, True, True, r"lose their gold label.*\(of task sst2 mask, neighbor keep"),
+        (
+            ["ngram"],
+            sst2,
+            True,
+            True,
+            r"lose their gold label.*\(for task sst2 mask, neighbor keep",
+        ),
         (["swap"], rte, True, True, "names 'swap': its copies lose their gold label"),
     ):
         with pytest.raises(UserError, match=why):

@@ -271,10 +271,10 @@ def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
     rows = real_rows(grammar_tokenizer(), example_set(texts(3)), 64, CPU)
     alone = sorted(rows.alone, key=lambda row: row["input_ids"].shape[1])
     rows = CheckRows([alone[-1], *alone], rows.together)
-    with pytest.raises(UserError, match="depend on what it was asked before"):
+    with pytest.raises(UserError, match="its answer to a text depends on the texts before it"):
         padding_of(model, rows, "right")
     model.bert.set_attention_type("block_sparse")
-    with pytest.raises(UserError, match="teacher a, a big_bird: its answers depend on what"):
+    with pytest.raises(UserError, match="teacher a, a big_bird: its answer to a text depends on"):
         check_teacher(model, CheckRows(rows.alone, lambda _: rows.alone), "right", "a")
 
 
