@@ -207,8 +207,8 @@ class Single(Weighting):
             scores = [-math.inf if score is None else score for score in known.scores]
             if len(scores) > 1 and max(scores) == -math.inf:
                 raise UserError(
-                    "ensemble=single takes the best teacher on the selection split, and none could "
-                    f"be validated on it; name one: teacher={known.names[0]}"
+                    "ensemble=single takes the best teacher on the selection split, and no teacher "
+                    f"could be validated on it; name one: teacher={known.names[0]}"
                 )
             chosen = scores.index(max(scores))
         return torch.eye(len(known.given))[chosen]
