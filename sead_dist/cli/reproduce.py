@@ -1,8 +1,8 @@
-"""`sead-dist reproduce NAME`: a published checkpoint of SEAD trained again, with its teachers, and
-what came out beside what was published.
+"""`sead-dist reproduce NAME` trains a published checkpoint of SEAD again, with its teachers. It
+then shows the scores obtained beside the published ones.
 
-One template (configs/reproduce.yaml) and one row for each checkpoint; a run is OUTPUT/teachers, as
-`finetune` makes them, and OUTPUT/student, as `distill` does.
+All checkpoints share one template (configs/reproduce.yaml). Each one is a row of `CHECKPOINTS`.
+OUTPUT/teachers is made as by `finetune`, OUTPUT/student as by `distill`.
 """
 
 import statistics
@@ -44,7 +44,7 @@ class PublishedCheckpoint:
         return sead_figures(self.task, self.width)
 
 
-# small training sets are gone through more often
+# small training sets get more epochs
 EPOCHS = {"sst2": 3, "mrpc": 10, "qqp": 3, "mnli": 3, "qnli": 3, "rte": 10, "stsb": 10, "wnli": 10}
 CHECKPOINTS = {
     f"{task}-h{width}": PublishedCheckpoint(
@@ -68,11 +68,11 @@ def show_checkpoints() -> None:
 
 
 def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> None:
-    """Fine-tune the teachers that are missing, distil, and print and write what came out; what is
-    done already is not done again.
+    """Fine-tune the missing teachers, distil, then print and write the scores. Finished runs are
+    not repeated.
 
-    teachers: how many from each encoder, with seeds seed, seed + 1, ... Raises UserError before any
-    work for an unknown name, wrong words, and whatever cannot be reached.
+    teachers: how many teachers each encoder gives, with seeds seed, seed + 1, ... Raises UserError
+    before any work for an unknown name, for wrong overrides, and for files that cannot be reached.
     """
     if name not in CHECKPOINTS:
         raise UserError(f"unknown checkpoint {name!r}{told_known(name, CHECKPOINTS)}")
@@ -91,7 +91,7 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
         }
         runs = finetune(alone.model_copy(update=update), world, show_table=False)
         if not from_main(world, lambda: all(map(is_finished, runs))):
-            return  # it was asked to stop
+            return  # a stop was requested
     student = given.model_copy(
         update={
             "output_dir": str(output / "student"),
@@ -116,7 +116,8 @@ def base_words(checkpoint: PublishedCheckpoint, words: Sequence[str]) -> list[st
 
 
 def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: int) -> RunConfig:
-    """The student's run, with `teachers` encoders from each that is named. Raises UserError."""
+    """The configuration of the student's run, in which each encoder stands `teachers` times. Raises
+    UserError."""
     if teachers < 1:
         raise UserError(f"--teachers {teachers}: give at least 1")
     config = load_config(base_words(checkpoint, words))
@@ -132,8 +133,8 @@ def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: i
 
 
 def check_reach(name: str, config: RunConfig) -> None:
-    """Everything that the run starts from is here or on the hub. Raises UserError naming all that
-    is not, and how to give it."""
+    """Raises UserError where data, teachers, encoders or the student's start are neither here nor
+    on the hub. The error names each of them and how to give it."""
     if config.push_to_hub:
         check_push(config.hub_model_id)
     missing: list[str] = []
@@ -158,11 +159,14 @@ def check_reach(name: str, config: RunConfig) -> None:
                 raise
             missing.append(f"{what} {path} (or give {fix})")
     if missing:
-        raise UserError(f"{name} needs what cannot be reached here: {', '.join(missing)}")
+        raise UserError(
+            f"{name} needs data or models that cannot be reached here: {', '.join(missing)}"
+        )
 
 
 def write_results(checkpoint: PublishedCheckpoint, config: RunConfig, output: Path) -> None:
-    """Print published and obtained side by side; the same into reproduce.json and reproduce.md."""
+    """Print published and obtained scores side by side, and write them to reproduce.json and
+    reproduce.md."""
     files = read_run(output / "student")
     figures: list[dict[str, Any]] = []
     for figure in checkpoint.figures():

@@ -1,28 +1,29 @@
 """What `null` and `auto` stand for: length, learning rate and final checkpoint of a run.
 
-They depend on the run's rows and its student's width. The log says each that was chosen.
+They depend on the run's rows and its student's width. The log names each value that was chosen.
 """
 
 from typing import Literal
 
 from sead_dist.config.schema import RunConfig
 
-# fewer rows of the selection split are too few to choose a checkpoint by: at an accuracy of .85 the
-# standard error of one score is 1.6 points on 500 rows
+# a selection split with fewer rows is too small to choose a checkpoint by: at an accuracy of .85
+# the standard error of one score is 1.6 points on 500 rows
 ENOUGH_TO_CHOOSE = 500
-# with teachers: passes over all rows, and bounds of the steps (Beyer et al. 2022: be patient)
+# with teachers: passes over all rows, and bounds of the number of steps (Beyer et al. 2022: be
+# patient)
 PASSES, LEAST_STEPS, MOST_STEPS = 3, 1500, 30_000
-# without: epochs over the labelled rows (Devlin et al. 2019, appendix A.3: two to four), and more
-# where they are few (Mosbach et al. 2021)
+# without teachers: epochs over the labelled rows (Devlin et al. 2019, appendix A.3: two to four),
+# and the fewest steps, which count where rows are few (Mosbach et al. 2021)
 EPOCHS, LEAST_FINETUNING = 3, 200
-# of a teacher, which is to converge: at most so many epochs, and so many without a lower selection
-# loss (Prechelt 1998: early stopping, when?)
+# for a teacher, which trains until it converges: the most epochs, and the most epochs without a
+# lower selection loss (Prechelt 1998: early stopping, when?)
 MOST_EPOCHS, PATIENCE = 10, 2
-# times that a student is scored on the selection split: an epoch over few labelled rows may be a
-# step or two
+# most times that a student is scored on the selection split: an epoch over few labelled rows may be
+# one or two steps
 MOST_SCORES = 50
-# the highest learning rate up to each width. Turc et al. 2019 tune students over 1e-4 and 3e-4;
-# Devlin et al. 2019 tune BERT over 2e-5, 3e-5 and 5e-5, and large models want the lowest of these
+# the highest learning rate up to each width. Turc et al. 2019 tune students over 1e-4 and 3e-4.
+# Devlin et al. 2019 tune BERT over 2e-5, 3e-5 and 5e-5; large models need the lowest of these
 RATES = ((256, 3e-4), (384, 1e-4), (768, 5e-5))
 RATE_BEYOND = 2e-5
 
@@ -33,24 +34,25 @@ def epoch_steps(config: RunConfig, labelled: int, rows: int) -> int:
 
 
 def scoring_steps(config: RunConfig, epoch: int, steps: int) -> int:
-    """After how many steps each of a run of `steps` the student is scored: as eval_steps says, else
-    each epoch of `epoch` steps, and at most fifty times."""
+    """The number of steps between two scores of the student, in a run of `steps` steps: eval_steps,
+    else one epoch of `epoch` steps. Without eval_steps there are at most fifty scores."""
     return config.eval_steps or max(epoch, -(-steps // MOST_SCORES))
 
 
 def patience_steps(epoch: int) -> int:
-    """After how many steps each the end of a run may be decided: whole epochs of `epoch` steps, and
-    not fewer steps than a tenth of the least that fine-tuning takes, over which a loss says
-    little."""
+    """The number of steps between two decisions whether a run ends early. It is a whole number of
+    epochs of `epoch` steps. It is at least a tenth of LEAST_FINETUNING: over fewer steps a loss
+    says little."""
     return -(-LEAST_FINETUNING // (MOST_EPOCHS * epoch)) * epoch
 
 
 def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     """Optimiser steps of a run with `rows` training rows, `labelled` of them with a label.
 
-    max_steps counts, else epochs over the labelled rows. Where neither is given: with teachers
-    three passes over all rows within bounds, without teachers three epochs (ten at most where
-    early_stopping_patience ends the run) and at least 200 steps.
+    max_steps decides, else num_train_epochs over the labelled rows. Where neither is given, a run
+    with teachers takes three passes over all rows, within bounds. A run without teachers takes
+    three epochs, and at least 200 steps. With early_stopping_patience it takes at most ten epochs
+    instead of three.
     """
     epoch = epoch_steps(config, labelled, rows)
     if config.max_steps is not None:
@@ -58,7 +60,7 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     if config.num_train_epochs is not None:
         return config.num_train_epochs * epoch
     all_rows = -(-rows // config.global_batch_size)
-    if not config.taught:  # of copies with gold labels there may be more than labelled rows
+    if not config.taught:  # these rows may include copies with gold labels
         epochs = EPOCHS if config.early_stopping_patience is None else MOST_EPOCHS
         return max(epochs * all_rows, LEAST_FINETUNING)
     passes = PASSES * all_rows
@@ -66,8 +68,8 @@ def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
 
 
 def most_rows_read(config: RunConfig, labelled: int) -> int:
-    """Rows that the longest run of this configuration takes: of more text it has no use, so that no
-    more than these are kept. labelled: rows with a label."""
+    """The most rows that a run of this configuration can take. Text beyond these is not kept.
+    labelled: the number of rows with a label."""
     epochs = config.num_train_epochs or 0
     steps = max(MOST_STEPS, config.max_steps or 0, epochs * epoch_steps(config, labelled, 0))
     return steps * config.global_batch_size
@@ -78,7 +80,7 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     steps = run_steps(config, labelled, rows)
     patience = config.early_stopping_patience
     if patience is not None:
-        end = f"; it ends before, once the selection loss has not fallen for {patience} epochs"
+        end = f"; it ends earlier, once the selection loss has not fallen for {patience} epochs"
         return "at most " + _told_steps(config, labelled, rows, steps) + end
     return _told_steps(config, labelled, rows, steps)
 
@@ -112,9 +114,9 @@ def averaged_steps(config: RunConfig, total_steps: int) -> int:
 
 
 def final_checkpoint(config: RunConfig, selection_rows: int) -> Literal["best", "last", "average"]:
-    """Which student is kept: what the key says, or for `auto` the best where there are rows with
-    labels enough to choose by, else the average. A run that ends where its loss says so keeps the
-    best: which steps will be its last ones is not known before."""
+    """Which student is kept: the one that the key names. `auto` means the best, if the selection
+    split has enough rows with labels to choose by, else the average. With early_stopping_patience
+    `auto` means the best: the last steps of such a run are not known before it ends."""
     if config.final_checkpoint != "auto":
         return config.final_checkpoint
     if config.early_stopping_patience is not None:

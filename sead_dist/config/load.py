@@ -1,5 +1,5 @@
 """Where a run's keys come from: the defaults, the method's preset, YAML files from left to right,
-then KEY=VALUE overrides; later ones lie over earlier ones.
+then KEY=VALUE overrides. Later ones replace earlier ones.
 """
 
 import fnmatch
@@ -25,19 +25,19 @@ from sead_dist.errors import UserError, reading
 
 _log = logging.getLogger(__name__)
 
-# the method of a run that has teachers and names neither a method nor a key of one; the defaults
-# are its keys
+# the method of a run with teachers that sets neither `method` nor a key of one; the defaults are
+# this method's keys
 DEFAULT_METHOD = "sead"
-# in the folder of `finetune`, or of a sweep: the paths of its encoders
+# file in the folder of `finetune`, or of a sweep, with the paths of its encoders
 FIRST_ENCODERS = ".encoders.json"
-# keys of which an entry has one: what kind of teacher it is of
+# keys of which an entry has one; it decides the kind of teacher
 WHOLE_ENTRY = ("path", "model", "predictions", "endpoint")
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")
 
 
 def config_folder() -> Path:
-    """Where the shipped configs lie; in a checkout a link in the package leads to `configs/`."""
+    """The folder of the shipped configs; in a checkout it is a link to `configs/`."""
     return Path(__file__).parent.parent / "configs"
 
 
@@ -72,7 +72,7 @@ def shipped_files(folder: str, kind: str = "yaml") -> dict[str, Path]:
 def read_method(method: str) -> dict[str, Any]:
     """The keys that a method sets: a shipped one by name, or a person's own YAML file.
 
-    Raises UserError for an unknown name, and for keys that are none of a method's.
+    Raises UserError for an unknown name, and for keys that a method may not set.
     """
     known = shipped_files("methods")
     path = known.get(method, Path(method))
@@ -95,7 +95,7 @@ def read_method(method: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, key by key; other values than mappings take the place of the old."""
+    """`base` with the keys of `over` merged in. Values other than mappings replace the old ones."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -121,7 +121,7 @@ def _override(word: str) -> dict[str, Any]:
         else:
             entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
-            f"{key.strip()}: KEY=VALUE holds all of {group}, and no part of an entry; write "
+            f"{key.strip()}: KEY=VALUE sets all of {group}, not a part of an entry; write "
             f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
@@ -151,9 +151,9 @@ def _as_entries(raw: Any, key: str, output: str | None = None) -> Any:
 
 
 def folders_of(pattern: str, key: str, output: str | None) -> list[str]:
-    """The folders that a pattern of `key` stands for in a run, or sweep, of this output folder.
+    """The folders that a pattern of `key` matches, for a run or sweep with this output folder.
 
-    Raises UserError where there is none, or where one that the run began with is gone.
+    Raises UserError where there are none, or where one that the run began with is missing.
     """
     first = _first_teachers if key == "teachers" else _first_encoders
     began = first(pattern, Path(output)) if output else []
@@ -180,8 +180,8 @@ def folders_of(pattern: str, key: str, output: str | None) -> list[str]:
 
 
 def _able_folders(pattern: str, output: str | None) -> tuple[list[str], list[str]]:
-    """The folders that match, and what is left out of them: the run's own output, and runs that are
-    not finished."""
+    """(the folders that match, lines on those left out: the run's own output and unfinished
+    runs)."""
     kept, left_out = [], []
     for folder in sorted(path for path in glob.glob(pattern) if Path(path).is_dir()):
         path = Path(folder)
@@ -195,13 +195,13 @@ def _able_folders(pattern: str, output: str | None) -> tuple[list[str], list[str
 
 
 def _first_teachers(pattern: str, output: Path) -> list[str]:
-    """The teachers of this pattern with which the run in `output`, or the first run of the sweep
-    there (TASK/METHOD/seed-0), began; none where nothing has begun."""
+    """The teachers of this pattern that the run in `output` began with, or else the first run of
+    the sweep there (TASK/METHOD/seed-0). Empty where nothing has begun."""
     for record in (output / "run.json", *sorted(output.glob("*/*/*/run.json"))):
         try:
             given = json.loads(record.read_bytes())["teachers_given"]
             paths = [entry["path"] for entry in given]
-        except Exception:  # what it holds is looked at, and refused, by the run
+        except Exception:  # the run itself refuses a bad record
             continue
         found = [path for path in dict.fromkeys(paths) if _is_of(path, pattern)]
         if found:
@@ -210,7 +210,7 @@ def _first_teachers(pattern: str, output: Path) -> list[str]:
 
 
 def _first_encoders(pattern: str, output: Path) -> list[str]:
-    """The encoders of this pattern with which `finetune`, or the sweep, began in `output`."""
+    """The encoders of this pattern that `finetune` or the sweep in `output` began with."""
     try:
         kept = json.loads((output / FIRST_ENCODERS).read_bytes()) if has_teachers(output) else []
         paths = [str(path) for path in kept]
@@ -225,13 +225,13 @@ def has_teachers(output: Path) -> bool:
 
 
 def _is_of(path: str, pattern: str) -> bool:
-    """Whether glob would give this path for the pattern, were it there."""
+    """Whether glob would give this path for the pattern if the path existed."""
     names, wanted = Path(path).parts, Path(pattern).parts
     return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
 
 
 def _at_home(value: Any) -> Any:
-    """Every text that begins with `~/` with the home folder instead: YAML knows no shell."""
+    """The value with the home folder for `~/` at the start of each text: YAML knows no `~`."""
     if isinstance(value, str) and value.startswith("~/"):
         return os.path.expanduser(value)
     if isinstance(value, dict):
@@ -248,19 +248,19 @@ def _shape_shorthand(student: Any) -> Any:
 
 
 def names_shape(path: str) -> bool:
-    """Whether a student or encoder is a shape: a YAML file, or named as the shipped ones are."""
+    """Whether a student or encoder is a shape: a YAML file, or a name like the shipped ones."""
     like_shipped = re.fullmatch(r"L\d+-H\d+(-A\d+)?", path) is not None
     return path.endswith((".yaml", ".yml")) or (like_shipped and not Path(path).exists())
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The configuration that files and KEY=VALUE overrides describe, in their order, over the
-    defaults. Raises UserError naming the key, its value and what is allowed."""
+    """The configuration of these files and KEY=VALUE overrides, in their order, over the defaults.
+    Raises UserError naming the key, its value and what is allowed."""
     return resolve(read_layers(words))
 
 
 def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The keys of each file and of each KEY=VALUE override: later ones count for more."""
+    """The keys of each file, then of each KEY=VALUE override. Later ones replace earlier ones."""
     layers: list[Mapping[str, Any]] = []
     known = {key.name for key in all_keys()}
     for place, word in enumerate(words):
@@ -268,7 +268,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
             continue
         if word in known and not os.path.exists(word):
             value = words[place + 1].lstrip("=") if place + 1 < len(words) else "VALUE"
-            raise UserError(f"{word} is a key, and no value stands with it; write {word}={value}")
+            raise UserError(f"{word} is a key, and has no value; write {word}={value}")
         path = find_config(word)
         with reading(path, "give a YAML file, or KEY=VALUE", f"config {word!r}"):
             try:
@@ -288,7 +288,7 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
                 f"config {word!r} is the {'shape' if shape else 'config'} of a model; give "
                 f"student={given}, or for finetune encoders=[{given}]"
             )
-        # a task's own file stands for the task
+        # the file of a task means task=FILE
         layers.append({"task": str(path)} if "text_a" in layer else layer)
     return layers + [_override(word) for word in words if "=" in word]
 
@@ -317,12 +317,12 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"
         raise UserError(
-            f"student.shape={student.shape} is new weights, so {ignored} would be ignored; "
+            f"student.shape={student.shape} has new weights, so {ignored} would be ignored; "
             "give one of the two"
         )
     if config.early_stopping_patience is not None and config.final_checkpoint == "average":
         raise UserError(
-            "final_checkpoint=average is of a run's last steps, and with "
+            "final_checkpoint=average averages a run's last steps, and with "
             f"early_stopping_patience={config.early_stopping_patience} they are not known before; "
             "leave final_checkpoint out (the best student is kept), or early_stopping_patience"
         )
@@ -343,7 +343,7 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
 
 
 def check_repair(config: RunConfig) -> None:
-    """Raises UserError for a start of which nothing is to be repaired."""
+    """Raises UserError for a start that has nothing to repair."""
     given = f"repair.text={config.repair.text}"
     if config.student.layers is None and config.repair.teacher is None:
         raise UserError(
@@ -359,17 +359,18 @@ def check_repair(config: RunConfig) -> None:
 
 
 def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
-    """A layer without what it says of another method than the one that is asked for, where it is a
-    run's own config.yaml, which holds all the keys of a method."""
+    """The layer without the keys of a method, where it is the config.yaml of a run of another
+    method (such a file holds all of these keys). Any other layer as it is."""
     if layer.get("method") in (None, method) or not all(key in layer for key in METHOD_KEYS):
         return layer
     left = ", ".join(METHOD_KEYS)
-    _log.warning("method=%s leaves out what a file says for %s: %s", method, layer["method"], left)
+    _log.warning("method=%s: a file's keys for %s are left out: %s", method, layer["method"], left)
     return {key: value for key, value in layer.items() if key not in METHOD_KEYS}
 
 
 def usual_values(config: RunConfig) -> dict[str, Any]:
-    """What keys have where nobody gives them, flat: by their fields and the method's file."""
+    """The value of each key that is not given, flat: from the fields' defaults and the method's
+    file."""
     return _flat(merge(defaults(), {} if config.method is None else read_method(config.method)))
 
 
@@ -382,8 +383,8 @@ def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_plugins(given: Any) -> Any:
-    """What the key `plugins` holds, as a list where it can be one, its files run. Raises UserError
-    for a file that cannot be run."""
+    """Run the files that the key `plugins` names. Returns its value, as a list where it can be one.
+    Raises UserError for a file that cannot be run."""
     paths = [given] if isinstance(given, str) else given or []
     if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
         load_plugins(paths)

@@ -1,4 +1,4 @@
-"""A mistake in the keys of a configuration or a task's file as one line, in YAML's words."""
+"""One line, in YAML's words, about a mistake in the keys of a configuration or of a task's file."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def explain(error: ValidationError, known: Sequence[str]) -> str:
-    """The first mistake of a configuration, whose keys are `known`, as one line."""
+    """The first mistake of a configuration as one line. known: the keys that it can have."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    # pydantic names the type that it tried, `list[str]`, as a part
+    # pydantic puts the type that it tried, `list[str]`, among the parts of the name
     key = ".".join(part for part in map(str, first["loc"]) if "[" not in part)
     if first["type"] == "extra_forbidden":
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
@@ -43,7 +43,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
     while names and ".".join(names) not in known:  # a class in `words` is not a key
         names.pop()
     where = f"; see `sead-dist keys {'.'.join(names)}`" if names else ""
-    # what a section holds may be long, or secret
+    # the value of a section may be long or secret
     value = "" if isinstance(first["input"], Mapping) else f"={as_yaml(first['input'])}"
     inside = [name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}.")]
     if inside and first["type"] == "model_type":
@@ -52,20 +52,21 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
 
 
 def _is_in_group(key: str, name: str) -> bool:
-    """Whether a key is `data.NAME`, of a group that a run has once (each teacher has an entry)."""
+    """Whether `key` is GROUP.`name`, in a group that a run has once. `teachers` and `encoders` have
+    an entry for each model instead."""
     group, dot, last = key.rpartition(".")
     return dot != "" and last == name and group not in ("teachers", "encoders")
 
 
 def _group_of(name: str, keys: Sequence[str], value: Any) -> str:
-    """What to write for a value that was given to a group of keys, as if it were a key."""
+    """What to write instead, where a value was given to a whole group of keys."""
     as_path = isinstance(value, str) and "path" in keys
     meant = f"{name}.path={value}" if as_path else f"{name}.KEY=VALUE"
     return f"{name} is a group of keys ({', '.join(keys)}); write {meant}"
 
 
 def as_yaml(value: Any) -> str:
-    """A value as it is typed: true, not True."""
+    """A value as YAML writes it: true, not True."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_yaml, value))}]"
     if isinstance(value, Mapping):
@@ -76,7 +77,7 @@ def as_yaml(value: Any) -> str:
 
 
 def as_list(value: object) -> str:
-    """How a value is written as the list that it is meant as, behind "expected a list"."""
+    """The end of the message "expected a list": the value written as a list."""
     if not isinstance(value, str | int | float | Mapping):
         return ""
     given = list(value) if isinstance(value, Mapping) else [value]

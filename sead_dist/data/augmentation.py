@@ -1,8 +1,9 @@
 """Changed copies of training rows and of unlabelled text, which the teachers label.
 
-A copy is a pure function of its row, the seed, its number, the student's embedding table (whose
-neighbours are handed in) and, where texts of other rows are put in, of those. Ranks, restarts and
-machines change nothing: it draws by `random.Random.random`, which Python keeps as it is.
+A copy is a pure function of its row, the seed, its number and the neighbours of words in the
+student's embedding table. A recombined copy also depends on the texts of other rows. Ranks,
+restarts and machines change nothing: random numbers come from `random.Random.random`, which gives
+the same numbers in every version of Python.
 
 B examples.
 """
@@ -38,7 +39,7 @@ OPERATIONS: tuple[Operation, ...] = ("mask", "ngram", "neighbor", "swap", "recom
 SHARE, LONGEST = 0.1, 5
 # share of recombined pairs whose new text is one of the nearest (our own trial on stsb)
 NEAR_SHARE = 0.8
-# most texts that a pair is recombined with: more take long to search
+# most texts from which partners are taken: a search among more takes long
 MOST_PARTNERS = 20_000
 MOST_LABELLED, COPIES_OF_EACH = 50_000, 10
 
@@ -48,9 +49,9 @@ Texts = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Material:
-    """What copies are made with beside the rows. mask_token: None: words are left out instead.
-    neighbors: word -> words near it in the student's embedding table; None: there is no table whose
-    neighbours mean anything. table: a hash of it."""
+    """What copies are made of, apart from the rows. mask_token: None: words are left out instead.
+    neighbors: for a word, the words near it in the student's embedding table; None: the table has
+    no meaningful neighbours. table: a hash of the table."""
 
     mask_token: str | None = None
     neighbors: Mapping[str, Sequence[str]] | None = None
@@ -59,8 +60,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Copies:
-    """examples: the copies, None where there are none; operations: of each. removed: how many were
-    not kept, by the reason."""
+    """examples: the copies; None where there are none. operations: that of each copy. removed: the
+    number of rows or copies that were left out, by reason."""
 
     examples: ExampleSet | None
     operations: tuple[str, ...]
@@ -69,16 +70,17 @@ class Copies:
 
 
 def automatic_copies(labelled: int, text: int) -> int:
-    """The copies of `augment.copies=auto`: together with the rows of text up to ten times the
-    labelled rows, none above 50,000 labelled rows."""
+    """The number of copies for `augment.copies=auto`. With the rows of text they are ten times the
+    labelled rows. There are none above 50,000 labelled rows."""
     if labelled > MOST_LABELLED:
         return 0
     return max(0, COPIES_OF_EACH * labelled - text)
 
 
 def rows_asked(config: RunConfig, labelled: int, text: int) -> int:
-    """Training rows of a run: labelled ones, text, and the copies that are asked for. Fewer copies
-    are made where some would be held out or equal; the length of a run does not go by that."""
+    """The number of training rows that a run asks for: labelled rows, text and copies. Fewer copies
+    are made where some would be equal or have a held-out sentence. The length of a run does not
+    depend on that."""
     asked = config.augment.copies
     if asked is None or not config.uses_copies:
         return labelled + text
@@ -100,7 +102,7 @@ def fitting_operations(
     asked: Sequence[Operation] | None, task: TaskSpec, has_table: bool, gold_alone: bool
 ) -> list[Operation]:
     """The operations of a run: those asked for, or all that fit the task. gold_alone: no teacher is
-    asked, so that only operations that keep the label help.
+    asked, so only operations that keep the label are of use.
 
     Raises UserError for one that is asked for and does not fit.
     """
@@ -109,7 +111,7 @@ def fitting_operations(
         why = _unfit_reason(operation, task, has_table, gold_alone)
         if why is not None and asked:
             raise UserError(f"augment.operations names {operation!r}: {why}; leave it out")
-        # swapped texts of a task that is not symmetric are unlike any row: only where asked for
+        # in a task that is not symmetric, swapped texts are like no real row: only on request
         if why is None and (asked or operation != "swap" or task.symmetric):
             fitting.append(operation)
     return list(dict.fromkeys(fitting))
@@ -117,20 +119,20 @@ def fitting_operations(
 
 def _unfit_reason(operation: str, task: TaskSpec, has_table: bool, gold_alone: bool) -> str | None:
     if operation in ("swap", "recombine") and not is_pair(task):
-        return f"it is of tasks with two texts, and task {task.name} has no such pairs"
+        return f"it needs a task with two texts, and task {task.name} has no such pairs"
     if operation == "neighbor" and not has_table:
         return "the student's embeddings are new or of another tokeniser, and have no neighbours"
     if gold_alone and not keeps_label(operation, task):
         return (
-            "its copies lose their gold label, and no teacher is asked for another (of task "
+            "its copies lose their gold label, and no teacher is asked for another (for task "
             f"{task.name} {', '.join(op for op in OPERATIONS if keeps_label(op, task))} keep it)"
         )
     return None
 
 
 def mask_words(text: str, rng: random.Random, mask_token: str | None) -> str:
-    """A tenth of the words, at least one, are the mask token, or are left out where there is none.
-    A text of one word stays."""
+    """The text with about a tenth of its words, at least one, as the mask token, or without these
+    words where there is no mask token. A text of one word stays."""
     words = text.split()
     if len(words) < 2:
         return text
@@ -141,7 +143,7 @@ def mask_words(text: str, rng: random.Random, mask_token: str | None) -> str:
 
 
 def keep_ngram(text: str, rng: random.Random) -> str:
-    """One to five words in a row, and no others. A text of one word stays."""
+    """Only one to five words in a row of the text. A text of one word stays."""
     words = text.split()
     if len(words) < 2:
         return text
@@ -153,8 +155,9 @@ def keep_ngram(text: str, rng: random.Random) -> str:
 def replace_by_neighbors(
     text: str, rng: random.Random, neighbors: Mapping[str, Sequence[str]]
 ) -> str:
-    """A tenth of the words that have neighbours, at least one, are one of these."""
-    parts = re.split(r"(\w+)", text)  # words are the odd ones
+    """The text with about a tenth of the words that have neighbours, at least one, replaced by a
+    neighbour."""
+    parts = re.split(r"(\w+)", text)  # words stand at odd places
     places = [place for place in range(1, len(parts), 2) if _near(parts[place], neighbors)]
     if not places:
         return text
@@ -169,15 +172,15 @@ def _near(word: str, neighbors: Mapping[str, Sequence[str]]) -> Sequence[str]:
 
 
 def _some(count: int, rng: random.Random) -> set[int]:
-    """Each of `count` places by a chance of a tenth, and one where chance takes none."""
+    """Places below `count`, each taken with a chance of a tenth. One place where none was taken."""
     chosen = {place for place in range(count) if rng.random() < SHARE}
     return chosen or {int(rng.random() * count)}
 
 
 @dataclass(frozen=True)
 class Partners:
-    """The texts that a pair can be recombined with. near: of a text, the places of those nearest to
-    it."""
+    """pool: the texts that a pair can be recombined with. near: for a text, the places in `pool` of
+    the texts nearest to it."""
 
     pool: list[str]
     near: dict[str, list[int]] = field(default_factory=dict)
@@ -194,8 +197,8 @@ def change(
     texts: Texts, operation: str, rng: random.Random, material: Material, partners: Partners,
     symmetric: bool,
 ) -> Texts:  # fmt: skip
-    """The texts of a copy; the same where there is nothing to change. A text that stands in every
-    choice is changed once; the texts of each choice alike in kind."""
+    """The texts of a copy; the given texts where there is nothing to change. A text that all
+    choices share is changed once. The text of each choice is changed by the same operation."""
     first, second = texts
     if operation == "swap":
         return second, first
@@ -205,7 +208,7 @@ def change(
         return (anchor,), (partners.draw(anchor, rng),)
     if operation == "ngram":
         changed = keep_ngram(first[0], rng)
-        # of a pair one text alone: of two snippets nothing can be said
+        # only one text of a pair is cut: about two snippets nothing can be said
         if second and rng.random() < 0.5:
             return first, tuple(keep_ngram(text, rng) for text in second)
         return (changed,) * len(first), second
@@ -226,7 +229,8 @@ def texts_of(examples: ExampleSet, index: int) -> Texts:
 
 
 def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
-    """The random numbers of a copy: of a row, a seed and the copy's number (-1: the row's own)."""
+    """The random numbers of a copy. They follow from the row's identity, the seed and the copy's
+    number (-1: those of the row itself)."""
     key = f"{seed} {number}".encode()
     digest = hashlib.blake2b(id_2.astype(">i8").tobytes(), digest_size=8, key=key)
     return random.Random(int.from_bytes(digest.digest(), "big"))
@@ -234,7 +238,8 @@ def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
 
 @dataclass(frozen=True)
 class WantedCopies:
-    """What copies are asked for: so many of each row, or so many in all."""
+    """Which copies are asked for. of_each: copies of each row; None: `in_all` copies in total.
+    gold_labels: copies keep the gold label where their operation keeps it."""
 
     operations: Sequence[Operation]
     seed: int
@@ -247,8 +252,8 @@ def make_copies(
     task: TaskSpec, sources: ExampleSet, held: Sequence[ExampleSet], wanted: WantedCopies,
     material: Material,
 ) -> Copies:  # fmt: skip
-    """The copies of these rows. Rows that share a sentence with `held` are not copied, and copies
-    that come to such a sentence, to a row that is there, or to another copy are left out."""
+    """The copies of these rows. Rows that share a sentence with `held` are not copied. A copy is
+    left out if it has such a sentence, or equals a row or another copy."""
     known, removed = known_sentences(held), Counter[str]()
     shared_B = shares_sentence(sources, known)
     removed["rows not copied, which share a sentence with held-out rows"] = int(shared_B.sum())
@@ -278,7 +283,7 @@ def make_copies(
 
 
 def _reason_against(texts: Texts, source: Texts, taken: set[bytes], held: set[int]) -> str | None:
-    """Why a copy is not kept; one that is kept is taken from now on."""
+    """Why a copy is not kept, or None. The identity of a copy that is kept is added to `taken`."""
     both = [*texts[0], *texts[1]]
     if texts == source or any(not re.search(r"[^\W_]", text) for text in both):
         return "copies without a change or without a word"
@@ -300,7 +305,8 @@ def _text_hashes(parts: Sequence[ExampleSet]) -> set[int]:
 
 
 def _ordered_rows(sources: ExampleSet, allowed: np.ndarray, seed: int) -> list[int]:
-    """These rows, of equal ones the first, in an order of their contents and the seed."""
+    """The allowed rows, in an order that follows from their contents and the seed. Of equal rows
+    only the first is there."""
     first: dict[bytes, int] = {}
     for row in allowed.tolist():
         first.setdefault(sources.ids_B2[row].tobytes(), row)
@@ -310,8 +316,8 @@ def _ordered_rows(sources: ExampleSet, allowed: np.ndarray, seed: int) -> list[i
 def _planned(
     sources: ExampleSet, rows: Sequence[int], total: int, wanted: WantedCopies
 ) -> list[tuple[int, int, Operation]]:
-    """(row, number of the copy, operation) of each copy: the operations take turns in each row,
-    beginning with one by the row's contents."""
+    """(row, number of the copy, operation) of each copy. The operations take turns in each row. The
+    row's contents decide which one is first."""
     plan = []
     for place in range(total):
         number, row = place // len(rows), rows[place % len(rows)]
@@ -324,7 +330,8 @@ def _partners(
     task: TaskSpec, sources: ExampleSet, rows: Sequence[int],
     plan: Sequence[tuple[int, int, Operation]], seed: int,
 ) -> Partners:  # fmt: skip
-    """What pairs are recombined with: second texts, in a symmetric task first ones too."""
+    """The texts that pairs are recombined with: second texts, and in a symmetric task first texts
+    too."""
     anchors = dict.fromkeys(row for row, _, operation in plan if operation == "recombine")
     if not anchors or sources.texts_b is None:
         return Partners([])

@@ -1,11 +1,10 @@
-"""Examples of one split: exact texts, labels and identities; how splits are cut from them; and what
-takes the place of gold labels and of a score where a split has none: the ensemble's answers, and
-agreement with them.
+"""Examples of one split (exact texts, labels, identities), and how splits are cut from them.
+
+In a split without gold labels the ensemble's answers are the labels, and the score is agreement.
 
 Shapes: B examples, S sentences of an example, U unique examples, C classes. An identity is a
-128-bit hash of the exact input texts, kept as two int64; equal rows have equal identities. Every
-cut is a pure function of contents and seed, never of the order in the file, and keeps the file's
-order.
+128-bit hash of the exact input texts, kept as two int64. Equal rows have equal identities. Contents
+and seed alone decide which examples a cut takes. The order in the file does not, and is kept.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ class ExampleSet:
     `labels_B`: int64 class index, -1 unlabelled; regression float64, NaN unlabelled.
     `groups_B`: int64, multirc and record only. `ids_B2`: int64 identities. `rows_B`: int64, the row
     of the source (from 0) that the example came from. `routes_B`: int64, the teacher that each row
-    names, where the run asks for it. `sentences_BS`: int64 hash of each sentence (`sentence_hash`);
+    names, or None. `sentences_BS`: int64 hash of each sentence (`sentence_hash`);
     0 if blank.
     """
 
@@ -70,16 +69,16 @@ def build_examples(
     first: int = 0,
     skipped: list[str] | None = None,
 ) -> ExampleSet:
-    """The examples of `rows`. With `labelled=False` labels are not read and may be missing; with
-    None those that are there are read. first: the place of the first row in its file. skipped:
-    where given, rows that cannot be read are passed over, and what is wrong with each is put there.
+    """The examples of `rows`. labelled: True: each row needs a label. False: labels are not read.
+    None: a label is read where there is one. first: the place of the first row in its file.
+    skipped: with it, rows that cannot be read are left out, and their errors are added to it.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is not a text, a label outside the set and a split without rows.
     """
     items = list(read_items(task, rows, split, labelled, route, first, skipped))
     if not items and skipped:
-        raise UserError(skipped[0])  # what is wrong with all rows is not a matter of one
+        raise UserError(skipped[0])  # no row can be read: the first error is shown
     if not items:
         raise UserError(f"the {split} split has no rows; give a file that has some")
     kind = task.task_kind
@@ -108,7 +107,7 @@ def identities(texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> np.ndarr
 
 
 def _identity(texts_a: Sequence[str], texts_b: Sequence[str]) -> bytes:
-    # Counts and lengths in front, so that no two inputs run together to the same bytes.
+    # Counts and lengths stand in front: so two different inputs never give the same bytes.
     parts = [b"%d %d" % (len(texts_a), len(texts_b))]
     for text in (*texts_a, *texts_b):
         encoded = text.encode("utf-8", "surrogatepass")
@@ -121,8 +120,8 @@ def _as_int64(digests: list[bytes]) -> np.ndarray:
 
 
 def sentence_hash(text: str, hashes: dict[str, int]) -> int:
-    """The hash by which equal sentences are found, 0 of a blank one: capitals, and how many blanks
-    stand where, make no other sentence. hashes: those known so far."""
+    """A hash that equal sentences share; 0 for a blank one. Case and the number of blanks between
+    words do not count. hashes: those known up to now; the new one is added."""
     if text not in hashes:
         folded = " ".join(unicodedata.normalize("NFC", text).casefold().split())
         encoded = folded.encode("utf-8", "surrogatepass")
@@ -139,7 +138,8 @@ def _number_groups(items: list[Item]) -> np.ndarray | None:
 
 
 def subset(examples: ExampleSet, rows_B: np.ndarray) -> ExampleSet:
-    """The examples at positions (or where a mask) `rows_B`, in that order."""
+    """The examples at the positions `rows_B`, in that order; or those where the mask `rows_B` is
+    True."""
     if rows_B.dtype == np.bool_:
         rows_B = np.flatnonzero(rows_B)
     at = [i * examples.choices + c for i in rows_B.tolist() for c in range(examples.choices)]
@@ -159,8 +159,8 @@ def subset(examples: ExampleSet, rows_B: np.ndarray) -> ExampleSet:
 
 
 def concatenate(*parts: ExampleSet) -> ExampleSet:
-    """Examples of one task after each other, at least one part; groups of different parts stay
-    apart."""
+    """The examples of all parts, in order. There is at least one part, and all are of one task.
+    Groups of different parts stay apart."""
     first = parts[0]
     groups_B = routes_B = None
     if all(part.groups_B is not None for part in parts):
@@ -188,8 +188,8 @@ def concatenate(*parts: ExampleSet) -> ExampleSet:
 
 
 def fold_numbers(examples: ExampleSet, folds: int, seed: int) -> np.ndarray:
-    """fold_B: the fold (from 0) of each example. Folds are of like size, and examples that share a
-    sentence or a group are in one; those of a tied group that is larger than a fold are in none,
+    """fold_B: the fold of each example, from 0. Folds have about the same size. Examples that share
+    a sentence or a group are in the same fold. A tied group that is larger than a fold is in none,
     which is -1."""
     fold_B = np.full(len(examples), -1)
     _, tied_B, counts_U = np.unique(_tied(examples), return_inverse=True, return_counts=True)
@@ -203,7 +203,8 @@ def fold_numbers(examples: ExampleSet, folds: int, seed: int) -> np.ndarray:
 
 
 def sample(examples: ExampleSet, n: int, seed: int) -> ExampleSet:
-    """At most `n` examples, chosen by hash of seed and contents; groups whole or not at all."""
+    """At most `n` examples, chosen by a hash of seed and contents. A group is taken whole or not at
+    all."""
     return divide(examples, n, seed)[0]
 
 
@@ -226,13 +227,14 @@ def hold_out(
     key: str = "selection.fraction",
     split: str = "selection",
 ) -> tuple[ExampleSet, ExampleSet]:
-    """(train, held out as `split`): about `fraction` of the examples held out, none that share a
-    sentence or a group with a training example. A tied group that is larger than the fraction stays
-    in train. UserError, naming `key`, where a side has no rows or what is held out one label."""
+    """(train, held out): about `fraction` of the examples are held out, and named `split`. They
+    share no sentence and no group with a training example. A tied group that is larger than the
+    fraction stays in train. Raises UserError, naming `key`, where a side has no rows or the
+    held-out rows have only one label."""
     if not 0 < fraction < 1:
         raise UserError(f"{key} is {fraction}; give a number between 0 and 1")
     if len(examples) == 1:
-        raise UserError(f"{task.name} has 1 {examples.split} row, of which none can be held out")
+        raise UserError(f"{task.name} has 1 {examples.split} row, so none can be held out")
     if examples.has_gold and len(np.unique(examples.labels_B)) == 1:
         label = examples.labels_B[0]
         name = repr(task.labels[int(label)]) if task.labels else label
@@ -278,7 +280,8 @@ def _tied(examples: ExampleSet) -> np.ndarray:
 
 
 def _choose(examples: ExampleSet, units_B: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """bool [B]: units taken whole in the order of hash(seed, contents), as long as they fit."""
+    """chosen_B: True for examples of chosen units. Units are tried in the order of hash(seed,
+    contents). Each is taken whole, if it still fits into `size`."""
     # A unit's contents are its smallest identity; ties (equal rows) go by label, then position.
     order_B = np.lexsort((examples.labels_B, examples.ids_B2[:, 1], examples.ids_B2[:, 0]))
     _, first_U, unit_B, size_U = np.unique(
@@ -312,7 +315,7 @@ def known_sentences(parts: Sequence[ExampleSet]) -> np.ndarray:
 
 
 def shares_sentence(examples: ExampleSet, known: np.ndarray) -> np.ndarray:
-    """bool [B]: which examples have a sentence (of a pair, either one) among these hashes."""
+    """shares_B: True for an example with a sentence (of a pair, either one) among these hashes."""
     return np.asarray(np.isin(examples.sentences_BS, known).any(axis=1))
 
 
@@ -323,8 +326,8 @@ def count_overlap(dev: ExampleSet, *others: ExampleSet) -> int:
 
 
 def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_U2, entry_B): the unique identities in lexicographic order, and the place in them of
-    each example."""
+    """(ids_U2, entry_B): the unique identities in lexicographic order, and each example's place
+    among them."""
     order_B = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
     sorted_B2 = ids_B2[order_B]
     new_B = np.ones(len(ids_B2), dtype=bool)
@@ -348,8 +351,8 @@ def fingerprint(examples: ExampleSet) -> str:
 
 
 def answered_by_teachers(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarray) -> ExampleSet:
-    """The same with the ensemble's answers for labels: the class of the highest logit or
-    probability, or the score; none where said_BC is NaN."""
+    """The same examples with the ensemble's answers as labels: the class of the highest logit or
+    probability, or the score. A row where said_BC is NaN has no label."""
     absent_B = np.isnan(said_BC).any(axis=1)
     kind = task.task_kind
     said_B = np.nan_to_num(said_BC).argmax(axis=1) if kind.has_classes else said_BC[:, 0]
@@ -358,18 +361,18 @@ def answered_by_teachers(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarr
 
 
 def metric_names(task: TaskSpec, examples: ExampleSet) -> list[str]:
-    """The task's metrics, as they are called on this split."""
+    """The names of the task's metrics on this split."""
     return [name_of(name) for name in task.metrics] if examples.by_teachers else list(task.metrics)
 
 
 def name_of(metric: str) -> str:
-    """What a metric is called where the labels are the ensemble's answers."""
+    """The name of a metric where the labels are the ensemble's answers."""
     return "agreement" if metric == "accuracy" else f"agreement_{metric}"
 
 
 def score(task: TaskSpec, logits_BC: np.ndarray, examples: ExampleSet) -> dict[str, float]:
-    """The task's metrics of a model on a split, by these names. Without gold labels: on the rows
-    that the ensemble answers; {} where these are none, or not known yet."""
+    """The task's metrics of a model on a split, by the names of `metric_names`. Without gold labels
+    only rows that the ensemble answers count. {} where there are none, or none are known yet."""
     if examples.has_gold:
         return compute_metrics(task, logits_BC, examples)
     rows_B = has_label(examples.labels_B)

@@ -1,17 +1,16 @@
-"""What is said of chance: how much of a score is chance of which rows a split holds, and whether a
-difference between two models or methods is larger than chance.
+"""How much of a score, or of a difference between two models or methods, is chance.
 
-Of two models on the same rows (`paired_gap`) only the rows vary, so they are resampled. Of two
-methods in a sweep (`compare`) two things vary by chance: which rows the dev split happens to hold,
-and the seeds of the runs. The difference of a seed's two runs on a row is row + seed + row by seed,
-each random (a crossed analysis of variance without repetition: Searle, Casella and McCulloch 1992,
-chapter 4). The variance of the mean difference is that of rows (of the mean over seeds), plus that
-of seeds, less that of row by seed, which both hold, so that each part counts once. What seeds add
-is left out where an F test does not see it ("sometimes pool", Bancroft 1964). Degrees of freedom
-are fewer than Satterthwaite's (1946), which few seeds overstate; interval and p are Student's t.
-Variances over rows come from resamples, since most metrics are no means over rows. How often it is
-wrong is simulated in the tests; docs/decisions/0023-sweep-statistics.md says how the constants were
-chosen.
+`paired_gap` compares two models on the same rows. Only the rows vary, so they are resampled.
+`compare` compares two methods of a sweep. Two things vary by chance: which rows the dev split
+happens to hold, and the seeds of the runs. The difference of a seed's two runs on a row is row +
+seed + row by seed, each random (a crossed analysis of variance without repetition: Searle, Casella
+and McCulloch 1992, chapter 4). The variance of the mean difference is the part of rows (of the mean
+over seeds) plus the part of seeds. Both hold the part of row by seed, so it is subtracted once. The
+part of seeds is left out where an F test does not find it ("sometimes pool", Bancroft 1964). With
+few seeds Satterthwaite's (1946) degrees of freedom are too many, so fewer are taken. Interval and p
+are Student's t. Variances over rows come from resamples, since most metrics are not means over
+rows. Simulations in the tests show how often the results are wrong.
+docs/decisions/0023-sweep-statistics.md says how the constants were chosen.
 
 Shapes: B examples, C classes, U units that are drawn whole (an example, or all examples of a
 group), R resamples, S seeds, K statistics of a unit.
@@ -35,8 +34,8 @@ RESAMPLES = 2000
 LEVEL = 0.95
 # most numbers of one table of draws
 CHUNK = 4_000_000
-# level of the F test of what seeds add: LEAST, plus MORE times the row-by-seed share of the
-# variance over rows; where it sees nothing, that share of the row-by-seed part is kept
+# the level of the F test of the part of seeds is LEAST, plus MORE times the share of row by seed in
+# the variance over rows; where the test finds nothing, the share KEPT of row by seed is kept
 LEAST, MORE, KEPT = 0.2, 0.4, 0.7
 # degrees of freedom fall with this power of the seeds' share of the variance; Satterthwaite's is 2
 POWER = 1.25
@@ -94,8 +93,8 @@ def rescorer(
 def _of_drawn_rows(
     name: str, kind: TaskKind, logits_BC: NDArray[np.float32], inputs: MetricInputs
 ) -> Rescore:
-    """A metric of a kind that computes its own: of rows that stand there as often as they are
-    drawn. A group that is drawn again is a group of its own."""
+    """A metric that a kind of task computes itself. Each row stands there as often as it was drawn.
+    A group that was drawn twice counts as two groups."""
     units_B = units_of(inputs)
 
     def score(times_U: NDArray[np.int64]) -> float:
@@ -174,7 +173,7 @@ def _mean_of_groups(
 
 @dataclass(frozen=True)
 class _Some:
-    """Some examples' part of what a metric reads."""
+    """What a metric reads, of some of the examples."""
 
     labels_B: NDArray[np.int64]
     groups_B: NDArray[np.int64] | None
@@ -211,8 +210,8 @@ def resampled_scores(
     inputs: MetricInputs,
     seed: int,
 ) -> Floats:
-    """scores_SR of each seed's logits on the same RESAMPLES draws of units, which `seed` and the
-    number of units decide."""
+    """scores_SR: the score of each seed's logits on the same RESAMPLES draws of units. `seed` and
+    the number of units decide the draws."""
     rescorers = [rescorer(name, kind, logits_BC, inputs) for logits_BC in logits_SBC]
     units = int(units_of(inputs).max()) + 1
     pieces = [
@@ -240,10 +239,11 @@ def paired_gap(
 ) -> Gap:
     """How much better `logits_BC` score than `reference_BC` under the metric `name`.
 
-    The variance is that of resampled rows, plus that of one more row right in each of the two
-    (Bonett and Price 2012, for proportions): few rows on which the two never differ say little.
-    The interval is Student's with as many degrees of freedom as there are units, less one, cut at
-    the largest gap that the metric allows.
+    The variance is that of resampled rows, plus that of two more rows, of which each model alone
+    gets one right (Bonett and Price 2012, for proportions). Without these, few rows on which the
+    two never differ would give an interval without width. The interval is Student's, with one
+    degree of freedom less than there are units. It is cut at the largest gap that the metric
+    allows.
     """
     everything_1U = np.ones((1, int(units_of(inputs).max()) + 1))
     scores = [
@@ -266,8 +266,8 @@ def reach_of(variance: float, freedom: float) -> float:
 
 
 def widest_gap(name: str) -> float:
-    """The largest difference between two scores under a metric: correlations go from -1 to 1, and
-    of the metric of a person's own kind nothing is known."""
+    """The largest difference between two scores under a metric. Correlations go from -1 to 1. A
+    metric that is not built in has no known limit."""
     if name in (*metrics.REGRESSION, "matthews_correlation"):
         return 2.0
     return 1.0 if name in (*CONFUSION, *metrics.GROUPED, *metrics.ANSWERS) else math.inf
@@ -275,8 +275,8 @@ def widest_gap(name: str) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's mean minus the reference's, its 95% interval and two-sided p; the variance of that
-    mean, and its degrees of freedom.
+    """A method's mean minus the reference's (value), with 95% interval, two-sided p, variance and
+    degrees of freedom.
 
     p_among: the p for a comparison among several (`cautious_p`); None for a mean over tasks.
     """
@@ -301,7 +301,7 @@ def compare(
     reference_SR: Floats,
     units: int,
 ) -> Difference:
-    """The difference of two methods over the same seeds, S at least 3, its interval and p.
+    """The difference of two methods over the same seeds, with interval and p. S is at least 3.
 
     scores_S: on the whole split; scores_SR: on the resamples; units: what the resamples draw.
     """
@@ -315,7 +315,7 @@ def compare(
 
 
 def parts_of(each_S: Floats, rows: float, of_one: float) -> tuple[float, float]:
-    """(variance of the mean by the spread of seeds, what of it is row by seed)."""
+    """(variance of the mean by the spread of seeds, the part of row by seed in it)."""
     spare = len(each_S) - 1
     return float(each_S.var(ddof=1)) / len(each_S), max(of_one - rows, 0.0) / spare
 
@@ -340,10 +340,10 @@ def variance_of_mean(each_S: Floats, rows: float, of_one: float, units: int) -> 
 
 
 def cautious_p(each_S: Floats, rows: float, of_one: float, units: int) -> float:
-    """A two-sided p that is too small at no level, for corrections of several comparisons.
+    """A two-sided p that is too small at no level. Corrections of several comparisons need this.
 
-    The squared limit of level a is the sum of each part's variance times its own squared t of
-    level a (Banerjee 1961). `summarise`'s p is made for 5%, and too small far below that.
+    The squared limit at level a is the sum over the parts of their variance times their squared t
+    at level a (Banerjee 1961). The p of `summarise` is made for 5%, and is too small far below.
     """
     spare, many = len(each_S) - 1, max(units - 1, 1)
     seeds, both = parts_of(each_S, rows, of_one)
@@ -361,7 +361,7 @@ def cautious_p(each_S: Floats, rows: float, of_one: float, units: int) -> float:
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
-    """The mean of differences on different tasks, whose chances are independent."""
+    """The mean of differences on different tasks, whose errors are independent."""
     number = len(differences)
     variance = sum(of.variance for of in differences) / number**2
     spread = sum((of.variance / number**2) ** 2 / of.freedom for of in differences)
@@ -371,7 +371,8 @@ def mean_difference(differences: Sequence[Difference]) -> Difference:
 
 
 def summarise(value: float, variance: float, freedom: float) -> Difference:
-    """Student's interval and p of a difference; nothing varies where both methods say the same."""
+    """Student's interval and p of a difference. The variance is 0 where both methods say the
+    same."""
     freedom = max(freedom, 1.0)
     reach = reach_of(variance, freedom)
     if variance > 0:
@@ -382,7 +383,7 @@ def summarise(value: float, variance: float, freedom: float) -> Difference:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p of each of several comparisons that are spoken of together (Holm 1979)."""
+    """The corrected p of each of several comparisons that are reported together (Holm 1979)."""
     adjusted, highest = [0.0] * len(ps), 0.0
     for place, index in enumerate(sorted(range(len(ps)), key=lambda n: ps[n])):
         highest = max(highest, min(1.0, (len(ps) - place) * ps[index]))

@@ -19,7 +19,7 @@ from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 
 Row = dict[str, Any]
-# .txt: a text on each line, which no split of a folder is
+# .txt holds one text on each line; no split of a folder is such a file
 TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 _SKIP_HINT = (
     "fix the line, or pass over such lines with data.skip_malformed=true (predict: "
@@ -29,12 +29,12 @@ _log = logging.getLogger(__name__)
 
 
 def _fix(skip_malformed: bool | None) -> str:
-    """What to do about a bad line; None: no key passes over it."""
+    """What to do about a bad line. skip_malformed: None where no key can skip the line."""
     return "fix the line" if skip_malformed is None else _SKIP_HINT
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says it holds: `.csv` of `train.csv` and of `train.csv.gz`."""
+    """The ending of a file's name without `.gz`: `.csv` for `train.csv` and for `train.csv.gz`."""
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return name.suffix.lower()
 
@@ -46,17 +46,17 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a JSON file is one list, which is not a line for each row."""
+    """Whether a JSON file is one list, and not one row on each line."""
     first = next((line for line in _text_lines(path) if line.strip()), "")
     return first.lstrip().startswith("[")
 
 
 def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
-    """The rows of a TSV file, one at a time. Raises UserError for a line that cannot be read, which
-    `skip_malformed` passes over."""
+    """The rows of a TSV file, one at a time. Raises UserError for a line that cannot be read. With
+    `skip_malformed` such lines are skipped."""
 
     def lines() -> Iterator[list[str]]:
-        # each question about the whole file is a pass over it
+        # each check of the whole file reads it once more
         return (line.removesuffix("\r").split("\t") for line in _text_lines(path))
 
     quoted = _quoting(lines, path, task)
@@ -71,8 +71,8 @@ def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Ro
 def rows_of_text(
     content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool | None
 ) -> list[Row]:
-    """The rows of a text file's bytes. kind: one of TEXT_KINDS; path: what the file is called;
-    skip_malformed: None where no key could ask for it."""
+    """The rows of a text file's bytes. kind: one of TEXT_KINDS. path: the file's name, for
+    messages. skip_malformed: None where no key can ask for it."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -99,7 +99,7 @@ def rows_of_text(
 
 
 def _plain_lines(text: str, path: Path, task: TaskSpec) -> list[Row]:
-    """A row for each line. Raises UserError for a task that reads more than one text of a row."""
+    """A row for each line. Raises UserError for a task that reads more than one text from a row."""
     if task.reader != "plain" or len(task.fields) != 1:
         raise UserError(
             f"{path} has one text on each line, and task {task.name!r} reads "
@@ -117,7 +117,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 row = _parse(line, f"{path}:{number}", skip_malformed)
                 if not isinstance(row, dict):
                     raise UserError(
-                        f"{path}:{number}: expected an object, and it is {line.strip()[:60]!r}; "
+                        f"{path}:{number}: {line.strip()[:60]!r} is not an object; "
                         f"{_fix(skip_malformed)}"
                     )
             except UserError:
@@ -136,7 +136,7 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
 
     try:
         parsed = json.loads(text, object_pairs_hook=once)
-        if "\\" in text:  # half a pair of \\ud83d\\ude00 is not a text that a tokeniser takes
+        if "\\" in text:  # no tokeniser takes half of a pair: \\ud83d\\ude00
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
     except (ValueError, RecursionError) as error:
@@ -144,20 +144,20 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
 
 
 def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
-    """Raises UserError where two columns or keys have one name: only the last would count."""
+    """Raises UserError where two columns or keys have the same name: only the last would count."""
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
         raise UserError(f"{where} has the {what} {twins[0]!r} twice; rename or remove one of them")
 
 
 def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpec) -> bool:
-    """Whether the quotation marks of a TSV are taken off; a warning says so, or why not. lines:
-    starts again at each call."""
+    """Whether the quotation marks of a TSV are taken off. A warning says that they are, or why they
+    stay. lines: begins again at each call."""
     broken = _broken_text(lines())
     if broken is not None:
         _log.warning(
-            "%s: every line is a row, also of a text in quotation marks that goes over several "
-            "(lines %d to %d): name it .csv to have it as one row",
+            "%s: each line is a row, but lines %d to %d look like one text in quotation marks; "
+            "name the file .csv to read them as one row",
             path,
             *broken,
         )
@@ -167,23 +167,23 @@ def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpe
         _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
         return False
     if marked.quoted:
-        _log.warning("%s: its quotation marks are those of a quoted file, and are taken off", path)
+        _log.warning("%s: the file is quoted, so its quotation marks are taken off", path)
     elif task.name not in TASKS and marked.any and marked.whole:
         _log.warning(
-            "%s: quotation marks stay, though all are around whole fields; in a quoted file some "
-            'field has a doubled one (""): name it .csv to have them off', path
+            "%s: quotation marks stay, though all are around whole fields, since none is doubled "
+            'inside one (""); name the file .csv to take them off', path
         )  # fmt: skip
     return marked.quoted
 
 
 def _broken_text(lines: Iterable[list[str]]) -> tuple[int, int] | None:
-    """The first and the last line of a text in quotation marks that seems to go over several lines
-    of a file of one column; with more columns such lines have too few fields."""
+    """The first and the last line of a text in quotation marks that seems to span several lines of
+    a file of one column. None for more columns: such lines have too few fields, and are refused."""
     opened = None
     for number, fields in enumerate(lines, start=1):
         if len(fields) > 1:
             return None
-        if fields[0].count('"') % 2:  # a mark is open behind it, or was before it
+        if fields[0].count('"') % 2:  # this line opens or closes a quotation
             if opened is not None and fields[0].endswith('"'):
                 return opened, number
             opened = number if fields[0].startswith('"') else None
@@ -193,7 +193,7 @@ def _broken_text(lines: Iterable[list[str]]) -> tuple[int, int] | None:
 def _tsv_lines(
     lines: Callable[[], Iterable[list[str]]], quoted: bool
 ) -> Iterator[tuple[int, list[str]]]:
-    """The numbered lines of a TSV that are rows. lines: starts again at each call."""
+    """The lines of a TSV that are rows, with their numbers. lines: begins again at each call."""
     first = last = 0
     one_column = True
     for number, fields in enumerate(lines(), start=1):
@@ -201,14 +201,17 @@ def _tsv_lines(
         if fields != [""]:
             first, last = first or number, number
     for number, fields in enumerate(lines(), start=1):
-        # in a file of one column an empty line is an empty text, but around its rows
+        # in a file of one column, an empty line between rows is an empty text
         if fields != [""] or (one_column and first < number < last):
             yield number, [_unquoted(field) for field in fields] if quoted else fields
 
 
 class Marks(NamedTuple):
-    """Of the fields with a quotation mark: whether there are any, all of them are quoted whole with
-    their own marks doubled, and some has such a doubled mark."""
+    """What holds of the fields with a quotation mark.
+
+    any: there are such fields. whole: each is quoted as a whole, and the marks inside it are
+    doubled. doubled: at least one has a doubled mark inside.
+    """
 
     any: bool
     whole: bool
@@ -234,8 +237,9 @@ def _unquoted(field: str) -> str:
 
 
 def _delimiter(text: str, path: Path, task: TaskSpec) -> str:
-    """A semicolon, as spreadsheets write it in some countries, where it divides the first line into
-    names of the task's columns and a comma does not. Raises UserError where tabs do."""
+    """The delimiter of a CSV: a semicolon, if it divides the first line into names of the task's
+    columns and a comma does not (spreadsheets of some countries write it); else a comma. Raises
+    UserError where tabs divide it into such names."""
     known = {*task.fields, task.label_column, *task.renames}
     first = text.partition("\n")[0].removesuffix("\r")
     by_comma, by_semicolon, by_tab = (
@@ -243,8 +247,8 @@ def _delimiter(text: str, path: Path, task: TaskSpec) -> str:
     )
     if known & by_tab - by_comma:
         raise UserError(
-            f"data file {path}: tabs divide its columns ({first.replace(chr(9), ', ')}), and its "
-            "name says commas; name it .tsv"
+            f"data file {path}: tabs divide its columns ({first.replace(chr(9), ', ')}), but a "
+            ".csv has commas; name it .tsv"
         )
     if known & by_comma or not known & by_semicolon:
         return ","
@@ -274,8 +278,8 @@ def _records(
     task: TaskSpec,
     skip_malformed: bool | None,
 ) -> Iterator[Row]:
-    """Rows of a file with a header, or of one in the task's official column order without. lines:
-    starts again at each call."""
+    """The rows of a file. The header names its columns. Without a header they have the task's
+    official order. lines: begins again at each call."""
     header, numbered = list(task.columns), lines()
     skipped: list[int] = []
     if _has_header(lines, task):
@@ -295,8 +299,9 @@ def _records(
 
 
 def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: TaskSpec) -> bool:
-    """Whether the first line names columns. It does not where the first line of the official width
-    holds a label in the official place: a name of another column is never taken for data."""
+    """Whether the first line is a header. It is one if it names a column of the task. Else the
+    first line of the official width decides: if it holds a label in the official place, there is no
+    header. So a header with other names is never read as data."""
     first = next(lines(), None)
     if first is None:
         return False
@@ -310,7 +315,7 @@ def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: Task
 
 
 def _tell(path: Path, skipped: Sequence[int]) -> None:
-    """Say which lines were passed over."""
+    """Log which lines were skipped."""
     if skipped:
         listed = listed_numbers(skipped)
         _log.warning(
@@ -319,6 +324,6 @@ def _tell(path: Path, skipped: Sequence[int]) -> None:
 
 
 def listed_numbers(numbers: Sequence[int]) -> str:
-    """Numbers for people, at most a hundred of them."""
+    """The numbers as a list for a message, at most a hundred of them."""
     more = f" and {len(numbers) - 100} more" if len(numbers) > 100 else ""
     return ", ".join(map(str, numbers[:100])) + more

@@ -1,8 +1,8 @@
-"""A LoRA adapter's folder, merged into the classifier that it was trained on.
+"""Merges a LoRA adapter into the classifier that it was trained on.
 
-What is merged is kept in the user's cache, as a folder like any other: so packs, shards, 8 bits and
-the pool's workers read it as they read any teacher. Who it is follows from the files of adapter and
-base, not from the bits of the merged weights, which another machine may round otherwise.
+The merged model is kept in the user's cache as an ordinary model folder. Packs, shards, 8-bit
+weights and pool workers read it like any teacher. Its identity is a hash of the files of adapter
+and base. The merged weights are not part of it, since another machine may round them differently.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ PREFIX = "base_model.model."
 
 
 def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
-    """The checkpoint of an adapter's folder and its base, merged where it was not yet.
+    """The checkpoint of an adapter merged into its base. It is merged where the cache lacks it.
 
-    Raises UserError for an adapter that is not a LoRA of a classifier, whose base is not found, or
-    that does not fit to it.
+    Raises UserError for an adapter that is not a LoRA of a classifier, for one whose base is not
+    found, and for one that does not fit its base.
     """
     facts = _facts(name, folder)
     base = _base_of(name, folder, facts)
@@ -64,18 +64,20 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
         )
     try:
         place.mkdir(parents=True, exist_ok=True)
-        # what it draws is overwritten, and depends on whether it was merged before
+        # merging draws weights that it overwrites, and the caller's draws must not depend on the
+        # cache
         with folder_aside(target, replaces=False) as aside, torch.random.fork_rng(devices=[]):
             _merge(own, base, aside)
     except (OSError, SafetensorError) as error:
         if target.is_dir():
-            return found  # another rank was quicker
+            return found  # another process merged it first
         raise refusal(f"{name} cannot be merged in {place}: {reason(error)}", error) from error
     return found
 
 
 def _facts(name: str, folder: Path) -> Mapping[str, Any]:
-    """What the adapter says of itself. Raises UserError for another kind than is merged here."""
+    """The fields of the adapter's config. Raises UserError for a kind of adapter that is not merged
+    here."""
     with reading(folder / ADAPTER, COPY, f"{name}: {ADAPTER}"):
         facts = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
     facts = facts if isinstance(facts, dict) else {}
@@ -128,7 +130,8 @@ def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
         whole = both.merge_and_unload(safe_merge=True)
     if other := shapes.keys() ^ read.keys():
         raise UserError(
-            f"{who}: the two do not fit in {some(other)}; give the base of its training"
+            f"{who}: the two do not fit in {some(other)}; give the base that the adapter was "
+            "trained on"
         )
     whole.save_pretrained(folder)
     words = next((one.folder for one in (adapter, base) if _has_words(one.folder)), None)

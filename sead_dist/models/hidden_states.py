@@ -1,8 +1,8 @@
-"""What happens inside a model while it runs: hidden states, queries, keys and values of its layers.
+"""Reads the hidden states, queries, keys and values of a model's layers during a forward.
 
-They are read by hooks on the modules, which works under any wrapper and any attention kernel (fused
-kernels give no attentions). Models are taken as they are built, not by their names: a list of
-layers, and in each layer one self-attention with a linear map for queries, keys and values.
+Hooks on the modules read them. This works under any wrapper and any attention kernel (fused kernels
+return no attentions). A model is recognised by its parts, not by its name. It has a list of layers.
+Each layer has one self-attention, with linear maps for queries, keys and values.
 
 Shapes: R text rows, L tokens, H width.
 """
@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
 
-# what BERT and its like call the maps, and DistilBERT; others add terms of their own to the scores
+# names of the maps in BERT and models like it, and in DistilBERT; other kinds add terms to the
+# scores
 ATTENTION_NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 
 
 @dataclass(frozen=True)
 class WantedLayers:
-    """Which layers to read, 1 the first: `hidden` states that a layer gives (0: what enters the
-    first one), and the queries, keys and values of its `attention`."""
+    """Which layers to read; 1 is the first. hidden: layers whose output is read; 0 is the input of
+    layer 1. attention: layers whose queries, keys and values are read."""
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
@@ -35,8 +36,8 @@ class WantedLayers:
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """Of one forward, float32, by layer (as in WantedLayers): each [R, L, H]. The maps of attention
-    hold all heads side by side."""
+    """What one forward gave, in float32, by layer number (as in WantedLayers), each [R, L, H].
+    Queries, keys and values hold all heads side by side."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -50,9 +51,12 @@ class LayerOutputs:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Where a model's parts are. layers: in the order in which they run, one that runs several
-    times as often; attention: per layer its maps for queries, keys and values, empty where they
-    were not asked for; body: what gives the last hidden states; None: the last layer."""
+    """Where a model's parts are.
+
+    layers: in the order in which they run; a layer that runs several times stands there as often.
+    attention: for each layer its maps for queries, keys and values; empty where not asked for.
+    body: the module that gives the last hidden states; None: the last layer gives them.
+    """
 
     layers: list[nn.Module]
     attention: list[tuple[nn.Linear, ...]]
@@ -62,9 +66,9 @@ class LayerParts:
 
 
 def body_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
-    """The encoder inside a classifier and its name there; None for one that is not built so.
+    """(name, encoder) inside a classifier; None for a model that is built otherwise.
 
-    `base_model_prefix` may name no attribute in a model that comes with its own code.
+    In a model with code of its own `base_model_prefix` may name no attribute.
     """
     named = getattr(model, model.base_model_prefix or " ", None)
     if isinstance(named, nn.Module) and named is not model:
@@ -74,8 +78,9 @@ def body_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
 
 
 def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The lists of modules as long as the config says, by name, those inside another left out. A
-    model whose layers are one list has one; one whose layers are spread over lists has more."""
+    """The lists of modules that are as long as the config's number of layers, by name. Lists inside
+    such a list are left out. A model whose layers are one list has one. A model whose layers are
+    spread over several lists has more."""
     depth = getattr(model.config, "num_hidden_layers", None)
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -86,13 +91,13 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
 
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The encoder's layers: the first list of modules as long as the config says, if any."""
+    """The encoder's layers: the first of `layer_lists`, or None."""
     return next(iter(layer_lists(model).values()), None)
 
 
 def running_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers in the order in which they run. Of a model that has fewer than its config says
-    (ALBERT), each runs several times in a row. Empty where none are found."""
+    """The layers in the order in which they run. Where a model has fewer layers than its config
+    says (ALBERT), each runs several times in a row. Empty where none are found."""
     if (stack := layer_stack(model)) is not None:
         return list(stack)
     depth = getattr(model.config, "num_hidden_layers", None) or 0
@@ -103,9 +108,9 @@ def running_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
-    """For each student layer (from 1) the teacher's that it follows: evenly spaced, the last on the
-    last. (Jiao et al. 2020: the uniform map g(m) = m * N / M, here rounded up where M does not
-    divide N.)"""
+    """For each student layer (from 1) the number of the teacher layer that belongs to it. These are
+    evenly spaced. The last student layer gets the last teacher layer. (Jiao et al. 2020: the
+    uniform map g(m) = m * N / M, here rounded up where M does not divide N.)"""
     return [-(-m * teacher_layers // student_layers) for m in range(1, student_layers + 1)]
 
 
@@ -139,7 +144,7 @@ def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> Layer
 
 
 def attention_maps(layer: nn.Module) -> tuple[nn.Linear, ...] | None:
-    """The linear maps of a layer's one self-attention; None where that is not what it has."""
+    """The linear maps of a layer's one self-attention; None where a layer has none or several."""
     found: list[tuple[nn.Linear, ...]] = []
     for module in layer.modules():
         children = dict(module.named_children())
@@ -153,16 +158,17 @@ def attention_maps(layer: nn.Module) -> tuple[nn.Linear, ...] | None:
 
 @contextmanager
 def reading(layer_parts: LayerParts, wanted: WantedLayers) -> Iterator[LayerOutputs]:
-    """Inside, one forward of the model fills what is given. Gradients flow through it.
+    """Inside the `with`, one forward of the model fills the LayerOutputs. Gradients flow through
+    them.
 
-    The last hidden states are what the body gives: many kinds normalise once more behind their last
+    The last hidden states are the body's output: many kinds normalise once more after the last
     layer.
     """
     found, last = LayerOutputs(), len(layer_parts.layers)
     with ExitStack() as hooks:
         if 0 in wanted.hidden:
             enters = layer_parts.layers[0].register_forward_pre_hook(
-                # a layer that runs again does not run as the first one
+                # only its first run counts: the layer may run again (ALBERT)
                 lambda _module, args, named: _note_first(found, args, named),
                 with_kwargs=True,
             )
@@ -182,7 +188,7 @@ def reading(layer_parts: LayerParts, wanted: WantedLayers) -> Iterator[LayerOutp
 
 
 def _run(layers: list[nn.Module], number: int) -> int:
-    """How often the layer of this number has run before it runs as that."""
+    """How often the module of this layer has run before it runs as layer `number`."""
     return sum(before is layers[number - 1] for before in layers[: number - 1])
 
 
@@ -194,13 +200,13 @@ def _note_first(found: LayerOutputs, args: tuple[Any, ...], named: dict[str, Any
 def _keep(
     module: nn.Module, into: dict[int, torch.Tensor], number: int, run: int
 ) -> Callable[[], None]:
-    """Put what the module gives when it runs (for the first time: run 0) into `into[number]`;
-    returns what ends that."""
+    """Store the output of the module's run number `run` (0 is the first) in `into[number]`. Returns
+    the function that removes the hook."""
     runs = count()
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
         if next(runs) == run:
-            # some layers, and all bodies, give more, of which the hidden state is the first
+            # some layers and all bodies return several outputs, and the hidden state is the first
             into[number] = (output if isinstance(output, torch.Tensor) else output[0]).float()
 
     remove: Callable[[], None] = module.register_forward_hook(note).remove
@@ -209,21 +215,21 @@ def _keep(
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """logits_NBC in task class order, float32; present_NB False where a teacher was not asked.
-    layer outputs: of the run's feature teacher, where the method asks for them."""
+    """logits_NBC: in task class order, float32. present_NB: False where a teacher was not asked.
+    layer_outputs: those of the run's feature teacher, where the method asks for them."""
 
     logits_NBC: torch.Tensor
     present_NB: torch.Tensor
     layer_outputs: LayerOutputs | None = None
 
 
-# a score that no key with it has any weight
+# a score so low that the softmax gives its key no weight
 NEVER = -1e9
 
 
 def scores(left_RLH: torch.Tensor, right_RLH: torch.Tensor, heads: int) -> torch.Tensor:
-    """scores_RALL: products of tokens' vectors, by head, over the root of a head's width. (Vaswani
-    et al. 2017, eq. 1, inside the softmax.)"""
+    """scores_RALL (A heads): products of tokens' vectors in each head, divided by the root of a
+    head's width. (Vaswani et al. 2017, eq. 1, inside the softmax.)"""
     left_RALD, right_RALD = by_head(left_RLH, heads), by_head(right_RLH, heads)
     return left_RALD @ right_RALD.transpose(-1, -2) / math.sqrt(left_RALD.shape[-1])
 

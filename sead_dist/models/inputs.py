@@ -1,8 +1,8 @@
 """What a model is fed: `ModelInputs` decides it for students and teachers alike.
 
-Training, teachers, packs, feature losses, `evaluate`, `predict` and the export ask it for tokens,
-padding and rows to try a model on, so that none of them decides any of this. How the padding is
-found stands in `inputs_check.py`, how texts become tokens in `data/tokens.py`.
+Training, teachers, packs, feature losses, `evaluate`, `predict` and the export take tokens, padding
+and check rows from it. None of them decides any of these. `inputs_check.py` finds the padding.
+`data/tokens.py` turns texts into tokens.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,12 @@ LONGEST = 512
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What one model is fed. tokenizer: settled with the model's config; tokenizer_hash: what it
-    does to texts; max_length: most tokens of a row, within the model's positions; padding: on which
-    side rows are padded, or "none" where only rows of one length go together."""
+    """What one model is fed.
+
+    tokenizer: in agreement with the model's config (`settle`). tokenizer_hash: a hash of what the
+    tokeniser does to texts. max_length: most tokens of a row, within the model's positions.
+    padding: the side on which rows are padded, or "none" where a batch has rows of one length only.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
@@ -55,7 +58,7 @@ class ModelInputs:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Inputs of an equal key make equal tokens of a text."""
+        """Inputs with equal keys turn a text into equal tokens."""
         return self.tokenizer_hash, self.max_length
 
     @property
@@ -64,16 +67,16 @@ class ModelInputs:
         return int(self.tokenizer.pad_token_id)
 
     def facts(self) -> tuple[list[Any], list[Any]]:
-        """What a prediction depends on of all this: always, and where rows are padded otherwise
-        than on the right. Rows padded on the right stand for themselves: so the first rules of
-        input made them."""
+        """The parts of this that a prediction depends on: (always, only where rows are not padded
+        on the right). Padding on the right adds nothing, since version 1 of the rules of input
+        padded so too."""
         always: list[Any] = [self.tokenizer_hash, self.max_length]
         if self.padding == "right":
             return always, []
         return always, [{"padding": self.padding, "rules of input": INPUT_RULES}]
 
     def tokens(self, examples: ExampleSet) -> TokenTable:
-        """Raises UserError for a text without a token."""
+        """The tokens of the examples. Raises UserError for a text without a token."""
         return tokenize(self.tokenizer, examples, self.max_length)
 
     def split(self, examples: ExampleSet) -> Split:
@@ -81,28 +84,30 @@ class ModelInputs:
         return make_split(examples, self.tokenizer, self.max_length)
 
     def probe_rows(self, device: torch.device) -> CheckRows:
-        """Fixed texts to try a model on, which is loaded without data."""
+        """Fixed texts, to check a model that is loaded without data."""
         return probe_rows(self.tokenizer, self.max_length, device)
 
     def real_rows(
         self, examples: ExampleSet, device: torch.device, tokens: TokenTable | None = None
     ) -> CheckRows:
-        """Rows of the run to try a model on. tokens: all examples', where they are made already."""
+        """Rows of the run on which a model is checked. tokens: those of all examples, if they exist
+        already."""
         return real_rows(self.tokenizer, examples, self.max_length, device, tokens)
 
     def two_rows(self) -> list[dict[str, torch.Tensor]]:
-        """Two fixed texts of unlike lengths, each a batch of its own."""
+        """Two fixed texts of different lengths, each in a batch of its own."""
         return probes_alone(self.tokenizer, self.max_length)[:2]
 
     def together(
         self, rows: Sequence[dict[str, torch.Tensor]], pad_id: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """Such rows as one batch. pad_id: of a model whose ids were renamed."""
+        """Rows from `two_rows` as one batch. pad_id: the padding id of a model whose ids were
+        renumbered; None: the tokeniser's."""
         filler = self.pad_id if pad_id is None else pad_id
         return padded(rows, self.padding, filler, int(self.tokenizer.pad_token_type_id))
 
     def save(self, folder: Path) -> None:
-        """The tokeniser as Transformers reads it, which cuts texts to the same length."""
+        """Save the tokeniser as Transformers reads it. It cuts texts to `max_length`."""
         self.tokenizer.model_max_length = self.max_length
         # a teacher with the same tokeniser may have set another length last
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -112,11 +117,11 @@ class ModelInputs:
         self.tokenizer.save_pretrained(folder)
 
     def save_alone(self, folder: Path) -> None:
-        """The same with a tokenizer.json that truncates and pads by itself, so that the package
-        `tokenizers` alone makes the model's inputs from it."""
+        """Save the tokeniser with a tokenizer.json that truncates and pads by itself. So the
+        package `tokenizers` alone can make the model's inputs."""
         self.tokenizer.save_pretrained(folder)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:  # one written in Python: Transformers is needed to use it
+        if backend is None:  # a tokeniser written in Python needs Transformers
             return
         alone = Tokenizer.from_str(backend.to_str())
         alone.enable_truncation(self.max_length)
@@ -130,15 +135,15 @@ class ModelInputs:
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Make tokeniser and model speak of the same inputs, whatever their files happen to say.
+    """Make tokeniser and config agree on the inputs, whatever their files say.
 
-    A model that has segments gets those of the tokeniser's own template. A model that looks for its
-    last token finds it by the padding token, which is the tokeniser's.
+    A model with segments gets the segment ids of the tokeniser's template. A model that reads its
+    last token finds it by the padding id. So the config takes the tokeniser's padding id.
     """
     names = list(tokenizer.model_input_names)
     if (getattr(config, "type_vocab_size", None) or 0) > 1 and "token_type_ids" not in names:
         _set(tokenizer, "model_input_names", [*names, "token_type_ids"])
-    # where positions count from the padding id, it is part of the weights
+    # where positions count from the padding id, that id is part of the weights, and stays
     if config.model_type not in OFFSET_POSITIONS:
         config.pad_token_id = tokenizer.pad_token_id
 
@@ -146,8 +151,8 @@ def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None
 def teacher_inputs(
     tokenizer: PreTrainedTokenizerBase, words: str, config: PretrainedConfig, max_length: int
 ) -> ModelInputs:
-    """Of a teacher of this config, before its weights are read. words: the tokeniser's hash;
-    max_length: what was asked for."""
+    """The inputs of a teacher with this config, before its weights are read. words: the tokeniser's
+    hash. max_length: the length that was asked for."""
     longest = fitting_length(max_length, config)
     return ModelInputs(tokenizer, words, longest, probed_padding(tokenizer, config, longest))
 
@@ -159,10 +164,10 @@ def student_inputs(
     name: str,
     examples: ExampleSet | None,
 ) -> ModelInputs:
-    """Of a student, or of a finished model: the side on which rows are padded is tried on the
-    model, and given to its tokeniser, which is saved with it. examples: of the run, some of which
-    the model is tried on; None where there are none. Raises UserError for a model that no padding
-    leaves alone."""
+    """The inputs of a student, or of a finished model. The side on which rows are padded is found
+    by a check of the model itself. It is set in the tokeniser, which is saved with the model.
+    examples: those of the run, of which the check takes a few; None where there are none. Raises
+    UserError for a model whose logits change under any padding."""
     length = fitting_length(max_length, model.config)
     reset_attention(model)
     if examples is None:
@@ -171,7 +176,7 @@ def student_inputs(
         rows = real_rows(tokenizer, examples, length, model.device)
     was_training, kind = model.training, model.config.model_type
     try:
-        # of its kind with other weights, which may tell apart what these do not
+        # random weights may show a difference that these weights hide
         padding = probed_padding(tokenizer, model.config, max_length)
         if padding != "none":
             padding = padding_of(model.eval(), rows, padding)
@@ -182,20 +187,20 @@ def student_inputs(
         model.train(was_training)
     if padding == "none":
         raise UserError(
-            f"{name} is a {kind}, and {reason}, so what is trained in batches is not what "
-            "answers a text alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
+            f"{name} is a {kind}, and {reason}, so in training a text would get other answers "
+            "than alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
         )
     _set(tokenizer, "padding_side", padding)
     return ModelInputs(tokenizer, tokenizer_hash(tokenizer), length, padding)
 
 
 def own_length(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """The most tokens of a row of a finished model: what its tokeniser says, within the model's
+    """The most tokens of a row of a finished model: the tokeniser's limit, within the model's
     positions."""
     said, limit = int(tokenizer.model_max_length), position_limit(config)
     if limit is not None:
         return min(said, limit)
-    # a tokeniser that says nothing says a number beyond all texts
+    # a tokeniser without a limit has a very large number instead
     return said if said < VERY_LARGE_INTEGER else LONGEST
 
 
@@ -205,6 +210,7 @@ def first_position(config: PretrainedConfig) -> int:
 
 
 def _set(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> None:
-    """Of a tokeniser, and of what it saves: it saves what it was made with."""
+    """Set an attribute of a tokeniser, also in what it saves: it saves the arguments that it was
+    made with."""
     setattr(tokenizer, name, value)
     tokenizer.init_kwargs[name] = value

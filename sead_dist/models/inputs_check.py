@@ -1,11 +1,14 @@
-"""Whether a model answers in our batches what it answers to each text alone.
+"""Checks that a model gives a text the same logits in our batches as alone.
 
-A prediction equals what the model says of that text alone, unpadded, to rounding (invariant 3).
-Which padding keeps that is found by trying it, on fixed texts and a small model of the kind: so it
-is known before weights and data are read, and is the same in every process and at every resume.
-Models that no padding leaves alone (MobileBERT's trigrams, FNet's Fourier transform, convolutions
-over tokens) get rows of one length together. What is found so is then held against each model's own
-weights and some rows of the run, which refuses a model and never changes a teacher's padding.
+To rounding, a prediction equals the model's output for that text alone and unpadded (invariant 3).
+The padding that keeps this is found by a trial on fixed texts, with a small model of the same kind
+and random weights. So the padding is known before weights and data are read. It is the same in
+every process and at every resume. Some kinds give other logits under any padding (MobileBERT's
+trigrams, FNet's Fourier transform, convolutions over tokens). Their batches hold rows of one length
+only.
+
+A second check runs each model's own weights on some rows of the run. It may refuse a model, but it
+never changes a teacher's padding.
 
 Shapes: B examples, R text rows, L tokens, C classes.
 """
@@ -27,24 +30,29 @@ from sead_dist.models.pretrained import fitting_length
 from sead_dist.models.sequence_classifier import new_classifier
 
 Padding = Literal["right", "left", "none"]
-# a model's own answer to a text, and the one it gives in a batch, differ by rounding alone
+# how far the logits of a row alone and in a batch may differ by rounding, as a share of the largest
+# logit
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-# and at least by this: scores near 0 are sums of parts that are not, whose rounding stays
+# the least difference that is allowed: a logit near 0 is a sum of larger parts, whose rounding
+# stays
 LEAST = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.005}
-# the ids of marks in a model's config
+# fields of a model's config that hold the ids of special tokens
 MARKS = ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")
 KEPT_IDS = 1000
-# a probe has to be longer than what a kind looks at as a whole (BigBird: 704 tokens), and no more
+# most tokens of a probe: it must exceed the length above which a kind changes its attention
+# (BigBird: 704 tokens)
 LONGEST_PROBE = 2048
-# of a split that is not tokenised yet, the rows among which the shortest and longest are looked for
+# rows that are tokenised to find the shortest and the longest, where a split has no tokens yet
 LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
 class CheckRows:
-    """Text rows that a model is tried on, on its device. alone: as plain Transformers makes each, a
-    batch of its own; together: by padding, the batches in which we ask them. Where rows are not
-    padded, each example has a batch with a second copy of it."""
+    """Text rows on which a model is checked, on its device.
+
+    alone: each row in a batch of its own, as plain Transformers makes it. together: the batches in
+    which we run these rows, by padding. With "none" each example has a batch that holds it twice.
+    """
 
     alone: list[dict[str, torch.Tensor]]
     together: Callable[[Padding], list[dict[str, torch.Tensor]]]
@@ -70,7 +78,7 @@ def rows_alone(
 def probe_rows(
     tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
 ) -> CheckRows:
-    """Fixed texts of unlike lengths, for a model that is loaded without data."""
+    """Fixed texts of different lengths, for a model that is loaded without data."""
     alone = _on(device, probes_alone(tokenizer, max_length))
     pads = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
 
@@ -89,9 +97,9 @@ def real_rows(
     device: torch.device,
     tokens: TokenTable | None = None,
 ) -> CheckRows:
-    """The shortest, a middle and the longest example: of all where `tokens` (all examples', of this
-    tokeniser and length) are given, else of rows evenly spread over the examples. The choice
-    follows from the examples alone."""
+    """The shortest, a middle and the longest example. The choice follows from the examples alone.
+    tokens: those of all examples, by this tokeniser and length. Without them only LOOKED_AT
+    examples are compared, evenly spread over all."""
     if tokens is None:
         count = len(examples)
         examples = subset(examples, np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int))
@@ -118,7 +126,7 @@ def _on(
 def padded(
     rows: Sequence[dict[str, torch.Tensor]], side: str, pad_id: int, pad_type: int
 ) -> dict[str, torch.Tensor]:
-    """These rows as one batch, padded on a side to the longest."""
+    """These rows as one batch, each padded on `side` to the longest."""
     longest = max(row["input_ids"].shape[1] for row in rows)
     fillers = {"input_ids": pad_id, "token_type_ids": pad_type}
     batch = {}
@@ -133,8 +141,8 @@ def padded(
 
 
 def reset_attention(model: PreTrainedModel) -> None:
-    """Before every forward a model that changes its attention after a short batch, and never back
-    (BigBird), gets the attention of its config again."""
+    """Make a model set the attention of its config before every forward. BigBird changes its
+    attention after a short batch and does not change it back."""
     body = getattr(model, model.base_model_prefix, model)
     asked = getattr(model.config, "attention_type", None)
     if asked is None or not hasattr(body, "set_attention_type"):
@@ -142,7 +150,7 @@ def reset_attention(model: PreTrainedModel) -> None:
 
     def reset(*_: object) -> None:
         if body.attention_type != asked:
-            # its own switch refuses to be called for what it takes to be its setting
+            # the setter is called only for a change
             body.set_attention_type(asked)
 
     body.register_forward_pre_hook(reset)
@@ -153,11 +161,11 @@ def _said(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) ->
 
 
 def _said_together(model: PreTrainedModel, rows: CheckRows, padding: Padding) -> torch.Tensor:
-    """The logits of each row in our batches, as those of the rows alone."""
+    """The logits of each row in our batches, in the order of `rows.alone`."""
     batches = rows.together(padding)
     if padding != "none":
         return _said(model, batches)
-    # of each batch the second half is the copy
+    # the second half of each batch is the copy
     parts = [model(**batch).logits.float() for batch in batches]
     return torch.cat([part[: len(part) // 2] for part in parts])
 
@@ -170,14 +178,15 @@ def _far(one_RC: torch.Tensor, alone_RC: torch.Tensor, dtype: torch.dtype) -> bo
 # not inference_mode: FSDP reads version counters
 @torch.no_grad()
 def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
-    """Which padding leaves the model's answers as they are for each row alone: that of `first`, of
-    the other side, or none. Raises UserError where they depend on the order of asking."""
+    """The padding under which the model gives each row the same logits as alone. `first` is tried
+    first, then the other side. "none" where neither side does. Raises UserError where the logits
+    depend on earlier forwards."""
     dtype = next(model.parameters()).dtype
     alone_RC = _said(model, rows.alone)
     if not bool(torch.isfinite(alone_RC).all()):
-        return "left" if first == "left" else "right"  # what gives no numbers is told elsewhere
+        return "left" if first == "left" else "right"  # reported elsewhere
     if _far(_said(model, rows.alone[::-1]).flip(0), alone_RC, dtype):
-        raise UserError("its answers depend on what it was asked before")
+        raise UserError("its answer to a text depends on the texts before it")
     sides: list[Padding] = ["right", "left"] if first == "right" else ["left", "right"]
     for side in sides:
         if not _far(_said_together(model, rows, side), alone_RC, dtype):
@@ -188,8 +197,8 @@ def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
 def probes_alone(
     tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Rows of a word, of some, and of a quarter, a half and all of the tokens that a row may have:
-    some kinds look at texts from a certain length on in another way."""
+    """Rows of one word, of one sentence, and of a quarter, a half and all of `max_length` tokens
+    (LONGEST_PROBE at most). Some kinds compute long texts in another way than short ones."""
     words = "the film is a warm , funny and moving story of two old friends .".split()
     length = min(max_length, LONGEST_PROBE)
     rows = rows_alone(tokenizer, [words[1], " ".join(words)], length)
@@ -202,8 +211,8 @@ def probes_alone(
 def dense(
     rows: Sequence[dict[str, torch.Tensor]], config: PretrainedConfig, pad_id: int
 ) -> tuple[list[dict[str, torch.Tensor]], PretrainedConfig]:
-    """The same rows and config with few ids, the large ones renamed in both: random embeddings of a
-    whole vocabulary take long to draw."""
+    """The rows and the config with a small vocabulary. Large ids get new numbers in both. Random
+    embeddings for a whole vocabulary take long to draw."""
     marks = {name: mark for name in MARKS if isinstance(mark := getattr(config, name, None), int)}
     seen = {pad_id, *marks.values()}
     for row in rows:
@@ -221,7 +230,8 @@ def dense(
 
 
 def shallow(config: PretrainedConfig, layers: int = 2) -> PretrainedConfig:
-    """The same with at most so many layers, where a kind can have fewer than it has."""
+    """The config with at most `layers` layers, where this kind of model lets their number
+    change."""
     small = copy.deepcopy(config)
     with suppress(NotImplementedError, AttributeError):  # Funnel counts its layers in blocks
         small.num_hidden_layers = min(
@@ -231,8 +241,8 @@ def shallow(config: PretrainedConfig, layers: int = 2) -> PretrainedConfig:
 
 
 def make_tell_apart(model: PreTrainedModel) -> None:
-    """Random weights that answer texts unlike, and a padding token that is seen where it is looked
-    at: new embeddings have nothing there, trained ones may."""
+    """Scale random weights up: then different texts get clearly different logits. Fill the padding
+    token's embedding: it is 0 in a new model, and need not be 0 in a trained one."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(4.0)
@@ -243,36 +253,38 @@ def make_tell_apart(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_teacher(model: PreTrainedModel, rows: CheckRows, padding: Padding, name: str) -> None:
-    """A teacher as it computes (in its dtype, in 8 bits, split over ranks) answers these rows in
-    our batches as it answers each alone. All its forwards come first, as many on every rank.
+    """Check that a teacher gives these rows the same logits in our batches as alone. It computes as
+    in the run: in its dtype, in 8 bits, or split over ranks. All forwards come before the first
+    error: so every rank runs equally many.
 
-    Raises UserError where it does not.
+    Raises UserError where the logits differ.
     """
     dtype, kind = next(model.parameters()).dtype, model.config.model_type
     alone_RC = _said(model, rows.alone)
     again_RC = _said(model, rows.alone[::-1]).flip(0)
     ours_RC = _said_together(model, rows, padding)
     if not bool(torch.isfinite(alone_RC).all()):
-        return  # told where it is asked, with the row
+        return  # reported with the row when the run computes it
     if _far(again_RC, alone_RC, dtype):
         raise UserError(
-            f"teacher {name}, a {kind}: its answers depend on what it was asked before; "
-            "leave it out"
+            f"teacher {name}, a {kind}: its answer to a text depends on the texts before it; "
+            "leave the teacher out"
         )
     if _far(ours_RC, alone_RC, dtype):
         how = "of texts of its length" if padding == "none" else f"padded on the {padding}"
         raise UserError(
-            f"teacher {name} answers a text in a batch {how} otherwise than that text alone, "
-            f"though a {kind} should not; leave it out, and check that its tokeniser is the one "
-            "that it was trained with"
+            f"teacher {name} gives a text other logits in a batch {how} than alone, and a {kind} "
+            "should give the same; leave the teacher out, or give it the tokeniser that it was "
+            "trained with"
         )
 
 
 def probed_padding(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_length: int
 ) -> Padding:
-    """The padding of a kind of model, found on a shallow one with random weights, so that it is
-    known before any weights are read. What cannot be tried so is padded as its tokeniser does."""
+    """The padding of a kind of model, found on a shallow model with random weights. So it is known
+    before any weights are read. A kind that cannot be tried in this way is padded on its
+    tokeniser's side."""
     first = tokenizer.padding_side
     try:
         small = shallow(config)
@@ -289,5 +301,5 @@ def probed_padding(
         reset_attention(model)
         pads = pad_id, int(tokenizer.pad_token_type_id)
         return padding_of(model, CheckRows(rows, lambda side: [padded(rows, side, *pads)]), first)
-    except Exception:  # what cannot be cut down is looked at when it is loaded
+    except Exception:  # such a model is checked when it is loaded
         return "left" if first == "left" else "right"

@@ -1,7 +1,7 @@
 """Classifiers, and the alignment of their classes by label name.
 
-The only file that imports AutoModel*. Weights are read from safetensors, or from older
-`pytorch_model.bin` files with weights_only=True; nothing foreign is unpickled.
+This is the only file that imports AutoModel*. Weights are read from safetensors, or from older
+`pytorch_model.bin` files with weights_only=True. Nothing foreign is unpickled.
 """
 
 import pickle
@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_generic(names: Sequence[str]) -> bool:
-    """LABEL_0, LABEL_1, ... say nothing about the classes."""
+    """Whether the names are LABEL_0, LABEL_1, ..., which say nothing about the classes."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
@@ -51,14 +51,15 @@ def width(task: TaskSpec) -> int:
 
 
 def by_example(logits: torch.Tensor, choices: int) -> torch.Tensor:
-    """logits_BC of B examples, from those of their text rows: [B, C] as they are, or [B x K, 1] as
-    [B, K] where an example has a text row for each of K choices."""
+    """logits_BC of B examples, from the logits of their text rows. Shape [B, C] stays as it is. [B
+    x K, 1] becomes [B, K], where an example has a text row for each of K choices."""
     return logits.reshape(len(logits) // choices, choices * logits.shape[-1])
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    """The names of a model's classes in its own order, by id2label. One that label2id gives another
-    number, or that has none, carries a remark, so that it is not a label of a task."""
+    """The names of a model's classes in its own order, by id2label. A name that is missing, or that
+    has another number in label2id, gets a remark in brackets. With the remark it is no label of a
+    task."""
     numbers, names = config.label2id or {}, []
     for index in range(config.num_labels):
         name = str(config.id2label.get(index, f"without a name ({index})"))
@@ -78,9 +79,10 @@ def align_classes(
     """For each task class, the column of the model's own logits: order_C with
     logits_task = logits_model[:, order_C]. (Invariant 4; our own rule.)
 
-    names: the model's label names; labels: what the person says they are, or "task_order"; fix:
-    how to say it, ready to copy, and given: how they were said (default: in a teacher's entry).
-    Raises UserError with that line.
+    names: the model's label names. labels: the names that the configuration gives instead, or
+    "task_order". fix: the line that corrects the configuration, which the error shows. given: how
+    the configuration gave the labels. Both are by default those of a teacher's entry. Raises
+    UserError with `fix`.
     """
     entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
     fix = fix or f"{entry} or labels: task_order"
@@ -101,9 +103,11 @@ def align_classes(
     found = [align_name(task, name) for name in said]
     wrong = [name for name, index in zip(said, found, strict=True) if index is None]
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
-        reason = f"{wrong[0]!r} is not a label of" if wrong else "they are not one each of"
+        reason = (
+            f"{wrong[0]!r} is not a label of" if wrong else "they do not name exactly the labels of"
+        )
         whose = f"{model} names its classes {', '.join(said)}"
-        ask = "was it trained for another task? then leave it out, else say"
+        ask = "leave it out if it was trained for another task, else say"
         if labels is not None:
             whose, ask = given or f"{model}, labels: [{', '.join(said)}]", "say"
         raise UserError(
@@ -114,22 +118,22 @@ def align_classes(
 
 
 def check_problem_type(task: TaskSpec, name: str, config: PretrainedConfig) -> None:
-    """Raises UserError for a model whose config says that its logits mean something else than the
-    task's would: sigmoids of classes that may hold together, or scores."""
+    """Raises UserError for a model whose config gives its logits another meaning than the task
+    does: scores, or sigmoids of classes that do not exclude each other."""
     said, wanted = config.problem_type, task.task_kind.problem_type
     if said is None or wanted is None or said == wanted:
         return
     raise UserError(
         f"{name} says problem_type={said} in its config.json, but task {task.name} needs {wanted}; "
-        f"leave it out, or correct that word where it was trained as {wanted}"
+        f"leave it out, or correct problem_type if it was trained as {wanted}"
     )
 
 
 def load_classifier(
     checkpoint: Checkpoint, dtype: str = "fp32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A sequence classifier as it was fine-tuned. Raises UserError where a weight of it is missing
-    or of another shape, and where its files hold more of it."""
+    """A sequence classifier as it was fine-tuned. Raises UserError where a weight is missing or has
+    another shape, and where the files hold more of a classifier than the model takes."""
     model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
     refuse_no_head(checkpoint, head_names(model) & loaded.missing)
     refuse_gaps(checkpoint.name, model, loaded, set())
@@ -149,11 +153,11 @@ def refuse_no_head(checkpoint: Checkpoint, missing: Collection[str]) -> None:
 def load_start(
     checkpoint: Checkpoint, trust_remote_code: bool, on_meta: bool = False, **changes: Any
 ) -> tuple[PreTrainedModel, Loaded]:
-    """A classifier to train from, in fp32, its head new where the files have none; `changes` go to
-    its config (num_labels, ...); on_meta: without the weights, to see whether they fit.
+    """A classifier to train from, in fp32. Its head is new where the files have none. changes:
+    fields of its config (num_labels, ...). on_meta: load no weights, and only see whether they fit.
 
-    Raises UserError where more than the head, and a pooler that the files lack altogether, would
-    be new.
+    Only the head may be new, and the pooler where the files lack all of it. Raises UserError where
+    any other weight would be new.
     """
     if on_meta:
         changes["device_map"] = "meta"
@@ -167,15 +171,16 @@ def load_start(
 def read_classifier(
     checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **given: Any
 ) -> tuple[PreTrainedModel, Loaded]:
-    """A classifier with what its files hold, known prefixes of their names taken off, and the
-    account of that; the rest is drawn from torch's generator."""
+    """A classifier with the weights of its files, and a record of what was loaded. Known prefixes
+    are taken off the names in the files. Weights that the files lack are drawn from torch's
+    generator."""
     before = torch.get_rng_state()
     model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
     body = body_of(model)
     prefix = wrapping(loaded, body[0] if body is not None else "")
     if prefix is None:
         return model, loaded
-    # what is new shall be what it is with files that have no prefix
+    # new weights must be those that files without a prefix would give
     torch.set_rng_state(before)
     pattern = f"^{re.escape(prefix)}"
     given = {**given, "key_mapping": {pattern: ""}}
@@ -223,7 +228,8 @@ def _read(
 
 
 def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """What Transformers alone makes of a folder. Raises UserError where that is nothing whole."""
+    """The model that plain Transformers loads from a folder. Raises UserError where it cannot be
+    loaded or lacks weights."""
     with reading(folder, COPY, f"plain Transformers cannot load it: {folder}"):
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -248,7 +254,8 @@ def build_teacher(
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
     """The model in eval mode, without gradients, in memory of its own."""
     for parameter in model.parameters():
-        # weights mapped from a file lie at any address, and bits depend on their alignment
+        # results depend, to the bit, on the alignment of weights, and those mapped from a file lie
+        # at any address
         parameter.data = parameter.data.clone()
     return model.eval().requires_grad_(False)
 
@@ -264,7 +271,7 @@ def new_classifier(
         return AutoModelForSequenceClassification.from_config(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a config's values go into arithmetic of every kind
+    except Exception as error:  # a bad value may raise any exception
         said = reason(error)
         raise refusal(
             f"a {config.model_type} of this shape cannot be built: {said}", error
@@ -272,7 +279,7 @@ def new_classifier(
 
 
 def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The same without weights (on the meta device): to look at its parts."""
+    """The model that `new_classifier` gives, on the meta device: its parts without weights."""
     with torch.device("meta"):
         return new_classifier(config, trust_remote_code)
 
@@ -286,7 +293,7 @@ def head_weights(model: PreTrainedModel) -> list[str]:
 def write_weights(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """model.safetensors and config.json."""
+    """Write model.safetensors and config.json to `folder`."""
     model.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)
 
 
@@ -296,13 +303,15 @@ def save_model(
     save_words: Callable[[Path], None],
     folder: Path,
 ) -> None:
-    """model.safetensors, config with label names, and the tokeniser, as Transformers reads them.
+    """Write model.safetensors, the config with label names, and the tokeniser, as Transformers
+    reads them.
 
-    weights: the model's state, of which the model itself may hold a part only. save_words: writes
-    the tokeniser into a folder. Written aside and renamed. Raises RunError when that fails.
+    weights: the whole state of the model, which itself may hold only a part. save_words: writes the
+    tokeniser into a folder. The files are written to a folder beside `folder`, which is then
+    renamed. Raises RunError when that fails.
     """
     try:
-        # a finished run deletes its checkpoints, so the disk must hold its model before
+        # a finished run deletes its checkpoints, so its model must be on the disk before that
         with folder_aside(folder) as aside:
             write_weights(model, weights, aside)
             save_words(aside)
@@ -314,7 +323,7 @@ def save_model(
 
 
 def unshared(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state without second names of a shared tensor (safetensors holds each once)."""
+    """The model's state with one name for each shared tensor (safetensors holds each once)."""
     seen: set[int] = set()
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():

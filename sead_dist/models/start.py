@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def run_start_hash(config: RunConfig, offline: bool = False) -> str:
-    """Of all that decides a run's start: its files, and how they are repaired. offline, errors: as
-    for `start_hash`."""
+    """A hash of all that decides a run's start: its files, and how they are repaired. offline,
+    errors: as for `start_hash`."""
     start = start_hash(config, offline)
     if config.repair.text is None:
         return start
@@ -35,8 +35,8 @@ def run_start_hash(config: RunConfig, offline: bool = False) -> str:
 
 
 def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
-    """What a repaired start follows from: neither the task nor the run's seed is among it. offline,
-    errors: as for `start_hash`."""
+    """The facts that decide a repaired start. The task and the run's seed are not among them.
+    offline, errors: as for `start_hash`."""
     text = Path(config.repair.text or "")
     if not text.is_file():
         raise UserError(f"repair.text={text} does not exist; give a file, one text a line")
@@ -61,17 +61,17 @@ def hash_of(facts: dict[str, Any]) -> str:
 
 
 def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
-    """The model whose hidden states a start that is repaired learns."""
+    """The model whose hidden states are the targets when a start is repaired."""
     given = config.repair.teacher or config.student.path
-    assert given is not None  # else the configuration is refused
+    assert given is not None  # a configuration with neither was refused
     return locate(given, offline=offline)
 
 
 def start_hash(config: RunConfig, offline: bool) -> str:
-    """Of the files that decide the student's weights before the first step, and its tokeniser.
-    offline: of a hub id only what was fetched before.
+    """A hash of the files that decide the student's weights before the first step, and of its
+    tokeniser. offline: take from the hub only what was fetched before.
 
-    Raises UserError where they are not there.
+    Raises UserError where a file is missing.
     """
     student = config.student
     words = setting_hash(student_tokenizer(student, config.teachers, offline))
@@ -88,8 +88,9 @@ def start_hash(config: RunConfig, offline: bool) -> str:
 def student_tokenizer(
     student: StudentConfig, teachers: Sequence[TeacherConfig] | None, offline: bool = False
 ) -> Checkpoint:
-    """Where the student's tokeniser comes from: its own entry, its start, else a teacher. teachers:
-    None where there can be none, as in the run of an encoder. Raises UserError."""
+    """Where the student's tokeniser comes from: student.tokenizer, else the student's start, else
+    the first teacher that is a model. teachers: None for a run that can have none, such as an
+    encoder's. Raises UserError where there is no such place."""
     models = [teacher.path for teacher in teachers or () if teacher.is_model]
     sources = [student.tokenizer, student.path, *models]
     source = next((source for source in sources if source is not None), None)
@@ -113,7 +114,8 @@ def student_tokenizer(
 
 
 def shape_file(shape: str) -> Path:
-    """The YAML file of a shape, which is shipped or given. Raises UserError where there is none."""
+    """The YAML file of a shape: a shipped one by name, or one by path. Raises UserError where there
+    is none."""
     known = shipped_files("students")
     path = known.get(shape, Path(shape))
     if not path.is_file():
@@ -126,9 +128,10 @@ def shape_file(shape: str) -> Path:
 
 
 def misspelt_field(config: "PretrainedConfig", fields: Mapping[str, Any]) -> str | None:
-    """What is wrong with a field that the config does not know and that is nearly one which it
-    knows, as an error message, or None. Other fields pass: a model may read what its config does
-    not name (position_buckets of DeBERTa), and old files have more than is read today."""
+    """An error message for the first field that seems misspelt: the config lacks it, and has one of
+    nearly the same name. None where there is no such field. Other unknown fields pass: a model may
+    read what its config does not name (position_buckets of DeBERTa), and old files have fields that
+    are no longer read."""
     known = type(config)().to_dict()
     for name in fields:
         near = None if hasattr(type(config)(), name) else nearest(name, known)

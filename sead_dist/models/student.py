@@ -1,4 +1,4 @@
-"""The student at its start: a checkpoint, layers of one or of its feature teacher, or a new shape.
+"""Builds the student at its start: a checkpoint, layers of a model, or a new shape.
 
 L tokens, H width.
 """
@@ -55,7 +55,7 @@ from sead_dist.models.start import misspelt_field, shape_file, student_tokenizer
 
 _log = logging.getLogger(__name__)
 
-# what a layer and its parts call their place among the layers
+# attributes in which a layer and its parts hold their place among the layers
 PLACES = {"layer_idx", "layer_id", "layer_index", "layer_number"}
 
 
@@ -69,7 +69,7 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
         )
     kind = fields["model_type"]
     if str(kind) not in CONFIG_MAPPING:
-        # several are as near as bert, which most shapes are
+        # of equally near names the first is shown, and most shapes are berts
         known = ["bert", *CONFIG_MAPPING]
         hint = did_you_mean(str(kind), known, "give one of Transformers, such as bert")
         raise UserError(f"student.shape={shape}: unknown model_type {kind!r}; {hint}")
@@ -92,8 +92,8 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
 
 
 def check_start(student: StudentConfig, trust_remote_code: bool) -> None:
-    """Raises UserError for a start that is not there or whose weights do not fit, before anything
-    long depends on it. No weights are read."""
+    """Raises UserError for a start that is missing or whose weights do not fit. It reads no
+    weights, and so comes before anything that takes long."""
     tokenizer = load_tokenizer(student_tokenizer(student, None))
     if student.shape is not None:
         _shape_config(student.shape, tokenizer)
@@ -111,10 +111,10 @@ def keep_layers(
 ) -> PreTrainedModel:
     """The model of these layers (0 is the first), in this order, and of all that is not in a layer.
 
-    It is built from the config of so many layers, and each of its tensors is one of `model`.
-    So it is what a reader of its files gets, whatever goes by layer in a kind (attention that
-    alternates, a first layer unlike the others). Raises UserError where tensors are lacking or left
-    over, or a layer would work otherwise in its new place.
+    It is built from a config of so many layers, and takes its tensors from `model`. So it equals
+    what is loaded from its files, also where a kind's layers differ (alternating attention, another
+    first layer). Raises UserError where tensors are missing or left over, or where a layer would
+    compute something else in its new place.
     """
     kind, lists = model.config.model_type, layer_lists(model)
     if len(lists) != 1 or getattr(model.config, "is_encoder_decoder", False):
@@ -134,7 +134,7 @@ def keep_layers(
         for key, tensor in stack[layer].state_dict().items():
             kept[f"{name}.{place}.{key}"] = tensor
     config = _config_of_layers(model.config, layers)
-    # its own draws are overwritten, and what comes after them shall not depend on them
+    # its new weights are overwritten, and later draws must not depend on them
     with torch.random.fork_rng(devices=[]):
         on_meta = any(tensor.is_meta for tensor in kept.values())
         cut = (outline if on_meta else new_classifier)(config, trust_remote_code)
@@ -146,8 +146,8 @@ def keep_layers(
         other += [f"{name}.{place}.{part}" for part in there if there[part] != here.get(part)]
     if other:
         raise UserError(
-            f"student.layers={list(layers)}: a {kind} of {len(layers)} layers is built otherwise "
-            f"in {other[0]} than the layers that were chosen; keep layer 0 first and "
+            f"student.layers={list(layers)}: a {kind} of {len(layers)} layers differs in "
+            f"{other[0]} from the layers that were chosen; keep layer 0 first and "
             "the order of the kinds of layers, or give the whole model (leave student.layers out)"
         )
     if not on_meta:
@@ -156,8 +156,8 @@ def keep_layers(
 
 
 def _config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The config of a model of these layers, as it is read from its file. What is said layer by
-    layer (layer_types) is said of these."""
+    """The config of a model of these layers, as it is read from its file. Lists with a value for
+    each layer (layer_types) keep the values of these layers."""
     depth, fields = config.num_hidden_layers, config.to_dict()
     for name, value in fields.items():
         if "layer" in name and isinstance(value, list) and len(value) == depth:
@@ -181,7 +181,7 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
 
 
 def _about(layer: torch.nn.Module | None) -> dict[str, Any]:
-    """What a layer and its parts are, apart from their weights and their place."""
+    """The types and plain attributes of a layer and its parts, without weights and place."""
     about: dict[str, Any] = {}
     for name, part in layer.named_modules() if layer is not None else ():
         about[f"{name} (kind)"] = type(part).__name__
@@ -208,17 +208,17 @@ def build_student(
 ) -> PreTrainedModel:
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
-    A head that came with the checkpoint is kept when its label names align with the task's; else
-    its layer that ends in classes is made again (from the seed). say: takes the line on what was
-    loaded and what is new. mean_score: of the training rows of a regression task: the bias that a
-    new head starts with, so that the student need not learn it first.
+    The checkpoint's head is kept when its label names are the task's. Else its last layer is new
+    (from the seed). say: gets a line on which weights were loaded and which are new. mean_score:
+    the mean score of the training rows of a regression task. It becomes the bias of a new head,
+    since a student would learn it first.
     """
     names = task.task_kind.outputs(task)
     changes: dict[str, Any] = {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
-        # never what the start says of itself
+        # the start's own value does not count
         "problem_type": task.task_kind.problem_type,
     }
     torch.manual_seed(seed)
@@ -248,7 +248,7 @@ def build_student(
 
 
 def _start_at(model: PreTrainedModel, mean_score: float) -> bool:
-    """Give a new head of one score this bias; False where it has none."""
+    """Set the bias of a new head of one score; False where the head has none."""
     _, final = final_layer(model)
     if final.bias is None:
         return False
@@ -258,13 +258,13 @@ def _start_at(model: PreTrainedModel, mean_score: float) -> bool:
 
 
 def _other_words(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is to be said of a tokeniser that is given beside a start, whose embeddings are then
-    those of other words."""
+    """A warning where student.tokenizer has other words than the start's own tokeniser: their
+    embeddings are then those of other words. Empty where there is nothing to warn of."""
     if student.tokenizer is None or student.path is None:
         return ""
     folder = locate(student.path).folder
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return ""  # it came without words
+        return ""  # the start has no tokeniser
     own, given = load_tokenizer(locate(student.path)).get_vocab(), tokenizer.get_vocab()
     other = sum(own.get(word) != place for word, place in given.items())
     if not other:
@@ -282,8 +282,8 @@ def _start_from(
     changes: dict[str, Any],
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, str, bool]:
-    """The checkpoint's model with a head for the task, what is to be said of its weights, and
-    whether the head's last layer is new."""
+    """(the checkpoint's model with a head for the task, a line on its weights, whether the head's
+    last layer is new)."""
     model, loaded = load_start(checkpoint, trust_remote_code, **changes)
     name, final = final_layer(model)
     parts = {f"{name}.{part}": tensor for part, tensor in final.state_dict().items()}
@@ -295,11 +295,11 @@ def _start_from(
         order_C = None
     with torch.no_grad():
         if order_C is not None and not head_names(model) & loaded.new:
-            # it answers in the task's class order from now on
+            # from here on its logits have the task's class order
             for parameter in final.parameters():
                 parameter.copy_(parameter[order_C].clone())
             return model, loaded.describe(checkpoint.name), False
-        # weights for classes that are unknown are worth nothing
+        # weights for other classes are of no use
         final.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
         if final.bias is not None:
             final.bias.zero_()
@@ -309,14 +309,13 @@ def _start_from(
 
 
 def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrainedModel) -> bool:
-    """Give the student all of the feature teacher's body but the layers between evenly spaced ones,
-    where all of it fits. (After Sanh et al. 2019, section 3: one layer of two.) Returns whether it
-    did.
+    """Copy the feature teacher's body into the student, where all shapes fit; of its layers, evenly
+    spaced ones. (After Sanh et al. 2019, section 3: every second layer.) Returns whether they fit.
 
     Raises UserError where the student then computes something else from these weights.
     """
     if layer_stack(student) is None or layer_stack(feature_teacher) is None:
-        return False  # fewer layers than run
+        return False  # its layers are not one list as long as its config says
     own = find_layer_parts(student, "the student", attention=False)
     whole = find_layer_parts(feature_teacher, "the feature teacher", attention=False)
     numbers = layer_map(len(own.layers), len(whole.layers))
@@ -342,7 +341,7 @@ def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrain
 
 
 def outside(model: PreTrainedModel, layer_parts: LayerParts) -> dict[str, torch.Tensor]:
-    """The body's tensors that are in none of its layers, by their names in it."""
+    """The tensors of the body that are in none of its layers, by their names in the body."""
     inside = {
         id(tensor)
         for layer in layer_parts.layers
@@ -361,8 +360,8 @@ def shapes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 def check_same_states(
     mine: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """Raises UserError where the student's hidden states are not those of the feature teacher with
-    the same layers alone: then their configurations ask for different arithmetic."""
+    """Raises UserError where the student's hidden states differ from those of the feature teacher
+    with these layers alone. Then their configs ask for different arithmetic."""
     for number, (own_RLH, their_RLH) in enumerate(zip(mine, theirs, strict=True)):
         off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
         if not off <= (1e-3 if dtype == torch.float32 else 0.1):
@@ -375,7 +374,7 @@ def check_same_states(
 
 
 def states_of_layers(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
-    """The same of a model with these layers of it alone."""
+    """`states_of` of a model that runs only these of its layers."""
     stack = layer_stack(model)
     assert stack is not None
     whole = list(stack)
@@ -389,7 +388,8 @@ def states_of_layers(model: PreTrainedModel, layer_parts: LayerParts) -> list[to
 
 
 def states_of(model: PreTrainedModel, layer_parts: LayerParts) -> list[torch.Tensor]:
-    """The hidden states of a few words, from what enters the first layer on; each [1, L, H]."""
+    """The hidden states of eight token ids: the input of layer 1, then each layer's output; each
+    [1, L, H]."""
     wanted = WantedLayers(tuple(range(len(layer_parts.layers) + 1)))
     ids_RL = torch.arange(8, device=model.device)[None] + min(8, model.config.vocab_size - 8)
     was_training = model.training

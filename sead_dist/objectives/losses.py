@@ -1,9 +1,10 @@
-"""Losses: pure functions of logits, registered by name; their sum; and the loss of a run, with a
-feature term and the shares of all by step.
+"""Losses: pure functions of logits, registered by name, and the loss of a run that adds them up.
 
-Shapes: N teachers, B rows, R text rows, L tokens, C classes. Every function returns per-row
-losses; `total_loss` divides by the valid rows of the *global* batch, so a sum over micro-batches
-and ranks is the global batch's mean.
+The loss of a run (`DistillationLoss`) may have a feature term. Its shares may change by step.
+
+Shapes: N teachers, B rows, R text rows, L tokens, C classes. A loss function returns one value a
+row. `total_loss` divides by the valid rows of the *global* batch. So the sum over micro-batches and
+ranks is the global batch's mean.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """targets_BC: probabilities at `temperature` (regression: scores); logits_BC: the combined
-    logits whose softmax at `temperature` the targets are; weights_NB sum to 1 over teachers, to 0
-    in a row that none answers."""
+    """targets_BC: probabilities at `temperature` (regression: scores). logits_BC: the combined
+    logits; their softmax at `temperature` gives the targets. weights_NB: sum to 1 over teachers, or
+    to 0 in a row that no teacher answers."""
 
     targets_BC: torch.Tensor
     logits_BC: torch.Tensor
@@ -38,10 +39,10 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """This micro-batch's share of the global batch's mean: scalars that sum over micro-batches.
+    """A micro-batch's part of the global batch's mean: scalars that are summed over micro-batches.
 
-    soft, hard and feature (over a teacher's hidden states and attention) are before their shares,
-    for the log; total is what is differentiated.
+    total: what is differentiated. soft, hard, feature: the terms before they are multiplied by
+    their shares, for the log. feature is over a teacher's hidden states or attention.
     """
 
     total: torch.Tensor
@@ -61,7 +62,7 @@ HardFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SoftLoss:
-    """loss(student_BC, soft) -> loss_B. needs_classes: it means nothing for scores."""
+    """loss(student_BC, soft) -> loss_B. needs_classes: the loss is not defined for scores."""
 
     loss: SoftFunction
     needs_classes: bool = False
@@ -81,8 +82,9 @@ def squared_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Ten
 
 
 def centered_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Tensor:
-    """The same of logits less their row's mean, which probabilities do not depend on (as KL at a
-    high temperature: Hinton et al. 2015, section 2.1; logits by MSE: Kim et al. 2021)."""
+    """`squared_difference` of logits less their row's mean, on which probabilities do not depend
+    (as KL at a high temperature: Hinton et al. 2015, section 2.1; logits by MSE: Kim et al.
+    2021)."""
     own_BC = student_BC - student_BC.mean(-1, keepdim=True)
     their_BC = soft.logits_BC - soft.logits_BC.mean(-1, keepdim=True)
     return F.mse_loss(own_BC, their_BC, reduction="none").mean(-1)
@@ -100,13 +102,13 @@ def cross_entropy(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Ten
     return F.cross_entropy(student_BC, labels_B, ignore_index=-1, reduction="none")
 
 
-# those that `loss` names
+# losses that the key `loss` can name
 SOFT_LOSSES = {
     "kl": SoftLoss(divergence, needs_classes=True),
     "mse": SoftLoss(squared_difference),
     "mse_centered": SoftLoss(centered_difference, needs_classes=True),
 }
-# those that a kind of task names
+# losses that a kind of task can name
 HARD_LOSSES: dict[str, HardFunction] = {
     "cross_entropy": cross_entropy,
     "squared_error": squared_error,
@@ -132,8 +134,8 @@ def register_hard_loss(name: str, loss: HardFunction) -> None:
 
 
 def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
-    """Per-row loss_B against the soft targets, by the loss's name. Raises UserError for one that
-    gives anything else, which would be broadcast unseen."""
+    """loss_B against the soft targets, by the loss of this name. Raises UserError for a loss that
+    gives another shape: torch would broadcast it without an error."""
     loss_B = SOFT_LOSSES[loss].loss(student_BC, soft)
     if loss_B.shape != student_BC.shape[:1]:
         raise UserError(
@@ -146,7 +148,7 @@ def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.T
 def hard_loss(
     student_BC: torch.Tensor, labels_B: torch.Tensor, loss: str = "cross_entropy"
 ) -> torch.Tensor:
-    """Per-row loss_B against the gold labels (squared_error: scores), 0 where unlabelled."""
+    """loss_B against the gold labels (squared_error: scores); 0 where a row has no label."""
     return HARD_LOSSES[loss](student_BC, labels_B)
 
 
@@ -160,9 +162,9 @@ def total_loss(
     valid_rows: int,
     hard: str = "cross_entropy",
 ) -> LossTerms:
-    """Labelled rows: alpha * soft + (1 - alpha) * hard; unlabelled rows: soft alone; rows that no
-    teacher answers, and without teachers: hard alone. Rows that are not valid count nothing.
-    (Invariant 2.)
+    """Labelled rows: alpha * soft + (1 - alpha) * hard. Unlabelled rows: soft alone. Rows that no
+    teacher answers, and all rows without teachers: hard alone. Rows that are not valid do not
+    count. (Invariant 2.)
 
     loss, hard: names of the soft and the hard loss. valid_rows: valid rows of the global batch,
     over all micro-batches and ranks.
@@ -188,8 +190,8 @@ def total_loss(
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Built once for a run, called for each micro-batch. soft, hard: names of the two losses;
-    alpha, alpha_end: the share of the soft one at the first and at the last of `total_steps`;
+    """Built once for a run, called for each micro-batch. soft, hard: names of the two losses.
+    alpha, alpha_end: the share of the soft loss at the first and at the last of `total_steps`.
     feature: the loss over a teacher's hidden states or attention, if any."""
 
     soft: str
@@ -200,15 +202,16 @@ class DistillationLoss:
     feature: "FeatureLoss | None" = None
 
     def alpha_at(self, step: int) -> float:
-        """The share of the soft loss at a step (from 0): alpha, or evenly from alpha at the first
-        step to alpha_end at the last."""
+        """The share of the soft loss at a step (from 0): alpha. With alpha_end it changes evenly
+        from alpha at the first step to alpha_end at the last."""
         if self.alpha_end is None or self.total_steps < 2:
             return self.alpha
         done = step / (self.total_steps - 1)
         return (1 - done) * self.alpha + done * self.alpha_end
 
     def reading(self, compared: bool) -> "AbstractContextManager[LayerOutputs | None]":
-        """Inside, the student's forward fills what the feature loss compares, where it does."""
+        """Inside the `with`, the student's forward fills the layer outputs that the feature loss
+        compares. None where it compares nothing."""
         if self.feature is None or not compared:
             return nullcontext()
         return self.feature.reading()
@@ -225,10 +228,10 @@ class DistillationLoss:
         teacher: "LayerOutputs | None" = None,
         mask_RL: torch.Tensor | None = None,
     ) -> LossTerms:
-        """A micro-batch's share of the loss of its step, by `valid_rows` of the global batch.
+        """A micro-batch's part of the loss of its step, divided by the global batch's `valid_rows`.
 
-        soft: None without teachers. student, teacher: what the feature loss compares, None in a
-        step that asks for logits alone; mask_RL: the tokens that are no padding.
+        soft: None without teachers. student, teacher: the layer outputs that the feature loss
+        compares; None in a step that asks for logits alone. mask_RL: which tokens are not padding.
         """
         alpha = self.alpha_at(step)
         terms = total_loss(
@@ -241,7 +244,7 @@ class DistillationLoss:
         return self.feature.join(terms, student, teacher, mask_RL, valid_B, valid_rows)
 
     def teaches_head(self, step: int) -> bool:
-        """Whether by this step (from 1) something has taught the student's head."""
+        """Whether the student's head has been trained by this step (from 1)."""
         return self.feature is None or not self.feature.has_no_head(step)
 
 

@@ -28,10 +28,13 @@ from sead_dist.objectives.teacher_weights import (
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the teachers before step 1. given: the `weight` of each entry; chosen: the
-    number of the teacher that the configuration names; sizes: parameters. scores: on the selection
-    split (None: not validated), logits_NBC and labels_B: its rows (logits NaN: no answer; labels
-    NaN or below 0: none); where the weighting asks for them. names: of the teachers."""
+    """What is known of the teachers before step 1.
+
+    given: the `weight` of each entry. chosen: the number of the teacher that the key `teacher`
+    names. sizes: parameters of each. names: of the teachers. The rest is of the selection split,
+    where the weighting asks for it. scores: None: not validated. logits_NBC: NaN: no answer.
+    labels_B: NaN or below 0: no label.
+    """
 
     given: Sequence[float]
     chosen: int | None = None
@@ -44,8 +47,8 @@ class Known:
 
 @dataclass(frozen=True)
 class WantedSteps:
-    """Steps of a run, and those of their examples whose predictions are wanted: entries_R
-    ascending."""
+    """Steps of a run, and the examples in them whose predictions are wanted. entries_R: the entries
+    of these examples, ascending."""
 
     batches: BatchStream
     seed: int
@@ -54,15 +57,15 @@ class WantedSteps:
 
 
 class Weighting:
-    """Teachers that count alike, and what other weightings may say otherwise.
+    """Teachers that count alike. Other weightings override what differs.
 
-    of_logits: the ensemble is a mean of logits, so that one teacher's logits stay as they are; else
-    of probabilities. Scores are averaged as they are. fewest_rows: labelled rows of the selection
-    split that all teachers must answer. by_scores: teachers count by their scores on it.
-    alike_without_gold: it goes by gold labels, and where there are none teachers count alike.
-    one_teacher: the others are never asked. by_weight: nor are those whose entries have the weight
-    0. asks_all: teachers without weight are asked too, and count where no other answers.
-    picks_teacher: a row has one teacher, whatever that one was trained on.
+    of_logits: the ensemble is a mean of logits (so one teacher's logits stay as they are), else of
+    probabilities. Scores are averaged in both cases. fewest_rows: labelled rows of the selection
+    split that all teachers must answer. by_scores: weights follow from the scores on that split.
+    alike_without_gold: weights follow from gold labels; without any, teachers count alike.
+    one_teacher: the other teachers are never asked. by_weight: teachers whose entry has weight 0
+    are never asked. asks_all: teachers with weight 0 are asked too, and count where no other one
+    answers. picks_teacher: a row has one teacher, even one that was trained on this row.
     """
 
     of_logits = False
@@ -83,15 +86,16 @@ class Weighting:
 
     @property
     def goes_by_place(self) -> bool:
-        """Whether weights follow from the place in the run, so that outside one there are none."""
+        """Whether weights follow from the place in the run. Outside a run there are no such
+        weights."""
         return type(self).at is not Weighting.at
 
     def problem(self, config: RunConfig) -> str | None:
-        """What the run's keys lack, as one line; None where nothing."""
+        """One line on what the run's keys lack; None where they lack nothing."""
         return None
 
     def too_few(self, name: str, rows: int) -> str:
-        """That so many rows are fewer than `fewest_rows`, where files answer some rows alone."""
+        """The error where files answer only some rows, and `rows` is below `fewest_rows`."""
         return (
             f"ensemble={name} needs {self.fewest_rows} labelled rows of the selection split that "
             f"every teacher answers, and there are {rows}; give files that answer more of them, "
@@ -117,21 +121,22 @@ class Weighting:
         labels_B: torch.Tensor | None,
         routes_B: torch.Tensor | None,
     ) -> torch.Tensor:
-        """weights_NB. labels_B: None where gold labels may not be looked at."""
+        """weights_NB. labels_B: None where gold labels may not be used."""
         return weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
 
     def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
-        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+        """asked_NR: which teachers these steps need for which examples; None: all teachers for all
+        examples."""
         asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         asked_NR[(weights_N.numpy() > 0) | self.asks_all] = True
         return None if asked_NR.all() else asked_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
-        """The part of the training rows that each teacher will be asked for, before it is known."""
+        """An estimate of the share of the training rows that each teacher will be asked for."""
         return [1.0] * len(known.given)
 
     def scored_as(self, has_classes: bool) -> "Weighting":
-        """What the teachers together would answer to a new text."""
+        """The weighting that combines the teachers' answers to a new text."""
         return self
 
 
@@ -141,8 +146,8 @@ RowWeights = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 class ByRow(Weighting):
     """Weights of each row: weights(logits_NBC, labels_B) -> weights_NB, of positive sum over N.
 
-    labels_B: class indices (below 0: none) or scores (NaN: none), None where gold labels may not be
-    looked at, or `needs_labels` is False.
+    labels_B: class indices (below 0: none) or scores (NaN: none). It is None where gold labels may
+    not be used, or `needs_labels` is False.
     """
 
     asks_all = True
@@ -182,11 +187,12 @@ class MeanLogits(Weighting):
 
 
 class MeanProbabilities(Weighting):
-    """Of scores, which have no probabilities, it is their mean."""
+    """All teachers alike, by the mean of their probabilities, or of their scores."""
 
 
 class Single(Weighting):
-    """All for the teacher that is named, else for the first of the best scores."""
+    """All weight for the teacher that the key `teacher` names, else for the first teacher with the
+    best score."""
 
     of_logits = True
     one_teacher = True
@@ -201,15 +207,15 @@ class Single(Weighting):
             scores = [-math.inf if score is None else score for score in known.scores]
             if len(scores) > 1 and max(scores) == -math.inf:
                 raise UserError(
-                    "ensemble=single chooses the best by the selection split, and no teacher could "
-                    f"be validated on it; name one: teacher={known.names[0]}"
+                    "ensemble=single takes the best teacher on the selection split, and no teacher "
+                    f"could be validated on it; name one: teacher={known.names[0]}"
                 )
             chosen = scores.index(max(scores))
         return torch.eye(len(known.given))[chosen]
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
         count = len(known.given)
-        # chosen only after validation: the costliest stands for it
+        # the teacher is chosen only after validation: here the largest stands for it
         largest = max(range(count), key=lambda n: known.sizes[n], default=0)
         chosen = largest if known.chosen is None else known.chosen
         return [float(n == chosen) for n in range(count)]
@@ -228,8 +234,8 @@ class Fixed(Weighting):
 
 
 class Score(Weighting):
-    """By the score on the selection split, where that is above zero; alike where it has no gold
-    labels."""
+    """By the score on the selection split, 0 for a score below 0. Teachers count alike where that
+    split has no gold labels."""
 
     by_scores = True
     alike_without_gold = True
@@ -250,12 +256,12 @@ class Score(Weighting):
 
 
 class Fitted(Weighting):
-    """By the gold labels of the selection split: the highest likelihood of a mean of probabilities,
-    the least squared error of a mean of scores."""
+    """Fitted to the gold labels of the selection split: to the highest likelihood of the mean of
+    probabilities, or to the least squared error of the mean of scores."""
 
     # fewer were not tried (docs/decisions/0043-losses-and-ensembles.md)
     fewest_rows = 200
-    # a worker of the pool on another machine may find 0 where the student finds next to nothing
+    # a pool worker on another machine may fit 0 where the student fits a weight close to 0
     asks_all = True
 
     def asks_selection(self, config: RunConfig) -> bool:
@@ -300,12 +306,12 @@ class Random(Weighting):
         return [1 - (1 - 1 / count) ** epochs] * count
 
     def scored_as(self, has_classes: bool) -> Weighting:
-        # no micro-batch says which teacher answers a new text: together they are their mean
+        # no micro-batch chooses a teacher for a new text, so it gets the mean of all
         return WEIGHTINGS["mean_probabilities"] if has_classes else self
 
 
 class Routed(Weighting):
-    """All for the one teacher that the row's data names."""
+    """All weight for the one teacher that the row's data names."""
 
     of_logits = True
     picks_teacher = True

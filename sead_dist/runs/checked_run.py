@@ -1,9 +1,9 @@
-"""A run's configuration, data, student and teachers: read, and checked in one order, before
-anything is written, placed or asked.
+"""Reads and checks a run's configuration, data, student and teachers, in one order. All of this
+comes before anything is written or placed, and before a teacher is asked.
 
-`distill` and `plan` do all of it in `check_run`. One check is left out of a plan: whether the hub
-accepts the token of an upload. A worker of the pool and `labels` train no student. They do the
-second half, `read_run`.
+`distill` and `plan` call `check_run`. A plan leaves out one check: whether the hub accepts the
+token of an upload. Pool workers and `labels` train no student, and call only the second half,
+`read_run`.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,8 +41,8 @@ from sead_dist.training.identity import Identity
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What a run reads. read: the examples of its files and their copies; examples: those of them
-    that it has a use for. model: the student at its start."""
+    """What a run reads. read: the examples of its files, and their copies. examples: those of them
+    that it uses. model: the student at its start."""
 
     config: RunConfig
     task: TaskSpec
@@ -57,7 +57,7 @@ class CheckedRun:
         of the start."""
         start = from_main(world, lambda: run_start_hash(self.config))
         manifests = [teacher.manifest() for teacher in self.teachers]
-        # what files do not answer follows from them, and they are part of the identity themselves
+        # files of predictions decide which rows they answer, and the manifests identify these files
         rows = self.read.fingerprint(self.task)
         return Identity.of(self.config, rows, manifests, start, self.examples.copies)
 
@@ -70,13 +70,12 @@ def check_run(
     device: torch.device | None = None,
     folders: Mapping[str, Path] | None = None,
 ) -> CheckedRun:
-    """A run that is to train a student. Every rank calls this, and nothing is written.
+    """Read and check a run that trains a student. Every rank calls this. Nothing is written.
 
-    say: is told the lines that the run says of its data and student. ranks, device: the run's,
-    where it is planned for others than these. folders: those that every node must see (key ->
-    folder), where the run is to begin now; None where it is planned alone, and then nothing is
-    asked of the hub about its upload. Raises UserError for whatever is wrong with the
-    configuration, the files or the models, on every rank.
+    say: gets the lines about data and student. ranks, device: those of the run, where it is planned
+    for others than the present ones. folders: the folders that every node must see (key -> folder),
+    for a run that begins now. None for a plan, which does not ask the hub about an upload. Raises
+    UserError, on every rank, for a mistake in the configuration, the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
@@ -103,11 +102,11 @@ def read_run(
     ranks: int | None = None,
     learns: bool = True,
 ) -> CheckedRun:
-    """Task, data, student and teachers, checked against each other and the keys that concern them.
-    Every rank calls this.
+    """Read task, data, student and teachers, and check them against each other and the keys that
+    concern them. Every rank calls this.
 
-    learns: False where no student is to learn (`labels`). Then unlabelled rows that no teacher
-    answers are kept, and no teacher has to show its hidden states. Raises UserError as `check_run`.
+    learns: False where no student is trained (`labels`). Then unlabelled rows that no teacher
+    answers are kept, and a teacher need not give hidden states. Raises UserError as `check_run`.
     """
     world.at("reading the data and the student")
     task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config, say))
@@ -129,8 +128,8 @@ def read_run(
 
 
 def check_setting(config: RunConfig, world: World, ranks: int, device: torch.device) -> None:
-    """What can be told from the settings and this machine alone, before anything is read: a tracker
-    is only looked for among the packages. Raises UserError."""
+    """Check what depends only on the settings and this machine, before anything is read. A
+    tracker's package is looked for, and not started. Raises UserError."""
     check_tracker(config.report_to)
     if config.push_to_hub:
         from_main(world, lambda: check_push_here(config.hub_model_id))
@@ -144,7 +143,7 @@ def check_setting(config: RunConfig, world: World, ranks: int, device: torch.dev
 def read_inputs(
     config: RunConfig, say: Callable[[str], None]
 ) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
-    """Task, examples, and the student with what it is fed."""
+    """(task, examples, what the student is fed, student)."""
     task = load_task(config.task)
     if config.taught:
         check_method(config, task.task_kind)

@@ -1,7 +1,7 @@
-"""What the teachers of a sweep reach, and what part of their gap over students without teachers
-the students with teachers keep.
+"""The scores of a sweep's teachers, and how much of their lead students with teachers keep. The
+lead is that over students without teachers.
 
-Arms that combine teachers in different ways have different ensembles: each arm is held against its
+Arms that combine teachers differently have different ensembles. So each arm is compared with its
 own.
 """
 
@@ -18,11 +18,11 @@ from sead_dist.sweep.grid import Grid
 
 @dataclass(frozen=True)
 class Taught:
-    """What a finished student's run says of its teachers, by a task's metric on the dev split.
+    """What a finished student's run records of its teachers, by a task's metric on the dev split.
 
-    kind: how they are combined (`ensemble`); alone: by taking one of them. teachers: the score of
-    each that answers; ensemble: None where no row is answered by all. whole: the scores are on the
-    rows that the student is scored on.
+    kind: how teachers are combined (`ensemble`). alone: the ensemble takes one teacher. teachers:
+    the score of each teacher that answers. ensemble: its score; None where no row is answered by
+    all. whole: the scores are on the rows that the student is scored on.
     """
 
     task: str
@@ -36,8 +36,8 @@ class Taught:
 
 
 def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
-    """Of all finished students of a task that had teachers. Raises UserError for a run without a
-    readable scores.json."""
+    """The records of all finished students of a task that had teachers. Raises UserError for a run
+    without a readable scores.json."""
     found = []
     for unit in grid.students(task):
         if not unit.config.taught or not is_finished(unit.folder):
@@ -67,8 +67,8 @@ def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
 
 
 def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
-    """By task, the score of each teacher and of each kind of ensemble, as the first run of it was
-    told. Kinds that score alike on every task share a row."""
+    """For each task the score of each teacher and of each kind of ensemble, as recorded in the
+    first run that has it. Kinds with equal scores on every task share a row."""
     kinds = {of.kind: of for of in found if not of.alone and of.ensemble is not None}
     tasks = list(dict.fromkeys(of.task for of in found))
     first: dict[tuple[str, str], float] = {}
@@ -97,8 +97,8 @@ def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
 def shares(
     found: Sequence[Taught], cells: Iterable[Mapping[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What each arm with teachers keeps of the gap over each arm without, on each task, where one
-    seed has both scores: a run may have ended after `cells` were read."""
+    """For each task, how much of the gap over each arm without teachers each arm with teachers
+    keeps. Only seeds with both scores count: a run may have ended after `cells` were read."""
     scores = {
         (of["task"], of["method"]): dict(zip(seeds, of["scores"], strict=True)) for of in cells
     }
@@ -124,9 +124,9 @@ def comparable(of: Taught) -> bool:
 def kept_of(
     common: Sequence[Taught], mine: Mapping[int, Any], without: Mapping[int, Any]
 ) -> dict[str, float | None]:
-    """Means over these runs' seeds: the score of the run's own ensemble, and of the best of its
-    teachers on these rows. of_ensemble, of_best: the share of the gap to each, above 1 where the
-    student is better; None where there is no gap."""
+    """Means over these runs' seeds. ensemble, best: the score of the run's own ensemble, and of the
+    best of its teachers. of_ensemble, of_best: the share of the gap to each that the student keeps,
+    above 1 where the student is better; None where there is no gap."""
     base = statistics.mean(without[of.seed] for of in common)
     gain = statistics.mean(mine[of.seed] for of in common) - base
     ensemble = statistics.mean(of.ensemble or 0.0 for of in common)
@@ -140,5 +140,5 @@ def kept_of(
 
 
 def share(gain: float, gap: float) -> float | None:
-    """None where there is no gap but rounding."""
+    """gain / gap; None where the gap is no more than rounding."""
     return gain / gap if gap > 1e-9 else None

@@ -1,4 +1,4 @@
-"""How a student follows teachers of the pool: it waits for rows that workers put into the store.
+"""The pool client: it waits for the rows that pool workers put into the store.
 
 Shapes: U unique examples of a split, M examples of one rank.
 """
@@ -16,16 +16,18 @@ from sead_dist.errors import RunError
 from sead_dist.store.layout import Layout, aside
 from sead_dist.store.store import Table, TeacherKey
 
-# seconds between two looks at the store: doubled up to the most while nothing comes
+# seconds between two looks at the store; the pause is doubled, up to the second value, while no row
+# arrives
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.05, 2.0
-# A longer time between two looks is not all counted as silence: this process was suspended.
+# Most seconds that one pause adds to the silence: after a longer pause this process was suspended.
 MOST_COUNTED_S = 30.0
 SAY_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
 class Awaited:
-    """The rows of a teacher that a request needs. touched_U: all that this run has come to."""
+    """The rows of a teacher that a request needs. touched_U: True for the examples that this run
+    has requested up to now."""
 
     name: str
     table: Table
@@ -36,17 +38,17 @@ class Awaited:
         return int((~self.table.lookup(self.entries_M)[1]).sum())
 
     def come(self) -> int:
-        """Grows with whatever comes of this teacher, be it rows of another split."""
+        """A number that grows when rows of this teacher arrive, also rows of another split."""
         return int(self.table.present_U.sum()) + self.table.blocks_seen
 
     def ahead(self) -> int:
-        """Rows that are there and that the student has not come to yet."""
+        """The number of rows in the store that the student has not requested yet."""
         return int((self.table.present_U & ~self.touched_U).sum())
 
 
 class PoolClient:
-    """Waits for rows of teachers in the pool. `say` takes a line now and then; `progress_or_stop`
-    is told at every look, and may raise StopRequestedError."""
+    """Waits for rows of teachers in the pool. say: gets a line from time to time. progress_or_stop:
+    is called at each look, and may raise StopRequestedError."""
 
     def __init__(
         self,
@@ -62,7 +64,8 @@ class PoolClient:
     def wait(self, awaited: Sequence[Awaited], what: str) -> None:
         """Return when all rows of the teachers in the pool are in the store.
 
-        Raises RunError naming a teacher when for `silent_s` none of them has got any further.
+        Raises RunError, naming a teacher, when no row of any teacher has arrived for `silent_s`
+        seconds.
         """
         silent, come, pause = 0.0, -1, FIRST_PAUSE_S
         looked_at = time.monotonic()
@@ -79,8 +82,8 @@ class PoolClient:
                 raise RunError(self._given_up(lacking[0], what))
             short = f"{lacking[0].missing()} of {len(lacking[0].entries_M)} rows"
             line = (
-                f"waiting for the pool: {short} of {what} are missing of {lacking[0].name} in the "
-                f"store {self.layout.root}"
+                f"waiting for the pool: {short} of {what} are missing in the store "
+                f"{self.layout.root} for teacher {lacking[0].name}"
             )
             self._say("waiting", line)
             self.progress_or_stop(line)
@@ -88,14 +91,14 @@ class PoolClient:
             pause = min(2 * pause, MOST_PAUSE_S)
 
     def tell(self, awaited: Sequence[Awaited], what: str) -> None:
-        """Say how far ahead of the student the pool is."""
+        """Pass a line on to `say`: how many rows the pool is ahead of the student."""
         ahead = [(one.ahead(), one.name) for one in awaited]
         (least, slow), (most, fast) = min(ahead), max(ahead)
         line = f"{what}: the pool is {least} rows ahead"
         self._say("ahead", line if least == most else f"{line} ({slow}) to {most} ({fast})")
 
     def _say(self, kind: str, line: str) -> None:
-        """Say a line of this kind, unless the last one was a moment ago."""
+        """Pass a line on to `say`, at most one of this kind in SAY_EVERY_S seconds."""
         now = time.monotonic()
         if now - self._said_at.get(kind, -SAY_EVERY_S) >= SAY_EVERY_S:
             self._said_at[kind] = now
@@ -103,7 +106,7 @@ class PoolClient:
 
     def _given_up(self, one: Awaited, what: str) -> str:
         others = classes_besides(self.layout, one.table.key)
-        hint = "see to its workers, or start one: sead-dist teach, with the words of this run"
+        hint = "check its workers, or start one: sead-dist teach, with the keys of this run"
         if others:
             facts = differing_facts(one.table.key.numerics, others[0])
             hint = (
@@ -118,7 +121,8 @@ class PoolClient:
 
 
 def store_id(layout: Layout) -> str:
-    """What tells this store from others, under whatever path a machine sees it; given once.
+    """The id of this store. It is made once, and is the same under every path by which a machine
+    reaches the store.
 
     Raises RunError where it cannot be written.
     """
@@ -130,9 +134,9 @@ def store_id(layout: Layout) -> str:
             try:
                 os.link(file.name, path)
             except FileExistsError:
-                pass  # the id of a quicker process stays
+                pass  # another process was first, and its id stays
             except OSError:
-                keep(path)  # no second names there: the last of two gives the id
+                keep(path)  # no hard links there: of two ids the last one stays
     return path.read_text(encoding="ascii").strip()
 
 
@@ -150,7 +154,7 @@ def classes_besides(layout: Layout, key: TeacherKey) -> list[str]:
 
 
 def differing_facts(here: str, there: str) -> str:
-    """In what two numerics classes (canonical JSON) differ, by name."""
+    """The facts in which two numerics classes (canonical JSON) differ, with both values."""
     own, other = json.loads(here), json.loads(there)
     return ", ".join(
         f"{fact} {other.get(fact)!r}, here {own.get(fact)!r}"

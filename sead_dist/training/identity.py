@@ -1,6 +1,6 @@
 """What decides that a run is the same run: settings, data, teachers, start and rules.
 
-It is read and compared without torch, so that a finished run is found at once.
+It is read and compared without torch. So a finished run is found at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.run_log import read_as
 
-# versions of what else decides a student than what its identity names
+# the rules that decide the student of every run, with their versions
 RULES = {
     "order": ORDER_RULES,
     "start": START_RULES,
@@ -30,7 +30,7 @@ RULES = {
     "defaults": DEFAULT_RULES,
 }
 
-# of how rows are divided: the only ones that count by what they give
+# the rules of how rows are divided: their version counts only where the rows differ
 SPLITS = "splits"
 
 
@@ -43,16 +43,17 @@ def rules_of(config: RunConfig) -> dict[str, int]:
     return {**RULES, **stages, **({"answers": ANSWER_RULES} if by_files else {})}
 
 
-# what an entry of a teacher has only where it is asked for; other keys that are not there were
-# unknown to the version that wrote it
+# keys that a teacher's entry has only where they are set; any other key that is missing was unknown
+# to the version that wrote the entry
 LATER = {"calibrate"}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run must share with the run it continues. start: a hash of the files that the
-    student starts from. rules: versions; what was written before there were any has all 1.
-    copies: a hash of the copies of rows and of the embedding table that they were made with."""
+    """What a resumed run must share with the run that it continues. start: a hash of the files that
+    the student starts from. rules: the version of each; a record that is older than the versions
+    has version 1 of all. copies: a hash of the copies of rows and of the embedding table that they
+    were made with."""
 
     config: dict[str, Any]
     data: str
@@ -70,13 +71,14 @@ class Identity:
         start: str,
         copies: str,
     ) -> "Identity":
-        """Of a run that begins or goes on now. manifests: of its teachers."""
+        """The identity of a run that begins or resumes now. manifests: those of its teachers."""
         teachers = [teacher_identity(manifest) for manifest in manifests]
         found = cls(config.identity(), data, teachers, start, rules_of(config), copies)
         return found.with_data(data)
 
     def with_data(self, data: str) -> "Identity":
-        """The same run on the rows that it would read now."""
+        """The same identity with the fingerprint of the rows that the run reads now, and the
+        present version of the rules of splits."""
         return replace(self, data=data, rules={**self.rules, SPLITS: SPLIT_RULES})
 
     @classmethod
@@ -88,8 +90,9 @@ class Identity:
             return replace(saved, config=renamed(saved.config))
 
     def other_rules(self, other: "Identity") -> list[str]:
-        """The rules that have another version in `other`. Where the two are of unlike methods or
-        teachers, one may have rules that the other never has: these are the difference then."""
+        """The names of the rules whose version differs in `other`. Rules that only some methods or
+        teachers have are compared only if both runs have the same feature loss and teachers. The
+        rules of splits are compared only if the data differ."""
         alike = self.config.get("feature_loss") == other.config.get("feature_loss")
         alike &= _fingerprints(self.teachers) == _fingerprints(other.teachers)
         names = dict.fromkeys({**self.rules, **other.rules} if alike else RULES)
@@ -98,7 +101,7 @@ class Identity:
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
     def differences(self, other: "Identity") -> list[str]:
-        """One phrase for each difference, `other` being what is asked for now."""
+        """One phrase for each difference. other: the run that is asked for now."""
         found = [
             f"the rules of {name} were version {self.rules.get(name, 1)}, are version "
             f"{other.rules.get(name, 1)}"
@@ -151,11 +154,11 @@ def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
     if names := saved.other_rules(asked):
         if names == [SPLITS]:
             raise UserError(
-                f"output_dir={run} holds a run of other rows: its files were others, or an older "
-                f"version divided the same ones otherwise (rules splits "
+                f"output_dir={run} holds a run of other rows: its files had other rows, or an "
+                f"older version divided the same rows differently (rules splits "
                 f"{saved.rules.get(SPLITS, 1)}, here {asked.rules.get(SPLITS, 1)}); give the files "
-                "that it began with, or another output_dir; with the same files go on with the "
-                "version that began it"
+                "that it began with, or another output_dir; if the files are the same, resume with "
+                "the version that began it"
             )
         old = ", ".join(f"{name} {saved.rules.get(name, 1)}" for name in names)
         new = ", ".join(f"{name} {asked.rules.get(name, 1)}" for name in names)

@@ -119,22 +119,22 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers.0.weight=3",
-            "teachers.0.weight: KEY=VALUE holds all of teachers, and no part of an entry; write "
+            "teachers.0.weight: KEY=VALUE sets all of teachers, not a part of an entry; write "
             "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "teachers.path=a",
-            "teachers.path: KEY=VALUE holds all of teachers, and no part of an entry; "
+            "teachers.path: KEY=VALUE sets all of teachers, not a part of an entry; "
             "write teachers='[{path: a}]'",
         ),
         (
             "teachers.0=a",
-            "teachers.0: KEY=VALUE holds all of teachers, and no part of an entry; write "
+            "teachers.0: KEY=VALUE sets all of teachers, not a part of an entry; write "
             "teachers='[a]'",
         ),
         (
             "teachers.0.weigth=3",
-            "teachers.0.weigth: KEY=VALUE holds all of teachers, and no part of an "
+            "teachers.0.weigth: KEY=VALUE sets all of teachers, not a part of an "
             "entry; write teachers='[{path: DIR, KEY: VALUE}]'",
         ),
         (

@@ -196,7 +196,7 @@ def test_without_the_hub_it_fails_at_once_and_names_all_that_is_missing(tmp_path
     assert done.returncode == 2
     # nothing but this line: no library tried again and again
     assert done.stderr.splitlines() == [
-        "sead-dist: rte-h384 needs what cannot be reached here: data nyu-mll/glue rte (or give "
+        "sead-dist: rte-h384 needs data or models that cannot be reached here: data nyu-mll/glue rte (or give "
         "data.path=DIR), encoder google-bert/bert-base-uncased (or give encoders=[DIR]), student "
         "microsoft/xtremedistil-l6-h384-uncased (or give student=DIR)"
     ]

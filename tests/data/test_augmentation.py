@@ -229,10 +229,22 @@ def test_operations_that_do_not_fit_are_passed_over_or_refused_by_name():
     assert fitting_operations(["swap"], rte, True, False) == ["swap"]
     assert fitting_operations(None, rte, True, True) == ["mask", "neighbor"]
     for asked, task, table, gold, why in (
-        (["swap"], sst2, True, False, "names 'swap': it is of tasks with two texts, and task sst2"),
+        (
+            ["swap"],
+            sst2,
+            True,
+            False,
+            "names 'swap': it needs a task with two texts, and task sst2",
+        ),
         (["recombine"], TASKS["copa"], True, False, "task copa has no such pairs; leave it out"),
         (["neighbor"], sst2, False, False, "the student's embeddings are new or of another token"),
-        (["ngram"], sst2, True, True, r"lose their gold label.*\(of task sst2 mask, neighbor keep"),
+        (
+            ["ngram"],
+            sst2,
+            True,
+            True,
+            r"lose their gold label.*\(for task sst2 mask, neighbor keep",
+        ),
         (["swap"], rte, True, True, "names 'swap': its copies lose their gold label"),
     ):
         with pytest.raises(UserError, match=why):

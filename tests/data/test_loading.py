@@ -192,7 +192,7 @@ def test_renamed_column_in_a_header_is_missing_not_data(tmp_path):
         (
             "x.jsonl",
             b'{"a": 1}\n3\n',
-            "x.jsonl:2: expected an object, and it is '3'; fix the line$",
+            "x.jsonl:2: '3' is not an object; fix the line$",
         ),
         ("x.json", b"[1, 2]", "expected a list of objects"),
         ("x.csv", b'a,label\n"open,1\n', "x.csv:.*not CSV"),

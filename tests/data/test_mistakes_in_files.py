@@ -78,8 +78,8 @@ def test_tabs_in_a_csv_are_told_as_such(data):
     with pytest.raises(UserError) as caught:
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
     assert str(caught.value) == (
-        f"data file {data / 'train.csv'}: tabs divide its columns (sentence, label), and its name "
-        "says commas; name it .tsv"
+        f"data file {data / 'train.csv'}: tabs divide its columns (sentence, label), but a .csv "
+        "has commas; name it .tsv"
     )
 
 

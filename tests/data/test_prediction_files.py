@@ -291,7 +291,7 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
         ("gpt.xlsx", b"a", "unknown kind '.xlsx'"),
         ("gpt.txt", b"a", "teacher gpt: .* unknown kind '.txt'; allowed: .tsv, .*[.]arrow$"),
         ("gpt.jsonl", b"[1, 2]\n3\n", "predictions of teacher gpt: .*not JSON"),
-        ("gpt.jsonl", b"{}\n[1,2]\n", "gpt.jsonl:2: expected an object, and it is '.1,2.'; fix the line$"),
+        ("gpt.jsonl", b"{}\n[1,2]\n", "gpt.jsonl:2: '.1,2.' is not an object; fix the line$"),
         ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; it must be text"),
         ("gpt.jsonl", b'{"sentence": "a", "label": null}\n', "row 1: column 'label' holds no label \\(None\\)"),
     ],

@@ -168,7 +168,9 @@ def test_a_teacher_whose_own_weights_do_not_stand_its_padding_is_refused():
 
     model.bert.forward = blind
     for rows in (real, fixed):
-        with pytest.raises(UserError, match="teacher a answers a text in a batch padded on the r"):
+        with pytest.raises(
+            UserError, match="teacher a gives a text other logits in a batch padded on the r"
+        ):
             check_teacher(model, rows, "right", "a")
 
 
@@ -189,7 +191,9 @@ def test_rounding_of_a_score_near_zero_is_no_misreading(dtype, rounding):
     off["padded"] = rounding
     check_teacher(model, rows, "right", "it")
     off["padded"] = 10 * rounding
-    with pytest.raises(UserError, match="teacher it answers a text in a batch padded on the right"):
+    with pytest.raises(
+        UserError, match="teacher it gives a text other logits in a batch padded on the right"
+    ):
         check_teacher(model, rows, "right", "it")
 
 
@@ -267,10 +271,10 @@ def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
     rows = real_rows(grammar_tokenizer(), example_set(texts(3)), 64, CPU)
     alone = sorted(rows.alone, key=lambda row: row["input_ids"].shape[1])
     rows = CheckRows([alone[-1], *alone], rows.together)
-    with pytest.raises(UserError, match="depend on what it was asked before"):
+    with pytest.raises(UserError, match="its answer to a text depends on the texts before it"):
         padding_of(model, rows, "right")
     model.bert.set_attention_type("block_sparse")
-    with pytest.raises(UserError, match="teacher a, a big_bird: its answers depend on what"):
+    with pytest.raises(UserError, match="teacher a, a big_bird: its answer to a text depends on"):
         check_teacher(model, CheckRows(rows.alone, lambda _: rows.alone), "right", "a")
 
 

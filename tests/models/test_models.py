@@ -66,10 +66,10 @@ def test_invariant_04_names_that_say_nothing_are_refused_with_the_line_to_add():
     ("names", "labels", "message"),
     [
         (["positive", "sad"], None, "'sad' is not a label of task small"),
-        (["positive", "positive"], None, "not one each of"),
+        (["positive", "positive"], None, "they do not name exactly the labels of"),
         (["a", "b", "c"], None, "num_labels=3 but task small needs 2"),
         (["LABEL_0", "LABEL_1"], ["negative", "bad"], "'bad' is not a label"),
-        (["LABEL_0", "LABEL_1"], ["negative"], "not one each of"),
+        (["LABEL_0", "LABEL_1"], ["negative"], "they do not name exactly the labels of"),
     ],
 )
 def test_invariant_04_classes_that_cannot_be_aligned_are_refused(names, labels, message):

@@ -336,12 +336,12 @@ REFUSED = {
     "albert": ({}, [0, 2], "the layers of a albert cannot be chosen"),
     "bert": ({}, [0, 3], r"must be chosen from 0\.\.2"),
     # its first layer has no norm of its own
-    "modernbert": ({}, [1, 2], r"built otherwise in model\.layers\.0\.attn_norm.*layer 0 first"),
+    "modernbert": ({}, [1, 2], r"differs in model\.layers\.0\.attn_norm.*layer 0 first"),
     # scores of a layer are divided by its number
     "gpt2": (
         {"scale_attn_by_inverse_layer_idx": True},
         [0, 2],
-        r"built otherwise in transformer\.h\.1\.attn\.scaling",
+        r"differs in transformer\.h\.1\.attn\.scaling",
     ),
     "xlm": ({"emb_dim": 32, "n_layers": 3, "n_heads": 2}, [0, 2], "are not one list of layers"),
 }

@@ -112,7 +112,7 @@ def test_the_feature_teacher_is_fed_by_the_rules_of_any_teacher(folders, tmp_pat
     assert load_feature_teacher(given, teacher, CPU).config.pad_token_id == 0
     # and with its own weights its answers stand the padding
     asked = replace(teacher, cut=replace(teacher.cut, padding="left"))
-    with pytest.raises(UserError, match="answers a text in a batch padded on the left otherwise"):
+    with pytest.raises(UserError, match="other logits in a batch padded on the left than alone"):
         load_feature_teacher(given, asked, CPU)
 
 

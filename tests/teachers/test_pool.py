@@ -162,8 +162,8 @@ def test_a_student_without_workers_ends_and_names_the_teacher(tmp_path, task, di
     line = str(caught.value)
     assert line.startswith("teacher a: nothing has come from the pool for 0.2 s (pool.timeout_s)")
     assert "16 of 16 rows of steps 1-2 are missing" in line
-    assert f"are missing of a in the store {tmp_path / 'store'}" in said(tmp_path / "run")
-    assert "sead-dist teach, with the words of this run" in line
+    assert f"are missing in the store {tmp_path / 'store'} for teacher a" in said(tmp_path / "run")
+    assert "sead-dist teach, with the keys of this run" in line
 
 
 def test_a_student_that_finds_another_class_in_the_store_says_which(tmp_path, task, distil):
