@@ -56,7 +56,7 @@ def card_text(
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
-        found: gold labels against the student's on the first evaluation split; None for scores.
+        found: gold labels against the student's answers on the first evaluation split, or None.
     """
     spec = _task_spec(files)
     worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
@@ -93,7 +93,7 @@ def card_text(
 
 
 def fill_template(file: str, /, **values: object) -> str:
-    """A template of reporting/templates with these values; in HTML their marks are escaped."""
+    """A template of reporting/templates, filled. In HTML the values are escaped."""
     from jinja2 import Environment, StrictUndefined
 
     text = resources.files("sead_dist.reporting.templates").joinpath(file).read_text("utf-8")
@@ -107,7 +107,7 @@ def fill_template(file: str, /, **values: object) -> str:
 
 
 def _task(files: RunFiles) -> str:
-    """Its name; the config may name a file of any name."""
+    """The task's name, from scores.json: the configuration may name a file with another name."""
     named = files.scores.get("task") or PurePosixPath(str(files.config["task"])).stem
     return str(redact(named))
 
@@ -154,8 +154,8 @@ def model_name(files: RunFiles) -> str:
 
 
 def method_name(files: RunFiles) -> str:
-    """The method that the run named, else its ensemble; "finetune" where no teacher was asked, and
-    "single" where `sead` had one alone."""
+    """The method that the run named, else its ensemble. It is "finetune" where no teacher was
+    asked, and "single" where the default method had one teacher."""
     config = redact(files.config)
     if not files.teacher_manifest:
         return "finetune"

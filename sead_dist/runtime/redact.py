@@ -1,6 +1,6 @@
 """What may leave this machine: values without secrets and without local paths.
 
-What stays (a run's log and record of its command) keeps its paths, and no secrets either.
+What stays here (a run's log, the record of its command) keeps paths, but no secrets.
 """
 
 import re
@@ -38,8 +38,8 @@ def redact(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without access tokens and what stands for a password in a URL, local paths kept; of a
-    KEY=VALUE word whose key names a secret, the key alone."""
+    """`text` without access tokens and without passwords in URLs. Local paths stay. Of a KEY=VALUE
+    word whose key names a secret, only the key stays."""
     key, is_word, _ = text.partition("=")
     if is_word and key.strip() == key and _is_secret(key, text):
         return f"{key}=[removed]"
