@@ -34,7 +34,7 @@ class TaskSpec:
     """One task. Templates name columns in braces: "{premise}". Only `name` and `text_a` are
     required in a YAML file, and `labels` or `score_range`."""
 
-    # what stands below each field is its description, which `sead-dist keys` tells
+    # the text below each field is its description, which `sead-dist keys` prints
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
 
     name: str
