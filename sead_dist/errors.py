@@ -20,7 +20,7 @@ OF_ENVIRONMENT = frozenset(
 
 
 class UserError(Exception):
-    """A person's mistake, found before any long work: the command exits with 2."""
+    """A person's mistake, found before any long work. The command exits with 2."""
 
 
 class RunError(Exception):

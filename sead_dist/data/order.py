@@ -34,8 +34,8 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Split:
-    """One example set as a run uses it. entry_B: each row's unique example; ids_U2: their ids;
-    row_U: one row that holds each; tokens: the student's."""
+    """One example set as a run uses it. entry_B: each row's unique example. ids_U2: the ids of
+    the unique examples. row_U: the first row of each. tokens: the student's."""
 
     examples: ExampleSet
     tokens: TokenTable
@@ -50,7 +50,7 @@ class Split:
 def make_split(
     examples: ExampleSet, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Split:
-    """Examples as a split: tokenised, equal examples as one entry."""
+    """Tokenise examples into a split. Equal examples become one entry."""
     ids_U2, entry_B = entries(examples.ids_B2)
     row_U = np.zeros(len(ids_U2), np.int64)
     # backwards, so that the first row of equal ones stands for them
@@ -111,8 +111,8 @@ def cut_into_micro_batches(
 class Batch:
     """A micro-batch. step: the global batch's number in the run; micro: which part of it.
 
-    inputs: tensors [B*K, L]; labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled);
-    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row;
+    inputs: tensors [B*K, L]. labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled).
+    valid_B: False for rows that only fill the shape. entries_B: the unique example of each row.
     routes_B: the teacher that each row names, where the run asks for it.
     """
 

@@ -180,8 +180,8 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float]]) -> None:
-    """Raises UserError where all rows of a label have a confidence below chance: then the column is
-    the probability of one class, whichever the label is."""
+    """Raises UserError where all rows of a label have a confidence below chance. Then the column is
+    the probability of a fixed class, and not of each row's label."""
     chance = 1 / len(sheet.task.labels)
     for index, label in enumerate(sheet.task.labels):
         values = [value for of, value in found if of == index]

@@ -103,8 +103,8 @@ def find_column(sheet: Sheet, given: str | None, key: str, usual: Sequence[str])
 
 
 def class_columns(sheet: Sheet) -> dict[int, str]:
-    """Class -> the column of its values; {} where the file has none. Raises UserError where it has
-    some, and not one for each class."""
+    """Class -> the column of its values; {} where the file has none. Raises UserError where it
+    has some of them, but not one for each class."""
     found: dict[int, str] = {}
     for column in sheet.columns:
         bare = next((column.removeprefix(of) for of in PREFIXES if column.startswith(of)), column)

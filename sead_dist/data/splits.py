@@ -196,8 +196,8 @@ def split_off(
     config: RunConfig, task: TaskSpec, train: ExampleSet, dev: ExampleSet
 ) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
     """(train, selection, the training rows that the sample left out). Rows are held out of the
-    whole training split before it is sampled, so that runs of different data.max_train_examples
-    never select on each other's training rows, nor on each other's text."""
+    whole training split before it is sampled. So runs of different data.max_train_examples never
+    select on each other's training rows, nor on each other's text."""
     most, seed = config.data.max_train_examples, config.selection.seed
     if config.selection.split == "dev":
         sampled, rest = divide(train, len(train) if most is None else most, seed)

@@ -1,5 +1,5 @@
-"""The tasks: what a row holds, which labels there are, how a prediction is scored; and a person's
-own task, read from a YAML file of the same fields.
+"""The tasks: what a row holds, which labels there are, and how a prediction is scored. A person's
+own task is read from a YAML file of the same fields.
 
 One row per task; label order is the hub's. Shapes: B examples, C classes.
 """

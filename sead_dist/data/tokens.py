@@ -46,7 +46,7 @@ class TokenTable:
         return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
 
     def lengths_B(self) -> np.ndarray:
-        """Tokens of each example: of its longest text row."""
+        """The number of tokens of each example's longest text row."""
         rows = np.diff(self.offsets).reshape(-1, self.choices)
         return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
 

@@ -73,7 +73,7 @@ def gather_text(
     route: Route | None,
 ) -> UnlabelledText:
     """The unlabelled text of a run with `labelled` labelled rows. rest: the training rows that the
-    sample left out; held: rows that no text may share a sentence with.
+    sample left out. held: rows with which no text may share a sentence.
 
     Raises UserError for whatever is wrong with the file.
     """

@@ -29,9 +29,9 @@ OLD_BUFFERS = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """Names of tensors. total: how many the model has; missing: those that no file holds;
-    mismatched: (name, shape in the file, shape in the model); unused: those of the files that the
-    model has no place for; prefix: what was taken off the files' names."""
+    """Names of tensors. total: how many the model has. missing: those that no file holds.
+    mismatched: (name, shape in the file, shape in the model). unused: those of the files that the
+    model has no place for. prefix: what was taken off the files' names."""
 
     total: int
     missing: frozenset[str]

@@ -71,8 +71,8 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with weights, and where it came from. `name` is what the person wrote; `origin`: the
-    hash of the files that the weights were merged from, where they were."""
+    """A folder with weights, and where it came from. name: what the person wrote. origin: the
+    hash of the files that the weights were merged from, if they were."""
 
     name: str
     folder: Path
@@ -165,8 +165,8 @@ def _merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none, or where an adapter,
-    which plain Transformers leaves out where peft is not installed, lies beside them."""
+    """The files that hold the weights. Raises UserError where there are none, or where an adapter
+    is beside them: without peft, plain Transformers would leave it out."""
     if (checkpoint.folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint.name} holds a whole model and an adapter ({ADAPTER}) beside it; give "
@@ -207,8 +207,8 @@ def weights_hash(checkpoint: Checkpoint) -> str:
 
 
 def setting_hash(checkpoint: Checkpoint) -> str:
-    """sha256 over the files beside the weights: where they are equal, so are the tokeniser and the
-    model's shape."""
+    """sha256 over the files beside the weights. Where it is equal, the tokeniser and the model's
+    shape are equal."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix not in NOT_WORDS:
@@ -232,7 +232,7 @@ def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> "Pretr
 
 
 def _check_types(config: "PretrainedConfig") -> None:
-    """Raises ValueError for values whose types the code that reads them does not expect."""
+    """Raises ValueError for values of types that no reader of a config expects."""
     names = config.id2label
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
         raise ValueError(f"id2label is {names!r}, which does not name the classes 0, 1, ...")
@@ -384,7 +384,7 @@ def fitting_length(asked: int, config: "PretrainedConfig") -> int:
 
 
 def embeddings_for(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many word embeddings a tokeniser needs: numbers of words may have gaps."""
+    """How many word embeddings a tokeniser needs. (The ids of its words may have gaps.)"""
     return max(len(tokenizer), 1 + int(max(tokenizer.get_vocab().values())))
 
 

@@ -39,7 +39,7 @@ from sead_dist.objectives.losses import LossTerms
 
 # the student's child module that holds the projections; the final model lacks it
 PROJECTIONS = "projections"
-# the loss of a start that is repaired: no value of `feature_loss`
+# the name of the loss of a start that is repaired; it is not a value of `feature_loss`
 REPAIR = "repair"
 # as BERT's own new weights
 PROJECTION_SCALE = 0.02
@@ -115,9 +115,9 @@ def relations_loss(
     heads: int,
     mask_RL: torch.Tensor,
 ) -> torch.Tensor:
-    """loss_R: the sum over queries, keys and values of the KL of their relations with themselves,
-    vectors cut into `heads` relation heads in both. (MiniLMv2: Wang et al. 2021, section 3.1, with
-    equal weights.)"""
+    """loss_R: the sum over queries, keys and values of the KL of their relations with themselves.
+    The vectors are cut into `heads` relation heads in both. (MiniLMv2: Wang et al. 2021, section
+    3.1, with equal weights.)"""
     pairs = zip(student, teacher, strict=True)
     return torch.stack(
         [relation_loss(scores(s, s, heads), scores(t, t, heads), mask_RL) for s, t in pairs]
@@ -199,9 +199,10 @@ class FeatureLoss:
     def loss(
         self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
     ) -> torch.Tensor:
-        """loss_R of each text row: cosines, MiniLM's relations, the mean over layers of the squared
-        error of hidden states (Jiao et al. 2020, eq. 8), or TinyBERT's sum of that of embeddings,
-        hidden states and attention (eq. 11 and 6 without the prediction layer, every lambda 1)."""
+        """loss_R of each text row, by the method. DistilBERT: cosines. MiniLM: relations. Repair:
+        the mean over layers of the squared error of hidden states (Jiao et al. 2020, eq. 8).
+        TinyBERT: the sum of the squared errors of embeddings, hidden states and attention (eq. 11 and 6
+        without the prediction layer, every lambda 1)."""
         states = [
             (self.projected(student.hidden[mine], mine), feature_teacher.hidden[theirs])
             for mine, theirs in zip(self.mine.hidden, self.theirs.hidden, strict=True)

@@ -18,7 +18,7 @@ from sead_dist.objectives.losses import known
 # the fit ends where the mean log-likelihood is at most so far from the highest (nats a row)
 CLOSE = 1e-6
 MOST_ROUNDS = 100_000
-# fewer labelled rows of the selection split do not say how sure a teacher may be
+# a temperature needs at least so many labelled rows of the selection split
 FEWEST_ROWS = 200
 # the least and the largest temperature
 BOUNDS = (0.05, 50.0)
@@ -54,7 +54,7 @@ def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Te
 
 
 def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
-    """weights_NB of teachers that count alike: 1 / N."""
+    """weights_NB of equal weights: 1 / N."""
     N, B, _ = logits_NBC.shape
     return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
 

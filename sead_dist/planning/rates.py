@@ -159,7 +159,7 @@ def own_rates(
     device, path = world.device, default_rates()
     machine = this_machine(device)
     kept = from_main(world, lambda: {} if fresh else remembered(path))
-    # those of a busy machine serve only where there is no time to measure again
+    # those of a busy machine are used only where there is no time to measure again
     found = {key: rate for key, rate in kept.items() if not rate.busy}
     own_key = student_key(student, config, task.kind, machine)
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]

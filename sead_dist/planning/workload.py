@@ -263,7 +263,7 @@ def teachers_seconds(
 
 
 def training_seconds(work: Work, rate: Rate, size: int) -> float:
-    """Seconds of the student's steps: in every turn all ranks wait for the slowest micro-batch.
+    """Seconds of the student's steps. In every turn all ranks wait for the slowest micro-batch.
     What ranks send each other is not in it."""
     steps, micro_batches = work.lengths_SM.shape
     turns = -(-micro_batches // size)

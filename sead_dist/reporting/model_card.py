@@ -1,4 +1,4 @@
-"""The model card: what a run's files say, as a README.md with the metadata that the hub reads.
+"""The model card of a run, made of its files: a README.md with the metadata for the hub.
 
 Nothing of this machine reaches the card: names, paths and configuration pass through `redact`.
 """
@@ -113,7 +113,7 @@ def _task(files: RunFiles) -> str:
 
 
 def _task_spec(files: RunFiles) -> "TaskSpec | None":
-    """The task of this run: a built-in one, or that of the file that the run keeps; None where the
+    """The task of this run: a built-in one, or that of the file that the run keeps. None where the
     file needs a plugin that is not loaded."""
     from sead_dist.data.tasks import TASKS, load_task
 
@@ -135,8 +135,8 @@ def _student(files: RunFiles) -> str:
 def _base_model(files: RunFiles) -> str | None:
     """The hub id that the student started from.
 
-    `base_model` of run_summary.json decides where it is given, since only the loader knows;
-    otherwise a student path written as owner/name is taken for one.
+    It is `base_model` of run_summary.json where that is given. Else a student's path of the form
+    owner/name is taken for a hub id.
     """
     if "base_model" in files.run_summary:
         known = files.run_summary["base_model"]

@@ -185,8 +185,8 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "F
 
 
 def plot_confusion(found: Confusion, split: str) -> "Figure":
-    """Draw how many rows of each gold label got each predicted one; shade is the share of a gold
-    label's rows."""
+    """Draw how many rows of each gold label got each predicted one. The shade is the share of the
+    gold label's rows."""
     counts_CC, names = found.counts_CC, [_plain(short(name, 20)) for name in found.names]
     size = 2.5 + 0.55 * len(names)
     figure = _figure(size + 1.0, size)

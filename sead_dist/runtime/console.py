@@ -172,7 +172,7 @@ class Lines:
 
 
 class NotebookBar:
-    """A bar in a notebook. tqdm draws it as text where the notebook has no widgets; rich would draw
+    """A bar in a notebook. tqdm draws it as text where the notebook has no widgets. rich would draw
     nothing there."""
 
     def __init__(self, description: str, total: int, done: int) -> None:

@@ -116,7 +116,7 @@ def checked_place(size: int) -> int:
 
 
 def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
-    """Wait until all ranks are there, and start this rank's heartbeat; then make the process group
+    """Start this rank's heartbeat, and wait until all ranks are there. Then make the process group
     where there is none. Raises RunError, naming the rank, where one does not come."""
     if dist.is_initialized():  # ranks may come late, from long work of their own
         store, wait_s = _get_default_store(), TIMEOUT.total_seconds()
@@ -264,7 +264,7 @@ def from_main(world: World, make: Callable[[], T]) -> T:
 
 
 def on_every_rank(world: World, do: Callable[[], T]) -> T:
-    """`do()` on this rank; when it fails on any rank, that error is raised on all of them."""
+    """`do()` on this rank. An error of any rank is raised on all of them."""
     result: T | None = None
     failure: Exception | None = None
     try:
@@ -285,7 +285,7 @@ def as_heard(world: World, error: Exception) -> Exception:
 
 
 def raise_first(failures: Sequence[Exception | None]) -> None:
-    """Raise the lowest rank's failure: every rank calls this with the same list."""
+    """Raise the lowest rank's failure. Every rank calls this with the same list."""
     for failure in failures:
         if failure is not None:
             raise failure
@@ -366,8 +366,8 @@ class StopFlag:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the signals set this flag; afterwards their handlers are as before. Only
-        the main thread may listen; a handler that is not Python's stays where it is."""
+        """Inside, the signals set this flag. Afterwards their handlers are as before. Only the main
+        thread can do this. A handler that is not Python's stays in place."""
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -390,8 +390,8 @@ class StopFlag:
         return self.agreed_with(world, False)[0]
 
     def agreed_with(self, world: World, wish: bool) -> tuple[bool, bool]:
-        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks, at
-        the cost of one small message."""
+        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks. It
+        costs one small message."""
         mine = [self.signal is not None, wish]
         if world.size == 1:
             return mine[0], mine[1]

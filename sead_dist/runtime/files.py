@@ -263,8 +263,8 @@ def user_folder(variable: str, below: str, own: str) -> Path:
 
 
 def cache_place(name: str, own: str, given: str | None = None) -> Path:
-    """`given`, else where SEAD_DIST_NAME says (of rates.json SEAD_DIST_RATES), else `name` in the
-    package's folder of the user's cache. own: as for `user_folder`, whose errors it raises."""
+    """`given`, else the path in the variable SEAD_DIST_NAME (for rates.json SEAD_DIST_RATES), else
+    `name` in the package's folder of the user's cache. own and errors: as for `user_folder`."""
     named = given or os.environ.get(f"SEAD_DIST_{Path(name).stem.upper()}")
     if named:
         return Path(named)

@@ -22,8 +22,9 @@ FOLDERS = re.compile(r"(?<![\w:/.])(?:file://|~|[A-Za-z]:|\.{1,2})?[/\\](?:[^\s/
 def redact(value: Any) -> Any:
     """Return `value` without secrets and with every local path cut to its last part.
 
-    A key that names a secret is dropped with its value (numbers are kept: `max_tokens: 64`), and
-    so is a value in the form of a known access token; mappings and lists are followed.
+    A key that names a secret is dropped with its value, unless that is a number
+    (`max_tokens: 64`). In texts, access tokens of known forms become "[removed]", and secrets in
+    URLs are cut out. This also holds inside mappings and lists.
     """
     if isinstance(value, Mapping):
         return {str(k): redact(v) for k, v in value.items() if not _is_secret(str(k), v)}

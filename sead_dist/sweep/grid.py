@@ -1,7 +1,7 @@
 """A sweep is a list of runs: teachers first, then students of every task, arm and seed.
 
-An arm is a method, and any keys of the run that it alone has. The sweep's own keys stand in
-configs/sweep.yaml; all other keys are those of its runs.
+An arm is a method, with keys of its own if any. The sweep's own keys stand in configs/sweep.yaml.
+All other keys are those of its runs.
 """
 
 import os

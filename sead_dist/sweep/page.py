@@ -109,7 +109,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
 def methods(report: Mapping[str, Any]) -> Rows:
     """A row for each method: its mean, and by task its cell and whether that is the best.
 
-    The highest mean comes first; methods without any score stand last.
+    The highest mean comes first. Methods without any score come last.
     """
     found = {(of["task"], of["method"]): of for of in report["cells"]}
     best: dict[str, float] = {}
@@ -294,7 +294,7 @@ def draw_gaps(found: Sequence[MethodGap], name: str, folder: Path) -> Picture:
 
 
 def plot_panel(axes: "Axes", at: Sequence[tuple[int, MethodGap]]) -> None:
-    """Dots with their intervals; filled and coloured where the interval leaves out 0."""
+    """Draw dots with their intervals. Dots whose interval leaves out 0 are filled and coloured."""
     axes.axvline(0, color=INK, linewidth=0.8)
     reach = 1e-4
     for y, gap in at:
@@ -327,7 +327,7 @@ def in_words(found: Sequence[MethodGap], name: str) -> str:
 def draw_costs(
     found: Mapping[str, tuple[float, float]], reference: str | None, folder: Path
 ) -> Picture:
-    """Mean score against seconds; names stand in a column at the right, in the order of scores."""
+    """Draw mean score against seconds. Names are at the right, in the order of scores."""
     names = sorted(found, key=lambda name: found[name][1])
     scores = [found[name][1] for name in names]
     middle, reach = (scores[0] + scores[-1]) / 2, max((scores[-1] - scores[0]) * 0.6, 0.002)

@@ -162,7 +162,7 @@ def cell(
 
 
 def described(difference: Difference | None) -> dict[str, Any]:
-    """A difference as the report holds it; None for each value where there is none."""
+    """A difference as the report holds it. Without a difference every value is None."""
     if difference is None:
         return {"difference": None, "interval": None, "beyond_chance": None}
     return {
@@ -173,7 +173,7 @@ def described(difference: Difference | None) -> dict[str, Any]:
 
 
 def shared_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tasks that every shown method has a score of; a method without any score is not shown."""
+    """The tasks that every shown method has a score of. A method without scores is not shown."""
     scored = {(of["task"], of["method"]) for of in cells if of["mean"] is not None}
     shown = {method for _, method in scored}
     tasks = dict.fromkeys(of["task"] for of in cells)

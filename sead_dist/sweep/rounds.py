@@ -91,8 +91,8 @@ def tidy(grid: Grid, unit: Unit) -> None:
 
 
 def told_again(grid: Grid) -> Iterator[str]:
-    """A line on each task whose teachers are to be made again, because their models are gone, and
-    on what is done again with them (`clear_lost`, `undo_others`)."""
+    """A line on each task whose teachers are made again, because their models are gone. It also
+    says which students are done again with them (`clear_lost`, `undo_others`)."""
     for task in grid.tasks:
         made = [of for of in grid.units if (of.task, of.method) == (task, TEACHERS)]
         gone = [of for of in made if is_finished(of.folder) and not is_done(grid, of)]

@@ -93,7 +93,7 @@ def run_worker(words: Sequence[str], world: World) -> None:
 
 
 def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
-    """Write OUTPUT/report; one worker at a time."""
+    """Write OUTPUT/report. Only one worker does so at a time."""
     folder = grid.output / "report"
     found = scores_of(grid, data, device_model(device))
     with ExitStack() as stack:
@@ -286,7 +286,7 @@ def time_left(grid: Grid, workers: int) -> str:
 
 
 def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) -> float | None:
-    """Seconds that a run will take; None where nothing like it is finished."""
+    """Seconds that a run is expected to take; None where no similar run is finished."""
     own = spent.get((unit.task, unit.method), [])
     if not own and unit.method in grid.methods:
         own = [s for method in grid.methods for s in spent.get((unit.task, method), [])]
