@@ -213,9 +213,12 @@ def _call(
 def _fingerprint(
     weights: str, config: PretrainedConfig, inputs: ModelInputs, code: str | None
 ) -> str:
-    """What a prediction depends on. What was kept under the first rules of input stays good where
-    the tensors are the same. A padding id or segments that were others then are in the config and
-    the tokeniser. code: the hash of the Python files that came with the checkpoint and were run."""
+    """A hash of all that a prediction depends on.
+
+    Predictions that were kept under the first rules of input stay valid where the rules give the
+    same tensors. A padding id or segment ids that differed then differ in the config or the
+    tokeniser. code: the hash of the Python files that came with the checkpoint and were run.
+    """
     shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
     always, otherwise = inputs.facts()
     facts: list[Any] = [weights, shape, *always, *otherwise]
