@@ -4,7 +4,7 @@ Some servers give the log-probabilities of a prompt (`echo`). There one request 
 word, with prompt and word together, and the word's score is the sum of its tokens'
 log-probabilities. Other servers get one request for each row, for the most probable first tokens.
 There a class is scored by those tokens that begin its words and no word of another class. The first
-answer to a row is kept, and a run that is given again reads it.
+answer to a row is kept in the store, and is used from then on.
 
 Shapes: R text rows, W words, K classes of the entry.
 """

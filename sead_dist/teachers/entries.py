@@ -229,8 +229,8 @@ def _fingerprint(
 
 
 def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
-    """Raises UserError where ranks compute in different numerics classes: unequal hardware would
-    mix the predictions of two."""
+    """Raises UserError where ranks compute in different numerics classes, unless store.accept is
+    any. Unequal hardware would mix the predictions of two classes."""
     everyone = gather_objects(world, mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0] and config.store.accept != "any":
