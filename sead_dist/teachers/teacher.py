@@ -50,8 +50,8 @@ class Teacher:
 
     order_C: its own logits column of each task class. parameters: its weights without word
     embeddings, which decide what a forward costs. bytes: memory of all weights. cut: how its rows
-    become batches. answers: for a kind that is not a classifier; config means nothing then, and
-    checkpoint and inputs only for a language model.
+    become batches. answers: for a kind that is not a classifier; config is empty then, and inputs
+    hold the student's tokeniser.
     """
 
     entry: TeacherConfig

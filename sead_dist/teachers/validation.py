@@ -47,8 +47,8 @@ class Validation:
 
     score: None where too few rows were answered to validate it. better_order: the labels in the
     order that would give it a better score, if there is one. off_scale: the range of its scores, if
-    the mean of the gold scores would be nearer to them than its scores are. drift: its comparison
-    with fp32, if it was asked for and the teacher is not in fp32. rows: the number of rows that it
+    the mean of the gold scores would predict these better than it does. drift: its comparison with
+    fp32, if it was asked for and the teacher is not in fp32. rows: the number of rows that it
     answers and was scored on.
     """
 
