@@ -168,7 +168,7 @@ def raise_format(layout: Layout) -> None:
     """Give a new store, or one of the older format, the number of the newest format.
 
     Only the number differs: the blocks are the same in both. One rename changes it. So a kill
-    leaves the old number or the new one, and a reader sees one of them, with the same rows. Raises
+    leaves the old number or the new one, and a reader finds one of them, with the same rows. Raises
     RunError.
     """
     path = layout.root / "format.json"
@@ -306,8 +306,9 @@ class LiveRun:
 def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     """Mark the teacher folders as used by `run` while inside, at most until this process ends.
 
-    The file is locked before it gets its name. So no process sees it unlocked while this one lives.
-    It stays open and locked, unlike a file that `aside` writes.
+    The file is locked before it gets its name. So no process finds it unlocked while this one
+    lives. It stays open and locked, unlike a file that `aside` writes. Raises RunError where it
+    cannot be written.
     """
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
@@ -322,7 +323,7 @@ def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            # A removal that has begun ends first. A later one sees this file.
+            # A removal that has begun ends first. A later one finds this file.
             with layout.lock("store.lock", exclusive=False):
                 os.replace(aside, path)
             yield
@@ -350,8 +351,8 @@ def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
         except FileNotFoundError:
             continue
         except OSError:
-            # A file that this process may not open tells nothing of its run, so that run keeps
-            # everything.
+            # The facts of a run are unknown if this process may not open its file. Then all teacher
+            # folders count as used.
             runs.append(_read_run(""))
     return runs, stale
 

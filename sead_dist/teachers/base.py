@@ -34,7 +34,7 @@ class Request:
 
 
 class TeacherSource(Protocol):
-    """Every rank submits the same requests in the same order."""
+    """Gives the logits of teachers. Every rank submits the same requests in the same order."""
 
     def submit(self, request: Request) -> Future[TeacherLogits]:
         """The logits_NRC and present_NR, in the order of the request. Their `result()` raises

@@ -141,7 +141,7 @@ class Endpoint:
     Raises UserError where it gives none.
     """
 
-    # rows between two signs of progress
+    # rows between two reports of progress
     at_once = 64
 
     def __init__(self, opening: Opening) -> None:

@@ -132,7 +132,7 @@ def cut_into_batches(
         padded_R = lengths_R
     for length in np.unique(padded_R)[::-1]:
         rows = np.flatnonzero(padded_R == length)
-        # one row of every batch is the guard
+        # every batch leaves one row free for a guard
         room = rows_per_batch(int(length), device) - 1
         for part in np.array_split(rows, -(-len(rows) // room)):
             yield part, int(length)

@@ -134,7 +134,8 @@ def answer_rows(
 
 
 def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-    """What a registered teacher answers, [R, K]. Raises RunError where its plugin fails."""
+    """The answers of a teacher, float32 [R, K]. Raises RunError where its code fails, and passes on
+    its UserError and RunError."""
     try:
         return np.asarray(answers.answer(texts_a, texts_b), dtype=np.float32)
     except (UserError, RunError):

@@ -92,7 +92,7 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
 
     def first_tokens(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_1TH = args[0]
-        # rows without tokens lie behind the last
+        # rows without tokens begin after the last token, and get that one
         first_S = offsets[0][:-1].long().clamp(max=hidden_1TH.shape[1] - 1)
         return (hidden_1TH[0, first_S][:, None], *args[1:])
 

@@ -4,11 +4,11 @@ A work item is a teacher and a few examples, in the student's order of use. Ever
 makes the same list. A (teacher, example) pair is in the first work item that needs it, and in no
 other of its split.
 
-A lease says that a work item is being computed now (STORE/leases/, one file each). Its file is
+A lease means that a work item is being computed now (STORE/leases/, one file each). Its file is
 created exclusively, and its holder writes to it several times in `broken_s` seconds. A process that
-sees no change for so long, by its own monotonic clock, removes the lease. Clock times of other
+finds no change for so long, by its own monotonic clock, removes the lease. Clock times of other
 machines are never read. A lease only saves work: two holders of one work item write the same
-predictions. (Our own scheme; docs/decisions/0018-pool.md says why no library's is used.)
+predictions. (Our own scheme; docs/decisions/0018-pool.md gives the reasons against a library's.)
 
 Shapes: N teachers, R examples of a work item or window, U unique examples of a split.
 """

@@ -18,7 +18,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import align_classes
 
-# stands between the rows that are shown, and before the row that is asked
+# comes between the rows that are shown, and before the row that is asked
 BETWEEN = "\n\n"
 # texts to try prompts with before there are rows
 TRIAL = ("a plain text", "another text")

@@ -66,7 +66,7 @@ def empty_model(teacher: Teacher, trust_remote_code: bool) -> PreTrainedModel:
     """
     with init_empty_weights(include_buffers=False):
         model = new_classifier(copy.deepcopy(teacher.config), trust_remote_code, teacher.dtype)
-    model.tie_weights()  # the context makes every parameter anew, tied ones twice
+    model.tie_weights()  # the context makes each parameter again, tied ones twice
     return model.eval().requires_grad_(False)
 
 

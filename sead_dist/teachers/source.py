@@ -115,7 +115,7 @@ class StoredSource:
         return computed, needed - computed
 
     def numerics_read(self) -> list[str]:
-        """The numerics classes whose predictions this run used. Every rank calls this."""
+        """The numerics classes from which any rank read kept predictions. Every rank calls this."""
         mine = {numerics for table in self.tables.values() for numerics in table.classes_read}
         return sorted(set().union(*gather_objects(self.world, mine)))
 
@@ -340,7 +340,7 @@ class StoredSource:
         return self.tokens[key]
 
     def share_tokens(self, split: Split, inputs: ModelInputs) -> None:
-        """Offer the student's tokens of a split to teachers of the same tokeniser and length."""
+        """Use the student's tokens of a split for teachers of the same tokeniser and length."""
         self.tokens[inputs.key, id(split)] = split.tokens
 
 

@@ -40,7 +40,8 @@ from sead_dist.teachers.packing import packs_from
 
 # This file lies beside a teacher's weights if its fine-tuning left a fold of rows out. It holds the
 # ids of the rows that the teacher was trained on. Soft targets on those rows are near their gold
-# labels. So such a row is asked only of teachers that were not trained on it, if there are any.
+# labels. So the soft targets of such a row come only from teachers that were not trained on it, if
+# there are any.
 TRAINED_ROWS = "trained_rows.safetensors"
 
 
@@ -255,7 +256,7 @@ def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
 
 
 def seen_by(teachers: Sequence[Teacher], ids_U2: np.ndarray) -> np.ndarray | None:
-    """The seen_NU: which teacher was trained on which of these examples, as `trained_on` says.
+    """The seen_NU: which teacher was trained on which of these examples, as in `trained_on`.
 
     None where no teacher's folder has a file of trained rows. A teacher without one counts as not
     trained on any.

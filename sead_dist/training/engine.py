@@ -375,7 +375,7 @@ def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
 
 
 def check_world(seen: int, world: World) -> None:
-    """Raises UserError where Accelerate sees another number of ranks: under some launchers it
+    """Raises UserError where Accelerate counts another number of ranks: under some launchers it
     silently trains alone."""
     if seen != world.size:
         setting = os.environ.get("ACCELERATE_USE_CPU", "unset")
