@@ -185,7 +185,7 @@ class Endpoint:
 
     def count_first(self) -> int:
         """Requests that the empty text still takes. Contextual calibration corrects all answers by
-        it."""
+        the answer to this text."""
         if not self.calibrated or self.empty_K is not None:
             return 0
         return len(self.words.words_W) if self.way == "prompt" else 1

@@ -190,7 +190,7 @@ def batches_of(
 def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The same inputs, with tensors on the device.
 
-    A GPU copies them after its earlier work. From pinned memory the host need not wait for that.
+    A GPU copies them after its earlier work. The host does not wait for a copy from pinned memory.
     """
     on_gpu = device.type == "cuda"
     return {

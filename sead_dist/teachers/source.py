@@ -38,7 +38,7 @@ from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, pr
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
 
-# predictions of a teacher in one block; a killed run loses fewer than these and two batches' rows
+# predictions of a teacher in one block; a killed run loses at most these and two batches
 ROWS_PER_BLOCK = 4096
 # a slow teacher's predictions are kept after so many seconds, so that a killed run loses no more
 KEEP_S = 20.0
