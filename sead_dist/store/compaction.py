@@ -55,7 +55,7 @@ from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError, mapped_tensors
 
 ID_BYTES = 16
 # Key blocks that runs wrote are kept, since runs with the same examples then find every row in its
-# place. They are replaced where they make the store larger than this many times what it need be.
+# place. They are replaced where the store is larger than this many times its smallest size.
 SPARE = 1.2
 
 

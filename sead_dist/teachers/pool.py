@@ -194,7 +194,8 @@ class Leases:
         return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
-        """Whether a lease has been unchanged for too long since this process first saw it."""
+        """Whether a lease has been unchanged for too long since this process first saw its present
+        text."""
         text, now = _text(path), time.monotonic()
         known = self._seen.get(name)
         if known is None or known.text != text:

@@ -1,6 +1,6 @@
-"""The validation of teachers. A teacher is used only after it scored better than the majority
-baseline on the selection split (invariant 5). The drift report compares a teacher in fewer bits
-(bf16, fp16, 8-bit weights) with itself in fp32.
+"""The validation of teachers. With teacher_validation on, a teacher is used only after it scored
+better than the majority baseline on the selection split (invariant 5). The drift report compares a
+teacher in fewer bits (bf16, fp16, 8-bit weights) with itself in fp32.
 
 Shapes: N teachers, U unique examples of a split, R examples compared, B rows, C classes.
 """
@@ -45,11 +45,11 @@ LENIENT_TASKS = ("wnli",)
 class Validation:
     """The result for one teacher.
 
-    score: None where too few rows were answered to validate it. better_order: the labels in the
-    order that would give it a better score, if there is one. off_scale: the range of its scores, if
-    the mean of the gold scores would predict these better than it does. drift: its comparison with
+    score: None where it answers too few rows to be validated. better_order: the labels in the order
+    that would give it a better score, if there is one. off_scale: the range of its scores, if the
+    mean of the gold scores would predict these better than it does. drift: its comparison with
     fp32, if it was asked for and the teacher is not in fp32. rows: the number of rows that it
-    answers and was scored on.
+    answers.
     """
 
     name: str
@@ -275,7 +275,8 @@ def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
 
 
 def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
-    """Each teacher compared with itself in fp32, in the same placement; None for those in fp32.
+    """Each teacher compared with itself in fp32, in the same placement. None for a teacher in fp32,
+    and for one that is not a classifier.
 
     The predictions that this needs are kept in the store, and do not count among the run's
     forwards. Every rank calls this while the source is idle.
