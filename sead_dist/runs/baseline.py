@@ -286,7 +286,10 @@ def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
 
 
 def baseline_folder(config: RunConfig) -> Path | None:
-    """The run directory of the fine-tuned student; None without one, or while it is unfinished."""
+    """The run directory of the fine-tuned student; None without one.
+
+    The run's own baseline counts once it is finished.
+    """
     if config.baseline != OWN:
         return None if config.baseline is None else Path(config.baseline)
     own = Path(config.output_dir) / FOLDER
