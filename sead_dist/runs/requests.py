@@ -148,7 +148,7 @@ def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet
 
 
 def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which rows each teacher can answer. A file answers the rows in it, other teachers all rows."""
+    """Which rows each teacher can answer: a file those that it holds, another teacher all rows."""
     everything_B = np.ones(len(part), bool)
     return np.stack([
         everything_B if teacher.file is None else teacher.file.places(part.ids_B2) >= 0

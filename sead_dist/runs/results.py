@@ -157,7 +157,7 @@ def chosen(setup: RunSetup) -> dict[str, Any]:
 
 
 def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
-    """The feature teacher and its loss; None without one. forwards: of that teacher in training.
+    """The feature teacher and its loss; None without one. forwards: that teacher's in training.
     Every epoch computes them again. Steps that a resumed run repeated are counted once."""
     feature_loss = setup.loss.feature
     if setup.feature_teacher is None or feature_loss is None:
