@@ -14,8 +14,9 @@ GRACE_S = 1.0
 
 
 def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
-    """Call `do`. Returns None on success, else the exit code. The reason is printed in one line.
+    """Call `do`. Returns None on success, else the exit code.
 
+    Rank 0 prints a mistake or failure in one line; other ranks print only that a rank was lost.
     Exit codes: 2 for a person's mistake, 3 for a failure during a run, 130 for an interrupt, 1 for
     a bug (its traceback is printed), 0 where standard output was closed. debug: whether the
     traceback of a mistake or failure is printed too.

@@ -2,7 +2,7 @@
 
 A clause is `the NOUN was [NEGATOR] [DEGREE] ADJECTIVE`. Its score has the adjective's sign and a
 strength: 3 with a strong degree word ("very"), 2 without one, 1 with a weak one ("slightly"). A
-negator turns the sign and makes the strength 4 - strength ("not very good" is mildly negative).
+negator inverts the sign and makes the strength 4 - strength ("not very good" is mildly negative).
 A sentence is one clause or two:
 
     A                       the sign of A

@@ -116,7 +116,7 @@ def base_words(checkpoint: PublishedCheckpoint, words: Sequence[str]) -> list[st
 
 
 def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: int) -> RunConfig:
-    """The configuration of the student's run, in which each encoder stands `teachers` times. Raises
+    """The configuration of the student's run, with each encoder repeated `teachers` times. Raises
     UserError."""
     if teachers < 1:
         raise UserError(f"--teachers {teachers}: give at least 1")

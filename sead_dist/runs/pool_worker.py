@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream

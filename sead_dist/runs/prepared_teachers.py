@@ -7,7 +7,7 @@ from typing import NotRequired
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset

@@ -147,7 +147,7 @@ def summary(setup: RunSetup, state: TrainState) -> dict[str, Any]:
 
 
 def chosen(setup: RunSetup) -> dict[str, Any]:
-    """The values that the run chose for keys that were null or auto."""
+    """The run's values of keys that may be null or auto."""
     config = setup.config
     return {
         "max_steps": config.max_steps,

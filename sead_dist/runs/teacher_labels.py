@@ -54,8 +54,8 @@ def write_rows(config: RunConfig, output: Path) -> None:
     task = load_task(config.task)
     # the column that names a row's teacher is not read either, since it changes no row
     asked: dict[str, Any] = {"teacher_column": None}
-    # Where no teachers are given, the rows are for teachers to come. Rows that the sample of the
-    # training split leaves out are unlabelled text for them.
+    # Where no teachers are given or asked, the rows are for teachers to come. Rows that the sample
+    # of the training split leaves out are unlabelled text for them.
     if not config.teachers:
         asked["teachers"] = [TeacherConfig(path="to come")]
     if not config.asks_teachers:

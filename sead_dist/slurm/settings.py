@@ -28,7 +28,8 @@ ENDED = frozenset(
     "TIMEOUT".split()
 )
 SQUEUE = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
-# Seconds that srun waits for the other ranks once the first has ended. They print their errors.
+# Seconds that srun waits for the other ranks once the first has ended. They print their errors
+# in this time.
 LINGER_S = 60
 # Runs before srun. It removes the exit codes of an earlier start's ranks.
 CLEAR = """\
