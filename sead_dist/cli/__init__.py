@@ -4,7 +4,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # jobs that were submitted before packages had their present places name it here
+    # jobs that an older version submitted look it up under this name
     if name == "attempt_recipe":
         from sead_dist.cli.commands import attempt_recipe
 

@@ -1,4 +1,4 @@
-"""What can be written after each command of the command line."""
+"""The arguments of each command of the command line."""
 
 import argparse
 import re
@@ -13,14 +13,16 @@ ROOT = "folder where submitted runs register; default: the user's state folder"
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as every command does, and leaves with exit code 2. Parsers of
-    subcommands are of the same class."""
+    """A parser that prints a mistake in one line, as every command does, and ends with exit code 2.
+
+    Parsers of subcommands are of the same class.
+    """
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"sead-dist: {one_line(message)}; see '{self.prog} --help'\n")
 
     def check_command(self, given: Sequence[str], names: Sequence[str]) -> None:
-        """Refuses a first word that is none of the commands `names`."""
+        """End with exit code 2 where the first word is none of the commands `names`."""
         asked = next((word for word in given if not word.startswith("-")), None)
         if asked is not None and asked not in names:
             hint = did_you_mean(asked, names, f"commands: {', '.join(names)}")
@@ -28,8 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def unknown(rest: Sequence[str], args: argparse.Namespace) -> str:
-    """What is said of the words that a command does not take: keys given as options, and options
-    as keys, are told with what to write."""
+    """The error for words that a command does not take.
+
+    For a key that is written as an option, and an option that is written as a key, it names the
+    right form.
+    """
     from sead_dist.config.keys import all_keys  # it needs pydantic
 
     line = f"unrecognized arguments: {' '.join(rest)}"
@@ -68,7 +73,7 @@ def add_teach(command: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A number of at least one, for argparse."""
+    """A number from 1 to 999999, for argparse, which catches the error for any other text."""
     if re.fullmatch("[0-9]{1,6}", text) is None or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 999999; give one")
     return int(text)

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Heavy imports are done inside. The collector rests: it would go through a million new objects
-    again and again, a fifth of the time that they take. They stay outside of later collections."""
+    """Within the block, which holds heavy imports, the garbage collector is off.
+
+    It would visit a million new objects many times, which takes a fifth of the imports' time. Later
+    collections skip these objects too.
+    """
     gc.disable()
     try:
         yield
@@ -33,12 +36,12 @@ def importing() -> Iterator[None]:
 
 
 def run_recipe(name: str, words: Sequence[str]) -> None:
-    """`distill`, `finetune` and `teach I/N` (a worker of the pool): the same under any launcher."""
+    """Run `distill`, `finetune` or `teach I/N` (a worker of the pool), under any launcher."""
     from sead_dist.config.load import load_config
 
     config = load_config(words)
     if name == "distill":
-        # before torch is imported, which takes longer than this
+        # this comes before the import of torch, which takes longer
         from sead_dist.runs.checks import nothing_to_do, refuse_untaught
 
         done = None if "WORLD_SIZE" in os.environ else nothing_to_do(config)
@@ -74,8 +77,7 @@ def run_sweep(words: Sequence[str]) -> None:
 
 
 def attempt_recipe(name: str, words: Sequence[str]) -> int | None:
-    """`distill`, `finetune`, `teach I/N` or `sweep` for a job on a node: its exit code where it
-    failed, else None."""
+    """Run `distill`, `finetune`, `teach I/N` or `sweep` in a job. Returns as `attempt` does."""
     return attempt(lambda: run_sweep(words) if name == "sweep" else run_recipe(name, words))
 
 
@@ -88,7 +90,7 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def print_config(words: Sequence[str]) -> None:
-    """The resolved configuration as YAML, then as comments the rows of each split."""
+    """Print the resolved configuration as YAML, then the lines of `resolve_all` as comments."""
     from sead_dist.config.load import load_config
     from sead_dist.config.schema import dump_config
     from sead_dist.runtime.redact import without_secrets
@@ -152,7 +154,7 @@ def data(args: argparse.Namespace) -> None:
     from sead_dist.runtime.surroundings import quiet_libraries
 
     with in_world() as world:
-        # nothing is written, so a run need not be named
+        # nothing is written, so no output_dir need be given
         config = resolve([{"output_dir": "unnamed"}, *read_layers(args.words)])
         quiet_libraries(world)
         found = show_data(config, args.show)
@@ -305,7 +307,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def all_commands() -> tuple[tuple[Callable[..., None], Callable[..., None], str], ...]:
-    """What each command runs, what can be written after it, and its line of help."""
+    """For each command: its function, the function that adds its arguments, its line of help."""
     return (
         (distill, arguments.add_recipe, "teach a student, or go on where a killed run stopped"),
         (finetune, arguments.add_recipe, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
@@ -351,7 +353,7 @@ def parser() -> arguments.Parser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments; words may stand after its options too."""
+    """The command's arguments. Words are allowed before and after options."""
     given = list(sys.argv[1:] if argv is None else argv)
     top, names = parser(), [run.__name__ for run, _, _ in all_commands()]
     top.check_command(given, names)
@@ -370,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     code = attempt(lambda: args.run(args), args.debug)
     if code is not None:
         leave(code)
-    # the last collection, at the end of the process, has nothing to free and takes a second
+    # without this, a last collection at the end of the process takes a second and frees nothing
     gc.freeze()
 
 

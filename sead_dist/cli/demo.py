@@ -1,7 +1,7 @@
-"""The demo: the whole way on the built-in task, offline, in two processes.
+"""The demo: fine-tuning and distillation on the built-in task, offline.
 
-Three teachers of different shapes, the same small student with and without them, three seeds each.
-Every figure is measured in the run; the settings were chosen for time and are kept here.
+It trains three teachers of different shapes. It trains a small student with and without them, with
+three seeds each. Every figure is measured in the run. The settings keep the time short.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from sead_dist.runtime.run_log import read_json
 TEACHER_SHAPES = ((2, 128, 4, 256), (3, 96, 3, 192), (4, 64, 4, 128))
 STUDENT_SHAPE = (2, 64, 2, 128)
 SEEDS = 3
-# whose folder it is, from before its first file
+# the first file of the demo's folder; it shows that the demo made the folder
 MARK = ".sead-dist-demo"
 TEACHER_WORDS = (
     "max_steps=450",
@@ -32,7 +32,7 @@ TEACHER_WORDS = (
     "micro_batch_size=16",
     "learning_rate=1e-3",
     "warmup_steps=0.3",
-    # no score is needed before the end: the average of the last weights is kept
+    # the average of the last weights is kept, so no score is needed before the end
     "eval_steps=450",
 )
 STUDENT_WORDS = (
@@ -43,7 +43,7 @@ STUDENT_WORDS = (
     "warmup_steps=0.3",
     "eval_steps=600",
 )
-# its text is enough
+# the task has enough unlabelled text, so no copies are made
 SOFT_WORDS = ("method=sead", "placement=partitioned", "augment.copies=null", "baseline=null")
 
 
@@ -63,8 +63,11 @@ def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) ->
 
 
 def write_inputs(output: Path, seed: int) -> None:
-    """The task's files and the shapes' YAML files, once. Raises UserError for a folder that holds
-    other files, or lacks some of these."""
+    """Write the task's files and the shapes' YAML files, unless they exist.
+
+    Raises UserError for a folder that holds other files, and for one that lacks the unlabelled
+    text.
+    """
     if (output / "shapes" / "student.yaml").is_file():
         take_former_text(output)
         return
@@ -81,8 +84,10 @@ def write_inputs(output: Path, seed: int) -> None:
 
 
 def take_former_text(output: Path) -> None:
-    """Give the unlabelled text of a folder that an older version began its present name too.
-    Raises UserError where there is none."""
+    """Copy the unlabelled text of an older version's folder to its present name.
+
+    Raises UserError where there is no unlabelled text.
+    """
     text, former = output / "task" / "unlabeled.tsv", output / "task" / "transfer.tsv"
     if text.is_file():
         return
@@ -111,7 +116,7 @@ def configure(output: Path, *words: str) -> RunConfig:
 
 
 def run_demo(output: Path, seed: int, world: World) -> None:
-    """Fine-tune, distil, and print the closing table. Given again, it goes on where it stopped."""
+    """Fine-tune, distil, and print the closing table. Called again, it goes on where it stopped."""
     from_main(world, lambda: write_inputs(output, seed))
     shapes = output / "shapes"
     encoders = [str(shapes / f"teacher-{index}.yaml") for index in range(len(TEACHER_SHAPES))]
@@ -158,7 +163,7 @@ def dev_scores(run: Path) -> dict[str, float]:
 
 
 def show(teachers: list[Path], alone: list[Path], taught: list[Path]) -> None:
-    """The closing table, from the scores that the runs wrote."""
+    """Print the closing table, from the scores that the runs wrote."""
     rows: list[list[object]] = []
     for index, run in enumerate(teachers):
         layers, width = TEACHER_SHAPES[index][:2]

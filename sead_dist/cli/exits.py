@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and the line that says why."""
+"""The end of a command: its exit code, and the line that gives the reason."""
 
 import os
 import sys
@@ -14,8 +14,13 @@ GRACE_S = 1.0
 
 
 def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
-    """None when `do` went well, else its exit code, the reason told in one line: 2 a person's
-    mistake, 3 a failure during a run, 130 an interrupt, 1 a bug. debug: its traceback too."""
+    """Call `do`. Returns None on success, else the exit code.
+
+    Rank 0 prints a mistake or failure in one line; other ranks print only that a rank was lost.
+    Exit codes: 2 for a person's mistake, 3 for a failure during a run, 130 for an interrupt, 1 for
+    a bug (its traceback is printed), 0 where standard output was closed. debug: whether the
+    traceback of a mistake or failure is printed too.
+    """
     try:
         with lines_shown():
             do()
@@ -26,16 +31,16 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
         if not _is_other_rank() or isinstance(error, LostRankError):
             print(f"sead-dist: {one_line(str(error))}", file=sys.stderr, flush=True)
         else:
-            # a launcher ends all ranks with the first: rank 0 has to say its line before
+            # a launcher ends all ranks once the first has ended; rank 0 must print its line before
             time.sleep(GRACE_S)
         return 2 if isinstance(error, UserError) else 3
-    except BrokenPipeError:  # `| head -1` has what it wanted
+    except BrokenPipeError:  # the reader has ended, as `| head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        machines = run_error(error)  # no traceback helps
+        machines = run_error(error)  # a failure of the environment, where a traceback does not help
         if machines is not None:
             if debug:
                 show_traceback(error)
@@ -47,14 +52,14 @@ def attempt(do: Callable[[], None], debug: bool = False) -> int | None:
 
 
 def _is_other_rank() -> bool:
-    """Whether there is a rank 0 that tells the same. (What is wrong may be the rank itself.)"""
+    """Whether another rank 0 prints the same error. RANK and WORLD_SIZE may be wrong here."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     whole = rank.isdecimal() and size.isdecimal()
     return 0 < int(rank) < int(size) if whole else rank.isdecimal() and int(rank) > 0
 
 
 def show_traceback(error: BaseException) -> None:
-    """The whole of it: also what stands behind an error that hides its cause."""
+    """Print the whole traceback, including causes that an error hides."""
     link: BaseException | None = error
     while link is not None:
         link.__suppress_context__ = link.__cause__ is not None
@@ -63,7 +68,7 @@ def show_traceback(error: BaseException) -> None:
 
 
 def leave(code: int) -> None:
-    """End at once: other threads and process groups may be in the middle of something."""
+    """End the process at once. Busy threads and process groups cannot block this."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

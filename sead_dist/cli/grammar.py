@@ -2,7 +2,7 @@
 
 A clause is `the NOUN was [NEGATOR] [DEGREE] ADJECTIVE`. Its score has the adjective's sign and a
 strength: 3 with a strong degree word ("very"), 2 without one, 1 with a weak one ("slightly"). A
-negator turns the sign and makes the strength 4 - strength ("not very good" is mildly negative).
+negator inverts the sign and makes the strength 4 - strength ("not very good" is mildly negative).
 A sentence is one clause or two:
 
     A                       the sign of A
@@ -10,13 +10,14 @@ A sentence is one clause or two:
     A but B                 the sign of B
     although A , B          the sign of B
 
-In the last two forms A and B always differ in sign, so counting words cannot solve them.
-("B although A" is left out: with it, encoders as small as the demo's, trained from nothing in
-seconds, often miss the rule altogether, and no teacher is worth following.)
+In the last two forms A and B always differ in sign, so counting words cannot solve them. The form
+"B although A" is left out. With it, encoders as small as the demo's, trained from random weights in
+seconds, often do not learn the rule, and then no teacher is good enough.
 
-For each adjective the seed sets aside a few nouns, negators and degree words. Every clause of the
-dev split (`validation`) uses only words that were set aside for its adjective, and no clause of
-the training or unlabelled text does: dev asks for known words in pairs never seen.
+For each adjective the seed reserves a few nouns, negators and degree words for the dev split
+(`validation`). Every clause of the dev split uses only words that are reserved for its adjective.
+No clause of the training split or of the unlabelled text does. So the words of the dev split are
+known, and their pairs are new.
 """
 
 import random
@@ -51,7 +52,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True)
 class Clause:
-    """One clause; `score` is its signed strength, -3 to 3 and never 0."""
+    """One clause. score: its signed strength, from -3 to 3 and never 0."""
 
     text: str
     score: int
@@ -59,7 +60,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Pools:
-    """The words that may stand beside one adjective in one part of the data."""
+    """The words that may occur with one adjective in one part of the data."""
 
     nouns: list[str]
     negators: list[str]
@@ -74,14 +75,15 @@ def write_grammar_task(
     unlabelled_rows: int = 6000,
     label_noise: float = 0.1,
 ) -> None:
-    """Write the whole task into `folder` (made if missing), the same bytes for the same arguments.
+    """Write the whole task into `folder`, which is made if missing.
 
-    Files: `train.tsv` and `validation.tsv` (header sentence, label), `unlabeled.tsv` (header
-    sentence), `task.yaml` (the task as a person's own) and `tokenizer/` (for AutoTokenizer). No
-    sentence occurs twice, within a file or between files.
+    The same arguments give the same bytes. Files: `train.tsv` and `validation.tsv` (header
+    sentence, label), `unlabeled.tsv` (header sentence), `task.yaml` (a task file as a user writes
+    it) and `tokenizer/` (for AutoTokenizer). No sentence occurs twice, within a file or between
+    files.
 
-    `label_noise` is the share of training labels that are turned round, as hurried annotators
-    would; the labels of validation are always right.
+    label_noise: the share of training labels that are flipped, as annotation errors are. The labels
+    of validation are always right.
     """
     rng = random.Random(seed)
     seen_pools, unseen_pools = _divide_words(rng)
@@ -113,7 +115,7 @@ def write_grammar_task(
 
 
 def grammar_tokenizer() -> BertTokenizer:
-    """A WordPiece tokenizer that knows every word of the grammar whole and any other by letters."""
+    """A WordPiece tokenizer. A word of the grammar is one token, others are split into letters."""
     words = {"the", "was", "and", "but", "although", ",", *NOUNS, *NEGATORS}
     for group in (*ADJECTIVES.values(), *DEGREES.values()):
         words.update(group)
@@ -138,7 +140,7 @@ def _divide_words(rng: random.Random) -> tuple[dict[str, Pools], dict[str, Pools
 def _draw_rows(
     pools: dict[str, Pools], count: int, taken: set[str], rng: random.Random
 ) -> list[tuple[str, int]]:
-    """`count` new (sentence, class index) rows; adds their sentences to `taken`."""
+    """`count` new rows (sentence, class index). Their sentences are added to `taken`."""
     rows: list[tuple[str, int]] = []
     while len(rows) < count:
         sentence, label = _draw_sentence(pools, rng)
@@ -176,7 +178,7 @@ def _draw_clause(pools: dict[str, Pools], rng: random.Random) -> Clause:
     adjective = rng.choice(ADJECTIVES[sign])
     pool = pools[adjective]
     negated = rng.random() < NEGATED
-    # "not slightly good" is hardly English: a negated clause takes a strong degree word or none.
+    # A negated clause has a strong degree word or none, since "not slightly good" is not English.
     strength = rng.choice((2, 3) if negated else (1, 2, 3))
     words = ["the", rng.choice(pool.nouns), "was"]
     if negated:

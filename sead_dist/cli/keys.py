@@ -1,4 +1,4 @@
-"""`sead-dist keys`: those of a run, then of a task's file, of a sweep and of a SLURM job."""
+"""`sead-dist keys`: the keys of a run, then of a task's file, of a sweep and of a SLURM job."""
 
 import json
 from collections.abc import Iterator
@@ -18,8 +18,10 @@ SLURM = "of `sead-dist submit`, as options (--gpus-per-node 8) or in the YAML fi
 
 
 def print_keys(asked: str | None) -> None:
-    """Print all keys, or those that `find_keys` finds, under headings. Raises UserError for
-    none."""
+    """Print all keys, or those that `find_keys` finds, under headings.
+
+    Raises UserError where none is found.
+    """
     known = [
         *all_keys(of_entries=True),
         *task_keys(),
@@ -33,8 +35,7 @@ def print_keys(asked: str | None) -> None:
 
 
 def task_keys() -> Iterator[Key]:
-    """The keys of a task's file, as the fields of TaskSpec say them; null stands where there is no
-    default."""
+    """The keys of a task's file, from the fields of TaskSpec. A missing default is null."""
     told = TypeAdapter(TaskSpec).json_schema()["properties"]
     for field in fields(TaskSpec):
         factory = field.default_factory

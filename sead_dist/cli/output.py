@@ -1,5 +1,4 @@
-"""What commands print: lines, warnings and tables that the packages below tell the logger
-`sead_dist`."""
+"""Printing of the lines, warnings and tables that other packages send to the logger `sead_dist`."""
 
 import logging
 import sys
@@ -8,8 +7,10 @@ from contextlib import contextmanager
 
 
 class Printed(logging.Handler):
-    """Prints a record as it is, on standard output; on standard error a warning, and what is told
-    `aside`. A table is drawn. A closed pipe is left to the command."""
+    """A handler that prints a record as it is, or draws its table, on standard output.
+
+    Warnings, and records with `aside`, go to standard error. The command handles a closed pipe.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         table = getattr(record, "table", None)
@@ -24,7 +25,10 @@ class Printed(logging.Handler):
 
 @contextmanager
 def lines_shown() -> Iterator[None]:
-    """Inside, what is told is printed, by nobody else; afterwards the logger is as it was."""
+    """Within the block, this handler alone prints the logger's records.
+
+    Afterwards the logger has its former state.
+    """
     logger = logging.getLogger("sead_dist")
     if any(isinstance(handler, Printed) for handler in logger.handlers):
         yield

@@ -32,7 +32,7 @@ from sead_dist.sweep.published import NOTE, WIDTHS, Figure, Width, sead_figures
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """One published checkpoint: its task, its student's start, and how long we train."""
+    """One published checkpoint: its task, its student's start, and the epochs of training."""
 
     name: str
     task: str
@@ -56,7 +56,7 @@ CHECKPOINTS = {
 
 
 def show_checkpoints() -> None:
-    """List what can be reproduced, with the published figures."""
+    """Print the checkpoints that can be reproduced, with the published figures."""
     rows: list[list[object]] = []
     for one in CHECKPOINTS.values():
         parts = [
@@ -116,7 +116,7 @@ def base_words(checkpoint: PublishedCheckpoint, words: Sequence[str]) -> list[st
 
 
 def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: int) -> RunConfig:
-    """The configuration of the student's run, in which each encoder stands `teachers` times. Raises
+    """The configuration of the student's run, with each encoder repeated `teachers` times. Raises
     UserError."""
     if teachers < 1:
         raise UserError(f"--teachers {teachers}: give at least 1")
@@ -133,8 +133,8 @@ def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: i
 
 
 def check_reach(name: str, config: RunConfig) -> None:
-    """Raises UserError where data, teachers, encoders or the student's start are neither here nor
-    on the hub. The error names each of them and how to give it."""
+    """Raises UserError where data, teachers, encoders or the student's start are neither on this
+    machine nor on the hub. The error names each of them and how to give it."""
     if config.push_to_hub:
         check_push(config.hub_model_id)
     missing: list[str] = []

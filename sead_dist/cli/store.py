@@ -1,5 +1,5 @@
-"""`sead-dist store ls | verify | compact | rm | export | import`: the prediction store as a person
-sees it."""
+"""`sead-dist store ls | verify | compact | rm | export | import`: commands on the prediction
+store."""
 
 import argparse
 import time
@@ -115,7 +115,7 @@ def merge(folder: Path) -> None:
 
 
 def tell_carried(target: str, found: Carried) -> None:
-    """Raises RunError where blocks were bad, and so are missing in the target."""
+    """Print what was copied. Raises RunError where bad blocks were left out of the target."""
     print_bad(found.bad)
     known = f", {count(found.known, 'block')} known already" if found.known else ""
     print(
@@ -137,7 +137,7 @@ def drop(
     keep_bytes: int | None,
     yes: bool,
 ) -> None:
-    """Print what would go and, with `yes`, remove it."""
+    """Print what is to be removed. Remove it where `yes` is True."""
     plan = plan_removal(
         folder, teacher=teacher, task=task, older_than_s=older_than_s, keep_bytes=keep_bytes
     )

@@ -1,9 +1,9 @@
-"""`sead-dist submit`: a run, one a seed, a student and its pool's workers, or the workers that
-share a sweep's runs, as SLURM jobs.
+"""`sead-dist submit`: SLURM jobs of a run, of a run for each seed, of a pool, or of a sweep.
 
-What can be wrong is looked for on the login node, before the queue. The workers of a pool are an
-array of jobs of their own, so they may be in another partition than the student, each is queued
-again by itself, and the student needs none in particular.
+A pool has one job for the student, and an array of jobs for its workers. So workers may be in
+another partition than the student, and each is queued again by itself. The student needs no
+particular worker. The jobs of a sweep share its runs. Mistakes are found on the login node, before
+a job is queued.
 """
 
 import re
@@ -27,13 +27,13 @@ from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
 from sead_dist.sweep.checks import check_runs, needs_rows, settle
 from sead_dist.sweep.grid import make_grid
 
-# of an array of runs
+# the number of seeds of one array is below this
 MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
 class RunToSubmit:
-    """One job to submit: the words of the run and what they mean."""
+    """One job to submit: the words of its run, and the configuration that they give."""
 
     name: str
     words: tuple[str, ...]
@@ -51,9 +51,10 @@ class RunToSubmit:
 
 
 def runs_to_submit(words: Sequence[str], seeds: str | None) -> tuple[Path, list[RunToSubmit]]:
-    """The output folder, and a run for each seed (OUTPUT/seed-N), or one.
+    """(the output folder, a run for each seed in OUTPUT/seed-N). Without seeds there is one run.
 
-    Raises UserError for words that cannot be, and for text that nothing can use."""
+    Raises UserError for a mistake in the words, and for unlabelled text that no teacher labels.
+    """
     config = load_config(words)
     refuse_unused_text(config)
     out = Path(config.output_dir)
@@ -68,7 +69,7 @@ def runs_to_submit(words: Sequence[str], seeds: str | None) -> tuple[Path, list[
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The numbers of "0-4" or "0,3,7-9". Raises UserError."""
+    """The numbers in a text such as "0-4" or "0,3,7-9". Raises UserError for another form."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
@@ -95,12 +96,12 @@ def submit(
     dry_run: bool,
     root: Path,
 ) -> list[jobs.Job]:
-    """Check and submit the run, a job for each seed; they are registered in `root`. With `dry_run`
-    only the sbatch file is printed. Runs that are finished are passed over.
+    """Check and submit the run, with one job for each seed. The jobs are registered in `root`.
 
-    Raises UserError for whatever is found wrong, sbatch's refusal included.
+    dry_run: print the sbatch file, and submit nothing. Finished runs are not submitted. Raises
+    UserError for a mistake in the run, and where sbatch refuses the job.
     """
-    # first, so that a word of the person's own counts
+    # this word comes first, so that a word of the user overrides it
     out, asked = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
     for one in asked:
         check_inputs(one.config)
@@ -126,8 +127,10 @@ def queue(
     dry_run: bool,
     root: Path,
 ) -> list[jobs.Job]:
-    """Submit as `enqueue` does, and print how to follow the jobs; with `dry_run` only print the
-    sbatch file."""
+    """Submit as `enqueue` does, and print the command that follows each job.
+
+    dry_run: print the sbatch file, and submit nothing.
+    """
     if dry_run:
         print(sbatch_file(launches, settings, name))
         return []
@@ -145,12 +148,12 @@ def submit_pool(
     dry_run: bool,
     root: Path,
 ) -> list[jobs.Job]:
-    """Submit the workers, and the student to start when the first of them has. With `dry_run` only
-    the sbatch files are printed.
+    """Submit the workers, and the student, which starts after the first worker has started.
 
-    Raises UserError for whatever is found wrong; no job is left in the queue then.
+    dry_run: print the sbatch files, and submit nothing. Raises UserError for a mistake in the run,
+    and where sbatch refuses a job. Then jobs that are queued already are cancelled.
     """
-    # first, so that a word of the person's own counts
+    # this word comes first, so that a word of the user overrides it
     words = ("placement=pool", *words)
     out, (student,) = runs_to_submit(words, None)
     if not student.config.pooled:
@@ -173,7 +176,7 @@ def submit_pool(
     made = queue(launches, own, f"{out.absolute().name}-teachers", dry_run, root)
     if dry_run:
         return submit(words, settings, None, dry_run, root)
-    # a student that waits in a job of its own while its workers are in the queue wastes nodes
+    # a student that runs while its workers are still in the queue wastes nodes
     later = {"dependency": f"after:{made[0].job}", **settings.sbatch}
     try:
         waiting = settings.model_copy(update={"sbatch": later})
@@ -186,7 +189,7 @@ def submit_pool(
 
 
 def launches_of(student: RunToSubmit, workers: int, folder: Path) -> dict[str, Launch]:
-    """A launch for each worker of this student's pool, by the name of its job."""
+    """By job name, the launch of each worker of this student's pool."""
     (run,) = student.runs
     return {
         f"{student.name}/worker-{number}": Launch(
@@ -201,8 +204,11 @@ def launches_of(student: RunToSubmit, workers: int, folder: Path) -> dict[str, L
 
 
 def forget_refused(run: Path) -> None:
-    """What an earlier student expected does not count, since workers that start before the next one
-    would end by it: of its store, and, where it never took a step, of its teachers."""
+    """Remove what an earlier student of this run directory expected of its workers.
+
+    New workers would compare themselves with it and end. It is the earlier student's store, and
+    its teachers where the run has no progress. Nothing is removed while a student runs.
+    """
     if not run.is_dir():
         return
     with try_lock(run / ".lock") as free:
@@ -215,12 +221,12 @@ def forget_refused(run: Path) -> None:
 def submit_sweep(
     words: Sequence[str], settings: slurm.SlurmSettings, workers: int, dry_run: bool, root: Path
 ) -> list[jobs.Job]:
-    """Check the sweep and submit its workers, OUTPUT/worker-0, ...; they are registered in `root`.
-    With `dry_run` only the sbatch file is printed. A sweep that is done is passed over.
+    """Check the sweep, and submit its workers OUTPUT/worker-0, ... They are registered in `root`.
 
-    Raises UserError for whatever is found wrong, sbatch's refusal included.
+    dry_run: print the sbatch file, and submit nothing. A finished sweep is not submitted. Raises
+    UserError for a mistake in the sweep, and where sbatch refuses the jobs.
     """
-    # first, so that a word of the person's own counts
+    # this word comes first, so that a word of the user overrides it
     asked = (f"preemption_notice_s={settings.signal_delay}", *words)
     grid = make_grid(asked)
     check_runs(grid)

@@ -1,9 +1,10 @@
-"""The fine-tuned student that a run is compared with, and what it says of the run.
+"""The fine-tuned student that a run is compared with (the baseline).
 
-It is a run of its own in RUN/baseline, made before the teachers are asked, or the run that
-`baseline` names. Before the first step it stands beside the ensemble, on the rows that teachers are
-validated on: is there anything to learn? At the end it says what the student kept of the gap.
-Beside the run's ensemble stands the one whose weights are fitted to those rows (`fitted`).
+The baseline is a run of its own in RUN/baseline, or the run that `baseline` names. Its own run is
+made after the teachers are validated and before the first step. Before the first step, the ensemble
+is compared with the baseline on the selection split: the gap is what the student can learn. At the
+end, the log gives the share of this gap that the student keeps. A second comparison is of two
+ensembles: the weights of one are equal, those of the other are fitted to the selection split.
 
 Shapes: N teachers, B rows of the selection split, C classes.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
@@ -37,24 +38,28 @@ from sead_dist.runs.checks import without_teachers_text
 from sead_dist.runtime.run_log import is_finished, read_as
 
 FILE = "learnable.json"
-# a smaller gap is not worth a run: one point
+# one point; a smaller gap is not worth a run
 WORTH = 0.01
 OWN = "auto"
 FOLDER = "baseline"
-# a step on gold labels alone takes about half of one whose teachers are asked, so that a fifth of
-# the steps is a tenth of the time. Where a store has the answers it is up to a fifth
+# The baseline has at most a fifth of the run's steps. A step on gold labels alone takes about half
+# the time of a step with teachers, so this is about a tenth of the run's time. It is up to a fifth
+# where the store has the teachers' answers.
 MOST_OF_STEPS = 5
 SECOND = "fitted"
-# each part of the rows is scored by weights that are fitted to the others
+# each part of the rows is scored with weights that are fitted to the other parts
 PARTS = 5
 
 
 @dataclass(frozen=True)
 class SecondEnsemble:
-    """The mean of the teachers' probabilities (or scores) with equal weights and with fitted ones,
-    on selection rows that all of them answer. fitted: of rows that its weights were not fitted to.
-    gap: of the fitted one over the equal one, with its 95% interval over rows. weights: by teacher,
-    fitted to all of the rows, as `ensemble=fitted` would have them."""
+    """Scores of the teachers' mean probabilities (or scores), with equal and with fitted weights.
+
+    The rows are the labelled selection rows that every teacher answers. fitted: each row is scored
+    with weights that were not fitted to it. gap: `fitted` minus `equal`. interval: the 95% interval
+    of the gap over rows. weights: of each teacher, fitted to all of the rows, as `ensemble=fitted`
+    does.
+    """
 
     rows: int
     equal: float
@@ -66,9 +71,12 @@ class SecondEnsemble:
 
 @dataclass(frozen=True)
 class Learnable:
-    """Scores on the selection split under `metric`. finetuned: of the student that `baseline`
-    names, None without one. gap: of the ensemble over it, or over the majority baseline, with
-    its 95% interval over rows. verdict: yes, no, or cannot be told."""
+    """Scores on the selection split under `metric`, and whether there is anything to learn.
+
+    finetuned: the score of the fine-tuned student; None without one. gap: the ensemble's score
+    minus `finetuned`, or minus the score of the majority baseline where `finetuned` is None.
+    interval: the 95% interval of the gap over rows. verdict: "yes", "no" or "cannot be told".
+    """
 
     metric: str
     rows: int
@@ -84,13 +92,13 @@ class Learnable:
 
 
 class Told(TypedDict):
-    """Of a run's scores.json."""
+    """The part of a run's scores.json that is read here."""
 
     task: str
 
 
 def verdict(interval: tuple[float, float]) -> str:
-    """Whether a gap with this interval is there."""
+    """Whether the gap with this interval is real: "yes", "no" or "cannot be told"."""
     low, high = interval
     if low > 0:
         return "yes"
@@ -141,7 +149,10 @@ def weigh_up(
     ensemble_BC: NDArray[np.float32],
     finetuned_BC: NDArray[np.float32] | None,
 ) -> Learnable:
-    """What there is to learn. scores_N: of the teachers, on the same rows."""
+    """Compare the ensemble with the fine-tuned student, or with the majority baseline without one.
+
+    scores_N: the teachers' scores on the selection split.
+    """
     metric = task.metrics[0]
     reference_BC = constant_logits(task, selection) if finetuned_BC is None else finetuned_BC
     gap = paired_gap(metric, task.task_kind, ensemble_BC, reference_BC, selection)
@@ -166,8 +177,11 @@ def weigh_up(
 def second_ensemble(
     task: TaskSpec, selection: ExampleSet, names_N: Sequence[str], logits_NBC: NDArray[np.float32]
 ) -> SecondEnsemble | None:
-    """Fitted weights beside equal ones; None below two teachers, and where fewer labelled rows than
-    `fitted` needs are answered by all (logits_NBC: NaN without an answer)."""
+    """Scores of the ensemble with fitted and with equal weights.
+
+    logits_NBC: NaN where a teacher has no answer. None with fewer than two teachers, and where all
+    teachers together answer fewer labelled rows than `fitted` needs.
+    """
     rows_B = np.flatnonzero(~np.isnan(logits_NBC).any(axis=(0, 2)) & has_label(selection.labels_B))
     examples, logits_NBC = subset(selection, rows_B), logits_NBC[:, rows_B]
     if len(names_N) < 2 or len(rows_B) < WEIGHTINGS[SECOND].fewest_rows:
@@ -197,7 +211,7 @@ def second_ensemble(
 def fit(
     names_N: Sequence[str], logits_NBC: NDArray[np.float32], labels_B: NDArray[Any]
 ) -> torch.Tensor:
-    """weights_N, of sum 1."""
+    """weights_N, fitted to the labels; their sum is 1."""
     given = [1.0] * len(names_N)
     known = Known(given, names=names_N, logits_NBC=logits_NBC, labels_B=labels_B)
     return frozen_weights(SECOND, known)
@@ -214,7 +228,7 @@ def weighted(
 
 
 def told_second(found: SecondEnsemble, metric: str) -> str:
-    """The line of the log."""
+    """The line of the log on equal and fitted weights."""
     weights = ", ".join(f"{name} {weight:.3f}" for name, weight in found.weights.items())
     low, high = found.interval
     return (
@@ -226,7 +240,7 @@ def told_second(found: SecondEnsemble, metric: str) -> str:
 
 
 def told(found: Learnable) -> str:
-    """The line of the log."""
+    """The line of the log on what there is to learn."""
     line = f"is there anything to learn? {found.metric} on {found.rows} selection rows: "
     line += f"majority baseline {found.majority:.4f}, "
     if found.finetuned is not None:
@@ -242,9 +256,11 @@ def told(found: Learnable) -> str:
 
 
 def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
-    """For each split that the baseline was scored on too: the fine-tuned student, the student, the
-    ensemble, and the share of the gap between the first and the last that the student keeps, where
-    there is a gap."""
+    """Scores by split, for each split that the baseline was scored on too.
+
+    finetuned, student, ensemble: the scores under `metric`. share: the share of the gap between
+    `finetuned` and `ensemble` that the student keeps; it is left out where there is no gap.
+    """
     before = read_as(Scores, baseline / "scores.json")["splits"]
     shares: dict[str, dict[str, float]] = {}
     for split, of in scores.items():
@@ -260,7 +276,7 @@ def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str
 
 
 def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
-    """Lines on what was kept of the gap."""
+    """Lines on the share of the gap that the student keeps."""
     return [
         f"{split}: fine-tuned student {of['finetuned']:.4f}, student {of['student']:.4f}, ensemble "
         f"{of['ensemble']:.4f}; share of the gap that is kept: "
@@ -270,7 +286,10 @@ def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
 
 
 def baseline_folder(config: RunConfig) -> Path | None:
-    """The run directory of the fine-tuned student; None where there is none."""
+    """The run directory of the fine-tuned student; None without one.
+
+    The run's own baseline counts once it is finished.
+    """
     if config.baseline != OWN:
         return None if config.baseline is None else Path(config.baseline)
     own = Path(config.output_dir) / FOLDER
@@ -278,8 +297,11 @@ def baseline_folder(config: RunConfig) -> Path | None:
 
 
 def own_baseline(config: RunConfig) -> RunConfig:
-    """The same student on the same labelled rows without teachers, for as many steps as fine-tuning
-    takes by itself."""
+    """The configuration of the run's own baseline.
+
+    It trains the same student on the same labelled rows without teachers. Its number of steps is
+    the one that fine-tuning chooses by itself.
+    """
     untaught = {key: RunConfig.model_fields[key].get_default() for key in METHOD_KEYS}
     own = without_teachers_text(
         config.model_copy(
@@ -298,14 +320,17 @@ def own_baseline(config: RunConfig) -> RunConfig:
             }
         )
     )
-    if own.augment.copies is None:  # else it would be told that keys of copies are not read
+    if own.augment.copies is None:  # else the log warns that keys of copies are not read
         own = own.model_copy(update={"augment": AugmentConfig(copies=None)})
     return own
 
 
 def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
-    """Steps of the run's own baseline; 0 where none is to be made: another is named, or none is
-    wanted, or the rows have no labels, or teachers are not validated."""
+    """Steps of the run's own baseline; 0 where none is made.
+
+    None is made where `baseline` is null or names a run, where no teacher is asked, where the
+    teachers are not validated, and where rows have no gold labels.
+    """
     validates = config.validates or asks_selection(config)
     if config.baseline != OWN or not config.taught or not validates:
         return 0
@@ -320,8 +345,10 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
 def needs_own_baseline(
     config: RunConfig, examples: RunExamples, total_steps: int, say: Callable[[str], None]
 ) -> bool:
-    """Whether the own baseline of a run of so many steps is to be made; a line where it would take
-    too long."""
+    """Whether the run makes its own baseline. `say` gets a line where that takes too long.
+
+    total_steps: the steps of the run.
+    """
     steps = baseline_steps(config, examples)
     if not steps or baseline_folder(config) is not None:
         return False
@@ -336,7 +363,7 @@ def needs_own_baseline(
 
 
 def told_baseline(config: RunConfig, examples: RunExamples) -> str:
-    """The line of the log before it is made."""
+    """The line of the log before the run's own baseline is made."""
     return (
         f"first a fine-tuned student to compare with: {baseline_steps(config, examples)} steps "
         f"without teachers, in {Path(config.output_dir) / FOLDER} (baseline=null: none)"

@@ -41,8 +41,11 @@ from sead_dist.training.identity import Identity
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What a run reads. read: the examples of its files, and their copies. examples: those of them
-    that it uses. model: the student at its start."""
+    """What a run reads.
+
+    read: the examples of its files, and their copies. examples: the part of `read` that the run
+    uses. inputs: what the student is fed. model: the student before its first step.
+    """
 
     config: RunConfig
     task: TaskSpec
@@ -53,11 +56,14 @@ class CheckedRun:
     teachers: list[Teacher]
 
     def identity(self, world: World) -> Identity:
-        """What decides that a run is the same run. Every rank calls this; rank 0 hashes the files
-        of the start."""
+        """The facts that identify the run: two runs with equal identities are the same run.
+
+        Every rank calls this. Rank 0 hashes the files of the student's start.
+        """
         start = from_main(world, lambda: run_start_hash(self.config))
         manifests = [teacher.manifest() for teacher in self.teachers]
-        # files of predictions decide which rows they answer, and the manifests identify these files
+        # The fingerprint is of `read`, not of `examples`. Files of predictions decide which rows
+        # are left out, and the manifests identify these files.
         rows = self.read.fingerprint(self.task)
         return Identity.of(self.config, rows, manifests, start, self.examples.copies)
 
@@ -72,10 +78,10 @@ def check_run(
 ) -> CheckedRun:
     """Read and check a run that trains a student. Every rank calls this. Nothing is written.
 
-    say: gets the lines about data and student. ranks, device: those of the run, where it is planned
-    for others than the present ones. folders: the folders that every node must see (key -> folder),
-    for a run that begins now. None for a plan, which does not ask the hub about an upload. Raises
-    UserError, on every rank, for a mistake in the configuration, the files or the models.
+    say: gets the lines about data and student. ranks, device: those of the planned run, where they
+    differ from the present ones. folders: the folders that every node must see (key -> folder).
+    It is None for a plan; then the hub is not asked about an upload. Raises UserError, on every
+    rank, for a mistake in the configuration, the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
@@ -102,11 +108,11 @@ def read_run(
     ranks: int | None = None,
     learns: bool = True,
 ) -> CheckedRun:
-    """Read task, data, student and teachers, and check them against each other and the keys that
-    concern them. Every rank calls this.
+    """Read task, data, student and teachers, and check that they fit each other and their keys.
 
-    learns: False where no student is trained (`labels`). Then unlabelled rows that no teacher
-    answers are kept, and a teacher need not give hidden states. Raises UserError as `check_run`.
+    Every rank calls this. learns: False where no student is trained (`labels`). Then unlabelled
+    rows that no teacher answers are kept, and a teacher need not give hidden states. Raises
+    UserError as `check_run` does.
     """
     world.at("reading the data and the student")
     task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config, say))
@@ -128,8 +134,10 @@ def read_run(
 
 
 def check_setting(config: RunConfig, world: World, ranks: int, device: torch.device) -> None:
-    """Check what depends only on the settings and this machine, before anything is read. A
-    tracker's package is looked for, and not started. Raises UserError."""
+    """Check what depends only on the settings and this machine. Nothing is read before.
+
+    This checks that a tracker's package is installed, and does not start it. Raises UserError.
+    """
     check_tracker(config.report_to)
     if config.push_to_hub:
         from_main(world, lambda: check_push_here(config.hub_model_id))

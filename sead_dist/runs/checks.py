@@ -1,8 +1,10 @@
-"""What is told of a run before any long work: whether it is finished, what is wrong with its keys,
-files and checkpoints, and the runs that `encoders` stand for.
+"""Checks of a run before any long work.
 
-Nothing here needs torch but `check_inputs` and `check_checkpoints`: the command of a finished run,
-given again, ends in a second or two.
+They find whether the run is finished, and mistakes in its keys, files and checkpoints. The file
+also makes the configuration of the run of each encoder.
+
+Only `check_inputs` and `check_checkpoints` need torch. So the command of a finished run, given
+again, ends in a second or two.
 """
 
 import logging
@@ -27,10 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 def nothing_to_do(config: RunConfig) -> str | None:
-    """What to say where the output folder holds this very run, finished; None where there is work.
-    Rank 0 alone calls this.
+    """The line for a run that is finished already; None where there is work.
 
-    Raises UserError where the folder holds something else, or `config` is none of a distillation.
+    Rank 0 alone calls this. Raises UserError where the output folder holds something else, and
+    where `config` is not of a distillation.
     """
     refuse_encoders(config)
     refuse_unused_text(config)
@@ -38,20 +40,21 @@ def nothing_to_do(config: RunConfig) -> str | None:
         return None
     run = Path(config.output_dir)
     kept = read_run_config(run) if (run / "config.yaml").is_file() else None
-    # a kill may have come between its end and this; what was asked for then decides
+    # The run may have been killed after its end and before it removed its training state. The key
+    # `keep_training_state` of that run decides.
     if kept is None or not kept.get("keep_training_state"):
         drop_training_state(config)
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
     if not config.push_to_hub or (run / PUSHED).is_file():
         return line
-    # it was killed before its upload, or the hub refused it
+    # the run was killed before its upload, or the hub refused the upload
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"
 
 
 def refuse_encoders(config: RunConfig) -> None:
-    """Raises UserError for what a fine-tuning starts from in a distillation."""
+    """Raises UserError where a distillation has `encoders`, which only a fine-tuning reads."""
     if config.encoders:
         raise UserError(
             "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
@@ -59,8 +62,12 @@ def refuse_encoders(config: RunConfig) -> None:
 
 
 def refuse_unused_text(config: RunConfig) -> None:
-    """Raises UserError for unlabelled text, or copies without gold labels, in a run that asks no
-    teacher: such rows would fill the batches and teach nothing. (`augment.copies=auto` is none.)"""
+    """Raises UserError for unlabelled text, or copies without gold labels, where no teacher is
+    asked.
+
+    A student learns nothing from such rows without teachers. `augment.copies=auto` is allowed: it
+    makes no copies then.
+    """
     if config.taught:
         return
     copies, rest = config.augment.copies, config.unlabeled.rest
@@ -84,10 +91,13 @@ def refuse_unused_text(config: RunConfig) -> None:
 
 
 def refuse_untaught(config: RunConfig) -> None:
-    """Raises UserError for `distill` without teachers by a method that asks them: it would train on
-    the gold labels alone, which nobody asked for."""
+    """Raises UserError for `distill` without teachers, where the method asks teachers.
+
+    Such a run would train on the gold labels alone, and its configuration does not ask for that.
+    """
     method = {} if config.method is None else read_method(config.method)
-    # a teacher's own run is of method=finetune, and keeps the ensemble that its students have
+    # The run of a teacher has method=finetune, and may keep its students' key `ensemble`. So the
+    # method's file decides here, not the key.
     by_labels = method.get("ensemble") == NO_ENSEMBLE
     if not config.teachers and config.asks_teachers and not by_labels:
         raise UserError(
@@ -97,11 +107,12 @@ def refuse_untaught(config: RunConfig) -> None:
 
 
 def teacher_runs(config: RunConfig) -> list[RunConfig]:
-    """The run of each encoder: OUTPUT/teacher-0, teacher-1, ... with seeds seed, seed + 1, ...
+    """The configuration of each encoder's run.
 
-    Where neither length nor patience is given each trains until it has converged
-    (config/automatic.py). Raises UserError for a key of an encoder's entry that only means
-    something to a teacher, and warns of folds that no teacher leaves out.
+    Their folders are OUTPUT/teacher-0, teacher-1, ..., their seeds seed, seed + 1, ... Where
+    neither length nor patience is given, each trains until its selection loss stops falling
+    (config/automatic.py). A warning names folds that no teacher leaves out. Raises UserError for a
+    key of an encoder's entry that only a teacher has.
     """
     check_encoders(config)
     count, folds = len(config.encoders), config.folds or 0
@@ -114,7 +125,7 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
         )  # fmt: skip
     patience = config.early_stopping_patience
     unsaid = config.num_train_epochs is None and config.max_steps is None
-    # the average is of the last steps, which must be known before
+    # the average is over the last steps of the run, so its length must be known from the start
     if patience is None and unsaid and config.final_checkpoint != "average":
         patience = PATIENCE
     return [
@@ -135,16 +146,18 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
 
 
 def teacher_layers(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The layers of a student's configuration without what is the student's alone: what it asks of
-    teachers (another temperature, the same teachers), the text that only they can label, the
-    layers that it takes of its start, and how that is repaired."""
+    """The layers of a student's configuration, without the keys that only the student has.
+
+    These are the keys on its teachers (such as temperature and teachers), on text that only
+    teachers can label, on the layers that it takes from its start, and on the repair of its start.
+    """
     own = ("method", "teacher_column", "unlabeled", "augment", "repair", *METHOD_KEYS)
     plain = [{key: layer[key] for key in layer if key not in own} for layer in layers]
     return [*plain, {"student": {"layers": None}}]
 
 
 def check_encoders(config: RunConfig) -> None:
-    """Raises UserError for a key of an encoder's entry that only means something to a teacher."""
+    """Raises UserError for a key of an encoder's entry that only a teacher has."""
     for encoder in config.encoders:
         plain = TeacherConfig(path=encoder.path, revision=encoder.revision)
         for key, value in encoder.model_dump().items():
@@ -164,8 +177,10 @@ def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> Studen
 
 
 def without_teachers_text(config: RunConfig) -> RunConfig:
-    """The configuration of a run that asks no teacher without the rows that only a teacher can say
-    something of: unlabelled text, and copies without gold labels."""
+    """The same configuration; where no teacher is asked, without the rows that only teachers label.
+
+    Such rows are unlabelled text, and copies without gold labels.
+    """
     if config.taught:
         return config
     text = config.unlabeled.model_copy(update={"path": None, "rest": None, "ratio": None})
@@ -175,8 +190,10 @@ def without_teachers_text(config: RunConfig) -> RunConfig:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """What is quickly told of a run before it is queued: task, method, files and checkpoints.
-    Checkpoints of the hub are fetched, since a node may have no network. Raises UserError."""
+    """Check task, method, files and checkpoints of a run before it is queued.
+
+    Checkpoints of the hub are fetched, since a node may have no network. Raises UserError.
+    """
     from sead_dist.models.student import check_start
     from sead_dist.objectives.ensemble import check_method
 
@@ -188,13 +205,13 @@ def check_inputs(config: RunConfig) -> None:
     check_files(config, task)
     check_checkpoints(config)
     check_predictions(config)
-    # a shape without a tokeniser of its own takes a teacher's, which is not looked for here
+    # a shape without a tokeniser of its own takes a teacher's tokeniser, which is not checked here
     if config.student.path is not None or config.student.tokenizer is not None:
         check_start(config.student, config.trust_remote_code)
 
 
 def check_files(config: RunConfig, task: TaskSpec) -> None:
-    """Raises UserError for a file of data or of text that is not there."""
+    """Raises UserError for a file of data or of text that does not exist."""
     first_dev = list(task.splits)[1]
     given = {"train": config.data.train, first_dev: config.data.validation}
     for split in task.splits:
@@ -212,8 +229,10 @@ def check_files(config: RunConfig, task: TaskSpec) -> None:
 
 
 def check_checkpoints(config: RunConfig) -> None:
-    """Raises UserError for a teacher or an encoder whose files are not found. Those of the hub are
-    fetched."""
+    """Fetch the teachers and encoders that are on the hub.
+
+    Raises UserError for a teacher or an encoder whose files are not found.
+    """
     from sead_dist.teachers.language_model import find_model
 
     for entry in (*config.teachers, *config.encoders):
@@ -224,7 +243,7 @@ def check_checkpoints(config: RunConfig) -> None:
 
 
 def check_predictions(config: RunConfig) -> None:
-    """Raises UserError for a file of predictions that is not there."""
+    """Raises UserError for a file of predictions that does not exist."""
     for entry in config.teachers:
         if entry.predictions is not None and not Path(entry.predictions).exists():
             raise UserError(f"predictions={entry.predictions} does not exist; give a file")

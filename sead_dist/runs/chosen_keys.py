@@ -1,4 +1,4 @@
-"""What a run takes for the keys that are left to it, once its rows and its student are known."""
+"""The values of keys that are null or auto, once a run's rows and student are known."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ from sead_dist.training.engine import width_of
 
 
 def with_chosen_keys(config: RunConfig, examples: RunExamples) -> RunConfig:
-    """The configuration with what its `null` and `auto` stand for in steps and final checkpoint."""
+    """The configuration with the values of max_steps, final_checkpoint and eval_steps filled in."""
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
@@ -47,8 +47,10 @@ def told_chosen_keys(
     model: PreTrainedModel,
     world: World,
 ) -> list[str]:
-    """Lines on the length of the run, its learning rate and which student is kept. tokens: of the
-    training rows, asked for where the time of a step is known."""
+    """Lines on the length of the run, its learning rate and the student that is kept.
+
+    tokens: gives the tokens of the training rows. It is called where the time of a step is known.
+    """
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
@@ -72,8 +74,10 @@ def known_step_seconds(
     model: PreTrainedModel,
     world: World,
 ) -> float | None:
-    """Seconds of a step of the student, where its rate is remembered of this machine (`plan`
-    measures it). Rows are taken to be of the mean length."""
+    """Seconds of a step of the student; None where `plan` has not measured it on this machine.
+
+    The estimate takes every row to have the mean length.
+    """
 
     def find() -> float | None:
         key = student_key(model, config, task.kind, this_machine(world.device))
@@ -88,8 +92,10 @@ def known_step_seconds(
 
 
 def told_end(state: TrainState, most: int, epoch: int) -> str:
-    """Where a run with early_stopping_patience ended. most: steps that it might have taken; epoch:
-    steps of one."""
+    """The line on the end of a run with early_stopping_patience.
+
+    most: the largest number of steps that the run could take. epoch: the steps of one epoch.
+    """
     line = f"ended after {state.step} of at most {most} steps ({state.step / epoch:.3g} epochs)"
     if state.lowest_loss is None or state.lowest_step is None:
         return line

@@ -1,7 +1,8 @@
-"""Whose run an output folder holds: nothing of another run is ever written over.
+"""Which run an output folder holds. Nothing of another run with progress is overwritten.
 
-run.json is the claim; a claim without progress (a run that was refused before it had trained)
-gives way to a new one. A lock keeps a second process out while one is at work.
+run.json records the run (the claim). A claim without progress, such as that of a run that was
+refused before it trained, is replaced by a new one. A lock excludes a second process while one
+writes.
 """
 
 import fcntl
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.automatic import final_checkpoint
 from sead_dist.config.mistakes import as_yaml
@@ -40,28 +41,31 @@ from sead_dist.runtime.run_log import (
 )
 from sead_dist.training.identity import RULES, Identity, refuse_other, rules_of
 
-# what a run leaves before its first checkpoint; a new claim starts without it
+# files that a run writes before its first checkpoint; the claim of another run removes them
 EARLY_FILES = (
     *("metrics.jsonl", "log.txt", "progress.json"),
     *("teacher_validation.json", "teacher_manifest.json", "ensemble.json", "learnable.json"),
 )
 
-# where data given from Python lie; a name with a dot: what a start that is refused leaves is no
-# other run
+# The folder of data that are given from Python. Its name begins with a dot, so `holds_run` ignores
+# it: a start that was refused may leave it.
 KEPT_DATA = ".data"
 
-# where a student leaves word for workers of its pool
+# the file that tells a pool's workers which store their student reads
 FOLLOWED = Path(".pool") / "student.json"
 
 
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
-    """Teachers as they were written, placement aside, and the kind that all once had."""
+    """The entries of teachers as they were given, without placement.
+
+    The kind MODEL is left out, since runs of older versions have no kind.
+    """
     given = [entry.model_dump(mode="json", exclude={"placement"}) for entry in config.teachers]
     return [{k: v for k, v in one.items() if (k, v) != ("kind", MODEL)} for one in given]
 
 
 def has_progress(run: Path) -> bool:
-    """Whether there is anything here that took long to make."""
+    """Whether the run is finished, has a checkpoint, or has logged a training step."""
     if is_finished(run) or any((run / "checkpoints").glob("*-*[0-9]")):
         return True
     return any(record.get("event") == "train" for record in read_metrics(run))
@@ -70,19 +74,20 @@ def has_progress(run: Path) -> bool:
 def holds_run(run: Path) -> bool:
     """Whether there is a run in this folder; False where it is new or empty.
 
-    Raises UserError where it holds something else, or is not ours.
+    Raises UserError where it holds something else, or belongs to another user.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir={run} is a file; give a folder")
     if not run.is_dir():
         return False
     if run.stat().st_uid != os.getuid():
-        # what a resume reads from it would be somebody else's
+        # a resume would read files that another user wrote
         raise UserError(
             f"output_dir={run} belongs to user {run.stat().st_uid}, and you are {os.getuid()}; "
             "give a folder of your own"
         )
-    # names with a dot: the lock, and files aside, of a process killed before its claim
+    # Names that begin with a dot are the lock and unfinished files. A process that was killed
+    # before its claim leaves them.
     if all(path.name.startswith(".") for path in run.iterdir()):
         return False
     if not (run / "run.json").is_file():
@@ -93,10 +98,10 @@ def holds_run(run: Path) -> bool:
 
 
 def already_finished(config: RunConfig) -> bool:
-    """Whether the output folder holds this very run, finished. Reads, never writes, and asks
-    nothing of the network: what is on the hub and not on this machine is taken to be as it was.
+    """Whether the output folder holds this run, finished.
 
-    Raises UserError where it holds something else.
+    The function writes nothing and does not use the network. Files that are on the hub and not on
+    this machine are taken to be unchanged. Raises UserError where the folder holds something else.
     """
     run = Path(config.output_dir)
     if not holds_run(run):
@@ -108,10 +113,10 @@ def already_finished(config: RunConfig) -> bool:
     check_model(run)
     task = load_task(config.task)
     data, start, examples = saved.data, saved.start, None
-    if config.data.path is not None or config.data.train is not None:  # else they are the hub's
+    if config.data.path is not None or config.data.train is not None:  # else the hub has the data
         examples = load_examples(config, task, lambda _line: None)
         data = examples.fingerprint(task)
-    with suppress(UserError):  # a start that is gone now is not another one
+    with suppress(UserError):  # a start whose files are gone does not count as changed
         start = run_start_hash(config, offline=True)
     refuse_other(run, saved, replace(saved.with_data(data), start=start))
     refuse_other_scoring(config, examples)
@@ -119,9 +124,11 @@ def already_finished(config: RunConfig) -> bool:
 
 
 def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> None:
-    """Raises UserError where the run in the output folder keeps the best of the students that it
-    scores, and now would score others. examples: None where a finished run's are not known;
-    then what it has chosen counts."""
+    """Raises UserError where a run that keeps its best student would now score it at other steps.
+
+    examples: None where they are not known, as for a finished run. Then the final checkpoint that
+    the run recorded counts.
+    """
     run = Path(config.output_dir)
     if not (run / "config.yaml").is_file() or not has_progress(run):
         return
@@ -150,7 +157,7 @@ def check_model(run: Path) -> None:
         for path in weight_files(locate(str((run / "model").absolute()))):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="numpy"):
-                    continue  # a file that is cut off or empty cannot be opened
+                    continue  # opening a truncated or empty file raises
     except (UserError, SafetensorError, OSError) as error:
         raise UserError(
             f"output_dir={run} holds this run, finished, and its model is gone ({error}); restore "
@@ -165,16 +172,18 @@ def drop_training_state(config: RunConfig) -> None:
 
 
 def refuse_other_keys(config: RunConfig) -> Identity | None:
-    """Whose run the output folder holds, None where there is no progress. Data are not looked at.
+    """The identity of the run in the output folder; None without one, or without progress.
 
-    Raises UserError where its keys are others.
+    Data are not compared. Raises UserError where the run has other keys than `config`.
     """
     run = Path(config.output_dir)
     if not (run / "run.json").is_file() or not has_progress(run):
         return None
     saved = Identity.read(run / "run.json")
     rules = rules_of(config)
-    if teachers_of(run) != given_teachers(config):  # these are the difference, and are told as such
+    # With other teachers their own rules differ too. These are left out of the comparison, so that
+    # the error names the teachers.
+    if teachers_of(run) != given_teachers(config):
         own = {name: version for name, version in saved.rules.items() if name not in RULES}
         rules = {**own, **{name: rules[name] for name in RULES}}
     refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules))
@@ -182,13 +191,13 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
 
 
 def teachers_of(run: Path) -> list[dict[str, Any]]:
-    """The entries of teachers that the run in this folder was given."""
+    """The entries of teachers that were given to the run in this folder."""
     given = read_as(list[dict[str, Any]], run / "run.json", "teachers_given")
     return [renamed(entry, "teachers.") for entry in given]
 
 
 def refuse_other_teachers(config: RunConfig) -> None:
-    """Raises UserError where a finished run was given other teachers."""
+    """Raises UserError where a finished run has other teachers, or teachers with other weights."""
     run = Path(config.output_dir)
     if teachers_of(run) != given_teachers(config):
         names = ", ".join(str(entry.get("path")) for entry in teachers_of(run)) or "none"
@@ -202,8 +211,8 @@ def refuse_other_teachers(config: RunConfig) -> None:
     for entry, taught in zip(config.teachers, manifest, strict=False):
         weights = taught.get("weights_sha256")
         if entry.kind not in (MODEL, LANGUAGE_MODEL):
-            continue  # a file's content is its teacher, and an endpoint is its first answers
-        with suppress(UserError):  # one that is gone now is not another one
+            continue  # only these kinds have weights
+        with suppress(UserError):  # a teacher whose files are gone does not count as changed
             weights = weights_now(entry) or weights
         if weights != taught.get("weights_sha256"):
             raise UserError(
@@ -213,8 +222,10 @@ def refuse_other_teachers(config: RunConfig) -> None:
 
 
 def weights_now(entry: TeacherConfig) -> str | None:
-    """The hash of a teacher's weights as they are now; None for a GGUF file that is gone. Raises
-    UserError where there are none."""
+    """The present hash of a teacher's weights; None for a GGUF file that does not exist.
+
+    Raises UserError where another teacher's weights are not on this machine.
+    """
     file = Path(entry.path)
     if file.suffix == ".gguf":
         return files_hash([file]) if file.is_file() else None
@@ -222,9 +233,10 @@ def weights_now(entry: TeacherConfig) -> str | None:
 
 
 def claim(run: Path, config: RunConfig, identity: Identity) -> None:
-    """Write down whose run this folder holds, or compare with what is written.
+    """Record that this folder holds the run of `config`.
 
-    Raises UserError when there is progress of another run.
+    Where another run without progress is recorded, its early files are removed. Raises UserError
+    where there is progress of another run.
     """
     sweep_leftovers(run)
     record = run / "run.json"
@@ -240,12 +252,12 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
                 shutil.rmtree(run / folder, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
-    # first: whatever else lies here belongs to a claim
+    # run.json is written first, so that every other file in the folder belongs to a claim
     write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
     if Path(config.task).is_file():
         with written_aside(run / "task.yaml") as aside:
             shutil.copyfile(config.task, aside)
-    else:  # of an earlier try
+    else:  # an earlier claim may have left one
         (run / "task.yaml").unlink(missing_ok=True)
     keep_plugins(config.plugins, run)
     kept = config.model_copy(update={"plugins": kept_paths(config.plugins, run)})
@@ -255,8 +267,10 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
 
 
 def refuse_busy_baseline(run: Path) -> None:
-    """Raises UserError where another process makes the baseline of the run that this folder holds:
-    meanwhile it has no lock on the folder itself."""
+    """Raises UserError where another process makes the baseline of the run in this folder.
+
+    Such a process holds the lock of RUN/baseline, and not the lock of RUN.
+    """
     if (run / "baseline").is_dir():
         with locked(run / "baseline"):
             pass
@@ -264,7 +278,7 @@ def refuse_busy_baseline(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other processes out of this run directory. Raises UserError where one is at work."""
+    """Hold the lock of this run directory. Raises UserError where another process holds it."""
     path = run / ".lock"
     with try_lock(path) as taken:
         if not taken:
@@ -278,9 +292,10 @@ def locked(run: Path) -> Iterator[None]:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Whether this process has the lock file, which a process that ends in any way gives back.
+    """Yield whether this process holds the lock of this file.
 
-    Raises UserError or RunError where its folder cannot be made.
+    The lock is free again after the block, and when the process ends in any way. Raises UserError
+    or RunError where the folder of the file cannot be made.
     """
     handle = open_lock(path)
     try:
@@ -295,8 +310,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, made where it is missing. Raises UserError or RunError where its
-    folder cannot be made."""
+    """The descriptor of a lock file, which is made where it is missing.
+
+    Raises UserError or RunError where its folder cannot be made.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open_own(path, os.O_RDWR)
@@ -307,7 +324,7 @@ def open_lock(path: Path) -> int:
 
 
 def takes(handle: int, kind: int) -> bool:
-    """Whether the lock is this process's now. kind: LOCK_EX alone, LOCK_SH beside others."""
+    """Whether this process now holds the lock. kind: LOCK_EX (exclusive) or LOCK_SH (shared)."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError:
@@ -316,27 +333,27 @@ def takes(handle: int, kind: int) -> bool:
 
 
 class Summary(TypedDict, total=False):
-    """chosen: what a finished run took for keys that were left to it."""
+    """chosen: the values that a finished run chose for keys that were null or auto."""
 
     chosen: dict[str, Any]
 
 
 class Followed(TypedDict):
-    """The store that a student follows."""
+    """The store that a student reads: its folder and its id."""
 
     store: str
     id: str
 
 
 def say_followed(run: Path, root: Path, store_id: str) -> None:
-    """Leave word for workers in the run directory of a student: the store that it follows."""
+    """Write into a student's run directory which store it reads. The pool's workers read this."""
     path = run / FOLLOWED
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"store": str(root.absolute()), "id": store_id})
 
 
 def followed_store(run: Path) -> tuple[str, str] | None:
-    """(path, id) of the store that the student in `run` follows; None where none has come."""
+    """(path, id) of the store that the student in `run` reads; None before it has written this."""
     try:
         said = read_as(Followed, run / FOLLOWED)
     except UserError:
@@ -347,5 +364,5 @@ def followed_store(run: Path) -> tuple[str, str] | None:
 
 
 def forget_followed(run: Path) -> None:
-    """The word of an earlier student is no longer good."""
+    """Remove what an earlier student wrote about its store."""
     (run / FOLLOWED).unlink(missing_ok=True)

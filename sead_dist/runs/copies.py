@@ -1,4 +1,4 @@
-"""The copies of a run's rows: the material of its student and teachers, and the rows they make."""
+"""The augmented copies of a run's rows, and what the student and the teachers provide for them."""
 
 import re
 from collections import Counter
@@ -33,10 +33,10 @@ def add_copies(
     model: PreTrainedModel,
     say: Callable[[str], None],
 ) -> RunExamples:
-    """The same with the copies that `augment` asks for as the last training rows. tokenizer, model:
-    the student at its start.
+    """The examples with the copies that `augment` asks for. Copies are the last training rows.
 
-    Raises UserError for an operation that does not fit.
+    tokenizer, model: of the student before its first step. Raises UserError for an operation that
+    does not fit.
     """
     asked = config.augment.copies
     if asked is None or not config.uses_copies:
@@ -44,9 +44,9 @@ def add_copies(
     in_all = automatic_copies(examples.labelled_rows, examples.unlabelled_rows)
     if asked == "auto" and in_all == 0:
         return examples
-    # without teachers there is no text among them
+    # a run without teachers has no unlabelled text among these rows
     sources = examples.train
-    # embeddings mean nothing in a new shape, nor beside another tokeniser's words
+    # The embeddings of a new shape are random. With another tokeniser they belong to other tokens.
     own = config.student.shape is None and config.student.tokenizer is None
     table = embedding_table(model) if own else None
     operations = fitting_operations(
@@ -78,17 +78,20 @@ def add_copies(
 
 
 def mask_token_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The student's mask token where every teacher has the same; to others it would be a word."""
+    """The student's mask token where every teacher has the same mask token, else None.
+
+    A teacher with another mask token would read the student's as an ordinary word.
+    """
     mask: str | None = tokenizer.mask_token
     for entry in config.teachers if mask is not None else ():
-        if entry.predictions is not None:  # it reads no copy
+        if entry.predictions is not None:  # a file of predictions reads no copy
             continue
-        if entry.kind != MODEL:  # it may read text in any way
+        if entry.kind != MODEL:  # how another kind of teacher reads text is unknown
             return None
         try:
             found = locate(entry.path, entry.revision, marks=TOKENIZER_FILES)
             theirs = load_tokenizer(found, config.trust_remote_code)
-        except UserError:  # whoever loads the teacher says what is wrong
+        except UserError:  # the mistake is raised again where the teacher is loaded
             return None
         if theirs.mask_token != mask:
             return None

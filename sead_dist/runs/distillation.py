@@ -1,6 +1,6 @@
-"""The recipes: build the setup of a run from its configuration, then run it.
+"""Distillation, and fine-tuning of teachers. Both build a run's setup, then run it.
 
-Distillation, and fine-tuning of teachers, which is distillation with no teacher.
+Fine-tuning is distillation without teachers.
 """
 
 import io
@@ -47,7 +47,7 @@ STOPPED_EARLY = (
     "stopped while teachers computed; what they have computed is kept; "
     "give the same command again to go on"
 )
-# rows that the report is tried on before the first step
+# rows of the trial report that is written before the first step
 REHEARSED = 2
 
 
@@ -58,11 +58,12 @@ def distill(
     stop: StopFlag | None = None,
     console: bool = True,
 ) -> Path:
-    """Run, resume or find finished the distillation that `config` describes; its run directory.
+    """Start or resume the distillation that `config` describes. Returns its run directory.
 
-    stop: the caller's flag, which then knows too that a stop was asked for. console: whether the
-    run's lines and bars are shown on the console; else the lines go to the logger `sead_dist`, and
-    there is no closing table. Raises UserError before any long work, RunError during it.
+    A finished run is not repeated. show_table: whether the closing table is shown. stop: a flag of
+    the caller; the run sets it where a stop is requested. console: whether lines and progress bars
+    are shown on the console. Where it is False, lines go to the logger `sead_dist`, and there is no
+    closing table. Raises UserError before any long work, RunError during it.
     """
     run = Path(config.output_dir)
     if world.heartbeat is not None:
@@ -75,18 +76,21 @@ def distill(
         return run
     stop = stop or StopFlag()
     while not train_student(config, world, show_table, stop, console):
-        # all is checked and the folder is this run's; its setup is let go of meanwhile
+        # The configuration is checked, and the folder is claimed. The setup is freed while the
+        # baseline is made.
         own = distill(own_baseline(config), world, False, stop, console)
         if not from_main(world, partial(is_finished, own)):
-            break  # it was asked to stop
+            break  # a stop was requested
     return run
 
 
 def train_student(
     config: RunConfig, world: World, show_table: bool, stop: StopFlag, console: bool
 ) -> bool:
-    """Build the run and train to its end or to where it is asked to stop; False, with nothing
-    trained, where a fine-tuned student is to be made first."""
+    """Build the run, then train to its end or until a stop is requested.
+
+    Returns False, with nothing trained, where a fine-tuned student must be made first.
+    """
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
         try:
@@ -96,12 +100,12 @@ def train_student(
                 tell(str(stopped) or STOPPED_EARLY)
             return True
         except RuntimeError as error:
-            # a collective breaks when another rank dies: name that rank rather than the collective
+            # a collective fails when another rank dies; the error names that rank
             explain(world, error)
             raise
         found: Validated | None = None
         try:
-            # one that has trained goes on as it is
+            # a run with a checkpoint is resumed without a new baseline
             if from_main(
                 world,
                 lambda: (
@@ -111,7 +115,7 @@ def train_student(
                     )
                 ),
             ):
-                # a teacher that may not teach is told before any long work
+                # a teacher that fails its validation ends the run before any long work
                 found = validated(setup)
                 if any(validation.score is not None for validation in found[0]):
                     setup.log.say(told_baseline(config, setup.examples))
@@ -128,9 +132,12 @@ def train_student(
 
 
 def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> None:
-    """Validate the teachers, train, and report; or stop, saved, where a signal asks for it. found:
-    the teachers' validations, where they are known."""
-    # one for each start of the run, resumed ones too
+    """Validate the teachers, train, and write the report.
+
+    On a signal the run saves a checkpoint and stops. found: the teachers' validations, where they
+    are known.
+    """
+    # each start of the run logs this line, a resumed one too
     setup.log.metrics("start", total_steps=setup.batches.total_steps, world_size=setup.world.size)
     setup.world.at("rehearsing the report")
     from_main(setup.world, lambda: rehearse(setup))
@@ -157,7 +164,7 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
 
 
 def against_grace(save_s: float, grace_s: float) -> str:
-    """What a save costs, beside the notice that the scheduler gives."""
+    """A line on the time of a save, compared with the notice that the scheduler gives."""
     line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (preemption_notice_s)"
     if 2 * save_s > grace_s:
         line += (
@@ -174,9 +181,12 @@ def finetune(
     stop: StopFlag | None = None,
     console: bool = True,
 ) -> list[Path]:
-    """Fine-tune one teacher from each of `encoders`, seeds seed, seed + 1, ...; their run
-    directories OUTPUT/teacher-0, teacher-1, ... Teachers that are finished are passed over. stop
-    and console: as for `distill`."""
+    """Fine-tune one teacher from each of `encoders`. Returns their run directories.
+
+    The folders are OUTPUT/teacher-0, teacher-1, ..., the seeds seed, seed + 1, ... Finished
+    teachers are not repeated. show_table, stop, console: as for `distill`. Raises UserError before
+    any long work, RunError during it.
+    """
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
@@ -200,13 +210,16 @@ def finetune(
             tell(f"teacher {index + 1} of {len(teachers)}, from {encoder.path}")
         runs.append(distill(one, world, show_table, stop, console))
         if not from_main(world, lambda: is_finished(runs[-1])):
-            break  # it was asked to stop
+            break  # a stop was requested
     return runs
 
 
 def check_texts(teachers: Sequence[RunConfig]) -> None:
-    """Raises UserError before the first is trained for a text of which a later one's tokeniser
-    makes no token. The data are read for it where such a tokeniser is among them."""
+    """Raises UserError for a text that the tokeniser of some teacher turns into no token.
+
+    This is checked for all teachers before the first is trained. Data are read only where a
+    tokeniser adds no special tokens.
+    """
     tokenizers = {}
     for one in teachers:
         source = student_tokenizer(one.student, None)
@@ -217,7 +230,10 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
 
 
 def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
-    """Note what the first start made teachers of: a pattern stands for the same later."""
+    """Record the encoders of the first start.
+
+    A later start reads them here, so a pattern of folder names keeps its meaning.
+    """
     if not has_teachers(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +244,7 @@ def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder is a file, or holds other things than teachers."""
+    """Raises UserError where the folder is a file, or holds other files than teachers."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={folder} is a file; give a folder")
     others = [path.name for path in folder.glob("[!.]*") if not path.name.startswith("teacher-")]
@@ -239,7 +255,7 @@ def check_folder(folder: Path) -> None:
 
 
 def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
-    """Count what teachers said for the steps that a resumed run has behind it."""
+    """Count the predictions of the steps that a resumed run finished before. done: these steps."""
     if setup.source is None or ensemble is None:
         return
     batches = setup.batches
@@ -252,8 +268,10 @@ def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
 
 
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
-    """The trainer of a run. Without gold labels the selection split is scored by the teachers'
-    classes."""
+    """The trainer of a run.
+
+    Where the selection split has no gold labels, it is scored by the ensemble's answers.
+    """
     task, selection = setup.task, setup.splits.selection
     examples = selection.examples
     if ensemble is not None and setup.source is not None and not examples.has_gold:
@@ -285,11 +303,11 @@ def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
 
 
 def rehearse(setup: RunSetup) -> None:
-    """Write predictions, plots, card and closing table of two rows under the run's own names, in a
-    folder that goes at once: a name that the report cannot hold ends no long run. Rank 0 calls
-    this.
+    """Write a trial report of two rows into a temporary folder.
 
-    Raises UserError, or RunError for the environment's failures.
+    It has the run's own names of task, splits and teachers. So a name that the report cannot hold
+    is found before the training. Rank 0 calls this. Raises UserError, or RunError for failures of
+    the environment.
     """
     run = Path(setup.config.output_dir)
     try:
@@ -306,7 +324,7 @@ def rehearse(setup: RunSetup) -> None:
 
 
 def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
-    """Write a report of made-up scores into `folder`; raises as the report itself does."""
+    """Write a report of made-up scores into `folder`. Raises what the report itself raises."""
     for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)

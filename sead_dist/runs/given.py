@@ -1,5 +1,7 @@
-"""What a call from Python gives (a task, data, keys) as a run's configuration, and as files in its
-folder where it is in memory, so that a resume, `evaluate` and the command line find them.
+"""The task, data and keys of a call from Python, as a run's configuration.
+
+A task or data in memory are written to the run directory. So a resume, `evaluate` and the command
+line find them.
 """
 
 import os
@@ -29,17 +31,18 @@ from sead_dist.runtime.files import written_aside
 
 # a folder, a file, a pandas DataFrame, a datasets.Dataset, rows, or a mapping of splits of these
 Data = Any
-# a shipped task's name, a YAML file of a task or of a configuration, or one of these in memory
+# a shipped task's name, a YAML file of a task or of a configuration, or a task or configuration
+# in memory
 Task = str | os.PathLike[str] | TaskSpec | RunConfig
-# the types of what names a file, a folder, a model or a shipped task
+# the types of a value that names a file, a folder, a model or a shipped task
 NAMES: Any = str | os.PathLike
-# the tables to keep, by split
+# gives the tables to keep, by split
 Tables = Callable[[], Mapping[str, pa.Table]]
 
 
 @dataclass(frozen=True)
 class GivenRun:
-    """A run's configuration, and what is given in memory to be kept in its folder."""
+    """A run's configuration, and the tables and task in memory that are kept in its folder."""
 
     config: RunConfig
     tables: Tables | None
@@ -47,7 +50,7 @@ class GivenRun:
 
     @contextmanager
     def keeping(self, check: Callable[[Path], object]) -> Iterator[None]:
-        """While inside, data and task lie in the run directory, which `check` has looked at."""
+        """Within the block, data and task lie in the run directory. `check` gets it first."""
         if self.tables is None and self.task is None:
             yield
             return
@@ -59,8 +62,11 @@ class GivenRun:
 
 
 def given_run(task: Task, data: Data, keys: Mapping[str, Any]) -> GivenRun:
-    """What a call of `distill` or `finetune` asks for. The key `unlabeled` may also be unlabelled
-    text itself: a file, a table, rows or texts."""
+    """The run that a call of `distill` or `finetune` describes.
+
+    The key `unlabeled` may also be unlabelled text itself: a file, a table, rows or texts. Raises
+    UserError for a task, data or keys that do not fit.
+    """
     text = keys.get("unlabeled")
     text = None if isinstance(text, Mapping) else text
     layer = as_layer({k: v for k, v in keys.items() if k != "unlabeled" or text is None})
@@ -113,20 +119,22 @@ def task_layers(task: str | os.PathLike[str] | RunConfig) -> list[Mapping[str, A
         try:
             raw = parse_yaml(Path(name).read_text(encoding="utf-8"), name)
         except (OSError, UnicodeDecodeError):
-            return [{"task": name}]  # whoever reads it says what is wrong
+            return [{"task": name}]  # the mistake is raised again where the task is read
         if isinstance(raw, dict) and "text_a" in raw:
             return [{"task": name}]
     return read_layers([name])
 
 
 def checked_task(task: TaskSpec) -> TaskSpec:
-    """The same task. Raises UserError for what a YAML file of it would be refused for."""
+    """The task, checked as its YAML file would be. Raises UserError for a mistake in it."""
     return task_from(dict(vars(task)), f"task {task.name!r}")
 
 
 def class_order(labels: str | Sequence[str] | None) -> str | None:
-    """The order of a model's classes as the command line has it. Raises UserError for what is
-    neither names nor "task_order"."""
+    """The order of a model's classes, written as on the command line.
+
+    Raises UserError for labels that are neither names nor "task_order".
+    """
     if labels is not None and not isinstance(labels, str):
         expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
         return ",".join(map(str, labels))
@@ -134,7 +142,7 @@ def class_order(labels: str | Sequence[str] | None) -> str | None:
 
 
 def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as a YAML file would have them: dotted ones nested, paths as text."""
+    """Keys as in a YAML file: dotted keys are nested, and paths are text."""
     layer: dict[str, Any] = {}
     for key, given in keys.items():
         value: Any = as_plain(key, given)
@@ -145,7 +153,7 @@ def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_plain(key: str, value: Any) -> Any:
-    """The value of a key as YAML has it. Raises UserError for what is none, such as a table."""
+    """The value of a key as in a YAML file. Raises UserError for another value, such as a table."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -157,22 +165,25 @@ def as_plain(key: str, value: Any) -> Any:
 
 
 def is_path(data: Data) -> bool:
-    """Whether data is given by a path, not as rows."""
+    """Whether the data is a path, and not rows."""
     return isinstance(data, NAMES)
 
 
 def are_texts(given: Any) -> bool:
-    """Whether these are bare texts, or tuples of them, and no rows with columns."""
+    """Whether these are bare texts, or tuples of texts, and not rows with columns."""
     return isinstance(given, list | tuple) and bool(given) and not isinstance(given[0], Mapping)
 
 
 def is_folder(path: str) -> bool:
-    """Whether it holds splits: not what `datasets.save_to_disk` made of a single one."""
+    """Whether the path is a folder of splits.
+
+    A folder in which `datasets.save_to_disk` saved a single split is none.
+    """
     return not Path(path).is_file() and not (Path(path) / "state.json").is_file()
 
 
 def split_names(spec: TaskSpec, data: Mapping[Any, Any]) -> dict[str, Any]:
-    """The task's split -> the key that it has among these data."""
+    """By the task's split, the name of that split in these data."""
     names = {split: (split, *files) for split, files in spec.splits.items()}
     found = {
         split: next((name for name in allowed if name in data), None)
@@ -184,11 +195,14 @@ def split_names(spec: TaskSpec, data: Mapping[Any, Any]) -> dict[str, Any]:
 def data_layer(
     data: Data, spec: TaskSpec, config: RunConfig
 ) -> tuple[dict[str, Any], Tables | None]:
-    """The keys that say where the rows are, and the tables that have to be put there, if any."""
+    """The keys that name the place of the rows, and the tables to write there; None without any.
+
+    Raises UserError for data that lack a split of the task.
+    """
     run, first = Path(config.output_dir), list(spec.splits)[1]
     if data is None:
         return {}, None
-    # a table alone is divided as a file alone is
+    # one table is divided into splits as one file is
     divided = is_one_file(spec, config.data.model_copy(update={"train": "given"}))
     names = split_names(spec, data) if isinstance(data, Mapping) else {}
     if divided and list(names) == ["train"] and len(data) == 1:
@@ -226,14 +240,18 @@ def data_layer(
 
 
 def split_table(split: str, part: Data, spec: TaskSpec, skip_malformed: bool) -> pa.Table:
-    """One split's rows, of a file or in memory."""
+    """One split's rows, from a file or from memory."""
     if is_path(part):
         part = read_rows(Path(os.fspath(part)), spec, skip_malformed)
     return to_table(part, f"data[{split!r}]")
 
 
 def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet]:
-    """The examples of data that are given to be scored: by split, or of one split."""
+    """The examples to score, one set for each split of `data`.
+
+    split: the split to score; None stands for all official ones. Raises UserError where the task or
+    the data lacks it.
+    """
     parts = {split or list(spec.splits)[1]: data}
     if isinstance(data, Mapping):
         names = split_names(spec, data)
@@ -248,7 +266,7 @@ def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet
 
 
 def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> Rows:
-    """Rows of a file, of a table in memory, or of bare texts. skip_malformed: as of `read_rows`."""
+    """Rows of a file, of a table in memory, or of bare texts. skip_malformed: see `read_rows`."""
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
@@ -257,22 +275,22 @@ def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> R
 
 
 def kept_file(run: Path, split: str) -> Path:
-    """Where the rows of a split are kept."""
+    """The file in which the rows of a split are kept."""
     return run / KEPT_DATA / f"{split}.parquet"
 
 
 def kept_task(run: Path) -> Path:
-    """Where a task is kept."""
+    """The file in which a task is kept."""
     return run / KEPT_DATA / "task.yaml"
 
 
 @contextmanager
 def kept(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | None) -> Iterator[None]:
-    """While inside, these splits and this task lie in the run directory, and no other process keeps
-    other ones there.
+    """Within the block, these splits and this task lie in the run directory.
 
-    Raises UserError where the folder holds a run that was started with others, or where another
-    process is at work there, and for a table that Parquet cannot hold.
+    No other process can change them meanwhile. Raises UserError where the folder holds a run with
+    another task or other data, where another process writes there, and for a table that Parquet
+    cannot hold.
     """
     with try_lock(run / KEPT_DATA / ".lock") as taken:
         if not taken:
@@ -285,7 +303,10 @@ def kept(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | None) -> It
 
 
 def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | None) -> None:
-    """Write what is not kept yet. Raises UserError where a run has begun with something else."""
+    """Write the tables and the task that differ from the kept ones.
+
+    Raises UserError where a run in the folder has progress with the kept ones.
+    """
     changed = [name for name, table in tables.items() if not holds(kept_file(run, name), table)]
     text = None if task is None else as_yaml(task)
     path = kept_task(run)
@@ -307,7 +328,7 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table as Parquet. Raises UserError for what Parquet cannot hold."""
+    """Write a table as Parquet. Raises UserError for a table that Parquet cannot hold."""
     try:
         with written_aside(path) as aside:
             pq.write_table(table, aside)
@@ -327,11 +348,11 @@ def holds(path: Path, table: pa.Table) -> bool:
     names = [(part.schema.metadata or {}).get(b"huggingface") for part in (there, table)]
     if names[0] != names[1] or there.column_names != table.column_names:
         return False
-    # as text: a NaN is equal to itself there
+    # rows are compared as text, since a NaN is not equal to itself
     return repr(there.to_pylist()) == repr(table.to_pylist())
 
 
 def as_yaml(task: TaskSpec) -> str:
-    """A task as a file of its own: the keys that are not as they would be without it."""
+    """The text of a task's YAML file. Keys with their default value are left out."""
     keys = TypeAdapter(TaskSpec).dump_python(task, mode="json", exclude_defaults=True)
     return str(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True))

@@ -1,8 +1,8 @@
 """`sead-dist export`: a finished model as an ONNX file, compared with PyTorch, and timed.
 
-torch's exporter traces the model once and leaves the number of rows and of tokens open. What is
-compared is the file as another program will load it, on every official split of the task. No other
-file imports onnxruntime; the extra `onnx` brings it.
+torch's exporter traces the model once. The numbers of rows and of tokens stay variable. The written
+file is loaded again and compared with PyTorch on every official split of the task. No other file
+imports onnxruntime; the extra `onnx` installs it.
 
 Shapes: B examples, C classes (task order), R text rows (all choices of B examples), L tokens.
 """
@@ -49,14 +49,16 @@ from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import EvalResult, evaluate
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-# what the exporter writes for terminals
+# colour codes in the exporter's messages
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# An fp32 file may differ from PyTorch by so much: of logits relative to the largest of them (at
-# least 1), of metrics as such. Sums in another order differ by a hundredth of it.
+# The largest allowed differences between an fp32 file and PyTorch. That of logits is relative to
+# the largest logit (at least 1), that of metrics is absolute. Sums in another order cause about a
+# hundredth of it.
 LOGIT_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-4
 BATCHES = (1, 32)
-# each model's forwards of one batch are timed in turns, until both are reached, or the most
+# Each round times one forward of every model. Rounds end once the first two numbers (rounds,
+# seconds) are both reached, or after the third (rounds).
 TIMED_ROUNDS, TIMED_S, MOST_ROUNDS = 5, 3.0, 50
 # inputs [R, L] by name -> logits_RC
 Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -64,7 +66,11 @@ Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Original:
-    """The PyTorch model and what its task asks of it; order_C: its own column of each class."""
+    """The PyTorch model, its task, and the official splits.
+
+    weights: the folder of its files. order_C: for each class of the task, the column of the model's
+    own logits.
+    """
 
     model: PreTrainedModel
     inputs: ModelInputs
@@ -79,7 +85,7 @@ class Original:
         return logits_RC
 
     def score(self, run: Run) -> list[EvalResult]:
-        """What `run` answers to every official split."""
+        """The result of the model `run` on every official split."""
 
         def forward(inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
             return in_task_order(run(inputs), choices, self.order_C)
@@ -96,12 +102,12 @@ def export_onnx(
     data: str | None,
     labels: str | None,
 ) -> None:
-    """Write `name` (a run directory or model folder) as ONNX into OUTPUT (default: NAME/onnx):
-    model.onnx, with `quantized` model_int8.onnx too, tokeniser, config.json with the label names,
-    and export.json with what was measured. A run's card is made again with it.
+    """Write `name` (a run directory or model folder) as ONNX into OUTPUT (default: NAME/onnx).
 
-    Raises UserError before any work; RunError, leaving nothing behind, where the fp32 file does
-    not answer as PyTorch does.
+    Files: model.onnx, the tokeniser, config.json with the label names, and export.json with the
+    measurements; with `quantized` also model_int8.onnx. In NAME/onnx of a run, the run's card is
+    written again with a link. Raises UserError before any work. Raises RunError, and writes
+    nothing, where the fp32 file differs from PyTorch.
     """
     check_installed()
     folder = output_folder(name, output)
@@ -121,7 +127,10 @@ def export_onnx(
 
 
 def output_folder(name: str, output: str | None) -> Path:
-    """Where the files go. Raises UserError for a place that holds something else."""
+    """The folder of the export's files.
+
+    Raises UserError for a folder that holds other files, RunError for one that is not writable.
+    """
     if output is None and not Path(name).is_dir():
         raise UserError(
             f"{name} does not exist here; give an existing run or model folder, or of a model of "
@@ -156,7 +165,7 @@ def load_original(
 
 
 def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict[str, Any]:
-    """Write all files of the export; what export.json holds."""
+    """Write all files of the export. Returns the content of export.json."""
     threads = torch.get_num_threads()
     write_onnx(original.model, batch_inputs(original.splits[0], 2), folder / "model.onnx")
     original.model.config.save_pretrained(folder)
@@ -212,14 +221,14 @@ def file_bytes(folder: Path, pattern: str) -> int:
 
 
 def batch_inputs(split: Split, size: int) -> dict[str, torch.Tensor]:
-    """Inputs [R, L] of `size` examples of middling length; rows of a short split come again."""
+    """Inputs [R, L] of `size` examples of medium length. A short split's examples are repeated."""
     by_length_B = np.argsort(split.tokens.lengths_B(), kind="stable")
     start = max(0, (len(by_length_B) - size) // 2)
     return make_batch(split, np.take(by_length_B, range(start, start + size), mode="wrap")).inputs
 
 
 def refuse_difference(before: EvalResult, after: EvalResult) -> None:
-    """Raises RunError where the fp32 file does not answer as PyTorch does."""
+    """Raises RunError where logits or metrics of the fp32 file differ too much from PyTorch's."""
     scale = max(1.0, float(np.abs(before.logits_BC).max()))
     difference = largest_difference(before, after)
     if not difference <= LOGIT_TOLERANCE * scale:
@@ -244,7 +253,7 @@ def largest_difference(before: EvalResult, after: EvalResult) -> float:
 
 
 def agreement(before: EvalResult, after: EvalResult) -> float | None:
-    """The share of examples with the same answer; None for scores."""
+    """The share of examples with the same predicted class; None for regression."""
     if before.logits_BC.shape[1] == 1:
         return None
     return float((before.logits_BC.argmax(1) == after.logits_BC.argmax(1)).mean())
@@ -257,8 +266,11 @@ def measured(
     original: Sequence[EvalResult] | None,
     latency_ms: dict[str, float],
 ) -> dict[str, Any]:
-    """One model in export.json. metrics and the two comparisons by split name; the comparisons are
-    with the original, None for itself (and agreement None for regression)."""
+    """One model's entry in export.json.
+
+    metrics, largest_difference and agreement are by split name. The last two compare with the
+    original, and are None for the original itself. Agreement is None for regression.
+    """
     pairs = None if original is None else list(zip(original, results, strict=True))
     return {
         "name": name,
@@ -273,8 +285,11 @@ def measured(
 
 
 def latencies(runs: Mapping[str, Run], inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The median time of one forward of each model, in ms. They take turns, so that what else the
-    machine does falls on all alike; the first forward of each does not count."""
+    """The median time of one forward of each model, in ms.
+
+    The models alternate, so that other load of the machine affects all of them alike. The first
+    forward of each model is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(inputs)
@@ -299,7 +314,7 @@ def check_installed() -> None:
 
 
 class _Logits(torch.nn.Module):
-    """The model as the exporter wants it: tensors in, in this order, and one tensor out."""
+    """The model in the form that the exporter needs: positional tensors in, one tensor out."""
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -312,11 +327,12 @@ class _Logits(torch.nn.Module):
 
 
 def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write `model` (fp32, in eval mode) to `path`: inputs named and typed as `inputs`, each
-    int64 [batch, sequence] with both open; output `logits` [batch, C].
+    """Write `model` (fp32, in eval mode) to `path`.
 
-    inputs: an example of at least two rows and two tokens; an axis of one would be taken for fixed.
-    Raises RunError for a model that the exporter cannot trace.
+    The file's inputs have the names of `inputs`. Each is int64 [batch, sequence], and both axes are
+    variable. Its output is `logits` [batch, C]. inputs: example tensors of at least two rows and
+    two tokens, since the exporter takes an axis of length one as fixed. Raises RunError for a model
+    that the exporter cannot trace.
     """
     names = tuple(inputs)
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
@@ -331,7 +347,7 @@ def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path:
                 dynamic_shapes=(tuple({0: batch, 1: sequence} for _ in names),),
                 verbose=False,
             )
-            assert program is not None  # None is for exports without dynamo
+            assert program is not None  # only an export without dynamo returns None
             program.save(path)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         said = COLOUR.sub("", str(error).splitlines()[0])
@@ -341,8 +357,10 @@ def write_onnx(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], path:
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Write `source` with 8-bit weights, a scale for each output channel; activations are
-    quantised as they come (onnxruntime's dynamic quantisation)."""
+    """Write `source` with 8-bit weights, with one scale for each output channel.
+
+    Activations are quantised while the model runs (onnxruntime's dynamic quantisation).
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -350,7 +368,7 @@ def quantize(source: Path, target: Path) -> None:
 
 
 def open_onnx(path: Path, threads: int) -> Run:
-    """The file at work on the CPU: inputs int64 [R, L] -> logits_RC, float32."""
+    """A function that runs the file on the CPU: inputs int64 [R, L] -> logits_RC, float32."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -367,7 +385,10 @@ def open_onnx(path: Path, threads: int) -> Run:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporter and quantiser warn of packages, axis names and steps that do not matter here."""
+    """Suppress the exporter's and the quantiser's warnings on packages, axis names and steps.
+
+    None of these matters here.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,9 @@
-"""`sead-dist teach`: a worker of the teacher pool. It fills the store for one student's run, in the
-order in which that student will ask: the selection split where it validates its teachers, the
-training rows by step, and the official splits. It is given the words of the student's run, and
-needs no student to be there.
+"""`sead-dist teach`: a worker of the teacher pool, which fills the store for one student's run.
+
+It computes predictions in the order in which that student asks for them. In a run that validates
+its teachers, the selection split is first. The training rows by step and the official splits
+follow. The worker's command has the configuration of the student's run. The student need not have
+started.
 """
 
 import os
@@ -12,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
@@ -42,12 +44,12 @@ from sead_dist.training.identity import Identity
 
 
 def worker_folder(run: Path, number: int, workers: int) -> Path:
-    """Where a worker's own files lie, in the student's run directory."""
+    """The folder of a worker's own files, in the student's run directory."""
     return run / ".pool" / f"worker-{number}-of-{workers}"
 
 
 def parse_worker(text: str) -> tuple[int, int]:
-    """(2, 16) of "2/16". Raises UserError."""
+    """(2, 16) for "2/16". Raises UserError for any other form."""
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     number, workers = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= workers:
@@ -57,7 +59,7 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StudentRun:
-    """What a worker has to know of the student's run. inputs: the student's."""
+    """The parts of the student's run that a worker needs. inputs: what the student is fed."""
 
     config: RunConfig
     task: TaskSpec
@@ -73,7 +75,7 @@ class StudentRun:
 
     @property
     def pooled_N(self) -> list[bool]:
-        """Which teachers are in the pool."""
+        """For each teacher, whether it is in the pool."""
         default = self.config.placement
         return [(teacher.entry.placement or default) == "pool" for teacher in self.teachers]
 
@@ -83,7 +85,7 @@ class StudentRun:
 
 
 def read_student_run(config: RunConfig, world: World) -> StudentRun:
-    """Raises UserError for whatever is wrong with task, data, student or teachers."""
+    """Read the student's run. Raises UserError for a mistake in task, data, student or teachers."""
     run = read_run(config, world, lambda _line: None)
     splits = tokenize_splits(run.examples, run.inputs.split)
     identity = run.identity(world)
@@ -91,13 +93,15 @@ def read_student_run(config: RunConfig, world: World) -> StudentRun:
 
 
 def teach(config: RunConfig, worker: str, world: World) -> Path:
-    """Work until all that the student of `config` will ask of its teachers is in the store, or the
-    student is finished, or a stop is asked for. Returns the worker's own folder, which holds a
-    finished run then (not after a stop). Teachers that are not in the pool are left to the student;
-    where their scores decide who teaches, they answer for the selection split here too.
+    """Compute the predictions that the student of `config` asks of its pool. Returns the worker's
+    folder.
 
-    Raises UserError before any long work, and where the student expects other teachers, data or
-    settings; RunError during it.
+    The worker ends once all of them are in the store, once the student is finished, or on a stop.
+    Its folder holds a finished run, except after a stop. Teachers outside the pool are left to the
+    student. Where weights depend on the selection split, these teachers answer it here too.
+
+    worker: NUMBER/WORKERS. Raises UserError before any long work, and where the student expects
+    other teachers, data or settings. Raises RunError during the work.
     """
     number, workers = parse_worker(worker)
     refuse_other_starts(config, world)
@@ -133,7 +137,10 @@ def open_worker(
     log: RunLog,
     stack: ExitStack,
 ) -> Worker:
-    """A worker over the store; `stack` closes what it opens."""
+    """The worker with its store, teachers and leases. `stack` closes all that is opened here.
+
+    Raises UserError where the student in the run directory reads another store.
+    """
     config, teachers, run = student.config, student.teachers, student.run
     store = StoreFolder(store_folder(config.store.path), log.say)
     refuse_other_store(run, store.layout)
@@ -168,13 +175,16 @@ def open_worker(
 
 
 def fill_all(hand: Worker, student: StudentRun) -> bool:
-    """All work items in their order; True when all is in the store, False when it ended before.
-    Raises UserError for a teacher that fails its validation."""
+    """Compute all work items in their order.
+
+    Returns True when all are in the store, and False when the student's run is finished before.
+    Raises UserError for a teacher that fails its validation.
+    """
     config, splits, teachers = student.config, student.splits, student.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
-    # Scores that decide which rows the student asks of whom are found here as it finds them, which
-    # takes the answers of teachers outside the pool too. A validation that decides nothing else can
-    # be left to the student.
+    # Some ensembles need the selection split to decide which teacher is asked for a row. The worker
+    # decides this as the student does, so it needs the answers of teachers outside the pool too.
+    # In other ensembles the student validates those teachers.
     everyone = asks_selection(config)
     validating = [
         item
@@ -200,7 +210,7 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
     ensemble = weigh(config, student.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     items = items_of_training(batches, count, rows, asked)
-    if not splits.selection.examples.has_gold:  # the student asks first, to be scored by them
+    if not splits.selection.examples.has_gold:  # the student asks for these before its first step
         items = validating + items
     elif not needs_validation(config, splits.selection.examples):
         items += validating
@@ -210,7 +220,7 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
 
 
 def refuse_other_starts(config: RunConfig, world: World) -> None:
-    """Raises UserError where there is nothing to teach, or a worker of several processes."""
+    """Raises UserError for `encoders`, for several processes, and without a teacher in the pool."""
     if config.encoders:
         raise UserError("encoders are for finetune; a pool has teachers: teachers=[DIR, ...]")
     if not config.taught:
@@ -229,8 +239,11 @@ def refuse_other_starts(config: RunConfig, world: World) -> None:
 
 
 def make_folder(folder: Path, run: Path) -> None:
-    """Raises RunError where a worker may not write into the student's run directory, UserError
-    where it cannot be a folder."""
+    """Make a worker's folder.
+
+    Raises RunError where the worker may not write into the student's run directory, and UserError
+    where that cannot be a folder.
+    """
     remedy = "give worker and student an output_dir, a folder that both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,8 +258,10 @@ def make_folder(folder: Path, run: Path) -> None:
 
 
 def refuse_other_store(run: Path, layout: Layout) -> None:
-    """Raises UserError where the student in `run` follows another store than this one: it would
-    wait in vain."""
+    """Raises UserError where the student in `run` reads another store than this worker fills.
+
+    The student would wait for predictions that never come.
+    """
     theirs = followed_store(run)
     if theirs is not None and theirs[1] != store_id(layout):
         raise UserError(
@@ -257,7 +272,7 @@ def refuse_other_store(run: Path, layout: Layout) -> None:
 
 
 class Expected(TypedDict):
-    """What a student's manifest says of one teacher."""
+    """One teacher's entry in a student's manifest."""
 
     placement: str
     fingerprint: str
@@ -265,7 +280,10 @@ class Expected(TypedDict):
 
 
 def refuse_other_student(student: StudentRun) -> None:
-    """Raises UserError where the run directory holds a student that waits for something else."""
+    """Raises UserError where the student expects other teachers, settings or data.
+
+    Without a student in the run directory there is nothing to compare.
+    """
     run, teachers = student.run, student.teachers
     manifest = run / "teacher_manifest.json"
     try:
@@ -273,7 +291,7 @@ def refuse_other_student(student: StudentRun) -> None:
     except UserError:
         if manifest.exists():
             raise
-        return  # the student has not come yet, or is just giving its lease again
+        return  # the student has not written its manifest yet
     remedy = "give worker and student the same words and files, or another output_dir"
     if len(expected) != len(teachers):
         raise UserError(

@@ -1,5 +1,6 @@
-"""`sead-dist predict`: what a finished model answers to the rows of a file, of standard input, or
-of a call from Python.
+"""`sead-dist predict`: a finished model's predictions of rows.
+
+The rows come from a file, from standard input, or from a call from Python.
 
 Shapes: B examples, C classes (task order).
 """
@@ -32,19 +33,23 @@ from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.evaluation import ROWS_PER_BATCH, student_logits
 
 WRITTEN = (".tsv", ".csv", ".jsonl", ".parquet")
-# a file name that stands for standard input or output
+# the file name of standard input and standard output
 STANDARD = Path("-")
-# what a prediction of another kind of task added before
+# columns that a prediction adds, of every kind of task; a file may not have them already
 ADDED = ("predicted_label", "predicted_score")
-# of rows that are passed over, so many are told in full
+# the number of skipped rows that are named one by one
 TOLD = 20
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How a model is asked. labels: its class order, "a,b,c" or "task_order"; batch_rows: of a
-    forward; skip_malformed: whether rows that cannot be read are passed over; say: hears of them,
-    and of texts that were cut or are blank; progress: whether it is shown, on standard error."""
+    """The settings of a prediction.
+
+    say: gets lines on skipped rows, and on texts that were cut or are blank. labels: the model's
+    class order, "a,b,c" or "task_order". batch_rows: the rows of one forward. skip_malformed:
+    whether rows that cannot be read are skipped. progress: whether a progress bar is shown on
+    standard error. passed_over: a line for each skipped row.
+    """
 
     say: Callable[[str], None]
     labels: str | None = None
@@ -54,7 +59,10 @@ class Asking:
     passed_over: list[str] = field(default_factory=list)
 
     def examples(self, task: TaskSpec, rows: Rows, name: str) -> ExampleSet:
-        """The examples of the rows, which need no labels. Raises UserError, naming the row."""
+        """The examples of the rows, which need no labels.
+
+        Raises UserError where there are no rows. For a row that cannot be read, it names the row.
+        """
         if not rows:
             raise UserError(f"{name} has no rows; give a file that has some")
         skipped = self.passed_over if self.skip_malformed else None
@@ -70,7 +78,7 @@ class Asking:
             raise
 
     def tell_passed_over(self, world: World) -> None:
-        """Say which rows were passed over, and why."""
+        """Log which rows were skipped, and why."""
         lines = self.passed_over
         if not lines or not world.is_main:
             return
@@ -90,18 +98,19 @@ def predict_file(
     batch_rows: int = ROWS_PER_BATCH,
     skip_malformed: bool = False,
 ) -> None:
-    """Write the rows of `file`, in their order, with what the model answers to each.
+    """Write the rows of `file`, in their order, with the model's prediction of each.
 
     Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
-    `predicted_score`. Where a row of the file holds several examples (official MultiRC, ReCoRD),
-    one row is written for each: the number of its `row` (from 1) and its texts. The file needs no
-    labels. `-` is standard input or output. output: new.tsv's is new.predicted.tsv where none is
-    given, and that of standard input is standard output. kind: what the input is where its name
-    does not say it (`jsonl`); standard input's is JSONL where none is given. skip_malformed: rows
-    that cannot be read are passed over, and told. Raises UserError before any work, also where
-    `output` exists.
+    `predicted_score`. A row of the file may hold several examples (official MultiRC, ReCoRD). Then
+    one row is written for each example: the number of its `row` (from 1) and its texts.
+
+    file: needs no labels; `-` is standard input. output: `-` is standard output. Its default is
+    new.predicted.tsv for new.tsv, and standard output for standard input. kind: the kind of the
+    input (`jsonl`), where its name does not show it. The default of standard input is JSONL.
+    skip_malformed: rows that cannot be read are skipped, and named. Raises UserError before any
+    work, also where `output` exists.
     """
-    if file.is_dir() and not (file / "state.json").is_file():  # which `datasets` saves
+    if file.is_dir() and not (file / "state.json").is_file():  # `datasets` saves a folder with it
         raise UserError(f"{file} is a folder; give a file")
     asking = Asking(tell_aside, labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
@@ -126,12 +135,12 @@ def predict_file(
 def answer_examples(
     name: str, task: TaskSpec, examples: ExampleSet, asking: Asking, world: World
 ) -> dict[str, list[Any]]:
-    """What the model `name` answers: the columns that a prediction adds, a value an example."""
+    """The columns that a prediction by the model `name` adds, one value for each example."""
     world.at("loading the model")
     answerer = load_answerer(name, task, asking.labels, world.device, examples)
     split = answerer.inputs.split(examples)
     tell_cuts(split, answerer.inputs.max_length, world, asking.say)
-    # a sentence without a letter in it
+    # blank: one of the texts has no letter
     blank_B = (examples.sentences_BS == 0).any(axis=1)
     blank = sorted({int(row) + 1 for row in examples.rows_B[blank_B]})
     if blank and world.is_main:
@@ -151,8 +160,10 @@ def answer_examples(
 def beside_rows(
     columns: Mapping[str, Sequence[Any]], count: int, examples: ExampleSet
 ) -> list[dict[str, Any] | None]:
-    """The answers, one for each of `count` rows, None for a row that was passed over; where rows
-    hold several examples, one for each example."""
+    """The answers, one for each of `count` rows; None for a skipped row.
+
+    Where rows hold several examples, there is one answer for each example.
+    """
     said = rows_of_columns(columns)
     if len(np.unique(examples.rows_B)) < len(examples):
         return list(said)
@@ -163,7 +174,10 @@ def beside_rows(
 
 
 def input_kind(file: Path, kind: str | None) -> str:
-    """What the input holds: `.csv`. Raises UserError where neither its name nor `kind` says it."""
+    """The kind of the input, such as `.csv`.
+
+    Raises UserError where neither its name nor `kind` gives it.
+    """
     if kind is not None:
         return f".{kind}"
     if file == STANDARD:
@@ -176,7 +190,7 @@ def input_kind(file: Path, kind: str | None) -> str:
 
 
 def output_of(file: Path, output: Path | None, kind: str) -> tuple[Path, str]:
-    """(where to write, in which kind). Raises UserError where that cannot be."""
+    """(the file to write, its kind). Raises UserError for an output that cannot be written."""
     same = kind if kind in WRITTEN else ".jsonl" if kind in TEXT_KINDS else ".parquet"
     if output is None:
         output = STANDARD if file == STANDARD else file.with_name(f"{file.stem}.predicted{same}")
@@ -191,7 +205,7 @@ def output_of(file: Path, output: Path | None, kind: str) -> tuple[Path, str]:
 
 
 def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, world: World) -> Rows:
-    """The rows of the file, or of standard input, which rank 0 has."""
+    """The rows of the file, or of standard input. Rank 0 alone reads standard input."""
     if file != STANDARD and kind == kind_of(file):
         return read_rows(file, task, skip_malformed)
     if file == STANDARD:
@@ -208,7 +222,7 @@ def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, worl
 
 
 def check_output(output: Path, option: str) -> None:
-    """option: the name under which a person gave it. Raises UserError where it cannot be."""
+    """Raises UserError for an output that cannot be written. option: its name in the error."""
     if output.suffix.lower() not in WRITTEN:
         raise UserError(
             f"{option} {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
@@ -219,7 +233,7 @@ def check_output(output: Path, option: str) -> None:
 
 
 def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
-    """The file's own columns; of nested rows (several examples each) the row and the texts."""
+    """The file's own columns. For rows of several examples: the row's number and the texts."""
     if len(np.unique(examples.rows_B)) == len(examples):
         rows = [rows[row] for row in examples.rows_B.tolist()]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -232,7 +246,7 @@ def input_columns(rows: Rows, examples: ExampleSet) -> dict[str, list[Any]]:
 
 
 def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
-    """TSV is not quoted here, so it cannot hold every text."""
+    """Raises UserError for a text that TSV cannot hold, since fields are not quoted here."""
     for name, values in columns.items():
         for number, value in enumerate(values, 1):
             if any(mark in as_text(value) for mark in "\t\n\r"):
@@ -255,9 +269,9 @@ def as_text(value: Any) -> str:
 
 
 def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -> None:
-    """Write the columns in this kind, aside and renamed; say so.
+    """Write the columns as a file of this kind, and log it. The file appears whole or not at all.
 
-    Raises UserError for what Parquet cannot hold, RunError where the file cannot be written.
+    Raises UserError for values that Parquet cannot hold, RunError where the file cannot be written.
     """
     rows = rows_of_columns(columns)
     if output == STANDARD:
@@ -276,7 +290,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
         ) from None
     except OSError as error:
         raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
-    # a stream may be what holds the rows
+    # the line goes to standard error where the output is a stream, which may hold the rows
     tell(f"{counted(len(rows), 'row')} written to {output}", aside=is_stream(output))
 
 

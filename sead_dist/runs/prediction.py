@@ -1,6 +1,6 @@
-"""A finished model put to use: loaded, and scored on a task's splits.
+"""Load a finished model, and score it on a task's splits.
 
-MODEL is a run directory, a model folder or a hub id; its classes are aligned with the task's by
+MODEL is a run directory, a model folder or a hub id. Its classes are aligned with the task's by
 name (invariant 4).
 
 Shapes: B examples, C classes (task order).
@@ -60,8 +60,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model in eval mode; `forward` gives its logits in the task's class order, float32. folder:
-    of its files; order_C: its own column of each class."""
+    """A model in eval mode.
+
+    forward: gives its logits in the task's class order, float32. folder: the folder of its files.
+    order_C: for each class of the task, the column of the model's own logits.
+    """
 
     model: PreTrainedModel
     inputs: ModelInputs
@@ -76,7 +79,7 @@ def run_config(name: str) -> Mapping[str, Any]:
 
 
 def task_of(name: str, given: str | None) -> TaskSpec:
-    """The task that was asked for, else the run directory's own. Raises UserError for neither."""
+    """The task `given`, else the task of the run directory. Raises UserError for neither."""
     load_kept(Path(name))
     if given is None and not Path(name).exists():
         raise UserError(
@@ -103,11 +106,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
 def load_answerer(
     name: str, task: TaskSpec, labels: str | None, device: torch.device, examples: ExampleSet
 ) -> Answerer:
-    """The model `name` for `task`; labels: its class order, "a,b,c" or "task_order"; examples: some
-    that it will be asked.
+    """Load the model `name` for `task`.
 
-    A run's model computes in the run's precision, any other in fp32. Raises UserError for a model
-    that cannot be loaded or whose classes are not the task's.
+    labels: the model's class order, "a,b,c" or "task_order". examples: some of the examples to
+    predict. A run's model computes in the run's precision, any other model in fp32. Raises
+    UserError for a model that cannot be loaded, or whose classes are not the task's.
     """
     checkpoint = locate(name)
     config = load_model_config(checkpoint, trust_remote_code=False)
@@ -134,7 +137,10 @@ def load_answerer(
 
 
 def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> torch.Tensor:
-    """logits_BC of a model's own logits of text rows. The choices of a row stand in its order."""
+    """logits_BC in the task's class order, from the model's own logits of text rows.
+
+    For a task of choices, the classes are the choices, in the order of the row.
+    """
     logits_BC = by_example(logits, choices)
     return logits_BC if choices > 1 else logits_BC[:, order_C]
 
@@ -142,8 +148,11 @@ def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> tor
 def class_order(
     name: str, config: PretrainedConfig, task: TaskSpec, labels: str | None
 ) -> list[int]:
-    """order_C: for each class of the task the column of the model's own logits. Raises UserError
-    where the names do not say it. Warns where `labels` are another order than they say."""
+    """order_C: for each class of the task, the column of the model's own logits.
+
+    Logs a warning where `labels` differ from the order of the model's own class names. Raises
+    UserError where neither gives the order.
+    """
     said = (
         labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
     )
@@ -160,11 +169,14 @@ def class_order(
 
 
 def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
-    """Where rows are looked for: the folder `data`; of a run on its own task, where the run found
-    its rows; else the hub."""
+    """The place of the rows to score.
+
+    It is the folder `data` where that is given, else the place of a run's own data where no other
+    task is given, else the hub.
+    """
     own = run_config(name).get("data") if data is None and task_name is None else None
     own = own or {"path": data}
-    if (Path(name) / KEPT_DATA).is_dir():  # a run may have been moved, with what it was given
+    if (Path(name) / KEPT_DATA).is_dir():  # the run directory may have been moved, with its data
         own = {key: moved(value, Path(name)) for key, value in own.items()}
     return DataConfig(
         path=own.get("path"),
@@ -172,13 +184,13 @@ def data_of(name: str, task_name: str | None, data: str | None) -> DataConfig:
         validation=own.get("validation"),
         revision=own.get("revision"),
         max_train_examples=None,
-        validation_fraction=own.get("validation_fraction", 0.1),  # runs of before had two files
+        validation_fraction=own.get("validation_fraction", 0.1),  # runs of old versions lack it
         skip_malformed=bool(own.get("skip_malformed")),
     )
 
 
 def moved(value: Any, run: Path) -> Any:
-    """A path among the data that a run keeps, as it is in the run directory of today."""
+    """A path in the run's data folder, as a path in the run directory's present place."""
     if not isinstance(value, str) or Path(value).exists():
         return value
     if Path(value).name == KEPT_DATA:
@@ -194,10 +206,10 @@ def evaluate_model(
     split: str | None,
     json_file: str | None,
 ) -> None:
-    """Tell the line of scores that model cards carry, for `split` or every official one.
+    """Log the scores of a model card, for `split` or for every official split.
 
-    json_file: where to write the same, under the keys of a run's eval_results.json. Raises
-    UserError for files or a model that do not fit the task.
+    json_file: the file to write the same scores to, under the keys of a run's eval_results.json.
+    Raises UserError for files or a model that do not fit the task.
     """
     with in_world() as world:
         quiet_libraries(world)
@@ -217,7 +229,7 @@ def evaluate_model(
 
 @contextmanager
 def data_option() -> Iterator[None]:
-    """A mistake in the rows is told with the option of the command, which has no keys of data."""
+    """Within the block, errors about the rows name the option --data, not keys of a run's data."""
     try:
         yield
     except UserError as error:
@@ -228,7 +240,7 @@ def data_option() -> Iterator[None]:
 def show_results(
     name: str, task: TaskSpec, sets: Sequence[ExampleSet], found: Sequence[EvalResult]
 ) -> None:
-    """Tell the scores of each split, and of a task with classes those of each class."""
+    """Log the scores of each split, and the scores of each class for a task with classes."""
     cards = cards_of(found)
     for examples, result in zip(sets, found, strict=True):
         tell(f"\n{name} on {task.name} {result.split}\n\n{as_table(cards[result.split])}")
@@ -238,7 +250,7 @@ def show_results(
 
 
 def wanted_splits(task: TaskSpec, split: str | None) -> list[str]:
-    """The split that was asked for, else every official one to evaluate on."""
+    """The given split, else every official split to evaluate on."""
     return [split] if split is not None else [key for key in task.splits if key != "train"]
 
 
@@ -250,8 +262,11 @@ def results_of(
     world: World,
     say: Callable[[str], None],
 ) -> list[EvalResult]:
-    """The result of the model `name` on each of these splits. say: hears of text rows that lost
-    tokens. Raises UserError for a model that does not fit the task."""
+    """The result of the model `name` on each of these splits.
+
+    say: gets a line on text rows that lost tokens. Raises UserError for a model that does not fit
+    the task.
+    """
     world.at("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
@@ -264,8 +279,10 @@ def results_of(
 
 
 def cards_of(found: Sequence[EvalResult]) -> dict[str, dict[str, float]]:
-    """The scores by the split's name. The keys of the first one carry no name, as in a run's
-    eval_results.json."""
+    """The scores by the split's name.
+
+    The keys of the first split have no split name in them, as in a run's eval_results.json.
+    """
     return {
         result.split: result.card("eval" if result is found[0] else f"eval_{result.split}")
         for result in found
@@ -278,12 +295,12 @@ def as_one(found: Sequence[EvalResult]) -> dict[str, float]:
 
 
 def tell_aside(line: str) -> None:
-    """Say a line on standard error: standard output may hold rows or scores."""
+    """Log a line for standard error, since standard output may hold rows or scores."""
     tell(line, aside=True)
 
 
 def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], None]) -> None:
-    """Say how many text rows lost tokens."""
+    """Log how many text rows lost tokens."""
     line = describe_cuts({split.examples.split: split.tokens.cut_of()}, max_length)
     if line is not None and world.is_main:
         say(line)
@@ -298,6 +315,6 @@ def write_scores(results: Mapping[str, float], path: Path) -> None:
 
 
 def as_table(card: Mapping[str, float]) -> str:
-    """The card's line as Markdown: metrics first, then time, loss and size."""
+    """The scores as a Markdown table: metrics first, then time, loss and size."""
     keys = sorted(card, key=place_on_card)
     return table(keys, [[card[key] for key in keys]])

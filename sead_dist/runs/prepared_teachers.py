@@ -1,4 +1,4 @@
-"""Before the first step: the teachers are validated, weighed, and the ensemble is fixed."""
+"""Validate the teachers, and fix the ensemble's weights, before the first step."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -7,7 +7,7 @@ from typing import NotRequired
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict  # of Python 3.12, for pydantic
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sead_dist.config.schema import RunConfig, teacher_names
 from sead_dist.data.examples import ExampleSet, has_label, subset
@@ -53,8 +53,11 @@ Validated = tuple[list[Validation], np.ndarray | None]
 
 
 def validated(setup: RunSetup) -> Validated:
-    """The teachers' validations, and their logits_NBC of the selection split; nothing where no one
-    asks for them. Raises UserError for a teacher that may not teach."""
+    """The teachers' validations, and their logits_NBC of the selection split.
+
+    ([], None) where nothing in the run needs them. Raises UserError for a teacher that fails its
+    validation.
+    """
     config, task, teachers = setup.config, setup.task, setup.teachers
     selection = setup.splits.selection
     if setup.source is None or not needs_validation(config, selection.examples):
@@ -80,8 +83,10 @@ def validated(setup: RunSetup) -> Validated:
 
 
 def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensemble | None:
-    """Validate the teachers, unless that is done (`found`), and freeze the ensemble's weights
-    before the first step; None without teachers."""
+    """The ensemble with its weights frozen; None without teachers.
+
+    found: the validations, where they are known. Without it the teachers are validated here.
+    """
     config, task, teachers = setup.config, setup.task, setup.teachers
     if setup.source is None:
         return None
@@ -111,7 +116,7 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
 
 
 def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
-    """A line on what each teacher counts, where that is fixed."""
+    """A line on each teacher's weight, where the weights are fixed."""
     if ensemble.weighting.one_teacher:
         return [f"the one teacher of this student: {names[int(ensemble.weights_N.argmax())]}"]
     if not ensemble.weighting.has_frozen_weights:
@@ -122,7 +127,7 @@ def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
 
 
 def told_asked(setup: RunSetup, ensemble: Ensemble) -> list[str]:
-    """Lines on training rows that no teacher answers, and on those that one was trained on."""
+    """Lines on unlabelled rows without an answer, and on rows that a teacher was trained on."""
     config, teachers, train = setup.config, setup.teachers, setup.splits.train
     lines = [] if config.feature_loss is not None else told_idle(ensemble, teachers, train.examples)
     if ensemble.seen_NU is not None:
@@ -137,7 +142,7 @@ def told_asked(setup: RunSetup, ensemble: Ensemble) -> list[str]:
 
 
 def told_twins(teachers: Sequence[Teacher]) -> list[str]:
-    """A line for each teacher that is an earlier one again, and counts as often as it is given."""
+    """A line for each teacher that is given more than once, and so counts more than once."""
     first: dict[str, str] = {}
     lines = []
     for teacher in teachers:
@@ -151,7 +156,7 @@ def told_twins(teachers: Sequence[Teacher]) -> list[str]:
 
 
 class Frozen(TypedDict):
-    """ensemble.json: what a run has fixed of its teachers before step 1."""
+    """ensemble.json: the teachers' weights and temperatures, fixed before step 1."""
 
     weights: list[float]
     calibration: NotRequired[list[float] | None]
@@ -160,8 +165,11 @@ class Frozen(TypedDict):
 def kept_weights(
     run: Path, ensemble: Ensemble, names: Sequence[str]
 ) -> tuple[list[float], list[float] | None]:
-    """The weights and temperatures of teachers that the run began with; at its first start the
-    ensemble's, which are kept."""
+    """The teachers' weights and temperatures of the run's first start.
+
+    The first start writes the ensemble's to ensemble.json, and later starts read them. Raises
+    UserError where the file has another number of weights.
+    """
     path, weights_N = run / "ensemble.json", ensemble.weights_N
     if not path.is_file():
         record: dict[str, object] = {"teachers": list(names), "weights": weights_N.tolist()}
@@ -184,7 +192,10 @@ def say_learnable(
     logits_NBC: np.ndarray,
     ensemble: Ensemble,
 ) -> None:
-    """Say, and write down, whether the teachers together know more than a fine-tuned student."""
+    """Log and record whether the ensemble is better than the fine-tuned student.
+
+    Without a fine-tuned student it is compared with the majority baseline.
+    """
     selection, baseline = setup.splits.selection.examples, baseline_folder(setup.config)
 
     routes = selection.routes_B
@@ -228,8 +239,10 @@ def say_learnable(
 
 
 def needs_validation(config: RunConfig, selection: ExampleSet) -> bool:
-    """Whether nothing may be taught before the teachers' scores are known. Without gold labels they
-    never are."""
+    """Whether the teachers' scores must be known before the first step.
+
+    False where the selection split has no gold labels, since there are no scores then.
+    """
     if not selection.has_gold:
         return False
     calibrates = any(entry.calibrates for entry in config.teachers)
@@ -245,8 +258,10 @@ def weigh(
     logits_NBC: np.ndarray | None,
     splits: RunSplits,
 ) -> Ensemble:
-    """The ensemble, its weights frozen by what is known of the teachers. logits_NBC: of the
-    selection split, where it was asked."""
+    """The ensemble, with weights frozen from the teachers' scores and logits.
+
+    logits_NBC: of the selection split; None where the teachers were not asked.
+    """
     names = [teacher.name for teacher in teachers]
     known = Known(
         given=[teacher.entry.weight for teacher in teachers],
@@ -273,8 +288,11 @@ def weigh(
 def calibrate(
     config: RunConfig, task: TaskSpec, logits_NBC: np.ndarray, labels_B: np.ndarray
 ) -> torch.Tensor | None:
-    """calibration_N: the temperature of each teacher that asks for one and answers enough rows, 1
-    of the others; None where it is 1 of all. Of scores there is none."""
+    """calibration_N: the fitted temperature of each teacher; None where all are 1.
+
+    It is 1 for a teacher whose entry has no calibration, for one that answers too few rows, and for
+    a regression task.
+    """
     found = [1.0] * len(logits_NBC)
     for n, rows_B in enumerate(rows_to_calibrate(task, logits_NBC, labels_B)):
         if config.teachers[n].calibrates and len(rows_B) >= FEWEST_ROWS:
@@ -285,7 +303,7 @@ def calibrate(
 def rows_to_calibrate(
     task: TaskSpec, logits_NBC: np.ndarray, labels_B: np.ndarray
 ) -> list[np.ndarray]:
-    """The labelled rows that each teacher answers; none for a task of scores."""
+    """The labelled rows that each teacher answers; empty for a regression task."""
     answered_NB = ~np.isnan(logits_NBC).any(axis=2) & has_label(labels_B)[None]
     return [np.flatnonzero(of & task.task_kind.has_classes) for of in answered_NB]
 
@@ -297,7 +315,7 @@ def told_calibration(
     selection: ExampleSet,
     logits_NBC: np.ndarray | None,
 ) -> list[str]:
-    """Lines on the temperatures of teachers that ask for one."""
+    """Lines on the fitted temperatures of teachers whose entry has calibration."""
     if logits_NBC is None or not task.task_kind.has_classes:
         return []
     lines = []

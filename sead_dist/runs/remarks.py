@@ -1,5 +1,6 @@
-"""What a person must know of a run and would not see in its scores: what disappoints in silence,
-and keys that its method does not read.
+"""Remarks on a run that its scores do not show.
+
+They name weak results that are easy to miss, and keys that the run does not read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from sead_dist.teachers.teacher import Teacher
 
 
 def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray) -> list[str]:
-    """Classes of the split that the model never predicts; none for a task of scores."""
+    """Classes of the split that the model never predicts; none for a regression task."""
     if not task.task_kind.has_classes:
         return []
     return confusion(task.labels, examples.labels_B, logits_BC).never_predicted
@@ -32,8 +33,10 @@ def never_predicted(task: TaskSpec, examples: ExampleSet, logits_BC: np.ndarray)
 def ensemble_gap(
     task: TaskSpec, examples: ExampleSet, ensemble_BC: np.ndarray, best_BC: np.ndarray, name: str
 ) -> dict[str, Any]:
-    """How much better the ensemble scores on a split than the teacher `name`, the best of its
-    members on the selection split, and the 95% interval over rows."""
+    """The ensemble's score on a split minus that of the teacher `name`, with its 95% interval.
+
+    The teacher is the best one on the selection split. The interval is over rows.
+    """
     gap = paired_gap(task.metrics[0], task.task_kind, ensemble_BC, best_BC, examples)
     return {"teacher": name, "gap": gap.value, "interval": list(gap.interval)}
 
@@ -45,7 +48,10 @@ def make_remarks(
     scores: Mapping[str, Any],
     teachers: Sequence[Teacher],
 ) -> list[str]:
-    """One line for each silent disappointment of the run; `scores` as in scores.json."""
+    """One line for each weak result that is easy to miss, and each key that is not read.
+
+    scores: by split, as in scores.json.
+    """
     rows = len(splits.selection)
     chosen = final_checkpoint(config, rows) == "best" or asks_selection(config)
     lines = []
@@ -101,8 +107,10 @@ OF_TEACHERS = (
 
 
 def unread_keys(config: RunConfig) -> list[str]:
-    """A line for each key that differs from the default and the method's file, and changes nothing
-    of this run."""
+    """A line for each key that is set and that this run does not read.
+
+    A key is set where it differs from the default and from the method's file.
+    """
     usual = usual_values(config)
     lines = []
     for key, why in _unread(config):
@@ -112,7 +120,7 @@ def unread_keys(config: RunConfig) -> list[str]:
         if value != usual.get(key):
             lines.append(f"{key}={value} is not read: {why}")
     named = [entry.name or entry.path for entry in config.teachers if entry.weight != 1.0]
-    # a plugin's may read them
+    # an ensemble of a plugin may read the weights
     built_in = config.taught and config.ensemble in BUILT_IN["ensemble"]
     if named and built_in and not isinstance(WEIGHTINGS[config.ensemble], Fixed):
         lines.append(

@@ -1,9 +1,9 @@
-"""A start with few layers of a model is repaired: on plain text it learns that model's hidden
-states, before any task.
+"""Repair of a student's start that takes few layers of a model.
 
-What comes out follows from start, teacher, text, steps and sizes of batches alone, so it is kept in
-a folder of that name, for other tasks and seeds. The training is that of a run: the same loop,
-engine and checkpoints, so that a killed one goes on, with any number of ranks.
+The start is trained on plain text to give that model's hidden states, before any task. The result
+depends only on start, teacher, text, steps and batch sizes. It is kept in a folder named after
+these, and other tasks and seeds use it too. The training has the loop, engine and checkpoints of a
+run. So a killed repair is resumed, with any number of ranks.
 """
 
 import shutil
@@ -43,26 +43,28 @@ from sead_dist.training.identity import Identity
 from sead_dist.training.trainer import Trainer
 
 WEIGHTS = "body.safetensors"
-# what a start is repaired on; the classes mean nothing, and no row has one
+# the task of the repair's texts; its classes mean nothing, and no row has one
 TEXT = TaskSpec(name="text", kind="classification", text_a="{text}", labels=("0", "1"))
-# files of rows with columns, whose lines are no plain text
+# endings of files of rows with columns; their lines are not plain text
 TABLES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
 LOOK_AGAIN_S = 1.0
 
 
 def repair_folder(config: RunConfig) -> Path:
-    """Where repaired starts are kept: `repair.folder`, else SEAD_DIST_REPAIRED, else a folder in
-    the user's cache."""
+    """The folder of repaired starts.
+
+    It is `repair.folder`, else SEAD_DIST_REPAIRED, else a folder in the user's cache.
+    """
     return cache_place("repaired", "repair.folder=DIR", config.repair.folder)
 
 
 def repaired_path(config: RunConfig, facts: dict[str, Any]) -> Path:
-    """The file of the start that is repaired by these facts, be it made or not."""
+    """The file of the repaired start with these facts. It may not exist yet."""
     return repair_folder(config) / hash_of(facts)[:32] / WEIGHTS
 
 
 def check_repair_setting(config: RunConfig, zero_stage: int | None) -> None:
-    """Raises UserError for a repair that DeepSpeed's stage rules out."""
+    """Raises UserError for a repair under DeepSpeed's stage 3."""
     if config.repair.text is not None and zero_stage == 3:
         raise UserError(
             f"repair.text={config.repair.text} needs each rank to hold the student whole, and "
@@ -80,11 +82,11 @@ def repair_start(
     log: RunLog,
     console: bool,
 ) -> None:
-    """Give a student at its start the body that was repaired, which is made first where nobody has
-    made it before. Head and pooler stay as they are. Every rank calls this.
+    """Load the repaired body into the student `model`. The repair runs first where none is kept.
 
-    Raises UserError for a text or a teacher that does not fit, StopRequestedError, saved, where a
-    stop was asked for.
+    Head and pooler are unchanged. Every rank calls this. Raises UserError for a text or a teacher
+    that does not fit. Raises StopRequestedError, after a checkpoint is saved, where a stop was
+    requested.
     """
     world.at("looking for a repaired start")
     facts = from_main(world, lambda: repair_facts(config))
@@ -111,7 +113,10 @@ def wait_for_lock(
     log: RunLog,
     stack: ExitStack,
 ) -> None:
-    """Until no other run is repairing the same start; `stack` gives the lock back."""
+    """Wait until no other run repairs the same start, then hold the lock. `stack` frees it.
+
+    Raises StopRequestedError where a stop was requested.
+    """
     lock = folder.with_name(f"{folder.name}.lock")
 
     def attempt() -> bool:
@@ -145,7 +150,10 @@ def repair(
     heartbeat: Heartbeat,
     log: RunLog,
 ) -> None:
-    """Train the start's body and put it into the folder of `log`."""
+    """Train the start's body, and write it to the folder of `log`.
+
+    Raises StopRequestedError, after a checkpoint is saved, where a stop was requested.
+    """
     own, steps = repair_config(config, log.folder), config.repair.steps
     student = build_student(own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code)
     settle(inputs.tokenizer, student.config)
@@ -199,8 +207,10 @@ def repair(
 
 
 def repair_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The keys of the training: of the run's own those alone that stand in `repair_facts`, and how
-    it saves."""
+    """The configuration of the repair's training.
+
+    Of the run's own keys, only those in `repair_facts`, and those on saving, have an effect.
+    """
     return config.model_copy(
         update={
             "output_dir": str(folder),
@@ -214,7 +224,7 @@ def repair_config(config: RunConfig, folder: Path) -> RunConfig:
             "learning_rate": None,
             "lr_scheduler_type": "linear",
             "warmup_steps": 0.1,
-            "weight_decay": 0.0,  # words that the text lacks stay what they are
+            "weight_decay": 0.0,  # embeddings of words that the text lacks stay unchanged
             "max_grad_norm": 1.0,
             "final_checkpoint": "last",
             "report_to": None,
@@ -223,7 +233,7 @@ def repair_config(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def read_text(path: Path) -> ExampleSet:
-    """The lines of a file, blank ones left out. Raises UserError for a file of another kind."""
+    """The lines of a plain text file, without blank lines. Raises UserError for another file."""
     if path.suffix in TABLES:
         raise UserError(
             f"repair.text={path} is a file of rows with columns; give a plain file, one text a line"
@@ -237,8 +247,11 @@ def read_text(path: Path) -> ExampleSet:
 def load_whole_model(
     config: RunConfig, inputs: ModelInputs, world: World
 ) -> tuple[PreTrainedModel, LayerParts]:
-    """The model whose hidden states are learnt, in fp32 and eval mode. inputs: of the student.
-    Raises UserError where it cannot be read, or is fed other rows than the student."""
+    """The model whose hidden states are the target, in fp32 and eval mode, and its layers.
+
+    inputs: what the student is fed. Raises UserError where the model cannot be read, or is fed
+    other tokens than the student.
+    """
     checkpoint = repair_teacher(config)
     who = f"repair.teacher={checkpoint.name}"
     words = load_tokenizer(checkpoint, config.trust_remote_code)
@@ -265,7 +278,10 @@ def load_whole_model(
 
 
 def write_body(folder: Path, weights: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Rank 0's: the body's weights, and what they were made of; its checkpoints go."""
+    """Write the body's weights and their facts, then remove the checkpoints. Rank 0 calls this.
+
+    Raises RunError where the files cannot be written.
+    """
     try:
         write_json(folder / "repair.json", facts)
         with written_aside(folder / WEIGHTS) as aside:
@@ -279,7 +295,7 @@ def write_body(folder: Path, weights: dict[str, Any], facts: dict[str, Any]) -> 
 
 
 def load_body(model: PreTrainedModel, path: Path) -> None:
-    """Give a student the repaired weights. Raises UserError where the file is damaged."""
+    """Load the repaired weights into the student. Raises UserError where the file does not fit."""
     with reading(path, f"remove {path.parent}, and it is made again"):
         weights = load_file(path)
         lacking, strange = model.load_state_dict(weights, strict=False)

@@ -1,5 +1,7 @@
-"""What a run will ask: of endpoints, told before it asks since requests cost money; whether files
-of predictions answer enough; and which training rows are left where files do not answer all.
+"""What a run asks of endpoints and of files of predictions, before it asks.
+
+The requests to endpoints are counted and logged first, since they cost money. The file also checks
+whether files of predictions answer enough rows, and leaves out training rows without an answer.
 
 Shapes: N teachers, B training rows, U unique examples.
 """
@@ -29,8 +31,11 @@ REMOVED = "unlabelled rows that no file of predictions answers"
 def tell_requests(
     source: StoredSource, splits: Iterable[Split], say: Callable[[str], None]
 ) -> None:
-    """One line for each endpoint that this process asks: the rows that are not in the store yet, at
-    most. Raises UserError where they take more requests than it may be sent."""
+    """Log one line for each endpoint that this process asks: the most requests that it gets.
+
+    Rows that are in the store are not counted. Raises UserError where an endpoint would get more
+    requests than its max_requests.
+    """
     splits = list(splits)
     for n, teacher in enumerate(source.teachers):
         if not isinstance(teacher.answers, Endpoint) or not source.placement.is_alone(n):
@@ -58,8 +63,10 @@ def tell_requests(
 
 
 def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
-    """Raises UserError where teachers count by their scores, and a file answers too few rows of the
-    selection split to have one."""
+    """Raises UserError where the ensemble needs each teacher's score, and a file has none.
+
+    A file has no score where it answers too few rows of the selection split.
+    """
     selection = examples.selection
     if not (config.taught and WEIGHTINGS[config.ensemble].by_scores and selection.has_gold):
         return
@@ -75,8 +82,10 @@ def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
 
 
 def check_fitted(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
-    """Raises UserError where weights are fitted to gold labels, and too few rows of the selection
-    split have one and an answer of each file."""
+    """Raises UserError where weights are fitted to gold labels, and too few rows serve for that.
+
+    Such a row is in the selection split, has a gold label, and has an answer in every file.
+    """
     selection = examples.selection
     files = [teacher.file for teacher in teachers if teacher.file is not None]
     if not (config.taught and files and WEIGHTINGS[config.ensemble].fewest_rows):
@@ -92,8 +101,11 @@ def check_fitted(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
 def answered_examples(
     config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]
 ) -> RunExamples:
-    """The same without unlabelled rows and copies that no teacher answers: nothing would be learnt
-    from them. Labelled ones stay, for their labels. Raises UserError where no row is left."""
+    """The examples without training rows that have neither a gold label nor an answer.
+
+    A student learns nothing from such rows. Raises UserError where no training row is left, and
+    where a split to score has neither gold labels nor answers.
+    """
     if config.feature_loss is not None or not any(teacher.file for teacher in teachers):
         return examples
     for part in (examples.selection, *examples.official.values()):
@@ -124,7 +136,7 @@ def answered_examples(
 
 
 def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which teachers may be asked for which rows, as far as the run's keys say it, and answer."""
+    """Which teachers have an answer to which rows, and may be asked for it by the run's keys."""
     weighting = WEIGHTINGS[config.ensemble]
     found_NB = has_answer_NB(teachers, part)
     for n, teacher in enumerate(teachers):
@@ -136,7 +148,7 @@ def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet
 
 
 def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which rows each teacher can answer: a file those that it holds, others all."""
+    """Which rows each teacher can answer: a file those that it holds, another teacher all rows."""
     everything_B = np.ones(len(part), bool)
     return np.stack([
         everything_B if teacher.file is None else teacher.file.places(part.ids_B2) >= 0
@@ -147,15 +159,19 @@ def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
 def seen_examples(
     config: RunConfig, teachers: Sequence[Teacher], ids_U2: np.ndarray
 ) -> np.ndarray | None:
-    """seen_NU: which teacher was trained on which of these examples, and is not asked of it while
-    others are; None where nothing is left out for that."""
+    """seen_NU: which teacher was trained on which of these examples. Other teachers answer these.
+
+    None where no teacher is left out for that.
+    """
     picks = WEIGHTINGS[config.ensemble].picks_teacher
     return None if picks else seen_by(teachers, ids_U2)
 
 
 def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:
-    """A line on unlabelled rows that stay in batches without a loss, since the teachers that were
-    chosen, or drawn for a batch, are files without an answer to them."""
+    """A line on unlabelled rows that stay in the batches without a loss.
+
+    The teachers that are chosen, or drawn for a batch, are files without an answer to these rows.
+    """
     answers_NB = has_answer_NB(teachers, train)
     if ensemble.weighting.goes_by_place:
         taught_B, which = answers_NB.all(0), "a file that is drawn for them has no answer"
@@ -174,7 +190,7 @@ def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet
 
 
 def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
-    """Lines on the files among the teachers: what they answer, and what is left out for them."""
+    """Lines on the files among the teachers: the rows they answer, and the rows left out."""
     files = [teacher.file for teacher in teachers if teacher.file is not None]
     lines = [line for file in files for line in file.told]
     lines += [f"WARNING: {line}" for file in files for line in file.remarks]

@@ -42,11 +42,13 @@ from sead_dist.training.evaluation import EvalResult, evaluate
 def score_split(
     setup: RunSetup, split: Split, ensemble: Ensemble | None, step: int, best: int | None = None
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
-    """The student's result on a split, everyone's metrics, and the ensemble's probabilities_BC. A
-    teacher is scored on the rows that it answers ({}: none); the ensemble on those that all who
-    count answer (None: none, and probabilities only where these are all rows). best: the teacher
-    that the ensemble is compared with. Without gold labels the figures are agreement with the
-    ensemble, and probabilities NaN in rows without an answer."""
+    """(the student's result on a split, all scores, the ensemble's probabilities_BC).
+
+    A teacher is scored on the rows that it answers ({} for none). The ensemble is scored on the
+    rows that all teachers with a weight answer (None for none). Probabilities are None unless these
+    are all rows. Without gold labels the scores are agreement with the ensemble, and probabilities
+    are NaN in rows without an answer. best: the teacher that the ensemble is compared with.
+    """
     result = evaluate(setup.task, setup.engine.model, setup.forward, split, setup.world, step)
     never: dict[str, list[str]] = {}
     scores: dict[str, Any] = {
@@ -74,7 +76,7 @@ def score_split(
             never[f"teacher {teacher.name}"] = never_predicted(setup.task, examples, logits_BC)
         if len(examples) < len(split):
             scores["teachers"][-1]["rows"] = len(examples)
-    if by.by_teachers:  # of which the ensemble is the measure
+    if by.by_teachers:  # the labels are the ensemble's, so it has no score of its own
         return result, scores, targets_BC
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     whole, rows = bool(complete_B.all()), int(complete_B.sum())
@@ -93,17 +95,17 @@ def score_split(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this rank held: of its GPU, or of the process."""
+    """The most bytes that this rank held: on its GPU, else in the process."""
     known = peak(device)
     if known is not None:
         return known
-    # on Linux this may be what the process had that started this one
+    # on Linux this may include the peak of the parent process
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def summary(setup: RunSetup, state: TrainState) -> dict[str, Any]:
-    """RUN/run_summary.json. Every rank calls this."""
+    """The content of RUN/run_summary.json. Every rank calls this."""
     totals = {
         "rows": 0.0,
         "train_s": 0.0,
@@ -145,7 +147,7 @@ def summary(setup: RunSetup, state: TrainState) -> dict[str, Any]:
 
 
 def chosen(setup: RunSetup) -> dict[str, Any]:
-    """What the run took for keys that were left to it."""
+    """The run's values of keys that may be null or auto."""
     config = setup.config
     return {
         "max_steps": config.max_steps,
@@ -155,8 +157,8 @@ def chosen(setup: RunSetup) -> dict[str, Any]:
 
 
 def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
-    """Whose layer outputs the student followed and how; `forwards` of it are computed in training,
-    again in every epoch (those of steps that a killed run repeated are not counted)."""
+    """The feature teacher and its loss; None without one. forwards: that teacher's in training.
+    Every epoch computes them again. Steps that a resumed run repeated are counted once."""
     feature_loss = setup.loss.feature
     if setup.feature_teacher is None or feature_loss is None:
         return None
@@ -170,13 +172,15 @@ def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(setup: RunSetup) -> str | None:
-    """Where the teachers run, in a word; None where none is asked."""
+    """The placement of the teachers in one word; None where no teacher is asked."""
     return None if setup.source is None else setup.source.placement.word
 
 
 def save_student(setup: RunSetup, state: TrainState) -> None:
-    """Write the student that is kept, which is the engine's from now on, to model/, and check that
-    plain Transformers reads the same model there."""
+    """Write the final student to model/, and check that plain Transformers reads the same model.
+
+    The engine holds this student afterwards. Raises what `check_saved` raises.
+    """
     config, module = setup.config, setup.engine.module
     if state.best_step is not None:
         setup.engine.load_weights(setup.checkpointer.best_folder(state.best_step))
@@ -184,7 +188,7 @@ def save_student(setup: RunSetup, state: TrainState) -> None:
     folder = Path(config.output_dir) / "model"
     from_main(setup.world, lambda: save_model(module, weights, setup.inputs.save, folder))
     row = one_row(setup.splits.train)
-    # every rank: a student that DeepSpeed splits answers on all of them at once
+    # every rank calls this, since a student that DeepSpeed splits needs all ranks for a forward
     trained = answer(setup.engine.model, lambda: setup.engine.forward(row, 1))
     from_main(
         setup.world,
@@ -197,8 +201,8 @@ def save_student(setup: RunSetup, state: TrainState) -> None:
 def score_splits(
     setup: RunSetup, state: TrainState, ensemble: Ensemble | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """(scores of student and teachers by split, the student's on the official ones as the card has
-    them). Every prediction is written to predictions/."""
+    """(all scores by split, the student's scores on the official splits as in its model card).
+    Every prediction is written to predictions/."""
     splits = {"selection": setup.splits.selection, **setup.splits.official}
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
@@ -226,8 +230,10 @@ def score_splits(
 
 
 def say_left_out(setup: RunSetup, left_out: Split, step: int) -> None:
-    """Write what a teacher says of the fold that it was not trained on, and beside its model which
-    rows it was trained on."""
+    """Write a teacher's predictions of the fold that it was not trained on.
+
+    The rows that it was trained on are written to its model's folder.
+    """
     result = evaluate(setup.task, setup.engine.model, setup.forward, left_out, setup.world, step)
     run = Path(setup.config.output_dir)
 
@@ -251,8 +257,7 @@ def say_left_out(setup: RunSetup, left_out: Split, step: int) -> None:
 
 
 def best_of(task: TaskSpec, teachers: Sequence[dict[str, Any]]) -> int | None:
-    """The teacher with the highest score, by its place; None where there are not several. A file of
-    predictions may have none."""
+    """The index of the teacher with the highest score; None with fewer than two teachers."""
     found = [of["metrics"].get(task.metrics[0], -math.inf) for of in teachers]
     return found.index(max(found)) if len(found) > 1 else None
 
@@ -260,8 +265,8 @@ def best_of(task: TaskSpec, teachers: Sequence[dict[str, Any]]) -> int | None:
 def for_people(
     setup: RunSetup, examples: ExampleSet, logits_BC: np.ndarray
 ) -> dict[str, Sequence[Any]]:
-    """Columns of the predictions that a person reads: the row (from 1) in its file, names of labels
-    with their probabilities, and the texts."""
+    """Columns of the predictions that are easy to read: the row (from 1) in its file, names of
+    labels with their probabilities, and the texts."""
     task = setup.task
     columns: dict[str, Sequence[Any]] = {"row": (examples.rows_B + 1).tolist()}
     if task.task_kind.has_classes:
@@ -281,9 +286,9 @@ def for_people(
 def conclude(
     setup: RunSetup, state: TrainState, ensemble: Ensemble | None, show_table: bool
 ) -> None:
-    """Bring back the student that is kept, save it, score it once on the official splits, report.
+    """Load the final student, save it, score it once on the official splits, and write the report.
 
-    Every rank calls this; rank 0 writes. The run is finished when run_summary.json says so.
+    Every rank calls this. Rank 0 writes. `finished` in run_summary.json marks a finished run.
     """
     world, config = setup.world, setup.config
     run = Path(config.output_dir)
@@ -294,7 +299,7 @@ def conclude(
         say_left_out(setup, setup.splits.left_out, state.step)
     closing = summary(setup, state)
     remarks = make_remarks(config, setup.task, setup.splits, scores, setup.teachers)
-    if closing["best_metric"] is None:  # an average is scored when it is the engine's
+    if closing["best_metric"] is None:  # a student that was not scored in training is scored now
         found = scores["selection"]
         closing["best_metric"] = found["student"][found.get("metric", setup.task.metrics[0])]
     shares = shares_of(setup, scores)
@@ -305,7 +310,7 @@ def conclude(
     def write() -> None:
         write_json(run / "eval_results.json", results)
         write_scores(setup, scores, shares, remarks)
-        # the report quotes the summary, and the run is finished only with its report
+        # the report reads the summary, and the run is not finished before its report is written
         write_json(run / "run_summary.json", {**closing, "finished": False})
         write_report(run)
         write_json(run / "run_summary.json", closing)
@@ -328,14 +333,13 @@ def conclude(
 
 
 def shares_of(setup: RunSetup, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By split and then by name, what the student keeps of the gap between the baseline and its
-    teachers; empty where there is no baseline."""
+    """By split, the scores and shares that `kept_shares` gives; empty without a baseline."""
     baseline = baseline_folder(setup.config)
     if setup.source is None or baseline is None:
         return {}
     try:
         return kept_shares(baseline, scores, setup.task.metrics[0])
-    except UserError as error:  # it was read at the start, and a run must come to its end
+    except UserError as error:  # the baseline was damaged since the start; the run still ends
         setup.log.say(f"what the student keeps of the gap is not told: {error}")
         return {}
 
@@ -346,7 +350,7 @@ def write_scores(
     shares: dict[str, dict[str, float]],
     remarks: Sequence[str],
 ) -> None:
-    """Write scores.json, and the shares beside what was learnable. Rank 0 calls this."""
+    """Write scores.json, and add the shares to learnable.json. Rank 0 calls this."""
     task, run = setup.task, Path(setup.config.output_dir)
     some_gold = any("metric" not in of for of in scores.values())
     record = {
@@ -358,7 +362,7 @@ def write_scores(
         "remarks": remarks,
     }
     write_json(run / "scores.json", record)
-    # where the teachers could not be weighed up, the file is missing
+    # the file is missing where the ensemble could not be compared with the baseline
     if shares and (run / FILE).is_file():
         found = read_as(dict[str, Any], run / FILE)
         write_json(run / FILE, {**found, "splits": shares})
@@ -367,7 +371,7 @@ def write_scores(
 def closing_table(
     setup: RunSetup, scores: dict[str, Any]
 ) -> tuple[str, list[str], list[list[object]]]:
-    """(title, columns, rows) of what the console shows at the end."""
+    """(title, columns, rows) of the table that the console shows at the end."""
     metrics = setup.task.metrics
     agreeing = [split for split, of in scores.items() if "metric" in of]
     names = {split: list(of["student"]) for split, of in scores.items()}

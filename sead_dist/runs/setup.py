@@ -1,6 +1,6 @@
-"""The setup of a run: all that it is made of, built from its configuration before the first step.
+"""The setup of a run: all its objects, built from its configuration before the first step.
 
-All of a person's mistakes come to light here or in the validation.
+A mistake in the configuration raises an error here or in the validation of the teachers.
 """
 
 import os
@@ -61,7 +61,7 @@ from sead_dist.training.identity import Identity
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What a run is made of before its first step."""
+    """The objects of a run before its first step."""
 
     config: RunConfig
     task: TaskSpec
@@ -86,8 +86,10 @@ class RunSetup:
         return epoch_steps(self.config, self.examples.labelled_rows, len(self.splits.train))
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
-        """The student's logits in scoring, where every rank does the same number of forwards: a
-        long split is not a hang."""
+        """The student's logits in scoring. Every rank computes the same number of forwards.
+
+        Each forward reports progress, so that a long split does not count as a hang.
+        """
         self.heartbeat.move("scoring the student")
         return self.engine.forward(inputs, choices)
 
@@ -95,7 +97,11 @@ class RunSetup:
 def build(
     config: RunConfig, world: World, stack: ExitStack, stop: StopFlag, console: bool = True
 ) -> RunSetup:
-    """The whole setup of the run; `stack` closes it. Nothing is written before all is checked."""
+    """Build the setup of the run. `stack` closes it.
+
+    Nothing is written before the configuration, data and models are checked. console: as for
+    `distill`. Raises UserError for a mistake in them.
+    """
     quiet_libraries(world)
     run, notes = Path(config.output_dir), list[str]()
     checked = check_run(config, world, notes.append, folders=run_folders(config))
@@ -163,11 +169,11 @@ def run_folders(config: RunConfig) -> dict[str, Path]:
 def claim_folder(
     checked: CheckedRun, splits: RunSplits, world: World, stack: ExitStack
 ) -> Identity:
-    """Make the output folder this run's, and lock it while `stack` is open: the first that a run
-    writes. The student is saved there once, to see that it can be. Returns the run's identity.
+    """Claim the output folder for this run, and lock it while `stack` is open.
 
-    Raises UserError for a folder of another run, and for a student that does not come back as it
-    was saved.
+    This is the first that a run writes. A trial save checks that the student can be saved. Returns
+    the run's identity. Raises UserError for a folder of another run, and for a student that is read
+    back differently than it was saved.
     """
     config, run = checked.config, Path(checked.config.output_dir)
     world.at("hashing data, teachers and start")
@@ -184,8 +190,10 @@ def claim_folder(
 def first_lines(
     checked: CheckedRun, splits: RunSplits, notes: Sequence[str], world: World
 ) -> list[str]:
-    """The first lines of the log: what the run takes for keys that are left to it, and what it has
-    read. notes: those of the reading. Every rank calls this."""
+    """The first lines of the log: the values chosen for null and auto keys, and what was read.
+
+    notes: the lines about data and student. Every rank calls this.
+    """
     config, task, examples = checked.config, checked.task, checked.examples
     return [
         *told_chosen_keys(
@@ -199,7 +207,7 @@ def first_lines(
 
 
 def told_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
-    """A line where there are no teachers, or one alone that would be averaged."""
+    """A line where there are no teachers, or where the default method has a single teacher."""
     if not teachers:
         return ["no teachers: the student learns from the labels alone"]
     if config.method == DEFAULT_METHOD and len(teachers) == 1:
@@ -208,15 +216,15 @@ def told_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
 
 
 def be_deterministic(asked: bool) -> None:
-    """Have torch refuse what is not deterministic, or allow it."""
+    """Set whether torch refuses operations that are not deterministic."""
     if asked:
-        # what CUDA's matrix products ask for; read when the first one runs
+        # deterministic matrix products of CUDA need this; it is read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(asked)
 
 
 def uneven(config: RunConfig, ranks: int) -> list[str]:
-    """A line where some ranks have nothing to do in a part of every step."""
+    """A line where some ranks idle in a part of every step."""
     micro_batches = config.global_batch_size // config.micro_batch_size
     if micro_batches % ranks == 0:
         return []
@@ -235,12 +243,15 @@ def place_teachers(
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """The teacher source over the run's store, with every teacher placed."""
+    """Place every teacher, and open the source that answers from the store or by a forward.
+
+    `stack` closes it. Raises UserError for a placement that does not fit.
+    """
     run, folder = Path(config.output_dir), store_folder(config.store.path)
     free = least_free(world)
     placements, reason = choose_placements(teachers, config.placement, world.size, free)
     on_every_rank(world, lambda: check_placed(config, teachers, placements))
-    # what is remembered of rates may differ from machine to machine, and owners must be agreed
+    # measured rates may differ between machines, and all ranks must place teachers alike
     costs_N = from_main(world, lambda: known_costs(teachers, world.device))
     share_NW = share_rows(teachers, placements, costs_N, world.size, free)
     log.say(reason)
@@ -275,8 +286,10 @@ def place_teachers(
 def share_splits(
     source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World, log: RunLog
 ) -> None:
-    """Lend the student's tokens to teachers that are fed alike, and say what endpoints will be
-    asked. Raises UserError where that is more than they may be."""
+    """Share the student's tokens with teachers that are fed alike, and log requests to endpoints.
+
+    Raises UserError where an endpoint would get more requests than its max_requests.
+    """
     asked = (splits.train, splits.selection, *splits.official.values())
     for split in asked:
         source.share_tokens(split, inputs)
@@ -298,15 +311,18 @@ def choose_feature_teacher(
     try:
         return teachers[best_teacher(source, task, selection, config.prefetch_rows)]
     except RuntimeError as error:
-        heartbeat.explain(error)  # a collective breaks when another rank dies
+        heartbeat.explain(error)  # a collective fails when another rank dies
         raise
 
 
 def follow(
     config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
 ) -> tuple[FeatureTeacher, FeatureLoss]:
-    """The feature teacher at work, and the loss over its hidden states and attention; the student
-    at its start, changed where the method says so."""
+    """The loaded feature teacher, and the loss over its hidden states and attention.
+
+    model: the student before its first step. With student_init=feature_teacher it gets the feature
+    teacher's layers where they fit.
+    """
 
     def load() -> tuple[FeatureTeacher, FeatureLoss]:
         assert config.feature_loss is not None
@@ -331,7 +347,7 @@ def follow(
 
 
 def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
-    """Raises UserError where a teacher cannot be placed as it should be."""
+    """Raises UserError where a teacher cannot have its placement."""
     check_placements(teachers, placements)
     if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(

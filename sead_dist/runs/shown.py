@@ -1,6 +1,4 @@
-"""What is shown of a run before it: what it would take for its `null` and `auto`, and what it would
-learn from.
-"""
+"""What is shown of a run before it starts: values of null and auto keys, and training rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,10 +28,11 @@ from sead_dist.training.engine import width_of
 
 
 def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
-    """(the configuration with every value that is known before the run, lines on its data, on what
-    is settled later, and on its length as the run says it). Of a fine-tuning the values are those
-    of the first encoder. Every rank calls this; nothing is written. Raises UserError as the run
-    would.
+    """(the configuration with every value that is known before the run, lines to show with it).
+
+    The lines are on the data, on values that are chosen later, and on the run's length. For a
+    fine-tuning the values are those of the first encoder. Every rank calls this. Nothing is
+    written. Raises UserError as the run does.
     """
     quiet_libraries(world)
     if not config.encoders:
@@ -47,7 +46,7 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     later += told_chosen_keys(
         one, task, examples, lambda: inputs.tokens(examples.train), model, world
     )
-    if config.encoders:  # of which each has a folder, a student and a seed
+    if config.encoders:  # each encoder has a folder, a student and a seed of its own
         own = ("output_dir", "student", "seed", "encoders")
         found = found.model_copy(update={name: getattr(config, name) for name in own})
     return found, [*notes, *later]
@@ -56,8 +55,10 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
 def with_values(
     config: RunConfig, task: TaskSpec, examples: RunExamples, model: PreTrainedModel
 ) -> tuple[RunConfig, list[str]]:
-    """The configuration with the values that rows and student decide, and a line on each key that
-    keeps its `auto`."""
+    """(the configuration with the values that depend on rows and student, lines).
+
+    There is a line on each key that stays auto.
+    """
     chosen = with_chosen_keys(config, examples)
     later: list[str] = []
     update: dict[str, Any] = {"learning_rate": learning_rate(config, width_of(model))}
@@ -71,7 +72,7 @@ def with_values(
             update["augment"] = config.augment.model_copy(update={"copies": None})
         elif not examples.unlabelled_rows:
             update["augment"] = config.augment.model_copy(update={"copies": COPIES_OF_EACH})
-        else:  # which is not so many of each row
+        else:  # no value of the key stands for a number of copies in all
             later.append(f"augment.copies=auto: up to {copies} copies in all, beside the text")
     if config.baseline == OWN:
         steps = baseline_steps(config, examples)
@@ -84,15 +85,15 @@ def with_values(
     return chosen.model_copy(update=update), later
 
 
-# what the kinds of `RunExamples.kind` are called; a copy is called by its operation
+# names of the kinds of `RunExamples.kind`; the name of a copy is its operation
 NAMES = {"labelled": "labelled", "rest": "text: rest of the train file", "text": "text: file"}
-# letters of a text that are shown
+# the number of characters of a text that are shown
 SHOWN = 160
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A training row for people: what kind of row it is, its label's name, its texts."""
+    """A training row to show: its kind, the name of its label ("-" for none), and its texts."""
 
     kind: str
     label: str
@@ -101,8 +102,11 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class ShownData:
-    """notes: the lines that a run would say of its data; rows: how many training rows there are of
-    each kind; removed: what was left out, by the reason; shown: some rows of every kind."""
+    """What `show_data` shows of a run's data.
+
+    notes: the lines that a run logs about its data. rows: the number of training rows of each kind.
+    removed: the number of rows left out, by reason. shown: some rows of each kind.
+    """
 
     notes: list[str]
     rows: dict[str, int]
@@ -111,10 +115,11 @@ class ShownData:
 
 
 def show_data(config: RunConfig, show: int) -> ShownData:
-    """The data of a run, of which `show` rows. The student is loaded where there are copies, and no
-    teacher. Of a fine-tuning of several encoders it is the first one's.
+    """The data of a run, with `show` of its training rows.
 
-    Raises UserError for whatever is wrong with the configuration or the files.
+    No teacher is loaded. The student is loaded where the run uses copies. For a fine-tuning the
+    data are those of the first encoder. Raises UserError for a mistake in the configuration or the
+    files.
     """
     refuse_unused_text(config)
     if config.encoders:
@@ -134,7 +139,7 @@ def show_data(config: RunConfig, show: int) -> ShownData:
 
 
 def chosen_rows(kinds: Sequence[str], show: int) -> list[int]:
-    """Places of `show` rows, as many of each kind as there can be, evenly spread over it."""
+    """Indices of `show` rows, shared equally among the kinds and spread evenly over each kind."""
     places: dict[str, list[int]] = {}
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
@@ -152,7 +157,7 @@ def chosen_rows(kinds: Sequence[str], show: int) -> list[int]:
 
 
 def show_row(task: TaskSpec, examples: RunExamples, kinds: Sequence[str], index: int) -> ShownRow:
-    """The row at `index` of the training split, its texts cut to SHOWN letters."""
+    """The row at `index` of the training split, with its texts cut to SHOWN characters."""
     train = examples.train
     first, after = index * train.choices, (index + 1) * train.choices
     texts = [train.texts_a[first], *(train.texts_b or [])[first:after]]

@@ -1,6 +1,6 @@
-"""The prediction store as a program reads it: what it holds, and a teacher's kept logits of rows.
+"""The prediction store for Python programs: its contents, and a teacher's kept logits of rows.
 
-Nothing in the store is changed, and no teacher is asked.
+The store is not changed, and no teacher is asked.
 
 Shapes: B rows, C classes (C = 1: a score), U rows that differ.
 """
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 
 class PredictionStore:
-    """A store of predictions, opened for reading alone. Bad blocks in it are left where they are,
-    their rows are not there, and the logger `sead_dist` is told.
+    """A store of predictions, opened for reading only.
 
-    folder: as `store=` of a run; left out: `SEAD_DIST_STORE`, else the folder in the user's cache.
-    Raises UserError where there is no store.
+    Bad blocks are not removed. Their rows count as not kept, and the logger `sead_dist` gets a
+    line on them.
+
+    folder: as `store=` of a run. The default is `SEAD_DIST_STORE`, else the folder in the user's
+    cache. Raises UserError where there is no store.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -40,9 +42,11 @@ class PredictionStore:
         self._store = kept.StoreFolder(self.path, tell, read_only=True)
 
     def contents(self) -> "pd.DataFrame":
-        """A row for what is kept of one teacher, task and split: teacher (its name as given to the
-        run), fingerprint, numerics, task, split, num_rows, num_blocks, num_bytes, newest (seconds
-        since 1970), folder."""
+        """A table with one row for each teacher, task and split.
+
+        Columns: teacher (its name as given to the run), fingerprint, numerics, task, split,
+        num_rows, num_blocks, num_bytes, newest (seconds since 1970), folder.
+        """
         import pandas as pd
 
         rows = [asdict(row) for row in list_store(self.path).rows]
@@ -56,14 +60,15 @@ class PredictionStore:
         task: str | os.PathLike[str] | TaskSpec,
         numerics: str | None = None,
     ) -> npt.NDArray[np.float32]:
-        """The kept logits [B, C] of rows, float32, in the teacher's own order of classes (that of
-        its config.json); NaN in rows that are not kept. Rows of any split are found, by the exact
-        texts that the task makes of them.
+        """The kept logits [B, C] of rows, float32. Rows that are not kept are NaN.
+
+        The classes are in the teacher's own order (that of its config.json). Rows of all splits
+        are searched, by the exact texts that the task makes of them.
 
         teacher: its name or the first digits (6 or more) of its fingerprint, as in `contents`.
-        texts_or_rows: as for `predict`. numerics: which of the teacher's numerics classes, where
-        the store has several. Raises UserError for a teacher that is not kept or is not one alone,
-        for a numerics class that is not kept or not named, and for rows that do not fit the task.
+        texts_or_rows: as for `predict`. numerics: the numerics class to read, where the store has
+        several of this teacher. Raises UserError where no teacher or several teachers match, for a
+        numerics class that is not kept or not named, and for rows that do not fit the task.
         """
         key = self._key(teacher, numerics)
         if isinstance(texts_or_rows, str):

@@ -1,9 +1,8 @@
-"""`sead-dist labels`: the rows that a run asks its teachers, what its teachers say of them, and
-which gold labels they contradict.
+"""`sead-dist labels`: the rows of a run, its teachers' predictions, and likely label errors.
 
-Contradicted labels are found by confident learning (Northcutt, Jiang and Chuang 2021,
+Label errors are found by confident learning (Northcutt, Jiang and Chuang 2021,
 https://arxiv.org/abs/1911.00068). A prediction of a row that the teacher was trained on does not
-count there: it is near the gold label, right or wrong.
+count there, since it is near the gold label, right or wrong.
 
 Shapes: N teachers, U unique examples of a split, B rows of a split, C classes, E errors.
 """
@@ -46,13 +45,17 @@ Columns = dict[str, list[Any]]
 
 
 def write_rows(config: RunConfig, output: Path) -> None:
-    """Write each row of training split, text, selection split and official splits once, with its id
-    and texts, to be answered anywhere. Teachers are not looked at. Raises UserError."""
+    """Write each row of a run once, with its id and texts, so that other programs can answer it.
+
+    The rows are those of the training split, the unlabelled text, the selection split and the
+    official splits. Teachers are not read. Raises UserError for a mistake in keys or files.
+    """
     check_output(output, "--rows")
     task = load_task(config.task)
-    # nor is the column that names them: whom a row is for changes no row
+    # the column that names a row's teacher is not read either, since it changes no row
     asked: dict[str, Any] = {"teacher_column": None}
-    # where none are given or asked they are to come: what the sample leaves out is text for them
+    # Where no teachers are given or asked, the rows are for teachers to come. Rows that the sample
+    # of the training split leaves out are unlabelled text for them.
     if not config.teachers:
         asked["teachers"] = [TeacherConfig(path="to come")]
     if not config.asks_teachers:
@@ -71,12 +74,13 @@ def write_rows(config: RunConfig, output: Path) -> None:
 
 
 def write_labels(config: RunConfig, output: Path, world: World) -> None:
-    """Write what each teacher of a run and its ensemble say of the same rows. Copies are left out.
+    """Write the predictions of a run's teachers and ensemble. Copies are left out.
 
-    Columns: those of `write_rows`, the gold label, the ensemble's probability of each class
-    (`probability_LABEL`, or `score`), each teacher's (`TEACHER_probability_LABEL`), the entropy of
-    the ensemble's (nats), and the share of the teachers whose class is the ensemble's. What a
-    teacher does not answer is empty. Raises UserError, as for a teacher that fails its validation.
+    Columns: those of `write_rows`, `gold_label`, the ensemble's probability of each class
+    (`probability_LABEL`, or `score`), each teacher's (`TEACHER_probability_LABEL`, or
+    `TEACHER_score`). For classes also `entropy` (of the ensemble's probabilities, in nats), and
+    `agreement` (the share of the answering teachers that have the ensemble's class). A cell without
+    an answer is empty. Raises UserError, also for a teacher that fails its validation.
     """
     check_output(output, "--output")
     with teachers_at_work(config, output, world) as run:
@@ -98,8 +102,10 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 @dataclass(frozen=True)
 class TeachersAtWork:
-    """The teachers of a run, at work, and the splits that they may be asked. examples: without
-    copies."""
+    """The loaded teachers of a run, and the splits that they may be asked.
+
+    examples: without copies.
+    """
 
     config: RunConfig
     task: TaskSpec
@@ -111,8 +117,11 @@ class TeachersAtWork:
 
 @contextmanager
 def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[TeachersAtWork]:
-    """The teachers of a run while they may be asked; `output` is whose name the store knows them
-    by. Nothing is asked yet. Raises UserError for what cannot be asked."""
+    """Within the block, the teachers of a run may be asked. None is asked here.
+
+    output: the name under which the store holds their predictions meanwhile. Raises UserError for
+    teachers that cannot be asked.
+    """
     if not config.teachers:
         raise UserError("there are no teachers to say anything; give teachers=[DIR, ...]")
     if not config.asks_teachers:
@@ -148,8 +157,10 @@ def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[
 
 
 def with_any_student(config: RunConfig) -> RunConfig:
-    """Nothing is trained: where no student is named, texts are read as the first model among the
-    teachers reads them."""
+    """The configuration with the first model among the teachers as its student, if none is named.
+
+    No student is trained. It only decides how texts are tokenised.
+    """
     model = next((entry for entry in config.teachers if entry.is_model), None)
     if config.student.path is not None or config.student.shape is not None or model is None:
         return config
@@ -158,8 +169,10 @@ def with_any_student(config: RunConfig) -> RunConfig:
 
 
 def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
-    """The ensemble as a run of these teachers has it before its first step, after a line on what
-    will be asked: these splits."""
+    """The ensemble as a run of these teachers has it before its first step.
+
+    The requests to endpoints for the splits `asked` are logged first.
+    """
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
     tell_requests(run.source, asked, tell)
     selection = splits.selection
@@ -174,7 +187,7 @@ def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
 
 
 def parts_of(examples: RunExamples) -> Iterator[tuple[ExampleSet, list[str]]]:
-    """Each split, with what each of its rows is: train, text, or the split's name."""
+    """Each split, with the kind of each of its rows: train, text, or the split's name."""
     labelled = examples.labelled_rows
     kinds = ["train"] * labelled + ["text"] * (len(examples.train) - labelled)
     yield examples.train, kinds
@@ -183,7 +196,7 @@ def parts_of(examples: RunExamples) -> Iterator[tuple[ExampleSet, list[str]]]:
 
 
 def row_columns(task: TaskSpec, part: ExampleSet, kinds: list[str]) -> Columns:
-    """Id, split and texts; a text that is one column of the task has that column's name."""
+    """Columns of id, split and texts. A text that is one column of the data has its name."""
     columns: Columns = {"id": [id_of(id_2) for id_2 in part.ids_B2], "split": kinds}
     columns[name_of(task.text_a, "text_a")] = part.texts_a[:: part.choices]
     if part.texts_b is not None:
@@ -195,13 +208,13 @@ def row_columns(task: TaskSpec, part: ExampleSet, kinds: list[str]) -> Columns:
 
 
 def name_of(template: str, usual: str) -> str:
-    """The column of a template that is one column alone, else the usual name."""
+    """The name of the column in a template of a single column, else the usual name."""
     match = re.fullmatch(r"\{(\w+)\}", template)
     return match[1] if match else usual
 
 
 def gold_column(task: TaskSpec, part: ExampleSet) -> Columns:
-    """The gold labels by name, or scores; None where there is none."""
+    """The column of gold labels, by name or as scores; None in rows without one."""
     known_B = has_label(part.labels_B)
     names = task.labels
     return {
@@ -216,7 +229,7 @@ def label_columns(
     task: TaskSpec, ensemble: Ensemble, teachers: Sequence[Teacher], said_NBC: np.ndarray,
     part: ExampleSet,
 ) -> Columns:  # fmt: skip
-    """What the ensemble says and each teacher; said_NBC: NaN where one does not answer."""
+    """Columns of the ensemble's and the teachers' predictions. said_NBC: NaN without an answer."""
     together_BC = together(ensemble, said_NBC, part).astype(np.float64)
     if not task.task_kind.has_classes:
         columns = {"score": as_cells(together_BC[:, 0])}
@@ -245,29 +258,29 @@ def probability_columns(task: TaskSpec, prefix: str, p_BC: np.ndarray) -> Column
 
 
 def as_cells(values_B: np.ndarray) -> list[Any]:
-    """Numbers, None for NaN."""
+    """The numbers as a list, with None for NaN."""
     return [None if value != value else value for value in values_B.tolist()]
 
 
 def extend(columns: Columns, more: Columns) -> None:
-    """Put the rows of `more` below those of `columns`."""
+    """Append the rows of `more` to `columns`."""
     for name, values in more.items():
         columns.setdefault(name, []).extend(values)
 
 
-# a probability this much below a threshold still reaches it: means of equal numbers are rounded
+# A probability this much below a threshold still reaches it, since a mean of equal numbers may be
+# rounded up.
 ROUNDING = 1e-6
 
 
 def write_errors(config: RunConfig, output: Path, world: World) -> None:
-    """Write the rows of training split and selection split whose gold label looks wrong, the most
-    suspicious first.
+    """Write the rows of training split and selection split whose gold label is likely wrong.
 
-    Columns: `rank`, `row` (of its file, from 1), the id, split and texts of `write_rows`,
-    `gold_label`, `suggested_label` (the ensemble's class), the ensemble's probability of each of
-    the two, their difference `margin`, by which the rows are ranked, and each teacher's class
-    (`TEACHER_label`), empty where its prediction does not count. Raises UserError for scores, and
-    where no teacher's predictions count.
+    Columns: `rank`, `row` (in its file, from 1), the id, split and texts of `write_rows`,
+    `gold_label`, `suggested_label` (the ensemble's class), `gold_probability` and
+    `suggested_probability` (the ensemble's), `margin` (their difference), and `TEACHER_label` (each
+    teacher's class, empty where its prediction does not count). The row with the largest margin has
+    rank 1. Raises UserError for a regression task, and where no teacher's predictions count.
     """
     check_output(output, "--errors")
     task = load_task(config.task)
@@ -299,12 +312,14 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
 
 
 def label_errors(labels_B: np.ndarray, p_BC: np.ndarray) -> np.ndarray:
-    """errors_E: the rows whose label is likely wrong, by falling margin between the most probable
-    class and the label. labels_B: -1 where unlabelled; p_BC: NaN where there is no prediction.
+    """errors_E: the rows whose label is likely wrong, by falling margin.
 
-    A class counts as likely for a row where its probability reaches the mean that it has in rows of
-    this label (section 3.1 of the paper). An error is a row whose most probable likely class is not
-    its label, and whose most probable class is not either, as in cleanlab.
+    labels_B: -1 where unlabelled. p_BC: NaN where there is no prediction. The margin is the
+    probability of the most probable class minus that of the label.
+
+    A class is likely for a row where its probability reaches its mean over the rows that have this
+    class as their label (section 3.1 of the paper). A row is an error where neither its most
+    probable likely class nor its most probable class is its label, as in cleanlab.
     """
     known_B = has_label(labels_B) & ~np.isnan(p_BC).any(axis=1)
     of_label = [p_BC[known_B & (labels_B == c), c] for c in range(p_BC.shape[1])]
@@ -321,7 +336,7 @@ def answer_columns(
     task: TaskSpec, teachers: Sequence[Teacher], labels_E: np.ndarray, p_EC: np.ndarray,
     said_NEC: np.ndarray,
 ) -> Columns:  # fmt: skip
-    """The two labels of each error and their probabilities, and what each teacher says."""
+    """Columns of the two labels of each error, their probabilities, and each teacher's class."""
     rows_E, class_E = np.arange(len(labels_E)), p_EC.argmax(axis=1)
     gold_E, suggested_E = p_EC[rows_E, labels_E], p_EC[rows_E, class_E]
     columns: Columns = {
@@ -342,8 +357,10 @@ def answer_columns(
 def check_fit(
     teachers: Sequence[Teacher], fit: Sequence[np.ndarray], splits: Sequence[Split]
 ) -> None:
-    """Say how many labelled rows each teacher's predictions count for. Raises UserError where there
-    are none."""
+    """Log for how many labelled rows each teacher's predictions count.
+
+    Raises UserError where there is no such row.
+    """
     fit_NB = np.concatenate(
         [
             fit_NU[:, split.entry_B] & has_label(split.examples.labels_B)
@@ -364,7 +381,7 @@ def check_fit(
 
 
 def write(columns: Columns, output: Path) -> None:
-    """Write the columns in the kind that the file's name says."""
+    """Write the columns as a file of the kind that its name gives."""
     kind = output.suffix.lower()
     if kind == ".tsv":
         check_no_tabs(columns, output)

@@ -1,4 +1,6 @@
-"""Runs of which a split has no gold labels: what is refused, and the ensemble's answers instead.
+"""Runs with a split that has no gold labels.
+
+Some keys are refused then. Elsewhere the ensemble's answers serve as labels.
 
 Shapes: N teachers, B rows, C classes.
 """
@@ -22,7 +24,7 @@ from sead_dist.training.evaluation import EvalResult, mean_loss
 
 
 def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None:
-    """Raises UserError for what needs gold labels where a split has none."""
+    """Raises UserError for a key or task that needs gold labels where a split has none."""
     for part in (examples.selection, *examples.official.values()):
         if part.answers is not None and not part.has_gold:
             raise UserError(
@@ -53,9 +55,10 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
 
 
 def told_unvalidated(config: RunConfig, labelled_rows: int) -> str:
-    """The line of the log on teachers, where the selection split has no gold labels."""
+    """The line of the log on teachers where the selection split has no gold labels."""
     line = "no gold labels to validate or calibrate a teacher by: none is"
-    # by the labels of the selection split, or by those of the training rows, which may have some
+    # An ensemble goes by the labels of the selection split, or by those of the training rows. The
+    # training rows may have labels where the selection split has none.
     lacks = asks_selection(config) or not labelled_rows
     if WEIGHTINGS[config.ensemble].alike_without_gold and lacks:
         line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
@@ -63,8 +66,10 @@ def told_unvalidated(config: RunConfig, labelled_rows: int) -> str:
 
 
 def together(ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet) -> np.ndarray:
-    """The ensemble's targets_BC at temperature 1, NaN where no teacher answers. logits_NBC: NaN
-    where one does not."""
+    """The ensemble's targets_BC at temperature 1; NaN in rows that no teacher answers.
+
+    logits_NBC: NaN in rows that a teacher does not answer.
+    """
     routes = examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
     answer = ensemble.answer(torch.from_numpy(logits_NBC), routes_B)
@@ -76,8 +81,10 @@ def together(ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet) -
 def judged(
     task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
 ) -> tuple[ExampleSet, np.ndarray]:
-    """(the examples, where they have no gold labels with the ensemble's answers for labels; its
-    targets_BC, as `together` gives them)."""
+    """(the examples, the ensemble's targets_BC as `together` gives them).
+
+    Where the examples have no gold labels, their labels are the ensemble's answers.
+    """
     said_BC = together(ensemble, logits_NBC, examples)
     if not examples.has_gold:
         examples = answered_by_teachers(task, examples, said_BC)
@@ -85,14 +92,17 @@ def judged(
 
 
 def rescored(task: TaskSpec, result: EvalResult, examples: ExampleSet) -> EvalResult:
-    """The result by the labels of `examples`, which are the ensemble's answers."""
+    """The result, scored by the labels of `examples`, which are the ensemble's answers."""
     loss = mean_loss(task.task_kind, result.logits_BC, examples.labels_B)
     return replace(result, metrics=score(task, result.logits_BC, examples), loss=loss)
 
 
 def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
-    """A split on which the model `name` is to be scored; of a run whose rows have no gold labels
-    with the answers of its ensemble, which its folder keeps. Raises UserError without either."""
+    """A split to score the model `name` on.
+
+    Where the split has no gold labels, its labels are the answers of the run's ensemble, which the
+    run directory keeps. Raises UserError where neither exists.
+    """
     kept = Path(name) / "predictions" / f"{split}.parquet"
     examples = load_official(task, data, split, may_lack=kept.is_file())
     if examples.has_gold:

@@ -1,7 +1,8 @@
-"""`sead-dist jobs`: the runs that this user has submitted, how far they are, and what they say.
+"""`sead-dist jobs`: the runs that this user has submitted, their progress, and their logs.
 
-Each is a small file in the user's state folder. Its state comes from SLURM, all else from the
-run's own folder, so a run can still be followed when SLURM has forgotten the job.
+Each job is registered as a small file in the user's state folder. Its state comes from SLURM.
+Everything else comes from the run directory and the job's folder, so a run can be followed after
+SLURM has forgotten the job.
 """
 
 import hashlib
@@ -21,15 +22,18 @@ from sead_dist.runtime.run_log import is_finished, read_as, read_metrics, write_
 from sead_dist.slurm import settings as slurm
 
 POLL_S = 2.0
-# SLURM may not know a job for a moment, e.g. while its controller restarts.
+# SLURM may not know a job for a short time, for example while its controller restarts.
 FORGOTTEN_S = 60.0
 COLUMNS = ("run", "job", "state", "step", "score", "examples/s", "restarts", "last line")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted run: `job` is SLURM's number, `folder` holds the job's own files, `runs` are the
-    run directories that it fills one after the other (several when it fine-tunes teachers)."""
+    """A submitted job.
+
+    job: SLURM's number. folder: the folder of the job's own files. runs: the run directories that
+    the job fills one after the other; several for a fine-tuning or a sweep.
+    """
 
     name: str
     job: str
@@ -50,7 +54,7 @@ class Job:
         return Path(self.folder) / f"{self.job}_{rank}_log.out"
 
     def exit_codes(self) -> list[int]:
-        """Of the ranks that ended by themselves when the job ran last."""
+        """The exit codes of the ranks that ended by themselves when the job ran last."""
         files = Path(self.folder).glob(f"{self.job}.*.exit")
         texts = [file.read_text("utf-8", errors="replace").strip() for file in files]
         return [int(text) for text in texts if re.fullmatch("[0-9]{1,3}", text)]
@@ -58,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; None where it has not come to it."""
+    """The progress of a run. A value is None until the run has logged it."""
 
     step: int | None = None
     total: int | None = None
@@ -68,7 +72,10 @@ class Progress:
 
 
 def state_folder(root: str | None) -> Path:
-    """Where runs register: `root`, else sead_dist/jobs in XDG_STATE_HOME or ~/.local/state."""
+    """The folder of registered jobs.
+
+    It is `root`, else sead_dist/jobs in XDG_STATE_HOME, else in ~/.local/state.
+    """
     if root is not None:
         return Path(root)
     state = user_folder("XDG_STATE_HOME", ".local/state", "give --root DIR")
@@ -76,15 +83,15 @@ def state_folder(root: str | None) -> Path:
 
 
 def register(folder: Path, job: Job) -> None:
-    """Write a job down; it takes the place of an earlier one of the same run and name."""
+    """Write a job's file. It replaces the file of an earlier job of the same run and name."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # the workers of a sweep have their runs in common
+    # the name is in the key, since all workers of a sweep have the same runs
     key = hashlib.sha256(f"{job.runs[0]}\n{job.name}".encode()).hexdigest()[:16]
     write_json(folder / f"{key}.json", asdict(job))
 
 
 def registered(folder: Path) -> list[Job]:
-    """All jobs written down, oldest first. Raises UserError for a file that is none."""
+    """All registered jobs, oldest first. Raises UserError for a file that describes no job."""
     found: list[Job] = []
     for path in folder.glob("[!.]*.json"):
         try:
@@ -100,7 +107,7 @@ def registered(folder: Path) -> list[Job]:
 
 
 def find(folder: Path, word: str) -> Job:
-    """The newest job of this name, number or run directory. Raises UserError for none."""
+    """The newest job of this name, number or run directory. Raises UserError without one."""
     jobs = registered(folder)
     asked = str(Path(word).absolute())
     for job in reversed(jobs):
@@ -111,8 +118,11 @@ def find(folder: Path, word: str) -> Job:
 
 
 def progress(job: Job) -> Progress:
-    """Read from the run directory. The score is the selection split's so far, and the first
-    official split's once the run is finished."""
+    """The progress of the first run that is not finished, from its run directory.
+
+    The score is the latest on the selection split. Once the run is finished, it is the score on the
+    first official split. Raises UserError for damaged files.
+    """
     run = job.at_work_on
     with reading(run, "restore the files of this run directory"):
         records = [record for record in read_metrics(run) if isinstance(record.get("event"), str)]
@@ -136,16 +146,16 @@ def progress(job: Job) -> Progress:
 
 
 def state_of(job: Job, known: str | None) -> str:
-    """SLURM's word; where SLURM has none, what the run directory tells."""
+    """The state that SLURM gives (`known`). Without one, the run directory decides."""
     if known == "COMPLETED" and not job.finished:
-        return "STOPPED"  # it was asked to stop, saved, and was not queued again
+        return "STOPPED"  # the run saved and stopped on a signal, and was not queued again
     if known is not None:
         return known
     return "COMPLETED" if job.finished else "GONE"
 
 
 def last_line(job: Job) -> str:
-    """The last line of rank 0's log that is the run's own, not of what started it."""
+    """The last line of rank 0's log that is the run's own, and not of SLURM or submitit."""
     try:
         lines = job.log(0).read_text("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -156,7 +166,7 @@ def last_line(job: Job) -> str:
 
 
 def rows_of(jobs: Sequence[Job]) -> list[list[object]]:
-    """A row for each job, with what `COLUMNS` heads."""
+    """A row for each job, with the columns of `COLUMNS`."""
     known = slurm.job_states([job.job for job in jobs])
     rows: list[list[object]] = []
     for job in jobs:
@@ -180,10 +190,10 @@ def rows_of(jobs: Sequence[Job]) -> list[list[object]]:
 
 
 def wait(jobs: Sequence[Job]) -> None:
-    """Return when all have ended and their runs are finished.
+    """Wait until all jobs have ended and their runs are finished.
 
-    Raises UserError (exit code 2) where a run ended by a person's mistake, RunError (3) where it
-    ended in any other way, or SLURM no longer knows it.
+    Raises UserError (exit code 2) where a run ended by a person's mistake. Raises RunError (3)
+    where an unfinished run ended in any other way, or SLURM no longer knows its job.
     """
     for job in jobs:
         state = state_of(job, _end_of(job))
@@ -209,9 +219,9 @@ def _end_of(job: Job) -> str | None:
 
 
 def log_text(job: Job, rank: int, follow: bool) -> Iterator[str]:
-    """A rank's log; with `follow` also what is added until the job has ended.
+    """The text of a rank's log. With `follow`, also the text added until the job has ended.
 
-    Raises UserError where there is no log yet and nobody waits for it.
+    Raises UserError where there is no log yet and `follow` is False.
     """
     path = job.log(rank)
     if not follow and not path.exists():
@@ -233,5 +243,5 @@ def log_text(job: Job, rank: int, follow: bool) -> Iterator[str]:
 
 
 def exit_file(folder: str, job: str, rank: int) -> Path:
-    """Where a rank that ends by itself leaves its exit code."""
+    """The file in which a rank that ends by itself writes its exit code."""
     return Path(folder) / f"{job}.{rank}.exit"

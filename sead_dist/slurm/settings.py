@@ -1,4 +1,4 @@
-"""SLURM: the settings of a job, what sbatch is told, and what the controller says of jobs.
+"""The settings of a SLURM job, its options for sbatch, and the states of jobs.
 
 Settings come from configs/slurm/base.yaml, the file of --slurm and the command line, in this order.
 """
@@ -21,23 +21,25 @@ from sead_dist.config.schema import Section
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.errors import UserError
 
-# States that a job does not leave by itself.
 NUMBER = "[0-9]{1,6}"
+# States that a job does not leave by itself.
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
     "TIMEOUT".split()
 )
 SQUEUE = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
-# How long srun waits for the other ranks once the first has ended: they still have to say why.
+# Seconds that srun waits for the other ranks once the first has ended. They print their errors
+# in this time.
 LINGER_S = 60
-# Before srun: forget what the ranks of an earlier start left.
+# Runs before srun. It removes the exit codes of an earlier start's ranks.
 CLEAR = """\
 folder={folder}
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 rm -f "$folder/$job".*.exit"""
-# After srun. Each rank that ends by itself leaves its exit code in JOB.RANK.exit. Where some rank
-# left none, it was killed or lost with its node: the job is queued again, a few times. Its own
-# state says whether somebody else has ended it or queued it again.
+# Runs after srun. Each rank that ends by itself writes its exit code to JOB.RANK.exit. A rank
+# without this file was killed, or lost with its node. Then the job is queued again, at most
+# `restarts` times. It is also queued again after a notice that came before the run could handle it.
+# Both need the job's state RUNNING: in another state it was cancelled, or queued again already.
 RESTART = """\
 code=$?
 said=$(cat "$folder/$job".*.exit 2>/dev/null | wc -l)
@@ -61,9 +63,9 @@ exit $code"""
 
 
 class SlurmSettings(Section):
-    """What a job asks of SLURM; every key is explained in configs/slurm/base.yaml."""
+    """The settings of a job. Every key is explained in configs/slurm/base.yaml."""
 
-    any_text: ClassVar[frozenset[str]] = frozenset({"setup"})  # lines of shell, as they are given
+    any_text: ClassVar[frozenset[str]] = frozenset({"setup"})  # lines of shell, used unchanged
 
     partition: str | None
     account: str | None
@@ -86,10 +88,10 @@ class SlurmSettings(Section):
 
 
 def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings:
-    """The settings of the file `name` (or None) over base.yaml, and `options` over both; an option
-    that is None was not given.
+    """The settings of base.yaml, of the file `name` where it is given, and of `options`.
 
-    Raises UserError naming the key, its value and what is allowed.
+    Later ones override earlier ones. An option that is None is not given. Raises UserError, which
+    names the key, its value and the allowed values.
     """
     base = shipped_files("slurm")["base"]
     merged: dict[str, Any] = {}
@@ -122,7 +124,10 @@ def _find(name: str) -> Path:
 
 
 def minutes(text: str) -> int:
-    """A time limit as SLURM writes it (30, 30:00, 1:00:00, 2-12, 2-12:30:00), rounded up."""
+    """The minutes of a time limit in SLURM's form, rounded up.
+
+    Its forms are 30, 30:00, 1:00:00, 2-12 and 2-12:30:00. Raises UserError for another form.
+    """
     match = re.fullmatch(
         rf"(?:(?P<days>{NUMBER})-)?({NUMBER})(?::({NUMBER}))?(?::({NUMBER}))?", text.strip()
     )
@@ -132,7 +137,7 @@ def minutes(text: str) -> int:
         )
     days, *parts = match.groups()
     given = [int(part) for part in parts if part is not None]
-    # without days the first of fewer than three numbers is of minutes
+    # without days, one number is minutes, and two are minutes and seconds
     units = (3600, 60, 1) if days is not None or len(given) == 3 else (60, 1)
     seconds = int(days or 0) * 86400
     seconds += sum(number * unit for number, unit in zip(given, units, strict=False))
@@ -142,11 +147,11 @@ def minutes(text: str) -> int:
 
 
 def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[str, Any]:
-    """The settings in submitit's words, for a job called `name` with its files in `folder`."""
+    """The settings as submitit's parameters, for a job called `name` with its files in `folder`."""
     srun = [f"--wait={LINGER_S}"]
     setup = CLEAR.format(folder=shlex.quote(str(folder))).splitlines()
     if settings.cpus_per_task is not None:
-        # srun does not take it from sbatch
+        # srun does not inherit this option from sbatch
         srun.append(f"--cpus-per-task={settings.cpus_per_task}")
         setup.append(f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{settings.cpus_per_task}}}")
     tasks = settings.gpus_per_node or 1
@@ -178,7 +183,7 @@ def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[
 
 
 def need(program: str) -> None:
-    """Raises UserError where SLURM's command is not there."""
+    """Raises UserError where this command of SLURM is not installed."""
     if shutil.which(program) is None:
         raise UserError(
             f"there is no {program} on this machine; use a login node of a SLURM cluster, or see "
@@ -187,8 +192,11 @@ def need(program: str) -> None:
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """The state of each job that SLURM remembers: from squeue, which also knows those that ended a
-    while ago, else from sacct, where there is accounting."""
+    """The state of each job that SLURM still knows.
+
+    It comes from squeue, which also lists jobs that ended recently. For other jobs it comes from
+    sacct, where the cluster has accounting.
+    """
     if not jobs:
         return {}
     found = dict(_pairs(_answer(SQUEUE)))
@@ -201,7 +209,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def _answer(command: Sequence[str]) -> str:
-    """What a SLURM command prints; nothing where it is missing or refuses."""
+    """The output of a SLURM command; empty where the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -212,18 +220,18 @@ def _answer(command: Sequence[str]) -> str:
 def _pairs(text: str) -> Iterable[tuple[str, str]]:
     for line in text.splitlines():
         job, _, state = line.strip().partition("|")
-        # `CANCELLED by 1000`
+        # sacct prints `CANCELLED by 1000`; the first word is the state
         if job and state:
             yield job, state.split()[0]
 
 
 def is_running(job: str) -> bool:
-    """Whether this job runs and nobody has ended it or queued it again."""
+    """Whether this job runs, and is neither cancelled nor queued again."""
     return job_states([job]).get(job) == "RUNNING"
 
 
 def cancel(job: str) -> None:
-    """Raises UserError where SLURM refuses."""
+    """Cancel a job. Raises UserError where SLURM refuses."""
     need("scancel")
     done = subprocess.run(["scancel", job], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,8 +1,8 @@
-"""A SLURM job that runs what the command line runs, through submitit.
+"""SLURM jobs that run what the command line runs, through submitit.
 
-When SLURM gives notice (time limit, preemption, scancel --signal=USR2), the
-run itself saves and returns unfinished, and only then submitit's own handler queues the job again
-under its number: submitit alone would do so on rank 0 at once, where no rank can save.
+SLURM gives notice of a stop (time limit, preemption, scancel --signal=USR2). The run then saves and
+returns unfinished. Only after that, submitit's handler queues the job again under its number. The
+handler alone would do this on rank 0 at once, before any rank could save.
 """
 
 import io
@@ -28,17 +28,20 @@ from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 
-# submitit counts time limits against this; ours may be as many as the run needs
+# The number of times that submitit queues a job again after its time limit. A run may need any
+# number.
 ANY_NUMBER = 1_000_000
-# the run's recipe by its name (distill, finetune, teach I/N), and the words; says a failure in one
-# line and gives its exit code
+# A function that runs a recipe (distill, finetune, teach I/N, sweep) with its words. It prints a
+# failure in one line and returns its exit code, and returns None on success.
 Attempt = Callable[[str, Sequence[str]], int | None]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What every task of a job calls. submitit pickles it, so it holds plain values and one
-    function of a module."""
+    """The call of every task of a job.
+
+    submitit pickles it, so it holds plain values and one function of a module.
+    """
 
     attempt: Attempt
     recipe: str
@@ -47,7 +50,7 @@ class Launch:
     folder: str
 
     def __call__(self) -> None:
-        # not the visible devices: every rank takes the GPU of its local rank
+        # the visible devices are not set, since every rank takes the GPU of its local rank
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         job = JobEnvironment().job_id
         said = jobs.exit_file(self.folder, job, place.rank)
@@ -56,26 +59,27 @@ class Launch:
         if code is not None:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # not through submitit, which would add a traceback
+            os._exit(code)  # a return or exception through submitit would add a traceback
         finished = all(is_finished(Path(run)) for run in self.runs)
-        # a job that was cancelled, or queued again by somebody else, is left alone
+        # a job that was cancelled, or queued again from outside, is not queued again here
         if place.rank == 0 and not finished and slurm.is_running(job):
             print(f"sead-dist: saved; job {job} is queued again", flush=True)
             signal.raise_signal(signal.SIGUSR2)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit's handler puts into the queue again: the same, for the run has saved."""
+        """What submitit's handler queues again: the same call, since the run has saved."""
         return DelayedSubmission(self)
 
 
 def job_folder(out: Path) -> Path:
-    """OUTPUT/.slurm, for this user alone: submitit's pickles in it run as code.
+    """Make OUTPUT/.slurm, which only this user can access. submitit's pickles in it run as code.
 
-    Raises UserError where it, or OUTPUT, belongs to somebody else.
+    Raises UserError where it, or OUTPUT, belongs to another user. Raises UserError or RunError
+    where it cannot be made.
     """
     folder = out.absolute() / ".slurm"
     if not writable(str(folder)):
-        # it would be a line of its own in the file for sbatch
+        # the line end would begin a new line in the sbatch file
         raise UserError(f"the folder {str(folder)!r} has a line end in its name; give another")
     for path in (out, folder):
         if path.exists() and path.stat().st_uid != os.getuid():
@@ -91,20 +95,20 @@ def job_folder(out: Path) -> Path:
 
 
 def folder_of(launches: Mapping[str, Launch]) -> str:
-    """The job folder that all of them have."""
+    """The job folder, which is the same for all launches."""
     (folder,) = {launch.folder for launch in launches.values()}
     return folder
 
 
 def sbatch_file(launches: Mapping[str, Launch], settings: slurm.SlurmSettings, name: str) -> str:
-    """The text of the file that `enqueue` has submitit hand to sbatch."""
+    """The text of the sbatch file that `enqueue` submits through submitit."""
     folder = Path(folder_of(launches))
     parameters = slurm.sbatch_parameters(settings, name, folder)
     return sbatch_text(parameters, settings.python, folder, len(launches))
 
 
 def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, count: int) -> str:
-    """The sbatch file of `count` jobs, as submitit writes it. parameters: sbatch's options."""
+    """The sbatch file of `count` jobs in submitit's form. parameters: submitit's parameters."""
     start = python or shlex.quote(sys.executable)
     command = f"{start} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array: dict[str, Any] = {"map_count": count} if count > 1 else {}
@@ -112,8 +116,11 @@ def sbatch_text(parameters: dict[str, Any], python: str | None, folder: Path, co
 
 
 def make_ready(runs: Sequence[tuple[str, ...]], out: Path, root: Path) -> None:
-    """Make the folder of a job that is to fill these runs. Raises UserError where there is no
-    SLURM, where a job of one of the runs is in the queue already, and as `job_folder`."""
+    """Make the folder of the jobs of these runs.
+
+    Raises UserError where there is no SLURM, and where a job of one of the runs is in the queue
+    already. Raises what `job_folder` raises.
+    """
     slurm.need("sbatch")
     refuse_queued(runs, root)
     job_folder(out)
@@ -125,17 +132,17 @@ def enqueue(
     name: str,
     root: Path,
 ) -> list[jobs.Job]:
-    """Submit these launches (name -> launch), several as an array called `name`, and register their
-    jobs.
+    """Submit these launches (job name -> launch) as jobs, and register the jobs in `root`.
 
-    Raises UserError where sbatch refuses.
+    name: the name of the job, or of the array where there are several. Raises UserError where
+    sbatch refuses.
     """
     folder = folder_of(launches)
     parameters = slurm.sbatch_parameters(settings, name, Path(folder))
     executor = submitit_slurm.SlurmExecutor(folder, ANY_NUMBER, python=settings.python)
     executor.update_parameters(**parameters)
     try:
-        # sbatch's complaint is told below, in one line
+        # sbatch's error is raised below, in one line
         with redirect_stderr(io.StringIO()), executor.batch():
             handles = [executor.submit(launch) for launch in launches.values()]
     except (FailedJobError, FailedSubmissionError) as error:

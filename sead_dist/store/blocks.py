@@ -1,11 +1,12 @@
-"""Value blocks of the prediction store: what is in them, how they are written, read and checked.
+"""Value blocks of the prediction store: their content, and how they are written, read and checked.
 
 K ids of the key block, M rows of a value block, C classes (the teacher's own, in its own order), U
 ids of a table, P ids that a table and a key block share.
 
-Every block is a safetensors file named by the hash of its content, so that writing the same rows
+Every block is a safetensors file that is named by a hash of its content. So writing the same rows
 twice makes the same file, and a file whose content does not give its name is bad. The name of a
-compacted block is the hash of the sums of its chunks, so that it is known without reading all rows.
+compacted block is made from the sums of its chunks instead of its rows, so that it can be checked
+without reading all rows.
 """
 
 import json
@@ -27,10 +28,10 @@ from sead_dist.store.layout import (
 from sead_dist.store.rows import WORD, Coverage, Logits, chunk_rows
 from sead_dist.store.tensor_file import BadBlockError, digest, read_tensors, write_tensors
 
-# What is checked of a block before it is used: its header alone; all but the rows of a compacted
-# block, which are checked when they are first touched; all.
+# What is checked before a block is used: only its header; all but the rows of a compacted block,
+# which are checked when they are first read; or all.
 Check = Literal["header", "touched", "all"]
-# What the header of a block says of its own form: as a run writes it, or as a compaction does.
+# The form in a block's header: as a run writes it, or as a compaction does.
 PLAIN, COMPACT = "1", "2"
 # The order of tensors in a compacted block.
 COMPACTED = ("words", "sums", "rows", "logits")
@@ -38,9 +39,9 @@ COMPACTED = ("words", "sums", "rows", "logits")
 
 @dataclass(frozen=True)
 class ValueBlock:
-    """Logits [M, C] of one teacher key on those ids of one key block that it covers.
+    """Logits [M, C] of one teacher key, for those ids of one key block that it covers.
 
-    written_at: seconds since the epoch; path: None before writing.
+    keys: the hash of the key block. written_at: seconds since the epoch. path: None before writing.
     """
 
     keys: str
@@ -62,8 +63,8 @@ class ValueBlock:
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """What its file keeps, where in a compacted block each begins at a multiple of its items'
-        size."""
+        """The tensors of its file. In a compacted block they are in the order in which each begins
+        at a multiple of its items' size."""
         tensors = {"logits": self.logits.values_MC, **self.covers.tensors}
         if self.logits.sums_S is None:
             return tensors
@@ -88,13 +89,13 @@ class ValueBlock:
 
 
 def teacher_folder(fingerprint: str, numerics: str) -> str:
-    """The folder under values/ of one teacher in one numerics class."""
+    """The name of the folder under values/ for one teacher in one numerics class."""
     return f"{fingerprint[:16]}-{digest(numerics)[:8]}"
 
 
 def read_value_block(path: Path, check: Check) -> ValueBlock:
-    """A value block. Raises BadBlockError (truncated, altered, not a block, another teacher's),
-    FileNotFoundError."""
+    """The value block in this file. Raises BadBlockError where it is truncated, altered, not a
+    block or another teacher's, and FileNotFoundError."""
     tensors, about = read_tensors(path)
     if about.get("format") not in (PLAIN, COMPACT) or about.get("kind") != "values":
         raise BadBlockError("not a value block of this format")
@@ -158,7 +159,7 @@ def _checksum(content: str, about: dict[str, str]) -> str:
 
 
 def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
-    """What the header of the block says besides its tensors; `content` is its content hash."""
+    """The metadata in the header of the block's file. content: its content hash."""
     about = {
         "format": COMPACT if block.compacted else PLAIN,
         "kind": "values",
@@ -178,14 +179,14 @@ def metadata_of(block: ValueBlock, content: str) -> dict[str, str]:
 def write_value_block(
     layout: Layout, block: ValueBlock, ids_K2: Ints, sound: set[str]
 ) -> tuple[Path, bool]:
-    """Write a value block, and before it whatever it needs; its path, and whether it is new there.
+    """Write a value block, and before it the key block and the teacher.json that it needs.
 
-    A whole file of the same content is left as it is. `sound`: as in `ensure_key_block`. Raises
-    RunError.
+    Returns its path, and whether the file is new. A whole file of the same content stays as it is.
+    sound: as in `ensure_key_block`. Raises RunError.
     """
     content = block.content_hash
     path = layout.values / block.folder / (content + BLOCK_SUFFIX)
-    # Under the lock nobody removes as unused what the new block is about to use.
+    # Under the lock no process removes as unused what the new block is about to use.
     with layout.lock("store.lock", exclusive=False):
         ensure_key_block(layout, block.keys, ids_K2, sound)
         describe_teacher(layout, block)
@@ -198,7 +199,7 @@ def write_value_block(
 
 
 def describe_teacher(layout: Layout, block: ValueBlock) -> None:
-    """Make the folder of the block's teacher, with its teacher.json, where it is missing."""
+    """Make the folder of the block's teacher and its teacher.json, if that file is missing."""
     path = layout.values / block.folder / "teacher.json"
     if path.exists():
         return
@@ -219,9 +220,9 @@ def _description_checksum(description: dict[str, Any]) -> str:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """A teacher.json. Those of earlier versions have no checksum.
+    """The content of a teacher.json. Files of earlier versions have no checksum.
 
-    Raises BadBlockError where it is altered, FileNotFoundError.
+    Raises BadBlockError where it is altered, and FileNotFoundError.
     """
     try:
         description = json.loads(path.read_bytes())

@@ -1,8 +1,8 @@
 """Compaction of a prediction store: one block for each teacher, task and split.
 
-The merged block gets its name before its parts go, so that a kill between leaves duplicates, which
-the next compaction removes. It is filled part by part in a mapped file, so that the memory it takes
-is the page cache's.
+The merged block gets its name before its parts are removed. So a kill between the two leaves
+duplicates, which the next compaction removes. The block is filled part by part in a mapped file, so
+that only the page cache holds it in memory.
 
 K ids of a key block, T teachers of a task and split, M rows of a merged block, P rows of a part, C
 classes.
@@ -54,14 +54,14 @@ from sead_dist.store.rows import Coverage, Floats, Logits, chunk_rows, chunk_sum
 from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError, mapped_tensors
 
 ID_BYTES = 16
-# Key blocks as runs wrote them are kept, since runs with the same examples then find every row in
-# its place, unless they make the store larger than this many times what it need be.
+# Key blocks that runs wrote are kept, since runs with the same examples then find every row in its
+# place. They are replaced where the store is larger than this many times its smallest size.
 SPARE = 1.2
 
 
 @dataclass(frozen=True)
 class Part:
-    """A block that is to be merged, without its rows; about: what its header says."""
+    """A block that is to be merged, without its rows. about: the facts in its header."""
 
     path: Path
     about: ValueBlock
@@ -77,8 +77,11 @@ class Part:
 
 @dataclass(frozen=True)
 class TeacherFolder:
-    """What one teacher folder holds: its sound parts, which ids of each key block they cover, and
-    the width of its logits."""
+    """The content of one teacher folder.
+
+    parts: its sound blocks. masks: which ids of each key block they cover. classes: the width of
+    its logits.
+    """
 
     folder: str
     parts: list[Part]
@@ -88,10 +91,11 @@ class TeacherFolder:
 
 @dataclass(frozen=True)
 class CompactResult:
-    """bytes: value and key blocks.
+    """What a compaction did.
 
-    left_for_live: large parts that live runs may have mapped, left for the next time; differing:
-    rows that were stored twice with different bits (invariant 3 says none).
+    blocks: value blocks. bytes: of value and key blocks. left_for_live: the number of large parts
+    that are left for the next time, as live runs may have mapped them. differing: rows that were
+    stored twice with different bits (none, by invariant 3).
     """
 
     blocks_before: int
@@ -104,11 +108,11 @@ class CompactResult:
 
 
 def compact(folder: Path) -> CompactResult:
-    """Merge what each teacher holds of a task and split into one block, and drop what nothing
-    needs; may be killed at any point.
+    """Merge each teacher's blocks of a task and split into one, and remove what nothing needs.
 
-    Safe beside readers and writers. Raises UserError where `folder` is not a store or another
-    compaction or removal is at work, RunError where the disk is full.
+    It may be killed at any point. It is safe while others read and write. Raises UserError where
+    `folder` is not a store or another compaction or removal is running, and RunError where the disk
+    is full.
     """
     layout = existing(folder)
     with alone(layout):
@@ -155,8 +159,8 @@ def _groups(layout: Layout, bad: list[Bad]) -> dict[tuple[str, str], dict[str, l
 def _compact_split(
     layout: Layout, folders: dict[str, list[Path]], runs: list[LiveRun], bad: list[Bad]
 ) -> tuple[int, int]:
-    """Compact what all teachers hold of one task and split; how many parts were left, how many rows
-    differed."""
+    """Compact the blocks of all teachers for one task and split. Returns how many parts were left
+    and how many rows differed."""
     keys: dict[str, Ints] = {}
     found = (_look_at(layout, folder, paths, keys, bad) for folder, paths in folders.items())
     teachers = [teacher for teacher in found if teacher.parts]
@@ -166,14 +170,14 @@ def _compact_split(
         try:
             merged, rows_differing = merge(layout, teacher, key_hash, keys)
         except BadBlockError:
-            continue  # altered or set aside since it was looked at: the next time
+            continue  # altered or set aside meanwhile: left for the next time
         differing += rows_differing
         held = any(run.holds(teacher.folder) for run in runs)
         for part in teacher.parts:
             if part.path == merged:
                 continue
-            # A file that is removed on another machine fails under a mapping, where the folder is
-            # on a network file system; small blocks are read, never mapped.
+            # On a network file system a mapping fails when another machine removes the file. Small
+            # blocks are read and never mapped.
             if held and part.about.num_bytes >= MAP_BYTES:
                 left += 1
             else:
@@ -184,9 +188,9 @@ def _compact_split(
 def _look_at(
     layout: Layout, folder: str, paths: list[Path], keys: dict[str, Ints], bad: list[Bad]
 ) -> TeacherFolder:
-    """What one teacher holds, checked; bad blocks go to quarantine/.
+    """The checked content of one teacher folder. Bad blocks go to quarantine/.
 
-    The rows of a compacted block that is the only one are left alone.
+    The rows of a compacted block are not checked if it is the only block.
     """
     parts: list[Part] = []
     masks: dict[str, Bools] = {}
@@ -212,7 +216,8 @@ def _look_at(
 def choose_keys(
     layout: Layout, keys: dict[str, Ints], teachers: Sequence[TeacherFolder]
 ) -> list[str]:
-    """The hash of the key block for each teacher, [T]; new ones are written and put into `keys`.
+    """The hash of the key block for each teacher, [T]. New key blocks are written and put into
+    `keys`.
 
     Raises RunError.
     """
@@ -237,7 +242,8 @@ def _count(keys: Mapping[str, Ints], masks: Mapping[str, Bools]) -> int:
 
 
 def _own_keys(layout: Layout, keys: dict[str, Ints], teacher: TeacherFolder) -> str:
-    """The smallest key block of a teacher that has every id it holds, else one of just those."""
+    """The smallest key block of a teacher that has every id it holds; else a new one of those
+    ids."""
     if len(teacher.masks) == 1:
         return next(iter(teacher.masks))
     for key_hash in sorted(teacher.masks, key=lambda key_hash: len(keys[key_hash])):
@@ -248,7 +254,8 @@ def _own_keys(layout: Layout, keys: dict[str, Ints], teacher: TeacherFolder) -> 
 
 
 def _write_union(layout: Layout, keys: dict[str, Ints], masks: Mapping[str, Bools]) -> str:
-    """Write the key block of the ids that the masks hold, and put it into `keys`; its hash."""
+    """Write the key block of the ids that the masks hold, and put it into `keys`. Returns its
+    hash."""
     key_hash = write_key_block(layout, union([(keys[key], mask) for key, mask in masks.items()]))
     keys.setdefault(key_hash, read_key_block(layout.key_path(key_hash), check=False))
     return key_hash
@@ -257,11 +264,11 @@ def _write_union(layout: Layout, keys: dict[str, Ints], masks: Mapping[str, Bool
 def merge(
     layout: Layout, teacher: TeacherFolder, key_hash: str, keys: Mapping[str, Ints]
 ) -> tuple[Path, int]:
-    """One block of the rows of all parts (the first part that has a row wins), on the ids of
-    `key_hash`: its path, and how many rows were stored twice with other bits.
+    """Merge all parts into one block on the ids of `key_hash`. Of a row in several parts the first
+    is used. Returns its path, and how many rows were stored twice with other bits.
 
     Raises BadBlockError where a part was altered or removed meanwhile, and RunError where the block
-    cannot be written; the parts are left as they are.
+    cannot be written. The parts stay as they are.
     """
     parts, masks = teacher.parts, teacher.masks
     places = {other: positions(keys[other], keys[key_hash]) for other in masks if other != key_hash}
@@ -298,7 +305,7 @@ def _pieces(part: Part, places: Mapping[str, Places]) -> Iterator[tuple[Places, 
 
 
 def _count_differing(kept: Part, parts: Sequence[Part], places: Mapping[str, Places]) -> int:
-    """How many rows of the other parts differ from those of the block that has them all."""
+    """How many rows of the other parts differ from those in the block that has all rows."""
     block = read_value_block(kept.path, "touched")
     differing = 0
     for part in parts:
@@ -325,7 +332,7 @@ def _write(
         keys=key_hash,
         runs=tuple(sorted({run for part in parts for run in part.about.runs})),
         covers=covers,
-        # of their form, without memory
+        # arrays of the final shape, without memory
         logits=Logits(
             np.broadcast_to(np.float32(0), shape_MC), np.broadcast_to(np.uint64(0), num_sums)
         ),
@@ -350,7 +357,7 @@ def _write(
 def _fill(
     logits_MC: Floats, parts: Sequence[Part], covers: Coverage, places: Mapping[str, Places]
 ) -> int:
-    """Put the rows of the parts where they belong; how many came twice with other bits."""
+    """Put the rows of the parts in their places. Returns how many came twice with other bits."""
     written_M = np.zeros(len(logits_MC), bool)
     differing = 0
     for part in parts:

@@ -1,11 +1,12 @@
-"""Sets of example ids: sorted and unique rows of two int64, compared first word before second.
+"""Sets of example ids: sorted and unique rows of two int64, ordered by the first word, then the
+second.
 
 A ids that are looked for, B ids of a set, K ids of one of several sets, P ids that two sets share.
-Ids are hashes, so first words are spread evenly. Whole sets are worked on piece by piece: beside a
-hundred million ids themselves, little more than one piece of memory is needed.
+Ids are hashes, so first words are spread evenly. Whole sets are processed in pieces. So a hundred
+million ids need little more memory than the ids themselves and one piece.
 
 A key block is a file of the sorted unique ids [K, 2] of one example set. It is named by the hash of
-the ids: one whose content does not give its name is bad.
+the ids. A key block whose content does not give its name is bad.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,9 +36,9 @@ PIECE = 1 << 20
 
 
 def positions(needles_A2: Ints, sorted_B2: Ints) -> Places:
-    """Where each id stands in `sorted_B2`, [A], -1 where it does not.
+    """The place of each id in `sorted_B2`, [A]; -1 where it is not in it.
 
-    Needles may have any order; sorted ones are found ten times faster.
+    The ids may have any order. Sorted ones are found ten times faster.
     """
     place_A = np.full(len(needles_A2), -1, np.int32)
     if len(sorted_B2):
@@ -58,7 +59,7 @@ def _find(needles_A2: Ints, sorted_B2: Ints) -> Ints:
     while True:
         at_A = np.minimum(place_A, len(near_B2) - 1)
         same_A = (place_A < len(near_B2)) & (near_B2[at_A, 0] == needle_A)
-        # Ids that share their first word (rare: a hash) are told apart by the second.
+        # Of ids with the same first word (rare: it is a hash) the second word decides.
         behind_A = same_A & (near_B2[at_A, 1] < second_A)
         if not behind_A.any():
             break
@@ -68,7 +69,8 @@ def _find(needles_A2: Ints, sorted_B2: Ints) -> Ints:
 
 
 def common(ids_A2: Ints, ids_B2: Ints) -> tuple[Places, Places]:
-    """The ids that two sets share: their places in the one [P] and in the other [P], increasing."""
+    """The ids that two sets share: their places in the first [P] and in the second [P],
+    increasing."""
     if len(ids_A2) > len(ids_B2):
         in_B, in_A = common(ids_B2, ids_A2)
         return in_A, in_B
@@ -89,7 +91,7 @@ def is_sorted_unique(ids_B2: Ints) -> bool:
 
 
 def unique_ids(ids_B2: Ints) -> tuple[Ints, Ints]:
-    """The sorted unique ids [U, 2] and for each given id its entry among them [B]."""
+    """The sorted unique ids [U, 2], and for each given id its place among them [B]."""
     order = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
     sorted_B2 = ids_B2[order]
     new_B = np.ones(len(order), bool)
@@ -100,8 +102,8 @@ def unique_ids(ids_B2: Ints) -> tuple[Ints, Ints]:
 
 
 def union(parts: Sequence[tuple[Ints, Bools]]) -> Iterator[Ints]:
-    """The ids of all parts, sorted and unique, in pieces; of a set (ids_K2, mask_K) those where
-    the mask is set."""
+    """The ids of all parts, sorted and unique, in pieces. A part (ids_K2, mask_K) gives those ids
+    where its mask is set."""
     num_pieces = sum(len(ids_K2) for ids_K2, _ in parts) // PIECE + 1
     edges = [(number << 64) // num_pieces - (1 << 63) for number in range(1, num_pieces)]
     cuts = [
@@ -121,8 +123,8 @@ HEADER_ROOM = 256
 
 
 def read_key_block(path: Path, *, check: bool = True) -> Ints:
-    """The ids [K, 2] of a key block, checked unless told otherwise; raises BadBlockError,
-    FileNotFoundError."""
+    """The ids [K, 2] of a key block. check: also check the name and the order of the ids. Raises
+    BadBlockError, FileNotFoundError."""
     tensors, metadata = read_tensors(path)
     ids_K2 = tensors.get("ids")
     if metadata != KEY_BLOCK or ids_K2 is None:
@@ -139,10 +141,11 @@ def read_key_block(path: Path, *, check: bool = True) -> Ints:
 
 
 def ensure_key_block(layout: Layout, key_hash: str, ids_K2: Ints, sound: set[str]) -> str | None:
-    """Make sure that the key block of these ids is there and whole; what was wrong with it if not.
+    """Make sure that the key block of these ids is there and whole. Returns what was wrong with a
+    bad one; None if it was whole or missing.
 
-    `sound` holds the hashes of those that this process has checked already. Of a large one the form
-    is checked, not each id: it is the caller that has the ids, so its reading does not need them.
+    sound: the hashes of key blocks that this process has checked. Of a large one only the form is
+    checked: the caller has the ids and does not read them from it.
     """
     path = layout.key_path(key_hash)
     if key_hash in sound and path.exists():
@@ -160,7 +163,7 @@ def ensure_key_block(layout: Layout, key_hash: str, ids_K2: Ints, sound: set[str
 
 
 def write_key_block(layout: Layout, pieces: Iterable[Ints]) -> str:
-    """Write the key block of ids that come in sorted pieces; its hash. Raises RunError."""
+    """Write the key block of ids that come in sorted pieces. Returns its hash. Raises RunError."""
     with aside(layout, "keys") as (file, keep):
         file.write(bytes(HEADER_ROOM))
         num_keys = 0

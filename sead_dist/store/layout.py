@@ -3,12 +3,12 @@
 STORE/format.json                 {"format": 2}
 STORE/keys/<hash>.safetensors     key blocks: the sorted unique example ids of one example set
 STORE/values/<teacher>/           teacher.json, and the value blocks of one teacher key
-STORE/tmp/                        files being written; whoever wrote an old one is dead
+STORE/tmp/                        files being written; the writer of an old one is dead
 STORE/quarantine/                 files found bad, never read again
-STORE/live/                       one locked file per run that uses the store now
+STORE/live/                       one locked file for each run that uses the store now
 STORE/leases/                     work items that a pool computes now (teachers/pool.py)
-STORE/store.lock                  shared: adding a block; exclusive: removing what nothing refers to
-STORE/compact.lock                one compaction or removal at a time
+STORE/store.lock                  shared: a block is added; exclusive: unused files are removed
+STORE/compact.lock                held by the one compaction or removal that runs
 """
 
 import errno
@@ -28,11 +28,12 @@ from typing import Any, BinaryIO
 from sead_dist.errors import RunError, UserError, reason, refusal
 from sead_dist.runtime.files import cache_place, open_own, sync
 
-# 1 was the same without compacted blocks. A store of it is read, and raised when it is opened for
-# writing: a version that knows 1 alone would take compacted blocks for bad ones.
+# Format 1 is the same without compacted blocks. A store of format 1 is read as it is, and gets the
+# new number when it is opened for writing. A version that knows only format 1 would treat compacted
+# blocks as bad ones.
 FORMAT, OLDER_FORMAT = 2, 1
 FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "leases")
-# claims: what leases were called before; nothing is read in it
+# claims: the former name of leases; nothing in it is read
 OWN_NAMES = {*FOLDERS, "claims", "format.json", "store.lock", "compact.lock", "id"}
 BLOCK_SUFFIX = ".safetensors"
 # A temporary file that has not grown for this long belongs to a dead writer.
@@ -49,11 +50,11 @@ REMEDIES = {
 
 
 class BusyError(Exception):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 class Layout:
-    """The paths of the store at `root`; made by `create` or `existing`."""
+    """The paths of the store at `root`. `create` and `existing` make it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,7 +67,11 @@ class Layout:
 
     @contextmanager
     def lock(self, name: str, *, exclusive: bool, wait: bool = True) -> Iterator[None]:
-        """Hold the lock file `name`; raises BusyError where `wait` is False and another has it."""
+        """Hold the lock file `name` while inside.
+
+        Raises BusyError where `wait` is False and another process holds it, and RunError where the
+        file cannot be opened or the file system has no locks.
+        """
         mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         try:
             file = os.fdopen(open_own(self.root / name, os.O_WRONLY | os.O_APPEND), "a")
@@ -85,24 +90,27 @@ class Layout:
             try:
                 yield
             finally:
-                # Explicitly: a child forked meanwhile shares the open file and would keep the lock.
+                # Unlocked explicitly: a child process forked meanwhile shares the open file and
+                # would keep the lock.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def store_folder(given: str | None) -> Path:
-    """`given`, else SEAD_DIST_STORE, else a folder in the user's cache."""
+    """The folder of the store: `given`, else SEAD_DIST_STORE, else a folder in the user's cache."""
     return cache_place("store", "store=DIR", given)
 
 
 def refuse_foreign(root: Path) -> None:
-    """Raises UserError where `root` is a file, or a folder of something else. Writes nothing."""
+    """Raises UserError where `root` is a file or a folder of something else, and RunError where it
+    cannot be read. Writes nothing."""
     if root.exists() and not root.is_dir():
         raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
     try:
         found = set(os.listdir(root)) if root.is_dir() else set()
     except OSError as error:
         raise RunError(f"store={root} cannot be read ({error}); give a folder that can") from error
-    # another run may look at this very moment whether all its machines share the folder
+    # another run may check at this moment, with a hidden file, whether all its machines share the
+    # folder
     foreign = sorted(name for name in found - OWN_NAMES if not name.startswith("."))
     if foreign and not (root / "format.json").exists():
         raise UserError(
@@ -112,11 +120,11 @@ def refuse_foreign(root: Path) -> None:
 
 
 def create(root: Path) -> Layout:
-    """Open the store at `root` for writing, making it where it is missing. One of the older format
-    is raised to the newest.
+    """Open the store at `root` for writing. A missing one is made, and one of the older format gets
+    the newest number.
 
-    Raises UserError where `root` is a file, a folder of something else or of another format,
-    RunError where it is not writable.
+    Raises UserError where `root` is a file, a folder of something else or of another format, and
+    UserError or RunError (as `errors.refusal` chooses) where it is not writable.
     """
     layout = Layout(root)
     try:
@@ -141,7 +149,8 @@ def create(root: Path) -> Layout:
 
 
 def existing(root: Path) -> Layout:
-    """The store at `root`, which must be one; raises UserError otherwise. Writes nothing."""
+    """The store at `root`. Raises UserError where there is none, or one of another format. Writes
+    nothing."""
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
         raise UserError(f"store={root} {kind}; name the folder of a prediction store")
@@ -158,15 +167,15 @@ def existing(root: Path) -> Layout:
 def raise_format(layout: Layout) -> None:
     """Give a new store, or one of the older format, the number of the newest format.
 
-    The number is all that differs: each block lies as it is under either. It is changed by one
-    rename, so a kill leaves the one number or the other, and whoever reads meanwhile sees one of
-    them, with the same rows. Raises RunError.
+    Only the number differs: the blocks are the same in both. One rename changes it. So a kill
+    leaves the old number or the new one, and a reader finds one of them, with the same rows. Raises
+    RunError.
     """
     path = layout.root / "format.json"
     if path.exists() and _check_format(layout) == FORMAT:
         return
     with layout.lock("store.lock", exclusive=True):
-        # looked at again under the lock: a later version may have raised it further
+        # checked again under the lock: a later version may have raised it further
         if not path.exists() or _check_format(layout) < FORMAT:
             write_aside(layout, path, [json.dumps({"format": FORMAT}).encode()])
 
@@ -197,13 +206,13 @@ def unique_name(stem: str) -> str:
 
 
 def explain(root: Path, name: str, error: OSError) -> str:
-    """The line that says that the store cannot be written, why, and what to do."""
+    """The line that says that the store cannot be written, why, and what the fix is."""
     remedy = REMEDIES.get(error.errno or 0, "see to that folder or name another store=")
     return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
 
 
 def unreadable(path: Path, error: OSError) -> RunError:
-    """The error of a file in the store that cannot be read."""
+    """The error for a file in the store that cannot be read."""
     return RunError(
         f"the prediction store cannot read {path} ({error.strerror}); fix that or name another "
         "store="
@@ -211,7 +220,7 @@ def unreadable(path: Path, error: OSError) -> RunError:
 
 
 def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
-    """Write the buffers `chunks` to `path` whole or not at all; raises RunError."""
+    """Write the buffers `chunks` to `path`, whole or not at all. Raises RunError."""
     with aside(layout, path.name) as (file, keep):
         for chunk in chunks:
             file.write(chunk)
@@ -220,11 +229,12 @@ def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
 
 @contextmanager
 def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path], None]]]:
-    """A new file in tmp/ to write to, and what flushes it to disk and gives it its path.
+    """(a new file in tmp/ to write to, a function that flushes it to disk and moves it to a path).
 
-    Without that nothing is left of it. Raises RunError (disk full, read-only, no permission).
-    Apart from `written_aside` (runtime/files.py): a block's path follows from its content, its file
-    may be mapped meanwhile, and it lies in tmp/, whose old files `compact` removes.
+    If that function is not called, the file is removed. Raises RunError (disk full, read-only, no
+    permission). This differs from `written_aside` (runtime/files.py): a block's path follows from
+    its content, its file may be mapped meanwhile, and it lies in tmp/, from which `compact` removes
+    old files.
     """
     path = layout.tmp / unique_name(name)
 
@@ -246,7 +256,7 @@ def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path]
 
 
 def make_folder(layout: Layout, folder: Path) -> None:
-    """Make a folder inside the store; raises RunError."""
+    """Make a folder inside the store. Raises RunError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
@@ -255,7 +265,7 @@ def make_folder(layout: Layout, folder: Path) -> None:
 
 
 def set_aside(layout: Layout, path: Path) -> Path | None:
-    """Move a bad file to quarantine/; where it went, or None where it could not be moved."""
+    """Move a bad file to quarantine/. Returns its new path, or None where it could not be moved."""
     target = layout.quarantine / unique_name(path.name)
     try:
         os.replace(path, target)
@@ -265,7 +275,7 @@ def set_aside(layout: Layout, path: Path) -> Path | None:
 
 
 def old_temporaries(layout: Layout) -> list[Path]:
-    """Files in tmp/ whose writers are dead, by the clock of the file system that keeps them."""
+    """Files in tmp/ whose writers are dead, by the clock of the file system that they are on."""
     probe = layout.tmp / unique_name("clock")
     found: list[Path] = []
     with suppress(OSError):
@@ -281,7 +291,7 @@ def old_temporaries(layout: Layout) -> list[Path]:
 
 @dataclass(frozen=True)
 class LiveRun:
-    """A run that holds a store now: `teachers` are patterns of folder names under values/."""
+    """A run that uses the store now. teachers: patterns of folder names under values/."""
 
     host: str
     pid: int
@@ -294,10 +304,11 @@ class LiveRun:
 
 @contextmanager
 def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
-    """Mark the teacher folders as used by `run`, for as long as this process lives at most.
+    """Mark the teacher folders as used by `run` while inside, at most until this process ends.
 
-    The file is locked before it gets its name, so nobody ever sees it unlocked while we live. It
-    stays open and locked, which no file written by `aside` does.
+    The file is locked before it gets its name. So no process finds it unlocked while this one
+    lives. It stays open and locked, unlike a file that `aside` writes. Raises RunError where it
+    cannot be written.
     """
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
@@ -312,7 +323,7 @@ def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            # A removal that is under way ends first; a later one sees this file.
+            # A removal that has begun ends first. A later one finds this file.
             with layout.lock("store.lock", exclusive=False):
                 os.replace(aside, path)
             yield
@@ -324,7 +335,7 @@ def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
 
 
 def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
-    """The runs that hold the store now, and the files left by runs that are dead."""
+    """(the runs that use the store now, the files that dead runs left)."""
     runs: list[LiveRun] = []
     stale: list[Path] = []
     for path in sorted(layout.live.glob("*.json")):
@@ -340,7 +351,8 @@ def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
         except FileNotFoundError:
             continue
         except OSError:
-            # A file we may not open says nothing about its run: leave everything to it.
+            # The facts of a run are unknown if this process may not open its file. Then all teacher
+            # folders count as used.
             runs.append(_read_run(""))
     return runs, stale
 

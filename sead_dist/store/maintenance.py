@@ -1,9 +1,9 @@
-"""What lies in a prediction store: blocks by headers, groups, counts of rows; listed, verified, and
-carried from one store to another.
+"""The content of a prediction store: listed from headers, verified, or copied to another store.
 
-An export is a store of its own. It holds hashed rows and logits. No text is in it; of the paths of
-teachers the last part stays, and the runs that wrote are left out. Rows keep their identity, so a
-run that reads the store finds them wherever the same teacher is asked of the same texts.
+An export is a store of its own. It holds hashes of rows, and logits. It holds no text. Of a
+teacher's path only the last part stays, and the names of the runs that wrote are left out. Rows
+keep their ids, so a run that reads the store finds them wherever the same teacher is asked for the
+same texts.
 
 K ids of a key block.
 """
@@ -45,10 +45,10 @@ from sead_dist.store.tensor_file import BadBlockError
 
 @dataclass(frozen=True)
 class Row:
-    """One teacher, task and split.
+    """The predictions of one teacher for one task and split.
 
-    num_rows: unique examples; num_bytes: value blocks alone, since keys are shared; newest: seconds
-    since the epoch; folder: under values/.
+    num_rows: unique examples. num_bytes: of value blocks only, since key blocks are shared. newest:
+    seconds since the epoch. folder: its name under values/.
     """
 
     teacher: str
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bad:
-    """A file that is not what it should be; moved: it went to quarantine/."""
+    """A bad file. moved: whether it was moved to quarantine/."""
 
     path: Path
     reason: str
@@ -73,7 +73,7 @@ class Bad:
 
 
 def note_bad(layout: Layout, bad: list[Bad], path: Path, reason: object, move: bool) -> None:
-    """Add a file that is still there to `bad`, moved to quarantine/ where that is asked for."""
+    """Add a file that is still there to `bad`. move: move it to quarantine/."""
     if path.exists():
         moved = move and set_aside(layout, path) is not None
         bad.append(Bad(path, str(reason), moved))
@@ -81,9 +81,9 @@ def note_bad(layout: Layout, bad: list[Bad], path: Path, reason: object, move: b
 
 @contextmanager
 def alone(layout: Layout) -> Iterator[None]:
-    """Only one compaction or removal at a time.
+    """Only one compaction or removal runs at a time.
 
-    Raises UserError where another is at work, RunError where the store cannot be written.
+    Raises UserError where another one is running, and RunError where the store cannot be written.
     """
     try:
         with layout.lock("compact.lock", exclusive=True, wait=False):
@@ -98,9 +98,9 @@ def alone(layout: Layout) -> Iterator[None]:
 
 
 def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
-    """Every value block, or what is wrong with it; those that vanish meanwhile are left out.
+    """Every value block, or what is wrong with it. Files that vanish meanwhile are left out.
 
-    Raises RunError where one may not be read.
+    Raises RunError for a file that this process may not read.
     """
     for path in sorted(layout.values.glob(f"*/*{BLOCK_SUFFIX}")):
         try:
@@ -114,7 +114,7 @@ def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadB
 
 
 def headers(layout: Layout) -> list[ValueBlock]:
-    """Every value block with a readable header; without logits, which would fill the memory."""
+    """Every value block with a readable header, without its logits, which would fill the memory."""
     found = (block for _, block in scan(layout, "header") if isinstance(block, ValueBlock))
     return [
         replace(block, covers=block.covers.copy(), logits=block.logits.empty()) for block in found
@@ -122,8 +122,7 @@ def headers(layout: Layout) -> list[ValueBlock]:
 
 
 def rows_of(layout: Layout, blocks: Iterable[ValueBlock]) -> list[Row]:
-    """One row for what a teacher folder holds of a task and split, sorted by teacher name, task and
-    split."""
+    """One row for each teacher folder, task and split, sorted by teacher name, task and split."""
     groups: dict[tuple[str, str, str], list[ValueBlock]] = defaultdict(list)
     for block in blocks:
         groups[block.folder, block.task, block.split].append(block)
@@ -158,7 +157,7 @@ def _count_unique(layout: Layout, blocks: list[ValueBlock]) -> int:
         return sum(int(np.count_nonzero(mask_K)) for mask_K in masks.values())
     parts = []
     for (key_hash, num_keys), mask_K in masks.items():
-        with suppress(OSError, BadBlockError):  # verify says so; here nothing counts
+        with suppress(OSError, BadBlockError):  # `verify` reports it; here it counts nothing
             ids_K2 = read_key_block(layout.key_path(key_hash))
             if len(ids_K2) == num_keys:
                 parts.append((ids_K2, mask_K))
@@ -181,7 +180,7 @@ def key_sizes(layout: Layout) -> dict[str, int]:
 
 
 def remove_unused_keys(layout: Layout) -> None:
-    """Remove key blocks that no value block refers to; call with store.lock held alone."""
+    """Remove key blocks that no value block refers to. The caller holds store.lock exclusively."""
     used = {block.keys for block in headers(layout)}
     for key_hash in set(key_sizes(layout)) - used:
         layout.key_path(key_hash).unlink(missing_ok=True)
@@ -189,7 +188,8 @@ def remove_unused_keys(layout: Layout) -> None:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a store holds; quarantined: files set aside; live: the runs that use it now."""
+    """The content of a store. quarantined: number of files set aside. live: the runs that use it
+    now."""
 
     rows: tuple[Row, ...]
     num_key_blocks: int
@@ -201,7 +201,8 @@ class Listing:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """unfinished: temporary files of dead writers, harmless; compact removes them."""
+    """What a check found. unfinished: temporary files of dead writers; they are harmless, and
+    `compact` removes them."""
 
     num_key_blocks: int
     num_value_blocks: int
@@ -215,7 +216,8 @@ class VerifyResult:
 
 
 def list_store(folder: Path) -> Listing:
-    """What the store holds, read from headers; raises UserError where `folder` is not a store."""
+    """The content of the store, read from headers. Raises UserError where `folder` is not a
+    store."""
     layout = existing(folder)
     blocks = headers(layout)
     keys = key_sizes(layout)
@@ -230,7 +232,8 @@ def list_store(folder: Path) -> Listing:
 
 
 def verify(folder: Path, repair: bool = False) -> VerifyResult:
-    """Check every file in full; `repair` moves bad ones to quarantine/, to be computed again.
+    """Check every file in full. repair: move bad files to quarantine/, so that their rows are
+    computed again.
 
     Raises UserError where `folder` is not a store.
     """
@@ -245,7 +248,7 @@ def verify(folder: Path, repair: bool = False) -> VerifyResult:
             continue
         num_bytes += block.num_bytes
         if block.keys not in keys:
-            with suppress(BadBlockError, OSError):  # it may be newer than the look above
+            with suppress(BadBlockError, OSError):  # it may be newer than the listing above
                 keys[block.keys] = len(read_key_block(layout.key_path(block.keys)))
         if keys.get(block.keys) != block.covers.num_keys:
             note_bad(layout, bad, path, f"its key block {block.keys} is missing or bad", repair)
@@ -280,8 +283,11 @@ def _verify_descriptions(layout: Layout, bad: list[Bad], repair: bool) -> None:
 
 @dataclass(frozen=True)
 class Carried:
-    """blocks: those that came over; known: those that were there already; bad: what could not be
-    read, which is left out."""
+    """What was copied.
+
+    blocks: those that were copied. known: those that were there already. num_rows, num_bytes: of
+    both. bad: files that could not be read, which are left out.
+    """
 
     blocks: int
     known: int
@@ -293,12 +299,12 @@ class Carried:
 def carry(
     source: Path, target: Path, task: str | None = None, teacher: str | None = None
 ) -> Carried:
-    """Copy predictions from one store into another, which is made where it is missing. Every row is
-    checked on the way; what the target holds stays.
+    """Copy predictions from one store into another, which is made if it is missing. Every row is
+    checked on the way. The target keeps what it has.
 
-    task, teacher: only theirs; a teacher is given by its name or the start of its fingerprint.
-    Raises UserError where one is not a store, or where nothing fits, RunError where the target
-    cannot be written.
+    task, teacher: copy only theirs; a teacher is given by its name or the start of its fingerprint.
+    Raises UserError where the source is not a store, the target is the source or something else, or
+    nothing fits; RunError where the target cannot be written.
     """
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is the store itself; give another folder")
@@ -339,7 +345,7 @@ def _fits(block: ValueBlock, task: str | None, teacher: str | None) -> bool:
 
 
 def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Path, int, bool]:
-    """(where the block lies in the other store, its rows, whether it is new there). Raises
+    """(path of the block in the other store, its number of rows, whether it is new there). Raises
     BadBlockError, FileNotFoundError, RunError."""
     block = read_value_block(path, "all")
     ids_K2 = read_key_block(source.key_path(block.keys))

@@ -1,4 +1,5 @@
-"""Removal from a prediction store, by teacher, task, age and size: first a plan, then the deed."""
+"""Removal from a prediction store by teacher, task, age and size: first a plan, then its
+execution."""
 
 import time
 from collections import Counter
@@ -17,9 +18,10 @@ MIN_PREFIX = 6
 
 @dataclass(frozen=True)
 class Removal:
-    """What would go (rows, paths), and what was chosen but is kept, with the run that holds it.
+    """A plan: what would be removed (rows, paths), and what was chosen but is kept, with the run
+    that uses it.
 
-    num_bytes: freed, key blocks that nothing needs any more included.
+    num_bytes: freed, with key blocks that nothing needs any more.
     """
 
     root: Path
@@ -31,8 +33,11 @@ class Removal:
 
 @dataclass(frozen=True)
 class Removed:
-    """What went. kept: blocks that a run took hold of after the plan was made; changed: planned
-    blocks that were gone already, perhaps merged into another by a compaction: plan again."""
+    """What was removed.
+
+    kept: blocks that a run began to use after the plan was made. changed: planned blocks that were
+    gone already, perhaps merged into another by a compaction; a new plan finds them.
+    """
 
     num_blocks: int
     num_bytes: int
@@ -48,12 +53,12 @@ def plan_removal(
     older_than_s: float | None = None,
     keep_bytes: int | None = None,
 ) -> Removal:
-    """Choose the blocks that meet every condition given; removes nothing.
+    """Choose the blocks that meet every given condition. Removes nothing.
 
-    teacher: its name as given to a run, or the first digits (6 or more) of its fingerprint;
-    older_than_s: since it was written (a merged block counts as its newest part); keep_bytes:
-    oldest first, and only until the store is no larger than this. Raises UserError where no
-    condition is given, or a teacher or task is not in the store.
+    teacher: its name as a run gave it, or the first digits (6 or more) of its fingerprint.
+    older_than_s: seconds since it was written (a merged block counts as its newest part).
+    keep_bytes: the oldest first, and only until the store is no larger than this. Raises UserError
+    where no condition is given, or a teacher or task is not in the store.
     """
     if teacher is None and task is None and older_than_s is None and keep_bytes is None:
         raise UserError(
@@ -90,13 +95,13 @@ def plan_removal(
 
 
 def is_teacher(block: ValueBlock, wanted: str) -> bool:
-    """Whether a block is of the teacher of this name, or of this start of a fingerprint."""
+    """Whether a block is of the teacher with this name, or with this start of a fingerprint."""
     prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
     return prefix or block.name == wanted
 
 
 def check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:
-    """Raises UserError for a teacher or task that was asked for and not found."""
+    """Raises UserError for a requested teacher or task that was not found."""
     if wanted is not None and not found:
         held = ", ".join(sorted(known)) or "nothing"
         hint = did_you_mean(wanted, sorted(known), f"it holds {held}")
@@ -106,7 +111,8 @@ def check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> 
 def _until_small(
     layout: Layout, blocks: list[ValueBlock], free: list[ValueBlock], keep_bytes: int | None
 ) -> tuple[list[ValueBlock], int]:
-    """The first of `free` whose going leaves at most keep_bytes (None: all), and what they free."""
+    """(the first blocks of `free` whose removal leaves at most keep_bytes (None: all of `free`),
+    the bytes that they free)."""
     key_bytes = key_sizes(layout)
     users = Counter(block.keys for block in blocks)
     total = sum(key_bytes.values()) + sum(block.num_bytes for block in blocks)
@@ -124,9 +130,9 @@ def _until_small(
 
 
 def remove(plan: Removal) -> Removed:
-    """Carry out a plan, but for what a run has taken hold of since.
+    """Execute a plan. Blocks that a run has begun to use since are kept.
 
-    Raises UserError where a compaction or another removal is at work.
+    Raises UserError where a compaction or another removal is running.
     """
     layout = existing(plan.root)
     kept = changed = num_blocks = num_bytes = 0

@@ -1,4 +1,4 @@
-"""Stored rows: the ids and logits of a block, and where those of one table lie.
+"""Stored rows: which ids a block covers, its logits, and where the rows of one table lie.
 
 K ids of a key block, M rows of a block (ids that it covers) or rows added at once, P places that
 are asked for, C classes, R rows of a request, S chunks of rows, U entries of a table.
@@ -22,10 +22,10 @@ WORD = 64
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """All of `num_keys` ids, or the M places of a list, or those of a bit map.
+    """Which of `num_keys` ids a block covers: all, the M places of a list, or those of a bit map.
 
-    rows_M: increasing places. words: uint64, one bit for each of the K ids, the lowest first.
-    Rows of the block stand in the order of the places.
+    rows_M: increasing places. words: uint64, one bit for each of the K ids, the lowest first. Rows
+    of the block are in the order of the places.
     """
 
     num_keys: int
@@ -34,7 +34,8 @@ class Coverage:
 
     @staticmethod
     def of(mask_K: Bools) -> "Coverage":
-        """Of the ids where the mask is set, in the form that takes the fewest bytes."""
+        """The coverage of the ids where the mask is set, in the form that takes the fewest
+        bytes."""
         num_rows, num_keys = int(np.count_nonzero(mask_K)), len(mask_K)
         if num_rows == num_keys:
             return Coverage(num_keys)
@@ -56,18 +57,18 @@ class Coverage:
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """What a file keeps of it."""
+        """The tensors that a file holds for it."""
         if self.words is not None:
             return {"words": self.words}
         return {} if self.rows_M is None else {"rows": self.rows_M}
 
     def copy(self) -> "Coverage":
-        """The same, apart from the file that it was read from."""
+        """A copy that does not depend on the file it was read from."""
         rows = None if self.rows_M is None else self.rows_M.copy()
         return Coverage(self.num_keys, rows, None if self.words is None else self.words.copy())
 
     def trouble(self) -> str | None:
-        """What is wrong with the list or the bit map, None where nothing is."""
+        """What is wrong with the list or the bit map; None if nothing is."""
         rows, words = self.rows_M, self.words
         if rows is not None:
             if rows[0] < 0 or rows[-1] >= self.num_keys or not (rows[1:] > rows[:-1]).all():
@@ -93,12 +94,12 @@ class Coverage:
                 yield (np.flatnonzero(bits) + start).astype(np.int32)
 
     def add_to(self, mask_K: Bools) -> None:
-        """Set the mask at every place that is covered."""
+        """Set the mask at every covered place."""
         for places in self.pieces():
             mask_K[places] = True
 
     def rows_at(self, places_P: Integers) -> Integers:
-        """The block's row at each place, [P], -1 where it has none."""
+        """The block's row at each place, [P]; -1 where it has none."""
         if self.rows_M is not None:
             at_P = np.searchsorted(self.rows_M, places_P)
             at_P[at_P == len(self.rows_M)] = 0
@@ -120,13 +121,13 @@ class Coverage:
 
 
 def pack(mask_K: Bools) -> npt.NDArray[np.uint64]:
-    """A bit for each K, in whole words."""
+    """The mask as one bit for each of the K ids, in whole words."""
     bits = np.packbits(mask_K, bitorder="little")
     return np.pad(bits, (0, -len(bits) % (WORD // 8))).view("<u8").astype(np.uint64, copy=False)
 
 
 def unpack(words: npt.NDArray[np.uint64], num_keys: int) -> Bools:
-    """mask_K of `pack`, with `num_keys` values."""
+    """The mask_K that `pack` was given, with `num_keys` values."""
     bits = np.unpackbits(words.view(np.uint8), count=num_keys, bitorder="little")
     return bits.view(np.bool_)
 
@@ -138,7 +139,7 @@ CHUNK_BYTES = 1 << 16
 
 
 class BadChunkError(BadBlockError):
-    """Rows of a block that were altered since it was written, found while they were read."""
+    """Rows of a block were altered since it was written. This was found while they were read."""
 
     def __init__(self, logits: "Logits", text: str) -> None:
         super().__init__(text)
@@ -146,8 +147,11 @@ class BadChunkError(BadBlockError):
 
 
 class Logits:
-    """Logits [M, C] of a block, with the sum of each chunk, or without sums where all of it was
-    checked before. path: of the block, None before it is written."""
+    """Logits [M, C] of a block.
+
+    sums_S: the sum of each chunk; None where the whole block was checked before. path: of the
+    block; None before it is written.
+    """
 
     def __init__(
         self, values_MC: Floats, sums_S: Sums | None = None, path: Path | None = None
@@ -157,18 +161,18 @@ class Logits:
         self._all_sound = sums_S is None
 
     def empty(self) -> "Logits":
-        """The same without its rows, which would fill the memory."""
+        """The same without rows, which would fill the memory."""
         return Logits(np.empty((0, self.values_MC.shape[1]), np.float32))
 
     def take(self, rows_R: Integers) -> Floats:
-        """The rows [R, C], copied; raises BadChunkError where a chunk of them was altered."""
+        """A copy of the rows [R, C]. Raises BadChunkError where one of their chunks was altered."""
         if not self._all_sound:
             chunk_R = rows_R // chunk_rows(self.values_MC.shape[1])
             self._check(np.unique(chunk_R[~self._sound_S[chunk_R]]))
         return self.values_MC.take(rows_R, axis=0)
 
     def bad_chunks(self) -> list[range]:
-        """The rows of every chunk that was altered."""
+        """The rows of every altered chunk."""
         if self.sums_S is None:
             return []
         return [self._rows_of(s) for s in range(len(self.sums_S)) if not self._is_sound(s)]
@@ -192,7 +196,7 @@ class Logits:
 
 
 def chunk_rows(classes: int) -> int:
-    """Rows in a chunk."""
+    """The number of rows in a chunk."""
     return max(1, CHUNK_BYTES // (4 * classes))
 
 
@@ -211,9 +215,9 @@ def chunk_sums(values_MC: Floats) -> Sums:
 class Rows:
     """Logits [C] for some of U entries.
 
-    A block whose key block is the table's own ids is read as it lies. Any other entry's logits are
-    row `_row_U` of segment `_segment_U`: segment 0 lies in memory and grows, the others are blocks,
-    mapped or not. A lookup may run in one thread beside an addition in another.
+    A block whose key block is the table's own ids is read in place. The logits of any other entry
+    are row `_row_U` of segment `_segment_U`. Segment 0 is in memory and grows. The other segments
+    are blocks. One thread may look rows up while another adds some.
     """
 
     def __init__(self, num_entries: int, classes: int) -> None:
@@ -222,7 +226,8 @@ class Rows:
         self._own: list[tuple[Coverage, Logits]] = []
         self._segments = [Logits(np.empty((0, classes), np.float32))]
         self._used = 0
-        # Made when first needed: 8 bytes an entry, none where blocks are read as they lie.
+        # Made when first needed: they take 8 bytes an entry, and blocks that are read in place need
+        # none.
         self._segment_U = self._row_U = np.empty(0, np.int32)
 
     @property
@@ -231,7 +236,7 @@ class Rows:
         return any(covers.whole for covers, _ in self._own) or bool(self.present_U.all())
 
     def lookup(self, entries_R: Integers) -> tuple[Floats, Bools]:
-        """Logits [R, C] of the entries, NaN where there are none, and which are there [R].
+        """(logits [R, C] of the entries, NaN where there are none; which entries are there [R]).
 
         Raises BadChunkError where a block that should hold some was altered.
         """
@@ -264,12 +269,12 @@ class Rows:
                 present_R[part] = True
 
     def lay(self, covers: Coverage, logits: Logits) -> None:
-        """Add what a block covers, where its key block is the table's own ids."""
+        """Add all that a block covers. Its key block must be the table's own ids."""
         self._own.append((covers, logits))
         self._count(covers)
 
     def copy(self, entries_M: Integers, logits_MC: Floats) -> None:
-        """Add entries, their logits copied to memory."""
+        """Add entries with a copy of their logits."""
         loose, end = self._segments[0].values_MC, self._used + len(logits_MC)
         if end > len(loose):
             room = min(2 * end, max(end, len(self.present_U)))
@@ -282,12 +287,12 @@ class Rows:
         self._used = end
 
     def refer(self, entries_M: Integers, logits: Logits, rows_M: Integers) -> None:
-        """Add entries that are the rows `rows_M` of a block, which stays where it is."""
+        """Add entries that are the rows `rows_M` of a block, without a copy."""
         self._segments.append(logits)
         self._point(entries_M, len(self._segments) - 1, rows_M)
 
     def drop(self, logits: Logits) -> None:
-        """Forget what lies in a block that was found bad."""
+        """Remove the rows of a block that was found bad."""
         self._own = [(covers, other) for covers, other in self._own if other is not logits]
         bad = [number for number, other in enumerate(self._segments) if other is logits]
         self._segment_U[np.isin(self._segment_U, bad)] = -1
@@ -299,7 +304,7 @@ class Rows:
 
     def _count(self, covers: Coverage) -> None:
         if covers.whole:
-            # One byte for all of them; nobody adds to what is complete.
+            # One byte for all entries: nothing is added to a complete table.
             self.present_U = np.broadcast_to(np.True_, self.present_U.shape)
         else:
             covers.add_to(self.present_U)
@@ -308,7 +313,7 @@ class Rows:
         if not self._segment_U.size:
             self._row_U = np.zeros(len(self.present_U), np.int32)
             self._segment_U = np.full(len(self.present_U), -1, np.int32)
-        # In this order, so that a lookup in another thread never follows half a pointer.
+        # In this order, so that a lookup in another thread finds the row before the segment.
         self._row_U[entries_M] = rows_M
         self._segment_U[entries_M] = segment
         self.present_U[entries_M] = True

@@ -1,13 +1,13 @@
 """The content-addressed store of teacher predictions (invariant 3).
 
-A prediction is identified by the example's id and the teacher key, and by nothing else: task, split
-and run only describe it.
+Only the example's id and the teacher key identify a prediction. Task, split and run describe it.
 
 U unique examples of a table (entries: positions in its sorted ids), R rows of a request, P ids that
 two sets share, M rows of a value block, C classes.
 
-Readers take no locks. A value block never changes under its name; compaction adds the merged block
-before it removes the parts, so that a reader who misses a part finds its rows on looking again.
+Blocks are read without a lock. A value block never changes under its name. Compaction adds the
+merged block before it removes the parts. So a reader that misses a part finds its rows when it
+looks again.
 """
 
 import re
@@ -47,10 +47,11 @@ from sead_dist.store.tensor_file import MAP_BYTES, BadBlockError, digest
 
 @dataclass(frozen=True)
 class TeacherKey:
-    """What a teacher's predictions depend on besides the example.
+    """All that a teacher's predictions depend on besides the example.
 
-    fingerprint: hex, of weights, config, tokeniser and maximum length; numerics: canonical JSON of
-    the numerics class; name: as the person gave it, description only; classes: width of its logits.
+    fingerprint: hex; for a classifier a hash of weights, config, tokeniser and maximum length, for
+    other kinds one of all that their answers depend on. numerics: canonical JSON of the numerics
+    class. name: as the user gave it, only a description. classes: width of its logits.
     """
 
     fingerprint: str
@@ -76,10 +77,11 @@ class IdSet:
 
 
 class StoreFolder:
-    """The store in `folder`, made where missing; `report` receives one-line notices.
+    """The store in `folder`, made if it is missing.
 
-    read_only: the store has to be there, and nothing in it is changed: bad blocks stay where they
-    are. Raises UserError where `folder` is a file, not writable, of another format or no store.
+    report: gets one-line notices. read_only: the store must exist, and nothing in it is changed;
+    bad blocks stay where they are. Raises UserError where `folder` is a file, of another format or
+    not a store, and UserError or RunError (as `layout.create`) where it is not writable.
     """
 
     def __init__(
@@ -100,21 +102,22 @@ class StoreFolder:
         run: str,
         accept_any: bool = False,
     ) -> "Table":
-        """What is stored of one teacher on one example set; ids_U2 int64, sorted and unique.
+        """The kept predictions of one teacher on one example set. ids_U2: int64, sorted and unique.
 
-        accept_any: read other numerics classes of the same teacher too, after the exact one.
+        accept_any: also read other numerics classes of the same teacher, after the exact one.
         """
         return Table(self, key, self.id_set(ids_U2), task, split, run, accept_any)
 
     def hold(
         self, run: str, keys: Sequence[TeacherKey], accept_any: bool = False
     ) -> AbstractContextManager[None]:
-        """While inside, nothing that these teachers' tables may read is removed from the store."""
+        """While inside, nothing is removed from the store that these teachers' tables may read."""
         folders = [f"{key.fingerprint[:16]}-*" if accept_any else key.folder for key in keys]
         return hold(self.layout, run, folders)
 
     def id_set(self, ids_U2: Ints) -> IdSet:
-        """Worked out once for an array, since the tables of all teachers have the same."""
+        """The ids with their hash. It is computed once for an array, which the tables of all
+        teachers share. Raises ValueError for ids that are not sorted and unique."""
         if id(ids_U2) not in self._id_sets or self._id_sets[id(ids_U2)].ids_U2 is not ids_U2:
             if ids_U2.ndim != 2 or ids_U2.shape[1] != 2 or not is_sorted_unique(ids_U2):
                 raise ValueError(f"ids {ids_U2.shape} should be [U, 2], sorted and unique")
@@ -128,8 +131,8 @@ class StoreFolder:
         self.report(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}")
 
     def read_block(self, path: Path) -> ValueBlock | None:
-        """The block at `path`, checked as far as its rows are not when they are read; None where it
-        is bad (set aside) or gone."""
+        """The block at `path`. All but the rows of a compacted block is checked; these are checked
+        when they are read. None where the block is bad (it is set aside) or gone."""
         try:
             return read_value_block(path, "touched")
         except FileNotFoundError:
@@ -141,9 +144,10 @@ class StoreFolder:
             raise unreadable(path, error) from error
 
     def shared(self, block: ValueBlock, ids: IdSet) -> tuple[Places, Places]:
-        """The ids that the block's key block and a set share: their places in either.
+        """The ids that the block's key block and a set share: their places in the first and in the
+        second.
 
-        Worked out once per pair of id sets. Raises BadBlockError, FileNotFoundError.
+        They are computed once for each pair of id sets. Raises BadBlockError, FileNotFoundError.
         """
         if (block.keys, ids.hash) not in self._shared:
             path = self.layout.key_path(block.keys)
@@ -168,10 +172,10 @@ class StoreFolder:
 
 
 class Table:
-    """Predictions of one teacher on the U examples of one set; made by `StoreFolder.table`.
+    """Predictions of one teacher on the U examples of one set. `StoreFolder.table` makes it.
 
-    present_U: which are stored (read it, do not write it); classes_read: the numerics classes that
-    rows were read from. Use from several threads is safe.
+    present_U: which are stored (read it, do not write it). classes_read: the numerics classes of
+    the rows that were read. Several threads may use a table.
     """
 
     def __init__(
@@ -199,13 +203,13 @@ class Table:
 
     @property
     def blocks_seen(self) -> int:
-        """How many blocks of this teacher were met, whatever split they are of."""
+        """The number of blocks of this teacher that were found, of any split."""
         return len(self._seen)
 
     def lookup(self, entries_R: Integers) -> tuple[Floats, Bools]:
-        """Logits [R, C] of the entries, NaN where there are none, and which are there [R].
+        """(logits [R, C] of the entries, NaN where there are none; which entries are there [R]).
 
-        A block that is found altered on the way is set aside, and its rows are there no more.
+        A block that is found altered is set aside, and its rows are no longer there.
         """
         while True:
             try:
@@ -221,9 +225,10 @@ class Table:
                 self._store.set_aside(logits.path, reason)
 
     def write(self, entries_R: Ints, logits_RC: npt.ArrayLike) -> None:
-        """Store logits of entries as one block, at once seen by `lookup`; raises RunError.
+        """Store logits of entries as one block. `lookup` finds them at once.
 
-        Entries that are stored already are left as they are.
+        Entries that are stored already stay as they are. Raises RunError where the logits are not
+        finite or the block cannot be written, and ValueError for other shapes or a read-only store.
         """
         if self._store.read_only:
             raise ValueError(f"{self._store.layout.root} was opened for reading alone")
@@ -266,7 +271,7 @@ class Table:
             self._rows.copy(entries, logits)
 
     def refresh(self) -> None:
-        """See the blocks that others have written since."""
+        """Read the blocks that other processes have written since."""
         with self._mutex:
             exact = self._store.layout.values / self.key.folder
             self._read_folder(exact)
@@ -277,8 +282,8 @@ class Table:
                     self._read_folder(folder)
 
     def _read_folder(self, folder: Path) -> None:
-        # A listing taken while a compaction renames and removes may show neither the parts nor the
-        # merged block, and a part may be gone when it is opened: look until nothing has changed.
+        # A listing during a compaction may show neither the parts nor the merged block, and a
+        # listed part may be gone when it is opened. So list again until nothing has changed.
         listed: list[Path] | None = None
         while not self._rows.complete:
             found = list_blocks(folder)
@@ -293,15 +298,15 @@ class Table:
                 if block is not None:
                     self._take(block, path)
                 if not path.exists():
-                    # Gone or set aside: a file that gets this name later is another one.
+                    # Gone or set aside: a later file of this name is another one.
                     self._seen.discard(path)
 
     def _take(self, block: ValueBlock, path: Path) -> None:
-        """Make the rows of a block readable that were missing so far."""
+        """Make those rows of a block readable that were missing so far."""
         try:
             taken = self._take_sound(block)
         except (BadBlockError, FileNotFoundError) as error:
-            # Its key block goes only after the block itself: one that is still here is bad.
+            # A key block is removed only after its blocks. So a block that is still here is bad.
             if path.exists():
                 missing = f"its key block {block.keys} is missing"
                 reason = error if isinstance(error, BadBlockError) else missing
@@ -316,7 +321,8 @@ class Table:
                 )
 
     def _take_sound(self, block: ValueBlock) -> bool:
-        """Whether it had any; raises BadBlockError, FileNotFoundError (its key block)."""
+        """Whether the block had any missing row. Raises BadBlockError, and FileNotFoundError for
+        its key block."""
         if block.teacher != self.key.fingerprint:
             raise BadBlockError(f"it belongs to teacher {block.teacher}: foreign")
         classes = block.logits.values_MC.shape[1]
@@ -347,7 +353,8 @@ class Table:
         return True
 
     def _check_teacher(self) -> None:
-        """Refuse a width other than the stored one: its blocks are sound, the caller is not."""
+        """Raises RunError for another width of logits than the stored one: the blocks are sound, so
+        the caller is wrong."""
         path = self._store.layout.values / self.key.folder / "teacher.json"
         try:
             classes = read_description(path)["classes"]
@@ -365,7 +372,8 @@ class Table:
 
 
 def list_blocks(folder: Path) -> list[Path]:
-    """Value blocks in a folder, largest first: one merged block may make the rest needless."""
+    """Value blocks in a folder, largest first, since one merged block may make the others
+    needless."""
     sizes: list[tuple[int, str]] = []
     try:
         for path in folder.iterdir():

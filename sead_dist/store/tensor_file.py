@@ -1,8 +1,8 @@
-"""Safetensors files of the store: written aside and renamed; read or mapped, their form checked.
+"""Safetensors files of the store: written aside and renamed, read or mapped, and checked in form.
 
-They are laid out here rather than by the safetensors library because its NumPy side cannot map a
-file into memory and hides the errno of a full disk; the library reads what is written here, and
-the reverse.
+The store writes them itself because the NumPy side of the safetensors library cannot map a file
+into memory and hides the errno of a full disk. The library reads these files, and files of the
+library can be read here.
 """
 
 import errno
@@ -28,21 +28,21 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 1 << 24
-# Larger files are mapped, smaller ones read: few mappings stay open, and what was read does not
-# depend on its file any more.
+# Larger files are mapped and smaller ones are read. So few mappings stay open, and data that was
+# read no longer depends on its file.
 MAP_BYTES = 4 << 20
 
 Shapes = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class BadBlockError(Exception):
-    """A file that is not a whole and unaltered block; the text says why."""
+    """A file is not a whole and unaltered block. The text says why."""
 
 
 def digest(*parts: str | npt.NDArray[Any]) -> str:
-    """128 bits in hex (xxh3) of strings and arrays; every part counts with its length.
+    """A hash (xxh3, 128 bits, in hex) of strings and arrays. Each part is hashed with its length.
 
-    Guards against accidents, not against an enemy with write access; at the speed of memory.
+    It guards against accidents, not against an attacker with write access. It is as fast as memory.
     """
     hasher = xxhash.xxh3_128()
     for part in parts:
@@ -57,14 +57,14 @@ def digest(*parts: str | npt.NDArray[Any]) -> str:
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An array's bytes in order; a copy only where they are not in one piece."""
+    """An array's bytes in order. They are copied only if they are not contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def write_tensors(
     layout: Layout, path: Path, tensors: Mapping[str, npt.NDArray[Any]], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file, aside and renamed; raises RunError."""
+    """Write a safetensors file aside and rename it. Raises RunError."""
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
     data: Iterable[Any] = (as_bytes(array) for array in tensors.values())
     write_aside(layout, path, [header_of(shapes, metadata), *data])
@@ -74,15 +74,16 @@ def write_tensors(
 def mapped_tensors(
     layout: Layout, name: str, shapes: Shapes, metadata: dict[str, str]
 ) -> Iterator[tuple[dict[str, npt.NDArray[Any]], Callable[[Path, dict[str, str]], None]]]:
-    """A safetensors file that is filled in place, and what gives it its path and its final
-    metadata, which must be as long as `metadata`.
+    """(tensors of a mapped safetensors file, to be filled in place; a function that gives the file
+    its path and its final metadata, which must be as long as `metadata`).
 
-    Without that nothing is left of it. The memory it takes is the page cache's. Raises RunError.
+    If that function is not called, the file is removed. Only the page cache holds it in memory.
+    Raises RunError.
     """
     header = header_of(shapes, metadata)
     size = len(header) + sum(_num_bytes(*shape) for shape in shapes.values())
     with aside(layout, name) as (file, keep):
-        # Room for all of it first: a full disk under a mapping would kill the process.
+        # The space is taken first: a full disk under a mapping would kill the process.
         os.posix_fallocate(file.fileno(), 0, size)
         mapped = np.memmap(file, np.uint8, "r+")
         raw = np.asarray(mapped)
@@ -108,8 +109,8 @@ def _num_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
 
 
 def header_of(shapes: Shapes, metadata: dict[str, str], at_least: int = 0) -> bytes:
-    """What stands before the tensors, filled up to `at_least` bytes; they follow in the order of
-    `shapes`, without gaps."""
+    """The bytes before the tensors, filled up to `at_least` bytes. The tensors follow in the order
+    of `shapes`, without gaps."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -123,7 +124,7 @@ def header_of(shapes: Shapes, metadata: dict[str, str], at_least: int = 0) -> by
 
 
 def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
-    """The tensors and metadata of a safetensors file; raises BadBlockError, or OSError."""
+    """The tensors and metadata of a safetensors file. Raises BadBlockError, or OSError."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

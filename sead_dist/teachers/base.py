@@ -19,9 +19,12 @@ from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
 
 @dataclass(frozen=True)
 class Request:
-    """Unique examples of a split whose logits are wanted: entries_R ascending. asked_NR says which
-    teachers (None: all). `what` names the place in the run, for messages; `step_of` the step (from
-    1) that first needs an entry, where the request is for steps."""
+    """Unique examples of a split whose logits are wanted.
+
+    entries_R: the examples, ascending. asked_NR: which teachers are asked for which example (None:
+    all of them). what: the place in the run, for messages. step_of: gives the step (from 1) that
+    first needs an entry; None where the request is not for steps.
+    """
 
     split: Split
     entries_R: np.ndarray
@@ -31,16 +34,19 @@ class Request:
 
 
 class TeacherSource(Protocol):
-    """Every rank submits the same requests in the same order."""
+    """Gives the logits of teachers. Every rank submits the same requests in the same order."""
 
     def submit(self, request: Request) -> Future[TeacherLogits]:
-        """logits_NRC and present_NR in the order of the request; its result raises RunError."""
+        """The logits_NRC and present_NR, in the order of the request. Their `result()` raises
+        RunError."""
         ...
 
 
 class LiveTeacher(Protocol):
-    """A teacher that every rank holds, for what is too large to keep. It has something to say in
-    the steps (from 0) before `until`."""
+    """A teacher that every rank holds, for outputs that are too large to keep.
+
+    until: it gives layer outputs in the steps (from 0) before this one.
+    """
 
     @property
     def until(self) -> int: ...
@@ -50,8 +56,11 @@ class LiveTeacher(Protocol):
 
 @dataclass(frozen=True)
 class TaughtStep:
-    """A step with its teachers' logits per micro-batch, and the seconds spent waiting for them.
-    live: the teacher that also shows its hidden states and attention in this step."""
+    """A step with its teachers' logits for each micro-batch.
+
+    waited_s: the seconds spent on waiting for them. live: the teacher that also gives its hidden
+    states and attention in this step.
+    """
 
     step: Step
     teachers: list[TeacherLogits] | None
@@ -59,8 +68,11 @@ class TaughtStep:
     live: LiveTeacher | None = None
 
     def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
-        """Each micro-batch with what its teachers say. Layer outputs are computed when it is its
-        turn, so that those of one micro-batch are held at a time."""
+        """Each micro-batch with the outputs of its teachers.
+
+        Layer outputs are computed when their micro-batch is reached. So those of only one
+        micro-batch are in memory at a time.
+        """
         for place, batch in enumerate(self.step.batches):
             said = None if self.teachers is None else self.teachers[place]
             if said is not None and self.live is not None:
@@ -76,13 +88,14 @@ class TaughtStep:
 def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tensor) -> TeacherLogits:
     """The columns of a request's answer that a micro-batch needs."""
     where_B = torch.from_numpy(np.searchsorted(entries_R, entries_B.numpy()))
-    # fillers repeat a valid row, except in whole micro-batches of fillers
+    # a filler repeats a valid row; a micro-batch of fillers alone may hold rows that were not
+    # requested
     where_B = where_B.clamp(max=max(len(entries_R) - 1, 0))
     return TeacherLogits(answer.logits_NBC[:, where_B], answer.present_NB[:, where_B])
 
 
 def nobody(batch: Batch) -> TeacherLogits:
-    """The logits of no teacher, where a live one shows its layer outputs alone."""
+    """The logits of no teacher, for steps in which only a live teacher gives outputs."""
     B = len(batch.valid_B)
     return TeacherLogits(torch.zeros(0, B, 0), torch.zeros(0, B, dtype=torch.bool))
 
@@ -96,11 +109,11 @@ def stream(
     asked: Callable[[range, np.ndarray], np.ndarray | None],
     live: LiveTeacher | None = None,
 ) -> Iterator[TaughtStep]:
-    """The steps from `start` on, each with its teachers' logits, and a live one's layer outputs.
+    """The steps from `start` on, each with its teachers' logits and the layer outputs of `live`.
 
-    Teachers work in windows of up to `prefetch_rows` rows, `depth` windows ahead of the student
-    (0: a window is computed when the student gets there). What a teacher says does not depend on
-    either (invariant 3).
+    Teachers compute windows of up to `prefetch_rows` rows. They are `depth` windows ahead of the
+    student (0: a window is computed when the student reaches it). A teacher's outputs depend on
+    neither number (invariant 3).
     """
     if source is None:
         for number in range(start, batches.total_steps):

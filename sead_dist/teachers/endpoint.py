@@ -1,9 +1,10 @@
 """A language model behind an OpenAI-compatible interface, as a teacher.
 
-Where it gives the log-probabilities of a prompt (`echo`), prompt and word are sent together, a
-request for each word, and a word's score is the sum of its tokens' log-probabilities. Else it is
-asked once a row for the most probable first tokens, and a class has those that begin words of it
-alone. What it says first is kept, and is what this teacher is.
+Some servers give the log-probabilities of a prompt (`echo`). There one request is sent for each
+word, with prompt and word together, and the word's score is the sum of its tokens'
+log-probabilities. Other servers get one request for each row, for the most probable first tokens.
+There a class is scored by those tokens that begin its words and no word of another class. The first
+answer to a row is kept in the store, and is used from then on.
 
 Shapes: R text rows, W words, K classes of the entry.
 """
@@ -31,13 +32,13 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 8
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 ANSWER_S = 120.0
-# two log-probabilities of one token may differ so much: servers round, and batch
+# two log-probabilities of one token may differ by so much: servers round and compute in batches
 AGREE = 0.1
-# most log-probabilities of a first token that are asked for, and what older interfaces allow
+# how many log-probabilities of a first token are requested, and how many older interfaces allow
 TOP, LEAST_TOP = 20, 5
-# where so many rows have no word of any class, the words are to blame
+# where none of so many rows has a word of any class, the words are at fault
 ENOUGH_ROWS = 8
-# letters of a token, roughly, for the count before a run
+# letters of a token, roughly, for the estimate before a run
 LETTERS = 4
 LATER = "what it has answered is kept: give the same command again when it does"
 NO_SCORES = (
@@ -47,7 +48,7 @@ Way = Literal["prompt", "first token"]
 
 
 class RefusedError(Exception):
-    """The server's answer to a request that it will answer alike again. status: of HTTP."""
+    """The server's refusal of a request, which it would repeat. status: the HTTP status."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(said)
@@ -55,29 +56,31 @@ class RefusedError(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for the server that was named."""
+    """Follows no redirect, so that the key reaches only the server that was named."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class Client:
-    """Sends requests to one server. most: requests that may be sent, None: any number.
+    """Sends requests to one server. most: how many requests may be sent (None: any number).
 
-    The key is read from the environment for each request, and stands nowhere else.
+    The key is read from the environment for each request. It is stored nowhere else.
     """
 
     def __init__(self, name: str, url: str, most: int | None) -> None:
         self.name, self.url, self.most = name, url.rstrip("/"), most
-        # at the start a person is there to be told
+        # few tries at the start: a person is there to read the message
         self.tries, self.fix = 2, "start it, or correct endpoint"
         self.opener = urllib.request.build_opener(_NoRedirect)
         self.lock, self.sent = threading.Lock(), 0
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """What the server answers. Waits and asks again where it is busy, fails or is away.
+        """The server's answer, as parsed JSON. Waits and tries again where the server is busy,
+        fails or cannot be reached.
 
-        Raises RefusedError, and RunError where all tries failed or `most` requests were sent.
+        Raises RefusedError where the server refuses the request, and RunError where all tries
+        failed or `most` requests were sent.
         """
         said, pause_s = "", PAUSE_S
         for number in range(self.tries):
@@ -121,7 +124,7 @@ class Client:
             return json.loads(answer.read())
 
     def _without_key(self, error: urllib.error.HTTPError) -> str:
-        """What the server says of an error, which may hold the key that it was sent."""
+        """The server's text for an error, without the key, which such a text may repeat."""
         try:
             text = error.read(2000).decode("utf-8", "replace")
         except (OSError, HTTPException):
@@ -132,13 +135,13 @@ class Client:
 
 
 class Endpoint:
-    """An endpoint at work (`kinds.Answers`). At the start it is asked a few times whether and how
-    it gives scores.
+    """A teacher behind an endpoint (`kinds.Answers`). A few requests at the start find out whether
+    and how the server gives scores.
 
     Raises UserError where it gives none.
     """
 
-    # rows between two signs of progress
+    # rows between two reports of progress
     at_once = 64
 
     def __init__(self, opening: Opening) -> None:
@@ -162,7 +165,7 @@ class Endpoint:
         self.empty_K: np.ndarray | None = None
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """logits_RK. Raises RunError where the server does not answer, or refuses a row."""
+        """The logits_RK. Raises RunError where the server does not answer, or refuses a row."""
         rows = rows_of(texts_a, texts_b)
         with ThreadPoolExecutor(self.concurrency) as pool:
             if self.calibrated and self.empty_K is None:
@@ -174,14 +177,15 @@ class Endpoint:
         return logits_RK.astype(np.float32)
 
     def count(self, texts_a: Sequence[str], texts_b: Sequence[str] | None) -> tuple[int, int]:
-        """(requests, tokens, roughly) that these text rows take."""
+        """(requests, tokens) that these text rows take. The number of tokens is an estimate."""
         rows, words = rows_of(texts_a, texts_b), self.words.words_W
         each = len(words) if self.way == "prompt" else 1
         letters = each * sum(len(self.prompt.text(row)) for row in rows)
         return each * len(rows), letters // LETTERS + each * len(rows)
 
     def count_first(self) -> int:
-        """Requests that the empty text still takes, of which all answers are to be corrected."""
+        """Requests that the empty text still takes. Contextual calibration corrects all answers by
+        the answer to this text."""
         if not self.calibrated or self.empty_K is not None:
             return 0
         return len(self.words.words_W) if self.way == "prompt" else 1
@@ -215,8 +219,8 @@ class Endpoint:
         return math.fsum(self._tokens_of(row, word)[1])
 
     def _tokens_of(self, row: Texts, word: str) -> tuple[str | None, list[float]]:
-        """(the word's first token, None where the server does not say it; the log-probability of
-        each of its tokens behind a row's prompt)."""
+        """(the word's first token, the log-probability of each of its tokens behind a row's
+        prompt). The first token is None where the server does not name it."""
         text = self.prompt.text(row)
         body = {"prompt": text + word, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         answer = self.client.post("/completions", {"model": self.model, **body, "echo": True})
@@ -243,13 +247,19 @@ class Endpoint:
         return (str(tokens[begins]) if known else None), own
 
     def _try_prompts(self, row: Texts) -> None:
-        """Ask for a word as rows will be, and hold its first token against what the server says of
-        the tokens that it would write there. Raises RefusedError where it gives no scores, or two:
-        llama-cpp-python 0.3 gives those of a prompt one place off."""
+        """Try the way of prompts on one row: the server's two log-probabilities of one token must
+        agree.
+
+        One is that of a word's first token behind the prompt. The other is that of the same token
+        among the most probable first tokens. llama-cpp-python 0.3 gives the log-probabilities of a
+        prompt one place off.
+
+        Raises RefusedError where the server gives no scores, or two that differ.
+        """
         asked = self._tokens_of(row, self.words.words_W[0])
         try:
             top = self._first_tokens(row)
-        except RefusedError:  # there is nothing to hold it against
+        except RefusedError:  # nothing to compare with
             return
         more = (self._tokens_of(row, word) for word in self.words.words_W[1:])
         for first, own in chain([asked], more):
@@ -259,8 +269,8 @@ class Endpoint:
                 return
 
     def _by_first_token(self, row: Texts) -> np.ndarray:
-        """logits_K by the most probable first tokens; a class of which none is listed has the
-        least probability of those that are."""
+        """The logits_K by the most probable first tokens. A class without a token among them gets
+        the least log-probability in the list."""
         top = self._first_tokens(row)
         floor = min(top.values())
         begun = [self._begun_by(k, top) for k in range(len(self.labels))]
@@ -292,7 +302,7 @@ class Endpoint:
         return top
 
     def _begun_by(self, k: int, top: Mapping[str, float]) -> set[str]:
-        """The longest of these tokens that begins each word of a class."""
+        """For each word of class k, the longest of these tokens that begins it."""
         found = set()
         for word, own in zip(self.words.words_W, self.words.class_W, strict=True):
             # an answer in a conversation begins without a blank
@@ -305,7 +315,7 @@ class Endpoint:
         return found
 
     def _find_way(self) -> Way:
-        """How it gives scores. Raises UserError where it gives none."""
+        """The way in which the server gives scores. Raises UserError where it gives none."""
         trial = Texts(*TRIAL)
         ways: list[tuple[Way, int, Callable[[], object]]] = [
             ("first token", TOP, lambda: self._by_first_token(trial)),
@@ -338,9 +348,11 @@ class Endpoint:
 
 
 def _of_last_tokens(word: str, tokens: Any) -> slice | None:
-    """Which tokens are the word, before the one that was generated; None where their texts do not
-    say it. Offsets may be off: some servers count a letter once for each token that has a part of
-    it."""
+    """The tokens that make the word, before the generated one; None where their texts do not make
+    it.
+
+    Offsets may be wrong: some servers count a letter once for each token that has a part of it.
+    """
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return None
     end = start = len(tokens) - 1
@@ -352,7 +364,8 @@ def _of_last_tokens(word: str, tokens: Any) -> slice | None:
 
 
 def _check_first_words(name: str, words: Words) -> None:
-    """Raises UserError where words of two classes begin alike: their first tokens may be one."""
+    """Raises UserError where words of two classes begin alike, as their first tokens may be the
+    same."""
     firsts = [word.split()[0] for word in words.words_W]
     for one, first in enumerate(firsts):
         for other, second in enumerate(firsts):
@@ -365,7 +378,7 @@ def _check_first_words(name: str, words: Words) -> None:
 
 
 def _part(of: Any, *keys: str | int) -> Any:
-    """What lies below these keys, None where nothing does: a server may answer anything."""
+    """The value below these keys; None where there is none. A server may answer anything."""
     for key in keys:
         try:
             of = of[key]

@@ -53,7 +53,7 @@ from sead_dist.teachers.teacher import (
 
 
 def _hash_all(checkpoints: Sequence[Checkpoint | None], world: World) -> list[str]:
-    """Every checkpoint's weight hash ('' without one); each rank reads a share of the files."""
+    """The weight hash of every checkpoint ('' for None). Each rank reads a share of the files."""
 
     def mine() -> dict[int, str]:
         share = range(world.rank, len(checkpoints), world.size)
@@ -71,13 +71,15 @@ def read_teachers(
     student: PreTrainedTokenizerBase | None = None,
     examples: RunExamples | None = None,
 ) -> list[Teacher]:
-    """The teachers of a run, in the order given; those that read texts as the student does hold its
-    tokeniser. examples: the run's, in which files of predictions look for their rows, and of which
-    prompts may show some. Raises UserError for the first that cannot teach.
+    """The teachers of a run, in the order given. Every rank gets the same list.
 
-    Every rank gets the same list.
+    student: the student's tokeniser; teachers with an equal tokeniser share this object. examples:
+    the run's rows, in which a file of predictions finds its rows, and of which a prompt may show
+    some.
+
+    Raises UserError for the first teacher that cannot be used.
     """
-    # where classifiers lie; None for teachers of other kinds
+    # the checkpoints of classifiers; None for teachers of other kinds
     checkpoints = on_every_rank(
         world,
         lambda: [
@@ -93,7 +95,7 @@ def read_teachers(
     return teachers
 
 
-# keys of an entry that only mean something to a classifier, and those that language models read too
+# keys of an entry that only a classifier has, and those of them that a language model has too
 OF_MODEL = ("offload", "quantization", "revision", "dtype", "max_length")
 OF_LANGUAGE_MODEL = OF_MODEL[2:]
 
@@ -101,9 +103,12 @@ OF_LANGUAGE_MODEL = OF_MODEL[2:]
 def other_teacher(
     opening: Opening, student: PreTrainedTokenizerBase, examples: RunExamples | None
 ) -> Teacher:
-    """A teacher that is not a classifier; examples: in which a file of predictions looks for its
-    rows. Raises UserError for what cannot teach, and for keys of its entry that only mean something
-    to a classifier."""
+    """A teacher that is not a classifier.
+
+    examples: the run's rows, in which a file of predictions finds its rows. Raises UserError for a
+    teacher that cannot be used, and for keys of its entry that only a classifier has. Raises
+    ValueError for a file of predictions without `examples`.
+    """
     config, task, entry, name = opening.config, opening.task, opening.entry, opening.name
     answers: Answers | FileAnswers
     if entry.predictions is not None:
@@ -166,7 +171,7 @@ def _call(
         setting = setting_hash(checkpoint)
         if setting in alike:
             settle(alike[setting][0], shape)
-        else:  # loading these 64 times would take seconds and half a gigabyte
+        else:  # shared: loading these 64 times would take seconds and half a gigabyte
             loaded = load_tokenizer(checkpoint, config.trust_remote_code)
             settle(loaded, shape)
             check_vocabulary(checkpoint.name, loaded, shape)
@@ -174,7 +179,7 @@ def _call(
             parts = outline(shape, config.trust_remote_code)
             alike[setting] = tokenizers.setdefault(tokens, loaded), tokens, parts
         tokenizer, tokens, parts = alike[setting]
-        # before the names of the classes: those of an encoder without a head mean nothing
+        # before the names of the classes, as those of an encoder without a head mean nothing
         parameters, words = size_of(checkpoint, head_weights(parts))
         order_C = align_classes(task, entry.path, label_names(shape), entry.class_names)
         check_problem_type(task, entry.path, shape)
@@ -208,9 +213,12 @@ def _call(
 def _fingerprint(
     weights: str, config: PretrainedConfig, inputs: ModelInputs, code: str | None
 ) -> str:
-    """What a prediction depends on. What was kept under the first rules of input stays good where
-    the tensors are the same. A padding id or segments that were others then are in the config and
-    the tokeniser. code: the hash of the Python files that came with the checkpoint and were run."""
+    """A hash of all that a prediction depends on.
+
+    Predictions that were kept under the first rules of input stay valid where the rules give the
+    same tensors. A padding id or segment ids that differed then differ in the config or the
+    tokeniser. code: the hash of the Python files that came with the checkpoint and were run.
+    """
     shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
     always, otherwise = inputs.facts()
     facts: list[Any] = [weights, shape, *always, *otherwise]
@@ -221,7 +229,8 @@ def _fingerprint(
 
 
 def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
-    """A run computes in one numerics class: ranks on unequal hardware would mix two."""
+    """Raises UserError where ranks compute in different numerics classes, unless store.accept is
+    any. Unequal hardware would mix the predictions of two classes."""
     everyone = gather_objects(world, mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0] and config.store.accept != "any":

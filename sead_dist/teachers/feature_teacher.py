@@ -1,7 +1,7 @@
-"""The feature teacher: the one teacher whose layer outputs the student follows.
+"""The feature teacher: the one teacher whose layer outputs the student is trained on.
 
-Layer outputs are too large to keep, so every rank holds the feature teacher and runs it on the
-student's own micro-batches, in every epoch. Its logits come from the store as any teacher's do.
+Layer outputs are too large to keep. So every rank holds the feature teacher and runs it on the
+student's own micro-batches, in every epoch. Its logits come from the store, as any teacher's do.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,10 @@ from sead_dist.teachers.whole import load_whole
 
 @dataclass(frozen=True)
 class FeatureTeacher:
-    """A teacher at work on the student's batches. until: the step (from 0) from which the method
-    asks for its hidden states and attention no more."""
+    """A loaded feature teacher, for the student's batches.
+
+    until: the step (from 0) from which the method no longer needs its hidden states and attention.
+    """
 
     name: str
     model: PreTrainedModel
@@ -33,7 +35,7 @@ class FeatureTeacher:
     wanted: WantedLayers
     until: int
 
-    # not inference_mode: what it makes may not be part of a graph
+    # not inference_mode: tensors made in it must not be part of a graph
     @torch.no_grad()
     def look(self, batch: Batch) -> LayerOutputs:
         """The wanted layer outputs of a micro-batch's text rows, fillers included."""
@@ -44,8 +46,7 @@ class FeatureTeacher:
 
 
 def candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
-    """The teachers that may become the feature teacher: the one that `teacher` names, else all of
-    them."""
+    """The teachers that may become the feature teacher: the one that `teacher` names, else all."""
     if config.feature_loss is None:
         return []
     return [t for t in teachers if config.teacher is None or t.name == config.teacher]
@@ -57,9 +58,10 @@ def check_feature_teacher(
     inputs: ModelInputs,
     ranks: int,
 ) -> None:
-    """Raises UserError for a teacher that may become the feature teacher and cannot show its hidden
-    states and attention on the student's batches. inputs: the student's; ranks: how many
-    the run has."""
+    """Raises UserError for a candidate that cannot give its layer outputs on the student's batches.
+
+    inputs: the student's. ranks: how many the run has.
+    """
     asks = f"feature_loss={config.feature_loss}"
     other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
     for teacher in candidates(config, teachers):
@@ -101,7 +103,7 @@ def check_feature_teacher(
 
 
 def check_padding(teacher: Teacher, side: Padding, asks: str, other: str) -> None:
-    """Raises UserError for a teacher that does not stand how the student's rows are padded."""
+    """Raises UserError for a teacher that needs another padding than the student's rows have."""
     found = teacher.cut.padding
     if found == side:
         return
@@ -118,8 +120,8 @@ def check_padding(teacher: Teacher, side: Padding, asks: str, other: str) -> Non
 
 
 def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
-    """The teachers, those that may become the feature teacher colocated where the run may
-    choose."""
+    """The teachers; where placement is auto, candidates for the feature teacher are made colocated,
+    unless their entries name a placement."""
     may = {teacher.name for teacher in candidates(config, teachers)}
     return [
         replace(teacher, entry=teacher.entry.model_copy(update={"placement": "colocated"}))
@@ -132,12 +134,12 @@ def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teac
 def load_feature_teacher(
     config: RunConfig, teacher: Teacher, device: torch.device
 ) -> PreTrainedModel:
-    """The feature teacher's model, in eval mode and its own dtype, fed by the same rules as any
-    teacher.
+    """The feature teacher's model, in eval mode and its own dtype. Its inputs follow the same rules
+    as any teacher's.
 
-    Raises UserError where its hidden states and attention are not what is read of it.
+    Raises UserError where its hidden states and attention are not found as expected.
     """
-    # its rows are the student's, padded: no packs
+    # its rows are the student's, which are padded and not packed
     padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))
     model = load_whole(padded, device, config.trust_remote_code, {})
     if config.feature_loss is not None:

@@ -1,12 +1,15 @@
-"""One teacher's forward pass, whose result depends on the teacher and the example alone.
+"""One teacher's forward pass. Its result depends on the teacher and the example alone.
 
-A row is padded to a length that is a function of its own token count, and some row of every batch
-is shorter than the batch, so that a kernel for unpadded batches is never chosen. The row count of
-a length is fixed, and spare rows are computed and dropped, the last of them one token long: the
-guard. Where `free_rows_from` finds that on this backend bits do not depend on the row count,
-batches are only filled up to that many rows, and have a guard only where no row of theirs is
-shorter. Where `packing.packs_from` finds that the model takes packs, nothing is padded. (Invariant
-3; our own scheme.)
+A row is padded to a length that is a function of its own token count. Some row of every batch is
+shorter than the batch, so that a kernel for unpadded batches is never chosen. Each length has a
+fixed row count. Spare rows fill a batch up to it, and their results are dropped. The last spare row
+is one token long and is called the guard.
+
+`free_rows_from` finds whether bits depend on the row count on this backend. Where they do not,
+batches are filled only up to the count that it found, and get a guard only where no row of theirs
+is shorter. Where `packing.packs_from` finds that the model takes packs, nothing is padded. Where
+padding changes a model's answers, a batch has rows of one length and no guard. (Invariant 3; our
+own scheme.)
 
 Shapes: R rows of a request, P rows of one batch (or their positions in the request), C the model's
 own classes, L tokens, H hidden.
@@ -31,11 +34,14 @@ from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pa
 
 @dataclass(frozen=True)
 class BatchShapes:
-    """What batches look like on a kind of device. name: for the numerics class, changed with what
-    decides bits; step: of padded lengths up to 64 tokens; tokens: of a batch at most, within
-    `least` and `most` rows; counts: the row counts that may take the place of the full one where
-    bits do not depend on it (`any_count`: those between as well); check_lengths: where the
-    self-check looks; free_most: it fails where bits are equal only from more rows on."""
+    """The shapes of batches on a kind of device.
+
+    name: part of the numerics class; it changes with whatever decides bits. step: of padded lengths
+    up to 64 tokens. tokens: of a batch at most, within `least` and `most` rows. counts: the row
+    counts that may replace the full one where bits do not depend on it. any_count: the counts
+    between those may do so as well. check_lengths: the lengths that the self-check tries.
+    free_most: the self-check fails where bits are equal only from more rows on.
+    """
 
     name: str
     step: int
@@ -49,12 +55,12 @@ class BatchShapes:
 
 
 SHAPES = {
-    # every residue that thread partitions and vector widths make
+    # every remainder that the splits over threads and vectors can leave
     "cpu": BatchShapes(
         "shapes-1-cpu", 2, 4096, 16, 64,
         (*range(2, 24), 25, 27, 29, 31, 32, 33, 39, 47, 63), True, (2, 16), 16,
     ),
-    # kernels are chosen by thresholds of rows: no other count than those checked
+    # kernels are chosen by thresholds of rows, so only the checked counts are used
     "cuda": BatchShapes(
         "shapes-2-cuda", 8, 65536, 32, 512,
         (32, 64, 96, 128, 192, 256, 320, 384, 448), False, (8, 16, 24, 32, 64, 128, 256, 512), 512,
@@ -64,10 +70,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Cut:
-    """How a teacher's rows are cut into batches. longest: its position limit in tokens; free_rows:
-    fewest rows of a batch whose bits do not depend on the row count, None where only the full
-    counts are safe; pack_from: fewest tokens of a pack, None where batches are padded; padding: on
-    which side, or "none" where only rows of one length go together."""
+    """How a teacher's rows are cut into batches.
+
+    longest: the teacher's position limit in tokens. free_rows: fewest rows of a batch whose bits do
+    not depend on the row count; None where only the full counts are safe. pack_from: fewest tokens
+    of a pack; None where batches are padded. padding: the side, or "none" where only rows of one
+    length share a batch.
+    """
 
     longest: int
     free_rows: int | None
@@ -75,14 +84,15 @@ class Cut:
     padding: Padding = "right"
 
     def full_rows(self, lengths: np.ndarray, device: str) -> np.ndarray:
-        """The most rows of a batch of texts of each of these lengths."""
+        """The most rows of a batch, for texts of each of these lengths."""
         if self.pack_from is not None:
             return SIZES[-1] // np.maximum(lengths.astype(np.int64), TOKENS_PER_ROW)
         return np.array([rows_per_batch(int(length), device) for length in lengths], np.int64)
 
 
 class NotFiniteError(Exception):
-    """A teacher's logits for one row are NaN or infinite; `position` says which of the rows."""
+    """A teacher's logits for one row are NaN or infinite. position: of this row among those
+    asked."""
 
     def __init__(self, position: int) -> None:
         super().__init__(position)
@@ -90,7 +100,7 @@ class NotFiniteError(Exception):
 
 
 def padded_length(tokens: np.ndarray, device: str) -> np.ndarray:
-    """The device's steps up to 64 tokens, steps of 8 beyond."""
+    """Token counts rounded up: to the device's step up to 64 tokens, to multiples of 8 beyond."""
     step = SHAPES[device].step
     return np.where(tokens <= 64, -(-tokens // step) * step, -(-tokens // 8) * 8)
 
@@ -102,7 +112,7 @@ def rows_per_batch(length: int, device: str) -> int:
 
 
 def rows_for(count: int, length: int, device: str, free_from: int | None) -> int:
-    """The row count of a batch with so many examples, its guard among them."""
+    """The row count of a batch. count: its examples and its guard, if it has one."""
     full, shapes = rows_per_batch(length, device), SHAPES[device]
     if free_from is None:
         return full
@@ -115,13 +125,14 @@ def rows_for(count: int, length: int, device: str, free_from: int | None) -> int
 def cut_into_batches(
     lengths_R: np.ndarray, device: str, longest: int, padding: Padding = "right"
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(rows, padded length) of each batch, longest first so that memory peaks at the start."""
+    """(rows, padded length) of each batch. The longest come first, so that memory peaks at the
+    start."""
     padded_R = np.minimum(padded_length(lengths_R, device), max(longest, 2))
     if padding == "none":
         padded_R = lengths_R
     for length in np.unique(padded_R)[::-1]:
         rows = np.flatnonzero(padded_R == length)
-        # one row of every batch is the guard
+        # every batch leaves one row free for a guard
         room = rows_per_batch(int(length), device) - 1
         for part in np.array_split(rows, -(-len(rows) // room)):
             yield part, int(length)
@@ -130,8 +141,8 @@ def cut_into_batches(
 def fill(
     inputs: dict[str, torch.Tensor], rows: int, choices: int, padding: Padding = "right"
 ) -> dict[str, torch.Tensor]:
-    """Add spare rows up to `rows` examples; the last is the guard, one token long, but where rows
-    are not padded."""
+    """Add spare rows up to `rows` examples. The last one is the guard, one token long, unless
+    `padding` is "none"."""
     count = inputs["input_ids"].shape[0] // choices
     spare = (rows - count) * choices
     filled = {name: torch.cat([t, t[:1].expand(spare, -1)]) for name, t in inputs.items()}
@@ -149,7 +160,7 @@ def batch_inputs(
     device: torch.device,
     cut: Cut,
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of these examples, filled up to the rows that their bits ask for."""
+    """Model inputs of these examples, filled up to the row count that keeps their bits."""
     inputs = tokens.pad(rows_P, length, cut.padding)
     guard = int(inputs["attention_mask"].all()) if cut.padding != "none" else 0
     rows = rows_for(len(rows_P) + guard, length, device.type, cut.free_rows)
@@ -177,8 +188,10 @@ def batches_of(
 
 
 def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same with tensors on the device. A GPU takes them when it has done what it was given
-    before; from memory that is not pinned, the host would wait for that."""
+    """The same inputs, with tensors on the device.
+
+    A GPU copies them after its earlier work. The host does not wait for a copy from pinned memory.
+    """
     on_gpu = device.type == "cuda"
     return {
         name: (value.pin_memory() if on_gpu else value).to(device, non_blocking=on_gpu)
@@ -189,7 +202,8 @@ def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The same on the host, once it is asked for: a GPU can be given more to do before."""
+    """A function that gives the same logits on the host. A GPU can get more work before it is
+    called."""
     if logits.device.type != "cuda":
         return lambda: logits
     copy_of = logits.to("cpu", non_blocking=True)
@@ -204,7 +218,7 @@ def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def own_logits(logits: torch.Tensor, part_P: np.ndarray, choices: int) -> np.ndarray:
-    """logits_PC of a batch's examples, float32, without the spare rows.
+    """The logits_PC of a batch's examples, float32, without the spare rows.
 
     Raises NotFiniteError.
     """
@@ -225,8 +239,9 @@ def predict(
     cut: Cut,
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
-    """Own-order logits of these examples, handed to `done(positions in rows_R, logits)` batch by
-    batch, each when the next is under way.
+    """Compute the own-order logits of these examples, batch by batch.
+
+    Each batch is passed to `done(positions in rows_R, logits)` after the next one was started.
 
     Raises NotFiniteError.
     """
@@ -241,7 +256,8 @@ def predict(
 
 
 def probe_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The same widths with one layer and few words: cheap to run, the same kernels."""
+    """A config of the same widths with one layer and few words: cheap to run, with the same
+    kernels."""
     probe = shallow(config, layers=1)
     if hasattr(probe, "vocab_size"):
         probe.vocab_size = max(128, (getattr(probe, "pad_token_id", 0) or 0) + 1)
@@ -252,10 +268,11 @@ def probe_config(config: PretrainedConfig) -> PretrainedConfig:
 def free_rows_from(
     config: PretrainedConfig, dtype: str, device: torch.device, weights: str | None = None
 ) -> int | None:
-    """Self-check: the fewest rows from which a batch's bits do not depend on how many rows it has,
-    on this backend with its present threads; None when they do depend.
+    """Self-check: the fewest rows from which a batch's bits do not depend on its row count.
 
-    Compares one-layer models of the teacher's widths against the full fixed shape on one thread.
+    The answer holds for this backend with its present number of threads. None: bits do depend on
+    it. A one-layer model of the teacher's widths is compared with itself at the full fixed shape on
+    one thread.
     """
     threads, shapes = torch.get_num_threads(), SHAPES[device.type]
     longest = position_limit(config) or 1 << 30
@@ -274,7 +291,7 @@ def free_rows_from(
             inputs = fill({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, full, 1)
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             batches.append((inputs, model(**inputs).logits))
-    except Exception:  # what cannot be cut down, or answers real text only, runs at fixed shapes
+    except Exception:  # a model that cannot be made small, or needs real text, runs at fixed shapes
         return None
     finally:
         torch.set_num_threads(threads)
@@ -303,9 +320,13 @@ def check_quantize(teacher: str) -> None:
 
 
 def quantize(model: PreTrainedModel) -> None:
-    """Keep the weights of all linear layers in int8 with a scale per output row; embeddings, norms,
-    biases and arithmetic keep their dtype. In place, through torchao (the extra `quantize`)."""
-    # here: Transformers imports it too wherever it is installed, which takes over a second
+    """Keep the weights of all linear layers in int8 with a scale for each output row, in place.
+
+    Embeddings, norms, biases and arithmetic keep their dtype. This needs torchao (the extra
+    `quantize`).
+    """
+    # imported here: Transformers imports torchao too where it is installed, which takes over a
+    # second
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig())

@@ -1,5 +1,6 @@
-"""Kinds of teacher: what else than a classifier of Transformers answers. Language models and files
-of predictions are built in; a plugin registers its own.
+"""Kinds of teacher that are not classifiers of Transformers.
+
+Language models and files of predictions are built in. A plugin registers its own kind.
 
 Shapes: R text rows, K outputs of the teacher for one of them (in its own order) or answers of a
 file, U unique examples of a split, M examples that are wanted, P examples of a piece, B rows, C
@@ -28,23 +29,28 @@ from sead_dist.teachers.inference import NotFiniteError
 from sead_dist.teachers.language_model import open_language_model
 from sead_dist.teachers.prompts import Opening
 
-# examples that are asked at once, where a teacher does not say another number (`at_once`)
+# examples in one call, unless a teacher gives another number (`at_once`)
 ROWS = 256
 
 
 class Answers(Protocol):
-    """A teacher at work. It must answer a text alike whatever it is asked beside it, in whatever
-    order and process (invariant 3).
+    """A loaded teacher that is not a classifier.
 
-    fingerprint: a text that is another one wherever an answer may be, such as a hash of the files
-    read. labels: the names of its outputs, in its own order; of scores and of choices one name.
+    Its answer to a text must not depend on the other texts of the call, on the order of calls or on
+    the process (invariant 3).
+
+    fingerprint: a text that differs wherever an answer may differ, such as a hash of the files
+    read. labels: the names of its outputs, in its own order; one name for scores and for choices.
     """
 
     fingerprint: str
     labels: Sequence[str]
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """logits_RK (logarithms of probabilities will do), or scores_R1; texts_b: second texts."""
+        """The logits_RK (logarithms of probabilities are allowed), or scores_R1.
+
+        texts_a: the first texts. texts_b: the second texts, None for tasks with one text.
+        """
         ...
 
 
@@ -58,19 +64,19 @@ PROMPTED: dict[str, Callable[[Opening], Answers]] = {
 
 
 def register_teacher(kind: str, open: Opener) -> None:
-    """Let a teacher's entry name this kind: {kind: NAME, path: PATH}.
+    """Allow this kind in a teacher's entry: {kind: NAME, path: PATH}.
 
-    open(path, task) -> `Answers`; every process of a run calls it, before any long work. Raises
-    UserError where the name is taken.
+    open: called as open(path, task), gives `Answers`. Every process of a run calls it before any
+    long work. Raises UserError where the name is taken.
     """
     take_name("kind of teacher", kind, open, Callable, "a function of path and task")
     TEACHER_KINDS[kind] = open
 
 
 def open_answers(opening: Opening) -> tuple[Answers, list[int]]:
-    """The teacher of an entry, and order_C: its own output of each task class.
+    """The teacher of an entry, and order_C: its own output for each class of the task.
 
-    Raises UserError for a kind that cannot be opened, and for labels that are not the task's.
+    Raises UserError for a teacher that cannot be opened, and for labels that are not the task's.
     """
     entry, name, task = opening.entry, opening.name, opening.task
     with reading(entry.path, f"check its path and its kind {entry.kind}", f"teacher {name}"):
@@ -88,7 +94,7 @@ def open_answers(opening: Opening) -> tuple[Answers, list[int]]:
 
 
 def fingerprint_of(entry: TeacherConfig, answers: Answers) -> str:
-    """Of all that the answers depend on beside the texts."""
+    """A hash of all that the answers depend on besides the texts."""
     plugin = ADDED.owners["kind of teacher"].get(entry.kind, "")
     facts = [entry.kind, plugin, answers.fingerprint]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -102,8 +108,11 @@ def answer_rows(
     rows_M: np.ndarray,
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
-    """Own-order logits of these examples, handed to `done(positions in rows_M, logits)` piece by
-    piece. Raises RunError where the teacher raises, or gives another shape."""
+    """Get the own-order logits of these examples, piece by piece.
+
+    Each piece is passed to `done(positions in rows_M, logits)`. Raises RunError where the teacher
+    raises an error or gives another shape, and NotFiniteError for logits that are NaN or infinite.
+    """
     choices = examples.choices
     at_once = getattr(answers, "at_once", ROWS)
     for start in range(0, len(rows_M), at_once):
@@ -125,7 +134,8 @@ def answer_rows(
 
 
 def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-    """What a registered teacher answers, [R, K]. Raises RunError where its plugin fails."""
+    """The answers of a teacher, float32 [R, K]. Raises RunError where its code fails, and passes on
+    its UserError and RunError."""
     try:
         return np.asarray(answers.answer(texts_a, texts_b), dtype=np.float32)
     except (UserError, RunError):
@@ -136,17 +146,20 @@ def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | No
         ) from error
 
 
-# letters of a text that is shown
+# letters of a text in a message
 SHOWN = 60
-# so many answers that are all the gold ones are seldom chance
+# where at least so many answers all equal the gold labels, chance is an unlikely reason
 TELLING = 10
 
 
 @dataclass(frozen=True)
 class FileAnswers:
-    """fingerprint: of the map from example to values, whatever the file's form and order. place_of:
-    the row of values_KC of each example, by its id. labels: of the task, in its order. told: lines
-    on what was found of what. remarks: what a person must know of it at the end too."""
+    """The answers of a file of predictions to a run's rows.
+
+    fingerprint: of the map from example to values, whatever the file's form and order. labels: the
+    task's, in its order. place_of: from the id of an example to its row of values_KC. told: lines
+    on how many rows have an answer. remarks: warnings that are repeated at the end of the run.
+    """
 
     fingerprint: str
     labels: Sequence[str]
@@ -165,10 +178,13 @@ class FileAnswers:
 def open_file(
     entry: TeacherConfig, name: str, task: TaskSpec, examples: RunExamples, own: Sequence[Path]
 ) -> FileAnswers:
-    """What the file of an entry answers of a run's rows. own: the files of these rows. Raises
-    UserError for what is not a file of predictions for the task, for one that answers no training
-    row, and for the run's own file where it answers with the gold labels and its column was not
-    named."""
+    """The answers of an entry's file to a run's rows. own: the files that these rows were read
+    from.
+
+    Raises UserError for a file that does not hold predictions for the task, and for one without an
+    answer to any row of the run. Raises it for the run's own file too, where its answers are the
+    gold labels and its column was not named.
+    """
     file = read_prediction_file(entry, name, task)
     place_of_key = {key: place for place, key in enumerate(file.keys)}
     place_of: dict[bytes, int] = {}
@@ -219,8 +235,8 @@ def open_file(
 
 
 def answers_by_gold(answers: FileAnswers, task: TaskSpec, parts: Iterable[ExampleSet]) -> int:
-    """How many rows with a gold label a file answers, where it answers each with this label, and
-    all with labels of one certainty; else 0."""
+    """How many rows with a gold label a file answers, if every answer is this label and all answers
+    have one certainty; else 0."""
     values_KC, rows = answers.values_KC, 0
     if task.task_kind.has_classes and np.ptp(np.sort(values_KC, axis=1), axis=0).any():
         return 0
@@ -236,7 +252,7 @@ def answers_by_gold(answers: FileAnswers, task: TaskSpec, parts: Iterable[Exampl
 
 
 def _parts_of(examples: RunExamples) -> list[ExampleSet]:
-    """The splits that a file may answer: all rows but copies."""
+    """The splits that a file may answer: all rows without copies."""
     train = examples.train
     if examples.copied:
         train = subset(train, np.arange(len(train) - len(examples.copied)))

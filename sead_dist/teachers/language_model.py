@@ -1,11 +1,14 @@
-"""A causal language model that Transformers loads, as a teacher: how probable it takes the words of
-each class to be behind a prompt.
+"""A causal language model that Transformers loads, as a teacher. Its score of a class is how
+probable it makes the words of the class behind a prompt.
 
-A word's score is the sum of its tokens' log-probabilities, a class's the logsumexp of its words'.
-Words share forwards: all but the last token of a word follow the prompt (its stem), and the
-log-probabilities of what may come next are read behind each. A CPU answers a row alone, as it is; a
-GPU answers a fixed number of rows of one padded length, which follows from the row's own, so that
-a score depends on nothing beside it. (Invariant 3; our own scheme.)
+A word's score is the sum of its tokens' log-probabilities. A class's score is the logsumexp of its
+words' scores. Words share forwards. A stem is all tokens of a word but the last. The model reads
+the prompt and a stem, and the log-probabilities of the next token are read at each place behind the
+prompt.
+
+A CPU computes each row alone and without padding. A GPU computes a fixed number of rows of one
+padded length, which follows from the row's own length. So a score does not depend on other rows.
+(Invariant 3; our own scheme.)
 
 Shapes: R text rows, W words, K classes of the entry, S stems, J places behind a prompt, T tokens of
 the words, P places of a batch.
@@ -49,25 +52,25 @@ from sead_dist.models.sequence_classifier import DTYPES
 from sead_dist.runtime.files import files_hash
 from sead_dist.teachers.prompts import Opening, Prompt, Reader, Texts, Words, read_prompt, rows_of
 
-# rows of a GPU's batch, and what its lengths are multiples of
+# rows of a GPU's batch, and the step of its padded lengths
 GPU_ROWS, GPU_STEP = 32, 32
-# what the way of computing is called among the facts that decide bits, and in what is kept
+# the name of this scheme, in the numerics class and in the fingerprint
 SCHEME = "words-1"
-# in front of a chat template, which would have other answers tomorrow if it wrote today's date
+# comes before a chat template: one that writes today's date would give other answers tomorrow
 ONE_DAY = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 NO_CAUSAL = "give a causal language model, or {path: ...} for a classifier"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies. gguf: the file of the folder that holds all of it, if it is one."""
+    """Where a model lies. gguf: the name of its GGUF file in the folder; None for other formats."""
 
     checkpoint: Checkpoint
     gguf: str | None
 
     @property
     def said(self) -> dict[str, Any]:
-        """The words that Transformers finds it by."""
+        """The arguments with which `from_pretrained` finds it."""
         more = {} if self.gguf is None else {"gguf_file": self.gguf}
         folder = str(self.checkpoint.folder)
         return {"pretrained_model_name_or_path": folder, "local_files_only": True, **more}
@@ -82,9 +85,11 @@ class Source:
 
 
 def find_model(path: str, revision: str | None) -> Source:
-    """A folder, a hub id, a GGUF file, a folder with one, or one of the hub (OWNER/NAME/FILE.gguf).
+    """The model at `path`: a folder, a hub id, a GGUF file, a folder with one GGUF file, or a GGUF
+    file of the hub (OWNER/NAME/FILE.gguf).
 
-    Raises UserError where it is not there, and where a GGUF file cannot be read for lack of gguf.
+    Raises UserError where there is no such model, and for a GGUF file where the package gguf is not
+    installed.
     """
     place = Path(path)
     if place.is_dir() and not (place / "config.json").is_file():
@@ -107,7 +112,7 @@ def find_model(path: str, revision: str | None) -> Source:
 
 
 def _hub_parts(path: str) -> list[str]:
-    """OWNER, NAME and FILE of a GGUF file of the hub. Raises UserError for what is none."""
+    """OWNER, NAME and FILE of a GGUF file of the hub. Raises UserError for any other path."""
     parts = path.split("/")
     if len(parts) != 3 or path.startswith(("/", ".")):
         raise UserError(f"{path} does not exist; give a GGUF file, or OWNER/NAME/FILE.gguf")
@@ -127,10 +132,11 @@ def _from_hub(path: str, parts: list[str], revision: str | None) -> Path:
 
 
 class Continuations:
-    """Which sequences are forwarded behind a prompt, and where in them each word's tokens are read.
+    """The token sequences that are forwarded behind a prompt, and where the tokens of each word are
+    read.
 
-    stems: those that are no beginning of another. read_W: each word's stem and its (place behind
-    the prompt, token's number among `tokens`).
+    stems: the sequences; none is the beginning of another. read_W: for each word its stem, and for
+    each of its tokens (place behind the prompt, number in `tokens`).
     """
 
     def __init__(self, words_W: Sequence[tuple[int, ...]]) -> None:
@@ -160,12 +166,13 @@ class Continuations:
 
 
 class LanguageModel:
-    """A language model at work (`kinds.Answers`). Its weights are read when a row is first asked.
+    """A language model as a teacher (`kinds.Answers`). Its weights are read at the first call of
+    `answer`.
 
-    parameters, bytes: of its weights, the first without the embeddings of words.
+    parameters: number of its weights without the embeddings of words. bytes: of all its weights.
     """
 
-    # rows between two signs of progress
+    # rows between two reports of progress
     at_once = 32
 
     def __init__(
@@ -194,7 +201,11 @@ class LanguageModel:
         self.empty_K: np.ndarray | None = None
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """logits_RK. Raises RunError where a row's prompt cannot be told from the words."""
+        """The logits_RK.
+
+        Raises RunError where the prompt of a row cannot be told from the words, and UserError where
+        the weights cannot be used.
+        """
         prompts = [self.reader.prompt(texts) for texts in rows_of(texts_a, texts_b)]
         if self.model is None:
             self.model = self._load()
@@ -232,7 +243,7 @@ class LanguageModel:
     def _log_probabilities(
         self, model: PreTrainedModel, prompts: Sequence[list[int]]
     ) -> np.ndarray:
-        """logp_RSJT behind each prompt and stem; 0 where a stem is shorter than others."""
+        """The logp_RSJT behind each prompt and stem; 0 at the places that a stem does not have."""
         behind, on_gpu = self.continuations, self.device.type == "cuda"
         found_RSJT = np.zeros(
             (len(prompts), len(behind.stems), behind.places, len(behind.tokens)), np.float32
@@ -241,7 +252,8 @@ class LanguageModel:
         for row, prompt in enumerate(prompts):
             for stem, more in enumerate(behind.stems):
                 tokens = len(prompt) + len(more)
-                # on a GPU a row always has padding: without, other kernels would be chosen
+                # on a GPU each row has padding, since a batch without padding would get other
+                # kernels
                 length = (tokens // GPU_STEP + 1) * GPU_STEP if on_gpu else tokens
                 by_length.setdefault(length, []).append((row, stem))
         rows = GPU_ROWS if on_gpu else 1
@@ -265,8 +277,11 @@ class LanguageModel:
     def _forward(
         self, model: PreTrainedModel, sequences: Sequence[list[int]], length: int, last: int
     ) -> tuple[torch.Tensor, int]:
-        """Logits of the last places of these sequences, padded on the right, where a model that
-        looks back alone does not see it; and how many places before are left out."""
+        """(logits of the last places of these sequences, how many places before them were left
+        out).
+
+        Padding is on the right, where it does not change the logits of a causal model.
+        """
         ids = torch.zeros(len(sequences), length, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for n, sequence in enumerate(sequences):
@@ -281,8 +296,8 @@ class LanguageModel:
 
     @torch.inference_mode()
     def _check(self, model: PreTrainedModel, prompt: list[int]) -> None:
-        """Raises UserError where the scores of this row are not those that plain Transformers gives
-        each word behind it alone."""
+        """Raises UserError where the scores of this row differ from those of plain Transformers,
+        which gets each word alone behind the prompt."""
         ours_W = self.continuations.scores(self._log_probabilities(model, [prompt]))[0]
         plain_W = []
         for word in self.reader.words_W:
@@ -291,7 +306,7 @@ class LanguageModel:
             places = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=self.device)
             plain_W.append(float(logp_LV[places, ids[0, len(prompt) :]].double().sum()))
         if not np.isfinite(plain_W).all():
-            return  # told where it is asked, with the row
+            return  # the error is raised later, with the row
         dtype = DTYPES[self.dtype]
         most = max(float(np.abs(plain_W).max()) * TOLERANCE[dtype], LEAST[dtype])
         if np.abs(ours_W - plain_W).max() > most:
@@ -302,7 +317,7 @@ class LanguageModel:
 
 
 def open_language_model(opening: Opening) -> LanguageModel:
-    """The language model of an entry, all looked at but its weights. Raises UserError."""
+    """The language model of an entry. All but its weights is checked. Raises UserError."""
     entry, name, trust = opening.entry, opening.name, opening.config.trust_remote_code
     prompt, words = read_prompt(opening)
     source = find_model(entry.path, entry.revision)
@@ -330,7 +345,7 @@ def open_language_model(opening: Opening) -> LanguageModel:
     render = partial(_in_chat, name, tokenizer, prompt) if entry.chat else prompt.text
     marks = [] if entry.chat else _marks(tokenizer)
     reader = Reader(tokenizer, render, marks, words, name)
-    # padding on a GPU takes one position more
+    # padding on a GPU takes one more position
     limit = (position_limit(config) or 1 << 30) - 1
     wanted = entry.max_length or reader.fixed + opening.config.max_length
     reader.set_limit(min(wanted, limit), "max_length" if wanted <= limit else "the most it takes")
@@ -354,7 +369,7 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def _marks(tokenizer: Any) -> list[int]:
-    """The token that the tokeniser puts in front of every text, if it does."""
+    """The token that the tokeniser puts before every text; empty where there is none."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
@@ -369,7 +384,7 @@ def _in_chat(name: str, tokenizer: Any, prompt: Prompt, texts: Texts) -> str:
                 add_generation_prompt=True,
             )
         )
-    except Exception as error:  # a template is a program, and may refuse what it is given
+    except Exception as error:  # a template is a program and may raise any error
         raise UserError(
             f"teacher {name}: its chat template refuses the prompt: {reason(error)}; leave chat out"
         ) from error

@@ -1,10 +1,10 @@
 """Batches without padding, for teachers in half precision on a GPU.
 
-The text rows of a batch lie one after the other in one row of tokens, and attention stays within
-each of them (PyTorch's kernel for unequal lengths). A pack has one of a few numbers of tokens and a
-number of text rows that follows from it; spare rows fill it up. The self-check `packs_from` says
-whether a model can do it here, and from which size on a row's bits depend on nothing beside it.
-(Invariant 3; our own scheme.)
+Such a batch is called a pack. Its text rows lie one after the other in one row of tokens. Attention
+stays within each text row (PyTorch's kernel for unequal lengths). A pack has one of a few sizes in
+tokens, and its number of text rows follows from its size. Spare rows fill it up. The self-check
+`packs_from` finds whether a model can take packs here, and from which size on a row's bits do not
+depend on the other rows. (Invariant 3; our own scheme.)
 
 Shapes: R rows of a request, P rows of one pack (or their positions in the request), K text rows of
 an example, S text rows of a pack with its spare ones, T tokens of a pack, H hidden, D of a head.
@@ -27,10 +27,10 @@ from sead_dist.models.sequence_classifier import DTYPES, new_classifier
 
 NAME = "packs-1"
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-# a pack has a text row for so many tokens at most
+# a pack has at most one text row for so many tokens
 TOKENS_PER_ROW = 8
 SPARE_TOKENS = 64
-# the module of each kind of model that looks at the first token of a text alone
+# for each kind of model the module that uses only the first token of a text
 FIRST_TOKEN = {
     "bert": "bert.pooler",
     "roberta": "classifier",
@@ -39,9 +39,9 @@ FIRST_TOKEN = {
 }
 ATTENTION = "sead_dist_packs"
 CHECK_ROWS = 48
-# weights far enough from zero for attention to be seen in the logits: times 1/sqrt(H)
+# scale of the check's weights, times 1/sqrt(H): large enough for attention to change the logits
 CHECK_GAIN = 2.8
-# packed logits differ from padded ones by rounding: by less than this part of their spread
+# packed logits may differ from padded ones by rounding: by less than this part of their spread
 ROUNDING = 0.1
 
 
@@ -56,8 +56,11 @@ def attend_within_rows(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of [1, heads, T, D] within the text rows that begin at `offsets`, as Transformers
-    calls it; most: tokens of the longest."""
+    """Attention of [1, heads, T, D] within the text rows that begin at `offsets`.
+
+    The signature is the one that Transformers calls. most: tokens of the longest text row. Raises
+    ValueError without `offsets`, and for a scaling that the kernel does not have.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     usual = query.shape[-1] ** -0.5
@@ -72,15 +75,15 @@ def attend_within_rows(
 
 
 def use_packs(model: PreTrainedModel) -> PreTrainedModel:
-    """From now on the model takes packs, and gives logits [S, C]. In place.
+    """Change the model in place so that it takes packs and gives logits [S, C].
 
-    Raises whatever this version of Transformers raises where it cannot.
+    Raises the errors of this version of Transformers where the model cannot be changed so.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend_within_rows)
     model.set_attn_implementation(ATTENTION)
-    if model.config._attn_implementation != ATTENTION:  # Transformers may only warn
+    if model.config._attn_implementation != ATTENTION:  # Transformers may only log a warning
         raise ValueError(f"{type(model).__name__} has an attention of its own")
     offsets: list[torch.Tensor] = []
 
@@ -89,7 +92,7 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
 
     def first_tokens(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_1TH = args[0]
-        # rows without tokens lie behind the last
+        # rows without tokens begin after the last token, and get that one
         first_S = offsets[0][:-1].long().clamp(max=hidden_1TH.shape[1] - 1)
         return (hidden_1TH[0, first_S][:, None], *args[1:])
 
@@ -100,7 +103,7 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def size_for(tokens: int, rows: int, free_from: int) -> int:
-    """The tokens of a pack that holds so many of them and text rows, and its spare rows."""
+    """The size in tokens of a pack for so many tokens and text rows. Spare rows take the rest."""
     wanted = max(free_from, tokens, rows * TOKENS_PER_ROW)
     return next(size for size in SIZES if size >= wanted)
 
@@ -108,7 +111,7 @@ def size_for(tokens: int, rows: int, free_from: int) -> int:
 def cut_into_packs(
     tokens: TokenTable, rows_R: np.ndarray, free_from: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(rows, tokens) of each pack, rows with the most tokens first."""
+    """(rows, size in tokens) of each pack. Rows with the most tokens come first."""
     counts_R = _text_tokens(tokens).sum(axis=1)[rows_R]
     order_R = np.argsort(-counts_R, kind="stable")
     ends_R = np.cumsum(counts_R[order_R])
@@ -131,8 +134,11 @@ def _text_tokens(tokens: TokenTable) -> np.ndarray:
 def pack_inputs(
     tokens: TokenTable, rows_P: np.ndarray, size: int, config: PretrainedConfig
 ) -> dict[str, Any]:
-    """Inputs of a model that uses packs: these examples' text rows, then spare ones up to `size`
-    tokens. `offsets` has as many entries as packs of this size ever have."""
+    """Inputs of a model that takes packs: the text rows of these examples, then spare rows up to
+    `size` tokens.
+
+    `offsets` has the same length for all packs of this size.
+    """
     counts_F = _text_tokens(tokens)[rows_P].reshape(-1)
     limit = min(SPARE_TOKENS, position_limit(config) or SPARE_TOKENS)
     left = size - int(counts_F.sum())
@@ -146,7 +152,7 @@ def pack_inputs(
     index = np.repeat(tokens.offsets[flat], counts_F) + inside_T[:own]
     ids_T = np.full(size, tokens.pad_id, np.int64)
     ids_T[:own] = tokens.ids[index]
-    # rows without tokens fill up the count
+    # rows without tokens fill up the number of rows
     most_rows = size // TOKENS_PER_ROW + -(-size // limit)
     offsets = np.full(most_rows + 1, size, np.int32)
     offsets[0] = 0
@@ -164,7 +170,8 @@ def pack_inputs(
 
 
 def probe_rows(longest: int) -> TokenTable:
-    """Made-up text rows of many lengths, one of them as long as the model reads."""
+    """Made-up text rows of many lengths. One of them has 512 tokens, or as many as the model
+    reads."""
     random = np.random.Generator(np.random.PCG64(1))
     counts = random.integers(2, max(3, min(64, longest) + 1), CHECK_ROWS)
     counts[CHECK_ROWS // 2] = min(512, longest)
@@ -180,13 +187,14 @@ def probe_rows(longest: int) -> TokenTable:
 
 
 def packs_from(probe: PretrainedConfig, dtype: str, device: torch.device) -> int | None:
-    """The fewest tokens of a pack from which a row's bits do not depend on the pack's size, on its
-    place or on the other rows, by a self-check with a small model of the teacher's widths; None
-    where there are no packs: another device than a GPU, fp32, another kind of model, an older
-    PyTorch or Transformers, or logits that are not those of padded batches.
+    """The fewest tokens of a pack from which a row's bits do not depend on the pack's size, on the
+    row's place or on the other rows. A small model of the teacher's widths is tried.
 
-    Raises UserError where the GPU has no memory left for the check: a run that goes on padded then
-    would be of another numerics class.
+    None where there are no packs: another device than a GPU, fp32, another kind of model, an older
+    PyTorch or Transformers, or logits that differ from those of padded batches.
+
+    Raises UserError where the GPU has no memory left for the check. To go on with padded batches
+    would give another numerics class.
     """
     if device.type != "cuda" or dtype not in ("bf16", "fp16"):
         return None
@@ -198,7 +206,7 @@ def packs_from(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
 
 @torch.inference_mode()
 def self_check(probe: PretrainedConfig, dtype: str, device: torch.device) -> int | None:
-    """The same for a device and dtype that have the kernel."""
+    """As `packs_from`, for a device and dtype that have the kernel."""
     probe = copy.deepcopy(probe)
     probe.initializer_range = CHECK_GAIN / math.sqrt(probe.hidden_size)
     tokens = probe_rows(position_limit(probe) or 64)
@@ -226,12 +234,12 @@ def self_check(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
             f"{device} has too little free memory to try how teachers compute on it; see who holds "
             "it (nvidia-smi), free it or take another"
         ) from None
-    except Exception:  # what cannot be packed runs padded
+    except Exception:  # a model that cannot take packs gets padded batches
         return None
 
 
 def _companies(tokens: TokenTable, size: int) -> Iterator[np.ndarray]:
-    """Rows for packs of this size: as many as go into it, in two orders, and few."""
+    """Rows for packs of this size: as many as fit in, in two orders, and a few."""
     counts = np.diff(tokens.offsets)
     everyone = np.arange(len(counts))
     for order in (everyone, everyone[::-1]):

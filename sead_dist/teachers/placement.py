@@ -1,11 +1,13 @@
-"""Which rank answers for which (teacher, example): the owner looks up, computes and writes, and
-the other ranks always receive (invariant 8).
+"""Which rank answers for which (teacher, example).
+
+The rank that answers is called the owner. It looks a prediction up, or computes and writes it. All
+other ranks receive it (invariant 8).
 
 colocated: every rank holds the teacher and owns an equal share of the rows. partitioned: one rank
-holds the whole teacher and owns all of its rows; where that would leave the others idle, further
-ranks hold it too and own a share. sharded: every rank holds an equal part of the teacher's
-parameters and owns an equal share of the rows. pool: no rank holds the teacher; each waits for an
-equal share of its rows, which other processes put into the store.
+holds the whole teacher and owns all of its rows; further ranks hold it too and own a share, where
+they would have too little to do otherwise. sharded: every rank holds an equal part of the teacher's
+parameters and owns an equal share of the rows. pool: no rank holds the teacher; other processes put
+its rows into the store, and each rank waits for an equal share of them.
 
 Shapes: N teachers, R requested examples, W ranks, M examples of one rank, C classes.
 """
@@ -25,14 +27,14 @@ from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.teacher import Teacher
 
-# the share of a rank's free memory that teachers may take; the rest is the student's
+# the share of a rank's free memory that teachers may take; the student gets the rest
 TEACHER_SHARE = 0.5
-# a rank may have so much more to do than the mean before rows of a partitioned teacher are split
+# a rank may have so much more work than the mean before rows of a partitioned teacher are split
 UNEVEN = 0.05
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory this rank may count on: its GPU's, or its share of the machine's."""
+    """Free memory for this rank: that of its GPU, or its share of the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -40,27 +42,31 @@ def free_bytes(device: torch.device) -> int:
 
 
 def held_bytes(weights: int, placement: str, size: int) -> int:
-    """Bytes of a teacher's weights that a rank which holds it keeps between forwards. A sharded
-    teacher's largest layers, and what is in no layer, come on top while it computes."""
+    """Bytes of a teacher's weights that a rank which holds it keeps between forwards.
+
+    During a forward a sharded teacher needs more: its largest layers, and all that is in no layer.
+    """
     if placement == "pool":
         return 0
     return -(-weights // size) if placement == "sharded" else weights
 
 
 def least_free(world: World) -> int:
-    """Free bytes of the rank that has least. Every rank calls this."""
+    """Free bytes of the rank that has the fewest. Every rank calls this."""
     return min(gather_objects(world, free_bytes(world.device)))
 
 
 def choose_placements(
     teachers: Sequence[Teacher], default: str, size: int, free: int
 ) -> tuple[list[str], str]:
-    """Each teacher's placement over `size` ranks, the smallest of which has `free` bytes, and one
-    line that says why.
+    """(each teacher's placement, one line that says why).
 
-    `auto`: a teacher too large for half of the smallest rank's free memory is sharded, where there
-    are ranks to share it. The others are colocated while all together fit into that half, since
-    then work is spread evenly, else partitioned.
+    size: the number of ranks. free: free bytes of the rank that has the fewest. default: the
+    placement for entries that name none.
+
+    With `auto`, a teacher that is larger than half of `free` is sharded, if there are several
+    ranks. The others are colocated if all teachers together fit into that half, since work is then
+    spread evenly; else they are partitioned.
     """
     if default != "auto":
         placements = [teacher.entry.placement or default for teacher in teachers]
@@ -68,7 +74,8 @@ def choose_placements(
     room = int(TEACHER_SHARE * free)
 
     def placed(others: str) -> list[str]:
-        """With this placement for those that are not too large and whose entries name none."""
+        """The placements, with `others` for teachers that are small enough and whose entries name
+        none."""
         return [
             teacher.entry.placement or ("sharded" if size > 1 and teacher.bytes > room else others)
             for teacher in teachers
@@ -87,9 +94,12 @@ def choose_placements(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the teachers of a run are: which rank answers for which rows, and how each teacher's
-    passes are computed. names: each teacher's placement; together_N: whether it runs in parts, so
-    that all ranks compute it together; share_NW: the part of its rows that each rank owns."""
+    """Where the teachers of a run are: which rank answers for which rows, and how passes are
+    computed.
+
+    names: each teacher's placement. together_N: whether a teacher is in parts, so that all ranks
+    compute it together. share_NW: the part of its rows that each rank owns.
+    """
 
     names: list[str]
     together_N: list[bool]
@@ -97,11 +107,11 @@ class Placement:
 
     @property
     def word(self) -> str:
-        """The placement of all teachers, or each one's where they differ."""
+        """The placement of all teachers, or all different ones."""
         return ", ".join(dict.fromkeys(self.names))
 
     def awaits(self, n: int) -> bool:
-        """Whether other processes compute teacher n, whose rows a rank waits for."""
+        """Whether other processes compute teacher n, so that a rank waits for its rows."""
         return self.names[n] == "pool"
 
     def is_alone(self, n: int) -> bool:
@@ -109,26 +119,27 @@ class Placement:
         return not self.awaits(n) and not self.together_N[n]
 
     def pick(self, numbers: Sequence[int]) -> "Placement":
-        """Of these teachers alone."""
+        """The placement of these teachers alone."""
         names, together = [self.names[n] for n in numbers], [self.together_N[n] for n in numbers]
         return Placement(names, together, self.share_NW[list(numbers)])
 
     def owners(self, request: Request) -> np.ndarray:
-        """owner_NR: the rank that answers for each (teacher, example). The same on every rank."""
+        """The owner_NR: the rank that answers for each (teacher, example). It is the same on every
+        rank."""
         rows_R = request.split.row_U[request.entries_R]
         by_length_R = np.argsort(request.split.tokens.lengths_B()[rows_R], kind="stable")
         owner_NR = np.empty((len(self.share_NW), len(rows_R)), np.int64)
         for owner_R, share_W in zip(owner_NR, self.share_NW, strict=True):
-            # dealt out by length, so that every rank gets as many long rows
+            # dealt out by length, so that every rank gets equally many long rows
             owner_R[by_length_R] = deal(share_W, len(rows_R))
         return owner_NR
 
 
 def place(teachers: Sequence[Teacher], names: Sequence[str], share_NW: np.ndarray) -> Placement:
-    """The placement of these teachers by its names, over as many ranks as have a share."""
+    """The placement of these teachers. names: of each teacher. share_NW: as in `Placement`."""
     size = share_NW.shape[1]
     together = [
-        # in a world of one a teacher runs in parts only for the sake of its offload
+        # in a world of one rank, a teacher is in parts only for its offload
         name == "sharded" and (size > 1 or teacher.entry.offload)
         for teacher, name in zip(teachers, names, strict=True)
     ]
@@ -136,7 +147,7 @@ def place(teachers: Sequence[Teacher], names: Sequence[str], share_NW: np.ndarra
 
 
 def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> None:
-    """Raises UserError for an entry whose keys its placement cannot honour."""
+    """Raises UserError for an entry with keys that do not go with its placement."""
     for teacher, placement in zip(teachers, placements, strict=True):
         if teacher.answers is not None and placement == "sharded":
             raise UserError(
@@ -163,15 +174,17 @@ def share_rows(
     size: int,
     free: int,
 ) -> np.ndarray:
-    """share_NW: the part of each teacher's rows that each rank owns; a rank holds the teacher of
-    which it owns a part. costs_N: what all rows of each teacher cost, in any one unit; free: bytes
-    free on the smallest rank.
+    """The share_NW: the part of each teacher's rows that each rank owns. A rank holds each teacher
+    of which it owns a part.
 
-    Partitioned teachers go whole, the costliest first, each to the rank that has least to do
-    (Graham 1969, longest processing time). Then the tail is split: while a rank has more to do
-    than the mean (by UNEVEN), it gives rows to the idlest rank that has room for the teacher, until
-    one of the two has just the mean (our own; McNaughton 1959 cuts jobs in the same way). So no
-    rank has more than 1 + UNEVEN of the mean where memory allows it.
+    costs_N: what all rows of each teacher cost, in any one unit. free: bytes free on the smallest
+    rank.
+
+    Each partitioned teacher goes first to one rank as a whole: the costliest first, to the rank
+    with the least work (Graham 1969, longest processing time). Then rows are moved while a rank has
+    more than 1 + UNEVEN of the mean work. It gives rows to the idlest rank that has room for the
+    teacher, until one of the two has the mean (our own; McNaughton 1959 cuts jobs in the same way).
+    So no rank has more than 1 + UNEVEN of the mean, where memory allows it.
     """
     share_NW = np.full((len(teachers), size), 1 / size)
     mine = [n for n, placement in enumerate(placements) if placement == "partitioned"]
@@ -212,10 +225,10 @@ def _taker(
     full: int,
     room: float,
 ) -> tuple[int, int] | None:
-    """(teacher, rank): which of the full rank's teachers the idlest rank can take rows of, the
-    costliest first; None where memory allows none."""
+    """(teacher, rank) of the next move: the idlest rank with room for one of the full rank's
+    teachers, and the costliest such teacher. None where there is no such rank."""
     theirs = [n for n in partitioned if share_NW[n, full] > 0 and costs_N[n] > 0]
-    # a rank that has the mean, but for rounding, has nothing to take
+    # a rank that has the mean, up to rounding, takes no rows
     level = (1 - 1e-9) * load_W.mean()
     for idle in np.argsort(load_W, kind="stable"):
         if load_W[idle] >= level:
@@ -230,7 +243,7 @@ def _taker(
 def describe_shares(
     teachers: Sequence[Teacher], placements: Sequence[str], share_NW: np.ndarray
 ) -> str:
-    """One line: which ranks hold each partitioned teacher, and how much of its rows they own."""
+    """One line: which ranks hold each partitioned teacher, and which part of its rows each owns."""
     told = []
     for teacher, placement, share_W in zip(teachers, placements, share_NW, strict=True):
         if placement == "partitioned":
@@ -240,7 +253,7 @@ def describe_shares(
 
 
 def deal(share_W: np.ndarray, rows: int) -> np.ndarray:
-    """The rank of each of so many rows: every rank gets its share, spread evenly over them."""
+    """The rank of each of so many rows. Every rank gets its share, spread evenly over the rows."""
     exact_W = share_W * rows
     count_W = np.floor(exact_W).astype(np.int64)
     behind_W = np.argsort(count_W - exact_W, kind="stable")
@@ -257,8 +270,10 @@ def exchange(
     classes: int,
     world: World,
 ) -> np.ndarray:
-    """Every rank's answers, put where they belong: logits_NRC. `mine`: logits_MC of each teacher,
-    for the asked examples that this rank owns. Every rank calls this."""
+    """Gather the answers of all ranks into logits_NRC. Every rank calls this.
+
+    mine: for each teacher the logits_MC of the asked examples that this rank owns.
+    """
     logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
     own_MC = np.concatenate(mine)
     counts = [int(((owner_NR == rank) & asked_NR).sum()) for rank in range(world.size)]

@@ -4,12 +4,11 @@ A work item is a teacher and a few examples, in the student's order of use. Ever
 makes the same list. A (teacher, example) pair is in the first work item that needs it, and in no
 other of its split.
 
-A lease says that a work item is being computed now (STORE/leases/, one file each). It is a file
-that is created exclusively and that its holder writes to several times in `broken_s`. Whoever sees
-that it has not changed for so long, by the observer's own monotonic clock, takes it away: times
-that other machines write down, in files or on them, are never looked at. A lease only saves work.
-Two holders of one work item write the same predictions. (Our own scheme; why not that of a library:
-docs/decisions/0018-pool.md.)
+A lease means that a work item is being computed now (STORE/leases/, one file each). Its file is
+created exclusively, and its holder writes to it several times in `broken_s` seconds. A process that
+finds no change for so long, by its own monotonic clock, removes the lease. Clock times of other
+machines are never read. A lease only saves work: two holders of one work item write the same
+predictions. (Our own scheme; docs/decisions/0018-pool.md gives the reasons against a library's.)
 
 Shapes: N teachers, R examples of a work item or window, U unique examples of a split.
 """
@@ -38,7 +37,10 @@ from sead_dist.teachers.source import StoredSource
 
 @dataclass(frozen=True, eq=False)
 class WorkItem:
-    """Rows `entries_R` (ascending) of teacher number `teacher`; `what` names their place."""
+    """Some rows of one teacher.
+
+    teacher: its number. entries_R: the rows, ascending. what: the place in the run, for messages.
+    """
 
     teacher: int
     split: Split
@@ -46,7 +48,8 @@ class WorkItem:
     what: str
 
     def name(self, key: TeacherKey) -> str:
-        """Of its content: equal on every machine, and for any run that needs the same rows."""
+        """A name made from the content. It is the same on every machine, and for any run that needs
+        the same rows."""
         return digest(key.fingerprint, key.numerics, self.split.ids_U2[self.entries_R])
 
     def request(self, teachers: int) -> Request:
@@ -56,7 +59,7 @@ class WorkItem:
 
 
 def items_of_split(split: Split, teachers: int, rows: int) -> list[WorkItem]:
-    """All of a split, of every teacher."""
+    """Work items for all rows of a split and all teachers."""
     entries_U = np.arange(len(split.ids_U2))
     what = split.examples.split
     return [
@@ -72,12 +75,12 @@ def items_of_training(
     rows: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
 ) -> list[WorkItem]:
-    """The training rows, as the steps come to them; `asked` as in `stream`."""
+    """Work items for the training rows, in the order of the steps. asked: as in `stream`."""
     found: list[WorkItem] = []
     due_NU = np.ones((teachers, len(batches.split.ids_U2)), bool)
     for steps in batches.windows(0, rows):
         if not due_NU.any():
-            break  # later epochs read what the earlier ones needed
+            break  # later epochs need the same rows
         entries_R = batches.entries(steps)
         asked_NR = asked(steps, entries_R)
         for n in range(teachers):
@@ -85,7 +88,7 @@ def items_of_training(
             if asked_NR is not None:
                 new_R &= asked_NR[n]
             if new_R.any():
-                # teachers that are asked the same share the array
+                # teachers with the same rows share the array
                 new = entries_R if new_R.all() else entries_R[new_R]
                 due_NU[n, new] = False
                 first, last = steps.start + 1, steps.stop
@@ -94,13 +97,15 @@ def items_of_training(
     return found
 
 
-# the least and most seconds between a holder's signs of life, and how many it gives in broken_s
+# the least and most seconds between two writes to a lease, and the number of writes in broken_s
 LEAST_BEAT_S, MOST_BEAT_S, BEATS = 0.02, 5.0, 10
 
 
 class Lease:
-    """A work item that is ours; a thread says so for as long as the block lasts. taken_from: whose
-    broken lease it was before, in plain text."""
+    """This process's lease on a work item. A thread renews it while the `with` block runs.
+
+    taken_from: the holder of the broken lease that was there before, in plain text; None: none was.
+    """
 
     def __init__(self, path: Path, file: int, beat_s: float, taken_from: str | None) -> None:
         self.path, self._file, self._beat_s, self.taken_from = path, file, beat_s, taken_from
@@ -116,15 +121,15 @@ class Lease:
         self._thread.join()
         with suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._file)):
-                os.unlink(self.path)  # else somebody has taken it over
+                os.unlink(self.path)  # else another process has taken it over
         os.close(self._file)
 
     def _go_on(self) -> None:
         beat = 0
         while not self._over.wait(self._beat_s):
             beat += 1
-            # Through the open file: where the lease was taken away, nobody else's is written to.
-            # On a full disk too, for the line keeps its length.
+            # The open file is used, so that a lease which another process made under this name
+            # stays as it is. It also works on a full disk, since the line keeps its length.
             with suppress(OSError):
                 os.pwrite(self._file, f"{beat:012d}".encode(), 0)
                 os.fsync(self._file)
@@ -132,7 +137,8 @@ class Lease:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a lease of another process held, and since when it has (our monotonic seconds)."""
+    """The text of another process's lease, and since when it is unchanged (our monotonic
+    seconds)."""
 
     text: bytes
     since: float
@@ -144,7 +150,7 @@ class Seen:
 
 
 class Leases:
-    """Takes leases in a store; remembers those of others that it has met."""
+    """Takes leases in a store, and remembers the leases of other processes that it has seen."""
 
     def __init__(self, layout: Layout, broken_s: float) -> None:
         self.layout, self.broken_s = layout, broken_s
@@ -153,7 +159,7 @@ class Leases:
 
     def take(self, name: str) -> Lease | None:
         """The lease on this work item, or None while another process holds it. Raises RunError
-        where none can be written."""
+        where no lease can be written."""
         path = self.layout.leases / name
         lease = self._create(path)
         if lease is None and self._is_broken(name, path):
@@ -164,7 +170,7 @@ class Leases:
         return lease
 
     def clear(self, names: Sequence[str]) -> None:
-        """Remove all leases on these work items, which are done."""
+        """Remove all leases on these work items, which are finished."""
         for name in {*names}.intersection(os.listdir(self.layout.leases)):
             with suppress(OSError):
                 os.unlink(self.layout.leases / name)
@@ -188,7 +194,8 @@ class Leases:
         return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
-        """Whether a lease has not changed for too long since we have known it."""
+        """Whether a lease has been unchanged for too long since this process first saw its present
+        text."""
         text, now = _text(path), time.monotonic()
         known = self._seen.get(name)
         if known is None or known.text != text:
@@ -197,8 +204,8 @@ class Leases:
         return now - known.since > self.broken_s
 
     def _take_away(self, name: str, path: Path) -> bool | None:
-        """Remove a broken lease; False where it turns out to be another, live one, None where
-        somebody else has removed it."""
+        """Remove a broken lease. False: it was another lease by now, which is unbroken. None:
+        another process has removed it."""
         aside = self.layout.tmp / unique_name(name)
         try:
             os.rename(path, aside)
@@ -207,8 +214,8 @@ class Leases:
         except OSError as error:
             raise RunError(explain(self.layout.root, f"leases/{name}", error)) from error
         broken = _text(aside) == self._seen.pop(name).text
-        if not broken:  # a third process was quicker, and has a lease of its own by now
-            with suppress(OSError):  # a fourth has one there already, or there are no second names
+        if not broken:  # a third process was quicker, and has its own lease here
+            with suppress(OSError):  # a fourth process has one here, or hard links fail
                 os.link(aside, path)
         with suppress(OSError):
             os.unlink(aside)
@@ -222,15 +229,17 @@ def _text(path: Path) -> bytes:
         return b""
 
 
-# seconds between two looks while all that is left is others' work
+# the longest pause in seconds while other processes hold all that is left
 MOST_PAUSE_S = 1.0
 
 
 class Worker:
-    """Worker `number` (from 1) of `workers`; their number only decides where each begins to look.
+    """Worker `number` (from 1) of `workers`. The numbers only decide where its first search begins
+    and how long the front of the list is.
 
-    source: computes in this process. check: called before every work item; False where the work is
-    no longer needed; may raise UserError and StopRequestedError. say: takes a line for each item.
+    source: computes in this process. check: called before each search for a work item; it returns
+    False when the work is no longer needed, and may raise UserError and StopRequestedError. say:
+    gets a line for each item.
     """
 
     def __init__(
@@ -243,24 +252,27 @@ class Worker:
         say: Callable[[str], None],
     ) -> None:
         self.source, self.leases, self.check, self.say = source, leases, check, say
-        # where in the list the first work item is looked for; from then on the oldest comes first
+        # the first search begins here in the front of the list; later ones begin with the oldest
+        # item
         self.turn = number - 1
-        # how far from the front of the list a work item may be preferred to those before it
+        # the length of the front: only within it may an item be preferred to those before it
         self.front = 2 * max(workers, len(source.teachers))
         self.room = int(TEACHER_SHARE * free_bytes(source.world.device))
         self.done = 0
-        # computed since this process started
+        # rows computed since this process started
         self.rows = 0
 
     def fill(self, items: Sequence[WorkItem]) -> bool:
-        """Return True when all of the items are in the store, False where `check` ended it."""
+        """Compute until all items are in the store. Returns True then, and False where `check`
+        ended it."""
         left = list(items)
         while left:
             if not self.check():
                 return False
             taken = self.take(left)
             if taken is None:
-                # others have all that is left: to see what they finish, or who dies
+                # others hold all that is left: look later what they have finished and whose leases
+                # are broken
                 self.drop_finished(left)
                 time.sleep(min(self.leases.broken_s / 10, MOST_PAUSE_S))
                 continue
@@ -268,14 +280,18 @@ class Worker:
             with lease:
                 self.compute(item)
             left.remove(item)
-        # a worker killed between its block and its lease has left the lease
+        # a worker that was killed between writing its block and removing its lease has left the
+        # lease
         self.leases.clear([self.name(item) for item in items])
         return True
 
     def take(self, left: list[WorkItem]) -> tuple[WorkItem, Lease] | None:
-        """The first open work item, the very first time from this worker's place in the front of
-        the list. Where not all teachers fit into memory, those that are loaded come before others
-        in the front. Items that are in the store leave the list."""
+        """The first open work item, with its lease; None where other processes hold all of them.
+
+        The first search begins at this worker's own place in the front of the list. Where not all
+        teachers fit into memory, the items of loaded teachers come first within the front. Items
+        that are in the store are removed from the list.
+        """
         front = left[: self.front]
         turn = self.turn % len(front)
         front = front[turn:] + front[:turn]
@@ -298,18 +314,19 @@ class Worker:
         return item.name(self.source.teachers[item.teacher].key)
 
     def is_finished(self, item: WorkItem) -> bool:
-        """Whether all of its rows were in the store when this process last looked."""
+        """Whether all rows of the item were in the store when this process last read it."""
         table = self.source.table(item.teacher, item.split)
         return bool(table.lookup(item.entries_R)[1].all())
 
     def drop_finished(self, left: list[WorkItem]) -> None:
-        """Look into the store again, and take from the list what is there."""
+        """Read the store again, and remove the items from the list that it has."""
         for table in {self.source.table(item.teacher, item.split) for item in left}:
             table.refresh()
         left[:] = [item for item in left if not self.is_finished(item)]
 
     def compute(self, item: WorkItem) -> None:
-        """Bring an item's rows into the store: those that nobody else has brought meanwhile."""
+        """Put those rows of an item into the store that no other process has put there
+        meanwhile."""
         table = self.source.table(item.teacher, item.split)
         table.refresh()
         present_R = table.lookup(item.entries_R)[1]
@@ -326,7 +343,7 @@ class Worker:
         self.say(f"{name}, {item.what}: {missing} rows in {spent_s:.1f} s")
 
     def make_room(self, n: int) -> None:
-        """Let go of teachers, those loaded first, while there is no room for teacher n."""
+        """Unload teachers, in the order of loading, until there is room for teacher n."""
         models, teachers = self.source.models, self.source.teachers
         held = [one for one in models if one != n]
         while held and sum(teachers[one].bytes for one in (*held, n)) > self.room:

@@ -1,5 +1,4 @@
-"""Prompts of language models: a text row in a person's template, and the words that speak for the
-classes.
+"""Prompts of language models: a text row in the user's template, and the words of the classes.
 
 Shapes: R text rows, W words of all classes, K classes in the order of the entry.
 """
@@ -19,16 +18,19 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import align_classes
 
-# between the rows that are shown and the one that is asked
+# comes between the rows that are shown, and before the row that is asked
 BETWEEN = "\n\n"
-# what prompts are tried with before there are rows
+# texts to try prompts with before there are rows
 TRIAL = ("a plain text", "another text")
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a teacher that is not a classifier is opened with. train: the labelled training rows,
-    where they are known and prompts may show some."""
+    """All that a teacher other than a classifier is made from.
+
+    train: the labelled training rows, of which a prompt may show some; None where they are not
+    known.
+    """
 
     entry: TeacherConfig
     name: str
@@ -39,7 +41,7 @@ class Opening:
 
 
 class Texts(NamedTuple):
-    """The texts of one text row; of tasks with one text the second is empty."""
+    """The texts of one text row. For tasks with one text the second is empty."""
 
     first: str
     second: str
@@ -54,22 +56,26 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class Words:
-    """words_W, and the class of each: class_W in the order of `labels`."""
+    """The words of all classes, words_W, and the class of each, class_W, in the order of
+    `labels`."""
 
     labels: list[str]
     words_W: list[str]
     class_W: np.ndarray
 
     def of_classes(self, scores_RW: np.ndarray) -> np.ndarray:
-        """logits_RK: the logarithm of the summed probabilities of each class's words."""
+        """The logits_RK: the logarithm of the sum of the probabilities of each class's words."""
         parts = [scores_RW[:, self.class_W == k] for k in range(len(self.labels))]
         return np.stack([np.logaddexp.reduce(part, axis=1) for part in parts], axis=1)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """parts: a literal text, and which text of the row stands behind it (None: none). shots: one
-    row more than is shown, where rows are shown: a row is never shown its own answer."""
+    """A template, and the rows that it shows with their answers.
+
+    parts: pairs of a literal text and the number of the row's text that follows it (None: none).
+    shots: one row more than is shown, or empty, so that a row is never shown with its own answer.
+    """
 
     parts: tuple[tuple[str, int | None], ...]
     shots: tuple[Shot, ...]
@@ -83,12 +89,12 @@ class Prompt:
         return [shot for shot in self.shots if shot.texts != texts][: max(len(self.shots) - 1, 0)]
 
     def text(self, texts: Texts) -> str:
-        """The prompt of one text row; its answer is to follow."""
+        """The prompt of one text row. The answer is to follow it."""
         shots = (self.fill(shot.texts) + shot.word + BETWEEN for shot in self.shown(texts))
         return "".join(shots) + self.fill(texts)
 
     def messages(self, texts: Texts) -> list[dict[str, str]]:
-        """The same as a conversation."""
+        """The prompt of one text row as a conversation."""
         said = [
             {"role": role, "content": content}
             for shot in self.shown(texts)
@@ -106,8 +112,11 @@ def rows_of(texts_a: Sequence[str], texts_b: Sequence[str] | None) -> list[Texts
 
 
 def fields_of(task: TaskSpec) -> dict[str, int]:
-    """What a template may name, and which text of a row it is. A column of the data has a name
-    where it is the whole of a text: an example is its texts, and nothing else is kept of a row."""
+    """The names that a template may use, and the number of the text that each stands for.
+
+    A column of the data has a name here only if it is the whole of a text, since an example keeps
+    nothing of its row but the texts.
+    """
     fields = {"text_a": 0, **({"text_b": 1} if task.is_pair else {})}
     for place, template in enumerate((task.text_a, task.text_b or "")):
         parts = list(string.Formatter().parse(template))
@@ -117,7 +126,8 @@ def fields_of(task: TaskSpec) -> dict[str, int]:
 
 
 def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, int | None], ...]:
-    """The parts of a prompt. Raises UserError for braces that name no text of the task."""
+    """The parts of a prompt. Raises UserError for braces that name no text of the task, and for a
+    template without a text."""
     fields = fields_of(task)
     known = ", ".join(f"{{{field}}}" for field in fields)
     try:
@@ -145,8 +155,11 @@ def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, 
 
 
 def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
-    """The prompt and the words of an entry. Raises UserError for a task whose answers are no
-    classes, and for words of other classes than the task's."""
+    """The prompt and the words of an entry.
+
+    Raises UserError for a task whose answers are not classes, for a template that cannot be used,
+    and for words of other classes than the task's.
+    """
     entry, name, task = opening.entry, opening.name, opening.task
     if not task.task_kind.head_of_labels:
         raise UserError(
@@ -173,8 +186,8 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
 def check_classes(
     entry: TeacherConfig, words: Mapping[str, Sequence[str]], task: TaskSpec, name: str
 ) -> None:
-    """Raises UserError where the classes that have words are not the task's, or, with `labels`,
-    not as many."""
+    """Raises UserError where the classes that have words are not those of the task. Where the entry
+    has `labels`, only their number is compared."""
     its = ", ".join(task.labels)
     if entry.class_names is not None:
         if len(words) != len(task.labels):
@@ -198,14 +211,15 @@ def check_classes(
 
 
 def _choose_shots(opening: Opening, first_C: Sequence[str]) -> tuple[Shot, ...]:
-    """One training row more than is shown, by the seed that also samples and holds out rows."""
+    """One training row more than is shown, drawn with the seed that also samples and holds out
+    rows."""
     count, train = opening.entry.shots, opening.train
     if count == 0:
         return ()
     if train is None:
         raise ValueError("shots come from training rows, which are not known here")
     texts = rows_of(train.texts_a, train.texts_b)
-    # of equal rows one is enough
+    # of rows with equal texts only the first is used
     rows = list({text: row for row, text in reversed(list(enumerate(texts)))}.values())
     rows.sort(key=lambda row: tuple(train.ids_B2[row]))
     if len(rows) <= count:
@@ -219,11 +233,13 @@ def _choose_shots(opening: Opening, first_C: Sequence[str]) -> tuple[Shot, ...]:
 
 
 class Reader:
-    """Makes the tokens of prompts. render: a text row as the whole prompt; marks: tokens in front
-    of every prompt; limit: most tokens of a prompt and a word.
+    """Makes the tokens of prompts.
 
-    Raises UserError where prompt and words cannot be told apart in tokens, or nothing is left for
-    the texts.
+    render: gives the whole prompt of a text row. marks: tokens before every prompt. limit: the most
+    tokens of a prompt and a word together.
+
+    Raises UserError where the tokens of the prompt and of a word cannot be told apart, or two words
+    have the same tokens.
     """
 
     def __init__(
@@ -252,12 +268,13 @@ class Reader:
                     "tokens; leave one out"
                 )
         longest = max(map(len, self.words_W))
-        # tokens that are there whatever the texts are
+        # the number of tokens of a prompt without texts and of the longest word
         self.fixed = len(self.ids(render(Texts("", "")))) + longest
         self.limit, self.longest = self.fixed, longest
 
     def set_limit(self, limit: int, key: str) -> None:
-        """Raises UserError where so many tokens hold no text."""
+        """Set the limit. Raises UserError where it leaves no token for a text. key: its name for
+        messages."""
         if limit <= self.fixed:
             raise UserError(
                 f"teacher {self.name}: its prompt without a text takes {self.fixed} tokens, and "
@@ -269,7 +286,8 @@ class Reader:
         return [*self.marks, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def prompt(self, texts: Texts) -> list[int]:
-        """The tokens of a row's prompt. Raises RunError where a word would be joined to it."""
+        """The tokens of a row's prompt. Raises RunError where a word's tokens would be joined with
+        it."""
         text = self.render(self.cut(texts))
         found = self.ids(text)
         wholes = self.tokenizer(
@@ -290,7 +308,8 @@ class Reader:
         )
 
     def cut(self, texts: Texts) -> Texts:
-        """The texts, the longer one cut at its end while the prompt is too long."""
+        """The texts of a row. While the prompt is too long, the text with more tokens is cut at its
+        end. Raises RunError where nothing is left to cut."""
         parts = list(texts)
         while (over := len(self.ids(self.render(Texts(*parts)))) + self.longest - self.limit) > 0:
             found = [
@@ -307,6 +326,6 @@ class Reader:
             less = min(over, max(counts[place] - counts[1 - place], -(-over // 2)))
             kept = max(counts[place] - less, 0)
             end = found[place]["offset_mapping"][kept - 1][1] if kept else 0
-            # several tokens may be of one letter
+            # several tokens may lie in one letter
             parts[place] = parts[place][: min(end, len(parts[place]) - 1)]
         return Texts(*parts)

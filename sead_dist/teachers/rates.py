@@ -1,9 +1,9 @@
-"""How quick models are on a machine: what a batch takes, measured once and remembered in a file.
+"""The speed of models on a machine: the time of a batch, measured once and kept in a file.
 
-What a batch of a shape takes is taken to be a fixed part and a part for each row, which depends on
-the row's tokens (our own model). What was not measured is scaled by operations. Measured batches
-are of random tokens at a few lengths, models are the run's own. Each figure is the median of a few
-turns after one that is not counted.
+The time of a batch is modelled as a fixed part and a part for each row, which depends on the row's
+tokens (our own model). The rate of a model that was not measured is scaled by its operations. The
+measured batches hold random tokens at a few lengths, and the models are the run's own. Each figure
+is the median of a few turns; a first turn is not counted.
 
 Shapes: R rows of a batch, L tokens, K measured lengths, P batches.
 """
@@ -35,18 +35,21 @@ from sead_dist.teachers.inference import Cut, batches_of
 from sead_dist.teachers.teacher import Teacher, device_model
 from sead_dist.teachers.whole import load_whole
 
-# a training step's operations, in forwards: one forward, and a backward of two
+# the operations of a training step, in forwards: a backward counts as two
 STEP_FORWARDS = 3
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds of a model's batches: batch_s for each batch, and row_s_K for each row of lengths_K
-    padded tokens (lengths_K ascending). once_s: to load a teacher; an optimiser's step of the
-    student. shape_s: for the first batch of each shape. scaled: not measured, but scaled by
-    operations. busy: others had the processors meanwhile. work_bytes: memory at work beyond
-    weights and state, where it was measured."""
+    """Seconds that a model's batches take.
+
+    batch_s: for each batch. row_s_K: for each row of lengths_K padded tokens (ascending). once_s:
+    for loading a teacher, or for a step of the student's optimiser. shape_s: for the first batch of
+    each shape. scaled: True where it was not measured but scaled by operations. busy: other
+    processes used the processors meanwhile. work_bytes: memory in use beyond weights and state;
+    None where it was not measured.
+    """
 
     lengths_K: tuple[int, ...]
     row_s_K: tuple[float, ...]
@@ -58,25 +61,28 @@ class Rate:
     work_bytes: int | None = None
 
     def row_s(self, lengths_P: ArrayLike) -> NDArray[np.float64]:
-        """Seconds for a row of so many tokens: between measured lengths on a straight line, which
-        starts at nothing for no tokens, and beyond the last as its tokens."""
+        """Seconds for a row of so many tokens.
+
+        Between measured lengths they lie on a straight line, from 0 at no tokens. Beyond the last
+        one they grow in proportion to the tokens.
+        """
         asked_P = np.asarray(lengths_P, np.float64)
         inside_P = np.interp(asked_P, (0, *self.lengths_K), (0.0, *self.row_s_K))
         return np.asarray(inside_P * np.maximum(1.0, asked_P / self.lengths_K[-1]))
 
     def seconds(self, lengths_P: ArrayLike, rows_P: ArrayLike) -> float:
-        """Seconds of all these batches, each of rows_P rows padded to lengths_P tokens."""
+        """Seconds for all these batches. lengths_P: padded tokens of each. rows_P: rows of each."""
         batches_s = self.batch_s + np.asarray(rows_P) * self.row_s(lengths_P)
         shapes = set(zip(np.ravel(lengths_P), np.ravel(rows_P), strict=True))
         return float(np.sum(batches_s)) + self.shape_s * len(shapes)
 
 
 def operations(config: PretrainedConfig, length: int, trust_remote_code: bool = False) -> float:
-    """Additions and multiplications of a forward of one row of `length` tokens: two for each weight
-    of a linear layer and token, and attention's four for each pair of tokens, layer and width.
+    """Additions and multiplications of a forward of one row of `length` tokens.
 
-    (Kaplan et al. 2020, section 2.1.) ALBERT's weights, which its layers share, count as often as
-    they run.
+    There are two for each token and weight of a linear layer. Attention has four for each pair of
+    tokens, layer and hidden dimension (Kaplan et al. 2020, section 2.1). ALBERT's layers share
+    weights, which count as often as they run.
     """
     model = outline(config, trust_remote_code)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
@@ -87,7 +93,7 @@ def operations(config: PretrainedConfig, length: int, trust_remote_code: bool = 
 
 
 def scaled_rate(known: Rate, ratio: float) -> Rate:
-    """The rate of a model that does `ratio` as many operations a row."""
+    """The rate of a model with `ratio` times as many operations for each row."""
     return replace(
         known,
         row_s_K=tuple(ratio * row_s for row_s in known.row_s_K),
@@ -98,8 +104,8 @@ def scaled_rate(known: Rate, ratio: float) -> Rate:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where something was measured: hardware, torch, a process's threads, and the processes of one
-    machine that ran at the same time."""
+    """Where a rate was measured: hardware, torch, threads of a process, and the number of processes
+    on the machine at that time."""
 
     device: str
     torch: str
@@ -108,7 +114,7 @@ class Machine:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """What rates of this process hold for."""
+    """The machine of this process."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Machine(device_model(device), torch.__version__, torch.get_num_threads(), ranks)
 
@@ -133,14 +139,14 @@ def _key(kind: str, config: PretrainedConfig, machine: Machine, **more: object) 
 
 
 def teacher_key(teacher: Teacher, machine: Machine) -> str:
-    """What a teacher's rate depends on."""
+    """A text of all that a teacher's rate depends on."""
     shapes = json.loads(teacher.key.numerics)["shapes"]
     about = {"dtype": teacher.dtype, "weights": teacher.entry.quantization, "shapes": shapes}
     return _key("teacher", teacher.config, machine, **about)
 
 
 def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machine: Machine) -> str:
-    """What the rate of the student's step depends on."""
+    """A text of all that the rate of the student's step depends on."""
     return _key(
         "student",
         model.config,
@@ -153,19 +159,19 @@ def student_key(model: PreTrainedModel, config: RunConfig, task_kind: str, machi
 
 
 def default_rates() -> Path:
-    """SEAD_DIST_RATES, else a file in the user's cache."""
+    """The file of rates: SEAD_DIST_RATES, else a file in the user's cache."""
     return cache_place("rates.json", "SEAD_DIST_RATES=FILE")
 
 
 def remembered(path: Path) -> dict[str, Rate]:
-    """The measured rates in a file; none where it is missing or cannot be used: what is only
-    remembered can be measured again."""
+    """The measured rates in a file, by key. There are none where the file is missing or cannot be
+    read, since they can be measured again."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         if read["format"] != FORMAT:
             return {}
         return {key: _rate(fields) for key, fields in read["rates"].items()}
-    except Exception:  # whatever may stand there
+    except Exception:  # a file may hold anything
         return {}
 
 
@@ -175,8 +181,8 @@ def _rate(fields: dict[str, Any]) -> Rate:
 
 
 def remember(path: Path, found: dict[str, Rate]) -> None:
-    """Add measured rates to the file, in the place of older ones. Two writers at once may lose one
-    another's, which are then measured again."""
+    """Add measured rates to the file and replace older ones. Of two writers at once, one may lose
+    its rates, which are then measured again."""
     kept = {**remembered(path), **found}
     rates = {key: asdict(rate) for key, rate in kept.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,13 +191,12 @@ def remember(path: Path, found: dict[str, Rate]) -> None:
         aside.write_text(text + "\n", encoding="utf-8")
 
 
-# teachers are compared at this many tokens: what they cost in proportion hardly depends on it
+# teachers are compared at this many tokens: their relative costs hardly depend on the number
 COST_TOKENS = 64
 
 
 def costs(teachers: Sequence[Teacher], rates_N: Sequence[Rate | None]) -> list[float]:
-    """What a row of each teacher costs: seconds where every teacher's rate is known, else its
-    parameters."""
+    """What a row of each teacher costs: seconds if all rates are known, else its parameters."""
     known = [rate for rate in rates_N if rate is not None]
     if len(known) < len(teachers):
         return [float(teacher.parameters) for teacher in teachers]
@@ -202,20 +207,20 @@ def costs(teachers: Sequence[Teacher], rates_N: Sequence[Rate | None]) -> list[f
 
 
 def known_costs(teachers: Sequence[Teacher], device: torch.device) -> list[float]:
-    """The same, by what is remembered of this machine."""
+    """As `costs`, with the rates in this machine's file."""
     found, machine = remembered(default_rates()), this_machine(device)
     return costs(teachers, [found.get(teacher_key(teacher, machine)) for teacher in teachers])
 
 
-# a batch's time is measured at the ends of these that hold the task's lengths, and between
+# measured are those of these lengths that span the task's lengths
 MEASURED_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 TURNS = 3
-# a batch of so few rows shows what a batch costs whatever its rows
+# a batch of so few rows shows the fixed part of its time
 FEW_ROWS = 4
 
 
 def lengths_to_measure(lengths: np.ndarray, most: int) -> list[int]:
-    """The lengths to measure for rows of these lengths, none over `most`."""
+    """The lengths to measure for rows of these lengths. None is over `most`."""
     low = max(
         (length for length in MEASURED_LENGTHS if length <= lengths.min()),
         default=MEASURED_LENGTHS[0],
@@ -228,23 +233,27 @@ def lengths_to_measure(lengths: np.ndarray, most: int) -> list[int]:
 
 
 class Stopwatch:
-    """Times batches until a moment on the monotonic clock, and passes over those that would not be
-    done by then; the first, which must be a small one, is always timed."""
+    """Times batches until a moment on the monotonic clock.
+
+    It leaves out a batch that would end after that moment. The first one must be small, and is
+    always timed.
+    """
 
     def __init__(self, device: torch.device, until: float) -> None:
         self.device, self.until = device, until
         self.speed: float | None = None
-        # what the first batch of each shape took longer than the others
+        # how much longer the first batch of each shape took than the others
         self.firsts: list[float] = []
 
     def time(self, do: Callable[[], None], work: float) -> float | None:
-        """Median seconds of `do`, which does `work` operations; None where there is no time."""
+        """Median seconds of `do`, which does `work` operations; None where too little time is
+        left."""
         left = self.until - time.monotonic()
         expected = 0.0 if self.speed is None else work / self.speed
         if self.speed is not None and expected * (TURNS + 1) > left:
             return None
         first = self._once(do)
-        # where the expectation was too good, one turn has to do
+        # one turn is enough where it took longer than expected
         turns = TURNS if first * TURNS <= self.until - time.monotonic() else 1
         taken = statistics.median(self._once(do) for _ in range(turns))
         self.firsts.append(first - taken)
@@ -253,8 +262,8 @@ class Stopwatch:
 
     @property
     def shape_s(self) -> float:
-        """Seconds that the first batch of a shape takes longer; the very first of all, which wakes
-        up much else, apart."""
+        """How many seconds longer the first batch of a shape takes. The very first batch of all is
+        left out, since much else starts with it."""
         return max(0.0, statistics.median(self.firsts[1:])) if self.firsts[1:] else 0.0
 
     def _once(self, do: Callable[[], None]) -> float:
@@ -273,8 +282,10 @@ def measure_batches(
     work: Callable[[int], float],
 ) -> tuple[tuple[int, ...], tuple[float, ...], float]:
     """(measured lengths, seconds of a row at each, seconds of a batch apart from its rows).
-    batch(rows, length) gives what to time, work(length) the operations of a row. Where time is
-    short, batches have fewer rows, then the longest lengths are left out."""
+
+    batch(rows, length): gives the function to time. work(length): gives the operations of a row.
+    Where time is short, batches get fewer rows; then the longest lengths are left out.
+    """
     first = lengths_K[0]
     few = min(FEW_ROWS, rows_of(first))
     few_s = watch.time(batch(few, first), few * work(first))
@@ -291,7 +302,7 @@ def measure_batches(
         measured[length] = (rows, taken)
     rows, taken = measured.setdefault(first, (few, few_s))
     batch_s = (few_s * rows - taken * few) / (rows - few) if rows > few else 0.0
-    # a hiccup in one of the two must not make rows free
+    # an outlier in one of the two times must not make rows free
     batch_s = min(max(0.0, batch_s), 0.9 * min(taken for _, taken in measured.values()))
     row_s_K = tuple((taken - batch_s) / rows for rows, taken in measured.values())
     return tuple(measured), row_s_K, batch_s
@@ -300,7 +311,7 @@ def measure_batches(
 def random_inputs(
     model: PreTrainedModel, rows: int, length: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Inputs [R, L] of random words; the last row is one token long, as in a teacher's batch."""
+    """Inputs [R, L] of random tokens. The last row is one token long, as in a teacher's batch."""
     words = int(getattr(model.config, "vocab_size", 100))
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[-1, 1:] = 0
@@ -311,7 +322,7 @@ def random_inputs(
 def random_pack(
     model: PreTrainedModel, rows: int, length: int, device: torch.device, pack_from: int
 ) -> dict[str, Any]:
-    """A pack with so many rows of random words."""
+    """A pack of so many rows of random tokens."""
     words = int(getattr(model.config, "vocab_size", 100))
     ids = np.random.default_rng(0).integers(min(3, words - 1), words, rows * length)
     ends = np.arange(rows + 1, dtype=np.int64) * length
@@ -321,7 +332,7 @@ def random_pack(
 
 
 def full_batch(teacher: Teacher, device: torch.device, length: int) -> int:
-    """The rows of a teacher's batch of texts of this length."""
+    """The most rows in a batch of this teacher, for texts of this length."""
     return int(teacher.cut.full_rows(np.array([length]), device.type)[0])
 
 
@@ -367,7 +378,7 @@ def measure_teacher(
 
 
 def beyond(device: torch.device, held_before: int | None, known: int) -> int | None:
-    """Bytes of the peak since then that are neither those nor `known`; None where not measured."""
+    """Bytes of the memory peak beyond `held_before` and `known`; None where it was not measured."""
     most = peak(device)
     if held_before is None or most is None:
         return None

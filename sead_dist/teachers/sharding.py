@@ -1,10 +1,9 @@
-"""One teacher's parameters split over all ranks: torch's FSDP2, loaded slice by slice.
+"""One teacher's parameters split over all ranks by torch's FSDP2, and loaded slice by slice.
 
-Every rank holds an equal part of each parameter. A forward gathers one layer at a time, whole, and
-lets it go again, so it is the ranks' common work: all do the same number of forwards, each on a
-batch of its own (invariant 8). Gathering moves bits and computes nothing, so the logits are those
-of the unsharded teacher. The weights travel over the exchange group, from the thread that alone
-uses it.
+Every rank holds an equal part of each parameter. A forward gathers the whole of one layer at a time
+and frees it again. So all ranks do the same number of forwards together, each on a batch of its own
+(invariant 8). Gathering copies bits and computes nothing, so the logits are those of the unsharded
+teacher. The weights travel over the exchange group, in the one thread that uses it.
 
 Shapes: R rows of a request, P rows of one batch, C the model's own classes.
 """
@@ -38,20 +37,21 @@ from sead_dist.teachers.packing import use_packs
 from sead_dist.teachers.teacher import Teacher
 
 T = TypeVar("T")
-# numbers that are what they say; others are codes whose scales stand elsewhere
+# dtypes of plain numbers; other dtypes are codes whose scales are stored elsewhere
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 FIX = "give it placement=partitioned or colocated"
 
 
 class TornForwardError(LostRankError, RuntimeError):
-    """A forward of all ranks broke off on this one: nothing more can be agreed with the others.
+    """A common forward failed on this rank, which can no longer agree on anything with the others.
 
-    A RuntimeError too, as every collective that breaks because another rank died.
+    It is also a RuntimeError, like the error of a collective that fails because another rank died.
     """
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a model's outermost lists: what a forward gathers and lets go one by one."""
+    """The layers in a model's outermost module lists. A forward gathers and frees them one by
+    one."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -60,18 +60,20 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def empty_model(teacher: Teacher, trust_remote_code: bool) -> PreTrainedModel:
-    """The teacher with parameters that have shapes and no memory. Its buffers are real: those that
-    are computed (position ids) stand in no file."""
+    """The teacher with parameters that have shapes and no memory.
+
+    Its buffers have memory, since computed ones (position ids) are in no file.
+    """
     with init_empty_weights(include_buffers=False):
         model = new_classifier(copy.deepcopy(teacher.config), trust_remote_code, teacher.dtype)
-    model.tie_weights()  # the context makes every parameter again, tied ones twice
+    model.tie_weights()  # the context makes each parameter again, tied ones twice
     return model.eval().requires_grad_(False)
 
 
 def check_shardable(teacher: Teacher, trust_remote_code: bool) -> None:
-    """Whether a teacher can be split and read in slices, before anything is loaded.
+    """Check, before anything is loaded, that a teacher can be split and read in slices.
 
-    Raises UserError saying what is in the way.
+    Raises UserError with the reason where it cannot.
     """
     model = empty_model(teacher, trust_remote_code)
     tensor_files(teacher, model)
@@ -96,11 +98,10 @@ def check_shardable(teacher: Teacher, trust_remote_code: bool) -> None:
 
 
 def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
-    """For each parameter (by its first name) and each saved buffer the file that holds it, and its
-    name there; tied parameters stand under one of their names.
+    """For each parameter (by its first name) and each saved buffer: its file, and its name there.
 
-    Raises UserError where the checkpoint is not in safetensors, is quantised, lacks a parameter or
-    holds more of the model than that.
+    Tied parameters are in a file under one of their names. Raises UserError where the checkpoint is
+    not in safetensors, is quantised, lacks a parameter or holds other tensors of the model.
     """
     files = weight_files(teacher.checkpoint)
     if files[0].suffix != ".safetensors":
@@ -138,7 +139,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
 def stored_tensors(
     files: Sequence[Path],
 ) -> tuple[dict[str, tuple[Path, tuple[int, ...]]], set[str]]:
-    """(of each tensor its file and shape, names of those that are quantised)."""
+    """(file and shape of each tensor, names of the quantised tensors)."""
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     coded: set[str] = set()
     for path in files:
@@ -152,7 +153,7 @@ def stored_tensors(
 
 
 def by_file(files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, str]]:
-    """Of each tensor its name, the open file that holds it, and its name there; file by file."""
+    """For each tensor: its name, the open file that holds it, and its name there; file by file."""
     for path in dict.fromkeys(path for path, _ in files.values()):
         with safe_open(path, framework="pt") as file:
             for name, (place, stored) in files.items():
@@ -161,11 +162,12 @@ def by_file(files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Any, str]
 
 
 def check_sharded(model: PreTrainedModel, teacher: Teacher, rows: CheckRows) -> None:
-    """Try a split teacher on these rows, the same on every rank: all ranks call this, and do the
-    same forwards. One that takes packs knows no padded batch; packing.packs_from has compared the
-    two for its kind.
+    """Try a split teacher on these rows. All ranks call this with the same rows, and do the same
+    forwards.
 
-    Raises UserError, on all ranks; TornForwardError where a forward broke off on this one.
+    A teacher that takes packs cannot take padded batches and is not tried here:
+    `packing.packs_from` has compared the two for its kind. Raises UserError on all ranks, and
+    TornForwardError where a forward failed on this one.
     """
     if teacher.cut.pack_from is not None:
         return
@@ -178,17 +180,17 @@ def check_sharded(model: PreTrainedModel, teacher: Teacher, rows: CheckRows) -> 
 
 
 def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> PreTrainedModel:
-    """The teacher in eval mode, its parameters split over the ranks: this rank reads and holds its
-    own slices. Offloaded, they lie in the CPU's memory and come to the GPU layer by layer.
+    """The teacher in eval mode, with its parameters split over the ranks.
 
-    Raises UserError.
+    This rank reads and holds only its own slices. With offload they stay in the CPU's memory, and
+    come to the GPU layer by layer. Raises UserError where the files cannot be used.
     """
     model = empty_model(teacher, trust_remote_code)
     files = tensor_files(teacher, model)
     mesh = DeviceMesh.from_group(_group(world), world.device.type)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     policy = offload if teacher.entry.offload else OffloadPolicy()
-    # the rest of the model, embeddings and head, is a unit too and is let go after the forward
+    # embeddings and head are one more unit, which is freed after the forward too
     for unit in [*dict.fromkeys(layers_of(model)), model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     if teacher.cut.pack_from is not None:
@@ -205,7 +207,7 @@ def build_sharded(teacher: Teacher, world: World, trust_remote_code: bool) -> Pr
 
 
 def _group(world: World) -> dist.ProcessGroup:
-    """The exchange group. A world of one has none, and FSDP asks for one all the same."""
+    """The exchange group. A single rank has none, and gets a group for FSDP, which needs one."""
     if world.exchange is not None:
         return world.exchange
     if not dist.is_initialized():
@@ -220,8 +222,8 @@ def _group(world: World) -> dist.ProcessGroup:
 def _read_slices(
     model: PreTrainedModel, files: dict[str, tuple[Path, str]], mesh: DeviceMesh
 ) -> None:
-    """Fill this rank's part of every parameter (rows are cut as torch.chunk cuts them) and the
-    saved buffers, one tensor at a time."""
+    """Read this rank's part of every parameter and the saved buffers, one tensor at a time. Rows
+    are cut as torch.chunk cuts them."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, file, stored in by_file(files):
         tensor = tensors[name]
@@ -234,7 +236,7 @@ def _read_slices(
             local.copy_(file.get_slice(stored)[start : start + len(local)])
 
 
-# inference_mode makes tensors without the version counters that FSDP reads in a world of one
+# no_grad: with one rank FSDP reads version counters, which tensors of inference_mode lack
 @torch.no_grad()
 def predict_together(
     model: PreTrainedModel,
@@ -244,14 +246,15 @@ def predict_together(
     cut: Cut,
     done: Callable[[np.ndarray, np.ndarray], None],
 ) -> None:
-    """As `forward.predict`, for a teacher that is split over the ranks: all ranks call this, each
-    with its own rows, perhaps none.
+    """As `inference.predict`, for a teacher that is split over the ranks. All ranks call this, each
+    with its own rows, which may be none.
 
-    Before each forward the ranks agree whether there is one: they go on while any has a batch left
-    and none has failed. A rank without a batch runs a filler. So a failure on one rank ends the
-    pass on all, after the same forward; this one raises it, the others return early.
+    Before each forward the ranks agree whether there is one. They go on while any rank has a batch
+    left and none has failed. A rank without a batch runs a filler. So a failure on one rank ends
+    the pass on all ranks after the same forward. That rank raises it, and the others return early.
 
-    Raises NotFiniteError and what `done` raises; TornForwardError where the forward itself broke.
+    Raises NotFiniteError and the errors of `done`; TornForwardError where the forward itself
+    failed.
     """
     try:
         batches = batches_of(tokens, rows_R, world.device, cut, model.config)
@@ -272,14 +275,14 @@ def predict_together(
         if part_P is not None:
             try:
                 done(part_P, own_logits(logits, part_P, tokens.choices))
-            except Exception as error:  # told after the next agreement
+            except Exception as error:  # raised after the ranks' next agreement
                 failure = error
     if failure is not None:
         raise failure
 
 
 def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) -> dict[str, Any]:
-    """The first example: any input will do."""
+    """Inputs for a rank without a batch: the first example, as any input will do."""
     first = np.zeros(1, np.int64)
     if cut.pack_from is not None:
         return next(batches_of(tokens, first, world.device, cut, model.config))[1]
@@ -288,7 +291,7 @@ def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) 
 
 
 def _any_rank(world: World, *mine: bool) -> list[bool]:
-    """For each question whether any rank says yes; the same on all."""
+    """For each question whether any rank answers yes. The answers are the same on all ranks."""
     if world.size == 1:
         return list(mine)
     said = torch.tensor(mine, dtype=torch.int32, device=world.device)
@@ -297,9 +300,12 @@ def _any_rank(world: World, *mine: bool) -> list[bool]:
 
 
 def agreed(world: World, what: str, do: Callable[[], T]) -> T:
-    """`do()` on this rank, in the teachers' pass at `what`; what fails on any rank is raised on all
-    of them as RunError or UserError. Only a forward of all ranks that broke off is raised here
-    alone: the others are still in it, and end when this process does."""
+    """The result of `do()` on this rank. Its failure on any rank is raised on all ranks.
+
+    what: the place in the teachers' pass, for messages. Raises RunError, UserError or
+    StopRequestedError, the lowest rank's first. Only TornForwardError is raised on one rank alone:
+    the others are still in the forward, and end when this process ends.
+    """
     failure: Exception | None = None
     rank = world.rank
     try:
@@ -312,7 +318,7 @@ def agreed(world: World, what: str, do: Callable[[], T]) -> T:
         failure = error
     except OSError as error:
         failure = RunError(f"rank {rank}: teachers' pass: {error}")
-    except Exception as error:  # the other ranks are told, whatever it was
+    except Exception as error:  # any other error is told to the other ranks as well
         failure = RunError(
             f"rank {rank} failed in the teachers' pass at {what}: {type(error).__name__}: {error}"
         )

@@ -1,8 +1,8 @@
-"""The teacher source: looks predictions up, computes what is missing, keeps it, exchanges it.
+"""The teacher source looks predictions up, computes and keeps missing ones, and exchanges them.
 
-One thread serves requests in the order they were submitted and alone uses the exchange process
-group, so collectives are issued in one order on every rank (invariant 8). Within a request sharded
-teachers come first: their forwards are all ranks' common work, the others' each rank's own.
+One thread serves requests in the order in which they were submitted. It alone uses the exchange
+process group, so collectives are issued in one order on every rank (invariant 8). Within a request
+sharded teachers come first: all ranks compute them together, and the others each by itself.
 
 Shapes: N teachers, R requested examples, U unique examples of a split, C classes (task order), M
 examples of one rank.
@@ -38,18 +38,18 @@ from sead_dist.teachers.sharding import agreed, build_sharded, check_sharded, pr
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.whole import load_whole
 
-# predictions of a teacher that are kept together; a killed run loses fewer, and two batches' rows
+# predictions of a teacher in one block; a killed run loses at most these and two batches
 ROWS_PER_BLOCK = 4096
-# and of a slow one what it has said for so many seconds: what a killed run would have to ask again
+# a slow teacher's predictions are kept after so many seconds, so that a killed run loses no more
 KEEP_S = 20.0
 
 
 class StoredSource:
     """Answers requests from the store and, where rows are missing, from the teachers.
 
-    Models are loaded when a row is first missing. `progress_or_stop` is told after every batch how
-    far it is, and may raise StopRequestedError. `pool_client` waits for teachers whose placement is
-    `pool`.
+    A model is loaded when one of its rows is first missing. progress_or_stop: gets the progress
+    after every batch, and may raise StopRequestedError. pool_client: waits for teachers whose
+    placement is `pool`.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[tuple[str, int], int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
-        # of files of predictions: where the answers to a split's examples are, place_U
+        # for files of predictions: where the answers to a split's examples are, place_U
         self.places: dict[tuple[int, int], np.ndarray] = {}
-        # seconds of this start in which requests were served: loading, forwards, waiting for others
+        # seconds since this start for serving requests: loading, forwards, waiting for others
         self.spent_s = 0.0
         threads = torch.get_num_threads()
         self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))
@@ -102,7 +102,7 @@ class StoredSource:
         if name not in self.touched:
             self.touched[name] = np.zeros((len(self.teachers), len(split.ids_U2)), bool)
         self.touched[name][:, entries_R] |= True if asked_NR is None else asked_NR
-        # what a file says is neither computed nor kept
+        # answers of a file are neither computed nor kept
         self.touched[name][[teacher.file is not None for teacher in self.teachers]] = False
 
     def counts(self) -> tuple[int, int]:
@@ -115,14 +115,15 @@ class StoredSource:
         return computed, needed - computed
 
     def numerics_read(self) -> list[str]:
-        """The numerics classes whose predictions this run used. Every rank calls this."""
+        """The numerics classes from which any rank read kept predictions. Every rank calls this."""
         mine = {numerics for table in self.tables.values() for numerics in table.classes_read}
         return sorted(set().union(*gather_objects(self.world, mine)))
 
     # serving a request, in the source's own thread
 
     def _serve_aside(self, request: Request) -> TeacherLogits:
-        """On a GPU loading, forwards and exchange are of one stream, beside the student's."""
+        """Serve a request. On a GPU loading, forwards and exchange use one stream beside the
+        student's."""
         began = time.perf_counter()
         with torch.cuda.stream(self.stream):
             answer = self._serve(request)
@@ -139,7 +140,7 @@ class StoredSource:
 
         def answers() -> list[np.ndarray]:
             found: dict[int, np.ndarray] = {}
-            # what this rank can do itself comes before it waits for others
+            # this rank's own work comes before waiting for others
             for n in sorted(range(len(own_NR)), key=self.placement.awaits):
                 if self.placement.awaits(n):
                     self._follow(request, own_NR)
@@ -152,8 +153,8 @@ class StoredSource:
         return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
 
     def _answered(self, request: Request) -> np.ndarray:
-        """answered_NR: which teachers are asked for which examples and have an answer; the same on
-        every rank."""
+        """The answered_NR: which teachers are asked for which examples and have an answer. It is
+        the same on every rank."""
         shape = (len(self.teachers), len(request.entries_R))
         answered_NR = np.ones(shape, bool) if request.asked_NR is None else request.asked_NR.copy()
         for n, teacher in enumerate(self.teachers):
@@ -162,7 +163,8 @@ class StoredSource:
         return answered_NR
 
     def _places(self, n: int, split: Split) -> np.ndarray:
-        """place_U: where a file's answers to the examples of a split are; -1: there is none."""
+        """The place_U: where a file's answers to the examples of a split are (-1: there is
+        none)."""
         key, file = (n, id(split)), self.teachers[n].file
         assert file is not None
         if key not in self.places:
@@ -170,9 +172,9 @@ class StoredSource:
         return self.places[key]
 
     def _compute_together(self, n: int, request: Request, positions_M: np.ndarray) -> None:
-        """Compute the rows of a split teacher that any rank misses: all ranks forward together,
-        each its own rows. Whether there is anything to do is agreed (invariant 8), and all that
-        one rank may stumble over is behind them when the forwards begin."""
+        """Compute the rows of a split teacher that any rank lacks. All ranks forward together, each
+        its own rows. They agree whether there is work (invariant 8). All that may fail on one rank
+        alone comes before the forwards."""
         entries_M = request.entries_R[positions_M]
         missing_K = agreed(self.world, request.what, lambda: self._missing(n, request, entries_M))
         if any(gather_objects(self.world, len(missing_K) > 0, self.world.exchange)):
@@ -183,8 +185,8 @@ class StoredSource:
             agreed(self.world, request.what, lambda: self._compute(n, request, missing_K))
 
     def _make_ready(self, n: int, split: Split) -> CheckRows | None:
-        """What each rank does for itself, before the first forward of all; rows to try a teacher on
-        that is loaded here."""
+        """Do this rank's own work before the common forwards. Returns rows to try a teacher on, if
+        it is loaded here."""
         rows = None if n in self.models else self._check_rows(n, split)
         self._load(n, split)
         self._tokens(n, split)
@@ -224,7 +226,8 @@ class StoredSource:
         return entries_M[~table.lookup(entries_M)[1]]
 
     def _load(self, n: int, split: Split) -> PreTrainedModel:
-        """Teacher n, at its first time made ready for rows of this split."""
+        """The model of teacher n. The first call loads it and makes it ready for rows of this
+        split."""
         if n not in self.models:
             teacher = self.teachers[n]
             if self.placement.together_N[n]:
@@ -247,7 +250,7 @@ class StoredSource:
             return np.zeros((0, len(order_C)), np.float32)
         if teacher.file is not None:
             return np.asarray(teacher.file.values_KC[self._places(n, request.split)[entries_M]])
-        # one of the pool was waited for, and is never computed here
+        # a teacher of the pool is never computed here; its rows were waited for
         if self.placement.is_alone(n):
             missing_K = self._missing(n, request, entries_M)
             if len(missing_K):
@@ -262,7 +265,7 @@ class StoredSource:
         return np.ascontiguousarray(logits_MC[:, order_C], dtype=np.float32)
 
     def _compute(self, n: int, request: Request, entries_M: np.ndarray) -> None:
-        """Forward these examples and keep them, block by block."""
+        """Compute these examples and keep their predictions, block by block."""
         teacher, table, split = self.teachers[n], self.table(n, request.split), request.split
         rows_M = split.row_U[entries_M]
         held: list[tuple[np.ndarray, np.ndarray]] = []
@@ -310,7 +313,7 @@ class StoredSource:
         keep(1)
 
     def table(self, n: int, split: Split) -> Table:
-        """What is stored of a teacher on a split."""
+        """The kept predictions of a teacher on a split."""
         key = (n, id(split))
         if key not in self.tables:
             self.tables[key] = self.store.table(
@@ -324,7 +327,7 @@ class StoredSource:
         return self.tables[key]
 
     def _tokens(self, n: int, split: Split) -> TokenTable:
-        """Teachers with one tokeniser and maximum length share the tokens of a split."""
+        """The tokens of a split. Teachers with one tokeniser and maximum length share them."""
         teacher = self.teachers[n]
         key = (teacher.inputs.key, id(split))
         if key not in self.tokens:
@@ -337,27 +340,27 @@ class StoredSource:
         return self.tokens[key]
 
     def share_tokens(self, split: Split, inputs: ModelInputs) -> None:
-        """Offer the student's tokens of a split to teachers of the same tokeniser and length."""
+        """Use the student's tokens of a split for teachers of the same tokeniser and length."""
         self.tokens[inputs.key, id(split)] = split.tokens
 
 
 def start_thread(threads: int, world: World) -> None:
-    """A new thread has the process's defaults: its number of threads, and the first GPU."""
+    """Give a new thread this process's number of threads and GPU instead of the defaults."""
     torch.set_num_threads(threads)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
 
 
 class Journal:
-    """What was computed, block by block: this rank's file in RUN/teacher_rows/, beside those of the
-    other ranks."""
+    """A log of the computed blocks: this rank's file in RUN/teacher_rows/, beside those of other
+    ranks."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.world = folder, world
         self.path = folder / f"rank-{world.rank}.jsonl"
 
     def note(self, teacher: str, split: str, rows: int) -> None:
-        """So many rows of a teacher are in the store now."""
+        """Log that so many rows of a teacher were put into the store."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"teacher": teacher, "split": split, "rows": rows, "time": round(time.time(), 3)}
         append_line(self.path, json.dumps(record))
@@ -379,7 +382,7 @@ def _rows(path: Path) -> int:
 
 
 def _rows_of(line: str) -> int:
-    """Rows of a journal line; a line torn by a kill counts nothing."""
+    """Rows of a line in the log. A line that a kill cut off counts as 0."""
     try:
         return int(json.loads(line)["rows"])
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """The run's teachers: where each lies, what it is, and how its classes map to the task's.
 
-Everything here is known before a teacher's weights are loaded as a model, so that a person's
-mistake is found before any long work.
+All this is known before a teacher's weights are loaded as a model. So a user's mistake is found
+before any long work.
 
 Shapes: N teachers, U unique examples of a split.
 """
@@ -38,17 +38,22 @@ from sead_dist.teachers.kinds import Answers, FileAnswers
 from sead_dist.teachers.packing import NAME as PACKS
 from sead_dist.teachers.packing import packs_from
 
-# Beside a teacher's weights, where its fine-tuning left a fold of rows out: those that it was
-# trained on, by their identities. Soft targets on them are near their gold labels, so of such a row
-# only the teachers are asked that were not trained on it, where there is one.
+# This file lies beside a teacher's weights if its fine-tuning left a fold of rows out. It holds the
+# ids of the rows that the teacher was trained on. Soft targets on those rows are near their gold
+# labels. So the soft targets of such a row come only from teachers that were not trained on it, if
+# there are any.
 TRAINED_ROWS = "trained_rows.safetensors"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """order_C: own logits column of each task class. parameters: weights without word embeddings,
-    what a forward costs. cut: how its rows become batches. answers: of a registered kind or a file
-    of predictions, which is not a model: checkpoint, config and inputs mean nothing then."""
+    """A teacher of the run.
+
+    order_C: its own logits column of each task class. parameters: its weights without word
+    embeddings, which decide what a forward costs. bytes: memory of all weights. cut: how its rows
+    become batches. answers: for a kind that is not a classifier; config is empty then, and inputs
+    hold the student's tokeniser.
+    """
 
     entry: TeacherConfig
     name: str
@@ -66,18 +71,19 @@ class Teacher:
 
     @property
     def file(self) -> FileAnswers | None:
-        """What it answers, where it is a file of predictions."""
+        """The answers of a file of predictions; None for other teachers."""
         return self.answers if isinstance(self.answers, FileAnswers) else None
 
     @property
     def trained_rows(self) -> Path | None:
-        """The file that says which rows it was trained on, where there is one."""
+        """The file with the rows that it was trained on; None where there is none or it is no
+        classifier."""
         path = self.checkpoint.folder / TRAINED_ROWS
         return path if self.answers is None and path.is_file() else None
 
     def manifest(self) -> dict[str, Any]:
-        """What a checkpoint remembers of this teacher; `fingerprint`, `labels` and `weight` are
-        its identity."""
+        """The facts of this teacher that a run's record keeps. `training.identity.teacher_identity`
+        picks those that a resume compares."""
         return {
             "name": self.name,
             "path": self.entry.path,
@@ -105,15 +111,15 @@ class Teacher:
 
 
 def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
-    """(parameters without embeddings of words, those of embeddings of words), from the files'
-    headers.
+    """(parameters without word embeddings, parameters of word embeddings), from the files' headers.
 
-    Raises UserError where a weight of `head` is not in them.
+    A file that is not safetensors has no such header. There the first is a quarter of its bytes,
+    the second 0, and `head` is not checked. Raises UserError where a weight of `head` is missing.
     """
     counted = words = 0
     missing = set(head)
     for path in weight_files(checkpoint):
-        if path.suffix != ".safetensors":  # an old file says what it holds only when it is loaded
+        if path.suffix != ".safetensors":  # an old file must be loaded to see what it holds
             return path.stat().st_size // 4, 0
         said = f"{checkpoint.name}: {path.name}: its weights"
         with reading(path, COPY, said), safe_open(path, framework="numpy") as file:
@@ -130,14 +136,15 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
 
 
 def weight_bytes(parameters: int, words: int, dtype: str, weights: str | None) -> int:
-    """Memory of a teacher's weights. In int8 all but the embeddings of words are counted at one
-    byte: nearly all of them are in linear layers."""
+    """Memory of a teacher's weights. In int8 all weights but word embeddings count as one byte,
+    since nearly all of them are in linear layers."""
     each = DTYPES[dtype].itemsize
     return parameters * (1 if weights == "int8" else each) + words * each
 
 
 def device_model(device: torch.device) -> str:
-    """What decides which kernels run: the GPU's name, or the processor and its vector units."""
+    """The hardware that decides which kernels run: the GPU's name, or the processor and its vector
+    units."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -158,10 +165,10 @@ def numerics_class(
     cut: Cut,
     shapes: str | None = None,
 ) -> str:
-    """Canonical JSON of what else than the teacher decides a prediction's bits (invariant 3).
-    shapes: how its batches are laid out, where that is not as for classifiers.
+    """Canonical JSON of all but the teacher that decides a prediction's bits (invariant 3).
 
-    Placement is not in it: a sharded teacher's weights are gathered before they are used.
+    shapes: the layout of batches, where it differs from that of classifiers. Placement is left out:
+    a sharded teacher's weights are gathered before use, so its bits are the same.
     """
     facts: dict[str, Any] = {
         "device": device_model(device),
@@ -174,13 +181,13 @@ def numerics_class(
     if weights is not None:
         facts["weights"] = f"int8 torchao {importlib.metadata.version('torchao')}"
     if cut.free_rows is None and device.type == "cpu":
-        # the self-check found that bits depend on how work is split: over threads as well
+        # the self-check found that bits depend on the split of work, which threads decide too
         facts["threads"] = torch.get_num_threads()
     return json.dumps(facts, sort_keys=True)
 
 
 def tokenizers_of(teachers: Sequence[Teacher]) -> dict[str, PreTrainedTokenizerBase]:
-    """Each tokeniser once, under the name of the first teacher that has it."""
+    """Each tokeniser once, by the name of the first teacher that has it."""
     models = [teacher for teacher in teachers if teacher.answers is None]
     first = {teacher.inputs.tokenizer_hash: teacher for teacher in reversed(models)}
     return {f"teacher {teacher.name}": teacher.inputs.tokenizer for teacher in first.values()}
@@ -193,7 +200,7 @@ def cut_of(
     weights: str | None,
     padding: Padding = "right",
 ) -> Cut:
-    """How rows of a model of this shape are cut, by the self-checks."""
+    """How rows of a model of this shape are cut into batches. The self-checks decide it."""
     packs = packs_from(probe_config(config), dtype, device) if weights is None else None
     # the check of row counts compares batches padded on the right
     free_rows = free_rows_from(config, dtype, device, weights) if padding == "right" else None
@@ -201,8 +208,8 @@ def cut_of(
 
 
 def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding: Padding) -> str:
-    """All that `cut_of` depends on, in one process: not the depth, the words and the classes' names
-    of a model."""
+    """A text of all that `cut_of` depends on within one process. The depth, the vocabulary and the
+    names of the classes are not in it."""
     probe = probe_config(config)
     facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
     shape = [probe.num_labels, probe._attn_implementation, position_limit(config)]
@@ -210,7 +217,7 @@ def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding
 
 
 def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
-    """The same teacher, computing in fp32 with its weights as they are in its files."""
+    """The same teacher in fp32, without quantisation."""
     cut = cut_of(teacher.config, "fp32", device, None, teacher.cut.padding)
     attention = json.loads(teacher.key.numerics)["attention"]
     numerics = numerics_class(device, "fp32", None, attention, cut)
@@ -224,14 +231,17 @@ def in_fp32(teacher: Teacher, device: torch.device) -> Teacher:
 
 
 def write_trained_rows(model: Path, train: Split) -> None:
-    """Put the identities of the rows that a model was trained on into its folder."""
+    """Write the ids of the rows that a model was trained on into its folder."""
     save_file({"ids_U2": train.ids_U2}, model / TRAINED_ROWS)
 
 
 def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
-    """bool [U]: which examples a teacher was trained on; None where its folder does not say. Raises
-    UserError for a file that is damaged."""
-    if teacher.file is not None:  # it has nothing to say of the rows that it lacks
+    """bool [U]: which examples a teacher was trained on; None where its folder does not say.
+
+    For a file of predictions: which examples it does not answer. Raises UserError for a damaged
+    file of trained rows.
+    """
+    if teacher.file is not None:  # it cannot be asked for the rows that it lacks
         return np.asarray(teacher.file.places(ids_U2) < 0)
     path = teacher.trained_rows
     if path is None:
@@ -246,8 +256,11 @@ def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
 
 
 def seen_by(teachers: Sequence[Teacher], ids_U2: np.ndarray) -> np.ndarray | None:
-    """seen_NU: which teacher was trained on which of these examples; None where no teacher's folder
-    says so. One whose folder says nothing counts as not trained on any."""
+    """The seen_NU: which teacher was trained on which of these examples, as in `trained_on`.
+
+    None where no teacher's folder has a file of trained rows. A teacher without one counts as not
+    trained on any.
+    """
     if all(teacher.trained_rows is None for teacher in teachers):
         return None
     seen = [trained_on(teacher, ids_U2) for teacher in teachers]
@@ -256,9 +269,12 @@ def seen_by(teachers: Sequence[Teacher], ids_U2: np.ndarray) -> np.ndarray | Non
 
 
 def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
-    """fit_NU: which teachers' predictions of which examples of a split tell nothing of the gold
-    label that they were taught. A model's folder must say so. A file of predictions and a language
-    model with a prompt were not trained on any."""
+    """The fit_NU: which teachers' predictions of which examples do not come from a model that was
+    trained on the example's gold label.
+
+    A classifier counts only where its folder says so. A file of predictions counts for the rows
+    that it answers, and a language model with a prompt for all.
+    """
     seen = [trained_on(teacher, split.ids_U2) for teacher in teachers]
     return np.stack([
         np.full(len(split.ids_U2), teacher.entry.prompt is not None) if one is None else ~one
@@ -269,8 +285,8 @@ def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
 def told_folds(
     teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
 ) -> str:
-    """A line on the teachers that left out rows. labelled: how many rows, the first ones, have a
-    label."""
+    """A line on teachers that were not trained on all rows. labelled: the number of rows with a
+    label, which come first."""
     seen_NB = seen_NU[:, train.entry_B[:labelled]]
     counts = zip(teachers, seen_NB.sum(1).tolist(), strict=True)
     own = ", ".join(f"{one.name} {count}" for one, count in counts if one.trained_rows and count)

@@ -1,6 +1,6 @@
-"""The validation: no teacher teaches before it has shown, on the selection split, that it knows
-more than the majority baseline (invariant 5). And how far one in fewer bits (bf16, fp16, 8-bit
-weights) says something else than in fp32.
+"""The validation of teachers. With teacher_validation on, a teacher is used only after it scored
+better than the majority baseline on the selection split (invariant 5). The drift report compares a
+teacher in fewer bits (bf16, fp16, 8-bit weights) with itself in fp32.
 
 Shapes: N teachers, U unique examples of a split, R examples compared, B rows, C classes.
 """
@@ -22,28 +22,34 @@ from sead_dist.teachers.teacher import Teacher, in_fp32
 
 @dataclass(frozen=True)
 class Drift:
-    """Over `rows` examples: the largest difference of a logit, and how many predicted classes
-    differ (None for scores)."""
+    """A comparison with fp32 over `rows` examples.
+
+    largest: the largest difference of a logit. changed: how many predicted classes differ (None for
+    scores).
+    """
 
     rows: int
     largest: float
     changed: int | None
 
 
-# orders of classes tried: 4! = 24
+# up to so many classes other orders are tried: 4! = 24
 MOST_CLASSES_REORDERED = 4
-# of a file of predictions that answers fewer rows too little is known to validate it
+# a file of predictions that answers fewer selection rows cannot be validated
 FEWEST_ROWS = 50
-# here the majority baseline is the state of the art, so a failure is only told
+# on these tasks the majority baseline is the state of the art, so a failure is only reported
 LENIENT_TASKS = ("wnli",)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """better_order: the labels in the order under which the teacher would score better, if any.
-    off_scale: the range of its scores, where they miss the gold ones by more than their mean does.
-    drift: against itself in fp32, where that was asked for and it is not in fp32. rows: those that
-    it answers and was scored on; score: None where they are too few, so that it was not validated.
+    """The result for one teacher.
+
+    score: None where it answers too few rows to be validated. better_order: the labels in the order
+    that would give it a better score, if there is one. off_scale: the range of its scores, if the
+    mean of the gold scores would predict these better than it does. drift: its comparison with
+    fp32, if it was asked for and the teacher is not in fp32. rows: the number of rows that it
+    answers.
     """
 
     name: str
@@ -66,8 +72,11 @@ def ask_all(
     what: str,
     asked_NU: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Every teacher's task-order logits_NBC for every row of a split, NaN where a teacher has no
-    answer, or is not asked (asked_NU; None: all are asked of all). All ranks call this."""
+    """The task-order logits_NBC of every teacher for every row of a split. All ranks call this.
+
+    They are NaN where a teacher has no answer or is not asked. asked_NU: which teachers are asked
+    for which examples (None: all for all).
+    """
     wanted = np.arange(len(split.ids_U2))
     pieces = []
     for start in range(0, len(wanted), prefetch_rows):
@@ -81,7 +90,7 @@ def ask_all(
 
 
 def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, prefetch_rows: int) -> int:
-    """The teacher that scores best on a split, the first of equals. All ranks call this."""
+    """The teacher with the best score on a split; of equals the first. All ranks call this."""
     logits_NBC = ask_all(source, split, prefetch_rows, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
@@ -91,12 +100,12 @@ def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, prefetch_r
 def better_order(
     task: TaskSpec, logits_BC: np.ndarray, examples: ExampleSet, score: float
 ) -> list[str] | None:
-    """The order of labels, in the model's own columns as aligned now, that would score best, when
-    that is better than the present one."""
+    """The order of labels that would score best, if it is better than the present one and than the
+    majority baseline; else None. It is in the model's own columns, as they are aligned now."""
     classes = logits_BC.shape[1]
     if not task.task_kind.head_of_labels or classes > MOST_CLASSES_REORDERED:
         return None
-    # an order that only reaches the majority baseline says nothing of the names
+    # an order that only reaches the majority baseline does not show that names are wrong
     best, found = max(score, constant_score(task, examples)), None
     for order in permutations(range(classes)):
         tried = compute_metrics(task, logits_BC[:, list(order)], examples)[task.metrics[0]]
@@ -108,8 +117,9 @@ def better_order(
 def off_scale(
     task: TaskSpec, logits_BC: np.ndarray, examples: ExampleSet
 ) -> tuple[float, float] | None:
-    """The range of a regression teacher's scores, where one constant score would be nearer to the
-    gold ones: correlations do not see another scale, the student's squared error does."""
+    """The range of a regression teacher's scores, if one constant score would be nearer to the gold
+    ones; else None. Correlations do not depend on the scale, but the student's squared error
+    does."""
     if task.task_kind.has_classes:
         return None
     scores_B, labels_B = logits_BC[:, 0].astype(float), examples.labels_B
@@ -118,7 +128,7 @@ def off_scale(
 
 
 def is_scored(teacher: Teacher, rows: int) -> bool:
-    """Whether a teacher that answers so many selection rows is scored on them."""
+    """Whether a teacher that answers so many selection rows is validated on them."""
     return teacher.file is None or rows >= FEWEST_ROWS
 
 
@@ -129,8 +139,10 @@ def validate(
     split: Split,
     dev_texts_in_training: int,
 ) -> list[Validation]:
-    """Each teacher's score on the selection split beside the majority baseline's, on the rows
-    that it answers (logits_NBC: NaN where it does not)."""
+    """Each teacher's score on the selection split, beside that of the majority baseline.
+
+    Only the rows that it answers count (logits_NBC: NaN where it does not).
+    """
     metric = task.metrics[0]
     results = []
     truncated: dict[tuple[str, int], int] = {}
@@ -174,14 +186,13 @@ def ask_and_validate(
     prefetch_rows: int,
     dev_texts_in_training: int,
 ) -> tuple[list[Validation], np.ndarray]:
-    """The teachers' validations, and their logits_NBC of the selection split. All ranks call
-    this."""
+    """(the teachers' validations, their logits_NBC of the selection split). All ranks call this."""
     logits_NBC = ask_all(source, split, prefetch_rows, "the validation")
     return validate(task, source.teachers, logits_NBC, split, dev_texts_in_training), logits_NBC
 
 
 def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:
-    """Logits and rows of the examples that a teacher answers (NaN: it does not)."""
+    """Logits and rows of the examples that a teacher answers (NaN: it does not answer)."""
     present_B = ~np.isnan(logits_BC).any(axis=1)
     if present_B.all():
         return logits_BC, examples
@@ -189,7 +200,7 @@ def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, E
 
 
 def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
-    """The line of one teacher's validation. rows: of the selection split."""
+    """The line on one teacher's validation. rows: the number of rows of the selection split."""
     if validation.score is None:
         return (
             f"{validation.name} is not validated: it answers {validation.rows} of {rows} selection "
@@ -212,7 +223,7 @@ def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
 
 
 def _suggestion(validation: Validation, teacher: Teacher) -> str:
-    """The entry to write: labels in the model's own column order."""
+    """The entry to write, with the labels in the model's own column order."""
     own = [""] * len(teacher.order_C)
     for task_class, column in enumerate(teacher.order_C):
         own[column] = (validation.better_order or [])[task_class]
@@ -226,7 +237,7 @@ def _suggestion(validation: Validation, teacher: Teacher) -> str:
 def require_passed(
     task: TaskSpec, validations: Sequence[Validation], teachers: Sequence[Teacher]
 ) -> None:
-    """Stop the run for a teacher that failed. Raises UserError naming it and the fix."""
+    """Raises UserError for a teacher that failed, with its name and the fix."""
     for validation, teacher in zip(validations, teachers, strict=True):
         if validation.passed or validation.score is None or task.name in LENIENT_TASKS:
             continue
@@ -251,7 +262,7 @@ def require_passed(
         )
 
 
-# of a large selection split so many rows, evenly spread, are compared
+# so many evenly spread rows of a large selection split are compared
 MOST_ROWS = 2000
 
 
@@ -264,9 +275,12 @@ def compare(logits_RC: np.ndarray, fp32_RC: np.ndarray) -> Drift:
 
 
 def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
-    """Each teacher against itself in fp32, placed alike; None for those that are in fp32. What is
-    computed for it is kept in the store, and not counted among the run's forwards. Every rank calls
-    this, while the source is idle."""
+    """Each teacher compared with itself in fp32, in the same placement. None for a teacher in fp32,
+    and for one that is not a classifier.
+
+    The predictions that this needs are kept in the store, and do not count among the run's
+    forwards. Every rank calls this while the source is idle.
+    """
     reduced = [
         n
         for n, teacher in enumerate(source.teachers)
@@ -298,7 +312,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
 
 
 def describe_drift(drift: Drift) -> str:
-    """The line of a comparison with fp32."""
+    """The line on a comparison with fp32."""
     line = f"against fp32 on {drift.rows} rows: logits differ by at most {drift.largest:.4g}"
     if drift.changed is not None:
         share = drift.changed / max(drift.rows, 1)

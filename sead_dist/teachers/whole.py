@@ -1,7 +1,7 @@
-"""A teacher whole on one device, ready to be asked.
+"""A whole teacher on one device, ready for use.
 
-Making the modules of a small teacher takes `from_pretrained` longer than reading its weights, so
-teachers of one shape are copies of one empty model, filled from their files.
+For a small teacher `from_pretrained` spends more time on making the modules than on reading the
+weights. So teachers of one shape are copies of one empty model, filled from their files.
 """
 
 import copy
@@ -30,23 +30,24 @@ def load_whole(
     empty: MutableMapping[str, PreTrainedModel],
     rows: CheckRows | None = None,
 ) -> PreTrainedModel:
-    """The teacher in eval mode, without gradients, in its dtype on its device, with weights in 8
-    bits or packed batches where these are asked for. empty: models without memory, by shape; one
-    that is not there yet is added. rows: of the run, to try it on; None: fixed texts.
+    """The teacher in eval mode, without gradients, in its dtype on its device, with 8-bit weights
+    or packs where its entry or its cut says so.
 
-    Raises UserError where its weights cannot be read, or its answers depend on the batch.
+    empty: models without memory, by shape; a missing one is added. rows: rows of the run to try the
+    model on (None: fixed texts). Raises UserError where its weights cannot be read, or its answers
+    depend on the batch.
     """
     model = None if trust_remote_code else _filled(teacher, device, empty)
-    if model is None:  # Transformers knows older files and other names
+    if model is None:  # Transformers reads older files and other names too
         model = build_teacher(teacher.entry, teacher.dtype, device, trust_remote_code)
     model.config.pad_token_id = teacher.config.pad_token_id
     reset_attention(model)
     if teacher.entry.quantization is not None:
         quantize(model)
-    # one in 8 bits against itself alone: how far it is from fp32 is for the drift report
+    # an 8-bit model is compared with itself alone; the drift report compares it with fp32
     rows = rows or teacher.inputs.probe_rows(device)
     check_teacher(model, rows, teacher.cut.padding, teacher.name)
-    # packs answer as padded batches do: packing.packs_from has looked
+    # packs give what padded batches give, as packing.packs_from has checked
     if teacher.cut.pack_from is not None:
         use_packs(model)
     return model
@@ -55,8 +56,8 @@ def load_whole(
 def _filled(
     teacher: Teacher, device: torch.device, empty: MutableMapping[str, PreTrainedModel]
 ) -> PreTrainedModel | None:
-    """A copy of the empty model with this teacher's weights; None where its files do not hold each
-    of them under its own name, or the model treats some in a way of its own."""
+    """A copy of the empty model with this teacher's weights. None where its files do not hold each
+    weight under its own name, or the model treats some weights in a special way."""
     if getattr(teacher.config, "quantization_config", None) is not None:
         return None
     facts = {name: fact for name, fact in teacher.config.to_dict().items() if name not in SILENT}
@@ -76,13 +77,13 @@ def _filled(
         for name, file, stored in by_file(files):
             _put(model, name, file.get_tensor(stored), device)
     except (UserError, SafetensorError, OSError):
-        return None  # it is said what is wrong where Transformers fails too
+        return None  # Transformers gives the error where it fails too
     return model.to(device).eval().requires_grad_(False)
 
 
 def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Give a parameter or a buffer its values, in memory of its own: a tensor mapped from a file
-    lies at any address, and bits depend on its alignment."""
+    """Give a parameter or a buffer its values in memory of its own. A tensor mapped from a file may
+    lie at any address, and bits depend on its alignment."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     before = getattr(owner, leaf)

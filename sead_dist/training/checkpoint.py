@@ -1,8 +1,8 @@
-"""Checkpoints: written aside, all ranks meet, rank 0 renames (invariant 6).
+"""Checkpoints: all ranks write aside, then agree, then rank 0 renames the folder (invariant 6).
 
-RUN/checkpoints/step-00000042/ holds student.safetensors, optimizer.pt and state.json, and where
-weights are averaged average.safetensors; RUN/checkpoints/best-00000042/ the student that is to be
-kept: so far the best on the selection split, or at the end the last or the average.
+RUN/checkpoints/step-00000042/ holds student.safetensors, optimizer.pt and state.json, and
+average.safetensors if weights are averaged. RUN/checkpoints/best-00000042/ holds the student that
+is to be kept: the best so far on the selection split, or at the end the last or the average.
 """
 
 import json
@@ -27,17 +27,20 @@ from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
 from sead_dist.training.engine import AVERAGE_FILE, Engine
 from sead_dist.training.identity import Identity, refuse_other
 
-# of state.json (1: without rules, start and best_loss)
+# the format of state.json (1: without rules, start and best_loss)
 FORMAT = 2
-# a state is saved so often where no number of steps says when, for at most this share of the time
+# without save_steps a state is saved so often, for at most this share of the time
 SAVE_EVERY_S, SAVE_SHARE = 60.0, 0.02
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: `step` optimiser steps taken; cursor of the next batch; totals so far.
-    lowest_loss: of the selection split, which was that of step lowest_step; losses_without_fall:
-    how many have come since. (Of the steps by which early_stopping_patience counts.)"""
+    """The state of a run after `step` optimiser steps.
+
+    cursor: of the next batch. totals: sums so far. lowest_loss: the lowest loss on the selection
+    split at the steps that count for early_stopping_patience. lowest_step: the step of that loss.
+    losses_without_fall: how many such losses have followed it.
+    """
 
     step: int = 0
     cursor: Cursor = field(default_factory=lambda: Cursor(0, 0))
@@ -58,7 +61,7 @@ class TrainState:
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run directory; `say` takes one-line notices."""
+    """Saves and finds the checkpoints of one run directory. say: gets one-line notices."""
 
     def __init__(
         self,
@@ -72,8 +75,8 @@ class Checkpointer:
         self.identity, self.world, self.keep_last, self.say = identity, world, keep_last, say
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Every rank calls this. Raises RunError on every rank when a file cannot be written; the
-        checkpoints that were there stay."""
+        """Save a checkpoint. Every rank calls this. Raises RunError on every rank where a file
+        cannot be written; earlier checkpoints stay."""
         record = {
             "format": FORMAT,
             "state": {**asdict(state), "world_size": self.world.size},
@@ -91,7 +94,7 @@ class Checkpointer:
             self._prune(state)
 
     def measure(self, engine: Engine) -> float:
-        """Seconds that a save takes now; nothing stays of it. Every rank calls this."""
+        """Seconds that a save takes now. Its files are removed. Every rank calls this."""
         began = time.perf_counter()
         trial = self.folder / "trial"
         self._write_aside(trial, engine.save)
@@ -101,11 +104,11 @@ class Checkpointer:
         return max(gather_objects(self.world, spent_s))
 
     def holds(self, step: int) -> bool:
-        """Whether the checkpoint of this step is there. Every rank calls this."""
+        """Whether there is a checkpoint of this step. Every rank calls this."""
         return from_main(self.world, (self.folder / f"step-{step:08d}").is_dir)
 
     def save_best(self, engine: Engine, step: int, averaged: bool = False) -> None:
-        """Keep the student as it is now, or with its averaged weights, under its step's number.
+        """Save the student under the number of its step, with its present or its averaged weights.
         Every rank calls this."""
         self._write_aside(self.best_folder(step), partial(engine.save_weights, averaged=averaged))
 
@@ -113,7 +116,7 @@ class Checkpointer:
         return self.folder / f"best-{step:08d}"
 
     def _write_aside(self, final: Path, write: Callable[[Path], None]) -> None:
-        # all ranks write into it, so its name is not drawn
+        # all ranks write into it, so its name is not random
         aside = final.with_name(final.name + ".tmp")
 
         def prepare() -> None:
@@ -142,7 +145,8 @@ class Checkpointer:
             raise error if isinstance(error, RunError) else _cannot_save(final, error) from error
 
     def _prune(self, state: TrainState) -> None:
-        """Remove old checkpoints, and the students that no checkpoint left names as its best."""
+        """Remove old checkpoints, and the students that no remaining checkpoint names as its
+        best."""
         steps = sorted(self.folder.glob("step-*[0-9]"))
         for old in steps[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
@@ -158,13 +162,15 @@ class Checkpointer:
                 shutil.rmtree(old, ignore_errors=True)
 
     def is_empty(self) -> bool:
-        """Whether nothing was saved yet, whole or not; for one rank."""
+        """Whether there is no checkpoint yet, whole or damaged. One rank may call this alone."""
         return not any(self.folder.glob("step-*[0-9]"))
 
     def latest(self) -> tuple[Path, TrainState] | None:
-        """The newest checkpoint that is whole, on every rank.
+        """The newest whole checkpoint and its state, the same on every rank; None where there is
+        none.
 
-        Raises UserError when it belongs to a run with another identity, naming what differs.
+        Raises UserError for a checkpoint of a run with another identity, with the differences, and
+        for one of another format.
         """
 
         def find() -> tuple[Path, TrainState] | None:
@@ -188,8 +194,8 @@ class Checkpointer:
         return from_main(self.world, find)
 
     def resume(self, engine: Engine, log: RunLog, total_steps: int) -> TrainState:
-        """The state to start from: the newest checkpoint's, which the engine takes, or a new one.
-        The log loses what was taken after it."""
+        """The state to start from: that of the newest checkpoint, which the engine loads, or a new
+        one. Lines of later steps are removed from the log."""
         found, taken = self.latest(), steps_done(self.folder.parent)
         if found is None:
             if taken > 0:
@@ -205,7 +211,7 @@ class Checkpointer:
         return state
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
-        """A checkpoint's record, or None, with a notice, where it is damaged."""
+        """A checkpoint's record. None where it is damaged, with a notice."""
         try:
             record: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
             with safe_open(folder / "student.safetensors", framework="pt") as file:
@@ -218,10 +224,10 @@ class Checkpointer:
             if step is not None and not self.best_folder(step).is_dir():
                 raise OSError(f"{self.best_folder(step).name} is missing")
         except pickle.UnpicklingError:
-            # never run what else it holds (invariant 9)
+            # code in it is never run (invariant 9)
             self.say(f"checkpoint {folder.name}: optimizer.pt is not ours; trying an earlier one")
             return None
-        except Exception as error:  # damaged bytes are whatever their readers say of them
+        except Exception as error:  # damaged bytes raise whatever their readers raise
             said = reason(error)
             self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
@@ -229,8 +235,8 @@ class Checkpointer:
 
 
 class SaveClock:
-    """Says when a state is due: a minute after the last one, or so much later that saving takes at
-    most 2% of the time. Clocks of ranks differ, so rank 0's decides (invariant 8)."""
+    """Decides when a state is due: a minute after the last one, or later if saving would take more
+    than 2% of the time. The clocks of ranks differ, so only rank 0's is used (invariant 8)."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -242,7 +248,7 @@ class SaveClock:
         return self._now() - self._last >= max(SAVE_EVERY_S, self._cost_s / SAVE_SHARE)
 
     def save(self, write: Callable[[], None]) -> None:
-        """Save by `write`, and remember how long that took."""
+        """Save with `write`, and remember how long it took."""
         began = self._now()
         write()
         self._last = self._now()

@@ -1,8 +1,8 @@
 """The student under DeepSpeed's ZeRO: wrapper, step, and its state as whole tensors.
 
-The only file that imports deepspeed, and only when a run uses it. State goes in and out as whole
-tensors under the names and numbers that it has without DeepSpeed: a checkpoint is the same whatever
-the stage and the number of ranks, and nothing is unpickled.
+Only this file imports deepspeed, and only in a run that uses it. State is saved and loaded as whole
+tensors, under the names and numbers that it has without DeepSpeed. So a checkpoint is the same for
+all stages and numbers of ranks, and nothing is unpickled.
 """
 
 import bisect
@@ -24,18 +24,19 @@ from sead_dist.training.deepspeed_config import ZeroConfig
 
 
 class ZeroStudent:
-    """`engine` is DeepSpeed's wrapper of the student. All ranks call each method together."""
+    """A student under DeepSpeed. All ranks call each method together. engine: DeepSpeed's
+    wrapper."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig, world: World
     ) -> None:
         self.module, self.optimizer, self.world, self.stage = model, optimizer, world, zero.stage
-        # in the order of the optimiser's own state, before DeepSpeed puts flat tensors there
+        # in the order of the optimiser's own state, which DeepSpeed replaces by flat tensors
         self.params: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self.group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.own_group = not dist.is_initialized()
         if self.own_group:
-            # DeepSpeed wants these in a world of one too
+            # DeepSpeed needs these with one rank too
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -44,23 +45,26 @@ class ZeroStudent:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around a micro-batch; ranks exchange gradients in the last one of a step. DeepSpeed
-        averages over ranks, as DDP does, and must not over micro-batches."""
+        """Wrap a micro-batch. Ranks exchange gradients in the last one of a step.
+
+        DeepSpeed averages over ranks, as DDP does. It must not average over micro-batches.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         yield
         if not last:
-            self.engine.step()  # counts the micro-batch, and no more
+            self.engine.step()  # only counts the micro-batch
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip and step; returns the gradient's norm before clipping."""
+        """Clip and step. Returns the gradient's norm before clipping."""
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole student on rank 0's CPU, one parameter gathered at a time; empty elsewhere."""
+        """The whole student on rank 0's CPU, gathered one parameter at a time. Other ranks get an
+        empty dict."""
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.named_parameters():
             with self._whole(parameter):
@@ -71,7 +75,7 @@ class ZeroStudent:
         return state
 
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
-        """Put `weights` back; every rank gives the same."""
+        """Load what `weights` gave. Every rank gives the same."""
         for name, parameter in self.module.named_parameters():
             with self._whole(parameter, modifier_rank=0):
                 parameter.data.copy_(state[name])
@@ -80,7 +84,8 @@ class ZeroStudent:
         self.engine.optimizer.refresh_fp32_params()
 
     def optimizer_state(self) -> dict[str, Any]:
-        """What the optimiser's state_dict would be without DeepSpeed; rank 0's counts."""
+        """The optimiser's state_dict as it would be without DeepSpeed. Only that of rank 0 is
+        complete."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         flats = self._flat_parameters()
@@ -92,7 +97,7 @@ class ZeroStudent:
         for number, parameter in enumerate(self.params):
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in moments}
             if kept and self.world.is_main:
-                # one group may count other steps than another
+                # groups may have different counts of steps
                 counters = {
                     key: value.cpu().clone()
                     for key, value in self.optimizer.state[self._flat_of(number)].items()
@@ -107,7 +112,7 @@ class ZeroStudent:
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
-        """Put `optimizer_state`, or an optimiser's own state_dict, back."""
+        """Load what `optimizer_state` or an optimiser's own state_dict gave."""
         for group, kept in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in kept.items() if key != "params"})
         if not saved["state"]:
@@ -125,12 +130,12 @@ class ZeroStudent:
                     self._set_moment(parameter, key, value)
 
     def close(self) -> None:
-        """Take the wrapper's hooks off, and leave the process group of a world of one."""
+        """Remove the wrapper's hooks. With one rank, also end the process group made here."""
         import deepspeed.comm
 
         self.engine.destroy()
         if self.own_group:
-            deepspeed.comm.destroy_process_group()  # the groups that it remembers, too
+            deepspeed.comm.destroy_process_group()  # ends the groups that it remembers too
             del os.environ["LOCAL_RANK"]  # Accelerate would take it for a launcher's
 
     def _whole(self, parameter: nn.Parameter, **more: Any) -> AbstractContextManager[None]:
@@ -143,7 +148,7 @@ class ZeroStudent:
         return gathered
 
     def _flat_parameters(self) -> list[torch.Tensor]:
-        """This rank's part of the parameters, as the optimiser steps it."""
+        """This rank's parts of the parameters, as flat tensors that the optimiser steps."""
         sharded = self.engine.optimizer
         flats: list[torch.Tensor] = (
             sharded.fp32_partitioned_groups_flat
@@ -153,8 +158,11 @@ class ZeroStudent:
         return flats
 
     def _flat_of(self, number: int) -> torch.Tensor:
-        """The flat tensor with whose state a parameter's steps are counted. Stages 1 and 2 have one
-        for each group; in stage 3, where nothing ever rests, all count alike."""
+        """The flat tensor whose state counts the steps of a parameter.
+
+        Stages 1 and 2 have one for each group. In stage 3 no parameter ever rests, so all have one
+        count.
+        """
         flats = self._flat_parameters()
         if self.stage == 3:
             return flats[0]
@@ -162,8 +170,11 @@ class ZeroStudent:
         return flats[group]
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find a parameter's part of the flat moments. In stages 1 and 2 it does so
-        when the first group has been stepped, and would miss those of the others."""
+        """Make DeepSpeed find a parameter's part of the flat moments.
+
+        In stages 1 and 2 DeepSpeed does so once the first group was stepped, and misses the other
+        groups.
+        """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         if self.stage < 3:
@@ -172,13 +183,13 @@ class ZeroStudent:
                 lazy_init_hp_params_optimizer_state(group, flat, self.optimizer.state)
 
     def _set_moment(self, parameter: nn.Parameter, key: str, whole: torch.Tensor) -> None:
-        """Keep this rank's part of one of the optimiser's moments."""
+        """Set this rank's part of one of the optimiser's moments."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, whole, key)
             return
-        # equal parts, the last one filled up
+        # equal parts; the last one is filled up
         size = int(parameter.ds_tensor.numel())  # type: ignore[attr-defined]  # DeepSpeed's own
         flat = nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
         mine = flat.narrow(0, size * self.world.rank, size)
@@ -188,7 +199,8 @@ class ZeroStudent:
 def start_deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig, world: World
 ) -> Any:
-    """DeepSpeed's engine around the student. Raises UserError for settings that it refuses."""
+    """DeepSpeed's engine around the student. Raises UserError for settings that it refuses, and for
+    a DS_ACCELERATOR of another device."""
     kind = world.device.type
     if os.environ.setdefault("DS_ACCELERATOR", kind) != kind:
         raise UserError(
@@ -199,7 +211,7 @@ def start_deepspeed(
     from pydantic import ValidationError
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # it calls collectives by names that torch has renamed, and is told so each time
+    # it uses old names of collectives, and torch warns each time
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     # Only inference would use this CPU collective. It is compiled at the start, and a killed rank
     # leaves its 66 MiB in /dev/shm.
@@ -213,11 +225,12 @@ def start_deepspeed(
 
 
 def persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that a state dict holds, with their names."""
+    """The buffers in a state dict, with their names."""
     kept = module.state_dict().keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
 
 
 def is_moment(value: object) -> bool:
-    """Whether a piece of optimiser state is as large as its parameter (not a count of steps)."""
+    """Whether a value of the optimiser's state is a tensor like its parameter (not a count of
+    steps)."""
     return isinstance(value, torch.Tensor) and value.dim() > 0

@@ -1,7 +1,8 @@
-"""The DeepSpeed settings of a run: asked for by the key `deepspeed` or by `accelerate launch`, read
-from a JSON file, and every `auto` filled from the run's own configuration.
+"""The DeepSpeed settings of a run.
 
-What a launcher asks for and this package would ignore is refused here.
+The key `deepspeed` or `accelerate launch` asks for them. They are read from a JSON file, and every
+`auto` is filled from the run's own configuration. Settings of a launcher that this package would
+ignore are refused.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from sead_dist.config.load import shipped_files
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reason, refusal
 
-# sections of a DeepSpeed file that a run has keys of its own for
+# sections of a DeepSpeed file for which a run has its own keys
 OURS = {
     "optimizer": "optim, learning_rate and weight_decay",
     "scheduler": "lr_scheduler_type and warmup_steps",
@@ -24,13 +25,14 @@ OURS = {
     "torch_autocast": "precision",
 }
 OFFLOADS = ("offload_optimizer", "offload_param")
-# other ways to split a student that Accelerate knows
+# other ways to split a student, which Accelerate has and this package does not
 FOREIGN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """name: of the file, without its ending; values: what DeepSpeed is given, nothing `auto`."""
+    """Settings for DeepSpeed. name: of the file, without its ending. values: for DeepSpeed, without
+    `auto`."""
 
     name: str
     values: dict[str, Any]
@@ -42,9 +44,10 @@ class ZeroConfig:
 
 
 def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
-    """What the key and the launcher ask for, for so many ranks; None: no DeepSpeed.
+    """The settings for so many ranks, from the key or the launcher; None: no DeepSpeed.
 
-    Raises UserError for settings that contradict the run's, or each other, or would be ignored.
+    Raises UserError where DeepSpeed is not installed, and for settings that contradict the run's or
+    each other, or that would be ignored.
     """
     refuse_ignored(config)
     launcher = asked_by_launcher(config)
@@ -83,7 +86,8 @@ def refuse_ignored(config: RunConfig) -> None:
 
 
 def asked_by_launcher(config: RunConfig) -> str | None:
-    """The file or shipped name that `accelerate launch` was told to use DeepSpeed with."""
+    """The file or shipped name that `accelerate launch` gives for DeepSpeed; None: it does not use
+    it. Raises UserError for another gradient clipping than the run's."""
     if not _is_true("ACCELERATE_USE_DEEPSPEED"):
         return None
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -108,12 +112,13 @@ def _is_true(name: str) -> bool:
 
 
 def find_file(asked: str) -> Path:
-    """A DeepSpeed file by path, or by name among the shipped (`zero2`)."""
+    """A DeepSpeed file by path, or by the name of a shipped one (`zero2`). Raises UserError for
+    others."""
     if Path(asked).is_file():
         return Path(asked)
     known = shipped_files("deepspeed", "json")
     path = known.get(Path(asked).name.removesuffix(".json"))
-    # so the path in a checkout finds the shipped file from anywhere
+    # so the path in a checkout finds the shipped file from any folder
     if path is not None and str(Path(asked).parent) in (".", "configs/deepspeed"):
         return path
     raise UserError(
@@ -122,8 +127,8 @@ def find_file(asked: str) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed file. Raises UserError where it splits nothing, or keeps state elsewhere than on
-    a device or in memory."""
+    """The values of a DeepSpeed file. Raises UserError where it splits nothing, keeps state on
+    another device than the GPU or the CPU, or is no such file."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         zero = values["zero_optimization"]
@@ -146,7 +151,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def refuse_sections(path: Path, values: dict[str, Any]) -> None:
-    """Raises UserError for sections of a file that would stand against keys of the run."""
+    """Raises UserError for sections of a file that contradict keys of the run."""
     for section, keys in OURS.items():
         given = values.get(section, {"enabled": False})
         if section in ("optimizer", "scheduler") and section in values:
@@ -158,7 +163,8 @@ def refuse_sections(path: Path, values: dict[str, Any]) -> None:
 def from_the_run(
     path: Path, values: dict[str, Any], config: RunConfig, ranks: int
 ) -> dict[str, float]:
-    """The batch sizes and the clipping of this run. Raises UserError where the file has others."""
+    """The batch sizes and the clipping of this run. Raises UserError where the file has other
+    ones."""
     micro_batches = -(-config.global_batch_size // (config.micro_batch_size * ranks))
     ours: dict[str, float] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -176,7 +182,8 @@ def from_the_run(
 
 
 def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
-    """The file's values with every `auto` filled or left to DeepSpeed's default."""
+    """The file's values, with every `auto` filled or left to DeepSpeed's default. Raises UserError
+    for values that this run cannot have."""
     values = read_file(path)
     refuse_sections(path, values)
     if config.precision == "fp16":
@@ -194,7 +201,7 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
         **_without_auto(theirs),
         **from_the_run(path, values, config, ranks),
         "torch_autocast": autocast,
-        # the optimiser is ours, also where its state is offloaded: nothing is compiled for it
+        # the optimiser is this package's, even if its state is offloaded, so none is compiled
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -1,8 +1,7 @@
 """The student under Accelerate or DeepSpeed: prepare, forward, backward, step, save, load.
 
-Beside teachers/sharding.py the only file that imports accelerate. Loss terms arrive normalised over
-the valid rows of the global batch (invariant 2), so micro-batches and ranks are summed here, never
-averaged.
+Only this file and teachers/sharding.py import accelerate. Loss terms are normalised over the valid
+rows of the global batch (invariant 2). So micro-batches and ranks are summed here, never averaged.
 
 Shapes: B rows, C classes, K text rows per example, L tokens.
 """
@@ -44,8 +43,8 @@ AVERAGE_FILE = "average.safetensors"
 def build_optimizer(
     model: nn.Module, config: RunConfig, rest: Rest | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay only on matrices, not on biases and norms. Parameters at rest are
-    the last two of the groups, marked `rested`."""
+    """AdamW or SGD. Only matrices have weight decay; biases and norms have none. Parameters at rest
+    are in the last two groups, marked `rested`."""
     names = rest.names if rest is not None else frozenset()
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
@@ -65,14 +64,14 @@ def build_optimizer(
 
 
 def width_of(model: nn.Module) -> int:
-    """Of a student's hidden states; where its config does not say, that of BERT-base."""
+    """The width of a student's hidden states; BERT-base's where its config does not say it."""
     return int(getattr(model.config, "hidden_size", None) or 768)
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int, rest: Rest | None = None
 ) -> LambdaLR:
-    """The learning rate's way over the run, for each group of the optimiser."""
+    """The learning rate over the run, for each group of the optimiser."""
     schedule: LambdaLR = get_scheduler(
         SCHEDULES[config.lr_scheduler_type],
         optimizer,
@@ -91,12 +90,13 @@ def build_schedule(
 
 
 class WeightAverage:
-    """The mean of the student's weights after each step from `first` (from 1) on (Izmailov et al.
-    2018; here with the run's own learning-rate schedule).
+    """The mean of the student's weights after step `first` (from 1) and each later one (Izmailov et
+    al. 2018; here with the run's own learning-rate schedule).
 
-    The sums of floating-point tensors are fp32 and part of every checkpoint, so that a resumed run
-    has the same mean to the last bit. Rank 0 alone has them: all ranks have equal weights after
-    every step (invariant 7)."""
+    The sums of floating-point tensors are fp32 and part of every checkpoint. So a resumed run has
+    the same mean to the last bit. Only rank 0 holds them: all ranks have equal weights after every
+    step (invariant 7).
+    """
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -104,7 +104,7 @@ class WeightAverage:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Count the weights that the student has now."""
+        """Add the student's present weights to the sums."""
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 mine = tensor.detach().float()
@@ -115,18 +115,18 @@ class WeightAverage:
         self.count += 1
 
     def mean(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The mean; of tensors that are no floating-point numbers those of `weights`."""
+        """The mean. Tensors without floating-point numbers are taken from `weights`."""
         means = {name: total / self.count for name, total in self.sums.items()}
         return {n: means[n].to(w.dtype) if n in means else w for n, w in weights.items()}
 
     def save(self, folder: Path) -> None:
-        """Write the sums into a checkpoint, where there are any."""
+        """Write the sums into a checkpoint, if there are any."""
         if self.count:
             sums = {name: total.contiguous() for name, total in self.sums.items()}
             save_file(sums, folder / AVERAGE_FILE, metadata={"steps": str(self.count)})
 
     def load(self, folder: Path, device: torch.device) -> None:
-        """Take the sums of a checkpoint; none where it has none."""
+        """Read the sums of a checkpoint; there are none if it has none."""
         path = folder / AVERAGE_FILE
         self.count, self.sums = 0, {}
         if path.is_file():
@@ -147,7 +147,7 @@ class Engine:
         rest: Rest | None = None,
     ) -> None:
         zero = zero_config(config, world.size)
-        # gradients of micro-batches and ranks are summed by hand: no accumulation of Accelerate's
+        # this package sums gradients of micro-batches and ranks, so Accelerate accumulates none
         with deepspeed_is_ours():
             self.accelerator = Accelerator(
                 mixed_precision=MIXED[config.precision],
@@ -165,7 +165,7 @@ class Engine:
         self.average: WeightAverage | None = None
         if config.final_checkpoint == "average":
             first = total_steps - averaged_steps(config, total_steps) + 1
-            # what nothing has taught yet does not count
+            # steps before the parameters at rest are trained do not count
             self.average = WeightAverage(first if rest is None else max(first, rest.until + 1))
         optimizer = build_optimizer(model, config, rest)
         self.schedule = build_schedule(optimizer, config, total_steps, rest)
@@ -183,13 +183,13 @@ class Engine:
         return float(self.schedule.get_last_lr()[0])
 
     def forward(self, inputs: dict[str, torch.Tensor], choices: int) -> torch.Tensor:
-        """Student logits_BC."""
+        """The student's logits_BC."""
         on_device = {name: tensor.to(self.world.device) for name, tensor in inputs.items()}
         logits: torch.Tensor = self.model(**on_device).logits.float()
         return by_example(logits, choices)
 
     def seed_micro_batch(self, step: int, micro: int) -> None:
-        """Seed the generator that dropout draws from: this rank's device's alone."""
+        """Seed dropout's generator: only that of this rank's device."""
         seed = micro_batch_seed(self.seed, step, micro)
         device = self.world.device
         if device.type == "cuda":
@@ -199,7 +199,7 @@ class Engine:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        """Ranks exchange gradients only in the last micro-batch of a step."""
         if self.zero is not None:
             with self.zero.accumulate(last):
                 yield
@@ -210,17 +210,17 @@ class Engine:
                 yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of this rank's share. The wrapper averages over ranks; the loss is a
-        sum over them, hence the factor."""
+        """Add the gradient of this rank's share. The wrapper averages over ranks, but the loss is a
+        sum over them. Hence the factor."""
         if self.zero is not None:
             self.zero.backward(loss * self.world.size)
         else:
             self.accelerator.backward(loss * self.world.size)
 
     def wake(self, step: int) -> None:
-        """Before step `step` (from 0), the first that teaches what rested: its optimiser state
-        becomes as new. Adam would else count the steps in which it had no gradient, take its
-        moments for settled ones, and go several learning rates far."""
+        """Before step `step` (from 0): reset the optimiser state of parameters at rest, if it is
+        the first step that trains them. Adam would else count the steps without a gradient, treat
+        its moments as settled, and take far too large a step."""
         if self.rest is None or step != self.rest.until:
             return
         for group in self.optimizer.param_groups:
@@ -231,12 +231,12 @@ class Engine:
                         value.zero_()
 
     def step(self) -> float:
-        """One optimiser step; returns the gradient's norm before clipping."""
+        """Take one optimiser step. Returns the gradient's norm before clipping."""
         if self.zero is not None:
             norm = self.zero.step()
             self.schedule.step()
             return norm
-        # without clipping the norm is looked at all the same
+        # without clipping the norm is computed too
         most = self.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
         self.optimizer.step()
@@ -245,7 +245,7 @@ class Engine:
         return norm
 
     def average_weights(self, step: int) -> None:
-        """After step `step` (from 1): count the weights, where they are averaged. Every rank calls
+        """After step `step` (from 1): add the weights, if they are averaged. Every rank calls
         this."""
         if self.average is None or step < self.average.first:
             return
@@ -254,11 +254,12 @@ class Engine:
             self.average.add(weights)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole student, on rank 0. Every rank calls this."""
+        """The whole student on rank 0. Every rank calls this."""
         return self.zero.weights() if self.zero is not None else unshared(self.module)
 
     def save_weights(self, folder: Path, averaged: bool = False) -> None:
-        """The student, or with its averaged weights, written by rank 0. Every rank calls this."""
+        """Write the student from rank 0, with its present or averaged weights. Every rank calls
+        this."""
         weights = self.weights()
         if self.world.is_main:
             if averaged:
@@ -268,7 +269,8 @@ class Engine:
             save_file(tensors, folder / "student.safetensors")
 
     def load_weights(self, folder: Path) -> None:
-        """The weights that `save_weights` wrote, on every rank."""
+        """Load what `save_weights` wrote, on every rank. Raises RunError for missing or extra
+        tensors."""
         weights = load_file(folder / "student.safetensors")
         check_whole(self.module, weights.keys(), folder)
         if self.zero is not None:
@@ -277,7 +279,8 @@ class Engine:
             self.module.load_state_dict(weights, strict=False)
 
     def save(self, folder: Path) -> None:
-        """Student, optimiser, schedule, sums of weights: alike with and without DeepSpeed."""
+        """Write student, optimiser, schedule and sums of weights, the same with and without
+        DeepSpeed."""
         optimizer = self.zero.optimizer_state() if self.zero else self.optimizer.state_dict()
         self.save_weights(folder)
         if self.world.is_main:
@@ -291,7 +294,8 @@ class Engine:
                 self.average.save(folder)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, on every rank. The optimiser's state is read without unpickling."""
+        """Load what `save` wrote, on every rank. The optimiser's state is read without
+        unpickling."""
         self.load_weights(folder)
         if self.average is not None and self.world.is_main:
             self.average.load(folder, torch.device("cpu") if self.zero else self.world.device)
@@ -314,8 +318,9 @@ class Engine:
         self.accelerator.log(values, step=step)
 
     def close(self) -> None:
-        """Finish the trackers, and forget Accelerate's process-wide state: the next run of this
-        process may want another precision. (Its own end_training would end the process group.)"""
+        """Finish the trackers and reset Accelerate's process-wide state, since the next run of this
+        process may have another precision. (Accelerate's end_training would end the process
+        group.)"""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.zero is not None:
@@ -325,8 +330,8 @@ class Engine:
 
 
 def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Raises RunError, naming one, for a tensor that a checkpoint lacks or has too many. Second
-    names of a shared tensor are not in it."""
+    """Raises RunError with its name for a tensor that a checkpoint lacks or has too many. A shared
+    tensor is in it under one name only."""
     state = model.state_dict(keep_vars=True)
     held = {tensor.data_ptr() or id(tensor) for name, tensor in state.items() if name in names}
     lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
@@ -351,13 +356,13 @@ def check_tracker(name: str | None) -> None:
 
 
 def check_arithmetic(precision: str, device: torch.device) -> None:
-    """Raises UserError for fp16 on a CPU, where autocast computes in fp32 and says nothing."""
+    """Raises UserError for fp16 on a CPU, where autocast silently computes in fp32."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision=fp16 needs a GPU; on a CPU give precision=bf16 or fp32")
 
 
 def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
-    """A line where the run computes in numbers that this processor is slow in."""
+    """A line if the run computes in numbers that this processor is slow in; else an empty list."""
     dtypes = {entry.dtype or config.teacher_precision for entry in config.teachers}
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type != "cpu" or capability != "AVX2" or "bf16" not in {config.precision, *dtypes}:
@@ -370,7 +375,8 @@ def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
 
 
 def check_world(seen: int, world: World) -> None:
-    """Accelerate silently trains alone under some launchers; then the run must not start."""
+    """Raises UserError where Accelerate counts another number of ranks: under some launchers it
+    silently trains alone."""
     if seen != world.size:
         setting = os.environ.get("ACCELERATE_USE_CPU", "unset")
         raise UserError(
@@ -382,8 +388,8 @@ def check_world(seen: int, world: World) -> None:
 
 @contextmanager
 def deepspeed_is_ours() -> Iterator[None]:
-    """Accelerate must not see that its launcher asked for DeepSpeed: on a CPU it would ignore that
-    without a word, and elsewhere wrap the student a second time."""
+    """Hide from Accelerate that its launcher asked for DeepSpeed. On a CPU it would silently ignore
+    that; on a GPU it would wrap the student a second time."""
     asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     try:
         yield

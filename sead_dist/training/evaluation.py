@@ -1,4 +1,4 @@
-"""Score a student on a split, and print the line that model cards of this family carry.
+"""Score a student on a split, with the figures that model cards show.
 
 Shapes: B rows, C classes, R rows of an evaluation batch.
 """
@@ -23,8 +23,11 @@ Forward = Callable[[dict[str, torch.Tensor], int], torch.Tensor]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss: mean hard loss of the labelled rows; runtime_s: of forwards, tokenising excluded;
-    logits_BC float32 in row order, the same on every rank."""
+    """The scores of a student on a split.
+
+    loss: mean hard loss of the labelled rows. runtime_s: of forwards, without tokenising.
+    logits_BC: float32 in row order, the same on every rank.
+    """
 
     task: str
     split: str
@@ -36,7 +39,7 @@ class EvalResult:
     logits_BC: np.ndarray
 
     def card(self, prefix: str = "eval") -> dict[str, float]:
-        """The card's keys, as Hugging Face's Trainer names them."""
+        """The figures under the keys that Hugging Face's Trainer uses."""
         steps = -(-self.num_examples // ROWS_PER_BATCH)
         return {
             **{f"{prefix}_{name}": value for name, value in self.metrics.items()},
@@ -56,11 +59,11 @@ def student_logits(
     batch_rows: int = ROWS_PER_BATCH,
     advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The student's logits_BC for every row, in eval mode. All ranks call this. batch_rows: of a
-    forward; advance: hears after each forward how many more rows all ranks have done.
+    """The student's logits_BC for every row, in eval mode. All ranks call this.
 
-    Rows are sorted by length and cut into batches without regard to the number of ranks; every
-    rank does the same number of forwards.
+    batch_rows: rows of a forward. advance: is called after each forward with the number of rows
+    that all ranks did in it. Rows are sorted by length and cut into batches, whatever the number of
+    ranks. Every rank does the same number of forwards.
     """
     by_length_B = np.argsort(split.tokens.lengths_B(), kind="stable")
     count = -(-len(by_length_B) // batch_rows)
@@ -98,8 +101,8 @@ def mean_loss(kind: TaskKind, logits_BC: np.ndarray, labels_B: np.ndarray) -> fl
 def evaluate(
     task: TaskSpec, model: torch.nn.Module, forward: Forward, split: Split, world: World, step: int
 ) -> EvalResult:
-    """The student's metrics and loss on a split, the same on every rank; of a split without labels
-    there are none, and the loss is NaN."""
+    """The student's metrics and loss on a split, the same on every rank. A split without labels has
+    no metrics, and its loss is NaN."""
     began = time.perf_counter()
     logits_BC = student_logits(model, forward, split, world)
     runtime_s = time.perf_counter() - began

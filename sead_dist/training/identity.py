@@ -1,4 +1,4 @@
-"""What decides that a run is the same run: settings, data, teachers, start and rules.
+"""What makes a run the same run: settings, data, teachers, start and rules.
 
 It is read and compared without torch. So a finished run is found at once.
 """
@@ -30,7 +30,7 @@ RULES = {
     "defaults": DEFAULT_RULES,
 }
 
-# the rules of how rows are divided: their version counts only where the rows differ
+# the rules for dividing rows; their version counts only where the rows differ
 SPLITS = "splits"
 
 
@@ -50,10 +50,12 @@ LATER = {"calibrate"}
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run must share with the run that it continues. start: a hash of the files that
-    the student starts from. rules: the version of each; a record that is older than the versions
-    has version 1 of all. copies: a hash of the copies of rows and of the embedding table that they
-    were made with."""
+    """What a resumed run must share with the run that it continues.
+
+    start: a hash of the files that the student starts from. rules: the version of each; a record
+    from before the versions has version 1 of all. copies: a hash of the copies of rows and of the
+    embedding table that they were made with.
+    """
 
     config: dict[str, Any]
     data: str

@@ -1,4 +1,4 @@
-"""The training loop: the way of the data, one step at a time.
+"""The training loop: one step at a time, from the batches to the optimiser.
 
 Shapes: B rows of a micro-batch, C classes, N teachers.
 """
@@ -37,15 +37,18 @@ LOG_EVERY = 10
 
 
 def until_stopped(taught_steps: Iterator[TaughtStep]) -> Iterator[TaughtStep]:
-    """The steps with predictions, up to a stop that is asked for while teachers compute."""
+    """The steps with predictions, until a stop is requested while teachers compute."""
     with suppress(StopRequestedError):
         yield from taught_steps
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The parts of a run, and its loop. `select` scores the student on the selection split (None:
-    there is none). patience_steps: after so many steps each the run's end may be decided."""
+    """The parts of a run, and its loop.
+
+    select: scores the student on the selection split (None: there is none). patience_steps: the
+    number of steps between two checks for an early end (None: an epoch).
+    """
 
     config: RunConfig
     world: World
@@ -65,8 +68,8 @@ class Trainer:
     patience_steps: int | None = None
 
     def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the end; returns where it stopped (before the end when a stop was
-        asked for, with a checkpoint saved)."""
+        """Train from `state` to the end. Returns the state at which it stopped, which a requested
+        stop makes earlier than the end; a checkpoint is saved then."""
         if self.is_over(state):
             return state
         depth = 1 if self.world.device.type == "cuda" else 0
@@ -117,10 +120,10 @@ class Trainer:
                     self.heartbeat.move(f"scoring the student of step {step}")
                     state, shown[f"selection_{self.metric}"] = self.score(state)
                     bar.update(**shown)
-                    # without its state a new best student would be lost with the run
+                    # without a saved state the run would lose a new best student
                     saving = saving or (self.saves_by_time and state.best_step == step)
                 over = self.is_over(state)
-                # as after the last of all steps
+                # an early end is saved like the last step
                 saving = saving or (over and self.config.save_steps != 0)
                 if saving:
                     self.heartbeat.move(f"saving step {step}")
@@ -134,7 +137,7 @@ class Trainer:
         return state
 
     def learn(self, taught: TaughtStep, tally: "Tally") -> None:
-        """Forward and backward of this rank's micro-batches."""
+        """Do forward and backward of this rank's micro-batches."""
         batches = taught.step.batches
         for place, (batch, teachers) in enumerate(taught.micro_batches()):
             self.engine.seed_micro_batch(batch.step, batch.micro)
@@ -161,28 +164,29 @@ class Trainer:
             self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
             parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.feature])
-            # a row counts alike in the log, whatever batch it was in
+            # each row has the same weight in the log, whatever its batch
             tally.losses += parts.cpu() * taught.step.valid_rows
         tally.steps += 1
         waste, tokens = padding_waste(batches)
         tally.padding += torch.tensor([waste, tokens], dtype=torch.float64)
 
     def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, LayerOutputs | None]:
-        """The student's logits_BC, and its hidden states and attention where they are compared."""
+        """The student's logits_BC, and its hidden states and attention if they are compared."""
         with self.loss.reading(reads) as inside:
             choices = self.batches.split.tokens.choices
             return self.engine.forward(batch.inputs, choices), inside
 
     def asked(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
-        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+        """The asked_NR: which teachers these steps need for which examples (None: all for all)."""
         if self.ensemble is None:
             return None
         return self.ensemble.asked(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
-        """The optimiser's step; a gradient that is not a number never reaches a checkpoint."""
+        """Take the optimiser's step. Raises RunError for a gradient that is not finite, so that it
+        never reaches a checkpoint."""
         norm = self.engine.step()
-        # fp16 meets such gradients and passes over them
+        # with fp16 such gradients occur, and their steps are skipped
         if self.config.precision != "fp16" and not math.isfinite(norm):
             raise RunError(
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
@@ -193,7 +197,7 @@ class Trainer:
     def report(
         self, tally: "Tally", state: TrainState, learning_rate: float
     ) -> tuple[dict[str, float], TrainState]:
-        """Sum the ranks' tallies, log them, and stop a run whose loss is not a number."""
+        """Sum the ranks' tallies and log them. Raises RunError for a loss that is not finite."""
         parts = gather_objects(self.world, tally)
         losses = torch.stack([part.losses for part in parts]).sum(0) / tally.rows
         total, soft, hard, feature = losses.tolist()
@@ -213,7 +217,7 @@ class Trainer:
             "examples_per_second": round(tally.rows / max(tally.seconds, 1e-9), 3),
             "teacher_wait_s": round(waited_s, 4),
         }
-        # of the labelled rows, which may be few beside the unlabelled text
+        # the mean over labelled rows, which may be few beside the unlabelled text
         with_label = sum(part.labelled for part in parts)
         hard_mean = hard * tally.rows / with_label if with_label else None
         taught = bool(self.teacher_names)
@@ -235,16 +239,16 @@ class Trainer:
         return shown, state.add(padding=padding, tokens=tokens)
 
     def is_over(self, state: TrainState) -> bool:
-        """Whether all steps are taken, or the selection loss has not fallen for as many epochs as
-        `early_stopping_patience` says."""
+        """Whether all steps are taken, or the selection loss has not fallen at the last
+        `early_stopping_patience` checks."""
         patience = self.config.early_stopping_patience
         return state.step >= self.batches.total_steps or (
             patience is not None and state.losses_without_fall >= patience
         )
 
     def may_end_after(self, step: int) -> bool:
-        """Whether the run's end may be decided after this step. It does not go by `eval_steps`,
-        which a resume may change."""
+        """Whether an early end is checked for after this step. `eval_steps` does not matter here,
+        since a resume may change it."""
         if self.config.early_stopping_patience is None:
             return False
         return step % (self.patience_steps or self.batches.steps_per_epoch) == 0
@@ -269,8 +273,8 @@ class Trainer:
         return self.config.save_steps is None
 
     def score(self, state: TrainState) -> tuple[TrainState, float]:
-        """Score the selection split, and keep the student when it is the one to keep so far; the
-        score."""
+        """Score the selection split, and save the student if it is the one to keep so far. Returns
+        the state and the score."""
         assert self.select is not None
         result = self.select(state.step)
         score = result.metrics[self.metric]
@@ -281,21 +285,21 @@ class Trainer:
             scores = {f"selection_{name}": value for name, value in result.metrics.items()}
             self.engine.track({**scores, "selection_loss": result.loss}, state.step)
         if not self.loss.teaches_head(state.step):
-            return state, score  # it is that of a head as it was made
+            return state, score  # the score of a head that is not trained yet
         if self.may_end_after(state.step):
             state = self.watched(result.loss, state)
         return self.keep(score, result.loss, state), score
 
     def watched(self, loss: float, state: TrainState) -> TrainState:
-        """The state with this selection loss, after a step at which the run may end. Rank 0 decides
-        whether it fell, as in `agreed_better`."""
+        """The state with this selection loss, at a check for an early end. Rank 0 decides whether
+        it fell, as in `agreed_better`."""
         lowest = state.lowest_loss
         if from_main(self.world, lambda: lowest is None or loss < lowest):
             return replace(state, lowest_loss=loss, lowest_step=state.step, losses_without_fall=0)
         return replace(state, losses_without_fall=state.losses_without_fall + 1)
 
     def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
-        """Keep the student as it is now, where it is the one that is asked for."""
+        """Save the student as it is now, if `final_checkpoint` asks for it."""
         kept = self.config.final_checkpoint
         if kept in ("last", "average"):
             if not self.is_over(state):
@@ -304,27 +308,30 @@ class Trainer:
             return state
         self.checkpointer.save_best(self.engine, state.step, averaged=kept == "average")
         if kept == "average":
-            # scored at the end with the official splits, when it is the engine's
+            # the averaged student is scored at the end, with the official splits
             return replace(state, best_step=state.step)
         return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
-        """Rank 0 decides: on unlike processors the last digit of a loss may be another, and saving
-        the best student is for all ranks together (invariant 8)."""
+        """Whether the student is the best so far, as rank 0 decides. On different processors the
+        last digit of a loss may differ, and all ranks save the best student together (invariant
+        8)."""
         return from_main(self.world, lambda: is_better(score, loss, state))
 
 
 def is_better(score: float, loss: float, state: TrainState) -> bool:
-    """Whether a student is better than the best so far: by its score, and by its loss where the
-    scores are equal, as they often are on a small selection split."""
+    """Whether a student is better than the best so far: by its score, and for equal scores by its
+    loss. Scores are often equal on a small selection split."""
     if state.best_metric is None or score > state.best_metric:
         return True
     return score == state.best_metric and (state.best_loss is None or loss < state.best_loss)
 
 
 class Tally:
-    """What this rank saw since the last line of the log. losses: total, soft, hard, feature, each
-    summed over rows."""
+    """What this rank did since the last line of the log.
+
+    losses: total, soft, hard, feature, each summed over rows.
+    """
 
     def __init__(self, teachers: int) -> None:
         self.losses = torch.zeros(4)
