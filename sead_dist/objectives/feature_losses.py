@@ -201,8 +201,8 @@ class FeatureLoss:
     ) -> torch.Tensor:
         """loss_R of each text row, by the method. DistilBERT: cosines. MiniLM: relations. Repair:
         the mean over layers of the squared error of hidden states (Jiao et al. 2020, eq. 8).
-        TinyBERT: the sum of the squared errors of embeddings, hidden states and attention (eq. 11 and 6
-        without the prediction layer, every lambda 1)."""
+        TinyBERT: the sum of the squared errors of embeddings, hidden states and attention (eq. 11
+        and 6 without the prediction layer, every lambda 1)."""
         states = [
             (self.projected(student.hidden[mine], mine), feature_teacher.hidden[theirs])
             for mine, theirs in zip(self.mine.hidden, self.theirs.hidden, strict=True)
