@@ -82,7 +82,7 @@ def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> Pre
     """The answers in the file of an entry. Raises UserError, with file and row, for what is not a
     prediction for this task."""
     path = Path(entry.path)
-    # it is read as a file with a header, with the quotation marks of other files than a task's own
+    # it is read with a header, and without the rule that official files have no quoting
     if path.is_file() and kind_of(path) not in EXTENSIONS:
         raise UserError(
             f"teacher {name}: predictions={path} is of unknown kind {kind_of(path)!r}; allowed: "

@@ -167,7 +167,7 @@ class RunLog:
     Args:
         folder: the run directory; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
-        console: whether lines also go to standard output; else to the logger `sead_dist`.
+        console: whether rank 0 prints lines on standard output; else it logs them to `sead_dist`.
     """
 
     def __init__(self, folder: Path, is_main: bool, console: bool) -> None:

@@ -117,7 +117,7 @@ def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
 def read_task(grid: Grid, name: str) -> TaskData:
     """The data of a task. Raises UserError where they are wrong."""
     task, students = grid.tasks[name], [unit.config for unit in grid.students(name)]
-    # the first reads the data: with text if any does; without the column of routes if any does
+    # the first one reads the data: if possible with text, and without the column of routes
     students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(grid, name))
