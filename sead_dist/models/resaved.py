@@ -1,4 +1,4 @@
-"""Checks of a saved student: plain Transformers gives the same logits by it (invariant 11)."""
+"""Checks of a saved student: plain Transformers must get its logits from it (invariant 11)."""
 
 import math
 import shutil

@@ -99,9 +99,9 @@ def fit_scores(scores_NB: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
     squared error.
 
     The weights sum to 1, so the error of the mean is sum_n w_n e_n, where e_n are the teachers'
-    errors. Sought are the weights with the least q = |sum_n w_n e_n|^2. Non-negative least squares
-    of [e; 1] against [0; 1] finds them (Lawson and Hanson 1974): its solution is v = t w, and the
-    best t leaves a rest of q / (1 + q), which is least where q is least.
+    errors. The weights with the least q = |sum_n w_n e_n|^2 are sought. Non-negative least squares
+    of [e; 1] against [0; 1] finds them (Lawson and Hanson 1974). Its solution is v = t w. The best
+    t leaves a rest of q / (1 + q), which is least where q is least.
     """
     errors_BN = scores_NB.T.astype(np.float64) - labels_B[:, None]
     size = np.sqrt((errors_BN**2).sum(axis=0).max())
