@@ -1,6 +1,6 @@
 """Distil an ensemble of N teachers into one small student for language understanding.
 
-From Python: `import sead_dist as sd`; docs/python.md. Nothing is imported before it is used.
+From Python: `import sead_dist as sd` (docs/python.md). Each name is imported at its first use.
 """
 
 import random
@@ -48,7 +48,7 @@ __all__ = [
     "register_teacher",
     "soft_targets",
 ]
-# the others are the interface's own
+# names of `__all__` that are not listed here come from sead_dist.api
 _ELSEWHERE = {
     "PredictionStore": "sead_dist.runs.stored",
     "RunConfig": "sead_dist.config.schema",

@@ -2,7 +2,7 @@
 
 A mistake is an exception of one line: UserError before any long work, RunError during it. A call
 leaves the process as it was (`runtime/surroundings.py`). What the commands print goes to the logger
-`sead_dist`. The same call works under a launcher, whose variables say which rank this process is.
+`sead_dist`. The same calls work under a launcher. Its variables say which rank this process is.
 
 Shapes: N teachers, B rows, C classes (1: a score).
 """
@@ -63,8 +63,8 @@ from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 @dataclass(frozen=True, init=False)
 class Run:
-    """A run directory, and what a finished run left in it. It stands for its model wherever a model
-    is asked for."""
+    """A run directory, and what a finished run left in it. Functions that take a model also take
+    a Run."""
 
     path: Path
 
@@ -82,8 +82,8 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The run's whole configuration, that of an older version under the present names. Raises
-        UserError where there is none, or one that this version has not."""
+        """The run's whole configuration. Old names of keys are read as the present ones. Raises
+        UserError where there is none, or where it does not fit this version."""
         kept = kept_plugins(self.path)
         keys = read_run_config(self.path)
         try:
@@ -109,8 +109,8 @@ class Run:
     def predictions(self, split: str) -> Any:
         """A pandas DataFrame of a split's rows: id, label (class index or score), student_logits,
         ensemble_probabilities; row in the file (from 1), gold_label, predicted_label and
-        probability_LABEL (or predicted_score), texts. Raises UserError for a split that the run has
-        not."""
+        probability_LABEL (or predicted_score), texts. Raises UserError for a split without
+        predictions."""
         folder = self._ended() / "predictions"
         path = folder / f"{split}.parquet"
         if not path.is_file():
@@ -127,8 +127,8 @@ class Run:
 
 
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:
-    """The configuration of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys, later
-    ones over earlier ones. Raises UserError naming the key, its value and what is allowed."""
+    """The configuration made of YAML files, shipped names (`sst2`), KEY=VALUE overrides and keys.
+    Later ones count over earlier ones. Raises UserError naming key, value and what is allowed."""
     for place, word in enumerate(words, 1):
         what = "a YAML file, a shipped name (sst2), or KEY=VALUE"
         expect(f"argument {place} of load_config", word, NAMES, what)
@@ -144,15 +144,15 @@ def distill(
     output_dir: str | os.PathLike[str] | None = None,
     **keys: Any,
 ) -> Run:
-    """Distil the teachers into the student: run, resume or find finished, as `sead-dist distill`.
+    """Distil the teachers into the student as `sead-dist distill` does: start or resume the run.
 
     data: None is the hub's. Data in memory are kept in the run directory. One table or file alone
-    is divided (`data.validation_fraction`), but for a task of the hub. student: a checkpoint, a
+    is divided (`data.validation_fraction`), except for a task of the hub. student: a checkpoint, a
     shape (`L6-H256-A8`) or a mapping. keys: as in configs/base.yaml; of a section a mapping, or
     dotted: `**{"selection.fraction": 0.2}`. unlabeled: also a file, a table, rows or texts.
 
-    Raises UserError before any long work, RunError during it (also where SIGTERM or SIGUSR2 asked
-    for a stop: the run is saved), KeyboardInterrupt when a Ctrl-C did.
+    Raises UserError before any long work, RunError during it (also where SIGTERM or SIGUSR2
+    stopped the run, which is saved), KeyboardInterrupt where Ctrl-C stopped it.
     """
     given = {"teachers": teachers, "student": student, "output_dir": output_dir}
     with call() as world, ExitStack() as stack:
@@ -186,7 +186,7 @@ def finetune(
 
 
 def ended(run: Run, stop: StopFlag, world: World) -> Run:
-    """The run, where it came to its end and was not stopped."""
+    """The run, where it is finished. Raises KeyboardInterrupt or RunError where it was stopped."""
     if from_main(world, lambda: run.finished):
         return run
     if stop.signal == signal.SIGINT:
@@ -205,8 +205,8 @@ def evaluate(
     """The scores of a model (a run, a folder, a hub id) on a task's splits, under the keys of a
     run's eval_results.json (`eval_accuracy`, ...), as `sead-dist evaluate`.
 
-    task: None is the run's own. data: None is the run's own, or the hub's; data of one split are
-    those of `split`, else of the task's first one to evaluate on. labels: the model's class order,
+    task: None is the run's own. data: None is the run's own, or the hub's; data of one split
+    belong to `split`, else to the task's first one to evaluate on. labels: the model's class order,
     or "task_order". Raises UserError for data or a model that do not fit the task.
     """
     name = model_name(model)
@@ -234,11 +234,11 @@ def predict(
     batch_size: int = 32,
     skip_malformed: bool = False,
 ) -> list[dict[str, Any] | None]:
-    """What a model says of each text or row: `predicted_label` and `probability_LABEL` of every
+    """A model's answer to each text or row: `predicted_label` and `probability_LABEL` of every
     label, or `predicted_score`.
 
     batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None) has
-    the answer None, and is told to the logger `sead_dist`; else it raises.
+    the answer None and is logged (`sead_dist`). Without it such a row raises UserError.
 
     texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
     of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
@@ -276,7 +276,7 @@ def soft_targets(
 
     weights_N: of the teachers, for `fixed`, `score`, `fitted` and `single`. labels_B: gold labels
     (-1: none) or scores (NaN: none), for `confidence` and `answers`. routes_B: the number of each
-    row's teacher, for `routed`. `random` draws in a run alone. Raises UserError for what does not
+    row's teacher, for `routed`. `random` works only in a run. Raises UserError for what does not
     fit.
     """
     expect("logits_NBC", logits_NBC, torch.Tensor, "a tensor of shape [N, B, C]")
@@ -318,8 +318,8 @@ def distillation_loss(
     loss: str = "auto",
     alpha: float = 0.9,
 ) -> torch.Tensor:
-    """The mean over B rows of a run's loss, a scalar to differentiate: alpha * soft + (1 - alpha) *
-    hard of labelled rows, soft of rows without a label, hard alone where `soft` is None.
+    """The mean over B rows of a run's loss, a scalar to differentiate. Labelled rows: alpha * soft
+    + (1 - alpha) * hard. Rows without a label: soft. Where `soft` is None: hard alone.
 
     labels_B: class indices (-1: none) or scores (NaN: none); None: no row has one. loss: as the
     key of a run. Raises UserError for what does not fit.
@@ -359,10 +359,10 @@ def distillation_loss(
 
 @contextmanager
 def call() -> Iterator[World]:
-    """What every call does around its work: join the launcher's world, and leave the process as it
-    was. Errors of the machine become RunErrors.
+    """Every call works inside this. It joins the launcher's world and leaves the process as it was.
+    Errors of the machine become RunErrors.
 
-    Ranks that have met stay together until the process ends: they could not meet a second time.
+    Ranks that have met stay together until the process ends: they cannot meet a second time.
     """
     with as_before():
         ours = not dist.is_initialized()
@@ -382,12 +382,12 @@ def call() -> Iterator[World]:
                 raise
             raise line from error
         finally:
-            if world.heartbeat is not None:  # between two calls a process may do what it likes
+            if world.heartbeat is not None:  # no sign of life is due between two calls
                 world.heartbeat.rest()
 
 
 def model_name(model: str | os.PathLike[str]) -> str:
-    """A model, as a call was given it, as text. Raises UserError for what cannot name one."""
+    """The given model's name or path, as text. Raises UserError for what is neither."""
     expect("model", model, NAMES, "a run, the folder of a model, or its id on the hub")
     return os.fspath(model)
 

@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, the exit code of each, and the boundary of foreign bytes.
+"""The two ways a run can end badly, the exit code of each, and errors of files of others.
 
 Every message is one line: what was wrong, the value, what is allowed, what to do.
 """
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# what no other words would change: disk, permission, memory, limits of the machine
+# failures that no other configuration avoids: disk, permission, memory, limits of the machine
 OF_ENVIRONMENT = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE),
@@ -20,36 +20,37 @@ OF_ENVIRONMENT = frozenset(
 
 
 class UserError(Exception):
-    """A person's mistake, found before any long work: the command exits with 2."""
+    """A person's mistake, found before any long work. The command exits with 2."""
 
 
 class RunError(Exception):
-    """A failure during a run (NaN logits, a full disk), or of what it stands on (a permission, too
-    little memory), whenever it is found: the command exits with 3."""
+    """A failure during a run (NaN logits, a full disk), or a failure of the machine at any time (a
+    missing permission, too little memory). The command exits with 3."""
 
 
 class LostRankError(RunError):
-    """A rank that did not come, is gone, or can agree nothing more with the others. The rank that
-    raises it tells it: rank 0 may be lost, or know nothing of it."""
+    """A rank did not start, is gone, or can no longer agree with the others. The rank that raises
+    this error also prints it, because rank 0 may be the lost rank, or may lack the news."""
 
 
 def expect(name: str, given: object, kinds: Any, what: str) -> None:
     """Raises UserError where an argument of a call from Python is of none of these types. kinds:
-    as `isinstance` takes them; what: to give instead."""
+    as for `isinstance`. what: what to give instead."""
     if not isinstance(given, kinds):
         raise UserError(f"{name} is of type {type(given).__name__}; give {what}")
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:
-    """The error to raise for one of a file or folder: the environment's failure, else a person's
-    mistake (no such file, a file where a folder should be, other contents)."""
+    """The error to raise where a file or folder cannot be used. It is a RunError for a failure of
+    the machine. Else it is a UserError (no such file, a file in place of a folder, other contents).
+    """
     own = lacks_memory(error) or getattr(error, "errno", None) in OF_ENVIRONMENT
     return RunError(message) if own else UserError(message)
 
 
 def run_error(error: Exception) -> RunError | None:
-    """What an error of the machine says in one line (a full disk, a folder that went away, too
-    little memory); None for any other, which is a bug."""
+    """A RunError of one line for an error of the machine (a full disk, a folder that went away, too
+    little memory). None for any other error, which is a bug."""
     if isinstance(error, OSError):
         return RunError(f"{error}; fix it, then give the same command again")
     if lacks_memory(error):
@@ -69,16 +70,16 @@ def lacks_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reading(path: Path | str, fix: str, name: str | None = None) -> Iterator[None]:
-    """The boundary around bytes that others wrote: whatever is raised inside becomes one line with
-    the file's name, chained to what raised it. Code that only uses what was read stays outside, so
-    that a bug of it is a traceback.
+    """Use this around code that reads what others wrote. Any error inside becomes one line with the
+    file's name, chained to the first error. Code that only uses the contents stays outside, so that
+    a bug in it shows as a traceback.
 
-    path: what is read; fix: what the person can do; name: what the file is called (default: path).
-    Raises UserError, or RunError for the environment's failures.
+    path: what is read. fix: what the person can do. name: what the message calls the file (default:
+    path). Raises UserError, or RunError for failures of the machine.
     """
     try:
         if isinstance(path, Path) and path.exists() and not (path.is_file() or path.is_dir()):
-            # a pipe that nobody fills is waited for without end
+            # reading a pipe that nobody fills would never end
             raise UserError(f"{name or path} is a pipe or a device, not a file; {fix}")
         yield
     except (UserError, RunError):
@@ -106,5 +107,5 @@ def reason(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text that any terminal and file takes, in one line: other characters are escaped."""
+    """The text in one line of printable characters; other characters are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,5 +1,5 @@
-"""Jobs that were submitted before packages and keys had their present names: they name `Launch`
-here, and their words hold the keys of then. To go with the next version."""
+"""Support for jobs that an older version submitted. Their pickles name `Launch` of this module, and
+their words hold old names of keys. The next version removes this module."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """Rows of a file or of the hub -> the texts, label and group of each example.
 
 Each task has one flat form: named text columns, a label and, for MultiRC and ReCoRD, a group. The
-official nested forms and the hub's forms are brought to it here. Both forms of a row give the
-same texts.
+official nested forms and the hub's forms are turned into it here. Both forms of a row give the same
+texts.
 
     copa     premise What was the cause? (or: What happened as a result?) | choice
     wsc      the noun in stars and the pronoun in hashes: "*Mark* told Pete ... #He# should ..."
@@ -34,7 +34,7 @@ class Route(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One example: `choices` first texts, as many second texts or none, and what goes with it."""
+    """One example: a first text for each choice (else one), as many second texts or none."""
 
     texts_a: tuple[str, ...]
     texts_b: tuple[str, ...]
@@ -55,14 +55,14 @@ def read_items(
     start: int = 0,
     skipped: list[str] | None = None,
 ) -> Iterator[Item]:
-    """The examples of `rows`, in order; UserError names the split, the row and what is allowed.
-    labelled: whether rows have labels; None: those that lack one are read without. start: the place
-    of the first row in its file. skipped: where given, rows that cannot be read
-    are passed over, and what is wrong with each is put there."""
+    """The examples of `rows`, in order. Raises UserError naming the split, the row and what is
+    allowed. labelled: whether rows have labels; None: a row may lack its label. start: the place of
+    the first row in its file. skipped: where given, rows that cannot be read are passed over, and
+    the message for each of them is added here."""
     if skipped is not None:
         for position, row in enumerate(rows, start):
             try:
-                # whole: half a row's examples would be taken for all of them
+                # a row's examples are taken all or none
                 items = list(read_items(task, [row], split, labelled, route, position))
             except UserError as error:
                 skipped.append(str(error))
@@ -80,7 +80,7 @@ def read_items(
             row = _renamed(task, row, where)
         try:
             flats = list(read(row, position))
-        except Exception as error:  # rows may hold anything in anything
+        except Exception as error:  # a row may hold values of any type
             raise UserError(
                 f"{where} does not have the form of task {task.name!r}: {reason(error)} with "
                 f"columns {', '.join(row)}; see the task's official files or its form on the hub"
@@ -116,7 +116,7 @@ def _reads_label(task: TaskSpec, flat: Row, where: str, labelled: bool | None) -
 
 
 def _explained(task: TaskSpec, rows: Sequence[Row], flat: Row, error: UserError) -> UserError:
-    """The mistake in a label, with what the other rows tell of it."""
+    """The error for a label, with what the other rows show about it."""
     classes = task.task_kind.has_classes
     if classes and task.label_column in flat and _lacks_label(task, flat):
         return _without_label(task, rows, error)
@@ -161,7 +161,7 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
 
 
 def _no_column(name: str, flat: Row, where: str, key: str | None) -> str:
-    """key: of the task's file or of the run, where another column can be named."""
+    """key: the key of the task's file or of the run that can name another column."""
     other = "" if key is None else f", or name one with {key}"
     columns = ", ".join(flat)
     return f"{where}: no column {name!r}; its columns: {columns}; rename one in the file{other}"
@@ -179,8 +179,8 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
 
 
 def _refuse_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
-    """Raises UserError for a column that is the label's but for capitals and blanks: the row would
-    be one without a gold label."""
+    """Raises UserError for a column whose name is the label column's except for capitals, blanks
+    and hyphens. Without the error, the row would count as one without a gold label."""
     wanted = normalise_label(task.label_column)
     named = (name for name in flat if normalise_label(name) == wanted)
     near = next((name for name in named if name not in task.fields), None)
@@ -197,7 +197,7 @@ def _lacks_label(task: TaskSpec, flat: Row) -> bool:
 
 
 def _without_label(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
-    """The error for a row whose label is not there."""
+    """The error for a row without a label."""
     line = f"{str(error).removesuffix('; fix the row')}; the row has no label"
     if task.reader == "plain":
         lacking = sum(_lacks_label(task, _renamed(task, row, "a row")) for row in rows)
@@ -206,8 +206,8 @@ def _without_label(task: TaskSpec, rows: Sequence[Row], error: UserError) -> Use
 
 
 def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> UserError:
-    """The error for a label outside the set, with all others that are outside it and how often they
-    occur: more than a slip of one row is first a matter of the task's file."""
+    """The error for a label outside the set, with all others outside it and their counts. Where
+    there are several, the fix is more often in the task's file than in a row."""
     line = str(error).removesuffix("; fix the row")
     if task.reader != "plain" or line == str(error) or TASKS.get(task.name) == task:
         return error

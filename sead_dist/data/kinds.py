@@ -1,6 +1,6 @@
-"""Kinds of task: what a label is, what a model's head gives, how it is learnt, answered, scored.
+"""Kinds of task. A kind says what a label is, what a head gives, and how a task is scored.
 
-A decision that depends on the kind of a task stands here and nowhere else.
+All decisions that depend on the kind of a task stand here.
 
 Shapes: B examples, C classes (1 where a label is a score).
 """
@@ -102,7 +102,7 @@ class Classification(TaskKind):
         values = file_values(task)
 
         def parse(value: Any, where: str) -> float:
-            # what is not there is no label, though a task may have one of the name None
+            # a missing value is no label, even where a task has a label named None
             there = value is not None and value == value
             index = class_of(values, str(value)) if there else None
             if index is None:
@@ -212,7 +212,7 @@ def _names(task: "TaskSpec") -> dict[str, int]:
 
 
 def number_name(name: str) -> str | None:
-    """The form in which numbers are compared (+1, 1.0 and 1 are one); None for what is none."""
+    """The form in which numbers are compared (+1, 1.0 and 1 are equal); None for other names."""
     if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", name, re.ASCII):
         return None
     plain = format(Decimal(name.strip()).normalize(), "f")
@@ -233,13 +233,13 @@ def file_values(task: "TaskSpec") -> dict[str, int]:
             meant.setdefault(number, set()).add(task.labels.index(label))
     if not meant:
         meant = {str(index): {index} for index in range(len(task.labels))}
-    # of "1.10" and "1.1" as two labels, each is itself
+    # where "1.10" and "1.1" are two labels, each is found by its name alone
     return {number: min(of) for number, of in meant.items() if len(of) == 1} | named
 
 
 def class_of(values: Mapping[str, int], value: str) -> int | None:
-    """The class of a file's value by `file_values`: of its name, else of the number that it is, as
-    a column of whole numbers with a gap is read and written: 1.0."""
+    """The class of a file's value by `file_values`: by its name, else by its number. (A column of
+    whole numbers with a gap is read as 1.0, 2.0.)"""
     index = values.get(normalise_label(value))
     if index is None and (number := number_name(value)) is not None:
         index = values.get(number)
@@ -247,7 +247,7 @@ def class_of(values: Mapping[str, int], value: str) -> int | None:
 
 
 def score_of(value: Any) -> float:
-    """A file's score; NaN for what is none, such as True or 4_0, which Python takes for numbers."""
+    """A file's score. NaN for what is no score, also for True and 4_0, which Python accepts."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return math.nan
     try:
@@ -265,7 +265,7 @@ def align_name(task: "TaskSpec", name: str) -> int | None:
 
 
 def _twice_named(task: "TaskSpec") -> str | None:
-    """A name that stands for two labels, of which one would count without a word."""
+    """The problem where a name stands for two labels: one of them would be ignored silently."""
     meant = {normalise_label(label): (label, "labels") for label in task.labels}
     for key in ("aliases", "value_aliases"):
         for alias, label in getattr(task, key).items():

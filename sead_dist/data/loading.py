@@ -31,7 +31,7 @@ from sead_dist.errors import UserError, expect, reading, reason
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
-# in a folder that `datasets.save_to_disk` wrote
+# files of a folder that `datasets.save_to_disk` wrote
 SAVED = ("state.json", "dataset_dict.json")
 
 
@@ -47,7 +47,7 @@ def split_chunks(
     """The rows of `split` in chunks, as of `row_chunks`: from `file`, else from the folder `path`,
     else from the hub.
 
-    Raises UserError for a split that the task has not, a missing file or folder, a malformed
+    Raises UserError for a split that the task lacks, a missing file or folder, a malformed
     file, a split without rows, and a hub that cannot be reached.
     """
     if split not in task.splits:
@@ -79,7 +79,7 @@ def source_of(task: TaskSpec, split: str, path: Path | None, file: Path | None) 
 
 @contextmanager
 def told_with(source: str) -> Iterator[None]:
-    """What is wrong with rows is told with their source."""
+    """Add the source of rows to a UserError about them."""
     try:
         yield
     except UserError as error:
@@ -174,8 +174,9 @@ def _reading_data(path: Path, kind: str) -> Iterator[None]:
 def row_chunks(
     path: Path, task: TaskSpec, skip_malformed: bool, size: int | None
 ) -> Iterator[Rows]:
-    """The same rows, at most `size` of them in memory at a time where the file is TSV, JSONL or
-    Parquet and not packed; else, and where size is None, all at once. No rows: no chunk."""
+    """The rows of `read_rows` in chunks. Of a TSV, JSONL or Parquet file that is not packed, at
+    most `size` rows are in memory at a time. Of other files, and where size is None, all rows are
+    one chunk. A file without rows gives no chunk."""
     kind = kind_of(path)
     streamed = {".tsv": tsv_stream, ".jsonl": json_stream}
     plain = size is not None and path.is_file() and path.suffix.lower() == kind
@@ -203,7 +204,7 @@ def _parquet_chunks(path: Path, task: TaskSpec, size: int) -> Iterator[Rows]:
 
 
 def _refuse_twin_fields(schema: Any, where: str) -> None:
-    """The same of the columns of a table, and of what is nested in them."""
+    """Raises UserError where two columns, or two fields nested in a column, have one name."""
     refuse_twins([field.name for field in schema], where, "column")
     kinds = [field.type for field in schema]
     for kind in kinds:
@@ -217,7 +218,7 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
     packed = path.suffix.lower() == ".gz"
     with pa.BufferReader(read_bytes(path)) if packed else pa.memory_map(str(path)) as source:
         if kind_of(path) == ".parquet":
-            # reading the table would refuse twins in words of its own
+            # before the table is read, which fails on twins with a message of its own
             _refuse_twin_fields(pq.read_schema(source), f"data file {path}")
             source.seek(0)
             table = pq.read_table(source)
@@ -227,7 +228,7 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-        # a length beyond the end of a buffer would be followed
+        # otherwise a wrong length makes pyarrow read beyond the end of a buffer
         table.validate(full=True)
         return table_rows(table, task, f"data file {path}")
 
@@ -270,13 +271,13 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
 
 def reach_hub(name: str, revision: str | None) -> None:
     """Raises at once where the hub cannot be reached; `datasets` would try for half a minute. With
-    HF_HUB_OFFLINE it does not try, and what it has kept serves."""
+    HF_HUB_OFFLINE nothing is asked: `datasets` then uses what it has kept."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         return
-    with suppress(HfHubHTTPError):  # the hub answered; what is wrong is said when rows are loaded
+    with suppress(HfHubHTTPError):  # the hub answered; loading the rows says what is wrong
         HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
@@ -289,9 +290,9 @@ def dataset_table(dataset: Any) -> Any:
 
 
 def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
-    """Rows of an Arrow table; numbers of a ClassLabel become its names, which decide.
+    """Rows of an Arrow table, in which numbers of a ClassLabel become its names.
 
-    The order of a data set's class names need not be the task's, and some may be of no row.
+    The names count because their order need not be the task's. Some names may occur in no row.
     """
     _refuse_twin_fields(table.schema, where)
     rows: Rows = table.to_pylist()
@@ -308,9 +309,9 @@ def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 
 
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
-    """Whether the names of a ClassLabel say what its numbers mean. Names that are numbers do where
-    a file may hold each of them (`datasets` sorts them as texts: 0, 1, 10, 2). Of a class that is
-    not the task's, a row that has it is refused by its name."""
+    """Whether the names of a ClassLabel say what its numbers mean. Names do where a file may
+    hold each of them, numbers too (`datasets` sorts these as texts: 0, 1, 10, 2). Else they do
+    where one is not a number. Then a class that the task lacks is refused by its name."""
     if all(task.task_kind.is_label(task, name) for name in names):
         return True
     return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)
@@ -343,7 +344,7 @@ def to_table(data: Any, where: str) -> pa.Table:
 
 
 def to_rows(data: Any, task: TaskSpec, where: str) -> Rows:
-    """The rows of such data, as those of a file: class numbers of a data set become its names."""
+    """The rows of data as `to_table` takes them. Class numbers of a data set become its names."""
     return table_rows(to_table(data, where), task, where)
 
 

@@ -1,7 +1,7 @@
-"""Official task metrics, under Hugging Face's names, computed by scikit-learn and SciPy; and gold
-labels against predicted ones, class by class.
+"""Official task metrics, under Hugging Face's names, computed by scikit-learn and SciPy; and
+tables of gold against predicted labels.
 
-The two take a second to import, so each is imported by the metric that needs it.
+The two libraries take a second to import, so each is imported by the metric that needs it.
 
 Shapes: B examples, C classes. Sources: GLUE (Wang et al. 2018), SuperGLUE (Wang et al. 2019),
 ReCoRD's token F1 as SQuAD defines it (Rajpurkar et al. 2016).
@@ -18,7 +18,7 @@ import numpy as np
 
 from sead_dist.runtime.console import table
 
-# above this many classes the worst pairs are told instead of the whole matrix
+# above this many classes the worst pairs are shown instead of the whole matrix
 MOST_SHOWN = 30
 PAIRS = 10
 
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 
 class MetricInputs(Protocol):
-    """What a metric reads of an example set; `groups_B` and `answers` are None for most tasks."""
+    """The part of an example set that metrics read. Most tasks have no `groups_B` or `answers`."""
 
     @property
     def labels_B(self) -> np.ndarray: ...
@@ -158,10 +158,10 @@ def of_classes(
 
 
 def constant(name: str, num_classes: int, inputs: MetricInputs) -> float:
-    """The best score under metric `name` that a prediction without looking can reach.
+    """The best score under metric `name` that a constant answer can reach.
 
-    0 for MCC. Where a group's best candidate is asked for (ReCoRD), equal scores say
-    nothing, so it is the expectation over a candidate drawn by chance.
+    It is 0 for MCC. ReCoRD asks for the best candidate of a group, and a constant answer prefers
+    none. So there it is the mean score of a candidate drawn at random.
     """
     if name == "matthews_correlation":
         return 0.0
@@ -185,13 +185,14 @@ class Confusion:
 
     @property
     def never_predicted(self) -> list[str]:
-        """Classes that some gold label names and no prediction."""
+        """Classes that occur as gold labels and never as predictions."""
         gold_C, predicted_C = self.counts_CC.sum(axis=1), self.counts_CC.sum(axis=0)
         return [self.names[c] for c in np.flatnonzero((gold_C > 0) & (predicted_C == 0))]
 
     def class_table(self) -> tuple[list[str], list[list[object]]]:
-        """(columns, rows): of each class its rows, predictions, precision, recall and F1 (0 where
-        nothing was predicted or is there, as scikit-learn's zero_division=0)."""
+        """(columns, rows): for each class its rows, predictions, precision, recall and F1. These
+        are 0 where the class has no predictions or no rows, as with scikit-learn's
+        zero_division=0."""
         right_C = np.diag(self.counts_CC).astype(float)
         gold_C, predicted_C = self.counts_CC.sum(axis=1), self.counts_CC.sum(axis=0)
         precision_C = right_C / np.maximum(predicted_C, 1)
@@ -237,7 +238,7 @@ class Confusion:
 
 
 def confusion(names: Sequence[str], labels_B: np.ndarray, logits_BC: np.ndarray) -> Confusion:
-    """Of class indices (below 0: unlabelled, passed over) and the classes of the largest logits."""
+    """The counts of gold classes (below 0: no label, left out) against those of the top logits."""
     classes = len(names)
     known_B = labels_B >= 0
     cell_B = labels_B[known_B] * classes + logits_BC[known_B].argmax(axis=1)

@@ -1,7 +1,7 @@
-"""What copies are made with: the texts nearest to a text by TF-IDF, and the words nearest to a word
-in a model's table of word embeddings.
+"""Nearest texts and words, for changed copies: the texts nearest to a text by TF-IDF, and the words
+nearest to a word in a model's table of word embeddings.
 
-Vectors are rounded to whole numbers, so that sums are exact and every machine finds the same.
+Vectors are rounded to whole numbers. So sums are exact, and every machine finds the same.
 
 Shapes: Q queries, P texts of the pool, V words (of the pool's texts, or those that are one token
 each), K nearest, H hidden size.
@@ -22,21 +22,22 @@ NEAREST = 10
 TEXT_LENGTH = 1000
 QUERIES_AT_ONCE = 1024
 FEW_TEXTS = 1000
-# of a word's: products of two stay below 2^24, up to which fp32 holds whole numbers
+# the length of a word's vector: products of two stay below 2^24, and fp32 holds every whole number
+# up to that
 WORD_LENGTH = 4000
 WORDS_AT_ONCE = 256
-# fewest letters of a word: shorter ones are mostly such as "of" and "the", which hold a sentence
-# together
+# fewest letters of a word: most shorter ones, such as "of" and "the", are grammar rather than
+# content
 LETTERS = 4
 
 
 def nearest_texts(queries: Sequence[str], pool: Sequence[str]) -> list[list[int]]:
-    """For each query the places in `pool` of its ten nearest texts by the cosine of TF-IDF vectors,
-    nearest first, of equally near ones the first. Texts equal to the query, and those without a
-    word of it, are left out. Of a large pool words of more than a tenth of the texts say little of
-    any, would take long, and are passed over.
+    """For each query the places in `pool` of its ten nearest texts, by the cosine of their TF-IDF.
+    The nearest text comes first. Equally near texts stand in the order of the pool. Texts equal to
+    the query are left out, and so are those that share no word with it. In a large pool, words that
+    more than a tenth of the texts have are not counted: they would take long and say little.
     """
-    # here: scikit-learn takes long to import, and most runs do without
+    # imported here: scikit-learn takes long, and most runs do not need it
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(token_pattern=r"\w+", dtype=np.int64)
@@ -91,8 +92,8 @@ def table_hash(table_VH: np.ndarray) -> str:
 def near_words(
     table: np.ndarray, tokenizer: "PreTrainedTokenizerBase", words: Collection[str]
 ) -> dict[str, list[str]]:
-    """For those of `words` that are one token (as they stand, or in small letters) the ten words of
-    one token whose embeddings have the highest cosine with theirs, nearest first."""
+    """For each of `words` that is one token (as it stands, or in small letters) the ten nearest
+    other words of one token. Nearness is the cosine of embeddings; the nearest word comes first."""
     known = whole_words(tokenizer)
     found = {word if word in known else word.lower() for word in words}
     asked = sorted(found & known.keys())
@@ -106,7 +107,7 @@ def near_words(
         near_QV = vectors_VH[places_Q] @ vectors_VH.T
         near_QV[np.arange(len(part)), places_Q] = -np.inf
         count = min(NEAREST, len(names) - 1)
-        # nearness of the last that counts; others may be as near, and come later
+        # the nearness of the last word to keep; more words may be as near, and are cut off below
         last = len(names) - max(count, 1)
         least_Q = np.partition(near_QV, last, axis=1)[:, last]
         for row, word in enumerate(part):

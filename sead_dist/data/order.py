@@ -1,8 +1,8 @@
-"""Order and slice: tokenised examples -> Batch, and the Cursor that says where a run stands.
+"""The order of rows: tokenised examples -> Batch, and the Cursor that says where a run is.
 
-The order is a pure function of the number of rows, seed, epoch and global batch size (invariant 1):
-never of the number of ranks, of look-ahead, or of restarts. A global batch is a uniform random
-sample of the epoch's rows. Lengths count inside it only: they decide its micro-batches.
+The order is a pure function of the number of rows, seed, epoch and global batch size (invariant 1).
+The number of ranks, prefetched rows and restarts do not change it. A global batch is a uniform
+random sample of the epoch's rows. Lengths decide only how it is cut into micro-batches.
 
 Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text rows per example,
 S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Batches *consumed*: the next step is batch `batch` of epoch `epoch`."""
+    """The place of the next step: batch `batch` of epoch `epoch`. All before it are trained."""
 
     epoch: int
     batch: int
@@ -34,8 +34,8 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Split:
-    """One example set as a run uses it. entry_B: each row's unique example; ids_U2: their ids;
-    row_U: one row that holds each; tokens: the student's."""
+    """One example set as a run uses it. entry_B: each row's unique example. ids_U2: the ids of
+    the unique examples. row_U: the first row of each. tokens: the student's."""
 
     examples: ExampleSet
     tokens: TokenTable
@@ -50,7 +50,7 @@ class Split:
 def make_split(
     examples: ExampleSet, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Split:
-    """Examples as a split: tokenised, equal examples as one entry."""
+    """Tokenise examples into a split. Equal examples become one entry."""
     ids_U2, entry_B = entries(examples.ids_B2)
     row_U = np.zeros(len(ids_U2), np.int64)
     # backwards, so that the first row of equal ones stands for them
@@ -72,11 +72,12 @@ def epoch_order(count: int, seed: int, epoch: int, global_batch: int) -> np.ndar
 
 
 def cut_by_tokens(lengths_G: np.ndarray, parts: int) -> list[int]:
-    """Where to cut rows that are sorted by length, longest first, into at most `parts` groups: the
-    number of rows of each, chosen so that the most padded tokens of a group are as few as can be.
+    """Cut rows that are sorted by length, longest first, into at most `parts` groups. Returns the
+    number of rows of each group. The largest number of padded tokens in a group is minimal.
 
     Groups of equal tokens keep ranks equally busy, and waste less padding than groups of equal
-    rows. (Our own: a search for the least bound that groups filled from the longest row on keep.)
+    rows. (Our own: a search for the least bound on tokens for which `parts` groups suffice, where
+    groups are filled from the longest row on.)
     """
     if len(lengths_G) == 0:
         return []
@@ -98,8 +99,8 @@ def cut_by_tokens(lengths_G: np.ndarray, parts: int) -> list[int]:
 def cut_into_micro_batches(
     rows_G: np.ndarray, lengths_G: np.ndarray, parts: int
 ) -> list[np.ndarray]:
-    """rows_B of each of `parts` micro-batches of a global batch, longest rows first; no rows where
-    it has too few. A pure function of the batch: no rank's share depends on the number of ranks."""
+    """rows_B of each of `parts` micro-batches of a global batch, longest rows first. The last ones
+    have no rows where the batch has too few. The cut does not depend on the number of ranks."""
     by_length_G = rows_G[np.argsort(-lengths_G, kind="stable")]
     ends = np.cumsum(cut_by_tokens(-np.sort(-lengths_G), parts))
     cut = np.split(by_length_G, ends[:-1]) if len(ends) else []
@@ -110,8 +111,8 @@ def cut_into_micro_batches(
 class Batch:
     """A micro-batch. step: the global batch's number in the run; micro: which part of it.
 
-    inputs: tensors [B*K, L]; labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled);
-    valid_B: False for rows that only fill the shape; entries_B: the unique example of each row;
+    inputs: tensors [B*K, L]. labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled).
+    valid_B: False for rows that only fill the shape. entries_B: the unique example of each row.
     routes_B: the teacher that each row names, where the run asks for it.
     """
 
@@ -161,9 +162,9 @@ class Step:
 class BatchStream:
     """The run's global batches in their order, and this rank's share of each.
 
-    A global batch makes global_batch / micro_batch micro-batches of like padded tokens. Rank r
-    takes micro-batches r, r + size, ...; where ranks do not divide them, micro-batches of one
-    filler make the numbers equal, because every rank must do the same number of forwards.
+    A global batch makes global_batch / micro_batch micro-batches of about equal padded tokens.
+    Rank r takes micro-batches r, r + size, .... Every rank must do the same number of forwards. So
+    ranks that would have fewer get micro-batches of one filler.
 
     epochs: passes over the split's rows; they count where max_steps is None.
     """
@@ -230,9 +231,9 @@ class BatchStream:
         return Step(number, self.cursor(number + 1), batches, sum(map(len, rows_MB)))
 
     def windows(self, start: int, most_rows: int) -> Iterator[range]:
-        """Runs of steps from `start` whose rows are at most `most_rows` (at least one step).
+        """Ranges of steps from `start` on, each of at most `most_rows` rows (at least one step).
 
-        A window ends with its epoch: what comes later may be read from the store by then.
+        A window ends with its epoch, because the store may hold later predictions by then.
         """
         per_window = max(1, most_rows // self.global_batch)
         while start < self.total_steps:
@@ -259,7 +260,7 @@ def padding_waste(batches: Sequence[Batch]) -> tuple[int, int]:
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
-    """The generator's seed before a micro-batch, from what it is, not from who computes it.
+    """The generator's seed before a micro-batch. It does not depend on the rank that computes it.
 
     (Our own mixing: three odd 64-bit multipliers, folded to 63 bits.)
     """

@@ -1,5 +1,4 @@
-"""A file of predictions: the rows that it answers, found by id or by text, and what it says of
-them.
+"""A file of predictions: its answers, and the rows that they are for, found by id or by text.
 
 Shapes: F rows of the file, K rows that are answered, C classes (in task order; 1 for scores).
 """
@@ -37,14 +36,14 @@ from sead_dist.runtime.console import counted
 # what a row is found by: its id, or its texts
 Key = str | tuple[str, ...]
 ID_COLUMN = "id"
-# two answers to one row may differ by so much, as numbers written with few digits do
+# two answers to one row count as equal up to this: numbers may be written with few digits
 SAME = 1e-6
 
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """by_id: whether keys are ids, else texts. rows_K: the place of each in the file, from 1.
-    values_KC: float32 logits, or scores. notes: what a person should know of it."""
+    """The answers of a file. by_id: whether keys are ids, else they are texts. rows_K: the place of
+    each answer in the file, from 1. values_KC: float32 logits, or scores. notes: for the log."""
 
     by_id: bool
     keys: list[Key]
@@ -65,7 +64,7 @@ def same_text(text: str) -> str:
 
 
 def text_keys(examples: ExampleSet) -> Iterable[tuple[str, ...]]:
-    """The texts of each example, as a file's rows are found by them."""
+    """The texts of each example, in the form by which a file's rows are found."""
     known: dict[str, str] = {}  # passages repeat
 
     def form(text: str) -> str:
@@ -80,10 +79,10 @@ def text_keys(examples: ExampleSet) -> Iterable[tuple[str, ...]]:
 
 
 def read_prediction_file(entry: TeacherConfig, name: str, task: TaskSpec) -> PredictionFile:
-    """What the file of an entry says. Raises UserError, with file and row, for whatever is no
+    """The answers in the file of an entry. Raises UserError, with file and row, for what is not a
     prediction for this task."""
     path = Path(entry.path)
-    # a file of predictions has a header, and its quotation marks are what they are in other files
+    # it is read with a header, and without the rule that official files have no quoting
     if path.is_file() and kind_of(path) not in EXTENSIONS:
         raise UserError(
             f"teacher {name}: predictions={path} is of unknown kind {kind_of(path)!r}; allowed: "
@@ -159,7 +158,7 @@ def keys_by_text(path: Path, task: TaskSpec, rows: Rows) -> list[Key]:
 
 
 def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[str]]:
-    """(what each row answers, notes for a person). Raises UserError for what is not an answer."""
+    """(the answers of the rows, notes for the log). Raises UserError for what is not an answer."""
     check_mapping(sheet)
     kind = kind_of_values(sheet)
     if kind == "votes":
@@ -190,7 +189,7 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
 
 
 def check_mapping(sheet: Sheet) -> None:
-    """Raises UserError for `labels` that map to no label of the task, or one name to two."""
+    """Raises UserError for `labels` that map a name to no label of the task."""
     mapping = sheet.entry.labels if isinstance(sheet.entry.labels, dict) else {}
     for name, label in mapping.items():
         if class_of(sheet.classes, label) is None:
@@ -202,7 +201,8 @@ def check_mapping(sheet: Sheet) -> None:
 
 
 def kind_of_values(sheet: Sheet) -> str:
-    """What the values are: as the entry says, else as the columns do."""
+    """The kind of the values, by the entry, else by the columns. Raises UserError where it does not
+    fit the task."""
     kind, has_classes = sheet.entry.kind, sheet.task.task_kind.has_classes
     if not has_classes:
         if kind not in ("auto", "scores"):
@@ -225,7 +225,7 @@ def kind_of_values(sheet: Sheet) -> str:
 
 
 def refuse_unknown(sheet: Sheet) -> None:
-    """Raises UserError for labels that the task has not, unless the entry says otherwise."""
+    """Raises UserError for labels that the task lacks, unless the entry allows them."""
     if sheet.unknown and sheet.entry.unknown == "refuse":
         raise UserError(
             f"{sheet.path} has labels that task {sheet.task.name} has not: "
@@ -269,7 +269,7 @@ def merged(
 
 
 def mean_of(task: TaskSpec, values: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of probabilities as logits, or of scores; whatever order they came in."""
+    """The mean of probabilities as logits, or of scores. The order of `values` does not count."""
     rows_MC = np.array(sorted(one_C.tolist() for one_C in values), np.float64)
     if not task.task_kind.has_classes:
         return np.asarray(rows_MC.mean(axis=0), np.float32)

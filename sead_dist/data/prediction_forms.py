@@ -32,9 +32,9 @@ from sead_dist.errors import UserError
 TOLERANCE = 0.02
 # a probability counts as at least so much, since it becomes a logarithm
 LEAST = 1e-6
-# so many rows of one label, all of them improbable by its confidence, are no chance
+# so many rows of one label, all with a confidence below chance, are no coincidence
 IMPROBABLE = 10
-# of one of the most probable labels, in a list of mappings
+# keys of one entry in a list of the most probable labels
 TOP_LABEL, TOP_VALUE = ("label", "token"), ("probability", "score", "prob", "logprob")
 
 # key of a row, the row (from 1), logits_C or score
@@ -92,7 +92,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
 
 
 def refuse_percentages(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Raises UserError where every row is of shares of a hundred."""
+    """Raises UserError where the values of every row are percentages."""
     if read and all(
         values_C.min() >= 0 and abs(values_C.sum() / 100 - 1) <= TOLERANCE for _, values_C in read
     ):
@@ -131,7 +131,7 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
         )
     total = float(p_C.sum())
     if abs(total - 1) > TOLERANCE:
-        # what lies in [0, 1] is not of logits
+        # values in [0, 1] are not logits, so the hint is for log-probabilities
         other = ", or say what they are (kind: logits)" if kind == "log_probabilities" else ""
         raise UserError(
             f"{sheet.at(number)}: its probabilities sum to {total:.4g}; expected 1 within "
@@ -144,8 +144,8 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
 
 
 def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
-    """Logits of each row by its label: of one with a confidence, which the label has, and the rest
-    is shared out; else as of one vote."""
+    """Logits of each row by its label. With a column of confidences the label has that probability,
+    and the other classes share the rest. Without one the label counts as one vote."""
     column = answer_column(sheet, LABEL_COLUMNS)
     entry, classes = sheet.entry, len(sheet.task.labels)
     sure = find_column(sheet, entry.confidence, "confidence", CONFIDENCE_COLUMNS)
@@ -180,8 +180,8 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float]]) -> None:
-    """Raises UserError where all rows of a label have a confidence below chance: then the column is
-    the probability of one class, whichever the label is."""
+    """Raises UserError where all rows of a label have a confidence below chance. Then the column is
+    the probability of a fixed class, and not of each row's label."""
     chance = 1 / len(sheet.task.labels)
     for index, label in enumerate(sheet.task.labels):
         values = [value for of, value in found if of == index]
@@ -195,7 +195,7 @@ def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float
 
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
-    """The class in a cell; None, and counted, for a missing answer and for an unknown label."""
+    """The class in a cell. A missing answer and an unknown label give None, and are counted."""
     if sheet.withholds(cell):
         return None
     if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
@@ -247,8 +247,8 @@ def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
 
 
 def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
-    """Logits of each row by a list of labels with their probabilities; what is missing of 1 is
-    shared out among the other classes."""
+    """Logits of each row by a list of labels with their probabilities. The other classes share what
+    is missing of 1."""
     column = answer_column(sheet, LABEL_COLUMNS)
     missing: list[float] = []
     for number, row in enumerate(sheet.rows, 1):
@@ -280,8 +280,9 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def top_pairs(sheet: Sheet, number: int, column: str, cell: Any) -> list[tuple[str, float]]:
-    """(label, probability) of a cell: {label: p}, [[label, p]], or [{label: .., probability: ..}],
-    as they are or as JSON; all at or below 0: logarithms."""
+    """(label, probability) pairs of a cell that holds {label: p}, [[label, p]], or
+    [{label: .., probability: ..}], as such or as JSON. Values that are all at or below 0 are
+    logarithms."""
     try:
         given = json.loads(cell) if isinstance(cell, str) else cell
         held = list(given.items()) if isinstance(given, dict) else [_pair(one) for one in given]
@@ -325,8 +326,8 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def refuse_other_scale(sheet: Sheet, number: int, column: str, value: float) -> None:
-    """Raises UserError for a score that lies further beyond the task's than these reach: a
-    regression's own answers may lie a little beyond."""
+    """Raises UserError for a score that is outside the task's range by more than the width of the
+    range. A regression's own answers may lie a little outside."""
     low, high = sheet.task.score_range or (-math.inf, math.inf)
     if abs(value - (low + high) / 2) > 1.5 * (high - low):
         raise UserError(

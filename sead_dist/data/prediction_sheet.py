@@ -26,7 +26,7 @@ CONFIDENCE_COLUMNS = ("confidence", "probability")
 @dataclass(frozen=True)
 class Sheet:
     """A file's rows and what reads them. columns: those that may hold answers. unknown: labels that
-    the task has not, with their counts; withheld: how many answers are missing ones."""
+    the task lacks, with their counts. withheld: missing answers, with their counts."""
 
     path: Path
     task: TaskSpec
@@ -40,8 +40,8 @@ class Sheet:
         return f"{self.path} row {number}"
 
     def withholds(self, *cells: Any, bare: bool = False) -> bool:
-        """Whether each of a row's cells holds a missing answer, or the row is bare. It is counted
-        then."""
+        """Whether each of a row's cells holds a missing answer, or the row is bare. If so, it is
+        counted."""
         said = ["" if cell is None or cell != cell else str(cell) for cell in cells]
         missing = {text.strip().casefold() for text in self.entry.abstain}
         withheld = bare or all(text.strip().casefold() in missing for text in said)
@@ -50,15 +50,15 @@ class Sheet:
         return withheld
 
     def label_index(self, value: Any) -> int | None:
-        """The class of a label in the file; None, and counted, for one that the task has not."""
+        """The class of a label in the file. One that the task lacks gives None, and is counted."""
         index = self.known_label(str(value))
         if index is None:
             self.unknown[str(value)] += 1
         return index
 
     def known_label(self, name: str) -> int | None:
-        """The class of a label in the file, by the entry's `labels` first. Where these say what
-        numbers mean, no number is a place among the task's labels."""
+        """The class of a label in the file, by the entry's `labels` first. Where these give numbers
+        a meaning, no other number stands for a class."""
         mapped = self.mapping.get(name)
         if mapped is None:
             bare = _bare(name)
@@ -87,8 +87,8 @@ class Sheet:
 
 
 def _bare(name: str) -> str:
-    """The form in which labels of a file are compared: a column of whole numbers with a gap is
-    read and written as 1.0."""
+    """The form in which labels of a file are compared. Numbers are compared as such: a column of
+    whole numbers with a gap is read as 1.0, 2.0."""
     return number_name(name) or normalise_label(name)
 
 
@@ -103,8 +103,8 @@ def find_column(sheet: Sheet, given: str | None, key: str, usual: Sequence[str])
 
 
 def class_columns(sheet: Sheet) -> dict[int, str]:
-    """Class -> the column of its values; {} where the file has none. Raises UserError where it has
-    some, and not one for each class."""
+    """Class -> the column of its values; {} where the file has none. Raises UserError where it
+    has some of them, but not one for each class."""
     found: dict[int, str] = {}
     for column in sheet.columns:
         bare = next((column.removeprefix(of) for of in PREFIXES if column.startswith(of)), column)
@@ -146,8 +146,8 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
 
 
 def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
-    """Raises UserError where another column may hold the answers as well as the one found: what is
-    called as gold labels are may hold these, and the teacher's answers stand beside them."""
+    """Raises UserError where another column may hold the answers as well as the one found. A column
+    with a usual name of gold labels may hold these, and another one the teacher's answers."""
     task = sheet.task
     renamed = (old for old, new in task.renames.items() if new == task.label_column)
     gold = {"label", task.label_column, *renamed}
@@ -160,7 +160,7 @@ def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None
     for other in others:
         if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
             continue
-        # a seed or a count is not a place among the labels beside a column of names, or in all rows
+        # numbers beside a column of names, or one number in all rows, are a seed or a count
         said = said_in(sheet, other)
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
         if not chance and not says_the_same(sheet, found, other):
@@ -190,7 +190,7 @@ def holds_numbers(sheet: Sheet, column: str) -> bool:
 
 
 def holds_answers(sheet: Sheet, column: str) -> bool:
-    """Whether whatever stands in a column is a label, or a score, of the task."""
+    """Whether a column is not empty and each value in it is a label, or a score, of the task."""
     said = said_in(sheet, column)
     if sheet.task.task_kind.has_classes:
         return bool(said) and all(sheet.known_label(text) is not None for text in said)

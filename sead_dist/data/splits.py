@@ -39,7 +39,7 @@ from sead_dist.runtime.console import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# further parts of a long file, in which rows with the mistake of one are counted
+# after a mistake, rows with the same one are counted in so many further chunks of the file
 COUNTED_CHUNKS = 4
 
 
@@ -47,9 +47,9 @@ COUNTED_CHUNKS = 4
 class RunExamples:
     """train holds labelled rows, then unlabelled text (the first rest_rows are of the train file),
     then copies. official: the task's evaluation splits, the first one first. dev_in_training:
-    official texts that occur in the training rows or the text. copied: the operation of each copy;
-    copies: a hash of them. removed: rows that were left out, by what they were. left_out: the fold
-    that this run is not trained on, if any."""
+    official texts that occur in the training rows or the text. copied: the operation of each copy.
+    copies: a hash of them. removed: numbers of rows that were left out, by the reason. left_out:
+    the fold that this run is not trained on, if any."""
 
     train: ExampleSet
     selection: ExampleSet
@@ -87,15 +87,15 @@ class RunExamples:
         return self.copied[place - self.unlabelled_rows]
 
     def mean_score(self, task: TaskSpec) -> float | None:
-        """Of the training rows; None where labels are classes, or there are none."""
+        """The mean of the labelled training rows. None for classes, and where there are none."""
         labels_B = self.train.labels_B[: self.labelled_rows]
         if task.task_kind.has_classes or len(labels_B) == 0:
             return None
         return float(labels_B.mean())
 
     def fingerprint(self, task: TaskSpec) -> str:
-        """Of every text, label and their order, and of the task that reads them. Copies follow from
-        these and have a hash of their own."""
+        """The hash of every text and label in their order, and of the task. Copies follow from
+        these, and have a hash of their own (`copies`)."""
         digest = hashlib.sha256(repr(task).encode())
         train = self.train
         if self.copied:
@@ -144,7 +144,7 @@ def _read_split(
             try:
                 parts.append(build_examples(task, rows, split, labels, route, first=read))
             except UserError:
-                # it may count rows with the same mistake: those of some later chunks too
+                # the message may count rows with this mistake: some later chunks are searched too
                 with suppress(UserError):
                     rows += chain.from_iterable(islice(chunks, COUNTED_CHUNKS))
                 build_examples(task, rows, split, labels, route, first=read)
@@ -163,7 +163,7 @@ def file_of(task: TaskSpec, data: DataConfig, split: str) -> Path | None:
 
 
 def own_files(task: TaskSpec, data: DataConfig) -> list[Path]:
-    """The files that the splits of a run are read from; none of the hub."""
+    """The files that the splits of a run are read from. Data of the hub have none."""
     found: list[Path] = []
     for split in task.splits:
         given = file_of(task, data, split)
@@ -175,8 +175,8 @@ def own_files(task: TaskSpec, data: DataConfig) -> list[Path]:
 
 
 def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
-    """Whether training and validation rows come from one file: nothing else is given, and the hub
-    has no such task."""
+    """Whether training and validation rows come from one file. This is so where no other data are
+    given, and the task is not on the hub."""
     alone = data.train is not None and data.validation is None and data.path is None
     return alone and task.hub is None and len(task.splits) == 2
 
@@ -184,7 +184,7 @@ def is_one_file(task: TaskSpec, data: DataConfig) -> bool:
 def split_one_file(
     task: TaskSpec, data: DataConfig, route: Route | None, may_lack: bool
 ) -> dict[str, ExampleSet]:
-    """The two splits of a task's only file: a pure function of its rows alone."""
+    """The two splits of a task's only file, by its rows and data.validation_fraction alone."""
     both = _read_split(task, data, "train", route, may_lack)
     dev = list(task.splits)[1]
     key, seed = "data.validation_fraction", -1  # no selection.seed is below 0 by default
@@ -196,8 +196,8 @@ def split_off(
     config: RunConfig, task: TaskSpec, train: ExampleSet, dev: ExampleSet
 ) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
     """(train, selection, the training rows that the sample left out). Rows are held out of the
-    whole training split before it is sampled, so that runs of different data.max_train_examples
-    never select on each other's training rows, nor on each other's text."""
+    whole training split before it is sampled. So runs of different data.max_train_examples never
+    select on each other's training rows, nor on each other's text."""
     most, seed = config.data.max_train_examples, config.selection.seed
     if config.selection.split == "dev":
         sampled, rest = divide(train, len(train) if most is None else most, seed)
@@ -219,8 +219,8 @@ def split_off(
 
 
 def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
-    """All splits of a run, without copies; a split that has no gold label at all is unlabelled text
-    where teachers are asked. Raises UserError for what is wrong with the files."""
+    """All splits of a run, without copies. Where teachers are asked, a split may have no gold
+    labels at all. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)
     lack, data = config.taught, config.data
@@ -244,7 +244,7 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     text = UnlabelledText(None, 0, 0)
     if config.unlabeled.path is not None or config.uses_rest:
         text = gather_text(config, task, own, rest, held, route)
-    # of rows without labels the training rows themselves are the text
+    # where no training row has a label, the training rows themselves are the text
     asked = config.unlabeled.path is not None or config.unlabeled.rest
     if text.examples is not None or asked or (config.uses_rest and train.has_gold):
         say(text.describe())
@@ -300,10 +300,10 @@ def without_fold(
 def check_tokens(
     examples: RunExamples, tokenizers: "Mapping[str, PreTrainedTokenizerBase]"
 ) -> None:
-    """Raises UserError for a row of which one of these tokenisers (whose -> it) makes no token.
+    """Raises UserError for a row of which one of `tokenizers` (owner -> tokeniser) makes no token.
 
-    A tokeniser that adds special tokens always makes some, and others are asked about texts
-    without a letter or digit alone: so it costs little, and is known before a run is claimed.
+    The check is quick, so it is done before a run directory is claimed: tokenisers that add special
+    tokens always make some, and the others are tried only on texts without a letter or digit.
     """
     for whose, tokenizer in tokenizers.items():
         if adds_tokens(tokenizer):
@@ -318,7 +318,7 @@ def check_tokens(
 
 
 def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
-    """Where an example came from, as a person finds it: "row 4 of train"."""
+    """Where a person finds an example: "row 4 of train"."""
     name = "train" if part is examples.selection else part.split
     kind = examples.kind(index) if part is examples.train else "labelled"
     if kind == "text":
@@ -330,7 +330,7 @@ def source_row(examples: RunExamples, part: ExampleSet, index: int) -> str:
 
 @dataclass(frozen=True)
 class RunSplits:
-    """The same, tokenised for the student."""
+    """The splits of `RunExamples`, tokenised for the student."""
 
     train: Split
     selection: Split

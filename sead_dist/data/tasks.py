@@ -1,5 +1,5 @@
-"""The tasks: what a row holds, which labels there are, how a prediction is scored; and a person's
-own task, read from a YAML file of the same fields.
+"""The tasks: what a row holds, which labels there are, and how a prediction is scored. A person's
+own task is read from a YAML file of the same fields.
 
 One row per task; label order is the hub's. Shapes: B examples, C classes.
 """
@@ -34,7 +34,7 @@ class TaskSpec:
     """One task. Templates name columns in braces: "{premise}". Only `name` and `text_a` are
     required in a YAML file, and `labels` or `score_range`."""
 
-    # what stands below each field is its description, which `sead-dist keys` tells
+    # the text below each field is its description, which `sead-dist keys` prints
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
 
     name: str

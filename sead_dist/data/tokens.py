@@ -46,7 +46,7 @@ class TokenTable:
         return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
 
     def lengths_B(self) -> np.ndarray:
-        """Tokens of each example: of its longest text row."""
+        """The number of tokens of each example's longest text row."""
         rows = np.diff(self.offsets).reshape(-1, self.choices)
         return rows.max(axis=1) if len(rows) else np.zeros(0, np.int64)
 
@@ -123,7 +123,7 @@ def cut_rows(
     max_length: int,
 ) -> list[int]:
     """Which of these text rows lost tokens to `max_length`. Tokenisers written in Python do not
-    say: they are asked again, without a limit, for the rows that fill it."""
+    report that. They are called again, without a limit, for the rows that fill it."""
     if encoded.encodings is not None:
         return [place for place, row in enumerate(encoded.encodings) if row.overflowing]
     full = [place for place, row in enumerate(encoded["input_ids"]) if len(row) >= max_length]
@@ -166,12 +166,12 @@ def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
 
 
 def adds_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a text of nothing has tokens too."""
+    """Whether an empty text has tokens too."""
     return len(tokenizer("")["input_ids"]) > 0
 
 
 def tokenless_row(part: ExampleSet, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first example with a text row of which `tokenizer` makes no token."""
+    """The first example with a text row of which `tokenizer` makes no token; None for none."""
     for row, first in enumerate(part.texts_a):
         second = None if part.texts_b is None else part.texts_b[row]
         if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):

@@ -1,6 +1,6 @@
-"""Unlabelled text: rows of the task's own train file that the sample left out, and of a file.
+"""Unlabelled text: rows of the train file that the sample left out, and rows of a further file.
 
-It shares no sentence with a row that students are chosen or scored by.
+The text shares no sentence with rows by which students are selected or scored.
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ class UnlabelledText:
 
 
 def chunk_size(task: TaskSpec) -> int | None:
-    """How many rows of a file are read at once; None: all, where rows belong to groups, which must
-    not be cut."""
+    """How many rows of a file are read at once. None: all of them, because groups of rows must not
+    be cut."""
     return None if task.reader in ("multirc", "record") else CHUNK
 
 
@@ -73,7 +73,7 @@ def gather_text(
     route: Route | None,
 ) -> UnlabelledText:
     """The unlabelled text of a run with `labelled` labelled rows. rest: the training rows that the
-    sample left out; held: rows that no text may share a sentence with.
+    sample left out. held: rows with which no text may share a sentence.
 
     Raises UserError for whatever is wrong with the file.
     """
@@ -90,7 +90,7 @@ def gather_text(
         found += read - more
         text = concatenate(text, other)
     if most < len(text):
-        # the same number tells rows of the two kinds apart after the sample as before
+        # rows are numbered, so that the two kinds can be told apart after the sample
         marked = replace(text, rows_B=np.arange(len(text)))
         places_B = sample(marked, most, seed).rows_B
         own = int((places_B < own).sum())
@@ -102,9 +102,9 @@ def gather_text(
 def text_of_file(
     config: RunConfig, task: TaskSpec, known: np.ndarray, most: int, route: Route | None
 ) -> tuple[ExampleSet, int, int]:
-    """(the rows of `unlabeled.path`, how many it has, how many were removed), read in chunks: of a
-    long file only a chunk and what is kept of it are in memory. At most `most` are kept, as
-    `sample` does."""
+    """(kept rows of `unlabeled.path`, how many rows it has, how many were removed). The file is
+    read in chunks, so that only a chunk and the kept rows are in memory. At most `most` rows are
+    kept, drawn by `sample`."""
     path, seed = Path(config.unlabeled.path or ""), config.selection.seed
     parts: list[ExampleSet] = []
     read = removed = 0

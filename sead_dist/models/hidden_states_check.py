@@ -1,8 +1,8 @@
-"""Whether what the hooks read inside a model is what the model itself works with.
+"""A check that the hooks inside a model read the values that the model computes with.
 
-Kinds may do more to queries and keys than their linear maps say (rotate them), order tokens in
-another way inside, or normalise what a layer gives. So before training two rows are asked, and what
-is read is compared with the model's own `output_hidden_states` and `output_attentions`.
+A kind of model may change queries and keys after their linear maps (rotate them), order tokens in
+another way inside, or normalise the output of a layer. So two rows are run before training. What
+the hooks read is compared with the model's own `output_hidden_states` and `output_attentions`.
 
 Shapes: R text rows, L tokens, H width, A heads.
 """
@@ -27,7 +27,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import dense, make_tell_apart, shallow
 from sead_dist.models.sequence_classifier import new_classifier
 
-# of the largest value; rounding differs between the model's own products and ours
+# allowed share of the largest value; rounding differs between the model's products and ours
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -37,8 +37,9 @@ def needs_attention(method: str) -> bool:
 
 
 def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
-    """Ask two rows of unlike length, padded as the model's are, and compare all that `method`
-    (distilbert, tinybert or minilm) reads of this kind and of this model, on its device.
+    """Run two rows of unlike length, padded as for the model. Compare all that `method`
+    (distilbert, tinybert, minilm or repair) reads, of the kind first, then of this model on its
+    device.
 
     Raises UserError, naming `who`, for what differs in value or number.
     """
@@ -49,8 +50,9 @@ def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: 
 
 
 def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
-    """The same of a shallow model of the kind with random weights, before any weights are read.
-    whole: the model, or its outline. What cannot be cut down is looked at when it is loaded.
+    """The same check of a shallow model of the kind with random weights, before any weights are
+    read. whole: the model, or its outline. A kind that cannot be made shallow is not checked here,
+    but by `check_inside` when the model is loaded.
 
     Raises UserError, naming `who`, for what differs in value or number.
     """
@@ -71,13 +73,13 @@ def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: st
 def asked(
     rows: Sequence[dict[str, torch.Tensor]], inputs: ModelInputs, pad_id: int | None
 ) -> list[dict[str, torch.Tensor]]:
-    """All as a batch, and the shortest alone, since some kinds lengthen short rows inside."""
+    """All rows as a batch, and the first alone, because some kinds lengthen short rows inside."""
     return [inputs.together(rows, pad_id), rows[0]]
 
 
 def random_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A classifier in eval mode in which no weight is neutral: new norms and biases do nothing. The
-    generator is as before."""
+    """A classifier in eval mode with random weights. Norms and biases are random too, because new
+    ones change nothing. The state of the generator is restored."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = new_classifier(config).eval()
@@ -118,8 +120,8 @@ def first_difference(
     method: str,
     batches: Sequence[Mapping[str, torch.Tensor]],
 ) -> str | None:
-    """What the first of the batches shows that does. Asked is a copy of the model: Transformers
-    leaves hooks of its own in one that has told its hidden states."""
+    """The first difference that one of the batches shows, in words; None for none. A copy of the
+    model is run, because Transformers leaves hooks in a model that has given hidden states."""
     other = copy.deepcopy(model).eval()
     # fused kernels give no attentions
     other.set_attn_implementation("eager")
@@ -135,7 +137,7 @@ def differences(
     wanted: WantedLayers,
     batch: Mapping[str, torch.Tensor],
 ) -> Iterator[str]:
-    """What of the wanted the model itself gives otherwise than it is read."""
+    """The differences between what is read and what the model itself gives, in words."""
     on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     asks = {"output_hidden_states": True, "output_attentions": True, "return_dict": True}
     try:
@@ -168,7 +170,7 @@ def differences(
 def hidden_difference(
     found: LayerOutputs, number: int, own_RLH: torch.Tensor, mask_RL: torch.Tensor, close: float
 ) -> str | None:
-    """Whether hidden states differ, at text tokens alone."""
+    """How hidden states differ at text tokens, in words; None where they do not."""
     if number not in found.hidden:
         return f"hidden states {number} do not come from a layer that can be found"
     read_RLH = found.hidden[number]
@@ -187,7 +189,7 @@ def attention_difference(
     found: LayerOutputs, number: int, own_RALL: torch.Tensor, heads: int, mask_RL: torch.Tensor,
     close: float,
 ) -> str | None:  # fmt: skip
-    """Whether the softmax of what is read of a layer is not its attention, at text tokens alone."""
+    """How the softmax of what is read differs from a layer's attention at text tokens, or None."""
     if not all(number in part for part in (found.queries, found.keys, found.values)):
         return f"the attention of layer {number} does not call its linear maps"
     maps = query_RLH, key_RLH, value_RLH = found.maps(number)
@@ -208,7 +210,7 @@ def attention_difference(
 
 
 def share(read: torch.Tensor, own: torch.Tensor, mask_RL: torch.Tensor) -> float:
-    """The largest difference at text tokens (the first two dimensions), of the largest value."""
-    # what is not a number in both is not a difference of theirs; it is told elsewhere
+    """The largest difference at text tokens (first two dimensions) over the largest value."""
+    # a NaN in both is no difference between them; other checks report it
     mine, theirs = (one.float()[mask_RL].nan_to_num() for one in (read, own))
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))

@@ -1,6 +1,6 @@
-"""Whether a tokeniser takes off capitals that its own words have.
+"""A check that a tokeniser does not lower-case texts while words of its vocabulary have capitals.
 
-Older folders have a vocabulary and no settings beside it. Transformers then takes capitals off, so
+Older folders have a vocabulary and no settings beside it. Transformers then lower-cases texts, so
 that a cased model reads other words than those it was trained on.
 """
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "tokenizer_config.json"
-# uncased vocabularies have next to no words with a capital, cased ones a third
+# the share of words with a capital is almost 0 in uncased vocabularies, a third in cased ones
 SHARE = 0.01
 
 
 def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises UserError where capitals are taken off since no file of the folder says otherwise, and
-    words of the vocabulary have some: no text would reach these."""
+    """Raises UserError where texts are lower-cased only because no file of the folder says
+    otherwise, and words of the vocabulary have capitals. No text would give these words."""
     settings = folder / SETTINGS
     if (folder / "tokenizer.json").is_file() or not takes_off(tokenizer):
         return

@@ -1,7 +1,7 @@
-"""What a model got of a checkpoint's files, and what it may lack (invariant 11).
+"""Which tensors of a model came from a checkpoint's files, and which may be new (invariant 11).
 
-Transformers gives every tensor that it does not find a random value and goes on. Here each of them
-is accounted for: it belongs to a head that is to be new, or the checkpoint is refused by name.
+Transformers gives every tensor that it does not find a random value, and goes on. Here each such
+tensor must belong to a head that is to be new. Else the checkpoint is refused, with the names.
 """
 
 import re
@@ -29,9 +29,9 @@ OLD_BUFFERS = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """Names of tensors. total: how many the model has; missing: those that no file holds;
-    mismatched: (name, shape in the file, shape in the model); unused: those of the files that the
-    model has no place for; prefix: what was taken off the files' names."""
+    """Names of tensors. total: how many the model has. missing: those that no file holds.
+    mismatched: (name, shape in the file, shape in the model). unused: those of the files that the
+    model has no place for. prefix: what was taken off the files' names."""
 
     total: int
     missing: frozenset[str]
@@ -79,7 +79,7 @@ def bare_names(name: str) -> list[str]:
 
 
 def wrapping(loaded: Loaded, body: str) -> str | None:
-    """The prefix without which most of the unused tensors are ones that the model lacks."""
+    """The prefix whose removal gives most unused tensors names that the model lacks; or None."""
     counts: Counter[str] = Counter()
     for name in loaded.unused:
         for prefix in wrappings(name):
@@ -90,8 +90,8 @@ def wrapping(loaded: Loaded, body: str) -> str | None:
 
 
 def final_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """The layer that ends in classes, and its name: the last one as wide outside the body, else
-    anywhere. Raises UserError where there is none."""
+    """(name, layer) of the linear layer that gives the classes: the last one of that width outside
+    the body, else in the body. Raises UserError where there is none."""
     body = body_of(model)
     inside = set() if body is None else {id(module) for module in body[1].modules()}
     wide = [
@@ -109,8 +109,8 @@ def final_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
-    """The tensors that classify, apart from the body's; of a model that has no such parts, those of
-    its last layer."""
+    """The tensors outside the body, which classify. Of a model that has none, those of the layer
+    that gives the classes."""
     body = body_of(model)
     start = "" if body is None else f"{body[0]}."
     outside = {name for name in model.state_dict() if not name.startswith(start)}
@@ -128,7 +128,7 @@ def pooler_names(model: PreTrainedModel) -> set[str]:
 
 
 def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: set[str]) -> None:
-    """Raises UserError, naming them, where other tensors than these are not from the files."""
+    """Raises UserError, naming them, where tensors beside `may_be_new` are not from the files."""
     mismatched = [found for found in loaded.mismatched if found[0] not in may_be_new]
     if mismatched:
         name, theirs, ours = mismatched[0]
@@ -151,7 +151,7 @@ def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: se
 def refuse_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
     """Raises UserError, naming them, where a trained model's files hold more than the model takes:
     layers beyond its depth, adapters on its modules, a second copy of its tensors. A pooler or a
-    language model's head that nothing asks is not a part of a classifier."""
+    language model's head is allowed where the classifier does not use it."""
     modules, body, stack = dict(model.named_modules()), body_of(model), layer_stack(model)
     layers = next((name for name, one in modules.items() if one is stack and stack is not None), "")
     names = set(model.state_dict())

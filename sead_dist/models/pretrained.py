@@ -24,42 +24,42 @@ ADAPTER = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# of these a tokeniser is made where tokenizer.json is not there; the packages and modules for it
+# a tokeniser is made of these where tokenizer.json is missing; the packages and modules for that
 WORD_FILES = ("*.model", "*.tiktoken")
 READ_BY = {
     "sentencepiece": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
     "tiktoken": {"tiktoken": "tiktoken"},
 }
-# what no tokeniser is read from
+# ends of files that no tokeniser is read from
 NOT_WORDS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".md"),
     *(".png", ".svg"),
 )
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "pytorch_model*.bin", "*.py"]
-# their positions start after the padding index
+# kinds whose positions start after the padding index
 OFFSET_POSITIONS = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
     *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
     *("esm", "lilt", "markuplm", "layoutlmv3"),
 )
-# of these the padding index is the code's, whatever the config says
+# kinds whose padding index is fixed by their code, whatever the config says
 FIXED_PADDING = {"mpnet": 1}
-# what sizes a table of positions, by kind of model the first of these that its config has
+# keys for the size of the table of positions; the first of them that a config has counts
 LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
-# what else is counted in a config that every model has
+# other keys of a config that hold whole numbers
 COUNTED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "type_vocab_size", "pad_token_id"),
 )
-# what of a config says nothing about logits
+# keys of a config that do not change logits
 SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 # no size of a model is larger
 LARGEST = 2**31
 COPY = "fix it, or copy the whole folder again"
-# relative positions, without a table that could end, whatever number their files still carry
+# kinds with relative positions, so that no table can end, whatever number their files hold
 # (T5's n_positions, Funnel's max_position_embeddings, XLNet's -1)
 UNLIMITED = ("bloom", "funnel", "mt5", "t5", "umt5", "xlnet")
-# what a tokeniser written in Python makes of these is part of what it is
+# a tokeniser written in Python is identified also by the ids that it makes of these
 PROBES = (
     "The film is a warm, funny and moving story of two old friends.",
     "  Don't: it's 12.50 \u20ac (or $13), at http://a.bc/d?e=1 @f #g \n\tok\u2026 \u201cno\u201d",
@@ -71,8 +71,8 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with weights, and where it came from. `name` is what the person wrote; `origin`: the
-    hash of the files that the weights were merged from, where they were."""
+    """A folder with weights, and where it came from. name: what the person wrote. origin: the
+    hash of the files that the weights were merged from, if they were."""
 
     name: str
     folder: Path
@@ -91,7 +91,7 @@ def locate(
     LoRA adapter, the folder in which it is merged into its base.
 
     marks: file names of which a checkpoint's folder holds one. offline: of a hub id only what was
-    fetched before. as_teacher: whether it is one of `teachers`, of which a pattern gives several.
+    fetched before. as_teacher: whether it is one of `teachers`, where a pattern can give several.
     Raises UserError when it is not there, or the hub cannot be reached.
     """
     folder = Path(path)
@@ -131,7 +131,7 @@ def locate(
 def refuse_several(
     path: str, marks: Sequence[str] = ("config.json",), as_teacher: bool = False
 ) -> None:
-    """Raises UserError for a folder of checkpoints or runs, which is none itself."""
+    """Raises UserError for a folder that holds checkpoints or runs and is none itself."""
     found = [
         child.name
         for child in sorted(Path(path).iterdir())
@@ -146,7 +146,7 @@ def refuse_several(
 
 
 def _is_data(path: Path) -> bool:
-    """Whether it is a file whose name ends as a data file's does."""
+    """Whether `path` is a file with a data file's ending."""
     from sead_dist.data.loading import EXTENSIONS  # it needs pyarrow
 
     return path.is_file() and path.suffix.lower() in EXTENSIONS
@@ -165,8 +165,8 @@ def _merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights. Raises UserError when there are none, or where an adapter,
-    which plain Transformers leaves out where peft is not installed, lies beside them."""
+    """The files that hold the weights. Raises UserError where there are none, or where an adapter
+    is beside them: without peft, plain Transformers would leave it out."""
     if (checkpoint.folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint.name} holds a whole model and an adapter ({ADAPTER}) beside it; give "
@@ -207,8 +207,8 @@ def weights_hash(checkpoint: Checkpoint) -> str:
 
 
 def setting_hash(checkpoint: Checkpoint) -> str:
-    """sha256 over the files beside the weights: where they are equal, so are the tokeniser and the
-    model's shape."""
+    """sha256 over the files beside the weights. Where it is equal, the tokeniser and the model's
+    shape are equal."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and path.suffix not in NOT_WORDS:
@@ -218,8 +218,8 @@ def setting_hash(checkpoint: Checkpoint) -> str:
 
 
 def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
-    """A checkpoint's config.json. Raises UserError where it is none, or its values are of types
-    that no model has."""
+    """A checkpoint's config.json. Raises UserError where it is not a config, or where its values
+    have types that no model has."""
     from transformers import AutoConfig  # files are found and compared without it
 
     path = checkpoint.folder / "config.json"
@@ -232,7 +232,7 @@ def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> "Pretr
 
 
 def _check_types(config: "PretrainedConfig") -> None:
-    """Raises ValueError for values of other types than those which are read from any config."""
+    """Raises ValueError for values of types that no reader of a config expects."""
     names = config.id2label
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
         raise ValueError(f"id2label is {names!r}, which does not name the classes 0, 1, ...")
@@ -302,14 +302,14 @@ def _is_installed(module: str) -> bool:
 
 
 def _ends_no_text(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether there is an end token that is put to no text: a model that looks for the last token
-    of a text takes it for what is not padding."""
+    """Whether there is an end token that is added to no text. Only such a token can pad: models
+    that look for the last token of a text look for the last one that is not padding."""
     end = tokenizer.eos_token_id
     return end is not None and end not in tokenizer(PROBES[0])["input_ids"]
 
 
 def _try_out(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """What is broken in a tokeniser's files raises here, and not with the first row."""
+    """Use the tokeniser once, so that broken files raise here and not with the first row."""
     if tokenizer.pad_token_id is None or not len(tokenizer):
         return
     tokenizer(PROBES[0], PROBES[1])  # leaves no truncation behind
@@ -338,8 +338,8 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _deeds(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What a tokeniser written in Python is besides its vocabulary: its files, and what it makes of
-    fixed texts, alone and as a pair."""
+    """What identifies a tokeniser written in Python besides its vocabulary: its files, and the ids
+    that it makes of fixed texts, alone and as a pair."""
     names = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]
     files = [Path(tokenizer.name_or_path) / name for name in sorted(names)]
     return {
@@ -358,7 +358,7 @@ def is_own_code(kind: type) -> bool:
 
 def code_hash(checkpoint: Checkpoint, *kinds: type) -> str | None:
     """sha256 over the Python files that a checkpoint brings, and those of these classes; None where
-    none of the classes is its own. Where a file lies does not count."""
+    none of the classes is its own. The place of a file does not count."""
     own = [kind for kind in kinds if is_own_code(kind)]
     if not own:
         return None
@@ -384,14 +384,14 @@ def fitting_length(asked: int, config: "PretrainedConfig") -> int:
 
 
 def embeddings_for(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many word embeddings a tokeniser needs: numbers of words may have gaps."""
+    """How many word embeddings a tokeniser needs. (The ids of its words may have gaps.)"""
     return max(len(tokenizer), 1 + int(max(tokenizer.get_vocab().values())))
 
 
 def check_vocabulary(
     name: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
 ) -> None:
-    """Raises UserError where the tokeniser knows words that the model has no embeddings for."""
+    """Raises UserError where the tokeniser has words that the model has no embeddings for."""
     size, words = getattr(config, "vocab_size", None), embeddings_for(tokenizer)
     if size is not None and words > size:
         raise UserError(

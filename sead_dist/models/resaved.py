@@ -1,4 +1,4 @@
-"""The student saved, read again by plain Transformers, and asked the same row (invariant 11)."""
+"""Checks of a saved student: plain Transformers must get its logits from it (invariant 11)."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import load_plain, unshared, write_weights
 from sead_dist.runtime.files import put_folder
 
-# of the largest logit, at least 1; autocast rounds every product
+# allowed share of the largest logit (at least 1); autocast rounds every product
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 
@@ -28,7 +28,7 @@ def one_row(split: Split) -> dict[str, torch.Tensor]:
 
 
 def answer(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `forward` gives in eval mode, on the CPU. The generators are as before."""
+    """The logits of `forward` in eval mode, moved to the CPU. Generators keep their state."""
     was_training = model.training
     model.eval()
     with torch.inference_mode(), torch.random.fork_rng():
@@ -48,7 +48,7 @@ def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
     """The largest difference between logits, as a share of the largest logit (at least 1)."""
     if one_RC.shape != other_RC.shape:
         return math.inf
-    # what is not a number in both is not a difference of theirs; training will tell
+    # a NaN in both is no difference between them; training reports it
     one_RC, other_RC = one_RC.double().nan_to_num(), other_RC.double().nan_to_num()
     return float((one_RC - other_RC).abs().max() / one_RC.abs().max().clamp(min=1.0))
 
@@ -56,8 +56,9 @@ def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
 def check_saving(
     model: PreTrainedModel, row: Mapping[str, torch.Tensor], folder: Path, trust_remote_code: bool
 ) -> None:
-    """Save the student in a folder of its own in `folder`, read it back and compare the row, before
-    any training; nothing stays. It costs one save, one load and two forwards of a row.
+    """Save the student in a folder of its own in `folder`, read it back and compare the logits of
+    the row. This is done before training. No file stays. It costs one save, one load and two
+    forwards of a row.
 
     Raises UserError where the two differ.
     """
@@ -96,8 +97,8 @@ def check_saved(
     precision: str,
     trust_remote_code: bool,
 ) -> None:
-    """Read the finished student by plain Transformers: every weight as it was trained, and the
-    same logits for the row, but for the precision that it was asked in.
+    """Read the finished student by plain Transformers. Check that every weight is as it was
+    trained, and that the logits of the row are the same up to the rounding of `precision`.
 
     Raises RunError where they differ.
     """
@@ -123,7 +124,7 @@ def check_saved(
 
 
 def refuse(folder: Path, reason: str) -> NoReturn:
-    """Set the model aside, so that nothing takes it for the run's, and raise RunError."""
+    """Rename the model's folder, so that nothing uses it as the run's model. Raises RunError."""
     aside = folder.with_name(f"{folder.name}.refused")
     put_folder(folder, aside)
     raise RunError(

@@ -26,10 +26,10 @@ from sead_dist.objectives.weightings import (
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The teachers of a run together: which of them a step needs, how much each counts, the soft
-    targets, and what they would answer to a new text. weights_N: frozen before step 1, as are
-    calibration_N, the temperatures that each teacher's logits are divided by first (None: all 1).
-    seen_NU: which teacher was trained on which example of the training split, where that is known.
+    """The teachers of a run together: which of them a step needs, their weights, the soft targets,
+    and the answer to a new text. weights_N: fixed before step 1. calibration_N: temperatures, fixed
+    before step 1 too, by which each teacher's logits are divided first (None: all 1). seen_NU:
+    which teacher was trained on which example of the training split, where that is known.
     """
 
     weighting: Weighting
@@ -56,7 +56,7 @@ class Ensemble:
         step: int,
         micro: int,
     ) -> SoftTargets:
-        """Of the micro-batch at this place of the run."""
+        """The soft targets of a micro-batch: number `micro` of step `step`. Else as `combine`."""
         weights_N = self.weighting.at(self.weights_N, self.seed, step, micro)
         teachers = TeacherLogits(self.calibrated(teachers.logits_NBC), teachers.present_NB)
         return combine(
@@ -65,12 +65,12 @@ class Ensemble:
         )  # fmt: skip
 
     def answer(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> SoftTargets:
-        """What the ensemble would answer to new texts, at temperature 1. Gold labels are not looked
-        at. logits_NBC: NaN where a teacher has no answer."""
+        """The ensemble's answer to new texts, at temperature 1 and without gold labels. logits_NBC:
+        NaN where a teacher has no answer."""
         present_NB = ~torch.isnan(logits_NBC).any(-1)
         weighting = self.weighting.scored_as(self.has_classes)
         logits_NBC = self.calibrated(logits_NBC).nan_to_num()
-        if not weighting.asks_all:  # who has no weight is not asked of a row, nor is so here
+        if not weighting.asks_all:  # a run does not ask teachers without weight
             present_NB &= weighting.of_rows(self.weights_N, logits_NBC, None, routes_B) > 0
         teachers = TeacherLogits(logits_NBC, present_NB)
         return combine(
@@ -94,8 +94,8 @@ class Ensemble:
     def agreement(
         self, student_BC: torch.Tensor, teachers: TeacherLogits, valid_B: torch.Tensor
     ) -> torch.Tensor:
-        """[2, N]: per teacher, rows where the student's class is the teacher's, and rows asked; of
-        scores none."""
+        """[2, N]: for each teacher the rows where the student's class is the teacher's, and the
+        rows that it was asked for. For scores all are 0."""
         if not self.has_classes:
             return torch.zeros(2, len(self.weights_N))
         asked_NB = teachers.present_NB & valid_B[None]
@@ -104,8 +104,8 @@ class Ensemble:
 
 
 def unseen(asked_NR: np.ndarray | None, seen_NR: np.ndarray) -> np.ndarray:
-    """Of the teachers that are asked of a row (None: all) those that were not trained on it; all of
-    them where each was."""
+    """asked_NR (None: all are asked) without the teachers that were trained on the row. Where
+    all teachers that are asked for a row were trained on it, they all stay."""
     asked_NR = np.ones_like(seen_NR) if asked_NR is None else asked_NR
     fit_NR = asked_NR & ~seen_NR
     return np.where(fit_NR.any(0), fit_NR, asked_NR)
@@ -123,7 +123,7 @@ def make_ensemble(
 
 def frozen_weights(name: str, known: Known) -> torch.Tensor:
     """weights_N of this ensemble, fixed before step 1, of sum 1. Raises UserError where all are 0,
-    or one is below."""
+    or one is below 0."""
     weights_N = WEIGHTINGS[name].frozen(known)
     if not bool((weights_N >= 0).all()):
         raise UserError(
@@ -136,8 +136,8 @@ def frozen_weights(name: str, known: Known) -> torch.Tensor:
 
 
 def asks_selection(config: RunConfig) -> bool:
-    """Whether teachers' answers on the selection split decide who teaches, and how much each
-    counts."""
+    """Whether the teachers' answers on the selection split decide which teachers are asked, or
+    their weights."""
     return config.taught and WEIGHTINGS[config.ensemble].asks_selection(config)
 
 
@@ -167,7 +167,7 @@ def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
 
 
 def check_method(config: RunConfig, kind: TaskKind) -> None:
-    """What is asked of the teachers fits the task and the other keys. Raises UserError."""
+    """Check that ensemble, loss and teacher fit the task and the other keys. Raises UserError."""
     reason = why_unfit(config, kind)
     if reason is not None:
         raise UserError(reason)
@@ -188,12 +188,13 @@ def combine(
     regression: bool = False,
     routes_B: torch.Tensor | None = None,
 ) -> SoftTargets:
-    """The soft targets of a micro-batch. Teachers that do not answer a row get no weight there, and
-    the others share it out; those that were asked count alike where none of them has any.
+    """The soft targets of a micro-batch. A teacher that does not answer a row has no
+    weight there; the weights of the others are scaled to sum 1. Where none of the others has a
+    weight, they have equal weights.
 
-    labels_B: gold labels or scores, -1 or NaN where unlabelled; None where they may not be looked
-    at (then weightings by gold labels weigh all teachers alike). routes_B: each row's teacher, for
-    `routed`.
+    labels_B: gold labels or scores, -1 or NaN where unlabelled; None where they may not be used
+    (then weightings by gold labels give all teachers the same weight). routes_B: each row's
+    teacher, for `routed`.
     """
     if isinstance(weighting, str):
         weighting = WEIGHTINGS[weighting]
@@ -225,8 +226,9 @@ def row_weights(
     weights_N: torch.Tensor,
     routes_B: torch.Tensor | None,
 ) -> torch.Tensor:
-    """weights_NB before those of absent answers are taken away. A weighting by what teachers say of
-    a row sees only those that answer it: rows that the same teachers answer go together."""
+    """weights_NB, before those of missing answers are set to 0. A weighting by the teachers'
+    answers to a row gets only the teachers that answer it, so rows that the same teachers answer
+    are weighted together."""
     logits_NBC, present_NB = teachers.logits_NBC.float(), teachers.present_NB
     if not isinstance(weighting, ByRow) or bool(present_NB.all()):
         return weighting.of_rows(weights_N, logits_NBC, labels_B, routes_B)

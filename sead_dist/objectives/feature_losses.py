@@ -1,10 +1,10 @@
-"""The baselines' losses over a teacher's hidden states and attention: pure functions, one value per
-text row; and each method's, put together for one student and one feature teacher: which layers are
-compared, by which loss, through which projections, in which steps.
+"""The baselines' losses over a teacher's hidden states and attention. They are pure functions, with
+one value per text row. `FeatureLoss` is a method's loss for one student and one feature teacher:
+which layers are compared, by which loss, through which projections, in which steps.
 
-Padding tokens count in none of them: not as tokens, nor as keys of attention. A row's loss is a
-mean over its own tokens, so it does not depend on its neighbours (invariant 2); the papers' code
-takes the mean over all tokens of a batch.
+Padding tokens do not count: neither as tokens nor as keys of attention. A row's loss is a mean over
+its own tokens, so it does not depend on its neighbours (invariant 2). The papers' code takes the
+mean over all tokens of a batch.
 
 Shapes: R text rows, B examples, L tokens, H width, A heads, D width of a head (A * D = H), S
 student's, T teacher's. mask_RL: True for tokens that are text.
@@ -37,9 +37,9 @@ from sead_dist.models.hidden_states_check import needs_attention, wanted_by
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.objectives.losses import LossTerms
 
-# the student's child that holds what is learned beside it; no part of the final model
+# the student's child module that holds the projections; the final model lacks it
 PROJECTIONS = "projections"
-# the loss of a start that is repaired: no value of `feature_loss`
+# the name of the loss of a start that is repaired; it is not a value of `feature_loss`
 REPAIR = "repair"
 # as BERT's own new weights
 PROJECTION_SCALE = 0.02
@@ -115,9 +115,9 @@ def relations_loss(
     heads: int,
     mask_RL: torch.Tensor,
 ) -> torch.Tensor:
-    """loss_R: the sum over queries, keys and values of the KL of their relations with themselves,
-    vectors cut into `heads` relation heads in both. (MiniLMv2: Wang et al. 2021, section 3.1, with
-    equal weights.)"""
+    """loss_R: the sum over queries, keys and values of the KL of their relations with themselves.
+    The vectors are cut into `heads` relation heads in both. (MiniLMv2: Wang et al. 2021, section
+    3.1, with equal weights.)"""
     pairs = zip(student, teacher, strict=True)
     return torch.stack(
         [relation_loss(scores(s, s, heads), scores(t, t, heads), mask_RL) for s, t in pairs]
@@ -133,8 +133,8 @@ def relation_heads(student_width: int, teacher_width: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Rest:
-    """Parameters, by name, that nothing teaches before step `until` (from 0): their learning rate
-    is 0 until then, and rises over `warmup` steps to that of the others."""
+    """Names of parameters that no loss reaches before step `until` (from 0). Their learning rate is
+    0 until then. After that it rises over `warmup` steps to that of the others."""
 
     names: frozenset[str]
     until: int
@@ -147,9 +147,9 @@ class Rest:
 
 @dataclass(frozen=True)
 class FeatureLoss:
-    """One method's loss. mine, theirs: what is read of student and feature teacher; until: the step
-    (from 0) before which the layer outputs count; variant: the form used, in words; rest: the
-    student's parameters that nothing teaches until then."""
+    """One method's loss. mine, theirs: what is read of student and feature teacher. until: the
+    layer outputs count before this step (from 0). variant: the form used, in words. rest: the
+    student's parameters that no loss reaches until then."""
 
     method: str
     student: LayerParts
@@ -163,11 +163,11 @@ class FeatureLoss:
     rest: Rest | None = None
 
     def has_no_head(self, step: int) -> bool:
-        """Whether after this step (from 1) nothing has taught the student's head yet."""
+        """Whether no loss has reached the student's head by the end of this step (from 1)."""
         return self.method == "tinybert" and step <= self.until
 
     def reading(self) -> AbstractContextManager[LayerOutputs]:
-        """Inside, the student's forward fills what is given."""
+        """Inside the block, the student's forward fills the outputs that it gives."""
         return reading(self.student, self.mine)
 
     def join(
@@ -179,10 +179,11 @@ class FeatureLoss:
         valid_B: torch.Tensor,
         valid_rows: int,
     ) -> LossTerms:
-        """The step's loss with this one in it, over the valid rows of the global batch. student,
-        feature_teacher: None in a step that asks for logits alone.
+        """The step's loss with this one in it, over the valid rows of the global batch. TinyBERT's
+        loss, and that of a repair, replaces the others. student, feature_teacher: None in a step
+        that asks for logits alone.
 
-        Every parameter gets a gradient in every step, if only of zeros: ranks exchange all of them.
+        Ranks exchange all gradients, so every projection gets one in every step, if only of zeros.
         """
         idle = terms.total * 0.0
         for parameter in self.projections.parameters():
@@ -198,9 +199,10 @@ class FeatureLoss:
     def loss(
         self, student: LayerOutputs, feature_teacher: LayerOutputs, mask_RL: torch.Tensor
     ) -> torch.Tensor:
-        """loss_R of each text row: cosines, MiniLM's relations, the mean over layers of the squared
-        error of hidden states (Jiao et al. 2020, eq. 8), or TinyBERT's sum of that of embeddings,
-        hidden states and attention (eq. 11 and 6 without the prediction layer, every lambda 1)."""
+        """loss_R of each text row, by the method. DistilBERT: cosines. MiniLM: relations. Repair:
+        the mean over layers of the squared error of hidden states (Jiao et al. 2020, eq. 8).
+        TinyBERT: the sum of the squared errors of embeddings, hidden states and attention (eq. 11
+        and 6 without the prediction layer, every lambda 1)."""
         states = [
             (self.projected(student.hidden[mine], mine), feature_teacher.hidden[theirs])
             for mine, theirs in zip(self.mine.hidden, self.theirs.hidden, strict=True)
@@ -256,7 +258,7 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
 
 
 def feature_steps(config: RunConfig, total_steps: int) -> int:
-    """In how many of a run's steps, the first ones, the feature teacher is asked."""
+    """How many of a run's steps ask the feature teacher. These are its first steps."""
     if config.feature_loss != "tinybert":
         return total_steps if config.feature_loss is not None else 0
     # at least one step is left for the task
@@ -266,7 +268,8 @@ def feature_steps(config: RunConfig, total_steps: int) -> int:
 def make_feature_loss(
     config: RunConfig, model: PreTrainedModel, feature_teacher: LayerParts, total_steps: int
 ) -> FeatureLoss:
-    """The loss that `feature_loss` names, for this student; its projections become the student's.
+    """The loss that `feature_loss` names, for this student. Its projections are added to the
+    student.
 
     Raises UserError for a student that cannot be read.
     """
@@ -281,8 +284,8 @@ def make_repair_loss(
     model: PreTrainedModel, feature_teacher: LayerParts, total_steps: int, seed: int
 ) -> FeatureLoss:
     """The loss of a start that is repaired: each layer's hidden states against those of the layer
-    that it stands for. Head and pooler stay as they are. A projection becomes the model's where the
-    widths differ."""
+    that it stands for. Head and pooler stay as they are. Where the widths
+    differ, a projection is added to the model."""
     return _put_together(REPAIR, model, feature_teacher, seed, 1.0, total_steps, 0)
 
 
@@ -290,8 +293,8 @@ def _put_together(
     method: str, model: PreTrainedModel, feature_teacher: LayerParts, seed: int, weight: float,
     until: int, warmup: int | None,
 ) -> FeatureLoss:  # fmt: skip
-    """seed: linear maps without bias are drawn from it; warmup: of head and pooler, which nothing
-    teaches until then (None: something does)."""
+    """seed: the projections (linear maps without bias) are drawn from it. warmup: of head and
+    pooler, which no loss reaches before `until` (None: a loss does)."""
     student = find_layer_parts(model, "the student", needs_attention(method))
     mine = wanted_by(method, student)
     followed = [0, *layer_map(len(student.layers), len(feature_teacher.layers))]

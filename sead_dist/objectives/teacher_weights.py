@@ -1,6 +1,7 @@
-"""Weights of teachers for one row, by what they say of it; and what is fitted to gold labels:
-weights for all rows by stacking (Wolpert 1992; with weights that are not negative, Breiman 1996),
-and the temperature that makes a teacher as sure as it is right (Guo et al. 2017, section 4.2).
+"""Weights of teachers for one row, by their answers to it; and two fits to gold labels. One gives
+weights for all rows by stacking (Wolpert 1992; with weights that are not negative, Breiman 1996).
+The other gives the temperature under which a teacher's confidence is as high as its accuracy (Guo
+et al. 2017, section 4.2).
 
 Shapes: N teachers, B rows (labelled ones, where something is fitted), C classes.
 """
@@ -14,26 +15,27 @@ from scipy.special import log_softmax
 
 from sead_dist.objectives.losses import known
 
-# the mean log-likelihood is at most so far from the highest one (nats a row)
+# the fit ends where the mean log-likelihood is at most so far from the highest (nats a row)
 CLOSE = 1e-6
 MOST_ROUNDS = 100_000
-# fewer labelled rows of the selection split do not say how sure a teacher may be
+# a temperature needs at least so many labelled rows of the selection split
 FEWEST_ROWS = 200
 # the least and the largest temperature
 BOUNDS = (0.05, 50.0)
 
 
 def entropy(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over teachers of -entropy (the sure teacher counts more), in the manner of EBKD (Kwon
-    et al. 2020): weights_NB."""
+    """weights_NB: the softmax over teachers of -entropy, as in EBKD (Kwon et al. 2020). Confident
+    teachers count more."""
     log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
     entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
     return torch.softmax(-entropy_NB, dim=0)
 
 
 def confidence(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """By the cross-entropy l with the gold label, scaled as CA-MKD does (Zhang et al. 2022, eq. 4:
-    (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1)); equal where there is none: weights_NB."""
+    """weights_NB by the cross-entropy l with the gold label, as in CA-MKD (Zhang et al. 2022,
+    eq. 4): (1 - exp(l_n) / sum_m exp(l_m)) / (N - 1). Equal weights where there is no gold
+    label."""
     if labels_B is None or len(logits_NBC) == 1:
         return equal(logits_NBC)
     loss_NB = errors(logits_NBC, labels_B)
@@ -42,8 +44,9 @@ def confidence(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch
 
 
 def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
-    """In proportion to the probability of the gold label; for scores exp(-e_n / mean_m e_m), e the
-    squared errors (our own); equal where there is none: weights_NB."""
+    """weights_NB in proportion to the probability of the gold label, or for scores to
+    exp(-e_n / mean_m e_m) with the squared errors e (our own). Equal weights where a row has no
+    gold label."""
     if labels_B is None or len(logits_NBC) == 1:
         return equal(logits_NBC)
     weights_NB = torch.softmax(-errors(logits_NBC, labels_B), dim=0)
@@ -51,14 +54,15 @@ def answers(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Te
 
 
 def equal(logits_NBC: torch.Tensor) -> torch.Tensor:
-    """weights_NB of teachers that count alike: 1 / N."""
+    """weights_NB of equal weights: 1 / N."""
     N, B, _ = logits_NBC.shape
     return torch.full((N, B), 1.0 / N, device=logits_NBC.device)
 
 
 def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """How wrong each teacher is on each labelled row, loss_NB: cross-entropy with the gold label;
-    for scores the squared error over the teachers' mean one, so that the scale does not count."""
+    """loss_NB: how wrong each teacher is on each labelled row. This is the cross-entropy with the
+    gold label, or for scores the squared error divided by the mean one of the teachers, so that the
+    scale does not count."""
     if labels_B.is_floating_point():
         error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
         return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)
@@ -72,13 +76,14 @@ def fit_probabilities(logits_NBC: np.ndarray, labels_B: np.ndarray) -> np.ndarra
     """weights_N, not negative, sum 1, under which the mean of the teachers' probabilities gives the
     gold labels the highest likelihood.
 
-    By expectation and maximisation from equal weights, which only rises (Dempster et al. 1977: a
-    mixture of fixed components). It ends by a bound: at weights w the highest mean log-likelihood
-    is at most max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above theirs (the function is concave).
+    The weights come from expectation-maximisation, from equal weights on. The likelihood never
+    falls (Dempster et al. 1977: a mixture of fixed components). It ends by a bound. The
+    highest mean log-likelihood is at most max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above that of
+    weights w, because the function is concave.
     """
     log_p_NBC = log_softmax(logits_NBC.astype(np.float64), axis=-1)
     log_p_NB = np.take_along_axis(log_p_NBC, labels_B[None, :, None], axis=-1)[..., 0]
-    # a row's scale does not count: no row is 0 for all teachers
+    # a row's scale does not count; with this one no row is 0 for all teachers
     p_NB = np.exp(log_p_NB - log_p_NB.max(axis=0))
     weights_N = np.full(len(p_NB), 1 / len(p_NB))
     for _ in range(MOST_ROUNDS):
@@ -93,9 +98,10 @@ def fit_scores(scores_NB: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
     """weights_N, not negative, sum 1, under which the mean of the teachers' scores has the least
     squared error.
 
-    Errors e_n of weights that sum to 1 add up as the scores do, so the least |sum_n w_n e_n|^2 is
-    sought. Non-negative least squares of [e; 1] against [0; 1] finds it: of v = t w the best t
-    leaves q / (1 + q), q = |sum_n w_n e_n|^2, which is least where q is (Lawson and Hanson 1974).
+    The weights sum to 1, so the error of the mean is sum_n w_n e_n, where e_n are the teachers'
+    errors. The weights with the least q = |sum_n w_n e_n|^2 are sought. Non-negative least squares
+    of [e; 1] against [0; 1] finds them (Lawson and Hanson 1974). Its solution is v = t w. The best
+    t leaves a rest of q / (1 + q), which is least where q is least.
     """
     errors_BN = scores_NB.T.astype(np.float64) - labels_B[:, None]
     size = np.sqrt((errors_BN**2).sum(axis=0).max())
@@ -109,7 +115,7 @@ def fit_scores(scores_NB: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
 def fit_temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
     """The temperature T under which softmax(logits / T) gives these labels the highest likelihood.
 
-    The likelihood is concave in 1/T, so that it has one maximum.
+    The log-likelihood is concave in 1/T, so it has one maximum.
     """
     spread_BC = logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True)
 

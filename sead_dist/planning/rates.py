@@ -1,4 +1,4 @@
-"""The rates that a plan goes by: given in a file, remembered, measured now, or scaled.
+"""The rates that a plan uses: given in a file, remembered, measured now, or scaled.
 
 Shapes: N teachers.
 """
@@ -51,15 +51,14 @@ from sead_dist.teachers.rates import (
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.training.engine import build_optimizer
 
-# of a plan's 30 seconds: from its first line to the last measurement. What comes before and behind
-# (imports, the tables) takes the rest.
+# from a plan's first line to its last measurement; a whole plan takes about 30 seconds
 BUDGET_S = 20.0
 # bytes of weights that are read into a model in a second, at least
 LOAD_PER_S = 200 * 2**20
 # bytes of an optimiser's moments for each parameter
 MOMENTS = {"adamw": 8, "sgd": 0}
 STAT = Path("/proc/stat")
-# of this process's threads, those that may have shared a processor
+# the machine is busy where more than this share of a process's threads lacks a processor
 SHARED = 0.1
 # processor time is counted in hundredths of a second: shorter spans say nothing
 SHORTEST_S = 0.2
@@ -68,9 +67,9 @@ Speed = Annotated[float, Field(gt=0)]
 
 
 class GivenRates(Section):
-    """Rates of other hardware, from a file of --rates. forward and training: operations (additions
-    and multiplications) per second that a teacher's forward and the student's step reach there, by
-    the numbers they compute in; link: bytes per second that a rank receives from the others."""
+    """Rates of other hardware, from a file of --rates. forward, training: operations (additions and
+    multiplications) per second of a teacher's forward and of the student's step, by precision.
+    link: bytes per second that a rank receives from the others."""
 
     hardware: str
     device: Literal["cuda", "cpu"] = "cuda"
@@ -81,8 +80,8 @@ class GivenRates(Section):
 
 @dataclass(frozen=True)
 class Rates:
-    """hardware: what they hold for; link: bytes a rank receives in a second, where known; notes:
-    where they come from, for the reader."""
+    """The rates of all models. hardware: where they hold. link: bytes per second that a rank
+    receives, where known. notes: lines on where the rates come from."""
 
     hardware: str
     device: str
@@ -119,8 +118,8 @@ def given_rates(
     choices: int,
     teachers: Sequence[Teacher],
 ) -> Rates:
-    """Every rate scaled by operations from what the file says. Raises UserError where it says
-    nothing of numbers that the run computes in."""
+    """All rates, scaled by operations from those of the file. Raises UserError where the file
+    lacks a precision that the run computes in."""
 
     def speed(kind: str, dtype: str) -> float:
         speeds: dict[str, float] = getattr(given, kind)
@@ -154,13 +153,13 @@ def own_rates(
     fresh: bool,
     began: float,
 ) -> Rates:
-    """This machine's rates: remembered ones that reach to the task's lengths, the others measured
-    until BUDGET_S after `began` (monotonic seconds), and what that did not allow scaled. Every rank
+    """This machine's rates. Remembered ones are used where they reach to the task's lengths. The
+    others are measured until BUDGET_S after `began` (monotonic seconds), or else scaled. Every rank
     calls this, and all measure at the same time: a figure is the slowest rank's."""
     device, path = world.device, default_rates()
     machine = this_machine(device)
     kept = from_main(world, lambda: {} if fresh else remembered(path))
-    # those of a busy machine serve only where there is no time to measure again
+    # those of a busy machine are used only where there is no time to measure again
     found = {key: rate for key, rate in kept.items() if not rate.busy}
     own_key = student_key(student, config, task.kind, machine)
     keys_N = [teacher_key(teacher, machine) for teacher in teachers]
@@ -170,7 +169,7 @@ def own_rates(
         lengths_to_measure(work.lengths_SM, min(config.max_length, t.inputs.max_length))
         for t in teachers
     ]
-    # one of each shape; the quickest first, so that something is known to scale the others from
+    # one of each shape; the smallest first, so that the others can be scaled from it
     kinds = {key: n for n, key in reversed(list(enumerate(keys_N)))}
     short = [n for key, n in kinds.items() if not _reaches(found.get(key), lengths_N[n])]
     share_s = BUDGET_S / max(1, len(short) + (not _reaches(found.get(own_key), own_K)))
@@ -184,7 +183,7 @@ def own_rates(
     for place, n in enumerate(todo):
         until = _until(began, len(todo) - place)
         room = TEACHER_SHARE * free_bytes(device)
-        # it is to be loaded in the time that it has, too
+        # it is loaded in the same time
         if teachers[n].bytes <= min(room, (until - time.monotonic()) * LOAD_PER_S):
             trust = config.trust_remote_code
             measure = partial(measure_teacher, teachers[n], device, trust, lengths_N[n])
@@ -221,7 +220,7 @@ def own_rates(
 
 
 def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
-    """Remember rates; a line where that cannot be, which is not a reason to lose the plan."""
+    """Keep rates for later plans. Where they cannot be kept, a line says so: the plan goes on."""
     try:
         remember(path, measured)
     except OSError as error:
@@ -235,7 +234,8 @@ def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
 def _wanted(
     rate: Rate | None, lengths_K: Sequence[int], rows_of: Callable[[int], int], share_s: float
 ) -> bool:
-    """Whether to measure a model: unknown to the task's lengths, and share_s is enough for that."""
+    """Whether to measure a model: it has no rate, or one that ends below the task's lengths while
+    share_s is enough to measure it."""
     if rate is None:
         return True
     if _reaches(rate, lengths_K):
@@ -245,7 +245,7 @@ def _wanted(
 
 
 def _until(began: float, left: int) -> float:
-    """When the next of so many measurements has had its part of the time."""
+    """When the next of `left` measurements must end (monotonic seconds)."""
     now = time.monotonic()
     return now + (began + BUDGET_S - now) / left
 
@@ -255,12 +255,12 @@ def _reaches(rate: Rate | None, lengths_K: Sequence[int]) -> bool:
 
 
 def _marked(rate: Rate, lengths_K: Sequence[int]) -> Rate:
-    """What was not measured up to the task's longest is scaled beyond."""
+    """The rate, marked as scaled where it was not measured up to the task's longest text."""
     return rate if _reaches(rate, lengths_K) else replace(rate, scaled=True)
 
 
 def _slowest(everyone: Sequence[dict[str, Rate]]) -> dict[str, Rate]:
-    """Of what all ranks have measured, the slowest."""
+    """Of each model that all ranks have measured, the slowest rate."""
     shared = set(everyone[0]).intersection(*everyone)
     return {
         key: max((mine[key] for mine in everyone), key=lambda rate: rate.row_s_K[0])
@@ -276,9 +276,9 @@ def fill(
     teachers: Sequence[Teacher],
     known_N: Sequence[Rate | None],
 ) -> list[Rate]:
-    """Every teacher's rate: what is not known is scaled by operations from the teacher nearest to
-    it of those that are, if possible of the same numbers; where there is none, from the student's
-    step."""
+    """Every teacher's rate. An unknown one is scaled by operations from the known teacher nearest
+    in size, if possible of the same precision. Where no teacher is known, it is scaled from the
+    student's step."""
     trust = config.trust_remote_code
     works_N = [operations(t.config, COST_TOKENS, trust) for t in teachers]
     step = STEP_FORWARDS * choices * operations(student.config, COST_TOKENS, trust)
@@ -311,7 +311,7 @@ def measure_student(
     until: float,
 ) -> Rate:
     """The rate of the student's step on micro-batches of config.micro_batch_size examples, as one
-    process takes it: what ranks exchange is not in it. The model is trained on nonsense."""
+    process takes it: what ranks exchange is not in it. The model is trained on random inputs."""
     model = model.to(device).train()
     held_before = held(device) if forget_peak(device) else None
     optimizer = build_optimizer(model, config)
@@ -345,7 +345,7 @@ def measure_student(
         optimizer.zero_grad(set_to_none=True)
 
     optimizer.zero_grad(set_to_none=True)
-    # by a watch of its own, which times its first piece of work however late it is
+    # a watch of its own: a watch times its first piece of work even after `until`
     step_s = Stopwatch(device, until).time(step, work(shortest))
     assert step_s is not None
     micro_s = rate.seconds([shortest], [config.micro_batch_size])
@@ -367,14 +367,14 @@ def used_seconds() -> float | None:
 
 
 class Others:
-    """What other processes do from now on."""
+    """How busy other processes are, counted from now on."""
 
     def __init__(self) -> None:
         self.began, self.used, self.own = time.monotonic(), used_seconds(), time.process_time()
 
     def in_the_way(self, device: torch.device) -> bool:
-        """Whether they left this process fewer processors than it has threads. Of a GPU it is not
-        known. Ranks of one machine, which a run has too, are not others."""
+        """Whether they left this process fewer processors than it has threads. False on a GPU,
+        where it is not known. Other ranks of this plan on the machine do not count."""
         used, wall = used_seconds(), time.monotonic() - self.began
         if device.type == "cuda" or used is None or self.used is None or wall < SHORTEST_S:
             return False
@@ -385,7 +385,7 @@ class Others:
 
 
 def timed_quietly(measure: Callable[[float], Rate], until: float, device: torch.device) -> Rate:
-    """What `measure(until)` finds; where others were busy once more if time allows, and marked."""
+    """What `measure(until)` finds; where others are busy, tried again if time allows, or marked."""
     others = Others()
     first = measure(until)
     if not others.in_the_way(device):

@@ -1,6 +1,5 @@
-"""A run under one placement of its teachers or another: what it needs and how long it takes.
-Memory is counted from parameters: the tables of docs/placement.md. Activations, and what libraries
-hold, come on top.
+"""Memory and time of a run under each placement of its teachers. Memory of models is counted from
+parameters, as in the tables of docs/placement.md. Activations and what libraries hold come on top.
 
 Shapes: N teachers, W ranks.
 """
@@ -31,16 +30,16 @@ from sead_dist.teachers.sharding import layers_of
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.training.deepspeed_config import OFFLOADS, zero_config
 
-# the part of a GPU that weights and the student's state may take; the rest is activations'
+# the part of a GPU that weights and the student's state may take; activations have the rest
 FULL = 0.8
 PLACEMENTS = ("colocated", "partitioned", "sharded", "pool")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made of. free: bytes that placement counts on, on the smallest rank; memory:
-    of a GPU, where it was given; process_bytes: what a rank's process holds beside models and their
-    work, None where that is not known."""
+    """What a plan is made of. size: how many ranks. free: bytes that placement counts on, on the
+    smallest rank. memory: bytes of a GPU, None where not given. process_bytes: bytes that a rank's
+    process holds beside models and their work, None where not known."""
 
     config: RunConfig
     teachers: list[Teacher]
@@ -55,14 +54,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run under one placement. Bytes are of the rank that needs most; other_bytes: activations,
-    and what the process holds beside models, None where not measured. before_s: what the run trains
-    before its own steps, by name. seconds: until the last step is trained; start-up, scoring the
-    student, and what the student's ranks exchange are not in it. examples_per_second: over
-    teachers_s and training_s. workers: how many a pool needs for the student never to wait for
-    long, which is what the times are for; each computes as quickly as a rank. at_least: the
-    transfer of split teachers' weights, whose speed is not known, is not in the seconds. refused:
-    why this cannot be."""
+    """A run under one placement. Bytes are of the rank that needs most. other_bytes: activations,
+    and what the process holds beside models, None where not measured. before_s: seconds of what the
+    run trains before its own steps, by name. seconds: until the last step is trained. Start-up,
+    scoring the student, and what the student's ranks exchange are not in it. examples_per_second:
+    over teachers_s and training_s. bound: the most examples/s that the rates allow. workers: how
+    many a pool needs to keep up with the student, each as quick as a rank; the times hold for so
+    many. at_least: the seconds lack the transfer of split teachers' weights, whose speed is not
+    known. refused: why a run cannot have this placement."""
 
     placement: str
     placements: list[str]
@@ -100,7 +99,7 @@ def own_placements(setting: Setting) -> tuple[list[str], str]:
 
 
 def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
-    """The run with its teachers placed so."""
+    """The run with its teachers at these placements, one for each teacher."""
     config, teachers, rates, size = setting.config, setting.teachers, setting.rates, setting.size
     work, workers_s = without_pool(setting, placements)
     refused = None
@@ -139,8 +138,8 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
 
 
 def feature_seconds(setting: Setting) -> float:
-    """Seconds of the feature teacher's own forwards, in the student's micro-batches. Where it is
-    chosen only after the validation, the costliest stands for it."""
+    """Seconds of the feature teacher's own forwards, in the student's micro-batches. Where it
+    is chosen only after the validation, the costliest candidate is counted."""
     config, work, may = setting.config, setting.work, candidates(setting.config, setting.teachers)
     steps = min(work.steps, feature_steps(config, work.steps))
     live = replace(work, steps=steps, row_cost=work.choices)
@@ -150,8 +149,8 @@ def feature_seconds(setting: Setting) -> float:
 
 
 def other_bytes(setting: Setting, placements: Sequence[str]) -> int | None:
-    """What a rank holds beside weights and training state: its process, and the activations of the
-    student or of a teacher, which do not work at the same time."""
+    """Bytes that a rank holds beside weights and training state: its process, and the largest
+    activations of one model, because models work one after the other. None where not measured."""
     pairs = zip(setting.rates.teachers_N, placements, strict=True)
     at_work = [setting.rates.student, *(rate for rate, place in pairs if place != "pool")]
     found = [rate.work_bytes for rate in at_work]
@@ -161,7 +160,7 @@ def other_bytes(setting: Setting, placements: Sequence[str]) -> int | None:
 
 
 def without_pool(setting: Setting, placements: Sequence[str]) -> tuple[Work, float]:
-    """The work that is the run's own, and the seconds that one worker takes for the rest."""
+    """(the work without that of a pool, the seconds that one worker takes for the pool's work)."""
     work, rates = setting.work, setting.rates
     sides: list[list[list[np.ndarray]]] = [[], []]
     for placement, requests in zip(placements, work.requests_N, strict=True):
@@ -173,7 +172,7 @@ def without_pool(setting: Setting, placements: Sequence[str]) -> tuple[Work, flo
 
 
 def fits(setting: Setting, placements: Sequence[str], needed: int) -> bool | None:
-    """Whether FULL of a given memory holds the fullest rank, and each whole teacher a worker."""
+    """Whether FULL of the given memory holds `needed`, and each pool teacher as a whole."""
     if setting.memory is None:
         return None
     pairs = zip(setting.teachers, placements, strict=True)
@@ -182,8 +181,8 @@ def fits(setting: Setting, placements: Sequence[str], needed: int) -> bool | Non
 
 
 def gathered_bytes(setting: Setting, work: Work, placements: Sequence[str]) -> int:
-    """Weights that a rank receives from the others while split teachers compute its rows: all but
-    its own part, for every batch."""
+    """Bytes of weights that a rank receives while split teachers compute its rows. For every batch
+    it receives all of the weights but its own part."""
     size, received = setting.size, 0
     for teacher, placement, requests in zip(
         setting.teachers, placements, work.requests_N, strict=True
@@ -196,8 +195,8 @@ def gathered_bytes(setting: Setting, work: Work, placements: Sequence[str]) -> i
 
 
 def bytes_at_work(config: PretrainedConfig, dtype: str, trust_remote_code: bool) -> int:
-    """What a model that is split by layers holds whole while it computes: all that is in no layer,
-    the largest layer and the next."""
+    """Bytes that a model split by layers holds whole while it computes: all that is in no layer,
+    and twice the largest layer (the present and the next one)."""
     model = outline(config, trust_remote_code)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     total = sum(p.numel() for p in model.parameters())
@@ -206,8 +205,8 @@ def bytes_at_work(config: PretrainedConfig, dtype: str, trust_remote_code: bool)
 
 
 def student_bytes(student: PretrainedConfig, config: RunConfig, size: int) -> int:
-    """The student's parameters, gradients and moments on one of `size` ranks; on its GPU where
-    DeepSpeed leaves the rest to the machine's memory."""
+    """Bytes of the student's parameters, gradients and moments on one of `size` ranks. Where
+    DeepSpeed moves a part to the machine's memory, only those on the GPU are counted."""
     parameters = int(
         sum(p.numel() for p in outline(student, config.trust_remote_code).parameters())
     )
@@ -233,8 +232,8 @@ def teacher_bytes(
     share_NW: np.ndarray,
     trust_remote_code: bool,
 ) -> int:
-    """The teachers' weights on the rank that holds most; of split teachers with what the largest
-    holds whole while it computes."""
+    """Bytes of the teachers' weights on the rank that holds most. With split teachers, what the
+    largest of them holds whole while it computes is added."""
     size = share_NW.shape[1] if len(teachers) else 1
     held_W = np.zeros(size)
     at_work = 0

@@ -1,5 +1,5 @@
-"""`sead-dist plan`: memory and time of a run, for each placement, before it is started; for people
-(tables and notes) and for programs (--json).
+"""`sead-dist plan`: memory and time of a run under each placement, before it is started. People get
+tables and notes, programs a file (--json).
 
 Shapes: R rows of a batch.
 """
@@ -67,7 +67,8 @@ def plan(
     fresh: bool,
     json_file: Path | None,
 ) -> Plan | None:
-    """Measure what is not known; the plan, on rank 0. Every rank calls this.
+    """The plan, on rank 0 (None on others). Rates that are not known are measured. Every rank calls
+    this.
 
     Raises UserError for a mistake in what is asked, as the run itself would.
     """
@@ -114,7 +115,7 @@ def plan(
 
 
 def refuse_untimed(teachers: Sequence[Teacher]) -> None:
-    """Raises UserError for a teacher that takes a time which nothing tells before."""
+    """Raises UserError for a teacher whose time cannot be estimated."""
     for teacher in teachers:
         if teacher.answers is not None and teacher.file is None:
             raise UserError(
@@ -124,7 +125,7 @@ def refuse_untimed(teachers: Sequence[Teacher]) -> None:
 
 
 def work_of(checked: CheckedRun) -> Work:
-    """What the run has to do, and the store does not hold."""
+    """The work of the run; predictions that the store holds are not in it."""
     config, folder = checked.config, store_folder(checked.config.store.path)
     store = None
     if (folder / "format.json").is_file():
@@ -143,8 +144,8 @@ def free_of(world: World, size: int) -> int:
 
 
 def process_bytes(world: World, student: PreTrainedModel) -> int | None:
-    """What this process holds of libraries and data, as a run's will; nothing of it on a GPU. The
-    student's weights are counted with the student."""
+    """Bytes that this process holds of libraries and data, as a run's process will; 0 on a GPU,
+    None where not known. The student's weights are counted with the student."""
     if world.device.type == "cuda":
         return 0
     now = held(world.device)
@@ -152,12 +153,12 @@ def process_bytes(world: World, student: PreTrainedModel) -> int | None:
 
 
 def per_second(rate: float) -> str:
-    """A rate for people, in three digits or whole."""
+    """A rate as text: whole from 100 on, else in three digits."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def rate_rows(setting: Setting) -> list[dict[str, Any]]:
-    """The rate of each model on the task's lengths, in examples/s; alone, in full batches."""
+    """The rate of each model alone, on the task's lengths in full batches, in examples/s."""
     work, rates = setting.work, setting.rates
     epoch_s = training_seconds(work, rates.student, 1) / max(work.steps, 1)
     each = work.examples / max(work.steps, 1)
@@ -187,7 +188,7 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
 
 
 def told_placements(setting: Setting) -> list[str]:
-    """Where the run's teachers go and why; what `auto` would do where that is not asked."""
+    """Where the run's teachers go and why, and what `auto` would take where it is not asked for."""
     teachers, default = setting.teachers, setting.config.placement
     if not teachers:
         return []
@@ -260,7 +261,7 @@ def uncertain(setting: Setting, found: Sequence[Estimate]) -> list[str]:
 
 
 def rate_table(setting: Setting, task: str) -> TitledTable:
-    """How quick each model is."""
+    """The table of the rate of each model."""
     return (
         f"{task}: examples/s of each model on {setting.rates.hardware}",
         ["model", "numbers", "examples/s", "known"],
@@ -275,7 +276,7 @@ def rate_table(setting: Setting, task: str) -> TitledTable:
 
 
 def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
-    """Memory and time of each placement."""
+    """The table of memory and time of each placement."""
     work = setting.work
     columns = ["placement", "memory of a rank", "student", "teachers", "the rest", "fits"]
     columns += [*work.before, "teachers' pass"]

@@ -34,18 +34,19 @@ from sead_dist.teachers.rates import COST_TOKENS, STEP_FORWARDS, Rate, operation
 from sead_dist.teachers.teacher import Teacher
 from sead_dist.teachers.validation import is_scored
 
-# rows whose tokens are counted, and steps that are cut into micro-batches; others are like them
+# so many rows are tokenised, and so many steps cut into micro-batches; the rest counts as alike
 SAMPLE = 4000
 SAMPLE_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has before it. requests_N: for each teacher the tokens of the rows it has to
-    compute, one array for each request. lengths_SM, rows_SM: padded length and rows of the
+    """The work that a run still has. requests_N: for each teacher the tokens of the rows that it
+    has to compute, one array for each request. lengths_SM, rows_SM: padded length and rows of the
     micro-batches of an epoch or of its first steps. steps, examples: those still to be trained.
-    row_cost: of a row in a step, where one in the run's own costs 1. least_steps: those after which
-    early stopping may end the run, None where it cannot. before: what is trained before, by name.
+    choices: text rows of an example. row_cost: the cost of a row in a step; in the run's own steps
+    it is 1. least_steps: the steps after which early stopping may end the run, None where it
+    cannot. before: what is trained before, by name.
     """
 
     requests_N: list[list[np.ndarray]]
@@ -65,7 +66,7 @@ class Work:
 
 
 def spread(lengths: np.ndarray, count: int) -> np.ndarray:
-    """So many lengths, distributed like these."""
+    """`count` lengths, distributed like `lengths`, ascending."""
     places = (np.arange(count) + 0.5) / max(count, 1) * len(lengths)
     return np.asarray(np.sort(lengths)[places.astype(np.int64)])
 
@@ -79,7 +80,7 @@ def asked_share(
     config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet, passes: int
 ) -> list[float]:
     """The part of the training rows that each teacher is asked for, over so many passes. Where
-    `single` chooses only after the validation, the costliest stands for the chosen."""
+    `single` chooses only after the validation, the costliest is taken for the chosen one."""
     if not teachers:
         return []
     names = [teacher.name for teacher in teachers]
@@ -100,10 +101,10 @@ def make_work(
     store: StoreFolder | None,
     done: int = 0,
 ) -> Work:
-    """The work of a run that has `done` steps behind it, but of files of predictions, which do
-    none. What the store holds is not work; None: it holds nothing. Of a run that asks for a part of
-    the rows, the store is taken to hold those first: it does where this run was cut off, and not
-    where another one asked for other rows."""
+    """The work of a run that has done `done` steps. Files of predictions have no work, and neither
+    have predictions that the store holds (None: it holds none). A run may ask for a part of the
+    rows only. Then the rows in the store are taken to be of that part. This is so where this run
+    was cut off, and not where another run asked for other rows."""
     train, total = examples.train, steps_of(config, examples)
     epoch = -(-len(train) // config.global_batch_size)
     asked_N = np.array(asked_share(config, all_teachers, train, -(-total // epoch)))
@@ -135,7 +136,7 @@ def make_work(
     least = None
     if config.early_stopping_patience is not None:
         each = patience_steps(epoch_steps(config, examples.labelled_rows, len(train)))
-        # the first loss has nothing to fall from
+        # the first evaluation has no earlier loss to compare with
         least = min(total, (config.early_stopping_patience + 1) * each)
     own = training_work(config, sampled_lengths(inputs, train), len(train), total - done)
     pairs = zip(requests_N, all_teachers, strict=True)
@@ -148,7 +149,7 @@ def make_work(
 
 
 def training_work(config: RunConfig, lengths: np.ndarray, rows: int, steps: int) -> Work:
-    """So many steps, at least none, on so many rows that are as long as these."""
+    """The work of `steps` steps (below 0: none) on `rows` rows, distributed like `lengths`."""
     order_SG = epoch_order(rows, config.seed, 0, config.global_batch_size)
     parts = config.global_batch_size // config.micro_batch_size
     shapes = micro_batch_shapes(order_SG[:SAMPLE_STEPS], spread(lengths, rows), parts)
@@ -164,7 +165,7 @@ def work_before(
     student: PretrainedConfig,
 ) -> dict[str, Work]:
     """What a run trains before its own steps: the repair of its start, where none is kept, and the
-    fine-tuned student that it is compared with. Raises UserError for a repair that cannot be."""
+    fine-tuned student that it is compared with. Raises UserError where no repair is possible."""
     found: dict[str, Work] = {}
     if config.repair.text is not None:
         path, trust = repaired_path(config, repair_facts(config)), config.trust_remote_code
@@ -172,7 +173,7 @@ def work_before(
             own, text = repair_config(config, path.parent), read_text(Path(config.repair.text))
             lengths = sampled_lengths(inputs, text)
             repair = training_work(own, lengths, len(text), config.repair.steps)
-            # beside the student's step a forward of the whole model
+            # a step of the repair also has a forward of the whole model
             whole = load_model_config(repair_teacher(config), trust)
             step = STEP_FORWARDS * operations(student, COST_TOKENS, trust)
             cost = 1 + operations(whole, COST_TOKENS, trust) / step
@@ -191,8 +192,8 @@ def work_before(
 def micro_batch_shapes(
     order_SG: np.ndarray, lengths_B: np.ndarray, parts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths_SM, rows_SM): padded length and rows of each micro-batch of these steps. One without
-    rows is a single filler of the shortest length."""
+    """(lengths_SM, rows_SM): padded length and rows of each micro-batch of these steps. One that
+    gets no rows holds a single filler of the shortest length."""
     shape = (len(order_SG), parts)
     lengths_SM, rows_SM = np.full(shape, lengths_B.min()), np.ones(shape, np.int64)
     for step, rows_G in enumerate(order_SG):
@@ -216,8 +217,8 @@ def store_bytes(work: Work, teachers: Sequence[Teacher]) -> int:
 def batch_shapes(
     teacher: Teacher, requests: Sequence[np.ndarray], device: str
 ) -> tuple[list[int], list[int]]:
-    """(padded length, rows) of the batches into which these rows will be cut; of packs, their mean
-    length and as many rows of it as a pack's tokens make."""
+    """(padded lengths, rows) of the batches into which these rows will be cut. For a pack they are
+    the mean length of the rows, and how many rows of that length fill the pack."""
     lengths_P: list[int] = []
     rows_P: list[int] = []
     for tokens_R in requests:
@@ -262,7 +263,7 @@ def teachers_seconds(
 
 
 def training_seconds(work: Work, rate: Rate, size: int) -> float:
-    """Seconds of the student's steps: in every turn all ranks wait for the slowest micro-batch.
+    """Seconds of the student's steps. In every turn all ranks wait for the slowest micro-batch.
     What ranks send each other is not in it."""
     steps, micro_batches = work.lengths_SM.shape
     turns = -(-micro_batches // size)
@@ -283,9 +284,9 @@ def bound(
     size: int,
     device: str,
 ) -> float:
-    """The most examples/s that these rates allow on `size` ranks which teach and learn in turns:
-    size / (1 / student's rate + sum of 1 / teacher's rate), every batch full, every rank busy, no
-    batch the first of its shape."""
+    """The most examples/s that these rates allow on `size` ranks, on which teachers and student
+    take turns: size / (1 / student's rate + sum of 1 / teacher's rate). Every batch counts as full,
+    every rank as busy, and no batch as the first of its shape."""
     spent = 0.0
     for teacher, teacher_rate, requests in zip(teachers, rates_N, work.requests_N, strict=True):
         for tokens_R in requests:

@@ -1,6 +1,6 @@
-"""Uploading a finished model to the hub: whether it can be done, and doing it.
+"""The upload of a finished model to the hub, and the checks before it.
 
-The token is huggingface_hub's own affair (HF_TOKEN, or a login); it is never kept here.
+huggingface_hub finds the token (HF_TOKEN, or a login). No file of ours holds it.
 """
 
 import os
@@ -23,7 +23,7 @@ from sead_dist.runtime.run_log import PUSHED, is_finished, write_json
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line, without what is secret."""
+    """An error in one line, without secrets."""
     return without_secrets(" ".join(f"{type(error).__name__}: {error}".split())[:400])
 
 
@@ -43,9 +43,8 @@ LATER = "or leave push_to_hub out and upload later: sead-dist push RUN"
 
 
 def check_push_here(repo: str | None, later: str = LATER) -> None:
-    """What this machine alone says of an upload: the hub is allowed, `repo` is a name, and there is
-    something that a token can come from. Nothing is asked over a network. Arguments and errors are
-    those of `check_push`."""
+    """Check all that needs no network: the hub may be used, `repo` is a name, and there is a
+    place that a token can come from. Arguments and errors are those of `check_push`."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"cannot reach the hub at {constants.ENDPOINT}: HF_HUB_OFFLINE is set; unset it, "
@@ -62,9 +61,9 @@ def check_push_here(repo: str | None, later: str = LATER) -> None:
 
 
 def check_push(repo: str | None, later: str = LATER) -> None:
-    """A token is there, the hub accepts it, and its owner may write to `repo` ("owner/name", a
-    bare name under the owner, or None). later: what else can be done. Raises UserError, before any
-    work."""
+    """Check that a token is there, that the hub accepts it, and that its owner may write to `repo`
+    ("owner/name", a bare name under the owner, or None). later: what else a person can do, for the
+    message. Raises UserError."""
     check_push_here(repo, later)
     try:
         token = get_token()
@@ -100,8 +99,8 @@ def check_push(repo: str | None, later: str = LATER) -> None:
 
 
 def upload(run: Path, repo: str | None, private: bool | None) -> str:
-    """Upload RUN/model with its card and plots, in one commit; the address of the repository,
-    which is made where it is not there. Raises what huggingface_hub raises."""
+    """Upload RUN/model with its card and plots, in one commit. Returns the address of the
+    repository. A missing repository is made. Raises what huggingface_hub raises."""
     disable_progress_bars()
     api = HfApi()
     name = repo or re.sub(r"[^\w.-]+", "-", model_name(read_run(run)))
@@ -109,13 +108,13 @@ def upload(run: Path, repo: str | None, private: bool | None) -> str:
     api.upload_folder(
         repo_id=made.repo_id, folder_path=run / "model", commit_message="Upload by sead_dist"
     )
-    # a run that was killed before its upload is uploaded by its command given again
+    # where this record is missing, the run's command given again uploads the model
     write_json(run / PUSHED, {"repository": str(made)})
     return str(made)
 
 
 def push_at_end(run: Path, config: RunConfig) -> str:
-    """Upload what a run has made; a line to say, also where that failed: the run is finished."""
+    """Upload a finished run. Returns a line to log; it also says where the upload failed."""
     try:
         address = upload(run, config.hub_model_id, config.hub_private_repo)
     except Exception as error:
@@ -128,7 +127,7 @@ def push_at_end(run: Path, config: RunConfig) -> str:
 
 def push_run(run: Path, repo: str | None, private: bool | None) -> str:
     """Upload a finished run to `repo`, else to its own hub_model_id, else under the name on its
-    card; the address of the repository.
+    card. Returns the address of the repository.
 
     Raises UserError for a folder that is not a finished run and a hub that cannot be written to,
     RunError where the upload fails.

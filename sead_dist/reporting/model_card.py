@@ -1,4 +1,4 @@
-"""The model card: what a run's files say, as a README.md with the metadata that the hub reads.
+"""The model card of a run, made of its files: a README.md with the metadata for the hub.
 
 Nothing of this machine reaches the card: names, paths and configuration pass through `redact`.
 """
@@ -56,7 +56,7 @@ def card_text(
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
-        found: gold labels against the student's on the first evaluation split; None for scores.
+        found: gold labels against the student's answers on the first evaluation split, or None.
     """
     spec = _task_spec(files)
     worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
@@ -93,7 +93,7 @@ def card_text(
 
 
 def fill_template(file: str, /, **values: object) -> str:
-    """A template of reporting/templates with these values; in HTML their marks are escaped."""
+    """A template of reporting/templates, filled. In HTML the values are escaped."""
     from jinja2 import Environment, StrictUndefined
 
     text = resources.files("sead_dist.reporting.templates").joinpath(file).read_text("utf-8")
@@ -107,13 +107,13 @@ def fill_template(file: str, /, **values: object) -> str:
 
 
 def _task(files: RunFiles) -> str:
-    """Its name; the config may name a file of any name."""
+    """The task's name, from scores.json: the configuration may name a file with another name."""
     named = files.scores.get("task") or PurePosixPath(str(files.config["task"])).stem
     return str(redact(named))
 
 
 def _task_spec(files: RunFiles) -> "TaskSpec | None":
-    """The task of this run: a built-in one, or that of the file that the run keeps; None where the
+    """The task of this run: a built-in one, or that of the file that the run keeps. None where the
     file needs a plugin that is not loaded."""
     from sead_dist.data.tasks import TASKS, load_task
 
@@ -135,8 +135,8 @@ def _student(files: RunFiles) -> str:
 def _base_model(files: RunFiles) -> str | None:
     """The hub id that the student started from.
 
-    `base_model` of run_summary.json decides where it is given, since only the loader knows;
-    otherwise a student path written as owner/name is taken for one.
+    It is `base_model` of run_summary.json where that is given. Else a student's path of the form
+    owner/name is taken for a hub id.
     """
     if "base_model" in files.run_summary:
         known = files.run_summary["base_model"]
@@ -154,8 +154,8 @@ def model_name(files: RunFiles) -> str:
 
 
 def method_name(files: RunFiles) -> str:
-    """The method that the run named, else its ensemble; "finetune" where no teacher was asked, and
-    "single" where `sead` had one alone."""
+    """The method that the run named, else its ensemble. It is "finetune" where no teacher was
+    asked, and "single" where the default method had one teacher."""
     config = redact(files.config)
     if not files.teacher_manifest:
         return "finetune"

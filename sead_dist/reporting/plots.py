@@ -32,9 +32,9 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often a model is right, by how sure it says it is.
+    """How often a model is right, by its confidence (the largest class probability).
 
-    Bins are equal steps of the largest class probability; an empty bin holds NaN in both means.
+    Bins are equal steps of confidence. An empty bin holds NaN in both means.
     """
 
     confidence_K: NDArray[np.float64]
@@ -44,7 +44,7 @@ class Reliability:
 
 
 def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10) -> Reliability:
-    """Work out the reliability of class probabilities (Guo et al. 2017, equal-width bins).
+    """Compute the reliability of class probabilities (Guo et al. 2017, equal-width bins).
 
     Args:
         probabilities_BC: rows that sum to 1.
@@ -95,10 +95,10 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
 
 
 def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records of training, those of few rows joined with their neighbours: a score or the end
-    of the run cuts a record short, and the mean of a few rows is not a point of a curve.
+    """The records of training, where records of few rows are joined with their neighbours. An
+    evaluation or the end of the run cuts a record short. A mean of few rows would be an outlier.
 
-    Losses are means over rows; a joined record has the step of its last one.
+    Losses are means over rows. A joined record has the step of its last part.
     """
     if not all("rows" in record for record in train):
         return [dict(record) for record in train]  # of a version that did not count them
@@ -159,7 +159,7 @@ def plot_scores(panels: Mapping[str, Sequence[tuple[str, str, float]]], metric: 
 
 
 def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "Figure":
-    """Draw how often the student (and the ensemble) is right against how sure it is."""
+    """Draw how often the student (and the ensemble) is right, by confidence."""
     figure = _figure(8, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = len(next(iter(reliabilities.values())).count_K)
@@ -185,8 +185,8 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "F
 
 
 def plot_confusion(found: Confusion, split: str) -> "Figure":
-    """Draw how many rows of each gold label got each predicted one; shade is the share of a gold
-    label's rows."""
+    """Draw how many rows of each gold label got each predicted one. The shade is the share of the
+    gold label's rows."""
     counts_CC, names = found.counts_CC, [_plain(short(name, 20)) for name in found.names]
     size = 2.5 + 0.55 * len(names)
     figure = _figure(size + 1.0, size)
@@ -241,7 +241,7 @@ def _window(records: int) -> int:
 
 
 def _line(axes: "Axes", points: Floats, label: str, colour: str, style: str, window: int) -> None:
-    """Draw a line; where it has many points, the running mean over the faint points."""
+    """Draw a line. Of many points, draw the running mean over a faint line of the points."""
     steps, values = points.T
     if window == 1 or len(values) < window:
         axes.plot(steps, values, style, color=colour, label=label, marker="o", markersize=3)
@@ -274,7 +274,7 @@ def short(name: str, longest: int = 32) -> str:
 
 
 def _plain(name: str) -> str:
-    """Two dollar signs would make a formula of what is between them."""
+    """The name with its dollar signs escaped: text between two of them would become a formula."""
     return name.replace("$", r"\$")
 
 
@@ -295,8 +295,8 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def draft(figure: "Figure") -> bytes:
-    """The figure as a small PNG, without numbers on its axes and with nothing put in its place:
-    these take most of the time. It shows whether the texts in it can be drawn; raises where not.
+    """The figure as a small PNG, without numbers on its axes and without a layout, which take most
+    of the time. Raises where a text of the figure cannot be drawn.
     """
     from matplotlib.ticker import AutoLocator, NullLocator
 

@@ -48,16 +48,16 @@ class Predictions:
     ensemble_probabilities_BC: NDArray[Any] | None  # regression: the ensemble's scores, C = 1
 
     def places(self, ids_B2: NDArray[np.int64]) -> list[int | None]:
-        """Where the rows of these ids are; None where they are not."""
+        """The place of each id's row; None for an id without a row."""
         place_of = {id_2.tobytes(): place for place, id_2 in enumerate(self.ids_B2)}
         return [place_of.get(id_2.tobytes()) for id_2 in np.ascontiguousarray(ids_B2)]
 
 
 def write_report(run: Path, trial: bool = False) -> None:
-    """Write README.md and plots/ from the other files of a run directory, and into run/model/.
+    """Write README.md and plots/ from the other files of a run directory, also into run/model/.
 
-    A pure function of those files: it may be called again at any time. trial: the plots are
-    drawn as drafts and not kept.
+    The report depends on those files alone, so it may be written again at any time. trial: the
+    plots are drawn as drafts and not kept.
 
     Raises:
         UserError: a file that the report needs is missing or cannot be read.
@@ -88,7 +88,7 @@ def write_report(run: Path, trial: bool = False) -> None:
     split = files.evaluation_splits[0]
     keep(plot_scores(panels, files.metric_of(split)), "scores.png")
     errors, matrix = {}, None
-    # without gold labels there is no being right to count
+    # without gold labels no answer is right or wrong
     if (run / "predictions" / f"{split}.parquet").exists() and not files.by_teachers(split):
         predictions = read_predictions(run / "predictions" / f"{split}.parquet")
         figure, found = _plot_predictions(predictions, f"{split}{mark}")
@@ -171,7 +171,7 @@ def read_predictions(path: Path) -> Predictions:
 def _plot_predictions(
     predictions: Predictions, split: str
 ) -> tuple["Figure", dict[str, Reliability]]:
-    """The calibration with its numbers, or for a regression the scatter, which has none."""
+    """(plot of the calibration, its numbers); for a regression (scatter plot, {})."""
     logits_BC = predictions.student_logits_BC.astype(np.float64)
     ensemble_BC = predictions.ensemble_probabilities_BC
     if np.issubdtype(predictions.labels_B.dtype, np.floating):
@@ -187,7 +187,7 @@ def _plot_predictions(
 
 
 def _encodable(values: Sequence[Any]) -> list[Any]:
-    """The values; in texts halves of surrogate pairs, which UTF-8 has not, as question marks."""
+    """The values. Lone surrogates in texts become question marks: UTF-8 cannot hold them."""
     return [
         value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
         for value in values
@@ -212,8 +212,8 @@ def _copy_aside(source: Path, target: Path) -> None:
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """`target` becomes a second name for the files of `source`, or a copy where the file system
-    has no such names."""
+    """Make `target` a folder of hard links to the files of `source`, or of copies where the file
+    system has no hard links."""
 
     def link(file: str, place: str) -> None:
         try:

@@ -78,7 +78,7 @@ class RunFiles:
         return " (selected on dev)" if self.scores.get("selected_on") == "dev" else ""
 
     def split_rows(self, split: str) -> list[tuple[str, str, Mapping[str, float]]]:
-        """The (role, name, metrics) of student, ensemble and teachers, those there are."""
+        """The (role, name, metrics) of student, ensemble and teachers, where it has scores."""
         scores = self.scores["splits"][split]
         rows = [("student", "student", scores["student"])]
         if scores.get("ensemble"):
@@ -122,8 +122,8 @@ def read_run(run: Path) -> RunFiles:
 
 
 def onnx_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:
-    """(columns, rows) of the table of an export, from its export.json: a row for each model and
-    split, the times of a model once."""
+    """(columns, rows) of the table of an export, from its export.json. There is a row for each
+    model and split. A model's size and times stand in its first row only."""
     metric, sizes = record["metric"], list(record["latency_tokens"])
     rows: list[list[object]] = []
     for model in record["models"]:

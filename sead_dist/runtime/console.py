@@ -1,5 +1,5 @@
-"""What a person reads on the console and in Markdown: tables, cells, sizes, ages and counts; and
-how far a piece of work is: a bar in a terminal or a notebook, plain lines elsewhere.
+"""Text for the console and for Markdown: tables, cells, sizes, ages and counts. Also the progress
+of a piece of work: a bar in a terminal or a notebook, plain lines elsewhere.
 """
 
 import re
@@ -18,7 +18,7 @@ from sead_dist.errors import UserError
 
 
 class PipedConsole(Console):
-    """A console that leaves a closed pipe to the command, as `print` does."""
+    """A console that raises BrokenPipeError on a closed pipe, as `print` does."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -62,7 +62,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def number(value: object) -> str:
-    """Write one cell: a dash for nothing, four decimals, from 100 on three."""
+    """Write one cell: a dash for None; a float with four decimals, from 100 on with three."""
     if value is None:
         return "-"
     if isinstance(value, (float, np.floating)):
@@ -79,7 +79,7 @@ def print_table(
 ) -> None:
     """Print a table on the console, or into a file: the first column to the left, the others to
     the right."""
-    # rich shows in a notebook what was meant for a file
+    # in a notebook rich would show what is for the file
     in_notebook = None if file is None else False
     console = PipedConsole(highlight=False, file=file, force_jupyter=in_notebook)
     if not console.is_terminal:  # a log file has no width to fit into
@@ -106,7 +106,7 @@ def counted(number: int, what: str) -> str:
 
 
 def counted_rows(number: int, what: str) -> str:
-    """`2 rows that ...`, and of one `1 row that ...`. what: in the plural, of rows or copies."""
+    """`2 rows that ...`, or `1 row that ...`. what: the words for several rows or copies."""
     if number == 1:
         what = re.sub(
             r"\b(row|cop)(?:s|ies)\b", lambda of: of[1].replace("cop", "copy"), what, count=1
@@ -132,8 +132,9 @@ class Bar:
 
 
 class Lines:
-    """Progress as plain lines: each 10%, but not more than one a second, a first one after 30 s,
-    and always the last. The others say how long the rest takes at the mean speed so far."""
+    """Progress as plain lines: one at each 10%, at most one a second, the first one after 30 s at
+    the latest, and always the last. A line before the end also gives the time for the rest at the
+    mean speed so far."""
 
     FIRST_S = 30.0
 
@@ -171,13 +172,13 @@ class Lines:
 
 
 class NotebookBar:
-    """A bar in a notebook. tqdm draws it as text where the notebook has no widgets; rich would draw
+    """A bar in a notebook. tqdm draws it as text where the notebook has no widgets. rich would draw
     nothing there."""
 
     def __init__(self, description: str, total: int, done: int) -> None:
         from tqdm.auto import tqdm
 
-        # nothing else is on standard output, and its bars have no red ground
+        # bars on standard error have a red ground, and standard output has nothing else
         self._bar = tqdm(desc=description, total=total, initial=done, file=sys.stdout)
 
     def advance(self, n: int = 1) -> None:
@@ -189,7 +190,7 @@ class NotebookBar:
         self._bar.set_postfix_str(_shown(shown), refresh=False)
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Stop drawing. The bar stays on the page."""
         self._bar.close()
 
 
@@ -204,7 +205,7 @@ def shown_progress(
 ) -> Iterator[Bar | Lines | NotebookBar]:
     """How far a piece of work is: a bar where the console is a terminal, else lines to `put`.
 
-    in_notebooks: whether a notebook shows a bar, which it does also where the console is quiet."""
+    in_notebooks: whether a notebook shows a bar, even where the console is quiet."""
     if in_notebooks and console.is_jupyter:
         with closing(NotebookBar(description, total, done)) as bar:
             yield bar

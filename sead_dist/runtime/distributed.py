@@ -1,4 +1,4 @@
-"""World: who this process is among the ranks, and the few things that ranks agree on.
+"""World: which rank this process is, and the few things that ranks agree on.
 
 A world of one needs no process group. gloo and NCCL differ in backend and device only.
 """
@@ -26,9 +26,9 @@ from sead_dist.errors import LostRankError, RunError, UserError, refusal
 from sead_dist.runtime.heartbeat import Heartbeat, Limits, Usual
 
 T = TypeVar("T")
-# A whole window of a large teacher may pass before the other ranks hear of it.
+# A rank may compute a whole window of a large teacher while the others wait.
 TIMEOUT = timedelta(hours=2)
-# Processes that are started together are given so long to come, where their limits are short.
+# Ranks wait so long for each other at the start, however short their limits are.
 SHORTEST_MEETING_S = 60.0
 # A network file system may show a new file to other nodes late.
 PATIENCE_S = 10.0
@@ -37,7 +37,7 @@ SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
 
 LAUNCHED = "start with torchrun or accelerate launch, or unset it"
 
-# how starters that are no torch launchers say how many processes they started
+# variables in which starters other than torch's launchers give the number of processes
 STARTERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun",
@@ -48,9 +48,9 @@ STARTERS = {
 
 @dataclass(frozen=True)
 class World:
-    """rank of size ranks, on `device`. `exchange` is the process group of the teacher logits,
-    apart from the student's so that their collectives never wait for each other; `control` is a
-    gloo group for small decisions; both None in a world of one. `heartbeat`: this rank's signs of
+    """This process is rank `rank` of `size`, on `device`. exchange: the process group of teacher
+    logits. It is not the student's, so that their collectives never wait for each other. control: a
+    gloo group for small decisions. Both are None in a world of one. heartbeat: this rank's signs of
     life, from before the first collective on."""
 
     rank: int
@@ -61,7 +61,7 @@ class World:
     heartbeat: Heartbeat | None = None
 
     def at(self, doing: str) -> None:
-        """Say what this rank is at, should it stop there."""
+        """Note what this rank is doing, for a message in case it stops there."""
         if self.heartbeat is not None:
             self.heartbeat.at(doing)
 
@@ -85,7 +85,7 @@ def join_world(limits: Limits | None = None) -> World:
     cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     on_gpu = torch.cuda.is_available() and not cpu_asked
     if size == 1 and not dist.is_initialized():
-        # with its number: set_device takes no other
+        # with its number, which set_device needs
         own = ("cuda", torch.cuda.current_device()) if on_gpu else ("cpu",)
         return World(0, 1, torch.device(*own))
     place = checked_place(size)
@@ -116,9 +116,9 @@ def checked_place(size: int) -> int:
 
 
 def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
-    """Wait until all ranks are there, and start this rank's heartbeat; then make the process group
+    """Start this rank's heartbeat, and wait until all ranks are there. Then make the process group
     where there is none. Raises RunError, naming the rank, where one does not come."""
-    if dist.is_initialized():  # each may come from long work of its own
+    if dist.is_initialized():  # ranks may come late, from long work of their own
         store, wait_s = _get_default_store(), TIMEOUT.total_seconds()
         rank, size = dist.get_rank(), dist.get_world_size()
     else:
@@ -126,7 +126,7 @@ def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
         store = _launcher_store(rank, wait_s)
     # a world may be joined again in the same processes
     time_of_joining = store.add(f"joined by {rank}", 1)
-    # a connection that waits for an answer serves nobody else (some versions of PyTorch have one)
+    # a call that waits blocks its connection (some versions of PyTorch can have only one)
     own = store.clone() if hasattr(store, "clone") else store
     signs = PrefixStore(f"heartbeat {time_of_joining}", own)
     # the stub of PyTorch lacks has_extended_api
@@ -194,8 +194,8 @@ def number_from(name: str, default: int, lowest: int, highest: int | None = None
 
 
 def refuse_other_world() -> None:
-    """Raises UserError where processes were started that do not know of each other: each would
-    train alone, or in a world of another size than the launcher's."""
+    """Raises UserError where processes were started without a common world: each would train
+    alone, or in a world of another size than the launcher's."""
     for name, starter in STARTERS.items():
         count = os.environ.get(name, "1")
         if re.fullmatch("[0-9]{1,9}", count) and int(count) > 1 and "WORLD_SIZE" not in os.environ:
@@ -215,8 +215,8 @@ def refuse_other_world() -> None:
 def refuse_lone_process() -> None:
     """`accelerate launch --cpu --num_processes 2` without MPI starts one process and says nothing.
 
-    It can be told by what it sets: where several processes were meant a master's port, but no
-    WORLD_SIZE. Raises UserError then.
+    Its variables show that: for several processes it sets MASTER_PORT, but no WORLD_SIZE. Raises
+    UserError then.
     """
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and not dist.is_initialized()
     if by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -232,7 +232,7 @@ def leave_world(world: World) -> None:
     if world.heartbeat is not None:
         world.heartbeat.rest()
     if world.size > 1 and dist.is_initialized():
-        # a rank that failed leaves the others in the middle of a collective: that is theirs to say
+        # after a rank failed, others are inside a collective; they report that themselves
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -247,7 +247,7 @@ def gather_objects(world: World, mine: T, group: dist.ProcessGroup | None = None
 
 
 def from_main(world: World, make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank; its UserError or RunError too."""
+    """What `make` gives on rank 0, on every rank; its UserError, RunError or OSError too."""
     made: tuple[T | None, Exception | None] = (None, None)
     if world.is_main:
         try:
@@ -264,7 +264,7 @@ def from_main(world: World, make: Callable[[], T]) -> T:
 
 
 def on_every_rank(world: World, do: Callable[[], T]) -> T:
-    """`do()` on this rank; when it fails on any rank, that error is raised on all of them."""
+    """`do()` on this rank. An error of any rank is raised on all of them."""
     result: T | None = None
     failure: Exception | None = None
     try:
@@ -277,15 +277,15 @@ def on_every_rank(world: World, do: Callable[[], T]) -> T:
 
 
 def as_heard(world: World, error: Exception) -> Exception:
-    """An agreed failure as this rank raises it. The command line tells a RunError on rank 0 alone,
-    but an OSError wherever it happens: it may be known to one rank only."""
+    """An agreed failure as this rank raises it. The command line prints a RunError on rank 0 alone,
+    but an OSError on any rank. So on other ranks than 0 an agreed OSError becomes a RunError."""
     if isinstance(error, OSError) and not world.is_main:
         return RunError(str(error))
     return error
 
 
 def raise_first(failures: Sequence[Exception | None]) -> None:
-    """Raise the lowest rank's failure: every rank calls this with the same list."""
+    """Raise the lowest rank's failure. Every rank calls this with the same list."""
     for failure in failures:
         if failure is not None:
             raise failure
@@ -298,13 +298,13 @@ def barrier(world: World) -> None:
 
 
 def node_name() -> str:
-    """The node that this rank runs on, as SLURM calls it, else as it calls itself."""
+    """The name of the node that this rank runs on: SLURM's, else the host's own."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_shared(world: World, folders: Mapping[str, Path]) -> None:
-    """Every rank looks for a file that rank 0 wrote into each of `folders` (key -> folder), which
-    every node of a run must see: found out at the start, not after the first epoch.
+    """Check at the start that every node of a run sees `folders` (key -> folder): every rank looks
+    for a file that rank 0 writes into each of them.
 
     Nothing is written where all ranks run on one node. Raises UserError on every rank, naming the
     node and the folder, when one does not see it.
@@ -323,7 +323,7 @@ def check_shared(world: World, folders: Mapping[str, Path]) -> None:
                     (folder / token).unlink()
     for node, key in zip(nodes, blind, strict=True):
         if key is not None:
-            if world.is_main:  # made for nothing; what holds files stays
+            if world.is_main:  # the folder may be new; one that holds files stays
                 with suppress(OSError):
                     folders[key].rmdir()
             raise UserError(
@@ -357,8 +357,8 @@ def _first_unseen(folders: Mapping[str, Path], token: str) -> str | None:
 
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR2 (a scheduler's notice) on any rank; the ranks agree on it
-    at a step boundary. Further signals change nothing, but a second Ctrl-C does what `second` says:
-    it ends the process, or is an exception where the process is not ours to end."""
+    at a step boundary. Further signals change nothing, but a second Ctrl-C goes to `second`. By
+    default that ends the process. Calls from Python give a handler that raises instead."""
 
     def __init__(self, second: SecondCtrlC = signal.SIG_DFL) -> None:
         self.signal: int | None = None
@@ -366,8 +366,8 @@ class StopFlag:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While inside, the signals set this flag; afterwards their handlers are as before. Only
-        the main thread may listen; a handler that is not Python's stays where it is."""
+        """Inside, the signals set this flag. Afterwards their handlers are as before. Only the main
+        thread can do this. A handler that is not Python's stays in place."""
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -390,8 +390,8 @@ class StopFlag:
         return self.agreed_with(world, False)[0]
 
     def agreed_with(self, world: World, wish: bool) -> tuple[bool, bool]:
-        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks, at
-        the cost of one small message."""
+        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks. It
+        costs one small message."""
         mine = [self.signal is not None, wish]
         if world.size == 1:
             return mine[0], mine[1]

@@ -1,15 +1,15 @@
-"""Files of our own: regular ones, in the folder that a person gave, never through a link; where
-those of a user lie; and sha256 of large files, remembered for as long as they stay as they are.
+"""Writing the files of a run, finding a user's folders, and sha256 of large files.
 
-The folder itself may be a link, as scratch folders and the hub's cache are. Files that a person
-names (`--json FILE`) are theirs: a link stays and what it leads to is written, and so are devices
-and pipes.
+A file of a run is a regular file in the folder that a person gave. It is never written through a
+link. The folder itself may be a link, as scratch folders and the hub's cache are. For files that a
+person names (`--json FILE`) this differs: a link stays and its target is written, and devices and
+pipes are written into.
 
-Who a teacher is follows from the bytes of its weights, and 64 of BERT-large's size have 85 GB: a
-minute of one core at every start. What is remembered of them is a small file each in the user's
-cache, by the files' places, sizes and times. On the file systems named below nobody can set the
-time of a change (ctime), so a file that was written since, or another in its place, is read again;
-on others nothing is remembered.
+The bytes of a teacher's weights identify the teacher. 64 teachers of BERT-large's size have 85 GB,
+which take one core a minute at every start. So each hash of large files is kept as a small file in
+the user's cache, by the files' places, sizes and times. On the file systems named below nobody can
+set the time of a change (ctime). So a file that was written since, or another in its place, is read
+again. On other file systems no hash is kept.
 """
 
 import errno
@@ -33,7 +33,7 @@ from sead_dist.errors import RunError, UserError
 ASIDE = ".aside"
 # the end of the name that a folder has while another takes its place
 OLDER = f"{ASIDE}-older"
-# what versions before those names wrote a model to
+# the folder to which older versions wrote a model
 FORMER_ASIDE = "model.tmp"
 # names of folders in which something is tried for a moment
 TRIALS = (".trial-", ".rehearsal-")
@@ -45,7 +45,7 @@ def open_own(path: Path, flags: int) -> int:
     Raises UserError where a link, a pipe or a device stands in its place, OSError as `os.open`.
     """
     try:
-        # without O_NONBLOCK a pipe that nobody reads is waited for
+        # without O_NONBLOCK, opening a pipe that nobody reads would wait
         handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
@@ -66,12 +66,12 @@ def _not_ours(path: Path) -> UserError:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it takes the place of `path`, which may
-    have been a link.
+    """Yield a path beside `path` to write to. On success the new file takes the place of `path`,
+    which may have been a link.
 
     On any error the file aside is removed and `path` stays as it was.
     """
-    # nobody can have laid a link at a name that is drawn by chance
+    # nobody can place a link beforehand at a name that is drawn by chance
     aside = path.with_name(f".{secrets.token_hex(8)}{ASIDE}{path.suffix}")
     try:
         os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
@@ -80,7 +80,7 @@ def written_aside(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        # a write through an open file fails without saying which
+        # an error of a write to an open file does not name the file
         error.filename = str(path)
         raise
     finally:
@@ -89,12 +89,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
-    """Yield a new folder beside `target` to write to; on success, when the disk holds its files, it
-    gets the name `target`.
+    """Yield a new folder beside `target` to write to. On success its files are flushed to the disk,
+    and then it gets the name `target`.
 
-    replaces: in the place of what is there (`put_folder`); without it what another process has put
-    there meanwhile stays, and OSError is raised. On any error the folder aside is removed, and
-    `target` stays as it was.
+    replaces: whether it takes the place of what is there (`put_folder`). If not, what another
+    process has put there meanwhile stays, and OSError is raised. On any error the folder aside is
+    removed, and `target` stays as it was.
     """
     aside = _beside(target, ASIDE)
     if replaces:
@@ -113,11 +113,12 @@ def folder_aside(target: Path, replaces: bool = True) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, target: Path) -> None:
-    """Give a folder the name `target`, in the place of what is there, and have the disk hold that.
+    """Give a folder the name `target`, in the place of what is there, and flush that to the disk.
 
-    A folder cannot take another's name in one step: a kill leaves at `target` the new one, the old
-    one, or between two renames nothing, and never a part of one. The old one is then beside it
-    (`put_back`). After an error the old one is there. Raises OSError.
+    This takes two renames. A kill leaves at `target` the new folder, the old one, or nothing (if it
+    comes between the renames), and never a part of a folder. Where it leaves nothing, the old
+    folder lies beside `target` (`put_back`). After an error the old folder is at `target`. Raises
+    OSError.
     """
     put_back(target)
     older = _beside(target, OLDER)
@@ -134,10 +135,10 @@ def put_folder(folder: Path, target: Path) -> None:
 
 def put_back(target: Path) -> None:
     """Give the old folder its name `target` again, where a process was killed between the two
-    renames of `put_folder`; where a folder is there, remove the old one. No other process may be
-    at `target` meanwhile. Raises OSError."""
+    renames of `put_folder`. Where `target` exists, remove the old folder. No other process may
+    write `target` meanwhile. Raises OSError."""
     for older in target.parent.glob(f".{escape(target.name)}.*{OLDER}"):
-        if _name_of(older) != target.name:  # of NAME.other
+        if _name_of(older) != target.name:  # the old folder of NAME.other
             continue
         if os.path.lexists(target):
             _discard(older)
@@ -146,7 +147,7 @@ def put_back(target: Path) -> None:
 
 
 def _discard(older: Path) -> None:
-    """Remove an old folder, under another name first: a part of it is never put back."""
+    """Remove an old folder. It is renamed first, so that no part of it is ever put back."""
     aside = _beside(older.with_name(_name_of(older)), ASIDE)
     with suppress(FileNotFoundError):
         older.rename(aside)
@@ -163,7 +164,7 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """A file, a link or a folder with all that is in it, as far as that can be done."""
+    """Remove a file, a link, or a folder with all that is in it, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -172,13 +173,13 @@ def _remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold all files of a folder, and their names."""
+    """Flush all files of a folder, and their names, to the disk."""
     for path in (*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -188,7 +189,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def written_for_person(path: Path) -> Iterator[Path]:
-    """As `written_aside`, for a file that a person names: what a link leads to is written, and a
+    """As `written_aside`, for a file that a person names. Of a link the target is written. A
     device or pipe is written into."""
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +227,7 @@ def check_writable(option: str, path: Path) -> None:
 
 def sweep_leftovers(run: Path) -> None:
     """Remove what a killed process of this run left half written, and put back the folders that it
-    was about to replace. The caller has its lock."""
+    was about to replace. The caller holds the run's lock."""
     checkpoints = run / "checkpoints"
     inside = ("plots", "predictions", "model", "model/plots")
     for folder in (run, checkpoints, *(run / name for name in inside)):
@@ -240,7 +241,7 @@ def sweep_leftovers(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-# what is quick to read is not remembered
+# hashes of smaller files are not kept: these are quick to read
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
@@ -251,7 +252,7 @@ CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs"
 def user_folder(variable: str, below: str, own: str) -> Path:
     """A folder of this user: where an XDG variable says, else below the home folder.
 
-    own: how the person can name the folder that is asked for. Raises UserError for no home.
+    own: how a person can name the wanted folder, for the message. Raises UserError for no home.
     """
     if named := os.environ.get(variable):
         return Path(named)
@@ -262,8 +263,8 @@ def user_folder(variable: str, below: str, own: str) -> Path:
 
 
 def cache_place(name: str, own: str, given: str | None = None) -> Path:
-    """`given`, else where SEAD_DIST_NAME says (of rates.json SEAD_DIST_RATES), else `name` in the
-    package's folder of the user's cache. own: as for `user_folder`, whose errors it raises."""
+    """`given`, else the path in the variable SEAD_DIST_NAME (for rates.json SEAD_DIST_RATES), else
+    `name` in the package's folder of the user's cache. own and errors: as for `user_folder`."""
     named = given or os.environ.get(f"SEAD_DIST_{Path(name).stem.upper()}")
     if named:
         return Path(named)

@@ -1,10 +1,10 @@
-"""The heartbeat: ranks tell each other that they live and move, and a run with a dead or hanging
-rank ends, naming it.
+"""The heartbeat: ranks send each other signs of life and of progress. A run with a dead or hanging
+rank ends, with a line that names the rank.
 
-Signs of life go through the key-value store at which the launcher's processes meet (a TCPStore), by
-a connection of their own, from before the first collective to after the last: a process group that
-is broken, or in which a rank waits, cannot carry the news. An observer counts on its own monotonic
-clock how long a rank's sign has not changed: clocks of machines are never compared. (Our own
+The signs go through the key-value store of the launcher's processes (a TCPStore), by a connection
+of their own. They begin before the first collective and end after the last. A process group cannot
+carry them: it may be broken, or a rank may wait in it. Each rank measures on its own monotonic
+clock how long another rank's sign has not changed. Clocks of machines are never compared. (Our own
 scheme.)
 """
 
@@ -24,7 +24,7 @@ from sead_dist.errors import LostRankError, RunError, UserError
 from sead_dist.runtime.run_log import append_line
 
 MOST_BEAT_S = 1.0
-# rank 0's line comes before the launcher ends everyone because another rank has ended
+# other ranks end so much later: the launcher ends all ranks as soon as one has ended
 LAST_WORDS_S = 1.0
 # the key under which a rank says why the run ends, and what it holds until then
 VERDICT, NONE_YET = "verdict", "none yet"
@@ -71,9 +71,9 @@ class Usual:
 
 @dataclass(frozen=True)
 class Beat:
-    """One sign of life. moves: pieces of work that the rank has come further, counted; place: those
-    that every rank makes in the same order; doing: what it is at; stop: the signal that asked it
-    to stop."""
+    """One sign of life. count: the number of the sign. moves: how many pieces of work the rank has
+    done. place: how many of these are of the kind that every rank does in the same order. doing:
+    what the rank is doing. stop: the signal that asked it to stop, or None."""
 
     host: str
     pid: int
@@ -95,9 +95,9 @@ class Peer:
 
 
 class Heartbeat:
-    """This rank's signs of life, and its eye on the others. Without a store it only counts.
+    """This rank's signs of life, and the watch over the others. Without a store it only counts.
 
-    `run` and `stop` are those of the run that is at work (`of_run`).
+    `run` and `stop` are those of the present run (`of_run`).
     """
 
     def __init__(self, rank: int, size: int, store: Store | None, limits: Limits) -> None:
@@ -111,10 +111,10 @@ class Heartbeat:
         self.moved_at = self.looked_at = self.carried_at = now
         # what the store held last, by key
         self.heard: dict[str, str] = {}
-        # all ranks are there; this one rests; this one has something to tell
+        # all ranks are there; this rank's heartbeat is over; a sign is due at once
         self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
-        # the end is told once: what breaks because of it is not another one
+        # only the first thread that ends the process prints why
         self.ending = threading.Lock()
 
     @property
@@ -122,19 +122,19 @@ class Heartbeat:
         return min(MOST_BEAT_S, self.limits.timeout_s / 10)
 
     def at(self, doing: str) -> None:
-        """Say what this rank is at, where no progress is counted, and tell it at once."""
+        """Note what this rank is doing, without counting progress, and send that at once."""
         self.doing = doing
         self.news.set()
 
     def move(self, doing: str) -> None:
-        """This rank is at `doing` now; every rank comes to it in its turn."""
+        """Count progress that every rank makes in the same order. doing: what begins."""
         self.place += 1
         self._note(doing)
 
     def progress_or_stop(self, doing: str) -> None:
-        """This rank has come further with work of its own, where a stop may be taken at once.
+        """Count progress of work that this rank does alone, which a stop may interrupt.
 
-        Raises StopRequestedError.
+        Raises StopRequestedError where a stop was asked for.
         """
         self._note(doing)
         if self.stop is not None and self.stop.signal is not None:
@@ -159,10 +159,10 @@ class Heartbeat:
         self.store.set(str(self.rank), json.dumps(asdict(self.own())))
 
     def hear(self) -> None:
-        """Fetch what the others said last."""
+        """Fetch the last sign of every other rank."""
         assert self.store is not None
         keys = [VERDICT, *map(str, self.peers)]
-        # a key that is not there yet would be waited for
+        # `get` waits for a key that is not there yet
         keys = [key for key in keys if key in self.heard or self.store.check([key])]
         if self.store.has_extended_api():
             found = self.store.multi_get(keys)
@@ -174,12 +174,12 @@ class Heartbeat:
             self.met.set()
 
     def look(self, now: float) -> None:
-        """Take up what was heard: signs of life, a stop that was asked of another rank, and the end
-        of the run, which another rank has told."""
+        """Use what was fetched: signs of life, a stop that was asked of another rank, and the end
+        of the run by another rank, which ends this process too."""
         if self.heard.get(VERDICT, NONE_YET) != NONE_YET and not self.over.is_set():
             os._exit(3)
         if now - self.looked_at > self.limits.timeout_s / 2:
-            # this process was itself suspended, perhaps with all the others: count again
+            # this process was suspended, perhaps with all the others: measure from now on
             self.moved_at = self.carried_at = now
             for peer in self.peers.values():
                 peer.changed_at = peer.moved_at = now
@@ -201,8 +201,8 @@ class Heartbeat:
                 self.stop.signal = beat.stop
 
     def dead(self, now: float, silent_s: float) -> list[int]:
-        """The ranks that have given no sign of life for so long. Where the store itself does not
-        answer, that is rank 0: it is the store's own process, or on its machine."""
+        """The ranks that have given no sign of life for `silent_s` seconds. Where rank 0 is
+        silent and the store does not answer, only rank 0: it holds the store or is on its node."""
         silent = [
             rank
             for rank, peer in self.peers.items()
@@ -220,7 +220,7 @@ class Heartbeat:
         moved_at = max([self.moved_at, *(peer.moved_at for peer in at_work)])
         # before a run and after it progress is not counted
         if self.run is not None and now - moved_at > hang_s:
-            # the others went on until they had to wait for it
+            # the rank that is least far: the others wait for it
             places = {r: p.beat.place for r, p in self.peers.items() if p.beat and not p.ended}
             places[self.rank] = self.place
             first = min(places, key=lambda rank: places[rank])
@@ -262,15 +262,15 @@ class Heartbeat:
         return state.rpartition(")")[2].split()[0] in ("Z", "X")
 
     def end(self, line: str, gone: list[int]) -> None:
-        """Say why, on the lowest rank that lives, and end this process with exit code 3."""
+        """Print `line` on the lowest living rank, and end this process with exit code 3."""
         if not self.ending.acquire(blocking=False):
-            time.sleep(LAST_WORDS_S + 2 * self.beat_s)  # another thread is at it
+            time.sleep(LAST_WORDS_S + 2 * self.beat_s)  # another thread ends the process
         elif self.rank == min({self.rank, *self.peers} - set(gone)):
             print(f"sead-dist: {line}", file=sys.stderr, flush=True)
             if self.run is not None:
                 with suppress(OSError, UserError):
                     append_line(self.run / "log.txt", line)
-            # what the store does not take, the others find out; a stopped one would not return
+            # in a thread: a stopped store does not return; then the others find out by themselves
             telling = threading.Thread(target=self._tell_all, args=(line,), daemon=True)
             telling.start()
             telling.join(LAST_WORDS_S)
@@ -285,7 +285,7 @@ class Heartbeat:
             self.store.set(VERDICT, line)
 
     def start(self, wait_s: float) -> None:
-        """Begin to beat, wait until all ranks do, and begin to watch them.
+        """Begin to send signs, wait until all ranks do, and begin to watch them.
 
         Raises RunError, naming the rank, where one does not come within `wait_s`, and where the
         store does not answer.
@@ -311,7 +311,7 @@ class Heartbeat:
         self._begin(self._watch)
 
     def _lost(self, rank: int, what: str, come: set[int]) -> RunError:
-        """The error of a rank that is not there, which one of those that are will tell."""
+        """The error for a missing rank. Of the ranks that are there, one gets the printed kind."""
         self.over.set()
         line = f"rank {rank} {what}; see to that process or node, then give the same command again"
         return LostRankError(line) if self.rank == min(come - {rank}) else RunError(line)
@@ -321,8 +321,8 @@ class Heartbeat:
         self.threads[-1].start()
 
     def _carry(self) -> None:
-        """Signs of life to the store and from it. Apart from `_watch`, since a store whose process
-        is stopped does not return."""
+        """Send signs to the store and fetch them from it. This is a thread apart from `_watch`,
+        because a store whose process is stopped does not return."""
         while not self.over.is_set():
             self.news.wait(self.beat_s if self.met.is_set() else 0.02)
             self.news.clear()
@@ -339,7 +339,7 @@ class Heartbeat:
                 self.end(line, self.dead(now, self.limits.timeout_s))
 
     def rest(self) -> None:
-        """End in good order, so that no one misses this rank."""
+        """End in good order, so that no other rank takes this one for dead."""
         if not self.threads or self.over.is_set():
             return
         self.over.set()
@@ -352,7 +352,7 @@ class Heartbeat:
 
     @contextmanager
     def of_run(self, run: Path, stop: Stop, limits: Limits) -> Iterator["Heartbeat"]:
-        """While inside, progress counts too, and a stop that was asked of one rank is heard by
+        """Inside, a lack of progress counts too, and a stop that was asked of one rank reaches
         all. Every rank enters it."""
         self.stop, self.limits = stop, limits
         self.moved_at = time.monotonic()

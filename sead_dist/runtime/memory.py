@@ -1,6 +1,7 @@
-"""How many bytes this process holds, and held at most since a moment.
+"""Bytes that this process holds, and the most that it has held since a given moment.
 
-On a GPU those that PyTorch has taken there, as a run's summary counts them; else the process's.
+On a GPU these are the bytes that PyTorch has taken there, as in a run's summary. On a CPU they are
+those of the whole process.
 """
 
 from pathlib import Path

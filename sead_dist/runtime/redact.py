@@ -1,6 +1,6 @@
 """What may leave this machine: values without secrets and without local paths.
 
-What stays (a run's log and record of its command) keeps its paths, and no secrets either.
+What stays here (a run's log, the record of its command) keeps paths, but no secrets.
 """
 
 import re
@@ -22,8 +22,9 @@ FOLDERS = re.compile(r"(?<![\w:/.])(?:file://|~|[A-Za-z]:|\.{1,2})?[/\\](?:[^\s/
 def redact(value: Any) -> Any:
     """Return `value` without secrets and with every local path cut to its last part.
 
-    A key that names a secret is dropped with its value (numbers are kept: `max_tokens: 64`), and
-    so is a value in the form of a known access token; mappings and lists are followed.
+    A key that names a secret is dropped with its value, unless that is a number
+    (`max_tokens: 64`). In texts, access tokens of known forms become "[removed]", and secrets in
+    URLs are cut out. This also holds inside mappings and lists.
     """
     if isinstance(value, Mapping):
         return {str(k): redact(v) for k, v in value.items() if not _is_secret(str(k), v)}
@@ -38,8 +39,8 @@ def redact(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without access tokens and what stands for a password in a URL, local paths kept; of a
-    KEY=VALUE word whose key names a secret, the key alone."""
+    """`text` without access tokens and without passwords in URLs. Local paths stay. Of a KEY=VALUE
+    word whose key names a secret, only the key stays."""
     key, is_word, _ = text.partition("=")
     if is_word and key.strip() == key and _is_secret(key, text):
         return f"{key}=[removed]"

@@ -1,4 +1,4 @@
-"""What a run writes down and says: metrics.jsonl, log.txt, JSON files, console lines and bars.
+"""The output of a run: metrics.jsonl, log.txt, JSON files, console lines and bars.
 
 Every file that replaces another is written aside and renamed, so a reader (or a killed run)
 sees the old file or the new one, never half of one.
@@ -26,9 +26,9 @@ from sead_dist.runtime.files import open_own, written_aside, written_for_person
 from sead_dist.runtime.redact import without_secrets
 
 PROGRESS = "progress.json"
-# where a run's model was uploaded to
+# names the repository that a run's model was uploaded to
 PUSHED = "pushed.json"
-# where lines go that are not for the console
+# the logger of lines that this package does not print itself
 _log = logging.getLogger("sead_dist")
 PACKAGES = (
     *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
@@ -89,7 +89,7 @@ def is_finished(run: Path) -> bool:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of a run directory's metrics.jsonl, oldest first.
 
-    A last line that a killed run left unfinished is passed over; no file gives no records.
+    A last line that a killed run left unfinished is passed over. Without a file there are none.
 
     Raises:
         UserError: a line before the last is not a JSON object.
@@ -121,7 +121,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    # Not imported for this: a process that computes has it loaded, and any other has no threads.
+    # Not imported for this: a process that computes has loaded it. Others have no threads.
     torch = sys.modules.get("torch")
     return {
         "python": platform.python_version(),
@@ -135,13 +135,13 @@ def environment() -> dict[str, Any]:
 
 
 def tell(line: str, aside: bool = False) -> None:
-    """One line to the logger `sead_dist`, which the command line prints. aside: it prints it on
-    standard error, because standard output may hold what was asked for."""
+    """Log one line to `sead_dist`. The command line prints it. aside: it is printed on standard
+    error, because standard output may hold the result of the command."""
     _log.info("%s", line, extra={"aside": aside})
 
 
 def tell_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table to the logger `sead_dist`, as Markdown; the command line draws it."""
+    """Log a table to `sead_dist`, as Markdown. The command line draws it."""
     drawn = {"table": (title, columns, rows)}
     _log.info("%s\n%s", title, table(columns, rows), extra=drawn)
 
@@ -162,12 +162,12 @@ def append_line(path: Path, line: str) -> None:
 
 
 class RunLog:
-    """The files and the console of one run directory; on ranks other than 0 every call is quiet.
+    """The files and the console of one run directory. Ranks other than 0 write nothing.
 
     Args:
         folder: the run directory; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
-        console: whether rank 0 also speaks on standard output; else to the logger `sead_dist`.
+        console: whether rank 0 prints lines on standard output; else it logs them to `sead_dist`.
     """
 
     def __init__(self, folder: Path, is_main: bool, console: bool) -> None:
@@ -200,7 +200,7 @@ class RunLog:
     def step_done(self, step: int, total: int) -> None:
         """Note the step in progress.json, which a killed run leaves behind.
 
-        Written in place, since it changes at every step: one short line of a fixed length.
+        The file changes at every step, so it is written in place: one line of a fixed length.
         """
         if self.is_main:
             if self._progress is None:

@@ -1,5 +1,5 @@
-"""What a process has of its own beside what it computes: random state, environment, loggers and
-switches of the libraries. A run quiets the libraries; a call from Python leaves all as it found it.
+"""State of the process that a run changes: random state, environment, loggers and switches of the
+libraries. A call from Python restores all of it afterwards.
 """
 
 import logging
@@ -18,8 +18,8 @@ from sead_dist.runtime.distributed import World
 
 @contextmanager
 def as_before() -> Iterator[None]:
-    """After the block all of this is as it was, however the block ended. (The handlers of signals
-    are restored by whoever sets them: `StopFlag.listening`.)"""
+    """Restore all of this state after the block, even where the block raises. (Signal handlers are
+    not a part of it: `StopFlag.listening` restores them.)"""
     with ExitStack() as stack:
         for part in (_environment, _random_state, _torch_switches, _transformers_words, _loggers):
             stack.enter_context(part())
@@ -86,7 +86,7 @@ def _transformers_words() -> Iterator[None]:
 
 @contextmanager
 def _loggers() -> Iterator[None]:
-    """Handlers, filters and levels of all loggers that there are; and what `disable` was told."""
+    """Restore handlers, filters and levels of all loggers there are, and that of `disable`."""
     known = [logging.root, *logging.root.manager.loggerDict.values()]
     before = [
         (one, one.level, list(one.handlers), list(one.filters), one.propagate, one.disabled)
@@ -105,12 +105,13 @@ def _loggers() -> Iterator[None]:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Not what DeepSpeed says on every CPU, as soon as Accelerate imports it."""
+    """False for the line that DeepSpeed logs on a CPU as soon as Accelerate imports it."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def quiet_libraries(world: World) -> None:
-    """Transformers' reports of new heads and its progress bars say nothing a run does not."""
+    """Silence what repeats a run's own output: Transformers' reports of new heads and its bars,
+    a line of DeepSpeed, and tqdm's bars on other ranks than 0."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").addFilter(is_news)

@@ -1,5 +1,4 @@
-"""The arms of a sweep: methods, and any keys of the run that an arm alone has, on all tasks or on
-one."""
+"""The arms of a sweep. An arm is a method, with keys of its own for all tasks or for one."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,14 @@ from sead_dist.config.names import told_known
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 
-# what the others are compared with where nothing else is named
+# the arm that the others are compared with by default
 FINETUNE = "finetune"
 # arms are compared on the same rows, and with the same teachers
 COMMON_KEYS = (
     *("task", "seed", "output_dir", "data", "selection"),
     *("teachers", "encoders", "plugins"),
 )
-# what says how many steps a run takes
+# keys that decide how many steps a run takes
 STEP_KEYS = (
     *("max_steps", "num_train_epochs", "early_stopping_patience", "global_batch_size"),
     *("unlabeled", "augment"),
@@ -27,8 +26,8 @@ STEP_KEYS = (
 
 @dataclass(frozen=True)
 class Arm:
-    """name: of its folders, and in the report; method: a shipped one or a file of keys; keys: of
-    its runs, over all others."""
+    """One arm. name: of its folders, and in the report. method: a shipped one, or a file of keys.
+    keys: those of its runs, which replace all other keys."""
 
     name: str
     method: str
@@ -38,8 +37,8 @@ class Arm:
 def read_arms(given: Sequence[str | Mapping[str, Any]], equal_steps: bool) -> list[Arm]:
     """The arms that `methods` lists: names of methods, or {name, method, keys of a run}.
 
-    Raises UserError for what cannot be an arm, and for one that sets its own number of steps where
-    all are to take as many.
+    Raises UserError for what cannot be an arm, for an arm that sets a key common to all arms, and
+    for one that sets its own number of steps where all take the same.
     """
     arms = [read_arm(one) for one in given]
     for arm in arms:
@@ -48,7 +47,8 @@ def read_arms(given: Sequence[str | Mapping[str, Any]], equal_steps: bool) -> li
 
 
 def check_keys(where: str, name: str, keys: Mapping[str, Any], equal_steps: bool) -> None:
-    """Raises UserError for a key that is the same for all arms."""
+    """Raises UserError for a key that is common to all arms, and with `equal_steps` for a key that
+    decides the number of steps."""
     for key in COMMON_KEYS:
         if key in keys:
             raise UserError(
@@ -66,8 +66,8 @@ def check_keys(where: str, name: str, keys: Mapping[str, Any], equal_steps: bool
 def keys_by_arm(
     task: str, given: Mapping[str, Any], arms: Sequence[Arm], equal_steps: bool
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any] | None]]:
-    """What `per_task` gives for a task: (the keys of all arms, by name those that an arm alone has;
-    None: the arm is not run on the task). Raises UserError."""
+    """What `per_task` gives for a task: (the keys for all arms, each arm's own keys by its name).
+    None in place of an arm's keys: the arm is not run on the task. Raises UserError."""
     keys, where = dict(given), f"per_task.{task}.methods"
     by_arm = keys.pop("methods", None) or {}
     if not isinstance(by_arm, Mapping):
@@ -116,7 +116,7 @@ def method_name(method: str) -> str:
 
 
 def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
-    """The arm that the others are compared with; None where nothing is named and no arm is called
+    """The arm that the others are compared with. None where no arm is given and none is called
     finetune. Raises UserError for a name that no arm has."""
     names = [arm.name for arm in arms]
     if given is None:

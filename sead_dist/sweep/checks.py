@@ -1,4 +1,4 @@
-"""What is told of a sweep's runs before the first: inputs, methods, data and earlier runs."""
+"""Checks of all runs of a sweep before the first: inputs, methods, data and earlier runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +29,8 @@ from sead_dist.training.identity import refuse_other
 
 
 def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
-    """What can be told of all runs before the first: the grid with its steps fixed, and each task's
-    data.
+    """Check all runs before the first one. Returns the grid with its numbers of steps fixed, and
+    each task's data.
 
     Raises UserError for the first mistake.
     """
@@ -44,7 +44,7 @@ def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
 
 
 def check_jobs(grid: Grid, world: World) -> None:
-    """Raises UserError where several runs at once would share what one of them needs alone."""
+    """Raises UserError where `jobs` asks for several runs at once on several ranks or on a GPU."""
     if grid.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
         what = f"{world.size} ranks" if world.size > 1 else "a GPU"
         raise UserError(
@@ -54,7 +54,7 @@ def check_jobs(grid: Grid, world: World) -> None:
 
 
 def settle(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
-    """The grid with its steps fixed, and the data of these tasks, which are read.
+    """The grid with its numbers of steps fixed, and the data of these tasks.
 
     Raises UserError where the data are wrong, or the folders hold other runs.
     """
@@ -68,12 +68,12 @@ def settle(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]
 
 
 def check_runs(grid: Grid) -> None:
-    """Inputs of all runs. Raises UserError for a mistake."""
+    """Check the inputs of all runs. Raises UserError for a mistake."""
     check_folder(grid.output)
     starts = {repr(unit.config.student): unit.config for unit in grid.units if not unit.needs}
     for config in starts.values():
         start = config.student
-        # else it takes the tokeniser of a teacher, which is looked at below
+        # else the student takes a teacher's tokeniser, which is checked below
         if start.path is not None or start.tokenizer is not None or not config.teachers:
             check_start(start, config.trust_remote_code)
     for name, task in grid.tasks.items():
@@ -83,7 +83,7 @@ def check_runs(grid: Grid) -> None:
                 check_method(unit.config, task.task_kind)
         teachers = [unit for unit in grid.units if (unit.task, unit.method) == (name, TEACHERS)]
         with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
-        # the others ask for nothing else
+        # arms without keys of their own need no further check
         own = {arm.name for arm in grid.arms if arm.keys}
         with_keys = {unit.method: unit for unit in students if unit.method in own}
         for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
@@ -91,7 +91,7 @@ def check_runs(grid: Grid) -> None:
 
 
 def check_folder(output: Path) -> None:
-    """Raises UserError where it is not a folder of a sweep: that holds folders alone."""
+    """Raises UserError where `output` is a file, or holds files: a sweep's folder holds folders."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output} is a file; give a folder")
     for path in sorted(output.glob("[!.]*")):
@@ -103,8 +103,8 @@ def check_folder(output: Path) -> None:
 
 
 def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
-    """What can be looked at of a run while its teachers are not made: a student of a shape takes
-    the first one's tokeniser, which that one starts with."""
+    """The configuration as it can be checked before the run's teachers are made: without teachers.
+    A student of a shape gets the tokeniser that the first teacher starts with."""
     if not config.teachers or not made:
         return config
     student, start = config.student, made[0].config.student
@@ -115,9 +115,9 @@ def with_made_teachers(config: RunConfig, made: Sequence[Unit]) -> RunConfig:
 
 
 def read_task(grid: Grid, name: str) -> TaskData:
-    """Raises UserError where the data are wrong."""
+    """The data of a task. Raises UserError where they are wrong."""
     task, students = grid.tasks[name], [unit.config for unit in grid.students(name)]
-    # most rows first; the column that names each row's teacher is not there for all methods
+    # the first one reads the data: if possible with text, and without the column of routes
     students.sort(key=lambda of: (not of.has_text, of.routed))
     examples = load_examples(students[0], task, lambda _line: None)
     check_tokens(examples, start_tokenizers(grid, name))
@@ -154,7 +154,7 @@ def rows_key(config: RunConfig) -> str:
 
 
 def refuse_other_unit(grid: Grid, unit: Unit) -> None:
-    """Raises UserError where its folder holds a run of other keys."""
+    """Raises UserError where the unit's folder holds a run of other keys."""
     try:
         refuse_other_keys(unit.config)
     except UserError as error:
@@ -168,8 +168,8 @@ def refuse_other_unit(grid: Grid, unit: Unit) -> None:
 
 
 def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
-    """Raises UserError where the data are others than those of runs that are there, or the teachers
-    others than those of a run that is done."""
+    """Raises UserError where an earlier run in the folder had other data, or where a finished run
+    had other teachers."""
     known = data.fingerprints
     for unit in grid.units:
         # earlier versions gave unlabelled text to the teachers' fine-tuning as well
@@ -187,7 +187,7 @@ def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
 
 
 def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase]:
-    """What a task's runs read texts with: made teachers read as their encoders do."""
+    """The tokenisers of a task's runs, by path. Made teachers have those of their encoders."""
     sources: dict[str, TeacherConfig] = {}
     for unit in [unit for unit in grid.units if unit.task == task]:
         start = unit.config.student.tokenizer or unit.config.student.path
@@ -217,15 +217,15 @@ def needs_rows(grid: Grid, task: str) -> bool:
 
 
 def fix_steps(grid: Grid, data: Mapping[str, TaskData]) -> Grid:
-    """The grid with as many steps for all students of a task as the longest has, where equal_steps
-    asks for it: only then is their comparison fair. Tasks that `data` lacks stay as they are. A
-    function of grid and data alone, so that all workers of a sweep find the same.
+    """The grid in which all students of a task take as many steps as the longest one, where
+    equal_steps asks for that. Only then is their comparison fair. Tasks without `data` stay as they
+    are. The result depends on grid and data alone, so that all workers of a sweep get the same.
 
-    Epochs are of the labelled rows, which all methods share. Where the length is left to the runs,
-    those that ask teachers take more steps, the more so with unlabelled text. The run with the most
-    steps keeps its keys; the others get its steps as max_steps, and pass over their rows more
-    often. Steps are counted with text that files of predictions do not answer, which their run
-    leaves out. So runs with files get as many steps as max_steps too.
+    Epochs are of the labelled rows, which all methods share. Where no key sets the length, runs
+    that ask teachers take more steps, and with unlabelled text more still. The run with the most
+    steps keeps its keys. The others get its steps as max_steps, and pass over their rows more
+    often. Steps are counted with all of the text. A run with files of predictions leaves out text
+    that they do not answer, so it gets max_steps too.
     """
     if not grid.equal_steps:
         return grid
@@ -247,7 +247,7 @@ def fix_steps(grid: Grid, data: Mapping[str, TaskData]) -> Grid:
 
 
 def may_leave_text_out(config: RunConfig) -> bool:
-    """Whether a run may have fewer rows than are counted here, and so fewer steps of its own."""
+    """Whether a run may have fewer rows, and so fewer steps, than are counted here."""
     left = config.max_steps is None and config.num_train_epochs is None
     files = [entry for entry in config.teachers if entry.predictions is not None]
     return left and config.taught and bool(files)

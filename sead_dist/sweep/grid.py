@@ -1,7 +1,7 @@
 """A sweep is a list of runs: teachers first, then students of every task, arm and seed.
 
-An arm is a method, and any keys of the run that it alone has. The sweep's own keys stand in
-configs/sweep.yaml; all other keys are those of its runs.
+An arm is a method, with keys of its own if any. The sweep's own keys stand in configs/sweep.yaml.
+All other keys are those of its runs.
 """
 
 import os
@@ -37,17 +37,18 @@ from sead_dist.runs.checks import (
 from sead_dist.sweep.arms import FINETUNE, Arm, keys_by_arm, read_arms, reference_of
 
 TEACHERS = "teachers"
-# folders of OUTPUT and of OUTPUT/TASK that are no task's or method's
+# folders of OUTPUT and of OUTPUT/TASK that belong to no task or method
 TAKEN = ("report", "store", TEACHERS)
-# of one sweep, given as their number
+# the most seeds of a sweep that are given as a number
 MOST_SEEDS = 1000
 Layers = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One run of a sweep. method: TEACHERS where it fine-tunes one; needs: the run directories that
-    have to be finished before. A round is all methods of one task and seed."""
+    """One run of a sweep. method: an arm's name, or TEACHERS where the run fine-tunes a teacher.
+    needs: the run directories that must be finished before. A round is all methods of one task and
+    seed."""
 
     task: str
     method: str
@@ -60,7 +61,7 @@ class Unit:
 
     @property
     def round(self) -> tuple[str, int] | None:
-        """(task, seed); None where it fine-tunes a teacher."""
+        """(task, seed); None where the run fine-tunes a teacher."""
         return None if self.method == TEACHERS else (self.task, self.config.seed)
 
     @property
@@ -75,11 +76,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Grid:
-    """units in the order in which they are run; unfit: (task, method) -> why the one cannot be
-    applied to the other; own_teachers: whether the sweep fine-tunes them; equal_steps: whether all
-    methods of a task are to take as many steps; methods: the names of the arms, one of which may be
-    the reference; lengthened: (task, method) -> the steps of its own, where it was given more
-    (`checks.fix_steps`)."""
+    """All runs of a sweep. units: in the order in which they are run. unfit: (task, method) -> why
+    the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
+    equal_steps: whether all methods of a task take the same number of steps. methods: the names of
+    the arms. reference: one of them, or None. lengthened: (task, method) -> the method's own number
+    of steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -111,9 +112,9 @@ def is_sweep(words: Sequence[str]) -> bool:
 
 
 def make_grid(words: Sequence[str]) -> Grid:
-    """The runs that these words stand for. Only configurations are read.
+    """The runs that these words describe. Only configurations and tasks are read, and plugins run.
 
-    Raises UserError for whatever is wrong with them, in any of the runs.
+    Raises UserError for any mistake in them.
     """
     own, run = split_layers(read_layers(words))
     refuse_single(own, run)
@@ -202,7 +203,7 @@ def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]
 
 
 def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
-    """Raises UserError for a run's key where the sweep has one that says it for all runs."""
+    """Raises UserError for a key of one run (`seed`) that the sweep has for all runs (`seeds`)."""
     # a task's file may stand beside `tasks`
     lacking = (("task", "tasks"),) if own.get("tasks") is None else ()
     for layer in run:
@@ -215,7 +216,8 @@ def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
 
 
 def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
-    """Raises UserError naming the key, its value and what is allowed."""
+    """The sweep's own keys, over the defaults of sweep.yaml. Raises UserError for a mistake,
+    naming the key, its value and what is allowed."""
     file = config_folder() / "sweep.yaml"
     raw = merge(read_yaml(file), own)
     for key in ("tasks", "methods"):
@@ -237,7 +239,7 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
 
 
 def different(key: str, names: Sequence[str]) -> None:
-    """Folders are called by these names. Raises UserError where two are alike, or one is taken."""
+    """Check names that folders get. Raises UserError where two are equal, or one is reserved."""
     for n, name in enumerate(names):
         if name in names[:n]:
             raise UserError(f"{key} names {name!r} twice; give each once")
@@ -276,9 +278,9 @@ def teacher_units(
 
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
-    """A student's configuration with its teachers, given or made, and the sweep's store; without
-    folds, which are for teachers, and without the unlabelled text, and copies without gold labels,
-    where it asks no teacher.
+    """A student's configuration, with its teachers (given or made) and the sweep's store. It has no
+    folds, which are for teachers. A student that asks no teacher has no unlabelled text, and no
+    copies without gold labels.
 
     Raises UserError where its method asks teachers and there are none.
     """
@@ -291,7 +293,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     store = config.store
     if store.path is None and not os.environ.get("SEAD_DIST_STORE"):
         store = store.model_copy(update={"path": str(Path(config.output_dir) / "store")})
-    # arms are compared with one another, by the report
+    # the report compares the arms with one another
     baseline = None if config.baseline == "auto" else config.baseline
     given = {"teachers": teachers, "encoders": [], "folds": None, "store": store}
     return without_teachers_text(config.model_copy(update={**given, "baseline": baseline}))
@@ -303,8 +305,8 @@ def student_units(
     seeds: Sequence[int],
     made: Sequence[Unit],
 ) -> list[Unit]:
-    """OUTPUT/TASK/ARM/seed-0, ...: all arms of one seed before the next, so that what is there when
-    a sweep is cut off can be compared."""
+    """The students of a task, in OUTPUT/TASK/ARM/seed-0, ... All arms of one seed come before the
+    next seed, so that the finished runs of a stopped sweep can be compared."""
     needs = tuple(unit.folder for unit in made)
     return [
         Unit(

@@ -1,9 +1,9 @@
 """The report of a sweep as one HTML page that works from a file: tables, pictures, explanation.
 
-The page asks for nothing outside itself; without JavaScript only the sorting is missing. Its two
-pictures are also SVG files: differences from the reference, and their cost. Both are functions of
-report.json alone. Letters stay letters, so that a page can be searched and read aloud; the few
-colours are named in `COLOURS`, so that a dark page can change them.
+The page loads nothing from outside. Without JavaScript only the sorting is missing. Its pictures
+are also SVG files: differences from the reference, and score against time. Page and pictures depend
+on report.json alone. Text in the pictures stays text, so that it can be searched and read aloud.
+`COLOURS` names the few colours, so that a dark page can change them.
 """
 
 import math
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
-# of a cell, added up over tasks
+# keys of a cell that are added up over tasks
 COSTS = ("seconds", "teacher_forwards", "steps", "labelled_rows", "unlabelled_rows")
 INK, PAPER = "#1b1f24", "#ffffff"
 COLOURS = {"ink": INK, "paper": PAPER, "better": BLUE, "worse": RED, "unsure": GREY}
@@ -74,8 +74,8 @@ class MethodGap:
 
 
 def render_page(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.html, and its pictures as SVG files, into `folder`, which is made; the page's
-    path. report: what report.json holds (`sweep.results.scores_of`)."""
+    """Write report.html and its pictures (SVG files) into `folder`, which is made. Returns the
+    page's path. report: the content of report.json (`sweep.results.scores_of`)."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [(picture, inline(picture, folder)) for picture in draw_pictures(report, folder)]
     text = fill_template(
@@ -109,7 +109,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
 def methods(report: Mapping[str, Any]) -> Rows:
     """A row for each method: its mean, and by task its cell and whether that is the best.
 
-    The highest mean comes first; methods without any score stand last.
+    The highest mean comes first. Methods without any score come last.
     """
     found = {(of["task"], of["method"]): of for of in report["cells"]}
     best: dict[str, float] = {}
@@ -153,8 +153,8 @@ def ceilings(report: Mapping[str, Any]) -> Rows:
 
 
 def published(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row for each task and metric, a column for each model; `of` holds the figures, of which
-    there are two where a task has two dev splits."""
+    """A row for each task and metric, a column for each model. `of` holds the figures by model; two
+    where a task has two dev splits."""
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     for of in report["published"]:
         row = rows.setdefault((of["task"], of["metric"]), {})
@@ -170,7 +170,7 @@ def published(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def best_here(report: Mapping[str, Any], task: str, metric: str) -> Mapping[str, Any] | None:
-    """The cell with the sweep's highest mean on `task`; None where it is scored otherwise."""
+    """The cell with the sweep's highest mean on `task`; None where its metric is another."""
     if not any((of["name"], of["metric"]) == (task, metric) for of in report["tasks"]):
         return None
     cells = [of for of in report["cells"] if of["task"] == task and of["mean"] is not None]
@@ -194,14 +194,14 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def total(values: Sequence[float | None]) -> float | None:
-    """Their sum; None where there is none."""
+    """The sum of the known values; None where none is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
 def inline(picture: Picture, folder: Path) -> "Markup":
-    """The SVG file as a part of the page: with words for those who cannot see it, and colours that
-    the page may change."""
+    """The SVG file as a part of the page. It has a text for readers who cannot see it, and colours
+    that the page can change."""
     from markupsafe import Markup, escape
 
     _, _, drawing = (folder / picture.file).read_text("utf-8").partition("<svg ")
@@ -212,7 +212,7 @@ def inline(picture: Picture, folder: Path) -> "Markup":
 
 
 def draw_pictures(report: Mapping[str, Any], folder: Path) -> list[Picture]:
-    """Write those pictures that there is something to show in, and say which they are."""
+    """Write the pictures that have something to show, and return them."""
     pictures = []
     if found := gaps(report):
         pictures.append(draw_gaps(found, str(report["reference"]), folder))
@@ -222,7 +222,8 @@ def draw_pictures(report: Mapping[str, Any], folder: Path) -> list[Picture]:
 
 
 def gaps(report: Mapping[str, Any]) -> list[MethodGap]:
-    """The report's differences; without an interval also those of single runs of the same seeds."""
+    """The report's differences. Where it has none for a method that has scores of the same seeds as
+    the reference: the difference of the means, without an interval."""
     reference = {of["task"]: of for of in report["cells"] if of["method"] == report["reference"]}
     found = []
     for of in report["cells"]:
@@ -261,8 +262,8 @@ def costs(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def draw_gaps(found: Sequence[MethodGap], name: str, folder: Path) -> Picture:
-    """A panel for each task and a row for each method, or the other way where panels are fewer;
-    name: of the reference."""
+    """A panel for each task and a row for each method; the other way round where there are more
+    tasks than methods. name: of the reference."""
     tasks = list(dict.fromkeys(gap.task for gap in found))
     tasks.sort(key=lambda task: task == ALL_TASKS)
     methods = list(dict.fromkeys(gap.method for gap in found))
@@ -293,7 +294,7 @@ def draw_gaps(found: Sequence[MethodGap], name: str, folder: Path) -> Picture:
 
 
 def plot_panel(axes: "Axes", at: Sequence[tuple[int, MethodGap]]) -> None:
-    """Dots with their intervals; filled and coloured where the interval leaves out 0."""
+    """Draw dots with their intervals. Dots whose interval leaves out 0 are filled and coloured."""
     axes.axvline(0, color=INK, linewidth=0.8)
     reach = 1e-4
     for y, gap in at:
@@ -326,7 +327,7 @@ def in_words(found: Sequence[MethodGap], name: str) -> str:
 def draw_costs(
     found: Mapping[str, tuple[float, float]], reference: str | None, folder: Path
 ) -> Picture:
-    """Mean score against seconds; names stand in a column at the right, in the order of scores."""
+    """Draw mean score against seconds. Names are at the right, in the order of scores."""
     names = sorted(found, key=lambda name: found[name][1])
     scores = [found[name][1] for name in names]
     middle, reach = (scores[0] + scores[-1]) / 2, max((scores[-1] - scores[0]) * 0.6, 0.002)
@@ -368,7 +369,7 @@ def spread_out(places: Sequence[float], step: float) -> list[float]:
 
 @contextmanager
 def svg(path: Path, height_in: float) -> "Iterator[Figure]":
-    """A figure that becomes a file, the same bytes for the same report."""
+    """A figure that is written as a file. The same report gives the same bytes."""
     # Not pyplot: it keeps figures in global state and may look for a display.
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
-"""What others published for these tasks on GLUE's dev splits: the figures that a run is put beside.
+"""Published scores on GLUE's dev splits, which a report shows beside its own.
 
 All of them are single runs whose checkpoint was selected on dev (`NOTE`). SEAD's are those of its
-model cards (Mei and Sroch 2022); the others are the figures that fine-tuning the same students, and
-BERT-base, is reported to give.
+model cards (Mei and Sroch 2022). The others are reported figures of fine-tuning the same students
+and BERT-base.
 """
 
 from dataclasses import dataclass
@@ -60,5 +60,5 @@ FIGURES: tuple[Figure, ...] = tuple(
 
 
 def sead_figures(task: str, width: Width) -> list[Figure]:
-    """What SEAD's checkpoint for `task` with a student of this width published; empty for none."""
+    """SEAD's published scores on `task` with a student of this width; empty where none are."""
     return [f for f in FIGURES if f.task == task and f.who == f"SEAD h{width}"]

@@ -22,7 +22,7 @@ SHARES_SAY = (
     "gap where that is no better than the arm without teachers. The best teacher is the best on "
     "these very rows. A share has no interval: of a small gap it says little."
 )
-# behind a mean whose difference from the reference is larger than chance
+# the mark behind a mean whose difference from the reference is larger than chance
 BEYOND = "\\*"
 
 
@@ -133,7 +133,7 @@ def means_over(report: Mapping[str, Any]) -> str:
 
 
 def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row for each arm; nothing where all are plain methods."""
+    """A row for each arm; no rows where no arm has keys of its own."""
     if not any(of["keys"] for of in report["arms"]):
         return []
     return [
@@ -204,8 +204,8 @@ def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) ->
 
 
 def gap_shares(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row for each task, arm with teachers and arm without; a report of an earlier version has
-    none."""
+    """A row for each task, arm with teachers and arm without. A report of an earlier version has no
+    rows."""
     return [
         dict(
             zip(
@@ -255,14 +255,14 @@ def differences(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def costs(cell: Mapping[str, Any]) -> list[object]:
-    """What COSTS heads: "-" where no run is finished."""
+    """The cells of the columns COSTS: "-" where no run is finished."""
     seconds = None if cell["seconds"] is None else f"{cell['seconds']:.1f}"
     found = (cell["labelled_rows"], cell["unlabelled_rows"], cell["steps"], seconds)
     return [*("-" if one is None else one for one in found), cell["teacher_forwards"]]
 
 
 def equal_steps(report: Mapping[str, Any]) -> str:
-    """Whether the methods took as many steps, and which took more than their own rows make."""
+    """Whether all methods took the same number of steps, and which took more than their own."""
     if not report["equal_steps"]:
         return "Steps: each method took those that its own rows make (equal_steps=off)."
     more = [

@@ -1,4 +1,4 @@
-"""What a sweep has found so far, read from its finished runs: all that report.json holds.
+"""The results of a sweep so far, from its finished runs: all that report.json holds.
 
 Shapes: B examples, C classes, S seeds, R resamples.
 """
@@ -39,10 +39,10 @@ from sead_dist.sweep.published import FIGURES, NOTE
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a sweep needs of a task's data. dev: its first official split; train_rows: labelled
-    rows that students learn from; unlabelled_rows: those that students of teachers have beside
-    them; constant: the score of the majority baseline; fingerprints: of all that runs of one
-    `rows_key` read."""
+    """What a sweep needs of a task's data. dev: its first official split. train_rows: the labelled
+    rows that students learn from. unlabelled_rows: the further rows of students that ask teachers.
+    constant: the score of the majority baseline. fingerprints: the hash of all that a run reads, by
+    its `rows_key`."""
 
     task: TaskSpec
     dev: ExampleSet
@@ -57,7 +57,7 @@ class TaskData:
 
     @property
     def draws(self) -> int:
-        """The seed of the bootstrap: another for each task, the same at every time."""
+        """The seed of the bootstrap. Each task has its own, which never changes."""
         return zlib.crc32(self.task.name.encode())
 
 
@@ -76,7 +76,8 @@ class Runs:
 
 
 def read_runs(grid: Grid, data: TaskData, method: str) -> Runs:
-    """Raises UserError for a run directory whose files are missing or are of other data."""
+    """The finished students of a method on a task. Raises UserError for a run directory whose
+    files are missing or are of other data."""
     task, split = data.task.name, data.dev.split
     units = [unit for unit in grid.students(task, method) if is_finished(unit.folder)]
     scores = {unit.config.seed: score_in(unit.folder, split, data.metric) for unit in units}
@@ -113,8 +114,8 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
 
 
 def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
-    """The difference over the seeds that both have; None where there are not three: of two the
-    spread is hardly known."""
+    """The difference over the seeds that both have. None below three seeds, because two hardly
+    show a spread."""
     common = [s for s in runs.scores if s in reference.scores]
     if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
         return None
@@ -133,9 +134,10 @@ def cell(
 ) -> dict[str, Any]:
     """One task and method: scores by seed, mean, spread, difference, cost.
 
-    own_steps: those that its own rows make, where equal_steps gave it more. seconds: of training,
-    median over seeds, without waiting for teachers, whose predictions the first run computes and
-    the others read. teacher_forwards: those that the runs needed, computed or read.
+    own_steps: the steps by the method's own rows, where equal_steps gave it more. seconds: of
+    training without waiting for teachers, median over seeds. The wait is left out because the first
+    run computes the teachers' predictions, and the others read them. teacher_forwards: those that
+    the runs needed, computed or read.
     """
     found, summaries = list(runs.scores.values()), list(runs.summaries.values())
     spent = [of["train_s"] - of["teacher_wait_s"] for of in summaries]
@@ -160,7 +162,7 @@ def cell(
 
 
 def described(difference: Difference | None) -> dict[str, Any]:
-    """A difference as the report holds it; None for each value where there is none."""
+    """A difference as the report holds it. Without a difference every value is None."""
     if difference is None:
         return {"difference": None, "interval": None, "beyond_chance": None}
     return {
@@ -171,7 +173,7 @@ def described(difference: Difference | None) -> dict[str, Any]:
 
 
 def shared_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tasks that every shown method has a score of; a method without any score is not shown."""
+    """The tasks that every shown method has a score of. A method without scores is not shown."""
     scored = {(of["task"], of["method"]) for of in cells if of["mean"] is not None}
     shown = {method for _, method in scored}
     tasks = dict.fromkeys(of["task"] for of in cells)
@@ -198,7 +200,7 @@ def mean_over_tasks(
 
 
 def remarks(grid: Grid, tasks: Collection[str]) -> list[dict[str, Any]]:
-    """What the finished students' cards warn of, each remark once with the seeds that have it."""
+    """The remarks of the finished students' cards, each once, with the seeds that have it."""
     seeds: dict[tuple[str, str, str], list[int]] = {}
     for unit in grid.units:
         if unit.task in tasks and unit.method != TEACHERS and is_finished(unit.folder):
@@ -214,7 +216,7 @@ def remarks(grid: Grid, tasks: Collection[str]) -> list[dict[str, Any]]:
 
 
 def without_figures(line: str) -> str:
-    """A remark without what differs from seed to seed: the figures behind its colon."""
+    """A remark without the figures behind its colon, which differ from seed to seed."""
     return re.sub(r": [a-z0-9_]+ [-+]?\d.*", "", line)
 
 
@@ -323,7 +325,7 @@ def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str
 def add_holm(
     cells: Sequence[dict[str, Any]], differences: Mapping[str, Mapping[str, Difference]]
 ) -> None:
-    """Give every cell that is compared its p among all of them, `p_holm`."""
+    """Add `p_holm` to every compared cell: its p by Holm's correction for all of them."""
     found = [(of, differences[of["method"]].get(of["task"])) for of in cells]
     ps = [(of, one.p_among) for of, one in found if one is not None and one.p_among is not None]
     for (of, _), p in zip(ps, holm([p for _, p in ps]), strict=True):

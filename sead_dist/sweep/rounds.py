@@ -1,7 +1,7 @@
-"""Rounds of a sweep: all methods of one task and seed, which are done on one machine.
+"""Rounds of a sweep. A round is all methods of one task and seed, and one machine does it.
 
-Methods are compared within a round, so its runs have the same teachers and the same arithmetic.
-Processes of one machine share a round; those of other machines take other rounds.
+Methods are compared within a round, so its runs need the same teachers and the same arithmetic.
+Processes of one machine share a round. Processes of other machines take other rounds.
 """
 
 import fcntl
@@ -26,10 +26,10 @@ def lock_of(unit: Unit) -> Path:
 
 @contextmanager
 def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
-    """Whether this process has a share of the run's round: no process of another machine has one.
-    A process that ends in any way gives it back.
+    """Whether this process takes part in the run's round. It does so where no process of another
+    machine does. Its part ends with the block, or with the process.
 
-    machine: the name of this one. Raises UserError or RunError where the folder cannot be made.
+    machine: the name of this machine. Raises UserError or RunError where the folder cannot be made.
     """
     name = (machine or socket.gethostname()).encode()
     handle = open_lock(unit.folder.parent.parent / f".{unit.folder.name}.round")
@@ -37,7 +37,7 @@ def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
         if takes(handle, fcntl.LOCK_EX):
             os.ftruncate(handle, 0)
             os.pwrite(handle, name, 0)
-        # from alone to shared; where another came between, that one has the round
+        # from an exclusive lock to a shared one; a machine that comes between writes its own name
         yield takes(handle, fcntl.LOCK_SH) and os.pread(handle, 1024, 0) == name
     finally:
         os.close(handle)
@@ -57,13 +57,13 @@ def is_done(grid: Grid, unit: Unit) -> bool:
 
 
 def is_ready(grid: Grid, unit: Unit) -> bool:
-    """Whether what a run needs is there: its teachers, with their models where it asks them."""
+    """Whether a run can start: its teachers are finished, with their models where it asks them."""
     made = grid.own_teachers and unit.config.taught
     return all(is_finished(need) and (has_model(need) or not made) for need in unit.needs)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder: renamed first, so that a kill leaves it whole or away, never half."""
+    """Remove a folder. It is renamed first, so that a kill never leaves a part under its name."""
     aside = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.is_dir():
@@ -80,8 +80,8 @@ def _all_taught(grid: Grid, task: str) -> bool:
 
 
 def tidy(grid: Grid, unit: Unit) -> None:
-    """Where models are not kept, remove that of a student that is finished; those of the teachers
-    go with their task's last student."""
+    """Where models are not kept, remove the model of a finished student. After the last student of
+    a task, remove the models of its teachers."""
     if grid.keep_models or unit.method == TEACHERS:
         return
     remove(unit.folder / "model")
@@ -91,8 +91,8 @@ def tidy(grid: Grid, unit: Unit) -> None:
 
 
 def told_again(grid: Grid) -> Iterator[str]:
-    """A line on each task whose teachers are to be made again, because their models are gone, and
-    on what is done again with them (`clear_lost`, `undo_others`)."""
+    """A line on each task whose teachers are made again, because their models are gone. It also
+    says which students are done again with them (`clear_lost`, `undo_others`)."""
     for task in grid.tasks:
         made = [of for of in grid.units if (of.task, of.method) == (task, TEACHERS)]
         gone = [of for of in made if is_finished(of.folder) and not is_done(grid, of)]
@@ -113,22 +113,22 @@ def told_again(grid: Grid) -> Iterator[str]:
 
 
 def clear_lost(grid: Grid, unit: Unit) -> None:
-    """Where a teacher is to be made again, because its model is gone, forget its old run, and what
-    unfinished students learnt of it: the new one may differ in its last bits, or be another."""
+    """Where a teacher's model is gone, remove its run, so that the teacher is made again. Remove
+    unfinished students that asked it too, because the new teacher may differ from the old one."""
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
     tell(f"{unit.title}: its model is gone, so it is made again")
     remove(unit.folder)
     for student in grid.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
-            with try_lock(lock_of(student)) as taken:  # another process may be at it
+            with try_lock(lock_of(student)) as taken:  # another process may be running it
                 if taken:
                     remove(student.folder)
 
 
 def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
-    """The finished runs of this run's round that had other teachers than this one, which was just
-    finished. Their folders are removed: they are done again."""
+    """Remove the finished runs of this run's round that had other teachers, so that they are done
+    again. Called when `unit` has just finished. Returns the removed runs."""
     own = taught_by(unit.folder)
     if not grid.own_teachers or own is None:
         return []

@@ -1,8 +1,8 @@
-"""`sead-dist sweep`: workers go through the list of a sweep's runs and do what is open.
+"""`sead-dist sweep`: workers do the runs of a sweep that are not finished yet.
 
-A worker is a process, or a world of ranks that take part in every run together. What is done, what
-failed and what another worker has in hand is told by the run directories alone, so several workers
-on one folder, started by hand, by `jobs` or by a SLURM array, share the runs between them.
+A worker is a process, or a world of ranks that take part in every run together. The run directories
+alone say which runs are finished, which failed, and which another worker is running. So several
+workers on one folder share its runs, whether started by hand, by `jobs` or by a SLURM array.
 """
 
 import os
@@ -48,9 +48,9 @@ WORKER = "sead_dist.cli.sweep_worker"
 
 
 def run_sweep(words: Sequence[str], world: World) -> None:
-    """Do what is open of the sweep that these words describe, and write its report.
+    """Do the unfinished runs of the sweep that these words describe, and write its report.
 
-    A run that fails is written down and the others go on. Raises UserError for mistakes, before any
+    A failure is written down, and the other runs go on. Raises UserError for mistakes, before any
     run starts, and RunError at the end where runs have failed.
     """
     asked = make_grid(words)
@@ -75,7 +75,7 @@ def run_sweep(words: Sequence[str], world: World) -> None:
             came_to_end = work(grid, world, stop) if grid.jobs == 1 else run_jobs(grid, stop)
     except BaseException:
         if world.is_main:
-            # what is there can be seen; what ended it is told
+            # the report shows the runs so far; the error itself is raised below
             with suppress(UserError, OSError):
                 report(grid, data, world.device)
         raise
@@ -84,8 +84,8 @@ def run_sweep(words: Sequence[str], world: World) -> None:
 
 
 def run_worker(words: Sequence[str], world: World) -> None:
-    """One of the processes that `jobs` starts: it takes part in the runs, and leaves the report to
-    the one that started it."""
+    """The work of a process that `jobs` starts. It does runs, and writes no report: the process
+    that started it does."""
     grid, _ = check_grid(make_grid(words), world)
     stop = StopFlag()
     with stop.listening():
@@ -93,7 +93,7 @@ def run_worker(words: Sequence[str], world: World) -> None:
 
 
 def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
-    """Write OUTPUT/report; one worker at a time."""
+    """Write OUTPUT/report. Only one worker does so at a time."""
     folder = grid.output / "report"
     found = scores_of(grid, data, device_model(device))
     with ExitStack() as stack:
@@ -105,7 +105,7 @@ def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
 
 
 def tell_end(grid: Grid, came_to_end: bool) -> None:
-    """Say how it ended. Raises RunError where runs have failed."""
+    """Log how the sweep ended. Raises RunError where runs have failed."""
     done = sum(is_finished(unit.folder) for unit in grid.units)
     of_all = f"{done} of {len(grid.units)} runs are done; report: {grid.output / 'report'}"
     failed = failures(grid)
@@ -124,10 +124,10 @@ def tell_end(grid: Grid, came_to_end: bool) -> None:
 
 @dataclass
 class Memory:
-    """What a worker knows. before: when failures of earlier tries were written down (ns);
-    done: runs that are finished; failed: runs that failed under this worker or one beside it;
-    round: the one that it takes part in, and joined its share of that; beside: how many runs others
-    had in hand when it took its own."""
+    """The state of a worker. before: the times (ns) of failures of earlier tries, by file. done:
+    finished runs. failed: runs that failed in this worker or in one beside it. said: the last thing
+    that was logged. round: the round that it takes part in. joined: holds its part in that round.
+    beside: how many runs other workers had when it took its own."""
 
     before: dict[Path, int]
     done: set[int] = field(default_factory=set)
@@ -139,7 +139,7 @@ class Memory:
 
 
 def work(grid: Grid, world: World, stop: StopFlag) -> bool:
-    """Run what is open until nothing is; False when it was asked to stop before."""
+    """Do runs until none is left. False where a stop was asked for before that."""
     memory = from_main(world, lambda: Memory(failure_times(grid)))
     with memory.joined:
         while not stop.agreed(world):
@@ -155,7 +155,7 @@ def work(grid: Grid, world: World, stop: StopFlag) -> bool:
 
 
 def failed_at(unit: Unit) -> int | None:
-    """When its failure was written down (ns); another worker may take the file away at any time."""
+    """The time (ns) of a run's failure; None for none. Another worker may remove the file."""
     try:
         return unit.failure.stat().st_mtime_ns
     except FileNotFoundError:
@@ -163,18 +163,19 @@ def failed_at(unit: Unit) -> int | None:
 
 
 def failure_times(grid: Grid) -> dict[Path, int]:
-    """When each failure that is written down was, in ns, by its file."""
+    """The time (ns) of each failure that is written down, by its file."""
     times = {unit.failure: failed_at(unit) for unit in grid.units}
     return {file: at for file, at in times.items() if at is not None}
 
 
 def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int]:
-    """(the next run, whose lock is `held` from now on, or None; how many others have in hand).
+    """(the next run or None, how many runs must be waited for). The lock of the next run is in
+    `held` from now on. Runs that must be waited for are in other workers, or lack their teachers.
 
-    Runs that failed before come last, so that those behind them get their turn; before that the
-    round that this worker takes part in comes first.
+    Teachers and this worker's own round come first. Runs that failed in earlier tries come last, so
+    that the others get their turn.
     """
-    # a file that was not there, or is newer, is the failure of a worker beside this one
+    # a new or newer file is a failure since this worker started
     memory.failed |= {
         n
         for n, unit in enumerate(grid.units)
@@ -187,7 +188,7 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
         if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
             continue
         if is_done(grid, unit):
-            # perhaps by another command in the same folder
+            # another command in this folder may have done it
             refuse_other_keys(unit.config)
             memory.done.add(n)
         elif not is_ready(grid, unit):
@@ -204,12 +205,12 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
 
 
 def rank_of(unit: Unit, memory: Memory) -> tuple[bool, bool]:
-    """What a worker sorts runs by: those that failed before last, its own round's first."""
+    """The key to sort runs by: failed ones last; before that teachers and the own round first."""
     return unit.failure in memory.before, unit.round not in (None, memory.round)
 
 
 def take(grid: Grid, unit: Unit, memory: Memory, held: ExitStack) -> bool:
-    """Whether the run is this worker's now: its lock is `held`, and its round joined."""
+    """Try to take a run. True where its lock is in `held` and its round is joined now."""
     lock, share = ExitStack(), ExitStack()
     own = unit.round in (None, memory.round) or share.enter_context(try_join(unit))
     # it may have been finished just before
@@ -226,10 +227,11 @@ def take(grid: Grid, unit: Unit, memory: Memory, held: ExitStack) -> bool:
 
 
 def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFlag) -> None:
-    """Run it; where it fails, write down why.
+    """Do one run. Where it fails, write down why.
 
-    Raises again what is not a mistake of a person, in a world of several ranks whatever was not
-    found before the run began: there the ranks may no longer agree on what comes next.
+    A UserError ends only this run, and on one rank so does a RunError. Every other error is raised
+    again. On several ranks a RunError is one of these, because the ranks may no longer agree on
+    what comes next.
     """
     unit = grid.units[index]
     if world.is_main:
@@ -263,8 +265,8 @@ def note_failure(unit: Unit, error: Exception) -> None:
 def time_left(grid: Grid, workers: int) -> str:
     """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
 
-    A run takes the median of the finished ones of its task and method. Where there is none, it
-    takes that of its task's other students. Where there are none either, nothing is said of it.
+    A run takes the median of the finished runs of its task and method. Where there is none, it
+    takes that of its task's other students. Where there is none either, it is not counted.
     """
     spent: dict[tuple[str, str], list[float]] = {}
     left = []
@@ -284,7 +286,7 @@ def time_left(grid: Grid, workers: int) -> str:
 
 
 def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) -> float | None:
-    """Seconds that a run will take; None where nothing like it is finished."""
+    """Seconds that a run is expected to take; None where no similar run is finished."""
     own = spent.get((unit.task, unit.method), [])
     if not own and unit.method in grid.methods:
         own = [s for method in grid.methods for s in spent.get((unit.task, method), [])]
@@ -292,9 +294,9 @@ def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) ->
 
 
 def run_jobs(grid: Grid, stop: StopFlag) -> bool:
-    """Start `jobs` workers and wait until they end; False when the sweep was asked to stop before.
+    """Start `jobs` workers and wait until they end. False where a stop was asked for before that.
 
-    Raises RunError where one ended otherwise and runs are left over.
+    Raises RunError where a worker failed and runs are left.
     """
     workers = [start_worker(grid) for _ in range(grid.jobs)]
     readers = [pass_on(worker, number) for number, worker in enumerate(workers)]
@@ -312,7 +314,7 @@ def run_jobs(grid: Grid, stop: StopFlag) -> bool:
                 worker.terminate()
     for reader in readers:
         reader.join()
-    # a run that fails is written down, and its worker goes on
+    # a failed run does not end its worker; so this is another failure
     bad = [worker.returncode for worker in workers if worker.returncode]
     if bad and stop.signal is None and not all(is_done(grid, unit) for unit in grid.units):
         raise RunError(
@@ -336,7 +338,7 @@ def start_worker(grid: Grid) -> subprocess.Popen[str]:
 
 
 def pass_on(worker: subprocess.Popen[str], number: int) -> threading.Thread:
-    """A thread that tells what a worker says, with its number before each line."""
+    """A thread that logs what a worker prints, with the worker's number before each line."""
 
     def read(said: IO[str]) -> None:
         for line in said:
