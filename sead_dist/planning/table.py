@@ -4,6 +4,7 @@ tables and notes, programs a file (--json).
 Shapes: R rows of a batch.
 """
 
+import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,9 @@ from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import choose_placements, least_free
 from sead_dist.teachers.rates import shape_name
 from sead_dist.teachers.teacher import Teacher
+
+# libraries that a run imports only when it writes predictions and plots: they count as its memory
+LATE = ("pandas", "matplotlib.figure")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ def process_bytes(world: World, student: PreTrainedModel) -> int | None:
     None where not known. The student's weights are counted with the student."""
     if world.device.type == "cuda":
         return 0
+    for name in LATE:
+        importlib.import_module(name)
     now = held(world.device)
     return None if now is None else max(0, now - sum(p.nbytes for p in student.parameters()))
 
