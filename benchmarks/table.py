@@ -54,11 +54,16 @@ PARTS = {
     "little": (SWEEPS / "little.yaml", ("cola", "wic", "rte", "cb")),
     "defaults": (SWEEPS / "defaults.yaml", ("sst2",)),
 }
-# learning rates other than those of the arms' files, by task: of all arms that have none of their
-# own there ("taught"), and of an arm alone. Chosen by the search's rows (docs/results/table.md) but
-# for stsb's finetune, whose finished runs have this one. When stsb is made again, it has 1e-4, and
-# the control has no copies: so the search of fine-tuning says, which came later
-RATES = {"stsb": {"taught": "2.0e-4", "finetune": "2.0e-4"}}
+# what a task has in place of the arms' files, by the search's rows (docs/results/table.md): keys of
+# all arms that have none of their own there, and keys of an arm alone
+TASK_KEYS = {"stsb": "learning_rate: 2.0e-4"}
+ARM_KEYS = {
+    "stsb": {
+        "finetune": "{learning_rate: 1.0e-4}",
+        # copies under gold labels harm it there
+        "control": "{augment: {copies: null, gold_labels: false}}",
+    }
+}
 # by part and task, arms that would be another arm's run again: sst2 has more than ten times as much
 # text as labels, and so no copies that could be left out
 TWINS = {("levers", "sst2"): ("no-copies",)}
@@ -182,14 +187,15 @@ def table_words(args: argparse.Namespace) -> list[str]:
 
 
 def own_keys(part: str, task: str) -> str:
-    """What `per_task` says of a task: its learning rates, and the arms that it lacks."""
+    """What `per_task` says of a task: its keys, those of its arms, and the arms that it lacks."""
     names = [read_arm(arm).name for arm in read_yaml(PARTS[part][0])["methods"]]
-    rates = {} if part == "defaults" else RATES.get(task, {})
-    keys = [f"learning_rate: {rates['taught']}"] if "taught" in rates else []
-    of_arms = [f"{n}: {{learning_rate: {rate}}}" for n, rate in rates.items() if n in names]
-    of_arms += [f"{name}: null" for name in TWINS.get((part, task), ())]
-    if of_arms:
-        keys.append(f"methods: {{{', '.join(of_arms)}}}")
+    chosen = part != "defaults"
+    keys = [TASK_KEYS[task]] if chosen and task in TASK_KEYS else []
+    of_arms = ARM_KEYS.get(task, {}).items() if chosen else ()
+    arms = [f"{name}: {own}" for name, own in of_arms if name in names]
+    arms += [f"{name}: null" for name in TWINS.get((part, task), ())]
+    if arms:
+        keys.append(f"methods: {{{', '.join(arms)}}}")
     return f"{task}: {{{', '.join(keys)}}}" if keys else ""
 
 

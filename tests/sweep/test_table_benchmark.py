@@ -73,13 +73,17 @@ def test_an_arm_of_the_levers_differs_from_sead_in_one_thing(table, tmp_path):
 
 
 STSB = "stsb: {learning_rate: 2.0e-4"
+STSB_ARMS = (
+    "methods: {finetune: {learning_rate: 1.0e-4}, "
+    "control: {augment: {copies: null, gold_labels: false}}}"
+)
 
 
 @pytest.mark.parametrize(
     ("part", "tasks", "own"),
     [
         ("core", ["sst2"], ""),
-        ("core", ["sst2", "stsb"], STSB + ", methods: {finetune: {learning_rate: 2.0e-4}}}"),
+        ("core", ["sst2", "stsb"], f"{STSB}, {STSB_ARMS}}}"),
         ("levers", ["sst2", "stsb"], "sst2: {methods: {no-copies: null}}, " + STSB + "}"),
         ("defaults", ["sst2"], ""),
     ],
