@@ -303,8 +303,8 @@ def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(one_teacher, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["placement=colocated"], "--teacher-workers are for teachers with placement=pool"),
-        (["--seeds", "0-2"], "--teacher-workers serve one run"),
+        (["placement=colocated"], "--teacher-workers 2 is for teachers with placement=pool"),
+        (["--seeds", "0-2"], "--seeds 0-2 and --teacher-workers 2 cannot both be given"),
         (["teachers=[./nowhere]"], "./nowhere is not a folder"),
     ],
 )
