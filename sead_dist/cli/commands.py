@@ -285,7 +285,7 @@ def jobs(args: argparse.Namespace) -> None:
     elif args.verb == "cancel":
         job = jobs.find(root, args.name)
         settings.cancel(job.job)
-        print(f"{job.name}: job {job.job} cancelled; submit the same line again to go on")
+        print(f"{job.name}: job {job.job} cancelled; submit the same command again to continue")
     else:
         jobs.wait([jobs.find(root, args.name)])
 

@@ -118,7 +118,7 @@ def test_a_rank_killed_too_often_ends_the_job_and_the_wait(submitted):
     submitted.submit("--restarts", 0)
     submitted.reach(10)
     kill_rank(submitted.id, 1)
-    with pytest.raises(RunError, match=r"ended FAILED: .*after 0 restarts"):
+    with pytest.raises(RunError, match=r"ended with the state FAILED: .*after 0 restarts"):
         submitted.wait()
     # the same line goes on where it stopped
     assert newest(submitted.root) >= 10
@@ -189,7 +189,7 @@ def test_a_mistake_that_sbatch_finds_is_one_line(task, tmp_path, capsys):
     assert made.submit("--partition", "none") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "sbatch refused the job" in said
+    assert "sbatch rejected the job" in said
     assert not made.jobs
 
 

@@ -101,7 +101,7 @@ def test_every_figure_is_agreement_with_the_ensemble(done):
     assert read(done / "run_summary.json")["best_metric"] is not None
     assert set(records(done, "eval")[0]["metrics"]) == {"agreement"}
     card = (done / "model" / "README.md").read_text()
-    assert "agreement with the teachers, there are no gold labels" in card
+    assert "agreement with the teachers, because there are no gold labels" in card
     assert "No teacher was validated or calibrated" in card
     assert "its figures are agreement with the teachers" in card
     for page in (card, log_of(done), (done / "scores.json").read_text()):

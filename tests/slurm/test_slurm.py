@@ -42,8 +42,8 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("nodes: 0", "nodes=0: input should be greater than 0; see `sead-dist keys nodes`$"),
         ("time: 60", "time=60: expected a text; quote it: '60'"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
-        ('time: "0"', "gives no time"),
-        ('{time: "3", signal_delay: 120}', "signal_delay=120 s is most of time=3"),
+        ('time: "0"', "is zero"),
+        ('{time: "3", signal_delay: 120}', "signal_delay=120 is more than half of time=3"),
         ("- nodes", "holds no settings"),
     ],
 )
@@ -210,7 +210,7 @@ def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
         (137, 1, 0, "RUNNING", True),  # one rank was killed, the other said that it lost it
         (137, 0, 2, "RUNNING", True),  # all were, for the third time
         (137, 0, 3, "RUNNING", False),  # once too often
-        (140, 0, 3, "RUNNING", True),  # told to stop before it could listen: does not count
+        (140, 0, 3, "RUNNING", True),  # the notice came before it could save: does not count
         (2, 2, 0, "RUNNING", False),  # every rank said what was wrong
         (137, 0, 0, "COMPLETING", False),  # cancelled, or queued again by SLURM
     ],
@@ -252,7 +252,7 @@ def test_a_job_starts_again_where_a_rank_ended_without_a_word_with_stand_ins_for
 
 def test_states_come_from_sacct_where_squeue_has_forgotten(monkeypatch):
     answers = {"squeue": "7|RUNNING\n8_1|PENDING\n", "sacct": "9|CANCELLED by 0\n"}
-    monkeypatch.setattr(slurm, "_answer", lambda command: answers[command[0]])
+    monkeypatch.setattr(slurm, "_output_of", lambda command: answers[command[0]])
     assert slurm.job_states(["7", "8_1", "9", "10"]) == {
         "7": "RUNNING",
         "8_1": "PENDING",
