@@ -19,7 +19,7 @@ from result_file import smoke_argument, table
 from sead_dist.cli.exits import attempt
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.errors import UserError
-from sead_dist.sweep.checks import settle
+from sead_dist.sweep.checks import prepare_grid
 from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.results import read_runs, versus
 from sead_dist.sweep.run import run_sweep
@@ -70,7 +70,7 @@ def main() -> None:
 def compare(reference: str, words: list[str]) -> str:
     """The table of every method minus the reference."""
     asked = make_grid(words)
-    grid, read = settle(asked, filter(asked.students, asked.tasks))
+    grid, read = prepare_grid(asked, filter(asked.students, asked.tasks))
     if reference not in grid.methods:
         raise UserError(
             f"REFERENCE {reference} is no method of this sweep; give one of "

@@ -24,7 +24,7 @@ from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
-from sead_dist.sweep.checks import check_runs, needs_rows, settle
+from sead_dist.sweep.checks import check_runs, needs_rows, prepare_grid
 from sead_dist.sweep.grid import make_grid
 
 # the number of seeds of one array is below this
@@ -231,7 +231,7 @@ def submit_sweep(
     asked = (f"preemption_notice_s={settings.signal_delay}", *words)
     grid = make_grid(asked)
     check_runs(grid)
-    grid, _ = settle(grid, [name for name in grid.tasks if needs_rows(grid, name)])
+    grid, _ = prepare_grid(grid, [name for name in grid.tasks if needs_rows(grid, name)])
     out = grid.output.absolute()
     if all(is_finished(unit.folder) for unit in grid.units):
         print(f"{out.name} is finished: nothing to do; sead-dist sweep writes its report again")

@@ -40,20 +40,20 @@ def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
         check_tracker(unit.config.report_to)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
-    return settle(grid, [name for name in grid.tasks if grid.students(name)])
+    return prepare_grid(grid, [name for name in grid.tasks if grid.students(name)])
 
 
 def check_jobs(grid: Grid, world: World) -> None:
-    """Raises UserError where `jobs` asks for several runs at once on several ranks or on a GPU."""
+    """Raises UserError where `jobs` is above 1 on several ranks or on a GPU."""
     if grid.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
         what = f"{world.size} ranks" if world.size > 1 else "a GPU"
         raise UserError(
-            f"jobs={grid.jobs} divides the threads of one process without a GPU, and here is "
-            f"{what}; leave jobs out (the same line, started several times, shares the runs too)"
+            f"jobs={grid.jobs} is for one process without a GPU, and this sweep has {what}; leave "
+            "jobs out, or start the same command several times: the processes share the runs"
         )
 
 
-def settle(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
+def prepare_grid(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
     """The grid with its numbers of steps fixed, and the data of these tasks.
 
     Raises UserError where the data are wrong, or the folders hold other runs.
@@ -124,14 +124,14 @@ def read_task(grid: Grid, name: str) -> TaskData:
     dev = next(iter(examples.official.values()))
     if not dev.has_gold:
         raise UserError(
-            f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
-            "teachers says nothing of methods against each other; give it gold labels"
+            f"{dev.split} of {name} has no gold labels, and a sweep compares methods by their "
+            "scores against gold labels; give it gold labels"
         )
     untaught = [u.method for u in grid.units if u.task == name and not u.config.taught]
     if untaught and not examples.labelled_rows:
         raise UserError(
-            f"train of {name} has no gold labels, and {untaught[0]} asks no teacher, so it has "
-            "nothing to learn from; leave it out, and give finished teachers"
+            f"train of {name} has no gold labels, and {untaught[0]} has no teachers, so it has "
+            f"nothing to learn from; leave {untaught[0]} out, and give finished teachers"
         )
     for config in students:
         check_gold(config, task, examples)
@@ -162,8 +162,8 @@ def refuse_other_unit(grid: Grid, unit: Unit) -> None:
         if own is None or "max_steps" not in str(error):
             raise
         raise UserError(
-            f"{error} (max_steps={unit.config.max_steps} is of the longest method, and {own} are "
-            f"{unit.method}'s own: equal_steps=off leaves it those)"
+            f"{error} (max_steps={unit.config.max_steps} is the number of the longest method; with "
+            f"equal_steps=off {unit.method} has its own number, {own})"
         ) from None
 
 
@@ -253,7 +253,7 @@ def may_leave_text_out(config: RunConfig) -> bool:
     return left and config.taught and bool(files)
 
 
-def told_steps(grid: Grid, name: str, data: TaskData) -> str:
+def steps_line(grid: Grid, name: str, data: TaskData) -> str:
     """A line on the rows and the steps of a task's students."""
     configs = {unit.method: unit.config for unit in grid.students(name)}
     steps = {method: steps_of(config, data) for method, config in configs.items()}
@@ -263,10 +263,10 @@ def told_steps(grid: Grid, name: str, data: TaskData) -> str:
     }
     rows = f"{name}: {data.train_rows} labelled rows"
     if data.unlabelled_rows:
-        rows += f", {data.unlabelled_rows} unlabelled ones for methods that ask teachers"
+        rows += f", {data.unlabelled_rows} unlabelled ones for methods with teachers"
     if len(set(steps.values())) > 1:
         each = ", ".join(f"{method} {count}" for method, count in most.items())
         return f"{rows}; steps: {each} (equal_steps=off)"
     more = [f"{method} {of}" for (task, method), of in grid.lengthened.items() if task == name]
-    own = f" (equal_steps=on; by their own rows: {', '.join(more)})" if more else ""
+    own = f" (equal_steps=on; fewer by their own rows: {', '.join(more)})" if more else ""
     return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"

@@ -32,7 +32,7 @@ from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
 from sead_dist.sweep.arms import method_name
-from sead_dist.sweep.ceilings import ceilings, read_taught, shares
+from sead_dist.sweep.ceilings import ceilings, read_teacher_scores, shares
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 
@@ -107,7 +107,7 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
     predictions = read_predictions(path)
     if not np.array_equal(predictions.ids_B2, dev.ids_B2):
         raise UserError(
-            f"{path} is of other rows than the {dev.split} split; give the data that the sweep was "
+            f"{path} holds other rows than the {dev.split} split; give the data that the sweep was "
             "run on, or another output_dir"
         )
     return predictions.student_logits_BC
@@ -273,7 +273,7 @@ def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str
     taught = [
         found
         for task, of in data.items()
-        for found in read_taught(grid, task, of.dev.split, of.metric)
+        for found in read_teacher_scores(grid, task, of.dev.split, of.metric)
     ]
     failed = failures(grid)
     return {

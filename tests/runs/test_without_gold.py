@@ -300,7 +300,7 @@ def test_finetune_some_labels_and_a_sweep_are_refused(task, cli, tmp_path):
     shutil.copy(task[0].parent / "gold" / "validation.tsv", data)
     (data / "train.tsv").write_text((task[0] / "train.tsv").read_text())
     some = [f"data.path={data}", *teachers, "methods=[mean,finetune]"]
-    with pytest.raises(UserError, match="no gold labels, and finetune asks no teacher"):
+    with pytest.raises(UserError, match="no gold labels, and finetune has no teachers"):
         run_sweep(sweep_words(task[0], tmp_path / "sweep", *some), ALONE)
 
 

@@ -158,7 +158,7 @@ def test_means_and_costs_are_over_the_tasks_that_every_method_has_and_name_them(
     report = sample_report()
     take_away(report, "cola", "mean", kind, "why")
     text, tables = render(report, tmp_path)
-    told = "every method with a score has: sst2, stsb. Left out: cola."
+    told = "have a score of every method: sst2, stsb. Left out: cola."
     assert told in text
     assert told in markdown(report)
     rows, (head, *spent) = score_rows(tables), tables["cost-table"]
