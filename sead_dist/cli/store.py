@@ -68,8 +68,8 @@ def print_rows(title: str, rows: Iterable[Row]) -> None:
 
 def show(folder: Path) -> None:
     found = list_store(folder)
-    whole = decimal(found.value_bytes + found.key_bytes)
-    print_rows(f"{folder}: {whole}", found.rows)
+    size = decimal(found.value_bytes + found.key_bytes)
+    print_rows(f"{folder}: {size}", found.rows)
     if len({row.numerics for row in found.rows}) > 1:
         print(
             "teachers with the same fingerprint differ in numerics class (device, precision, "
@@ -99,7 +99,7 @@ def check(folder: Path, repair: bool) -> None:
         )
     print(
         f"{folder}: {count(found.num_value_blocks, 'block')} and "
-        f"{count(found.num_key_blocks, 'key block')} checked, {decimal(found.num_bytes)} whole"
+        f"{count(found.num_key_blocks, 'key block')} checked, {decimal(found.num_bytes)} intact"
         + (f"; {count(found.unfinished, 'unfinished file')}" if found.unfinished else "")
         + (f"; {count(len(found.bad), 'bad file')} moved to quarantine/" if found.bad else "")
     )

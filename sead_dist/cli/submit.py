@@ -103,11 +103,11 @@ def submit(
     UserError for a mistake in the run, and where sbatch rejects the job.
     """
     # this word comes first, so that a word of the user overrides it
-    out, asked = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
-    for one in asked:
+    out, runs = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
+    for one in runs:
         check_inputs(one.config)
-    open_ = [one for one in asked if not finished(one)]
-    for one in asked:
+    open_ = [one for one in runs if not finished(one)]
+    for one in runs:
         if one not in open_:
             print(f"{one.name} is finished: nothing to do")
     if not open_:
@@ -228,8 +228,8 @@ def submit_sweep(
     UserError for a mistake in the sweep, and where sbatch rejects the jobs.
     """
     # this word comes first, so that a word of the user overrides it
-    asked = (f"preemption_notice_s={settings.signal_delay}", *words)
-    grid = make_grid(asked)
+    all_words = (f"preemption_notice_s={settings.signal_delay}", *words)
+    grid = make_grid(all_words)
     check_runs(grid)
     grid, _ = prepare_grid(grid, [name for name in grid.tasks if needs_rows(grid, name)])
     out = grid.output.absolute()
@@ -239,6 +239,6 @@ def submit_sweep(
     runs = tuple(str(unit.folder.absolute()) for unit in grid.units)
     if not dry_run:
         make_ready([runs], grid.output, root)
-    launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
+    launch = Launch(attempt_recipe, "sweep", all_words, runs, str(out / ".slurm"))
     named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
     return queue(named, settings, out.name, dry_run, root)

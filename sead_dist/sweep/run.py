@@ -53,11 +53,11 @@ def run_sweep(words: Sequence[str], world: World) -> None:
     A failure is written down, and the other runs go on. Raises UserError for mistakes, before any
     run starts, and RunError at the end where runs have failed.
     """
-    asked = make_grid(words)
+    unchecked = make_grid(words)
     data: dict[str, TaskData] = {}
 
     def check() -> Grid:
-        fixed, found = check_grid(asked, world)
+        fixed, found = check_grid(unchecked, world)
         data.update(found)
         for name, of in found.items():
             tell(steps_line(fixed, name, of))

@@ -86,7 +86,7 @@ def test_the_share_of_the_gap_is_told_or_that_there_is_none():
     kept = {"task": "cola", "method": "mean", "over": "finetune", "ensemble": 0.8, "best": 0.69}
     text = markdown(report(shares=[{**kept, "of_ensemble": 1.25, "of_best": None}]))
     assert "| cola | mean | finetune | 0.8000 | 125% | 0.6900 | no gap |" in rows(text)
-    assert "Above 100% the student is better than what it is held against" in text
+    assert "Above 100% the student is better than the ensemble or the teacher" in text
     assert "Share of the gap" not in markdown(report())
 
 
