@@ -9,8 +9,8 @@ from sead_dist.config.names import did_you_mean
 from sead_dist.errors import one_line
 
 WORDS = (
-    "shipped names (sst2) or YAML files, then KEY=VALUE; each overrides the defaults and what "
-    "stands before it"
+    "shipped names (sst2) or YAML files, then KEY=VALUE; each overrides the defaults and those "
+    "before it"
 )
 ROOT = "folder that lists submitted runs; default: sead_dist/jobs in the user's state folder"
 

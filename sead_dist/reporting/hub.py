@@ -118,7 +118,7 @@ def upload(run: Path, repo: str | None, private: bool | None) -> str:
 
 
 def push_at_end(run: Path, config: RunConfig) -> str:
-    """Upload a finished run. Returns a line to log; it also says where the upload failed."""
+    """Upload a finished run. Returns a line to log, with the reason where the upload failed."""
     try:
         address = upload(run, config.hub_model_id, config.hub_private_repo)
     except Exception as error:

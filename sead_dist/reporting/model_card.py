@@ -56,7 +56,7 @@ def card_text(
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
-        found: gold labels against the student's answers on the first evaluation split, or None.
+        found: gold labels against the student's predictions on the first evaluation split, or None.
     """
     spec = _task_spec(files)
     worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())

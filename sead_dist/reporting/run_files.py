@@ -74,7 +74,7 @@ class RunFiles:
 
     @property
     def mark(self) -> str:
-        """What stands beside every figure of a run that chose its checkpoint on dev."""
+        """The words after every figure of a run that chose its checkpoint on dev."""
         return " (selected on dev)" if self.scores.get("selected_on") == "dev" else ""
 
     def split_rows(self, split: str) -> list[tuple[str, str, Mapping[str, float]]]:
@@ -84,7 +84,7 @@ class RunFiles:
         if scores.get("ensemble"):
             rows.append(("ensemble", "ensemble", scores["ensemble"]))
         for teacher in scores.get("teachers") or ():
-            if teacher["metrics"]:  # a file of predictions may answer no row of a split
+            if teacher["metrics"]:  # a file may have no predictions of a split
                 rows.append(("teacher", redact(teacher["name"]), teacher["metrics"]))
         return rows
 

@@ -22,7 +22,7 @@ from sead_dist.runtime.run_log import is_finished, read_as, read_metrics, write_
 from sead_dist.slurm import settings as slurm
 
 POLL_S = 2.0
-# SLURM may not know a job for a short time, for example while its controller restarts.
+# SLURM may not list a job for a short time, for example while its controller restarts.
 FORGOTTEN_S = 60.0
 COLUMNS = ("run", "job", "state", "step", "score", "examples/s", "restarts", "last line")
 
@@ -197,7 +197,7 @@ def wait(jobs: Sequence[Job]) -> None:
     """Wait until all jobs have ended and their runs are finished.
 
     Raises UserError (exit code 2) where a run ended by a person's mistake. Raises RunError (3)
-    where an unfinished run ended in any other way, or SLURM no longer knows its job.
+    where an unfinished run ended in any other way, or SLURM no longer lists its job.
     """
     for job in jobs:
         state = state_of(job, _end_of(job))

@@ -192,7 +192,7 @@ def require_program(program: str) -> None:
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """The state of each job that SLURM still knows.
+    """The state of each job that SLURM still lists.
 
     It comes from squeue, which also lists jobs that ended recently. For other jobs it comes from
     sacct, where the cluster has accounting.

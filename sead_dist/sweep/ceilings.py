@@ -20,9 +20,9 @@ from sead_dist.sweep.grid import Grid
 class TeacherScores:
     """What a finished student's run records of its teachers, by a task's metric on the dev split.
 
-    kind: how teachers are combined (`ensemble`). alone: the ensemble takes one teacher. teachers:
-    the score of each teacher that answers. ensemble: its score; None where no row is answered by
-    all. whole: the scores are on the rows that the student is scored on.
+    kind: how teachers are combined (`ensemble`). alone: the ensemble has one teacher. teachers: the
+    score of each teacher that has predictions. ensemble: its score; None where no row has
+    predictions of all teachers. whole: the scores are on all rows that the student is scored on.
     """
 
     task: str

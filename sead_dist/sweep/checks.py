@@ -147,7 +147,7 @@ def read_task(grid: Grid, name: str) -> TaskData:
 
 
 def rows_key(config: RunConfig) -> str:
-    """The keys that say which rows a run reads, and what of them."""
+    """The keys that decide which rows a run reads, and which parts of them."""
     fold = None if config.fold is None else (config.folds, config.fold)
     rest = config.uses_rest
     return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))
@@ -209,7 +209,7 @@ def steps_of(config: RunConfig, data: TaskData) -> int:
 
 
 def needs_rows(grid: Grid, task: str) -> bool:
-    """Whether the data must be read to say how many steps the runs of a task take."""
+    """Whether the number of steps of a task's runs depends on its data."""
     students = [unit.config for unit in grid.students(task)]
     left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
     unlike = len({config.taught for config in students}) > 1
@@ -218,14 +218,14 @@ def needs_rows(grid: Grid, task: str) -> bool:
 
 def fix_steps(grid: Grid, data: Mapping[str, TaskData]) -> Grid:
     """The grid in which all students of a task take as many steps as the longest one, where
-    equal_steps asks for that. Only then is their comparison fair. Tasks without `data` stay as they
-    are. The result depends on grid and data alone, so that all workers of a sweep get the same.
+    equal_steps is on. Only then is their comparison fair. Tasks without `data` do not change. The
+    result depends on grid and data alone, so that all workers of a sweep get the same.
 
     Epochs are of the labelled rows, which all methods share. Where no key sets the length, runs
-    that ask teachers take more steps, and with unlabelled text more still. The run with the most
-    steps keeps its keys. The others get its steps as max_steps, and pass over their rows more
-    often. Steps are counted with all of the text. A run with files of predictions leaves out text
-    that they do not answer, so it gets max_steps too.
+    with teachers take more steps, and runs with unlabelled text even more. The run with the most
+    steps keeps its keys. The others get its steps as max_steps, and use their rows more often.
+    Steps are counted with all of the text. A run with files of predictions leaves out text without
+    predictions, so it gets max_steps too.
     """
     if not grid.equal_steps:
         return grid

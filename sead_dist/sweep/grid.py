@@ -186,7 +186,7 @@ def make_grid(words: Sequence[str]) -> Grid:
 
 
 def refuse_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:
-    """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
+    """Raises UserError where unlabelled text is given and no method of the sweep has teachers."""
     if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
             f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
@@ -284,10 +284,10 @@ def teacher_units(
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     """A student's configuration, with its teachers (given or made) and the sweep's store. It has no
-    folds, which are for teachers. A student that asks no teacher has no unlabelled text, and no
-    copies without gold labels.
+    folds, which are for teachers. A student without teachers has no unlabelled text, and no copies
+    without gold labels.
 
-    Raises UserError where its method asks teachers and there are none.
+    Raises UserError where its method needs teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
     if config.asks_teachers and not teachers:

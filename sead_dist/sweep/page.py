@@ -57,7 +57,7 @@ class Picture:
 class MethodGap:
     """How far a method is from the reference on one task, or over all of them.
 
-    interval: None where too few runs were made to say.
+    interval: None where there are too few runs for one.
     """
 
     task: str

@@ -151,7 +151,7 @@ def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def chance_notes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an interval and a mark say, as (name, sentences); nothing where there is neither."""
+    """The meaning of intervals and marks, as (name, sentences); nothing where there is neither."""
     if len(report["seeds"]) < 3 or report["reference"] is None:
         return []
     three = (
@@ -177,7 +177,7 @@ def chance_notes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def score_notes(report: Mapping[str, Any]) -> str:
-    """What the table's figures and marks say."""
+    """The meaning of the table's figures and marks."""
     if len(report["seeds"]) < 2:
         return " ".join(
             [
@@ -229,7 +229,7 @@ def share_text(share: float | None) -> str:
 
 
 def holm_note(report: Mapping[str, Any]) -> list[str]:
-    """What the two columns of p say; nothing where there is none."""
+    """The meaning of the two columns of p; nothing where they are empty."""
     if not any(row["p, Holm"] for row in differences(report)):
         return []
     return [

@@ -40,7 +40,7 @@ from sead_dist.sweep.published import FIGURES, NOTE
 @dataclass(frozen=True)
 class TaskData:
     """What a sweep needs of a task's data. dev: its first official split. train_rows: the labelled
-    rows that students learn from. unlabelled_rows: the further rows of students that ask teachers.
+    rows that students learn from. unlabelled_rows: the further rows of students with teachers.
     constant: the score of the majority baseline. fingerprints: the hash of all that a run reads, by
     its `rows_key`."""
 
@@ -114,8 +114,8 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
 
 
 def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
-    """The difference over the seeds that both have. None below three seeds, because two hardly
-    show a spread."""
+    """The difference over the seeds that both have. None below three seeds, because the spread of
+    two is unsure."""
     common = [s for s in runs.scores if s in reference.scores]
     if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
         return None

@@ -139,7 +139,7 @@ class Memory:
 
 
 def work(grid: Grid, world: World, stop: StopFlag) -> bool:
-    """Do runs until none is left. False where a stop was asked for before that."""
+    """Do runs until none is left. False where a stop was requested before that."""
     memory = from_main(world, lambda: Memory(failure_times(grid)))
     with memory.joined:
         while not stop.agreed(world):
@@ -296,7 +296,7 @@ def expected_seconds(
 
 
 def run_jobs(grid: Grid, stop: StopFlag) -> bool:
-    """Start `jobs` workers and wait until they end. False where a stop was asked for before that.
+    """Start `jobs` workers and wait until they end. False where a stop was requested before that.
 
     Raises RunError where a worker failed and runs are left.
     """
