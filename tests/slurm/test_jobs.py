@@ -142,7 +142,7 @@ def test_wait_ends_where_slurm_has_forgotten_the_job(registry, states, monkeypat
     monkeypatch.setattr(jobs, "FORGOTTEN_S", 0.0)
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
     states.clear()
-    with pytest.raises(RunError, match="ended GONE"):
+    with pytest.raises(RunError, match="ended with the state GONE"):
         jobs.wait([jobs.find(registry, "going")])
 
 

@@ -74,11 +74,11 @@ def test_without_gpus_there_is_one_task_a_node_and_with_them_one_a_gpu(tmp_path)
     plain = text_of(tmp_path, nodes=2)
     assert "#SBATCH --ntasks-per-node=1\n" in plain
     assert "--gpus" not in plain
-    assert '"$said" -lt 2' in plain
+    assert '"$ended" -lt 2' in plain
     eight = text_of(tmp_path, nodes=2, gpus_per_node=8)
     assert "#SBATCH --gpus-per-node=8\n" in eight
     assert "#SBATCH --ntasks-per-node=8\n" in eight
-    assert '"$said" -lt 16' in eight
+    assert '"$ended" -lt 16' in eight
 
 
 def test_every_setting_reaches_sbatch_or_srun(tmp_path):

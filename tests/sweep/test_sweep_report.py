@@ -91,11 +91,11 @@ def test_the_share_of_the_gap_is_told_or_that_there_is_none():
 
 
 def test_the_report_says_whether_methods_took_as_many_steps():
-    assert "as the longest (equal_steps=on)." in markdown(report())
+    assert "as the longest one (equal_steps=on)." in markdown(report())
     lengthened = [cell("cola", "finetune", 0.7, own_steps=4), cell("cola", "mean", 0.8)]
     text = markdown(report(cells=lengthened))
     assert "(equal_steps=on). Fewer by their own rows: finetune on cola 4." in text
-    assert "its own rows make (equal_steps=off)" in markdown(report(equal_steps=False))
+    assert "its own keys and rows give (equal_steps=off)" in markdown(report(equal_steps=False))
 
 
 def test_what_is_not_there_has_no_heading():
