@@ -145,7 +145,7 @@ def test_a_job_is_not_queued_twice_and_a_cancelled_one_stays_cancelled(submitted
     assert submitted.submit() == 2
     assert f"job {submitted.id} of run is RUNNING already" in capsys.readouterr().err
     assert submitted.command("jobs", "cancel", "run") is None
-    with pytest.raises(RunError, match="ended CANCELLED"):
+    with pytest.raises(RunError, match="ended with the state CANCELLED"):
         submitted.wait()
     assert submitted.starts() == 1
 
@@ -227,7 +227,7 @@ def test_accounting_knows_what_the_controller_has_forgotten(task, tmp_path, monk
         job = made.id
         made.submit("--seeds", "5", nodes=1)
         made.command("jobs", "cancel", "run/seed-5")
-        with pytest.raises(RunError, match="ended CANCELLED"):
+        with pytest.raises(RunError, match="ended with the state CANCELLED"):
             jobs.wait([jobs.find(made.registry, "run/seed-5")])
         # squeue answers nothing: what follows can only come from sacct
         monkeypatch.setattr(slurm, "SQUEUE", ["true"])
