@@ -162,8 +162,16 @@ def test_where_there_is_no_sbatch_it_says_so(one_teacher, tmp_path, capsys, monk
     assert (
         command("submit", *words(*one_teacher, tmp_path / "run"), "--root", tmp_path / "jobs") == 2
     )
-    assert "there is no sbatch on this machine" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no sbatch on this machine" in said
+    assert "--dry-run" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_that_cannot_be_cancelled_here_has_no_hint_of_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no scancel on this machine; use a login .* cluster$"):
+        slurm.cancel("7")
 
 
 def test_the_job_folder_is_for_this_user_alone(tmp_path):
