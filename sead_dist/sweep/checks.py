@@ -125,7 +125,7 @@ def read_task(grid: Grid, name: str) -> TaskData:
     if not dev.has_gold:
         raise UserError(
             f"{dev.split} of {name} has no gold labels, and a sweep compares methods by their "
-            "scores against gold labels; give it gold labels"
+            "scores against these; give it gold labels"
         )
     untaught = [u.method for u in grid.units if u.task == name and not u.config.taught]
     if untaught and not examples.labelled_rows:

@@ -295,7 +295,7 @@ def test_finetune_some_labels_and_a_sweep_are_refused(task, cli, tmp_path):
         run_of((data, task[1]), tmp_path / "run")
     teachers = ["encoders=[]", f"teachers=[{','.join(map(str, task[1]))}]", "seeds=1"]
     sweep = [f"data.path={task[0]}", *teachers, "methods=[mean,entropy]"]
-    with pytest.raises(UserError, match="validation of grammar has no gold labels, and agreement"):
+    with pytest.raises(UserError, match="validation of grammar has no gold labels, and a sweep"):
         run_sweep(sweep_words(task[0], tmp_path / "sweep", *sweep), ALONE)
     shutil.copy(task[0].parent / "gold" / "validation.tsv", data)
     (data / "train.tsv").write_text((task[0] / "train.tsv").read_text())

@@ -130,7 +130,7 @@ def test_other_steps_and_old_teachers_are_refused_in_the_same_folder(finished, t
     before = record.read_text()
     record.write_text(before.replace('"max_steps": 30', '"max_steps": null'))
     with pytest.raises(
-        UserError, match=r"max_steps was None, is 30; .*21 are finetune's own: equal"
+        UserError, match=r"max_steps was None, is 30; .*equal_steps=off finetune .* 21\)"
     ):
         run_sweep(fair_words(tiny_data, output), ALONE)
     record.write_text(before)
