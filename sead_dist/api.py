@@ -383,7 +383,7 @@ def call() -> Iterator[World]:
             raise line from error
         finally:
             if world.heartbeat is not None:  # no sign of life is due between two calls
-                world.heartbeat.rest()
+                world.heartbeat.finish()
 
 
 def model_name(model: str | os.PathLike[str]) -> str:

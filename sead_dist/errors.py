@@ -30,7 +30,7 @@ class RunError(Exception):
 
 class LostRankError(RunError):
     """A rank did not start, is gone, or can no longer agree with the others. The rank that raises
-    this error also prints it, because rank 0 may be the lost rank, or may lack the news."""
+    this error also prints it, because rank 0 may be the lost rank, or may not learn of it."""
 
 
 def expect(name: str, given: object, kinds: Any, what: str) -> None:
@@ -56,8 +56,8 @@ def run_error(error: Exception) -> RunError | None:
     if lacks_memory(error):
         what = next(iter(str(error).splitlines()), "") or type(error).__name__
         return RunError(
-            f"memory does not suffice: {what}; lower micro_batch_size, or run where there is "
-            "more, then give the same command again"
+            f"not enough memory: {what}; lower micro_batch_size, or use a machine with more "
+            "memory, then give the same command again"
         )
     return None
 

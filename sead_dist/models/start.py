@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.config.load import shipped_files
-from sead_dist.config.names import nearest, told_known
+from sead_dist.config.names import known_names, nearest
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
 from sead_dist.errors import UserError, reading
@@ -123,7 +123,7 @@ def shape_file(shape: str) -> Path:
             raise UserError(f"file {shape} does not exist; give one, or {', '.join(known)}")
         # L6-H256 lacks the heads
         meant = next((one for one in known if one.startswith(shape)), shape)
-        raise UserError(f"{shape} is not a shape of a model{told_known(meant, known)}, or a file")
+        raise UserError(f"{shape} is not a shape of a model{known_names(meant, known)}, or a file")
     return path
 
 

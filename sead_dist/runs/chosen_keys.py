@@ -5,13 +5,13 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from sead_dist.config.automatic import (
+    checkpoint_line,
     epoch_steps,
     final_checkpoint,
     learning_rate,
+    length_line,
     run_steps,
     scoring_steps,
-    told_checkpoint,
-    told_length,
 )
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import rows_asked
@@ -54,7 +54,7 @@ def told_chosen_keys(
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
-    length = told_length(config, labelled, rows)
+    length = length_line(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
     if step_s is not None:
         length += f"; about {clock(steps * step_s)} of training, by what `plan` measured here"
@@ -64,7 +64,7 @@ def told_chosen_keys(
         rate += f" (automatic: the student is {width} wide)"
     if config.warmup(steps) >= steps:
         rate += f"; WARNING: never reached, since warmup_steps={config.warmup_steps:g} of {steps}"
-    return [length, rate, told_checkpoint(config, examples.rows_to_choose_by, steps)]
+    return [length, rate, checkpoint_line(config, examples.rows_to_choose_by, steps)]
 
 
 def known_step_seconds(

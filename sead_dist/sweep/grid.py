@@ -21,7 +21,7 @@ from sead_dist.config.load import (
     shipped_files,
 )
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.tasks import TaskSpec, load_task
@@ -130,7 +130,7 @@ def make_grid(words: Sequence[str]) -> Grid:
     different("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
-            known = told_known(name, [task.name for task in tasks])
+            known = known_names(name, [task.name for task in tasks])
             raise UserError(f"per_task: {name!r} is not a task of this sweep{known}")
     teachers: list[Unit] = []
     students: list[Unit] = []
@@ -285,7 +285,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     Raises UserError where its method asks teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.asks_teachers and not teachers:
+    if config.uses_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"

@@ -129,7 +129,7 @@ def test_a_maximum_length_that_holds_no_token_of_text_is_refused():
     tokenizer, one = grammar_tokenizer(), example_set(["good plot"])
     assert len(tokenize(tokenizer, one, 3).ids) == 3
     with pytest.raises(
-        UserError, match="max_length=2 leaves no token of text: this tokeniser adds 2"
+        UserError, match="max_length=2 leaves no token for text: this tokeniser adds 2"
     ):
         tokenize(tokenizer, one, 2)
     pairs = replace(one, texts_b=["bad"])

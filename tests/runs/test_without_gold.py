@@ -268,7 +268,7 @@ REFUSED = {
     "ensemble=fitted goes by": {"ensemble": "fitted"},
     "ensemble=single without teacher=NAME goes by": {"ensemble": "single"},
     "feature_loss without teacher=NAME goes by": {"feature_loss": "distilbert"},
-    "no column 'label'.*from teachers alone": {"method": "finetune"},
+    "no column 'label'.*a run with teachers": {"method": "finetune"},
 }
 
 

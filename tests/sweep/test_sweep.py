@@ -99,7 +99,7 @@ def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
     capsys.readouterr()
     run_sweep(given, ALONE)
     assert "2 of 2 runs are done" in capsys.readouterr().out
-    assert "encoders/b, which was not there when" in caplog.text
+    assert "encoders/b, which did not exist when" in caplog.text
     assert len(runs_of(tmp_path / "out")) == 2
 
 

@@ -342,8 +342,8 @@ def test_all_that_an_answer_depends_on_is_part_of_its_identity_and_the_place_is_
         ("localhost:8000/v1", "", "endpoint is not a URL of http or https"),
         ("ftp://host/v1", "", "endpoint is not a URL of http or https"),
         ("http://:80/v1", "", "endpoint is not a URL of http or https"),
-        ("http://me:word@host/v1", "", "endpoint holds more than a place"),
-        ("http://host/v1?key=a", "", "endpoint holds more than a place"),
+        ("http://me:word@host/v1", "", "endpoint has a user, a password"),
+        ("http://host/v1?key=a", "", "endpoint has a user, a password"),
         (
             "http://127.0.0.1:1/v1",
             "",
