@@ -150,7 +150,8 @@ def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
 
 
 def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpec) -> bool:
-    """Whether the quotation marks of a TSV are removed. A warning says so, or why they are kept. lines: begins again at each call."""
+    """Whether the quotation marks of a TSV are removed. A warning says so, or why they are kept.
+    lines: begins again at each call."""
     broken = _broken_text(lines())
     if broken is not None:
         _log.warning(

@@ -103,4 +103,4 @@ def test_another_method_takes_the_place_of_a_runs_own_with_all_its_keys(tmp_path
     (tmp_path / "config.yaml").write_text(dump_config(made), encoding="utf-8")
     other = load_config([str(tmp_path / "config.yaml"), "method=mean"])
     assert (other.ensemble, other.temperature, other.alpha) == ("mean_logits", 2.0, 0.5)
-    assert "method=mean: a file's keys for sead are left out: ensemble" in caplog.text
+    assert "method=mean: a file's keys for method=sead are not used: ensemble" in caplog.text

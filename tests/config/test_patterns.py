@@ -86,7 +86,9 @@ def test_finetune_that_has_begun_keeps_its_encoders(models):
     assert [entry.path for entry in load_config(words).encoders] == ["t/a", "t/c"]
     keep_encoders(Path("o"), ["other"])
     (models / "c").rmdir()
-    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+    with pytest.raises(
+        UserError, match=r"encoders=t/\*: the run in o began with t/c, which does not exist"
+    ):
         load_config(words)
 
 
@@ -110,5 +112,7 @@ def test_all_tasks_of_a_sweep_that_has_begun_keep_its_encoders(models):
     keep_encoders(Path("o"), ["other"])
     assert starts() == before
     (models / "c").rmdir()
-    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+    with pytest.raises(
+        UserError, match=r"encoders=t/\*: the run in o began with t/c, which does not exist"
+    ):
         make_grid(words)

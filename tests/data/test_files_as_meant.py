@@ -119,7 +119,7 @@ def test_two_columns_or_keys_of_one_name_are_refused_with_the_file(tmp_path):
 def test_two_columns_that_a_task_calls_by_one_name_are_refused_where_they_differ():
     row = {"sentence1": "a", "sentence2": "b", "score": "1.0", "label": "1.0"}
     assert len(build_examples(TASKS["stsb"], [row], "train")) == 1
-    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both are"):
+    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both stand"):
         build_examples(TASKS["stsb"], [{**row, "label": "2.0"}], "train")
 
 

@@ -94,7 +94,7 @@ def test_a_mapping_of_numbers_is_of_numbers_however_they_are_written(tmp_path):
     said = {name: p > 0.5 for name, (_, p) in p_of(read(tmp_path / "gpt.parquet", **keys)).items()}
     assert said == {"a": True, "b": False}
     file = write(tmp_path / "gpt.csv", "sentence,label\na,0\nb,1\n")
-    with pytest.raises(UserError, match="labels that task small has not: '1' 1"):
+    with pytest.raises(UserError, match="labels that task small does not have: '1' 1"):
         read(file, labels={"0": "positive"})
     assert read(file, labels={"Pos": "positive"}).keys == [("a",), ("b",)]
 
@@ -252,10 +252,10 @@ BAD = {
     "logarithms of no probabilities": (HEAD + "a,-1,-1\n", {}, "row 1: its probabilities sum to 0.7358"),
     "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
     "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 hold different answers for 'a'; remove one"),
-    "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small has not: 'maybe' 1"),
+    "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small does not have: 'maybe' 1"),
     "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "has no answer for any row: each one is missing or an unknown label; add"),
     "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "has no answer for any row"),
-    "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small has not: '' 1"),
+    "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small does not have: '' 1"),
     "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is not a label of task small"),
     "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),
     "a confidence that is NaN": ("sentence,label,confidence\na,positive,nan\n", {}, "column 'confidence' holds 'nan'"),

@@ -291,7 +291,7 @@ BAD = [
      "other tokens than alone.*end the prompt without a blank"),
     ({"words": "{}"}, None, "words lacks the class 'negative'; give words for each of: negative, positive"),
     ({"words": '{positive: [" good"], negative: []}'}, None, "the class 'negative' has no words"),
-    ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which says noth"),
+    ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which is empty"),
     ({"words": '{positive: [" good"], negative: [" good"]}'}, None, "' good' stands twice"),
     ({"words": '{positiv: [" good"], negative: [" bad"]}'}, None,
      "words names 'positiv', which is not a label of task small; its labels: negative, positive"),
