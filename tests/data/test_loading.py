@@ -198,8 +198,8 @@ def test_renamed_column_in_a_header_is_missing_not_data(tmp_path):
         ("x.csv", b'a,label\n"open,1\n', "x.csv:.*not CSV"),
         ("x.csv", b"sentence,label\na,b,1\n", "x.csv:2: 3 fields where 2"),
         ("x.tsv", b"sentence\tlabel\n\xff\t1\n", "not UTF-8"),
-        ("x.parquet", b"PAR1 but no more", "not a whole .parquet file"),
-        ("x.arrow", b"nothing of the kind", "not a whole .arrow file"),
+        ("x.parquet", b"PAR1 but no more", "not a complete .parquet file"),
+        ("x.arrow", b"nothing of the kind", "not a complete .arrow file"),
         ("x.xlsx", b"", "unknown kind '.xlsx'; allowed: .tsv, .csv"),
     ],
 )

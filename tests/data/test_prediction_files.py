@@ -145,7 +145,7 @@ def test_the_probability_of_one_class_is_no_confidence(tmp_path):
 
 def test_a_score_of_another_scale_is_refused_with_its_row(tmp_path):
     head = "sentence1,sentence2,score\na,b,3\n"
-    with pytest.raises(UserError, match=r"row 2: column 'score' holds 87, .* run from 0 to 5"):
+    with pytest.raises(UserError, match=r"row 2: column 'score' holds 87, .* go from 0 to 5"):
         read(write(tmp_path / "gpt.csv", head + "c,d,87\n"), STSB)
     assert len(read(write(tmp_path / "near.csv", head + "c,d,5.2\n"), STSB).keys) == 2
 
@@ -287,7 +287,7 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
 @pytest.mark.parametrize(
     ("name", "bytes_", "message"),
     [
-        ("gpt.parquet", b"no parquet", "is not a whole .parquet file"),
+        ("gpt.parquet", b"no parquet", "is not a complete .parquet file"),
         ("gpt.jsonl", b"{\n", "not JSON"),
         ("gpt.csv", b"\xff\xfe", "is not UTF-8"),
         ("gpt.xlsx", b"a", "unknown kind '.xlsx'"),

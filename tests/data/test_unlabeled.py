@@ -196,7 +196,7 @@ def test_an_empty_line_is_an_empty_text_between_rows_of_one_column_alone(tmp_pat
         ("x.tsv", b"sentence\tn\na\t1\nb\n", r"x.tsv:3: 1 field where 2 are expected"),
         ("x.tsv", b"sentence\na\n\xff\n", r"x.tsv is not UTF-8"),
         ("x.jsonl", b'{"sentence": "a"}\n{"sen\n', r"x.jsonl:2: not JSON"),
-        ("x.parquet", b"PAR1 no", r"x.parquet is not a whole .parquet file"),
+        ("x.parquet", b"PAR1 no", r"x.parquet is not a complete .parquet file"),
         ("x.tsv", None, r"x.tsv does not exist"),
     ],
 )

@@ -132,7 +132,7 @@ def test_the_end_is_told_once_whatever_breaks_because_of_it(heartbeat, monkeypat
 
     monkeypatch.setattr("sead_dist.runtime.heartbeat.os._exit", ended)
     monkeypatch.setattr("sead_dist.runtime.heartbeat.time.sleep", lambda _s: None)
-    monkeypatch.setattr(heartbeat, "_tell_all", lambda _line: None)
+    monkeypatch.setattr(heartbeat, "_send_verdict", lambda _line: None)
     for line in ("rank 1 hangs", "rank 1 is gone"):
         with pytest.raises(EndedError, match="3"):
             heartbeat.end(line, [1])
