@@ -18,7 +18,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.pretrained import (
-    SILENT,
+    NO_EFFECT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -219,7 +219,7 @@ def _fingerprint(
     same tensors. A padding id or segment ids that differed then differ in the config or the
     tokeniser. code: the hash of the Python files that came with the checkpoint and were run.
     """
-    shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
+    shape = {key: value for key, value in config.to_dict().items() if key not in NO_EFFECT}
     always, otherwise = inputs.facts()
     facts: list[Any] = [weights, shape, *always, *otherwise]
     if code is not None:

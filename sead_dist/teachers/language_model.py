@@ -39,7 +39,7 @@ from sead_dist.models.inputs_check import LEAST, TOLERANCE
 from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import (
     COPY,
-    SILENT,
+    NO_EFFECT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -324,7 +324,7 @@ def open_language_model(opening: Opening) -> LanguageModel:
     with reading(source.checkpoint.folder, COPY, f"teacher {name}: its config"):
         config = AutoConfig.from_pretrained(**source.said, trust_remote_code=trust)
     _check_causal(name, config)
-    with reading(source.checkpoint.folder, COPY, f"teacher {name}: no usable tokeniser: it"):
+    with reading(source.checkpoint.folder, COPY, f"teacher {name}: its tokeniser"):
         tokenizer = AutoTokenizer.from_pretrained(**source.said, trust_remote_code=trust)
         tokens = tokenizer_hash(tokenizer)
     if not tokenizer.is_fast:
@@ -350,7 +350,7 @@ def open_language_model(opening: Opening) -> LanguageModel:
     wanted = entry.max_length or reader.fixed + opening.config.max_length
     reader.set_limit(min(wanted, limit), "max_length" if wanted <= limit else "the most it takes")
     weights = source.weights_hash()
-    shape = {key: fact for key, fact in config.to_dict().items() if key not in SILENT}
+    shape = {key: fact for key, fact in config.to_dict().items() if key not in NO_EFFECT}
     facts = [
         SCHEME, weights, shape, tokens, reader.limit, render(Texts("\0", "\1")),
         [list(shot) for shot in prompt.shots], words.labels, words.words_W, words.class_W.tolist(),

@@ -29,7 +29,7 @@ from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import COPY, SILENT, Checkpoint, position_limit, weight_files
+from sead_dist.models.pretrained import COPY, NO_EFFECT, Checkpoint, position_limit, weight_files
 from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
@@ -211,7 +211,7 @@ def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding
     """A text of all that `cut_of` depends on within one process. The depth, the vocabulary and the
     names of the classes are not in it."""
     probe = probe_config(config)
-    facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
+    facts = {name: value for name, value in probe.to_dict().items() if name not in NO_EFFECT}
     shape = [probe.num_labels, probe._attn_implementation, position_limit(config)]
     return json.dumps([facts, shape, dtype, weights, padding], sort_keys=True, default=str)
 

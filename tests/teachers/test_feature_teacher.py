@@ -63,12 +63,16 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             "teacher split is sharded",
         ),
         (["@short"], {}, "teacher short reads at most 20 tokens.* give max_length=20"),
-        (["@deberta"], {}, r"teacher deberta: its attention \(deberta-v2\) is not BERT's"),
+        (
+            ["@deberta"],
+            {},
+            r"teacher deberta: its attention \(deberta-v2\) is not built like BERT's",
+        ),
         (
             ["@roformer"],
             {},
-            r"teacher roformer \(roformer\) would be misread: the attention of layer 1 differs from "
-            "its own by .* or a method that asks for logits alone",
+            r"teacher roformer \(roformer\): its layers cannot be read: the attention of layer 1 "
+            "differs from the model's output by .* or a method that needs only logits",
         ),
         (
             ["@convbert"],
@@ -77,7 +81,7 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             "feature_loss=distilbert shows it the student's rows, padded on the right; leave it out, "
             "or name a teacher that can: teacher=NAME",
         ),
-        (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not BERT's"),
+        (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not built like BERT's"),
     ],
 )
 def test_a_teacher_that_cannot_be_the_feature_teacher_is_told(folders, entries, keys, said):
@@ -118,7 +122,9 @@ def test_the_feature_teacher_is_fed_by_the_rules_of_any_teacher(folders, tmp_pat
 
 def test_a_feature_teacher_with_its_own_weights_is_compared_when_it_is_loaded(folders):
     (teacher,) = load_teachers([folders / "roformer"])
-    with pytest.raises(UserError, match=r"teacher roformer \(roformer\) would be misread: the att"):
+    with pytest.raises(
+        UserError, match=r"teacher roformer \(roformer\): its layers cannot be read: the"
+    ):
         load_feature_teacher(config("teachers=[a]", method="minilm"), teacher, CPU)
     load_feature_teacher(config("teachers=[a]", method="distilbert"), teacher, CPU)
 

@@ -339,8 +339,8 @@ def broken(folder, name, change):
         ("config.json", lambda _: "{", "its config cannot be read"),
         ("config.json", lambda t: t.replace("LlamaForCausalLM", "BertForSequenceClassification"),
          "is a BertForSequenceClassification, which continues no text; give a causal language model"),
-        ("tokenizer.json", None, "no usable tokeniser"),
-        ("tokenizer.json", lambda t: t[:300], "no usable tokeniser"),
+        ("tokenizer.json", None, "its tokeniser cannot be read"),
+        ("tokenizer.json", lambda t: t[:300], "its tokeniser cannot be read"),
         ("model.safetensors", None, "holds no weights"),
     ],
 )  # fmt: skip
