@@ -122,7 +122,7 @@ def test_rm_by_age_and_size(store, said):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing says what to remove; give --teacher, --task, --older-than or --keep"),
+        ([], "no condition for what to remove; give --teacher, --task, --older-than or --keep"),
         (["--teacher", "nobody"], "no teacher 'nobody' is in the store; it holds"),
         (["--task", "gramar"], "did you mean 'grammar'?"),
         (["--older-than", "soon"], "--older-than 'soon' is not a number with a unit of s, m, h"),
