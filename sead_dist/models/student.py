@@ -242,7 +242,7 @@ def build_student(
     else:
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")
     if mean_score is not None and new_head and _set_head_bias(model, mean_score):
-        account += f"; its bias starts at the mean score of the training rows, {mean_score:.4g}"
+        account += f"; its head starts at the mean score of the training rows, {mean_score:.4g}"
     if say is not None:
         say(account)
     return model.float()

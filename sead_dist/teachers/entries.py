@@ -89,9 +89,10 @@ def read_teachers(
     )
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
-        world, lambda: _call(config, task, world.device, checkpoints, hashes, student, examples)
+        world,
+        lambda: _build_teachers(config, task, world.device, checkpoints, hashes, student, examples),
     )
-    _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
+    _check_same_numerics(config, world, [teacher.key.numerics for teacher in teachers])
     return teachers
 
 
@@ -142,7 +143,7 @@ def other_teacher(
     )  # fmt: skip
 
 
-def _call(
+def _build_teachers(
     config: RunConfig,
     task: TaskSpec,
     device: torch.device,
@@ -228,13 +229,14 @@ def _fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
+def _check_same_numerics(config: RunConfig, world: World, mine: list[str]) -> None:
     """Raises UserError where ranks compute in different numerics classes, unless store.accept is
     any. Unequal hardware would mix the predictions of two classes."""
     everyone = gather_objects(world, mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0] and config.store.accept != "any":
             raise UserError(
-                f"rank {rank} computes as {theirs[0]} but rank 0 as {everyone[0][0]}; run on "
-                "equal machines, or accept mixed predictions with store.accept=any"
+                f"rank {rank} computes in the numerics class {theirs[0]}, but rank 0 in "
+                f"{everyone[0][0]}; run on equal machines, or accept mixed predictions with "
+                "store.accept=any"
             )

@@ -315,7 +315,7 @@ def check_quantize(teacher: str) -> None:
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
             f"teacher {teacher}: quantization=int8 needs torchao, which is not installed; "
-            "pip install 'sead-dist[quantize]', or leave weights out"
+            "pip install 'sead-dist[quantize]', or leave quantization out"
         )
 
 

@@ -249,7 +249,7 @@ def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
     with reading(path, COPY, f"teacher {teacher.name}: {path.name}"):
         known_K2 = load_file(path)["ids_U2"]
         if known_K2.dtype != np.int64 or known_K2.ndim != 2 or known_K2.shape[1] != 2:
-            raise UserError(f"teacher {teacher.name}: {path.name} holds no identities; {COPY}")
+            raise UserError(f"teacher {teacher.name}: {path.name} holds no ids of rows; {COPY}")
     _, entry_B = entries(np.concatenate([ids_U2, known_K2]))
     count = len(ids_U2)
     return np.asarray(np.isin(entry_B[:count], entry_B[count:]))
@@ -282,7 +282,7 @@ def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
     ])  # fmt: skip
 
 
-def told_folds(
+def describe_folds(
     teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
 ) -> str:
     """A line on teachers that were not trained on all rows. labelled: the number of rows with a
@@ -292,6 +292,6 @@ def told_folds(
     own = ", ".join(f"{one.name} {count}" for one, count in counts if one.trained_rows and count)
     unseen = int((~seen_NB).any(0).sum())
     return (
-        f"labelled rows that teachers were trained on: {own} of {labelled}; {unseen} rows have "
-        "teachers that were not trained on them, which alone are asked of these"
+        f"labelled rows that teachers were trained on: {own} of {labelled}; for {unseen} rows only "
+        "teachers that were not trained on them are used"
     )

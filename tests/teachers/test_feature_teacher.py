@@ -53,7 +53,7 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             ["{path: @plain, placement: partitioned}"],
             {},
             "teacher plain is partitioned, and feature_loss=minilm needs it on every rank; "
-            "give its entry placement: colocated, or name a teacher that can: teacher=NAME",
+            "give its entry placement: colocated, or choose another teacher: teacher=NAME",
         ),
         (["@plain"], {"placement": "partitioned"}, "teacher plain is partitioned"),
         (["@plain"], {"placement": "sharded"}, "teacher plain is sharded"),
@@ -77,9 +77,9 @@ def checked(folders, entries, world=TWO, length=32, **keys):
         (
             ["@convbert"],
             {"method": "distilbert"},
-            "teacher convbert is a convbert, whose answers change with the padding of a batch, and "
-            "feature_loss=distilbert shows it the student's rows, padded on the right; leave it out, "
-            "or name a teacher that can: teacher=NAME",
+            "teacher convbert is a convbert, whose logits change with the padding of a batch, and "
+            "feature_loss=distilbert runs it on the student's rows, padded on the right; leave it "
+            "out, or choose another teacher: teacher=NAME",
         ),
         (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not built like BERT's"),
     ],
@@ -99,9 +99,7 @@ def test_a_feature_teacher_of_another_tokeniser_is_told(folders):
 def test_a_feature_teacher_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
     (teacher,) = load_teachers([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
-    said = (
-        "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
-    )
+    said = "teacher plain is a bert, whose rows must be padded on the left, and feature_loss=minilm"
     with pytest.raises(UserError, match=said):
         check_feature_teacher(
             config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO.size
@@ -195,12 +193,12 @@ def test_the_feature_teacher_shows_the_layer_outputs_of_a_micro_batch_without_dr
     batch = make_batch(small_split(), torch.tensor([0, 1, -1, -1]).numpy())
     torch.manual_seed(0)
     drawn = torch.random.get_rng_state()
-    found = feature_teacher.look(batch)
+    found = feature_teacher.layer_outputs(batch)
     assert torch.equal(torch.random.get_rng_state(), drawn)
     rows, length = batch.inputs["input_ids"].shape
     assert found.hidden[1].shape == (rows, length, 32) == (4, length, 32)
     assert not found.hidden[1].requires_grad
     # autograd may keep it
     assert not found.hidden[1].is_inference()
-    again = feature_teacher.look(batch)
+    again = feature_teacher.layer_outputs(batch)
     assert torch.equal(found.queries[1], again.queries[1])
