@@ -230,13 +230,15 @@ def _read(
 def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that plain Transformers loads from a folder. Raises UserError where it cannot be
     loaded or lacks weights."""
-    with reading(folder, COPY, f"plain Transformers cannot load it: {folder}"):
+    try:
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except Exception as error:  # the callers give the fix, which is not to copy the folder again
+        raise refusal(f"plain Transformers cannot load it ({reason(error)})", error) from error
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
         raise UserError(f"plain Transformers does not find the tensors {some(lacking)} in it")
@@ -273,7 +275,9 @@ def new_classifier(
         )
     except Exception as error:  # a bad value may raise any exception
         raise refusal(
-            f"a {config.model_type} of this shape cannot be built: {reason(error)}", error
+            f"a {config.model_type} of this shape cannot be built: {reason(error)}; correct its "
+            "sizes",
+            error,
         ) from error
 
 

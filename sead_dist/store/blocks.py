@@ -234,7 +234,7 @@ def read_description(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BadBlockError(f"not readable ({error})") from error
+        raise BadBlockError(f"it cannot be read ({error})") from error
     if folder != path.parent.name:
         raise BadBlockError("it describes another teacher")
     return dict(description)

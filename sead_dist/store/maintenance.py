@@ -94,7 +94,7 @@ def maintenance_lock(layout: Layout) -> Iterator[None]:
             "try again when it has ended"
         ) from None
     except OSError as error:
-        raise RunError(explain(layout.root, error.filename or "upkeep", error)) from error
+        raise RunError(explain(layout.root, error.filename or "maintenance", error)) from error
 
 
 def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:

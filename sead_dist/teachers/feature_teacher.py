@@ -80,7 +80,7 @@ def check_feature_teacher(
         if teacher.entry.quantization is not None:
             raise UserError(
                 f"teacher {teacher.name} has quantization={teacher.entry.quantization}, and {key} "
-                f"needs its exact hidden states; leave quantization out, give dtype: bf16{other}"
+                f"needs its exact hidden states; give dtype: bf16 in place of quantization{other}"
             )
         if teacher.inputs.tokenizer_hash != inputs.tokenizer_hash:
             raise UserError(
@@ -118,7 +118,7 @@ def check_padding(teacher: Teacher, side: Padding, key: str, other: str) -> None
     )
 
 
-def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
+def colocate_candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
     """The teachers; where placement is auto, candidates for the feature teacher are made colocated,
     unless their entries name a placement."""
     may = {teacher.name for teacher in candidates(config, teachers)}

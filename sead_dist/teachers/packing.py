@@ -87,7 +87,7 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} has an attention of its own")
     offsets: list[torch.Tensor] = []
 
-    def remember(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+    def keep_offsets(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
         offsets[:] = [inputs["offsets"]]
 
     def first_tokens(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,9 +96,9 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
         first_S = offsets[0][:-1].long().clamp(max=hidden_1TH.shape[1] - 1)
         return (hidden_1TH[0, first_S][:, None], *args[1:])
 
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    looks = model.get_submodule(FIRST_TOKEN[model.config.model_type])
-    looks.register_forward_pre_hook(first_tokens)
+    model.register_forward_pre_hook(keep_offsets, with_kwargs=True)
+    reads_first = model.get_submodule(FIRST_TOKEN[model.config.model_type])
+    reads_first.register_forward_pre_hook(first_tokens)
     return model
 
 

@@ -87,7 +87,7 @@ def choose_placements(
     reason = (
         f"placement {', '.join(dict.fromkeys(placements))}: a rank with its part of every teacher "
         f"needs {decimal(sum(held))} for them, and {decimal(room)} may be used, half of what is "
-        "free on the smallest rank"
+        "free on the rank with the least"
     )
     return placements, reason
 

@@ -235,7 +235,10 @@ def test_fields_that_a_config_does_not_name_are_told_and_given_on(tmp_path, capl
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ("shap.yaml", "file shap.yaml does not exist; give one, or L12-H384-A12, L6"),
+        (
+            "shap.yaml",
+            "file shap.yaml does not exist; give a YAML file, or one of L12-H384-A12, L6",
+        ),
         ("L6-H256", "L6-H256 is not a shape of a model; did you mean 'L6-H256-A8'"),
         ("L6-H256-A9", "L6-H256-A9 is not a shape of a model; did you mean 'L6-H256-A8'"),
         ("L6-H257", "L6-H257 is not a shape of a model; known: L12-H384-A12"),

@@ -22,7 +22,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.teachers.feature_teacher import (
     FeatureTeacher,
     check_feature_teacher,
-    held_everywhere,
+    colocate_candidates,
     load_feature_teacher,
 )
 
@@ -164,7 +164,7 @@ def test_auto_holds_on_every_rank_what_may_become_the_feature_teacher(folders):
     placements = {
         (method, feature_teacher): [
             teacher.entry.placement
-            for teacher in held_everywhere(
+            for teacher in colocate_candidates(
                 config("teachers=[a]", method=method, teacher=feature_teacher, placement="auto"),
                 teachers,
             )
