@@ -292,6 +292,6 @@ def describe_folds(
     own = ", ".join(f"{one.name} {count}" for one, count in counts if one.trained_rows and count)
     unseen = int((~seen_NB).any(0).sum())
     return (
-        f"labelled rows that teachers were trained on: {own} of {labelled}; for {unseen} rows only "
-        "teachers that were not trained on them are used"
+        f"labelled rows that teachers were trained on: {own} of {labelled}; {unseen} rows have "
+        "teachers that were not trained on them, and only these are used for them"
     )

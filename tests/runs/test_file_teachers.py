@@ -309,7 +309,7 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
         return found.file.remarks
 
     (line,) = left(rows)
-    assert f"{told} 80 rows that have one: if that is what its file holds" in line
+    assert f"{told} 80 rows that have one: a file of gold labels teaches nothing more" in line
     assert left(rows, wrong=1) == []
     assert left(rows[:9]) == []  # chance
     assert left(rows, confidence=(0.9, 0.8)) == []  # it says more than the label
