@@ -40,7 +40,10 @@ def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(tiny_task,
     entry = f"{{predictions: {answers}}}"
     run = distill(given(tiny_task, tmp_path / "run", [entry], **text), ALONE)
     log = (run / "log.txt").read_text()
-    assert "answers 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows" in log
+    assert (
+        "has predictions of 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows"
+        in log
+    )
 
 
 def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(tiny_task, tmp_path):
