@@ -1,4 +1,4 @@
-"""The demo over ten seeds of the built-in task: is there something real to gain from teachers?
+"""The demo over ten seeds of the built-in task: how much the student gains from its teachers.
 
     python benchmarks/demo_seeds.py --work DIR [--seeds 10]
 
@@ -99,8 +99,8 @@ def page(rows: list[list[float]]) -> str:
         + " | ".join(f"{statistics.mean(row[i] for row in rows):.3f}" for i in range(3))
         + f" | {statistics.mean(row[3] for row in rows):.0f} |",
         "",
-        f"The ensemble beats the student alone in {ensemble_wins} of {len(rows)} seeds, the",
-        f"distilled student beats it in {distilled_wins} of {len(rows)}.",
+        f"The ensemble is better than the student alone in {ensemble_wins} of {len(rows)} seeds.",
+        f"The distilled student is better than it in {distilled_wins} of {len(rows)}.",
         "",
     ]
     return "\n".join(lines)

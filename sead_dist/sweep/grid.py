@@ -122,12 +122,12 @@ def make_grid(words: Sequence[str]) -> Grid:
     for layer in run:  # a task may be of a plugin's kind
         run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
-    different("tasks", [task.name for task in tasks])
+    check_names("tasks", [task.name for task in tasks])
     equal = sweep.equal_steps == "on"
     arms = read_arms(sweep.methods, equal)
-    different("methods", [arm.name for arm in arms])
+    check_names("methods", [arm.name for arm in arms])
     reference = reference_of(sweep.reference, arms)
-    different("seeds", [str(seed) for seed in sweep.seeds])
+    check_names("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
             known = known_names(name, [task.name for task in tasks])
@@ -163,11 +163,12 @@ def make_grid(words: Sequence[str]) -> Grid:
     if len(outputs) != 1:
         found = " and ".join(sorted(map(str, outputs)))
         raise UserError(
-            f"output_dir is {found}; give one for all tasks"
+            f"output_dir is {found}, and a sweep has one folder; give the same for all tasks"
             if found
-            else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
+            else f"no method can be run: {'; '.join(dict.fromkeys(unfit.values()))}; give another "
+            "method"
         )
-    refuse_useless(texts, students)
+    refuse_text_without_teachers(texts, students)
     return Grid(
         outputs.pop(),
         tuple(words),
@@ -184,12 +185,13 @@ def make_grid(words: Sequence[str]) -> Grid:
     )
 
 
-def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
-    """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
+def refuse_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:
+    """Raises UserError where unlabelled text is given and no method of the sweep has teachers."""
     if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
             f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
-            "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
+            "method of this sweep has teachers; leave unlabeled.path out, or add a method, such as "
+            "mean"
         )
 
 
@@ -210,8 +212,8 @@ def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
         for one, all_ in (("method", "methods"), ("seed", "seeds"), *lacking):
             if one in layer:
                 raise UserError(
-                    f"{one}={layer[one]} is of one run, and this is a sweep ({all_} say it for "
-                    f"all runs); give {all_}=[{layer[one]}]"
+                    f"{one}={layer[one]} is a key of a single run, and this is a sweep; give "
+                    f"{all_}=[{layer[one]}]"
                 )
 
 
@@ -229,8 +231,8 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
         raise UserError(
-            f"seeds={raw['seeds']} is not a number of seeds; give how many (seeds=5), or which "
-            f"(seeds=[0,3]), at most {MOST_SEEDS}"
+            f"seeds={raw['seeds']} is not a number of seeds from 1 to {MOST_SEEDS}; give how many "
+            "(seeds=5), or which (seeds=[0,3])"
         )
     try:
         return SweepConfig.model_validate(raw)
@@ -238,13 +240,13 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         raise UserError(explain(error, list(SweepConfig.model_fields))) from None
 
 
-def different(key: str, names: Sequence[str]) -> None:
+def check_names(key: str, names: Sequence[str]) -> None:
     """Check names that folders get. Raises UserError where two are equal, or one is reserved."""
     for n, name in enumerate(names):
         if name in names[:n]:
             raise UserError(f"{key} names {name!r} twice; give each once")
         if name in TAKEN:
-            raise UserError(f"{key}: {name!r} is a folder of the sweep's own; give another name")
+            raise UserError(f"{key}: {name!r} is a folder that the sweep needs; give another name")
 
 
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
@@ -268,7 +270,10 @@ def teacher_units(
 ) -> list[Unit]:
     """The runs that fine-tune a task's teachers; none where its teachers are given."""
     if common.teachers and common.encoders:
-        raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
+        raise UserError(
+            "teachers and encoders are both given; give teachers that are finished, or encoders to "
+            "fine-tune"
+        )
     folder = Path(common.output_dir) / task / TEACHERS
     # a pattern of encoders is that of the whole sweep
     config = resolve([*teacher_layers(layers), finetune, {"output_dir": common.output_dir}])
@@ -279,10 +284,10 @@ def teacher_units(
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     """A student's configuration, with its teachers (given or made) and the sweep's store. It has no
-    folds, which are for teachers. A student that asks no teacher has no unlabelled text, and no
-    copies without gold labels.
+    folds, which are for teachers. A student without teachers has no unlabelled text, and no copies
+    without gold labels.
 
-    Raises UserError where its method asks teachers and there are none.
+    Raises UserError where its method needs teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
     if config.uses_teachers and not teachers:

@@ -101,7 +101,7 @@ def test_every_figure_is_agreement_with_the_ensemble(done):
     assert read(done / "run_summary.json")["best_metric"] is not None
     assert set(records(done, "eval")[0]["metrics"]) == {"agreement"}
     card = (done / "model" / "README.md").read_text()
-    assert "agreement with the teachers, there are no gold labels" in card
+    assert "agreement with the teachers, because there are no gold labels" in card
     assert "No teacher was validated or calibrated" in card
     assert "its figures are agreement with the teachers" in card
     for page in (card, log_of(done), (done / "scores.json").read_text()):
@@ -300,7 +300,7 @@ def test_finetune_some_labels_and_a_sweep_are_refused(task, cli, tmp_path):
     shutil.copy(task[0].parent / "gold" / "validation.tsv", data)
     (data / "train.tsv").write_text((task[0] / "train.tsv").read_text())
     some = [f"data.path={data}", *teachers, "methods=[mean,finetune]"]
-    with pytest.raises(UserError, match="no gold labels, and finetune asks no teacher"):
+    with pytest.raises(UserError, match="no gold labels, and finetune has no teachers"):
         run_sweep(sweep_words(task[0], tmp_path / "sweep", *some), ALONE)
 
 

@@ -169,7 +169,7 @@ def test_a_line_end_never_becomes_a_line_of_a_job(tmp_path):
         load_settings(None, {"partition": "a\ntouch x"})
     with pytest.raises(UserError, match="expected a text without line"):
         load_config([*words(write_task(tmp_path / "d"), [], tmp_path / "run"), "output_dir=a\nb"])
-    with pytest.raises(UserError, match="has a line end in its name"):
+    with pytest.raises(UserError, match="has a line break in its name"):
         job_folder(tmp_path / "a\nb")
     (tmp_path / "more.yaml").write_text("setup:\n  - |\n    module load a\n    module load b\n")
     assert "\n" in load_settings(str(tmp_path / "more.yaml"), {}).setup[0]

@@ -35,7 +35,7 @@ def test_one_seed_has_the_paired_interval_over_rows(intervals, runs):
     of = intervals.read_task(runs / "sst2")
     mine, other = (of.arms[arm][0].logits_BC for arm in ("sead", "finetune"))
     gap = intervals.paired_gap("accuracy", of.task.task_kind, mine, other, of.rows)
-    more, interval = intervals.told_more(of, "finetune")
+    more, interval = intervals.difference_cells(of, "finetune")
     assert interval == f"{gap.interval[0]:+.4f} to {gap.interval[1]:+.4f}"
     assert more == f"{gap.value:+.4f}"
     assert "the spread between seeds is not in it" in intervals.pooled([of], "control")
@@ -58,7 +58,9 @@ def test_three_seeds_have_the_interval_of_a_sweeps_report(intervals, runs):
     told = intervals.pooled(tasks, "control")
     assert f"{over.value:+.4f} (95% interval {over.interval[0]:+.4f} to " in told
     assert "over rows and seeds, as in the sweep's report; 3 seeds or more" in told
-    assert intervals.told_more(tasks[0], "control")[1].startswith(f"{found[0].interval[0]:+.4f}")
+    assert intervals.difference_cells(tasks[0], "control")[1].startswith(
+        f"{found[0].interval[0]:+.4f}"
+    )
 
 
 def test_the_tables_stand_between_two_lines_of_a_page(intervals, tmp_path):

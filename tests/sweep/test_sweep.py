@@ -80,7 +80,7 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
     # two seeds tell no spread, so nothing is called larger than chance
     assert cells["mean"]["interval"] is None
     assert cells["mean"]["beyond_chance"] is None
-    assert "Two seeds hardly tell a spread" in markdown
+    assert "A spread of two seeds is unsure" in markdown
     assert {row["who"] for row in report["ceilings"]} == {
         *("teacher-0", "teacher-1", "ensemble (mean_logits)")
     }

@@ -233,13 +233,15 @@ def test_two_runs_at_once_give_the_same_table(finished, tiny_data, tmp_path, cap
 
 def test_a_worker_that_ends_badly_is_told(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RunError, match="2 of 2 workers of the sweep ended with code 1; what they"):
+    with pytest.raises(
+        RunError, match="2 of 2 workers of the sweep ended with exit code 1; see their"
+    ):
         run_sweep(words(tiny_data, tmp_path / "out", "jobs=2"), ALONE)
 
 
 def test_several_runs_at_once_are_for_one_process_without_a_gpu(tiny_data, tmp_path):
     grid = make_grid(words(tiny_data, tmp_path / "out", "jobs=2"))
-    with pytest.raises(UserError, match=r"jobs=2 divides the threads .* here is 2 ranks; leave"):
+    with pytest.raises(UserError, match=r"jobs=2 is for one process .* has 2 ranks; leave"):
         check_jobs(grid, World(0, 2, CPU))
 
 
