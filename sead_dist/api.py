@@ -115,14 +115,12 @@ class Run:
         path = folder / f"{split}.parquet"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
-            raise UserError(f"{self.path} has no predictions of {split!r}; it has {there}")
+            raise UserError(f"{self.path} has no predictions of {split!r}; give one of {there}")
         return pq.read_table(path).to_pandas()
 
     def _ended(self) -> Path:
         if not self.finished:
-            raise UserError(
-                f"{self.path} holds no finished run; give the call that started it again"
-            )
+            raise UserError(f"{self.path} holds no finished run; repeat the call that started it")
         return self.path
 
 
@@ -252,14 +250,14 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = predicted_rows.Asking(tell, class_order(labels), batch_size, skip_malformed)
+    settings = predicted_rows.Settings(tell, class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, skip_malformed)
-        examples = asking.examples(spec, rows, "given")
-        asking.tell_passed_over(world)
-        columns = predicted_rows.answer_examples(name, spec, examples, asking, world)
-    return predicted_rows.beside_rows(columns, len(rows), examples)
+        examples = settings.examples(spec, rows, "given")
+        settings.tell_passed_over(world)
+        columns = predicted_rows.answer_examples(name, spec, examples, settings, world)
+    return predicted_rows.answers_by_row(columns, len(rows), examples)
 
 
 def soft_targets(
@@ -288,7 +286,7 @@ def soft_targets(
     allowed = [name for name, of in WEIGHTINGS.items() if not of.goes_by_place]
     if ensemble not in allowed:
         raise UserError(
-            f"ensemble={ensemble!r} is not one of these here; allowed: {', '.join(allowed)}"
+            f"ensemble={ensemble!r} cannot be used here; give one of {', '.join(allowed)}"
         )
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")

@@ -244,12 +244,14 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
     if config.feature_loss is None:
         if config.student_init == "feature_teacher":
             raise UserError(
-                "student_init=feature_teacher is for a method with a feature_loss; "
+                "student_init=feature_teacher needs a feature_loss, and there is none; "
                 "give method=distilbert, or student_init=own"
             )
     elif not config.taught:
-        missing = "ensemble=none asks none" if config.teachers else "there are none"
-        raise UserError(f"{asks} needs a teacher to follow, and {missing}; give teachers=[DIR]")
+        why = "there are none; give teachers=[DIR]"
+        if config.teachers:
+            why = f"ensemble={config.ensemble} uses none; give another ensemble"
+        raise UserError(f"{asks} needs a teacher, and {why}")
     elif zero_stage == 3:
         raise UserError(
             f"{asks} needs each rank to hold the student whole, and DeepSpeed's stage 3 splits it; "
