@@ -232,15 +232,15 @@ def predict(
     batch_size: int = 32,
     skip_malformed: bool = False,
 ) -> list[dict[str, Any] | None]:
-    """A model's answer to each text or row: `predicted_label` and `probability_LABEL` of every
+    """A model's prediction of each text or row: `predicted_label` and `probability_LABEL` of every
     label, or `predicted_score`.
 
-    batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None) has
-    the answer None and is logged (`sead_dist`). Without it such a row raises UserError.
+    batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None)
+    has the result None and is logged (`sead_dist`). Without it such a row raises UserError.
 
     texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
     of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
-    (official MultiRC, ReCoRD) have an answer for each of their examples. Other arguments and
+    (official MultiRC, ReCoRD) have a result for each of their examples. Other arguments and
     errors: as for `evaluate`.
     """
     name = model_name(model)

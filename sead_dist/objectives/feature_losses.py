@@ -181,7 +181,7 @@ class FeatureLoss:
     ) -> LossTerms:
         """The step's loss with this one in it, over the valid rows of the global batch. TinyBERT's
         loss, and that of a repair, replaces the others. student, feature_teacher: None in a step
-        that asks for logits alone.
+        that needs logits alone.
 
         Ranks exchange all gradients, so every projection gets one in every step, if only of zeros.
         """
@@ -260,7 +260,7 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
 
 
 def feature_steps(config: RunConfig, total_steps: int) -> int:
-    """How many of a run's steps ask the feature teacher. These are its first steps."""
+    """The number of a run's steps that use the feature teacher. These are its first steps."""
     if config.feature_loss != "tinybert":
         return total_steps if config.feature_loss is not None else 0
     # at least one step is left for the task

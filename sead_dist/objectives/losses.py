@@ -231,7 +231,7 @@ class DistillationLoss:
         """A micro-batch's part of the loss of its step, divided by the global batch's `valid_rows`.
 
         soft: None without teachers. student, teacher: the layer outputs that the feature loss
-        compares; None in a step that asks for logits alone. mask_RL: which tokens are not padding.
+        compares; None in a step that needs logits alone. mask_RL: which tokens are not padding.
         """
         alpha = self.alpha_at(step)
         terms = total_loss(

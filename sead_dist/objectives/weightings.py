@@ -132,7 +132,7 @@ class Weighting:
         return None if asked_NR.all() else asked_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
-        """An estimate of the share of the training rows that each teacher will be asked for."""
+        """An estimate of the share of the training rows for which each teacher is needed."""
         return [1.0] * len(known.given)
 
     def scored_as(self, has_classes: bool) -> "Weighting":
@@ -351,7 +351,7 @@ class Routed(Weighting):
 
 
 def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
-    """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
+    """The one teacher that `random` uses for a micro-batch: a pure function of its place."""
     generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
     return int(torch.randint(teachers, (1,), generator=generator))
 

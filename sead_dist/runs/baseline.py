@@ -331,8 +331,8 @@ def own_baseline(config: RunConfig) -> RunConfig:
 def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
     """Steps of the run's own baseline; 0 where none is made.
 
-    None is made where `baseline` is null or names a run, where no teacher is asked, where the
-    teachers are not validated, and where rows have no gold labels.
+    None is made where `baseline` is null or names a run, without teachers, where the teachers are
+    not validated, and where rows have no gold labels.
     """
     validates = config.validates or asks_selection(config)
     if config.baseline != OWN or not config.taught or not validates:

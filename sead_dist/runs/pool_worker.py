@@ -59,7 +59,7 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StudentRun:
-    """The parts of the student's run that a worker needs. inputs: what the student is fed."""
+    """The parts of the student's run that a worker needs. inputs: the inputs of the student."""
 
     config: RunConfig
     task: TaskSpec

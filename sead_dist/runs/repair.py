@@ -249,8 +249,8 @@ def load_whole_model(
 ) -> tuple[PreTrainedModel, LayerParts]:
     """The model whose hidden states are the target, in fp32 and eval mode, and its layers.
 
-    inputs: what the student is fed. Raises UserError where the model cannot be read, or is fed
-    other tokens than the student.
+    inputs: those of the student. Raises UserError where the model cannot be read, or has other
+    inputs than the student.
     """
     checkpoint = repair_teacher(config)
     who = f"repair.teacher={checkpoint.name}"

@@ -1,7 +1,8 @@
-"""What a run asks of endpoints and of files of predictions, before it asks.
+"""What a run needs of endpoints and of files of predictions.
 
-The requests to endpoints are counted and logged first, since they cost money. The file also checks
-whether files of predictions answer enough rows, and leaves out training rows without an answer.
+The requests to endpoints are counted and logged before the first is sent, since they cost money.
+The file also checks whether files of predictions have enough rows. It leaves out training rows
+without a gold label and a prediction.
 
 Shapes: N teachers, B training rows, U unique examples.
 """
@@ -31,7 +32,7 @@ REMOVED = "unlabelled rows without a prediction in any file"
 def tell_requests(
     source: StoredSource, splits: Iterable[Split], say: Callable[[str], None]
 ) -> None:
-    """Log one line for each endpoint that this process asks: the most requests that it gets.
+    """Log one line for each endpoint to which this process sends requests: their largest number.
 
     Rows that are in the store are not counted. Raises UserError where an endpoint would get more
     requests than its max_requests.
@@ -140,7 +141,7 @@ def answered_examples(
 
 
 def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which teachers have an answer to which rows, and may be asked for it by the run's keys."""
+    """Which teachers have a prediction of which rows that the run's keys let them give."""
     weighting = WEIGHTINGS[config.ensemble]
     found_NB = has_answer_NB(teachers, part)
     for n, teacher in enumerate(teachers):

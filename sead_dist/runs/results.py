@@ -172,7 +172,7 @@ def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(setup: RunSetup) -> str | None:
-    """The placement of the teachers in one word; None where no teacher is asked."""
+    """The placement of the teachers in one word; None without teachers."""
     return None if setup.source is None else setup.source.placement.word
 
 

@@ -254,7 +254,7 @@ def place_teachers(
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """Place every teacher, and open the source that answers from the store or by a forward.
+    """Place every teacher, and open the source of predictions, from the store or by a forward.
 
     `stack` closes it. Raises UserError for a placement that does not fit.
     """
@@ -297,7 +297,7 @@ def place_teachers(
 def share_splits(
     source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World, log: RunLog
 ) -> None:
-    """Share the student's tokens with teachers that are fed alike, and log requests to endpoints.
+    """Share the student's tokens with teachers of the same inputs, and log requests to endpoints.
 
     Raises UserError where an endpoint would get more requests than its max_requests.
     """

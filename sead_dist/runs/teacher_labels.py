@@ -83,7 +83,7 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     an answer is empty. Raises UserError, also for a teacher that fails its validation.
     """
     check_output(output, "--output")
-    with teachers_at_work(config, output, world) as run:
+    with loaded_teachers(config, output, world) as run:
         config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
         everything = (splits.train, splits.selection, *splits.official.values())
         ensemble = ensemble_of_run(run, everything)
@@ -101,8 +101,8 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class TeachersAtWork:
-    """The loaded teachers of a run, and the splits that they may be asked.
+class LoadedTeachers:
+    """The loaded teachers of a run, and the splits of which they can give predictions.
 
     examples: without copies.
     """
@@ -116,11 +116,11 @@ class TeachersAtWork:
 
 
 @contextmanager
-def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[TeachersAtWork]:
-    """Within the block, the teachers of a run may be asked. None is asked here.
+def loaded_teachers(config: RunConfig, output: Path, world: World) -> Iterator[LoadedTeachers]:
+    """Within the block, the teachers of a run can be used. None is used here.
 
     output: the name under which the store holds their predictions meanwhile. Raises UserError for
-    teachers that cannot be asked.
+    teachers that cannot be used.
     """
     if not config.teachers:
         raise UserError("labels needs teachers, and there are none; give teachers=[DIR, ...]")
@@ -153,7 +153,7 @@ def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
                 source.share_tokens(split, checked.inputs)
-            yield TeachersAtWork(config, task, examples, splits, teachers, source)
+            yield LoadedTeachers(config, task, examples, splits, teachers, source)
         finally:
             source.close()
 
@@ -170,7 +170,7 @@ def with_any_student(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"student": start})
 
 
-def ensemble_of_run(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
+def ensemble_of_run(run: LoadedTeachers, asked: Iterable[Split]) -> Ensemble:
     """The ensemble as a run of these teachers has it before its first step.
 
     The requests to endpoints for the splits `asked` are logged first.
@@ -291,7 +291,7 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
     no_text = config.unlabeled.model_copy(update={"path": None, "rest": False})
     columns: Columns = {}
     labels, said_of_all, probabilities = [], [], []
-    with teachers_at_work(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
+    with loaded_teachers(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
         splits, teachers = (run.splits.train, run.splits.selection), run.teachers
         fit = [out_of_fold(teachers, split) for split in splits]
         check_fit(teachers, fit, splits)
