@@ -314,10 +314,10 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
     if not changed and not other_task:
         return
     if any(has_progress(one) for one in (run, *run.glob("teacher-*"))):
-        what = f"{changed[0]} rows" if changed else "task"
+        what = f"other {changed[0]} rows" if changed else "another task"
         raise UserError(
-            f"output_dir={run} holds a run with another {what}; give what it was started with, or "
-            "another output_dir"
+            f"output_dir={run} holds a run with {what}; give the task and data that it was started "
+            "with, or another output_dir"
         )
     with locked(run):
         for name in changed:
@@ -334,7 +334,10 @@ def write_parquet(path: Path, table: pa.Table) -> None:
             pq.write_table(table, aside)
     except pa.ArrowException as error:
         line = str(error).splitlines()[0]
-        raise UserError(f"data: the {path.stem} split cannot be Parquet: {line}") from error
+        raise UserError(
+            f"data: the {path.stem} split cannot be written as Parquet: {line}; give each column "
+            "values of one type"
+        ) from error
 
 
 def holds(path: Path, table: pa.Table) -> bool:

@@ -88,8 +88,8 @@ class PredictionStore:
         prints = sorted({block.teacher for block in own})
         if len(prints) > 1:
             raise UserError(
-                f"{len(prints)} teachers in the store are called {teacher!r}; give the start of a "
-                f"fingerprint: {', '.join(one[:16] for one in prints)}"
+                f"{len(prints)} teachers in the store have the name {teacher!r}; give the start of "
+                f"a fingerprint: {', '.join(one[:16] for one in prints)}"
             )
         found = {block.numerics: block for block in own}
         if numerics is None and len(found) == 1:

@@ -26,7 +26,7 @@ from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import why_unfit
+from sead_dist.objectives.ensemble import method_problem
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.checks import (
     refuse_unused_text,
@@ -153,7 +153,7 @@ def make_grid(words: Sequence[str]) -> Grid:
             own = named(merge(arm.keys, more), task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
             refuse_push(config, "a sweep")
-            reason = why_unfit(config, task.task_kind)
+            reason = method_problem(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, arm.name] = reason
             else:

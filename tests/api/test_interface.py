@@ -97,7 +97,7 @@ def test_scores_are_learnt_by_squared_error():
     [
         (lambda t: sd.soft_targets(t[0]), "expected [N, B, C]"),
         (lambda t: sd.soft_targets(t, ensemble="fixed"), "ensemble=fixed needs weights_N"),
-        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' is not one of these here"),
+        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' cannot be used here; give one of "),
         (lambda t: sd.soft_targets(t, ensemble="routed", routes_B=torch.zeros(2)), "expected [5]"),
         (lambda t: sd.soft_targets(t, temperature=0.0), "temperature=0.0; expected"),
         (lambda t: sd.soft_targets(t[..., :1], ensemble="entropy"), "needs classes"),

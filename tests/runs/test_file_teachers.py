@@ -33,7 +33,7 @@ from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import teach
-from sead_dist.runs.requests import answered_examples, told_idle
+from sead_dist.runs.requests import answered_examples, idle_row_lines
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.store.store import StoreFolder, TeacherKey
 from sead_dist.sweep.run import run_sweep
@@ -261,7 +261,7 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     keys = {"augment__copies": "auto", "unlabeled__path": data / "unlabeled.tsv"}
     run = run_of(task, tmp_path / "run", given, **keys)
     log, summary = log_of(run), read(run / "run_summary.json")
-    assert "left out: 15 unlabelled rows that no file of predictions answers" in log
+    assert "left out: 15 unlabelled rows without a prediction in any file" in log
     assert (summary["train_rows"], summary["unlabelled_rows"], summary["copy_rows"]) == (59, 5, 0)
     assert "labels alone, each as one vote smoothed by 0.1 a class" in log
     assert read(run / "scores.json")["splits"]["validation"]["ensemble"] is None
@@ -345,7 +345,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
         kept = answered_examples(given, examples, found)
         weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
         ensemble = make_ensemble(given, spec.task_kind, weights_N)
-        return kept.unlabelled_rows, told_idle(ensemble, found, kept.train)
+        return kept.unlabelled_rows, idle_row_lines(ensemble, found, kept.train)
 
     two = [f"{{predictions: {few}, name: few}}", f"{{predictions: {all_of}, name: all}}"]
     assert left(two, ensemble="mean_logits") == (20, [])
@@ -360,7 +360,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
     ((line,), rows) = left(two, ensemble="single")[::-1]
     assert rows == 20
     assert line.startswith("WARNING: 16 unlabelled rows stay in the batches without a loss: few ha")
-    assert "(teacher=few, named from the start, leaves them out)" in line
+    assert "(a new run with teacher=few leaves them out)" in line
     assert "16 unlabelled rows" in left(two, ensemble="random")[1][0]
 
 
@@ -420,7 +420,7 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     with pytest.raises(UserError, match=failed):
         run_of((data, None), root / "wrong", [teacher, entry(file, "calibrate: off")], **keys)
     write(selection[:10])
-    few = "each teacher's score, and gpt answers 10 of .* selection rows, where 50 are needed"
+    few = "each teacher's score, and gpt has predictions of 10 of .* rows, where a score needs 50"
     with pytest.raises(UserError, match=few):
         run_of(
             (data, None),
@@ -471,7 +471,7 @@ def test_a_file_that_is_too_sure_is_calibrated_on_the_selection_split(tmp_path_f
         (data, None), root / "few", [save_teacher(root / "a"), entry(file, "name: gpt")],
         **{**keys, "selection__fraction": 0.2},
     )  # fmt: skip
-    assert "and 200 are needed; beside others a mean of probabilities" in log_of(few)
+    assert "and 200 are needed; give ensemble=mean_probabilities, since" in log_of(few)
 
 
 def test_scores_of_a_file_teach_a_task_of_scores(tmp_path):

@@ -91,9 +91,9 @@ def test_what_no_teacher_answers_is_empty(tiny_task, tmp_path):
     assert [row["sentence"] for row in said] == [first["sentence"]]
     assert said[0]["probability_positive"] == pytest.approx(1.1 / 1.2)
     assert rows[1]["agreement"] is None
-    with pytest.raises(UserError, match=r"--output .*soft.jsonl exists and is not written over"):
+    with pytest.raises(UserError, match=r"--output .*soft.jsonl exists and is not overwritten"):
         write_labels(given(tiny_task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
-    with pytest.raises(UserError, match="there are no teachers to say anything"):
+    with pytest.raises(UserError, match="labels needs teachers, and there are none; give teachers"):
         write_labels(given(tiny_task, tmp_path / "run", []), tmp_path / "other.jsonl", ALONE)
 
 
@@ -112,7 +112,7 @@ def test_a_method_that_asks_no_teacher_is_refused_though_teachers_are_given(
     tiny_task, tmp_path, write
 ):
     config = given(tiny_task, tmp_path / "run", tiny_task[1], method="finetune")
-    with pytest.raises(UserError, match="method=finetune: ensemble=none asks none of the teachers"):
+    with pytest.raises(UserError, match="method=finetune: ensemble=none uses none of the teachers"):
         write(config, tmp_path / "out.tsv", ALONE)
 
 

@@ -207,7 +207,7 @@ def test_a_sweep_is_told_from_a_run():
             ["methods=[finetune]", "unlabeled.path=more.tsv"],
             r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has teachers; leave",
         ),
-        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune asks none"),
+        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune uses none"),
         (["seeds=0"], r"seeds=0 is not a number of seeds .* 1000; give how many \(seeds=5\), or"),
         (["seeds=[]"], r"seeds=\[\] is not a number of seeds"),
         (["seeds=two"], r"seeds=two is not a number of seeds"),

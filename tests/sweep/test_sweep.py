@@ -335,7 +335,7 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(tiny_data, tmp
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
         (
             ["teacher=nobody"],
-            "teacher=nobody is not a teacher of this run; its teachers: teacher-0, ",
+            "teacher=nobody is not a teacher of this run; give one of teacher-0, ",
         ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),
