@@ -255,7 +255,7 @@ def predict(
     asking = predicted_rows.Asking(tell, class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
-        rows = as_rows(spec, texts_or_rows, skip_malformed)
+        rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)
         examples = asking.examples(spec, rows, "given")
         asking.tell_passed_over(world)
         columns = predicted_rows.answer_examples(name, spec, examples, asking, world)
