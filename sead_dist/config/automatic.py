@@ -80,7 +80,10 @@ def told_length(config: RunConfig, labelled: int, rows: int) -> str:
     steps = run_steps(config, labelled, rows)
     patience = config.early_stopping_patience
     if patience is not None:
-        end = f"; it ends earlier, once the selection loss has not fallen for {patience} epochs"
+        epoch = epoch_steps(config, labelled, rows)
+        epochs = patience * patience_steps(epoch) // epoch
+        told = "an epoch" if epochs == 1 else f"{epochs} epochs"
+        end = f"; it ends earlier, once the selection loss has not fallen for {told}"
         return "at most " + _told_steps(config, labelled, rows, steps) + end
     return _told_steps(config, labelled, rows, steps)
 

@@ -178,10 +178,10 @@ class TrainingKeys(Section):
     least 1500 and at most 30000 steps; without teachers three epochs over the labelled rows, at
     least 200 steps"""
     early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """end the run once the selection loss has not fallen for so many epochs over the labelled rows
-    (those of fewer than 20 steps count together); the number of steps is the most that it takes
-    then, without teachers ten epochs where none is given. null: never, but `finetune` takes 2 where
-    no length is given"""
+    """end the run once the selection loss has not fallen at so many checks; there is one after each
+    epoch over the labelled rows, or after the fewest epochs that make 20 steps. The number of steps
+    is the most that the run takes then, without teachers ten epochs where none is given. null:
+    never, but `finetune` takes 2 where no length is given"""
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 32
     """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16
