@@ -31,7 +31,7 @@ from sead_dist.models.pretrained import (
     weights_hash,
 )
 from sead_dist.models.sequence_classifier import outline, read_classifier
-from sead_dist.runtime.files import cache_place, files_hash, folder_aside
+from sead_dist.runtime.files import cache_place, files_hash, folder_aside, sweep_old
 
 RULES = "merge-1"
 WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +64,7 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
         )
     try:
         place.mkdir(parents=True, exist_ok=True)
+        sweep_old(place)
         # merging draws weights that it overwrites, and the caller's draws must not depend on the
         # cache
         with folder_aside(target, replaces=False) as aside, torch.random.fork_rng(devices=[]):

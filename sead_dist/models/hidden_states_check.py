@@ -73,7 +73,8 @@ def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: st
 def check_batches(
     rows: Sequence[dict[str, torch.Tensor]], inputs: ModelInputs, pad_id: int | None
 ) -> list[dict[str, torch.Tensor]]:
-    """All rows as a batch, and the first alone, because some kinds lengthen short rows inside."""
+    """All rows as a batch, and the first alone. It is the shortest, and some kinds lengthen a short
+    batch inside."""
     return [inputs.together(rows, pad_id), rows[0]]
 
 

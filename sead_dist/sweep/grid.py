@@ -79,8 +79,9 @@ class Grid:
     """All runs of a sweep. units: in the order in which they are run. unfit: (task, method) -> why
     the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
     equal_steps: whether all methods of a task take the same number of steps. methods: the names of
-    the arms. reference: one of them, or None. lengthened: (task, method) -> the method's own number
-    of steps, where it was given more (`checks.fix_steps`)."""
+    the arms. reference: one of them, or None. unread: tasks whose encoders are not fine-tuned,
+    because no method reads a teacher. lengthened: (task, method) -> the method's own number of
+    steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -94,6 +95,7 @@ class Grid:
     equal_steps: bool
     keep_models: bool
     jobs: int
+    unread: tuple[str, ...] = ()
     lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
@@ -136,6 +138,7 @@ def make_grid(words: Sequence[str]) -> Grid:
     students: list[Unit] = []
     unfit: dict[tuple[str, str], str] = {}
     texts: list[str] = []
+    unread: list[str] = []
     for given, task in zip(sweep.tasks, tasks, strict=True):
         per_task, by_arm = keys_by_arm(task.name, sweep.per_task.get(task.name, {}), arms, equal)
         layers = task_layers(given, task.name, run, per_task)
@@ -143,7 +146,6 @@ def make_grid(words: Sequence[str]) -> Grid:
         refuse_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
-        teachers += made
         fitting: list[tuple[str, RunConfig]] = []
         for arm in arms:
             more = by_arm.get(arm.name, {})
@@ -158,6 +160,11 @@ def make_grid(words: Sequence[str]) -> Grid:
                 unfit[task.name, arm.name] = reason
             else:
                 fitting.append((arm.name, config))
+        if made and not any(reads_teachers(config) for _, config in fitting):
+            unread.append(task.name)
+            made = []
+            fitting = [(arm, of.model_copy(update={"teachers": []})) for arm, of in fitting]
+        teachers += made
         students += student_units(task.name, fitting, sweep.seeds, made)
     outputs = {unit.folder.parent.parent.parent for unit in students}
     if len(outputs) != 1:
@@ -182,6 +189,7 @@ def make_grid(words: Sequence[str]) -> Grid:
         equal_steps=equal,
         keep_models=sweep.keep_models,
         jobs=sweep.jobs,
+        unread=tuple(unread),
     )
 
 
@@ -302,6 +310,15 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     baseline = None if config.baseline == "auto" else config.baseline
     given = {"teachers": teachers, "encoders": [], "folds": None, "store": store}
     return without_teachers_text(config.model_copy(update={**given, "baseline": baseline}))
+
+
+def reads_teachers(config: RunConfig) -> bool:
+    """Whether a student's run reads its teachers' files.
+
+    It asks them, takes their tokeniser, or makes copies with the mask token that all of them share.
+    """
+    lent = config.student.path is None and config.student.tokenizer is None
+    return config.taught or lent or config.uses_copies
 
 
 def student_units(
