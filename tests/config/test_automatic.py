@@ -78,7 +78,7 @@ def test_the_epochs_of_a_patience_are_told_as_they_are_counted():
     def end(rows, patience):
         return length_line(config(early_stopping_patience=patience), rows, rows).rpartition("; ")[2]
 
-    said = "it ends earlier, once the selection loss has not fallen for "
+    said = "it ends earlier if the selection loss has not fallen for "
     assert end(2250, 2) == f"{said}2 epochs"
     assert end(2250, 1) == f"{said}an epoch"
     # epochs of seven steps, of which three count as one
