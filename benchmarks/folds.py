@@ -25,12 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 from inputs import data_folder, minilm, random_classifier
-from result_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table, write_page
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "folds.md"
+TITLE = "SST-2: teachers with folds, and labels that look wrong"
 TEACHERS = 3
 
 
@@ -105,7 +106,6 @@ def page(args: argparse.Namespace, runs: Path, swapped: set[int], lines: list[li
     found = [row in swapped for row in listed]
     return "\n\n".join(
         [
-            "# SST-2: teachers with folds, and labels that look wrong",
             f"{args.rows} training rows, a tenth of them held out to select by; accuracy on the "
             "official dev set of 872 rows, scored once. One set of teachers each.",
             "## Three teachers",
@@ -159,10 +159,9 @@ def main() -> None:
         for line in lines:
             run(line, folders, args.smoke)
         text = page(args, work, swapped, lines)
-    if not args.smoke:
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(text + "\n", encoding="utf-8")
     print(text)
+    if not args.smoke:
+        write_page(args.page, TITLE, text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ For each task of the folder: every arm's score by the task's main metric, what `
 the 95% interval of that. With one seed it is the paired interval over rows (`paired_gap`), with
 three or more it is over rows and seeds, as in a sweep's report; of two seeds there is none. At the
 end `sead` less `control`, and less `finetune`, over all tasks, which count alike. --page puts all
-of it into a file between the lines BEGIN and END. Tasks whose rows stand in groups are not read.
+of it into the part of a page that is marked for it. Tasks whose rows stand in groups are not read.
 
 Shapes: T tasks, B rows, C classes, S seeds, R resamples.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_file import smoke_argument, table
+from result_file import put_into, smoke_argument, table
 
 from sead_dist.data.significance import (
     RESAMPLES,
@@ -38,7 +38,8 @@ from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.reporting.report import read_predictions, write_predictions
 from sead_dist.runtime.run_log import is_finished, read_as, write_json
 
-BEGIN, END = "<!-- intervals: begin -->", "<!-- intervals: end -->"
+# the part of the page that this script writes
+PART = "intervals"
 FIRST, CONTROL = "sead", "control"
 # arms without teachers, over which FIRST is told for all tasks together
 WITHOUT = (CONTROL, "finetune")
@@ -222,15 +223,6 @@ def page_of(folder: Path) -> str:
     return "\n\n".join([*parts, *(pooled(tasks, arm) for arm in WITHOUT)])
 
 
-def put_into(page: Path, text: str) -> None:
-    """Ends the script where the page lacks a line that BEGIN or END names."""
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{page} lacks the lines {BEGIN} and {END}")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
-
-
 def made_up(folder: Path) -> Path:
     """Runs of three arms on two tasks, one seed, as a sweep keeps them."""
     chance = np.random.default_rng(0)
@@ -271,7 +263,7 @@ def main() -> None:
         text = page_of(args.runs)
         print(text)
         if args.page is not None:
-            put_into(args.page, text)
+            put_into(args.page, text, PART)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.checks import check_inputs, refuse_unused_text
-from sead_dist.runs.claim import already_finished, forget_followed, has_progress, try_lock
+from sead_dist.runs.claim import already_finished, has_progress, remove_student_store, try_lock
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
@@ -214,7 +214,7 @@ def remove_expectations(run: Path) -> None:
         return
     with try_lock(run / ".lock") as free:
         if free:
-            forget_followed(run)
+            remove_student_store(run)
             if not has_progress(run):
                 (run / "teacher_manifest.json").unlink(missing_ok=True)
 

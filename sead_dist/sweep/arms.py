@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 
@@ -78,7 +78,7 @@ def keys_by_arm(
     for name, own in by_arm.items():
         if name not in names:
             raise UserError(
-                f"{where}: {name!r} is not an arm of this sweep{told_known(name, names)}"
+                f"{where}: {name!r} is not an arm of this sweep{known_names(name, names)}"
             )
         if own is not None and not isinstance(own, Mapping):
             raise UserError(
@@ -122,5 +122,5 @@ def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
     if given is None:
         return FINETUNE if FINETUNE in names else None
     if given not in names:
-        raise UserError(f"reference={given} is not an arm of this sweep{told_known(given, names)}")
+        raise UserError(f"reference={given} is not an arm of this sweep{known_names(given, names)}")
     return given

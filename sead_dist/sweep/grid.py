@@ -21,12 +21,12 @@ from sead_dist.config.load import (
     shipped_files,
 )
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import why_unfit
+from sead_dist.objectives.ensemble import method_problem
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.checks import (
     refuse_unused_text,
@@ -79,8 +79,9 @@ class Grid:
     """All runs of a sweep. units: in the order in which they are run. unfit: (task, method) -> why
     the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
     equal_steps: whether all methods of a task take the same number of steps. methods: the names of
-    the arms. reference: one of them, or None. lengthened: (task, method) -> the method's own number
-    of steps, where it was given more (`checks.fix_steps`)."""
+    the arms. reference: one of them, or None. unread: tasks whose encoders are not fine-tuned,
+    because no method reads a teacher. lengthened: (task, method) -> the method's own number of
+    steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -94,6 +95,7 @@ class Grid:
     equal_steps: bool
     keep_models: bool
     jobs: int
+    unread: tuple[str, ...] = ()
     lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
@@ -130,12 +132,13 @@ def make_grid(words: Sequence[str]) -> Grid:
     check_names("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
-            known = told_known(name, [task.name for task in tasks])
+            known = known_names(name, [task.name for task in tasks])
             raise UserError(f"per_task: {name!r} is not a task of this sweep{known}")
     teachers: list[Unit] = []
     students: list[Unit] = []
     unfit: dict[tuple[str, str], str] = {}
     texts: list[str] = []
+    unread: list[str] = []
     for given, task in zip(sweep.tasks, tasks, strict=True):
         per_task, by_arm = keys_by_arm(task.name, sweep.per_task.get(task.name, {}), arms, equal)
         layers = task_layers(given, task.name, run, per_task)
@@ -143,7 +146,6 @@ def make_grid(words: Sequence[str]) -> Grid:
         refuse_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
-        teachers += made
         fitting: list[tuple[str, RunConfig]] = []
         for arm in arms:
             more = by_arm.get(arm.name, {})
@@ -153,11 +155,16 @@ def make_grid(words: Sequence[str]) -> Grid:
             own = named(merge(arm.keys, more), task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
             refuse_push(config, "a sweep")
-            reason = why_unfit(config, task.task_kind)
+            reason = method_problem(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, arm.name] = reason
             else:
                 fitting.append((arm.name, config))
+        if made and not any(reads_teachers(config) for _, config in fitting):
+            unread.append(task.name)
+            made = []
+            fitting = [(arm, of.model_copy(update={"teachers": []})) for arm, of in fitting]
+        teachers += made
         students += student_units(task.name, fitting, sweep.seeds, made)
     outputs = {unit.folder.parent.parent.parent for unit in students}
     if len(outputs) != 1:
@@ -182,6 +189,7 @@ def make_grid(words: Sequence[str]) -> Grid:
         equal_steps=equal,
         keep_models=sweep.keep_models,
         jobs=sweep.jobs,
+        unread=tuple(unread),
     )
 
 
@@ -290,7 +298,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     Raises UserError where its method needs teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.asks_teachers and not teachers:
+    if config.uses_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"
@@ -302,6 +310,15 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     baseline = None if config.baseline == "auto" else config.baseline
     given = {"teachers": teachers, "encoders": [], "folds": None, "store": store}
     return without_teachers_text(config.model_copy(update={**given, "baseline": baseline}))
+
+
+def reads_teachers(config: RunConfig) -> bool:
+    """Whether a student's run reads its teachers' files.
+
+    It asks them, takes their tokeniser, or makes copies with the mask token that all of them share.
+    """
+    lent = config.student.path is None and config.student.tokenizer is None
+    return config.taught or lent or config.uses_copies
 
 
 def student_units(

@@ -25,6 +25,7 @@ from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
 from sead_dist.runtime.run_log import is_finished, read_as, tell, tell_table, write_json
+from sead_dist.runtime.surroundings import as_before, quiet_libraries
 from sead_dist.sweep.checks import check_grid, steps_line
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit, make_grid
 from sead_dist.sweep.page import render_page
@@ -47,12 +48,15 @@ POLL_S = 2.0
 WORKER = "sead_dist.cli.sweep_worker"
 
 
+@as_before()
 def run_sweep(words: Sequence[str], world: World) -> None:
     """Do the unfinished runs of the sweep that these words describe, and write its report.
 
-    A failure is written down, and the other runs go on. Raises UserError for mistakes, before any
-    run starts, and RunError at the end where runs have failed.
+    The process is left as it was (`runtime/surroundings.py`). A failure is written down, and the
+    other runs go on. Raises UserError for mistakes, before any run starts, and RunError at the end
+    where runs have failed.
     """
+    quiet_libraries(world)
     unchecked = make_grid(words)
     data: dict[str, TaskData] = {}
 
@@ -61,6 +65,8 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         data.update(found)
         for name, of in found.items():
             tell(steps_line(fixed, name, of))
+        for name in fixed.unread:
+            tell(f"{name}: no method reads a teacher, so no encoder is fine-tuned")
         for line in told_again(fixed):
             tell(line)
         made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
@@ -86,6 +92,7 @@ def run_sweep(words: Sequence[str], world: World) -> None:
 def run_worker(words: Sequence[str], world: World) -> None:
     """The work of a process that `jobs` starts. It does runs, and writes no report: the process
     that started it does."""
+    quiet_libraries(world)
     grid, _ = check_grid(make_grid(words), world)
     stop = StopFlag()
     with stop.listening():

@@ -122,7 +122,7 @@ def test_rm_by_age_and_size(store, said):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing says what to remove; give --teacher, --task, --older-than or --keep"),
+        ([], "no condition for what to remove; give --teacher, --task, --older-than or --keep"),
         (["--teacher", "nobody"], "no teacher 'nobody' is in the store; it holds"),
         (["--task", "gramar"], "did you mean 'grammar'?"),
         (["--older-than", "soon"], "--older-than 'soon' is not a number with a unit of s, m, h"),
@@ -136,7 +136,7 @@ def test_rm_refuses_what_it_does_not_understand(options, message, store, said):
 
 def test_a_folder_that_is_no_store_is_refused(said, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not a prediction store; name the folder of one"):
+    with pytest.raises(UserError, match="is not a prediction store; give the folder that a run"):
         said("ls", "--store", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         said("verify", "--store", tmp_path / "nowhere")

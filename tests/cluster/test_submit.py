@@ -177,7 +177,7 @@ def test_a_folder_that_the_other_node_does_not_see_is_found_at_the_start(task, t
     made = Submitted(tmp_path, task)
     made.words.append(f"store={cluster / 'local' / 'store'}")
     assert made.submit("--wait") == 2
-    line = "node seadtest2 does not see what node seadtest1 wrote there"
+    line = "a file that node seadtest1 wrote there is missing on node seadtest2"
     assert made.log().count(line) == 1
     assert "Traceback" not in made.log()
     with pytest.raises(UserError, match=line):

@@ -222,14 +222,14 @@ def test_a_run_refuses_text_that_nothing_can_use(tiny_data, tmp_path):
     alone = load_config([*words(tiny_data, [], out), text])
     encoder = f"encoders=[{tiny_data / 'student.yaml'}]"
     with pytest.raises(
-        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"
+        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none uses none"
     ):
         distill(untaught, ALONE)
     with pytest.raises(UserError, match=r"none are given; leave unlabeled.path out, or give teach"):
         distill(alone, ALONE)
-    with pytest.raises(UserError, match=r"finetune asks none; leave unlabeled.path out"):
+    with pytest.raises(UserError, match=r"finetune uses none; leave unlabeled.path out"):
         finetune(load_config([*words(tiny_data, [], out), text, encoder]), ALONE)
-    with pytest.raises(UserError, match="asks none"):
+    with pytest.raises(UserError, match="uses none"):
         plan_run(untaught, ALONE, None, None, None, False, None)
     with pytest.raises(UserError, match="none are given"):
         runs_to_submit([*words(tiny_data, [], out), text], None)

@@ -40,6 +40,28 @@ def test_teachers_come_first_and_every_student_needs_those_of_its_task():
     )
 
 
+def test_teachers_are_made_only_for_methods_that_read_them():
+    def made(*words):
+        return [unit.title for unit in grid(*words, "seeds=1", ENCODERS).units][:1]
+
+    own, both = "student.tokenizer=words", "tasks=[cola,rte]"
+    teachers = ["cola teachers teacher-0"]
+    assert made("tasks=[cola]", "methods=[finetune]", own) == ["cola finetune seed-0"]
+    assert made("tasks=[cola]", "methods=[finetune,mean]", own) == teachers
+    # a student of a shape has their tokeniser, and copies have their mask token
+    assert made("tasks=[cola]", "methods=[finetune]") == teachers
+    copies = "augment={copies: 1, gold_labels: true}"
+    assert made("tasks=[cola]", "methods=[finetune]", own, copies) == teachers
+    # for each task
+    here = "per_task={cola: {methods: {mean: null}}}"
+    found = grid(both, "methods=[finetune,mean]", "seeds=1", ENCODERS, own, here)
+    assert found.unread == ("cola",)
+    assert [unit.title for unit in found.units if unit.method == "teachers"] == [
+        *("rte teachers teacher-0", "rte teachers teacher-1")
+    ]
+    assert not of(found, "cola", "finetune")[0].teachers
+
+
 def test_an_arm_may_have_keys_of_its_own_on_one_task_or_be_left_out_there():
     arms = "methods=[finetune,mean,{name: long, method: mean, learning_rate: 3.0e-4, alpha: 0.3}]"
     per_task = (
@@ -192,7 +214,7 @@ def test_a_sweep_is_told_from_a_run():
     ("words", "line"),
     [
         (["tasks=[colla]"], r"unknown task 'colla'; did you mean 'cola'\? known: cola, sst2"),
-        (["methods=[meam]"], r"method=meam is not a method; did you mean 'mean'\? known: "),
+        (["methods=[meam]"], r"method=meam is neither a shipped .*; did you mean 'mean'\? known: "),
         (["methods=[mean,mean]"], "methods names 'mean' twice"),
         (["methods=[report.yaml]"], "methods: 'report' is a folder that the sweep needs"),
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
@@ -207,7 +229,7 @@ def test_a_sweep_is_told_from_a_run():
             ["methods=[finetune]", "unlabeled.path=more.tsv"],
             r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has teachers; leave",
         ),
-        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune asks none"),
+        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune uses none"),
         (["seeds=0"], r"seeds=0 is not a number of seeds .* 1000; give how many \(seeds=5\), or"),
         (["seeds=[]"], r"seeds=\[\] is not a number of seeds"),
         (["seeds=two"], r"seeds=two is not a number of seeds"),
