@@ -80,7 +80,7 @@ class Grid:
     the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
     equal_steps: whether all methods of a task take the same number of steps. methods: the names of
     the arms. reference: one of them, or None. unread: tasks whose encoders are not fine-tuned,
-    because no method reads a teacher. lengthened: (task, method) -> the method's own number of
+    because no method needs a teacher. lengthened: (task, method) -> the method's own number of
     steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
