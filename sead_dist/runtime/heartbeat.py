@@ -112,7 +112,7 @@ class Heartbeat:
         # what the store held last, by key
         self.fetched: dict[str, str] = {}
         # all ranks are there; this rank's heartbeat is over; a sign is due at once
-        self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
+        self.met, self.over, self.send_now = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
         # only the first thread that ends the process prints why
         self.ending = threading.Lock()
@@ -124,7 +124,7 @@ class Heartbeat:
     def at(self, doing: str) -> None:
         """Note what this rank is doing, without counting progress, and send that at once."""
         self.doing = doing
-        self.news.set()
+        self.send_now.set()
 
     def move(self, doing: str) -> None:
         """Count progress that every rank makes in the same order. doing: what begins."""
@@ -324,8 +324,8 @@ class Heartbeat:
         """Send signs to the store and fetch them from it. This is a thread apart from `_watch`,
         because a store whose process is stopped does not return."""
         while not self.over.is_set():
-            self.news.wait(self.beat_s if self.met.is_set() else 0.02)
-            self.news.clear()
+            self.send_now.wait(self.beat_s if self.met.is_set() else 0.02)
+            self.send_now.clear()
             with suppress(RuntimeError, ValueError):  # then nothing is heard
                 self.beat()
                 self.fetch()
@@ -343,7 +343,7 @@ class Heartbeat:
         if not self.threads or self.over.is_set():
             return
         self.over.set()
-        self.news.set()
+        self.send_now.set()
         for thread in self.threads:
             thread.join(2 * self.beat_s)
         if self.store is not None and not self.threads[0].is_alive():
