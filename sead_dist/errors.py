@@ -4,6 +4,7 @@ Every message is one line: what was wrong, the value, what is allowed, what to d
 """
 
 import errno
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,12 @@ def expect(name: str, given: object, kinds: Any, what: str) -> None:
     """Raises UserError where an argument of a call from Python is of none of these types. kinds:
     as for `isinstance`. what: what to give instead."""
     if not isinstance(given, kinds):
-        raise UserError(f"{name} is of type {type(given).__name__}; give {what}")
+        raise UserError(f"{name} is of type {type_of(given)}; give {what}")
+
+
+def type_of(given: object) -> str:
+    """The type of a value and the start of the value, in one line: `int (3)`."""
+    return f"{type(given).__name__} ({' '.join(reprlib.repr(given).split())})"
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:

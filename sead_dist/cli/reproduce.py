@@ -119,7 +119,7 @@ def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: i
     """The configuration of the student's run, with each encoder repeated `teachers` times. Raises
     UserError."""
     if teachers < 1:
-        raise UserError(f"--teachers {teachers}: give at least 1")
+        raise UserError(f"--teachers {teachers} is below 1; give 1 or more")
     config = load_config(base_words(checkpoint, words))
     if config.task != checkpoint.task:
         raise UserError(

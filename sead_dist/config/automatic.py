@@ -80,7 +80,10 @@ def length_line(config: RunConfig, labelled: int, rows: int) -> str:
     steps = run_steps(config, labelled, rows)
     patience = config.early_stopping_patience
     if patience is not None:
-        end = f"; it ends earlier if the selection loss has not fallen for {patience} epochs"
+        epoch = epoch_steps(config, labelled, rows)
+        epochs = patience * patience_steps(epoch) // epoch
+        passes = "an epoch" if epochs == 1 else f"{epochs} epochs"
+        end = f"; it ends earlier if the selection loss has not fallen for {passes}"
         return "at most " + _steps_line(config, labelled, rows, steps) + end
     return _steps_line(config, labelled, rows, steps)
 

@@ -184,10 +184,10 @@ class TrainingKeys(Section):
     all rows, at least 1500 and at most 30000 steps; without teachers three epochs over the labelled
     rows, at least 200 steps"""
     early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """the run ends when the selection loss has not fallen for this many epochs over the labelled
-    rows (epochs of fewer than 20 steps are put together). num_train_epochs or max_steps is then the
-    limit; without both and without teachers the limit is ten epochs. null: no early end, but
-    `finetune` takes 2 where no length is given"""
+    """the run ends when the selection loss has not fallen at this many checks in a row. A check
+    follows each epoch over the labelled rows, or the fewest epochs that make 20 steps.
+    num_train_epochs or max_steps is then the limit; without both and without teachers the limit is
+    ten epochs. null: no early end, but `finetune` takes 2 where no length is given"""
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 32
     """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16

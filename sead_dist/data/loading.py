@@ -27,7 +27,7 @@ from sead_dist.data.text_files import (
     rows_of_text,
     tsv_stream,
 )
-from sead_dist.errors import UserError, expect, reading, reason
+from sead_dist.errors import UserError, expect, reading, reason, type_of
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -339,7 +339,7 @@ def to_table(data: Any, where: str) -> pa.Table:
         line = " ".join(str(error).split())
         raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error
     raise UserError(
-        f"{where} is of type {type(data).__name__}; give a folder, a file, a pandas DataFrame, a "
+        f"{where} is of type {type_of(data)}; give a folder, a file, a pandas DataFrame, a "
         "datasets.Dataset, or a dict of splits of these"
     )
 

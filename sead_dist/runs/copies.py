@@ -33,7 +33,7 @@ def add_copies(
     model: PreTrainedModel,
     say: Callable[[str], None],
 ) -> RunExamples:
-    """The examples with the copies that `augment` asks for. Copies are the last training rows.
+    """The examples with the copies that `augment` sets. Copies are the last training rows.
 
     tokenizer, model: of the student before its first step. Raises UserError for an operation that
     does not fit.

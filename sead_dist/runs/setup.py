@@ -27,12 +27,18 @@ from sead_dist.models.student import start_as_feature_teacher
 from sead_dist.objectives.feature_losses import FeatureLoss, make_feature_loss
 from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.runs.checked_run import CheckedRun, check_run
-from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
-from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
+from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
+from sead_dist.runs.claim import (
+    claim,
+    locked,
+    refuse_other_scoring,
+    remove_student_store,
+    write_student_store,
+)
 from sead_dist.runs.prediction import tell_aside
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import repair_folder, repair_start
-from sead_dist.runs.requests import tell_requests, told_files
+from sead_dist.runs.requests import file_lines, tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, write_json
@@ -130,7 +136,7 @@ def build(
         world.rank,
         world.size,
     )
-    for line in (*uneven(config, world.size), *told_teachers(config, teachers)):
+    for line in (*uneven(config, world.size), *teacher_count_lines(config, teachers)):
         log.say(line)
     be_deterministic(config.deterministic)
     source, feature_teacher, feature_loss = None, None, None
@@ -139,7 +145,9 @@ def build(
         share_splits(source, splits, inputs, world, log)
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
-        feature_teacher, feature_loss = follow(config, world, chosen, model, batches.total_steps)
+        feature_teacher, feature_loss = load_feature_distillation(
+            config, world, chosen, model, batches.total_steps
+        )
         log.say(
             f"feature_loss={feature_loss.method} of {feature_teacher.name}: {feature_loss.variant}"
         )
@@ -196,27 +204,30 @@ def first_lines(
     """
     config, task, examples = checked.config, checked.task, checked.examples
     return [
-        *told_chosen_keys(
+        *chosen_key_lines(
             config, task, examples, lambda: splits.train.tokens, checked.model, world
         ),
         *notes,
-        *told_files(examples, checked.teachers),
+        *file_lines(examples, checked.teachers),
         *cut_lines(examples, splits, config.max_length, checked.inputs.max_length),
         *(f"WARNING: {line}" for line in unread_keys(config)),
     ]
 
 
-def told_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
+def teacher_count_lines(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
     """A line where there are no teachers, or where the default method has a single teacher."""
     if not teachers:
-        return ["no teachers: the student learns from the labels alone"]
+        return ["no teachers: the student learns from the gold labels alone"]
     if config.method == DEFAULT_METHOD and len(teachers) == 1:
-        return [f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`"]
+        return [
+            f"method={DEFAULT_METHOD} is for several teachers; with one teacher it trains the same "
+            "student as method=single"
+        ]
     return []
 
 
 def be_deterministic(asked: bool) -> None:
-    """Set whether torch refuses operations that are not deterministic."""
+    """Set whether torch raises an error for operations that are not deterministic."""
     if asked:
         # deterministic matrix products of CUDA need this; it is read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -243,7 +254,7 @@ def place_teachers(
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """Place every teacher, and open the source that answers from the store or by a forward.
+    """Place every teacher, and open the source of predictions, from the store or by a forward.
 
     `stack` closes it. Raises UserError for a placement that does not fit.
     """
@@ -268,10 +279,10 @@ def place_teachers(
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     pool_client = None
-    from_main(world, lambda: forget_followed(run))
+    from_main(world, lambda: remove_student_store(run))
     if "pool" in placements:
         root = store.layout.root
-        from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
+        from_main(world, lambda: write_student_store(run, root, store_id(store.layout)))
         pool_client = PoolClient(
             store.layout, config.pool.timeout_s, log.say, heartbeat.progress_or_stop
         )
@@ -286,7 +297,7 @@ def place_teachers(
 def share_splits(
     source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World, log: RunLog
 ) -> None:
-    """Share the student's tokens with teachers that are fed alike, and log requests to endpoints.
+    """Share the student's tokens with teachers of the same inputs, and log requests to endpoints.
 
     Raises UserError where an endpoint would get more requests than its max_requests.
     """
@@ -315,7 +326,7 @@ def choose_feature_teacher(
         raise
 
 
-def follow(
+def load_feature_distillation(
     config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
 ) -> tuple[FeatureTeacher, FeatureLoss]:
     """The loaded feature teacher, and the loss over its hidden states and attention.
@@ -351,9 +362,8 @@ def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Seq
     check_placements(teachers, placements)
     if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(
-            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and "
-            "placement=pool is for teachers that are not there; compare them in a run with another "
-            "placement"
+            "teacher_validation=fp32 loads each teacher in the student's processes, and "
+            "placement=pool does not; give teacher_validation=on, or another placement"
         )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":

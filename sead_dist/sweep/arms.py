@@ -53,13 +53,13 @@ def check_keys(where: str, name: str, keys: Mapping[str, Any], equal_steps: bool
         if key in keys:
             raise UserError(
                 f"{where}: the arm {name!r} sets {key}, which is the same for all arms of a sweep; "
-                "give it beside methods"
+                "set it outside methods"
             )
     own = next((key for key in STEP_KEYS if key in keys), None)
     if equal_steps and own is not None:
         raise UserError(
             f"{where}: the arm {name!r} sets {own}, and equal_steps=on gives all arms of a "
-            "task as many steps; give equal_steps=off"
+            "task the same number of steps; give equal_steps=off"
         )
 
 
@@ -104,8 +104,8 @@ def read_arm(given: str | Mapping[str, Any]) -> Arm:
     name = given.get("name", method_name(method))
     if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name) is None:
         raise UserError(
-            f"methods: the arm's name {name!r} cannot be a folder's; give letters, digits, dots "
-            "and hyphens, beginning with a letter or digit"
+            f"methods: the arm's name {name!r} cannot be a folder's name; give letters, digits, "
+            "dots and hyphens, beginning with a letter or digit"
         )
     return Arm(name, method, keys)
 

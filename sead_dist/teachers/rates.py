@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.tokens import TokenTable
-from sead_dist.models.pretrained import SILENT
+from sead_dist.models.pretrained import NO_EFFECT
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.files import cache_place, written_aside
 from sead_dist.runtime.memory import held, peak, reset_peak
@@ -126,7 +126,7 @@ def shape_name(config: PretrainedConfig) -> str:
 
 
 def _key(kind: str, config: PretrainedConfig, machine: Machine, **more: object) -> str:
-    facts = {name: value for name, value in config.to_dict().items() if name not in SILENT}
+    facts = {name: value for name, value in config.to_dict().items() if name not in NO_EFFECT}
     text = json.dumps(facts, sort_keys=True, default=str)
     about = {
         "kind": kind,

@@ -182,13 +182,13 @@ class Checkpointer:
                     if record["format"] != FORMAT:
                         raise UserError(
                             f"{folder} has format {record['format']}, and this version of "
-                            f"sead_dist reads format {FORMAT}; give another output_dir, or go on "
+                            f"sead_dist reads format {FORMAT}; give another output_dir, or resume "
                             "with the version that wrote it"
                         )
                     state: TrainState = read_as(TrainState, folder / "state.json", "state")
                     return folder, state
             if any(self.folder.glob("step-*[0-9]")):
-                self.say("no checkpoint can be used: starting over from step 0")
+                self.say("no checkpoint can be used: the run starts again at step 0")
             return None
 
         return from_main(self.world, find)
@@ -225,7 +225,9 @@ class Checkpointer:
                 raise OSError(f"{self.best_folder(step).name} is missing")
         except pickle.UnpicklingError:
             # code in it is never run (invariant 9)
-            self.say(f"checkpoint {folder.name}: optimizer.pt is not ours; trying an earlier one")
+            self.say(
+                f"checkpoint {folder.name} is skipped: sead_dist did not write its optimizer.pt"
+            )
             return None
         except Exception as error:  # damaged bytes raise whatever their readers raise
             said = reason(error)

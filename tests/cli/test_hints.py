@@ -296,7 +296,7 @@ def test_labels_against_a_model_s_own_names_are_told_and_bad_ones_are_named(data
     turned = ",".join(reversed(task.labels))
     assert class_order("m", own, task, turned) == [1, 0]
     assert caplog.messages == [
-        f"--labels {turned} counts, and m names its classes {', '.join(task.labels)}"
+        f"--labels {turned} is used, although m names its classes {', '.join(task.labels)}"
     ]
 
 

@@ -74,6 +74,17 @@ def test_a_run_that_ends_by_its_loss_takes_ten_epochs_at_most():
     )
 
 
+def test_the_epochs_of_a_patience_are_told_as_they_are_counted():
+    def end(rows, patience):
+        return length_line(config(early_stopping_patience=patience), rows, rows).rpartition("; ")[2]
+
+    said = "it ends earlier if the selection loss has not fallen for "
+    assert end(2250, 2) == f"{said}2 epochs"
+    assert end(2250, 1) == f"{said}an epoch"
+    # epochs of seven steps, of which three count as one
+    assert end(56, 2) == f"{said}6 epochs"
+
+
 def test_the_end_is_decided_after_whole_epochs_of_twenty_steps_at_least():
     assert [patience_steps(epoch) for epoch in (71, 20, 19, 7, 1)] == [71, 20, 38, 21, 20]
 

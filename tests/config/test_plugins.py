@@ -285,7 +285,7 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
     mine.write_text("import sead_dist as sd\nsd.register_loss('a b', None)\n")
     refused(r"mine\.py: 'a b' is not a name of a loss", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('half', None)\n")
-    refused(r"mine\.py: the loss 'half' is of type NoneType; give a function", mine)
+    refused(r"mine\.py: the loss 'half' is of type NoneType \(None\); give a function", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('half', len)\n1 / 0\n")
     refused(r"mine\.py cannot be run: ZeroDivisionError", mine)
     # what it had registered by then is free again

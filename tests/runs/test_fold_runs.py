@@ -90,7 +90,10 @@ def test_a_row_has_one_teacher_whatever_that_one_was_trained_on(tiny_data, teach
     """And the log says so: `single`, `random` and `routed` do not go by folds."""
     given = words(tiny_data, teachers, tmp_path / "run", ensemble="single", max_steps=2)
     log = (distill(load_config(given), ALONE) / "log.txt").read_text()
-    assert "WARNING: ensemble=single has one teacher for a row, and asks it of rows that it" in log
+    assert (
+        "WARNING: ensemble=single has one teacher for a row, and uses it also on rows that it"
+        in log
+    )
     assert "rows have teachers" not in log
 
 
