@@ -152,7 +152,7 @@ def _launcher_store(rank: int, wait_s: float) -> Store:
         )
     except (RuntimeError, ValueError) as error:
         what = "rank 0 has not started" if rank else "rank 0 cannot open the store of the ranks"
-        kind = LostRankError if rank == 1 else RunError  # one of them tells
+        kind = LostRankError if rank == 1 else RunError  # only one of them prints it
         raise kind(
             f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); check that process and "
             "address, then give the same command again"

@@ -312,7 +312,7 @@ def files_hash(paths: Sequence[Path]) -> str:
 def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
     found = []
     for path in paths:
-        with path.open("rb") as file:  # opened: NFS then asks the server
+        with path.open("rb") as file:  # opened: NFS then queries the server
             about = os.fstat(file.fileno())
         facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
         found.append((str(path.resolve()), *facts))

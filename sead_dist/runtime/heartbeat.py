@@ -26,7 +26,7 @@ from sead_dist.runtime.run_log import append_line
 MOST_BEAT_S = 1.0
 # other ranks end so much later: the launcher ends all ranks as soon as one has ended
 LAST_WORDS_S = 1.0
-# the key under which a rank says why the run ends, and what it holds until then
+# the key of the line that says why the run ends, and its value until then
 VERDICT, NONE_YET = "verdict", "none yet"
 # the sign of a rank that has ended in good order
 ENDED = "ended"
@@ -326,7 +326,7 @@ class Heartbeat:
         while not self.over.is_set():
             self.send_now.wait(self.beat_s if self.met.is_set() else 0.02)
             self.send_now.clear()
-            with suppress(RuntimeError, ValueError):  # then nothing is heard
+            with suppress(RuntimeError, ValueError):  # then no sign is fetched
                 self.beat()
                 self.fetch()
 
@@ -339,7 +339,7 @@ class Heartbeat:
                 self.end(line, self.dead(now, self.limits.timeout_s))
 
     def finish(self) -> None:
-        """End in good order, so that no other rank takes this one for dead."""
+        """End in good order, so that this rank does not count as dead."""
         if not self.threads or self.over.is_set():
             return
         self.over.set()
