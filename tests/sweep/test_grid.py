@@ -214,7 +214,10 @@ def test_a_sweep_is_told_from_a_run():
     ("words", "line"),
     [
         (["tasks=[colla]"], r"unknown task 'colla'; did you mean 'cola'\? known: cola, sst2"),
-        (["methods=[meam]"], r"method=meam is neither a shipped .*; did you mean 'mean'\? known: "),
+        (
+            ["methods=[meam]"],
+            r"method=meam is neither a shipped method nor .*; did you mean 'mean'\? known: ",
+        ),
         (["methods=[mean,mean]"], "methods names 'mean' twice"),
         (["methods=[report.yaml]"], "methods: 'report' is a folder that the sweep needs"),
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
