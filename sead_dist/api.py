@@ -253,7 +253,7 @@ def predict(
     settings = predicted_rows.Settings(tell, class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
-        rows = as_rows(spec, texts_or_rows, skip_malformed)
+        rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)
         examples = settings.examples(spec, rows, "given")
         settings.tell_passed_over(world)
         columns = predicted_rows.answer_examples(name, spec, examples, settings, world)
@@ -381,7 +381,7 @@ def call() -> Iterator[World]:
             raise line from error
         finally:
             if world.heartbeat is not None:  # no sign of life is due between two calls
-                world.heartbeat.rest()
+                world.heartbeat.finish()
 
 
 def model_name(model: str | os.PathLike[str]) -> str:

@@ -215,7 +215,10 @@ def divide(examples: ExampleSet, n: int, seed: int) -> tuple[ExampleSet, Example
     units_B = np.arange(len(examples)) if examples.groups_B is None else examples.groups_B
     chosen_B = _choose(examples, units_B, n, seed)
     if not chosen_B.any():
-        raise UserError(f"{n} examples of the {examples.split} split: none fit; ask for more")
+        raise UserError(
+            f"a sample of {n} of the {len(examples)} examples of the {examples.split} split is "
+            "empty, since each group of examples is larger; give a larger number"
+        )
     return subset(examples, chosen_B), subset(examples, ~chosen_B)
 
 
@@ -350,7 +353,7 @@ def fingerprint(examples: ExampleSet) -> str:
     return digest.hexdigest()
 
 
-def answered_by_teachers(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarray) -> ExampleSet:
+def with_teacher_labels(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarray) -> ExampleSet:
     """The same examples with the ensemble's answers as labels: the class of the highest logit or
     probability, or the score. A row where said_BC is NaN has no label."""
     absent_B = np.isnan(said_BC).any(axis=1)

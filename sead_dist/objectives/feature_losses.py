@@ -33,7 +33,7 @@ from sead_dist.models.hidden_states import (
     reading,
     scores,
 )
-from sead_dist.models.hidden_states_check import needs_attention, wanted_by
+from sead_dist.models.hidden_states_check import layers_read_by, needs_attention
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.objectives.losses import LossTerms
 
@@ -298,7 +298,7 @@ def _put_together(
     """seed: the projections (linear maps without bias) are drawn from it. warmup: of head and
     pooler, which no loss reaches before `until` (None: a loss does)."""
     student = find_layer_parts(model, "the student", needs_attention(method))
-    mine = wanted_by(method, student)
+    mine = layers_read_by(method, student)
     followed = [0, *layer_map(len(student.layers), len(feature_teacher.layers))]
     theirs = WantedLayers(
         tuple(followed[layer] for layer in mine.hidden),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import TaskKind
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 
 if TYPE_CHECKING:
     from sead_dist.models.hidden_states import LayerOutputs
@@ -122,6 +122,7 @@ def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False)
     `temperature`. needs_classes: a task whose labels are scores cannot use it. Raises
     UserError where the name is taken.
     """
+    expect("needs_classes", needs_classes, bool, "True or False")
     take_name("loss", name, loss, Callable, "a function of student_BC and soft")
     SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
 

@@ -16,7 +16,7 @@ from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 from sead_dist.objectives.teacher_weights import (
     answers,
     confidence,
@@ -387,6 +387,9 @@ def register_ensemble(
     averaged, not probabilities. needs_classes: a task whose labels are scores cannot use it. Raises
     UserError where the name is taken.
     """
+    flags = {"of_logits": of_logits, "needs_classes": needs_classes, "needs_labels": needs_labels}
+    for flag, given in flags.items():
+        expect(flag, given, bool, "True or False")
     kinds = (Weighting, Callable)
     take_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):

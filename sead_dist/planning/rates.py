@@ -24,7 +24,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
 from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
-from sead_dist.runtime.memory import forget_peak, held
+from sead_dist.runtime.memory import held, reset_peak
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.rates import (
     COST_TOKENS,
@@ -313,7 +313,7 @@ def measure_student(
     """The rate of the student's step on micro-batches of config.micro_batch_size examples, as one
     process takes it: what ranks exchange is not in it. The model is trained on random inputs."""
     model = model.to(device).train()
-    held_before = held(device) if forget_peak(device) else None
+    held_before = held(device) if reset_peak(device) else None
     optimizer = build_optimizer(model, config)
     mixed = config.precision != "fp32"
 

@@ -32,7 +32,7 @@ from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World, check_shared, from_main, on_every_rank
 from sead_dist.store.layout import refuse_foreign, store_folder
 from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
+from sead_dist.teachers.feature_teacher import check_feature_teacher, colocate_candidates
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker, slow_arithmetic
@@ -129,7 +129,7 @@ def read_run(
     if learns:
         size = ranks or world.size
         on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, size))
-        teachers = held_everywhere(config, teachers)
+        teachers = colocate_candidates(config, teachers)
     return CheckedRun(config, task, read, examples, inputs, model, teachers)
 
 

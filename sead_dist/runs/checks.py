@@ -98,7 +98,7 @@ def refuse_untaught(config: RunConfig) -> None:
     # The run of a teacher has method=finetune, and may keep its students' key `ensemble`. So the
     # method's file decides here, not the key.
     by_labels = method.get("ensemble") == NO_ENSEMBLE
-    if not config.teachers and config.asks_teachers and not by_labels:
+    if not config.teachers and config.uses_teachers and not by_labels:
         raise UserError(
             "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
             "method=finetune to train the student on the gold labels alone"

@@ -5,16 +5,16 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from sead_dist.config.automatic import (
+    checkpoint_line,
     epoch_steps,
     final_checkpoint,
     learning_rate,
+    length_line,
     run_steps,
     scoring_steps,
-    told_checkpoint,
-    told_length,
 )
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import TokenTable
@@ -28,7 +28,7 @@ from sead_dist.training.engine import width_of
 def with_chosen_keys(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with the values of max_steps, final_checkpoint and eval_steps filled in."""
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.unlabelled_rows)
+    rows = run_rows(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
     return config.model_copy(
         update={
@@ -52,9 +52,9 @@ def chosen_key_lines(
     tokens: gives the tokens of the training rows. It is called where the time of a step is known.
     """
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.unlabelled_rows)
+    rows = run_rows(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
-    length = told_length(config, labelled, rows)
+    length = length_line(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
     if step_s is not None:
         length += (
@@ -67,7 +67,7 @@ def chosen_key_lines(
     if config.warmup(steps) >= steps:
         warmup = f"warmup_steps={config.warmup_steps:g}"
         rate += f"; WARNING: it is never reached: {warmup}, and the run has {steps} steps"
-    return [length, rate, told_checkpoint(config, examples.rows_to_choose_by, steps)]
+    return [length, rate, checkpoint_line(config, examples.rows_to_choose_by, steps)]
 
 
 def known_step_seconds(
@@ -112,4 +112,4 @@ def early_end_line(state: TrainState, most: int, epoch: int) -> str:
 def steps_of(config: RunConfig, examples: RunExamples) -> int:
     """Optimiser steps of the run."""
     labelled = examples.labelled_rows
-    return run_steps(config, labelled, rows_asked(config, labelled, examples.unlabelled_rows))
+    return run_steps(config, labelled, run_rows(config, labelled, examples.unlabelled_rows))

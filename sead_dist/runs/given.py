@@ -262,16 +262,19 @@ def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet
             f"split={split!r} cannot be scored: task {spec.name!r} has {', '.join(spec.splits)}"
             f"{held}"
         )
-    return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
+    return [build_examples(spec, as_rows(spec, part, "data"), key) for key, part in parts.items()]
 
 
-def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> Rows:
-    """Rows of a file, of a table in memory, or of bare texts. skip_malformed: see `read_rows`."""
+def as_rows(spec: TaskSpec, given: Any, name: str, skip_malformed: bool | None = None) -> Rows:
+    """Rows of a file, of a table in memory, or of bare texts.
+
+    name: the argument that gives them. skip_malformed: see `read_rows`.
+    """
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
         return text_rows(given, spec)
-    return to_rows(given, spec, "what is given")
+    return to_rows(given, spec, name)
 
 
 def kept_file(run: Path, split: str) -> Path:

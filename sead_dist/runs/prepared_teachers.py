@@ -39,7 +39,7 @@ from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import unvalidated_line
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, write_json
-from sead_dist.teachers.teacher import Teacher, told_folds
+from sead_dist.teachers.teacher import Teacher, describe_folds
 from sead_dist.teachers.validation import (
     Validation,
     ask_and_validate,
@@ -134,7 +134,7 @@ def training_row_lines(setup: RunSetup, ensemble: Ensemble) -> list[str]:
         lines = idle_row_lines(ensemble, teachers, train.examples)
     if ensemble.seen_NU is not None:
         labelled = setup.examples.labelled_rows
-        lines.append(told_folds(teachers, ensemble.seen_NU, train, labelled))
+        lines.append(describe_folds(teachers, ensemble.seen_NU, train, labelled))
     elif any(teacher.trained_rows is not None for teacher in teachers):
         lines.append(
             f"WARNING: ensemble={config.ensemble} has one teacher for a row, and uses it also on "

@@ -197,7 +197,7 @@ def idle_row_lines(ensemble: Ensemble, teachers: Sequence[Teacher], train: Examp
 def file_lines(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
     """Lines on the files among the teachers: the rows they answer, and the rows left out."""
     files = [teacher.file for teacher in teachers if teacher.file is not None]
-    lines = [line for file in files for line in file.told]
+    lines = [line for file in files for line in file.lines]
     lines += [f"WARNING: {line}" for file in files for line in file.remarks]
     count = examples.removed.get(REMOVED, 0)
     return lines + ([f"left out: {counted_rows(count, REMOVED)}"] if count else [])

@@ -18,7 +18,7 @@ from sead_dist.data.examples import ExampleSet, metric_names, name_of, score, su
 from sead_dist.data.order import Split
 from sead_dist.data.tasks import TaskSpec, compute_metrics
 from sead_dist.errors import UserError
-from sead_dist.models.resaved import answer, check_saved, one_row
+from sead_dist.models.resaved import check_saved, eval_logits, one_row
 from sead_dist.models.sequence_classifier import save_model
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.feature_losses import without_projections
@@ -189,7 +189,7 @@ def save_student(setup: RunSetup, state: TrainState) -> None:
     from_main(setup.world, lambda: save_model(module, weights, setup.inputs.save, folder))
     row = one_row(setup.splits.train)
     # every rank calls this, since a student that DeepSpeed splits needs all ranks for a forward
-    trained = answer(setup.engine.model, lambda: setup.engine.forward(row, 1))
+    trained = eval_logits(setup.engine.model, lambda: setup.engine.forward(row, 1))
     from_main(
         setup.world,
         lambda: check_saved(

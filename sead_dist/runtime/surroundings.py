@@ -21,7 +21,7 @@ def as_before() -> Iterator[None]:
     """Restore all of this state after the block, even where the block raises. (Signal handlers are
     not a part of it: `StopFlag.listening` restores them.)"""
     with ExitStack() as stack:
-        for part in (_environment, _random_state, _torch_switches, _transformers_words, _loggers):
+        for part in (_environment, _random_state, _torch_switches, _transformers_output, _loggers):
             stack.enter_context(part())
         stack.enter_context(warnings.catch_warnings())
         yield
@@ -71,7 +71,7 @@ def _torch_switches() -> Iterator[None]:
 
 
 @contextmanager
-def _transformers_words() -> Iterator[None]:
+def _transformers_output() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     try:
@@ -104,7 +104,7 @@ def _loggers() -> Iterator[None]:
             one.propagate, one.disabled = propagate, disabled
 
 
-def is_news(record: logging.LogRecord) -> bool:
+def keeps_record(record: logging.LogRecord) -> bool:
     """False for the line that DeepSpeed logs on a CPU as soon as Accelerate imports it."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
@@ -114,6 +114,6 @@ def quiet_libraries(world: World) -> None:
     a line of DeepSpeed, and tqdm's bars on other ranks than 0."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(is_news)
+    logging.getLogger("DeepSpeed").addFilter(keeps_record)
     if not world.is_main:
         os.environ.setdefault("TQDM_DISABLE", "1")

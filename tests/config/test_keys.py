@@ -76,8 +76,8 @@ def test_keys_are_found_by_name_section_old_name_and_text(asked, found):
 
 def test_the_command_prints_them(capsys):
     assert run(capsys, "keys", "alpha_end") == (
-        "alpha_end: null\n    alpha at the last step, changing evenly from step to step; null: alpha "
-        "stays\n"
+        "alpha_end: null\n    alpha at the last step; it changes linearly up to there; null: "
+        "alpha is constant\n"
     )
     assert run(capsys, "keys").count("\n    ") > 50
 
@@ -110,14 +110,14 @@ def test_keys_of_an_entry_of_teachers_are_told_where_a_hint_names_them(tmp_path,
         load_config(["task=sst2", "output_dir=run", "teachers=[{path: a, weight: -1}]"])
     asked = str(wrong.value).rpartition("`sead-dist keys ")[2].removesuffix("`")
     assert asked == "teachers.weight"
-    assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    how much it counts")
+    assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    its weight")
     assert run(capsys, "keys", "encoders").count("\nencoders.") == 2  # path and revision
 
 
 @pytest.mark.parametrize(
     ("asked", "begins"),
     [
-        ("jobs", "# of `sead-dist sweep`, beside those of its runs\njobs: 1\n    runs at once"),
+        ("jobs", "# of `sead-dist sweep`, beside those of its runs\njobs: 1\n    number of runs"),
         ("reference", "# of `sead-dist sweep`, beside those of its runs\nreference: null\n"),
         ("label_column", "# in the YAML file of a task of your own\nlabel_column: label\n    the"),
         ("gpus_per_node", "# of `sead-dist submit`, as options (--gpus-per-node 8) or in"),

@@ -117,13 +117,15 @@ def test_labels_outside_the_set_are_counted_in_several_parts_of_a_long_file(data
     for number in (3, 20, 35):  # of three chunks, of the first five
         lines[number] = lines[number].split("\t")[0] + "\tneutral"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"train row 3: .*outside it are 'neutral' \(3 rows\);"):
+    with pytest.raises(
+        UserError, match=r"train row 3: .*labels outside the set: 'neutral' \(3 rows\);"
+    ):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
     # no gold label in rows of two chunks
     for number in (3, 20, 35):
         lines[number] = lines[number].split("\t")[0] + "\t"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"train row 3: .*\(so it is in 3 rows\)"):
+    with pytest.raises(UserError, match=r"train row 3: .*\(3 rows without one in all\)"):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
 
 

@@ -54,9 +54,7 @@ def test_the_time_is_told_where_the_students_rate_is_known(distil, words, tmp_pa
     run = distil(words(tmp_path / "run", "max_steps=2"))
     for note, line in zip(notes[-3:], said(run)[:3], strict=True):
         assert line.endswith(note)
-    assert (
-        "2 steps (max_steps; num_train_epochs=1 does not count beside it); about " in said(run)[0]
-    )
+    assert "2 steps (max_steps; num_train_epochs=1 is not used); about " in said(run)[0]
     more = ("max_steps=2", "num_train_epochs=null", "warmup_steps=5")
     length, rate, _ = resolve_all(load_config(words(tmp_path / "run", *more)), ALONE)[1][-3:]
     assert "2 steps (max_steps); about" in length

@@ -274,6 +274,6 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
 def test_a_model_that_predict_refuses_is_not_exported(exported, tmp_path):
     run = shutil.copytree(exported, tmp_path / "run")
     edit_json(run / "model" / "config.json", problem_type="multi_label_classification")
-    with pytest.raises(UserError, match="says problem_type=multi_label_classification"):
+    with pytest.raises(UserError, match="has problem_type=multi_label_classification"):
         export_onnx(str(run), False, str(tmp_path / "x"), None, None, None)
     assert not (tmp_path / "x").exists()

@@ -187,8 +187,8 @@ def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path
     distill(load_config(given), ALONE, stop=stop)
     distill(load_config(given), ALONE)
     assert model_bytes(tmp_path / "again") == model_bytes(run)
-    assert "half.parquet answers 2" in log_of(run)
-    assert "it has no answer to train row" in log_of(run)
+    assert "half.parquet has predictions of 2" in log_of(run)
+    assert "the first row without one is train row" in log_of(run)
 
 
 def test_two_ranks_learn_what_one_learns(task, live, tmp_path):
@@ -284,11 +284,11 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
     with pytest.raises(UserError) as caught:
         run_of(task, tmp_path / "own", [entry(own, "calibrate: off")])
     assert str(caught.value) == (
-        f"teacher train gives the gold label alone in all 60 rows that have one: {own} is the file "
-        "of these rows; name the column of its own answers with column, or leave it out"
+        f"teacher train has the gold label as its prediction in all 60 rows that have one: {own} is the file "
+        "of these rows; name the column of its own predictions with column, or leave it out"
     )
     assert not (tmp_path / "own").exists()
-    told = "gives the gold label alone in all"
+    told = "has the gold label as its prediction in all"
     named = run_of(task, tmp_path / "named", [entry(own, "column: label, calibrate: off")])
     assert f"WARNING: teacher train {told} 60 rows" in log_of(named)
     (remark,) = [line for line in read(named / "scores.json")["remarks"] if told in line]
@@ -309,7 +309,7 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
         return found.file.remarks
 
     (line,) = left(rows)
-    assert f"{told} 80 rows that have one: if that is what its file holds" in line
+    assert f"{told} 80 rows that have one: a file of gold labels teaches nothing more" in line
     assert left(rows, wrong=1) == []
     assert left(rows[:9]) == []  # chance
     assert left(rows, confidence=(0.9, 0.8)) == []  # it says more than the label
@@ -406,12 +406,12 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     keys = {"teacher_validation": "on", "selection__fraction": 0.5, "max_steps": 2}
     write([*list(gold)[:20], *selection[:49]])
     run = run_of((data, None), root / "few", [teacher, entry(file, "calibrate: off")], **keys)
-    assert "gpt is not validated: it answers" in log_of(run)
+    assert "gpt is not validated: it has predictions of" in log_of(run)
     assert "Teacher gpt was not validated" in (run / "model" / "README.md").read_text()
     write(selection[:60])
     run = run_of((data, None), root / "more", [teacher, entry(file, "calibrate: off")], **keys)
     assert "validated gpt: accuracy 1.0000" in log_of(run)
-    assert f"on the 60 of {len(selection)} selection rows that it answers" in log_of(run)
+    assert f"on the 60 of {len(selection)} selection rows that it has predictions of" in log_of(run)
     told = "the ensemble is scored on 0 of 20 validation rows"
     assert told in log_of(run)
     assert told in (run / "model" / "README.md").read_text()

@@ -265,7 +265,8 @@ def test_a_run_tells_of_fitted_weights_in_log_record_and_card(distil, words, tmp
     log = (run / "log.txt").read_text()
     told = f"equal weights {second['equal']:.4f}, fitted weights {second['fitted']:.4f}"
     assert log.count(told) == 1
-    assert told in (run / "README.md").read_text()
+    in_card = f"{second['equal']:.4f} with equal weights and {second['fitted']:.4f} with fitted"
+    assert in_card in (run / "README.md").read_text()
     fitted = distil(words(tmp_path / "fitted", *half, "method=null", "ensemble=fitted"))
     assert read(fitted / "learnable.json")["second"] is None
     assert "equal weights" not in (fitted / "log.txt").read_text()

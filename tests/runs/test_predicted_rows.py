@@ -45,7 +45,7 @@ def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, 
         predict_file(str(finished), file, None, output, None)
     predict_file(str(finished), file, None, output, None, skip_malformed=True)
     assert [row["id"] for row in lines_of(output)] == ["1", "4"]
-    assert "passed over 2 malformed lines: 3, 4" in caplog.text
+    assert "skipped 2 malformed lines: 3, 4" in caplog.text
 
 
 def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(finished, tmp_path):

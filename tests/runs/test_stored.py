@@ -88,6 +88,6 @@ def test_what_is_not_one_teachers_is_refused_in_one_line(store, tmp_path):
         sd.UserError, match="2 teachers in the store have the name 'teacher-2'; give"
     ):
         kept.predictions("teacher-2", TEXTS, task=TASK)
-    with pytest.raises(sd.UserError, match="does not exist; name the folder of a prediction store"):
+    with pytest.raises(sd.UserError, match="does not exist; give the folder of a prediction store"):
         sd.PredictionStore(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

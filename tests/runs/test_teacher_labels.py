@@ -40,7 +40,10 @@ def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(tiny_task,
     entry = f"{{predictions: {answers}}}"
     run = distill(given(tiny_task, tmp_path / "run", [entry], **text), ALONE)
     log = (run / "log.txt").read_text()
-    assert "answers 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows" in log
+    assert (
+        "has predictions of 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows"
+        in log
+    )
 
 
 def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(tiny_task, tmp_path):
@@ -142,5 +145,5 @@ def test_from_a_csv_of_answers_to_a_student_as_the_page_says(tiny_task, tmp_path
         result = cli(*given_words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "6 answers withheld ('unsure')" in log
+    assert "6 rows without an answer ('unsure')" in log
     assert model_bytes(tmp_path / "out")

@@ -369,5 +369,5 @@ def test_text_can_be_given_from_python(task, tmp_path):
 def test_symmetric_is_of_tasks_with_two_texts(tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text('name: own\ntext_a: "{a}"\nlabels: [x, y]\nsymmetric: true\n')
-    with pytest.raises(UserError, match="symmetric is of tasks with two texts"):
+    with pytest.raises(UserError, match="symmetric is for tasks with two texts"):
         grammar_task(tmp_path)

@@ -104,7 +104,7 @@ def test_every_figure_is_agreement_with_the_ensemble(done):
     assert read(done / "run_summary.json")["best_metric"] is not None
     assert set(records(done, "eval")[0]["metrics"]) == {"agreement"}
     card = (done / "model" / "README.md").read_text()
-    assert "agreement with the teachers, there are no gold labels" in card
+    assert "agreement with the teachers, because there are no gold labels" in card
     assert "No teacher was validated or calibrated" in card
     assert "its figures are agreement with the teachers" in card
     for page in (card, log_of(done), (done / "scores.json").read_text()):
@@ -277,7 +277,7 @@ REFUSED = {
         "ensemble": "single"
     },
     "feature_loss without teacher=NAME needs gold labels": {"feature_loss": "distilbert"},
-    "no column 'label'.*from teachers alone": {"method": "finetune"},
+    "no column 'label'.*only a run with teachers": {"method": "finetune"},
 }
 
 
@@ -309,7 +309,7 @@ def test_finetune_some_labels_and_a_sweep_are_refused(task, cli, tmp_path):
     shutil.copy(task[0].parent / "gold" / "validation.tsv", data)
     (data / "train.tsv").write_text((task[0] / "train.tsv").read_text())
     some = [f"data.path={data}", *teachers, "methods=[mean,finetune]"]
-    with pytest.raises(UserError, match="no gold labels, and finetune asks no teacher"):
+    with pytest.raises(UserError, match="no gold labels, and finetune has no teachers"):
         run_sweep(sweep_words(task[0], tmp_path / "sweep", *some), ALONE)
 
 

@@ -14,7 +14,7 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import model_bytes, read, run_distill, save_teacher, words
 
-from sead_dist.cli.submit import forget_refused
+from sead_dist.cli.submit import remove_expectations
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import read_student_store, try_lock, write_student_store
@@ -217,10 +217,10 @@ def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_i
     now = [*given, f"teachers=[{teachers[0]},{replaced},{teachers[2]}]"]
     with try_lock(run / ".lock") as taken:
         assert taken
-        forget_refused(run)  # a student is there: it counts
+        remove_expectations(run)  # a student is there: it counts
     with pytest.raises(UserError, match="expects"):
         teach(load_config(now), "1/1", alone())
-    forget_refused(run)
+    remove_expectations(run)
     teach(load_config(now), "1/1", alone())
     assert rows_of(run, 1, 1) == PAIRS
 
@@ -265,7 +265,7 @@ def test_word_of_an_earlier_student_is_forgotten_with_the_next(task, tmp_path):
     given, run = given_words(task, tmp_path, placement="colocated"), tmp_path / "run"
     distill(load_config([*given, "max_steps=2"]), alone())
     write_student_store(run, tmp_path / "full", "id of the full one")
-    forget_refused(run)
+    remove_expectations(run)
     assert read_student_store(run) is None
     # and with a student that follows none
     shutil.rmtree(run)
