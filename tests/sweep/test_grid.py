@@ -230,7 +230,7 @@ def test_a_sweep_is_told_from_a_run():
         (["equal_steps=maybe"], "equal_steps='maybe'"),
         (
             ["methods=[finetune]", "unlabeled.path=more.tsv"],
-            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has teachers; leave",
+            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has any; leave",
         ),
         (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune uses none"),
         (["seeds=0"], r"seeds=0 is not a number of seeds .* 1000; give how many \(seeds=5\), or"),
