@@ -38,7 +38,7 @@ from sead_dist.runs.requests import seen_examples, told_idle
 from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import told_unvalidated
 from sead_dist.runtime.distributed import from_main
-from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.runtime.run_log import read_as, tell, write_json
 from sead_dist.teachers.teacher import Teacher, told_folds
 from sead_dist.teachers.validation import (
     Validation,
@@ -73,7 +73,7 @@ def validated(setup: RunSetup) -> Validated:
             replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
         ]
     for validation, teacher in zip(validations, teachers, strict=True):
-        setup.log.say(describe(validation, teacher, len(selection)))
+        tell(describe(validation, teacher, len(selection)))
     if setup.world.is_main:
         record = [asdict(validation) for validation in validations]
         write_json(Path(config.output_dir) / "teacher_validation.json", record)
@@ -93,11 +93,11 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
     validations, logits_NBC = found or validated(setup)
     selection = setup.splits.selection
     if not selection.examples.has_gold:
-        setup.log.say(told_unvalidated(config, setup.examples.labelled_rows))
+        tell(told_unvalidated(config, setup.examples.labelled_rows))
     ensemble = weigh(config, task, teachers, validations, logits_NBC, setup.splits)
     names = [teacher.name for teacher in teachers]
     for line in told_twins(teachers):
-        setup.log.say(line)
+        tell(line)
     weights, calibration = from_main(
         setup.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
     )
@@ -107,9 +107,9 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
         calibration_N=None if calibration is None else torch.tensor(calibration),
     )
     for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
-        setup.log.say(line)
+        tell(line)
     for line in (*told_weights(ensemble, names), *told_asked(setup, ensemble)):
-        setup.log.say(line)
+        tell(line)
     if logits_NBC is not None:
         say_learnable(setup, validations, logits_NBC, ensemble)
     return ensemble
@@ -204,7 +204,7 @@ def say_learnable(
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     scored = [validation for validation in validations if validation.score is not None]
     if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
-        setup.log.say("whether there is anything to learn cannot be told from the selection split")
+        tell("whether there is anything to learn cannot be told from the selection split")
         return
 
     def find() -> Learnable:
@@ -231,9 +231,9 @@ def say_learnable(
     line = told(found)
     if ensemble.weighting.fewest_rows:
         line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
-    setup.log.say(line)
+    tell(line)
     if found.second is not None:
-        setup.log.say(told_second(found.second, found.metric))
+        tell(told_second(found.second, found.metric))
     if setup.world.is_main:
         write_json(Path(setup.config.output_dir) / FILE, asdict(found))
 

@@ -7,7 +7,7 @@ Shapes: N teachers, B training rows, U unique examples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runtime.console import counted, counted_rows
+from sead_dist.runtime.run_log import tell
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, seen_by
@@ -28,9 +29,7 @@ from sead_dist.teachers.validation import FEWEST_ROWS, is_scored
 REMOVED = "unlabelled rows that no file of predictions answers"
 
 
-def tell_requests(
-    source: StoredSource, splits: Iterable[Split], say: Callable[[str], None]
-) -> None:
+def tell_requests(source: StoredSource, splits: Iterable[Split]) -> None:
     """Log one line for each endpoint that this process asks: the most requests that it gets.
 
     Rows that are in the store are not counted. Raises UserError where an endpoint would get more
@@ -59,7 +58,7 @@ def tell_requests(
                 f"teacher {teacher.name}: this run would send {said}, and max_requests is {most}; "
                 "raise it, or give fewer rows (data.max_train_examples, augment.copies=null)"
             )
-        say(f"teacher {teacher.name}: {said}")
+        tell(f"teacher {teacher.name}: {said}")
 
 
 def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:

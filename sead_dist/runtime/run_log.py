@@ -265,11 +265,6 @@ class RunLog:
         append_line(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
         self._print(line)
 
-    def say(self, line: str) -> None:
-        """As `tell` in this open run, whichever run is open."""
-        if self.is_main:
-            self.write_line(line)
-
     @contextmanager
     def progress(
         self, description: str, total: int, done: int = 0

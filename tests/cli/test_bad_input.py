@@ -595,7 +595,7 @@ def test_runs_of_different_sample_sizes_never_select_on_each_others_training_row
     texts = {}
     for most in (60, 200, "null"):
         config = load_config(words("unused", f"data.max_train_examples={most}"))
-        found = load_examples(config, task, print)
+        found = load_examples(config, task)
         texts[most] = (set(found.train.texts_a), set(found.selection.texts_a))
         if most != "null":
             assert found.labelled_rows + len(found.selection) == most

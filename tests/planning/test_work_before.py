@@ -49,7 +49,7 @@ def folded(two_alike, tmp_path_factory):
     root = tmp_path_factory.mktemp("folded")
     first = shutil.copytree(teachers[0], root / "a")
     given = load_config(words(data, teachers, root / "run"))
-    train = load_examples(given, load_task(given.task), lambda _line: None).train
+    train = load_examples(given, load_task(given.task)).train
     save_file({"ids_U2": entries(train.ids_B2)[0][:30]}, first / TRAINED_ROWS)
     return data, [first, teachers[1]]
 

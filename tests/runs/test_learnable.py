@@ -125,6 +125,11 @@ def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch
     run = distil(given)
     log = (run / "log.txt").read_text()
     assert f"first a fine-tuned student to compare with: 4 steps without teachers, in {run}" in log
+    # the baseline has a log of its own
+    assert "no teachers: the student learns from the labels alone" not in log
+    told = (run / "baseline" / "log.txt").read_text()
+    assert "no teachers: the student learns from the labels alone" in told
+    assert "first a fine-tuned student" not in told
     own = read(run / "baseline" / "run_summary.json")
     assert (own["steps"], own["finished"], own["teacher_forwards"]) == (4, True, 0)
     # it is the run of method=finetune, and the student is the one of a run without it

@@ -65,7 +65,7 @@ def pool(tmp_path):
 
     def worker(number: int, workers: int, check=lambda: True) -> Worker:
         source = make_source(teachers, tmp_path / "store", tmp_path / f"{number}", ALONE)
-        return Worker(source, Leases(source.store.layout, 60.0), number, workers, check, print)
+        return Worker(source, Leases(source.store.layout, 60.0), number, workers, check)
 
     return worker
 
