@@ -128,7 +128,7 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     assert hand.source.journal.rows() == 2 * ROWS
 
 
-def test_a_worker_says_from_whom_it_takes_an_item_over(pool, capsys):
+def test_a_worker_says_from_whom_it_takes_an_item_over(pool, told):
     hand = pool(1, 1)
     hand.leases.broken_s = 0.0
     items = items_of_split(small_split(21), TEACHERS, ROWS)
@@ -136,7 +136,7 @@ def test_a_worker_says_from_whom_it_takes_an_item_over(pool, capsys):
     dead.write_text("000000000007 elsewhere 4711 0123\n")
     assert hand.fill(items)
     assert hand.rows == 3 * 21
-    said = [line for line in capsys.readouterr().out.splitlines() if "taken over" in line]
+    said = [line for line in told if "taken over" in line]
     place = f"{hand.source.teachers[items[1].teacher].name}, {items[1].what}"
     assert said == [f"{place}: taken over from process 4711 on elsewhere, silent for 0 s"]
 
