@@ -395,7 +395,9 @@ def test_an_output_folder_of_other_things(words, distil, tmp_path):
 def test_the_same_words_again_do_nothing(finished, words, distil, capsys):
     before = contents(finished)
     distil(words(finished, "num_train_epochs=6"))
-    assert "finished: nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "finished: nothing to do" in said
+    assert "dev texts occur in" not in said  # the data are read and not told of
     assert contents(finished) == before
 
 

@@ -121,6 +121,7 @@ def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(two_alike
     said = capsys.readouterr().out
     assert "1 rank: at most 648 examples in 84 steps" in said
     assert "<= " in said
+    assert "dev texts occur in" not in said  # the lines of the run itself
     assert "at most: early_stopping_patience=1 may end the run from step 42 on, which" in said
     assert (found["least_steps"], found["steps"]) == (42, 84)
     assert read(distill(run, ALONE) / "run_summary.json")["steps"] == found["least_steps"]
