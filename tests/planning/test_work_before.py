@@ -111,7 +111,9 @@ def test_a_repair_is_counted_until_its_start_is_kept(two_alike, tmp_path, capsys
     assert colocated(run, tmp_path)["before_s"] == {}
 
 
-def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(two_alike, tmp_path, capsys):
+def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(
+    two_alike, tmp_path, capsys, shown
+):
     # a loss that never falls: the least steps are those that the run takes
     run = run_of(
         two_alike, tmp_path, num_train_epochs=12, early_stopping_patience=1, learning_rate=1e-12,
