@@ -1,10 +1,10 @@
 # The package lives in .venv; PIP_* variables of the environment are honoured, and so is PYTHON.
 PYTHON ?= python3
 VENV := .venv
-# One thread per process: ranks and test workers already take a core each. Nothing asks the hub.
+# One thread per process: ranks and test workers already take a core each. The hub is not used.
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
-# Tests of one file share what they made, so a file stays with one worker. The files come in the
+# Tests of one file share what they made, so one worker runs all tests of a file. The files have the
 # order that tests/conftest.py gives them.
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
@@ -13,8 +13,8 @@ SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 	screenshot check clean
 .DEFAULT_GOAL := help
 
-help: ## say what the targets do
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 setup: $(VENV)/installed ## make .venv and install the package with the tested versions
 
@@ -23,7 +23,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup ## teachers, ensemble and student on the built-in task, two processes, offline
+demo: setup ## fine-tune teachers and distil them on the built-in task, two processes, offline
 	$(OFFLINE) $(VENV)/bin/python -m torch.distributed.run --standalone --nproc_per_node 2 \
 		-m sead_dist demo
 
@@ -31,11 +31,11 @@ test: setup ## all tests but the slow ones and those that need a cluster or a br
 	$(PYTEST) $(SHARED) -m 'not slow and not slurm and not browser'
 
 # a benchmark alone needs it, so it is kept out of the environment itself
-peers: setup ## what a benchmark compares with, beside the environment; test-slow finds it there
+peers: setup ## install TextBrewer, which a benchmark compares with, for test-slow
 	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade -c constraints.txt \
 		--target $(VENV)/peers textbrewer
 
-test-slow: setup ## the slow tests, with the smoke of every benchmark
+test-slow: setup ## the slow tests, with a smoke test of every benchmark
 	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) $(SHARED) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
 test-slurm: setup ## the tests that need a cluster; tests/cluster/start.sh says how to get one
@@ -50,7 +50,7 @@ test-quantize: setup ## the tests of 8-bit weights, with torchao beside the envi
 test-browser: setup ## the tests of a sweep's page in chromium (Debian: apt-get install chromium)
 	$(PYTEST) -m browser tests/sweep/test_page.py
 
-screenshot: setup ## REPORT=report.html PICTURE=report.png: the whole page as chromium shows it
+screenshot: setup ## write a picture of a page: REPORT=report.html PICTURE=report.png
 	$(VENV)/bin/python tests/browser.py $(REPORT) $(PICTURE)
 
 check: setup ## lint, formatting, types and the levels of imports

@@ -1,11 +1,12 @@
-"""A finished sweep's methods against one of them, by the sweep's own test: what each element of a
-method is worth.
+"""The methods of a finished sweep against one of them, by the sweep's own test. It shows what each
+element of a method is worth.
 
     python benchmarks/ablation.py REFERENCE CONFIG|KEY=VALUE ...
     python benchmarks/ablation.py --smoke       # makes a sweep of a few steps and compares in it
 
-takes what the sweep was given, and prints, for each method of the sweep, its mean minus that of
-REFERENCE on every task and on all tasks together (tasks count alike), with the 95% interval and p.
+The words are those of the sweep's command. For each method of the sweep it prints the method's mean
+minus that of REFERENCE on every task and on all tasks together (tasks have equal weights), with the
+95% interval and p.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from result_file import smoke_argument, table
 from sead_dist.cli.exits import attempt
 from sead_dist.data.significance import Difference, mean_difference, units_of
 from sead_dist.errors import UserError
-from sead_dist.sweep.checks import settle
+from sead_dist.sweep.checks import prepare_grid
 from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.results import read_runs, versus
 from sead_dist.sweep.run import run_sweep
 
 
-def told(of: Difference) -> list[object]:
+def difference_cells(of: Difference) -> list[object]:
     low, high = of.interval
     return [f"{of.value:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{of.p:.3f}"]
 
@@ -69,11 +70,11 @@ def main() -> None:
 
 def compare(reference: str, words: list[str]) -> str:
     """The table of every method minus the reference."""
-    asked = make_grid(words)
-    grid, read = settle(asked, filter(asked.students, asked.tasks))
+    unchecked = make_grid(words)
+    grid, read = prepare_grid(unchecked, filter(unchecked.students, unchecked.tasks))
     if reference not in grid.methods:
         raise UserError(
-            f"REFERENCE {reference} is no method of this sweep; give one of "
+            f"REFERENCE {reference} is not a method of this sweep; give one of "
             f"{', '.join(grid.methods)}"
         )
     rows: list[list[object]] = []
@@ -85,9 +86,9 @@ def compare(reference: str, words: list[str]) -> str:
             difference = versus(runs[method], runs[reference], units)
             if method != reference and difference is not None:
                 found.setdefault(method, []).append(difference)
-                rows.append([method, task, len(runs[method].scores), *told(difference)])
+                rows.append([method, task, len(runs[method].scores), *difference_cells(difference)])
     for method, over in found.items():
-        rows.append([method, f"mean of {len(over)}", "", *told(mean_difference(over))])
+        rows.append([method, f"mean of {len(over)}", "", *difference_cells(mean_difference(over))])
     columns = ["method", "task", "seeds", f"minus {reference}", "95% interval", "p"]
     return table(columns, sorted(rows, key=lambda row: grid.methods.index(str(row[0]))))
 

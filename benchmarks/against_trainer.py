@@ -1,13 +1,13 @@
 """Fine-tuning by this package against Transformers' Trainer, with the same settings.
 
-Both start from one folder and train on the training rows of a run of ours. The same are: global
-batch, epochs, learning rate, linear schedule, warm-up, weight decay, clipping, maximum length, the
-model's own dropout, and for a seed the head that the start lacks. Order of rows and dropout are
-each one's own. Ours is `distill` with method=finetune and
-final_checkpoint=last; its micro-batches are as a run has them, Trainer's are whole. The final
-weights of both are scored on the official dev split by
-Trainer's `predict`; "scored apart" is the most that the package's own score of the same weights
-differs from that. Seconds are those of the training loop. Systems take turns, in one process.
+Both start from one folder and train on the training rows of a run of ours. Both have the same
+global batch, epochs, learning rate, linear schedule, warm-up, weight decay, clipping, maximum
+length, dropout rates of the model, and for a seed the head that the start lacks. Each has its own
+order of rows and its own dropout. Ours is `distill` with method=finetune and final_checkpoint=last.
+Ours cuts a global batch into micro-batches, Trainer does not. Trainer's `predict` scores the final
+weights of both on the official dev split. "scored apart" is the largest difference of the package's
+own score of the same weights from that. Seconds are those of the training loop. The systems run in
+turns, in one process.
 
 Shapes: B rows, C classes.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from inputs import alone, laid_out, minilm, random_classifier
 from result_file import common_arguments, set_threads, spread, table, write_result
+from sead_dist.cli.output import lines_shown
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,7 +34,6 @@ from transformers import (
     set_seed,
 )
 
-from sead_dist.cli.output import lines_shown
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet

@@ -34,7 +34,7 @@ RENAMED = {
 }
 # names that differ from run to run
 PASSING = re.compile(r"(^|/)(\.[^/]+|events\.out[^/]*|[^/]*\.lock)(/|$)")
-# of scores.json and the like: what a clock said
+# keys of scores.json and the like whose values are times
 CLOCK = re.compile(r"(^|_)(s|ms|seconds|second|time|runtime|date|bytes)$")
 PYTHON = (sys.executable, "-m", "sead_dist")
 RANKS = (*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc_per_node")
@@ -232,7 +232,7 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 
 def scores(value: Any) -> Any:
-    """Without what a clock said."""
+    """The value without times."""
     if isinstance(value, dict):
         return {key: scores(inner) for key, inner in value.items() if not CLOCK.search(key)}
     return [scores(inner) for inner in value] if isinstance(value, list) else value

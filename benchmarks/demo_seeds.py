@@ -1,4 +1,4 @@
-"""The demo over ten seeds of the built-in task: is there something real to gain from teachers?
+"""The demo over ten seeds of the built-in task: how much the student gains from its teachers.
 
     python benchmarks/demo_seeds.py --work DIR [--seeds 10]
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from inputs import alone
-from result_file import smoke_argument
+from result_file import smoke_argument, write_page
 
 from sead_dist.cli import demo
 
@@ -76,15 +76,13 @@ def main() -> None:
     if args.smoke:
         print(text)
     else:
-        RESULT.write_text(text, encoding="utf-8")
+        write_page(RESULT, "The demo over ten seeds", text)
 
 
 def page(rows: list[list[float]]) -> str:
     ensemble_wins = sum(row[0] > row[1] for row in rows)
     distilled_wins = sum(row[2] > row[1] for row in rows)
     lines = [
-        "# The demo over ten seeds",
-        "",
         "Dev accuracy on the built-in task; students are means of three seeds each. Each line is",
         "one `sead-dist demo --seed N` in two processes of one thread, as `make demo` runs it.",
         "Command: `python benchmarks/demo_seeds.py --work DIR`.",
@@ -99,9 +97,8 @@ def page(rows: list[list[float]]) -> str:
         + " | ".join(f"{statistics.mean(row[i] for row in rows):.3f}" for i in range(3))
         + f" | {statistics.mean(row[3] for row in rows):.0f} |",
         "",
-        f"The ensemble beats the student alone in {ensemble_wins} of {len(rows)} seeds, the",
-        f"distilled student beats it in {distilled_wins} of {len(rows)}.",
-        "",
+        f"The ensemble is better than the student alone in {ensemble_wins} of {len(rows)} seeds.",
+        f"The distilled student is better than it in {distilled_wins} of {len(rows)}.",
     ]
     return "\n".join(lines)
 

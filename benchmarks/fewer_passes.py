@@ -1,13 +1,14 @@
-"""What a teacher's forward pass would gain from being done otherwise, on this machine's CPU.
+"""The speed of other ways to a teacher's forward pass, on this machine's CPU.
 
-Against fp32 teachers called one after the other, and against the fastest way that the package has
-(`teacher_precision=bf16`), the ways that it has not: one stacked forward for all teachers of a
+They are compared with fp32 teachers called one after the other, and with the fastest way that the
+package has (`teacher_precision=bf16`). The other ways are one stacked forward for all teachers of a
 shape (`torch.func.stack_module_state` and `vmap`), each teacher compiled (`torch.compile`; every
 padded length is a graph of its own, and the first turn's seconds are those of compiling), and
 linear layers in dynamic int8: with a scale for each token (torchao, and by hand on the same matrix
-product) or one for the whole batch (torch.ao). The last can never be built in: a row's answer
-would depend on the rows beside it. A way is built where it gains 1.2 times on all that is there;
-largest differences of logits from fp32 are shown, since other bits need a numerics class.
+product) or one for the whole batch (torch.ao). The package cannot have the last one: the prediction
+of a row would depend on the other rows of its batch. The package gets a way that is 1.2 times as
+fast as every way that it has. The largest differences of logits from fp32 are shown too, since
+other bits need a numerics class of their own.
 """
 
 import copy
@@ -125,8 +126,8 @@ WAYS: dict[str, Callable[[list[PreTrainedModel]], Pass]] = {
     "stacked": stacked,
     "stacked, eager attention": stacked_eager,
     "compiled": compiled,
-    "bf16 (there)": in_bf16,
-    "int8 weights (there)": int8_weights,
+    "bf16 (in the package)": in_bf16,
+    "int8 weights (in the package)": int8_weights,
     "int8, a scale for each token: torchao": int8_of_tokens,
     "int8, a scale for each token: by hand": int8_by_hand,
     "int8, a scale for the batch: torch.ao": int8_of_batch,

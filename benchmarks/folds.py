@@ -2,11 +2,11 @@
 
 Fine-tunes three teachers from the extra's pretrained encoder on rows of SST-2, with folds and
 without, and compares the means of their probabilities on the official dev set, paired by row. Then
-turns a share of the training labels round, fine-tunes three teachers with folds on those, and asks
-`sead-dist labels --errors` for the labels that look wrong: how many of those that were turned it
-lists. All by the command line. Writes docs/results/folds.md with the commands. A run that was cut
-short goes on where it stopped when the same --work is given. `--smoke` goes the same way on tiny
-rows with a tiny encoder in its own process, writing no page.
+it swaps a share of the training labels, fine-tunes three teachers with folds on these rows, and
+counts how many of the swapped labels `sead-dist labels --errors` lists. All steps are commands.
+Writes docs/results/folds.md with the commands. With the same --work, a run that was cut off
+continues. `--smoke` does the same on tiny rows with a tiny encoder, in its own process, and writes
+no page.
 
 Shapes: N teachers, B dev rows, C classes.
 """
@@ -25,12 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 from inputs import data_folder, minilm, random_classifier
-from result_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table, write_page
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "folds.md"
+TITLE = "SST-2: teachers with folds, and labels that look wrong"
 TEACHERS = 3
 
 
@@ -41,15 +42,15 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     ways = {
         "all": ("clean", []),
         "folds": ("clean", ["folds=3"]),
-        "turned": ("turned", ["folds=3"]),
+        "swapped": ("swapped", ["folds=3"]),
     }
     lines = []
     for way, (rows, folds) in ways.items():
         common = ["sst2", f"data.path=DATA/{rows}", "max_length=64"]
         output = f"output_dir=RUNS/{way}"
         lines.append(["finetune", *common, encoders, *length, *folds, output])
-    common = ["sst2", "data.path=DATA/turned", "max_length=64", "unlabeled.rest=false"]
-    asked = ["teachers=RUNS/turned/teacher-*", "teacher_validation=off", "output_dir=RUNS/asked"]
+    common = ["sst2", "data.path=DATA/swapped", "max_length=64", "unlabeled.rest=false"]
+    asked = ["teachers=RUNS/swapped/teacher-*", "teacher_validation=off", "output_dir=RUNS/asked"]
     lines.append(["labels", *common, *asked, "--errors", "RUNS/errors.tsv"])
     return lines
 
@@ -66,19 +67,19 @@ def run(line: Sequence[str], folders: dict[str, str], smoke: bool) -> None:
 
 
 def lay_out(data: Path, args: argparse.Namespace) -> set[int]:
-    """Write the rows, and beside them the same rows with a share of the labels turned round; their
-    numbers, from 1."""
+    """Write the rows, and in a second file the same rows with a share of the labels swapped.
+    Returns the numbers of the swapped rows, from 1."""
     clean = data_folder(data / "clean", args.rows, args.smoke)
     header, *lines = (clean / "train.tsv").read_text("utf-8").rstrip("\n").split("\n")
     chosen = random.Random(0).sample(range(len(lines)), round(args.share * len(lines)))
     for at in chosen:
         text, label = lines[at].rsplit("\t", 1)
         lines[at] = f"{text}\t{1 - int(label)}"
-    turned = data / "turned"
-    turned.mkdir(parents=True, exist_ok=True)
-    (turned / "train.tsv").write_text("\n".join([header, *lines]) + "\n", "utf-8")
+    swapped = data / "swapped"
+    swapped.mkdir(parents=True, exist_ok=True)
+    (swapped / "train.tsv").write_text("\n".join([header, *lines]) + "\n", "utf-8")
     dev = (clean / "validation.tsv").read_bytes()
-    (turned / "validation.tsv").write_bytes(dev)
+    (swapped / "validation.tsv").write_bytes(dev)
     return {at + 1 for at in chosen}
 
 
@@ -90,7 +91,7 @@ def dev_answers(runs: Path, way: str) -> tuple[np.ndarray, np.ndarray]:
     return logits_NBC, tables[0]["label"].to_numpy()
 
 
-def page(args: argparse.Namespace, runs: Path, turned: set[int], lines: list[list[str]]) -> str:
+def page(args: argparse.Namespace, runs: Path, swapped: set[int], lines: list[list[str]]) -> str:
     shown = "\n".join(shlex.join(["sead-dist", *line]) for line in lines)
     right, scores = {}, []
     for way, said in (("all", "all rows"), ("folds", "two thirds each, by folds")):
@@ -102,10 +103,9 @@ def page(args: argparse.Namespace, runs: Path, turned: set[int], lines: list[lis
     more_B = 100 * (right["folds"] - right["all"])
     reach = 1.96 * float(more_B.std(ddof=1)) / len(more_B) ** 0.5
     listed = pd.read_csv(runs / "errors.tsv", sep="\t")["row"].tolist()
-    found = [row in turned for row in listed]
+    found = [row in swapped for row in listed]
     return "\n\n".join(
         [
-            "# SST-2: teachers with folds, and labels that look wrong",
             f"{args.rows} training rows, a tenth of them held out to select by; accuracy on the "
             "official dev set of 872 rows, scored once. One set of teachers each.",
             "## Three teachers",
@@ -113,15 +113,15 @@ def page(args: argparse.Namespace, runs: Path, turned: set[int], lines: list[lis
             f"With folds the ensemble has {more_B.mean():+.1f} points (95% interval over the rows "
             f"{more_B.mean() - reach:+.1f} to {more_B.mean() + reach:+.1f}).",
             "## Labels that look wrong",
-            f"The labels of {len(turned)} training rows were turned round, and three teachers with "
-            "folds were trained on the result.",
+            f"The labels of {len(swapped)} training rows were swapped, and three teachers with "
+            "folds were trained on these rows.",
             table(
-                ["rows", "number", "of them turned"],
+                ["rows", "number", "swapped"],
                 [
-                    [f"the first {len(turned)} of the list", min(len(turned), len(listed)),
-                     sum(found[: len(turned)])],
+                    [f"the first {len(swapped)} of the list", min(len(swapped), len(listed)),
+                     sum(found[: len(swapped)])],
                     ["the whole list", len(listed), sum(found)],
-                    ["all", args.rows, len(turned)],
+                    ["all", args.rows, len(swapped)],
                 ],
             ),
             "## Commands",
@@ -136,8 +136,10 @@ def page(args: argparse.Namespace, runs: Path, turned: set[int], lines: list[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2000, help="of SST-2")
-    parser.add_argument("--share", type=float, default=0.05, help="of the labels turned round")
+    parser.add_argument("--rows", type=int, default=2000, help="training rows of SST-2")
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="share of the labels that are swapped"
+    )
     page_arguments(parser, PAGE)
     args = parser.parse_args()
     if args.smoke:
@@ -145,7 +147,7 @@ def main() -> None:
     set_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        turned = lay_out(work / "data", args)
+        swapped = lay_out(work / "data", args)
         encoder = minilm()
         if args.smoke:
             tokenizer = work / "data" / "clean" / "tokenizer"
@@ -156,11 +158,10 @@ def main() -> None:
         lines = commands(args)
         for line in lines:
             run(line, folders, args.smoke)
-        text = page(args, work, turned, lines)
-    if not args.smoke:
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(text + "\n", encoding="utf-8")
+        text = page(args, work, swapped, lines)
     print(text)
+    if not args.smoke:
+        write_page(args.page, TITLE, text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The teachers' pass on a GPU against its matrix products, and what other ways to it would gain.
+"""The teachers' pass on a GPU against its matrix products, and the speed of other ways to it.
 
 A pass is the package's `predict` over rows of SST-2 as they are (short) and joined (long), in bf16
-with random weights: in packs, as it is where the self-check allows them, and padded. The ceiling is
-the rate of one large bf16 product on random data; operations are those of the rows' own tokens, so
-padding and spare rows count against us. Beside it the packs made beforehand and queued at once, and
-padded batches in finer steps of length, with their full row counts, each waited for before the next
-is made, and through CUDA graphs of each shape.
+with random weights. It runs in packs, where the self-check allows them, and padded. The ceiling is
+the rate of one large bf16 product on random data. Only operations for the rows' own tokens are
+counted, so padding and spare rows lower the rate. Other ways are packs that were made before and
+queued at once, and padded batches: in finer steps of length, with their full row counts, each
+waited for before the next is made, and through CUDA graphs of each shape.
 """
 
 import copy
@@ -194,7 +194,7 @@ def product_rate(size: int, repeat: int, device: torch.device) -> float:
 
 @torch.inference_mode()
 def all_ways(of: Pass, repeat: int) -> list[dict[str, object]]:
-    """Interleaved turns of every way that goes here."""
+    """Interleaved turns of every way that runs on this machine."""
     reference = ours(of)()
     found: dict[str, dict[str, object]] = {}
     doing: dict[str, Answer] = {}

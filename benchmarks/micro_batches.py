@@ -1,8 +1,8 @@
 """How large a micro-batch should be, and whether it is cut by rows or by padded tokens.
 
-The package's own loop, without teachers, on global batches of 32 random rows of three tasks, in
-seconds of an optimiser step. Cut by rows, every micro-batch has as many rows, longest first. Cut by
-tokens is what a run does. All variants are measured in turns, in one process.
+The package's own loop, without teachers, runs on global batches of 32 random rows of three tasks.
+The figures are seconds of an optimiser step. Cut by rows, every micro-batch has the same number of
+rows, longest first. A run cuts by tokens. All variants are measured in turns, in one process.
 """
 
 import os
@@ -37,7 +37,7 @@ def cut_by_rows(lengths_G: np.ndarray, parts: int) -> list[int]:
 
 @contextmanager
 def cut(how: str) -> Iterator[None]:
-    """Micro-batches cut so, while this is open."""
+    """Within the block, micro-batches are cut in this way: "rows" or "tokens"."""
     if how == "tokens":
         yield
         return

@@ -156,7 +156,7 @@ def run_textbrewer(setting: Setting, cache: bool) -> dict[str, float]:
     """TextBrewer as its documentation shows it, with batches padded to their longest row.
 
     Its kd loss is the cross-entropy to the soft targets without T^2: the same gradient as ours
-    with kd_loss_weight = alpha T^2. It knows fp16 through Apex alone; for bf16 the student's
+    with kd_loss_weight = alpha T^2. It supports fp16 through Apex alone; for bf16 the student's
     forward runs under autocast, as Accelerate does it.
     """
     # imported here, so that the other systems run without it

@@ -1,11 +1,11 @@
 """Two ranks, teachers partitioned against teachers colocated: time and bytes exchanged.
 
-Started plain, it starts itself in two processes (torch.distributed.run, gloo). Each repetition
-runs both placements' teachers' pass over an empty store and then one epoch of the student. The
-pass counts until the last rank has every answer. Bytes are those each rank gives to the exchange
-of logits (examples x classes x 4, padded to the largest rank's share), counted at the collective.
-No target: with equal work the placements cost the same, and what differs is memory and how evenly
-whole teachers fall on the ranks.
+Without a launcher the script starts itself in two processes (torch.distributed.run, gloo). Each
+repetition runs the teachers' pass of both placements over an empty store, and then one epoch of the
+student. The pass ends when the last rank has every prediction. Bytes are those that each rank sends
+in the exchange of logits (examples x classes x 4, padded to the largest rank's share), counted at
+the collective. There is no target: with equal work the placements take the same time. They differ
+in memory, and in how evenly whole teachers are divided over the ranks.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def counted_bytes() -> Iterator[list[int]]:
         yield given
     finally:
         dist.all_gather = gather
-    assert given, "the exchange of logits goes another way now: count it there"
+    assert given, "logits are not exchanged by dist.all_gather; count the bytes of the call that is"
 
 
 def one_turn(words: dict[str, object], world: World) -> dict[str, float]:
@@ -147,7 +147,7 @@ def report(figures: list[dict[str, Any]], args: argparse.Namespace) -> None:
         f"student L2-H128, {args.rows} rows of SST-2 before a tenth is held out, "
         f"{args.repeat} interleaved repetitions; medians, ratios with (least-most). The epoch's "
         "time is after the pass, so the teachers are read from the store. Bytes are what both "
-        f"ranks together give to the exchange for one example and all teachers.\n\n"
+        f"ranks together send in the exchange for one example and all teachers.\n\n"
         f"{table(columns, rows)}"
     )
     write_result("placement", "Partitioned against colocated teachers", text, figures, args)

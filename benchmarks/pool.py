@@ -1,10 +1,10 @@
 """A pool of four workers that are killed in turn, each 20 s after it is ready, against one in which
 none is killed.
 
-Both pools fill an empty store for a student that follows it. Counted is what the workers wrote down
-as computed, and for each kill the whole work item that the dead worker had a lease on, however far
-it was. Target: no more extra work than 5%, one work item for each kill and one for each worker; and
-the student's parameters equal bit for bit.
+Both pools fill an empty store for a student that reads it. The rows that the workers recorded as
+computed are counted. For each kill the whole work item of the killed worker's lease is counted too.
+Target: at most 5% extra rows, one work item for each kill and one for each worker; and the
+student's parameters equal bit for bit.
 """
 
 import argparse
@@ -40,9 +40,9 @@ class Member:
     starts: int = 0
 
     def is_ready(self) -> bool:
-        """Whether this start has come to its work."""
-        said = self.log.read_text(encoding="utf-8", errors="replace")
-        return said.count(f"worker {self.number} of ") == self.starts
+        """Whether the process that was started last has begun to compute."""
+        log = self.log.read_text(encoding="utf-8", errors="replace")
+        return log.count(f"worker {self.number} of ") == self.starts
 
     def is_at_work(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--item-rows", type=int, default=256)
     parser.add_argument("--every-s", type=float, default=20.0, help="seconds from ready to kill")
-    parser.add_argument("--kills", type=int, help="no more than so many; default: to the end")
+    parser.add_argument("--kills", type=int, help="largest number of kills; default: no limit")
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.shape, args.teachers, args.every_s = 300, "L1-H32", 1, 0.0

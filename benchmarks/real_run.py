@@ -2,10 +2,10 @@
 
 Fine-tunes three teachers from the extra's pretrained encoder (6 layers, 384 wide; seeds 0, 1, 2),
 then trains a student of three of its layers, over three seeds: on the labels alone, with the
-teachers, and with the teachers on the rest of the training text too, whose labels nobody sees; all
-by the command line. Writes docs/results/sst2.md with the commands. A run that was cut short goes on
-where it stopped when the same --work is given; the page's time is then that of the rest.
-`--smoke` goes the same way on tiny rows with a tiny encoder in its own process, writing no page.
+teachers, and with the teachers on the rest of the training text too, without its labels. All steps
+are commands. Writes docs/results/sst2.md with the commands. With the same --work, a run that was
+cut off continues; the page's time is then that of the rest. `--smoke` does the same on tiny rows
+with a tiny encoder, in its own process, and writes no page.
 """
 
 import argparse
@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from inputs import minilm, random_classifier, small_folder
-from result_file import page_arguments, set_threads, table
+from result_file import page_arguments, set_threads, table, write_page
 
 from sead_dist.cli import commands as cli
 from sead_dist.teachers.teacher import device_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "sst2.md"
+TITLE = "SST-2: three teachers, one student"
 SPLITS = ("selection", "validation")
 STUDENTS = {
     "alone": "student without teachers",
@@ -121,7 +122,6 @@ def page(args: argparse.Namespace, runs: Path, lines: list[list[str]], minutes: 
     shown = "\n".join(shlex.join(["sead-dist", *line]) for line in lines)
     return "\n\n".join(
         [
-            "# SST-2: three teachers, one student",
             f"{summary['train_rows']} training rows (a sample of {args.rows}, a tenth held out to "
             "select by); accuracy; validation is the official dev set of 872 rows, scored once. "
             f"Mean ± standard deviation over {len(args.seeds)} seeds. One standard deviation of "
@@ -155,10 +155,9 @@ def main() -> None:
         lines = commands(args)
         seconds = [run(line, folders, args.smoke) for line in lines]
         text = page(args, work, lines, sum(seconds) / 60)
-    if not args.smoke:
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(text + "\n", encoding="utf-8")
     print(text)
+    if not args.smoke:
+        write_page(args.page, TITLE, text)
     print([round(of) for of in seconds])
 
 

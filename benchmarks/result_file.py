@@ -1,4 +1,5 @@
-"""Write what a benchmark measured: results/<date>_<hardware>_<name>.md.
+"""Write what a benchmark measured: results/<date>_<hardware>_<name>.md, or a part of a page of
+docs/results.
 
 A file names the hardware, the versions and the command line, and holds no path of the machine.
 """
@@ -23,6 +24,8 @@ import sead_dist
 from sead_dist.teachers.teacher import device_model
 
 RESULTS = Path(__file__).parent / "results"
+# the name of the part of a page that `write_page` writes
+MEASURED = "measured"
 
 
 def common_arguments(description: str | None, rows: int, repeat: int) -> argparse.ArgumentParser:
@@ -44,7 +47,7 @@ def smoke_argument(parser: argparse.ArgumentParser) -> None:
     """What every benchmark must have: tests/project/test_benchmarks.py runs each with it."""
     parser.add_argument(
         "--smoke", action="store_true",
-        help="tiny inputs made on the spot, offline: shows that it runs, writes no result",
+        help="run with tiny inputs made on the spot, offline, and write no result",
     )  # fmt: skip
 
 
@@ -62,10 +65,10 @@ def device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def set_threads(threads: int, device: str = "cpu") -> None:
-    """Torch's threads and the tokenisers', of this process and its children, and whether these
-    work on the GPUs. Ends the script where there are none and one was asked for."""
+    """Set the threads of torch and the tokenisers, in this process and its children, and whether
+    these use GPUs. Ends the script where the device is cuda and there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch.cuda sees no GPU on this machine")
+        sys.exit("--device cuda: torch finds no GPU on this machine; give --device cpu")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,7 +98,7 @@ def write_result(
     name: str, title: str, text: str, raw: Any, args: argparse.Namespace, dated: bool = True
 ) -> Path:
     """Print the result, and write it with the hardware and the raw measurements. dated: the
-    file's name says day and hardware."""
+    file's name says day and hardware; else it is a page (`write_page`)."""
     device = device_model(torch.device("cpu"))
     about = f"{device} {os.cpu_count()} cores"
     gpu = None
@@ -119,7 +122,6 @@ def write_result(
     )
     content = "\n\n".join(
         [
-            f"# {title}",
             f"{today}. `{command_line()}`",
             text,
             "## Setting",
@@ -130,11 +132,41 @@ def write_result(
     )
     args.results.mkdir(parents=True, exist_ok=True)
     path: Path = args.results / (f"{today}_{hardware}_{name}.md" if dated else f"{name}.md")
-    if not args.smoke:
-        path.write_text(content + "\n", encoding="utf-8")
-        print(f"written to {path.name}")
     print(text)
+    if not args.smoke:
+        if dated:
+            path.write_text(f"# {title}\n\n{content}\n", encoding="utf-8")
+        else:
+            write_page(path, title, content)
+        print(f"written to {path.name}")
     return path
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines of a page between which a script writes; what is outside is written by hand."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def put_into(page: Path, text: str, name: str) -> None:
+    """Write the text between the two lines of this name. Ends the script where the page lacks
+    them."""
+    first, last = marks(name)
+    before, begin, rest = page.read_text("utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        sys.exit(f"{page} lacks the lines {first} and {last}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+
+
+def write_page(page: Path, title: str, text: str) -> None:
+    """Write what was measured into a page of docs/results, and keep what was written by hand."""
+    if page.exists():
+        put_into(page, text, MEASURED)
+        print(f"{page.name}: what stands outside the measured part is kept; read it again")
+        return
+    page.parent.mkdir(parents=True, exist_ok=True)
+    first, last = marks(MEASURED)
+    page.write_text(f"# {title}\n\n{first}\n\n{text}\n\n{last}\n", "utf-8")
 
 
 def _load() -> str:

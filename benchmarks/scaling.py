@@ -1,11 +1,11 @@
-"""From 1 to 64 teachers on 1, 2 and 4 ranks: the speed of a run against what its parts allow.
+"""From 1 to 64 teachers on 1, 2 and 4 ranks: the speed of a run against a bound.
 
 Each case is a run of its own in as many processes (torch.distributed.run, gloo) and starts with
 an empty store. The bound: on devices that student and teachers share a row costs at least the
 student's time and that of every teacher, so examples/s = 1 / (1/student + sum of 1/teacher). These
 rates are measured in the same processes right after the run, all ranks running, by a bare loop
 (length-sorted batches of 64 rows for teachers, DDP for the student). Where our run without a
-teacher is quicker than the bare student's loop, the bound takes ours: the stricter of the two.
+teacher is faster than the bare student's loop, the bound has our time: the stricter of the two.
 
 examples/s: rows trained, by the seconds of the training loop with its waiting for teachers. The
 first step's time is from the building of the run to the first step that has its teachers' answers.
@@ -70,8 +70,7 @@ def timed_loading() -> Iterator[list[float]]:
 
 
 class FirstStep:
-    """Stands where the run's watch is, to note when the first step has its step with
-    predictions."""
+    """Replaces the run's heartbeat, to measure when the predictions of the first step are there."""
 
     def __init__(self, heartbeat: Any) -> None:
         self.heartbeat, self.at = heartbeat, 0.0

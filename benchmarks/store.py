@@ -1,9 +1,9 @@
 """The prediction store at 1, 10 and 100 million rows: building, compacting, opening, reading, size.
 
-Ids and logits are synthetic: ids are as evenly spread as the hashes they stand for, logits follow
-from the id, so that what is read is also checked. Every measurement has a process of its own. What
-a state of the page cache is called: `cold`, the store's files were dropped from it before; `hot`,
-they were read just before. Ids that a table is opened with lie in memory, as in a run.
+Ids and logits are synthetic. Ids are spread as evenly as the hashes of real rows. Logits are
+computed from the ids, so that what is read is also checked. Every measurement has a process of its
+own. The states of the page cache: `cold`, the store's files were dropped from it before; `hot`,
+they were read just before. Ids that a table is opened with are in memory, as in a run.
 
 Targets, after `store compact`: 100 million rows open in 2 seconds, 2 million rows/s in random
 batches, at most 1.3 x (16 bytes an example + 4 x C bytes an example and teacher).
@@ -83,7 +83,7 @@ def memory_mb(field: str) -> float:
 
 
 def build(store: Path, ids: Path, teachers: int, classes: int) -> Seconds:
-    """Write all rows of all teachers in an order that says nothing, block by block."""
+    """Write all rows of all teachers in an arbitrary order, block by block."""
     taken: Seconds = {}
     ids_U2 = np.load(ids, mmap_mode="r")
     block = max(LEAST_BLOCK, len(ids_U2) // MOST_BLOCKS)
@@ -261,7 +261,7 @@ def report(cases: list[dict[str, Any]]) -> str:
         line("**compacting**, s", seconds("compact", "compact")),
         line("memory of its own at most, MB", megabytes("compact", "compact_mb")),
         line("**after:** bytes an example", lambda case: f"{case['bytes'] / case['rows']:.2f}"),
-        line("times what it must be", lambda case: f"{case['bytes'] / case['rows'] / need:.3f}"),
+        line("times the least size", lambda case: f"{case['bytes'] / case['rows'] / need:.3f}"),
         line(
             "share of the files in the page cache, cold and hot",
             lambda case: f"{case['cold_share_cached']:.2f}, {case['hot_share_cached']:.2f}",
@@ -288,7 +288,7 @@ def report(cases: list[dict[str, Any]]) -> str:
             last["hot"]["second_rows_per_s"] >= READS_PER_S,
         ),
         (
-            "bytes, times what they must be",
+            "bytes, times the least size",
             last["bytes"] / last["rows"] / need,
             SIZE,
             last["bytes"] / last["rows"] / need <= SIZE,

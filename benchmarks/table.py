@@ -1,24 +1,23 @@
 """The table of results: sweeps of benchmarks/sweeps/ on real tasks, in four parts.
 
     python benchmarks/table.py --student L3 --work DIR [--part PART] [KEY=VALUE ...]
-    python benchmarks/table.py --student L3 --work DIR --search   # what the recipe is chosen by
+    python benchmarks/table.py --student L3 --work DIR --search   # the runs that the recipe is from
     python benchmarks/table.py --smoke       # the same arms on tiny rows, a few steps each
 
 Parts: core (sst2, stsb, mrpc and a part of qqp), levers (what each part of the recipe does: sst2,
-stsb), little (where little is to be learnt: cola, wic, rte, cb), defaults (sst2 with no key set).
+stsb), little (tasks with little to learn: cola, wic, rte, cb), defaults (sst2 with no key set).
 
-L3 is a folder with a pretrained student of three layers. Teachers start from the extra's encoder
-(6 layers, 384 wide) unless --encoders names others. SEAD_DIST_DATA is the folder of the tasks'
-data.
-For qqp, of which there is no validation file, 5,000 rows of its part are set apart that share no
-question with the others. The same line goes on where it was cut off; DIR/sweep (of another part
-DIR/PART) holds the runs and their report. KEY=VALUE are overrides of `sead-dist sweep` (jobs=2,
-seeds=[0], ...).
+L3 is a folder with a pretrained student of three layers. Teachers start from the extra's encoder (6
+layers, 384 wide) unless --encoders names others. SEAD_DIST_DATA is the folder of the tasks' data.
+qqp has no validation file, so 5,000 rows of its part are its dev split. They share no question with
+the others. The same command continues after a stop. DIR/sweep (of another part DIR/PART) holds the
+runs and their report. KEY=VALUE are overrides of `sead-dist sweep` (jobs=2, seeds=[0], ...).
 
---kept FOLDER holds scores and predictions of finished runs, no texts and no models: those that DIR
-lacks are taken from there at the start. At the end new ones are put there, and those that the sweep
-has undone are removed. So the table goes on on another machine. Start it in a folder from which L3,
-DIR and the encoders have relative paths, since paths are part of a run's identity.
+--kept FOLDER holds scores and predictions of finished runs, without texts and models. At the start,
+runs that DIR lacks are copied from there. At the end, new runs are copied into it, and runs that
+the sweep has removed are removed from it. So another machine can continue the table. Start it in a
+folder from which L3, DIR and the encoders have relative paths, since paths are part of a run's
+identity.
 
 The search has arms of its own (sweeps/search.yaml), another sample of the training rows, and is
 scored on further training rows that share no text with the others. It reads no validation file.
@@ -88,8 +87,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="default: all of the part")
     parser.add_argument("--work", type=Path, help="folder of data and sweep")
     parser.add_argument("--kept", type=Path, help="folder of finished runs' scores")
-    parser.add_argument("--search", action="store_true", help="choose; nothing of the table")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the sweep")
+    parser.add_argument(
+        "--search", action="store_true", help="run the search in place of the table"
+    )
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides of the sweep")
     smoke_argument(parser)
     args = parser.parse_intermixed_args()
     if args.smoke:

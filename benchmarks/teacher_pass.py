@@ -77,7 +77,7 @@ def main() -> None:
         "--teachers",
         nargs="+",
         default=["L4-H128", "L6-H256", "L6-H384"],
-        help="shapes, with random weights: what they say does not matter here",
+        help="shapes of the teachers, whose weights are random",
     )
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     args = parser.parse_args()

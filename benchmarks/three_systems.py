@@ -146,7 +146,7 @@ def prepare(args: argparse.Namespace, work: Path, rows: int) -> tuple[Setting, P
     data = data_folder(work / f"data-{rows}", rows, args.smoke)
     tokenizer = tokenizer_folder(work / "tokenizer", data)
     if minilm() is None or args.smoke:
-        print("the teachers have random weights: the scores say nothing")
+        print("the teachers have random weights: the times are valid, the scores mean nothing")
         teachers = [
             random_classifier(work / f"{args.random_shape}-{n}", args.random_shape, tokenizer, n)
             for n in range(args.teachers)

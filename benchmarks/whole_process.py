@@ -76,8 +76,8 @@ def report(turns: Sequence[dict[str, dict[str, float]]], args: argparse.Namespac
             f"distill / floor, processor seconds: {spread(ratios)}; at most {TARGET}: {said[0]}. "
             f"The same command again: {again_s:.3f} s; at most {TARGET_S}: {said[1]}.",
             "Processor seconds are those of the process and its end. The first repetition reads "
-            "the packages from the disk and is not counted: a first command takes longer. Of "
-            "larger models, and of runs of several processes, this says nothing.",
+            "the packages from the disk and is not counted: a first command takes longer. The "
+            "figures do not hold for larger models, nor for runs of several processes.",
         ]
     )
 

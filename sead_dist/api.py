@@ -115,14 +115,12 @@ class Run:
         path = folder / f"{split}.parquet"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
-            raise UserError(f"{self.path} has no predictions of {split!r}; it has {there}")
+            raise UserError(f"{self.path} has no predictions of {split!r}; give one of {there}")
         return pq.read_table(path).to_pandas()
 
     def _ended(self) -> Path:
         if not self.finished:
-            raise UserError(
-                f"{self.path} holds no finished run; give the call that started it again"
-            )
+            raise UserError(f"{self.path} holds no finished run; repeat the call that started it")
         return self.path
 
 
@@ -234,15 +232,15 @@ def predict(
     batch_size: int = 32,
     skip_malformed: bool = False,
 ) -> list[dict[str, Any] | None]:
-    """A model's answer to each text or row: `predicted_label` and `probability_LABEL` of every
+    """A model's prediction of each text or row: `predicted_label` and `probability_LABEL` of every
     label, or `predicted_score`.
 
-    batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None) has
-    the answer None and is logged (`sead_dist`). Without it such a row raises UserError.
+    batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None)
+    has the result None and is logged (`sead_dist`). Without it such a row raises UserError.
 
     texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
     of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
-    (official MultiRC, ReCoRD) have an answer for each of their examples. Other arguments and
+    (official MultiRC, ReCoRD) have a result for each of their examples. Other arguments and
     errors: as for `evaluate`.
     """
     name = model_name(model)
@@ -252,14 +250,14 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    asking = predicted_rows.Asking(class_order(labels), batch_size, skip_malformed)
+    settings = predicted_rows.Settings(class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
-        rows = as_rows(spec, texts_or_rows, skip_malformed)
-        examples = asking.examples(spec, rows, "given")
-        asking.tell_passed_over(world)
-        columns = predicted_rows.answer_examples(name, spec, examples, asking, world)
-    return predicted_rows.beside_rows(columns, len(rows), examples)
+        rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)
+        examples = settings.examples(spec, rows, "given")
+        settings.tell_passed_over(world)
+        columns = predicted_rows.answer_examples(name, spec, examples, settings, world)
+    return predicted_rows.answers_by_row(columns, len(rows), examples)
 
 
 def soft_targets(
@@ -288,7 +286,7 @@ def soft_targets(
     allowed = [name for name, of in WEIGHTINGS.items() if not of.goes_by_place]
     if ensemble not in allowed:
         raise UserError(
-            f"ensemble={ensemble!r} is not one of these here; allowed: {', '.join(allowed)}"
+            f"ensemble={ensemble!r} cannot be used here; give one of {', '.join(allowed)}"
         )
     if not temperature > 0:
         raise UserError(f"temperature={temperature}; expected a number above 0")
@@ -383,7 +381,7 @@ def call() -> Iterator[World]:
             raise line from error
         finally:
             if world.heartbeat is not None:  # no sign of life is due between two calls
-                world.heartbeat.rest()
+                world.heartbeat.finish()
 
 
 def model_name(model: str | os.PathLike[str]) -> str:

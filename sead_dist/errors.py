@@ -4,6 +4,7 @@ Every message is one line: what was wrong, the value, what is allowed, what to d
 """
 
 import errno
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +31,19 @@ class RunError(Exception):
 
 class LostRankError(RunError):
     """A rank did not start, is gone, or can no longer agree with the others. The rank that raises
-    this error also prints it, because rank 0 may be the lost rank, or may lack the news."""
+    this error also prints it, because rank 0 may be the lost rank, or may not learn of it."""
 
 
 def expect(name: str, given: object, kinds: Any, what: str) -> None:
     """Raises UserError where an argument of a call from Python is of none of these types. kinds:
     as for `isinstance`. what: what to give instead."""
     if not isinstance(given, kinds):
-        raise UserError(f"{name} is of type {type(given).__name__}; give {what}")
+        raise UserError(f"{name} is of type {type_of(given)}; give {what}")
+
+
+def type_of(given: object) -> str:
+    """The type of a value and the start of the value, in one line: `int (3)`."""
+    return f"{type(given).__name__} ({' '.join(reprlib.repr(given).split())})"
 
 
 def refusal(message: str, error: BaseException) -> UserError | RunError:
@@ -56,8 +62,8 @@ def run_error(error: Exception) -> RunError | None:
     if lacks_memory(error):
         what = next(iter(str(error).splitlines()), "") or type(error).__name__
         return RunError(
-            f"memory does not suffice: {what}; lower micro_batch_size, or run where there is "
-            "more, then give the same command again"
+            f"not enough memory: {what}; lower micro_batch_size, or use a machine with more "
+            "memory, then give the same command again"
         )
     return None
 
@@ -103,7 +109,7 @@ def reason(error: BaseException) -> str:
         return one_line(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}")[:300]
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
-    return one_line(f"{kind}: {first}" if first else kind)[:300]
+    return one_line(f"{kind}: {first.removesuffix('.')}" if first else kind)[:300]
 
 
 def one_line(text: str) -> str:

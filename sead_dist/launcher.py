@@ -14,8 +14,8 @@ class Launch(submit.Launch):
 
     def __call__(self) -> None:
         print(
-            "sead-dist: this job was submitted by an older version; keys that its words leave out "
-            "have the defaults of today",
+            "sead-dist: this job was submitted by an older version; keys that its command does not "
+            "set have the defaults of this version",
             flush=True,
         )
         super().__call__()

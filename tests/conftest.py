@@ -241,7 +241,7 @@ def words(grammar: Path, teachers: list[Path]) -> Callable[..., list[str]]:
 @pytest.fixture
 def shown() -> Iterator[None]:
     """What the package tells is printed, as by a command."""
-    from sead_dist.cli.output import lines_shown
+    from sead_dist.cli.exits import lines_shown
 
     with lines_shown():
         yield
@@ -264,7 +264,7 @@ def distil() -> Distil:
     def run(words: Sequence[str]) -> Path:
         import torch
 
-        from sead_dist.cli.output import lines_shown
+        from sead_dist.cli.exits import lines_shown
         from sead_dist.config.load import load_config
         from sead_dist.runs.distillation import distill
         from sead_dist.runtime.distributed import World

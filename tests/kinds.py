@@ -18,7 +18,7 @@ from transformers import (
 
 from sead_dist.cli.grammar import LABELS, grammar_tokenizer
 from sead_dist.models.hidden_states import layer_stack
-from sead_dist.models.inputs_check import make_tell_apart
+from sead_dist.models.inputs_check import enlarge_weights
 
 POSITIONS = 128
 WIDE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -216,7 +216,7 @@ def build_kind(kind: str, **more: Any) -> PreTrainedModel:
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
-        make_tell_apart(model)
+        enlarge_weights(model)
     return model.eval()
 
 

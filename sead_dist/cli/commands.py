@@ -236,16 +236,22 @@ def queue(args: argparse.Namespace, settings: "SlurmSettings", root: Path) -> "l
     sweeps, pools = is_sweep(args.words), args.teacher_workers is not None
     if args.seeds is not None and (sweeps or pools):
         raise UserError(
-            "--seeds is for single runs; a sweep has the key seeds=5 or seeds=[0,1]"
+            f"--seeds {args.seeds} is for a single run, and this is a sweep; give the key seeds=5 "
+            "or seeds=[0,1]"
             if sweeps
-            else "--teacher-workers serve one run; submit a run for each of --seeds"
+            else f"--seeds {args.seeds} and --teacher-workers {args.teacher_workers} cannot both "
+            "be given; leave --seeds out, and submit a run for each seed"
         )
     if args.workers is not None and not sweeps:
         raise UserError(
-            "--workers share a sweep (tasks=[...] methods=[...]); here is one run alone"
+            f"--workers {args.workers} is for a sweep (tasks=[...] methods=[...]), and this is a "
+            "single run; leave --workers out"
         )
     if sweeps and pools:
-        raise UserError("--teacher-workers serve one run; a sweep's runs have --workers")
+        raise UserError(
+            f"--teacher-workers {args.teacher_workers} is for a single run, and this is a sweep; "
+            "give --workers N"
+        )
     if sweeps:
         from sead_dist.cli.submit import submit_sweep
 
@@ -279,7 +285,7 @@ def jobs(args: argparse.Namespace) -> None:
     elif args.verb == "cancel":
         job = jobs.find(root, args.name)
         settings.cancel(job.job)
-        print(f"{job.name}: job {job.job} cancelled; submit the same line again to go on")
+        print(f"{job.name}: job {job.job} cancelled; submit the same command again to continue")
     else:
         jobs.wait([jobs.find(root, args.name)])
 
@@ -309,40 +315,39 @@ def demo(args: argparse.Namespace) -> None:
 def all_commands() -> tuple[tuple[Callable[..., None], Callable[..., None], str], ...]:
     """For each command: its function, the function that adds its arguments, its line of help."""
     return (
-        (distill, arguments.add_recipe, "teach a student, or go on where a killed run stopped"),
+        (distill, arguments.add_recipe, "distil teachers into a student, or continue a killed run"),
         (finetune, arguments.add_recipe, "fine-tune teachers: OUTPUT/teacher-0, teacher-1, ..."),
         (
             sweep,
             arguments.add_words,
-            "tasks x methods x seeds, and one report: tasks=[...] methods=[...]",
+            "run tasks x methods x seeds and write one report: tasks=[...] methods=[...]",
         ),
-        (teach, arguments.add_teach, "compute a run's teacher predictions beside it"),
-        (keys, arguments.add_keys, "every key with its default and what it does, searched by NAME"),
-        (plan, arguments.add_plan, "memory and time of a distillation, told before it"),
-        (data, arguments.add_data, "what goes into a run: rows by kind, and some of them"),
-        (labels, arguments.add_labels, "a run's rows to be answered, or what its teachers say"),
+        (teach, arguments.add_teach, "compute a run's teacher predictions, as a pool worker"),
+        (keys, arguments.add_keys, "list keys with default and meaning; NAME searches in them"),
+        (plan, arguments.add_plan, "estimate memory and time of a distillation before it"),
+        (data, arguments.add_data, "count a run's rows by kind, and print some of them"),
+        (labels, arguments.add_labels, "write a run's rows, or its teachers' predictions for them"),
         (evaluate, arguments.add_evaluate, "score a model on a task's dev split"),
         (predict, arguments.add_predict, "label a file's rows"),
         (export, arguments.add_export, "write an ONNX file, checked against PyTorch"),
         (push, arguments.add_push, "upload a finished run's model to the hub"),
-        (store, arguments.add_store, "look after kept teacher predictions"),
-        (submit, arguments.add_submit, "the same as a SLURM job, queued again until done"),
-        (jobs, arguments.add_jobs, "the runs that were submitted"),
+        (store, arguments.add_store, "list, check, shrink or copy the kept teacher predictions"),
+        (submit, arguments.add_submit, "submit a run as a SLURM job, queued again until finished"),
+        (jobs, arguments.add_jobs, "list the submitted runs; print the log of one, or cancel it"),
         (
             reproduce,
             arguments.add_reproduce,
-            "train a published checkpoint again; alone: list all sixteen",
+            "train a published checkpoint again; without a NAME: list all sixteen",
         ),
-        (demo, arguments.add_demo, "the whole way on a built-in task, offline"),
+        (demo, arguments.add_demo, "fine-tune and distil on a built-in task, offline"),
     )
 
 
 def parser() -> arguments.Parser:
-    told = "Distil an ensemble of teachers into one small student."
-    top = arguments.Parser(prog="sead-dist", description=told)
-    top.add_argument(
-        "--debug", action="store_true", help="with an error its whole traceback, after any command"
-    )
+    about = "Distil an ensemble of teachers into one small student."
+    top = arguments.Parser(prog="sead-dist", description=about)
+    help_ = "print the whole traceback of an error; allowed after any command"
+    top.add_argument("--debug", action="store_true", help=help_)
     top.add_argument("--version", action="version", version=f"sead-dist {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run, add, help_ in all_commands():

@@ -1,16 +1,59 @@
-"""The end of a command: its exit code, and the line that gives the reason."""
+"""What a command prints, and its end: the exit code, and the line that gives the reason.
 
+Other packages send their lines, warnings and tables to the logger `sead_dist`.
+"""
+
+import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from sead_dist.cli.output import lines_shown
 from sead_dist.errors import LostRankError, RunError, UserError, one_line, run_error
 
 # seconds that another rank waits before it ends, so that rank 0 can print its line
 GRACE_S = 1.0
+
+
+class Printed(logging.Handler):
+    """A handler that prints a record as it is, or draws its table, on standard output.
+
+    Warnings, and records with `aside`, go to standard error. The command handles a closed pipe.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        table = getattr(record, "table", None)
+        if table is not None:
+            from sead_dist.runtime.console import print_table  # it needs NumPy
+
+            print_table(*table)
+            return
+        aside = record.levelno >= logging.WARNING or getattr(record, "aside", False)
+        print(record.getMessage(), file=sys.stderr if aside else None, flush=True)
+
+
+@contextmanager
+def lines_shown() -> Iterator[None]:
+    """Within the block, this handler alone prints the logger's records.
+
+    Afterwards the logger has its former state.
+    """
+    logger = logging.getLogger("sead_dist")
+    if any(isinstance(handler, Printed) for handler in logger.handlers):
+        yield
+        return
+    shown, level, propagate = Printed(), logger.level, logger.propagate
+    logger.addHandler(shown)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(shown)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def attempt(do: Callable[[], None], debug: bool = False) -> int | None:

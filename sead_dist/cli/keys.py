@@ -17,7 +17,7 @@ SWEEP = "of `sead-dist sweep`, beside those of its runs"
 SLURM = "of `sead-dist submit`, as options (--gpus-per-node 8) or in the YAML file of --slurm"
 
 
-def print_keys(asked: str | None) -> None:
+def print_keys(name: str | None) -> None:
     """Print all keys, or those that `find_keys` finds, under headings.
 
     Raises UserError where none is found.
@@ -28,7 +28,7 @@ def print_keys(asked: str | None) -> None:
         *commented_keys(config_folder() / "sweep.yaml", SWEEP),
         *commented_keys(shipped_files("slurm")["base"], SLURM),
     ]
-    for group, keys in groupby(find_keys(known, asked), lambda key: key.group):
+    for group, keys in groupby(find_keys(known, name), lambda key: key.group):
         if group:
             print(f"# {group}")
         print("\n".join(as_line(key) for key in keys))
@@ -36,10 +36,11 @@ def print_keys(asked: str | None) -> None:
 
 def task_keys() -> Iterator[Key]:
     """The keys of a task's file, from the fields of TaskSpec. A missing default is null."""
-    told = TypeAdapter(TaskSpec).json_schema()["properties"]
+    properties = TypeAdapter(TaskSpec).json_schema()["properties"]
     for field in fields(TaskSpec):
         factory = field.default_factory
         value = field.default if factory is MISSING else factory()
         plain = None if value is MISSING else json.loads(json.dumps(value))
         default = yaml.safe_dump([plain], default_flow_style=True, width=1000).strip()[1:-1]
-        yield Key(field.name, default, " ".join(told[field.name]["description"].split()), TASK)
+        meaning = " ".join(properties[field.name]["description"].split())
+        yield Key(field.name, default, meaning, TASK)

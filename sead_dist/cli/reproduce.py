@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sead_dist.config.load import config_folder, load_config, names_shape, read_layers, resolve
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig, TeacherConfig
 from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import load_task
@@ -75,7 +75,7 @@ def reproduce(name: str, words: Sequence[str], teachers: int, world: World) -> N
     before any work for an unknown name, for wrong overrides, and for files that cannot be reached.
     """
     if name not in CHECKPOINTS:
-        raise UserError(f"unknown checkpoint {name!r}{told_known(name, CHECKPOINTS)}")
+        raise UserError(f"unknown checkpoint {name!r}{known_names(name, CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
     given = configure(checkpoint, words, teachers)
     output = Path(given.output_dir)
@@ -119,14 +119,14 @@ def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: i
     """The configuration of the student's run, with each encoder repeated `teachers` times. Raises
     UserError."""
     if teachers < 1:
-        raise UserError(f"--teachers {teachers}: give at least 1")
+        raise UserError(f"--teachers {teachers} is below 1; give 1 or more")
     config = load_config(base_words(checkpoint, words))
     if config.task != checkpoint.task:
         raise UserError(
             f"task={config.task}, but {checkpoint.name} is a checkpoint for {checkpoint.task}; "
             "leave task out, or use finetune and distill"
         )
-    if not config.asks_teachers:
+    if not config.uses_teachers:
         refuse_unused_text(config.model_copy(update={"encoders": []}))
     encoders = [entry for entry in config.encoders for _ in range(teachers)]
     return config.model_copy(update={"encoders": encoders})

@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> None:
     elif args.verb == "compact":
         merge(folder)
     elif args.verb == "export":
-        tell_carried(args.folder, carry(folder, Path(args.folder), args.task, args.teacher))
+        print_copied(args.folder, carry(folder, Path(args.folder), args.task, args.teacher))
     elif args.verb == "import":
-        tell_carried(str(folder), carry(Path(args.folder), folder))
+        print_copied(str(folder), carry(Path(args.folder), folder))
     else:
         older_than_s = parse_age(args.older_than) if args.older_than else None
         keep_bytes = parse_size(args.keep) if args.keep else None
@@ -68,10 +68,13 @@ def print_rows(title: str, rows: Iterable[Row]) -> None:
 
 def show(folder: Path) -> None:
     found = list_store(folder)
-    whole = decimal(found.value_bytes + found.key_bytes)
-    print_rows(f"{folder}: {whole}", found.rows)
+    size = decimal(found.value_bytes + found.key_bytes)
+    print_rows(f"{folder}: {size}", found.rows)
     if len({row.numerics for row in found.rows}) > 1:
-        print("teachers of equal fingerprint differ in where they computed (numerics class)")
+        print(
+            "teachers with the same fingerprint differ in numerics class (device, precision, "
+            "versions), so their predictions are kept apart"
+        )
     if found.quarantined:
         print(f"{count(found.quarantined, 'bad file')} in {folder / 'quarantine'}, not used")
     for live in found.live:
@@ -90,12 +93,13 @@ def check(folder: Path, repair: bool) -> None:
     if left:
         raise RunError(
             f"{count(len(left), 'bad file')} in the prediction store {folder}: "
-            f"{', '.join(one.path.name for one in left[:3])}{', ...' if left[3:] else ''}; a run "
-            "that meets one sets it aside and computes it again, and so does verify --repair now"
+            f"{', '.join(one.path.name for one in left[:3])}{', ...' if left[3:] else ''}; move "
+            "them to quarantine/ with sead-dist store verify --repair; the next run computes their "
+            "predictions again"
         )
     print(
         f"{folder}: {count(found.num_value_blocks, 'block')} and "
-        f"{count(found.num_key_blocks, 'key block')} checked, {decimal(found.num_bytes)} whole"
+        f"{count(found.num_key_blocks, 'key block')} checked, {decimal(found.num_bytes)} intact"
         + (f"; {count(found.unfinished, 'unfinished file')}" if found.unfinished else "")
         + (f"; {count(len(found.bad), 'bad file')} moved to quarantine/" if found.bad else "")
     )
@@ -109,23 +113,24 @@ def merge(folder: Path) -> None:
         f"{decimal(done.bytes_before)} into {decimal(done.bytes_after)}"
     )
     if done.left_for_live:
-        print(f"{count(done.left_for_live, 'large block')} left for runs that use them now")
+        blocks = count(done.left_for_live, "large merged block")
+        print(f"{blocks} not removed yet: runs use them now")
     if done.differing:
-        print(f"{count(done.differing, 'example')} were kept twice with unequal predictions")
+        print(f"{count(done.differing, 'example')} were stored twice, with unequal predictions")
 
 
-def tell_carried(target: str, found: Carried) -> None:
+def print_copied(target: str, found: Carried) -> None:
     """Print what was copied. Raises RunError where bad blocks were left out of the target."""
     print_bad(found.bad)
-    known = f", {count(found.known, 'block')} known already" if found.known else ""
+    known = f", {count(found.known, 'block')} already there" if found.known else ""
     print(
         f"{target}: {count(found.num_rows, 'prediction')} in {count(found.blocks, 'block')} copied"
         f"{known}, {decimal(found.num_bytes)}"
     )
     if found.bad:
         raise RunError(
-            f"{count(len(found.bad), 'bad block')} left out; a run that needs what was in it "
-            "computes that again"
+            f"{count(len(found.bad), 'bad block')} left out; a run that needs these predictions "
+            "computes them again"
         )
 
 
@@ -156,4 +161,7 @@ def drop(
     if done.kept:
         print(f"{count(done.kept, 'block')} kept: a run has begun to use them")
     if done.changed:
-        print(f"{count(done.changed, 'block')} had gone already; look again with store ls")
+        print(
+            f"{count(done.changed, 'block')} removed or merged by another process; list what is "
+            "left with sead-dist store ls"
+        )

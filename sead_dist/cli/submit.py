@@ -18,13 +18,13 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.checks import check_inputs, refuse_unused_text
-from sead_dist.runs.claim import already_finished, forget_followed, has_progress, try_lock
+from sead_dist.runs.claim import already_finished, has_progress, remove_student_store, try_lock
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
 from sead_dist.slurm.submit import Launch, enqueue, make_ready, sbatch_file
-from sead_dist.sweep.checks import check_runs, needs_rows, settle
+from sead_dist.sweep.checks import check_runs, needs_rows, prepare_grid
 from sead_dist.sweep.grid import make_grid
 
 # the number of seeds of one array is below this
@@ -78,7 +78,8 @@ def parse_seeds(text: str) -> list[int]:
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)[:MOST_SEEDS]
     if not 0 < len(seeds) < MOST_SEEDS or len(set(seeds)) != len(seeds):
         raise UserError(
-            f"--seeds {text!r} names none, one twice or too many; give e.g. 0,1,2 or 0-4"
+            f"--seeds {text!r} names no seed, a seed twice, or {MOST_SEEDS} seeds or more; give "
+            "e.g. 0,1,2 or 0-4"
         )
     return seeds
 
@@ -99,14 +100,14 @@ def submit(
     """Check and submit the run, with one job for each seed. The jobs are registered in `root`.
 
     dry_run: print the sbatch file, and submit nothing. Finished runs are not submitted. Raises
-    UserError for a mistake in the run, and where sbatch refuses the job.
+    UserError for a mistake in the run, and where sbatch rejects the job.
     """
     # this word comes first, so that a word of the user overrides it
-    out, asked = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
-    for one in asked:
+    out, runs = runs_to_submit((f"preemption_notice_s={settings.signal_delay}", *words), seeds)
+    for one in runs:
         check_inputs(one.config)
-    open_ = [one for one in asked if not finished(one)]
-    for one in asked:
+    open_ = [one for one in runs if not finished(one)]
+    for one in runs:
         if one not in open_:
             print(f"{one.name} is finished: nothing to do")
     if not open_:
@@ -136,7 +137,7 @@ def queue(
         return []
     made = enqueue(launches, settings, name, root)
     for job in made:
-        print(f"job {job.job} is {job.name}: sead-dist jobs logs {job.name} -f")
+        print(f"job {job.job} is {job.name}; its log: sead-dist jobs logs {job.name} -f")
     return made
 
 
@@ -151,15 +152,15 @@ def submit_pool(
     """Submit the workers, and the student, which starts after the first worker has started.
 
     dry_run: print the sbatch files, and submit nothing. Raises UserError for a mistake in the run,
-    and where sbatch refuses a job. Then jobs that are queued already are cancelled.
+    and where sbatch rejects a job. Then jobs that are queued already are cancelled.
     """
     # this word comes first, so that a word of the user overrides it
     words = ("placement=pool", *words)
     out, (student,) = runs_to_submit(words, None)
     if not student.config.pooled:
         raise UserError(
-            "--teacher-workers are for teachers with placement=pool, and none has it; leave the "
-            "placement out, or the workers"
+            f"--teacher-workers {workers} is for teachers with placement=pool, and none has it; "
+            "leave placement or --teacher-workers out"
         )
     check_inputs(student.config)
     if finished(student):
@@ -168,7 +169,7 @@ def submit_pool(
     launches = launches_of(student, workers, out.absolute() / ".slurm")
     if not dry_run:
         make_ready([student.runs, *(launch.runs for launch in launches.values())], out, root)
-        forget_refused(Path(student.config.output_dir))
+        remove_expectations(Path(student.config.output_dir))
     # a worker is one process on one node, with a GPU where there are any
     gpus = None if of_workers.gpus_per_node is None else 1
     one = {"nodes": 1, "gpus_per_node": gpus, "concurrent": workers}
@@ -203,7 +204,7 @@ def launches_of(student: RunToSubmit, workers: int, folder: Path) -> dict[str, L
     }
 
 
-def forget_refused(run: Path) -> None:
+def remove_expectations(run: Path) -> None:
     """Remove what an earlier student of this run directory expected of its workers.
 
     New workers would compare themselves with it and end. It is the earlier student's store, and
@@ -213,7 +214,7 @@ def forget_refused(run: Path) -> None:
         return
     with try_lock(run / ".lock") as free:
         if free:
-            forget_followed(run)
+            remove_student_store(run)
             if not has_progress(run):
                 (run / "teacher_manifest.json").unlink(missing_ok=True)
 
@@ -224,20 +225,20 @@ def submit_sweep(
     """Check the sweep, and submit its workers OUTPUT/worker-0, ... They are registered in `root`.
 
     dry_run: print the sbatch file, and submit nothing. A finished sweep is not submitted. Raises
-    UserError for a mistake in the sweep, and where sbatch refuses the jobs.
+    UserError for a mistake in the sweep, and where sbatch rejects the jobs.
     """
     # this word comes first, so that a word of the user overrides it
-    asked = (f"preemption_notice_s={settings.signal_delay}", *words)
-    grid = make_grid(asked)
+    all_words = (f"preemption_notice_s={settings.signal_delay}", *words)
+    grid = make_grid(all_words)
     check_runs(grid)
-    grid, _ = settle(grid, [name for name in grid.tasks if needs_rows(grid, name)])
+    grid, _ = prepare_grid(grid, [name for name in grid.tasks if needs_rows(grid, name)])
     out = grid.output.absolute()
     if all(is_finished(unit.folder) for unit in grid.units):
-        print(f"{out.name} is finished: sead-dist sweep writes its report again")
+        print(f"{out.name} is finished: nothing to do; sead-dist sweep writes its report again")
         return []
     runs = tuple(str(unit.folder.absolute()) for unit in grid.units)
     if not dry_run:
         make_ready([runs], grid.output, root)
-    launch = Launch(attempt_recipe, "sweep", asked, runs, str(out / ".slurm"))
+    launch = Launch(attempt_recipe, "sweep", all_words, runs, str(out / ".slurm"))
     named = {f"{out.name}/worker-{n}": launch for n in range(workers)}
     return queue(named, settings, out.name, dry_run, root)

@@ -75,20 +75,23 @@ def most_rows_read(config: RunConfig, labelled: int) -> int:
     return steps * config.global_batch_size
 
 
-def told_length(config: RunConfig, labelled: int, rows: int) -> str:
+def length_line(config: RunConfig, labelled: int, rows: int) -> str:
     """How long a run is, and why."""
     steps = run_steps(config, labelled, rows)
     patience = config.early_stopping_patience
     if patience is not None:
-        end = f"; it ends earlier, once the selection loss has not fallen for {patience} epochs"
-        return "at most " + _told_steps(config, labelled, rows, steps) + end
-    return _told_steps(config, labelled, rows, steps)
+        epoch = epoch_steps(config, labelled, rows)
+        epochs = patience * patience_steps(epoch) // epoch
+        passes = "an epoch" if epochs == 1 else f"{epochs} epochs"
+        end = f"; it ends earlier if the selection loss has not fallen for {passes}"
+        return "at most " + _steps_line(config, labelled, rows, steps) + end
+    return _steps_line(config, labelled, rows, steps)
 
 
-def _told_steps(config: RunConfig, labelled: int, rows: int, steps: int) -> str:
+def _steps_line(config: RunConfig, labelled: int, rows: int, steps: int) -> str:
     epochs = config.num_train_epochs
     if config.max_steps is not None:
-        other = "" if epochs is None else f"; num_train_epochs={epochs} does not count beside it"
+        other = "" if epochs is None else f"; num_train_epochs={epochs} is not used"
         return f"{steps} steps (max_steps{other})"
     if epochs is not None:
         return f"{steps} steps (num_train_epochs={epochs} over {labelled or rows} labelled rows)"
@@ -124,7 +127,7 @@ def final_checkpoint(config: RunConfig, selection_rows: int) -> Literal["best", 
     return "best" if selection_rows >= ENOUGH_TO_CHOOSE else "average"
 
 
-def told_checkpoint(config: RunConfig, selection_rows: int, total_steps: int) -> str:
+def checkpoint_line(config: RunConfig, selection_rows: int, total_steps: int) -> str:
     """Which student is kept, and why."""
     kept = final_checkpoint(config, selection_rows)
     what = {
@@ -137,7 +140,8 @@ def told_checkpoint(config: RunConfig, selection_rows: int, total_steps: int) ->
     if config.final_checkpoint != "auto":
         return line
     if config.early_stopping_patience is not None:
-        return f"{line} (automatic: the run's last steps are not known before)"
+        why = "with early_stopping_patience the last steps are not known in advance"
+        return f"{line} (automatic: {why})"
     if not selection_rows:
         return f"{line} (automatic: the selection split has no gold labels to choose by)"
     enough = "enough" if kept == "best" else "too few"

@@ -18,11 +18,11 @@ from sead_dist.config.schema import Operational, RunConfig, Section
 from sead_dist.errors import UserError
 
 HEAD = """\
-# Every key of a run and its default. These come first; your YAML files are laid over them from
-# left to right, then KEY=VALUE overrides of the command line. Keys marked (operational) may change
-# when a run is resumed; all others are the run's identity, and a resume refuses when one of them
-# differs. This file is made from the fields in sead_dist/config/schema.py, sections.py and
-# teacher_entry.py: runs go by those, and a change here changes nothing.
+# Every key of a run and its default. Your YAML files replace these values, from left to right. Then
+# the KEY=VALUE overrides of the command line do. Keys marked (operational) may change when a run is
+# resumed. All others are the run's identity: a run with another value of one of them is not
+# resumed. This file is generated from the fields in sead_dist/config/schema.py, sections.py and
+# teacher_entry.py. A run reads the fields, so a change of this file has no effect.
 """
 # of a teacher's entry what an encoder's has too
 OF_ENCODER = ("path", "revision")

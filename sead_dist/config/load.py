@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import RENAMED, did_you_mean, told_known
+from sead_dist.config.names import RENAMED, did_you_mean, known_names
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.yaml_text import parse_yaml, read_word, read_yaml
@@ -78,18 +78,23 @@ def read_method(method: str) -> dict[str, Any]:
     path = known.get(method, Path(method))
     if not os.path.isfile(path):
         raise UserError(
-            f"method={method} is not a method{told_known(method, known)}, or a YAML file"
+            f"method={method} is neither a shipped method nor a YAML file"
+            f"{known_names(method, known)}"
         )
     keys = read_yaml(path)
     old = [key for key in keys if key in RENAMED] if isinstance(keys, dict) else []
     if old:
         new = RENAMED[old[0]]
-        raise UserError(f"method={method}: the key {old[0]!r} is {new} now; give {new} instead")
-    others = [str(key) for key in keys if key not in METHOD_KEYS] if isinstance(keys, dict) else []
-    if not isinstance(keys, dict) or others:
         raise UserError(
-            f"method={method}: {others[0] if others else path} is not a key of a method; its file "
-            f"may set {', '.join(METHOD_KEYS)}; give other keys beside it"
+            f"method={method}: the key {old[0]!r} has the new name {new}; give {new} instead"
+        )
+    if not isinstance(keys, dict):
+        raise UserError(f"method={method} holds no keys; expected a YAML mapping; write KEY: VALUE")
+    others = [str(key) for key in keys if key not in METHOD_KEYS]
+    if others:
+        raise UserError(
+            f"method={method}: {others[0]} is not a key of a method; a method's file may set "
+            f"{', '.join(METHOD_KEYS)}; give other keys as KEY=VALUE or in another YAML file"
         )
     return keys
 
@@ -121,7 +126,7 @@ def _override(word: str) -> dict[str, Any]:
         else:
             entry = f"{{path: DIR, {name}: {said}}}"
         raise UserError(
-            f"{key.strip()}: KEY=VALUE sets all of {group}, not a part of an entry; write "
+            f"{key.strip()}: KEY=VALUE sets the whole list {group}, not a part of an entry; write "
             f"{group}='[{entry}]'"
         )
     value = read_word(key.strip(), text) if text else None
@@ -160,15 +165,15 @@ def folders_of(pattern: str, key: str, output: str | None) -> list[str]:
     for folder in began:
         if not Path(folder).is_dir():
             raise UserError(
-                f"{key}={pattern}: {output} began with {folder}, which is not there any more; put "
-                "it back, or give another output_dir"
+                f"{key}={pattern}: the run in {output} began with {folder}, which does not exist "
+                "any more; restore it, or give another output_dir"
             )
     if began:
         for folder in _able_folders(pattern, output)[0]:
             if folder not in began:
                 _log.warning(
-                    "%s=%s leaves out %s, which was not there when %s began; "
-                    "another output_dir takes it in", key, pattern, folder, output
+                    "%s=%s leaves out %s, which did not exist when the run in %s began; give "
+                    "another output_dir to include it", key, pattern, folder, output
                 )  # fmt: skip
         return began
     found, left_out = _able_folders(pattern, output)
@@ -201,7 +206,7 @@ def _first_teachers(pattern: str, output: Path) -> list[str]:
         try:
             given = json.loads(record.read_bytes())["teachers_given"]
             paths = [entry["path"] for entry in given]
-        except Exception:  # the run itself refuses a bad record
+        except Exception:  # the run itself raises an error for a bad record
             continue
         found = [path for path in dict.fromkeys(paths) if _is_of(path, pattern)]
         if found:
@@ -231,7 +236,7 @@ def _is_of(path: str, pattern: str) -> bool:
 
 
 def _at_home(value: Any) -> Any:
-    """The value with the home folder for `~/` at the start of each text: YAML knows no `~`."""
+    """The value with the home folder for `~/` at the start of each text (YAML keeps it)."""
     if isinstance(value, str) and value.startswith("~/"):
         return os.path.expanduser(value)
     if isinstance(value, dict):
@@ -275,12 +280,14 @@ def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"config {word!r} is not a text; give a YAML file, or KEY=VALUE "
+                    f"config {word!r} is not a text file; give a YAML file, or KEY=VALUE "
                     f"(student={word}?)"
                 ) from error
         layer = parse_yaml(text, str(path))
         if not isinstance(layer, Mapping):
-            raise UserError(f"config {word!r} holds no keys; it must be a YAML mapping")
+            raise UserError(
+                f"config {word!r} holds no keys; expected a YAML mapping; write KEY: VALUE"
+            )
         if "model_type" in layer:
             shape = path.suffix in (".yaml", ".yml")
             given = word if shape else path.parent
@@ -317,21 +324,23 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"
         raise UserError(
-            f"student.shape={student.shape} has new weights, so {ignored} would be ignored; "
-            "give one of the two"
+            f"student.shape={student.shape} gives the student new weights, so {ignored} would be "
+            "ignored; give one of the two"
         )
     if config.early_stopping_patience is not None and config.final_checkpoint == "average":
         raise UserError(
             "final_checkpoint=average averages a run's last steps, and with "
-            f"early_stopping_patience={config.early_stopping_patience} they are not known before; "
-            "leave final_checkpoint out (the best student is kept), or early_stopping_patience"
+            f"early_stopping_patience={config.early_stopping_patience} these are not known in "
+            "advance; leave out final_checkpoint (then the best student is kept) or "
+            "early_stopping_patience"
         )
     if config.repair.text is not None:
         check_repair(config)
     if config.fold is not None and config.fold >= (config.folds or 0):
+        there = "folds is null" if config.folds is None else f"the last fold is {config.folds - 1}"
         raise UserError(
-            f"fold={config.fold} must be one of the folds 0, 1, ..., and folds="
-            f"{config.folds or 'null'}; give folds a larger number, or leave fold out"
+            f"fold={config.fold} does not exist: {there}; give folds={max(config.fold + 1, 2)} or "
+            "more, or leave fold out"
         )
     if config.global_batch_size % config.micro_batch_size:
         raise UserError(
@@ -347,14 +356,14 @@ def check_repair(config: RunConfig) -> None:
     given = f"repair.text={config.repair.text}"
     if config.student.layers is None and config.repair.teacher is None:
         raise UserError(
-            f"{given} repairs a start that has few layers of a model, and student.layers is not "
-            "given; give it, repair.teacher=DIR for a start that is to follow another model, or "
-            "leave repair out"
+            f"{given} needs student.layers or repair.teacher, and neither is given; give "
+            "student.layers (the start learns the hidden states of the whole model), "
+            "repair.teacher=DIR (it learns those of another model), or leave repair out"
         )
     if config.student_init == "feature_teacher":
         raise UserError(
-            f"{given} repairs the student's own start, and student_init=feature_teacher puts "
-            "another in its place; give student_init=own, or leave repair out"
+            f"{given} repairs the student's own start, and student_init=feature_teacher replaces "
+            "this start; give student_init=own, or leave repair out"
         )
 
 
@@ -364,7 +373,8 @@ def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:
     if layer.get("method") in (None, method) or not all(key in layer for key in METHOD_KEYS):
         return layer
     left = ", ".join(METHOD_KEYS)
-    _log.warning("method=%s: a file's keys for %s are left out: %s", method, layer["method"], left)
+    other = layer["method"]
+    _log.warning("method=%s: a file's keys for method=%s are not used: %s", method, other, left)
     return {key: value for key, value in layer.items() if key not in METHOD_KEYS}
 
 

@@ -76,7 +76,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     return otherwise if near is None else f"did you mean {near!r}?"
 
 
-def told_known(name: str, known: Iterable[str]) -> str:
+def known_names(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, and all of them."""
     known = list(known)
     meant = did_you_mean(name, known, "")

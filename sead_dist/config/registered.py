@@ -86,7 +86,7 @@ def take_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None
     if name in names(what):
         owner = ADDED.owners[what].get(name)
         by = "built in" if owner is None else f"registered by {ADDED.files[owner]}"
-        raise UserError(f"a {what} {name!r} is there already ({by}); give yours another name")
+        raise UserError(f"the {what} {name!r} exists already ({by}); give yours another name")
     expect(f"the {what} {name!r}", given, kinds, fix)
     ADDED.owners[what][name] = ADDED.loading
 
@@ -122,7 +122,7 @@ def load_plugins(paths: Sequence[str]) -> None:
     for name in stems:
         if stems.count(name) > 1:
             raise UserError(
-                f"plugins has two files of the name {name!r}, and a run keeps both under it; "
+                f"plugins has two files named {name!r}, and a run keeps its plugins by file name; "
                 "rename one"
             )
     for path in paths:
@@ -165,11 +165,11 @@ def run_file(path: str, plugin: Plugin) -> None:
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = "" if line is None else f" in line {line}"
         raise UserError(
-            f"plugin {path} cannot be run: {one_line(reason(error))}{where}; {fix_of(error)}"
+            f"plugin {path} cannot be run: {one_line(reason(error))}{where}; {plugin_fix(error)}"
         ) from error
 
 
-def fix_of(error: BaseException) -> str:
+def plugin_fix(error: BaseException) -> str:
     """What a person does about a plugin that raised this."""
     missing = error.name if isinstance(error, ImportError) else None
     if missing is None:
@@ -225,7 +225,7 @@ def kept_plugins(run: Path) -> list[str]:
         path = run / PLUGINS / key.removeprefix("plugin ")
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "gone"
         if not found.startswith(sha256):
-            raise UserError(f"plugin {path} is not the file that the run had; restore it")
+            raise UserError(f"plugin {path} is not the file that the run used; restore it")
         kept.append(str(path))
     return sorted(kept)
 

@@ -61,15 +61,16 @@ class TaskKeys(Section):
     method: Annotated[str | None, Operational] = None
     """finetune | single | mean | confidence | entropy | random | routed | distilbert | tinybert |
     minilm | sead, or your own YAML file of these keys: ensemble, teacher, loss, temperature, alpha,
-    alpha_end, feature_loss, feature_loss_weight, feature_stage_ratio, student_init; null: as the
-    keys say, whose defaults are those of sead (operational: its keys count)"""
+    alpha_end, feature_loss, feature_loss_weight, feature_stage_ratio, student_init; null: only
+    these keys decide, and their defaults are those of sead (operational: these keys are compared
+    instead)"""
     output_dir: Annotated[str, Operational]
     """the run directory (operational: a run may be moved)"""
     seed: Annotated[int, Field(ge=0)] = 0
-    """order of the rows, dropout, new weights"""
+    """decides the order of the rows, dropout and new weights"""
     plugins: Annotated[list[str], Operational] = Field(default_factory=list)
     """your own Python files, which register losses, ensembles, kinds of teacher and of task
-    (operational: what they hold counts)"""
+    (operational: their contents are compared instead)"""
     data: DataConfig = DataConfig()
     unlabeled: UnlabeledConfig = UnlabeledConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -88,42 +89,44 @@ class ModelKeys(Section):
     teachers: Annotated[list[TeacherConfig], Operational] = Field(default_factory=list)
     """paths, ids, id@revision, a glob, or {path, name, kind, placement, offload, labels,
     revision, dtype, quantization, max_length, weight, calibrate}. kind: of a plugin; model: a
-    classifier that Transformers loads. calibrate: on | off: a temperature fitted on the
+    classifier that Transformers loads. calibrate: on | off: whether a temperature is fitted on the
     selection split. Or {predictions, name, weight, calibrate, kind, labels, id, column,
     confidence, annotator, abstain, unknown, duplicates, smoothing}: a file of predictions
     (docs/teachers.md). Or a language model: {model, prompt, words: {CLASS: [WORD, ...]}, chat,
     shots, contextual_calibration}, behind an OpenAI-compatible interface also {endpoint: URL,
     concurrency, max_requests} (docs/language_models.md). offload: true: a sharded teacher's weights
     lie in the CPU's memory. quantization: int8: 8-bit weights (needs the extra `quantize`)
-    (operational: what their weights, labels, prompts and words are counts)"""
+    (operational: their weights, labels, prompts and words are compared instead)"""
     encoders: list[TeacherConfig] = Field(default_factory=list)
-    """for `finetune` only: what each teacher starts from, as for teachers"""
+    """for `finetune` only: the model that each teacher starts from, given as in `teachers`"""
     folds: Annotated[int | None, Field(gt=1, le=1000)] = None
-    """for `finetune` only: teacher i of `encoders` is trained without fold i of so many of the
-    labelled rows, and for such a row a student gets the targets of only those teachers that were
-    not trained on it (not with ensemble single, random or routed); null: all are trained on all
-    rows"""
+    """for `finetune` only: the labelled rows are divided into this many folds, and teacher i of
+    `encoders` is trained without fold i. The student's targets for a row then come only from
+    teachers that were not trained on it (not with ensemble single, random or routed). null: all
+    teachers are trained on all rows"""
     fold: Annotated[int | None, Field(ge=0)] = None
     """the fold, from 0, that a run leaves out; finetune sets it"""
     placement: Annotated[Placement, Operational] = "auto"
-    """auto | colocated | partitioned | sharded | pool: where teachers run when their entry does not
-    say"""
+    """auto | colocated | partitioned | sharded | pool: where teachers run, unless their entry
+    has a placement"""
     teacher_precision: Precision = "fp32"
-    """fp32 | bf16 | fp16: numbers the teachers compute in"""
+    """fp32 | bf16 | fp16: the precision in which teachers compute"""
     prefetch_rows: Annotated[int, Field(gt=0, le=MANY), Operational] = 16384
-    """most rows the teachers work ahead of the student"""
+    """the most rows that teachers compute ahead of the student"""
     teacher_validation: Annotated[Literal["on", "off", "fp32"], Operational] = "on"
-    """on | off | fp32; off: teachers teach without being validated; fp32: those in other numbers
-    are also compared with themselves in fp32, on up to 2,000 rows"""
+    """on | off | fp32; on: each teacher is checked on the selection split before it teaches; off:
+    no check; fp32: a teacher in bf16, fp16 or 8 bits is also compared with itself in fp32, on up to
+    2,000 rows"""
     baseline: Annotated[str | None, Operational] = "auto"
-    """auto | the folder of a run of method=finetune on the same rows | null: log and card say what
-    the teachers have over a fine-tuned student, and what this one keeps of that. auto: it is made
-    first, in the run directory, where that takes at most a tenth of the time"""
+    """auto | the folder of a run of method=finetune on the same rows | null. Log and card compare
+    the teachers and this student with that fine-tuned student. auto: it is trained first, in the
+    run directory, if that takes at most a tenth of the time; null: no comparison with it"""
     trust_remote_code: Annotated[bool, Operational] = False
     """true: run modelling code that comes with a checkpoint"""
     store: StoreConfig = StoreConfig()
     pool: PoolConfig = PoolConfig()
-    """of teachers with placement pool, which `sead-dist teach` computes in processes of its own"""
+    """for teachers with placement pool, whose predictions `sead-dist teach` computes in processes
+    of its own"""
 
     @field_validator("encoders")
     @classmethod
@@ -134,75 +137,78 @@ class ModelKeys(Section):
 
 
 class MethodKeys(Section):
-    """How teachers count, and the losses. A method's file may set these, but for teacher_column."""
+    """The weights of teachers, and the losses. A method's file may set all but teacher_column."""
 
     ensemble: Annotated[str, one_of("ensemble")] = "mean_probabilities"
     """none | single | mean_logits | mean_probabilities | fixed | score | fitted | confidence |
-    entropy | answers | random | routed, or a plugin's. none: the labels alone; single: one teacher;
-    fixed: the teachers' `weight`; mean_*: all alike; score: by the selection score; fitted: by the
-    gold labels of the selection split; random: one per micro-batch; the others per example"""
+    entropy | answers | random | routed, or a plugin's: how teachers are weighted. none: no
+    teachers, the labels alone; single: one teacher; mean_*: equal weights; fixed: the teachers'
+    `weight`; score: by the score on the selection split; fitted: weights fitted to the gold labels
+    of the selection split; random: one teacher per micro-batch; routed: the one that teacher_column
+    names; confidence, entropy, answers: other weights for each example (docs/method.md)"""
     teacher: str | None = None
-    """the name of the teacher that `single` asks and that a feature loss follows; null: the best by
-    the selection split"""
+    """the name of the teacher that `single` and a feature loss use; null: the one with the best
+    score on the selection split"""
     teacher_column: str | None = None
     """the column of the data that names each example's teacher, for `routed`"""
     loss: Annotated[str, one_of("loss", "auto")] = "auto"
     """kl: cross-entropy to soft targets times T^2 | mse: squared error of logits (or scores) |
-    mse_centered: of logits less their row's mean | auto: mse for scores, else kl; or a plugin's"""
+    mse_centered: the same, after the mean of its row is subtracted from each logit | auto: mse for
+    scores, else kl; or a plugin's"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T, of teachers and student in the soft loss"""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
     """labelled rows: alpha * soft + (1 - alpha) * hard"""
     alpha_end: Annotated[float | None, Field(ge=0, le=1)] = None
-    """alpha at the last step, changing evenly from step to step; null: alpha stays"""
+    """alpha at the last step; it changes linearly up to there; null: alpha is constant"""
     feature_loss: Literal["distilbert", "tinybert", "minilm"] | None = None
     """distilbert | tinybert | minilm: a loss over the teacher's hidden states or attention beside
     the soft one"""
     feature_loss_weight: Annotated[float, Field(gt=0)] = 1.0
-    """what that loss is multiplied by"""
+    """the factor of the feature loss"""
     feature_stage_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """tinybert: share of the steps, the first ones, that see that loss alone; the others see the
-    task's"""
+    """tinybert: the share of the steps, from the first on, that use the feature loss alone; the
+    later steps use the soft and the hard loss alone"""
     student_init: Literal["own", "feature_teacher"] = "own"
-    """own | feature_teacher: before the first step the student gets that teacher's body with evenly
-    spaced layers, where it fits"""
+    """own | feature_teacher; feature_teacher: before the first step the student gets evenly spaced
+    layers of the teacher of the feature loss, if they fit"""
 
 
 class TrainingKeys(Section):
     """How long and how the student is trained."""
 
     num_train_epochs: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """passes over the labelled rows: how long the run is, however much text there is"""
+    """the length of the run, in passes over the labelled rows; text and copies do not change it"""
     max_steps: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """so many optimiser steps instead; both null: with teachers three passes over all rows, at
-    least 1500 and at most 30000 steps; without teachers three epochs over the labelled rows, at
-    least 200 steps"""
+    """the length of the run in optimiser steps instead; both null: with teachers three passes over
+    all rows, at least 1500 and at most 30000 steps; without teachers three epochs over the labelled
+    rows, at least 200 steps"""
     early_stopping_patience: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """end the run once the selection loss has not fallen for so many epochs over the labelled rows
-    (those of fewer than 20 steps count together); the number of steps is the most that it takes
-    then, without teachers ten epochs where none is given. null: never, but `finetune` takes 2 where
-    no length is given"""
+    """the run ends when the selection loss has not fallen at this many checks in a row. A check
+    follows each epoch over the labelled rows, or the fewest epochs that make 20 steps.
+    num_train_epochs or max_steps is then the limit; without both and without teachers the limit is
+    ten epochs. null: no early end, but `finetune` takes 2 where no length is given"""
     global_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 32
     """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16
     """rows per forward and backward of one rank, on average; divides global_batch_size. A global
-    batch is cut into micro-batches by length, each of about as many padded tokens, and never of
-    more than micro_batch_size longest rows"""
+    batch is cut into micro-batches by length, each of about as many padded tokens, and none has
+    more of them than micro_batch_size rows of the longest length"""
     max_length: Annotated[int, Field(gt=1, le=MANY)] = 128
-    """most tokens per row, for the student and for teachers that do not say"""
+    """the most tokens per row, for the student and for teachers whose entry has no max_length"""
     optim: Literal["adamw", "sgd"] = "adamw"
     """adamw | sgd"""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
-    """the highest, reached after the warm-up; null: by the student's width, 3e-4 up to 256, 1e-4 up
-    to 384, 5e-5 up to 768, else 2e-5"""
+    """the highest learning rate, reached after the warm-up; null: by the student's hidden size,
+    3e-4 up to 256, 1e-4 up to 384, 5e-5 up to 768, else 2e-5"""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """linear | cosine | constant, after the warm-up"""
+    """linear | cosine | constant: the learning rate after the warm-up"""
     warmup_steps: Annotated[float, Field(ge=0, le=MANY)] = 0.1
     """steps over which the learning rate rises; below 1: a share of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """not on biases and norms"""
+    """the weight decay of all weights but biases and norms"""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """clip the gradient to this norm; 0: do not"""
+    """the gradient is clipped to this norm; 0: it is not clipped"""
     precision: Precision = "fp32"
     """fp32 | bf16 | fp16: the student's arithmetic (weights stay fp32)"""
     deterministic: bool = False
@@ -213,40 +219,43 @@ class TrainingKeys(Section):
 
 
 class OutputKeys(Section):
-    """Which student is kept, what is saved, and who is told."""
+    """Which student is kept, what is saved, and where results are sent."""
 
     final_checkpoint: Literal["auto", "best", "last", "average"] = "auto"
     """which student is kept. best: the one that scored best on the selection split | last: that of
     the last step | average: the mean of its weights over the last steps | auto: best from 500
     selection rows up and with early_stopping_patience, else average"""
     average_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """average: share of the steps, the last ones, that the mean is taken over"""
+    """for final_checkpoint=average: the share of the steps, up to the last one, over which the mean
+    is taken"""
     eval_steps: Annotated[int | None, Field(gt=0, le=MANY), Operational] = None
-    """score the selection split so often; null: after each epoch over the labelled rows, and at
-    most fifty times (where the best student is kept, a resume may not change it)"""
+    """steps from one score on the selection split to the next; null: one score after each
+    epoch over the labelled rows, at most fifty in a run (where the best student is kept, a resume
+    may not change it)"""
     save_steps: Annotated[int | None, Field(ge=0, le=MANY), Operational] = None
-    """save the state so often; 0: never; null: each minute, as long as that takes at most 2% of the
-    time, and with each new best student where the best is kept"""
+    """steps from one checkpoint to the next; 0: there are none; null: one each minute, as long as
+    that takes at most 2% of the time, and one at each new best student where the best is kept"""
     save_total_limit: Annotated[int, Field(ge=1, le=MANY), Operational] = 2
-    """how many checkpoints stay"""
+    """the most checkpoints that are kept"""
     keep_training_state: Annotated[bool, Operational] = False
     """true: a finished run keeps its checkpoints"""
     preemption_notice_s: Annotated[float | None, Field(gt=0), Operational] = None
-    """seconds between a scheduler's notice (SIGUSR2, SIGTERM) and the kill; then a save is timed at
-    the start"""
+    """seconds between a scheduler's notice (SIGUSR2, SIGTERM) and the kill; with this key the time
+    of a save is measured before the first step"""
     heartbeat: HeartbeatConfig = HeartbeatConfig()
-    """of a run in several processes: it ends, naming the process, when one is dead or hangs"""
+    """a run in several processes ends when one of them is dead or hangs; the error names it"""
     report_to: Annotated[str | None, Operational] = None
-    """tensorboard, or any tracker's name that Accelerate knows"""
+    """tensorboard, or the name of another tracker that Accelerate accepts"""
     prediction_texts: Annotated[bool, Operational] = True
-    """false: predictions/ hold no texts of the rows"""
+    """false: the files in predictions/ do not contain the texts of the rows"""
     push_to_hub: Annotated[bool, Operational] = False
-    """true: upload model/ when the run is finished; asks for a token first (hf auth login, or
-    HF_TOKEN)"""
+    """true: model/ is uploaded when the run is finished; needs a token before it starts (hf auth
+    login, or HF_TOKEN)"""
     hub_model_id: Annotated[str | None, Operational] = None
     """owner/name, or a name under the token's owner; null: the name on the card"""
     hub_private_repo: Annotated[bool | None, Operational] = None
-    """true | false: who sees a repository that the upload makes; null: the owner's default"""
+    """true | false: whether a repository that the upload creates is private; null: the owner's
+    default"""
     card: CardConfig = CardConfig()
 
 
@@ -262,10 +271,10 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
     @property
     def taught(self) -> bool:
         """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
-        return bool(self.teachers) and self.asks_teachers
+        return bool(self.teachers) and self.uses_teachers
 
     @property
-    def asks_teachers(self) -> bool:
+    def uses_teachers(self) -> bool:
         """Whether the ensemble is one of teachers, be they given or not."""
         return self.ensemble != NO_ENSEMBLE
 
@@ -289,12 +298,12 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
     def uses_copies(self) -> bool:
         """Whether copies of rows may be made: without teachers only under gold labels, and where
         all are files, which have no answers for copies, only a number that is asked for."""
-        if self.augment.copies == "auto" and self.teachers and not self.asks_live:
+        if self.augment.copies == "auto" and self.teachers and not self.has_live_teacher:
             return False
         return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
 
     @property
-    def asks_live(self) -> bool:
+    def has_live_teacher(self) -> bool:
         """Whether a teacher can answer any text, which a file of predictions cannot."""
         return any(entry.predictions is None for entry in self.teachers)
 

@@ -76,7 +76,7 @@ class DataConfig(Section):
 
     path: Annotated[str | None, Operational] = None
     """folder with the task's files (train.tsv, dev.jsonl, ...); null: the hub (operational: the
-    data's fingerprint counts)"""
+    data's fingerprint is compared instead)"""
     train: Annotated[str | None, Operational] = None
     """this file instead of the folder's train file; .tsv, .csv, .jsonl, .json, .parquet, .arrow,
     each also with .gz"""
@@ -85,28 +85,29 @@ class DataConfig(Section):
     revision: Annotated[str | None, Operational] = None
     """hub revision of the data set"""
     max_train_examples: Annotated[int | None, Field(gt=0)] = None
-    """a sample of so many training rows, drawn by selection.seed; null: all"""
+    """a sample of this many training rows, drawn by selection.seed; null: all"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1), Operational] = 0.1
     """where data.train is the only file of a task that is not on the hub: share of its rows that
     become the validation split, by a hash; rows that share a text stay together (operational: the
-    data's fingerprint counts)"""
+    data's fingerprint is compared instead)"""
     skip_malformed: bool = False
-    """true: leave out lines with a wrong number of fields, and say how many"""
+    """true: lines that cannot be read, such as those with a wrong number of fields, are skipped,
+    and a warning lists them"""
 
 
 class UnlabeledConfig(Section):
     """Text without gold labels."""
 
     path: Annotated[str | None, Operational] = None
-    """a file of unlabelled text with the task's columns; only the soft loss sees it, so a run that
-    asks no teacher refuses it (operational: the data's fingerprint counts)"""
+    """a file of unlabelled text with the task's columns; only the soft loss uses it, so a run
+    without teachers cannot have it (operational: the data's fingerprint is compared instead)"""
     rest: Annotated[bool | None, Operational] = None
     """true | false: rows of the task's own train file that the sample left out are unlabelled text
-    too, without their labels; null: true where teachers are asked (operational: the data's
-    fingerprint counts)"""
+    too, without their labels; null: true in a run with teachers (operational: the data's
+    fingerprint is compared instead)"""
     ratio: Annotated[float | None, Field(gt=0)] = None
-    """at most so many rows of unlabelled text, of both kinds together, per labelled row; null: all
-    """
+    """the most rows of unlabelled text, of `path` and `rest` together, per labelled row; null: no
+    limit"""
 
 
 Operation = Literal["mask", "ngram", "neighbor", "swap", "recombine"]
@@ -116,12 +117,13 @@ class AugmentConfig(Section):
     """Changed copies of rows."""
 
     copies: int | Literal["auto"] | None = "auto"
-    """so many copies of each row; auto: where teachers are asked up to ten times the labelled rows
-    together with the text, none above 50,000 labelled rows; null: none"""
+    """the number of copies of each row; auto: with teachers as many as make copies and text
+    together ten times the labelled rows, but none above 50,000 labelled rows; null: none"""
     operations: Annotated[list[Operation], Field(min_length=1)] | None = None
-    """a list of mask (or leave out words), ngram (keep a few words in a row), neighbor (words for
-    others near them in the student's own embedding table), and for pairs swap (the two texts) and
-    recombine (with a text of another row, mostly a like one); null: all that fit"""
+    """a list of mask (words are masked or left out), ngram (a few successive words are kept),
+    neighbor (words are replaced by others near them in the student's own embedding table), and for
+    pairs swap (the two texts change places) and recombine (the second text is that of another row,
+    mostly a similar one); null: all that fit the task"""
     gold_labels: bool = False
     """true: copies of labelled rows keep the gold label where the operation keeps it (mask,
     neighbor, and swap where the task is symmetric)"""
@@ -132,19 +134,20 @@ class AugmentConfig(Section):
         """In one line: a union of types would say one for each."""
         if value in (None, "auto") or (isinstance(value, int) and 0 < value <= MANY):
             return value
-        raise ValueError("give how many copies each row has, from 1, or auto, or null")
+        raise ValueError("expected a number of copies of each row, from 1; or auto, or null")
 
 
 class SelectionConfig(Section):
     """The rows that are held out to choose by."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """share of the training rows held out to choose by: teacher validation, weights, and the best
-    checkpoint where there are 500 such rows"""
+    """share of the training rows that is held out for choices: teacher validation, weights of
+    teachers, and the best checkpoint if there are at least 500 such rows"""
     seed: int = 0
-    """which rows are held out and sampled; the same for teachers and students"""
+    """decides which rows are held out and sampled; give teachers and students the same"""
     split: Literal["held_out", "dev"] = "held_out"
-    """held_out | dev; dev reproduces published figures and marks every table"""
+    """held_out | dev; dev: choices are made on the dev split, as in published figures, and every
+    table has a note on it"""
 
 
 class StudentConfig(Section):
@@ -154,10 +157,11 @@ class StudentConfig(Section):
     """hub id, id@revision or folder of the student's start (student=DIR is short for
     student.path=DIR); only its head may be new"""
     shape: str | None = None
-    """or new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own YAML file"""
+    """instead of path, new weights of a shape: L6-H256-A8, L6-H384-A12, L12-H384-A12 or your own
+    YAML file"""
     layers: list[int] | None = None
-    """or these layers of student.path, e.g. [1,3,5,7,9,11]; of any model whose layers are one list
-    (not ALBERT, T5)"""
+    """only these layers of student.path, e.g. [1,3,5,7,9,11]; for any model whose layers are one
+    list (not ALBERT, T5)"""
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
@@ -167,12 +171,12 @@ class RepairConfig(Section):
 
     text: Annotated[str | None, Operational] = None
     """a file of plain text, one text a line; null: nothing is repaired (operational: the text's
-    hash counts)"""
+    hash is compared instead)"""
     steps: Annotated[int, Field(gt=0, le=MANY)] = 5000
     """optimiser steps of the repair"""
     teacher: Annotated[str | None, Operational] = None
-    """whose hidden states are learnt: a folder or hub id with the student's tokeniser; null: those
-    of student.path, whole (operational: its hash counts)"""
+    """the model whose hidden states are learnt: a folder or hub id with the student's tokeniser;
+    null: student.path with all its layers (operational: its hash is compared instead)"""
     folder: Annotated[str | None, Operational] = None
     """where repaired starts are kept; null: SEAD_DIST_REPAIRED or the user's cache"""
 
@@ -193,24 +197,25 @@ class PoolConfig(Section):
     item_rows: Annotated[int, Field(gt=0, le=MANY), Operational] = 2048
     """rows of one teacher that a worker takes at a time"""
     lease_s: Annotated[float, Field(gt=0), Operational] = 60
-    """a worker is taken for dead, and its work item taken over, when it gives no sign of life for
-    so many seconds"""
+    """after this many seconds without a sign of life a worker counts as dead, and another one takes
+    its work item"""
     timeout_s: Annotated[float, Field(gt=0), Operational] = 1800
-    """the student ends, naming the teacher, when nothing new has come for so many seconds"""
+    """after this many seconds without a new prediction the student's run ends; the error names the
+    teacher"""
 
 
 class HeartbeatConfig(Section):
     """When a rank counts as dead or as hanging."""
 
     timeout_s: Annotated[float, Field(gt=0), Operational] = 120
-    """a process that gives no sign of life for so many seconds is dead (killed, stopped, node lost)
-    """
+    """after this many seconds without a sign of life a process counts as dead (killed, stopped,
+    node lost)"""
     hang_timeout_s: Annotated[float, Field(gt=0), Operational] = 1800
-    """where no process has moved for so many seconds, one of them hangs"""
+    """after this many seconds without progress in any process, one of them counts as hanging"""
 
 
 class CardConfig(Section):
-    """What the model card says of itself."""
+    """Entries of the model card that only a person can give."""
 
     license: Annotated[str | None, Field(min_length=1), Operational] = None
     """the model's licence, as the hub names it (apache-2.0, mit, other, ...); null: the card names

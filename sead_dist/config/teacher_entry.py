@@ -38,7 +38,7 @@ def with_kind(raw: Any) -> Any:
     entry = dict(raw)
     if "model" in entry:
         if entry.get("path") is not None:
-            raise ValueError("model and path are two names of one thing; leave one out")
+            raise ValueError("model and path mean the same; leave one out")
         if entry.get("prompt") is None:
             raise ValueError(
                 "a language model needs a prompt and words; add them, or give path for a classifier"
@@ -58,8 +58,10 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
     keys that differ from their defaults."""
     if kind not in (LANGUAGE_MODEL, ENDPOINT):
         of_prompt = [key for key in (*PROMPT_KEYS, *ENDPOINT_KEYS) if key in given]
-        where = "a language model's, which has a prompt" if kind == MODEL else "no key of its kind"
-        return f"{of_prompt[0]} is {where}; add it, or leave it out" if of_prompt else None
+        if not of_prompt:
+            return None
+        fix = "give a prompt and words too, or leave it out" if kind == MODEL else "leave it out"
+        return f"{of_prompt[0]} is for a language model; {fix}"
     for key in ("prompt", "words"):
         if key not in given:
             return f"a language model needs a prompt and words, and {key} is missing; add it"
@@ -73,19 +75,19 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
 
 def mistaken_words(words: Mapping[str, list[str]]) -> str | None:
     """What is wrong with the words of the classes, as the end of an error message, or None."""
-    speaks_for: dict[str, str] = {}
+    class_of: dict[str, str] = {}
     for name, its in words.items():
         if not its:
-            return f"the class {name!r} has no words; give it one, with the blank before it"
+            return f"the class {name!r} has no words; give it one, with the blank that precedes it"
         for word in its:
             if not word.strip():
-                return f"the class {name!r} has the word {word!r}, which says nothing; give letters"
-            if word in speaks_for:
+                return f"the class {name!r} has the word {word!r}, which is empty; give letters"
+            if word in class_of:
                 return (
-                    f"the word {word!r} stands twice, for {speaks_for[word]} and {name}; "
+                    f"the word {word!r} is given twice, for {class_of[word]} and {name}; "
                     "leave one out"
                 )
-            speaks_for[word] = name
+            class_of[word] = name
     return None
 
 
@@ -99,8 +101,8 @@ def _mistaken_url(url: str) -> str | None:
         return "endpoint is not a URL of http or https; give one, such as http://localhost:8000/v1"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         return (
-            "endpoint holds more than a place, and configurations are kept; give the URL alone, "
-            "and the key in the variable OPENAI_API_KEY"
+            "endpoint has a user, a password, a query or a fragment, and a run keeps its keys; "
+            "give the URL alone, and the API key in the variable OPENAI_API_KEY"
         )
     return None
 
@@ -130,57 +132,61 @@ class TeacherConfig(Section):
     or one of a plugin; of a file of predictions what its values are: auto | probabilities |
     log_probabilities | logits | labels | votes | top_k | scores"""
     placement: Placed | None = None
-    """where it runs; null: as the key placement says"""
+    """where it runs; null: where the run's placement puts it"""
     offload: bool = False
     """true: the weights of a sharded teacher lie in the CPU's memory"""
     labels: Labels | dict[str, str] = None
-    """its class order, [a, b, c] or task_order, where its own names do not say it; of a file of
-    predictions {NAME: LABEL}"""
+    """the order of its classes, [a, b, c] or task_order, if its own names do not give it; of a file
+    of predictions {NAME: LABEL}"""
     revision: str | None = None
-    """of a hub id"""
+    """revision of a hub id"""
     dtype: Precision | None = None
-    """fp32 | bf16 | fp16: what it computes in; null: teacher_precision"""
+    """fp32 | bf16 | fp16: the precision in which it computes; null: teacher_precision"""
     quantization: Literal["int8"] | None = None
     """int8: 8-bit weights (needs the extra `quantize`)"""
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
-    """tokens of a text that it reads; null: as many as it can, up to the run's max_length (of a
-    language model: of prompt and word; null: the prompt's beside the run's max_length)"""
+    """the most tokens of a row that it reads; null: as many as it can, up to the run's max_length.
+    Of a language model these are tokens of prompt and word; null: the run's max_length beside the
+    fixed part of the prompt"""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """how much it counts, with ensemble=fixed"""
+    """its weight, with ensemble=fixed"""
     calibrate: Literal["on", "off"] | None = None
-    """on | off: a temperature is fitted to it on the selection split, from 200 rows that it
-    answers; null: on for files of predictions and language models alone"""
+    """on | off: whether a temperature is fitted to its logits on the selection split, if it answers
+    at least 200 rows there; null: on for files of predictions and language models, else off"""
     id: str | None = None
     """of a file: the column of the ids that `sead-dist labels --rows` writes; null: rows are found
     by the task's text columns, else by `id`"""
     column: str | None = None
-    """of a file: the column of labels or scores; null: prediction, answer, label or their like"""
+    """of a file: the column of labels or scores; null: the first of prediction, predicted_label,
+    answer and label, or for scores of prediction, predicted_score, score and label"""
     confidence: str | None = None
     """of a file: the column of a label's probability; null: confidence or probability, if any"""
     annotator: str | None = None
-    """of a file: the column that says whose vote a row is; null: annotator or sample, if any"""
+    """of a file: the column that names whose vote a row is; null: annotator or sample, if any"""
     abstain: tuple[str, ...] = ()
     """of a file: what stands for no answer, such as [unsure, ""]"""
     unknown: Literal["refuse", "skip"] = "refuse"
-    """refuse | skip: of a file, labels that the task has not"""
+    """refuse | skip: of a file, labels that the task does not have; refuse: they are an error;
+    skip: their rows have no answer"""
     duplicates: Literal["refuse", "mean"] = "refuse"
-    """refuse | mean: of a file, two answers to one row that differ"""
+    """refuse | mean: of a file, different answers for one row; refuse: they are an error; mean:
+    their mean is the answer"""
     smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
     """of a file: what is added to the votes of each class"""
     prompt: Annotated[str | None, Field(min_length=1)] = None
-    """of a language model: a template of the texts, which a word of a class is to follow"""
+    """of a language model: a template of the texts, after which it predicts a word of a class"""
     words: dict[str, list[str]] | None = None
-    """of a language model: the words that speak for each class"""
+    """of a language model: the words that stand for each class"""
     chat: bool = False
-    """true: the prompt stands in the tokeniser's chat template"""
+    """true: the prompt is put into the tokeniser's chat template"""
     shots: Annotated[int, Field(ge=0, le=1000)] = 0
-    """so many labelled training rows are shown in the prompt"""
+    """the number of labelled training rows in the prompt"""
     contextual_calibration: bool = False
-    """true: less what a language model says of an empty text"""
+    """true: the logits that a language model gives for an empty text are subtracted"""
     endpoint: str | None = None
     """the URL of an OpenAI-compatible interface that has the language model"""
     concurrency: Annotated[int, Field(gt=0, le=1000)] = 8
-    """requests that are at an endpoint at once"""
+    """the most requests to an endpoint at once"""
     max_requests: Annotated[int | None, Field(gt=0, le=MANY)] = None
     """most requests that a process sends to an endpoint; null: any number"""
 
@@ -191,11 +197,11 @@ class TeacherConfig(Section):
         if not isinstance(given, dict) or given.get("predictions") is None:
             return given
         if given.get("path") not in (None, given["predictions"]):
-            raise ValueError("path is a model's and predictions a file's; give one of the two")
-        told = {key: value for key, value in given.items() if value is not None}
-        if isinstance(told.get("labels"), dict):  # YAML reads 0 as a number
-            told["labels"] = {str(name): label for name, label in told["labels"].items()}
-        return {"kind": "auto", "placement": "colocated", **told, "path": given["predictions"]}
+            raise ValueError("path names a model and predictions a file; give one of the two")
+        known = {key: value for key, value in given.items() if value is not None}
+        if isinstance(known.get("labels"), dict):  # YAML reads 0 as a number
+            known["labels"] = {str(name): label for name, label in known["labels"].items()}
+        return {"kind": "auto", "placement": "colocated", **known, "path": given["predictions"]}
 
     @model_validator(mode="after")
     def keys_fit(self) -> "TeacherConfig":
@@ -218,9 +224,7 @@ class TeacherConfig(Section):
 
     @field_validator("words")
     @classmethod
-    def words_that_can_be_told_apart(
-        cls, words: dict[str, list[str]] | None
-    ) -> dict[str, list[str]] | None:
+    def distinct_words(cls, words: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
         if words is not None and (problem := mistaken_words(words)):
             raise ValueError(problem)
         return words

@@ -94,7 +94,7 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
         parts = [part for pair in node.value for part in pair]
     count = 1 + sum(_count(part, counted) for part in parts)
     if count > MOST_VALUES:
-        raise _mistake(node, f"aliases and all, there are over {MOST_VALUES} values")
+        raise _mistake(node, f"with all aliases written out, there are over {MOST_VALUES} values")
     counted[id(node)] = count
     return count
 

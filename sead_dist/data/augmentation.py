@@ -121,11 +121,12 @@ def _unfit_reason(operation: str, task: TaskSpec, has_table: bool, gold_alone: b
     if operation in ("swap", "recombine") and not is_pair(task):
         return f"it needs a task with two texts, and task {task.name} has no such pairs"
     if operation == "neighbor" and not has_table:
-        return "the student's embeddings are new or of another tokeniser, and have no neighbours"
+        return "the student's embeddings are new or of another tokeniser, so words lack neighbours"
     if gold_alone and not keeps_label(operation, task):
         return (
-            "its copies lose their gold label, and no teacher is asked for another (for task "
-            f"{task.name} {', '.join(op for op in OPERATIONS if keeps_label(op, task))} keep it)"
+            "its copies lose their gold label, and a run without teachers has no other label for "
+            f"them (in task {task.name} the label stays with "
+            f"{', '.join(op for op in OPERATIONS if keeps_label(op, task))})"
         )
     return None
 

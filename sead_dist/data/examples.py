@@ -215,7 +215,10 @@ def divide(examples: ExampleSet, n: int, seed: int) -> tuple[ExampleSet, Example
     units_B = np.arange(len(examples)) if examples.groups_B is None else examples.groups_B
     chosen_B = _choose(examples, units_B, n, seed)
     if not chosen_B.any():
-        raise UserError(f"{n} examples of the {examples.split} split: none fit; ask for more")
+        raise UserError(
+            f"a sample of {n} of the {len(examples)} examples of the {examples.split} split is "
+            "empty, since each group of examples is larger; give a larger number"
+        )
     return subset(examples, chosen_B), subset(examples, ~chosen_B)
 
 

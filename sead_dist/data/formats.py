@@ -129,8 +129,8 @@ def _renamed(task: TaskSpec, row: Row, where: str) -> Row:
         if old in row:
             if str(renamed.get(name, row[old])) != str(row[old]):
                 raise UserError(
-                    f"{where}: columns {old!r} and {name!r} both are the task's {name!r}, and "
-                    "hold other values; remove one of them"
+                    f"{where}: columns {old!r} and {name!r} both stand for the task's column "
+                    f"{name!r} and hold different values; remove one of them"
                 )
             renamed[name] = row[old]
     return renamed
@@ -150,7 +150,7 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
     for name in task.fields:
         if not isinstance(flat.get(name), str):
             if name in flat:
-                raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; it must be text")
+                raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; expected text")
             raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
     for key, text in (("text_a", task.text_a), ("text_b", task.text_b)):
         if text in flat:
@@ -174,7 +174,7 @@ def _task_key(task: TaskSpec, key: str) -> str | None:
 def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     if task.label_column not in flat:
         line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
-        raise UserError(f"{line} (a run learns without gold labels from teachers alone)")
+        raise UserError(f"{line} (only a run with teachers can do without gold labels)")
     return flat[task.label_column]
 
 
@@ -186,7 +186,7 @@ def _refuse_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
     near = next((name for name in named if name not in task.fields), None)
     if near is not None and str(flat[near] or "").strip():
         line = _no_column(task.label_column, flat, where, _task_key(task, "label_column"))
-        raise UserError(f"{line} (is it {near!r}?)")
+        raise UserError(f"{line} (did you mean {near!r}?)")
 
 
 def _lacks_label(task: TaskSpec, flat: Row) -> bool:
@@ -201,7 +201,7 @@ def _without_label(task: TaskSpec, rows: Sequence[Row], error: UserError) -> Use
     line = f"{str(error).removesuffix('; fix the row')}; the row has no label"
     if task.reader == "plain":
         lacking = sum(_lacks_label(task, _renamed(task, row, "a row")) for row in rows)
-        line += f" (so it is in {counted(lacking, 'row')})"
+        line += f" ({counted(lacking, 'row')} without one in all)"
     return UserError(f"{line}; fill it in, or leave such rows out")
 
 
@@ -224,8 +224,8 @@ def _with_all_labels(task: TaskSpec, rows: Sequence[Row], error: UserError) -> U
     listed = ", ".join(f"{label!r} ({counted(count, 'row')})" for label, count in outside[:10])
     more = f" and {len(outside) - 10} more" if len(outside) > 10 else ""
     return UserError(
-        f"{line}; outside it are {listed}{more}; add them to labels, or to value_aliases, in the "
-        "task's file, or fix the rows"
+        f"{line}; labels outside the set: {listed}{more}; add them to labels, or to value_aliases, "
+        "in the task's file, or fix the rows"
     )
 
 
@@ -235,8 +235,8 @@ def _teacher_index(route: Route, flat: Row, where: str) -> int:
     name = str(flat[route.column])
     if name not in route.teachers:
         raise UserError(
-            f"{where}: {name!r} in column {route.column!r} is not a teacher of this run: "
-            f"{', '.join(route.teachers)}; name the teachers as the column does: "
+            f"{where}: {name!r} in column {route.column!r} is not a teacher of this run; its "
+            f"teachers: {', '.join(route.teachers)}; give them the names that stand in the column: "
             f"teachers=[{{path: DIR, name: {name}}}, ...]"
         )
     return route.teachers.index(name)

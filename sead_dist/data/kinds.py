@@ -86,8 +86,8 @@ class Classification(TaskKind):
         labels = [normalise_label(label) for label in task.labels]
         if len(labels) < 2 or len(set(labels)) < len(labels):
             return f"labels is {list(task.labels)}; give two or more different names"
-        if says_nothing := [name for name in labels if re.fullmatch(r"label_\d+", name)]:
-            return f"labels has {says_nothing[0]!r}, which says nothing; name what it stands for"
+        if nameless := [name for name in labels if re.fullmatch(r"label_\d+", name)]:
+            return f"labels has {nameless[0]!r}, which names no class; give the name of the class"
         if "f1" in task.metrics and task.reader == "plain" and len(labels) != 2:
             return f"metrics has 'f1', which needs two labels, not {len(labels)}; use f1_macro"
         choices = len(task.choices)
@@ -170,8 +170,8 @@ class Regression(TaskKind):
             score = score_of(value)
             if not low <= score <= high:  # also false for NaN
                 raise UserError(
-                    f"{where}: score {value!r} in column {task.label_column!r}; "
-                    f"allowed: a number from {low:g} to {high:g}; fix the row"
+                    f"{where}: score {value!r} in column {task.label_column!r} is not allowed; "
+                    f"expected a number from {low:g} to {high:g}; fix the row"
                 )
             return score
 
@@ -259,7 +259,7 @@ def score_of(value: Any) -> float:
 def align_name(task: "TaskSpec", name: str) -> int | None:
     """The class index of a model's label name, or None where the name does not say which.
 
-    `LABEL_0` never says; a bare number says only where the task's own labels are numbers.
+    `LABEL_0` names no class. A bare number names one only where the task's own labels are numbers.
     """
     return _names(task).get(normalise_label(name))
 

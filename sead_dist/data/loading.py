@@ -27,7 +27,7 @@ from sead_dist.data.text_files import (
     rows_of_text,
     tsv_stream,
 )
-from sead_dist.errors import UserError, expect, reading, reason
+from sead_dist.errors import UserError, expect, reading, reason, type_of
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -78,7 +78,7 @@ def source_of(task: TaskSpec, split: str, path: Path | None, file: Path | None) 
 
 
 @contextmanager
-def told_with(source: str) -> Iterator[None]:
+def naming_source(source: str) -> Iterator[None]:
     """Add the source of rows to a UserError about them."""
     try:
         yield
@@ -115,9 +115,8 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
         alone = ", or data.train=FILE alone, of which a part is held out" if may_be_cut else ""
         held = _list(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
-            f"no {split} file in {path}: looked for {_list(task.splits[split])} with "
-            f"{_list(EXTENSIONS)}; the folder holds {held}; or give the file: data.{key}=FILE"
-            f"{alone}"
+            f"no {split} file in {path}; expected {_list(task.splits[split])} with one of "
+            f"{_list(EXTENSIONS)}; the folder holds {held}; add it, or give data.{key}=FILE{alone}"
         )
     files = next(iter(found.values()))
     if (shard := re.search(r"-of-(\d+)", files[0].stem)) and len(files) != int(shard[1]):
@@ -158,7 +157,7 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
 
 @contextmanager
 def _reading_data(path: Path, kind: str) -> Iterator[None]:
-    with reading(path, "give a whole file, and no pipe", f"data file {path}"):
+    with reading(path, "give a complete file", f"data file {path}"):
         try:
             yield
         except FileNotFoundError as error:
@@ -168,7 +167,9 @@ def _reading_data(path: Path, kind: str) -> Iterator[None]:
             raise UserError(f"data file {path} is not UTF-8: {line}; convert it") from error
         except pa.ArrowException as error:
             line = reason(error)
-            raise UserError(f"data file {path} is not a whole {kind} file: {line}") from error
+            raise UserError(
+                f"data file {path} is not a complete {kind} file: {line}; write it again"
+            ) from error
 
 
 def row_chunks(
@@ -263,7 +264,7 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
             )
     except Exception as error:  # the libraries below raise a dozen kinds
         raise UserError(
-            f"could not reach split {hub_split!r} of hub data set {name!r} ({config}): "
+            f"split {hub_split!r} of hub data set {name!r} ({config}) cannot be loaded: "
             f"{reason(error)}; give data.path, a folder of files"
         ) from error
     return table_rows(dataset_table(loaded), task, f"hub data set {name!r}")
@@ -338,7 +339,7 @@ def to_table(data: Any, where: str) -> pa.Table:
         line = " ".join(str(error).split())
         raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error
     raise UserError(
-        f"{where} is of type {type(data).__name__}; give a folder, a file, a pandas DataFrame, a "
+        f"{where} is of type {type_of(data)}; give a folder, a file, a pandas DataFrame, a "
         "datasets.Dataset, or a dict of splits of these"
     )
 

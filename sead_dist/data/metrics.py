@@ -160,8 +160,8 @@ def of_classes(
 def constant(name: str, num_classes: int, inputs: MetricInputs) -> float:
     """The best score under metric `name` that a constant answer can reach.
 
-    It is 0 for MCC. ReCoRD asks for the best candidate of a group, and a constant answer prefers
-    none. So there it is the mean score of a candidate drawn at random.
+    It is 0 for MCC. In ReCoRD an answer is the best candidate of a group, and a constant gives all
+    candidates the same score. So there it is the mean score of a candidate drawn at random.
     """
     if name == "matthews_correlation":
         return 0.0

@@ -151,8 +151,8 @@ def keys_by_text(path: Path, task: TaskSpec, rows: Rows) -> list[Key]:
     items = list(read_items(task, rows, str(path), labelled=False))
     if len(items) != len(rows):
         raise UserError(
-            f"{path}: a row of task {task.name} in this form stands for several examples; find "
-            "them by the ids of `sead-dist labels --rows`"
+            f"{path}: a row of task {task.name} in this form stands for several examples; give a "
+            "column with the ids that `sead-dist labels --rows` writes"
         )
     return [(same_text(item.texts_a[0]), *map(same_text, item.texts_b)) for item in items]
 
@@ -176,14 +176,15 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
         ]
     refuse_unknown(sheet)
     notes += [
-        f"{counted(count, 'answer')} withheld ({what!r})" for what, count in sheet.withheld.items()
+        f"{counted(count, 'row')} without an answer ({what!r})"
+        for what, count in sheet.unanswered.items()
     ]
     if sheet.unknown:
-        notes.append(f"labels that the task has not are passed over: {counts(sheet.unknown)}")
+        notes.append(f"labels that the task does not have are skipped: {counts(sheet.unknown)}")
     if not answers:
         raise UserError(
-            f"{sheet.path} answers no row: every answer is withheld or unknown; give some, take "
-            "fewer for missing (abstain), or map the labels (labels: {NAME: LABEL})"
+            f"{sheet.path} has no answer for any row: each one is missing or an unknown label; add "
+            "answers, shorten the list of abstain, or map the labels (labels: {NAME: LABEL})"
         )
     return answers, notes
 
@@ -213,7 +214,8 @@ def kind_of_values(sheet: Sheet) -> str:
         return "scores"
     if kind == "scores":
         raise UserError(
-            f"{sheet.path}: kind: scores is for tasks of scores, and {sheet.task.name} has classes"
+            f"{sheet.path}: kind: scores is for tasks of scores, and task {sheet.task.name} has "
+            "classes; leave kind out"
         )
     if kind != "auto":
         return kind
@@ -228,9 +230,10 @@ def refuse_unknown(sheet: Sheet) -> None:
     """Raises UserError for labels that the task lacks, unless the entry allows them."""
     if sheet.unknown and sheet.entry.unknown == "refuse":
         raise UserError(
-            f"{sheet.path} has labels that task {sheet.task.name} has not: "
+            f"{sheet.path} has labels that task {sheet.task.name} does not have: "
             f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
-            "(labels: {NAME: LABEL}), take them as no answer (abstain: [NAME]), or unknown: skip"
+            "(labels: {NAME: LABEL}), declare them as no answer (abstain: [NAME]), or skip them "
+            "(unknown: skip)"
         )
 
 
@@ -257,8 +260,8 @@ def merged(
         if entry.duplicates == "refuse":
             what, other = key if isinstance(key, str) else key[0], found[alike.index(False)][0]
             raise UserError(
-                f"{path}: rows {found[0][0]} and {other} answer {what[:60]!r} differently; remove "
-                "one, or give duplicates: mean, or annotator: COLUMN where they are votes"
+                f"{path}: rows {found[0][0]} and {other} hold different answers for {what[:60]!r}; "
+                "remove one, or give duplicates: mean, or annotator: COLUMN if they are votes"
             )
         averaged += 1
         values_KC[place] = mean_of(task, [values_C for _, values_C in found])

@@ -69,7 +69,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         cells = [row.get(column) for column in ordered]
         # as `labels --output` writes a row that no teacher answers
         bare = all(cell is None or not str(cell).strip() for cell in cells)
-        if sheet.withholds(*cells, bare=bare):
+        if sheet.is_unanswered(*cells, bare=bare):
             read.append(None)
             continue
         values_C = np.array([score_of(cell) for cell in cells])
@@ -78,7 +78,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
             if not (math.isfinite(value) or (value == -math.inf and kind != "logits")):
                 raise UserError(
                     f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; "
-                    "correct it, or take it as no answer (abstain)"
+                    "correct it, or declare it as no answer (abstain)"
                 )
         read.append((number, values_C))
     if kind == "logits":
@@ -87,7 +87,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
     if kind != "log_probabilities":
         refuse_percentages(sheet, answered)
     if kind == "columns":
-        kind = guessed(sheet, answered)
+        kind = kind_of_numbers(sheet, answered)
     return [None if of is None else by_probabilities(sheet, kind, *of) for of in read]
 
 
@@ -98,12 +98,12 @@ def refuse_percentages(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> 
     ):
         number, values_C = read[0]
         raise UserError(
-            f"{sheet.at(number)}: {told(values_C)} are percentages, as all rows are; expected are "
-            "probabilities in [0, 1]; divide by 100"
+            f"{sheet.at(number)}: {first_values(values_C)} are percentages, here and in all other "
+            "rows; expected probabilities in [0, 1]; divide by 100"
         )
 
 
-def guessed(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
+def kind_of_numbers(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
     """Whether these are probabilities or logarithms of them."""
     if all(bool(((values_C >= 0) & (values_C <= 1)).all()) for _, values_C in read):
         return "probabilities"
@@ -111,12 +111,12 @@ def guessed(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> str:
         return "log_probabilities"
     number, values_C = next(of for of in read if bool(((of[1] < 0) | (of[1] > 1)).any()))
     raise UserError(
-        f"{sheet.at(number)}: {told(values_C)} are not probabilities, which lie in [0, 1], nor are "
-        "all rows logarithms of some; where they are logits say so (kind: logits)"
+        f"{sheet.at(number)}: {first_values(values_C)} are not probabilities, which lie in [0, 1], "
+        "and not all rows are logarithms of probabilities; if they are logits, give kind: logits"
     )
 
 
-def told(values_C: np.ndarray) -> str:
+def first_values(values_C: np.ndarray) -> str:
     """The first six values, for a message."""
     return ", ".join(f"{value:.4g}" for value in values_C[:6])
 
@@ -125,14 +125,15 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
     """Logits of one row. Raises UserError for what are not probabilities."""
     p_C = np.exp(values_C) if kind == "log_probabilities" else values_C
     if ((p_C < 0) | (p_C > 1 + 1e-9)).any():
+        after = " after exp" if kind == "log_probabilities" else ""
         raise UserError(
-            f"{sheet.at(number)}: {told(values_C)} are not {kind.replace('_', '-')}, which lie in "
-            "[0, 1]" + (" after exp" if kind == "log_probabilities" else "") + "; correct the row"
+            f"{sheet.at(number)}: {first_values(values_C)} are not {kind.replace('_', '-')}; "
+            f"expected numbers in [0, 1]{after}; correct the row"
         )
     total = float(p_C.sum())
     if abs(total - 1) > TOLERANCE:
         # values in [0, 1] are not logits, so the hint is for log-probabilities
-        other = ", or say what they are (kind: logits)" if kind == "log_probabilities" else ""
+        other = ", or give kind: logits if they are" if kind == "log_probabilities" else ""
         raise UserError(
             f"{sheet.at(number)}: its probabilities sum to {total:.4g}; expected 1 within "
             f"{TOLERANCE:g}; correct the row{other}"
@@ -196,17 +197,17 @@ def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     """The class in a cell. A missing answer and an unknown label give None, and are counted."""
-    if sheet.withholds(cell):
+    if sheet.is_unanswered(cell):
         return None
     if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
         raise UserError(
-            f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}, and expected is a "
-            "label; where it lists labels with their probabilities say so (kind: top_k)"
+            f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}; expected a label; if "
+            "it lists labels with their probabilities, give kind: top_k"
         )
     if cell is None or cell != cell:
         raise UserError(
-            f"{sheet.at(number)}: column {column!r} holds no label ({cell!r}); fill it in, or take "
-            'it as no answer (abstain: [""])'
+            f"{sheet.at(number)}: column {column!r} holds no label ({cell!r}); fill it in, or "
+            'declare it as no answer (abstain: [""])'
         )
     return sheet.label_index(cell)
 
@@ -253,7 +254,7 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     missing: list[float] = []
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.withholds(cell):
+        if sheet.is_unanswered(cell):
             yield None
             continue
         p_C = np.zeros(len(sheet.task.labels))
@@ -276,7 +277,7 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
         p_C[~named] = missing[-1] / max(int((~named).sum()), 1)
         yield log_of(p_C / max(float(p_C.sum()), LEAST))
     mean = f"{np.mean(missing):.4f}" if missing else "1"
-    notes.append(f"top_k: on average {mean} of the probability is missing, and shared out")
+    notes.append(f"top_k: on average {mean} of the probability goes to labels that are not listed")
 
 
 def top_pairs(sheet: Sheet, number: int, column: str, cell: Any) -> list[tuple[str, float]]:
@@ -312,14 +313,14 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     column = answer_column(sheet, SCORE_COLUMNS)
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.withholds(cell):
+        if sheet.is_unanswered(cell):
             yield None
             continue
         value = score_of(cell)
         if not math.isfinite(value):
             raise UserError(
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
-                "it, or take it as no answer (abstain)"
+                "it, or declare it as no answer (abstain)"
             )
         refuse_other_scale(sheet, number, column, value)
         yield np.array([value], np.float32)
@@ -332,6 +333,6 @@ def refuse_other_scale(sheet: Sheet, number: int, column: str, value: float) -> 
     if abs(value - (low + high) / 2) > 1.5 * (high - low):
         raise UserError(
             f"{sheet.at(number)}: column {column!r} holds {value:g}, and the scores of task "
-            f"{sheet.task.name} run from {low:g} to {high:g}; bring the file to this scale, or "
+            f"{sheet.task.name} go from {low:g} to {high:g}; convert the file to this scale, or "
             "correct the row"
         )

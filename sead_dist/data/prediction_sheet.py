@@ -26,7 +26,7 @@ CONFIDENCE_COLUMNS = ("confidence", "probability")
 @dataclass(frozen=True)
 class Sheet:
     """A file's rows and what reads them. columns: those that may hold answers. unknown: labels that
-    the task lacks, with their counts. withheld: missing answers, with their counts."""
+    the task lacks, with their counts. unanswered: missing answers, with their counts."""
 
     path: Path
     task: TaskSpec
@@ -34,20 +34,20 @@ class Sheet:
     rows: Rows
     columns: list[str]
     unknown: Counter[str] = field(default_factory=Counter)
-    withheld: Counter[str] = field(default_factory=Counter)
+    unanswered: Counter[str] = field(default_factory=Counter)
 
     def at(self, number: int) -> str:
         return f"{self.path} row {number}"
 
-    def withholds(self, *cells: Any, bare: bool = False) -> bool:
+    def is_unanswered(self, *cells: Any, bare: bool = False) -> bool:
         """Whether each of a row's cells holds a missing answer, or the row is bare. If so, it is
         counted."""
         said = ["" if cell is None or cell != cell else str(cell) for cell in cells]
         missing = {text.strip().casefold() for text in self.entry.abstain}
-        withheld = bare or all(text.strip().casefold() in missing for text in said)
-        if withheld:
-            self.withheld[said[0]] += 1
-        return withheld
+        unanswered = bare or all(text.strip().casefold() in missing for text in said)
+        if unanswered:
+            self.unanswered[said[0]] += 1
+        return unanswered
 
     def label_index(self, value: Any) -> int | None:
         """The class of a label in the file. One that the task lacks gives None, and is counted."""
@@ -113,14 +113,14 @@ def class_columns(sheet: Sheet) -> dict[int, str]:
             continue
         if index in found:
             raise UserError(
-                f"{sheet.path}: the columns {found[index]!r} and {column!r} both are of the label "
-                f"{sheet.task.labels[index]!r}; remove one"
+                f"{sheet.path}: the columns {found[index]!r} and {column!r} both belong to the "
+                f"label {sheet.task.labels[index]!r}; remove one"
             )
         found[index] = column
     missing = [label for index, label in enumerate(sheet.task.labels) if index not in found]
     if found and missing:
         raise UserError(
-            f"{sheet.path} has columns of classes ({', '.join(found.values())}), and none of "
+            f"{sheet.path} has columns of classes ({', '.join(found.values())}), and none for "
             f"{', '.join(missing)}; add it, map names (labels: {{NAME: LABEL}}), or name the "
             "column of labels with column"
         )
@@ -161,16 +161,16 @@ def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None
         if other in beside or other not in sheet.columns or not holds_answers(sheet, other):
             continue
         # numbers beside a column of names, or one number in all rows, are a seed or a count
-        said = said_in(sheet, other)
+        said = filled_cells(sheet, other)
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
-        if not chance and not says_the_same(sheet, found, other):
+        if not chance and not hold_same_classes(sheet, found, other):
             raise UserError(
                 f"{sheet.path}: the columns {found!r} and {other!r} both hold answers of task "
                 f"{task.name}; say which are the teacher's: column: {found}, or column: {other}"
             )
 
 
-def says_the_same(sheet: Sheet, one: str, other: str) -> bool:
+def hold_same_classes(sheet: Sheet, one: str, other: str) -> bool:
     """Whether two columns of labels hold the same class in every row."""
     if not sheet.task.task_kind.has_classes:
         return False
@@ -178,7 +178,7 @@ def says_the_same(sheet: Sheet, one: str, other: str) -> bool:
     return all(sheet.known_label(a) == sheet.known_label(b) for a, b in pairs)
 
 
-def said_in(sheet: Sheet, column: str) -> list[str]:
+def filled_cells(sheet: Sheet, column: str) -> list[str]:
     """What stands in the cells of a column that are not empty."""
     cells = [row.get(column) for row in sheet.rows]
     return [str(cell) for cell in cells if cell is not None and cell == cell and str(cell).strip()]
@@ -186,12 +186,12 @@ def said_in(sheet: Sheet, column: str) -> list[str]:
 
 def holds_numbers(sheet: Sheet, column: str) -> bool:
     """Whether all that stands in a column is a number."""
-    return all(number_name(text) is not None for text in said_in(sheet, column))
+    return all(number_name(text) is not None for text in filled_cells(sheet, column))
 
 
 def holds_answers(sheet: Sheet, column: str) -> bool:
     """Whether a column is not empty and each value in it is a label, or a score, of the task."""
-    said = said_in(sheet, column)
+    said = filled_cells(sheet, column)
     if sheet.task.task_kind.has_classes:
         return bool(said) and all(sheet.known_label(text) is not None for text in said)
     return bool(said) and all(sheet.task.task_kind.is_label(sheet.task, text) for text in said)

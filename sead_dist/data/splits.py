@@ -28,7 +28,7 @@ from sead_dist.data.examples import (
     subset,
 )
 from sead_dist.data.formats import Route
-from sead_dist.data.loading import find_files, source_of, split_chunks, told_with
+from sead_dist.data.loading import find_files, naming_source, source_of, split_chunks
 from sead_dist.data.order import Split
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
@@ -141,7 +141,7 @@ def _read_split(
     read = 0
     for rows in chunks:
         labels = None if may_lack else True
-        with told_with(source_of(task, split, path, file)):
+        with naming_source(source_of(task, split, path, file)):
             try:
                 parts.append(build_examples(task, rows, split, labels, route, first=read))
             except UserError:
@@ -261,14 +261,14 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
     if with_gold and (missing := without_rows(task, train)):
         classes = ", ".join(map(repr, missing[:10]))
         tell(
-            f"WARNING: no training row is {classes}, so no label teaches the student to say so; "
-            "give rows of it, or take it out of the task's labels"
+            f"WARNING: no training row has a label of {classes}, so no gold label teaches these "
+            "classes; add rows of them, or remove them from the task's labels"
         )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
         alone = "" if with_gold else "; the student learns from the teachers' answers alone"
         tell(
-            f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is not "
-            f"there or is empty): its figures are agreement with the teachers{alone}"
+            f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is "
+            f"missing or empty): scores there are agreement with the teachers{alone}"
         )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(
@@ -314,7 +314,7 @@ def check_tokens(
             if found is not None:
                 raise UserError(
                     f"{source_row(examples, part, found)} has a text without a token for {whose}, "
-                    "whose tokeniser adds none of its own; fill in the text, or remove the row"
+                    "whose tokeniser adds no special tokens; fill in the text, or remove the row"
                 )
 
 
@@ -346,13 +346,13 @@ def tokenize_splits(examples: RunExamples, tokenized: Callable[[ExampleSet], Spl
     return RunSplits(tokenized(examples.train), tokenized(examples.selection), official, left_out)
 
 
-def told_cuts(
+def cut_lines(
     examples: RunExamples, splits: RunSplits, asked: int, max_length: int
 ) -> Iterator[str]:
     """Lines on the student's text rows that lost tokens, in every split, and on a maximum length
     that its positions do not reach."""
     if max_length < asked:
-        yield f"max_length={asked}, but the student's positions end at {max_length}"
+        yield f"max_length={asked}, but the student has positions for {max_length} tokens only"
     train = splits.train.tokens
     labelled, text = examples.labelled_rows, examples.labelled_rows + examples.unlabelled_rows
     counts = {"train": train.cut_of(slice(labelled))}
@@ -369,5 +369,5 @@ def told_cuts(
     if 2 * cut <= rows:
         yield f"student: {line}"
     else:
-        fix = "; raise it" if max_length == asked else ""
-        yield f"WARNING: student: {line}: more than half of all lose text to max_length{fix}"
+        fix = "; raise max_length" if max_length == asked else ""
+        yield f"WARNING: student: {line}: more than half of all rows lose text{fix}"

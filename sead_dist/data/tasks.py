@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sead_dist.config.mistakes import as_yaml, expected_value
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.sections import one_of
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
@@ -51,7 +51,7 @@ class TaskSpec:
     labels: tuple[str, ...] = ()
     """the classes' names, in their order; [] for a regression"""
     aliases: dict[str, str] = field(default_factory=dict)
-    """other name of a class: label, in files and in models"""
+    """other names of labels, in files and in models: {NAME: LABEL}"""
     value_aliases: dict[str, str] = field(default_factory=dict)
     """the same, in files alone"""
     label_column: str = "label"
@@ -59,24 +59,24 @@ class TaskSpec:
     score_range: tuple[float, float] | None = None
     """regression: the lowest and the highest score, [0, 5]"""
     metrics: tuple[str, ...] = ("accuracy",)
-    """what is scored; the first one selects, and left out it is the usual one of the kind"""
+    """the scores; checkpoints are chosen by the first one; left out: the usual ones of the kind"""
     hub: tuple[str, str | None] | None = None
     """the data set on the hub and its configuration: [nyu-mll/glue, sst2]"""
     splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(_SPLITS))
-    """each split, and what its files may be called; train first, then the one that is scored"""
+    """each split and the names that its files may have; train first, then the one that is scored"""
     columns: tuple[str, ...] = ()
     """the columns of files without a header, in their order"""
     renames: dict[str, str] = field(default_factory=dict)
-    """column in some files: its name here"""
+    """other names of columns, in some files: {NAME: COLUMN}"""
     reader: Literal["plain", "copa", "wsc", "multirc", "record"] = "plain"
     """how a row is laid out; all but plain are of SuperGLUE tasks"""
     fields: tuple[str, ...] = ()
     """the columns that are read as text; []: those that the templates name"""
     sentences: tuple[str, ...] = ()
-    """the columns whose texts tie rows together, to be held out together; []: those of fields"""
+    """rows that share a text of one of these columns are held out together; []: those of fields"""
     # not in the repr, which is part of the data's fingerprint: it changes no row
     symmetric: bool = field(default=False, repr=False)
-    """true | false; true: the label stays where the two texts are swapped"""
+    """true | false; true: a row with its two texts swapped has the same label"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", self.fields or self.templates)
@@ -200,7 +200,7 @@ def load_task(name_or_yaml: str | Path) -> TaskSpec:
         return TASKS[name]
     if Path(f"{name}.yaml").is_file():
         raise UserError(f"unknown task {name!r}; did you mean the file {name}.yaml?")
-    raise UserError(f"unknown task {name!r}{told_known(name, TASKS)}; or the path of a .yaml file")
+    raise UserError(f"unknown task {name!r}{known_names(name, TASKS)}; or give a .yaml file")
 
 
 def read_task_file(path: Path) -> TaskSpec:
@@ -217,7 +217,7 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     for key in raw:
         if key not in known:
             longer = [one for one in known if one.startswith(f"{key}_")]  # label: label_column
-            hint = told_known(longer[0] if longer else str(key), known)
+            hint = known_names(longer[0] if longer else str(key), known)
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     if problem := _lone_brace(raw):
         raise UserError(f"{where}: {problem}")
@@ -309,9 +309,9 @@ def _template_problem(task: TaskSpec) -> str | None:
     for text in (task.text_a, task.text_b or "", *task.choices):
         for _, name, spec, conversion in string.Formatter().parse(text):
             if name is not None and (not name or spec or conversion):
-                return f"the template {text!r} has braces that hold no column's name alone"
+                return f"the template {text!r} has braces with more or less than a column's name"
     if task.symmetric and task.text_b is None:
-        return "symmetric is of tasks with two texts, and text_b is missing; leave symmetric out"
+        return "symmetric is for tasks with two texts, and text_b is missing; leave symmetric out"
     if not task.templates:
         return f"text_a is {task.text_a!r}; it must name a column in braces, such as {{text}}"
     return None

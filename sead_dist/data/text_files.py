@@ -22,8 +22,7 @@ Row = dict[str, Any]
 # .txt holds one text on each line; no split of a folder is such a file
 TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 _SKIP_HINT = (
-    "fix the line, or pass over such lines with data.skip_malformed=true (predict: "
-    "--skip-malformed)"
+    "fix the line, or skip such lines with data.skip_malformed=true (predict: --skip-malformed)"
 )
 _log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 row = _parse(line, f"{path}:{number}", skip_malformed)
                 if not isinstance(row, dict):
                     raise UserError(
-                        f"{path}:{number}: {line.strip()[:60]!r} is not an object; "
+                        f"{path}:{number}: {line.strip()[:60]!r} is not a JSON object; "
                         f"{_fix(skip_malformed)}"
                     )
             except UserError:
@@ -126,7 +125,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 skipped.append(number)
                 continue
             yield row
-    _tell(path, skipped)
+    _log_skipped(path, skipped)
 
 
 def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
@@ -151,8 +150,8 @@ def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
 
 
 def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpec) -> bool:
-    """Whether the quotation marks of a TSV are taken off. A warning says that they are, or why they
-    stay. lines: begins again at each call."""
+    """Whether the quotation marks of a TSV are removed. A warning says so, or why they are kept.
+    lines: begins again at each call."""
     broken = _broken_text(lines())
     if broken is not None:
         _log.warning(
@@ -164,14 +163,14 @@ def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpe
     marked = Marks.of(lines())
     if marked.quoted and task.name in TASKS:
         # official files have no quoting, and QQP's look as if they had
-        _log.warning("%s: quotation marks stay, as in %s's official files", path, task.name)
+        _log.warning("%s: quotation marks are kept, as in %s's official files", path, task.name)
         return False
     if marked.quoted:
-        _log.warning("%s: the file is quoted, so its quotation marks are taken off", path)
+        _log.warning("%s: the file is quoted, so its quotation marks are removed", path)
     elif task.name not in TASKS and marked.any and marked.whole:
         _log.warning(
-            "%s: quotation marks stay, though all are around whole fields, since none is doubled "
-            'inside one (""); name the file .csv to take them off', path
+            "%s: quotation marks are kept: they enclose whole fields, but none inside a field is "
+            'doubled (""); name the file .csv to remove them', path
         )  # fmt: skip
     return marked.quoted
 
@@ -295,7 +294,7 @@ def _records(
                 f"{path}:{number}: {counted(len(fields), 'field')} where {len(header)} are "
                 f"expected ({', '.join(header)}); {_fix(skip_malformed)}"
             )
-    _tell(path, skipped)
+    _log_skipped(path, skipped)
 
 
 def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: TaskSpec) -> bool:
@@ -314,13 +313,11 @@ def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: Task
     return wide is None or not task.task_kind.is_label(task, wide[place])
 
 
-def _tell(path: Path, skipped: Sequence[int]) -> None:
+def _log_skipped(path: Path, skipped: Sequence[int]) -> None:
     """Log which lines were skipped."""
     if skipped:
         listed = listed_numbers(skipped)
-        _log.warning(
-            "%s: passed over %s: %s", path, counted(len(skipped), "malformed line"), listed
-        )
+        _log.warning("%s: skipped %s: %s", path, counted(len(skipped), "malformed line"), listed)
 
 
 def listed_numbers(numbers: Sequence[int]) -> str:

@@ -150,8 +150,8 @@ def refuse_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length
     own = len(tokenizer([""], [""] if pairs else None)["input_ids"][0])
     if max_length <= own:
         raise UserError(
-            f"max_length={max_length} leaves no token of text: this tokeniser adds {own} of its "
-            f"own to every row; give max_length={own + 1} or more (128 is the default)"
+            f"max_length={max_length} leaves no token for text: this tokeniser adds {own} tokens "
+            f"to every row; give max_length={own + 1} or more (128 is the default)"
         )
 
 
@@ -161,7 +161,7 @@ def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
         row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1
         raise UserError(
             f"row {row} of {examples.split} has a text without a token, and this tokeniser adds "
-            "none of its own; fill in its text, or remove the row"
+            "no special tokens; fill in its text, or remove the row"
         )
 
 

@@ -22,7 +22,7 @@ from sead_dist.data.examples import (
     without_labels,
 )
 from sead_dist.data.formats import Route
-from sead_dist.data.loading import row_chunks, told_with
+from sead_dist.data.loading import naming_source, row_chunks
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted
@@ -47,14 +47,14 @@ class UnlabelledText:
         count = 0 if self.examples is None else len(self.examples)
         if not count:
             return (
-                f"unlabelled text: 0 rows ({self.removed} removed): no other row of the train file "
-                "is left over; give a file of text: unlabeled.path=FILE"
+                f"unlabelled text: 0 rows ({self.removed} removed), because the sample leaves out "
+                "no other row of the train file; give a file of text: unlabeled.path=FILE"
             )
         return (
             f"unlabelled text: {counted(self.rest, 'row')} of the train file, "
             f"{count - self.rest} of unlabeled.path; {self.removed} removed, which share a "
             "sentence with selection or held-out rows"
-            + (f"; {self.left_out} others left out: no run reads more" if self.left_out else "")
+            + (f"; {self.left_out} more left out: no run is that long" if self.left_out else "")
         )
 
 
@@ -109,7 +109,7 @@ def text_of_file(
     parts: list[ExampleSet] = []
     read = removed = 0
     for rows in row_chunks(path, task, config.data.skip_malformed, chunk_size(task)):
-        with told_with(f"unlabeled.path={path}"):
+        with naming_source(f"unlabeled.path={path}"):
             part = build_examples(task, rows, "unlabelled text", False, route, first=read)
         read += len(rows)
         shared_B = shares_sentence(part, known)

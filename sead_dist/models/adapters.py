@@ -31,7 +31,7 @@ from sead_dist.models.pretrained import (
     weights_hash,
 )
 from sead_dist.models.sequence_classifier import outline, read_classifier
-from sead_dist.runtime.files import cache_place, files_hash, folder_aside
+from sead_dist.runtime.files import cache_place, files_hash, folder_aside, sweep_old
 
 RULES = "merge-1"
 WEIGHTS = "adapter_model.safetensors"
@@ -59,11 +59,12 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
         return found
     if find_spec("peft") is None:
         raise UserError(
-            f"{name} is a LoRA adapter, which needs the package peft; "
+            f"{name} is a LoRA adapter, and the package peft is not installed; "
             "pip install 'sead-dist[peft]', or merge it (merge_and_unload) and save the whole model"
         )
     try:
         place.mkdir(parents=True, exist_ok=True)
+        sweep_old(place)
         # merging draws weights that it overwrites, and the caller's draws must not depend on the
         # cache
         with folder_aside(target, replaces=False) as aside, torch.random.fork_rng(devices=[]):
@@ -71,7 +72,11 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         if target.is_dir():
             return found  # another process merged it first
-        raise refusal(f"{name} cannot be merged in {place}: {reason(error)}", error) from error
+        raise refusal(
+            f"{name} cannot be merged in {place}: {reason(error)}; free space or get permission to "
+            "write there, or set SEAD_DIST_MERGED=DIR",
+            error,
+        ) from error
     return found
 
 
@@ -94,13 +99,13 @@ def _facts(name: str, folder: Path) -> Mapping[str, Any]:
 
 def _base_of(name: str, folder: Path, facts: Mapping[str, Any]) -> Checkpoint:
     base = facts.get("base_model_name_or_path")
-    said = f"{name} is an adapter of {base} (base_model_name_or_path in its {ADAPTER})"
+    about = f"{name} is an adapter of {base} (base_model_name_or_path in its {ADAPTER})"
     if not isinstance(base, str) or Path(base).resolve() == folder.resolve():
-        raise UserError(f"{said}, which is not a model; correct it")
+        raise UserError(f"{about}, which is not a model; write the base's folder or hub id there")
     try:
         return locate(base, facts.get("revision"))
     except UserError as error:
-        raise UserError(f"{said}: {error}") from error
+        raise UserError(f"{about}: {error}") from error
 
 
 def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
@@ -120,18 +125,18 @@ def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
         own = load_model_config(adapter, False)
         given = {"id2label": own.id2label, "label2id": own.label2id}
     model, loaded = read_classifier(base, "fp32", False, **given)
-    who = f"{adapter.name}, an adapter of {base.name}"
+    who = f"adapter {adapter.name} of {base.name}"
     refuse_gaps(who, model, loaded, {name.removeprefix(PREFIX) for name in shapes})
     refuse_leftovers(base.name, model, loaded.unused)
-    with reading(adapter.folder, COPY, f"{who}: it"), warnings.catch_warnings():
+    with reading(adapter.folder, COPY, who), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         both = PeftModel.from_pretrained(model, adapter.folder, torch_device="cpu")
         read = get_peft_model_state_dict(both, save_embedding_layers=False)
         whole = both.merge_and_unload(safe_merge=True)
     if other := shapes.keys() ^ read.keys():
         raise UserError(
-            f"{who}: the two do not fit in {some(other)}; give the base that the adapter was "
-            "trained on"
+            f"{who}: the adapter does not fit this base in {some(other)}; give the base that the "
+            "adapter was trained on"
         )
     whole.save_pretrained(folder)
     words = next((one.folder for one in (adapter, base) if _has_words(one.folder)), None)

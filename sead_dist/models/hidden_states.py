@@ -124,14 +124,14 @@ def find_layer_parts(model: PreTrainedModel, who: str, attention: bool) -> Layer
     if not layers:
         raise UserError(
             f"{who}: no list of layers found in it ({kind}), so its hidden states cannot be read; "
-            "give a model built like BERT, or a method that asks for logits alone (method=single)"
+            "give a model built like BERT, or a method that needs only logits (method=single)"
         )
     maps = [attention_maps(layer) for layer in layers] if attention else []
     if not all(maps):
         raise UserError(
-            f"{who}: its attention ({kind}) is not BERT's, so its scores cannot be read; give a "
-            "model built like BERT (bert, roberta, electra, distilbert), or method=distilbert, "
-            "which needs hidden states alone"
+            f"{who}: its attention ({kind}) is not built like BERT's, so its scores cannot be "
+            "read; give a model built like BERT (bert, roberta, electra, distilbert), or "
+            "method=distilbert, which needs only hidden states"
         )
     body = body_of(model)
     return LayerParts(

@@ -24,7 +24,7 @@ from sead_dist.models.hidden_states import (
     scores,
 )
 from sead_dist.models.inputs import ModelInputs
-from sead_dist.models.inputs_check import dense, make_tell_apart, shallow
+from sead_dist.models.inputs_check import dense, enlarge_weights, shallow
 from sead_dist.models.sequence_classifier import new_classifier
 
 # allowed share of the largest value; rounding differs between the model's products and ours
@@ -45,7 +45,7 @@ def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: 
     """
     # weights that are new, small or neutral may hide what the kind does
     check_kind(model, inputs, method, who)
-    batches = asked(inputs.two_rows(), inputs, None)
+    batches = check_batches(inputs.two_rows(), inputs, None)
     refuse(model, who, method, first_difference(model, who, method, batches))
 
 
@@ -63,17 +63,18 @@ def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: st
         model = random_model(config)
         if type(find_layer_parts(model, who, attention).layers[0]) is not type(layers[0]):
             return
-        batches = asked(rows, inputs, config.pad_token_id)
+        batches = check_batches(rows, inputs, config.pad_token_id)
         differs = first_difference(model, who, method, batches)
     except Exception:  # kinds have many ways to be no shallow model
         return
     refuse(whole, who, method, differs)
 
 
-def asked(
+def check_batches(
     rows: Sequence[dict[str, torch.Tensor]], inputs: ModelInputs, pad_id: int | None
 ) -> list[dict[str, torch.Tensor]]:
-    """All rows as a batch, and the first alone, because some kinds lengthen short rows inside."""
+    """All rows as a batch, and the first alone. It is the shortest, and some kinds lengthen a short
+    batch inside."""
     return [inputs.together(rows, pad_id), rows[0]]
 
 
@@ -83,14 +84,14 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = new_classifier(config).eval()
-        make_tell_apart(model)
+        enlarge_weights(model)
         for parameter in model.parameters():
             if parameter.dim() < 2:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
-def wanted_by(method: str, layer_parts: LayerParts) -> WantedLayers:
+def layers_read_by(method: str, layer_parts: LayerParts) -> WantedLayers:
     """All that a method may read of a model."""
     last = len(layer_parts.layers)
     return {
@@ -105,12 +106,12 @@ def refuse(model: PreTrainedModel, who: str, method: str, differs: str | None) -
     """Raises UserError where something differs."""
     if differs is None:
         return
-    others = "a method that asks for logits alone (method=single)"
+    others = "a method that needs only logits (method=single)"
     if needs_attention(method):
-        others = f"method=distilbert, which needs hidden states alone, or {others}"
+        others = f"method=distilbert, which needs only hidden states, or {others}"
     raise UserError(
-        f"{who} ({model.config.model_type}) would be misread: {differs}; give a model built like "
-        f"BERT (bert, roberta, electra, distilbert), or {others}"
+        f"{who} ({model.config.model_type}): its layers cannot be read: {differs}; give a model "
+        f"built like BERT (bert, roberta, electra, distilbert), or {others}"
     )
 
 
@@ -126,8 +127,8 @@ def first_difference(
     # fused kernels give no attentions
     other.set_attn_implementation("eager")
     layer_parts = find_layer_parts(other, who, needs_attention(method))
-    wanted = wanted_by(method, layer_parts)
-    found = (said for batch in batches for said in differences(other, layer_parts, wanted, batch))
+    wanted = layers_read_by(method, layer_parts)
+    found = (one for batch in batches for one in differences(other, layer_parts, wanted, batch))
     return next(found, None)
 
 
@@ -146,20 +147,20 @@ def differences(
             own = model(**on_device, **asks)
     except Exception as error:  # models with code of their own raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        yield f"asked for its own hidden states and attentions, it fails ({reason})"
+        yield f"a forward that outputs hidden states and attentions fails ({reason})"
         return
     mask_RL, layers = on_device["attention_mask"].bool(), len(layer_parts.layers)
     close = CLOSE.get(model.dtype, 1e-4)
     states = getattr(own, "hidden_states", None) or ()
     if wanted.hidden and len(states) != layers + 1:
-        yield f"{layers + 1} hidden states are read, and it gives {len(states)}"
+        yield f"{layers + 1} hidden states are read, but the model outputs {len(states)}"
         return
     for number in wanted.hidden:
         if differs := hidden_difference(found, number, states[number], mask_RL, close):
             yield differs
     attentions = getattr(own, "attentions", None) or ()
     if wanted.attention and len(attentions) != layers:
-        yield f"the attention of {layers} layers is read, and it gives {len(attentions)}"
+        yield f"the attention of {layers} layers is read, but the model outputs {len(attentions)}"
         return
     for number in wanted.attention:
         own_RALL, heads = attentions[number - 1], layer_parts.heads
@@ -172,16 +173,19 @@ def hidden_difference(
 ) -> str | None:
     """How hidden states differ at text tokens, in words; None where they do not."""
     if number not in found.hidden:
-        return f"hidden states {number} do not come from a layer that can be found"
+        return f"no layer was found that outputs hidden states {number}"
     read_RLH = found.hidden[number]
     if read_RLH.shape != own_RLH.shape or read_RLH.shape[:2] != mask_RL.shape:
         return (
-            f"hidden states {number} are read as {list(read_RLH.shape)}, and it gives "
-            f"{list(own_RLH.shape)}"
+            f"hidden states {number} have the shape {list(read_RLH.shape)} where they are read, "
+            f"but the model outputs {list(own_RLH.shape)}"
         )
     off = share(read_RLH, own_RLH, mask_RL)
     if not off <= close:
-        return f"hidden states {number} differ from its own by {off:.2g} of the largest"
+        return (
+            f"hidden states {number} differ from the model's output by {off:.2g} of the largest "
+            "value"
+        )
     return None
 
 
@@ -191,21 +195,24 @@ def attention_difference(
 ) -> str | None:  # fmt: skip
     """How the softmax of what is read differs from a layer's attention at text tokens, or None."""
     if not all(number in part for part in (found.queries, found.keys, found.values)):
-        return f"the attention of layer {number} does not call its linear maps"
+        return f"layer {number} does not use its linear maps for queries, keys and values"
     maps = query_RLH, key_RLH, value_RLH = found.maps(number)
-    said = f"the attention of layer {number} is read as "
+    layer = f"the attention of layer {number}"
     if query_RLH.shape != key_RLH.shape or value_RLH.shape[:2] != mask_RL.shape:
         shapes = ", ".join(str(list(one.shape)) for one in maps)
-        return f"{said}queries, keys and values of {shapes}"
+        return f"{layer} has queries, keys and values of shapes that do not match: {shapes}"
     if query_RLH.shape[:2] != mask_RL.shape or query_RLH.shape[-1] % heads:
-        return f"{said}queries of {list(query_RLH.shape)} for {heads} heads"
+        return f"{layer} has queries of shape {list(query_RLH.shape)} for {heads} heads"
     read_RALL = scores(query_RLH, key_RLH, heads)
     read_RALL = read_RALL.masked_fill(~mask_RL[:, None, None, :], NEVER).softmax(-1)
     if read_RALL.shape != own_RALL.shape:
-        return f"{said}{list(read_RALL.shape)}, and it gives {list(own_RALL.shape)}"
+        return (
+            f"{layer} has the shape {list(read_RALL.shape)} where it is read, but the model "
+            f"outputs {list(own_RALL.shape)}"
+        )
     off = share(read_RALL.transpose(1, 2), own_RALL.transpose(1, 2), mask_RL)
     if not off <= close:
-        return f"the attention of layer {number} differs from its own by {off:.2g}"
+        return f"{layer} differs from the model's output by {off:.2g} of the largest value"
     return None
 
 

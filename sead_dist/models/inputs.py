@@ -180,14 +180,14 @@ def student_inputs(
         padding = probed_padding(tokenizer, model.config, max_length)
         if padding != "none":
             padding = padding_of(model.eval(), rows, padding)
-        reason = "its answers change with the padding of a batch"
+        reason = "its logits change with the padding of a batch"
     except UserError as error:
         padding, reason = "none", str(error)
     finally:
         model.train(was_training)
     if padding == "none":
         raise UserError(
-            f"{name} is a {kind}, and {reason}, so in training a text would get other answers "
+            f"{name} is a {kind}, and {reason}, so in training a text would get other logits "
             "than alone; give a model of another kind (BERT, RoBERTa, ELECTRA, DeBERTa)"
         )
     _set(tokenizer, "padding_side", padding)
@@ -197,11 +197,11 @@ def student_inputs(
 def own_length(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
     """The most tokens of a row of a finished model: the tokeniser's limit, within the model's
     positions."""
-    said, limit = int(tokenizer.model_max_length), position_limit(config)
+    own, limit = int(tokenizer.model_max_length), position_limit(config)
     if limit is not None:
-        return min(said, limit)
+        return min(own, limit)
     # a tokeniser without a limit has a very large number instead
-    return said if said < VERY_LARGE_INTEGER else LONGEST
+    return own if own < VERY_LARGE_INTEGER else LONGEST
 
 
 def first_position(config: PretrainedConfig) -> int:

@@ -156,15 +156,15 @@ def reset_attention(model: PreTrainedModel) -> None:
     body.register_forward_pre_hook(reset)
 
 
-def _said(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+def _logits_of(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.cat([model(**batch).logits.float() for batch in batches])
 
 
-def _said_together(model: PreTrainedModel, rows: CheckRows, padding: Padding) -> torch.Tensor:
+def _logits_together(model: PreTrainedModel, rows: CheckRows, padding: Padding) -> torch.Tensor:
     """The logits of each row in our batches, in the order of `rows.alone`."""
     batches = rows.together(padding)
     if padding != "none":
-        return _said(model, batches)
+        return _logits_of(model, batches)
     # the second half of each batch is the copy
     parts = [model(**batch).logits.float() for batch in batches]
     return torch.cat([part[: len(part) // 2] for part in parts])
@@ -182,14 +182,14 @@ def padding_of(model: PreTrainedModel, rows: CheckRows, first: str) -> Padding:
     first, then the other side. "none" where neither side does. Raises UserError where the logits
     depend on earlier forwards."""
     dtype = next(model.parameters()).dtype
-    alone_RC = _said(model, rows.alone)
+    alone_RC = _logits_of(model, rows.alone)
     if not bool(torch.isfinite(alone_RC).all()):
         return "left" if first == "left" else "right"  # reported elsewhere
-    if _far(_said(model, rows.alone[::-1]).flip(0), alone_RC, dtype):
-        raise UserError("its answer to a text depends on the texts before it")
+    if _far(_logits_of(model, rows.alone[::-1]).flip(0), alone_RC, dtype):
+        raise UserError("its logits for a text depend on the texts before it")
     sides: list[Padding] = ["right", "left"] if first == "right" else ["left", "right"]
     for side in sides:
-        if not _far(_said_together(model, rows, side), alone_RC, dtype):
+        if not _far(_logits_together(model, rows, side), alone_RC, dtype):
             return side
     return "none"
 
@@ -240,7 +240,7 @@ def shallow(config: PretrainedConfig, layers: int = 2) -> PretrainedConfig:
     return small
 
 
-def make_tell_apart(model: PreTrainedModel) -> None:
+def enlarge_weights(model: PreTrainedModel) -> None:
     """Scale random weights up: then different texts get clearly different logits. Fill the padding
     token's embedding: it is 0 in a new model, and need not be 0 in a trained one."""
     for parameter in model.parameters():
@@ -260,18 +260,18 @@ def check_teacher(model: PreTrainedModel, rows: CheckRows, padding: Padding, nam
     Raises UserError where the logits differ.
     """
     dtype, kind = next(model.parameters()).dtype, model.config.model_type
-    alone_RC = _said(model, rows.alone)
-    again_RC = _said(model, rows.alone[::-1]).flip(0)
-    ours_RC = _said_together(model, rows, padding)
+    alone_RC = _logits_of(model, rows.alone)
+    again_RC = _logits_of(model, rows.alone[::-1]).flip(0)
+    ours_RC = _logits_together(model, rows, padding)
     if not bool(torch.isfinite(alone_RC).all()):
         return  # reported with the row when the run computes it
     if _far(again_RC, alone_RC, dtype):
         raise UserError(
-            f"teacher {name}, a {kind}: its answer to a text depends on the texts before it; "
-            "leave the teacher out"
+            f"teacher {name}, a {kind}: its logits for a text depend on the texts before it; leave "
+            "the teacher out"
         )
     if _far(ours_RC, alone_RC, dtype):
-        how = "of texts of its length" if padding == "none" else f"padded on the {padding}"
+        how = "of texts of one length" if padding == "none" else f"padded on the {padding}"
         raise UserError(
             f"teacher {name} gives a text other logits in a batch {how} than alone, and a {kind} "
             "should give the same; leave the teacher out, or give it the tokeniser that it was "
@@ -297,7 +297,7 @@ def probed_padding(
             torch.manual_seed(0)
             model = new_classifier(small).eval()
             with torch.no_grad():
-                make_tell_apart(model)
+                enlarge_weights(model)
         reset_attention(model)
         pads = pad_id, int(tokenizer.pad_token_type_id)
         return padding_of(model, CheckRows(rows, lambda side: [padded(rows, side, *pads)]), first)

@@ -21,7 +21,7 @@ def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenize
     """Raises UserError where texts are lower-cased only because no file of the folder says
     otherwise, and words of the vocabulary have capitals. No text would give these words."""
     settings = folder / SETTINGS
-    if (folder / "tokenizer.json").is_file() or not takes_off(tokenizer):
+    if (folder / "tokenizer.json").is_file() or not lower_cases(tokenizer):
         return
     if settings.is_file() and '"do_lower_case"' in settings.read_text(
         encoding="utf-8", errors="replace"
@@ -32,13 +32,14 @@ def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenize
     capital = [word for word in words if word != word.lower()]
     if len(capital) > SHARE * len(words):
         raise UserError(
-            f"{name}: no file says whether its tokeniser keeps capitals, so that they are taken "
-            f"off, and {len(capital)} of its {len(words)} words have some ({capital[0]!r}); write "
-            f'"do_lower_case": false (or true, if it was trained so) into its {SETTINGS}'
+            f"{name}: no file sets whether its tokeniser lower-cases texts, so it does, but "
+            f"{len(capital)} of its {len(words)} words have capitals ({capital[0]!r}); write "
+            f'"do_lower_case": false into its {SETTINGS}, or true if the model was trained on '
+            "lower-cased texts"
         )
 
 
-def takes_off(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def lower_cases(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a capital is read as a small letter."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -50,9 +50,9 @@ class Loaded:
         line = f"start {who}: {self.total - len(new)} of {self.total} tensors loaded; new: "
         line += ", ".join(new) or "none"
         if self.prefix:
-            line += f"; {self.prefix!r} was taken off the names in its files"
+            line += f"; the prefix {self.prefix!r} was removed from the names in its files"
         if self.unused:
-            line += f"; not used of its files: {some(self.unused)}"
+            line += f"; not used from its files: {some(self.unused)}"
         return line
 
 
@@ -102,8 +102,8 @@ def final_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     outside = [pair for pair in wide if id(pair[1]) not in inside]
     if not wide:
         raise UserError(
-            f"a {model.config.model_type} classifier has no layer that ends in its "
-            f"{model.config.num_labels} classes; give a model of another kind"
+            f"a {model.config.model_type} classifier has no linear layer with one output for each "
+            f"of its {model.config.num_labels} classes; give a model of another kind"
         )
     return (outside or wide)[-1]
 
@@ -134,7 +134,7 @@ def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: se
         name, theirs, ours = mismatched[0]
         raise UserError(
             f"{who}: {len(mismatched)} of {loaded.total} tensors have other shapes in its files "
-            f"than its config.json says, such as {name}: {list(theirs)} in the file, {list(ours)} "
+            f"than its config.json sets, such as {name}: {list(theirs)} in the file, {list(ours)} "
             "by the config; give the config.json that belongs to these weights"
         )
     # positions are counted, not learned
@@ -174,5 +174,5 @@ def refuse_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) ->
         raise UserError(
             f"{who}: its files hold {len(left)} tensors that a {model.config.model_type} of its "
             f"config.json has no place for: {some(left)}; give the config.json that belongs to "
-            "these weights, merge adapters into them, and save one copy alone"
+            "these weights, or save the model again with adapters merged and without copies"
         )

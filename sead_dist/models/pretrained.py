@@ -52,7 +52,14 @@ COUNTED = (
     *("intermediate_size", "type_vocab_size", "pad_token_id"),
 )
 # keys of a config that do not change logits
-SILENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
+NO_EFFECT = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+)
 # no size of a model is larger
 LARGEST = 2**31
 COPY = "fix it, or copy the whole folder again"
@@ -102,14 +109,14 @@ def locate(
             if any((place / mark).is_file() for mark in marks):
                 return Checkpoint(path, place, revision)
         if (folder / "run.json").is_file():
-            raise UserError(f"the run {path} is not finished; give its own command again")
+            raise UserError(f"the run {path} is not finished; give its command again")
         refuse_several(path, marks, as_teacher)
         raise UserError(
             f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
         )
     name, _, tag = path.partition("@")
     if folder.is_absolute() or path.startswith(".") or path.count("/") > 1 or folder.exists():
-        hint = f" (a file of predictions is {{predictions: {path}}})" if _is_data(folder) else ""
+        hint = f", or a file of predictions: {{predictions: {path}}}" if _is_data(folder) else ""
         raise UserError(f"{path} is not a folder; give a checkpoint's folder or a hub id{hint}")
     from huggingface_hub import constants, snapshot_download
 
@@ -179,13 +186,13 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
                 files = [checkpoint.folder / shard for shard in _shards(checkpoint, path)]
                 missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise UserError(f"{checkpoint.name} lacks the weights {missing[0]}; copy it there")
+                raise UserError(f"{checkpoint.name} lacks the file {missing[0]}; copy it there")
             return files
         if path.is_file():
             return [path]
     raise UserError(
-        f"{checkpoint.name} holds no weights; "
-        f"looked for {', '.join(WEIGHT_FILES + OLD_WEIGHT_FILES)}"
+        f"{checkpoint.name} holds no weights; give a folder that has one of "
+        f"{', '.join(WEIGHT_FILES + OLD_WEIGHT_FILES)}"
     )
 
 
@@ -239,12 +246,12 @@ def _check_types(config: "PretrainedConfig") -> None:
     for key in (*LIMITS, *COUNTED):
         value = getattr(config, key, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{key} is {value!r}, no whole number")
+            raise ValueError(f"{key} is {value!r}, not a whole number")
         if value is not None and abs(value) >= LARGEST:
             raise ValueError(f"{key} is {value}, too large for a model")
     for key in ("problem_type", "model_type"):
         if not isinstance(getattr(config, key, None), str | None):
-            raise ValueError(f"{key} is {getattr(config, key)!r}, no text")
+            raise ValueError(f"{key} is {getattr(config, key)!r}, not a text")
 
 
 def load_tokenizer(
@@ -256,11 +263,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     _check_packages(checkpoint)
-    with reading(checkpoint.folder, COPY, f"{checkpoint.name}: no usable tokeniser: it"):
+    with reading(checkpoint.folder, COPY, f"{checkpoint.name}: its tokeniser"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        if tokenizer.pad_token_id is None and _ends_no_text(tokenizer):
+        if tokenizer.pad_token_id is None and _can_pad_with_end(tokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         _try_out(tokenizer)
     refuse_lost_capitals(checkpoint.name, checkpoint.folder, tokenizer)
@@ -301,7 +308,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _ends_no_text(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _can_pad_with_end(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether there is an end token that is added to no text. Only such a token can pad: models
     that look for the last token of a text look for the last one that is not padding."""
     end = tokenizer.eos_token_id
@@ -332,12 +339,12 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     if getattr(tokenizer, "split_special_tokens", False):
         extra.append("split_special_tokens")
     if backend is None or is_own_code(type(tokenizer)):
-        extra.append(_deeds(tokenizer))
+        extra.append(_behaviour(tokenizer))
     about = json.dumps(extra, sort_keys=True, default=str)
     return hashlib.sha256(f"{about}{rules}".encode()).hexdigest()
 
 
-def _deeds(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _behaviour(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What identifies a tokeniser written in Python besides its vocabulary: its files, and the ids
     that it makes of fixed texts, alone and as a pair."""
     names = [name for name in tokenizer.vocab_files_names.values() if name != "tokenizer.json"]

@@ -27,7 +27,7 @@ def one_row(split: Split) -> dict[str, torch.Tensor]:
     return make_batch(split, np.array([0])).inputs
 
 
-def answer(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+def eval_logits(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The logits of `forward` in eval mode, moved to the CPU. Generators keep their state."""
     was_training = model.training
     model.eval()
@@ -38,10 +38,10 @@ def answer(model: nn.Module, forward: Callable[[], torch.Tensor]) -> torch.Tenso
     return logits_RC
 
 
-def plain_answer(model: PreTrainedModel, row: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def plain_logits(model: PreTrainedModel, row: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """logits_RC of the model's own forward, as Transformers calls it."""
     on_device = {name: tensor.to(model.device) for name, tensor in row.items()}
-    return answer(model, lambda: model(**on_device).logits)
+    return eval_logits(model, lambda: model(**on_device).logits)
 
 
 def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
@@ -63,7 +63,7 @@ def check_saving(
     Raises UserError where the two differ.
     """
     kind = model.config.model_type
-    fix = "give a student of another kind, or its whole model (without student.layers)"
+    fix = "give a student of another kind, or the whole model (leave student.layers out)"
     for left in folder.glob(".trial-*"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -73,7 +73,7 @@ def check_saving(
             vars(model.config).clear()  # saving notes dtype and class in it
             vars(model.config).update(own)
             again = load_plain(Path(aside), trust_remote_code)
-            off = difference(plain_answer(model, row), plain_answer(again.float(), row))
+            off = difference(plain_logits(model, row), plain_logits(again.float(), row))
             del again  # its weights may be mapped from the folder
     except UserError as error:
         raise UserError(f"the student ({kind}), saved before training: {error}; {fix}") from None
@@ -114,7 +114,7 @@ def check_saved(
     ]
     if other:
         refuse(folder, f"{other[0]} differs in it")
-    off = difference(trained_RC, plain_answer(again, row))
+    off = difference(trained_RC, plain_logits(again, row))
     if not off <= CLOSE[precision]:
         refuse(
             folder,
@@ -128,7 +128,7 @@ def refuse(folder: Path, reason: str) -> NoReturn:
     aside = folder.with_name(f"{folder.name}.refused")
     put_folder(folder, aside)
     raise RunError(
-        f"the saved model is not what was trained: {reason}; it lies in {aside}, and the last "
+        f"the saved model is not what was trained: {reason}; it is now {aside}, and the last "
         "checkpoint is intact; fix the disk or change the version of Transformers, then give the "
         "same command again"
     )

@@ -94,25 +94,25 @@ def align_classes(
         )
     if not task.task_kind.head_of_labels or labels == "task_order":
         return list(range(len(names)))
-    said = list(labels) if labels is not None else list(names)
+    used = list(labels) if labels is not None else list(names)
     if labels is None and is_generic(names):
         raise UserError(
-            f"{model} names its classes {', '.join(names)}, which says nothing of their order; "
-            f"say the order that it was trained with: {fix}"
+            f"{model} names its classes {', '.join(names)}, which does not show their order; "
+            f"give the order that it was trained with: {fix}"
         )
-    found = [align_name(task, name) for name in said]
-    wrong = [name for name, index in zip(said, found, strict=True) if index is None]
+    found = [align_name(task, name) for name in used]
+    wrong = [name for name, index in zip(used, found, strict=True) if index is None]
     if wrong or sorted(index for index in found if index is not None) != list(range(len(names))):
         reason = (
             f"{wrong[0]!r} is not a label of" if wrong else "they do not name exactly the labels of"
         )
-        whose = f"{model} names its classes {', '.join(said)}"
-        ask = "leave it out if it was trained for another task, else say"
+        whose = f"{model} names its classes {', '.join(used)}"
+        what_to_do = "leave it out if it was trained for another task, else give"
         if labels is not None:
-            whose, ask = given or f"{model}, labels: [{', '.join(said)}]", "say"
+            whose, what_to_do = given or f"{model}, labels: [{', '.join(used)}]", "give"
         raise UserError(
-            f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; {ask} "
-            f"what its classes mean, in its own order: {fix}"
+            f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; "
+            f"{what_to_do} the task's label for each of its classes, in its own order: {fix}"
         )
     return [found.index(index) for index in range(len(names))]
 
@@ -120,11 +120,11 @@ def align_classes(
 def check_problem_type(task: TaskSpec, name: str, config: PretrainedConfig) -> None:
     """Raises UserError for a model whose config gives its logits another meaning than the task
     does: scores, or sigmoids of classes that do not exclude each other."""
-    said, wanted = config.problem_type, task.task_kind.problem_type
-    if said is None or wanted is None or said == wanted:
+    own, wanted = config.problem_type, task.task_kind.problem_type
+    if own is None or wanted is None or own == wanted:
         return
     raise UserError(
-        f"{name} says problem_type={said} in its config.json, but task {task.name} needs {wanted}; "
+        f"{name} has problem_type={own} in its config.json, but task {task.name} needs {wanted}; "
         f"leave it out, or correct problem_type if it was trained as {wanted}"
     )
 
@@ -230,16 +230,18 @@ def _read(
 def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that plain Transformers loads from a folder. Raises UserError where it cannot be
     loaded or lacks weights."""
-    with reading(folder, COPY, f"plain Transformers cannot load it: {folder}"):
+    try:
         model, notes = AutoModelForSequenceClassification.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except Exception as error:  # the callers give the fix, which is not to copy the folder again
+        raise refusal(f"plain Transformers cannot load it ({reason(error)})", error) from error
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
-        raise UserError(f"plain Transformers finds no {some(lacking)} in it")
+        raise UserError(f"plain Transformers does not find the tensors {some(lacking)} in it")
     return model.eval()
 
 
@@ -272,9 +274,10 @@ def new_classifier(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a bad value may raise any exception
-        said = reason(error)
         raise refusal(
-            f"a {config.model_type} of this shape cannot be built: {said}", error
+            f"a {config.model_type} of this shape cannot be built: {reason(error)}; correct its "
+            "sizes",
+            error,
         ) from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.config.load import shipped_files
-from sead_dist.config.names import nearest, told_known
+from sead_dist.config.names import known_names, nearest
 from sead_dist.config.rules import INPUT_RULES, ORDER_RULES, REPAIR_RULES, START_RULES
 from sead_dist.config.schema import RunConfig, StudentConfig, TeacherConfig
 from sead_dist.errors import UserError, reading
@@ -39,7 +39,7 @@ def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
     offline, errors: as for `start_hash`."""
     text = Path(config.repair.text or "")
     if not text.is_file():
-        raise UserError(f"repair.text={text} does not exist; give a file, one text a line")
+        raise UserError(f"repair.text={text} does not exist; give a file with one text a line")
     teacher = repair_teacher(config, offline)
     return {
         "start": start_hash(config, offline),
@@ -120,10 +120,13 @@ def shape_file(shape: str) -> Path:
     path = known.get(shape, Path(shape))
     if not path.is_file():
         if shape.endswith((".yaml", ".yml")):
-            raise UserError(f"file {shape} does not exist; give one, or {', '.join(known)}")
+            raise UserError(
+                f"student.shape: the file {shape} does not exist; give a YAML file, or one of "
+                f"{', '.join(known)}"
+            )
         # L6-H256 lacks the heads
         meant = next((one for one in known if one.startswith(shape)), shape)
-        raise UserError(f"{shape} is not a shape of a model{told_known(meant, known)}, or a file")
+        raise UserError(f"{shape} is not a shape of a model{known_names(meant, known)}, or a file")
     return path
 
 

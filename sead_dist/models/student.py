@@ -65,7 +65,7 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
     fields = read_yaml(path)
     if not isinstance(fields, Mapping) or "model_type" not in fields:
         raise UserError(
-            f"student.shape={shape} does not say model_type; it must hold the fields of a "
+            f"student.shape={shape} has no model_type; it must hold the fields of a "
             "Transformers config, such as model_type: bert and hidden_size: 256"
         )
     kind = fields["model_type"]
@@ -85,7 +85,7 @@ def _shape_config(shape: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedC
             if problem := misspelt_field(config, fields):
                 raise UserError(problem)
             if unknown := [name for name in fields if not hasattr(type(config)(), name)]:
-                _log.warning("%s: %s may ignore %s", path, config.model_type, ", ".join(unknown))
+                _log.warning("%s: a %s may not use %s", path, config.model_type, ", ".join(unknown))
             outline(config)
     except UserError as error:
         raise UserError(f"student.shape={shape}: {error}") from error
@@ -126,7 +126,8 @@ def keep_layers(
     ((name, stack),) = lists.items()
     if not layers or any(layer not in range(len(stack)) for layer in layers):
         raise UserError(
-            f"student.layers={list(layers)} must be chosen from 0..{len(stack) - 1}, at least one"
+            f"student.layers={list(layers)} is not a list of layers of this model; give one or "
+            f"more from 0..{len(stack) - 1}"
         )
     source = model.state_dict()
     beside = {key: one for key, one in source.items() if not key.startswith(f"{name}.")}
@@ -143,7 +144,7 @@ def keep_layers(
     other = [key for key in {**kept, **wanted} if _shape(kept, key) != _shape(wanted, key)]
     parts = dict(cut.named_modules())
     for place, layer in enumerate(layers):
-        here, there = _about(parts.get(f"{name}.{place}")), _about(stack[layer])
+        here, there = _layer_facts(parts.get(f"{name}.{place}")), _layer_facts(stack[layer])
         other += [f"{name}.{place}.{part}" for part in there if there[part] != here.get(part)]
     if other:
         raise UserError(
@@ -168,7 +169,7 @@ def _config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> Pretra
     try:
         small = type(config).from_dict(fields)
         if small.num_hidden_layers != len(layers):
-            raise ValueError(f"{count} does not say how many layers it has")
+            raise ValueError(f"{count} does not set its number of layers")
         return small
     except Exception as error:  # kinds have many ways to count their layers
         raise UserError(
@@ -181,7 +182,7 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None
 
 
-def _about(layer: torch.nn.Module | None) -> dict[str, Any]:
+def _layer_facts(layer: torch.nn.Module | None) -> dict[str, Any]:
     """The types and plain attributes of a layer and its parts, without weights and place."""
     about: dict[str, Any] = {}
     for name, part in layer.named_modules() if layer is not None else ():
@@ -234,19 +235,19 @@ def build_student(
         own = load_model_config(checkpoint, trust_remote_code)
         check_vocabulary(checkpoint.name, tokenizer, own)
         model, account, new_head = _start_from(checkpoint, own, task, changes, trust_remote_code)
-        account += _other_words(student, tokenizer)
+        account += _embedding_warning(student, tokenizer)
         if student.layers is not None:
             model = keep_layers(model, student.layers, trust_remote_code)
-            account += f"; of its layers {student.layers} are kept"
+            account += f"; its layers {student.layers} are kept"
     else:
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")
-    if mean_score is not None and new_head and _start_at(model, mean_score):
+    if mean_score is not None and new_head and _set_head_bias(model, mean_score):
         account += f"; its head starts at the mean score of the training rows, {mean_score:.4g}"
     tell(account)
     return model.float()
 
 
-def _start_at(model: PreTrainedModel, mean_score: float) -> bool:
+def _set_head_bias(model: PreTrainedModel, mean_score: float) -> bool:
     """Set the bias of a new head of one score; False where the head has none."""
     _, final = final_layer(model)
     if final.bias is None:
@@ -256,7 +257,7 @@ def _start_at(model: PreTrainedModel, mean_score: float) -> bool:
     return True
 
 
-def _other_words(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _embedding_warning(student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """A warning where student.tokenizer has other words than the start's own tokeniser: their
     embeddings are then those of other words. Empty where there is nothing to warn of."""
     if student.tokenizer is None or student.path is None:

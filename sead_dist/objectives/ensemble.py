@@ -127,11 +127,14 @@ def frozen_weights(name: str, known: Known) -> torch.Tensor:
     weights_N = WEIGHTINGS[name].frozen(known)
     if not bool((weights_N >= 0).all()):
         raise UserError(
-            f"ensemble={name}: the weights {weights_N.tolist()} must be 0 or more: correct its "
-            "plugin"
+            f"ensemble={name} gave the weights {weights_N.tolist()}; expected 0 or more; correct "
+            "its plugin"
         )
     if not weights_N.sum() > 0:
-        raise UserError(f"ensemble={name}: every teacher's weight is 0; give one a larger weight")
+        raise UserError(
+            f"ensemble={name}: every teacher's weight is 0; give one a larger weight, or give "
+            "another ensemble"
+        )
     return weights_N / weights_N.sum()
 
 
@@ -149,11 +152,12 @@ def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:
         raise UserError(
             f"ensemble={config.ensemble} needs {fewest} labelled rows in the selection split, and "
             f"it has {count}; give more rows, raise "
-            f"selection.fraction={config.selection.fraction:g}, or use ensemble=mean_probabilities"
+            f"selection.fraction ({config.selection.fraction:g} now), or use "
+            "ensemble=mean_probabilities"
         )
 
 
-def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
+def method_problem(config: RunConfig, kind: TaskKind) -> str | None:
     """Why the method cannot be applied to a task of this kind; None where it can."""
     method, loss = config.ensemble, config.loss
     weighting = WEIGHTINGS.get(method)
@@ -168,14 +172,13 @@ def why_unfit(config: RunConfig, kind: TaskKind) -> str | None:
 
 def check_method(config: RunConfig, kind: TaskKind) -> None:
     """Check that ensemble, loss and teacher fit the task and the other keys. Raises UserError."""
-    reason = why_unfit(config, kind)
+    reason = method_problem(config, kind)
     if reason is not None:
         raise UserError(reason)
     names = teacher_names(config.teachers)
     if config.teacher is not None and config.teacher not in names:
         raise UserError(
-            f"teacher={config.teacher} is not a teacher of this run; its teachers: "
-            f"{', '.join(names)}"
+            f"teacher={config.teacher} is not a teacher of this run; give one of {', '.join(names)}"
         )
 
 

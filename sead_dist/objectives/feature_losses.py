@@ -33,7 +33,7 @@ from sead_dist.models.hidden_states import (
     reading,
     scores,
 )
-from sead_dist.models.hidden_states_check import needs_attention, wanted_by
+from sead_dist.models.hidden_states_check import layers_read_by, needs_attention
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.objectives.losses import LossTerms
 
@@ -181,7 +181,7 @@ class FeatureLoss:
     ) -> LossTerms:
         """The step's loss with this one in it, over the valid rows of the global batch. TinyBERT's
         loss, and that of a repair, replaces the others. student, feature_teacher: None in a step
-        that asks for logits alone.
+        that needs logits alone.
 
         Ranks exchange all gradients, so every projection gets one in every step, if only of zeros.
         """
@@ -244,12 +244,14 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
     if config.feature_loss is None:
         if config.student_init == "feature_teacher":
             raise UserError(
-                "student_init=feature_teacher is for a method with a feature_loss; "
+                "student_init=feature_teacher needs a feature_loss, and there is none; "
                 "give method=distilbert, or student_init=own"
             )
     elif not config.taught:
-        missing = "ensemble=none asks none" if config.teachers else "there are none"
-        raise UserError(f"{asks} needs a teacher to follow, and {missing}; give teachers=[DIR]")
+        why = "there are none; give teachers=[DIR]"
+        if config.teachers:
+            why = f"ensemble={config.ensemble} uses none; give another ensemble"
+        raise UserError(f"{asks} needs a teacher, and {why}")
     elif zero_stage == 3:
         raise UserError(
             f"{asks} needs each rank to hold the student whole, and DeepSpeed's stage 3 splits it; "
@@ -258,7 +260,7 @@ def check_feature_loss(config: RunConfig, zero_stage: int | None) -> None:
 
 
 def feature_steps(config: RunConfig, total_steps: int) -> int:
-    """How many of a run's steps ask the feature teacher. These are its first steps."""
+    """The number of a run's steps that use the feature teacher. These are its first steps."""
     if config.feature_loss != "tinybert":
         return total_steps if config.feature_loss is not None else 0
     # at least one step is left for the task
@@ -296,7 +298,7 @@ def _put_together(
     """seed: the projections (linear maps without bias) are drawn from it. warmup: of head and
     pooler, which no loss reaches before `until` (None: a loss does)."""
     student = find_layer_parts(model, "the student", needs_attention(method))
-    mine = wanted_by(method, student)
+    mine = layers_read_by(method, student)
     followed = [0, *layer_map(len(student.layers), len(feature_teacher.layers))]
     theirs = WantedLayers(
         tuple(followed[layer] for layer in mine.hidden),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.kinds import TaskKind
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 
 if TYPE_CHECKING:
     from sead_dist.models.hidden_states import LayerOutputs
@@ -119,9 +119,10 @@ def register_loss(name: str, loss: SoftFunction, *, needs_classes: bool = False)
     """Let `loss` name this soft loss: loss(student_BC, soft) -> loss_B, one value a row.
 
     student_BC: the student's logits, or scores (C is 1). soft: `targets_BC`, `logits_BC`,
-    `temperature`. needs_classes: refuse it for tasks whose labels are scores. Raises UserError
-    where the name is taken.
+    `temperature`. needs_classes: a task whose labels are scores cannot use it. Raises
+    UserError where the name is taken.
     """
+    expect("needs_classes", needs_classes, bool, "True or False")
     take_name("loss", name, loss, Callable, "a function of student_BC and soft")
     SOFT_LOSSES[name] = SoftLoss(loss, needs_classes)
 
@@ -139,8 +140,8 @@ def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.T
     loss_B = SOFT_LOSSES[loss].loss(student_BC, soft)
     if loss_B.shape != student_BC.shape[:1]:
         raise UserError(
-            f"loss={loss} gave the shape {tuple(loss_B.shape)} for {len(student_BC)} rows; a loss "
-            "gives one value a row: correct its plugin"
+            f"loss={loss} gave the shape {tuple(loss_B.shape)} for {len(student_BC)} rows; "
+            "expected one value a row; correct its plugin"
         )
     return loss_B
 
@@ -231,7 +232,7 @@ class DistillationLoss:
         """A micro-batch's part of the loss of its step, divided by the global batch's `valid_rows`.
 
         soft: None without teachers. student, teacher: the layer outputs that the feature loss
-        compares; None in a step that asks for logits alone. mask_RL: which tokens are not padding.
+        compares; None in a step that needs logits alone. mask_RL: which tokens are not padding.
         """
         alpha = self.alpha_at(step)
         terms = total_loss(

@@ -16,7 +16,7 @@ from sead_dist.config.registered import take_name
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import has_label
 from sead_dist.data.order import BatchStream, micro_batch_seed
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 from sead_dist.objectives.teacher_weights import (
     answers,
     confidence,
@@ -97,9 +97,9 @@ class Weighting:
     def too_few(self, name: str, rows: int) -> str:
         """The error where files answer only some rows, and `rows` is below `fewest_rows`."""
         return (
-            f"ensemble={name} needs {self.fewest_rows} labelled rows of the selection split that "
-            f"every teacher answers, and there are {rows}; give files that answer more of them, "
-            "or use ensemble=mean_probabilities"
+            f"ensemble={name} needs {self.fewest_rows} labelled rows of the selection split with a "
+            f"prediction of every teacher, and there are {rows}; give files with predictions of "
+            "more rows, or use ensemble=mean_probabilities"
         )
 
     def asks_selection(self, config: RunConfig) -> bool:
@@ -132,7 +132,7 @@ class Weighting:
         return None if asked_NR.all() else asked_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
-        """An estimate of the share of the training rows that each teacher will be asked for."""
+        """An estimate of the share of the training rows for which each teacher is needed."""
         return [1.0] * len(known.given)
 
     def scored_as(self, has_classes: bool) -> "Weighting":
@@ -175,7 +175,7 @@ class ByRow(Weighting):
         if weights_NB.shape != logits_NBC.shape[:2]:
             raise UserError(
                 f"the ensemble's weights have the shape {tuple(weights_NB.shape)}; expected "
-                f"[teachers, rows], {tuple(logits_NBC.shape[:2])}: correct its plugin"
+                f"[teachers, rows], {tuple(logits_NBC.shape[:2])}; correct its plugin"
             )
         return weights_NB
 
@@ -207,8 +207,8 @@ class Single(Weighting):
             scores = [-math.inf if score is None else score for score in known.scores]
             if len(scores) > 1 and max(scores) == -math.inf:
                 raise UserError(
-                    "ensemble=single takes the best teacher on the selection split, and no teacher "
-                    f"could be validated on it; name one: teacher={known.names[0]}"
+                    "ensemble=single uses the best teacher on the selection split, and no teacher "
+                    f"could be validated on it; name one, such as teacher={known.names[0]}"
                 )
             chosen = scores.index(max(scores))
         return torch.eye(len(known.given))[chosen]
@@ -249,8 +249,8 @@ class Score(Weighting):
         for name, score in zip(known.names, known.scores, strict=False):
             if score is None:
                 raise UserError(
-                    f"ensemble=score goes by each teacher's score, and {name} answers too few rows "
-                    "of the selection split to have one; use ensemble=mean_probabilities, or fixed"
+                    f"ensemble=score needs each teacher's score, and {name} has predictions of too "
+                    "few selection rows; use ensemble=mean_probabilities or ensemble=fixed"
                 )
         return torch.tensor([max(score or 0.0, 0.0) for score in known.scores]).float()
 
@@ -351,7 +351,7 @@ class Routed(Weighting):
 
 
 def chosen_teacher(seed: int, step: int, micro: int, teachers: int) -> int:
-    """The one teacher that `random` asks for a micro-batch: a pure function of its place."""
+    """The one teacher that `random` uses for a micro-batch: a pure function of its place."""
     generator = torch.Generator().manual_seed(micro_batch_seed(seed + 1, step, micro))
     return int(torch.randint(teachers, (1,), generator=generator))
 
@@ -382,11 +382,14 @@ def register_ensemble(
     """Let `ensemble` name this weighting of teachers.
 
     weighting: weights(logits_NBC, labels_B) -> weights_NB, not negative and not all 0 in a row; or
-    a `Weighting`, which says itself what it needs. labels_B: class indices (below 0: none) or
+    a `Weighting`, whose attributes give what it needs. labels_B: class indices (below 0: none) or
     scores (NaN: none), None unless needs_labels, and for a new text. of_logits: logits are
-    averaged, not probabilities. needs_classes: refuse it for tasks whose labels are scores.
-    Raises UserError where the name is taken.
+    averaged, not probabilities. needs_classes: a task whose labels are scores cannot use it. Raises
+    UserError where the name is taken.
     """
+    flags = {"of_logits": of_logits, "needs_classes": needs_classes, "needs_labels": needs_labels}
+    for flag, given in flags.items():
+        expect(flag, given, bool, "True or False")
     kinds = (Weighting, Callable)
     take_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
     if not isinstance(weighting, Weighting):

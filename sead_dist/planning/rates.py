@@ -24,7 +24,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import DTYPES
 from sead_dist.planning.workload import Work
 from sead_dist.runtime.distributed import World, from_main, gather_objects
-from sead_dist.runtime.memory import forget_peak, held
+from sead_dist.runtime.memory import held, reset_peak
 from sead_dist.teachers.placement import TEACHER_SHARE, free_bytes
 from sead_dist.teachers.rates import (
     COST_TOKENS,
@@ -92,11 +92,11 @@ class Rates:
 
 
 def read_given(path: Path) -> GivenRates:
-    """The file of --rates. Raises UserError where it is not as GivenRates says."""
+    """The file of --rates. Raises UserError where it does not fit GivenRates."""
     fields = read_yaml(path, f"--rates {path}")
     known = ", ".join(GivenRates.model_fields)
     if not isinstance(fields, dict):
-        raise UserError(f"--rates {path} holds no keys; give {known}")
+        raise UserError(f"--rates {path} has no keys; give {known}")
     try:
         return GivenRates.model_validate(fields)
     except ValidationError as error:
@@ -198,13 +198,13 @@ def own_rates(
     ]
     again = len(keys & {*kept} & {*measured} - {*found})
     if again:
-        notes.append(f"{again} measured again: the machine was busy when they were measured before")
+        notes.append(f"{again} measured again, since the machine was busy the time before")
     known = {**kept, **measured}
     busy = sum(known[key].busy for key in keys & {*known})
     if busy:
         notes.append(
-            f"WARNING: other processes had the processors while {busy} of the rates were measured; "
-            "the next plan measures them again"
+            f"WARNING: other processes used the processors while {busy} of the rates were "
+            "measured; the next plan measures them again"
         )
     if world.is_main and measured:
         notes += keep(path, measured)
@@ -220,13 +220,13 @@ def own_rates(
 
 
 def keep(path: Path, measured: dict[str, Rate]) -> list[str]:
-    """Keep rates for later plans. Where they cannot be kept, a line says so: the plan goes on."""
+    """Keep rates for later plans. Returns a line where they cannot be kept."""
     try:
         remember(path, measured)
     except OSError as error:
         return [
-            f"they could not be kept in {path} ({error.strerror}), and will be measured again; "
-            "name another file with SEAD_DIST_RATES"
+            f"the rates cannot be written to {path} ({error.strerror}), so the next plan measures "
+            "them again; name another file with SEAD_DIST_RATES"
         ]
     return []
 
@@ -313,7 +313,7 @@ def measure_student(
     """The rate of the student's step on micro-batches of config.micro_batch_size examples, as one
     process takes it: what ranks exchange is not in it. The model is trained on random inputs."""
     model = model.to(device).train()
-    held_before = held(device) if forget_peak(device) else None
+    held_before = held(device) if reset_peak(device) else None
     optimizer = build_optimizer(model, config)
     mixed = config.precision != "fp32"
 
@@ -357,7 +357,7 @@ def measure_student(
 
 def used_seconds() -> float | None:
     """Seconds that all processors of this machine have worked since it started; None where the
-    system does not say."""
+    system has no such count."""
     try:
         fields = STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
     except OSError:
@@ -366,13 +366,13 @@ def used_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-class Others:
+class OtherProcesses:
     """How busy other processes are, counted from now on."""
 
     def __init__(self) -> None:
         self.began, self.used, self.own = time.monotonic(), used_seconds(), time.process_time()
 
-    def in_the_way(self, device: torch.device) -> bool:
+    def are_busy(self, device: torch.device) -> bool:
         """Whether they left this process fewer processors than it has threads. False on a GPU,
         where it is not known. Other ranks of this plan on the machine do not count."""
         used, wall = used_seconds(), time.monotonic() - self.began
@@ -385,16 +385,16 @@ class Others:
 
 
 def timed_quietly(measure: Callable[[float], Rate], until: float, device: torch.device) -> Rate:
-    """What `measure(until)` finds; where others are busy, tried again if time allows, or marked."""
-    others = Others()
+    """The rate of `measure(until)`; where others are busy, measured again or marked as such."""
+    others = OtherProcesses()
     first = measure(until)
-    if not others.in_the_way(device):
+    if not others.are_busy(device):
         return first
     now = time.monotonic()
     if now + (now - others.began) <= until:
-        others = Others()
+        others = OtherProcesses()
         again = measure(until)
-        if not others.in_the_way(device):
+        if not others.are_busy(device):
             return again
         first = min(first, again, key=lambda rate: rate.row_s_K[0])
     return replace(first, busy=True)

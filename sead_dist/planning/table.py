@@ -74,7 +74,7 @@ def plan(
     """The plan, on rank 0 (None on others). Rates that are not known are measured. Every rank calls
     this.
 
-    Raises UserError for a mistake in what is asked, as the run itself would.
+    Raises UserError for a mistake in what is given, as the run itself would.
     """
     began = time.monotonic()
     refuse_encoders(config)
@@ -100,8 +100,8 @@ def plan(
     if memory is not None and own_bytes > FULL * memory:
         raise UserError(
             f"--gpu-memory {gpu_memory}: the student's training state alone takes "
-            f"{decimal(own_bytes)} of each of {size} ranks, and {FULL:.0%} of the memory may be "
-            "taken; split the student (deepspeed=zero2, zero3), or give more ranks or memory"
+            f"{decimal(own_bytes)} on each of {size} ranks, and at most {FULL:.0%} of the memory "
+            "may be used; split the student (deepspeed=zero2, zero3), or give more ranks or memory"
         )
     free = memory if memory is not None else free_of(world, size)
     beside = process_bytes(world, student) if given is None else None
@@ -125,7 +125,7 @@ def refuse_untimed(teachers: Sequence[Teacher]) -> None:
         if teacher.answers is not None and teacher.file is None:
             raise UserError(
                 f"teacher {teacher.name} is of kind {teacher.entry.kind}, whose time cannot be "
-                "told before; plan without it"
+                "estimated; leave it out of the plan"
             )
 
 
@@ -194,8 +194,8 @@ def rate_rows(setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def told_placements(setting: Setting) -> list[str]:
-    """Where the run's teachers go and why, and what `auto` would take where it is not asked for."""
+def placement_lines(setting: Setting) -> list[str]:
+    """Where the run's teachers go and why, and what `auto` would take where it is not set."""
     teachers, default = setting.teachers, setting.config.placement
     if not teachers:
         return []
@@ -212,21 +212,21 @@ def told_placements(setting: Setting) -> list[str]:
 
 
 def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
-    """What a reader of the tables should know: the choice and why, and what is not counted."""
+    """Lines below the tables: the choice and why, and what is not counted."""
     work, allowed = setting.work, [one for one in found if one.refused is None]
-    lines = told_placements(setting)
+    lines = placement_lines(setting)
     for one in allowed:
         if one.workers:
             lines.append(
-                f"{one.placement}: workers in jobs of their own keep up with the student from "
-                f"{counted(one.workers, 'worker')} as quick as a rank on; times are from their "
-                "start"
+                f"{one.placement}: the student need not wait with {counted(one.workers, 'worker')} "
+                "or more, each as fast as a rank, in jobs of their own; times count from the "
+                "workers' start"
             )
     if work.passes == 0 and setting.teachers:
         lines.append("the store holds every prediction: the teachers cost nothing")
     lines += [f"{one.placement}: {one.refused}" for one in found if one.refused is not None]
     if setting.memory is not None:
-        lines.append(f"fits: into {FULL:.0%} of --gpu-memory; activations have the rest")
+        lines.append(f"fits: into {FULL:.0%} of --gpu-memory; the rest is for activations")
         if not any(one.fits for one in allowed if one.placement != "pool"):
             pool = any(one.fits for one in allowed) * ", or a pool (placement=pool)"
             lines.append(
@@ -236,14 +236,14 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     lines += uncertain(setting, found)
     if setting.teachers:
         lines.append(
-            "examples/s and bound: training examples over the seconds of teachers' pass and "
-            "training, also those in which teachers answer for the selection and official splits; "
-            "a pool's teachers are in neither"
+            "examples/s and bound: training examples divided by the seconds of training and of the "
+            "teachers' pass (with the selection and official splits); the time of a pool's "
+            "teachers is in neither"
         )
     unknown = any(one.other_bytes is None for one in found)
     activations = "activations, libraries and data, " if unknown else ""
-    drift = "teachers against fp32, " if setting.config.teacher_validation == "fp32" else ""
-    more = f"{drift}{activations}gradients' exchange"
+    drift = "comparing teachers with fp32, " if setting.config.teacher_validation == "fp32" else ""
+    more = f"{drift}{activations}the exchange of gradients"
     lines.append(f"not counted: start-up, scoring the student, {more}")
     return [*setting.rates.notes, *lines]
 
@@ -252,7 +252,10 @@ def uncertain(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     """Which figures are scaled, at least, or at most."""
     work, lines = setting.work, []
     if any(rate.scaled for rate in (setting.rates.student, *setting.rates.teachers_N)):
-        lines.append("scaled: not measured up to the task's longest texts, told by operations")
+        lines.append(
+            "scaled: not measured up to the task's longest texts, but computed from another rate "
+            "by the number of operations"
+        )
     lines += uneven(setting.config, setting.size)
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
@@ -271,7 +274,7 @@ def rate_table(setting: Setting, task: str) -> TitledTable:
     """The table of the rate of each model."""
     return (
         f"{task}: examples/s of each model on {setting.rates.hardware}",
-        ["model", "numbers", "examples/s", "known"],
+        ["model", "precision", "examples/s", "source"],
         [
             [
                 *(r["model"], r["dtype"], per_second(r["examples_per_second"])),
@@ -291,7 +294,7 @@ def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
     rows: list[list[object]] = []
     for one in found:
         if one.refused is not None:
-            rows.append([one.placement, "refused", *[""] * (len(columns) - 2)])
+            rows.append([one.placement, "not possible", *[""] * (len(columns) - 2)])
             continue
         more = ">= " if one.at_least else ""
         most = "" if work.least_steps is None else "<= "
@@ -307,7 +310,7 @@ def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
                 *map(decimal, bytes_),
                 {None: "", True: "yes", False: "no"}[one.fits],
                 *map(clock, one.before_s.values()),
-                "the workers'" if pool else more + clock(one.teachers_s),
+                "by workers" if pool else more + clock(one.teachers_s),
                 most + clock(one.training_s),
                 both + clock(one.seconds),
                 per_second(one.examples_per_second),

@@ -37,7 +37,8 @@ def refuse_push(config: RunConfig, what: str) -> None:
 
 
 NO_TOKEN = (
-    "uploading needs a token of the hub and there is none; hf auth login, or set HF_TOKEN, {later}"
+    "there is no token of the hub, and an upload needs one; run hf auth login, or set HF_TOKEN, "
+    "{later}"
 )
 LATER = "or leave push_to_hub out and upload later: sead-dist push RUN"
 
@@ -54,7 +55,9 @@ def check_push_here(repo: str | None, later: str = LATER) -> None:
         if repo is not None:
             validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"hub_model_id={repo}: {reason(error)}; give owner/name") from None
+        raise UserError(
+            f"hub_model_id={repo} is not the name of a repository: {reason(error)}; give owner/name"
+        ) from None
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
     if not any(map(os.environ.get, names)) and not Path(constants.HF_TOKEN_PATH).exists():
         raise UserError(NO_TOKEN.format(later=later))
@@ -69,7 +72,7 @@ def check_push(repo: str | None, later: str = LATER) -> None:
         token = get_token()
     except Exception as error:  # a file that cannot be read; a login that is renewed over a network
         raise UserError(
-            f"the token of the hub cannot be read: {reason(error)}; hf auth login again, {later}"
+            f"the token of the hub cannot be read: {reason(error)}; run hf auth login, {later}"
         ) from None
     if token is None:
         raise UserError(NO_TOKEN.format(later=later))
@@ -78,7 +81,7 @@ def check_push(repo: str | None, later: str = LATER) -> None:
     except HfHubHTTPError as error:
         raise UserError(
             f"the hub ({constants.ENDPOINT}) does not accept the token: {reason(error)}; "
-            f"hf auth login again, {later}"
+            f"run hf auth login, {later}"
         ) from None
     except Exception as error:  # the connection's own kinds of error are many
         raise UserError(
@@ -87,14 +90,15 @@ def check_push(repo: str | None, later: str = LATER) -> None:
         ) from None
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(
-            f"the token of {account['name']} may only read; give one that may write, {later}"
+            f"the token of {account['name']} permits reading only; give one that permits writing, "
+            f"{later}"
         )
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     owner = repo.split("/")[0] if repo is not None and "/" in repo else account["name"]
     if owner not in owners:
         raise UserError(
-            f"hub_model_id={repo}: the token is of {account['name']}, which may write to "
-            f"{', '.join(owners)}; give one of these as owner"
+            f"hub_model_id={repo} has the owner {owner}, and the token of {account['name']} can "
+            f"write for {', '.join(owners)}; give one of these as owner"
         )
 
 
@@ -114,7 +118,7 @@ def upload(run: Path, repo: str | None, private: bool | None) -> str:
 
 
 def push_at_end(run: Path, config: RunConfig) -> str:
-    """Upload a finished run. Returns a line to log; it also says where the upload failed."""
+    """Upload a finished run. Returns a line to log, with the reason where the upload failed."""
     try:
         address = upload(run, config.hub_model_id, config.hub_private_repo)
     except Exception as error:

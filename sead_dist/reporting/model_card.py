@@ -56,7 +56,7 @@ def card_text(
         files: the run.
         plots: file names of the pictures in plots/.
         errors: expected calibration error by "student" and "ensemble"; empty for regression.
-        found: gold labels against the student's answers on the first evaluation split, or None.
+        found: gold labels against the student's predictions on the first evaluation split, or None.
     """
     spec = _task_spec(files)
     worded = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
@@ -154,8 +154,8 @@ def model_name(files: RunFiles) -> str:
 
 
 def method_name(files: RunFiles) -> str:
-    """The method that the run named, else its ensemble. It is "finetune" where no teacher was
-    asked, and "single" where the default method had one teacher."""
+    """The method that the run named, else its ensemble. It is "finetune" where the run had no
+    teachers, and "single" where the default method had one teacher."""
     config = redact(files.config)
     if not files.teacher_manifest:
         return "finetune"
@@ -172,10 +172,10 @@ def _metadata(files: RunFiles, spec: "TaskSpec | None") -> str:
     results = list(_model_index(files, hub))
     task = _task(files)
     tags = ["knowledge-distillation", method_name(files)] if files.teacher_manifest else []
-    said = files.config.get("card") or {}
+    card = files.config.get("card") or {}
     data = ModelCardData(
-        language=said.get("language"),
-        license=said.get("license"),
+        language=card.get("language"),
+        license=card.get("license"),
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=[*tags, task],
@@ -226,7 +226,7 @@ def _result_tables(files: RunFiles) -> Iterable[tuple[str, str]]:
                 f" ({where}; the checkpoint was chosen on it)" if kept == "best" else f" ({where})"
             )
         if files.by_teachers(split):
-            role += ": agreement with the teachers, there are no gold labels"
+            role += ": agreement with the teachers, because there are no gold labels"
         yield f"{split}{role}", table(["model", *(f"{n}{files.mark}" for n in names)], cells)
 
 
@@ -313,7 +313,7 @@ def _cost(summary: Mapping[str, Any]) -> str:
 
 
 def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
-    yield f"It was trained and scored on {_task(files)} only; other texts were not tried."
+    yield f"It was trained and scored on {_task(files)} only. Other texts were not tried."
     yield "The scores are those of one run with one seed."
     rows = files.eval_results.get("eval_samples")
     accuracy = files.eval_results.get("eval_accuracy")
@@ -329,12 +329,12 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
             yield f"Teacher {name} was no better than the majority baseline."
         if validation["score"] is None:
             rows = validation["rows"]
-            yield f"Teacher {name} was not validated: it answers {rows} selection rows."
+            yield f"Teacher {name} was not validated: it has predictions for {rows} selection rows."
         if validation.get("better_order"):
             order = ", ".join(validation["better_order"])
             yield f"Teacher {name} would score better with its classes in the order {order}."
         if cut := validation.get("truncated_rows"):
-            yield f"Teacher {name} saw {cut} selection rows cut at its maximum length."
+            yield f"{cut} selection rows are longer than the maximum length of teacher {name}."
     found = max(
         (validation.get("dev_texts_in_training") or 0 for validation in files.validations),
         default=0,
@@ -344,7 +344,7 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
 
 
 def _learnable(files: RunFiles) -> str:
-    """What there was to learn, on the selection split, and what of it was kept."""
+    """Whether the ensemble is better than the baseline, and the share of the gap that is kept."""
     found = files.learnable
     if not found:
         return ""
@@ -366,10 +366,10 @@ def _learnable(files: RunFiles) -> str:
         low, high = second["interval"]
         weights = [f"{redact(name)} {of:.3f}" for name, of in second["weights"].items()]
         text += (
-            f" Teachers together on {second['rows']} rows: equal weights {second['equal']:.4f}, "
-            f"fitted weights {second['fitted']:.4f} ({low:+.4f} to {high:+.4f} more; each fifth of "
-            "the rows by weights that were fitted to the others; fitted to all: "
-            f"{', '.join(weights)})."
+            f" On {second['rows']} rows the ensemble scores {second['equal']:.4f} with equal "
+            f"weights and {second['fitted']:.4f} with fitted weights (95% interval of the "
+            f"difference: {low:+.4f} to {high:+.4f}). For this score each fifth of the rows has "
+            f"weights fitted to the other four. Weights fitted to all rows: {', '.join(weights)}."
         )
     for split, of in (found.get("splits") or {}).items():
         if "share" in of and split != "selection":

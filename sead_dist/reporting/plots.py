@@ -1,7 +1,7 @@
 """The pictures of a report, each a function of plain numbers that returns a figure.
 
 Shapes: B examples, C classes, K bins of confidence.
-Colours are those of Okabe and Ito (2008), told apart with any kind of colour vision.
+Colours are those of Okabe and Ito (2008). They differ for any kind of colour vision.
 """
 
 import io

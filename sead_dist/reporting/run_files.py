@@ -74,7 +74,7 @@ class RunFiles:
 
     @property
     def mark(self) -> str:
-        """What stands beside every figure of a run that chose its checkpoint on dev."""
+        """The words after every figure of a run that chose its checkpoint on dev."""
         return " (selected on dev)" if self.scores.get("selected_on") == "dev" else ""
 
     def split_rows(self, split: str) -> list[tuple[str, str, Mapping[str, float]]]:
@@ -84,7 +84,7 @@ class RunFiles:
         if scores.get("ensemble"):
             rows.append(("ensemble", "ensemble", scores["ensemble"]))
         for teacher in scores.get("teachers") or ():
-            if teacher["metrics"]:  # a file of predictions may answer no row of a split
+            if teacher["metrics"]:  # a file may have no predictions of a split
                 rows.append(("teacher", redact(teacher["name"]), teacher["metrics"]))
         return rows
 
@@ -96,10 +96,10 @@ def read_run(run: Path) -> RunFiles:
         UserError: config.yaml, scores.json or eval_results.json is missing, or a file is broken.
     """
     if not (run / "config.yaml").exists():
-        raise UserError(f"{run / 'config.yaml'} is missing: is {run} a run directory?")
+        raise UserError(f"{run / 'config.yaml'} is missing; give a run directory")
     config = read_run_config(run)
     if not config:
-        raise UserError(f"{run / 'config.yaml'} holds no keys; restore it or start a new run")
+        raise UserError(f"{run / 'config.yaml'} holds no keys; restore it, or start a new run")
 
     def optional(name: str, kind: Any, default: Any) -> Any:
         names = [name, *(old for old, new in FILES.items() if new == name)]
@@ -135,6 +135,6 @@ def onnx_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]
             agreed = (model["agreement"] or {}).get(split)
             rows.append([model["name"], split, metrics[metric], off, agreed, mib, *times])
             mib, times = "", [""] * len(sizes)
-    columns = ["", "split", metric, "largest logit difference", "same answer", "MiB"]
+    columns = ["", "split", metric, "largest logit difference", "same prediction", "MiB"]
     tokens = record["latency_tokens"]
     return [*columns, *(f"ms, {size} x {tokens[size]} tokens" for size in sizes)], rows

@@ -91,7 +91,7 @@ class Learnable:
     second: SecondEnsemble | None = None
 
 
-class Told(TypedDict):
+class ScoredTask(TypedDict):
     """The part of a run's scores.json that is read here."""
 
     task: str
@@ -115,19 +115,22 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
         raise UserError(
             f"baseline={baseline} is not a finished run; give the folder of one, auto or null"
         )
-    has = read_as(Told, baseline / "scores.json")["task"]
+    has = read_as(ScoredTask, baseline / "scores.json")["task"]
     if has != task.name:
-        raise UserError(f"baseline={baseline} is a run of {has}, and this one is of {task.name}")
+        raise UserError(
+            f"baseline={baseline} is a run of task {has}, and this run is of task {task.name}; "
+            f"give a run of {task.name}"
+        )
     if (baseline / "teacher_manifest.json").exists():
         raise UserError(
-            f"baseline={baseline} had teachers; give a run of method=finetune, which had none"
+            f"baseline={baseline} was trained with teachers; give a run of method=finetune"
         )
     found = read_predictions(baseline / "predictions" / "selection.parquet")
     rows = found.places(selection.ids_B2)
     if None in rows:
         raise UserError(
-            f"baseline={baseline} had other selection rows, {rows.count(None)} of {len(rows)} are "
-            "not among them; give a run of the same data and the same selection.* keys"
+            f"baseline={baseline} lacks {rows.count(None)} of this run's {len(rows)} selection "
+            "rows; give a run with the same data and the same selection.* keys"
         )
     return np.asarray(found.student_logits_BC[np.array(rows, np.int64)], np.float32)
 
@@ -141,7 +144,7 @@ def constant_logits(task: TaskSpec, examples: ExampleSet) -> NDArray[np.float32]
     return max(tried, key=lambda one_BC: compute_metrics(task, one_BC, examples)[metric])
 
 
-def weigh_up(
+def compare_ensemble(
     task: TaskSpec,
     selection: ExampleSet,
     scores_N: list[float],
@@ -227,19 +230,19 @@ def weighted(
     return combine(SECOND, teachers, None, weights_N, 1.0, regression).logits_BC.numpy()
 
 
-def told_second(found: SecondEnsemble, metric: str) -> str:
+def second_ensemble_line(found: SecondEnsemble, metric: str) -> str:
     """The line of the log on equal and fitted weights."""
     weights = ", ".join(f"{name} {weight:.3f}" for name, weight in found.weights.items())
     low, high = found.interval
     return (
-        f"the teachers together, {metric} on {found.rows} selection rows: equal weights "
+        f"ensemble of all teachers, {metric} on {found.rows} selection rows: equal weights "
         f"{found.equal:.4f}, fitted weights {found.fitted:.4f} ({found.gap:+.4f}, {low:+.4f} to "
-        f"{high:+.4f}; each fifth of the rows by weights that were fitted to the others); weights "
-        f"fitted to all (ensemble=fitted): {weights}"
+        f"{high:+.4f}; each fifth of the rows is scored with weights that are fitted to the other "
+        f"four); weights that are fitted to all rows (ensemble=fitted): {weights}"
     )
 
 
-def told(found: Learnable) -> str:
+def learnable_line(found: Learnable) -> str:
     """The line of the log on what there is to learn."""
     line = f"is there anything to learn? {found.metric} on {found.rows} selection rows: "
     line += f"majority baseline {found.majority:.4f}, "
@@ -275,7 +278,7 @@ def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str
     return shares
 
 
-def told_shares(shares: dict[str, dict[str, float]]) -> list[str]:
+def share_lines(shares: dict[str, dict[str, float]]) -> list[str]:
     """Lines on the share of the gap that the student keeps."""
     return [
         f"{split}: fine-tuned student {of['finetuned']:.4f}, student {of['student']:.4f}, ensemble "
@@ -328,8 +331,8 @@ def own_baseline(config: RunConfig) -> RunConfig:
 def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
     """Steps of the run's own baseline; 0 where none is made.
 
-    None is made where `baseline` is null or names a run, where no teacher is asked, where the
-    teachers are not validated, and where rows have no gold labels.
+    None is made where `baseline` is null or names a run, without teachers, where the teachers are
+    not validated, and where rows have no gold labels.
     """
     validates = config.validates or asks_selection(config)
     if config.baseline != OWN or not config.taught or not validates:
@@ -352,17 +355,18 @@ def needs_own_baseline(config: RunConfig, examples: RunExamples, total_steps: in
         return False
     if steps * MOST_OF_STEPS > total_steps:
         tell(
-            f"no fine-tuned student to compare with: its {steps} steps are more than a fifth of "
-            f"this run's {total_steps} (a tenth of its time); make one by "
-            "method=finetune and give baseline=RUN_DIR"
+            f"the run makes no fine-tuned student to compare with: its {steps} steps are more than "
+            f"a fifth of this run's {total_steps}; train one with method=finetune and give "
+            "baseline=RUN_DIR"
         )
         return False
     return True
 
 
-def told_baseline(config: RunConfig, examples: RunExamples) -> str:
+def baseline_line(config: RunConfig, examples: RunExamples) -> str:
     """The line of the log before the run's own baseline is made."""
     return (
-        f"first a fine-tuned student to compare with: {baseline_steps(config, examples)} steps "
-        f"without teachers, in {Path(config.output_dir) / FOLDER} (baseline=null: none)"
+        "a fine-tuned student to compare with is trained first: "
+        f"{baseline_steps(config, examples)} steps without teachers, in "
+        f"{Path(config.output_dir) / FOLDER} (with baseline=null there is none)"
     )

@@ -1,5 +1,5 @@
 """Reads and checks a run's configuration, data, student and teachers, in one order. All of this
-comes before anything is written or placed, and before a teacher is asked.
+comes before anything is written or placed, and before a teacher is used.
 
 `distill` and `plan` call `check_run`. A plan leaves out one check: whether the hub accepts the
 token of an upload. Pool workers and `labels` train no student, and call only the second half,
@@ -33,7 +33,7 @@ from sead_dist.runtime.distributed import World, check_shared, from_main, on_eve
 from sead_dist.runtime.run_log import tell
 from sead_dist.store.layout import refuse_foreign, store_folder
 from sead_dist.teachers.entries import read_teachers
-from sead_dist.teachers.feature_teacher import check_feature_teacher, held_everywhere
+from sead_dist.teachers.feature_teacher import check_feature_teacher, colocate_candidates
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker, slow_arithmetic
@@ -45,7 +45,7 @@ class CheckedRun:
     """What a run reads.
 
     read: the examples of its files, and their copies. examples: the part of `read` that the run
-    uses. inputs: what the student is fed. model: the student before its first step.
+    uses. inputs: the inputs of the student. model: the student before its first step.
     """
 
     config: RunConfig
@@ -80,8 +80,8 @@ def check_run(
 
     ranks, device: those of the planned run, where they differ from the present ones. folders: the
     folders that every node must see (key -> folder). It is None for a plan; then the hub is not
-    asked about an upload. Raises UserError, on every rank, for a mistake in the configuration, the
-    files or the models.
+    queried about an upload. Raises UserError, on every rank, for a mistake in the configuration,
+    the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
@@ -128,7 +128,7 @@ def read_run(
     if learns:
         size = ranks or world.size
         on_every_rank(world, lambda: check_feature_teacher(config, teachers, inputs, size))
-        teachers = held_everywhere(config, teachers)
+        teachers = colocate_candidates(config, teachers)
     return CheckedRun(config, task, read, examples, inputs, model, teachers)
 
 
@@ -150,7 +150,7 @@ def check_setting(config: RunConfig, world: World, ranks: int, device: torch.dev
 def read_inputs(
     config: RunConfig,
 ) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
-    """(task, examples, what the student is fed, student)."""
+    """(task, examples, the inputs of the student, student)."""
     task = load_task(config.task)
     if config.taught:
         check_method(config, task.task_kind)

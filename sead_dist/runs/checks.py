@@ -57,13 +57,12 @@ def refuse_encoders(config: RunConfig) -> None:
     """Raises UserError where a distillation has `encoders`, which only a fine-tuning reads."""
     if config.encoders:
         raise UserError(
-            "encoders are for finetune; give the teachers to distil: teachers=[DIR, ...]"
+            "encoders is a key of finetune; give the teachers to distil: teachers=[DIR, ...]"
         )
 
 
 def refuse_unused_text(config: RunConfig) -> None:
-    """Raises UserError for unlabelled text, or copies without gold labels, where no teacher is
-    asked.
+    """Raises UserError for unlabelled text, or copies without gold labels, without teachers.
 
     A student learns nothing from such rows without teachers. `augment.copies=auto` is allowed: it
     makes no copies then.
@@ -72,34 +71,34 @@ def refuse_unused_text(config: RunConfig) -> None:
         return
     copies, rest = config.augment.copies, config.unlabeled.rest
     if config.unlabeled.path is not None:
-        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows are learnt"
+        key, what = f"unlabeled.path={config.unlabeled.path}", "unlabelled rows"
     elif rest:
-        key, what = "unlabeled.rest=true", "unlabelled rows are learnt"
+        key, what = "unlabeled.rest=true", "unlabelled rows"
     elif isinstance(copies, int) and not config.augment.gold_labels:
-        key, what = f"augment.copies={copies}", "copies without gold labels are learnt"
+        key, what = f"augment.copies={copies}", "copies without gold labels"
     else:
         return
     if config.encoders:
-        why, fix = "finetune asks none", "and give it to distill"
+        why, fix = "finetune uses none", "and give it to distill"
     elif config.teachers:
-        why, fix = f"ensemble={config.ensemble} asks none", "or give another method or ensemble"
+        why, fix = f"ensemble={config.ensemble} uses none", "or give another method or ensemble"
     else:
         why, fix = "none are given", "or give teachers=[DIR, ...]"
     name = key.partition("=")[0]
     own = " (augment.gold_labels=true keeps them)" if name == "augment.copies" else ""
-    raise UserError(f"{key}: {what} from teachers alone, and {why}; leave {name} out{own}, {fix}")
+    raise UserError(f"{key}: {what} need teachers, and {why}; leave {name} out{own}, {fix}")
 
 
 def refuse_untaught(config: RunConfig) -> None:
-    """Raises UserError for `distill` without teachers, where the method asks teachers.
+    """Raises UserError for `distill` without teachers, where the method needs teachers.
 
-    Such a run would train on the gold labels alone, and its configuration does not ask for that.
+    Such a run would train on the gold labels alone. That needs method=finetune.
     """
     method = {} if config.method is None else read_method(config.method)
     # The run of a teacher has method=finetune, and may keep its students' key `ensemble`. So the
     # method's file decides here, not the key.
     by_labels = method.get("ensemble") == NO_ENSEMBLE
-    if not config.teachers and config.asks_teachers and not by_labels:
+    if not config.teachers and config.uses_teachers and not by_labels:
         raise UserError(
             "teachers is empty, so there is nothing to distil; give teachers=[DIR, ...], or "
             "method=finetune to train the student on the gold labels alone"
@@ -119,8 +118,8 @@ def teacher_runs(config: RunConfig) -> list[RunConfig]:
     if 0 < count < folds:
         left = ", ".join(map(str, range(count, folds)))
         _log.warning(
-            "folds=%d, and encoders has %d: every teacher learns the rows of fold %s, so none "
-            "can say of them what the labels have not told it; give %d encoders",
+            "folds=%d, but encoders has %d: every teacher is trained on the rows of fold %s, so no "
+            "teacher has unbiased predictions of these rows; give %d encoders",
             folds, count, left, folds,
         )  # fmt: skip
     patience = config.early_stopping_patience
@@ -163,8 +162,8 @@ def check_encoders(config: RunConfig) -> None:
         for key, value in encoder.model_dump().items():
             if value != getattr(plain, key):
                 raise UserError(
-                    f"encoders: {encoder.path} has {key}={value}, which is a teacher's; an encoder "
-                    "has path and revision, and the run's keys say the rest"
+                    f"encoders: {encoder.path} has {key}={value}, which is a key of teachers; an "
+                    f"encoder has path and revision; leave {key} out"
                 )
 
 
@@ -177,7 +176,7 @@ def encoder_as_student(encoder: TeacherConfig, student: StudentConfig) -> Studen
 
 
 def without_teachers_text(config: RunConfig) -> RunConfig:
-    """The same configuration; where no teacher is asked, without the rows that only teachers label.
+    """The same configuration; without teachers, also without the rows that only teachers label.
 
     Such rows are unlabelled text, and copies without gold labels.
     """

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from sead_dist.config.automatic import (
+    checkpoint_line,
     epoch_steps,
     final_checkpoint,
     learning_rate,
+    length_line,
     run_steps,
     scoring_steps,
-    told_checkpoint,
-    told_length,
 )
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.augmentation import rows_asked
@@ -39,7 +39,7 @@ def with_chosen_keys(config: RunConfig, examples: RunExamples) -> RunConfig:
     )
 
 
-def told_chosen_keys(
+def chosen_key_lines(
     config: RunConfig,
     task: TaskSpec,
     examples: RunExamples,
@@ -54,17 +54,20 @@ def told_chosen_keys(
     labelled = examples.labelled_rows
     rows = rows_asked(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
-    length = told_length(config, labelled, rows)
+    length = length_line(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
     if step_s is not None:
-        length += f"; about {clock(steps * step_s)} of training, by what `plan` measured here"
+        length += (
+            f"; about {clock(steps * step_s)} of training, at the rate that `plan` measured here"
+        )
     width = width_of(model)
     rate = f"learning_rate={learning_rate(config, width):g}"
     if config.learning_rate is None:
-        rate += f" (automatic: the student is {width} wide)"
+        rate += f" (automatic: the student's width is {width})"
     if config.warmup(steps) >= steps:
-        rate += f"; WARNING: never reached, since warmup_steps={config.warmup_steps:g} of {steps}"
-    return [length, rate, told_checkpoint(config, examples.rows_to_choose_by, steps)]
+        warmup = f"warmup_steps={config.warmup_steps:g}"
+        rate += f"; WARNING: it is never reached: {warmup}, and the run has {steps} steps"
+    return [length, rate, checkpoint_line(config, examples.rows_to_choose_by, steps)]
 
 
 def known_step_seconds(
@@ -91,7 +94,7 @@ def known_step_seconds(
     return from_main(world, find)
 
 
-def told_end(state: TrainState, most: int, epoch: int) -> str:
+def early_end_line(state: TrainState, most: int, epoch: int) -> str:
     """The line on the end of a run with early_stopping_patience.
 
     most: the largest number of steps that the run could take. epoch: the steps of one epoch.

@@ -52,8 +52,8 @@ EARLY_FILES = (
 # it: a start that was refused may leave it.
 KEPT_DATA = ".data"
 
-# the file that tells a pool's workers which store their student reads
-FOLLOWED = Path(".pool") / "student.json"
+# the record of the store that a pool's student reads; the workers need it
+STUDENT_STORE = Path(".pool") / "student.json"
 
 
 def given_teachers(config: RunConfig) -> list[dict[str, Any]]:
@@ -148,8 +148,8 @@ def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     if was != asked:
         raise UserError(
             f"output_dir={run} holds a run that keeps the best of the students that it scores: "
-            f"eval_steps was {was}, is {asked}, which scores others; give eval_steps={was} to "
-            "resume it, or another output_dir"
+            f"eval_steps was {was}, is {asked}, with which other students are scored; give "
+            f"eval_steps={was} to resume it, or another output_dir"
         )
 
 
@@ -162,8 +162,8 @@ def check_model(run: Path) -> None:
                     continue  # opening a truncated or empty file raises
     except (UserError, SafetensorError, OSError) as error:
         raise UserError(
-            f"output_dir={run} holds this run, finished, and its model is gone ({error}); restore "
-            f"{run / 'model'}, or give another output_dir to train again"
+            f"output_dir={run} holds this run, finished, but its model cannot be read ({error}); "
+            f"restore {run / 'model'}, or give another output_dir to train again"
         ) from error
 
 
@@ -204,7 +204,7 @@ def refuse_other_teachers(config: RunConfig) -> None:
     if teachers_of(run) != given_teachers(config):
         names = ", ".join(str(entry.get("path")) for entry in teachers_of(run)) or "none"
         raise UserError(
-            f"output_dir={run} holds a finished run with the teachers {names}; "
+            f"output_dir={run} holds a finished run with other teachers ({names}); "
             "give another output_dir"
         )
     if not config.taught or not (run / "teacher_manifest.json").is_file():
@@ -218,8 +218,8 @@ def refuse_other_teachers(config: RunConfig) -> None:
             weights = weights_now(entry) or weights
         if weights != taught.get("weights_sha256"):
             raise UserError(
-                f"output_dir={run} holds a finished run, and teacher {entry.path} has other "
-                "weights now than when it taught; give another output_dir"
+                f"output_dir={run} holds a finished run, and the weights of teacher {entry.path} "
+                "have changed since; give another output_dir"
             )
 
 
@@ -248,7 +248,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
             refuse_other(run, saved, identity)
         elif saved.differences(identity):
             refuse_busy_baseline(run)
-            for name in (*EARLY_FILES, FOLLOWED):
+            for name in (*EARLY_FILES, STUDENT_STORE):
                 (run / name).unlink(missing_ok=True)
             for folder in ("teacher_rows", "baseline", PLUGINS):
                 shutil.rmtree(run / folder, ignore_errors=True)
@@ -340,31 +340,31 @@ class Summary(TypedDict, total=False):
     chosen: dict[str, Any]
 
 
-class Followed(TypedDict):
+class StudentStore(TypedDict):
     """The store that a student reads: its folder and its id."""
 
     store: str
     id: str
 
 
-def say_followed(run: Path, root: Path, store_id: str) -> None:
+def write_student_store(run: Path, root: Path, store_id: str) -> None:
     """Write into a student's run directory which store it reads. The pool's workers read this."""
-    path = run / FOLLOWED
+    path = run / STUDENT_STORE
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"store": str(root.absolute()), "id": store_id})
 
 
-def followed_store(run: Path) -> tuple[str, str] | None:
+def read_student_store(run: Path) -> tuple[str, str] | None:
     """(path, id) of the store that the student in `run` reads; None before it has written this."""
     try:
-        said = read_as(Followed, run / FOLLOWED)
+        said = read_as(StudentStore, run / STUDENT_STORE)
     except UserError:
-        if (run / FOLLOWED).exists():
+        if (run / STUDENT_STORE).exists():
             raise
         return None
     return said["store"], said["id"]
 
 
-def forget_followed(run: Path) -> None:
+def remove_student_store(run: Path) -> None:
     """Remove what an earlier student wrote about its store."""
-    (run / FOLLOWED).unlink(missing_ok=True)
+    (run / STUDENT_STORE).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ def add_copies(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
 ) -> RunExamples:
-    """The examples with the copies that `augment` asks for. Copies are the last training rows.
+    """The examples with the copies that `augment` sets. Copies are the last training rows.
 
     tokenizer, model: of the student before its first step. Raises UserError for an operation that
     does not fit.

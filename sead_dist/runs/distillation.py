@@ -28,13 +28,13 @@ from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.reporting.report import write_predictions, write_report
-from sead_dist.runs.baseline import needs_own_baseline, own_baseline, told_baseline
+from sead_dist.runs.baseline import baseline_line, needs_own_baseline, own_baseline
 from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_runs
-from sead_dist.runs.chosen_keys import told_end
+from sead_dist.runs.chosen_keys import early_end_line
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import RunSetup, build
-from sead_dist.runs.without_gold import judged, rescored
+from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
 from sead_dist.runtime.heartbeat import StopRequestedError
@@ -48,7 +48,7 @@ STOPPED_EARLY = (
     "give the same command again to go on"
 )
 # rows of the trial report that is written before the first step
-REHEARSED = 2
+TRIAL_ROWS = 2
 
 
 def distill(
@@ -116,7 +116,7 @@ def train_student(
                 # a teacher that fails its validation ends the run before any long work
                 found = validated(setup)
                 if any(validation.score is not None for validation in found[0]):
-                    tell(told_baseline(config, setup.examples))
+                    tell(baseline_line(config, setup.examples))
                     return False
             run_to_end(setup, show_table and console, found)
         except StopRequestedError:
@@ -137,14 +137,14 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
     """
     # each start of the run logs this line, a resumed one too
     setup.log.metrics("start", total_steps=setup.batches.total_steps, world_size=setup.world.size)
-    setup.world.at("rehearsing the report")
-    from_main(setup.world, lambda: rehearse(setup))
+    setup.world.at("trying the report")
+    from_main(setup.world, lambda: try_report(setup))
     state = setup.checkpointer.resume(setup.engine, setup.log, setup.batches.total_steps)
     ensemble = prepare_teachers(setup, found)
-    touch_past(setup, ensemble, state.step)
+    count_past_predictions(setup, ensemble, state.step)
     if setup.config.preemption_notice_s is not None:
         tell(
-            against_grace(
+            save_time_line(
                 setup.checkpointer.measure(setup.engine), setup.config.preemption_notice_s
             )
         )
@@ -157,17 +157,19 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
         )
         return
     if setup.config.early_stopping_patience is not None:
-        tell(told_end(state, setup.batches.total_steps, setup.epoch_steps))
+        tell(early_end_line(state, setup.batches.total_steps, setup.epoch_steps))
     conclude(setup, state, ensemble, show_table)
 
 
-def against_grace(save_s: float, grace_s: float) -> str:
+def save_time_line(save_s: float, grace_s: float) -> str:
     """A line on the time of a save, compared with the notice that the scheduler gives."""
-    line = f"a save takes {save_s:.1f} s; a stop is told {grace_s:g} s before (preemption_notice_s)"
+    line = (
+        f"a save takes {save_s:.1f} s; a stop has a notice of {grace_s:g} s (preemption_notice_s)"
+    )
     if 2 * save_s > grace_s:
         line += (
-            "; WARNING: that may not be enough for a step and a save: ask the scheduler for more, "
-            "or lower save_steps so that little is lost"
+            "; WARNING: that may be too short for a step and a save: set a longer notice in the "
+            "scheduler, or lower save_steps so that fewer steps are repeated"
         )
     return line
 
@@ -188,7 +190,9 @@ def finetune(
     if not config.encoders:
         raise UserError("encoders is empty; give what the teachers start from: encoders=[ID, DIR]")
     if config.teachers:
-        raise UserError("teachers are for distill; finetune makes them, from encoders=[ID, DIR]")
+        raise UserError(
+            "teachers is a key of distill; finetune trains teachers; give encoders=[ID, DIR]"
+        )
     refuse_unused_text(config)
     refuse_push(config, "finetune")
     teachers = teacher_runs(config)
@@ -254,7 +258,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def touch_past(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
+def count_past_predictions(setup: RunSetup, ensemble: Ensemble | None, done: int) -> None:
     """Count the predictions of the steps that a resumed run finished before. done: these steps."""
     if setup.source is None or ensemble is None:
         return
@@ -276,7 +280,9 @@ def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
     examples = selection.examples
     if ensemble is not None and setup.source is not None and not examples.has_gold:
         asked = (setup.config.prefetch_rows, "the selection split")
-        examples, _ = judged(task, examples, ensemble, ask_all(setup.source, selection, *asked))
+        examples, _ = with_ensemble_labels(
+            task, examples, ensemble, ask_all(setup.source, selection, *asked)
+        )
 
     def select(step: int) -> EvalResult:
         result = evaluate(task, setup.engine.model, setup.forward, selection, setup.world, step)
@@ -302,7 +308,7 @@ def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
     )
 
 
-def rehearse(setup: RunSetup) -> None:
+def try_report(setup: RunSetup) -> None:
     """Write a trial report of two rows into a temporary folder.
 
     It has the run's own names of task, splits and teachers. So a name that the report cannot hold
@@ -312,18 +318,18 @@ def rehearse(setup: RunSetup) -> None:
     run = Path(setup.config.output_dir)
     try:
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run) as folder:
-            write_rehearsal(setup, run, Path(folder))
+            write_trial_report(setup, run, Path(folder))
     except (UserError, RunError):
         raise
     except Exception as error:
         raise refusal(
-            f"the report of this run, tried on {REHEARSED} rows before training, cannot be "
+            f"the report of this run, tried on {TRIAL_ROWS} rows before training, cannot be "
             f"written: {reason(error)}; give other names to the task, its splits or the teachers",
             error,
         ) from error
 
 
-def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
+def write_trial_report(setup: RunSetup, run: Path, folder: Path) -> None:
     """Write a report of made-up scores into `folder`. Raises what the report itself raises."""
     for name in ("config.yaml", "environment.json", "teacher_manifest.json"):
         if (run / name).is_file():
@@ -333,7 +339,7 @@ def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
     scores: dict[str, Any] = {}
     results: dict[str, float] = {}
     for name, split in splits.items():
-        examples = subset(split.examples, np.arange(min(REHEARSED, len(split))))
+        examples = subset(split.examples, np.arange(min(TRIAL_ROWS, len(split))))
         logits_BC = np.zeros((len(examples), setup.task.num_labels), np.float32)
         write_predictions(
             folder / "predictions" / f"{name}.parquet", examples.ids_B2, examples.labels_B,
@@ -341,7 +347,7 @@ def write_rehearsal(setup: RunSetup, run: Path, folder: Path) -> None:
             np.full_like(logits_BC, 1 / setup.task.num_labels) if setup.teachers else None,
             for_people(setup, examples, logits_BC),
         )  # fmt: skip
-        result = EvalResult(setup.task.name, name, 1, REHEARSED, metrics, 1.0, 1.0, logits_BC)
+        result = EvalResult(setup.task.name, name, 1, TRIAL_ROWS, metrics, 1.0, 1.0, logits_BC)
         results.update(result.card(f"eval_{name}"))
         scores[name] = {
             "student": metrics,

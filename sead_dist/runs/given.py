@@ -262,16 +262,19 @@ def given_sets(spec: TaskSpec, data: Data, split: str | None) -> list[ExampleSet
             f"split={split!r} cannot be scored: task {spec.name!r} has {', '.join(spec.splits)}"
             f"{held}"
         )
-    return [build_examples(spec, as_rows(spec, part), key) for key, part in parts.items()]
+    return [build_examples(spec, as_rows(spec, part, "data"), key) for key, part in parts.items()]
 
 
-def as_rows(spec: TaskSpec, given: Any, skip_malformed: bool | None = None) -> Rows:
-    """Rows of a file, of a table in memory, or of bare texts. skip_malformed: see `read_rows`."""
+def as_rows(spec: TaskSpec, given: Any, name: str, skip_malformed: bool | None = None) -> Rows:
+    """Rows of a file, of a table in memory, or of bare texts.
+
+    name: the argument that gives them. skip_malformed: see `read_rows`.
+    """
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
         return text_rows(given, spec)
-    return to_rows(given, spec, "what is given")
+    return to_rows(given, spec, name)
 
 
 def kept_file(run: Path, split: str) -> Path:
@@ -314,10 +317,10 @@ def write_changed(run: Path, tables: Mapping[str, pa.Table], task: TaskSpec | No
     if not changed and not other_task:
         return
     if any(has_progress(one) for one in (run, *run.glob("teacher-*"))):
-        what = f"{changed[0]} rows" if changed else "task"
+        what = f"other {changed[0]} rows" if changed else "another task"
         raise UserError(
-            f"output_dir={run} holds a run with another {what}; give what it was started with, or "
-            "another output_dir"
+            f"output_dir={run} holds a run with {what}; give the task and data that it was started "
+            "with, or another output_dir"
         )
     with locked(run):
         for name in changed:
@@ -334,7 +337,10 @@ def write_parquet(path: Path, table: pa.Table) -> None:
             pq.write_table(table, aside)
     except pa.ArrowException as error:
         line = str(error).splitlines()[0]
-        raise UserError(f"data: the {path.stem} split cannot be Parquet: {line}") from error
+        raise UserError(
+            f"data: the {path.stem} split cannot be written as Parquet: {line}; give each column "
+            "values of one type"
+        ) from error
 
 
 def holds(path: Path, table: pa.Table) -> bool:

@@ -123,7 +123,7 @@ def export_onnx(
     tell(f"written to {folder}")
     if folder == Path(name) / "onnx" and (Path(name) / "run_summary.json").is_file():
         write_report(Path(name))
-        tell(f"the model card links it: {Path(name) / 'README.md'}")
+        tell(f"the model card has a link to it: {Path(name) / 'README.md'}")
 
 
 def output_folder(name: str, output: str | None) -> Path:
@@ -133,8 +133,8 @@ def output_folder(name: str, output: str | None) -> Path:
     """
     if output is None and not Path(name).is_dir():
         raise UserError(
-            f"{name} does not exist here; give an existing run or model folder, or of a model of "
-            "the hub say where to: --output DIR"
+            f"{name} does not exist here; give an existing run or model folder; for a model of "
+            "the hub also give --output DIR"
         )
     folder = Path(output) if output is not None else Path(name) / "onnx"
     if Path.cwd().is_relative_to(folder.resolve()):
@@ -144,7 +144,7 @@ def output_folder(name: str, output: str | None) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "export.json").is_file():
         raise UserError(f"--output {folder} holds other files than an export; give a new folder")
     if not folder.parent.is_dir():
-        raise UserError(f"--output {folder}: no folder {folder.parent}; make it, or give another")
+        raise UserError(f"--output {folder}: {folder.parent} does not exist; make it first")
     if not os.access(folder.parent, os.W_OK):
         raise RunError(f"--output {folder}: folder {folder.parent} is not writable; give another")
     return folder

@@ -1,6 +1,6 @@
 """`sead-dist teach`: a worker of the teacher pool, which fills the store for one student's run.
 
-It computes predictions in the order in which that student asks for them. In a run that validates
+It computes predictions in the order in which that student needs them. In a run that validates
 its teachers, the selection split is first. The training rows by step and the official splits
 follow. The worker's command has the configuration of the student's run. The student need not have
 started.
@@ -25,8 +25,8 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.checked_run import read_run
 from sead_dist.runs.chosen_keys import steps_of
-from sead_dist.runs.claim import followed_store
-from sead_dist.runs.prepared_teachers import needs_validation, weigh
+from sead_dist.runs.claim import read_student_store
+from sead_dist.runs.prepared_teachers import frozen_ensemble, needs_validation
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
@@ -59,7 +59,7 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StudentRun:
-    """The parts of the student's run that a worker needs. inputs: what the student is fed."""
+    """The parts of the student's run that a worker needs. inputs: the inputs of the student."""
 
     config: RunConfig
     task: TaskSpec
@@ -94,8 +94,8 @@ def read_student_run(config: RunConfig, world: World) -> StudentRun:
 
 
 def teach(config: RunConfig, worker: str, world: World) -> Path:
-    """Compute the predictions that the student of `config` asks of its pool. Returns the worker's
-    folder.
+    """Compute the predictions that the student of `config` needs from its pool. Returns the
+    worker's folder.
 
     The worker ends once all of them are in the store, once the student is finished, or on a stop.
     Its folder holds a finished run, except after a stop. Teachers outside the pool are left to the
@@ -206,10 +206,10 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
         splits.train, config.seed, config.global_batch_size, config.micro_batch_size, None,
         steps_of(config, student.examples), 0, 1,
     )  # fmt: skip
-    ensemble = weigh(config, student.task, teachers, validations, logits_NBC, splits)
+    ensemble = frozen_ensemble(config, student.task, teachers, validations, logits_NBC, splits)
     asked = partial(ensemble.asked, batches)
     items = items_of_training(batches, count, rows, asked)
-    if not splits.selection.examples.has_gold:  # the student asks for these before its first step
+    if not splits.selection.examples.has_gold:  # the student needs these before its first step
         items = validating + items
     elif not needs_validation(config, splits.selection.examples):
         items += validating
@@ -221,19 +221,22 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
 def refuse_other_starts(config: RunConfig, world: World) -> None:
     """Raises UserError for `encoders`, for several processes, and without a teacher in the pool."""
     if config.encoders:
-        raise UserError("encoders are for finetune; a pool has teachers: teachers=[DIR, ...]")
+        raise UserError("encoders is a key of finetune; a pool needs teachers=[DIR, ...]")
     if not config.taught:
-        raise UserError("nothing asks teachers here; give teachers=[DIR, ...] and an ensemble")
+        raise UserError(
+            "this run uses no teachers, so a worker has nothing to compute; give teachers=[DIR, "
+            "...] and an ensemble other than none"
+        )
     if not config.pooled:
         raise UserError(
-            f"no teacher of this run is in the pool (placement={config.placement}), so its student "
-            "computes them all; give worker and student placement=pool, or entries of teachers "
-            "placement: pool"
+            f"no teacher of this run is in the pool (placement={config.placement}), so a worker "
+            "has nothing to compute; give worker and student placement=pool, or placement: pool in "
+            "the entry of a teacher"
         )
     if world.size > 1:
         raise UserError(
-            f"a worker is one process, and WORLD_SIZE={world.size}; start several, each without "
-            f"a launcher: sead-dist teach ... --worker {os.environ.get('RANK', '0')}/{world.size}"
+            f"a worker is one process, and WORLD_SIZE={world.size}; start each worker without a "
+            f"launcher: sead-dist teach ... --worker {world.rank + 1}/{world.size}"
         )
 
 
@@ -243,7 +246,7 @@ def make_folder(folder: Path, run: Path) -> None:
     Raises RunError where the worker may not write into the student's run directory, and UserError
     where that cannot be a folder.
     """
-    remedy = "give worker and student an output_dir, a folder that both may write"
+    remedy = "give worker and student one output_dir in which both may write"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -261,12 +264,12 @@ def refuse_other_store(run: Path, layout: Layout) -> None:
 
     The student would wait for predictions that never come.
     """
-    theirs = followed_store(run)
+    theirs = read_student_store(run)
     if theirs is not None and theirs[1] != store_id(layout):
         raise UserError(
-            f"the student in {run} follows the store {theirs[0]}, and this worker would fill "
-            f"{layout.root} on {node_name()}, which is another; give both the same store=, a "
-            "folder that their machines share, or start the student with this one first"
+            f"the student in {run} reads the store {theirs[0]}, and this worker would write to "
+            f"another one, {layout.root} on {node_name()}; give both the same store=DIR on a disk "
+            "that their machines share, or first start the student with this store"
         )
 
 
@@ -291,17 +294,17 @@ def refuse_other_student(student: StudentRun) -> None:
         if manifest.exists():
             raise
         return  # the student has not written its manifest yet
-    remedy = "give worker and student the same words and files, or another output_dir"
+    remedy = "give worker and student the same keys and files, or give another output_dir"
     if len(expected) != len(teachers):
         raise UserError(
-            f"this worker has {len(teachers)} teachers, the student in {run} {len(expected)}; "
+            f"this worker has {len(teachers)} teachers, the student in {run} has {len(expected)}; "
             f"{remedy}"
         )
     for teacher, entry, pooled in zip(teachers, expected, student.pooled_N, strict=True):
         if entry["placement"] == "pool" and not pooled:
             raise UserError(
-                f"teacher {teacher.name}: the student in {run} waits for it to come from the pool, "
-                "and this worker would leave it to the student; give both the same placement words"
+                f"teacher {teacher.name}: the student in {run} waits for its predictions from the "
+                "pool, and this worker does not have it in the pool; give both the same placement"
             )
         if entry["fingerprint"] != teacher.key.fingerprint:
             raise UserError(

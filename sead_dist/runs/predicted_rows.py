@@ -43,7 +43,7 @@ TOLD = 20
 
 
 @dataclass(frozen=True)
-class Asking:
+class Settings:
     """The settings of a prediction.
 
     labels: the model's class order, "a,b,c" or "task_order". batch_rows: the rows of one forward.
@@ -71,8 +71,8 @@ class Asking:
             readable = read_items(task, rows, name, labelled=False, skipped=[])
             if skipped is None and next(readable, None) is not None:
                 raise UserError(
-                    f"{error}; correct the row, or pass over such rows (--skip-malformed, in "
-                    "Python: skip_malformed=True)"
+                    f"{error}; correct the row, or skip such rows (--skip-malformed, in Python: "
+                    "skip_malformed=True)"
                 ) from error
             raise
 
@@ -82,9 +82,9 @@ class Asking:
         if not lines or not world.is_main:
             return
         for line in lines[:TOLD]:
-            tell(f"passed over: {line}", aside=True)
-        more = f", the first {TOLD} of them are above" if len(lines) > TOLD else ""
-        tell(f"passed over {counted(len(lines), 'row')} that cannot be read{more}", aside=True)
+            tell(f"skipped: {line}", aside=True)
+        more = f"; the lines above name the first {TOLD}" if len(lines) > TOLD else ""
+        tell(f"skipped {counted(len(lines), 'row')} that cannot be read{more}", aside=True)
 
 
 def predict_file(
@@ -111,7 +111,7 @@ def predict_file(
     """
     if file.is_dir() and not (file / "state.json").is_file():  # `datasets` saves a folder with it
         raise UserError(f"{file} is a folder; give a file")
-    asking = Asking(labels, batch_rows, skip_malformed, progress=True)
+    settings = Settings(labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
     output, written = output_of(file, output, kind)
     with in_world() as world:
@@ -119,24 +119,26 @@ def predict_file(
         task = task_of(name, task_name)
         world.at("reading the rows")
         rows = read_input(file, kind, task, skip_malformed, world)
-        examples = asking.examples(task, rows, "standard input" if file == STANDARD else file.name)
-        asking.tell_passed_over(world)
+        examples = settings.examples(
+            task, rows, "standard input" if file == STANDARD else file.name
+        )
+        settings.tell_passed_over(world)
         columns = input_columns(rows, examples)
         added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
         if clash := sorted({*added, *ADDED} & set(columns)):
             raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
         if written == ".tsv":
             check_no_tabs(columns, output)
-        columns |= answer_examples(name, task, examples, asking, world)
+        columns |= answer_examples(name, task, examples, settings, world)
         from_main(world, lambda: write_table(columns, output, written))
 
 
 def answer_examples(
-    name: str, task: TaskSpec, examples: ExampleSet, asking: Asking, world: World
+    name: str, task: TaskSpec, examples: ExampleSet, settings: Settings, world: World
 ) -> dict[str, list[Any]]:
     """The columns that a prediction by the model `name` adds, one value for each example."""
     world.at("loading the model")
-    answerer = load_answerer(name, task, asking.labels, world.device, examples)
+    answerer = load_answerer(name, task, settings.labels, world.device, examples)
     split = answerer.inputs.split(examples)
     tell_cuts(split, answerer.inputs.max_length, world)
     # blank: one of the texts has no letter
@@ -145,19 +147,19 @@ def answer_examples(
     if blank and world.is_main:
         listed = ", ".join(map(str, blank[:TOLD])) + (", ..." if len(blank) > TOLD else "")
         tell(f"{counted(len(blank), 'row')} with a blank text: {listed}", aside=True)
-    console = PipedConsole(highlight=False, stderr=True, quiet=not asking.progress)
-    shows = world.is_main and asking.progress
+    console = PipedConsole(highlight=False, stderr=True, quiet=not settings.progress)
+    shows = world.is_main and settings.progress
     put = partial(tell, aside=True) if shows else lambda _line: None
-    world.at("answering rows")
-    where = (console, put, "rows answered", len(split))
+    world.at("predicting rows")
+    where = (console, put, "rows predicted", len(split))
     with shown_progress(*where, in_notebooks=world.is_main) as bar:
         logits_BC = student_logits(
-            answerer.model, answerer.forward, split, world, asking.batch_rows, bar.advance
+            answerer.model, answerer.forward, split, world, settings.batch_rows, bar.advance
         )
     return task.task_kind.answers(task, logits_BC)
 
 
-def beside_rows(
+def answers_by_row(
     columns: Mapping[str, Sequence[Any]], count: int, examples: ExampleSet
 ) -> list[dict[str, Any] | None]:
     """The answers, one for each of `count` rows; None for a skipped row.
@@ -184,7 +186,7 @@ def input_kind(file: Path, kind: str | None) -> str:
         return ".jsonl"
     if kind_of(file) == "" and file.exists() and not file.is_dir():
         raise UserError(
-            f"{file} has no ending that says what it holds; give --kind tsv, csv, jsonl or txt"
+            f"{file} has no ending that names its format; give --kind tsv, csv, jsonl or txt"
         )
     return kind_of(file)
 
@@ -197,7 +199,7 @@ def output_of(file: Path, output: Path | None, kind: str) -> tuple[Path, str]:
     if output == STANDARD:
         if same == ".parquet":
             raise UserError(
-                "--output -: standard output is text, and the input is not; name a file"
+                "--output -: standard output is text, and the input is not; give a file"
             )
         return output, same
     check_output(output, "--output")
@@ -217,7 +219,7 @@ def read_input(file: Path, kind: str, task: TaskSpec, skip_malformed: bool, worl
     except UserError as error:
         kinds = " or ".join(other[1:] for other in TEXT_KINDS if other != kind)
         raise UserError(
-            f"{error}; it is read as {kind[1:]}, for another: --kind {kinds}"
+            f"{error}; it is read as {kind[1:]}; for another format give --kind {kinds}"
         ) from error
 
 
@@ -228,7 +230,7 @@ def check_output(output: Path, option: str) -> None:
             f"{option} {output}: unknown kind {output.suffix!r}; allowed: {', '.join(WRITTEN)}"
         )
     if output.exists() and not is_stream(output):
-        raise UserError(f"{option} {output} exists and is not written over; give a new name")
+        raise UserError(f"{option} {output} exists and is not overwritten; give a new name")
     check_writable(option, output)
 
 
@@ -252,7 +254,7 @@ def check_no_tabs(columns: Mapping[str, Sequence[Any]], output: Path) -> None:
             if any(mark in as_text(value) for mark in "\t\n\r"):
                 raise UserError(
                     f"--output {output}: {name!r} of row {number} holds a tab or line break, which "
-                    "TSV cannot; choose .csv, .jsonl or .parquet"
+                    "TSV cannot hold; give a .csv, .jsonl or .parquet file"
                 )
 
 
@@ -286,10 +288,13 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
                 aside.write_text(text, encoding="utf-8", newline="")
     except pa.ArrowException as error:
         raise UserError(
-            f"--output {output}: {str(error).splitlines()[0]}; choose .jsonl instead"
+            f"--output {output}: {str(error).splitlines()[0]}; give a .jsonl file instead"
         ) from None
     except OSError as error:
-        raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
+        raise RunError(
+            f"--output {output} cannot be written: {error.strerror}; free space or give another "
+            "file"
+        ) from error
     # the line goes to standard error where the output is a stream, which may hold the rows
     tell(f"{counted(len(rows), 'row')} written to {output}", aside=is_stream(output))
 

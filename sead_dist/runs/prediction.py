@@ -163,7 +163,10 @@ def class_order(
     says_it = labels is not None and not is_generic(own) and set(found) == set(order_C)
     if says_it and [found.index(index) for index in range(len(own))] != order_C:
         _log.warning(
-            "--labels %s counts, and %s names its classes %s", labels, name, ", ".join(own)
+            "--labels %s is used, although %s names its classes %s",
+            labels,
+            name,
+            ", ".join(own),
         )
     return order_C
 

@@ -29,17 +29,17 @@ from sead_dist.runs.baseline import (
     Learnable,
     baseline_folder,
     baseline_logits,
+    compare_ensemble,
+    learnable_line,
     second_ensemble,
-    told,
-    told_second,
-    weigh_up,
+    second_ensemble_line,
 )
-from sead_dist.runs.requests import seen_examples, told_idle
+from sead_dist.runs.requests import idle_row_lines, seen_examples
 from sead_dist.runs.setup import RunSetup
-from sead_dist.runs.without_gold import told_unvalidated
+from sead_dist.runs.without_gold import unvalidated_line
 from sead_dist.runtime.distributed import from_main
 from sead_dist.runtime.run_log import read_as, tell, write_json
-from sead_dist.teachers.teacher import Teacher, told_folds
+from sead_dist.teachers.teacher import Teacher, describe_folds
 from sead_dist.teachers.validation import (
     Validation,
     ask_and_validate,
@@ -93,10 +93,10 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
     validations, logits_NBC = found or validated(setup)
     selection = setup.splits.selection
     if not selection.examples.has_gold:
-        tell(told_unvalidated(config, setup.examples.labelled_rows))
-    ensemble = weigh(config, task, teachers, validations, logits_NBC, setup.splits)
+        tell(unvalidated_line(config, setup.examples.labelled_rows))
+    ensemble = frozen_ensemble(config, task, teachers, validations, logits_NBC, setup.splits)
     names = [teacher.name for teacher in teachers]
-    for line in told_twins(teachers):
+    for line in repeated_teacher_lines(teachers):
         tell(line)
     weights, calibration = from_main(
         setup.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
@@ -106,16 +106,16 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
         weights_N=torch.tensor(weights),
         calibration_N=None if calibration is None else torch.tensor(calibration),
     )
-    for line in told_calibration(config, task, ensemble, selection.examples, logits_NBC):
+    for line in calibration_lines(config, task, ensemble, selection.examples, logits_NBC):
         tell(line)
-    for line in (*told_weights(ensemble, names), *told_asked(setup, ensemble)):
+    for line in (*weight_lines(ensemble, names), *training_row_lines(setup, ensemble)):
         tell(line)
     if logits_NBC is not None:
-        say_learnable(setup, validations, logits_NBC, ensemble)
+        log_learnable(setup, validations, logits_NBC, ensemble)
     return ensemble
 
 
-def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
+def weight_lines(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
     """A line on each teacher's weight, where the weights are fixed."""
     if ensemble.weighting.one_teacher:
         return [f"the one teacher of this student: {names[int(ensemble.weights_N.argmax())]}"]
@@ -126,22 +126,24 @@ def told_weights(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
     return [f"weights: {', '.join(told_N)}"]
 
 
-def told_asked(setup: RunSetup, ensemble: Ensemble) -> list[str]:
+def training_row_lines(setup: RunSetup, ensemble: Ensemble) -> list[str]:
     """Lines on unlabelled rows without an answer, and on rows that a teacher was trained on."""
     config, teachers, train = setup.config, setup.teachers, setup.splits.train
-    lines = [] if config.feature_loss is not None else told_idle(ensemble, teachers, train.examples)
+    lines = []
+    if config.feature_loss is None:
+        lines = idle_row_lines(ensemble, teachers, train.examples)
     if ensemble.seen_NU is not None:
         labelled = setup.examples.labelled_rows
-        lines.append(told_folds(teachers, ensemble.seen_NU, train, labelled))
+        lines.append(describe_folds(teachers, ensemble.seen_NU, train, labelled))
     elif any(teacher.trained_rows is not None for teacher in teachers):
         lines.append(
-            f"WARNING: ensemble={config.ensemble} has one teacher for a row, and asks it of rows "
-            "that it was trained on too; an ensemble of all teachers leaves these out"
+            f"WARNING: ensemble={config.ensemble} has one teacher for a row, and uses it also on "
+            "rows that it was trained on; an ensemble of all teachers leaves these out"
         )
     return lines
 
 
-def told_twins(teachers: Sequence[Teacher]) -> list[str]:
+def repeated_teacher_lines(teachers: Sequence[Teacher]) -> list[str]:
     """A line for each teacher that is given more than once, and so counts more than once."""
     first: dict[str, str] = {}
     lines = []
@@ -149,8 +151,8 @@ def told_twins(teachers: Sequence[Teacher]) -> list[str]:
         earlier = first.setdefault(teacher.key.fingerprint, teacher.name)
         if earlier != teacher.name:
             lines.append(
-                f"WARNING: teacher {teacher.name} is {earlier} again, which counts "
-                "more than once; give each once"
+                f"WARNING: teacher {teacher.name} is the same as {earlier}, which therefore counts "
+                "more than once; give it once"
             )
     return lines
 
@@ -180,13 +182,13 @@ def kept_weights(
     weights, calibration = kept["weights"], kept.get("calibration")
     if any(len(of) != len(weights_N) for of in (weights, calibration or weights)):
         raise UserError(
-            f"{path} holds {len(weights)} weights for {len(weights_N)} teachers; restore it or "
-            "start a new run"
+            f"{path} holds {len(weights)} weights for {len(weights_N)} teachers; restore it, or "
+            "give another output_dir"
         )
     return weights, calibration
 
 
-def say_learnable(
+def log_learnable(
     setup: RunSetup,
     validations: Sequence[Validation],
     logits_NBC: np.ndarray,
@@ -204,7 +206,10 @@ def say_learnable(
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     scored = [validation for validation in validations if validation.score is not None]
     if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
-        tell("whether there is anything to learn cannot be told from the selection split")
+        tell(
+            "the ensemble cannot be compared with a baseline: the selection split has too few rows "
+            "with a gold label and predictions"
+        )
         return
 
     def find() -> Learnable:
@@ -212,7 +217,7 @@ def say_learnable(
         finetuned_BC = None
         if baseline is not None:
             finetuned_BC = baseline_logits(baseline, setup.task, selection)[complete_B]
-        found = weigh_up(
+        found = compare_ensemble(
             setup.task,
             selection if complete_B.all() else subset(selection, complete_B),
             [validation.score or 0.0 for validation in scored],
@@ -228,12 +233,12 @@ def say_learnable(
         return replace(found, second=second)
 
     found = from_main(setup.world, find)
-    line = told(found)
+    line = learnable_line(found)
     if ensemble.weighting.fewest_rows:
-        line += "; the ensemble's weights were fitted to these very rows, so its score is flattered"
+        line += "; the ensemble's weights were fitted to these rows, so its score is too high"
     tell(line)
     if found.second is not None:
-        tell(told_second(found.second, found.metric))
+        tell(second_ensemble_line(found.second, found.metric))
     if setup.world.is_main:
         write_json(Path(setup.config.output_dir) / FILE, asdict(found))
 
@@ -250,7 +255,7 @@ def needs_validation(config: RunConfig, selection: ExampleSet) -> bool:
     return config.validates or asks_selection(config) or calibrates or named
 
 
-def weigh(
+def frozen_ensemble(
     config: RunConfig,
     task: TaskSpec,
     teachers: Sequence[Teacher],
@@ -308,7 +313,7 @@ def rows_to_calibrate(
     return [np.flatnonzero(of & task.task_kind.has_classes) for of in answered_NB]
 
 
-def told_calibration(
+def calibration_lines(
     config: RunConfig,
     task: TaskSpec,
     ensemble: Ensemble,
@@ -324,11 +329,11 @@ def told_calibration(
         if not config.teachers[n].calibrates:
             continue
         if len(rows_B) < FEWEST_ROWS:
-            line = f"{names[n]} is not calibrated: it answers {len(rows_B)} labelled selection "
-            line += f"rows, and {FEWEST_ROWS} are needed"
+            line = f"{names[n]} is not calibrated: it has predictions of {len(rows_B)} labelled "
+            line += f"selection rows, and {FEWEST_ROWS} are needed"
             if ensemble.weighting.of_logits and len(names) > 1:
-                line += "; beside others a mean of probabilities (ensemble=mean_probabilities) is "
-                line += "advised, since one that is too sure outweighs them in a mean of logits"
+                line += "; give ensemble=mean_probabilities, since a teacher that is too confident "
+                line += "outweighs the others in a mean of logits"
             lines.append(line)
         elif ensemble.calibration_N is not None:
             lines.append(

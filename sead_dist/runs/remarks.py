@@ -57,8 +57,8 @@ def make_remarks(
     lines = []
     if chosen and splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
         lines.append(
-            f"the selection split has {counted(rows, 'row')}, and what is chosen by fewer than "
-            f"{ENOUGH_TO_CHOOSE} is chosen by chance too"
+            f"the selection split has {counted(rows, 'row')}, and with fewer than "
+            f"{ENOUGH_TO_CHOOSE} a choice by scores is partly chance"
         )
     lines += _of_scores(task, splits, scores)
     lines += (line for one in teachers if one.file is not None for line in one.file.remarks)
@@ -71,7 +71,7 @@ def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> 
         if not split.examples.has_gold:
             yield (
                 f"{name} has no gold labels: its figures are agreement with the teachers, and "
-                "whether they are right is not known"
+                "whether the teachers are right is not known"
             )
             continue
         best = constant_score(task, split.examples)
@@ -79,14 +79,14 @@ def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> 
         if score <= best:
             yield (
                 f"the student is no better than the majority baseline on {name}: {metric} "
-                f"{score:.4f}, of the baseline {best:.4f}"
+                f"{score:.4f}, baseline {best:.4f}"
             )
     for name, of in scores.items():
         if "ensemble_rows" in of:
             split = splits.selection if name == "selection" else splits.official[name]
             yield (
                 f"the ensemble is scored on {of['ensemble_rows']} of {len(split)} {name} rows, "
-                "those that all of its teachers answer"
+                "those with a prediction of each of its teachers"
             )
         gap = of.get("ensemble_gap")
         if gap is not None and gap["interval"][0] <= 0:
@@ -140,7 +140,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "augment.gold_labels", "augment.copies is null"
     if not config.taught:
         for key in OF_TEACHERS:
-            yield key, "no teacher is asked"
+            yield key, "the run uses no teacher"
         return
     yield from _unread_by_method(config)
 

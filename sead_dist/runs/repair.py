@@ -236,7 +236,7 @@ def read_text(path: Path) -> ExampleSet:
     """The lines of a plain text file, without blank lines. Raises UserError for another file."""
     if path.suffix in TABLES:
         raise UserError(
-            f"repair.text={path} is a file of rows with columns; give a plain file, one text a line"
+            f"repair.text={path} is a file of rows with columns; give a text file, one text a line"
         )
     with reading(path, "give a file in UTF-8, one text a line", f"repair.text={path}"):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -249,8 +249,8 @@ def load_whole_model(
 ) -> tuple[PreTrainedModel, LayerParts]:
     """The model whose hidden states are the target, in fp32 and eval mode, and its layers.
 
-    inputs: what the student is fed. Raises UserError where the model cannot be read, or is fed
-    other tokens than the student.
+    inputs: those of the student. Raises UserError where the model cannot be read, or has other
+    inputs than the student.
     """
     checkpoint = repair_teacher(config)
     who = f"repair.teacher={checkpoint.name}"
@@ -260,17 +260,18 @@ def load_whole_model(
     theirs = teacher_inputs(words, tokenizer_hash(words), model.config, inputs.max_length)
     if theirs.tokenizer_hash != inputs.tokenizer_hash:
         raise UserError(
-            f"{who} has another tokeniser than the student, whose hidden states are compared token "
-            "by token; give a student with its tokeniser"
+            f"{who} has another tokeniser than the student, and their hidden states are compared "
+            "token by token; give a student with its tokeniser"
         )
     if theirs.max_length < inputs.max_length:
         raise UserError(
-            f"{who} reads at most {theirs.max_length} tokens; give max_length={theirs.max_length}"
+            f"{who} reads at most {theirs.max_length} tokens, and the student reads "
+            f"{inputs.max_length}; give max_length={theirs.max_length}"
         )
     if theirs.padding != inputs.padding:
         raise UserError(
-            f"{who} is a {model.config.model_type}, which does not stand rows that are padded on "
-            f"the {inputs.padding}; give another model"
+            f"{who} is a {model.config.model_type}, which cannot read rows that are padded on the "
+            f"{inputs.padding}; give another model"
         )
     model = frozen(model.float().to(world.device))
     check_inside(model, theirs, REPAIR, who)
@@ -304,7 +305,9 @@ def load_body(model: PreTrainedModel, path: Path) -> None:
     lost = set(lacking) - head_names(model) - pooler_names(model)
     lost = {name for name in lost if state[name].data_ptr() not in held}
     if lost or strange:
-        which = f"lacks {min(lost)}" if lost else f"holds {strange[0]} too many"
+        which = (
+            f"lacks the tensor {min(lost)}" if lost else f"holds the unknown tensor {strange[0]}"
+        )
         raise UserError(
             f"{path} {which}, so it is not a start of this student; remove {path.parent}, and it "
             "is made again"

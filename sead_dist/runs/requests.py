@@ -1,7 +1,8 @@
-"""What a run asks of endpoints and of files of predictions, before it asks.
+"""What a run needs of endpoints and of files of predictions.
 
-The requests to endpoints are counted and logged first, since they cost money. The file also checks
-whether files of predictions answer enough rows, and leaves out training rows without an answer.
+The requests to endpoints are counted and logged before the first is sent, since they cost money.
+The file also checks whether files of predictions have enough rows. It leaves out training rows
+without a gold label and a prediction.
 
 Shapes: N teachers, B training rows, U unique examples.
 """
@@ -26,11 +27,11 @@ from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, seen_by
 from sead_dist.teachers.validation import FEWEST_ROWS, is_scored
 
-REMOVED = "unlabelled rows that no file of predictions answers"
+REMOVED = "unlabelled rows without a prediction in any file"
 
 
 def tell_requests(source: StoredSource, splits: Iterable[Split]) -> None:
-    """Log one line for each endpoint that this process asks: the most requests that it gets.
+    """Log one line for each endpoint to which this process sends requests: their largest number.
 
     Rows that are in the store are not counted. Raises UserError where an endpoint would get more
     requests than its max_requests.
@@ -56,7 +57,8 @@ def tell_requests(source: StoredSource, splits: Iterable[Split]) -> None:
         if most is not None and teacher.answers.client.sent + requests > most:
             raise UserError(
                 f"teacher {teacher.name}: this run would send {said}, and max_requests is {most}; "
-                "raise it, or give fewer rows (data.max_train_examples, augment.copies=null)"
+                "raise max_requests, or give fewer rows (data.max_train_examples, "
+                "augment.copies=null)"
             )
         tell(f"teacher {teacher.name}: {said}")
 
@@ -73,10 +75,10 @@ def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
         answered = int(has_answer_NB([teacher], selection).sum())
         if not is_scored(teacher, answered):
             raise UserError(
-                f"ensemble={config.ensemble} goes by each teacher's score, and {teacher.name} "
-                f"answers {answered} of {counted(len(selection), 'selection row')}, where "
-                f"{FEWEST_ROWS} are needed for one; give a file that answers more, or use "
-                "ensemble=mean_probabilities, or fixed"
+                f"ensemble={config.ensemble} needs each teacher's score, and {teacher.name} has "
+                f"predictions of {answered} of {counted(len(selection), 'selection row')}, where a "
+                f"score needs {FEWEST_ROWS}; give a file with more predictions, or use "
+                "ensemble=mean_probabilities or ensemble=fixed"
             )
 
 
@@ -110,15 +112,18 @@ def answered_examples(
     for part in (examples.selection, *examples.official.values()):
         if not part.has_gold and not answered_NB(config, teachers, part).any():
             raise UserError(
-                f"{part.split} has no gold labels, and no file answers one of its rows, so that "
-                "nothing can be told of the student there; give answers to it, or gold labels"
+                f"{part.split} has no gold labels, and no file has a prediction of its rows, so "
+                "the student cannot be scored on it; give predictions of its rows, or gold labels"
             )
     train = examples.train
     kept_B = has_label(train.labels_B) | answered_NB(config, teachers, train).any(0)
     if kept_B.all():
         return examples
     if not kept_B.any():
-        raise UserError("no training row has a label or an answer; give a file that answers some")
+        raise UserError(
+            "no training row has a gold label or a prediction; give a file with predictions of "
+            "training rows"
+        )
     text_kept = kept_B[examples.labelled_rows : examples.labelled_rows + examples.unlabelled_rows]
     copies_kept = kept_B[examples.labelled_rows + examples.unlabelled_rows :]
     copied = tuple(np.array(examples.copied, object)[copies_kept]) if examples.copied else ()
@@ -135,7 +140,7 @@ def answered_examples(
 
 
 def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which teachers have an answer to which rows, and may be asked for it by the run's keys."""
+    """Which teachers have a prediction of which rows that the run's keys let them give."""
     weighting = WEIGHTINGS[config.ensemble]
     found_NB = has_answer_NB(teachers, part)
     for n, teacher in enumerate(teachers):
@@ -166,21 +171,21 @@ def seen_examples(
     return None if picks else seen_by(teachers, ids_U2)
 
 
-def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:
+def idle_row_lines(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:
     """A line on unlabelled rows that stay in the batches without a loss.
 
     The teachers that are chosen, or drawn for a batch, are files without an answer to these rows.
     """
     answers_NB = has_answer_NB(teachers, train)
     if ensemble.weighting.goes_by_place:
-        taught_B, which = answers_NB.all(0), "a file that is drawn for them has no answer"
+        taught_B, which = answers_NB.all(0), "a file that is drawn for them has no prediction"
     else:
         weighs_N = (ensemble.weights_N.numpy() > 0) | ensemble.weighting.asks_all
         names = [teacher.name for teacher, weighs in zip(teachers, weighs_N, strict=True) if weighs]
         taught_B = answers_NB[weighs_N].any(0)
-        which = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no answer to them"
+        which = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no prediction of them"
         if ensemble.weighting.one_teacher:
-            which += f" (teacher={names[0]}, named from the start, leaves them out)"
+            which += f" (a new run with teacher={names[0]} leaves them out)"
     idle = int((~has_label(train.labels_B) & ~taught_B).sum())
     if not idle or train.routes_B is not None:
         return []
@@ -188,10 +193,10 @@ def told_idle(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet
     return [f"WARNING: {rows} stay in the batches without a loss: {which}"]
 
 
-def told_files(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
+def file_lines(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
     """Lines on the files among the teachers: the rows they answer, and the rows left out."""
     files = [teacher.file for teacher in teachers if teacher.file is not None]
-    lines = [line for file in files for line in file.told]
+    lines = [line for file in files for line in file.lines]
     lines += [f"WARNING: {line}" for file in files for line in file.remarks]
     count = examples.removed.get(REMOVED, 0)
     return lines + ([f"left out: {counted_rows(count, REMOVED)}"] if count else [])

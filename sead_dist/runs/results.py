@@ -18,17 +18,17 @@ from sead_dist.data.examples import ExampleSet, metric_names, name_of, score, su
 from sead_dist.data.order import Split
 from sead_dist.data.tasks import TaskSpec, compute_metrics
 from sead_dist.errors import UserError
-from sead_dist.models.resaved import answer, check_saved, one_row
+from sead_dist.models.resaved import check_saved, eval_logits, one_row
 from sead_dist.models.sequence_classifier import save_model
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.feature_losses import without_projections
 from sead_dist.reporting.hub import push_at_end
 from sead_dist.reporting.report import write_predictions, write_report
-from sead_dist.runs.baseline import FILE, baseline_folder, kept_shares, told_shares
+from sead_dist.runs.baseline import FILE, baseline_folder, kept_shares, share_lines
 from sead_dist.runs.claim import drop_training_state
 from sead_dist.runs.remarks import ensemble_gap, make_remarks, never_predicted
 from sead_dist.runs.setup import RunSetup
-from sead_dist.runs.without_gold import judged, rescored
+from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.memory import peak
 from sead_dist.runtime.run_log import read_as, tell, tell_table, write_json
@@ -59,7 +59,7 @@ def score_split(
         return result, scores, None
     ahead, what = setup.config.prefetch_rows, split.examples.split
     logits_NBC = ask_all(setup.source, split, ahead, what)
-    by, targets_BC = judged(setup.task, split.examples, ensemble, logits_NBC)
+    by, targets_BC = with_ensemble_labels(setup.task, split.examples, ensemble, logits_NBC)
     if by.by_teachers:
         result = rescored(setup.task, result, by)
         scores |= {"student": result.metrics, "metric": metric_names(setup.task, by)[0]}
@@ -172,7 +172,7 @@ def feature_record(setup: RunSetup, forwards: int) -> dict[str, Any] | None:
 
 
 def placement_word(setup: RunSetup) -> str | None:
-    """The placement of the teachers in one word; None where no teacher is asked."""
+    """The placement of the teachers in one word; None without teachers."""
     return None if setup.source is None else setup.source.placement.word
 
 
@@ -189,7 +189,7 @@ def save_student(setup: RunSetup, state: TrainState) -> None:
     from_main(setup.world, lambda: save_model(module, weights, setup.inputs.save, folder))
     row = one_row(setup.splits.train)
     # every rank calls this, since a student that DeepSpeed splits needs all ranks for a forward
-    trained = answer(setup.engine.model, lambda: setup.engine.forward(row, 1))
+    trained = eval_logits(setup.engine.model, lambda: setup.engine.forward(row, 1))
     from_main(
         setup.world,
         lambda: check_saved(
@@ -229,7 +229,7 @@ def score_splits(
     return scores, results
 
 
-def say_left_out(setup: RunSetup, left_out: Split, step: int) -> None:
+def write_left_out(setup: RunSetup, left_out: Split, step: int) -> None:
     """Write a teacher's predictions of the fold that it was not trained on.
 
     The rows that it was trained on are written to its model's folder.
@@ -296,14 +296,14 @@ def conclude(
     save_student(setup, state)
     scores, results = score_splits(setup, state, ensemble)
     if setup.splits.left_out is not None:
-        say_left_out(setup, setup.splits.left_out, state.step)
+        write_left_out(setup, setup.splits.left_out, state.step)
     closing = summary(setup, state)
     remarks = make_remarks(config, setup.task, setup.splits, scores, setup.teachers)
     if closing["best_metric"] is None:  # a student that was not scored in training is scored now
         found = scores["selection"]
         closing["best_metric"] = found["student"][found.get("metric", setup.task.metrics[0])]
     shares = shares_of(setup, scores)
-    for line in told_shares(shares):
+    for line in share_lines(shares):
         tell(line)
     results["epoch"] = round(state.step / setup.batches.steps_per_epoch, 4)
 
@@ -340,7 +340,7 @@ def shares_of(setup: RunSetup, scores: dict[str, Any]) -> dict[str, dict[str, fl
     try:
         return kept_shares(baseline, scores, setup.task.metrics[0])
     except UserError as error:  # the baseline was damaged since the start; the run still ends
-        tell(f"what the student keeps of the gap is not told: {error}")
+        tell(f"the share of the gap that the student keeps is not known: {error}")
         return {}
 
 

@@ -16,7 +16,7 @@ from sead_dist.config.automatic import epoch_steps
 from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream, Split
-from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits, told_cuts
+from sead_dist.data.splits import RunExamples, RunSplits, cut_lines, tokenize_splits
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import find_layer_parts
@@ -27,11 +27,17 @@ from sead_dist.models.student import start_as_feature_teacher
 from sead_dist.objectives.feature_losses import FeatureLoss, make_feature_loss
 from sead_dist.objectives.losses import DistillationLoss, make_loss
 from sead_dist.runs.checked_run import CheckedRun, check_run
-from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
-from sead_dist.runs.claim import claim, forget_followed, locked, refuse_other_scoring, say_followed
+from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
+from sead_dist.runs.claim import (
+    claim,
+    locked,
+    refuse_other_scoring,
+    remove_student_store,
+    write_student_store,
+)
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import repair_folder, repair_start
-from sead_dist.runs.requests import tell_requests, told_files
+from sead_dist.runs.requests import file_lines, tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog, noted, tell, write_json
@@ -129,7 +135,7 @@ def build(
         world.rank,
         world.size,
     )
-    for line in (*uneven(config, world.size), *told_teachers(config, teachers)):
+    for line in (*uneven(config, world.size), *teacher_count_lines(config, teachers)):
         tell(line)
     be_deterministic(config.deterministic)
     source, feature_teacher, feature_loss = None, None, None
@@ -138,7 +144,9 @@ def build(
         share_splits(source, splits, inputs, world)
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
-        feature_teacher, feature_loss = follow(config, world, chosen, model, batches.total_steps)
+        feature_teacher, feature_loss = load_feature_distillation(
+            config, world, chosen, model, batches.total_steps
+        )
         tell(
             f"feature_loss={feature_loss.method} of {feature_teacher.name}: {feature_loss.variant}"
         )
@@ -195,27 +203,30 @@ def first_lines(
     """
     config, task, examples = checked.config, checked.task, checked.examples
     return [
-        *told_chosen_keys(
+        *chosen_key_lines(
             config, task, examples, lambda: splits.train.tokens, checked.model, world
         ),
         *notes,
-        *told_files(examples, checked.teachers),
-        *told_cuts(examples, splits, config.max_length, checked.inputs.max_length),
+        *file_lines(examples, checked.teachers),
+        *cut_lines(examples, splits, config.max_length, checked.inputs.max_length),
         *(f"WARNING: {line}" for line in unread_keys(config)),
     ]
 
 
-def told_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
+def teacher_count_lines(config: RunConfig, teachers: Sequence[Teacher]) -> list[str]:
     """A line where there are no teachers, or where the default method has a single teacher."""
     if not teachers:
-        return ["no teachers: the student learns from the labels alone"]
+        return ["no teachers: the student learns from the gold labels alone"]
     if config.method == DEFAULT_METHOD and len(teachers) == 1:
-        return [f"method={DEFAULT_METHOD} counts several teachers alike; with one it is `single`"]
+        return [
+            f"method={DEFAULT_METHOD} is for several teachers; with one teacher it trains the same "
+            "student as method=single"
+        ]
     return []
 
 
 def be_deterministic(asked: bool) -> None:
-    """Set whether torch refuses operations that are not deterministic."""
+    """Set whether torch raises an error for operations that are not deterministic."""
     if asked:
         # deterministic matrix products of CUDA need this; it is read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -241,7 +252,7 @@ def place_teachers(
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """Place every teacher, and open the source that answers from the store or by a forward.
+    """Place every teacher, and open the source of predictions, from the store or by a forward.
 
     `stack` closes it. Raises UserError for a placement that does not fit.
     """
@@ -265,10 +276,10 @@ def place_teachers(
     ]
     from_main(world, lambda: write_json(run / "teacher_manifest.json", manifest))
     pool_client = None
-    from_main(world, lambda: forget_followed(run))
+    from_main(world, lambda: remove_student_store(run))
     if "pool" in placements:
         root = store.layout.root
-        from_main(world, lambda: say_followed(run, root, store_id(store.layout)))
+        from_main(world, lambda: write_student_store(run, root, store_id(store.layout)))
         pool_client = PoolClient(store.layout, config.pool.timeout_s, heartbeat.progress_or_stop)
     source = StoredSource(
         teachers, place(teachers, placements, share_NW), world, store, task.name, run, accept_any,
@@ -281,7 +292,7 @@ def place_teachers(
 def share_splits(
     source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World
 ) -> None:
-    """Share the student's tokens with teachers that are fed alike, and log requests to endpoints.
+    """Share the student's tokens with teachers of the same inputs, and log requests to endpoints.
 
     Raises UserError where an endpoint would get more requests than its max_requests.
     """
@@ -310,7 +321,7 @@ def choose_feature_teacher(
         raise
 
 
-def follow(
+def load_feature_distillation(
     config: RunConfig, world: World, teacher: Teacher, model: PreTrainedModel, total_steps: int
 ) -> tuple[FeatureTeacher, FeatureLoss]:
     """The loaded feature teacher, and the loss over its hidden states and attention.
@@ -346,9 +357,8 @@ def check_placed(config: RunConfig, teachers: Sequence[Teacher], placements: Seq
     check_placements(teachers, placements)
     if "pool" in placements and config.teacher_validation == "fp32":
         raise UserError(
-            "teacher_validation=fp32 asks teachers in fp32 in the student's processes, and "
-            "placement=pool is for teachers that are not there; compare them in a run with another "
-            "placement"
+            "teacher_validation=fp32 loads each teacher in the student's processes, and "
+            "placement=pool does not; give teacher_validation=on, or another placement"
         )
     for teacher, placement in zip(teachers, placements, strict=True):
         if placement == "sharded":

@@ -21,7 +21,7 @@ from sead_dist.runs.checks import (
     refuse_unused_text,
     teacher_runs,
 )
-from sead_dist.runs.chosen_keys import told_chosen_keys, with_chosen_keys
+from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
 from sead_dist.runtime.distributed import World, on_every_rank
 from sead_dist.runtime.run_log import noted
 from sead_dist.runtime.surroundings import quiet_libraries
@@ -44,7 +44,7 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     with noted() as notes:
         task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one))
     found, later = with_values(one, task, examples, model)
-    later += told_chosen_keys(
+    later += chosen_key_lines(
         one, task, examples, lambda: inputs.tokens(examples.train), model, world
     )
     if config.encoders:  # each encoder has a folder, a student and a seed of its own
@@ -82,7 +82,7 @@ def with_values(
         else:
             update["baseline"] = None
     if config.taught and config.placement == "auto":
-        later.append("placement=auto is settled at the start, by the memory that is free then")
+        later.append("placement=auto is replaced at the start, by the memory that is free then")
     return chosen.model_copy(update=update), later
 
 

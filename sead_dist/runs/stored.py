@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from sead_dist.data.examples import build_examples, entries
 from sead_dist.data.tasks import TaskSpec, load_task
-from sead_dist.errors import UserError
-from sead_dist.runs.given import as_rows, checked_task
+from sead_dist.errors import UserError, expect
+from sead_dist.runs.given import NAMES, as_rows, checked_task
 from sead_dist.store import store as kept
 from sead_dist.store.layout import store_folder
 from sead_dist.store.maintenance import Row, headers, list_store
@@ -37,6 +37,7 @@ class PredictionStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        expect("folder", folder, NAMES | None, "the folder of a prediction store")
         self.path: Path = store_folder(None if folder is None else os.fspath(folder))
         self._store = kept.StoreFolder(self.path, read_only=True)
 
@@ -69,13 +70,20 @@ class PredictionStore:
         several of this teacher. Raises UserError where no teacher or several teachers match, for a
         numerics class that is not kept or not named, and for rows that do not fit the task.
         """
+        expect("teacher", teacher, str, "its name, or the first digits of its fingerprint")
+        expect("numerics", numerics, str | None, "the name of a numerics class")
         key = self._key(teacher, numerics)
         if isinstance(texts_or_rows, str):
             raise UserError(
                 "texts_or_rows is one text; give a list of texts, or pathlib.Path(FILE)"
             )
-        spec = checked_task(task) if isinstance(task, TaskSpec) else load_task(os.fspath(task))
-        examples = build_examples(spec, as_rows(spec, texts_or_rows), "given", labelled=False)
+        if isinstance(task, TaskSpec):
+            spec = checked_task(task)
+        else:
+            expect("task", task, NAMES, "a shipped name (sst2), a YAML file, or a TaskSpec")
+            spec = load_task(os.fspath(task))
+        rows = as_rows(spec, texts_or_rows, "texts_or_rows")
+        examples = build_examples(spec, rows, "given", labelled=False)
         ids_U2, entry_B = entries(examples.ids_B2)
         table = self._store.table(key, ids_U2, spec.name, "given", run="")
         return table.lookup(entry_B)[0]
@@ -87,8 +95,8 @@ class PredictionStore:
         prints = sorted({block.teacher for block in own})
         if len(prints) > 1:
             raise UserError(
-                f"{len(prints)} teachers in the store are called {teacher!r}; give the start of a "
-                f"fingerprint: {', '.join(one[:16] for one in prints)}"
+                f"{len(prints)} teachers in the store have the name {teacher!r}; give the start of "
+                f"a fingerprint: {', '.join(one[:16] for one in prints)}"
             )
         found = {block.numerics: block for block in own}
         if numerics is None and len(found) == 1:

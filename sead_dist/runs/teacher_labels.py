@@ -28,9 +28,9 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble, unseen
 from sead_dist.runs.checked_run import read_run
 from sead_dist.runs.predicted_rows import check_no_tabs, check_output, write_table
-from sead_dist.runs.prepared_teachers import needs_validation, weigh
+from sead_dist.runs.prepared_teachers import frozen_ensemble, needs_validation
 from sead_dist.runs.requests import tell_requests
-from sead_dist.runs.without_gold import together
+from sead_dist.runs.without_gold import ensemble_targets
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import tell
 from sead_dist.runtime.surroundings import quiet_libraries
@@ -58,7 +58,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
     # of the training split leaves out are unlabelled text for them.
     if not config.teachers:
         asked["teachers"] = [TeacherConfig(path="to come")]
-    if not config.asks_teachers:
+    if not config.uses_teachers:
         asked["ensemble"] = RunConfig.model_fields["ensemble"].get_default()
     config = config.model_copy(update=asked)
     examples = load_examples(config, task)
@@ -83,10 +83,10 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     an answer is empty. Raises UserError, also for a teacher that fails its validation.
     """
     check_output(output, "--output")
-    with teachers_at_work(config, output, world) as run:
+    with loaded_teachers(config, output, world) as run:
         config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
         everything = (splits.train, splits.selection, *splits.official.values())
-        ensemble = weighed(run, everything)
+        ensemble = ensemble_of_run(run, everything)
         columns: Columns = {}
         for split, (part, kinds) in zip(everything, parts_of(run.examples), strict=True):
             asked_NU = None
@@ -101,8 +101,8 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class TeachersAtWork:
-    """The loaded teachers of a run, and the splits that they may be asked.
+class LoadedTeachers:
+    """The loaded teachers of a run, and the splits of which they can give predictions.
 
     examples: without copies.
     """
@@ -116,22 +116,24 @@ class TeachersAtWork:
 
 
 @contextmanager
-def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[TeachersAtWork]:
-    """Within the block, the teachers of a run may be asked. None is asked here.
+def loaded_teachers(config: RunConfig, output: Path, world: World) -> Iterator[LoadedTeachers]:
+    """Within the block, the teachers of a run can be used. None is used here.
 
     output: the name under which the store holds their predictions meanwhile. Raises UserError for
-    teachers that cannot be asked.
+    teachers that cannot be used.
     """
     if not config.teachers:
-        raise UserError("there are no teachers to say anything; give teachers=[DIR, ...]")
-    if not config.asks_teachers:
+        raise UserError("labels needs teachers, and there are none; give teachers=[DIR, ...]")
+    if not config.uses_teachers:
         by = "" if config.method is None else f"method={config.method}: "
         raise UserError(
-            f"{by}ensemble={config.ensemble} asks none of the teachers, and their answers are what "
-            "labels writes; give another method or ensemble (ensemble=mean_probabilities)"
+            f"{by}ensemble={config.ensemble} uses none of the teachers, and labels writes their "
+            "predictions; give another method or ensemble (ensemble=mean_probabilities)"
         )
     if world.size > 1:
-        raise UserError("labels runs in one process; start it without a launcher")
+        raise UserError(
+            f"labels runs in one process, and WORLD_SIZE={world.size}; start it without a launcher"
+        )
     quiet_libraries(world)
     config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
@@ -151,7 +153,7 @@ def teachers_at_work(config: RunConfig, output: Path, world: World) -> Iterator[
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
                 source.share_tokens(split, checked.inputs)
-            yield TeachersAtWork(config, task, examples, splits, teachers, source)
+            yield LoadedTeachers(config, task, examples, splits, teachers, source)
         finally:
             source.close()
 
@@ -168,7 +170,7 @@ def with_any_student(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"student": start})
 
 
-def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
+def ensemble_of_run(run: LoadedTeachers, asked: Iterable[Split]) -> Ensemble:
     """The ensemble as a run of these teachers has it before its first step.
 
     The requests to endpoints for the splits `asked` are logged first.
@@ -177,13 +179,13 @@ def weighed(run: TeachersAtWork, asked: Iterable[Split]) -> Ensemble:
     tell_requests(run.source, asked)
     selection = splits.selection
     if not needs_validation(config, selection.examples):
-        return weigh(config, task, teachers, [], None, splits)
+        return frozen_ensemble(config, task, teachers, [], None, splits)
     found, said = ask_and_validate(
         run.source, task, selection, config.prefetch_rows, run.examples.dev_in_training
     )
     if config.validates:
         require_passed(task, found, teachers)
-    return weigh(config, task, teachers, found, said, splits)
+    return frozen_ensemble(config, task, teachers, found, said, splits)
 
 
 def parts_of(examples: RunExamples) -> Iterator[tuple[ExampleSet, list[str]]]:
@@ -230,7 +232,7 @@ def label_columns(
     part: ExampleSet,
 ) -> Columns:  # fmt: skip
     """Columns of the ensemble's and the teachers' predictions. said_NBC: NaN without an answer."""
-    together_BC = together(ensemble, said_NBC, part).astype(np.float64)
+    together_BC = ensemble_targets(ensemble, said_NBC, part).astype(np.float64)
     if not task.task_kind.has_classes:
         columns = {"score": as_cells(together_BC[:, 0])}
         for teacher, of_BC in zip(teachers, said_NBC, strict=True):
@@ -289,16 +291,16 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
     no_text = config.unlabeled.model_copy(update={"path": None, "rest": False})
     columns: Columns = {}
     labels, said_of_all, probabilities = [], [], []
-    with teachers_at_work(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
+    with loaded_teachers(config.model_copy(update={"unlabeled": no_text}), output, world) as run:
         splits, teachers = (run.splits.train, run.splits.selection), run.teachers
         fit = [out_of_fold(teachers, split) for split in splits]
         check_fit(teachers, fit, splits)
-        ensemble = weighed(run, splits)
+        ensemble = ensemble_of_run(run, splits)
         for split, fit_NU in zip(splits, fit, strict=True):
             part, ahead = split.examples, run.config.prefetch_rows
             said = ask_all(run.source, split, ahead, part.split, fit_NU)
             said_of_all.append(said)
-            probabilities.append(together(ensemble, said, part).astype(np.float64))
+            probabilities.append(ensemble_targets(ensemble, said, part).astype(np.float64))
             labels.append(part.labels_B)
             numbers: Columns = {"row": (part.rows_B + 1).tolist()}
             extend(columns, numbers | row_columns(task, part, [part.split] * len(part)))

@@ -48,24 +48,27 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
     }
     for key, asked in refused.items():
         if asked:
+            fix = "name one teacher" if key.endswith("NAME") else f"leave {key} out"
             raise UserError(
-                f"{key} goes by the gold labels of the selection split, and it has none; leave it "
-                "out, or give rows with gold labels"
+                f"{key} needs gold labels in the selection split, and it has none; {fix}, or give "
+                "rows with gold labels"
             )
 
 
-def told_unvalidated(config: RunConfig, labelled_rows: int) -> str:
+def unvalidated_line(config: RunConfig, labelled_rows: int) -> str:
     """The line of the log on teachers where the selection split has no gold labels."""
-    line = "no gold labels to validate or calibrate a teacher by: none is"
+    line = "the selection split has no gold labels: no teacher is validated or calibrated"
     # An ensemble goes by the labels of the selection split, or by those of the training rows. The
     # training rows may have labels where the selection split has none.
     lacks = asks_selection(config) or not labelled_rows
     if WEIGHTINGS[config.ensemble].alike_without_gold and lacks:
-        line += f", and ensemble={config.ensemble}, which goes by them, counts teachers alike"
+        line += f", and ensemble={config.ensemble} gives all teachers the same weight"
     return line
 
 
-def together(ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet) -> np.ndarray:
+def ensemble_targets(
+    ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet
+) -> np.ndarray:
     """The ensemble's targets_BC at temperature 1; NaN in rows that no teacher answers.
 
     logits_NBC: NaN in rows that a teacher does not answer.
@@ -78,14 +81,14 @@ def together(ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet) -
     return said_BC
 
 
-def judged(
+def with_ensemble_labels(
     task: TaskSpec, examples: ExampleSet, ensemble: Ensemble, logits_NBC: np.ndarray
 ) -> tuple[ExampleSet, np.ndarray]:
-    """(the examples, the ensemble's targets_BC as `together` gives them).
+    """(the examples, the ensemble's targets_BC as `ensemble_targets` gives them).
 
     Where the examples have no gold labels, their labels are the ensemble's answers.
     """
-    said_BC = together(ensemble, logits_NBC, examples)
+    said_BC = ensemble_targets(ensemble, logits_NBC, examples)
     if not examples.has_gold:
         examples = answered_by_teachers(task, examples, said_BC)
     return examples, said_BC
@@ -112,7 +115,7 @@ def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> Ex
     rows = found.places(examples.ids_B2)
     if said_BC is None or None in rows:
         raise UserError(
-            f"{split} has no gold labels, and {name} keeps its teachers' answers to the rows of "
-            "its own data alone; give rows with gold labels"
+            f"{split} has no gold labels, and {name} has its teachers' predictions only of the "
+            "rows of its own data; give rows with gold labels"
         )
     return answered_by_teachers(task, examples, said_BC[np.array(rows, np.int64)])

@@ -146,7 +146,7 @@ class Lines:
         self._tenth = self._tenths()
         self._began = self._last = monotonic()
         self._start = done
-        self._told = False
+        self._printed = False
         self._text = ""
 
     def _tenths(self) -> int:
@@ -158,8 +158,8 @@ class Lines:
         now = monotonic()
         finished = self._done - n < self._total <= self._done
         due = self._tenths() > self._tenth and now - self._last >= 1.0
-        if finished or due or (not self._told and now - self._began >= self.FIRST_S):
-            self._tenth, self._last, self._told = self._tenths(), now, True
+        if finished or due or (not self._printed and now - self._began >= self.FIRST_S):
+            self._tenth, self._last, self._printed = self._tenths(), now, True
             percent = 100 * self._done // max(self._total, 1)
             line = f"{self._description}: {self._done}/{self._total} ({percent}%) {self._text}"
             step_s = (now - self._began) / max(self._done - self._start, 1)

@@ -93,7 +93,7 @@ def join_world(limits: Limits | None = None) -> World:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
-    heartbeat = meet(size, backend, limits)
+    heartbeat = start_heartbeat(size, backend, limits)
     exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     heartbeat.at("starting")
@@ -115,7 +115,7 @@ def checked_place(size: int) -> int:
     return number_from("LOCAL_RANK", 0, 0)
 
 
-def meet(size: int, backend: str, limits: Limits) -> Heartbeat:
+def start_heartbeat(size: int, backend: str, limits: Limits) -> Heartbeat:
     """Start this rank's heartbeat, and wait until all ranks are there. Then make the process group
     where there is none. Raises RunError, naming the rank, where one does not come."""
     if dist.is_initialized():  # ranks may come late, from long work of their own
@@ -151,10 +151,10 @@ def _launcher_store(rank: int, wait_s: float) -> Store:
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:
-        what = "rank 0 has not started" if rank else "the ranks cannot meet"
+        what = "rank 0 has not started" if rank else "rank 0 cannot open the store of the ranks"
         kind = LostRankError if rank == 1 else RunError  # one of them tells
         raise kind(
-            f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); see to that process or "
+            f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); check that process and "
             "address, then give the same command again"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -213,7 +213,7 @@ def refuse_other_world() -> None:
 
 
 def refuse_lone_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` without MPI starts one process and says nothing.
+    """`accelerate launch --cpu --num_processes 2` without MPI starts one process silently.
 
     Its variables show that: for several processes it sets MASTER_PORT, but no WORLD_SIZE. Raises
     UserError then.
@@ -230,7 +230,7 @@ def refuse_lone_process() -> None:
 def leave_world(world: World) -> None:
     """End this rank's heartbeat and its process group."""
     if world.heartbeat is not None:
-        world.heartbeat.rest()
+        world.heartbeat.finish()
     if world.size > 1 and dist.is_initialized():
         # after a rank failed, others are inside a collective; they report that themselves
         with suppress(RuntimeError):
@@ -259,7 +259,7 @@ def from_main(world: World, make: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0, group=world.control)
         made = box[0]
     if made[1] is not None:
-        raise as_heard(world, made[1])
+        raise raised_here(world, made[1])
     return made[0]  # type: ignore[return-value]
 
 
@@ -272,11 +272,11 @@ def on_every_rank(world: World, do: Callable[[], T]) -> T:
     except (UserError, RunError, OSError) as error:
         failure = error
     failures = gather_objects(world, failure)
-    raise_first([error and as_heard(world, error) for error in failures])
+    raise_first([error and raised_here(world, error) for error in failures])
     return result  # type: ignore[return-value]
 
 
-def as_heard(world: World, error: Exception) -> Exception:
+def raised_here(world: World, error: Exception) -> Exception:
     """An agreed failure as this rank raises it. The command line prints a RunError on rank 0 alone,
     but an OSError on any rank. So on other ranks than 0 an agreed OSError becomes a RunError."""
     if isinstance(error, OSError) and not world.is_main:
@@ -303,11 +303,11 @@ def node_name() -> str:
 
 
 def check_shared(world: World, folders: Mapping[str, Path]) -> None:
-    """Check at the start that every node of a run sees `folders` (key -> folder): every rank looks
-    for a file that rank 0 writes into each of them.
+    """Check at the start that every node of a run has the same `folders` (key -> folder): every
+    rank looks for a file that rank 0 writes into each of them.
 
     Nothing is written where all ranks run on one node. Raises UserError on every rank, naming the
-    node and the folder, when one does not see it.
+    node and the folder, where the file is missing.
     """
     nodes = gather_objects(world, node_name())
     if len(set(nodes)) == 1:
@@ -327,8 +327,8 @@ def check_shared(world: World, folders: Mapping[str, Path]) -> None:
                 with suppress(OSError):
                     folders[key].rmdir()
             raise UserError(
-                f"{key}={folders[key]}: node {node} does not see what node {nodes[0]} wrote there; "
-                "give a folder on a file system that all nodes share"
+                f"{key}={folders[key]}: a file that node {nodes[0]} wrote there is missing on node "
+                f"{node}; give a folder on a file system that all nodes share"
             )
 
 

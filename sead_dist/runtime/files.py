@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -245,6 +246,12 @@ def sweep_leftovers(run: Path) -> None:
 LARGE_BYTES = 1 << 24
 # a file may change again within one tick of its file system's clock, which may differ from ours
 SETTLED_S = 60.0
+# writing into the user's cache takes less
+OLD_S = 24 * 3600.0
+# names aside there, and those of older versions; the folder may hold files of others
+LEFTOVER = re.compile(
+    rf"\.(.*\.)?[0-9a-f]{{16}}{re.escape(ASIDE)}(\.\w+)?|[0-9a-f]{{64}}\.\d+\.tmp"
+)
 # file systems that keep the time of a change themselves
 CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs", "nfs4", "lustre"))
 
@@ -271,6 +278,15 @@ def cache_place(name: str, own: str, given: str | None = None) -> Path:
     return user_folder("XDG_CACHE_HOME", ".cache", own) / "sead_dist" / name
 
 
+def sweep_old(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder of the user's cache, a day ago or
+    earlier. What is newer may be written now, also by another machine."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.lstat().st_mtime > OLD_S:
+                _remove(path)
+
+
 def files_hash(paths: Sequence[Path]) -> str:
     """sha256 over the bytes of these files, one after the other."""
     before = _state(paths)
@@ -285,6 +301,7 @@ def files_hash(paths: Sequence[Path]) -> str:
     digest = _read(paths)
     with suppress(OSError):
         known.parent.mkdir(parents=True, exist_ok=True)
+        sweep_old(known.parent)
         settled = time.time() - max(path.stat().st_ctime for path in paths) > SETTLED_S
         if settled and _state(paths) == before:
             with written_aside(known) as aside:

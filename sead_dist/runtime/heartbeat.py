@@ -86,7 +86,7 @@ class Beat:
 
 @dataclass
 class Peer:
-    """What this rank saw last of another one, and when that changed (monotonic seconds)."""
+    """The last sign of another rank, and when it changed (monotonic seconds)."""
 
     beat: Beat | None
     changed_at: float
@@ -110,7 +110,7 @@ class Heartbeat:
         self.peers = {other: Peer(None, now, now) for other in others}
         self.moved_at = self.looked_at = self.carried_at = now
         # what the store held last, by key
-        self.heard: dict[str, str] = {}
+        self.fetched: dict[str, str] = {}
         # all ranks are there; this rank's heartbeat is over; a sign is due at once
         self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
@@ -158,25 +158,25 @@ class Heartbeat:
         self.count += 1
         self.store.set(str(self.rank), json.dumps(asdict(self.own())))
 
-    def hear(self) -> None:
+    def fetch(self) -> None:
         """Fetch the last sign of every other rank."""
         assert self.store is not None
         keys = [VERDICT, *map(str, self.peers)]
         # `get` waits for a key that is not there yet
-        keys = [key for key in keys if key in self.heard or self.store.check([key])]
+        keys = [key for key in keys if key in self.fetched or self.store.check([key])]
         if self.store.has_extended_api():
             found = self.store.multi_get(keys)
         else:
             found = [self.store.get(key) for key in keys]
-        self.heard.update((key, text.decode()) for key, text in zip(keys, found, strict=True))
+        self.fetched.update((key, text.decode()) for key, text in zip(keys, found, strict=True))
         self.carried_at = time.monotonic()
-        if len(self.heard) == self.size:
+        if len(self.fetched) == self.size:
             self.met.set()
 
     def look(self, now: float) -> None:
         """Use what was fetched: signs of life, a stop that was asked of another rank, and the end
         of the run by another rank, which ends this process too."""
-        if self.heard.get(VERDICT, NONE_YET) != NONE_YET and not self.over.is_set():
+        if self.fetched.get(VERDICT, NONE_YET) != NONE_YET and not self.over.is_set():
             os._exit(3)
         if now - self.looked_at > self.limits.timeout_s / 2:
             # this process was suspended, perhaps with all the others: measure from now on
@@ -185,7 +185,7 @@ class Heartbeat:
                 peer.changed_at = peer.moved_at = now
         self.looked_at = now
         for rank, peer in self.peers.items():
-            text = self.heard.get(str(rank))
+            text = self.fetched.get(str(rank))
             if text is None:
                 continue
             if text == ENDED:
@@ -231,11 +231,11 @@ class Heartbeat:
         beat = self.own() if rank == self.rank else self.peers[rank].beat
         where = f" (process {beat.pid} on {beat.host})" if beat is not None else ""
         last = beat.doing if beat is not None else "not yet started"
-        more = f"; so have ranks {', '.join(map(str, dead[1:]))}" if len(dead) > 1 else ""
-        saved = "" if self.run is None else "the last checkpoint is intact: "
+        more = f"; the same holds for ranks {', '.join(map(str, dead[1:]))}" if dead[1:] else ""
+        saved = "" if self.run is None else "the last checkpoint is intact; "
         return (
             f"rank {rank}{where} {what}{more}; it was at: {last}; {saved}"
-            "see to that process or node, then give the same command again"
+            "check that process and node, then give the same command again"
         )
 
     def explain(self, error: RuntimeError) -> None:
@@ -271,15 +271,15 @@ class Heartbeat:
                 with suppress(OSError, UserError):
                     append_line(self.run / "log.txt", line)
             # in a thread: a stopped store does not return; then the others find out by themselves
-            telling = threading.Thread(target=self._tell_all, args=(line,), daemon=True)
-            telling.start()
-            telling.join(LAST_WORDS_S)
+            sending = threading.Thread(target=self._send_verdict, args=(line,), daemon=True)
+            sending.start()
+            sending.join(LAST_WORDS_S)
             time.sleep(2 * self.beat_s)
         else:
             time.sleep(LAST_WORDS_S)
         os._exit(3)
 
-    def _tell_all(self, line: str) -> None:
+    def _send_verdict(self, line: str) -> None:
         assert self.store is not None
         with suppress(RuntimeError):
             self.store.set(VERDICT, line)
@@ -296,7 +296,7 @@ class Heartbeat:
         while not self.met.wait(0.1):
             now = time.monotonic()
             silent_s = self.limits.timeout_s
-            come = {self.rank, *(rank for rank in self.peers if str(rank) in self.heard)}
+            come = {self.rank, *(rank for rank in self.peers if str(rank) in self.fetched)}
             if self.rank != 0 and now - self.carried_at > silent_s:
                 what = f"has given no sign of life for {silent_s:g} s; it was at: starting"
                 raise self._lost(0, what, come)
@@ -313,7 +313,7 @@ class Heartbeat:
     def _lost(self, rank: int, what: str, come: set[int]) -> RunError:
         """The error for a missing rank. Of the ranks that are there, one gets the printed kind."""
         self.over.set()
-        line = f"rank {rank} {what}; see to that process or node, then give the same command again"
+        line = f"rank {rank} {what}; check that process and node, then give the same command again"
         return LostRankError(line) if self.rank == min(come - {rank}) else RunError(line)
 
     def _begin(self, work: Callable[[], None]) -> None:
@@ -328,7 +328,7 @@ class Heartbeat:
             self.news.clear()
             with suppress(RuntimeError, ValueError):  # then nothing is heard
                 self.beat()
-                self.hear()
+                self.fetch()
 
     def _watch(self) -> None:
         while not self.over.wait(self.beat_s):
@@ -338,7 +338,7 @@ class Heartbeat:
             if line is not None and not self.over.is_set():
                 self.end(line, self.dead(now, self.limits.timeout_s))
 
-    def rest(self) -> None:
+    def finish(self) -> None:
         """End in good order, so that no other rank takes this one for dead."""
         if not self.threads or self.over.is_set():
             return

@@ -16,7 +16,7 @@ def held(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
-def forget_peak(device: torch.device) -> bool:
+def reset_peak(device: torch.device) -> bool:
     """Begin a new peak; False where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -29,7 +29,7 @@ def forget_peak(device: torch.device) -> bool:
 
 
 def peak(device: torch.device) -> int | None:
-    """The most bytes held since the last `forget_peak`; None where the system does not say."""
+    """The most bytes held since the last `reset_peak`; None where the system does not say."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

@@ -65,10 +65,12 @@ def read_json(path: Path) -> Any:
         try:
             return json.loads(path.read_text("utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: is {path.parent} a run directory?") from error
+            raise UserError(
+                f"{path} is missing; check that {path.parent} is a run directory"
+            ) from error
         except ValueError as error:
             raise UserError(
-                f"{path} is not JSON ({reason(error)}): restore it or start a new run"
+                f"{path} is not JSON ({reason(error)}); restore it or start a new run"
             ) from error
 
 
@@ -109,7 +111,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif n < last:
-            raise UserError(f"{path} line {n + 1} is not a JSON object: fix or delete that line")
+            raise UserError(f"{path} line {n + 1} is not a JSON object; fix or delete that line")
     return records
 
 

@@ -21,7 +21,7 @@ def as_before() -> Iterator[None]:
     """Restore all of this state after the block, even where the block raises. (Signal handlers are
     not a part of it: `StopFlag.listening` restores them.)"""
     with ExitStack() as stack:
-        for part in (_environment, _random_state, _torch_switches, _transformers_words, _loggers):
+        for part in (_environment, _random_state, _torch_switches, _transformers_output, _loggers):
             stack.enter_context(part())
         stack.enter_context(warnings.catch_warnings())
         yield
@@ -71,7 +71,7 @@ def _torch_switches() -> Iterator[None]:
 
 
 @contextmanager
-def _transformers_words() -> Iterator[None]:
+def _transformers_output() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     try:

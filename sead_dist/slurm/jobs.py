@@ -22,7 +22,7 @@ from sead_dist.runtime.run_log import is_finished, read_as, read_metrics, write_
 from sead_dist.slurm import settings as slurm
 
 POLL_S = 2.0
-# SLURM may not know a job for a short time, for example while its controller restarts.
+# SLURM may not list a job for a short time, for example while its controller restarts.
 FORGOTTEN_S = 60.0
 COLUMNS = ("run", "job", "state", "step", "score", "examples/s", "restarts", "last line")
 
@@ -97,11 +97,13 @@ def registered(folder: Path) -> list[Job]:
         try:
             job: Job = read_as(Job, path)
         except UserError as error:
-            raise UserError(f"{path} describes no job of sead-dist; remove it") from error
+            raise UserError(f"{path} describes no job of sead-dist; remove this file") from error
         if not job.runs:
-            raise UserError(f"{path} describes a job without runs; remove it")
+            raise UserError(f"{path} describes a job without runs; remove this file")
         if any(len(os.fsencode(part)) > 255 for run in job.runs for part in Path(run).parts):
-            raise UserError(f"{path} names a run directory that no file system holds; remove it")
+            raise UserError(
+                f"{path} names a run directory with a name of more than 255 bytes; remove this file"
+            )
         found.append(job)
     return sorted(found, key=lambda job: (job.submitted, job.name))
 
@@ -109,12 +111,14 @@ def registered(folder: Path) -> list[Job]:
 def find(folder: Path, word: str) -> Job:
     """The newest job of this name, number or run directory. Raises UserError without one."""
     jobs = registered(folder)
-    asked = str(Path(word).absolute())
+    run = str(Path(word).absolute())
     for job in reversed(jobs):
-        if word in (job.name, job.job) or asked in job.runs:
+        if word in (job.name, job.job) or run in job.runs:
             return job
     names = ", ".join(job.name for job in jobs) or "none"
-    raise UserError(f"no submitted run is called {word!r}; those registered: {names}")
+    raise UserError(
+        f"{word!r} is not the name, job number or run directory of a submitted run; names: {names}"
+    )
 
 
 def progress(job: Job) -> Progress:
@@ -160,9 +164,9 @@ def last_line(job: Job) -> str:
         lines = job.log(0).read_text("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    own = [line for line in said if not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
-    return (own or said or [""])[-1]
+    filled = [line.strip() for line in lines if line.strip()]
+    own = [line for line in filled if not line.startswith(("submitit ", "srun:", "slurmstepd:"))]
+    return (own or filled or [""])[-1]
 
 
 def rows_of(jobs: Sequence[Job]) -> list[list[object]]:
@@ -193,27 +197,27 @@ def wait(jobs: Sequence[Job]) -> None:
     """Wait until all jobs have ended and their runs are finished.
 
     Raises UserError (exit code 2) where a run ended by a person's mistake. Raises RunError (3)
-    where an unfinished run ended in any other way, or SLURM no longer knows its job.
+    where an unfinished run ended in any other way, or SLURM no longer lists its job.
     """
     for job in jobs:
         state = state_of(job, _end_of(job))
         if job.finished:
             continue
-        said = f"{job.name} (job {job.job}) ended {state}: {last_line(job) or 'it said nothing'}"
-        said += f"; more in {job.log(0)}"
-        raise UserError(said) if 2 in job.exit_codes() else RunError(said)
+        reason = f"{job.name} (job {job.job}) ended with the state {state}: "
+        reason += f"{last_line(job) or 'it printed nothing'}; see its log {job.log(0)}"
+        raise UserError(reason) if 2 in job.exit_codes() else RunError(reason)
 
 
 def _end_of(job: Job) -> str | None:
     """The state that a job ended in; None where SLURM has forgotten it."""
-    heard = time.monotonic()
+    last_known = time.monotonic()
     while True:
         state = slurm.job_states([job.job]).get(job.job)
         if state in slurm.ENDED:
             return state
         if state is not None:
-            heard = time.monotonic()
-        elif job.finished or time.monotonic() - heard > FORGOTTEN_S:
+            last_known = time.monotonic()
+        elif job.finished or time.monotonic() - last_known > FORGOTTEN_S:
             return None
         time.sleep(POLL_S)
 
@@ -226,8 +230,10 @@ def log_text(job: Job, rank: int, follow: bool) -> Iterator[str]:
     path = job.log(rank)
     if not follow and not path.exists():
         state = state_of(job, slurm.job_states([job.job]).get(job.job))
-        raise UserError(f"{path} is not there: job {job.job} is {state}; wait for it with -f")
-    position, unheard = 0, 0
+        raise UserError(
+            f"the log {path} does not exist: job {job.job} is {state}; give -f to wait for the log"
+        )
+    position, unknown = 0, 0
     while True:
         known = slurm.job_states([job.job]).get(job.job) if follow else None
         if path.exists():
@@ -236,8 +242,8 @@ def log_text(job: Job, rank: int, follow: bool) -> Iterator[str]:
                 text = file.read()
             position += len(text)
             yield text.decode("utf-8", errors="replace")
-        unheard = unheard + 1 if known is None else 0
-        if not follow or known in slurm.ENDED or unheard * POLL_S > FORGOTTEN_S:
+        unknown = unknown + 1 if known is None else 0
+        if not follow or known in slurm.ENDED or unknown * POLL_S > FORGOTTEN_S:
             return
         time.sleep(POLL_S)
 

@@ -30,7 +30,7 @@ ENDED = frozenset(
 SQUEUE = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
 # Seconds that srun waits for the other ranks once the first has ended. They print their errors
 # in this time.
-LINGER_S = 60
+SRUN_WAIT_S = 60
 # Runs before srun. It removes the exit codes of an earlier start's ranks.
 CLEAR = """\
 folder={folder}
@@ -42,12 +42,12 @@ rm -f "$folder/$job".*.exit"""
 # Both need the job's state RUNNING: in another state it was cancelled, or queued again already.
 RESTART = """\
 code=$?
-said=$(cat "$folder/$job".*.exit 2>/dev/null | wc -l)
+ended=$(cat "$folder/$job".*.exit 2>/dev/null | wc -l)
 lost=$(cat "$folder/$job.lost" 2>/dev/null | wc -l)
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [ "$code" -ne 0 ] && [ "$said" -lt {tasks} ] && [ "$state" = RUNNING ]; then
+if [ "$code" -ne 0 ] && [ "$ended" -lt {tasks} ] && [ "$state" = RUNNING ]; then
     if [ "$code" -eq {early} ]; then
-        echo "sead-dist: notice came before the run could listen; job $job is queued again"
+        echo "sead-dist: the notice came before the run could save; job $job is queued again"
         scontrol requeue "$SLURM_JOB_ID"
     elif [ "$lost" -lt {restarts} ]; then
         echo "$code" >>"$folder/$job.lost"
@@ -56,7 +56,7 @@ if [ "$code" -ne 0 ] && [ "$said" -lt {tasks} ] && [ "$state" = RUNNING ]; then
         scontrol requeue "$SLURM_JOB_ID"
     else
         echo "sead-dist: a rank was killed or lost (exit code $code), after $lost restarts;" \\
-            "look for the cause, then submit the same line again to go on"
+            "remove the cause, then submit the same command again to continue"
     fi
 fi
 exit $code"""
@@ -98,7 +98,7 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     for path in (base, *([] if name is None else [_find(name)])):
         layer = read_yaml(path)
         if not isinstance(layer, Mapping):
-            raise UserError(f"{path} holds no settings; it must be a YAML mapping")
+            raise UserError(f"{path} holds no settings; give a YAML mapping of keys to values")
         merged.update(layer)
     merged.update({key: value for key, value in options.items() if value is not None})
     try:
@@ -107,8 +107,8 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
         raise UserError(explain(error, list(SlurmSettings.model_fields))) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
-            f"signal_delay={settings.signal_delay} s is most of time={settings.time}; the run would"
-            " be told to stop before it gets anywhere; give more time or a shorter delay"
+            f"signal_delay={settings.signal_delay} is more than half of time={settings.time}, so "
+            "the run would stop soon after its start; give a longer time or a shorter signal_delay"
         )
     return settings
 
@@ -120,7 +120,7 @@ def _find(name: str) -> Path:
     if name in known:
         return known[name]
     hint = did_you_mean(name, known, f"shipped: {', '.join(known)}")
-    raise UserError(f"--slurm {name!r} is neither a file nor shipped settings; {hint}")
+    raise UserError(f"--slurm {name!r} is neither a file nor the name of shipped settings; {hint}")
 
 
 def minutes(text: str) -> int:
@@ -142,13 +142,13 @@ def minutes(text: str) -> int:
     seconds = int(days or 0) * 86400
     seconds += sum(number * unit for number, unit in zip(given, units, strict=False))
     if seconds == 0:
-        raise UserError(f"time={text!r} gives no time; give MINUTES, H:MM:SS or DAYS-HH:MM:SS")
+        raise UserError(f"time={text!r} is zero; give MINUTES, H:MM:SS or DAYS-HH:MM:SS above zero")
     return -(-seconds // 60)
 
 
 def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[str, Any]:
     """The settings as submitit's parameters, for a job called `name` with its files in `folder`."""
-    srun = [f"--wait={LINGER_S}"]
+    srun = [f"--wait={SRUN_WAIT_S}"]
     setup = CLEAR.format(folder=shlex.quote(str(folder))).splitlines()
     if settings.cpus_per_task is not None:
         # srun does not inherit this option from sbatch
@@ -182,33 +182,33 @@ def sbatch_parameters(settings: SlurmSettings, name: str, folder: Path) -> dict[
     return {key: value for key, value in given.items() if value is not None}
 
 
-def need(program: str) -> None:
+def require_program(program: str) -> None:
     """Raises UserError where this command of SLURM is not installed."""
     if shutil.which(program) is None:
+        instead = ", or print the job: sead-dist submit ... --dry-run" * (program == "sbatch")
         raise UserError(
-            f"there is no {program} on this machine; use a login node of a SLURM cluster, or see "
-            "what would be submitted: sead-dist submit ... --dry-run"
+            f"there is no {program} on this machine; use a login node of a SLURM cluster{instead}"
         )
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """The state of each job that SLURM still knows.
+    """The state of each job that SLURM still lists.
 
     It comes from squeue, which also lists jobs that ended recently. For other jobs it comes from
     sacct, where the cluster has accounting.
     """
     if not jobs:
         return {}
-    found = dict(_pairs(_answer(SQUEUE)))
+    found = dict(_pairs(_output_of(SQUEUE)))
     forgotten = [job for job in jobs if job not in found]
     if forgotten:
         numbers = ",".join(forgotten)
         account = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={numbers}"]
-        found.update(_pairs(_answer([*account, "--format=JobID,State"])))
+        found.update(_pairs(_output_of([*account, "--format=JobID,State"])))
     return {job: found[job] for job in jobs if job in found}
 
 
-def _answer(command: Sequence[str]) -> str:
+def _output_of(command: Sequence[str]) -> str:
     """The output of a SLURM command; empty where the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -231,8 +231,8 @@ def is_running(job: str) -> bool:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job. Raises UserError where SLURM refuses."""
-    need("scancel")
+    """Cancel a job. Raises UserError where scancel fails."""
+    require_program("scancel")
     done = subprocess.run(["scancel", job], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"job {job} was not cancelled: {done.stderr.strip() or 'scancel failed'}")

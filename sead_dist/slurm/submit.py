@@ -53,9 +53,9 @@ class Launch:
         # the visible devices are not set, since every rank takes the GPU of its local rank
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         job = JobEnvironment().job_id
-        said = jobs.exit_file(self.folder, job, place.rank)
+        exit_file = jobs.exit_file(self.folder, job, place.rank)
         code = self.attempt(self.recipe, self.words)
-        said.write_text(f"{code or 0}\n", encoding="utf-8")
+        exit_file.write_text(f"{code or 0}\n", encoding="utf-8")
         if code is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -79,8 +79,10 @@ def job_folder(out: Path) -> Path:
     """
     folder = out.absolute() / ".slurm"
     if not writable(str(folder)):
-        # the line end would begin a new line in the sbatch file
-        raise UserError(f"the folder {str(folder)!r} has a line end in its name; give another")
+        # the line break would begin a new line in the sbatch file
+        raise UserError(
+            f"the folder {str(folder)!r} has a line break in its name; give another output_dir"
+        )
     for path in (out, folder):
         if path.exists() and path.stat().st_uid != os.getuid():
             raise UserError(f"{path} belongs to another user; give an output_dir of your own")
@@ -89,7 +91,7 @@ def job_folder(out: Path) -> Path:
         folder.chmod(0o700)
     except OSError as error:
         raise refusal(
-            f"output_dir={out} cannot be made: {error.strerror}; give another folder", error
+            f"output_dir={out} cannot be made: {error.strerror}; give another output_dir", error
         ) from None
     return folder
 
@@ -121,7 +123,7 @@ def make_ready(runs: Sequence[tuple[str, ...]], out: Path, root: Path) -> None:
     Raises UserError where there is no SLURM, and where a job of one of the runs is in the queue
     already. Raises what `job_folder` raises.
     """
-    slurm.need("sbatch")
+    slurm.require_program("sbatch")
     refuse_queued(runs, root)
     job_folder(out)
 
@@ -135,7 +137,7 @@ def enqueue(
     """Submit these launches (job name -> launch) as jobs, and register the jobs in `root`.
 
     name: the name of the job, or of the array where there are several. Raises UserError where
-    sbatch refuses.
+    sbatch rejects them.
     """
     folder = folder_of(launches)
     parameters = slurm.sbatch_parameters(settings, name, Path(folder))
@@ -148,7 +150,7 @@ def enqueue(
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line for line in str(error).splitlines() if line.startswith("sbatch: error:")]
         reason = " ".join(line.removeprefix("sbatch: error:").strip() for line in lines)
-        raise UserError(f"sbatch refused the job: {reason or error}") from None
+        raise UserError(f"sbatch rejected the job: {reason or error}") from None
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     made = [
         jobs.Job(name, str(handle.job_id), folder, list(launch.runs), now)
@@ -167,6 +169,6 @@ def refuse_queued(runs: Sequence[tuple[str, ...]], root: Path) -> None:
     for job in before:
         if states.get(job.job) not in {None, *slurm.ENDED}:
             raise UserError(
-                f"job {job.job} of {job.name} is {states[job.job]} already; wait for it, or end "
+                f"job {job.job} of {job.name} is {states[job.job]} already; wait for it, or cancel "
                 f"it: sead-dist jobs cancel {job.name}"
             )

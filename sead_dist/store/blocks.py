@@ -118,16 +118,16 @@ def read_value_block(path: Path, check: Check) -> ValueBlock:
         checksum = about.pop("checksum")
     except (KeyError, ValueError, TypeError) as error:
         raise BadBlockError(
-            f"metadata of no value block ({type(error).__name__}: {error})"
+            f"its metadata is not that of a value block ({type(error).__name__}: {error})"
         ) from error
     if block.folder != path.parent.name:
-        raise BadBlockError(f"it belongs to the teacher in {block.folder}: foreign")
+        raise BadBlockError(f"it belongs to another teacher, the one in {block.folder}")
     _check_shapes(block, tensors)
     if check == "header":
         return block
     content = block.content_hash
     if path.name != content + BLOCK_SUFFIX or checksum != _checksum(content, about):
-        raise BadBlockError("its content does not give its checksum: altered")
+        raise BadBlockError("its content does not match its checksum: altered")
     if trouble := block.covers.trouble():
         raise BadBlockError(trouble)
     if check == "all" and (chunks := block.logits.bad_chunks()):
@@ -144,7 +144,7 @@ def _check_shapes(block: ValueBlock, other_tensors: dict[str, npt.NDArray[Any]])
     if sums is not None:
         num_chunks = -(-len(logits) // chunk_rows(logits.shape[1]))
         if sums.dtype != np.uint64 or sums.shape != (num_chunks,):
-            raise BadBlockError(f"{sums.shape} sums for {num_chunks} chunks of rows")
+            raise BadBlockError(f"sums of shape {sums.shape} for {num_chunks} chunks of rows")
     if rows is not None and (rows.dtype != np.int32 or rows.ndim != 1):
         raise BadBlockError("not a value block: rows should be int32 [M]")
     num_words = -(-block.covers.num_keys // WORD)
@@ -229,12 +229,12 @@ def read_description(path: Path) -> dict[str, Any]:
         checksum = description.pop("checksum", None)
         fields = sorted(description) == ["classes", "fingerprint", "format", "name", "numerics"]
         if not fields or checksum not in (None, _description_checksum(description)):
-            raise BadBlockError("its content does not give its checksum")
+            raise BadBlockError("its content does not match its checksum")
         folder = teacher_folder(description["fingerprint"], description["numerics"])
     except FileNotFoundError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BadBlockError(f"not readable ({error})") from error
+        raise BadBlockError(f"it cannot be read ({error})") from error
     if folder != path.parent.name:
         raise BadBlockError("it describes another teacher")
     return dict(description)
@@ -243,4 +243,6 @@ def read_description(path: Path) -> dict[str, Any]:
 def check_num_keys(block: ValueBlock, num_keys: int) -> None:
     """Raises BadBlockError where the block was made for another number of keys."""
     if num_keys != block.covers.num_keys:
-        raise BadBlockError(f"{block.covers.num_keys} keys, its key block has {num_keys}")
+        raise BadBlockError(
+            f"it is for {block.covers.num_keys} keys, but its key block has {num_keys}"
+        )

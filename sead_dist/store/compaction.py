@@ -43,8 +43,8 @@ from sead_dist.store.layout import (
 )
 from sead_dist.store.maintenance import (
     Bad,
-    alone,
     key_sizes,
+    maintenance_lock,
     note_bad,
     remove_unused_keys,
     scan,
@@ -115,7 +115,7 @@ def compact(folder: Path) -> CompactResult:
     is full.
     """
     layout = existing(folder)
-    with alone(layout):
+    with maintenance_lock(layout):
         blocks_before, bytes_before = _usage(layout)
         runs, stale = live_runs(layout)
         bad: list[Bad] = []
@@ -162,7 +162,7 @@ def _compact_split(
     """Compact the blocks of all teachers for one task and split. Returns how many parts were left
     and how many rows differed."""
     keys: dict[str, Ints] = {}
-    found = (_look_at(layout, folder, paths, keys, bad) for folder, paths in folders.items())
+    found = (_read_folder(layout, folder, paths, keys, bad) for folder, paths in folders.items())
     teachers = [teacher for teacher in found if teacher.parts]
     left = differing = 0
     chosen = choose_keys(layout, keys, teachers)
@@ -185,7 +185,7 @@ def _compact_split(
     return left, differing
 
 
-def _look_at(
+def _read_folder(
     layout: Layout, folder: str, paths: list[Path], keys: dict[str, Ints], bad: list[Bad]
 ) -> TeacherFolder:
     """The checked content of one teacher folder. Bad blocks go to quarantine/.
@@ -294,7 +294,7 @@ def _pieces(part: Part, places: Mapping[str, Places]) -> Iterator[tuple[Places, 
     try:
         block = read_value_block(part.path, "touched")
     except FileNotFoundError:
-        raise BadBlockError(f"{part.path.name} went while it was merged") from None
+        raise BadBlockError(f"{part.path.name} was removed while it was merged") from None
     start = 0
     for place_P in block.covers.pieces():
         rows = np.arange(start, start + len(place_P))

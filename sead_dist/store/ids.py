@@ -134,7 +134,7 @@ def read_key_block(path: Path, *, check: bool = True) -> Ints:
     if not check:
         return ids_K2
     if digest("keys", ids_K2) != path.name.removesuffix(BLOCK_SUFFIX):
-        raise BadBlockError("its content does not give its name: altered")
+        raise BadBlockError("its content does not match its name: altered")
     if not is_sorted_unique(ids_K2):
         raise BadBlockError("its ids are not sorted and unique")
     return ids_K2

@@ -40,12 +40,12 @@ BLOCK_SUFFIX = ".safetensors"
 DEAD_WRITER_S = 3600.0
 
 REMEDIES = {
-    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or name another store=",
-    errno.EDQUOT: "free space within the quota there or name another store=",
-    errno.EFBIG: "raise the limit on file size (ulimit -f) or name another store=",
-    errno.EROFS: "mount it for writing or name another store=",
-    errno.EACCES: "get permission to write there or name another store=",
-    errno.EPERM: "get permission to write there or name another store=",
+    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or name another store=DIR",
+    errno.EDQUOT: "free space within the quota there or name another store=DIR",
+    errno.EFBIG: "raise the limit on file size (ulimit -f) or name another store=DIR",
+    errno.EROFS: "mount it for writing or name another store=DIR",
+    errno.EACCES: "get permission to write there or name another store=DIR",
+    errno.EPERM: "get permission to write there or name another store=DIR",
 }
 
 
@@ -84,8 +84,8 @@ class Layout:
                 raise BusyError(name) from None
             except OSError as error:
                 raise RunError(
-                    f"the file system of the prediction store {self.root} keeps no file locks "
-                    f"({error.strerror}); name a store= on one that does"
+                    f"the file system of the prediction store {self.root} has no file locks "
+                    f"({error.strerror}); give store=DIR on a file system that has them"
                 ) from error
             try:
                 yield
@@ -104,18 +104,18 @@ def refuse_foreign(root: Path) -> None:
     """Raises UserError where `root` is a file or a folder of something else, and RunError where it
     cannot be read. Writes nothing."""
     if root.exists() and not root.is_dir():
-        raise UserError(f"store={root} is a file; name a folder (it is made where missing)")
+        raise UserError(f"store={root} is a file; give a folder (a missing one is made)")
     try:
         found = set(os.listdir(root)) if root.is_dir() else set()
     except OSError as error:
-        raise RunError(f"store={root} cannot be read ({error}); give a folder that can") from error
+        raise RunError(f"store={root} cannot be read ({error}); give another folder") from error
     # another run may check at this moment, with a hidden file, whether all its machines share the
     # folder
     foreign = sorted(name for name in found - OWN_NAMES if not name.startswith("."))
     if foreign and not (root / "format.json").exists():
         raise UserError(
             f"store={root} holds other things ({foreign[0]!r}) and no format.json, so it is "
-            "not a prediction store; name an empty or a new folder"
+            "not a prediction store; give an empty or a new folder"
         )
 
 
@@ -136,7 +136,7 @@ def create(root: Path) -> Layout:
         probe.write_text("writable")
         probe.unlink()
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "name another store=")
+        remedy = REMEDIES.get(error.errno or 0, "name another store=DIR")
         raise refusal(
             f"store={root} is not writable ({error.strerror}); {remedy}", error
         ) from error
@@ -153,11 +153,11 @@ def existing(root: Path) -> Layout:
     nothing."""
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"store={root} {kind}; name the folder of a prediction store")
+        raise UserError(f"store={root} {kind}; give the folder of a prediction store")
     if not (root / "format.json").exists():
         raise UserError(
-            f"store={root} has no format.json, so it is not a prediction store; name the folder of "
-            "one, as a run has it in store="
+            f"store={root} has no format.json, so it is not a prediction store; give the folder "
+            "that a run has in its key store"
         )
     layout = Layout(root)
     _check_format(layout)
@@ -188,13 +188,13 @@ def _check_format(layout: Layout) -> int:
     except Exception as error:
         raise refusal(
             f"{path} cannot be read ({reason(error)}); it should hold "
-            f'{{"format": N}}: fix it or name another store=',
+            f'{{"format": N}}: fix it or name another store=DIR',
             error,
         ) from error
     if found not in (OLDER_FORMAT, FORMAT):
         raise UserError(
             f"the prediction store {layout.root} has format {found}, this version reads formats "
-            f"{OLDER_FORMAT} and {FORMAT}; name another store= or use the version of sead_dist "
+            f"{OLDER_FORMAT} and {FORMAT}; name another store=DIR, or use the version of sead_dist "
             "that wrote it"
         )
     return int(found)
@@ -206,16 +206,16 @@ def unique_name(stem: str) -> str:
 
 
 def explain(root: Path, name: str, error: OSError) -> str:
-    """The line that says that the store cannot be written, why, and what the fix is."""
-    remedy = REMEDIES.get(error.errno or 0, "see to that folder or name another store=")
+    """The message for a store that cannot be written, with the cause and the fix."""
+    remedy = REMEDIES.get(error.errno or 0, "check that folder or name another store=DIR")
     return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
 
 
 def unreadable(path: Path, error: OSError) -> RunError:
     """The error for a file in the store that cannot be read."""
     return RunError(
-        f"the prediction store cannot read {path} ({error.strerror}); fix that or name another "
-        "store="
+        f"{path} in the prediction store cannot be read ({error.strerror}); correct that, or name "
+        "another store=DIR"
     )
 
 

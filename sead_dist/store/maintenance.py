@@ -80,7 +80,7 @@ def note_bad(layout: Layout, bad: list[Bad], path: Path, reason: object, move: b
 
 
 @contextmanager
-def alone(layout: Layout) -> Iterator[None]:
+def maintenance_lock(layout: Layout) -> Iterator[None]:
     """Only one compaction or removal runs at a time.
 
     Raises UserError where another one is running, and RunError where the store cannot be written.
@@ -90,11 +90,11 @@ def alone(layout: Layout) -> Iterator[None]:
             yield
     except BusyError:
         raise UserError(
-            f"another compaction or removal is at work in the prediction store {layout.root}; "
+            f"another compaction or removal is running in the prediction store {layout.root}; "
             "try again when it has ended"
         ) from None
     except OSError as error:
-        raise RunError(explain(layout.root, error.filename or "upkeep", error)) from error
+        raise RunError(explain(layout.root, error.filename or "maintenance", error)) from error
 
 
 def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:
@@ -317,11 +317,11 @@ def carry(
         elif _fits(block, task, teacher):
             chosen.append(path)
     if not chosen:
-        wanted = [f"task {task}"] if task else []
-        wanted += [f"teacher {teacher}"] if teacher else []
+        wanted = [f" of task {task}"] if task else []
+        wanted += [f" of teacher {teacher}"] if teacher else []
         raise UserError(
-            f"the prediction store {source} holds nothing of "
-            f"{' and '.join(wanted) or 'any teacher'}; see sead-dist store ls"
+            f"the prediction store {source} holds no predictions{' and'.join(wanted)}; "
+            "sead-dist store ls lists what it holds"
         )
     into = create(target)
     sound: set[str] = set()

@@ -11,7 +11,14 @@ from sead_dist.config.names import did_you_mean
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
 from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
-from sead_dist.store.maintenance import Row, alone, headers, key_sizes, remove_unused_keys, rows_of
+from sead_dist.store.maintenance import (
+    Row,
+    headers,
+    key_sizes,
+    maintenance_lock,
+    remove_unused_keys,
+    rows_of,
+)
 
 MIN_PREFIX = 6
 
@@ -62,7 +69,7 @@ def plan_removal(
     """
     if teacher is None and task is None and older_than_s is None and keep_bytes is None:
         raise UserError(
-            "nothing says what to remove; give --teacher, --task, --older-than or --keep"
+            "no condition for what to remove; give --teacher, --task, --older-than or --keep"
         )
     layout = existing(folder)
     blocks = headers(layout)
@@ -136,7 +143,7 @@ def remove(plan: Removal) -> Removed:
     """
     layout = existing(plan.root)
     kept = changed = num_blocks = num_bytes = 0
-    with alone(layout), layout.lock("store.lock", exclusive=True):
+    with maintenance_lock(layout), layout.lock("store.lock", exclusive=True):
         before = sum(key_sizes(layout).values())
         runs, _ = live_runs(layout)
         for path in plan.paths:

@@ -72,11 +72,13 @@ class Coverage:
         rows, words = self.rows_M, self.words
         if rows is not None:
             if rows[0] < 0 or rows[-1] >= self.num_keys or not (rows[1:] > rows[:-1]).all():
-                return f"rows outside of its {self.num_keys} keys, or not increasing"
+                return (
+                    f"its list of rows is not increasing, or is outside of its {self.num_keys} keys"
+                )
         elif words is not None:
             spare = -self.num_keys % WORD
             if len(words) * WORD != self.num_keys + spare or int(words[-1]) >> (WORD - spare):
-                return f"a bit map that does not fit its {self.num_keys} keys"
+                return f"its bit map does not fit its {self.num_keys} keys"
         return None
 
     def pieces(self) -> Iterator[Places]:

@@ -125,7 +125,7 @@ class StoreFolder:
 
     def set_aside(self, path: Path, reason: object) -> None:
         target = None if self.read_only else set_aside(self.layout, path)
-        where = "left there" if self.read_only else "could not be moved away"
+        where = "left in place" if self.read_only else "could not be moved away"
         where = f"moved to {target.parent.name}/" if target else where
         tell(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}", any_rank=True)
 
@@ -230,7 +230,7 @@ class Table:
         finite or the block cannot be written, and ValueError for other shapes or a read-only store.
         """
         if self._store.read_only:
-            raise ValueError(f"{self._store.layout.root} was opened for reading alone")
+            raise ValueError(f"{self._store.layout.root} was opened as read-only")
         logits = np.asarray(logits_RC, np.float32)
         entries, first = np.unique(np.asarray(entries_R, np.int64), return_index=True)
         if logits.shape != (len(entries_R), self.key.classes):
@@ -324,10 +324,10 @@ class Table:
         """Whether the block had any missing row. Raises BadBlockError, and FileNotFoundError for
         its key block."""
         if block.teacher != self.key.fingerprint:
-            raise BadBlockError(f"it belongs to teacher {block.teacher}: foreign")
+            raise BadBlockError(f"it belongs to another teacher, {block.teacher}")
         classes = block.logits.values_MC.shape[1]
         if classes != self.key.classes:
-            raise BadBlockError(f"{classes} classes, not {self.key.classes}")
+            raise BadBlockError(f"it has {classes} classes, not {self.key.classes}")
         covers, present_U = block.covers, self.present_U
         if block.keys == self._ids.hash:
             self._store.rewrite_keys(self._ids)
@@ -366,8 +366,8 @@ class Table:
         if classes != self.key.classes:
             raise RunError(
                 f"teacher {self.key.name}: the store {self._store.layout.root} holds {classes} "
-                f"logits an example, this run expects {self.key.classes}; check the teacher's "
-                "config.json or name another store="
+                f"logits an example, this run needs {self.key.classes}; check the teacher's "
+                "config.json or name another store=DIR"
             )
 
 

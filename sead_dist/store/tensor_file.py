@@ -130,7 +130,7 @@ def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             if size < 8:
-                raise BadBlockError(f"{size} bytes long: truncated")
+                raise BadBlockError(f"it is {size} bytes long: truncated")
             if size >= MAP_BYTES:
                 raw = np.asarray(np.memmap(file, np.uint8, "r"))
             else:
@@ -141,7 +141,7 @@ def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
         raise
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     if start > min(len(raw), HEADER_LIMIT):
-        raise BadBlockError("the header reaches past the end: truncated or not safetensors")
+        raise BadBlockError("its header is longer than the file: truncated or not safetensors")
     try:
         header = json.loads(raw[8:start].tobytes())
         metadata = header.pop("__metadata__", {})
@@ -156,8 +156,10 @@ def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
             offset = end
         if start + offset != len(raw):
             raise BadBlockError(
-                f"{len(raw)} bytes long, the header says {start + offset}: truncated"
+                f"it is {len(raw)} bytes long, its header needs {start + offset}: truncated"
             )
         return tensors, {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadBlockError(f"no header of a block ({type(error).__name__}: {error})") from error
+        raise BadBlockError(
+            f"its header is not that of a block ({type(error).__name__}: {error})"
+        ) from error

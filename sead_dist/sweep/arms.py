@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 
@@ -53,13 +53,13 @@ def check_keys(where: str, name: str, keys: Mapping[str, Any], equal_steps: bool
         if key in keys:
             raise UserError(
                 f"{where}: the arm {name!r} sets {key}, which is the same for all arms of a sweep; "
-                "give it beside methods"
+                "set it outside methods"
             )
     own = next((key for key in STEP_KEYS if key in keys), None)
     if equal_steps and own is not None:
         raise UserError(
             f"{where}: the arm {name!r} sets {own}, and equal_steps=on gives all arms of a "
-            "task as many steps; give equal_steps=off"
+            "task the same number of steps; give equal_steps=off"
         )
 
 
@@ -78,7 +78,7 @@ def keys_by_arm(
     for name, own in by_arm.items():
         if name not in names:
             raise UserError(
-                f"{where}: {name!r} is not an arm of this sweep{told_known(name, names)}"
+                f"{where}: {name!r} is not an arm of this sweep{known_names(name, names)}"
             )
         if own is not None and not isinstance(own, Mapping):
             raise UserError(
@@ -104,8 +104,8 @@ def read_arm(given: str | Mapping[str, Any]) -> Arm:
     name = given.get("name", method_name(method))
     if not isinstance(name, str) or re.fullmatch(r"\w[\w.+-]*", name) is None:
         raise UserError(
-            f"methods: the arm's name {name!r} cannot be a folder's; give letters, digits, dots "
-            "and hyphens, beginning with a letter or digit"
+            f"methods: the arm's name {name!r} cannot be a folder's name; give letters, digits, "
+            "dots and hyphens, beginning with a letter or digit"
         )
     return Arm(name, method, keys)
 
@@ -122,5 +122,5 @@ def reference_of(given: str | None, arms: Sequence[Arm]) -> str | None:
     if given is None:
         return FINETUNE if FINETUNE in names else None
     if given not in names:
-        raise UserError(f"reference={given} is not an arm of this sweep{told_known(given, names)}")
+        raise UserError(f"reference={given} is not an arm of this sweep{known_names(given, names)}")
     return given

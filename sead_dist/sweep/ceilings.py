@@ -17,12 +17,12 @@ from sead_dist.sweep.grid import Grid
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherScores:
     """What a finished student's run records of its teachers, by a task's metric on the dev split.
 
-    kind: how teachers are combined (`ensemble`). alone: the ensemble takes one teacher. teachers:
-    the score of each teacher that answers. ensemble: its score; None where no row is answered by
-    all. whole: the scores are on the rows that the student is scored on.
+    kind: how teachers are combined (`ensemble`). alone: the ensemble has one teacher. teachers: the
+    score of each teacher that has predictions. ensemble: its score; None where no row has
+    predictions of all teachers. whole: the scores are on all rows that the student is scored on.
     """
 
     task: str
@@ -35,7 +35,7 @@ class Taught:
     whole: bool = True
 
 
-def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
+def read_teacher_scores(grid: Grid, task: str, split: str, metric: str) -> list[TeacherScores]:
     """The records of all finished students of a task that had teachers. Raises UserError for a run
     without a readable scores.json."""
     found = []
@@ -47,7 +47,7 @@ def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
             scores = read_json(path)["splits"][split]
             teachers, ensemble = scores["teachers"], scores["ensemble"]
             found.append(
-                Taught(
+                TeacherScores(
                     task,
                     unit.method,
                     unit.config.seed,
@@ -66,7 +66,7 @@ def read_taught(grid: Grid, task: str, split: str, metric: str) -> list[Taught]:
     return found
 
 
-def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
+def ceilings(found: Sequence[TeacherScores]) -> list[dict[str, Any]]:
     """For each task the score of each teacher and of each kind of ensemble, as recorded in the
     first run that has it. Kinds with equal scores on every task share a row."""
     kinds = {of.kind: of for of in found if not of.alone and of.ensemble is not None}
@@ -95,7 +95,7 @@ def ceilings(found: Sequence[Taught]) -> list[dict[str, Any]]:
 
 
 def shares(
-    found: Sequence[Taught], cells: Iterable[Mapping[str, Any]], seeds: Sequence[int]
+    found: Sequence[TeacherScores], cells: Iterable[Mapping[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """For each task, how much of the gap over each arm without teachers each arm with teachers
     keeps. Only seeds with both scores count: a run may have ended after `cells` were read."""
@@ -106,23 +106,25 @@ def shares(
     rows = []
     for task, method in taught:
         mine = scores.get((task, method), {})
-        own = [of for of in found if (of.task, of.method) == (task, method) and comparable(of)]
+        own = [
+            of for of in found if (of.task, of.method) == (task, method) and has_ensemble_score(of)
+        ]
         own = [of for of in own if mine.get(of.seed) is not None]
         for (where, other), without in scores.items():
             common = [of for of in own if without.get(of.seed) is not None]
             if where == task and (task, other) not in taught and common:
-                kept = kept_of(common, mine, without)
+                kept = mean_shares(common, mine, without)
                 rows.append({"task": task, "method": method, "over": other, **kept})
     return rows
 
 
-def comparable(of: Taught) -> bool:
+def has_ensemble_score(of: TeacherScores) -> bool:
     """Whether a run has an ensemble's score, on all rows that the student is scored on."""
     return of.whole and of.ensemble is not None
 
 
-def kept_of(
-    common: Sequence[Taught], mine: Mapping[int, Any], without: Mapping[int, Any]
+def mean_shares(
+    common: Sequence[TeacherScores], mine: Mapping[int, Any], without: Mapping[int, Any]
 ) -> dict[str, float | None]:
     """Means over these runs' seeds. ensemble, best: the score of the run's own ensemble, and of the
     best of its teachers. of_ensemble, of_best: the share of the gap to each that the student keeps,

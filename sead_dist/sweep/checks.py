@@ -40,20 +40,20 @@ def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
         check_tracker(unit.config.report_to)
         check_arithmetic(unit.config.precision, world.device)
         zero_config(unit.config, world.size)
-    return settle(grid, [name for name in grid.tasks if grid.students(name)])
+    return prepare_grid(grid, [name for name in grid.tasks if grid.students(name)])
 
 
 def check_jobs(grid: Grid, world: World) -> None:
-    """Raises UserError where `jobs` asks for several runs at once on several ranks or on a GPU."""
+    """Raises UserError where `jobs` is above 1 on several ranks or on a GPU."""
     if grid.jobs > 1 and (world.size > 1 or world.device.type != "cpu"):
         what = f"{world.size} ranks" if world.size > 1 else "a GPU"
         raise UserError(
-            f"jobs={grid.jobs} divides the threads of one process without a GPU, and here is "
-            f"{what}; leave jobs out (the same line, started several times, shares the runs too)"
+            f"jobs={grid.jobs} is for one process without a GPU, and this sweep has {what}; leave "
+            "jobs out, or start the same command several times: the processes share the runs"
         )
 
 
-def settle(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
+def prepare_grid(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, TaskData]]:
     """The grid with its numbers of steps fixed, and the data of these tasks.
 
     Raises UserError where the data are wrong, or the folders hold other runs.
@@ -125,14 +125,14 @@ def read_task(grid: Grid, name: str) -> TaskData:
     dev = next(iter(examples.official.values()))
     if not dev.has_gold:
         raise UserError(
-            f"{dev.split} of {name} has no gold labels, and agreement with each method's own "
-            "teachers says nothing of methods against each other; give it gold labels"
+            f"{dev.split} of {name} has no gold labels, and a sweep compares methods by their "
+            "scores against gold labels; give it gold labels"
         )
     untaught = [u.method for u in grid.units if u.task == name and not u.config.taught]
     if untaught and not examples.labelled_rows:
         raise UserError(
-            f"train of {name} has no gold labels, and {untaught[0]} asks no teacher, so it has "
-            "nothing to learn from; leave it out, and give finished teachers"
+            f"train of {name} has no gold labels, and {untaught[0]} has no teachers, so it has "
+            f"nothing to learn from; leave {untaught[0]} out, and give finished teachers"
         )
     for config in students:
         check_gold(config, task, examples)
@@ -148,7 +148,7 @@ def read_task(grid: Grid, name: str) -> TaskData:
 
 
 def rows_key(config: RunConfig) -> str:
-    """The keys that say which rows a run reads, and what of them."""
+    """The keys that decide which rows a run reads, and which parts of them."""
     fold = None if config.fold is None else (config.folds, config.fold)
     rest = config.uses_rest
     return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))
@@ -163,8 +163,8 @@ def refuse_other_unit(grid: Grid, unit: Unit) -> None:
         if own is None or "max_steps" not in str(error):
             raise
         raise UserError(
-            f"{error} (max_steps={unit.config.max_steps} is of the longest method, and {own} are "
-            f"{unit.method}'s own: equal_steps=off leaves it those)"
+            f"{error} (max_steps={unit.config.max_steps} is the number of the longest method; with "
+            f"equal_steps=off {unit.method} has its own number, {own})"
         ) from None
 
 
@@ -211,7 +211,7 @@ def steps_of(config: RunConfig, data: TaskData) -> int:
 
 
 def needs_rows(grid: Grid, task: str) -> bool:
-    """Whether the data must be read to say how many steps the runs of a task take."""
+    """Whether the number of steps of a task's runs depends on its data."""
     students = [unit.config for unit in grid.students(task)]
     left = any(config.max_steps is None and config.num_train_epochs is None for config in students)
     unlike = len({config.taught for config in students}) > 1
@@ -220,14 +220,14 @@ def needs_rows(grid: Grid, task: str) -> bool:
 
 def fix_steps(grid: Grid, data: Mapping[str, TaskData]) -> Grid:
     """The grid in which all students of a task take as many steps as the longest one, where
-    equal_steps asks for that. Only then is their comparison fair. Tasks without `data` stay as they
-    are. The result depends on grid and data alone, so that all workers of a sweep get the same.
+    equal_steps is on. Only then is their comparison fair. Tasks without `data` do not change. The
+    result depends on grid and data alone, so that all workers of a sweep get the same.
 
     Epochs are of the labelled rows, which all methods share. Where no key sets the length, runs
-    that ask teachers take more steps, and with unlabelled text more still. The run with the most
-    steps keeps its keys. The others get its steps as max_steps, and pass over their rows more
-    often. Steps are counted with all of the text. A run with files of predictions leaves out text
-    that they do not answer, so it gets max_steps too.
+    with teachers take more steps, and runs with unlabelled text even more. The run with the most
+    steps keeps its keys. The others get its steps as max_steps, and use their rows more often.
+    Steps are counted with all of the text. A run with files of predictions leaves out text without
+    predictions, so it gets max_steps too.
     """
     if not grid.equal_steps:
         return grid
@@ -255,7 +255,7 @@ def may_leave_text_out(config: RunConfig) -> bool:
     return left and config.taught and bool(files)
 
 
-def told_steps(grid: Grid, name: str, data: TaskData) -> str:
+def steps_line(grid: Grid, name: str, data: TaskData) -> str:
     """A line on the rows and the steps of a task's students."""
     configs = {unit.method: unit.config for unit in grid.students(name)}
     steps = {method: steps_of(config, data) for method, config in configs.items()}
@@ -265,10 +265,10 @@ def told_steps(grid: Grid, name: str, data: TaskData) -> str:
     }
     rows = f"{name}: {data.train_rows} labelled rows"
     if data.unlabelled_rows:
-        rows += f", {data.unlabelled_rows} unlabelled ones for methods that ask teachers"
+        rows += f", {data.unlabelled_rows} unlabelled ones for methods with teachers"
     if len(set(steps.values())) > 1:
         each = ", ".join(f"{method} {count}" for method, count in most.items())
         return f"{rows}; steps: {each} (equal_steps=off)"
     more = [f"{method} {of}" for (task, method), of in grid.lengthened.items() if task == name]
-    own = f" (equal_steps=on; by their own rows: {', '.join(more)})" if more else ""
+    own = f" (equal_steps=on; fewer by their own rows: {', '.join(more)})" if more else ""
     return f"{rows}; every method takes {next(iter(most.values()))} steps{own}"

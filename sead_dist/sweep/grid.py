@@ -21,12 +21,12 @@ from sead_dist.config.load import (
     shipped_files,
 )
 from sead_dist.config.mistakes import explain
-from sead_dist.config.names import told_known
+from sead_dist.config.names import known_names
 from sead_dist.config.schema import RunConfig, SweepConfig, TeacherConfig
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import why_unfit
+from sead_dist.objectives.ensemble import method_problem
 from sead_dist.reporting.hub import refuse_push
 from sead_dist.runs.checks import (
     refuse_unused_text,
@@ -79,8 +79,9 @@ class Grid:
     """All runs of a sweep. units: in the order in which they are run. unfit: (task, method) -> why
     the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
     equal_steps: whether all methods of a task take the same number of steps. methods: the names of
-    the arms. reference: one of them, or None. lengthened: (task, method) -> the method's own number
-    of steps, where it was given more (`checks.fix_steps`)."""
+    the arms. reference: one of them, or None. unread: tasks whose encoders are not fine-tuned,
+    because no method reads a teacher. lengthened: (task, method) -> the method's own number of
+    steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
     words: tuple[str, ...]
@@ -94,6 +95,7 @@ class Grid:
     equal_steps: bool
     keep_models: bool
     jobs: int
+    unread: tuple[str, ...] = ()
     lengthened: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
@@ -122,20 +124,21 @@ def make_grid(words: Sequence[str]) -> Grid:
     for layer in run:  # a task may be of a plugin's kind
         run_plugins(layer.get("plugins"))
     tasks = [load_task(given) for given in sweep.tasks]
-    different("tasks", [task.name for task in tasks])
+    check_names("tasks", [task.name for task in tasks])
     equal = sweep.equal_steps == "on"
     arms = read_arms(sweep.methods, equal)
-    different("methods", [arm.name for arm in arms])
+    check_names("methods", [arm.name for arm in arms])
     reference = reference_of(sweep.reference, arms)
-    different("seeds", [str(seed) for seed in sweep.seeds])
+    check_names("seeds", [str(seed) for seed in sweep.seeds])
     for name in sweep.per_task:
         if name not in [task.name for task in tasks]:
-            known = told_known(name, [task.name for task in tasks])
+            known = known_names(name, [task.name for task in tasks])
             raise UserError(f"per_task: {name!r} is not a task of this sweep{known}")
     teachers: list[Unit] = []
     students: list[Unit] = []
     unfit: dict[tuple[str, str], str] = {}
     texts: list[str] = []
+    unread: list[str] = []
     for given, task in zip(sweep.tasks, tasks, strict=True):
         per_task, by_arm = keys_by_arm(task.name, sweep.per_task.get(task.name, {}), arms, equal)
         layers = task_layers(given, task.name, run, per_task)
@@ -143,7 +146,6 @@ def make_grid(words: Sequence[str]) -> Grid:
         refuse_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
-        teachers += made
         fitting: list[tuple[str, RunConfig]] = []
         for arm in arms:
             more = by_arm.get(arm.name, {})
@@ -153,21 +155,27 @@ def make_grid(words: Sequence[str]) -> Grid:
             own = named(merge(arm.keys, more), task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
             refuse_push(config, "a sweep")
-            reason = why_unfit(config, task.task_kind)
+            reason = method_problem(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, arm.name] = reason
             else:
                 fitting.append((arm.name, config))
+        if made and not any(reads_teachers(config) for _, config in fitting):
+            unread.append(task.name)
+            made = []
+            fitting = [(arm, of.model_copy(update={"teachers": []})) for arm, of in fitting]
+        teachers += made
         students += student_units(task.name, fitting, sweep.seeds, made)
     outputs = {unit.folder.parent.parent.parent for unit in students}
     if len(outputs) != 1:
         found = " and ".join(sorted(map(str, outputs)))
         raise UserError(
-            f"output_dir is {found}; give one for all tasks"
+            f"output_dir is {found}, and a sweep has one folder; give the same for all tasks"
             if found
-            else f"no method applies: {'; '.join(dict.fromkeys(unfit.values()))}"
+            else f"no method can be run: {'; '.join(dict.fromkeys(unfit.values()))}; give another "
+            "method"
         )
-    refuse_useless(texts, students)
+    refuse_text_without_teachers(texts, students)
     return Grid(
         outputs.pop(),
         tuple(words),
@@ -181,15 +189,17 @@ def make_grid(words: Sequence[str]) -> Grid:
         equal_steps=equal,
         keep_models=sweep.keep_models,
         jobs=sweep.jobs,
+        unread=tuple(unread),
     )
 
 
-def refuse_useless(texts: Sequence[str], students: Sequence[Unit]) -> None:
-    """Raises UserError where unlabelled text is given and no method of the sweep asks teachers."""
+def refuse_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:
+    """Raises UserError where unlabelled text is given and no method of the sweep has teachers."""
     if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
             f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
-            "method of this sweep asks any; leave unlabeled.path out, or add a method, such as mean"
+            "method of this sweep has teachers; leave unlabeled.path out, or add a method, such as "
+            "mean"
         )
 
 
@@ -210,8 +220,8 @@ def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
         for one, all_ in (("method", "methods"), ("seed", "seeds"), *lacking):
             if one in layer:
                 raise UserError(
-                    f"{one}={layer[one]} is of one run, and this is a sweep ({all_} say it for "
-                    f"all runs); give {all_}=[{layer[one]}]"
+                    f"{one}={layer[one]} is a key of a single run, and this is a sweep; give "
+                    f"{all_}=[{layer[one]}]"
                 )
 
 
@@ -229,8 +239,8 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         raw["seeds"] = list(range(raw["seeds"]))
     if not isinstance(raw["seeds"], list) or not raw["seeds"]:
         raise UserError(
-            f"seeds={raw['seeds']} is not a number of seeds; give how many (seeds=5), or which "
-            f"(seeds=[0,3]), at most {MOST_SEEDS}"
+            f"seeds={raw['seeds']} is not a number of seeds from 1 to {MOST_SEEDS}; give how many "
+            "(seeds=5), or which (seeds=[0,3])"
         )
     try:
         return SweepConfig.model_validate(raw)
@@ -238,13 +248,13 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
         raise UserError(explain(error, list(SweepConfig.model_fields))) from None
 
 
-def different(key: str, names: Sequence[str]) -> None:
+def check_names(key: str, names: Sequence[str]) -> None:
     """Check names that folders get. Raises UserError where two are equal, or one is reserved."""
     for n, name in enumerate(names):
         if name in names[:n]:
             raise UserError(f"{key} names {name!r} twice; give each once")
         if name in TAKEN:
-            raise UserError(f"{key}: {name!r} is a folder of the sweep's own; give another name")
+            raise UserError(f"{key}: {name!r} is a folder that the sweep needs; give another name")
 
 
 def task_layers(given: str, name: str, run: Layers, per_task: Mapping[str, Any]) -> Layers:
@@ -268,7 +278,10 @@ def teacher_units(
 ) -> list[Unit]:
     """The runs that fine-tune a task's teachers; none where its teachers are given."""
     if common.teachers and common.encoders:
-        raise UserError("teachers and encoders are both given; give one: encoders are fine-tuned")
+        raise UserError(
+            "teachers and encoders are both given; give teachers that are finished, or encoders to "
+            "fine-tune"
+        )
     folder = Path(common.output_dir) / task / TEACHERS
     # a pattern of encoders is that of the whole sweep
     config = resolve([*teacher_layers(layers), finetune, {"output_dir": common.output_dir}])
@@ -279,13 +292,13 @@ def teacher_units(
 
 def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     """A student's configuration, with its teachers (given or made) and the sweep's store. It has no
-    folds, which are for teachers. A student that asks no teacher has no unlabelled text, and no
-    copies without gold labels.
+    folds, which are for teachers. A student without teachers has no unlabelled text, and no copies
+    without gold labels.
 
-    Raises UserError where its method asks teachers and there are none.
+    Raises UserError where its method needs teachers and there are none.
     """
     teachers = [TeacherConfig(path=str(unit.folder)) for unit in made] or config.teachers
-    if config.asks_teachers and not teachers:
+    if config.uses_teachers and not teachers:
         raise UserError(
             f"method {config.method} needs teachers; give encoders=[ID or DIR, ...] to fine-tune "
             f"them, or teachers=[DIR, ...], or methods=[{FINETUNE}] alone"
@@ -297,6 +310,15 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
     baseline = None if config.baseline == "auto" else config.baseline
     given = {"teachers": teachers, "encoders": [], "folds": None, "store": store}
     return without_teachers_text(config.model_copy(update={**given, "baseline": baseline}))
+
+
+def reads_teachers(config: RunConfig) -> bool:
+    """Whether a student's run reads its teachers' files.
+
+    It asks them, takes their tokeniser, or makes copies with the mask token that all of them share.
+    """
+    lent = config.student.path is None and config.student.tokenizer is None
+    return config.taught or lent or config.uses_copies
 
 
 def student_units(

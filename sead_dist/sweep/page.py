@@ -21,12 +21,12 @@ from sead_dist.runtime.console import counted
 from sead_dist.runtime.files import written_aside
 from sead_dist.sweep.report import (
     SHARES,
-    SHARES_SAY,
+    SHARES_NOTE,
     arms,
-    chance_of,
+    chance_notes,
     equal_steps,
     gap_shares,
-    holm_words,
+    holm_note,
     means_over,
 )
 
@@ -57,7 +57,7 @@ class Picture:
 class MethodGap:
     """How far a method is from the reference on one task, or over all of them.
 
-    interval: None where too few runs were made to say.
+    interval: None where there are too few runs for one.
     """
 
     task: str
@@ -88,14 +88,14 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
         methods=methods(report),
         ceilings=ceilings(report),
         published=published(report),
-        holm_words=holm_words(report),
+        holm_note=holm_note(report),
         shares=gap_shares(report),
         shares_columns=SHARES,
-        shares_say=SHARES_SAY,
+        shares_note=SHARES_NOTE,
         costs=cost_rows(report),
         equal_steps=equal_steps(report),
         means_over=means_over(report),
-        chance=chance_of(report),
+        chance=chance_notes(report),
         pictures=pictures,
         compared=bool(gaps(report)),
     )
@@ -231,7 +231,7 @@ def gaps(report: Mapping[str, Any]) -> list[MethodGap]:
         if other is None or other is of or of["mean"] is None or other["mean"] is None:
             continue
         value, interval = of["difference"], of["interval"]
-        if value is None and ran(of) == ran(other):
+        if value is None and scored_seeds(of) == scored_seeds(other):
             value = of["mean"] - other["mean"]
         if value is not None:
             gap = MethodGap(
@@ -247,7 +247,7 @@ def gaps(report: Mapping[str, Any]) -> list[MethodGap]:
     return found
 
 
-def ran(cell: Mapping[str, Any]) -> list[bool]:
+def scored_seeds(cell: Mapping[str, Any]) -> list[bool]:
     """For each seed whether there is a score."""
     return [score is not None for score in cell["scores"]]
 
@@ -287,7 +287,7 @@ def draw_gaps(found: Sequence[MethodGap], name: str, folder: Path) -> Picture:
                 axes.xaxis.set_tick_params(labelbottom=True)
         grid[0, 0].set_ylim(len(rows) - 0.4, -0.6)
         figure.supxlabel(f"difference from {name} (score)", fontsize=9)
-    words = in_words(found, name)
+    words = gaps_sentences(found, name)
     if by_task and len(panels) > 1:
         words += " Each panel has its own scale, with 0 in the middle."
     return Picture("differences.svg", f"Differences from {name}", words)
@@ -308,19 +308,19 @@ def plot_panel(axes: "Axes", at: Sequence[tuple[int, MethodGap]]) -> None:
     axes.locator_params(axis="x", nbins=4)
 
 
-def in_words(found: Sequence[MethodGap], name: str) -> str:
+def gaps_sentences(found: Sequence[MethodGap], name: str) -> str:
     """What the picture of differences shows, as sentences."""
     single = [gap for gap in found if gap.task != ALL_TASKS]
     number = counted(len(single), "difference")
     better = sum(gap.colour == BLUE for gap in single)
     worse = sum(gap.colour == RED for gap in single)
     if all(gap.interval is None for gap in single):
-        return f"{number} of single runs, without intervals: none can be told from chance."
+        return f"{number} of single runs, without intervals: each of them may be chance."
     left = sum(gap.p_holm is not None and gap.p_holm < 1 - LEVEL for gap in single)
     return (
         f"Of {number}, {better} are above and {worse} below {name} beyond chance, each taken "
-        f"by itself (filled dots); of all together {left} by Holm's correction. The others (hollow "
-        "dots) may be chance. Lines are 95% intervals."
+        f"by itself (filled dots). After Holm's correction for all of them {left} are left. The "
+        "others (hollow dots) may be chance. Lines are 95% intervals."
     )
 
 
@@ -351,10 +351,10 @@ def draw_costs(
         axes.set_xlim(0, max(seconds for seconds, _ in found.values()) * 1.06)
         axes.set_xlabel("seconds of training: one seed of every task")
         axes.set_ylabel("mean score over tasks")
-    said = "; ".join(
+    words = "; ".join(
         f"{name} {score:.4f} in {seconds:.0f} s" for name, (seconds, score) in found.items()
     )
-    return Picture("cost.svg", "Score against time", f"{said}.")
+    return Picture("cost.svg", "Score against time", f"{words}.")
 
 
 def spread_out(places: Sequence[float], step: float) -> list[float]:

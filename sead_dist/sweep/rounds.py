@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sead_dist.runs.claim import open_lock, takes, try_lock
+from sead_dist.config.schema import TeacherConfig
+from sead_dist.errors import UserError
+from sead_dist.runs.claim import open_lock, takes, try_lock, weights_now
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.run_log import is_finished, read_as, tell
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
@@ -91,25 +93,52 @@ def tidy(grid: Grid, unit: Unit) -> None:
 
 
 def told_again(grid: Grid) -> Iterator[str]:
-    """A line on each task whose teachers are made again, because their models are gone. It also
-    says which students are done again with them (`clear_lost`, `undo_others`)."""
+    """A line on each task whose teachers are made again because their models are gone, or whose
+    finished students are done again because they had other teachers (`clear_lost`, `undo_others`).
+    """
     for task in grid.tasks:
         made = [of for of in grid.units if (of.task, of.method) == (task, TEACHERS)]
-        gone = [of for of in made if is_finished(of.folder) and not is_done(grid, of)]
-        if not gone:
-            continue
-        taught = [of for of in grid.students(task) if of.config.taught]
-        done = {of.title: of.round for of in taught if is_finished(of.folder)}
-        left = [of for of in taught if of.title not in done]
-        begun = [of.title for of in left if (of.folder / "run.json").is_file()]
+        lost = [of for of in made if not is_done(grid, of)]
+        gone = [of for of in lost if is_finished(of.folder)]
+        students = grid.students(task)
+        done = [of for of in students if is_finished(of.folder)]
+        left = [of for of in students if of.config.taught and not is_finished(of.folder)]
         open_rounds = {of.round for of in left}
-        undone = [title for title, round_ in done.items() if round_ in open_rounds]
-        line = f"{task}: {counted(len(gone), 'teacher')} to be made again: no model is left"
-        if begun:
-            line += f"; what begins again: {', '.join(begun)}"
-        if undone:
-            line += f"; done again if its teachers differ then: {', '.join(undone)}"
-        yield f"{line}; finished students that stay: {len(done) - len(undone)}"
+        had = {of.title: taught_by(of.folder) for of in done if made and of.round in open_rounds}
+        had = {title: hashes for title, hashes in had.items() if hashes is not None}
+        now = [None if of in lost else _weights_of(of) for of in made] if had else []
+        undone = [title for title, hashes in had.items() if _differ(now, hashes or ())]
+        unsure = [title for title in had if lost and title not in undone]
+        parts = []
+        if gone:
+            parts.append(f"{counted(len(gone), 'teacher')} to be made again: no model is left")
+        elif unsure:
+            parts.append(f"{counted(len(lost), 'teacher')} to be made")
+        begun = [of.title for of in left if gone and (of.folder / "run.json").is_file()]
+        for what, titles in (
+            ("what begins again", begun),
+            ("done again, since the teachers that are there differ", undone),
+            ("done again if the teachers differ then", unsure),
+        ):
+            parts += [f"{what}: {', '.join(titles)}"] if titles else []
+        if parts:
+            stay = len(done) - len(undone) - len(unsure)
+            yield f"{task}: {'; '.join(parts)}; finished students that stay: {stay}"
+
+
+def _weights_of(teacher: Unit) -> str | None:
+    """The hash of the weights of a made teacher; None where its files cannot be read."""
+    try:
+        return weights_now(TeacherConfig(path=str(teacher.folder)))
+    except UserError:
+        return None
+
+
+def _differ(now: Sequence[str | None], had: Sequence[str]) -> bool:
+    """Whether a student had other teachers than those that are there. None: not known yet."""
+    if len(now) != len(had):
+        return True
+    return any(one not in (None, old) for one, old in zip(now, had, strict=True))
 
 
 def clear_lost(grid: Grid, unit: Unit) -> None:

@@ -25,7 +25,8 @@ from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
 from sead_dist.runtime.run_log import is_finished, read_as, tell, tell_table, write_json
-from sead_dist.sweep.checks import check_grid, told_steps
+from sead_dist.runtime.surroundings import as_before, quiet_libraries
+from sead_dist.sweep.checks import check_grid, steps_line
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit, make_grid
 from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import scores, title, write_sweep_report
@@ -47,20 +48,25 @@ POLL_S = 2.0
 WORKER = "sead_dist.cli.sweep_worker"
 
 
+@as_before()
 def run_sweep(words: Sequence[str], world: World) -> None:
     """Do the unfinished runs of the sweep that these words describe, and write its report.
 
-    A failure is written down, and the other runs go on. Raises UserError for mistakes, before any
-    run starts, and RunError at the end where runs have failed.
+    The process is left as it was (`runtime/surroundings.py`). A failure is written down, and the
+    other runs go on. Raises UserError for mistakes, before any run starts, and RunError at the end
+    where runs have failed.
     """
-    asked = make_grid(words)
+    quiet_libraries(world)
+    unchecked = make_grid(words)
     data: dict[str, TaskData] = {}
 
     def check() -> Grid:
-        fixed, found = check_grid(asked, world)
+        fixed, found = check_grid(unchecked, world)
         data.update(found)
         for name, of in found.items():
-            tell(told_steps(fixed, name, of))
+            tell(steps_line(fixed, name, of))
+        for name in fixed.unread:
+            tell(f"{name}: no method reads a teacher, so no encoder is fine-tuned")
         for line in told_again(fixed):
             tell(line)
         made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
@@ -80,12 +86,13 @@ def run_sweep(words: Sequence[str], world: World) -> None:
                 report(grid, data, world.device)
         raise
     from_main(world, lambda: report(grid, data, world.device))
-    from_main(world, lambda: tell_end(grid, came_to_end))
+    from_main(world, lambda: report_end(grid, came_to_end))
 
 
 def run_worker(words: Sequence[str], world: World) -> None:
     """The work of a process that `jobs` starts. It does runs, and writes no report: the process
     that started it does."""
+    quiet_libraries(world)
     grid, _ = check_grid(make_grid(words), world)
     stop = StopFlag()
     with stop.listening():
@@ -104,7 +111,7 @@ def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
     tell_table(title(found), ["task", *found["methods"]], scores(found, "*"))
 
 
-def tell_end(grid: Grid, came_to_end: bool) -> None:
+def report_end(grid: Grid, came_to_end: bool) -> None:
     """Log how the sweep ended. Raises RunError where runs have failed."""
     done = sum(is_finished(unit.folder) for unit in grid.units)
     of_all = f"{done} of {len(grid.units)} runs are done; report: {grid.output / 'report'}"
@@ -113,8 +120,8 @@ def tell_end(grid: Grid, came_to_end: bool) -> None:
         named = ", ".join(f"{of['task']} {of['method']} seed {of['seed']}" for of in failed[:4])
         more = ", ..." if len(failed) > 4 else ""
         raise RunError(
-            f"{len(failed)} of {len(grid.units)} runs failed: {named}{more}; the first because: "
-            f"{failed[0]['reason']}; fix it and give the same command again. {of_all}"
+            f"{len(failed)} of {len(grid.units)} runs failed: {named}{more}; reason of the first: "
+            f"{failed[0]['reason']}; remove the cause, and give the same command again ({of_all})"
         )
     if came_to_end:
         tell(of_all)
@@ -139,7 +146,7 @@ class Memory:
 
 
 def work(grid: Grid, world: World, stop: StopFlag) -> bool:
-    """Do runs until none is left. False where a stop was asked for before that."""
+    """Do runs until none is left. False where a stop was requested before that."""
     memory = from_main(world, lambda: Memory(failure_times(grid)))
     with memory.joined:
         while not stop.agreed(world):
@@ -183,7 +190,7 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
     }
     failed = {grid.units[n].folder for n in memory.failed}
     waiting = memory.beside = 0
-    for n in sorted(range(len(grid.units)), key=lambda n: rank_of(grid.units[n], memory)):
+    for n in sorted(range(len(grid.units)), key=lambda n: sort_key(grid.units[n], memory)):
         unit = grid.units[n]
         if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
             continue
@@ -204,7 +211,7 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
     return None, waiting
 
 
-def rank_of(unit: Unit, memory: Memory) -> tuple[bool, bool]:
+def sort_key(unit: Unit, memory: Memory) -> tuple[bool, bool]:
     """The key to sort runs by: failed ones last; before that teachers and the own round first."""
     return unit.failure in memory.before, unit.round not in (None, memory.round)
 
@@ -243,7 +250,7 @@ def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFla
         distill(unit.config, world, show_table=False, stop=stop)
     except Exception as error:
         if world.is_main:
-            note_failure(unit, error)
+            write_failure(unit, error)
             memory.failed.add(index)
         if isinstance(error, UserError) or (isinstance(error, RunError) and world.size == 1):
             return
@@ -255,7 +262,7 @@ def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFla
         tidy(grid, unit)
 
 
-def note_failure(unit: Unit, error: Exception) -> None:
+def write_failure(unit: Unit, error: Exception) -> None:
     """Tell a run's failure, and write it down."""
     reason = str(error) or type(error).__name__
     tell(f"sead-dist: {unit.title} failed: {reason}")
@@ -276,16 +283,18 @@ def time_left(grid: Grid, workers: int) -> str:
             spent.setdefault((unit.task, unit.method), []).append(float(summary["train_s"]))
         if not is_done(grid, unit):
             left.append(unit)
-    told = f"{counted(len(left), 'run')} left"
-    expected = [of_run(unit, grid, spent) for unit in left]
+    line = f"{counted(len(left), 'run')} left"
+    expected = [expected_seconds(unit, grid, spent) for unit in left]
     known = [seconds for seconds in expected if seconds is not None]
     if not known:
-        return told
+        return line
     about = "about" if len(known) == len(left) else "at least"
-    return f"{told}, {about} {clock(sum(known) / workers)}"
+    return f"{line}, {about} {clock(sum(known) / workers)}"
 
 
-def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) -> float | None:
+def expected_seconds(
+    unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]
+) -> float | None:
     """Seconds that a run is expected to take; None where no similar run is finished."""
     own = spent.get((unit.task, unit.method), [])
     if not own and unit.method in grid.methods:
@@ -294,17 +303,17 @@ def of_run(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) ->
 
 
 def run_jobs(grid: Grid, stop: StopFlag) -> bool:
-    """Start `jobs` workers and wait until they end. False where a stop was asked for before that.
+    """Start `jobs` workers and wait until they end. False where a stop was requested before that.
 
     Raises RunError where a worker failed and runs are left.
     """
     workers = [start_worker(grid) for _ in range(grid.jobs)]
-    readers = [pass_on(worker, number) for number, worker in enumerate(workers)]
+    readers = [start_log_thread(worker, number) for number, worker in enumerate(workers)]
     try:
-        told = False
+        stopping = False
         while any(worker.poll() is None for worker in workers):
-            if stop.signal is not None and not told:
-                told = True
+            if stop.signal is not None and not stopping:
+                stopping = True
                 for worker in workers:
                     worker.terminate()
             time.sleep(POLL_S / 20)
@@ -318,8 +327,8 @@ def run_jobs(grid: Grid, stop: StopFlag) -> bool:
     bad = [worker.returncode for worker in workers if worker.returncode]
     if bad and stop.signal is None and not all(is_done(grid, unit) for unit in grid.units):
         raise RunError(
-            f"{len(bad)} of {grid.jobs} workers of the sweep ended with code {bad[0]}; what they "
-            "said stands above; give the same command again to go on"
+            f"{len(bad)} of {grid.jobs} workers of the sweep ended with exit code {bad[0]}; see "
+            "their lines above, and give the same command again to continue"
         )
     return stop.signal is None
 
@@ -337,11 +346,11 @@ def start_worker(grid: Grid) -> subprocess.Popen[str]:
     )
 
 
-def pass_on(worker: subprocess.Popen[str], number: int) -> threading.Thread:
+def start_log_thread(worker: subprocess.Popen[str], number: int) -> threading.Thread:
     """A thread that logs what a worker prints, with the worker's number before each line."""
 
-    def read(said: IO[str]) -> None:
-        for line in said:
+    def read(output: IO[str]) -> None:
+        for line in output:
             line = line.rstrip("\n")
             tell(f"[{number + 1}] {line}" if line.strip() else "")
 

@@ -51,7 +51,7 @@ class LiveTeacher(Protocol):
     @property
     def until(self) -> int: ...
 
-    def look(self, batch: Batch) -> LayerOutputs: ...
+    def layer_outputs(self, batch: Batch) -> LayerOutputs: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TaughtStep:
         for place, batch in enumerate(self.step.batches):
             said = None if self.teachers is None else self.teachers[place]
             if said is not None and self.live is not None:
-                said = replace(said, layer_outputs=self.live.look(batch))
+                said = replace(said, layer_outputs=self.live.layer_outputs(batch))
             yield batch, said
 
     @property
@@ -94,7 +94,7 @@ def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tenso
     return TeacherLogits(answer.logits_NBC[:, where_B], answer.present_NB[:, where_B])
 
 
-def nobody(batch: Batch) -> TeacherLogits:
+def no_logits(batch: Batch) -> TeacherLogits:
     """The logits of no teacher, for steps in which only a live teacher gives outputs."""
     B = len(batch.valid_B)
     return TeacherLogits(torch.zeros(0, B, 0), torch.zeros(0, B, dtype=torch.bool))
@@ -119,7 +119,7 @@ def stream(
         for number in range(start, batches.total_steps):
             step = batches.step(number)
             shows = live is not None and number < live.until
-            parts = [nobody(batch) for batch in step.batches] if shows else None
+            parts = [no_logits(batch) for batch in step.batches] if shows else None
             yield TaughtStep(step, parts, 0.0, live if shows else None)
         return
     windows = batches.windows(start, prefetch_rows)

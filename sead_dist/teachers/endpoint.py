@@ -40,15 +40,13 @@ TOP, LEAST_TOP = 20, 5
 ENOUGH_ROWS = 8
 # letters of a token, roughly, for the estimate before a run
 LETTERS = 4
-LATER = "what it has answered is kept: give the same command again when it does"
-NO_SCORES = (
-    "have it label the rows of the task elsewhere, and give its answers as a file of predictions"
-)
+LATER = "its predictions so far are kept: give the same command again when it works"
+NO_SCORES = "label the rows of the task with it elsewhere, and give a file of predictions"
 Way = Literal["prompt", "first token"]
 
 
 class RefusedError(Exception):
-    """The server's refusal of a request, which it would repeat. status: the HTTP status."""
+    """The server rejected a request, and would reject it again. status: the HTTP status."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(said)
@@ -100,16 +98,16 @@ class Client:
             except (OSError, HTTPException, ValueError) as error:
                 said = reason(getattr(error, "reason", error))
         raise RunError(
-            f"teacher {self.name}: {self.url} did not answer in {self.tries} tries ({said}); "
-            f"{self.fix}"
+            f"teacher {self.name}: {self.url} failed in all {self.tries} tries ({said}); {self.fix}"
         )
 
     def _count(self) -> None:
         with self.lock:
             if self.most is not None and self.sent >= self.most:
                 raise RunError(
-                    f"teacher {self.name}: max_requests={self.most} requests were sent; what was "
-                    "answered is kept: raise max_requests, and give the same command again"
+                    f"teacher {self.name}: max_requests={self.most} requests were sent; its "
+                    "predictions so far are kept: raise max_requests, and give the same command "
+                    "again"
                 )
             self.sent += 1
 
@@ -196,7 +194,7 @@ class Endpoint:
                 return ask()
             except RefusedError as error:
                 raise RunError(
-                    f"teacher {self.name}: {self.client.url} refuses {row.first[:60]!r}: "
+                    f"teacher {self.name}: {self.client.url} rejects {row.first[:60]!r}: "
                     f"{error.said}; shorten the prompt, or leave the row out"
                 ) from None
 
@@ -205,9 +203,10 @@ class Endpoint:
             found_RK = np.stack(list(found))
             if len(rows) >= ENOUGH_ROWS and not np.ptp(found_RK, axis=1).any():
                 raise RunError(
-                    f"teacher {self.name}: of {len(rows)} rows, such as {rows[0].first[:60]!r}, no "
-                    f"word of a class begins with one of the {self.top} most probable first "
-                    "tokens; give words as the model begins its answers (capitals count)"
+                    f"teacher {self.name}: no word of a class begins with one of the {self.top} "
+                    f"most probable first tokens in {len(rows)} rows, such as "
+                    f"{rows[0].first[:60]!r}; give words as the model begins its answers (capitals "
+                    "count)"
                 )
             return found_RK
         jobs = [(row, word) for row in rows for word in self.words.words_W]
@@ -238,7 +237,7 @@ class Endpoint:
             raise RunError(
                 f"teacher {self.name}: the prompt of {row.first[:60]!r} and the word {word!r} are "
                 "joined in one token, so that the word has no probability of its own; end the "
-                "prompt without a blank, and begin each word with one"
+                "prompt without a blank, and begin each word with a blank"
             )
         if not own or not all(_is_number(p) for p in own):
             raise RefusedError(200, "no log-probabilities of the word")
@@ -265,7 +264,7 @@ class Endpoint:
         for first, own in chain([asked], more):
             if first in top:
                 if abs(top[first] - own[0]) > AGREE:
-                    raise RefusedError(200, "two log-probabilities of one token")
+                    raise RefusedError(200, "two different log-probabilities of one token")
                 return
 
     def _by_first_token(self, row: Texts) -> np.ndarray:
@@ -331,7 +330,7 @@ class Endpoint:
             except RefusedError as error:
                 if error.status in (401, 403):
                     raise UserError(
-                        f"teacher {self.name}: {self.client.url} refuses the key "
+                        f"teacher {self.name}: {self.client.url} rejects the key "
                         f"({error.said}); set {KEY_VARIABLE}"
                     ) from None
                 last = error.said
@@ -371,9 +370,9 @@ def _check_first_words(name: str, words: Words) -> None:
         for other, second in enumerate(firsts):
             if words.class_W[one] != words.class_W[other] and second.startswith(first):
                 raise UserError(
-                    f"teacher {name}: its endpoint scores first tokens alone, and the words "
+                    f"teacher {name}: its endpoint scores only first tokens, and the words "
                     f"{words.words_W[one]!r} and {words.words_W[other]!r} of two classes begin "
-                    "alike; give words that begin otherwise"
+                    "alike; give words that begin differently"
                 )
 
 

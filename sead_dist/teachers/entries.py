@@ -18,7 +18,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.pretrained import (
-    SILENT,
+    NO_EFFECT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -89,9 +89,10 @@ def read_teachers(
     )
     hashes = _hash_all(checkpoints, world)
     teachers = on_every_rank(
-        world, lambda: _call(config, task, world.device, checkpoints, hashes, student, examples)
+        world,
+        lambda: _build_teachers(config, task, world.device, checkpoints, hashes, student, examples),
     )
-    _same_everywhere(config, world, [teacher.key.numerics for teacher in teachers])
+    _check_same_numerics(config, world, [teacher.key.numerics for teacher in teachers])
     return teachers
 
 
@@ -142,7 +143,7 @@ def other_teacher(
     )  # fmt: skip
 
 
-def _call(
+def _build_teachers(
     config: RunConfig,
     task: TaskSpec,
     device: torch.device,
@@ -219,7 +220,7 @@ def _fingerprint(
     same tensors. A padding id or segment ids that differed then differ in the config or the
     tokeniser. code: the hash of the Python files that came with the checkpoint and were run.
     """
-    shape = {key: value for key, value in config.to_dict().items() if key not in SILENT}
+    shape = {key: value for key, value in config.to_dict().items() if key not in NO_EFFECT}
     always, otherwise = inputs.facts()
     facts: list[Any] = [weights, shape, *always, *otherwise]
     if code is not None:
@@ -228,13 +229,14 @@ def _fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _same_everywhere(config: RunConfig, world: World, mine: list[str]) -> None:
+def _check_same_numerics(config: RunConfig, world: World, mine: list[str]) -> None:
     """Raises UserError where ranks compute in different numerics classes, unless store.accept is
     any. Unequal hardware would mix the predictions of two classes."""
     everyone = gather_objects(world, mine)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0] and config.store.accept != "any":
             raise UserError(
-                f"rank {rank} computes as {theirs[0]} but rank 0 as {everyone[0][0]}; run on "
-                "equal machines, or accept mixed predictions with store.accept=any"
+                f"rank {rank} computes in the numerics class {theirs[0]}, but rank 0 in "
+                f"{everyone[0][0]}; run on equal machines, or accept mixed predictions with "
+                "store.accept=any"
             )

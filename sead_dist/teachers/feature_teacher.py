@@ -37,7 +37,7 @@ class FeatureTeacher:
 
     # not inference_mode: tensors made in it must not be part of a graph
     @torch.no_grad()
-    def look(self, batch: Batch) -> LayerOutputs:
+    def layer_outputs(self, batch: Batch) -> LayerOutputs:
         """The wanted layer outputs of a micro-batch's text rows, fillers included."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
         with reading(self.layer_parts, self.wanted) as found:
@@ -62,64 +62,63 @@ def check_feature_teacher(
 
     inputs: the student's. ranks: how many the run has.
     """
-    asks = f"feature_loss={config.feature_loss}"
-    other = "" if config.teacher is not None else ", or name a teacher that can: teacher=NAME"
+    key = f"feature_loss={config.feature_loss}"
+    other = "" if config.teacher is not None else ", or choose another teacher: teacher=NAME"
     for teacher in candidates(config, teachers):
         if teacher.answers is not None:
             what = "a file" if teacher.file is not None else f"of kind {teacher.entry.kind}"
             raise UserError(
-                f"teacher {teacher.name} is {what}, and {asks} needs the "
+                f"teacher {teacher.name} is {what}, and {key} needs the "
                 f"hidden states of a model; leave it out{other}"
             )
         placement = teacher.entry.placement or config.placement
         if placement in ("partitioned", "sharded") and ranks > 1:
             raise UserError(
-                f"teacher {teacher.name} is {placement}, and {asks} needs it on every rank; give "
+                f"teacher {teacher.name} is {placement}, and {key} needs it on every rank; give "
                 f"its entry placement: colocated{other}"
             )
         if teacher.entry.quantization is not None:
             raise UserError(
-                f"teacher {teacher.name} has quantization={teacher.entry.quantization}, and {asks} "
-                f"needs its hidden states as they are; leave quantization out, "
-                f"give dtype: bf16{other}"
+                f"teacher {teacher.name} has quantization={teacher.entry.quantization}, and {key} "
+                f"needs its exact hidden states; give dtype: bf16 in place of quantization{other}"
             )
         if teacher.inputs.tokenizer_hash != inputs.tokenizer_hash:
             raise UserError(
-                f"teacher {teacher.name} has another tokeniser than the student, and {asks} "
+                f"teacher {teacher.name} has another tokeniser than the student, and {key} "
                 f"compares them token by token; give a student with the teacher's tokeniser{other}"
             )
         longest = teacher.cut.longest
         if longest < inputs.max_length:
             raise UserError(
-                f"teacher {teacher.name} reads at most {longest} tokens, and {asks} shows "
-                f"it the student's rows of up to {inputs.max_length}; give "
+                f"teacher {teacher.name} reads at most {longest} tokens, and {key} runs it on "
+                f"the student's rows of up to {inputs.max_length}; give "
                 f"max_length={longest}{other}"
             )
-        check_padding(teacher, inputs.padding, asks, other)
+        check_padding(teacher, inputs.padding, key, other)
         assert config.feature_loss is not None
         parts = outline(teacher.config, config.trust_remote_code)
         name = f"teacher {teacher.name}"
         check_kind(parts, inputs, config.feature_loss, name)
 
 
-def check_padding(teacher: Teacher, side: Padding, asks: str, other: str) -> None:
+def check_padding(teacher: Teacher, side: Padding, key: str, other: str) -> None:
     """Raises UserError for a teacher that needs another padding than the student's rows have."""
     found = teacher.cut.padding
     if found == side:
         return
     kind = teacher.config.model_type
-    stands = (
-        "whose answers change with the padding of a batch"
+    needs = (
+        "whose logits change with the padding of a batch"
         if found == "none"
-        else f"whose rows are to be padded on the {found}"
+        else f"whose rows must be padded on the {found}"
     )
     raise UserError(
-        f"teacher {teacher.name} is a {kind}, {stands}, and {asks} shows it the student's rows, "
+        f"teacher {teacher.name} is a {kind}, {needs}, and {key} runs it on the student's rows, "
         f"padded on the {side}; leave it out{other}"
     )
 
 
-def held_everywhere(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
+def colocate_candidates(config: RunConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
     """The teachers; where placement is auto, candidates for the feature teacher are made colocated,
     unless their entries name a placement."""
     may = {teacher.name for teacher in candidates(config, teachers)}

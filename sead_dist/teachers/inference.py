@@ -166,7 +166,7 @@ def batch_inputs(
     rows = rows_for(len(rows_P) + guard, length, device.type, cut.free_rows)
     if rows > len(rows_P):
         inputs = fill(inputs, rows, tokens.choices, cut.padding)
-    return sent(inputs, device)
+    return to_device(inputs, device)
 
 
 def batches_of(
@@ -180,14 +180,14 @@ def batches_of(
     if cut.pack_from is not None:
         for part_P, size in cut_into_packs(tokens, rows_R, cut.pack_from):
             pack = pack_inputs(tokens, rows_R[part_P], size, config)
-            yield part_P, sent(pack, device)
+            yield part_P, to_device(pack, device)
         return
     lengths_R = tokens.lengths_B()[rows_R]
     for part_P, length in cut_into_batches(lengths_R, device.type, cut.longest, cut.padding):
         yield part_P, batch_inputs(tokens, rows_R[part_P], length, device, cut)
 
 
-def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The same inputs, with tensors on the device.
 
     A GPU copies them after its earlier work. The host does not wait for a copy from pinned memory.
@@ -201,7 +201,7 @@ def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def fetched(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
+def host_copy(logits: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A function that gives the same logits on the host. A GPU can get more work before it is
     called."""
     if logits.device.type != "cuda":
@@ -247,7 +247,7 @@ def predict(
     """
     before: tuple[np.ndarray, Callable[[], torch.Tensor]] | None = None
     for part_P, inputs in batches_of(tokens, rows_R, device, cut, model.config):
-        now = part_P, fetched(model(**inputs).logits)
+        now = part_P, host_copy(model(**inputs).logits)
         if before is not None:
             done(before[0], own_logits(before[1](), before[0], tokens.choices))
         before = now
@@ -315,7 +315,7 @@ def check_quantize(teacher: str) -> None:
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
             f"teacher {teacher}: quantization=int8 needs torchao, which is not installed; "
-            "pip install 'sead-dist[quantize]', or leave weights out"
+            "pip install 'sead-dist[quantize]', or leave quantization out"
         )
 
 

@@ -22,7 +22,7 @@ from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.prediction_file import Key, id_of, read_prediction_file, text_keys
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.errors import RunError, UserError, reading, reason
+from sead_dist.errors import RunError, UserError, lacks_memory, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.inference import NotFiniteError
@@ -120,7 +120,7 @@ def answer_rows(
         texts = [row * choices + choice for row in rows_M[part_P] for choice in range(choices)]
         texts_a = [examples.texts_a[text] for text in texts]
         texts_b = None if examples.texts_b is None else [examples.texts_b[text] for text in texts]
-        found_RK = ask(answers, name, texts_a, texts_b)
+        found_RK = call_teacher(answers, name, texts_a, texts_b)
         if found_RK.shape != (len(texts), classes // choices):
             raise RunError(
                 f"teacher {name} gave {found_RK.shape} for {len(texts)} text rows; expected "
@@ -133,7 +133,9 @@ def answer_rows(
         done(part_P, logits_PC)
 
 
-def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
+def call_teacher(
+    answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None
+) -> np.ndarray:
     """The answers of a teacher, float32 [R, K]. Raises RunError where its code fails, and passes on
     its UserError and RunError."""
     try:
@@ -141,9 +143,8 @@ def ask(answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | No
     except (UserError, RunError):
         raise
     except Exception as error:
-        raise RunError(
-            f"teacher {name} cannot answer: {reason(error)}; correct its plugin"
-        ) from error
+        fix = "run where there is more" if lacks_memory(error) else "correct its plugin"
+        raise RunError(f"teacher {name} gave no logits: {reason(error)}; {fix}") from error
 
 
 # letters of a text in a message
@@ -157,15 +158,15 @@ class FileAnswers:
     """The answers of a file of predictions to a run's rows.
 
     fingerprint: of the map from example to values, whatever the file's form and order. labels: the
-    task's, in its order. place_of: from the id of an example to its row of values_KC. told: lines
-    on how many rows have an answer. remarks: warnings that are repeated at the end of the run.
+    task's, in its order. place_of: from the id of an example to its row of values_KC. lines: of
+    the log, on how many rows it answers. remarks: warnings that are repeated at the end of the run.
     """
 
     fingerprint: str
     labels: Sequence[str]
     place_of: dict[bytes, int]
     values_KC: np.ndarray
-    told: list[str]
+    lines: list[str]
     remarks: list[str]
 
     def places(self, ids_U2: np.ndarray) -> np.ndarray:
@@ -204,37 +205,37 @@ def open_file(
             met[place] = True
             answered += 1
         counts.append(f"{answered} of {len(part)} {part.split} rows")
-    told = [f"teacher {name}: {entry.path} answers {', '.join(counts)}"]
+    lines = [f"teacher {name}: {entry.path} has predictions of {', '.join(counts)}"]
     if without is not None:
-        told[0] += f"; it has no answer to {without}"
+        lines[0] += f"; the first row without one is {without}"
     if not met.all():
         place = int(np.flatnonzero(~met)[0])
-        told.append(
-            f"teacher {name}: {int((~met).sum())} answers of {entry.path} are of no row of this "
-            f"run, the first in row {file.rows_K[place]}, {_key_shown(file.keys[place])}"
+        lines.append(
+            f"teacher {name}: {int((~met).sum())} predictions in {entry.path} are of no row of "
+            f"this run; the first is in row {file.rows_K[place]}, {_key_shown(file.keys[place])}"
         )
-    told += [f"teacher {name}: {entry.path}: {note}" for note in file.notes]
+    lines += [f"teacher {name}: {entry.path}: {note}" for note in file.notes]
     if not met.any():
         first = _key_shown(id_of(parts[0].ids_B2[0])) if file.by_id else _shown(parts[0], 0)
         raise UserError(
-            f"teacher {name}: {entry.path} answers none of this run's rows; its row "
+            f"teacher {name}: {entry.path} has no prediction of any row of this run; its row "
             f"{file.rows_K[0]} is {_key_shown(file.keys[0])}, and the run's first is "
-            f"{first}; check that both are of one task and form"
+            f"{first}; give a file for this task, with the ids or texts of these rows"
         )
     labels = task.task_kind.outputs(task) if task.task_kind.head_of_labels else ("score",)
     fingerprint = _hash_of(place_of, file.values_KC)
-    answers = FileAnswers(fingerprint, labels, place_of, file.values_KC, told, [])
-    gold = answers_by_gold(answers, task, parts)
-    what = f"teacher {name} gives the gold label alone in all {gold} rows that have one"
-    fix = "name the column of its own answers with column"
+    answers = FileAnswers(fingerprint, labels, place_of, file.values_KC, lines, [])
+    gold = count_gold_rows(answers, task, parts)
+    what = f"teacher {name} has the gold label as its prediction in all {gold} rows that have one"
+    fix = "name the column of its own predictions with column"
     if gold and entry.column is None and Path(entry.path).resolve() in own:
         raise UserError(f"{what}: {entry.path} is the file of these rows; {fix}, or leave it out")
     if gold >= TELLING:
-        answers.remarks.append(f"{what}: if that is what its file holds, it teaches no more; {fix}")
+        answers.remarks.append(f"{what}: a file of gold labels teaches nothing more; {fix}")
     return answers
 
 
-def answers_by_gold(answers: FileAnswers, task: TaskSpec, parts: Iterable[ExampleSet]) -> int:
+def count_gold_rows(answers: FileAnswers, task: TaskSpec, parts: Iterable[ExampleSet]) -> int:
     """How many rows with a gold label a file answers, if every answer is this label and all answers
     have one certainty; else 0."""
     values_KC, rows = answers.values_KC, 0

@@ -39,7 +39,7 @@ from sead_dist.models.inputs_check import LEAST, TOLERANCE
 from sead_dist.models.loaded import refuse_leftovers
 from sead_dist.models.pretrained import (
     COPY,
-    SILENT,
+    NO_EFFECT,
     Checkpoint,
     check_vocabulary,
     code_hash,
@@ -69,7 +69,7 @@ class Source:
     gguf: str | None
 
     @property
-    def said(self) -> dict[str, Any]:
+    def load_arguments(self) -> dict[str, Any]:
         """The arguments with which `from_pretrained` finds it."""
         more = {} if self.gguf is None else {"gguf_file": self.gguf}
         folder = str(self.checkpoint.folder)
@@ -226,7 +226,7 @@ class LanguageModel:
     def _load(self) -> PreTrainedModel:
         with reading(self.source.checkpoint.folder, COPY, f"teacher {self.name}: its weights"):
             model, info = AutoModelForCausalLM.from_pretrained(
-                **self.source.said,
+                **self.source.load_arguments,
                 dtype=DTYPES[self.dtype],
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
@@ -312,7 +312,7 @@ class LanguageModel:
         if np.abs(ours_W - plain_W).max() > most:
             raise UserError(
                 f"teacher {self.name}, a {model.config.model_type}, gives a word another "
-                f"probability where more words follow, so that it looks ahead; {NO_CAUSAL}"
+                f"probability where more words follow, so it is not causal; {NO_CAUSAL}"
             )
 
 
@@ -322,15 +322,15 @@ def open_language_model(opening: Opening) -> LanguageModel:
     prompt, words = read_prompt(opening)
     source = find_model(entry.path, entry.revision)
     with reading(source.checkpoint.folder, COPY, f"teacher {name}: its config"):
-        config = AutoConfig.from_pretrained(**source.said, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(**source.load_arguments, trust_remote_code=trust)
     _check_causal(name, config)
-    with reading(source.checkpoint.folder, COPY, f"teacher {name}: no usable tokeniser: it"):
-        tokenizer = AutoTokenizer.from_pretrained(**source.said, trust_remote_code=trust)
+    with reading(source.checkpoint.folder, COPY, f"teacher {name}: its tokeniser"):
+        tokenizer = AutoTokenizer.from_pretrained(**source.load_arguments, trust_remote_code=trust)
         tokens = tokenizer_hash(tokenizer)
     if not tokenizer.is_fast:
         raise UserError(
-            f"teacher {name}: its tokeniser is a slow one, which does not say where tokens lie in "
-            "a text; save it as a fast one (tokenizer.json)"
+            f"teacher {name}: its tokeniser is a slow one, which does not give the places of "
+            "tokens in a text; save it as a fast one (tokenizer.json)"
         )
     check_vocabulary(entry.path, tokenizer, config)
     with (
@@ -340,7 +340,7 @@ def open_language_model(opening: Opening) -> LanguageModel:
         outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     if entry.chat and not tokenizer.chat_template:
         raise UserError(
-            f"teacher {name}: chat: true, and its tokeniser has no chat template; leave chat out"
+            f"teacher {name} has chat: true, but its tokeniser has no chat template; leave chat out"
         )
     render = partial(_in_chat, name, tokenizer, prompt) if entry.chat else prompt.text
     marks = [] if entry.chat else _marks(tokenizer)
@@ -348,9 +348,9 @@ def open_language_model(opening: Opening) -> LanguageModel:
     # padding on a GPU takes one more position
     limit = (position_limit(config) or 1 << 30) - 1
     wanted = entry.max_length or reader.fixed + opening.config.max_length
-    reader.set_limit(min(wanted, limit), "max_length" if wanted <= limit else "the most it takes")
+    reader.set_limit(min(wanted, limit), "max_length" if wanted <= limit else "its limit")
     weights = source.weights_hash()
-    shape = {key: fact for key, fact in config.to_dict().items() if key not in SILENT}
+    shape = {key: fact for key, fact in config.to_dict().items() if key not in NO_EFFECT}
     facts = [
         SCHEME, weights, shape, tokens, reader.limit, render(Texts("\0", "\1")),
         [list(shot) for shot in prompt.shots], words.labels, words.words_W, words.class_W.tolist(),
@@ -365,7 +365,7 @@ def open_language_model(opening: Opening) -> LanguageModel:
 def _check_causal(name: str, config: PretrainedConfig) -> None:
     kinds = getattr(config, "architectures", None) or []
     if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
-        raise UserError(f"teacher {name} is a {kinds[0]}, which continues no text; {NO_CAUSAL}")
+        raise UserError(f"teacher {name} is a {kinds[0]}, which is not causal; {NO_CAUSAL}")
 
 
 def _marks(tokenizer: Any) -> list[int]:
@@ -386,5 +386,6 @@ def _in_chat(name: str, tokenizer: Any, prompt: Prompt, texts: Texts) -> str:
         )
     except Exception as error:  # a template is a program and may raise any error
         raise UserError(
-            f"teacher {name}: its chat template refuses the prompt: {reason(error)}; leave chat out"
+            f"teacher {name}: its chat template fails on the prompt: {reason(error)}; leave chat "
+            "out"
         ) from error

@@ -87,7 +87,7 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} has an attention of its own")
     offsets: list[torch.Tensor] = []
 
-    def remember(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+    def keep_offsets(_: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
         offsets[:] = [inputs["offsets"]]
 
     def first_tokens(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,9 +96,9 @@ def use_packs(model: PreTrainedModel) -> PreTrainedModel:
         first_S = offsets[0][:-1].long().clamp(max=hidden_1TH.shape[1] - 1)
         return (hidden_1TH[0, first_S][:, None], *args[1:])
 
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    looks = model.get_submodule(FIRST_TOKEN[model.config.model_type])
-    looks.register_forward_pre_hook(first_tokens)
+    model.register_forward_pre_hook(keep_offsets, with_kwargs=True)
+    reads_first = model.get_submodule(FIRST_TOKEN[model.config.model_type])
+    reads_first.register_forward_pre_hook(first_tokens)
     return model
 
 
@@ -218,27 +218,27 @@ def self_check(probe: PretrainedConfig, dtype: str, device: torch.device) -> int
         padded = tokens.pad(everyone, int(tokens.lengths_B().max()))
         plain = model(**{name: tensor.to(device) for name, tensor in padded.items()}).logits.float()
         use_packs(model)
-        expected = _ask(model, tokens, everyone, SIZES[-1], device)
+        expected = _packed_logits(model, tokens, everyone, SIZES[-1], device)
         if not bool((expected.float() - plain).abs().mean() <= ROUNDING * plain.std()):
             return None
         free_from: int | None = None
         for size in reversed(SIZES):
-            for rows in _companies(tokens, size):
-                said = _ask(model, tokens, rows, size, device)
+            for rows in _trial_packs(tokens, size):
+                said = _packed_logits(model, tokens, rows, size, device)
                 if not torch.equal(said, expected[torch.from_numpy(rows).to(device)]):
                     return free_from
             free_from = size
         return free_from
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{device} has too little free memory to try how teachers compute on it; see who holds "
-            "it (nvidia-smi), free it or take another"
+            f"{device} has too little free memory to check how teachers compute on it; end what "
+            "uses it (nvidia-smi lists that), or run on another GPU"
         ) from None
     except Exception:  # a model that cannot take packs gets padded batches
         return None
 
 
-def _companies(tokens: TokenTable, size: int) -> Iterator[np.ndarray]:
+def _trial_packs(tokens: TokenTable, size: int) -> Iterator[np.ndarray]:
     """Rows for packs of this size: as many as fit in, in two orders, and a few."""
     counts = np.diff(tokens.offsets)
     everyone = np.arange(len(counts))
@@ -249,7 +249,7 @@ def _companies(tokens: TokenTable, size: int) -> Iterator[np.ndarray]:
     yield everyone[5:12]
 
 
-def _ask(
+def _packed_logits(
     model: PreTrainedModel, tokens: TokenTable, rows_P: np.ndarray, size: int, device: torch.device
 ) -> torch.Tensor:
     inputs = pack_inputs(tokens, rows_P, size, model.config)

@@ -70,7 +70,7 @@ def choose_placements(
     """
     if default != "auto":
         placements = [teacher.entry.placement or default for teacher in teachers]
-        return placements, f"placement {default}, as asked"
+        return placements, f"placement {default}, as configured"
     room = int(TEACHER_SHARE * free)
 
     def placed(others: str) -> list[str]:
@@ -85,9 +85,9 @@ def choose_placements(
     held = [held_bytes(teacher.bytes, wish, size) for teacher, wish in wishes]
     placements = placed("colocated" if sum(held) <= room else "partitioned")
     reason = (
-        f"placement {', '.join(dict.fromkeys(placements))}: a rank that holds its part of every "
-        f"teacher needs {decimal(sum(held))} for them, and may take {decimal(room)}, half of "
-        "what is free on the smallest rank"
+        f"placement {', '.join(dict.fromkeys(placements))}: a rank with its part of every teacher "
+        f"needs {decimal(sum(held))} for them, and {decimal(room)} may be used, half of what is "
+        "free on the rank with the least"
     )
     return placements, reason
 
@@ -156,14 +156,14 @@ def check_placements(teachers: Sequence[Teacher], placements: Sequence[str]) -> 
             )
         if teacher.entry.offload and placement != "sharded":
             raise UserError(
-                f"teacher {teacher.name}: offload=true is for placement=sharded, and it is "
-                f"{placement}; give its entry placement: sharded, or leave offload out"
+                f"teacher {teacher.name}: offload=true is for placement=sharded, and its placement "
+                f"is {placement}; give its entry placement: sharded, or leave offload out"
             )
         if teacher.entry.quantization is not None and placement == "sharded":
             raise UserError(
                 f"teacher {teacher.name}: quantization={teacher.entry.quantization} cannot be "
-                "split over ranks (placement=sharded); give its entry another placement, "
-                "or dtype: bf16"
+                "split over ranks (placement=sharded); give its entry another placement, or "
+                "dtype: bf16 in place of quantization"
             )
 
 
@@ -203,7 +203,7 @@ def share_rows(
     while load_W.max() > (1 + UNEVEN) * mean:
         full = int(load_W.argmax())
         room = TEACHER_SHARE * free - common
-        found = _taker(teachers, mine, costs_N, share_NW, load_W, full, room)
+        found = _next_move(teachers, mine, costs_N, share_NW, load_W, full, room)
         if found is None:
             break
         n, idle = found
@@ -216,7 +216,7 @@ def share_rows(
     return share_NW
 
 
-def _taker(
+def _next_move(
     teachers: Sequence[Teacher],
     partitioned: Sequence[int],
     costs_N: Sequence[float],
@@ -244,12 +244,12 @@ def describe_shares(
     teachers: Sequence[Teacher], placements: Sequence[str], share_NW: np.ndarray
 ) -> str:
     """One line: which ranks hold each partitioned teacher, and which part of its rows each owns."""
-    told = []
+    lines = []
     for teacher, placement, share_W in zip(teachers, placements, share_NW, strict=True):
         if placement == "partitioned":
             parts = [f"{rank} ({share:.0%})" for rank, share in enumerate(share_W) if share > 0]
-            told.append(f"{teacher.name} on rank {', '.join(parts)}")
-    return f"partitioned: {'; '.join(told)}"
+            lines.append(f"{teacher.name} on rank {', '.join(parts)}")
+    return f"partitioned: {'; '.join(lines)}"
 
 
 def deal(share_W: np.ndarray, rows: int) -> np.ndarray:

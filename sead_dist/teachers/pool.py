@@ -111,7 +111,7 @@ class Lease:
     def __init__(self, path: Path, file: int, beat_s: float, taken_from: str | None) -> None:
         self.path, self._file, self._beat_s, self.taken_from = path, file, beat_s, taken_from
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         self._thread.start()
@@ -125,7 +125,7 @@ class Lease:
                 os.unlink(self.path)  # else another process has taken it over
         os.close(self._file)
 
-    def _go_on(self) -> None:
+    def _renew(self) -> None:
         beat = 0
         while not self._over.wait(self._beat_s):
             beat += 1
@@ -164,7 +164,9 @@ class Leases:
         path = self.layout.leases / name
         lease = self._create(path)
         if lease is None and self._is_broken(name, path):
-            holder = f"{self._seen[name].holder}, silent for {self.broken_s:g} s"
+            holder = (
+                f"{self._seen[name].holder}, which did not renew its lease for {self.broken_s:g} s"
+            )
             taken = self._take_away(name, path)
             if taken is not False:
                 lease = self._create(path, holder if taken else None)

@@ -38,7 +38,7 @@ class Awaited:
     def missing(self) -> int:
         return int((~self.table.lookup(self.entries_M)[1]).sum())
 
-    def come(self) -> int:
+    def arrived(self) -> int:
         """A number that grows when rows of this teacher arrive, also rows of another split."""
         return int(self.table.present_U.sum()) + self.table.blocks_seen
 
@@ -67,19 +67,19 @@ class PoolClient:
         Raises RunError, naming a teacher, when no row of any teacher has arrived for `silent_s`
         seconds.
         """
-        silent, come, pause = 0.0, -1, FIRST_PAUSE_S
+        silent, arrived, pause = 0.0, -1, FIRST_PAUSE_S
         looked_at = time.monotonic()
         while lacking := [one for one in awaited if one.missing()]:
             for one in awaited:
                 one.table.refresh()
-            now, before = time.monotonic(), come
+            now, before = time.monotonic(), arrived
             silent += min(now - looked_at, MOST_COUNTED_S)
-            looked_at, come = now, sum(one.come() for one in awaited)
-            if come > before:
+            looked_at, arrived = now, sum(one.arrived() for one in awaited)
+            if arrived > before:
                 silent, pause = 0.0, FIRST_PAUSE_S
                 continue
             if silent > self.silent_s:
-                raise RunError(self._given_up(lacking[0], what))
+                raise RunError(self._timeout_line(lacking[0], what))
             short = f"{lacking[0].missing()} of {len(lacking[0].entries_M)} rows"
             line = (
                 f"waiting for the pool: {short} of {what} are missing in the store "
@@ -104,14 +104,14 @@ class PoolClient:
             self._said_at[kind] = now
             tell(line)
 
-    def _given_up(self, one: Awaited, what: str) -> str:
-        others = classes_besides(self.layout, one.table.key)
+    def _timeout_line(self, one: Awaited, what: str) -> str:
+        others = other_classes(self.layout, one.table.key)
         hint = "check its workers, or start one: sead-dist teach, with the keys of this run"
         if others:
             facts = differing_facts(one.table.key.numerics, others[0])
             hint = (
                 f"the store holds predictions of it in another numerics class ({facts}): start "
-                "workers on a machine like this one, or read those with store.accept=any"
+                "workers on a machine like this one, or read these with store.accept=any"
             )
         return (
             f"teacher {one.name}: nothing has come from the pool for {self.silent_s:g} s "
@@ -140,7 +140,7 @@ def store_id(layout: Layout) -> str:
     return path.read_text(encoding="ascii").strip()
 
 
-def classes_besides(layout: Layout, key: TeacherKey) -> list[str]:
+def other_classes(layout: Layout, key: TeacherKey) -> list[str]:
     """The other numerics classes in which the store holds predictions of this teacher."""
     found: list[str] = []
     for path in sorted(layout.values.glob(f"{key.fingerprint[:16]}-*/teacher.json")):

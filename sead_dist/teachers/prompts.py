@@ -134,7 +134,7 @@ def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, 
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(
-            f"teacher {name}: its prompt {template!r} has a brace alone ({error}); write {{{{ or "
+            f"teacher {name}: its prompt {template!r} has a single brace ({error}); write {{{{ or "
             f"}}}} for a brace itself, and {known} for texts"
         ) from error
     parts: list[tuple[str, int | None]] = []
@@ -148,8 +148,8 @@ def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, 
         parts.append((literal, None if field is None else fields[field]))
     if all(place is None for _, place in parts):
         raise UserError(
-            f"teacher {name}: its prompt {template!r} names no text, so that it asks the same of "
-            f"every row; put {known} into it"
+            f"teacher {name}: its prompt {template!r} names no text, so it is the same for every "
+            f"row; put {known} into it"
         )
     return tuple(parts)
 
@@ -163,8 +163,9 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     entry, name, task = opening.entry, opening.name, opening.task
     if not task.task_kind.head_of_labels:
         raise UserError(
-            f"teacher {name} gives words their probabilities, and the answers of task {task.name} "
-            f"({task.kind}) are not classes; leave it out, or have it score the rows elsewhere"
+            f"teacher {name} scores the words of classes, and the answers of task {task.name} "
+            f"({task.kind}) are not classes; leave it out, or score the rows with it elsewhere and "
+            "give a file of predictions"
         )
     assert entry.prompt is not None
     assert entry.words is not None
@@ -224,8 +225,8 @@ def _choose_shots(opening: Opening, first_C: Sequence[str]) -> tuple[Shot, ...]:
     rows.sort(key=lambda row: tuple(train.ids_B2[row]))
     if len(rows) <= count:
         raise UserError(
-            f"teacher {opening.name}: shots={count}, and there are {len(rows)} labelled training "
-            "rows; give fewer"
+            f"teacher {opening.name}: shots={count} needs {count + 1} labelled training rows with "
+            f"different texts, and there are {len(rows)}; give fewer shots"
         )
     drawn = np.random.default_rng(opening.config.selection.seed).permutation(len(rows))
     chosen = [rows[place] for place in drawn[: count + 1]]
@@ -276,9 +277,10 @@ class Reader:
         """Set the limit. Raises UserError where it leaves no token for a text. key: its name for
         messages."""
         if limit <= self.fixed:
+            more = ", or raise max_length" if key == "max_length" else ""
             raise UserError(
                 f"teacher {self.name}: its prompt without a text takes {self.fixed} tokens, and "
-                f"{key} is {limit}; shorten the prompt, show fewer rows, or raise max_length"
+                f"{key} is {limit}; shorten the prompt, or show fewer rows (shots){more}"
             )
         self.limit = limit
 
@@ -299,12 +301,12 @@ class Reader:
         return found
 
     def _joined(self, text: str, word: str, what: str) -> str:
-        fix = "end the prompt with a text of its own, and begin each word with a blank"
+        fix = "end the prompt with fixed text (such as 'Answer:'), and begin each word with a blank"
         if text[-1:].isspace() and text[-1:] != "\n":
-            fix = "end the prompt without a blank, and begin each word with one"
+            fix = "end the prompt without a blank, and begin each word with a blank"
         return (
-            f"teacher {self.name}: {what} ends in {text[-12:]!r}, and with the word {word!r} it is "
-            f"other tokens than alone, so that the word has no probability of its own; {fix}"
+            f"teacher {self.name}: {what} ends in {text[-12:]!r}, and with the word {word!r} its "
+            f"tokens are others than alone, so the word has no probability of its own; {fix}"
         )
 
     def cut(self, texts: Texts) -> Texts:
@@ -320,8 +322,8 @@ class Reader:
             place = counts.index(max(counts))
             if counts[place] == 0:
                 raise RunError(
-                    f"teacher {self.name}: its prompt takes over {self.limit} tokens without a "
-                    "text; raise max_length"
+                    f"teacher {self.name}: its prompt without a text takes over {self.limit} "
+                    "tokens; shorten the prompt, or raise max_length"
                 )
             less = min(over, max(counts[place] - counts[1 - place], -(-over // 2)))
             kept = max(counts[place] - less, 0)

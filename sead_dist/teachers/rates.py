@@ -27,10 +27,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.tokens import TokenTable
-from sead_dist.models.pretrained import SILENT
+from sead_dist.models.pretrained import NO_EFFECT
 from sead_dist.models.sequence_classifier import outline
 from sead_dist.runtime.files import cache_place, written_aside
-from sead_dist.runtime.memory import forget_peak, held, peak
+from sead_dist.runtime.memory import held, peak, reset_peak
 from sead_dist.teachers.inference import Cut, batches_of
 from sead_dist.teachers.teacher import Teacher, device_model
 from sead_dist.teachers.whole import load_whole
@@ -126,7 +126,7 @@ def shape_name(config: PretrainedConfig) -> str:
 
 
 def _key(kind: str, config: PretrainedConfig, machine: Machine, **more: object) -> str:
-    facts = {name: value for name, value in config.to_dict().items() if name not in SILENT}
+    facts = {name: value for name, value in config.to_dict().items() if name not in NO_EFFECT}
     text = json.dumps(facts, sort_keys=True, default=str)
     about = {
         "kind": kind,
@@ -347,7 +347,7 @@ def measure_teacher(
 
     Raises UserError where its weights cannot be read.
     """
-    held_before = held(device) if forget_peak(device) else None
+    held_before = held(device) if reset_peak(device) else None
     began = time.perf_counter()
     model = load_whole(teacher, device, trust_remote_code, {})
     load_s = time.perf_counter() - began

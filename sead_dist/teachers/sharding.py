@@ -39,7 +39,7 @@ from sead_dist.teachers.teacher import Teacher
 T = TypeVar("T")
 # dtypes of plain numbers; other dtypes are codes whose scales are stored elsewhere
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-FIX = "give it placement=partitioned or colocated"
+FIX = "give its entry placement: partitioned or colocated"
 
 
 class TornForwardError(LostRankError, RuntimeError):
@@ -312,13 +312,13 @@ def agreed(world: World, what: str, do: Callable[[], T]) -> T:
         result = do()
     except TornForwardError as error:
         raise TornForwardError(
-            f"rank {rank}: a sharded teacher's forward broke off at {what}: {error}"
+            f"rank {rank}: a sharded teacher's forward failed at {what}: {error}"
         ) from error
     except (RunError, UserError, StopRequestedError) as error:
         failure = error
     except OSError as error:
-        failure = RunError(f"rank {rank}: teachers' pass: {error}")
-    except Exception as error:  # any other error is told to the other ranks as well
+        failure = RunError(f"rank {rank} failed in the teachers' pass at {what}: {error}")
+    except Exception as error:  # any other error is sent to the other ranks as well
         failure = RunError(
             f"rank {rank} failed in the teachers' pass at {what}: {type(error).__name__}: {error}"
         )

@@ -81,7 +81,7 @@ class StoredSource:
         # seconds since this start for serving requests: loading, forwards, waiting for others
         self.spent_s = 0.0
         threads = torch.get_num_threads()
-        self.thread = ThreadPoolExecutor(1, "teachers", lambda: start_thread(threads, world))
+        self.thread = ThreadPoolExecutor(1, "teachers", lambda: set_up_thread(threads, world))
         on_gpu = world.device.type == "cuda"
         self.stream: torch.cuda.Stream | None = (
             torch.cuda.Stream(world.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -144,7 +144,7 @@ class StoredSource:
             # this rank's own work comes before waiting for others
             for n in sorted(range(len(own_NR)), key=self.placement.awaits):
                 if self.placement.awaits(n):
-                    self._follow(request, own_NR)
+                    self._wait_for_pool(request, own_NR)
                 found[n] = self._answer(n, request, np.flatnonzero(own_NR[n]))
             return [found[n] for n in range(len(own_NR))]
 
@@ -198,10 +198,10 @@ class StoredSource:
         inputs, tokens = self.teachers[n].inputs, self._tokens(n, split)
         return inputs.real_rows(split.examples, self.world.device, tokens)
 
-    def _follow(self, request: Request, own_NR: np.ndarray) -> None:
+    def _wait_for_pool(self, request: Request, own_NR: np.ndarray) -> None:
         """Wait for this rank's share of the rows of all teachers in the pool."""
         if self.pool_client is None:
-            raise ValueError("a teacher's placement is pool, and there is no follower")
+            raise ValueError("a teacher's placement is pool, and there is no pool client")
         touched_NU = self.touched[request.split.examples.split]
         awaited = [
             Awaited(
@@ -345,7 +345,7 @@ class StoredSource:
         self.tokens[inputs.key, id(split)] = split.tokens
 
 
-def start_thread(threads: int, world: World) -> None:
+def set_up_thread(threads: int, world: World) -> None:
     """Give a new thread this process's number of threads and GPU instead of the defaults."""
     torch.set_num_threads(threads)
     if world.device.type == "cuda":

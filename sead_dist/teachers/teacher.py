@@ -29,7 +29,7 @@ from sead_dist.errors import UserError, reading
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
-from sead_dist.models.pretrained import COPY, SILENT, Checkpoint, position_limit, weight_files
+from sead_dist.models.pretrained import COPY, NO_EFFECT, Checkpoint, position_limit, weight_files
 from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
@@ -211,7 +211,7 @@ def cut_facts(config: PretrainedConfig, dtype: str, weights: str | None, padding
     """A text of all that `cut_of` depends on within one process. The depth, the vocabulary and the
     names of the classes are not in it."""
     probe = probe_config(config)
-    facts = {name: value for name, value in probe.to_dict().items() if name not in SILENT}
+    facts = {name: value for name, value in probe.to_dict().items() if name not in NO_EFFECT}
     shape = [probe.num_labels, probe._attn_implementation, position_limit(config)]
     return json.dumps([facts, shape, dtype, weights, padding], sort_keys=True, default=str)
 
@@ -249,7 +249,7 @@ def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
     with reading(path, COPY, f"teacher {teacher.name}: {path.name}"):
         known_K2 = load_file(path)["ids_U2"]
         if known_K2.dtype != np.int64 or known_K2.ndim != 2 or known_K2.shape[1] != 2:
-            raise UserError(f"teacher {teacher.name}: {path.name} holds no identities; {COPY}")
+            raise UserError(f"teacher {teacher.name}: {path.name} holds no ids of rows; {COPY}")
     _, entry_B = entries(np.concatenate([ids_U2, known_K2]))
     count = len(ids_U2)
     return np.asarray(np.isin(entry_B[:count], entry_B[count:]))
@@ -282,7 +282,7 @@ def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
     ])  # fmt: skip
 
 
-def told_folds(
+def describe_folds(
     teachers: Sequence[Teacher], seen_NU: np.ndarray, train: Split, labelled: int
 ) -> str:
     """A line on teachers that were not trained on all rows. labelled: the number of rows with a
@@ -293,5 +293,5 @@ def told_folds(
     unseen = int((~seen_NB).any(0).sum())
     return (
         f"labelled rows that teachers were trained on: {own} of {labelled}; {unseen} rows have "
-        "teachers that were not trained on them, which alone are asked of these"
+        "teachers that were not trained on them, and only these are used for them"
     )

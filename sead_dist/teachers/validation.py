@@ -203,13 +203,13 @@ def describe(validation: Validation, teacher: Teacher, rows: int) -> str:
     """The line on one teacher's validation. rows: the number of rows of the selection split."""
     if validation.score is None:
         return (
-            f"{validation.name} is not validated: it answers {validation.rows} of {rows} selection "
-            f"rows, and {FEWEST_ROWS} are needed"
+            f"{validation.name} is not validated: it has predictions of {validation.rows} of "
+            f"{rows} selection rows, and {FEWEST_ROWS} are needed"
         )
     line = f"validated {validation.name}: {validation.metric} {validation.score:.4f} "
     line += f"(majority baseline {validation.constant_score:.4f})"
     if validation.rows < rows:
-        line += f" on the {validation.rows} of {rows} selection rows that it answers"
+        line += f" on the {validation.rows} of {rows} selection rows that it has predictions of"
     if validation.better_order is not None:
         line += f"; WARNING: it would score better with {_suggestion(validation, teacher)}"
     if validation.truncated_rows:
@@ -247,7 +247,7 @@ def require_passed(
                 f"teacher {validation.name} failed its validation: its scores run from {low:.3g} "
                 f"to {high:.3g} on the selection split, those of {task.name} from {least:g} to "
                 f"{most:g}, and one constant score would be nearer; give a teacher trained on this "
-                "scale, or teach all the same with teacher_validation=off"
+                "scale, or use it without validation: teacher_validation=off"
             )
         hint = "check its task and labels"
         if validation.better_order is not None:
@@ -258,7 +258,7 @@ def require_passed(
             f"teacher {validation.name} failed its validation: {validation.metric} "
             f"{validation.score:.4f} on {validation.rows} selection rows, no better than the "
             f"majority baseline ({validation.constant_score:.4f}); {hint}; leave it out, or "
-            "teach all the same with teacher_validation=off"
+            "use it without validation: teacher_validation=off"
         )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
-from sead_dist.models.pretrained import SILENT
+from sead_dist.models.pretrained import NO_EFFECT
 from sead_dist.models.sequence_classifier import build_teacher
 from sead_dist.teachers.inference import quantize
 from sead_dist.teachers.packing import use_packs
@@ -60,7 +60,7 @@ def _filled(
     weight under its own name, or the model treats some weights in a special way."""
     if getattr(teacher.config, "quantization_config", None) is not None:
         return None
-    facts = {name: fact for name, fact in teacher.config.to_dict().items() if name not in SILENT}
+    facts = {name: fact for name, fact in teacher.config.to_dict().items() if name not in NO_EFFECT}
     shape = json.dumps([facts, teacher.dtype], sort_keys=True, default=str)
     if shape not in empty:
         empty[shape] = empty_model(teacher, trust_remote_code=False)

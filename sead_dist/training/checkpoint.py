@@ -175,13 +175,13 @@ class Checkpointer:
                     if record["format"] != FORMAT:
                         raise UserError(
                             f"{folder} has format {record['format']}, and this version of "
-                            f"sead_dist reads format {FORMAT}; give another output_dir, or go on "
+                            f"sead_dist reads format {FORMAT}; give another output_dir, or resume "
                             "with the version that wrote it"
                         )
                     state: TrainState = read_as(TrainState, folder / "state.json", "state")
                     return folder, state
             if any(self.folder.glob("step-*[0-9]")):
-                tell("no checkpoint can be used: starting over from step 0")
+                tell("no checkpoint can be used: the run starts again at step 0")
             return None
 
         return from_main(self.world, find)
@@ -218,7 +218,7 @@ class Checkpointer:
                 raise OSError(f"{self.best_folder(step).name} is missing")
         except pickle.UnpicklingError:
             # code in it is never run (invariant 9)
-            tell(f"checkpoint {folder.name}: optimizer.pt is not ours; trying an earlier one")
+            tell(f"checkpoint {folder.name} is skipped: sead_dist did not write its optimizer.pt")
             return None
         except Exception as error:  # damaged bytes raise whatever their readers raise
             said = reason(error)

@@ -199,12 +199,13 @@ class ZeroStudent:
 def start_deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig, world: World
 ) -> Any:
-    """DeepSpeed's engine around the student. Raises UserError for settings that it refuses, and for
+    """DeepSpeed's engine around the student. Raises UserError for settings that it rejects, and for
     a DS_ACCELERATOR of another device."""
     kind = world.device.type
     if os.environ.setdefault("DS_ACCELERATOR", kind) != kind:
         raise UserError(
-            f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}, but this run is on {kind}; unset it"
+            f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}, but this run computes on {kind}; "
+            "unset DS_ACCELERATOR"
         )
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
@@ -220,7 +221,9 @@ def start_deepspeed(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero.values)
     except (DeepSpeedConfigError, ValidationError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"DeepSpeed refuses the settings of {zero.name}: {reason}") from None
+        raise UserError(
+            f"DeepSpeed rejects the settings of {zero.name}: {reason}; correct this file"
+        ) from None
     return engine
 
 

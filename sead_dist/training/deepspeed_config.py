@@ -1,6 +1,6 @@
 """The DeepSpeed settings of a run.
 
-The key `deepspeed` or `accelerate launch` asks for them. They are read from a JSON file, and every
+The key `deepspeed` or `accelerate launch` names them. They are read from a JSON file, and every
 `auto` is filled from the run's own configuration. Settings of a launcher that this package would
 ignore are refused.
 """
@@ -10,10 +10,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sead_dist.config.load import shipped_files
-from sead_dist.config.schema import RunConfig
+from sead_dist.config.schema import Precision, RunConfig
 from sead_dist.errors import UserError, reason, refusal
 
 # sections of a DeepSpeed file for which a run has its own keys
@@ -50,10 +50,10 @@ def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
     each other, or that would be ignored.
     """
     refuse_ignored(config)
-    launcher = asked_by_launcher(config)
+    launcher = launcher_deepspeed(config)
     if config.deepspeed and launcher and find_file(config.deepspeed) != find_file(launcher):
         raise UserError(
-            f"deepspeed={config.deepspeed}, but accelerate launch asks for {launcher}; "
+            f"deepspeed={config.deepspeed}, but accelerate launch names {launcher}; "
             "leave one of the two out"
         )
     asked = config.deepspeed or launcher
@@ -61,8 +61,8 @@ def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"deepspeed={asked} is asked for, but DeepSpeed is not installed; "
-            "pip install 'sead-dist[deepspeed]', or leave it out"
+            f"deepspeed={asked} needs DeepSpeed, which is not installed; "
+            "pip install 'sead-dist[deepspeed]', or leave deepspeed out"
         )
     path = find_file(asked)
     return ZeroConfig(path.stem, filled(path, config, ranks))
@@ -73,19 +73,19 @@ def refuse_ignored(config: RunConfig) -> None:
     for name in FOREIGN:
         if _is_true(name):
             raise UserError(
-                f"{name}=true, but the student is split by DeepSpeed alone; use "
-                "distributed_type: DEEPSPEED in the launcher's file, or deepspeed=zero3 with any"
+                f"{name}=true, but only DeepSpeed can split the student; remove this setting from "
+                "accelerate launch, and give deepspeed=zero3"
             )
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", config.precision):
+        same = f"give precision={mixed}, or " if mixed in get_args(Precision) else ""
         raise UserError(
-            f"accelerate launch asks for mixed_precision={mixed}, but this run has "
-            f"precision={config.precision}, which counts; give precision={mixed}, or launch with "
-            "--mixed_precision no"
+            f"accelerate launch has mixed_precision={mixed}, but this run uses its own key, "
+            f"precision={config.precision}; {same}launch with --mixed_precision no"
         )
 
 
-def asked_by_launcher(config: RunConfig) -> str | None:
+def launcher_deepspeed(config: RunConfig) -> str | None:
     """The file or shipped name that `accelerate launch` gives for DeepSpeed; None: it does not use
     it. Raises UserError for another gradient clipping than the run's."""
     if not _is_true("ACCELERATE_USE_DEEPSPEED"):
@@ -96,8 +96,8 @@ def asked_by_launcher(config: RunConfig) -> str | None:
     clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping != "none" and float(clipping) != config.max_grad_norm:
         raise UserError(
-            f"accelerate launch asks for gradient_clipping={clipping}, but this run has "
-            f"max_grad_norm={config.max_grad_norm}, which counts; leave gradient_clipping out"
+            f"accelerate launch has gradient_clipping={clipping}, but this run uses its own key, "
+            f"max_grad_norm={config.max_grad_norm}; leave gradient_clipping out"
         )
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     devices = [
@@ -122,7 +122,8 @@ def find_file(asked: str) -> Path:
     if path is not None and str(Path(asked).parent) in (".", "configs/deepspeed"):
         return path
     raise UserError(
-        f"deepspeed={asked} is neither a file nor a shipped name; shipped: {', '.join(known)}"
+        f"deepspeed={asked} is neither a file nor a shipped name; give a file, or one of "
+        f"{', '.join(known)}"
     )
 
 
@@ -136,17 +137,17 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise refusal(
             f"{path} is not a DeepSpeed configuration with zero_optimization.stage "
-            f"({reason(error)}); see {shipped_files('deepspeed', 'json')['zero2']}",
+            f"({reason(error)}); for an example see {shipped_files('deepspeed', 'json')['zero2']}",
             error,
         ) from error
     if stage not in (1, 2, 3):
         raise UserError(
-            f"{path} has zero_optimization.stage={stage}; 1, 2 and 3 split something, and a run "
-            "without deepspeed is stage 0"
+            f"{path} has zero_optimization.stage={stage}; expected 1, 2 or 3; for stage 0 leave "
+            "deepspeed out"
         )
     for key, device in devices.items():
         if device not in ("cpu", "none"):
-            raise UserError(f"{path} has {key}.device={device}; only cpu and none are supported")
+            raise UserError(f"{path} has {key}.device={device}; give cpu or none")
     return values
 
 
@@ -155,9 +156,13 @@ def refuse_sections(path: Path, values: dict[str, Any]) -> None:
     for section, keys in OURS.items():
         given = values.get(section, {"enabled": False})
         if section in ("optimizer", "scheduler") and section in values:
-            raise UserError(f"{path} has a section {section!r}; remove it: a run has {keys}")
+            raise UserError(
+                f"{path} has a section {section!r}; remove it: the run's own keys are {keys}"
+            )
         if given.get("enabled", True) not in ("auto", False):
-            raise UserError(f'{path} sets {section}.enabled; a run has {keys}: write "auto"')
+            raise UserError(
+                f'{path} sets {section}.enabled; the run\'s own key is {keys}; write "auto"'
+            )
 
 
 def from_the_run(
@@ -188,7 +193,7 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
     refuse_sections(path, values)
     if config.precision == "fp16":
         raise UserError(
-            "precision=fp16 is not offered under DeepSpeed, which would keep the weights in fp16; "
+            "precision=fp16 cannot be used with DeepSpeed, which would keep the weights in fp16; "
             "give precision=bf16 or fp32"
         )
     autocast: dict[str, Any] = {"enabled": config.precision == "bf16"}

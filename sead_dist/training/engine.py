@@ -148,7 +148,7 @@ class Engine:
     ) -> None:
         zero = zero_config(config, world.size)
         # this package sums gradients of micro-batches and ranks, so Accelerate accumulates none
-        with deepspeed_is_ours():
+        with without_launcher_deepspeed():
             self.accelerator = Accelerator(
                 mixed_precision=MIXED[config.precision],
                 cpu=world.device.type == "cpu",
@@ -337,7 +337,7 @@ def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
     lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
     strange = [name for name in names if name not in state]
     if lost or strange:
-        which = f"lacks the tensor {lost[0]}" if lost else f"holds a tensor {strange[0]} too many"
+        which = f"lacks the tensor {lost[0]}" if lost else f"holds the unknown tensor {strange[0]}"
         raise RunError(
             f"{folder / 'student.safetensors'} {which}, so it is not a checkpoint of this student; "
             f"remove {folder} to go on from an earlier one, or give another output_dir"
@@ -345,13 +345,14 @@ def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
 
 
 def check_tracker(name: str | None) -> None:
-    """Raises UserError for a tracker that Accelerate does not know, or that is not installed."""
+    """Raises UserError for a tracker that Accelerate does not have, or that is not installed."""
     known = [str(kind) for kind in LoggerType if str(kind) != "all"]
     if name is not None and name not in known:
-        raise UserError(f"report_to={name} is not one that Accelerate knows: {', '.join(known)}")
+        raise UserError(f"report_to={name} is not a tracker; give one of {', '.join(known)}")
     if name is not None and importlib.util.find_spec(name) is None:
         raise UserError(
-            f"report_to={name} is not installed; pip install it, or leave report_to out"
+            f"report_to={name} needs the package {name}, which is not installed; pip install "
+            f"{name}, or leave report_to out"
         )
 
 
@@ -374,22 +375,22 @@ def slow_arithmetic(config: RunConfig, device: torch.device) -> list[str]:
     ]
 
 
-def check_world(seen: int, world: World) -> None:
+def check_world(counted: int, world: World) -> None:
     """Raises UserError where Accelerate counts another number of ranks: under some launchers it
     silently trains alone."""
-    if seen != world.size:
+    if counted != world.size:
         setting = os.environ.get("ACCELERATE_USE_CPU", "unset")
         raise UserError(
-            f"{world.size} processes were launched but Accelerate sees {seen} "
+            f"{world.size} processes were launched but Accelerate counts {counted} "
             f"(ACCELERATE_USE_CPU={setting}); start with "
             f"torchrun --nproc_per_node {world.size} -m sead_dist ..."
         )
 
 
 @contextmanager
-def deepspeed_is_ours() -> Iterator[None]:
-    """Hide from Accelerate that its launcher asked for DeepSpeed. On a CPU it would silently ignore
-    that; on a GPU it would wrap the student a second time."""
+def without_launcher_deepspeed() -> Iterator[None]:
+    """Within the block, Accelerate does not read its launcher's setting for DeepSpeed. On a CPU it
+    would ignore that silently; on a GPU it would wrap the student a second time."""
     asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     try:
         yield

@@ -167,7 +167,7 @@ def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
         raise UserError(
             f"output_dir={run} holds a run of another version of sead_dist, with the rules {old}; "
             f"this version has {new}, under which the same settings make another student; give "
-            "another output_dir, or go on with the version that began it"
+            "another output_dir, or resume with the version that began it"
         )
     different = saved.differences(asked)
     if different:

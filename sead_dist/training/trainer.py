@@ -190,7 +190,8 @@ class Trainer:
         if self.config.precision != "fp16" and not math.isfinite(norm):
             raise RunError(
                 f"the gradient's norm is {norm} at step {step}; the last checkpoint is intact; "
-                "lower learning_rate, or train in fp32 (precision=fp32)"
+                "start again in another output_dir, with a lower learning_rate or with "
+                "precision=fp32"
             )
         self.engine.average_weights(step)
 
@@ -203,8 +204,8 @@ class Trainer:
         total, soft, hard, feature = losses.tolist()
         if not np.isfinite(total):
             raise RunError(
-                f"the loss is {total} at step {state.step}; the last checkpoint is intact; "
-                "lower learning_rate, or train in fp32 (precision=fp32)"
+                f"the loss is {total} at step {state.step}; the last checkpoint is intact; start "
+                "again in another output_dir, with a lower learning_rate or with precision=fp32"
             )
         same, asked = torch.stack([part.agreement_2N for part in parts]).sum(0).tolist()
         padding, tokens = torch.stack([part.padding for part in parts]).sum(0).tolist()
@@ -287,10 +288,10 @@ class Trainer:
         if not self.loss.teaches_head(state.step):
             return state, score  # the score of a head that is not trained yet
         if self.may_end_after(state.step):
-            state = self.watched(result.loss, state)
+            state = self.with_selection_loss(result.loss, state)
         return self.keep(score, result.loss, state), score
 
-    def watched(self, loss: float, state: TrainState) -> TrainState:
+    def with_selection_loss(self, loss: float, state: TrainState) -> TrainState:
         """The state with this selection loss, at a check for an early end. Rank 0 decides whether
         it fell, as in `agreed_better`."""
         lowest = state.lowest_loss
@@ -299,7 +300,7 @@ class Trainer:
         return replace(state, losses_without_fall=state.losses_without_fall + 1)
 
     def keep(self, score: float, loss: float, state: TrainState) -> TrainState:
-        """Save the student as it is now, if `final_checkpoint` asks for it."""
+        """Save the student as it is now, if `final_checkpoint` selects it."""
         kept = self.config.final_checkpoint
         if kept in ("last", "average"):
             if not self.is_over(state):

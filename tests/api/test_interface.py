@@ -1,8 +1,10 @@
 """The Python interface: what its import costs, its pure functions, and how given data become rows."""
 
+import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -97,7 +99,7 @@ def test_scores_are_learnt_by_squared_error():
     [
         (lambda t: sd.soft_targets(t[0]), "expected [N, B, C]"),
         (lambda t: sd.soft_targets(t, ensemble="fixed"), "ensemble=fixed needs weights_N"),
-        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' is not one of these here"),
+        (lambda t: sd.soft_targets(t, ensemble="random"), "ensemble='random' cannot be used here; give one of "),
         (lambda t: sd.soft_targets(t, ensemble="routed", routes_B=torch.zeros(2)), "expected [5]"),
         (lambda t: sd.soft_targets(t, temperature=0.0), "temperature=0.0; expected"),
         (lambda t: sd.soft_targets(t[..., :1], ensemble="entropy"), "needs classes"),
@@ -141,7 +143,12 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
         ("sst2", None, {"num_train_epochs": "many"}, "num_train_epochs='many'"),
         ("sst2", {"train": "a.tsv"}, {}, "data has no split 'validation'; it has train"),
         (sd.TaskSpec("own", "classification", "{text}"), None, {}, "task 'own': labels is []"),
-        ({"name": "own"}, None, {}, "task is of type dict; give a shipped name (sst2), a YAML"),
+        (
+            {"name": "own"},
+            None,
+            {},
+            "task is of type dict ({'name': 'own'}); give a shipped name (sst2), a YAML",
+        ),
         (
             "sst2",
             None,
@@ -153,7 +160,7 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
             sd.TaskSpec("own", "classification", "{text}", labels=("a", "b")),
             ["a text", "another"],
             {},
-            "data is of type list; give a folder, a file, a pandas DataFrame",
+            "data is of type list (['a text', 'another']); give a folder, a file, a pandas DataFrame",
         ),
     ],
 )
@@ -218,15 +225,80 @@ def test_an_argument_of_another_type_is_refused_in_one_line(call, says, wrong):
     assert "mine" not in SOFT_LOSSES
 
 
+class Strange:
+    def __repr__(self):
+        return "strange\nthing"
+
+
+# arguments that fit, by function, besides task, data and model
+FITTING = {
+    "distill": {"teachers": ["t"], "student": "L1-H32-A2", "output_dir": "out"},
+    "finetune": {"encoders": ["L1-H32-A2"], "output_dir": "out"},
+    "predict": {"texts_or_rows": ["a"]},
+    "soft_targets": {"logits_NBC": torch.ones(2, 3, 2)},
+    "distillation_loss": {"student_BC": torch.ones(3, 2), "soft": None},
+    "register_loss": {"name": "mine", "loss": len},
+    "register_ensemble": {"name": "mine", "weighting": len},
+    "register_teacher": {"kind": "mine", "open": len},
+}
+# what a refusal calls an argument, where that is not its name
+SAID = {
+    ("load_config", "words"): "argument 2 of load_config",
+    ("register_teacher", "kind"): "name",
+    ("register_teacher", "open"): "the kind of teacher 'mine'",
+    ("register_loss", "loss"): "the loss 'mine'",
+    ("register_ensemble", "weighting"): "the ensemble 'mine'",
+}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("distill", "finetune", "evaluate", "predict", "load_config", "soft_targets", "Run"),
+        *("distillation_loss", "register_ensemble", "register_loss", "register_task_kind"),
+        *("register_teacher", "PredictionStore"),
+    ],
+)
+def test_no_function_takes_an_argument_of_a_strange_type(function, tiny_task, tmp_path):
+    of_a_run = {"task": tiny_task[0] / "task.yaml", "data": tiny_task[0]}
+    called = getattr(sd, function)
+    parameters = inspect.signature(called).parameters
+    fitting = {"model": tiny_task[1][0], **of_a_run}
+    fitting = {name: value for name, value in fitting.items() if name in parameters}
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            asked = partial(called, "sst2", Strange())
+        else:
+            name = "seed" if parameter.kind is inspect.Parameter.VAR_KEYWORD else name
+            asked = partial(called, **{**fitting, **FITTING.get(function, {}), name: Strange()})
+        with pytest.raises(
+            sd.UserError, match=r"is of type Strange \(strange thing\); give "
+        ) as error:
+            asked()
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith(SAID.get((function, name), name))
+
+
+def test_every_function_is_asked_for_strange_types():
+    marks = test_no_function_takes_an_argument_of_a_strange_type.pytestmark[0].args[1]
+    functions = {name for name in sd.__all__ if callable(getattr(sd, name))}
+    # of these, errors take any value, and the others are checked where they are used
+    assert functions - {*marks} == {"RunError", "UserError", "RunConfig", "TaskSpec"}
+
+
 def test_a_label_a_task_and_a_text_of_another_type_are_refused():
     own = sd.TaskSpec("own", "classification", "{text}", labels=("a", "b"))
-    with pytest.raises(sd.UserError, match="task is of type int; give a shipped name"):
+    with pytest.raises(sd.UserError, match=r"task is of type int \(3\); give a shipped name"):
         sd.evaluate("m", task=3)
-    with pytest.raises(sd.UserError, match="labels is of type int; give the names of the classes"):
+    with pytest.raises(
+        sd.UserError, match=r"labels is of type int \(3\); give the names of the classes"
+    ):
         sd.predict("m", ["a"], task=own, labels=3)
-    with pytest.raises(sd.UserError, match="text 2 is of type int; give texts of the columns text"):
+    with pytest.raises(
+        sd.UserError, match=r"text 2 is of type int \(3\); give texts of the columns text"
+    ):
         sd.predict("m", ["a", 3], task=own)
-    with pytest.raises(sd.UserError, match="output_dir is of type int; give a folder"):
+    with pytest.raises(sd.UserError, match=r"output_dir is of type int \(3\); give a folder"):
         sd.distill(own, data=[{"text": "x", "label": "a"}], output_dir=3)
 
 
@@ -254,7 +326,7 @@ def test_rows_in_memory_are_those_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (3, "data is of type int; give a folder, a file"),
+        (3, r"data is of type int \(3\); give a folder, a file"),
         ([{"sentence": "a"}, {"sentence": 1}], "data cannot be a table"),
         (np.zeros(3), "data is of type ndarray"),
     ],

@@ -127,7 +127,9 @@ def test_a_run_has_scores_predictions_and_its_configuration(run, grammar):
     said = made.predictions("validation")
     chosen_B = np.stack(said.student_logits).argmax(1)
     assert score == pytest.approx((chosen_B == said.label).mean())
-    with pytest.raises(sd.UserError, match="no predictions of 'test'; it has selection, valid"):
+    with pytest.raises(
+        sd.UserError, match="no predictions of 'test'; give one of selection, valid"
+    ):
         made.predictions("test")
     with pytest.raises(sd.UserError, match="holds no finished run"):
         _ = sd.Run(grammar).scores
@@ -168,7 +170,7 @@ def test_one_table_alone_gives_the_student_of_the_command_line_with_one_file(
     assert len(made.predictions("validation")) == sd.evaluate(made)["eval_samples"] < 120
     assert sd.distill(own, data={"train": frames["train"]}, output_dir=made, **short) == made
     distil([str(made.path / "config.yaml")])
-    with pytest.raises(sd.UserError, match="holds a run with another train rows"):
+    with pytest.raises(sd.UserError, match="holds a run with other train rows"):
         sd.distill(own, data=frames["validation"], output_dir=made, **short)
 
 
@@ -187,7 +189,7 @@ def test_other_data_are_refused_and_nothing_is_written_over(run, own, frames, ke
     made, _, _ = run
     kept = (made.path / ".data" / "train.parquet").read_bytes()
     other = {**frames, "train": frames["train"].head(50)}
-    with pytest.raises(sd.UserError, match="holds a run with another train rows"):
+    with pytest.raises(sd.UserError, match="holds a run with other train rows"):
         sd.distill(own, data=other, output_dir=made, **keys)
     assert (made.path / ".data" / "train.parquet").read_bytes() == kept
 

@@ -67,7 +67,7 @@ def test_too_little_memory_is_told_in_one_line(capsys):
 
         assert attempt(fail) == 3
         said = capsys.readouterr().err
-        assert said.startswith("sead-dist: memory does not suffice: ")
+        assert said.startswith("sead-dist: not enough memory: ")
         assert said.count("\n") == 1
 
 

@@ -111,8 +111,9 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers=[{endpoint: 'http://u:hunter2@h/v1', model: x, prompt: p, words: {a: [b]}}]",
-            "teachers.0: endpoint holds more than a place, and configurations are kept; give the "
-            "URL alone, and the key in the variable OPENAI_API_KEY; see `sead-dist keys teachers`",
+            "teachers.0: endpoint has a user, a password, a query or a fragment, and a run keeps "
+            "its keys; give the URL alone, and the API key in the variable OPENAI_API_KEY; see "
+            "`sead-dist keys teachers`",
         ),
         (
             "teachers=[{name: m}]",
@@ -120,22 +121,22 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers.0.weight=3",
-            "teachers.0.weight: KEY=VALUE sets all of teachers, not a part of an entry; write "
+            "teachers.0.weight: KEY=VALUE sets the whole list teachers, not a part of an entry; write "
             "teachers='[{path: DIR, weight: 3}]'",
         ),
         (
             "teachers.path=a",
-            "teachers.path: KEY=VALUE sets all of teachers, not a part of an entry; "
+            "teachers.path: KEY=VALUE sets the whole list teachers, not a part of an entry; "
             "write teachers='[{path: a}]'",
         ),
         (
             "teachers.0=a",
-            "teachers.0: KEY=VALUE sets all of teachers, not a part of an entry; write "
+            "teachers.0: KEY=VALUE sets the whole list teachers, not a part of an entry; write "
             "teachers='[a]'",
         ),
         (
             "teachers.0.weigth=3",
-            "teachers.0.weigth: KEY=VALUE sets all of teachers, not a part of an "
+            "teachers.0.weigth: KEY=VALUE sets the whole list teachers, not a part of an "
             "entry; write teachers='[{path: DIR, KEY: VALUE}]'",
         ),
         (
@@ -184,8 +185,7 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "fold=3",
-            "fold=3 must be one of the folds 0, 1, ..., and folds=null; give folds a larger "
-            "number, or leave fold out",
+            "fold=3 does not exist: folds is null; give folds=4 or more, or leave fold out",
         ),
     ],
 )
@@ -297,7 +297,7 @@ def test_labels_against_a_model_s_own_names_are_told_and_bad_ones_are_named(data
     turned = ",".join(reversed(task.labels))
     assert class_order("m", own, task, turned) == [1, 0]
     assert caplog.messages == [
-        f"--labels {turned} counts, and m names its classes {', '.join(task.labels)}"
+        f"--labels {turned} is used, although m names its classes {', '.join(task.labels)}"
     ]
 
 
@@ -313,7 +313,7 @@ def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tm
         )
     line = str(caught.value)
     assert line.startswith("train row 3: label 'neutral' in column 'label' is outside the set;")
-    assert "outside it are 'neutral' (2 rows), 'mixed' (1 row); add them to labels" in line
+    assert "labels outside the set: 'neutral' (2 rows), 'mixed' (1 row); add them to labels" in line
     assert line.endswith(f"in the task's file, or fix the rows ({data / 'train.tsv'})")
 
 
@@ -334,7 +334,7 @@ def test_a_label_that_is_not_there_is_told_with_its_file_and_how_many_there_are(
     rows = "1 row" if count == 1 else "2 rows"
     assert str(caught.value) == (
         "train row 3: label '' in column 'label' is outside the set; allowed: negative, positive, "
-        f"0, 1; the row has no label (so it is in {rows}); fill it in, or leave such rows out "
+        f"0, 1; the row has no label ({rows} without one in all); fill it in, or leave such rows out "
         f"({file})"
     )
 

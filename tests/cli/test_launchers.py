@@ -193,7 +193,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(no_launcher, name,
 
 
 def test_accelerate_that_sees_another_world_is_refused():
-    with pytest.raises(UserError, match=r"2 processes were launched but Accelerate sees 1"):
+    with pytest.raises(UserError, match=r"2 processes were launched but Accelerate counts 1"):
         check_world(1, World(0, 2, torch.device("cpu")))
 
 

@@ -4,8 +4,7 @@ import logging
 
 import pytest
 
-from sead_dist.cli.exits import attempt
-from sead_dist.cli.output import lines_shown
+from sead_dist.cli.exits import attempt, lines_shown
 from sead_dist.runtime.run_log import tell, tell_table
 
 BELOW = logging.getLogger("sead_dist.runs.checks")

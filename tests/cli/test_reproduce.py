@@ -218,7 +218,7 @@ def test_mistakes_are_told_first(models, grammar, tmp_path):
         ("cola-h256", (), 1, "unknown checkpoint 'cola-h256'.* known: sst2-h256, sst2-h384"),
         ("sst2-h256", ("task=rte",), 1, "task=rte, but sst2-h256 is a checkpoint for sst2"),
         ("sst2-h256", ("epoch=1",), 1, "unknown key 'epoch'; did you mean 'num_train_epochs'"),
-        ("sst2-h256", (), 0, "--teachers 0: give at least 1"),
+        ("sst2-h256", (), 0, "--teachers 0 is below 1; give 1 or more"),
         ("sst2-h256", ("push_to_hub=true",), 1, "HF_HUB_OFFLINE is set"),
     ):
         with pytest.raises(UserError, match=message):

@@ -122,7 +122,7 @@ def test_rm_by_age_and_size(store, said):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing says what to remove; give --teacher, --task, --older-than or --keep"),
+        ([], "no condition for what to remove; give --teacher, --task, --older-than or --keep"),
         (["--teacher", "nobody"], "no teacher 'nobody' is in the store; it holds"),
         (["--task", "gramar"], "did you mean 'grammar'?"),
         (["--older-than", "soon"], "--older-than 'soon' is not a number with a unit of s, m, h"),
@@ -136,7 +136,7 @@ def test_rm_refuses_what_it_does_not_understand(options, message, store, said):
 
 def test_a_folder_that_is_no_store_is_refused(said, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not a prediction store; name the folder of one"):
+    with pytest.raises(UserError, match="is not a prediction store; give the folder that a run"):
         said("ls", "--store", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         said("verify", "--store", tmp_path / "nowhere")
@@ -155,7 +155,7 @@ def test_predictions_are_exported_and_imported(store, said, tmp_path):
     out, other = tmp_path / "carried", tmp_path / "other"
     assert f"{out}: " in said("export", out, "--store", store, "--task", "grammar")
     assert f"{len(blocks(store))} blocks copied" in said("import", out, "--store", other)
-    assert "known already" in said("import", out, "--store", other)
+    assert "already there" in said("import", out, "--store", other)
     rows = [sum(row.num_rows for row in list_store(folder).rows) for folder in (store, other)]
     assert rows[0] == rows[1] > 0
 
@@ -163,5 +163,5 @@ def test_predictions_are_exported_and_imported(store, said, tmp_path):
 def test_an_export_that_leaves_bad_blocks_out_says_so(store, said, tmp_path):
     bad = blocks(store)[0]
     bad.write_bytes(bad.read_bytes()[:-8])
-    with pytest.raises(RunError, match="1 bad block left out; a run that needs what was in it"):
+    with pytest.raises(RunError, match="1 bad block left out; a run that needs these predictions"):
         said("export", tmp_path / "carried", "--store", store)

@@ -49,6 +49,6 @@ def test_workers_leave_the_queue_when_the_students_job_is_refused(submitted, tmp
         *("--partition", "nowhere"),
     )
     assert code == 2
-    assert "sbatch refused the job" in capsys.readouterr().err
+    assert "sbatch rejected the job" in capsys.readouterr().err
     assert [job.name for job in submitted.jobs] == ["run/worker-1", "run/worker-2"]
     submitted.out_of_the_queue()

@@ -118,7 +118,7 @@ def test_a_rank_killed_too_often_ends_the_job_and_the_wait(submitted):
     submitted.submit("--restarts", 0)
     submitted.reach(10)
     kill_rank(submitted.id, 1)
-    with pytest.raises(RunError, match=r"ended FAILED: .*after 0 restarts"):
+    with pytest.raises(RunError, match=r"ended with the state FAILED: .*after 0 restarts"):
         submitted.wait()
     # the same line goes on where it stopped
     assert newest(submitted.root) >= 10
@@ -145,7 +145,7 @@ def test_a_job_is_not_queued_twice_and_a_cancelled_one_stays_cancelled(submitted
     assert submitted.submit() == 2
     assert f"job {submitted.id} of run is RUNNING already" in capsys.readouterr().err
     assert submitted.command("jobs", "cancel", "run") is None
-    with pytest.raises(RunError, match="ended CANCELLED"):
+    with pytest.raises(RunError, match="ended with the state CANCELLED"):
         submitted.wait()
     assert submitted.starts() == 1
 
@@ -177,7 +177,7 @@ def test_a_folder_that_the_other_node_does_not_see_is_found_at_the_start(task, t
     made = Submitted(tmp_path, task)
     made.words.append(f"store={cluster / 'local' / 'store'}")
     assert made.submit("--wait") == 2
-    line = "node seadtest2 does not see what node seadtest1 wrote there"
+    line = "a file that node seadtest1 wrote there is missing on node seadtest2"
     assert made.log().count(line) == 1
     assert "Traceback" not in made.log()
     with pytest.raises(UserError, match=line):
@@ -189,7 +189,7 @@ def test_a_mistake_that_sbatch_finds_is_one_line(task, tmp_path, capsys):
     assert made.submit("--partition", "none") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "sbatch refused the job" in said
+    assert "sbatch rejected the job" in said
     assert not made.jobs
 
 
@@ -227,7 +227,7 @@ def test_accounting_knows_what_the_controller_has_forgotten(task, tmp_path, monk
         job = made.id
         made.submit("--seeds", "5", nodes=1)
         made.command("jobs", "cancel", "run/seed-5")
-        with pytest.raises(RunError, match="ended CANCELLED"):
+        with pytest.raises(RunError, match="ended with the state CANCELLED"):
             jobs.wait([jobs.find(made.registry, "run/seed-5")])
         # squeue answers nothing: what follows can only come from sacct
         monkeypatch.setattr(slurm, "SQUEUE", ["true"])

@@ -6,10 +6,10 @@ from small import build_model, config
 from sead_dist.config.automatic import (
     epoch_steps,
     learning_rate,
+    length_line,
     patience_steps,
     run_steps,
     scoring_steps,
-    told_length,
 )
 from sead_dist.training.engine import build_optimizer, width_of
 
@@ -55,13 +55,13 @@ def test_a_student_is_scored_each_epoch_and_at_most_fifty_times():
 
 
 def test_the_length_is_told_with_its_reason():
-    said = told_length(config(TAUGHT), 54, 74)
+    said = length_line(config(TAUGHT), 54, 74)
     assert said.startswith("1500 steps (automatic: three passes over 74 rows, at least 1500, ")
     assert "epochs or max_steps change that" in said
-    assert told_length(config(TAUGHT, num_train_epochs=2), 54, 74) == (
+    assert length_line(config(TAUGHT, num_train_epochs=2), 54, 74) == (
         "14 steps (num_train_epochs=2 over 54 labelled rows)"
     )
-    assert "three epochs over 54 labelled rows, at least 200" in told_length(config(), 54, 54)
+    assert "three epochs over 54 labelled rows, at least 200" in length_line(config(), 54, 54)
 
 
 def test_a_run_that_ends_by_its_loss_takes_ten_epochs_at_most():
@@ -69,9 +69,20 @@ def test_a_run_that_ends_by_its_loss_takes_ten_epochs_at_most():
     assert steps(100, 100, early_stopping_patience=2) == 200
     # what a person gives stays
     assert steps(2250, 2250, early_stopping_patience=2, num_train_epochs=4) == 4 * 71
-    assert told_length(config(early_stopping_patience=2), 540, 540).startswith(
+    assert length_line(config(early_stopping_patience=2), 540, 540).startswith(
         "at most 680 steps (automatic: at most ten epochs over 540 labelled rows, or 200 steps; "
     )
+
+
+def test_the_epochs_of_a_patience_are_told_as_they_are_counted():
+    def end(rows, patience):
+        return length_line(config(early_stopping_patience=patience), rows, rows).rpartition("; ")[2]
+
+    said = "it ends earlier if the selection loss has not fallen for "
+    assert end(2250, 2) == f"{said}2 epochs"
+    assert end(2250, 1) == f"{said}an epoch"
+    # epochs of seven steps, of which three count as one
+    assert end(56, 2) == f"{said}6 epochs"
 
 
 def test_the_end_is_decided_after_whole_epochs_of_twenty_steps_at_least():

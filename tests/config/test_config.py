@@ -191,7 +191,8 @@ def test_every_shipped_method_is_a_configuration_of_a_methods_keys():
 
 def test_an_unknown_method_is_told_the_known_ones():
     with pytest.raises(
-        UserError, match=r"method=mena is not a method; did you mean 'mean'\? known: "
+        UserError,
+        match=r"method=mena is neither a shipped method nor a YAML file; did you mean 'mean'\? known: ",
     ):
         config(method="mena")
 
@@ -200,6 +201,6 @@ def test_a_method_sets_nothing_that_all_methods_share(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("alpha: 0.2\nnum_train_epochs: 9\n")
     with pytest.raises(
-        UserError, match="num_train_epochs is not a key of a method; its file may set ensemble,"
+        UserError, match="num_train_epochs is not a key of a method; a method's file may set ensem"
     ):
         config(method=own)

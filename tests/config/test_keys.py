@@ -76,8 +76,8 @@ def test_keys_are_found_by_name_section_old_name_and_text(asked, found):
 
 def test_the_command_prints_them(capsys):
     assert run(capsys, "keys", "alpha_end") == (
-        "alpha_end: null\n    alpha at the last step, changing evenly from step to step; null: alpha "
-        "stays\n"
+        "alpha_end: null\n    alpha at the last step; it changes linearly up to there; null: "
+        "alpha is constant\n"
     )
     assert run(capsys, "keys").count("\n    ") > 50
 
@@ -98,7 +98,7 @@ def test_print_config_prints_every_key_and_the_rows_and_trains_nothing(tmp_path,
     assert told["eval_steps"] == 7
     assert told["unlabeled"]["rest"] is True
     assert "# task grammar: train 54 labelled + 0 unlabelled, selection 6, validation 20" in said
-    assert "# placement=auto is settled at the start" in said
+    assert "# placement=auto is replaced at the start" in said
     copied = run(capsys, "distill", *given, "augment.copies=auto", "--print-config")
     assert yaml.safe_load(copied)["augment"]["copies"] == 10
     assert "# copies: " in copied
@@ -110,7 +110,7 @@ def test_keys_of_an_entry_of_teachers_are_told_where_a_hint_names_them(tmp_path,
         load_config(["task=sst2", "output_dir=run", "teachers=[{path: a, weight: -1}]"])
     asked = str(wrong.value).rpartition("`sead-dist keys ")[2].removesuffix("`")
     assert asked == "teachers.weight"
-    assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    how much it counts")
+    assert run(capsys, "keys", asked).startswith("teachers.weight: 1.0\n    its weight")
     assert run(capsys, "keys", "encoders").count("\nencoders.") == 2  # path and revision
 
 

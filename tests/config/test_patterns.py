@@ -54,10 +54,10 @@ def test_a_run_that_has_begun_keeps_its_teachers(models, caplog):
     begin(load_config(words))
     (models / "b").mkdir()
     assert paths(load_config(words)) == ["x", "t/a", "t/c"]
-    assert "leaves out t/b, which was not there when o began" in caplog.text
+    assert "leaves out t/b, which did not exist when the run in o began" in caplog.text
     assert paths(load_config([*words, "output_dir=other"])) == ["x", "t/a", "t/b", "t/c"]
     (models / "c").rmdir()
-    with pytest.raises(UserError, match=r"o began with t/c, which is not there .* put it back"):
+    with pytest.raises(UserError, match=r"o began with t/c, which does not exist .* restore it"):
         load_config(words)
     assert paths(load_config([*words, "output_dir=other"])) == ["x", "t/a", "t/b"]
 
@@ -86,7 +86,9 @@ def test_finetune_that_has_begun_keeps_its_encoders(models):
     assert [entry.path for entry in load_config(words).encoders] == ["t/a", "t/c"]
     keep_encoders(Path("o"), ["other"])
     (models / "c").rmdir()
-    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+    with pytest.raises(
+        UserError, match=r"encoders=t/\*: the run in o began with t/c, which does not exist"
+    ):
         load_config(words)
 
 
@@ -110,5 +112,7 @@ def test_all_tasks_of_a_sweep_that_has_begun_keep_its_encoders(models):
     keep_encoders(Path("o"), ["other"])
     assert starts() == before
     (models / "c").rmdir()
-    with pytest.raises(UserError, match=r"encoders=t/\*: o began with t/c, which is not there"):
+    with pytest.raises(
+        UserError, match=r"encoders=t/\*: the run in o began with t/c, which does not exist"
+    ):
         make_grid(words)

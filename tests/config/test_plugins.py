@@ -281,11 +281,11 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
     mine.write_text("def f(:\n")
     refused(r"mine\.py cannot be run: SyntaxError: .* in line 1", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('kl', None)\n")
-    refused(r"mine\.py: a loss 'kl' is there already \(built in\)", mine)
+    refused(r"mine\.py: the loss 'kl' exists already \(built in\)", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('a b', None)\n")
     refused(r"mine\.py: 'a b' is not a name of a loss", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('half', None)\n")
-    refused(r"mine\.py: the loss 'half' is of type NoneType; give a function", mine)
+    refused(r"mine\.py: the loss 'half' is of type NoneType \(None\); give a function", mine)
     mine.write_text("import sead_dist as sd\nsd.register_loss('half', len)\n1 / 0\n")
     refused(r"mine\.py cannot be run: ZeroDivisionError", mine)
     # what it had registered by then is free again
@@ -293,8 +293,8 @@ def test_what_is_wrong_with_a_plugin_is_told_in_one_line(tmp_path):
     load_plugins([str(mine)])
     other = tmp_path / "other.py"
     other.write_text("import sead_dist as sd\nsd.register_loss('half', len)  # another\n")
-    refused(r"a loss 'half' is there already \(registered by .*mine\.py\)", other)
-    refused(r"plugins has two files of the name 'mine\.py'", mine, mine)
+    refused(r"the loss 'half' exists already \(registered by .*mine\.py\)", other)
+    refused(r"plugins has two files named 'mine\.py'", mine, mine)
 
 
 @pytest.mark.parametrize(
@@ -369,5 +369,5 @@ def test_a_plugin_that_is_not_the_one_that_ran_is_refused(tmp_path):
     (run / "plugins").mkdir(parents=True)
     (run / "plugins" / "x.py").write_text("raise SystemExit")
     (run / "run.json").write_text('{"identity": {"config": {"plugin x.py": "0123456789abcdef"}}}')
-    with pytest.raises(UserError, match="is not the file that the run had; restore it"):
+    with pytest.raises(UserError, match="is not the file that the run used; restore it"):
         task_of(str(run), "sst2")

@@ -243,7 +243,7 @@ def test_operations_that_do_not_fit_are_passed_over_or_refused_by_name():
             sst2,
             True,
             True,
-            r"lose their gold label.*\(for task sst2 mask, neighbor keep",
+            r"lose their gold label.*\(in task sst2 the label stays with mask, neighbor\)",
         ),
         (["swap"], rte, True, True, "names 'swap': its copies lose their gold label"),
     ):

@@ -139,7 +139,7 @@ def test_missing_columns_and_texts_are_named():
         build_examples(SST2, [{"sentence": "a"}], "train")
     with pytest.raises(UserError, match="row 1: no column 'sentence2'; its columns: sentence1"):
         build_examples(RTE, [{"sentence1": "a"}], "train")
-    with pytest.raises(UserError, match="column 'sentence' holds None; it must be text"):
+    with pytest.raises(UserError, match="column 'sentence' holds None; expected text"):
         build_examples(SST2, [{"sentence": None, "label": 1}], "train")
     with pytest.raises(
         UserError, match=r"row 1 does not have the form of task 'multirc'.*columns text"
@@ -232,7 +232,7 @@ def test_sample_is_a_function_of_contents_and_seed():
 def test_sample_takes_groups_whole():
     record = official("record")
     assert sample(record, 7, seed=0).groups_B.tolist() in ([0] * 5, [1] * 5)
-    with pytest.raises(UserError, match="4 examples of the validation split: none fit"):
+    with pytest.raises(UserError, match="of the validation split is empty, since each group"):
         sample(record, 4, seed=0)
 
 

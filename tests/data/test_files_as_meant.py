@@ -119,7 +119,7 @@ def test_two_columns_or_keys_of_one_name_are_refused_with_the_file(tmp_path):
 def test_two_columns_that_a_task_calls_by_one_name_are_refused_where_they_differ():
     row = {"sentence1": "a", "sentence2": "b", "score": "1.0", "label": "1.0"}
     assert len(build_examples(TASKS["stsb"], [row], "train")) == 1
-    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both are"):
+    with pytest.raises(UserError, match=r"train row 1: columns 'score' and 'label' both stand"):
         build_examples(TASKS["stsb"], [{**row, "label": "2.0"}], "train")
 
 
@@ -233,7 +233,7 @@ def test_invariant_04_numbers_that_datasets_sorted_as_texts_are_those_numbers(tm
 @pytest.mark.parametrize("value", [True, "1_0", "nan", None])
 def test_what_only_python_takes_for_a_score_is_refused(tmp_path, value):
     task = own_task(tmp_path, "score_range: [0, 20]")
-    with pytest.raises(UserError, match=r"score .* allowed: a number from 0 to 20"):
+    with pytest.raises(UserError, match=r"score .* is not allowed; expected a number from 0 to 20"):
         build_examples(task, [{"text": "a", "label": value}], "train")
 
 
@@ -270,7 +270,9 @@ def test_a_text_that_goes_over_several_lines_of_a_tsv_of_one_column_is_told(tmp_
 def test_a_template_of_which_a_part_would_be_left_out_is_refused(tmp_path, template):
     file = tmp_path / "task.yaml"
     file.write_text(f"name: own\ntext_a: '{template}'\nlabels: [a, b]\n")
-    with pytest.raises(UserError, match=r"the template .* has braces that hold no column's name"):
+    with pytest.raises(
+        UserError, match=r"the template .* has braces with more or less than a column's name"
+    ):
         read_task_file(file)
 
 
@@ -279,13 +281,13 @@ def test_quotation_marks_that_stay_though_all_are_around_whole_fields_are_told(t
         caplog.clear()
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\tpositive\n")
         assert read_rows(tmp_path / f"{name}.tsv", TONE)[0]["text"] == text
-        assert ("quotation marks stay" in caplog.text) == told
+        assert ("quotation marks are kept" in caplog.text) == told
 
 
 @pytest.mark.parametrize("name", ["Label", " label", "LABEL "])
 def test_a_column_that_is_the_labels_but_for_capitals_and_blanks_is_no_missing_one(name):
     rows = [{"text": "a", name: "positive"}]
-    with pytest.raises(UserError, match=f"row 1: no column 'label'; .*is it '{name}'"):
+    with pytest.raises(UserError, match=f"row 1: no column 'label'; .*did you mean '{name}'"):
         build_examples(TONE, rows, "train", labelled=None)
     assert not build_examples(TONE, [{"text": "a", "labels": "x"}], "train", None).has_gold
 

@@ -165,7 +165,7 @@ def test_malformed_line_is_named_or_passed_over(tmp_path, caplog):
         "good",
         "bad",
     ]
-    assert "passed over 1 malformed line:" in caplog.text
+    assert "skipped 1 malformed line:" in caplog.text
 
 
 def test_malformed_first_line_of_a_file_without_header(tmp_path):
@@ -192,14 +192,14 @@ def test_renamed_column_in_a_header_is_missing_not_data(tmp_path):
         (
             "x.jsonl",
             b'{"a": 1}\n3\n',
-            "x.jsonl:2: '3' is not an object; fix the line$",
+            "x.jsonl:2: '3' is not a JSON object; fix the line$",
         ),
         ("x.json", b"[1, 2]", "expected a list of objects"),
         ("x.csv", b'a,label\n"open,1\n', "x.csv:.*not CSV"),
         ("x.csv", b"sentence,label\na,b,1\n", "x.csv:2: 3 fields where 2"),
         ("x.tsv", b"sentence\tlabel\n\xff\t1\n", "not UTF-8"),
-        ("x.parquet", b"PAR1 but no more", "not a whole .parquet file"),
-        ("x.arrow", b"nothing of the kind", "not a whole .arrow file"),
+        ("x.parquet", b"PAR1 but no more", "not a complete .parquet file"),
+        ("x.arrow", b"nothing of the kind", "not a complete .arrow file"),
         ("x.xlsx", b"", "unknown kind '.xlsx'; allowed: .tsv, .csv"),
     ],
 )
@@ -223,10 +223,10 @@ def test_missing_files_and_folders_are_named(tmp_path):
         (tmp_path / name).write_text("sentence\tlabel\n")
     with pytest.raises(
         UserError,
-        match=r"looked for train with .tsv.*holds small-train.tsv, train_part.tsv; .*data.train=FILE",
+        match=r"expected train with one of .tsv.*holds small-train.tsv, train_part.tsv; .*data.train=FILE",
     ):
         load(SST2, "train", tmp_path)
-    with pytest.raises(UserError, match=r"looked for validation, dev, val .*data.validation=FILE"):
+    with pytest.raises(UserError, match=r"expected validation, dev, val .*data.validation=FILE"):
         load(SST2, "validation", tmp_path)
     with pytest.raises(UserError, match="is a file, not a folder"):
         load(SST2, "train", tmp_path / "train_part.tsv")
@@ -261,7 +261,7 @@ def test_a_hub_out_of_reach_says_what_and_what_to_do(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
-    assert "could not reach split 'validation' of hub data set 'nyu-mll/glue' (rte)" in done.stdout
+    assert "split 'validation' of hub data set 'nyu-mll/glue' (rte) cannot be loaded" in done.stdout
     assert "give data.path" in done.stdout
     assert done.stdout.count("\n") == 1
 

@@ -117,13 +117,15 @@ def test_labels_outside_the_set_are_counted_in_several_parts_of_a_long_file(data
     for number in (3, 20, 35):  # of three chunks, of the first five
         lines[number] = lines[number].split("\t")[0] + "\tneutral"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"train row 3: .*outside it are 'neutral' \(3 rows\);"):
+    with pytest.raises(
+        UserError, match=r"train row 3: .*labels outside the set: 'neutral' \(3 rows\);"
+    ):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
     # no gold label in rows of two chunks
     for number in (3, 20, 35):
         lines[number] = lines[number].split("\t")[0] + "\t"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"train row 3: .*\(so it is in 3 rows\)"):
+    with pytest.raises(UserError, match=r"train row 3: .*\(3 rows without one in all\)"):
         load_official(grammar_task(data), data_of("m", "grammar", str(data)), "train")
 
 
@@ -134,7 +136,7 @@ def test_one_row_is_told_in_the_singular():
     assert counted_rows(1, "copies equal to a row or to another copy") == (
         "1 copy equal to a row or to another copy"
     )
-    assert counted_rows(1, "unlabelled rows that no file of predictions answers").startswith(
+    assert counted_rows(1, "unlabelled rows without a prediction in any file").startswith(
         "1 unlabelled row that"
     )
     assert counted_rows(2, "copies with a held-out sentence") == "2 copies with a held-out sentence"
@@ -163,8 +165,8 @@ def test_weights_fitted_to_too_few_answers_are_refused_before_teachers_are_asked
     with pytest.raises(UserError) as caught:
         distill(config, ALONE)
     assert re.search(
-        r"ensemble=fitted needs 200 labelled rows of the selection split that every teacher "
-        r"answers, and there are 1\d\d; give files that answer more of them",
+        r"ensemble=fitted needs 200 labelled rows of the selection split with a prediction of "
+        r"every teacher, and there are 1\d\d; give files with predictions of more rows",
         str(caught.value),
     )
     assert not (tmp_path / "run").exists()

@@ -94,7 +94,7 @@ def test_a_mapping_of_numbers_is_of_numbers_however_they_are_written(tmp_path):
     said = {name: p > 0.5 for name, (_, p) in p_of(read(tmp_path / "gpt.parquet", **keys)).items()}
     assert said == {"a": True, "b": False}
     file = write(tmp_path / "gpt.csv", "sentence,label\na,0\nb,1\n")
-    with pytest.raises(UserError, match="labels that task small has not: '1' 1"):
+    with pytest.raises(UserError, match="labels that task small does not have: '1' 1"):
         read(file, labels={"0": "positive"})
     assert read(file, labels={"Pos": "positive"}).keys == [("a",), ("b",)]
 
@@ -103,7 +103,7 @@ def test_an_empty_cell_of_any_kind_is_a_missing_answer_where_it_is_said(tmp_path
     rows = '{"sentence": "a", "label": NaN}\n{"sentence": "b", "label": "positive"}\n'
     file = read(write(tmp_path / "gpt.jsonl", rows), abstain=[""])
     assert file.keys == [("b",)]
-    assert "1 answer withheld ('')" in file.notes
+    assert "1 row without an answer ('')" in file.notes
 
 
 def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
@@ -145,7 +145,7 @@ def test_the_probability_of_one_class_is_no_confidence(tmp_path):
 
 def test_a_score_of_another_scale_is_refused_with_its_row(tmp_path):
     head = "sentence1,sentence2,score\na,b,3\n"
-    with pytest.raises(UserError, match=r"row 2: column 'score' holds 87, .* run from 0 to 5"):
+    with pytest.raises(UserError, match=r"row 2: column 'score' holds 87, .* go from 0 to 5"):
         read(write(tmp_path / "gpt.csv", head + "c,d,87\n"), STSB)
     assert len(read(write(tmp_path / "near.csv", head + "c,d,5.2\n"), STSB).keys) == 2
 
@@ -169,7 +169,9 @@ def test_the_rest_of_a_confidence_and_of_a_list_is_shared_out(tmp_path):
     )
     file = read(write(tmp_path / "gpt.jsonl", lines + "\n"), MNLI, kind="top_k")
     assert p_of(file) == {"p": [0.3, 0.6, 0.1]}
-    assert file.notes == ["top_k: on average 0.1000 of the probability is missing, and shared out"]
+    assert file.notes == [
+        "top_k: on average 0.1000 of the probability goes to labels that are not listed"
+    ]
 
 
 def test_scores_are_read_as_they_are(tmp_path):
@@ -235,8 +237,8 @@ BAD = {
     "no such column of ids": (HEAD + "a,.2,.8\n", {"id": "key"}, "has no column 'key' \\(id=key\\)"),
     "neither id nor text": ("text,label\na,positive\n", {}, "neither a column 'id' nor the text column 'sentence'"),
     "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is not an id"),
-    "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none of positive"),
-    "two columns of a class": ("sentence,negative,positive,p_positive\na,.2,.8,.8\n", {}, "both are of the label 'positive'"),
+    "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none for positive"),
+    "two columns of a class": ("sentence,negative,positive,p_positive\na,.2,.8,.8\n", {}, "both belong to the label 'positive'"),
     "no answers at all": ("sentence,note\na,x\n", {}, "has no answers: expected a column for each class"),
     "NaN": (HEAD + "a,.2,.8\nb,nan,.1\n", {}, "row 2: column 'negative' holds 'nan'; expected a number"),
     "a blank": (HEAD + "a,.2,\n", {}, "row 1: column 'positive' holds ''; expected a number"),
@@ -249,11 +251,11 @@ BAD = {
     "logarithms above 0": (HEAD + "a,.2,.8\n", {"kind": "log_probabilities"}, "are not log-probabilities.*after exp"),
     "logarithms of no probabilities": (HEAD + "a,-1,-1\n", {}, "row 1: its probabilities sum to 0.7358"),
     "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
-    "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 answer 'a' differently; remove one"),
-    "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small has not: 'maybe' 1"),
-    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "answers no row: every answer is withheld or unknown; give some"),
-    "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "answers no row"),
-    "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small has not: '' 1"),
+    "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 hold different answers for 'a'; remove one"),
+    "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small does not have: 'maybe' 1"),
+    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "has no answer for any row: each one is missing or an unknown label; add"),
+    "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "has no answer for any row"),
+    "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small does not have: '' 1"),
     "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is not a label of task small"),
     "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),
     "a confidence that is NaN": ("sentence,label,confidence\na,positive,nan\n", {}, "column 'confidence' holds 'nan'"),
@@ -267,7 +269,7 @@ BAD = {
     "scores for classes": ("sentence,score\na,1\n", {"kind": "scores"}, "kind: scores is for tasks of scores"),
     "two columns of one name": ("sentence,label,label\na,positive,positive\n", {}, "has the column 'label' twice"),
     "a short line": (HEAD + "a,.2\n", {}, "predictions of teacher gpt: .*gpt.csv:2: 2 fields where 3 are expected.*; fix the line$"),
-    "percentages": (HEAD + "a,30,70\nb,0,99.5\n", {}, "row 1: 30, 70 are percentages, as all rows are; .*divide by 100$"),
+    "percentages": (HEAD + "a,30,70\nb,0,99.5\n", {}, "row 1: 30, 70 are percentages, here and in all other rows; .*divide by 100$"),
     "percentages that are said to be probabilities": (HEAD + "a,30,70\n", {"kind": "probabilities"}, "divide by 100$"),
     "shares that do not sum to 1": (HEAD + "a,.2,.7\n", {}, "sum to 0.9; expected 1 within 0.02; correct the row$"),
 }  # fmt: skip
@@ -285,14 +287,14 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
 @pytest.mark.parametrize(
     ("name", "bytes_", "message"),
     [
-        ("gpt.parquet", b"no parquet", "is not a whole .parquet file"),
+        ("gpt.parquet", b"no parquet", "is not a complete .parquet file"),
         ("gpt.jsonl", b"{\n", "not JSON"),
         ("gpt.csv", b"\xff\xfe", "is not UTF-8"),
         ("gpt.xlsx", b"a", "unknown kind '.xlsx'"),
         ("gpt.txt", b"a", "teacher gpt: .* unknown kind '.txt'; allowed: .tsv, .*[.]arrow$"),
         ("gpt.jsonl", b"[1, 2]\n3\n", "predictions of teacher gpt: .*not JSON"),
-        ("gpt.jsonl", b"{}\n[1,2]\n", "gpt.jsonl:2: '.1,2.' is not an object; fix the line$"),
-        ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; it must be text"),
+        ("gpt.jsonl", b"{}\n[1,2]\n", "gpt.jsonl:2: '.1,2.' is not a JSON object; fix the line$"),
+        ("gpt.jsonl", b'{"sentence": 3, "label": "positive"}\n', "column 'sentence' holds 3; expected text"),
         ("gpt.jsonl", b'{"sentence": "a", "label": null}\n', "row 1: column 'label' holds no label \\(None\\)"),
     ],
 )  # fmt: skip
@@ -323,7 +325,7 @@ def test_what_is_no_score_is_refused(tmp_path):
         ("{predictions: a.csv, dtype: bf16}", "dtype is for a model, and this is a file of"),
         ("{predictions: a.csv, offload: true}", "offload is for a model"),
         ("{predictions: a.csv, placement: pool}", "a file of predictions has no placement pool"),
-        ("{predictions: a.csv, path: b}", "path is a model's and predictions a file's"),
+        ("{predictions: a.csv, path: b}", "path names a model and predictions a file"),
         ("{predictions: a.csv, labels: [a, b]}", "give labels as {NAME: LABEL}"),
         ("{predictions: a.csv, kind: model}", "should be 'auto', 'probabilities'"),
         ("{predictions: a.csv, unknown: keep}", "should be 'refuse' or 'skip'"),

@@ -64,7 +64,7 @@ def test_a_kind_that_is_not_registered_is_refused_with_those_that_are(tmp_path):
 
 
 def test_a_name_that_is_taken_is_refused(graded):
-    with pytest.raises(UserError, match="'graded' is there already"):
+    with pytest.raises(UserError, match="'graded' exists already"):
         register_task_kind(Graded())
 
 

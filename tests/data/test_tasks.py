@@ -240,7 +240,7 @@ def test_own_regression_and_choice_tasks(tmp_path):
         ("name: x\ntext_a: '{t}'\nchoices: ['{a', 'b}']\n", "choices has '{a', in which a brace"),
         ("name: x\nlabels: [a, b]\n", "key 'text_a' is missing"),
         ('name: x\ntext_a: "{t}"\nlabels: [false, true]\n', r"labels.0 is false.*quote it"),
-        ('name: x\ntext_a: "{t}"\nlabels: [LABEL_0, LABEL_1]\n', "'label_0', which says nothing"),
+        ('name: x\ntext_a: "{t}"\nlabels: [LABEL_0, LABEL_1]\n', "'label_0', which names no class"),
         ('name: x\ntext_a: "{t}"\nlabels: [a]\n', "two or more"),
         ('name: x\ntext_a: "{t}"\nlabels: [a, A]\n', "two or more different"),
         ('name: x\ntext_a: "{t"\nlabels: [a, b]\n', "text_a has '{t', in which .*expected '}'"),

@@ -95,8 +95,8 @@ def test_text_without_the_column_of_the_task_is_told_with_its_file(data):
 def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
     for given in ({}, {"unlabeled__rest": "true"}):
         assert load(data, **given)[1][0] == (
-            "unlabelled text: 0 rows (0 removed): no other row of the train file is left over; "
-            "give a file of text: unlabeled.path=FILE"
+            "unlabelled text: 0 rows (0 removed), because the sample leaves out no other row of "
+            "the train file; give a file of text: unlabeled.path=FILE"
         )
 
 
@@ -106,8 +106,8 @@ def test_a_class_without_a_training_row_is_told(data):
     with noted() as notes:
         load_examples(config(data__path=data), task)
     assert notes[-1] == (
-        "WARNING: no training row is 'neutral', 'mixed', so no label teaches the student to say "
-        "so; give rows of it, or take it out of the task's labels"
+        "WARNING: no training row has a label of 'neutral', 'mixed', so no gold label teaches these "
+        "classes; add rows of them, or remove them from the task's labels"
     )
 
 
@@ -197,7 +197,7 @@ def test_an_empty_line_is_an_empty_text_between_rows_of_one_column_alone(tmp_pat
         ("x.tsv", b"sentence\tn\na\t1\nb\n", r"x.tsv:3: 1 field where 2 are expected"),
         ("x.tsv", b"sentence\na\n\xff\n", r"x.tsv is not UTF-8"),
         ("x.jsonl", b'{"sentence": "a"}\n{"sen\n', r"x.jsonl:2: not JSON"),
-        ("x.parquet", b"PAR1 no", r"x.parquet is not a whole .parquet file"),
+        ("x.parquet", b"PAR1 no", r"x.parquet is not a complete .parquet file"),
         ("x.tsv", None, r"x.tsv does not exist"),
     ],
 )
@@ -246,7 +246,7 @@ def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert examples.unlabelled_rows == 50 * 16
-        assert f"; {count - 800} others left out: no run reads more" in notes[0]
+        assert f"; {count - 800} more left out: no run is that long" in notes[0]
     assert peaks[1] < 1.2 * peaks[0]
     # a longer run reads more
     assert (

@@ -133,7 +133,7 @@ def test_without_names_of_its_classes_the_line_to_copy_is_told(tmp_path):
         id2label={"0": "LABEL_0", "1": "LABEL_1"},
         label2id={"LABEL_0": 0, "LABEL_1": 1},
     )
-    with pytest.raises(UserError, match=r"says nothing of their order.*labels: task_order"):
+    with pytest.raises(UserError, match=r"does not show their order.*labels: task_order"):
         load_teachers([tmp_path / "lora"])
 
 
@@ -154,7 +154,10 @@ MISTAKES = {
         lambda f: shutil.rmtree(f / "base"),
         r"is an adapter of .*base \(base_model_name.*",
     ),
-    "no base": (lambda f: bad(f, base_model_name_or_path=None), "adapter of None .* correct it"),
+    "no base": (
+        lambda f: bad(f, base_model_name_or_path=None),
+        "adapter of None .*not a model; write the base's folder",
+    ),
     "itself": (lambda f: bad(f, base_model_name_or_path=str(f / "lora")), "which is not a model"),
     "another kind": (lambda f: bad(f, peft_type="IA3"), "peft_type=IA3 .* peft_type=LORA"),
     "another task": (lambda f: bad(f, task_type="CAUSAL_LM"), "task_type=CAUSAL_LM; give one"),
@@ -163,7 +166,10 @@ MISTAKES = {
         "holds no adapter_model.safetensors",
     ),
     "no JSON": (lambda f: (f / "lora" / "adapter_config.json").write_text("{"), "cannot be read"),
-    "other layers": (lambda f: bad(f, target_modules=["query"]), "do not fit in base_model"),
+    "other layers": (
+        lambda f: bad(f, target_modules=["query"]),
+        "does not fit this base in base_model",
+    ),
     "no such layers": (
         lambda f: bad(f, target_modules=["xyz"]),
         "cannot be read: .*No modules were targeted",
@@ -186,7 +192,9 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tmp_path, mistake):
 def test_the_line_that_installs_peft_is_told(tmp_path, monkeypatch):
     save_adapter(tmp_path)
     monkeypatch.setattr(adapters, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"needs the package peft; pip install 'sead-dist\[peft\]'"):
+    with pytest.raises(
+        UserError, match=r"package peft is not installed; pip install 'sead-dist\[peft\]'"
+    ):
         locate(str(tmp_path / "lora"))
 
 

@@ -68,8 +68,8 @@ def test_values_are_those_that_attention_sums():
 @pytest.mark.parametrize(
     ("kind", "attention", "said"),
     [
-        ("deberta-v2", True, r"teacher x: its attention \(deberta-v2\) is not BERT's"),
-        ("mpnet", True, r"teacher x: its attention \(mpnet\) is not BERT's"),
+        ("deberta-v2", True, r"teacher x: its attention \(deberta-v2\) is not built like BERT's"),
+        ("mpnet", True, r"teacher x: its attention \(mpnet\) is not built like BERT's"),
         # three layers of two groups: which runs when is a rule of its own
         ("albert", False, r"teacher x: no list of layers found in it \(albert\)"),
     ],

@@ -30,19 +30,19 @@ KINDS = {
     "squeezebert": {**SIZES, "embedding_size": 32},
     "roberta-prelayernorm": SIZES,
 }
-SCORES = "the attention of layer 2 differs from its own by"
+SCORES = "the attention of layer 2 differs from the model's output by"
 # what the linear maps and layers of each kind would be taken for
 INPUTS = model_inputs()
 MISREAD = [
-    ("roformer", "tinybert", "the attention of layer 1 differs from its own by"),
+    ("roformer", "tinybert", "the attention of layer 1 differs from the model's output by"),
     ("roformer", "minilm", SCORES),
     ("esm", "minilm", SCORES),
-    ("convbert", "minilm", r"layer 2 is read as \[2, 2, 32, 32\], and it gives \[2, 1, 32, 32\]"),
-    ("yoso", "minilm", r"layer 2 is read as \[2, 2, 32, 32\], and it gives \[2, 32, 32\]"),
-    ("longformer", "minilm", r"queries, keys and values of \[32, 2, 32\]"),
-    ("canine", "distilbert", "3 hidden states are read, and it gives 7"),
-    ("canine", "minilm", "the attention of 2 layers is read, and it gives 4"),
-    ("flaubert", "tinybert", "hidden states 1 differ from its own by"),
+    ("convbert", "minilm", r"layer 2 has the shape \[2, 2, 32, 32\] .* outputs \[2, 1, 32, 32\]"),
+    ("yoso", "minilm", r"layer 2 has the shape \[2, 2, 32, 32\] .* outputs \[2, 32, 32\]"),
+    ("longformer", "minilm", r"queries, keys and values of shapes .*: \[32, 2, 32\]"),
+    ("canine", "distilbert", "3 hidden states are read, but the model outputs 7"),
+    ("canine", "minilm", "the attention of 2 layers is read, but the model outputs 4"),
+    ("flaubert", "tinybert", "hidden states 1 differ from the model's output by"),
 ]
 
 
@@ -58,10 +58,12 @@ def test_what_would_be_misread_is_told_of_the_kind_and_of_a_model_with_new_weigh
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config_of(kind))
     fix = "give a model built like BERT .*method=single" + (
-        "" if method == "distilbert" else "|method=distilbert, which needs hidden states alone"
+        "" if method == "distilbert" else "|method=distilbert, which needs only hidden states"
     )
     for check, one in ((check_inside, model), (check_kind, outline(config_of(kind)))):
-        with pytest.raises(UserError, match=rf"^it \({kind}\) would be misread: .*{said}") as told:
+        with pytest.raises(
+            UserError, match=rf"^it \({kind}\): its layers cannot be read: .*{said}"
+        ) as told:
             check(one, INPUTS, method, "it")
         assert told.match(fix)
         assert "\n" not in str(told.value)
@@ -110,7 +112,7 @@ def test_weights_of_its_own_are_looked_at_where_the_kind_cannot_be_cut_down(monk
     monkeypatch.setattr(innercheck, "shallow", fails)
     check_kind(outline(config_of("roformer")), INPUTS, "minilm", "it")
     model = AutoModelForSequenceClassification.from_config(config_of("roformer"))
-    with pytest.raises(UserError, match="would be misread"):
+    with pytest.raises(UserError, match="its layers cannot be read"):
         check_inside(model, INPUTS, "minilm", "it")
 
 
@@ -136,5 +138,5 @@ def test_the_model_and_the_generator_are_as_before(kind):
 def test_a_model_that_fails_when_it_is_asked_is_told(monkeypatch):
     model = build_model()
     monkeypatch.setattr(type(model), "forward", lambda *_args, **_more: 1 / 0)
-    with pytest.raises(UserError, match=r"it fails \(division by zero\); give a model"):
+    with pytest.raises(UserError, match=r"attentions fails \(division by zero\); give a model"):
         check_inside(model, INPUTS, "minilm", "it")

@@ -106,7 +106,7 @@ def test_a_student_whose_answers_change_with_padding_is_refused_in_one_line(tmp_
     folder = save_kind(tmp_path / kind, kind)
     model, tokenizer = load_classifier(locate(str(folder))), grammar_tokenizer()
     settle(tokenizer, model.config)
-    with pytest.raises(UserError, match=r"the student is a \w+, and its answers") as caught:
+    with pytest.raises(UserError, match=r"the student is a \w+, and its logits") as caught:
         student_inputs(model, tokenizer, 64, "the student", example_set(texts()))
     assert "\n" not in str(caught.value)
 
@@ -129,7 +129,7 @@ def test_a_maximum_length_that_holds_no_token_of_text_is_refused():
     tokenizer, one = grammar_tokenizer(), example_set(["good plot"])
     assert len(tokenize(tokenizer, one, 3).ids) == 3
     with pytest.raises(
-        UserError, match="max_length=2 leaves no token of text: this tokeniser adds 2"
+        UserError, match="max_length=2 leaves no token for text: this tokeniser adds 2"
     ):
         tokenize(tokenizer, one, 2)
     pairs = replace(one, texts_b=["bad"])
@@ -271,10 +271,10 @@ def test_answers_that_depend_on_what_was_asked_before_are_told(tmp_path):
     rows = real_rows(grammar_tokenizer(), example_set(texts(3)), 64, CPU)
     alone = sorted(rows.alone, key=lambda row: row["input_ids"].shape[1])
     rows = CheckRows([alone[-1], *alone], rows.together)
-    with pytest.raises(UserError, match="its answer to a text depends on the texts before it"):
+    with pytest.raises(UserError, match="its logits for a text depend on the texts before it"):
         padding_of(model, rows, "right")
     model.bert.set_attention_type("block_sparse")
-    with pytest.raises(UserError, match="teacher a, a big_bird: its answer to a text depends on"):
+    with pytest.raises(UserError, match="teacher a, a big_bird: its logits for a text depend on"):
         check_teacher(model, CheckRows(rows.alone, lambda _: rows.alone), "right", "a")
 
 

@@ -123,7 +123,7 @@ def test_layers_of_other_architectures_can_be_chosen(tmp_path, kind):
 @pytest.mark.parametrize("layers", [[4], [-1], []])
 def test_layers_that_are_not_there_are_named(tmp_path, layers):
     folder = save_teacher(tmp_path / "t", num_hidden_layers=4)
-    with pytest.raises(UserError, match=r"must be chosen from 0\.\.3"):
+    with pytest.raises(UserError, match=r"give one or more from 0\.\.3"):
         start(path=str(folder), layers=layers)
 
 
@@ -202,8 +202,8 @@ def test_a_folder_of_another_width_keeps_its_body(tmp_path):
     ("text", "said"),
     [
         ("model_type: [", "is not valid YAML"),
-        ("- bert", "does not say model_type"),
-        ("hidden_size: 32", "does not say model_type"),
+        ("- bert", "has no model_type"),
+        ("hidden_size: 32", "has no model_type"),
         ("model_type: bert\nhidden_size: 30\nnum_attention_heads: 7", "cannot be built"),
         ("model_type: no-such", "unknown model_type 'no-such'; give one of Transformers"),
         ("model_type: brt\nhidden_size: 32", "unknown model_type 'brt'; did you mean 'bert'"),
@@ -229,13 +229,16 @@ def test_fields_that_a_config_does_not_name_are_told_and_given_on(tmp_path, capl
     (tmp_path / "shape.yaml").write_text(text + sizes)
     model = start(shape=str(tmp_path / "shape.yaml"))
     assert model.config.position_buckets == 8
-    assert "shape.yaml: deberta-v2 may ignore position_buckets" in caplog.text
+    assert "shape.yaml: a deberta-v2 may not use position_buckets" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ("shap.yaml", "file shap.yaml does not exist; give one, or L12-H384-A12, L6"),
+        (
+            "shap.yaml",
+            "file shap.yaml does not exist; give a YAML file, or one of L12-H384-A12, L6",
+        ),
         ("L6-H256", "L6-H256 is not a shape of a model; did you mean 'L6-H256-A8'"),
         ("L6-H256-A9", "L6-H256-A9 is not a shape of a model; did you mean 'L6-H256-A8'"),
         ("L6-H257", "L6-H257 is not a shape of a model; known: L12-H384-A12"),

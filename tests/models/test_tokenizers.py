@@ -146,7 +146,9 @@ def test_capitals_that_are_lost_because_no_file_says_so_are_told(tmp_path, setti
     if settings is not None:
         path.write_text(json.dumps(settings))
     folder = locate(str(tmp_path))
-    with pytest.raises(UserError, match=r"2 of its 5 words have some \('Film'\); write .*false"):
+    with pytest.raises(
+        UserError, match=r"2 of its 5 words have capitals \('Film'\); write .*false"
+    ):
         load_tokenizer(folder)
     for lower, said in ((False, ["The", "Film", "##s"]), (True, ["the", "film", "##s"])):
         path.write_text(json.dumps({**(settings or {}), "do_lower_case": lower}))

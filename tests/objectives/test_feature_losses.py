@@ -184,18 +184,18 @@ def test_where_the_feature_teachers_layers_do_not_fit_the_student_keeps_its_own(
         (
             ["feature_loss=minilm"],
             None,
-            "feature_loss=minilm needs a teacher to follow, and there are",
+            "feature_loss=minilm needs a teacher, and there are none; give teachers",
         ),
         (
             ["feature_loss=minilm", "teachers=[a]", "ensemble=none"],
             None,
-            "and ensemble=none asks none; give teachers",
+            "and ensemble=none uses none; give another ensemble",
         ),
         (["method=tinybert", "teachers=[a]"], 3, "feature_loss=tinybert .* give deepspeed=zero2"),
         (
             ["student_init=feature_teacher", "teachers=[a]"],
             None,
-            "student_init=feature_teacher is for a method with a feature_loss",
+            "student_init=feature_teacher needs a feature_loss, and there is none",
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_loss_that_gives_one_number_for_all_rows_is_refused(monkeypatch):
     """It would be counted once for each row."""
     monkeypatch.setitem(SOFT_LOSSES, "mean", SoftLoss(lambda student, soft: student.mean()))
     with pytest.raises(
-        UserError, match=r"loss=mean gave the shape \(\) for 2 rows; a loss gives one"
+        UserError, match=r"loss=mean gave the shape \(\) for 2 rows; expected one value"
     ):
         soft_loss(torch.ones(2, 3), soft_of(torch.ones(2, 3), 1.0), "mean")
 

@@ -55,7 +55,7 @@ def task(tmp_path_factory):
 def rates(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAD_DIST_RATES", str(tmp_path / "rates.json"))
     # other tests run beside this one
-    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: False)
+    monkeypatch.setattr(planrates.OtherProcesses, "are_busy", lambda *_given: False)
     return tmp_path / "rates.json"
 
 
@@ -97,7 +97,7 @@ def test_a_plan_has_passes_store_times_and_the_choice_and_writes_no_run(
     assert found["auto"] == ["colocated", "colocated"]
     said = capsys.readouterr().out
     assert f"auto takes {found['reason']}" in said
-    assert "pool: workers in jobs of their own keep up with the student from" in said
+    assert "pool: the student need not wait with" in said
     assert "rates: 3 measured now, 0 remembered" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "store").exists()
@@ -212,8 +212,8 @@ def test_rates_that_cannot_be_kept_do_not_lose_the_plan(task, tmp_path, monkeypa
     found = planned(task, tmp_path)
     assert not any(one["scaled"] for one in found["rates"])
     said = capsys.readouterr().out
-    assert f"they could not be kept in {tmp_path / 'file' / 'rates.json'} (" in said
-    assert "), and will be measured again; name another file with SEAD_DIST_RATES" in said
+    assert f"the rates cannot be written to {tmp_path / 'file' / 'rates.json'} (" in said
+    assert "), so the next plan measures them again; name another file with SEAD_DIST_RATES" in said
 
 
 def test_where_the_plan_cannot_be_written_is_found_out_first(task, tmp_path, rates, monkeypatch):
@@ -263,7 +263,7 @@ def test_rates_of_other_hardware_are_scaled_by_operations(task, tmp_path, rates)
         (GIVEN.replace("2.0e+9", "-1"), "forward.fp32: input should be greater than 0, not -1"),
         (GIVEN.replace("{fp32: 2.0e+9}", "{bf16: 2.0e+9}"), "forward has no fp32, which the run"),
         (GIVEN.replace("2.0e+9}", "2.0e+9"), "is not valid YAML"),
-        ("- 1", "holds no keys"),
+        ("- 1", "has no keys"),
         (None, "cannot be read"),
     ],
 )
@@ -283,7 +283,10 @@ def test_a_wrong_file_of_rates_is_refused_in_one_line(task, tmp_path, rates, tex
         ({"gpu_memory": "24"}, "--gpu-memory '24' is not a number with a unit"),
         ({"gpu_memory": "1kB"}, "the student's training state alone takes"),
         ({"ranks": 0}, "--ranks 0 must be at least 1"),
-        ({"encoders": "[L6-H256-A8]"}, "encoders are for finetune; give the teachers to distil"),
+        (
+            {"encoders": "[L6-H256-A8]"},
+            "encoders is a key of finetune; give the teachers to distil",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(task, tmp_path, rates, changes, said):
@@ -365,15 +368,15 @@ def test_a_teacher_is_found_by_its_shape(task, tmp_path, rates):
 def test_what_a_busy_machine_measured_is_marked_and_measured_again(
     task, tmp_path, rates, capsys, monkeypatch
 ):
-    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: True)
+    monkeypatch.setattr(planrates.OtherProcesses, "are_busy", lambda *_given: True)
     planned(task, tmp_path)
     said = capsys.readouterr().out
-    assert "WARNING: other processes had the processors while 3 of the rates were" in said
+    assert "WARNING: other processes used the processors while 3 of the rates were" in said
     assert all(rate.busy for rate in remembered(rates).values())
-    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: False)
+    monkeypatch.setattr(planrates.OtherProcesses, "are_busy", lambda *_given: False)
     planned(task, tmp_path)
     said = capsys.readouterr().out
-    assert "3 measured again: the machine was busy when they were measured before" in said
+    assert "3 measured again, since the machine was busy the time before" in said
     assert "WARNING" not in said
     assert not any(rate.busy for rate in remembered(rates).values())
     planned(task, tmp_path)
@@ -382,7 +385,7 @@ def test_what_a_busy_machine_measured_is_marked_and_measured_again(
 
 def test_where_the_machine_was_busy_and_there_is_time_it_is_measured_twice(monkeypatch):
     found = iter([True, False])
-    monkeypatch.setattr(planrates.Others, "in_the_way", lambda *_given: next(found))
+    monkeypatch.setattr(planrates.OtherProcesses, "are_busy", lambda *_given: next(found))
     made = iter([2.0, 1.0])
     kept = planrates.timed_quietly(lambda _until: Rate((8,), (next(made),), 0, 0), 1e12, CPU)
     assert (kept.row_s_K, kept.busy) == ((1.0,), False)
@@ -391,15 +394,15 @@ def test_where_the_machine_was_busy_and_there_is_time_it_is_measured_twice(monke
 def test_processes_that_take_the_processors_are_in_the_way():
     """All processors are taken by others, and one more thread wants to work."""
     cores = os.cpu_count() or 1
-    others = planrates.Others()
+    others = planrates.OtherProcesses()
     loads = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * cores)]
     end = time.monotonic() + 1.5
     while time.monotonic() < end:
         sum(range(10_000))
     for load in loads:
         load.wait()
-    assert others.in_the_way(CPU)
-    assert not planrates.Others().in_the_way(CPU)  # too short to tell
+    assert others.are_busy(CPU)
+    assert not planrates.OtherProcesses().are_busy(CPU)  # too short to tell
 
 
 SPIN = "import time; end = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"

@@ -65,12 +65,16 @@ ALL = ("distill", "plan", "labels", "teach")
         ),
         (STUDENT, {"push_to_hub": "true"}, "cannot reach the hub"),
         (STUDENT, {"baseline": "elsewhere"}, "baseline=elsewhere is"),
-        (STUDENT, {"encoders": "[L6-H256-A8]"}, "encoders are for finetune; give the teachers to"),
+        (
+            STUDENT,
+            {"encoders": "[L6-H256-A8]"},
+            "encoders is a key of finetune; give the teachers to",
+        ),
         (("distill", "plan", "teach"), {"method": "minilm"}, "teacher one is a file, and feature"),
         (
             ALL,
             {"ensemble": "score"},
-            "ensemble=score goes by each teacher's score, and one answers",
+            "ensemble=score needs each teacher's score, and one has predictions",
         ),
         (ALL, {"ensemble": "fitted"}, "ensemble=fitted needs 200 labelled rows"),
         (ALL, {"ensemble": "routed"}, "ensemble=routed"),

@@ -29,7 +29,7 @@ def test_a_run_with_nothing_said_tells_first_what_it_takes(distil, words, tmp_pa
     assert "36 steps (automatic: three passes over 360 rows, at least 4, at most 30000;" in first
     assert "about" not in first
     assert "never reached" not in second
-    assert "learning_rate=0.0003 (automatic: the student is 32 wide)" in second
+    assert "learning_rate=0.0003 (automatic: the student's width is 32)" in second
     assert "the mean of the weights of the last 7 of 36 steps (automatic: 40 selection" in third
     chosen = {"max_steps": 36, "learning_rate": 3e-4, "final_checkpoint": "average"}
     summary = read(run / "run_summary.json")
@@ -54,20 +54,18 @@ def test_the_time_is_told_where_the_students_rate_is_known(distil, words, tmp_pa
     run = distil(words(tmp_path / "run", "max_steps=2"))
     for note, line in zip(notes[-3:], said(run)[:3], strict=True):
         assert line.endswith(note)
-    assert (
-        "2 steps (max_steps; num_train_epochs=1 does not count beside it); about " in said(run)[0]
-    )
+    assert "2 steps (max_steps; num_train_epochs=1 is not used); about " in said(run)[0]
     more = ("max_steps=2", "num_train_epochs=null", "warmup_steps=5")
     length, rate, _ = resolve_all(load_config(words(tmp_path / "run", *more)), ALONE)[1][-3:]
     assert "2 steps (max_steps); about" in length
-    assert rate.endswith("; WARNING: never reached, since warmup_steps=5 of 2")
-    assert "s of training, by what `plan` measured here" in said(run)[0]
+    assert rate.endswith("; WARNING: it is never reached: warmup_steps=5, and the run has 2 steps")
+    assert "s of training, at the rate that `plan` measured here" in said(run)[0]
 
 
 def test_sead_with_one_teacher_says_that_it_is_single(distil, words, teachers, tmp_path):
     one = (f"teachers=[{teachers[0]}]", "max_steps=3")
     run = distil(words(tmp_path / "one", *one))
-    line = "method=sead counts several teachers alike; with one it is `single`"
+    line = "with one teacher it trains the same student as method=single"
     assert line in "\n".join(said(run))
     single = distil(words(tmp_path / "single", *one, "method=single"))
     weights = [load_file(of / "model" / "model.safetensors") for of in (run, single)]

@@ -88,7 +88,7 @@ def test_folds_that_no_teacher_leaves_out_are_told(caplog):
 
 
 def test_an_average_of_steps_that_are_not_known_is_refused():
-    with pytest.raises(UserError, match="early_stopping_patience=2 they are not known before"):
+    with pytest.raises(UserError, match="early_stopping_patience=2 these are not known in advance"):
         load_config(
             ["task=sst2", "output_dir=o", "early_stopping_patience=2", "final_checkpoint=average"]
         )

@@ -297,7 +297,7 @@ def test_predict_names_its_file_after_the_input(finished, grammar, tmp_path):
     file = Path(shutil.copy(grammar / "unlabeled.tsv", tmp_path / "in.tsv"))
     predict_file(str(finished), file, None, None, None)
     assert (tmp_path / "in.predicted.tsv").is_file()
-    with pytest.raises(UserError, match=r"in.predicted.tsv exists and is not written over"):
+    with pytest.raises(UserError, match=r"in.predicted.tsv exists and is not overwritten"):
         predict_file(str(finished), file, None, None, None)
 
 
@@ -305,7 +305,7 @@ def test_predict_writes_over_nothing(finished, grammar, tmp_path):
     file = shutil.copy(grammar / "unlabeled.tsv", tmp_path / "in.tsv")
     before = Path(file).read_bytes()
     for output, message in (
-        (file, "exists and is not written over"),
+        (file, "exists and is not overwritten"),
         (tmp_path / "out.txt", "allowed: .tsv, .csv, .jsonl, .parquet"),
         (tmp_path / "no" / "out.tsv", "does not exist; make it first"),
     ):
@@ -318,7 +318,7 @@ def test_predict_writes_over_nothing(finished, grammar, tmp_path):
 def test_predict_says_what_it_cannot_write_or_read(finished, teachers, grammar, tmp_path):
     tabbed = tmp_path / "in.jsonl"
     tabbed.write_text(json.dumps({"sentence": "the plot\twas good"}) + "\n")
-    with pytest.raises(UserError, match=r"'sentence' of row 1 holds a tab.*choose .csv"):
+    with pytest.raises(UserError, match=r"'sentence' of row 1 holds a tab.*give a .csv"):
         predict_file(str(finished), tabbed, None, tmp_path / "out.tsv", None)
     tabbed.write_text(json.dumps({"sentence": "good", "predicted_label": "x"}) + "\n")
     with pytest.raises(UserError, match="a column 'predicted_label' already; rename it"):

@@ -251,13 +251,13 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
     for output, message in (
         (tmp_path / "file", "is a file; give a folder"),
         (tmp_path / "full", "holds other files than an export; give a new folder"),
-        (tmp_path / "no" / "onnx", r"no folder \S+no; make it, or give another"),
+        (tmp_path / "no" / "onnx", r"\S+no does not exist; make it first"),
         (".", r"--output \. is the working folder or holds it"),
         (Path.cwd().parent, "is the working folder or holds it"),
     ):
         with pytest.raises(UserError, match=message):
             export_onnx(str(exported), False, str(output), None, None, None)
-    with pytest.raises(UserError, match="say where to: --output DIR"):
+    with pytest.raises(UserError, match="for a model of the hub also give --output DIR"):
         export_onnx("owner/name", False, None, "sst2", None, None)
     with pytest.raises(UserError, match="give --task NAME or FILE"):
         export_onnx(str(teachers[0]), False, str(tmp_path / "x"), None, None, None)
@@ -274,6 +274,6 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
 def test_a_model_that_predict_refuses_is_not_exported(exported, tmp_path):
     run = shutil.copytree(exported, tmp_path / "run")
     edit_json(run / "model" / "config.json", problem_type="multi_label_classification")
-    with pytest.raises(UserError, match="says problem_type=multi_label_classification"):
+    with pytest.raises(UserError, match="has problem_type=multi_label_classification"):
         export_onnx(str(run), False, str(tmp_path / "x"), None, None, None)
     assert not (tmp_path / "x").exists()

@@ -87,7 +87,7 @@ def test_a_student_that_would_be_misread_is_told_before_anything_is_written(tmp_
     student = tmp_path / "student.yaml"
     fields = shape("roformer", hidden_size=16, intermediate_size=32)
     student.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
-    said = r"the student \(roformer\) would be misread: the attention of layer 1 differs"
+    said = r"the student \(roformer\): its layers cannot be read: the attention of layer 1 differs"
     with pytest.raises(UserError, match=said):
         run(two_alike, tmp_path / "run", method="minilm", student__shape=student)
     assert not (tmp_path / "run").exists()

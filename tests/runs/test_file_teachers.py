@@ -33,7 +33,7 @@ from sead_dist.objectives.ensemble import make_ensemble
 from sead_dist.planning.table import plan
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import teach
-from sead_dist.runs.requests import answered_examples, told_idle
+from sead_dist.runs.requests import answered_examples, idle_row_lines
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.store.store import StoreFolder, TeacherKey
 from sead_dist.sweep.run import run_sweep
@@ -187,8 +187,8 @@ def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path
     distill(load_config(given), ALONE, stop=stop)
     distill(load_config(given), ALONE)
     assert model_bytes(tmp_path / "again") == model_bytes(run)
-    assert "half.parquet answers 2" in log_of(run)
-    assert "it has no answer to train row" in log_of(run)
+    assert "half.parquet has predictions of 2" in log_of(run)
+    assert "the first row without one is train row" in log_of(run)
 
 
 def test_two_ranks_learn_what_one_learns(task, live, tmp_path):
@@ -261,7 +261,7 @@ def test_text_that_no_file_answers_is_left_out_and_counted(task, live, tmp_path)
     keys = {"augment__copies": "auto", "unlabeled__path": data / "unlabeled.tsv"}
     run = run_of(task, tmp_path / "run", given, **keys)
     log, summary = log_of(run), read(run / "run_summary.json")
-    assert "left out: 15 unlabelled rows that no file of predictions answers" in log
+    assert "left out: 15 unlabelled rows without a prediction in any file" in log
     assert (summary["train_rows"], summary["unlabelled_rows"], summary["copy_rows"]) == (59, 5, 0)
     assert "labels alone, each as one vote smoothed by 0.1 a class" in log
     assert read(run / "scores.json")["splits"]["validation"]["ensemble"] is None
@@ -284,11 +284,11 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
     with pytest.raises(UserError) as caught:
         run_of(task, tmp_path / "own", [entry(own, "calibrate: off")])
     assert str(caught.value) == (
-        f"teacher train gives the gold label alone in all 60 rows that have one: {own} is the file "
-        "of these rows; name the column of its own answers with column, or leave it out"
+        f"teacher train has the gold label as its prediction in all 60 rows that have one: {own} is the file "
+        "of these rows; name the column of its own predictions with column, or leave it out"
     )
     assert not (tmp_path / "own").exists()
-    told = "gives the gold label alone in all"
+    told = "has the gold label as its prediction in all"
     named = run_of(task, tmp_path / "named", [entry(own, "column: label, calibrate: off")])
     assert f"WARNING: teacher train {told} 60 rows" in log_of(named)
     (remark,) = [line for line in read(named / "scores.json")["remarks"] if told in line]
@@ -309,7 +309,7 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
         return found.file.remarks
 
     (line,) = left(rows)
-    assert f"{told} 80 rows that have one: if that is what its file holds" in line
+    assert f"{told} 80 rows that have one: a file of gold labels teaches nothing more" in line
     assert left(rows, wrong=1) == []
     assert left(rows[:9]) == []  # chance
     assert left(rows, confidence=(0.9, 0.8)) == []  # it says more than the label
@@ -345,7 +345,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
         kept = answered_examples(given, examples, found)
         weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
         ensemble = make_ensemble(given, spec.task_kind, weights_N)
-        return kept.unlabelled_rows, told_idle(ensemble, found, kept.train)
+        return kept.unlabelled_rows, idle_row_lines(ensemble, found, kept.train)
 
     two = [f"{{predictions: {few}, name: few}}", f"{{predictions: {all_of}, name: all}}"]
     assert left(two, ensemble="mean_logits") == (20, [])
@@ -360,7 +360,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
     ((line,), rows) = left(two, ensemble="single")[::-1]
     assert rows == 20
     assert line.startswith("WARNING: 16 unlabelled rows stay in the batches without a loss: few ha")
-    assert "(teacher=few, named from the start, leaves them out)" in line
+    assert "(a new run with teacher=few leaves them out)" in line
     assert "16 unlabelled rows" in left(two, ensemble="random")[1][0]
 
 
@@ -406,12 +406,12 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     keys = {"teacher_validation": "on", "selection__fraction": 0.5, "max_steps": 2}
     write([*list(gold)[:20], *selection[:49]])
     run = run_of((data, None), root / "few", [teacher, entry(file, "calibrate: off")], **keys)
-    assert "gpt is not validated: it answers" in log_of(run)
+    assert "gpt is not validated: it has predictions of" in log_of(run)
     assert "Teacher gpt was not validated" in (run / "model" / "README.md").read_text()
     write(selection[:60])
     run = run_of((data, None), root / "more", [teacher, entry(file, "calibrate: off")], **keys)
     assert "validated gpt: accuracy 1.0000" in log_of(run)
-    assert f"on the 60 of {len(selection)} selection rows that it answers" in log_of(run)
+    assert f"on the 60 of {len(selection)} selection rows that it has predictions of" in log_of(run)
     told = "the ensemble is scored on 0 of 20 validation rows"
     assert told in log_of(run)
     assert told in (run / "model" / "README.md").read_text()
@@ -420,7 +420,7 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
     with pytest.raises(UserError, match=failed):
         run_of((data, None), root / "wrong", [teacher, entry(file, "calibrate: off")], **keys)
     write(selection[:10])
-    few = "each teacher's score, and gpt answers 10 of .* selection rows, where 50 are needed"
+    few = "each teacher's score, and gpt has predictions of 10 of .* rows, where a score needs 50"
     with pytest.raises(UserError, match=few):
         run_of(
             (data, None),
@@ -471,7 +471,7 @@ def test_a_file_that_is_too_sure_is_calibrated_on_the_selection_split(tmp_path_f
         (data, None), root / "few", [save_teacher(root / "a"), entry(file, "name: gpt")],
         **{**keys, "selection__fraction": 0.2},
     )  # fmt: skip
-    assert "and 200 are needed; beside others a mean of probabilities" in log_of(few)
+    assert "and 200 are needed; give ensemble=mean_probabilities, since" in log_of(few)
 
 
 def test_scores_of_a_file_teach_a_task_of_scores(tmp_path):

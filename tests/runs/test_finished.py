@@ -47,7 +47,7 @@ def empty_weights(root):
 
 @pytest.mark.parametrize("spoil", [remove_weights, remove_model, empty_weights])
 def test_a_finished_run_whose_model_is_gone_is_not_said_to_be_done(finished, tmp_path, spoil):
-    with pytest.raises(UserError, match=r"finished, and its model is gone .* restore"):
+    with pytest.raises(UserError, match=r"finished, but its model cannot be read .* restore"):
         again(finished, tmp_path, spoil)
 
 
@@ -57,7 +57,7 @@ def test_a_finished_run_whose_teacher_has_other_weights_is_not_said_to_be_done(f
     shutil.move(root / "a", tmp_path / "a")
     again(finished, tmp_path / "gone", lambda root: None)  # it is not another one
     save_teacher(root / "a", seed=7)
-    with pytest.raises(UserError, match=r"teacher .*a has other weights now than when it taught"):
+    with pytest.raises(UserError, match=r"the weights of teacher .*a have changed since"):
         again(finished, tmp_path / "other", lambda root: None)
     shutil.rmtree(root / "a")
     shutil.move(tmp_path / "a", root / "a")

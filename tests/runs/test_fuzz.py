@@ -33,7 +33,7 @@ from sead_dist.models.student import check_start
 from sead_dist.planning.rates import read_given
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runs.claim import followed_store, has_progress, refuse_other_keys
+from sead_dist.runs.claim import has_progress, read_student_store, refuse_other_keys
 from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
@@ -270,7 +270,7 @@ def fuzz_runs(fuzzer, finished, config, folder):
         ("metrics.jsonl", lambda: progress(registered(jobs)[0])),
         ("eval_results.json", lambda: read_run(run)),
         ("config.yaml", lambda: read_run(run)),
-        (".pool/student.json", lambda: followed_store(run)),
+        (".pool/student.json", lambda: read_student_store(run)),
         (state.relative_to(run), lambda: Identity.read(state)),
         ("../jobs/one.json", lambda: [progress(one) for one in registered(jobs)]),
     )

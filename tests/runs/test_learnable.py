@@ -23,17 +23,17 @@ from sead_dist.config import automatic
 from sead_dist.config.load import load_config
 from sead_dist.errors import UserError
 from sead_dist.runs.baseline import (
+    compare_ensemble,
     fit,
     kept_shares,
     second_ensemble,
-    told_second,
-    told_shares,
+    second_ensemble_line,
+    share_lines,
     verdict,
-    weigh_up,
     weighted,
 )
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.prepared_teachers import told_twins
+from sead_dist.runs.prepared_teachers import repeated_teacher_lines
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.run_log import is_finished
 
@@ -46,9 +46,12 @@ def test_the_verdict_goes_by_the_interval():
 
 def test_a_teacher_that_is_given_twice_is_told(tmp_path):
     one, other = (save_teacher(tmp_path / name, seed=n) for n, name in enumerate("ab"))
-    (line,) = told_twins(load_teachers([one, other, one]))
-    assert line == "WARNING: teacher a#2 is a again, which counts more than once; give each once"
-    assert not told_twins(load_teachers([one, other]))
+    (line,) = repeated_teacher_lines(load_teachers([one, other, one]))
+    assert (
+        line
+        == "WARNING: teacher a#2 is the same as a, which therefore counts more than once; give it once"
+    )
+    assert not repeated_teacher_lines(load_teachers([one, other]))
 
 
 def answers(labels_B, wrong):
@@ -66,14 +69,16 @@ def selection():
 def test_what_there_is_to_learn_is_the_ensembles_gap_over_the_fine_tuned_student(selection):
     labels_B = selection.labels_B
     ensemble_BC, finetuned_BC = answers(labels_B, slice(20)), answers(labels_B, slice(60))
-    found = weigh_up(TASK, selection, [0.8, 0.85], ["a", "b"], ensemble_BC, finetuned_BC)
+    found = compare_ensemble(TASK, selection, [0.8, 0.85], ["a", "b"], ensemble_BC, finetuned_BC)
     assert (found.majority, found.finetuned, found.ensemble) == (0.5, 0.7, 0.9)
     assert (found.best_name, found.best_teacher, found.rows) == ("b", 0.85, 200)
     assert found.gap == pytest.approx(0.2)
     assert found.verdict == "yes"
-    alike = weigh_up(TASK, selection, [0.8], ["a"], ensemble_BC, answers(labels_B, slice(1, 21)))
+    alike = compare_ensemble(
+        TASK, selection, [0.8], ["a"], ensemble_BC, answers(labels_B, slice(1, 21))
+    )
     assert alike.verdict == "cannot be told"
-    alone = weigh_up(TASK, selection, [0.8], ["a"], ensemble_BC, None)
+    alone = compare_ensemble(TASK, selection, [0.8], ["a"], ensemble_BC, None)
     assert alone.finetuned is None
     assert alone.gap == pytest.approx(0.4)
 
@@ -89,7 +94,7 @@ def test_a_share_is_told_where_there_is_a_gap(tmp_path):
     assert shares["validation"]["share"] == pytest.approx(0.5)
     assert "selection" not in shares
     assert "share" not in shares["other"]
-    first, second = told_shares(shares)
+    first, second = share_lines(shares)
     assert "share of the gap that is kept: 50%" in first
     assert "there is no gap" in second
 
@@ -124,12 +129,12 @@ def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch
     given = words(tmp_path / "run", "max_steps=20", "feature_loss=minilm", "method=null")
     run = distil(given)
     log = (run / "log.txt").read_text()
-    assert f"first a fine-tuned student to compare with: 4 steps without teachers, in {run}" in log
+    assert f"student to compare with is trained first: 4 steps without teachers, in {run}" in log
     # the baseline has a log of its own
-    assert "no teachers: the student learns from the labels alone" not in log
+    assert "no teachers: " not in log
     told = (run / "baseline" / "log.txt").read_text()
-    assert "no teachers: the student learns from the labels alone" in told
-    assert "first a fine-tuned student" not in told
+    assert "no teachers: " in told
+    assert "student to compare with is trained first" not in told
     own = read(run / "baseline" / "run_summary.json")
     assert (own["steps"], own["finished"], own["teacher_forwards"]) == (4, True, 0)
     # it is the run of method=finetune, and the student is the one of a run without it
@@ -183,8 +188,11 @@ def test_a_baseline_that_would_take_long_is_not_made(distil, words, tmp_path):
     run = distil(words(tmp_path / "run", "max_steps=1"))
     assert read(run / "learnable.json")["finetuned"] is None
     log = (run / "log.txt").read_text()
-    assert "no fine-tuned student to compare with: its 200 steps are more than a fifth" in log
-    assert "make one by method=finetune and give baseline=RUN_DIR" in log
+    assert (
+        "the run makes no fine-tuned student to compare with: its 200 steps are more than a fifth"
+        in log
+    )
+    assert "train one with method=finetune and give baseline=RUN_DIR" in log
     off = distil(words(tmp_path / "off", "max_steps=1", "teacher_validation=off"))
     assert not (off / "learnable.json").exists()
     assert "fine-tuned student" not in (off / "log.txt").read_text()
@@ -200,9 +208,9 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
         assert not (tmp_path / "new" / "run.json").exists()
 
     refused("is not a finished run; give the folder of one, auto or null", tmp_path / "nowhere")
-    refused("had other selection rows", finetuned, "selection.seed=7")
+    refused(r"lacks \d+ of this run\'s \d+ selection rows", finetuned, "selection.seed=7")
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
-    refused("had teachers; give a run of method=finetune", taught)
+    refused("was trained with teachers; give a run of method=finetune", taught)
 
 
 @pytest.mark.slow
@@ -232,7 +240,7 @@ def test_fitted_weights_stand_beside_equal_ones(selection):
     assert sum(found.weights.values()) == pytest.approx(1)
     assert found.gap == pytest.approx(0.3)
     assert found.interval[0] > 0
-    line = told_second(found, "accuracy")
+    line = second_ensemble_line(found, "accuracy")
     assert "200 selection rows: equal weights 0.6000, fitted weights 0.9000 (+0.3000" in line
     assert f"(ensemble=fitted): a {found.weights['a']:.3f}, b " in line
     # too few rows that all answer, or one teacher alone
@@ -262,7 +270,8 @@ def test_a_run_tells_of_fitted_weights_in_log_record_and_card(distil, words, tmp
     log = (run / "log.txt").read_text()
     told = f"equal weights {second['equal']:.4f}, fitted weights {second['fitted']:.4f}"
     assert log.count(told) == 1
-    assert told in (run / "README.md").read_text()
+    in_card = f"{second['equal']:.4f} with equal weights and {second['fitted']:.4f} with fitted"
+    assert in_card in (run / "README.md").read_text()
     fitted = distil(words(tmp_path / "fitted", *half, "method=null", "ensemble=fitted"))
     assert read(fitted / "learnable.json")["second"] is None
     assert "equal weights" not in (fitted / "log.txt").read_text()

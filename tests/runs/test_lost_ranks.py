@@ -23,7 +23,7 @@ PHASES = (
     "hashing data, teachers and start",
     "trying to save the student",
     "placing the teachers",
-    "rehearsing the report",
+    "trying the report",
     "validating the teachers",
 )
 

@@ -114,7 +114,9 @@ def test_single_and_routed_ask_for_each_row_once_and_mean_asks_every_teacher(
 
 
 def test_a_row_that_names_no_teacher_of_the_run_is_told_before_work(world_of_methods, tmp_path):
-    said = re.escape("train row 1: 'teacher-0' in column 'who' is not a teacher of this run: a, b;")
+    said = re.escape(
+        "train row 1: 'teacher-0' in column 'who' is not a teacher of this run; its teachers: a, b;"
+    )
     entries = [f"{{path: {world_of_methods / 'teachers' / f'teacher-{n}'}, name: {name}}}"
                for n, name in enumerate("ab")]  # fmt: skip
     with pytest.raises(UserError, match=said):

@@ -9,7 +9,7 @@ from transformers import pipeline
 
 import sead_dist as sd
 from sead_dist.errors import UserError
-from sead_dist.runs.predicted_rows import Asking, predict_file, read_input
+from sead_dist.runs.predicted_rows import Settings, predict_file, read_input
 from sead_dist.runs.prediction import task_of
 
 
@@ -33,9 +33,9 @@ def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(
     predict_file(str(finished), file, None, output, None, skip_malformed=True)
     assert [row["sentence"] for row in lines_of(output)] == ["good", "bad"]
     said = capsys.readouterr().err
-    assert "passed over: in.jsonl row 2: column 'sentence' holds None" in said
-    assert "passed over: in.jsonl row 4: column 'sentence' holds 7" in said
-    assert "passed over 2 rows that cannot be read" in said
+    assert "skipped: in.jsonl row 2: column 'sentence' holds None" in said
+    assert "skipped: in.jsonl row 4: column 'sentence' holds 7" in said
+    assert "skipped 2 rows that cannot be read" in said
 
 
 def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, caplog):
@@ -45,7 +45,7 @@ def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, 
         predict_file(str(finished), file, None, output, None)
     predict_file(str(finished), file, None, output, None, skip_malformed=True)
     assert [row["id"] for row in lines_of(output)] == ["1", "4"]
-    assert "passed over 2 malformed lines: 3, 4" in caplog.text
+    assert "skipped 2 malformed lines: 3, 4" in caplog.text
 
 
 def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(finished, tmp_path):
@@ -55,18 +55,20 @@ def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(fini
         predict_file(str(finished), file, None, None, None, skip_malformed=True)
     # passing over would leave nothing
     with pytest.raises(UserError, match=r"no column 'sentence'; .* rename one in the file"):
-        Asking().examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
+        Settings().examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
 
 
 def test_a_file_without_rows_is_no_split(finished):
     with pytest.raises(UserError, match=r"^e.csv has no rows; give a file that has some$"):
-        Asking().examples(task_of(str(finished), None), [], "e.csv")
+        Settings().examples(task_of(str(finished), None), [], "e.csv")
 
 
 def test_what_is_read_as_another_kind_is_told_with_the_kinds(finished, tmp_path):
     file = tmp_path / "in"
     file.write_text("sentence\ngood\n")
-    with pytest.raises(UserError, match=r"not JSON.*; it is read as jsonl, for another: --kind"):
+    with pytest.raises(
+        UserError, match=r"not JSON.*; it is read as jsonl; for another format give --kind"
+    ):
         read_input(file, ".jsonl", task_of(str(finished), None), False, ALONE)
 
 
@@ -138,7 +140,7 @@ def test_standard_input_goes_to_standard_output_with_progress_beside_it(
     for one, other in zip(found, expected, strict=True):
         shares = [float(row["probability_positive"]) for row in (one, other)]
         assert shares[0] == pytest.approx(shares[1], abs=1e-5)
-    assert "rows answered: 40/40 (100%)" in done.stderr
+    assert "rows predicted: 40/40 (100%)" in done.stderr
 
 
 def test_a_call_from_python_answers_none_for_a_row_that_it_passes_over(finished):

@@ -167,7 +167,7 @@ def test_a_small_selection_split_is_told_where_something_is_chosen_by_it(
     data, teacher = task
     given = words(data, [teacher], tmp_path / "run", max_steps=1, **keys)
     run = distillation.distill(load_config(given), ALONE, console=False)
-    remark = "the selection split has 6 rows, and what is chosen by fewer than 500"
+    remark = "the selection split has 6 rows, and with fewer than 500 a choice by scores is"
     lines = read(run / "scores.json")["remarks"]
     assert any(line.startswith(remark) for line in lines) == told
     # by the same bound as the final checkpoint

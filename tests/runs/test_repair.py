@@ -182,8 +182,8 @@ def test_another_text_or_teacher_is_another_start_and_no_resume(task, repaired, 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"student.layers": "null"}, "repairs a start that has few layers of a model"),
-        ({"student_init": "feature_teacher"}, "puts another in its place"),
+        ({"student.layers": "null"}, "needs student.layers or repair.teacher"),
+        ({"student_init": "feature_teacher"}, "replaces this start"),
     ],
 )
 def test_keys_that_rule_a_repair_out_are_named(task, tmp_path, keys, said):

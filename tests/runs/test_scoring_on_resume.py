@@ -40,8 +40,8 @@ def test_a_run_that_keeps_the_best_is_not_scored_at_other_steps_on_a_resume(data
             go_on(data, tmp_path / "run", **{**best, "eval_steps": other})
         assert str(caught.value) == (
             f"output_dir={tmp_path / 'run'} holds a run that keeps the best of the students that it "
-            f"scores: eval_steps was 2, is {other}, which scores others; give eval_steps=2 to "
-            "resume it, or another output_dir"
+            f"scores: eval_steps was 2, is {other}, with which other students are scored; give "
+            "eval_steps=2 to resume it, or another output_dir"
         )
     assert {path: path.read_bytes() for path in before} == before
     run = go_on(data, tmp_path / "run", **best)
@@ -61,7 +61,7 @@ def test_a_finished_run_whose_rows_are_the_hubs_is_compared_by_what_it_chose(tmp
     assert read(run / "run_summary.json")["chosen"]["final_checkpoint"] == "best"
     hub = [*given, "data.path=null"]
     assert already_finished(load_config(hub))
-    with pytest.raises(UserError, match="eval_steps was 2, is 3, which scores others"):
+    with pytest.raises(UserError, match="eval_steps was 2, is 3, with which other students"):
         already_finished(load_config([*hub, "eval_steps=3"]))
 
 

@@ -84,8 +84,10 @@ def test_what_is_not_one_teachers_is_refused_in_one_line(store, tmp_path):
     key = make_key(3, classes=2)  # a second teacher of that name
     twin = type(key)(key.fingerprint, key.numerics, "teacher-2", 2)
     fill(store, ids, twin)
-    with pytest.raises(sd.UserError, match="2 teachers in the store are called 'teacher-2'; give"):
+    with pytest.raises(
+        sd.UserError, match="2 teachers in the store have the name 'teacher-2'; give"
+    ):
         kept.predictions("teacher-2", TEXTS, task=TASK)
-    with pytest.raises(sd.UserError, match="does not exist; name the folder of a prediction store"):
+    with pytest.raises(sd.UserError, match="does not exist; give the folder of a prediction store"):
         sd.PredictionStore(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

@@ -40,7 +40,10 @@ def test_rows_are_written_once_with_ids_and_answers_to_them_are_found(tiny_task,
     entry = f"{{predictions: {answers}}}"
     run = distill(given(tiny_task, tmp_path / "run", [entry], **text), ALONE)
     log = (run / "log.txt").read_text()
-    assert "answers 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows" in log
+    assert (
+        "has predictions of 74 of 74 train rows, 6 of 6 selection rows, 20 of 20 validation rows"
+        in log
+    )
 
 
 def test_soft_labels_are_those_of_the_teachers_and_a_teacher_themselves(tiny_task, tmp_path):
@@ -88,9 +91,9 @@ def test_what_no_teacher_answers_is_empty(tiny_task, tmp_path):
     assert [row["sentence"] for row in said] == [first["sentence"]]
     assert said[0]["probability_positive"] == pytest.approx(1.1 / 1.2)
     assert rows[1]["agreement"] is None
-    with pytest.raises(UserError, match=r"--output .*soft.jsonl exists and is not written over"):
+    with pytest.raises(UserError, match=r"--output .*soft.jsonl exists and is not overwritten"):
         write_labels(given(tiny_task, tmp_path / "run", [entry]), tmp_path / "soft.jsonl", ALONE)
-    with pytest.raises(UserError, match="there are no teachers to say anything"):
+    with pytest.raises(UserError, match="labels needs teachers, and there are none; give teachers"):
         write_labels(given(tiny_task, tmp_path / "run", []), tmp_path / "other.jsonl", ALONE)
 
 
@@ -109,7 +112,7 @@ def test_a_method_that_asks_no_teacher_is_refused_though_teachers_are_given(
     tiny_task, tmp_path, write
 ):
     config = given(tiny_task, tmp_path / "run", tiny_task[1], method="finetune")
-    with pytest.raises(UserError, match="method=finetune: ensemble=none asks none of the teachers"):
+    with pytest.raises(UserError, match="method=finetune: ensemble=none uses none of the teachers"):
         write(config, tmp_path / "out.tsv", ALONE)
 
 
@@ -142,5 +145,5 @@ def test_from_a_csv_of_answers_to_a_student_as_the_page_says(tiny_task, tmp_path
         result = cli(*given_words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "6 answers withheld ('unsure')" in log
+    assert "6 rows without an answer ('unsure')" in log
     assert model_bytes(tmp_path / "out")

@@ -200,12 +200,12 @@ def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labe
     assert (examples.train.labels_B >= 0).all()
     assert set(examples.copied) == {"mask", "neighbor"}
     for changes, said in (
-        ({"augment__copies": 2}, r"augment.copies=2: copies without gold labels are learnt from"),
+        ({"augment__copies": 2}, r"augment.copies=2: copies without gold labels need teachers"),
         (
             {"unlabeled__rest": "true"},
-            r"unlabeled.rest=true: unlabelled rows are learnt from teach",
+            r"unlabeled.rest=true: unlabelled rows need teachers",
         ),
-        ({"ensemble": "none", "teachers": task[1]}, "augment.copies=2: .*ensemble=none asks none"),
+        ({"ensemble": "none", "teachers": task[1]}, "augment.copies=2: .*ensemble=none uses none"),
     ):
         with pytest.raises(UserError, match=said):
             distill(load_config(given_words(task, tmp_path, **{**alone, **changes})), ALONE)
@@ -218,7 +218,7 @@ def test_without_teachers_there_are_only_copies_of_labelled_rows_under_gold_labe
 def test_finetune_gets_neither_text_nor_copies_without_gold_labels(task, tmp_path):
     encoders = {"encoders": f"[{task[2]}]", "teachers": [], "unlabeled__ratio": "null"}
     own = {"student.path": "null"}
-    with pytest.raises(UserError, match=r"augment.copies=2: copies without .* finetune asks none"):
+    with pytest.raises(UserError, match=r"augment.copies=2: copies without .* finetune uses none"):
         finetune(load_config(given_words(task, tmp_path, **encoders, **own)), ALONE)
     given = given_words(task, tmp_path, augment__copies="null", max_steps=1, **encoders, **own)
     (run,) = finetune(load_config(given), ALONE)
@@ -321,7 +321,7 @@ def test_the_data_command_needs_no_student_where_there_are_no_copies(task):
     found = show_data(load_config(given), 4)
     assert found.rows == {"labelled": 54}
     assert len(found.shown) == 4
-    with pytest.raises(UserError, match=r"unlabeled\.rest=true: unlabelled rows are learnt"):
+    with pytest.raises(UserError, match=r"unlabeled\.rest=true: unlabelled rows need teachers"):
         show_data(load_config([*given, "unlabeled.rest=true"]), 4)
 
 
@@ -369,5 +369,5 @@ def test_text_can_be_given_from_python(task, tmp_path):
 def test_symmetric_is_of_tasks_with_two_texts(tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text('name: own\ntext_a: "{a}"\nlabels: [x, y]\nsymmetric: true\n')
-    with pytest.raises(UserError, match="symmetric is of tasks with two texts"):
+    with pytest.raises(UserError, match="symmetric is for tasks with two texts"):
         grammar_task(tmp_path)

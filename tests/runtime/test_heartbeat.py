@@ -25,7 +25,7 @@ def heartbeat(tmp_path):
 
 def beat(heartbeat, rank, count, moves=0, place=0, doing="training, step 3", stop=None):
     sign = Beat(f"node{rank}", 100 + rank, count, moves, place, doing, stop)
-    heartbeat.heard[str(rank)] = json.dumps(asdict(sign))
+    heartbeat.fetched[str(rank)] = json.dumps(asdict(sign))
     heartbeat.carried_at = 1e9
 
 
@@ -76,7 +76,7 @@ def test_a_rank_that_ended_in_good_order_is_not_mourned(heartbeat):
     beat(heartbeat, 2, 1)
     heartbeat.look(1.0)
     for rank in (1, 2):
-        heartbeat.heard[str(rank)] = ENDED
+        heartbeat.fetched[str(rank)] = ENDED
     heartbeat.look(2.0)
     assert heartbeat.verdict(50.0) is None
 
@@ -132,7 +132,7 @@ def test_the_end_is_told_once_whatever_breaks_because_of_it(heartbeat, monkeypat
 
     monkeypatch.setattr("sead_dist.runtime.heartbeat.os._exit", ended)
     monkeypatch.setattr("sead_dist.runtime.heartbeat.time.sleep", lambda _s: None)
-    monkeypatch.setattr(heartbeat, "_tell_all", lambda _line: None)
+    monkeypatch.setattr(heartbeat, "_send_verdict", lambda _line: None)
     for line in ("rank 1 hangs", "rank 1 is gone"):
         with pytest.raises(EndedError, match="3"):
             heartbeat.end(line, [1])

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from sead_dist.config.load import load_config
 from sead_dist.config.registered import keep_plugins, kept_paths, load_plugins
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import holds_run, try_lock
-from sead_dist.runtime.files import check_writable, open_own, sweep_leftovers, written_aside
+from sead_dist.runtime.files import (
+    check_writable,
+    open_own,
+    sweep_leftovers,
+    sweep_old,
+    written_aside,
+)
 from sead_dist.runtime.run_log import RunLog, tell, write_json, write_json_for_person
 from sead_dist.slurm.settings import load_settings
 from sead_dist.slurm.submit import job_folder
@@ -169,10 +176,29 @@ def test_a_line_end_never_becomes_a_line_of_a_job(tmp_path):
         load_settings(None, {"partition": "a\ntouch x"})
     with pytest.raises(UserError, match="expected a text without line"):
         load_config([*words(write_task(tmp_path / "d"), [], tmp_path / "run"), "output_dir=a\nb"])
-    with pytest.raises(UserError, match="has a line end in its name"):
+    with pytest.raises(UserError, match="has a line break in its name"):
         job_folder(tmp_path / "a\nb")
     (tmp_path / "more.yaml").write_text("setup:\n  - |\n    module load a\n    module load b\n")
     assert "\n" in load_settings(str(tmp_path / "more.yaml"), {}).setup[0]
+
+
+def test_what_killed_processes_leave_in_the_users_cache_is_swept_after_a_day(tmp_path):
+    key, drawn = "0" * 64, "1" * 16
+    old = [f".{drawn}.aside", f".{drawn}.aside.json", f".{key}.{drawn}.aside", f"{key}.77.tmp"]
+    others = [key, "mine.tmp", ".aside", f".mine.{drawn}.aside-older"]
+    for name in (*old, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    sweep_old(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(old) + len(others)
+    before = time.time() - 25 * 3600
+    for name in (*old, *others):
+        os.utime(tmp_path / name, (before, before))
+    file = tmp_path / f"{key}.78.tmp"
+    file.touch()
+    os.utime(file, (before, before))
+    sweep_old(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_what_killed_runs_leave_behind_is_swept(tmp_path):

@@ -29,7 +29,9 @@ def outcomes(tmp_path, names, apart):
 def test_a_folder_that_one_node_does_not_see_is_named_on_every_rank(tmp_path):
     for error in outcomes(tmp_path, ["n1", "n2"], apart=True):
         assert isinstance(error, UserError)
-        assert str(error).startswith("store=store: node n2 does not see what node n1 wrote there")
+        assert str(error).startswith(
+            "store=store: a file that node n1 wrote there is missing on node n2"
+        )
     # and nothing is left of the look
     assert list((tmp_path / "out").iterdir()) == []
     assert not (tmp_path / "own" / "0" / "store").exists()

@@ -42,8 +42,8 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("nodes: 0", "nodes=0: input should be greater than 0; see `sead-dist keys nodes`$"),
         ("time: 60", "time=60: expected a text; quote it: '60'"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
-        ('time: "0"', "gives no time"),
-        ('{time: "3", signal_delay: 120}', "signal_delay=120 s is most of time=3"),
+        ('time: "0"', "is zero"),
+        ('{time: "3", signal_delay: 120}', "signal_delay=120 is more than half of time=3"),
         ("- nodes", "holds no settings"),
     ],
 )
@@ -74,11 +74,11 @@ def test_without_gpus_there_is_one_task_a_node_and_with_them_one_a_gpu(tmp_path)
     plain = text_of(tmp_path, nodes=2)
     assert "#SBATCH --ntasks-per-node=1\n" in plain
     assert "--gpus" not in plain
-    assert '"$said" -lt 2' in plain
+    assert '"$ended" -lt 2' in plain
     eight = text_of(tmp_path, nodes=2, gpus_per_node=8)
     assert "#SBATCH --gpus-per-node=8\n" in eight
     assert "#SBATCH --ntasks-per-node=8\n" in eight
-    assert '"$said" -lt 16' in eight
+    assert '"$ended" -lt 16' in eight
 
 
 def test_every_setting_reaches_sbatch_or_srun(tmp_path):
@@ -162,8 +162,16 @@ def test_where_there_is_no_sbatch_it_says_so(one_teacher, tmp_path, capsys, monk
     assert (
         command("submit", *words(*one_teacher, tmp_path / "run"), "--root", tmp_path / "jobs") == 2
     )
-    assert "there is no sbatch on this machine" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no sbatch on this machine" in said
+    assert "--dry-run" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_that_cannot_be_cancelled_here_has_no_hint_of_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no scancel on this machine; use a login .* cluster$"):
+        slurm.cancel("7")
 
 
 def test_the_job_folder_is_for_this_user_alone(tmp_path):
@@ -210,7 +218,7 @@ def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
         (137, 1, 0, "RUNNING", True),  # one rank was killed, the other said that it lost it
         (137, 0, 2, "RUNNING", True),  # all were, for the third time
         (137, 0, 3, "RUNNING", False),  # once too often
-        (140, 0, 3, "RUNNING", True),  # told to stop before it could listen: does not count
+        (140, 0, 3, "RUNNING", True),  # the notice came before it could save: does not count
         (2, 2, 0, "RUNNING", False),  # every rank said what was wrong
         (137, 0, 0, "COMPLETING", False),  # cancelled, or queued again by SLURM
     ],
@@ -252,7 +260,7 @@ def test_a_job_starts_again_where_a_rank_ended_without_a_word_with_stand_ins_for
 
 def test_states_come_from_sacct_where_squeue_has_forgotten(monkeypatch):
     answers = {"squeue": "7|RUNNING\n8_1|PENDING\n", "sacct": "9|CANCELLED by 0\n"}
-    monkeypatch.setattr(slurm, "_answer", lambda command: answers[command[0]])
+    monkeypatch.setattr(slurm, "_output_of", lambda command: answers[command[0]])
     assert slurm.job_states(["7", "8_1", "9", "10"]) == {
         "7": "RUNNING",
         "8_1": "PENDING",
@@ -303,8 +311,8 @@ def test_a_pool_is_submitted_as_an_array_of_workers_and_a_student(one_teacher, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["placement=colocated"], "--teacher-workers are for teachers with placement=pool"),
-        (["--seeds", "0-2"], "--teacher-workers serve one run"),
+        (["placement=colocated"], "--teacher-workers 2 is for teachers with placement=pool"),
+        (["--seeds", "0-2"], "--seeds 0-2 and --teacher-workers 2 cannot both be given"),
         (["teachers=[./nowhere]"], "./nowhere is not a folder"),
     ],
 )

@@ -148,8 +148,8 @@ def test_a_store_opened_for_reading_alone_keeps_a_bad_block_where_it_is(tmp_path
     assert not table.present_U.any()
     assert files_of(tmp_path) == before
     assert len(notes) == 1
-    assert notes[0].endswith("altered); left there")
-    with pytest.raises(ValueError, match="opened for reading alone"):
+    assert notes[0].endswith("altered); left in place")
+    with pytest.raises(ValueError, match="opened as read-only"):
         table.write(np.arange(30), logits_of(ids, key))
     table = open_table(tmp_path, ids, key)
     assert not path.exists()

@@ -209,7 +209,7 @@ def test_one_compact_at_a_time(tmp_path):
     fill(tmp_path, make_ids(5), make_key())
     with (
         layout.existing(tmp_path).lock("compact.lock", exclusive=True),
-        pytest.raises(UserError, match="another compaction or removal is at work"),
+        pytest.raises(UserError, match="another compaction or removal is running"),
     ):
         compact(tmp_path)
     compact(tmp_path)
@@ -419,7 +419,7 @@ def test_rm_by_size_takes_the_oldest_until_the_rest_is_small_enough(tmp_path):
 
 def test_rm_without_a_condition_or_with_an_unknown_name_is_refused(tmp_path):
     fill(tmp_path, make_ids(5), make_key())
-    with pytest.raises(UserError, match="nothing says what to remove"):
+    with pytest.raises(UserError, match="no condition for what to remove"):
         plan_removal(tmp_path)
     with pytest.raises(UserError, match=r"in the store; did you mean 'teacher-1'\?"):
         plan_removal(tmp_path, teacher="teacher-9")

@@ -234,7 +234,7 @@ def test_foreign_safetensors_files_are_set_aside(tmp_path):
     mine.unlink()
     notes = check_reads(tmp_path, ids, key, present=[])
     assert len(notes) == len(quarantined(tmp_path)) == 4
-    assert "foreign" in " ".join(notes)
+    assert "it belongs to another teacher" in " ".join(notes)
     check_reads(tmp_path, ids, make_key(2))
 
 
@@ -274,7 +274,7 @@ def test_blocks_without_their_key_block_are_set_aside(tmp_path, harm):
 def test_another_width_is_the_callers_mistake_and_costs_no_block(tmp_path):
     ids = make_ids(10)
     fill(tmp_path, ids, make_key(classes=3))
-    with pytest.raises(RunError, match="holds 3 logits an example, this run expects 2"):
+    with pytest.raises(RunError, match="holds 3 logits an example, this run needs 2"):
         open_table(tmp_path, ids, make_key(classes=2))
     check_reads(tmp_path, ids, make_key(classes=3))
 

@@ -57,7 +57,9 @@ def test_one_task_or_teacher_can_be_exported(store, tmp_path):
         for name in ("task", "teacher")
     }
     assert found == {"task": [("teacher-2", "cola")], "teacher": [("teacher-1", "sst2")]}
-    with pytest.raises(UserError, match="holds nothing of task rte; see sead-dist store ls"):
+    with pytest.raises(
+        UserError, match="holds no predictions of task rte; sead-dist store ls lists"
+    ):
         carry(store, tmp_path / "none", task="rte")
     assert not (tmp_path / "none").exists()
 

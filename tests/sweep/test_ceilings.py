@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sead_dist.sweep.ceilings import Taught, ceilings, read_taught, shares
+from sead_dist.sweep.ceilings import TeacherScores, ceilings, read_teacher_scores, shares
 from sead_dist.sweep.grid import make_grid
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +13,7 @@ TEACHERS = {"a": 0.80, "b": 0.82}
 
 
 def taught(method, kind, ensemble, seed=0, task="t", **more):
-    return Taught(task, method, seed, kind, kind == "single", TEACHERS, ensemble, **more)
+    return TeacherScores(task, method, seed, kind, kind == "single", TEACHERS, ensemble, **more)
 
 
 def cell(method, *scores, task="t"):
@@ -85,8 +85,8 @@ def test_an_ensemble_of_some_rows_alone_has_no_share():
 def test_the_kept_runs_of_the_table_have_an_ensemble_for_mean_and_one_for_sead():
     grid = kept_grid(["sst2", "stsb"])
     found = [
-        *read_taught(grid, "sst2", "validation", "accuracy"),
-        *read_taught(grid, "stsb", "validation", "pearson"),
+        *read_teacher_scores(grid, "sst2", "validation", "accuracy"),
+        *read_teacher_scores(grid, "stsb", "validation", "pearson"),
     ]
     assert {of.method for of in found} == {"single", "mean", "sead"}
     shown = {(of["task"], of["who"]): round(of["score"], 4) for of in ceilings(found)}

@@ -19,7 +19,7 @@ from sead_dist.planning.table import plan as plan_run
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.slurm.settings import SlurmSettings
 from sead_dist.sweep import run as sweep
-from sead_dist.sweep.checks import needs_rows, settle, told_steps
+from sead_dist.sweep.checks import needs_rows, prepare_grid, steps_line
 from sead_dist.sweep.grid import make_grid
 from sead_dist.sweep.run import run_sweep
 
@@ -70,8 +70,8 @@ def test_only_students_of_teachers_get_unlabelled_rows_and_all_take_as_many_step
     for teacher in (output / "grammar" / "teachers").glob("teacher-?"):
         assert read(teacher / "run_summary.json")["unlabelled_rows"] == 0
     assert (
-        "grammar: 54 labelled rows, 20 unlabelled ones for methods that ask teachers; every method "
-        "takes 30 steps (equal_steps=on; by their own rows: finetune 21)"
+        "grammar: 54 labelled rows, 20 unlabelled ones for methods with teachers; every method "
+        "takes 30 steps (equal_steps=on; fewer by their own rows: finetune 21)"
     ) in said
     # the best student is chosen among as many
     scored = {
@@ -94,7 +94,7 @@ def test_the_report_lists_rows_steps_and_seconds_of_each_method(finished):
     assert re.search(r"\| grammar \| finetune \| 54 \| 0 \| 30 \| \d+\.\d \| 0 \|", text)
     assert re.search(r"\| grammar \| mean \| 54 \| 20 \| 30 \| \d+\.\d \| \d+ \|", text)
     for page in (text, (output / "report" / "report.html").read_text()):
-        assert "(equal_steps=on); by their own rows they would be fewer: finetune on" in page
+        assert "(equal_steps=on). Fewer by their own rows: finetune on" in page
 
 
 def test_rows_of_a_run_that_an_older_version_made_are_counted_likewise(finished, tiny_data):
@@ -197,7 +197,7 @@ def test_text_that_no_file_answers_makes_no_method_shorter(tiny_data, tmp_path, 
         "finetune": (0, 30),
         "mean": (0, 30),
     }
-    assert "takes 30 steps (equal_steps=on; by their own rows: finetune 21)" in (
+    assert "takes 30 steps (equal_steps=on; fewer by their own rows: finetune 21)" in (
         capsys.readouterr().out
     )
     assert needs_rows(make_grid([*given, "methods=[mean]"]), "grammar")
@@ -205,13 +205,13 @@ def test_text_that_no_file_answers_makes_no_method_shorter(tiny_data, tmp_path, 
 
 def test_a_length_that_the_loss_may_cut_is_told_as_the_most(finished, tiny_data, tmp_path):
     grid = make_grid(fair_words(tiny_data, tmp_path / "out", "early_stopping_patience=2"))
-    fixed, data = settle(grid, ["grammar"])
-    assert "; every method takes at most " in told_steps(fixed, "grammar", data["grammar"])
+    fixed, data = prepare_grid(grid, ["grammar"])
+    assert "; every method takes at most " in steps_line(fixed, "grammar", data["grammar"])
 
 
 def test_steps_that_are_given_are_every_methods(finished, tiny_data, tmp_path):
     grid = make_grid(fair_words(tiny_data, tmp_path / "out", "max_steps=3"))
-    fixed, _ = settle(grid, ["grammar"])
+    fixed, _ = prepare_grid(grid, ["grammar"])
     assert fixed == grid
     assert not needs_rows(grid, "grammar")
 
@@ -222,14 +222,14 @@ def test_a_run_refuses_text_that_nothing_can_use(tiny_data, tmp_path):
     alone = load_config([*words(tiny_data, [], out), text])
     encoder = f"encoders=[{tiny_data / 'student.yaml'}]"
     with pytest.raises(
-        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none asks none"
+        UserError, match=r"^unlabeled.path=.*: unlabelled .*ensemble=none uses none"
     ):
         distill(untaught, ALONE)
     with pytest.raises(UserError, match=r"none are given; leave unlabeled.path out, or give teach"):
         distill(alone, ALONE)
-    with pytest.raises(UserError, match=r"finetune asks none; leave unlabeled.path out"):
+    with pytest.raises(UserError, match=r"finetune uses none; leave unlabeled.path out"):
         finetune(load_config([*words(tiny_data, [], out), text, encoder]), ALONE)
-    with pytest.raises(UserError, match="asks none"):
+    with pytest.raises(UserError, match="uses none"):
         plan_run(untaught, ALONE, None, None, None, False, None)
     with pytest.raises(UserError, match="none are given"):
         runs_to_submit([*words(tiny_data, [], out), text], None)

@@ -40,6 +40,28 @@ def test_teachers_come_first_and_every_student_needs_those_of_its_task():
     )
 
 
+def test_teachers_are_made_only_for_methods_that_read_them():
+    def made(*words):
+        return [unit.title for unit in grid(*words, "seeds=1", ENCODERS).units][:1]
+
+    own, both = "student.tokenizer=words", "tasks=[cola,rte]"
+    teachers = ["cola teachers teacher-0"]
+    assert made("tasks=[cola]", "methods=[finetune]", own) == ["cola finetune seed-0"]
+    assert made("tasks=[cola]", "methods=[finetune,mean]", own) == teachers
+    # a student of a shape has their tokeniser, and copies have their mask token
+    assert made("tasks=[cola]", "methods=[finetune]") == teachers
+    copies = "augment={copies: 1, gold_labels: true}"
+    assert made("tasks=[cola]", "methods=[finetune]", own, copies) == teachers
+    # for each task
+    here = "per_task={cola: {methods: {mean: null}}}"
+    found = grid(both, "methods=[finetune,mean]", "seeds=1", ENCODERS, own, here)
+    assert found.unread == ("cola",)
+    assert [unit.title for unit in found.units if unit.method == "teachers"] == [
+        *("rte teachers teacher-0", "rte teachers teacher-1")
+    ]
+    assert not of(found, "cola", "finetune")[0].teachers
+
+
 def test_an_arm_may_have_keys_of_its_own_on_one_task_or_be_left_out_there():
     arms = "methods=[finetune,mean,{name: long, method: mean, learning_rate: 3.0e-4, alpha: 0.3}]"
     per_task = (
@@ -192,24 +214,27 @@ def test_a_sweep_is_told_from_a_run():
     ("words", "line"),
     [
         (["tasks=[colla]"], r"unknown task 'colla'; did you mean 'cola'\? known: cola, sst2"),
-        (["methods=[meam]"], r"method=meam is not a method; did you mean 'mean'\? known: "),
+        (["methods=[meam]"], r"method=meam is neither a shipped .*; did you mean 'mean'\? known: "),
         (["methods=[mean,mean]"], "methods names 'mean' twice"),
-        (["methods=[report.yaml]"], "methods: 'report' is a folder of the sweep's own"),
+        (["methods=[report.yaml]"], "methods: 'report' is a folder that the sweep needs"),
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
         (["tasks=[]"], r"tasks=\[\]"),
         (["tasks=null"], "tasks is not set"),
-        (["tasks=null", "task=t.yaml"], r"task=t.yaml is of one run, .*; give tasks=\[t.yaml\]"),
+        (
+            ["tasks=null", "task=t.yaml"],
+            r"task=t.yaml is a key of a single run, .*; give tasks=\[t.yaml\]",
+        ),
         (["equal_steps=maybe"], "equal_steps='maybe'"),
         (
             ["methods=[finetune]", "unlabeled.path=more.tsv"],
-            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep asks any; leave",
+            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has teachers; leave",
         ),
-        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune asks none"),
-        (["seeds=0"], r"seeds=0 is not a number of seeds; give how many \(seeds=5\), or which"),
+        (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune uses none"),
+        (["seeds=0"], r"seeds=0 is not a number of seeds .* 1000; give how many \(seeds=5\), or"),
         (["seeds=[]"], r"seeds=\[\] is not a number of seeds"),
         (["seeds=two"], r"seeds=two is not a number of seeds"),
-        (["method=sead"], r"method=sead is of one run, .*; give methods=\[sead\]"),
-        (["seed=3"], r"seed=3 is of one run, .*; give seeds=\[3\]"),
+        (["method=sead"], r"method=sead is a key of a single run, .*; give methods=\[sead\]"),
+        (["seed=3"], r"seed=3 is a key of a single run, .*; give seeds=\[3\]"),
         (["seeds=[1,1]"], "seeds names '1' twice"),
         (
             ["methods=[{name: a, method: mean, max_steps: 9}]"],
@@ -227,7 +252,7 @@ def test_a_sweep_is_told_from_a_run():
         (["reference=sead"], "reference=sead is not an arm of this sweep; known: mean"),
         (["methods=[{name: a/b, method: mean}]"], "the arm's name 'a/b' cannot be a folder's"),
         (["methods=[{name: 3, method: mean}]"], "the arm's name 3 cannot be a folder's"),
-        (["methods=[{name: report, method: mean}]"], "'report' is a folder of the sweep's own"),
+        (["methods=[{name: report, method: mean}]"], "'report' is a folder that the sweep needs"),
         (["methods=[mean,{method: mean, alpha: 1}]"], "methods names 'mean' twice"),
         (
             ["methods=[{name: a, method: mean, seed: 3}]"],
@@ -259,16 +284,16 @@ def test_a_sweep_is_told_from_a_run():
             ["per_task.cola.methods={mean: {max_steps: 3}}"],
             "'mean' sets max_steps, and equal_.*off",
         ),
-        (["per_task.cola.methods={mean: null}"], "no method applies: per_task leaves it out"),
+        (["per_task.cola.methods={mean: null}"], "no method can be run: per_task leaves it out"),
         (["per_task.cola.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["finetune.epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["epohs=3"], "unknown key 'epohs'; did you mean 'num_train_epochs'"),
         (["teachers=[t]"], "teachers and encoders are both given"),
         (["encoders=[]"], "method mean needs teachers; give encoders="),
-        (["tasks=[cola,rte]", "output_dir=out/{task}"], "give one for all tasks"),
+        (["tasks=[cola,rte]", "output_dir=out/{task}"], "give the same for all tasks"),
         (
             ["tasks=[stsb]", "methods=[entropy]"],
-            "no method applies: ensemble=entropy needs classes",
+            "no method can be run: ensemble=entropy needs classes",
         ),
     ],
 )

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from ranks import finish, run_ranks, start
 from small import ALONE, model_bytes, read, records, student_shape, sweep_words, write_task
+from transformers.utils import logging as transformers_logging
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import try_lock
+from sead_dist.runtime.surroundings import as_before
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.results import without_figures
 from sead_dist.sweep.run import run_sweep
@@ -80,7 +82,7 @@ def test_every_run_is_made_and_the_report_says_what_it_scored(finished):
     # two seeds tell no spread, so nothing is called larger than chance
     assert cells["mean"]["interval"] is None
     assert cells["mean"]["beyond_chance"] is None
-    assert "Two seeds hardly tell a spread" in markdown
+    assert "A spread of two seeds is unsure" in markdown
     assert {row["who"] for row in report["ceilings"]} == {
         *("teacher-0", "teacher-1", "ensemble (mean_logits)")
     }
@@ -92,7 +94,7 @@ def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
     shutil.copytree(tiny_task[1][0], tmp_path / "encoders" / "a")
     pattern = f"encoders={tmp_path / 'encoders'}/*"
     given = sweep_words(
-        tiny_data, tmp_path / "out", "methods=[finetune]", "seeds=1", "max_steps=1", pattern
+        tiny_data, tmp_path / "out", "methods=[mean]", "seeds=1", "max_steps=1", pattern
     )
     run_sweep(given, ALONE)
     shutil.copytree(tiny_task[1][1], tmp_path / "encoders" / "b")
@@ -101,8 +103,25 @@ def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
     said = capsys.readouterr().out
     assert "2 of 2 runs are done" in said
     assert "dev texts occur in" not in said  # the data are read and not told of
-    assert "encoders/b, which was not there when" in caplog.text
+    assert "encoders/b, which did not exist when" in caplog.text
     assert len(runs_of(tmp_path / "out")) == 2
+
+
+def test_a_call_silences_libraries_as_the_command_does_and_leaves_them_as_they_were(
+    tiny_task, tmp_path, capfd
+):
+    task, (start, _) = tiny_task
+    more = ("methods=[finetune]", "encoders=[]", "seeds=1", "max_steps=1")
+    given = sweep_words(task, tmp_path / "out", *more, f"student={start}", "student.tokenizer=null")
+    with as_before():
+        transformers_logging.set_verbosity_info()
+        transformers_logging.enable_progress_bar()
+        run_sweep(given, ALONE)
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+        assert transformers_logging.is_progress_bar_enabled()
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "Model config" not in said.out
 
 
 def test_what_the_runs_warn_of_stands_in_the_report_without_figures(finished):
@@ -137,6 +156,21 @@ def test_a_finished_run_keeps_its_model_and_no_checkpoints(finished):
     for run in runs_of(finished):
         assert (run / "model" / "config.json").is_file()
         assert not (run / "checkpoints").exists()
+
+
+def test_encoders_that_no_method_reads_are_not_fine_tuned(tiny_data, tmp_path, capsys, shown):
+    output = tmp_path / "out"
+    given = ("seeds=1", "max_steps=1", "finetune.max_steps=1")
+    run_sweep(sweep_words(tiny_data, output, *given, "methods=[finetune]"), ALONE)
+    assert "grammar: no method reads a teacher, so no encoder is fine-tuned" in (
+        capsys.readouterr().out
+    )
+    assert [str(run.relative_to(output)) for run in runs_of(output)] == ["grammar/finetune/seed-0"]
+    # with a method that asks them the first one's run stays as it is
+    run_sweep(sweep_words(tiny_data, output, *given, "methods=[finetune,mean]"), ALONE)
+    assert "no method reads a teacher" not in capsys.readouterr().out
+    assert len(runs_of(output)) == 4
+    assert starts(output / "grammar" / "finetune" / "seed-0") == 1
 
 
 def test_again_it_does_nothing_but_write_the_report(finished, tiny_data, capsys, shown):
@@ -337,7 +371,7 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(tiny_data, tmp
         (["encoders=[]", f"teachers=[{tmp_path / 'none'}]"], "none"),
         (
             ["teacher=nobody"],
-            "teacher=nobody is not a teacher of this run; its teachers: teacher-0, ",
+            "teacher=nobody is not a teacher of this run; give one of teacher-0, ",
         ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),

@@ -66,7 +66,7 @@ def test_means_spreads_and_marks_are_those_of_the_cells():
     assert "| rte | accuracy | 0.6000 ± 0.0123 | - |" in rows(text)
     # means are over the tasks that every method has, which are named
     assert "| mean |  | 0.7000 | 0.8000 |" in rows(text)
-    assert "every method with a score has: cola. Left out: rte." in text
+    assert "have a score of every method: cola. Left out: rte." in text
     assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 | - |" in rows(text)
     assert "| rte | A | accuracy | 0.7000 | on dev |" in rows(text)
     assert "| cola | teacher-0 | 0.8500 |" in rows(text)
@@ -79,23 +79,23 @@ def test_a_difference_has_its_p_alone_and_its_p_among_all():
     text = markdown(report(cells=[cell("cola", "mean", 0.8, **alone, p_holm=0.0624)]))
     assert "| task | method | difference | 95% interval | p | p, Holm |" in rows(text)
     assert "| cola | mean | +0.1000 | +0.0500 to +0.1500 | 0.031 | 0.062 |" in rows(text)
-    assert "p, Holm: of all comparisons of the tasks together" in text
+    assert "p, Holm: corrected for all comparisons of the tasks together" in text
 
 
 def test_the_share_of_the_gap_is_told_or_that_there_is_none():
     kept = {"task": "cola", "method": "mean", "over": "finetune", "ensemble": 0.8, "best": 0.69}
     text = markdown(report(shares=[{**kept, "of_ensemble": 1.25, "of_best": None}]))
     assert "| cola | mean | finetune | 0.8000 | 125% | 0.6900 | no gap |" in rows(text)
-    assert "Above 100% the student is better than what it is held against" in text
+    assert "Above 100% the student is better than the ensemble or the teacher" in text
     assert "Share of the gap" not in markdown(report())
 
 
 def test_the_report_says_whether_methods_took_as_many_steps():
-    assert "as the longest (equal_steps=on)." in markdown(report())
+    assert "as the longest one (equal_steps=on)." in markdown(report())
     lengthened = [cell("cola", "finetune", 0.7, own_steps=4), cell("cola", "mean", 0.8)]
     text = markdown(report(cells=lengthened))
-    assert "(equal_steps=on); by their own rows they would be fewer: finetune on cola 4." in text
-    assert "its own rows make (equal_steps=off)" in markdown(report(equal_steps=False))
+    assert "(equal_steps=on). Fewer by their own rows: finetune on cola 4." in text
+    assert "its own keys and rows give (equal_steps=off)" in markdown(report(equal_steps=False))
 
 
 def test_what_is_not_there_has_no_heading():
@@ -127,8 +127,8 @@ def test_single_runs_are_called_so():
 def test_scores_that_were_selected_on_dev_are_marked():
     text = markdown(report(selected_on_dev=True))
     assert "(selected on dev)" in text.splitlines()[0]
-    assert "nothing was chosen by" not in text
-    assert "nothing was chosen by" in markdown(report())
+    assert "nothing was selected" not in text
+    assert "nothing was selected" in markdown(report())
 
 
 def test_the_files_hold_the_report(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from small import ALONE, CPU, read, records, sweep_words
 
 from sead_dist.errors import RunError, UserError
+from sead_dist.models.pretrained import locate, weights_hash
 from sead_dist.runtime.distributed import World
 from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
@@ -124,7 +125,7 @@ def test_a_sweep_goes_on_from_its_table_alone(finished, tiny_data, tmp_path, cap
     run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false"), ALONE)
     said = capsys.readouterr().out
     assert "grammar teachers teacher-1: its model is gone, so it is made again" in said
-    line = "grammar: 2 teachers to be made again: no model is left; finished students that stay: 1"
+    line = "grammar: 2 teachers to be made again: no model is left; finished students that stay: 2"
     assert said.index(line) < said.index("\nrun ")
     assert [made_at(run) for run in kept] == before
     assert scores(output) == scores(finished)
@@ -147,18 +148,49 @@ def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_
     # all is done: no teacher is made
     assert told("seeds=2") == []
     again = "grammar: 2 teachers to be made again: no model is left"
-    assert told("seeds=3") == [f"{again}; finished students that stay: 2"]
+    assert told("seeds=3") == [f"{again}; finished students that stay: 4"]
     # an open round: its finished students had the old teachers
     cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
-    undone = "; done again if its teachers differ then: grammar mean seed-1"
-    assert told("seeds=[1]", cold) == [f"{again}{undone}; finished students that stay: 0"]
-    assert told("seeds=[1,2]") == [f"{again}; finished students that stay: 1"]
+    undone = "; done again if the teachers differ then: grammar mean seed-1"
+    assert told("seeds=[1]", cold) == [f"{again}{undone}; finished students that stay: 1"]
+    assert told("seeds=[1,2]") == [f"{again}; finished students that stay: 2"]
+    assert told("seeds=[5]") == [f"{again}; finished students that stay: 0"]
     # a run that was begun
     copy = shutil.copytree(finished, tmp_path / "out")
     (copy / "grammar" / "mean" / "seed-1" / "run_summary.json").unlink()
     grid = make_grid(words(tiny_data, copy, "keep_models=false", "seeds=2"))
     begun = "; what begins again: grammar mean seed-1"
-    assert list(told_again(grid)) == [f"{again}{begun}; finished students that stay: 1"]
+    assert list(told_again(grid)) == [f"{again}{begun}; finished students that stay: 3"]
+
+
+def test_students_of_other_teachers_than_those_that_are_there_are_told_before_the_first_run(
+    finished, tiny_data, one_teacher, tmp_path
+):
+    copy = shutil.copytree(finished, tmp_path / "out")
+    teachers = [copy / "grammar" / "teachers" / f"teacher-{n}" for n in (0, 1)]
+    cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
+
+    def told(*given):
+        return list(told_again(make_grid(words(tiny_data, copy, *given))))
+
+    for teacher in teachers:
+        shutil.copytree(one_teacher[1][0], teacher / "model")
+    differ = "done again, since the teachers that are there differ: grammar mean seed-1"
+    assert told("seeds=[1]", cold) == [f"grammar: {differ}; finished students that stay: 1"]
+    # no round is open
+    assert told("seeds=3") == []
+    # the same weights as those that taught
+    for seed in (0, 1):
+        manifest = copy / "grammar" / "mean" / f"seed-{seed}" / "teacher_manifest.json"
+        there = weights_hash(locate(str(teachers[0])))
+        same = [{**teacher, "weights_sha256": there} for teacher in read(manifest)]
+        manifest.write_text(json.dumps(same))
+    assert told("seeds=[1]", cold) == []
+    # a teacher's folder is gone, with all that it held
+    shutil.rmtree(teachers[1])
+    unsure = "1 teacher to be made; done again if the teachers differ then: grammar mean seed-1"
+    assert told("seeds=[1]", cold) == [f"grammar: {unsure}; finished students that stay: 1"]
+    assert told("seeds=3") == []
 
 
 def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -233,13 +265,15 @@ def test_two_runs_at_once_give_the_same_table(finished, tiny_data, tmp_path, cap
 
 def test_a_worker_that_ends_badly_is_told(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RunError, match="2 of 2 workers of the sweep ended with code 1; what they"):
+    with pytest.raises(
+        RunError, match="2 of 2 workers of the sweep ended with exit code 1; see their"
+    ):
         run_sweep(words(tiny_data, tmp_path / "out", "jobs=2"), ALONE)
 
 
 def test_several_runs_at_once_are_for_one_process_without_a_gpu(tiny_data, tmp_path):
     grid = make_grid(words(tiny_data, tmp_path / "out", "jobs=2"))
-    with pytest.raises(UserError, match=r"jobs=2 divides the threads .* here is 2 ranks; leave"):
+    with pytest.raises(UserError, match=r"jobs=2 is for one process .* has 2 ranks; leave"):
         check_jobs(grid, World(0, 2, CPU))
 
 

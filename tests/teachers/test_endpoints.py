@@ -210,7 +210,7 @@ def test_words_that_no_row_begins_with_are_told(serve):
     server = serve(offers=("top",))
     (teacher,) = opened(entry(server, words=words))
     assert len(teacher.answers.answer(sentences(3), None)) == 3
-    with pytest.raises(RunError, match=r"of 9 rows, .* no word of a class begins .*\(capitals cou"):
+    with pytest.raises(RunError, match=r"no word of a class begins .* in 9 rows, .*\(capitals cou"):
         teacher.answers.answer(sentences(9), None)
 
 
@@ -288,10 +288,10 @@ def test_what_always_fails_ends_the_run_in_one_line(serve):
     server = serve()
     (teacher,) = opened(entry(server))
     server.broken_after = 0
-    with pytest.raises(RunError, match=r"did not answer in 8 tries \(500 out of order\)"):
+    with pytest.raises(RunError, match=r"failed in all 8 tries \(500 out of order\)"):
         teacher.answers.answer(["a"], None)
     server.broken_after, server.failures = None, [(400, {}, "too long\n\x1b[31m")] * 3
-    with pytest.raises(RunError, match=r"refuses 'a b': 400 too long\\n\\x1b\[31m; shorten"):
+    with pytest.raises(RunError, match=r"rejects 'a b': 400 too long\\n\\x1b\[31m; shorten"):
         teacher.answers.answer(["a b"], None)
 
 
@@ -309,12 +309,12 @@ def test_the_key_comes_from_the_environment_and_is_told_to_nobody_else(serve, mo
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert KEY not in repr(vars(teacher.answers)) + repr(vars(teacher.answers.client))
     server.failures = [(302, {"Location": f"{other.url}/completions"}, "elsewhere")] * 3
-    with pytest.raises(RunError, match="refuses 'a': 302"):
+    with pytest.raises(RunError, match="rejects 'a': 302"):
         teacher.answers.answer(["a"], None)
     assert other.bodies == []
     server.failures = [(401, {}, f"wrong key {KEY}")] * 3
     with pytest.raises(
-        UserError, match=r"refuses the key \(401 wrong key \*\*\*\); set OPENAI_API_KEY"
+        UserError, match=r"rejects the key \(401 wrong key \*\*\*\); set OPENAI_API_KEY"
     ):
         opened(entry(server))
 
@@ -342,12 +342,12 @@ def test_all_that_an_answer_depends_on_is_part_of_its_identity_and_the_place_is_
         ("localhost:8000/v1", "", "endpoint is not a URL of http or https"),
         ("ftp://host/v1", "", "endpoint is not a URL of http or https"),
         ("http://:80/v1", "", "endpoint is not a URL of http or https"),
-        ("http://me:word@host/v1", "", "endpoint holds more than a place"),
-        ("http://host/v1?key=a", "", "endpoint holds more than a place"),
+        ("http://me:word@host/v1", "", "endpoint has a user, a password"),
+        ("http://host/v1?key=a", "", "endpoint has a user, a password"),
         (
             "http://127.0.0.1:1/v1",
             "",
-            "did not answer in 2 tries .*Connection refused.*; start it, or correct",
+            "failed in all 2 tries .*Connection refused.*; start it, or correct",
         ),
         ("http://127.0.0.1:1/v1", ", concurrency: 0", "greater than 0"),
         ("http://127.0.0.1:1/v1", ", max_requests: 0", "greater than 0"),
@@ -411,7 +411,7 @@ def test_a_run_whose_server_fails_goes_on_where_it_was(task, tmp_path, serve, mo
     bad.broken_after = 90
     (error,) = try_ranks(1, tmp_path / "ranks", run_quickly, given)
     assert isinstance(error, RunError)
-    assert "did not answer in 8 tries" in str(error)
+    assert "failed in all 8 tries" in str(error)
     bad.broken_after, before = None, len(bad.bodies)
     bad.bodies.clear()
     run_ranks(1, tmp_path / "ranks", run_quickly, given)

@@ -22,7 +22,7 @@ from sead_dist.runtime.distributed import World
 from sead_dist.teachers.feature_teacher import (
     FeatureTeacher,
     check_feature_teacher,
-    held_everywhere,
+    colocate_candidates,
     load_feature_teacher,
 )
 
@@ -53,7 +53,7 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             ["{path: @plain, placement: partitioned}"],
             {},
             "teacher plain is partitioned, and feature_loss=minilm needs it on every rank; "
-            "give its entry placement: colocated, or name a teacher that can: teacher=NAME",
+            "give its entry placement: colocated, or choose another teacher: teacher=NAME",
         ),
         (["@plain"], {"placement": "partitioned"}, "teacher plain is partitioned"),
         (["@plain"], {"placement": "sharded"}, "teacher plain is sharded"),
@@ -63,21 +63,25 @@ def checked(folders, entries, world=TWO, length=32, **keys):
             "teacher split is sharded",
         ),
         (["@short"], {}, "teacher short reads at most 20 tokens.* give max_length=20"),
-        (["@deberta"], {}, r"teacher deberta: its attention \(deberta-v2\) is not BERT's"),
+        (
+            ["@deberta"],
+            {},
+            r"teacher deberta: its attention \(deberta-v2\) is not built like BERT's",
+        ),
         (
             ["@roformer"],
             {},
-            r"teacher roformer \(roformer\) would be misread: the attention of layer 1 differs from "
-            "its own by .* or a method that asks for logits alone",
+            r"teacher roformer \(roformer\): its layers cannot be read: the attention of layer 1 "
+            "differs from the model's output by .* or a method that needs only logits",
         ),
         (
             ["@convbert"],
             {"method": "distilbert"},
-            "teacher convbert is a convbert, whose answers change with the padding of a batch, and "
-            "feature_loss=distilbert shows it the student's rows, padded on the right; leave it out, "
-            "or name a teacher that can: teacher=NAME",
+            "teacher convbert is a convbert, whose logits change with the padding of a batch, and "
+            "feature_loss=distilbert runs it on the student's rows, padded on the right; leave it "
+            "out, or choose another teacher: teacher=NAME",
         ),
-        (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not BERT's"),
+        (["@gpt2"], {}, r"teacher gpt2: its attention \(gpt2\) is not built like BERT's"),
     ],
 )
 def test_a_teacher_that_cannot_be_the_feature_teacher_is_told(folders, entries, keys, said):
@@ -95,9 +99,7 @@ def test_a_feature_teacher_of_another_tokeniser_is_told(folders):
 def test_a_feature_teacher_that_is_padded_on_the_other_side_than_the_student_is_told(folders):
     (teacher,) = load_teachers([folders / "plain"])
     one = replace(teacher, cut=replace(teacher.cut, padding="left"))
-    said = (
-        "teacher plain is a bert, whose rows are to be padded on the left, and feature_loss=minilm"
-    )
+    said = "teacher plain is a bert, whose rows must be padded on the left, and feature_loss=minilm"
     with pytest.raises(UserError, match=said):
         check_feature_teacher(
             config("teachers=[a]", method="minilm"), [one], model_inputs(), TWO.size
@@ -118,7 +120,9 @@ def test_the_feature_teacher_is_fed_by_the_rules_of_any_teacher(folders, tmp_pat
 
 def test_a_feature_teacher_with_its_own_weights_is_compared_when_it_is_loaded(folders):
     (teacher,) = load_teachers([folders / "roformer"])
-    with pytest.raises(UserError, match=r"teacher roformer \(roformer\) would be misread: the att"):
+    with pytest.raises(
+        UserError, match=r"teacher roformer \(roformer\): its layers cannot be read: the"
+    ):
         load_feature_teacher(config("teachers=[a]", method="minilm"), teacher, CPU)
     load_feature_teacher(config("teachers=[a]", method="distilbert"), teacher, CPU)
 
@@ -160,7 +164,7 @@ def test_auto_holds_on_every_rank_what_may_become_the_feature_teacher(folders):
     placements = {
         (method, feature_teacher): [
             teacher.entry.placement
-            for teacher in held_everywhere(
+            for teacher in colocate_candidates(
                 config("teachers=[a]", method=method, teacher=feature_teacher, placement="auto"),
                 teachers,
             )
@@ -189,12 +193,12 @@ def test_the_feature_teacher_shows_the_layer_outputs_of_a_micro_batch_without_dr
     batch = make_batch(small_split(), torch.tensor([0, 1, -1, -1]).numpy())
     torch.manual_seed(0)
     drawn = torch.random.get_rng_state()
-    found = feature_teacher.look(batch)
+    found = feature_teacher.layer_outputs(batch)
     assert torch.equal(torch.random.get_rng_state(), drawn)
     rows, length = batch.inputs["input_ids"].shape
     assert found.hidden[1].shape == (rows, length, 32) == (4, length, 32)
     assert not found.hidden[1].requires_grad
     # autograd may keep it
     assert not found.hidden[1].is_inference()
-    again = feature_teacher.look(batch)
+    again = feature_teacher.layer_outputs(batch)
     assert torch.equal(found.queries[1], again.queries[1])

@@ -278,20 +278,20 @@ BAD = [
     ({}, f"{{model: LLM, words: {WORDS}}}", "a language model needs a prompt and words"),
     ({}, f"{{prompt: {PROMPT}, words: {WORDS}}}", "a language model needs model: NAME; add the"),
     ({}, f"{{endpoint: 'http://x/v1', prompt: {PROMPT}, words: {WORDS}}}", "an endpoint needs model: NAME"),
-    ({}, f"{{path: LLM, words: {WORDS}}}", "words is a language model's, which has a prompt"),
-    ({}, f"{{path: LLM, model: LLM, prompt: {PROMPT}, words: {WORDS}}}", "model and path are two"),
+    ({}, f"{{path: LLM, words: {WORDS}}}", "words is for a language model; give a prompt"),
+    ({}, f"{{path: LLM, model: LLM, prompt: {PROMPT}, words: {WORDS}}}", "model and path mean the same"),
     ({}, f"{{kind: model, path: LLM, prompt: {PROMPT}, words: {WORDS}}}", "prompt is a language"),
     ({"prompt": '""'}, None, "should have at least 1 character"),
     ({"prompt": '"{sentense}:"'}, None, r"names \{sentense\}, which is not a text of task small; it may name"),
     ({"prompt": '"{text_b}:"'}, None, r"names \{text_b\}, which is not a text"),
     ({"prompt": '"{}:"'}, None, r"names \{\}, which is not a text"),
     ({"prompt": '"{sentence!r}:"'}, None, r"names \{sentence!r\}, which is not a text"),
-    ({"prompt": '"Is it good?"'}, None, "names no text, so that it asks the same of every row"),
+    ({"prompt": '"Is it good?"'}, None, "names no text, so it is the same for every row"),
     ({"prompt": '"{sentence} is "', "words": "{positive: [good], negative: [bad]}"}, None,
-     "other tokens than alone.*end the prompt without a blank"),
+     "its tokens are others than alone.*end the prompt without a blank"),
     ({"words": "{}"}, None, "words lacks the class 'negative'; give words for each of: negative, positive"),
     ({"words": '{positive: [" good"], negative: []}'}, None, "the class 'negative' has no words"),
-    ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which says noth"),
+    ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which is empty"),
     ({"words": '{positive: [" good"], negative: [" good"]}'}, None, "' good' stands twice"),
     ({"words": '{positiv: [" good"], negative: [" bad"]}'}, None,
      "words names 'positiv', which is not a label of task small; its labels: negative, positive"),
@@ -299,11 +299,11 @@ BAD = [
      "words names 1 classes, and task small has 2"),
     ({"words": '{positive: [" good"]}'}, None, "words lacks the class 'negative'; give"),
     ({"words": '{positive: " good", negative: [" bad"]}'}, None, r"expected a list; give \[' good'\]; see `sead-dist keys teachers.words`"),
-    ({"more": ", shots: 40"}, None, "shots=40, and there are 12 labelled training rows; give fewer"),
+    ({"more": ", shots: 40"}, None, "shots=40 needs 41 labelled training rows .* there are 12; give fewer"),
     ({"more": ", shots: -1"}, None, "greater than or equal to 0"),
     ({"more": ", shots: true"}, None, "should be a number, not true or false"),
     ({"more": ", max_length: 8"}, None, "its prompt without a text takes .* and max_length is 8"),
-    ({"more": ", shots: 11"}, None, "shorten the prompt, show fewer rows"),
+    ({"more": ", shots: 11"}, None, "shorten the prompt, or show fewer rows"),
     ({"more": ", quantization: int8"}, None, "quantization=int8 is for a model, and its kind is"),
     ({"more": ", offload: true"}, None, "offload=True is for a model"),
     ({"more": ", max_requests: 5"}, None, "max_requests is for kind: endpoint; leave it out"),
@@ -320,7 +320,7 @@ def test_bad_entries_are_refused_in_one_line(llama, parts, whole, message):
 
 
 def test_a_brace_alone_is_told_in_one_line():
-    with pytest.raises(UserError, match=r"teacher x: its prompt '\{text_a\}\}' has a brace alone"):
+    with pytest.raises(UserError, match=r"teacher x: its prompt '\{text_a\}\}' has a single brace"):
         read_template("{text_a}}", TASK, "x")
     assert read_template("{{{text_a}}}", TASK, "x") == (("{", None), ("", 0), ("}", None))
 
@@ -338,9 +338,9 @@ def broken(folder, name, change):
         ("config.json", None, "holds no config.json"),
         ("config.json", lambda _: "{", "its config cannot be read"),
         ("config.json", lambda t: t.replace("LlamaForCausalLM", "BertForSequenceClassification"),
-         "is a BertForSequenceClassification, which continues no text; give a causal language model"),
-        ("tokenizer.json", None, "no usable tokeniser"),
-        ("tokenizer.json", lambda t: t[:300], "no usable tokeniser"),
+         "is a BertForSequenceClassification, which is not causal; give a causal language model"),
+        ("tokenizer.json", None, "its tokeniser cannot be read"),
+        ("tokenizer.json", lambda t: t[:300], "its tokeniser cannot be read"),
         ("model.safetensors", None, "holds no weights"),
     ],
 )  # fmt: skip
@@ -383,7 +383,7 @@ def test_other_tasks_and_placements_are_told_in_one_line(llama, tmp_path):
         check_placements(teachers, ["sharded"])
     refusing = "{{ raise_exception('no users here') }}"
     folder = save_llm(tmp_path / "refusing", chat=refusing)
-    with pytest.raises(UserError, match=r"its chat template refuses the prompt: .*no users here"):
+    with pytest.raises(UserError, match=r"its chat template fails on the prompt: .*no users here"):
         opened(entry(folder, more=", chat: true"))
 
 

@@ -90,7 +90,7 @@ def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
     clock.now += 2.0
     lease = observer.take("item")
     assert lease is not None
-    assert lease.taken_from == "process 4711 on elsewhere, silent for 60 s"
+    assert lease.taken_from == "process 4711 on elsewhere, which did not renew its lease for 60 s"
     with lease:
         assert observer.take("item") is None
 

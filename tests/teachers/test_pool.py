@@ -14,10 +14,10 @@ import pytest
 from ranks import finish, run_ranks, start
 from small import model_bytes, read, run_distill, save_teacher, words
 
-from sead_dist.cli.submit import forget_refused
+from sead_dist.cli.submit import remove_expectations
 from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
-from sead_dist.runs.claim import followed_store, say_followed, try_lock
+from sead_dist.runs.claim import read_student_store, try_lock, write_student_store
 from sead_dist.runs.distillation import distill
 from sead_dist.runs.pool_worker import refuse_other_store, teach, worker_folder
 from sead_dist.runtime.distributed import World
@@ -217,10 +217,10 @@ def test_what_a_student_without_progress_expected_is_forgotten_when_a_new_pool_i
     now = [*given, f"teachers=[{teachers[0]},{replaced},{teachers[2]}]"]
     with try_lock(run / ".lock") as taken:
         assert taken
-        forget_refused(run)  # a student is there: it counts
+        remove_expectations(run)  # a student is there: it counts
     with pytest.raises(UserError, match="expects"):
         teach(load_config(now), "1/1", alone())
-    forget_refused(run)
+    remove_expectations(run)
     teach(load_config(now), "1/1", alone())
     assert rows_of(run, 1, 1) == PAIRS
 
@@ -242,9 +242,9 @@ def test_a_worker_that_would_fill_another_store_is_refused_and_both_are_named(wa
     with pytest.raises(UserError) as caught:
         teach(load_config([*given, f"store={tmp_path / 'mine'}"]), "1/1", alone())
     theirs = run.parent / "store"
-    line = f"the student in {run} follows the store {theirs}, and this worker would fill "
-    assert str(caught.value).startswith(f"{line}{tmp_path / 'mine'} on ")
-    assert "which is another; give both the same store=, a folder that their" in str(caught.value)
+    line = f"the student in {run} reads the store {theirs}, and this worker would write to "
+    assert str(caught.value).startswith(f"{line}another one, {tmp_path / 'mine'} on ")
+    assert "give both the same store=DIR on a disk that their machines share" in str(caught.value)
     assert rows_of(run, 1, 1) == 0
 
 
@@ -252,11 +252,11 @@ def test_a_store_is_known_by_its_id_not_by_its_path(tmp_path):
     run, mine = tmp_path / "run", create(tmp_path / "store")
     run.mkdir()
     refuse_other_store(run, mine)  # no student yet
-    say_followed(run, tmp_path / "where-the-student-sees-it", store_id(mine))
+    write_student_store(run, tmp_path / "where-the-student-sees-it", store_id(mine))
     refuse_other_store(run, mine)
     # on another machine's own disk a folder of the same path is another store
-    say_followed(run, tmp_path / "store", store_id(create(tmp_path / "elsewhere")))
-    with pytest.raises(UserError, match=f"follows the store {tmp_path / 'store'}, and this"):
+    write_student_store(run, tmp_path / "store", store_id(create(tmp_path / "elsewhere")))
+    with pytest.raises(UserError, match=f"reads the store {tmp_path / 'store'}, and this"):
         refuse_other_store(run, mine)
 
 
@@ -264,22 +264,24 @@ def test_word_of_an_earlier_student_is_forgotten_with_the_next(task, tmp_path):
     """A student with progress goes on with another store; workers may start before it."""
     given, run = given_words(task, tmp_path, placement="colocated"), tmp_path / "run"
     distill(load_config([*given, "max_steps=2"]), alone())
-    say_followed(run, tmp_path / "full", "id of the full one")
-    forget_refused(run)
-    assert followed_store(run) is None
+    write_student_store(run, tmp_path / "full", "id of the full one")
+    remove_expectations(run)
+    assert read_student_store(run) is None
     # and with a student that follows none
     shutil.rmtree(run)
     run.mkdir()
-    say_followed(run, tmp_path / "full", "id of the full one")
+    write_student_store(run, tmp_path / "full", "id of the full one")
     distill(load_config(given), alone())
-    assert followed_store(run) is None
+    assert read_student_store(run) is None
 
 
 def test_a_worker_that_leaves_to_the_student_what_the_student_awaits_is_refused(waited):
     given, run = waited
     one, *others = [entry["path"] for entry in read(run / "teacher_manifest.json")]
     mine = f"teachers=[{{path: {one}, placement: colocated}}, {', '.join(others)}]"
-    with pytest.raises(UserError, match=r"teacher a: the student in .* waits for it to come from"):
+    with pytest.raises(
+        UserError, match=r"teacher a: the student in .* waits for its predictions from"
+    ):
         teach(load_config([*given, mine]), "1/1", alone())
 
 
@@ -295,7 +297,7 @@ def test_a_student_that_comes_later_with_another_store_stops_the_worker(task, tm
     os.kill(worker[0].pid, signal.SIGCONT)
     (outcome,) = finish(worker, tmp_path / "w", WAIT_S)
     assert isinstance(outcome, UserError)
-    assert f"follows the store {tmp_path / 'other'}" in str(outcome)
+    assert f"reads the store {tmp_path / 'other'}" in str(outcome)
 
 
 @pytest.mark.parametrize(
@@ -424,9 +426,13 @@ def test_a_folder_that_is_read_only_stops_the_worker_in_one_line(tmp_path, task,
     [
         ({}, "5/4", "--worker '5/4' is not a worker; give NUMBER/WORKERS"),
         ({}, "one", "--worker 'one' is not a worker"),
-        ({"ensemble": "none"}, "1/1", "nothing asks teachers here"),
+        (
+            {"ensemble": "none"},
+            "1/1",
+            "this run uses no teachers, so a worker has nothing to compute",
+        ),
         ({"placement": "auto"}, "1/1", r"no teacher of this run is in the pool \(placement=auto\)"),
-        ({"encoders": "[x]"}, "1/1", "encoders are for finetune"),
+        ({"encoders": "[x]"}, "1/1", "encoders is a key of finetune"),
     ],
 )
 def test_a_worker_says_what_it_cannot_do(tmp_path, task, changes, worker, message):
@@ -435,13 +441,15 @@ def test_a_worker_says_what_it_cannot_do(tmp_path, task, changes, worker, messag
 
 
 def test_a_worker_is_one_process(tmp_path, task):
-    with pytest.raises(UserError, match="a worker is one process, and WORLD_SIZE=2"):
+    with pytest.raises(
+        UserError, match=r"a worker is one process, and WORLD_SIZE=2; .* --worker 1/2"
+    ):
         teach(load_config(given_words(task, tmp_path)), "1/1", World(0, 2, alone().device))
 
 
 def test_drift_is_not_measured_on_teachers_of_the_pool(tmp_path, task, distil):
     with pytest.raises(
-        UserError, match="teacher_validation=fp32 asks teachers in fp32 in the student's"
+        UserError, match="teacher_validation=fp32 loads each teacher in the student's"
     ):
         distil(given_words(task, tmp_path, teacher_validation="fp32"))
 

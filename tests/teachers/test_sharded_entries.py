@@ -22,7 +22,7 @@ def refused(folder, match):
     with pytest.raises(UserError, match=match) as caught:
         check_shardable(load_teachers([folder])[0], False)
     assert "\n" not in str(caught.value)
-    assert "placement=partitioned or colocated" in str(caught.value)
+    assert "placement: partitioned or colocated" in str(caught.value)
 
 
 def test_a_checkpoint_without_safetensors_is_refused(folder):

@@ -12,7 +12,7 @@ from transformers.tokenization_python import PythonBackend
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.data.order import make_split, tokenize
-from sead_dist.data.splits import RunExamples, RunSplits, told_cuts
+from sead_dist.data.splits import RunExamples, RunSplits, cut_lines
 from sead_dist.models.pretrained import position_limit, tokenizer_hash
 from sead_dist.teachers.entries import read_teachers
 
@@ -124,20 +124,20 @@ def test_rows_that_lose_tokens_are_told_in_every_split(tmp_path):
     dev = make_split(example_set([long, short], split="validation"), grammar_tokenizer(), 5)
     examples = RunExamples(train.examples, selection.examples, {"validation": dev.examples}, 2, 0)
     splits = RunSplits(train, selection, {"validation": dev})
-    first, second = told_cuts(examples, splits, 64, 5)
-    assert first == "max_length=64, but the student's positions end at 5"
+    first, second = cut_lines(examples, splits, 64, 5)
+    assert first == "max_length=64, but the student has positions for 5"
     assert second == (
         "student: text rows cut at 5 tokens: 2 of 3 in train, 1 of 2 in unlabelled text, "
         "0 of 1 in selection, 1 of 2 in validation"
     )
     only = RunSplits(dev, selection, {"validation": dev})
     half = replace(examples, train=dev.examples, unlabelled_rows=0)
-    told = next(told_cuts(half, only, 5, 5))
+    told = next(cut_lines(half, only, 5, 5))
     assert told.startswith("student: text rows cut at 5 tokens: 1 of 2")
     most = RunSplits(train, dev, {"validation": dev})
-    assert [*told_cuts(replace(examples, unlabelled_rows=0), most, 5, 5)] == [
+    assert [*cut_lines(replace(examples, unlabelled_rows=0), most, 5, 5)] == [
         "WARNING: student: text rows cut at 5 tokens: 3 of 5 in train, 1 of 2 in selection, 1 of 2 "
-        "in validation: more than half of all lose text to max_length; raise it"
+        "in validation: more than half of all rows lose text; raise max_length"
     ]
     short_only = RunSplits(selection, selection, {})
-    assert list(told_cuts(replace(examples, unlabelled_rows=0), short_only, 5, 5)) == []
+    assert list(cut_lines(replace(examples, unlabelled_rows=0), short_only, 5, 5)) == []

@@ -85,8 +85,8 @@ def test_of_choices_each_text_is_asked_for_one_number(lengths):
     [
         (lambda a, b: np.zeros((len(a), 3)), r"gave \(2, 3\) for 2 text rows; expected \(2, 2\)"),
         (lambda a, b: np.zeros(2), r"gave \(2,\) for 2 text rows"),
-        (lambda a, b: [["no", "number"]], "cannot answer: ValueError"),
-        (lambda a, b: 1 / 0, "cannot answer: ZeroDivisionError: division by zero; correct its"),
+        (lambda a, b: [["no", "number"]], "gave no logits: ValueError"),
+        (lambda a, b: 1 / 0, "gave no logits: ZeroDivisionError: division by zero; correct its"),
     ],
 )
 def test_an_answer_of_another_shape_is_told_in_one_line(answer, message):

@@ -138,7 +138,9 @@ def test_a_worker_says_from_whom_it_takes_an_item_over(pool, told):
     assert hand.rows == 3 * 21
     said = [line for line in told if "taken over" in line]
     place = f"{hand.source.teachers[items[1].teacher].name}, {items[1].what}"
-    assert said == [f"{place}: taken over from process 4711 on elsewhere, silent for 0 s"]
+    assert said == [
+        f"{place}: taken over from process 4711 on elsewhere, which did not renew its lease for 0 s"
+    ]
 
 
 def test_a_lease_that_a_dead_worker_left_on_a_finished_item_is_removed_at_the_end(pool):

@@ -9,8 +9,8 @@ from test_trainer import make_trainer
 from sead_dist.config.automatic import (
     ENOUGH_TO_CHOOSE,
     averaged_steps,
+    checkpoint_line,
     final_checkpoint,
-    told_checkpoint,
 )
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import AVERAGE_FILE, Engine, WeightAverage
@@ -110,7 +110,7 @@ def test_from_500_selection_rows_up_the_best_student_is_kept_else_the_average():
     assert final_checkpoint(config(), 499) == "average"
     assert final_checkpoint(config(), 500) == "best"
     assert final_checkpoint(config(final_checkpoint="last"), 9999) == "last"
-    said = told_checkpoint(config(), 250, 1500)
+    said = checkpoint_line(config(), 250, 1500)
     assert "the mean of the weights of the last 300 of 1500 steps" in said
     assert "250 selection rows are too few to choose by; 500 are enough" in said
-    assert "automatic" not in told_checkpoint(config(final_checkpoint="last"), 250, 1500)
+    assert "automatic" not in checkpoint_line(config(final_checkpoint="last"), 250, 1500)

@@ -197,4 +197,4 @@ def test_an_earlier_checkpoint_can_be_fallen_back_to_with_its_own_best_student(
     assert any("step-00000003 is damaged" in line for line in told)
     (checkpoints.folder / "step-00000002" / "optimizer.pt").unlink()
     assert checkpoints.latest() is None
-    assert "starting over" in told[-1]
+    assert "the run starts again at step 0" in told[-1]

@@ -62,19 +62,28 @@ def test_what_accelerate_launch_asks_for_is_what_the_key_would(monkeypatch, tmp_
     ("env", "keys", "said"),
     [
         ({"USE_FSDP": "true"}, {}, "ACCELERATE_USE_FSDP=true.* deepspeed=zero3"),
-        ({"MIXED_PRECISION": "bf16"}, {}, "mixed_precision=bf16, but this run has precision=fp32"),
+        ({"MIXED_PRECISION": "fp8"}, {}, "precision=fp32; launch with --mixed_precision no"),
+        (
+            {"MIXED_PRECISION": "bf16"},
+            {},
+            "mixed_precision=bf16, .* precision=fp32; give precision=bf16, or",
+        ),
         (
             {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"},
             {"deepspeed": "zero2"},
-            "deepspeed=zero2, but accelerate launch asks for zero3",
+            "deepspeed=zero2, but accelerate launch names zero3",
         ),
         (
             {"USE_DEEPSPEED": "true", "GRADIENT_CLIPPING": "0.3"},
             {},
-            "gradient_clipping=0.3, but this run has max_grad_norm=1.0",
+            "gradient_clipping=0.3, but this run uses its own key, max_grad_norm=1.0",
         ),
-        ({}, {"deepspeed": "zero4"}, "neither a file nor a shipped name; shipped: zero1,"),
-        ({}, {"deepspeed": "zero2", "precision": "fp16"}, "fp16 is not offered under DeepSpeed"),
+        (
+            {},
+            {"deepspeed": "zero4"},
+            "neither a file nor a shipped name; give a file, or one of zero1,",
+        ),
+        ({}, {"deepspeed": "zero2", "precision": "fp16"}, "fp16 cannot be used with DeepSpeed"),
     ],
 )
 def test_what_would_be_ignored_or_contradicts_is_refused(monkeypatch, env, keys, said):
@@ -89,10 +98,10 @@ def test_what_would_be_ignored_or_contradicts_is_refused(monkeypatch, env, keys,
     [
         ("no json", "is not a DeepSpeed configuration"),
         ({"zero_optimization": 2}, "is not a DeepSpeed configuration"),
-        ({"zero_optimization": {"stage": 0}}, r"stage=0; 1, 2 and 3 split something"),
+        ({"zero_optimization": {"stage": 0}}, "stage=0; expected 1, 2 or 3"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            "offload_param.device=nvme; only cpu and none",
+            "offload_param.device=nvme; give cpu or none",
         ),
         (
             {"zero_optimization": {"stage": 1}, "train_batch_size": 7},
@@ -104,7 +113,7 @@ def test_what_would_be_ignored_or_contradicts_is_refused(monkeypatch, env, keys,
         ),
         (
             {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
-            "sets bf16.enabled; a run has precision",
+            "sets bf16.enabled; the run's own key is precision; write",
         ),
     ],
 )

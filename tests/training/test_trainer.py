@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_lower(tmp_path,
     with torch.no_grad():
         trainer.engine.module.classifier.bias[0] = float("nan")
     with pytest.raises(
-        RunError, match=r"the gradient's norm is nan at step 1; .* lower learning_rate"
+        RunError, match=r"the gradient's norm is nan at step 1; .* a lower learning_rate"
     ):
         trainer.run(TrainState())
 
