@@ -23,7 +23,7 @@ from typing import Any
 
 from inputs import alone, laid_out, minilm, random_classifier
 from result_file import common_arguments, set_threads, spread, table, write_result
-from sead_dist.cli.output import lines_shown
+from sead_dist.cli.exits import lines_shown
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
