@@ -58,7 +58,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`num_train_epochs: true` would be one epoch."""
         kind = str(cls.model_fields[info.field_name or ""].annotation)
         held = [*value, *value.values()] if isinstance(value, dict) else value

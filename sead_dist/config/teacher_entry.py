@@ -60,8 +60,10 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
         of_prompt = [key for key in (*PROMPT_KEYS, *ENDPOINT_KEYS) if key in given]
         if not of_prompt:
             return None
-        fix = "give a prompt and words too, or leave it out" if kind == MODEL else "leave it out"
-        return f"{of_prompt[0]} is for a language model; {fix}"
+        key, kind_of_it = of_prompt[0], "a classifier" if kind == MODEL else f"kind: {kind}"
+        missing = "leave kind out" if "prompt" in given else "give a prompt and words too"
+        fix = f"{missing}, or leave {key} out" if kind == MODEL else f"leave {key} out"
+        return f"{key} is for a language model, and this is {kind_of_it}; {fix}"
     for key in ("prompt", "words"):
         if key not in given:
             return f"a language model needs a prompt and words, and {key} is missing; add it"

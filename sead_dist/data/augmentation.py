@@ -77,7 +77,7 @@ def automatic_copies(labelled: int, text: int) -> int:
     return max(0, COPIES_OF_EACH * labelled - text)
 
 
-def rows_asked(config: RunConfig, labelled: int, text: int) -> int:
+def run_rows(config: RunConfig, labelled: int, text: int) -> int:
     """The number of training rows that a run asks for: labelled rows, text and copies. Fewer copies
     are made where some would be equal or have a held-out sentence. The length of a run does not
     depend on that."""

@@ -353,7 +353,7 @@ def fingerprint(examples: ExampleSet) -> str:
     return digest.hexdigest()
 
 
-def answered_by_teachers(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarray) -> ExampleSet:
+def with_teacher_labels(task: TaskSpec, examples: ExampleSet, said_BC: np.ndarray) -> ExampleSet:
     """The same examples with the ensemble's answers as labels: the class of the highest logit or
     probability, or the score. A row where said_BC is NaN has no label."""
     absent_B = np.isnan(said_BC).any(axis=1)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from sead_dist.config.automatic import epoch_steps, patience_steps
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.data.examples import ExampleSet, entries, sample, subset
 from sead_dist.data.order import cut_into_micro_batches, epoch_order
 from sead_dist.data.splits import RunExamples
@@ -187,7 +187,7 @@ def work_before(
     if makes_baseline:
         own = own_baseline(config)
         lengths = sampled_lengths(inputs, subset(examples.train, np.arange(labelled)))
-        rows = rows_asked(own, labelled, 0)
+        rows = run_rows(own, labelled, 0)
         found["baseline"] = training_work(own, lengths, rows, baseline_steps(config, examples))
     return found
 

@@ -23,7 +23,7 @@ from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
 from sead_dist.config.sections import AugmentConfig
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.data.examples import ExampleSet, has_label, subset
 from sead_dist.data.significance import paired_gap, units_of
 from sead_dist.data.splits import RunExamples
@@ -342,7 +342,7 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
         return 0
     own = own_baseline(config)
     labelled = examples.labelled_rows
-    return run_steps(own, labelled, rows_asked(own, labelled, 0))
+    return run_steps(own, labelled, run_rows(own, labelled, 0))
 
 
 def needs_own_baseline(config: RunConfig, examples: RunExamples, total_steps: int) -> bool:

@@ -14,7 +14,7 @@ from sead_dist.config.automatic import (
     scoring_steps,
 )
 from sead_dist.config.schema import RunConfig
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import TokenTable
@@ -28,7 +28,7 @@ from sead_dist.training.engine import width_of
 def with_chosen_keys(config: RunConfig, examples: RunExamples) -> RunConfig:
     """The configuration with the values of max_steps, final_checkpoint and eval_steps filled in."""
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.unlabelled_rows)
+    rows = run_rows(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
     return config.model_copy(
         update={
@@ -52,7 +52,7 @@ def chosen_key_lines(
     tokens: gives the tokens of the training rows. It is called where the time of a step is known.
     """
     labelled = examples.labelled_rows
-    rows = rows_asked(config, labelled, examples.unlabelled_rows)
+    rows = run_rows(config, labelled, examples.unlabelled_rows)
     steps = steps_of(config, examples)
     length = length_line(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
@@ -112,4 +112,4 @@ def early_end_line(state: TrainState, most: int, epoch: int) -> str:
 def steps_of(config: RunConfig, examples: RunExamples) -> int:
     """Optimiser steps of the run."""
     labelled = examples.labelled_rows
-    return run_steps(config, labelled, rows_asked(config, labelled, examples.unlabelled_rows))
+    return run_steps(config, labelled, run_rows(config, labelled, examples.unlabelled_rows))

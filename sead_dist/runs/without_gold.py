@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sead_dist.config.schema import DataConfig, RunConfig
-from sead_dist.data.examples import ExampleSet, answered_by_teachers, score
+from sead_dist.data.examples import ExampleSet, score, with_teacher_labels
 from sead_dist.data.splits import RunExamples, load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
@@ -90,7 +90,7 @@ def with_ensemble_labels(
     """
     said_BC = ensemble_targets(ensemble, logits_NBC, examples)
     if not examples.has_gold:
-        examples = answered_by_teachers(task, examples, said_BC)
+        examples = with_teacher_labels(task, examples, said_BC)
     return examples, said_BC
 
 
@@ -118,4 +118,4 @@ def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> Ex
             f"{split} has no gold labels, and {name} has its teachers' predictions only of the "
             "rows of its own data; give rows with gold labels"
         )
-    return answered_by_teachers(task, examples, said_BC[np.array(rows, np.int64)])
+    return with_teacher_labels(task, examples, said_BC[np.array(rows, np.int64)])

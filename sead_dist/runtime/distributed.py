@@ -152,7 +152,7 @@ def _launcher_store(rank: int, wait_s: float) -> Store:
         )
     except (RuntimeError, ValueError) as error:
         what = "rank 0 has not started" if rank else "rank 0 cannot open the store of the ranks"
-        kind = LostRankError if rank == 1 else RunError  # one of them tells
+        kind = LostRankError if rank == 1 else RunError  # only one of them prints it
         raise kind(
             f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); check that process and "
             "address, then give the same command again"
@@ -312,16 +312,16 @@ def check_shared(world: World, folders: Mapping[str, Path]) -> None:
     nodes = gather_objects(world, node_name())
     if len(set(nodes)) == 1:
         return
-    token = from_main(world, lambda: f".seen-{uuid.uuid4().hex}")
+    token = from_main(world, lambda: f".mark-{uuid.uuid4().hex}")
     try:
-        from_main(world, lambda: _write_seen(folders, token))
-        blind = gather_objects(world, _first_unseen(folders, token))
+        from_main(world, lambda: _write_mark(folders, token))
+        missing = gather_objects(world, _first_missing(folders, token))
     finally:
         if world.is_main:
             for folder in folders.values():
                 with suppress(OSError):
                     (folder / token).unlink()
-    for node, key in zip(nodes, blind, strict=True):
+    for node, key in zip(nodes, missing, strict=True):
         if key is not None:
             if world.is_main:  # the folder may be new; one that holds files stays
                 with suppress(OSError):
@@ -332,7 +332,7 @@ def check_shared(world: World, folders: Mapping[str, Path]) -> None:
             )
 
 
-def _write_seen(folders: Mapping[str, Path], token: str) -> None:
+def _write_mark(folders: Mapping[str, Path], token: str) -> None:
     for key, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ def _write_seen(folders: Mapping[str, Path], token: str) -> None:
             ) from None
 
 
-def _first_unseen(folders: Mapping[str, Path], token: str) -> str | None:
+def _first_missing(folders: Mapping[str, Path], token: str) -> str | None:
     end = time.monotonic() + PATIENCE_S
     for key, folder in folders.items():
         while not (folder / token).exists():

@@ -50,15 +50,15 @@ def open_own(path: Path, flags: int) -> int:
         handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
-            raise _not_ours(path) from error
+            raise _foreign_file(path) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _not_ours(path)
+        raise _foreign_file(path)
     return handle
 
 
-def _not_ours(path: Path) -> UserError:
+def _foreign_file(path: Path) -> UserError:
     return UserError(
         f"{path} is a link, a pipe or a device, and a file of the run is written there; remove it, "
         "or give another folder"
@@ -312,7 +312,7 @@ def files_hash(paths: Sequence[Path]) -> str:
 def _state(paths: Sequence[Path]) -> list[tuple[str, int, int, int, int, int]]:
     found = []
     for path in paths:
-        with path.open("rb") as file:  # opened: NFS then asks the server
+        with path.open("rb") as file:  # opened: NFS then queries the server
             about = os.fstat(file.fileno())
         facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
         found.append((str(path.resolve()), *facts))

@@ -26,7 +26,7 @@ from sead_dist.runtime.run_log import append_line
 MOST_BEAT_S = 1.0
 # other ranks end so much later: the launcher ends all ranks as soon as one has ended
 LAST_WORDS_S = 1.0
-# the key under which a rank says why the run ends, and what it holds until then
+# the key of the line that says why the run ends, and its value until then
 VERDICT, NONE_YET = "verdict", "none yet"
 # the sign of a rank that has ended in good order
 ENDED = "ended"
@@ -112,7 +112,7 @@ class Heartbeat:
         # what the store held last, by key
         self.fetched: dict[str, str] = {}
         # all ranks are there; this rank's heartbeat is over; a sign is due at once
-        self.met, self.over, self.news = threading.Event(), threading.Event(), threading.Event()
+        self.met, self.over, self.send_now = threading.Event(), threading.Event(), threading.Event()
         self.threads: list[threading.Thread] = []
         # only the first thread that ends the process prints why
         self.ending = threading.Lock()
@@ -124,7 +124,7 @@ class Heartbeat:
     def at(self, doing: str) -> None:
         """Note what this rank is doing, without counting progress, and send that at once."""
         self.doing = doing
-        self.news.set()
+        self.send_now.set()
 
     def move(self, doing: str) -> None:
         """Count progress that every rank makes in the same order. doing: what begins."""
@@ -324,9 +324,9 @@ class Heartbeat:
         """Send signs to the store and fetch them from it. This is a thread apart from `_watch`,
         because a store whose process is stopped does not return."""
         while not self.over.is_set():
-            self.news.wait(self.beat_s if self.met.is_set() else 0.02)
-            self.news.clear()
-            with suppress(RuntimeError, ValueError):  # then nothing is heard
+            self.send_now.wait(self.beat_s if self.met.is_set() else 0.02)
+            self.send_now.clear()
+            with suppress(RuntimeError, ValueError):  # then no sign is fetched
                 self.beat()
                 self.fetch()
 
@@ -339,11 +339,11 @@ class Heartbeat:
                 self.end(line, self.dead(now, self.limits.timeout_s))
 
     def finish(self) -> None:
-        """End in good order, so that no other rank takes this one for dead."""
+        """End in good order, so that this rank does not count as dead."""
         if not self.threads or self.over.is_set():
             return
         self.over.set()
-        self.news.set()
+        self.send_now.set()
         for thread in self.threads:
             thread.join(2 * self.beat_s)
         if self.store is not None and not self.threads[0].is_alive():

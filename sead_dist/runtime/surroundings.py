@@ -104,7 +104,7 @@ def _loggers() -> Iterator[None]:
             one.propagate, one.disabled = propagate, disabled
 
 
-def is_news(record: logging.LogRecord) -> bool:
+def keeps_record(record: logging.LogRecord) -> bool:
     """False for the line that DeepSpeed logs on a CPU as soon as Accelerate imports it."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
@@ -114,6 +114,6 @@ def quiet_libraries(world: World) -> None:
     a line of DeepSpeed, and tqdm's bars on other ranks than 0."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(is_news)
+    logging.getLogger("DeepSpeed").addFilter(keeps_record)
     if not world.is_main:
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
 from sead_dist.config.schema import RunConfig, TeacherConfig
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import check_tokens, load_examples, route_of
 from sead_dist.data.tasks import constant_score
 from sead_dist.errors import UserError
@@ -207,7 +207,7 @@ def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase
 def steps_of(config: RunConfig, data: TaskData) -> int:
     """Steps of a run by its own keys."""
     unlabelled = data.unlabelled_rows if config.has_text else 0
-    return run_steps(config, data.train_rows, rows_asked(config, data.train_rows, unlabelled))
+    return run_steps(config, data.train_rows, run_rows(config, data.train_rows, unlabelled))
 
 
 def needs_rows(grid: Grid, task: str) -> bool:

@@ -80,7 +80,7 @@ class Grid:
     the method is not run on the task. own_teachers: whether the sweep fine-tunes the teachers.
     equal_steps: whether all methods of a task take the same number of steps. methods: the names of
     the arms. reference: one of them, or None. unread: tasks whose encoders are not fine-tuned,
-    because no method reads a teacher. lengthened: (task, method) -> the method's own number of
+    because no method needs a teacher. lengthened: (task, method) -> the method's own number of
     steps, where it was given more (`checks.fix_steps`)."""
 
     output: Path
@@ -197,9 +197,8 @@ def refuse_text_without_teachers(texts: Sequence[str], students: Sequence[Unit])
     """Raises UserError where unlabelled text is given and no method of the sweep has teachers."""
     if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
-            f"unlabeled.path={texts[0]}: unlabelled rows are learnt from teachers alone, and no "
-            "method of this sweep has teachers; leave unlabeled.path out, or add a method, such as "
-            "mean"
+            f"unlabeled.path={texts[0]}: unlabelled rows need teachers, and no method of this "
+            "sweep has any; leave unlabeled.path out, or add a method with teachers, such as mean"
         )
 
 

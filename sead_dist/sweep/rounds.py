@@ -92,7 +92,7 @@ def tidy(grid: Grid, unit: Unit) -> None:
             remove(teacher / "model")
 
 
-def told_again(grid: Grid) -> Iterator[str]:
+def again_lines(grid: Grid) -> Iterator[str]:
     """A line on each task whose teachers are made again because their models are gone, or whose
     finished students are done again because they had other teachers (`clear_lost`, `undo_others`).
     """

@@ -32,12 +32,12 @@ from sead_dist.sweep.page import render_page
 from sead_dist.sweep.report import scores, title, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
 from sead_dist.sweep.rounds import (
+    again_lines,
     clear_lost,
     is_done,
     is_ready,
     lock_of,
     tidy,
-    told_again,
     try_join,
     undo_others,
 )
@@ -66,8 +66,8 @@ def run_sweep(words: Sequence[str], world: World) -> None:
         for name, of in found.items():
             tell(steps_line(fixed, name, of))
         for name in fixed.unread:
-            tell(f"{name}: no method reads a teacher, so no encoder is fine-tuned")
-        for line in told_again(fixed):
+            tell(f"{name}: no method needs a teacher, so no encoder is fine-tuned")
+        for line in again_lines(fixed):
             tell(line)
         made = [unit.config.student.path for unit in fixed.units if unit.method == TEACHERS]
         if made:

@@ -24,6 +24,7 @@ from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, lacks_memory, reading, reason
 from sead_dist.models.sequence_classifier import align_classes
+from sead_dist.runtime.console import counted
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.inference import NotFiniteError
 from sead_dist.teachers.language_model import open_language_model
@@ -211,8 +212,9 @@ def open_file(
     if not met.all():
         place = int(np.flatnonzero(~met)[0])
         lines.append(
-            f"teacher {name}: {int((~met).sum())} predictions in {entry.path} are of no row of "
-            f"this run; the first is in row {file.rows_K[place]}, {_key_shown(file.keys[place])}"
+            f"teacher {name}: {counted(int((~met).sum()), 'prediction')} in {entry.path} without a "
+            f"row in this run; the first is in row {file.rows_K[place]}, "
+            f"{_key_shown(file.keys[place])}"
         )
     lines += [f"teacher {name}: {entry.path}: {note}" for note in file.notes]
     if not met.any():

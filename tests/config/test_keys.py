@@ -117,7 +117,7 @@ def test_keys_of_an_entry_of_teachers_are_told_where_a_hint_names_them(tmp_path,
 @pytest.mark.parametrize(
     ("asked", "begins"),
     [
-        ("jobs", "# of `sead-dist sweep`, beside those of its runs\njobs: 1\n    runs at once"),
+        ("jobs", "# of `sead-dist sweep`, beside those of its runs\njobs: 1\n    number of runs"),
         ("reference", "# of `sead-dist sweep`, beside those of its runs\nreference: null\n"),
         ("label_column", "# in the YAML file of a task of your own\nlabel_column: label\n    the"),
         ("gpus_per_node", "# of `sead-dist submit`, as options (--gpus-per-node 8) or in"),

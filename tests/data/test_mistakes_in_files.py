@@ -136,8 +136,8 @@ def test_one_row_is_told_in_the_singular():
     assert counted_rows(1, "copies equal to a row or to another copy") == (
         "1 copy equal to a row or to another copy"
     )
-    assert counted_rows(1, "unlabelled rows without a prediction in any file").startswith(
-        "1 unlabelled row that"
+    assert counted_rows(1, "unlabelled rows without a prediction in any file") == (
+        "1 unlabelled row without a prediction in any file"
     )
     assert counted_rows(2, "copies with a held-out sentence") == "2 copies with a held-out sentence"
 

@@ -491,7 +491,7 @@ def test_scores_of_a_file_teach_a_task_of_scores(tmp_path):
     (tmp_path / "marks.csv").write_text("\n".join(["sentence,score", *said, "another,3"]) + "\n")
     keys = {"selection__fraction": 0.5, "ensemble": "answers"}
     run = run_of((data, None), tmp_path / "run", [entry(tmp_path / "marks.csv", "name: m")], **keys)
-    assert "1 answers of" in log_of(run)
+    assert "1 prediction in" in log_of(run)
     teachers = read(run / "scores.json")["splits"]["validation"]["teachers"]
     assert teachers[0]["metrics"]["pearson"] == pytest.approx(1.0)
 

@@ -277,7 +277,7 @@ REFUSED = {
         "ensemble": "single"
     },
     "feature_loss without teacher=NAME needs gold labels": {"feature_loss": "distilbert"},
-    "no column 'label'.*from teachers alone": {"method": "finetune"},
+    "no column 'label'.*only a run with teachers": {"method": "finetune"},
 }
 
 

@@ -214,7 +214,10 @@ def test_a_sweep_is_told_from_a_run():
     ("words", "line"),
     [
         (["tasks=[colla]"], r"unknown task 'colla'; did you mean 'cola'\? known: cola, sst2"),
-        (["methods=[meam]"], r"method=meam is neither a shipped .*; did you mean 'mean'\? known: "),
+        (
+            ["methods=[meam]"],
+            r"method=meam is neither a shipped method nor .*; did you mean 'mean'\? known: ",
+        ),
         (["methods=[mean,mean]"], "methods names 'mean' twice"),
         (["methods=[report.yaml]"], "methods: 'report' is a folder that the sweep needs"),
         (["tasks=[cola,cola]"], "tasks names 'cola' twice"),
@@ -227,7 +230,7 @@ def test_a_sweep_is_told_from_a_run():
         (["equal_steps=maybe"], "equal_steps='maybe'"),
         (
             ["methods=[finetune]", "unlabeled.path=more.tsv"],
-            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has teachers; leave",
+            r"unlabeled.path=more.tsv: unlabelled .* no method of this sweep has any; leave",
         ),
         (["finetune.unlabeled.path=more.tsv"], "unlabeled.path=more.tsv: .*finetune uses none"),
         (["seeds=0"], r"seeds=0 is not a number of seeds .* 1000; give how many \(seeds=5\), or"),

@@ -162,13 +162,13 @@ def test_encoders_that_no_method_reads_are_not_fine_tuned(tiny_data, tmp_path, c
     output = tmp_path / "out"
     given = ("seeds=1", "max_steps=1", "finetune.max_steps=1")
     run_sweep(sweep_words(tiny_data, output, *given, "methods=[finetune]"), ALONE)
-    assert "grammar: no method reads a teacher, so no encoder is fine-tuned" in (
+    assert "grammar: no method needs a teacher, so no encoder is fine-tuned" in (
         capsys.readouterr().out
     )
     assert [str(run.relative_to(output)) for run in runs_of(output)] == ["grammar/finetune/seed-0"]
     # with a method that asks them the first one's run stays as it is
     run_sweep(sweep_words(tiny_data, output, *given, "methods=[finetune,mean]"), ALONE)
-    assert "no method reads a teacher" not in capsys.readouterr().out
+    assert "no method needs a teacher" not in capsys.readouterr().out
     assert len(runs_of(output)) == 4
     assert starts(output / "grammar" / "finetune" / "seed-0") == 1
 

@@ -15,7 +15,7 @@ from sead_dist.sweep import rounds
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_grid
-from sead_dist.sweep.rounds import is_ready, remove, told_again, try_join
+from sead_dist.sweep.rounds import again_lines, is_ready, remove, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
@@ -143,7 +143,7 @@ def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_
     finished, tiny_data, tmp_path
 ):
     def told(*given):
-        return list(told_again(make_grid(words(tiny_data, finished, "keep_models=false", *given))))
+        return list(again_lines(make_grid(words(tiny_data, finished, "keep_models=false", *given))))
 
     # all is done: no teacher is made
     assert told("seeds=2") == []
@@ -160,7 +160,7 @@ def test_what_goes_with_teachers_whose_models_are_gone_is_told_before_the_first_
     (copy / "grammar" / "mean" / "seed-1" / "run_summary.json").unlink()
     grid = make_grid(words(tiny_data, copy, "keep_models=false", "seeds=2"))
     begun = "; what begins again: grammar mean seed-1"
-    assert list(told_again(grid)) == [f"{again}{begun}; finished students that stay: 3"]
+    assert list(again_lines(grid)) == [f"{again}{begun}; finished students that stay: 3"]
 
 
 def test_students_of_other_teachers_than_those_that_are_there_are_told_before_the_first_run(
@@ -171,7 +171,7 @@ def test_students_of_other_teachers_than_those_that_are_there_are_told_before_th
     cold = "methods=[finetune,mean,{name: cold, method: mean, temperature: 1}]"
 
     def told(*given):
-        return list(told_again(make_grid(words(tiny_data, copy, *given))))
+        return list(again_lines(make_grid(words(tiny_data, copy, *given))))
 
     for teacher in teachers:
         shutil.copytree(one_teacher[1][0], teacher / "model")

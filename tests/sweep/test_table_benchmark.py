@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sead_dist.data.augmentation import rows_asked
+from sead_dist.data.augmentation import run_rows
 from sead_dist.sweep.grid import make_grid
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ def test_no_two_arms_of_a_part_make_the_same_run(table, words_of, part, search):
 def what_it_makes(config, left_over):
     """All that decides a run of 2,250 labelled rows, with the copies that there are in the end."""
     text = left_over if config.has_text else 0
-    copies = rows_asked(config, 2250, text) - 2250 - text
+    copies = run_rows(config, 2250, text) - 2250 - text
     keys = {k: v for k, v in config.identity().items() if copies or not k.startswith("augment.")}
     return repr((sorted(keys.items(), key=lambda item: item[0]), text, copies))
 

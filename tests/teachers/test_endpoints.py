@@ -353,7 +353,11 @@ def test_all_that_an_answer_depends_on_is_part_of_its_identity_and_the_place_is_
         ("http://127.0.0.1:1/v1", ", max_requests: 0", "greater than 0"),
         ("http://127.0.0.1:1/v1", ", max_length: 64", "max_length=64 is for a model"),
         ("http://127.0.0.1:1/v1", ", revision: main", "revision=main is for a model"),
-        ("http://127.0.0.1:1/v1", ", kind: model", "prompt is a language model's"),
+        (
+            "http://127.0.0.1:1/v1",
+            ", kind: model",
+            "prompt is for a language model, and this is a classifier; leave kind out",
+        ),
     ],
 )
 def test_bad_entries_are_refused_in_one_line(serve, url, more, message):

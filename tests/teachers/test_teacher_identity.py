@@ -125,7 +125,7 @@ def test_rows_that_lose_tokens_are_told_in_every_split(tmp_path):
     examples = RunExamples(train.examples, selection.examples, {"validation": dev.examples}, 2, 0)
     splits = RunSplits(train, selection, {"validation": dev})
     first, second = cut_lines(examples, splits, 64, 5)
-    assert first == "max_length=64, but the student has positions for 5"
+    assert first == "max_length=64, but the student has positions for 5 tokens only"
     assert second == (
         "student: text rows cut at 5 tokens: 2 of 3 in train, 1 of 2 in unlabelled text, "
         "0 of 1 in selection, 1 of 2 in validation"
