@@ -23,7 +23,6 @@ from typing import Any
 
 from inputs import alone, laid_out, minilm, random_classifier
 from result_file import common_arguments, set_threads, spread, table, write_result
-from sead_dist.cli.exits import lines_shown
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from sead_dist.cli.exits import lines_shown
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
