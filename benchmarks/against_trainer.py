@@ -33,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from sead_dist.cli.exits import lines_shown
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.examples import ExampleSet
@@ -94,7 +95,8 @@ def read_job(name: str, data: Path, start: Path, words: Sequence[str]) -> Job:
     ]
     config = load_config([*fixed, *words])
     task = load_task(config.task)
-    examples = load_examples(config, task, print)
+    with lines_shown():
+        examples = load_examples(config, task)
     return Job(config, task, examples.train, next(iter(examples.official.values())))
 
 

@@ -61,7 +61,7 @@ def logits_of(ids_R2: np.ndarray, teacher: int, classes: int) -> np.ndarray:
 
 def open_table(store: Path, ids_U2: np.ndarray, teacher: int, classes: int) -> Table:
     key = make_key(teacher, classes)
-    return StoreFolder(store, print).table(key, ids_U2, "synthetic", "train", "benchmark")
+    return StoreFolder(store).table(key, ids_U2, "synthetic", "train", "benchmark")
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def prepare(args: argparse.Namespace, work: Path, rows: int) -> tuple[Setting, P
         runs = finetuned_teachers(work / "teachers", taught, args.teachers, args.layers, 1)
         teachers = [run / "model" for run in runs]
     config = run_config({"data.path": data, "output_dir": work / "unused"})
-    examples = load_examples(config, load_task("sst2"), lambda _line: None)
+    examples = load_examples(config, load_task("sst2"))
     train, selection = (
         write_rows(data / f"{name}-part.txt", part.texts_a, part.labels_B.tolist())
         for name, part in (("train", examples.train), ("selection", examples.selection))

@@ -57,7 +57,7 @@ from sead_dist.runtime.distributed import (
     join_world,
     leave_world,
 )
-from sead_dist.runtime.run_log import is_finished, read_json, tell
+from sead_dist.runtime.run_log import is_finished, read_json
 from sead_dist.runtime.surroundings import as_before, quiet_libraries
 
 
@@ -219,7 +219,7 @@ def evaluate(
             sets = [load_to_score(name, spec, source, key) for key in wanted]
         else:
             sets = given_sets(spec, data, split)
-        found = prediction.results_of(name, spec, sets, class_order(labels), world, tell)
+        found = prediction.results_of(name, spec, sets, class_order(labels), world)
     return prediction.as_one(found)
 
 
@@ -250,7 +250,7 @@ def predict(
     expect("batch_size", batch_size, int, "how many rows a forward has, from 1")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; give how many rows a forward has, from 1")
-    settings = predicted_rows.Settings(tell, class_order(labels), batch_size, skip_malformed)
+    settings = predicted_rows.Settings(class_order(labels), batch_size, skip_malformed)
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)

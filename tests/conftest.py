@@ -247,6 +247,15 @@ def shown() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """The lines that the package tells during the test. They go nowhere else."""
+    from sead_dist.runtime.run_log import noted
+
+    with noted() as lines:
+        yield lines
+
+
 @pytest.fixture(scope="session")
 def distil() -> Distil:
     """Run `distill` in this process, alone on the CPU, as the command does; the run directory.

@@ -334,9 +334,9 @@ def make_source(teachers, store: Path, run: Path, world: World = ALONE, placemen
     placements = placements or ["colocated"] * len(teachers)
     costs_N = [float(teacher.parameters) for teacher in teachers]
     share_NW = share_rows(teachers, placements, costs_N, world.size, 1 << 40)
-    kept = StoreFolder(store, print)
+    kept = StoreFolder(store)
     return StoredSource(
-        teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, print, lambda _what: None
+        teachers, place(teachers, placements, share_NW), world, kept, "small", run, False, False, lambda _what: None
     )  # fmt: skip
 
 

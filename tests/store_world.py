@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import sead_dist
+from sead_dist.runtime.run_log import noted
 from sead_dist.store.ids import unique_ids
 from sead_dist.store.store import StoreFolder, Table, TeacherKey
 
@@ -38,21 +39,26 @@ def logits_of(ids: np.ndarray, key: TeacherKey) -> np.ndarray:
     return ((seed % 100_003) / 1000).astype(np.float32)
 
 
-def open_table(folder: Path, ids: np.ndarray, key: TeacherKey, **more) -> tuple[Table, list[str]]:
-    notes: list[str] = []
+def open_table(folder: Path, ids: np.ndarray, key: TeacherKey, **more) -> Table:
     names = {"task": "sst2", "split": "train", "run": "run-1", **more}
-    return StoreFolder(folder, notes.append).table(key, ids, **names), notes
+    return StoreFolder(folder).table(key, ids, **names)
 
 
 def fill(folder: Path, ids: np.ndarray, key: TeacherKey, entries=None, **more) -> None:
-    table, _ = open_table(folder, ids, key, **more)
+    table = open_table(folder, ids, key, **more)
     entries = np.arange(len(ids)) if entries is None else np.asarray(entries)
     table.write(entries, logits_of(ids[entries], key))
 
 
 def check_reads(folder: Path, ids: np.ndarray, key: TeacherKey, present=None, **more) -> list[str]:
     """The table has just these entries (None: all), with the right logits; its notices."""
-    table, notes = open_table(folder, ids, key, **more)
+    with noted() as notes:
+        check_lookups(folder, ids, key, present, **more)
+    return notes
+
+
+def check_lookups(folder: Path, ids: np.ndarray, key: TeacherKey, present, **more) -> None:
+    table = open_table(folder, ids, key, **more)
     expected = np.zeros(len(ids), bool)
     expected[np.arange(len(ids)) if present is None else present] = True
     logits, there = table.lookup(np.arange(len(ids)))
@@ -60,7 +66,6 @@ def check_reads(folder: Path, ids: np.ndarray, key: TeacherKey, present=None, **
     np.testing.assert_array_equal(table.present_U, expected)
     np.testing.assert_array_equal(logits[there], logits_of(ids, key)[there])
     assert np.isnan(logits[~there]).all()
-    return notes
 
 
 def blocks_of(folder: Path, key: TeacherKey | None = None) -> list[Path]:

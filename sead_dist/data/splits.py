@@ -35,6 +35,7 @@ from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
 from sead_dist.data.unlabeled import UnlabelledText, chunk_size, gather_text
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted
+from sead_dist.runtime.run_log import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,7 +219,7 @@ def split_off(
     return sampled, selection, rest
 
 
-def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None]) -> RunExamples:
+def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
     """All splits of a run, without copies. Where teachers are asked, a split may have no gold
     labels at all. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
@@ -228,7 +229,7 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
         files = {split: _read_split(task, data, split, route, lack) for split in task.splits}
     else:
         files = split_one_file(task, data, route, lack)
-        say(
+        tell(
             f"data.train is the only file: {len(files[names[0]])} of its rows are the {names[0]} "
             f"split (data.validation_fraction={config.data.validation_fraction:g})"
         )
@@ -238,7 +239,7 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     if config.folds is not None and config.fold is not None:
         train, left_out = without_fold(config, train, config.folds, config.fold)
         rows = counted(len(left_out), "labelled row")
-        say(f"fold {config.fold} of {config.folds}: {rows} left out")
+        tell(f"fold {config.fold} of {config.folds}: {rows} left out")
     own, held = len(train), [selection, *official.values()]
     with_gold = own if train.has_gold else 0
     text = UnlabelledText(None, 0, 0)
@@ -247,25 +248,25 @@ def load_examples(config: RunConfig, task: TaskSpec, say: Callable[[str], None])
     # where no training row has a label, the training rows themselves are the text
     asked = config.unlabeled.path is not None or config.unlabeled.rest
     if text.examples is not None or asked or (config.uses_rest and train.has_gold):
-        say(text.describe())
+        tell(text.describe())
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")
     text_rows = len(train) - with_gold
     overlap = sum(count_overlap(dev, train) for dev in official.values())
     sizes = ", ".join(f"{name} {len(dev)}" for name, dev in official.items())
-    say(
+    tell(
         f"task {task.name}: train {with_gold} labelled + {text_rows} unlabelled, "
         f"selection {len(selection)}, {sizes}; {overlap} dev texts occur in the training text"
     )
     if with_gold and (missing := without_rows(task, train)):
         classes = ", ".join(map(repr, missing[:10]))
-        say(
+        tell(
             f"WARNING: no training row has a label of {classes}, so no gold label teaches these "
             "classes; add rows of them, or remove them from the task's labels"
         )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
         alone = "" if with_gold else "; the student learns from the teachers' answers alone"
-        say(
+        tell(
             f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is "
             f"missing or empty): scores there are agreement with the teachers{alone}"
         )

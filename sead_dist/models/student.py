@@ -4,7 +4,7 @@ L tokens, H width.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,7 @@ from sead_dist.models.sequence_classifier import (
     outline,
 )
 from sead_dist.models.start import misspelt_field, shape_file, student_tokenizer
+from sead_dist.runtime.run_log import tell
 
 _log = logging.getLogger(__name__)
 
@@ -204,15 +205,14 @@ def build_student(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] | None = None,
     mean_score: float | None = None,
 ) -> PreTrainedModel:
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
     The checkpoint's head is kept when its label names are the task's. Else its last layer is new
-    (from the seed). say: gets a line on which weights were loaded and which are new. mean_score:
-    the mean score of the training rows of a regression task. It becomes the bias of a new head,
-    since a student would learn it first.
+    (from the seed). A line tells which weights were loaded and which are new. mean_score: the mean
+    score of the training rows of a regression task. It becomes the bias of a new head, since a
+    student would learn it first.
     """
     names = task.task_kind.outputs(task)
     changes: dict[str, Any] = {
@@ -243,8 +243,7 @@ def build_student(
         raise UserError("no student is set; give student=DIR, a hub id, or student.shape=NAME")
     if mean_score is not None and new_head and _set_head_bias(model, mean_score):
         account += f"; its head starts at the mean score of the training rows, {mean_score:.4g}"
-    if say is not None:
-        say(account)
+    tell(account)
     return model.float()
 
 

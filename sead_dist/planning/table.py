@@ -42,7 +42,7 @@ from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.files import check_writable
 from sead_dist.runtime.memory import held
-from sead_dist.runtime.run_log import tell, write_json_for_person
+from sead_dist.runtime.run_log import noted, write_json_for_person
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import StoreFolder
@@ -89,7 +89,8 @@ def plan(
     given = None if rates_file is None else read_given(rates_file)
     quiet_libraries(world)
     device = None if given is None else torch.device(given.device)
-    checked = check_run(config, world, lambda _line: None, size, device)
+    with noted():
+        checked = check_run(config, world, size, device)
     task, student = checked.task, checked.model
     refuse_untimed(checked.teachers)
     # a file of predictions costs nothing
@@ -133,7 +134,7 @@ def work_of(checked: CheckedRun) -> Work:
     config, folder = checked.config, store_folder(checked.config.store.path)
     store = None
     if (folder / "format.json").is_file():
-        store = StoreFolder(folder, tell, read_only=True)
+        store = StoreFolder(folder, read_only=True)
     examples, inputs, teachers = checked.examples, checked.inputs, checked.teachers
     work = make_work(config, checked.task.name, examples, inputs, teachers, store)
     before = work_before(config, examples, inputs, teachers, checked.model.config)

@@ -26,6 +26,7 @@ from sead_dist.runs.baseline import baseline_steps, needs_own_baseline, own_base
 from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.repair import read_text, repair_config, repaired_path
 from sead_dist.runs.requests import has_answer_NB, seen_examples
+from sead_dist.runtime.run_log import noted
 from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.inference import cut_into_batches, padded_length, rows_for
 from sead_dist.teachers.packing import SIZES, size_for
@@ -181,7 +182,9 @@ def work_before(
     total, labelled = steps_of(config, examples), examples.labelled_rows
     rows_N = has_answer_NB(all_teachers, examples.selection).sum(1) if all_teachers else []
     scored = any(map(is_scored, all_teachers, rows_N))
-    if scored and needs_own_baseline(config, examples, total, lambda _line: None):
+    with noted():
+        makes_baseline = scored and needs_own_baseline(config, examples, total)
+    if makes_baseline:
         own = own_baseline(config)
         lengths = sampled_lengths(inputs, subset(examples.train, np.arange(labelled)))
         rows = run_rows(own, labelled, 0)

@@ -9,7 +9,7 @@ ensembles: the weights of one are equal, those of the other are fitted to the se
 Shapes: N teachers, B rows of the selection split, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import Scores
 from sead_dist.runs.checks import without_teachers_text
-from sead_dist.runtime.run_log import is_finished, read_as
+from sead_dist.runtime.run_log import is_finished, read_as, tell
 
 FILE = "learnable.json"
 # one point; a smaller gap is not worth a run
@@ -345,10 +345,8 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
     return run_steps(own, labelled, run_rows(own, labelled, 0))
 
 
-def needs_own_baseline(
-    config: RunConfig, examples: RunExamples, total_steps: int, say: Callable[[str], None]
-) -> bool:
-    """Whether the run makes its own baseline. `say` gets a line where that takes too long.
+def needs_own_baseline(config: RunConfig, examples: RunExamples, total_steps: int) -> bool:
+    """Whether the run makes its own baseline. A line tells where that would take too long.
 
     total_steps: the steps of the run.
     """
@@ -356,7 +354,7 @@ def needs_own_baseline(
     if not steps or baseline_folder(config) is not None:
         return False
     if steps * MOST_OF_STEPS > total_steps:
-        say(
+        tell(
             f"the run makes no fine-tuned student to compare with: its {steps} steps are more than "
             f"a fifth of this run's {total_steps}; train one with method=finetune and give "
             "baseline=RUN_DIR"

@@ -6,7 +6,7 @@ token of an upload. Pool workers and `labels` train no student, and call only th
 `read_run`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from sead_dist.runs.repair import check_repair_setting
 from sead_dist.runs.requests import answered_examples, check_fitted, check_scored
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World, check_shared, from_main, on_every_rank
+from sead_dist.runtime.run_log import tell
 from sead_dist.store.layout import refuse_foreign, store_folder
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, colocate_candidates
@@ -71,17 +72,16 @@ class CheckedRun:
 def check_run(
     config: RunConfig,
     world: World,
-    say: Callable[[str], None],
     ranks: int | None = None,
     device: torch.device | None = None,
     folders: Mapping[str, Path] | None = None,
 ) -> CheckedRun:
     """Read and check a run that trains a student. Every rank calls this. Nothing is written.
 
-    say: gets the lines about data and student. ranks, device: those of the planned run, where they
-    differ from the present ones. folders: the folders that every node must see (key -> folder).
-    It is None for a plan; then the hub is not queried about an upload. Raises UserError, on every
-    rank, for a mistake in the configuration, the files or the models.
+    ranks, device: those of the planned run, where they differ from the present ones. folders: the
+    folders that every node must see (key -> folder). It is None for a plan; then the hub is not
+    queried about an upload. Raises UserError, on every rank, for a mistake in the configuration,
+    the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
@@ -93,8 +93,8 @@ def check_run(
     if folders is not None and config.push_to_hub:
         from_main(world, lambda: check_push(config.hub_model_id))
     for line in slow_arithmetic(config, device):
-        say(line)
-    run = read_run(config, world, say, ranks)
+        tell(line)
+    run = read_run(config, world, ranks)
     if run.teachers and config.baseline not in (None, OWN):
         given = Path(str(config.baseline))
         on_every_rank(world, lambda: baseline_logits(given, run.task, run.examples.selection))
@@ -104,7 +104,6 @@ def check_run(
 def read_run(
     config: RunConfig,
     world: World,
-    say: Callable[[str], None],
     ranks: int | None = None,
     learns: bool = True,
 ) -> CheckedRun:
@@ -115,7 +114,7 @@ def read_run(
     UserError as `check_run` does.
     """
     world.at("reading the data and the student")
-    task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config, say))
+    task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config))
     world.at("reading the teachers")
     teachers = []
     if config.taught:
@@ -149,14 +148,14 @@ def check_setting(config: RunConfig, world: World, ranks: int, device: torch.dev
 
 
 def read_inputs(
-    config: RunConfig, say: Callable[[str], None]
+    config: RunConfig,
 ) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
     """(task, examples, the inputs of the student, student)."""
     task = load_task(config.task)
     if config.taught:
         check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))
-    examples = load_examples(config, task, say)
+    examples = load_examples(config, task)
     check_gold(config, task, examples)
     check_selection(config, examples.selection.labels_B)
     model = build_student(
@@ -165,11 +164,10 @@ def read_inputs(
         tokenizer,
         config.seed,
         config.trust_remote_code,
-        say,
         examples.mean_score(task),
     )
     settle(tokenizer, model.config)
-    examples = add_copies(config, task, examples, tokenizer, model, say)
+    examples = add_copies(config, task, examples, tokenizer, model)
     check_tokens(examples, {"the student": tokenizer})
     inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:

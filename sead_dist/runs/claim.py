@@ -35,6 +35,7 @@ from sead_dist.runtime.redact import without_secrets
 from sead_dist.runtime.run_log import (
     environment,
     is_finished,
+    noted,
     read_as,
     read_metrics,
     write_json,
@@ -114,7 +115,8 @@ def already_finished(config: RunConfig) -> bool:
     task = load_task(config.task)
     data, start, examples = saved.data, saved.start, None
     if config.data.path is not None or config.data.train is not None:  # else the hub has the data
-        examples = load_examples(config, task, lambda _line: None)
+        with noted():
+            examples = load_examples(config, task)
         data = examples.fingerprint(task)
     with suppress(UserError):  # a start whose files are gone does not count as changed
         start = run_start_hash(config, offline=True)

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.runtime.console import counted_rows
+from sead_dist.runtime.run_log import tell
 
 
 def add_copies(
@@ -31,7 +31,6 @@ def add_copies(
     examples: RunExamples,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    say: Callable[[str], None],
 ) -> RunExamples:
     """The examples with the copies that `augment` sets. Copies are the last training rows.
 
@@ -65,7 +64,7 @@ def add_copies(
     counts = Counter(copies.operations)
     made = ", ".join(f"{name} {counts[name]}" for name in operations) or "no operation fits"
     gone = "".join(f"; {counted_rows(count, reason)}" for reason, count in copies.removed.items())
-    say(f"copies: {len(copies.operations)} ({made}){gone}")
+    tell(f"copies: {len(copies.operations)} ({made}){gone}")
     if copies.examples is None:
         return examples
     return replace(

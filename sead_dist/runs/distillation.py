@@ -38,7 +38,7 @@ from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import is_finished, tell, write_json
+from sead_dist.runtime.run_log import is_finished, noted, tell, write_json
 from sead_dist.teachers.validation import ask_all
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
@@ -110,19 +110,17 @@ def train_student(
                 world,
                 lambda: (
                     setup.checkpointer.is_empty()
-                    and needs_own_baseline(
-                        config, setup.examples, setup.batches.total_steps, setup.log.say
-                    )
+                    and needs_own_baseline(config, setup.examples, setup.batches.total_steps)
                 ),
             ):
                 # a teacher that fails its validation ends the run before any long work
                 found = validated(setup)
                 if any(validation.score is not None for validation in found[0]):
-                    setup.log.say(baseline_line(config, setup.examples))
+                    tell(baseline_line(config, setup.examples))
                     return False
             run_to_end(setup, show_table and console, found)
         except StopRequestedError:
-            setup.log.say(STOPPED_EARLY)
+            tell(STOPPED_EARLY)
             return True
         except RuntimeError as error:
             setup.heartbeat.explain(error)
@@ -145,7 +143,7 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
     ensemble = prepare_teachers(setup, found)
     count_past_predictions(setup, ensemble, state.step)
     if setup.config.preemption_notice_s is not None:
-        setup.log.say(
+        tell(
             save_time_line(
                 setup.checkpointer.measure(setup.engine), setup.config.preemption_notice_s
             )
@@ -153,13 +151,13 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
     trainer = make_trainer(setup, ensemble)
     state = trainer.run(state)
     if not trainer.is_over(state):
-        setup.log.say(
+        tell(
             f"stopped at step {state.step} of {setup.batches.total_steps}, saved; "
             "give the same command again to go on"
         )
         return
     if setup.config.early_stopping_patience is not None:
-        setup.log.say(early_end_line(state, setup.batches.total_steps, setup.epoch_steps))
+        tell(early_end_line(state, setup.batches.total_steps, setup.epoch_steps))
     conclude(setup, state, ensemble, show_table)
 
 
@@ -230,7 +228,9 @@ def check_texts(teachers: Sequence[RunConfig]) -> None:
         tokenizers[source.name] = load_tokenizer(source, one.trust_remote_code)
     if not all(adds_tokens(tokenizer) for tokenizer in tokenizers.values()):
         task = load_task(teachers[0].task)
-        check_tokens(load_examples(teachers[0], task, lambda _line: None), tokenizers)
+        with noted():
+            examples = load_examples(teachers[0], task)
+        check_tokens(examples, tokenizers)
 
 
 def keep_encoders(folder: Path, paths: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from sead_dist.runs.prepared_teachers import frozen_ensemble, needs_validation
 from sead_dist.runs.requests import tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import RunLog, is_finished, read_as, write_json
+from sead_dist.runtime.run_log import RunLog, is_finished, noted, read_as, tell, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import StoreFolder
@@ -86,7 +86,8 @@ class StudentRun:
 
 def read_student_run(config: RunConfig, world: World) -> StudentRun:
     """Read the student's run. Raises UserError for a mistake in task, data, student or teachers."""
-    run = read_run(config, world, lambda _line: None)
+    with noted():
+        run = read_run(config, world)
     splits = tokenize_splits(run.examples, run.inputs.split)
     identity = run.identity(world)
     return StudentRun(config, run.task, run.examples, splits, run.inputs, run.teachers, identity)
@@ -113,17 +114,16 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
     stop = StopFlag()
     with ExitStack() as stack:
         stack.enter_context(stop.listening())
-        log = RunLog(folder, is_main=True, console=True)
-        stack.callback(log.close)
+        stack.enter_context(RunLog(folder, is_main=True, console=True))
         (folder / "run_summary.json").unlink(missing_ok=True)
-        hand = open_worker(student, number, workers, world, stop, log, stack)
+        hand = open_worker(student, number, workers, world, stop, stack)
         try:
             whole = fill_all(hand, student)
         except StopRequestedError:
-            log.say("stopped; what was computed is kept, and other workers take over the rest")
+            tell("stopped; what was computed is kept, and other workers take over the rest")
             return folder
         why = "all predictions are in the store" if whole else f"{student.run} is finished"
-        log.say(f"done, {why}; this worker has computed {hand.rows} rows")
+        tell(f"done, {why}; this worker has computed {hand.rows} rows")
         write_json(folder / "run_summary.json", {"finished": True, "rows": hand.rows})
     return folder
 
@@ -134,7 +134,6 @@ def open_worker(
     workers: int,
     world: World,
     stop: StopFlag,
-    log: RunLog,
     stack: ExitStack,
 ) -> Worker:
     """The worker with its store, teachers and leases. `stack` closes all that is opened here.
@@ -142,7 +141,7 @@ def open_worker(
     Raises UserError where the student in the run directory reads another store.
     """
     config, teachers, run = student.config, student.teachers, student.run
-    store = StoreFolder(store_folder(config.store.path), log.say)
+    store = StoreFolder(store_folder(config.store.path))
     refuse_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, student.accept_any))
@@ -161,17 +160,17 @@ def open_worker(
     source = StoredSource(
         teachers, alone, world, store,
         student.task.name, worker_folder(run, number, workers), student.accept_any,
-        config.trust_remote_code, log.say, progress_or_stop,
+        config.trust_remote_code, progress_or_stop,
     )  # fmt: skip
     stack.callback(source.close)
     asked = (student.splits.train, student.splits.selection, *student.splits.official.values())
     for split in asked:
         source.share_tokens(split, student.inputs)
-    tell_requests(source, asked, log.say)
+    tell_requests(source, asked)
     pooled = sum(student.pooled_N)
-    log.say(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
+    tell(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
     leases = Leases(store.layout, config.pool.lease_s)
-    return Worker(source, leases, number, workers, check, log.say)
+    return Worker(source, leases, number, workers, check)
 
 
 def fill_all(hand: Worker, student: StudentRun) -> bool:

@@ -9,8 +9,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sead_dist.data.loading import Rows, read_bytes, read_rows
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
 from sead_dist.errors import RunError, UserError
-from sead_dist.runs.prediction import load_answerer, task_of, tell_aside, tell_cuts
+from sead_dist.runs.prediction import load_answerer, task_of, tell_cuts
 from sead_dist.runtime.console import PipedConsole, counted, shown_progress
 from sead_dist.runtime.distributed import World, from_main, in_world
 from sead_dist.runtime.files import check_writable, is_stream, written_for_person
@@ -45,13 +46,11 @@ TOLD = 20
 class Settings:
     """The settings of a prediction.
 
-    say: gets lines on skipped rows, and on texts that were cut or are blank. labels: the model's
-    class order, "a,b,c" or "task_order". batch_rows: the rows of one forward. skip_malformed:
-    whether rows that cannot be read are skipped. progress: whether a progress bar is shown on
-    standard error. passed_over: a line for each skipped row.
+    labels: the model's class order, "a,b,c" or "task_order". batch_rows: the rows of one forward.
+    skip_malformed: whether rows that cannot be read are skipped. progress: whether a progress bar
+    is shown on standard error. passed_over: a line for each skipped row.
     """
 
-    say: Callable[[str], None]
     labels: str | None = None
     batch_rows: int = ROWS_PER_BATCH
     skip_malformed: bool = False
@@ -83,9 +82,9 @@ class Settings:
         if not lines or not world.is_main:
             return
         for line in lines[:TOLD]:
-            self.say(f"skipped: {line}")
+            tell(f"skipped: {line}", aside=True)
         more = f"; the lines above name the first {TOLD}" if len(lines) > TOLD else ""
-        self.say(f"skipped {counted(len(lines), 'row')} that cannot be read{more}")
+        tell(f"skipped {counted(len(lines), 'row')} that cannot be read{more}", aside=True)
 
 
 def predict_file(
@@ -112,7 +111,7 @@ def predict_file(
     """
     if file.is_dir() and not (file / "state.json").is_file():  # `datasets` saves a folder with it
         raise UserError(f"{file} is a folder; give a file")
-    settings = Settings(tell_aside, labels, batch_rows, skip_malformed, progress=True)
+    settings = Settings(labels, batch_rows, skip_malformed, progress=True)
     kind = input_kind(file, kind)
     output, written = output_of(file, output, kind)
     with in_world() as world:
@@ -141,15 +140,16 @@ def answer_examples(
     world.at("loading the model")
     answerer = load_answerer(name, task, settings.labels, world.device, examples)
     split = answerer.inputs.split(examples)
-    tell_cuts(split, answerer.inputs.max_length, world, settings.say)
+    tell_cuts(split, answerer.inputs.max_length, world)
     # blank: one of the texts has no letter
     blank_B = (examples.sentences_BS == 0).any(axis=1)
     blank = sorted({int(row) + 1 for row in examples.rows_B[blank_B]})
     if blank and world.is_main:
         listed = ", ".join(map(str, blank[:TOLD])) + (", ..." if len(blank) > TOLD else "")
-        settings.say(f"{counted(len(blank), 'row')} with a blank text: {listed}")
+        tell(f"{counted(len(blank), 'row')} with a blank text: {listed}", aside=True)
     console = PipedConsole(highlight=False, stderr=True, quiet=not settings.progress)
-    put = settings.say if world.is_main and settings.progress else lambda _line: None
+    shows = world.is_main and settings.progress
+    put = partial(tell, aside=True) if shows else lambda _line: None
     world.at("predicting rows")
     where = (console, put, "rows predicted", len(split))
     with shown_progress(*where, in_notebooks=world.is_main) as bar:

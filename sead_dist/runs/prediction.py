@@ -8,7 +8,7 @@ Shapes: B examples, C classes (task order).
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -223,7 +223,7 @@ def evaluate_model(
         world.at("reading the rows")
         with data_option():
             sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
-        found = results_of(name, task, sets, labels, world, tell_aside)
+        found = results_of(name, task, sets, labels, world)
         if world.is_main:
             show_results(name, task, sets, found)
         if json_file is not None:
@@ -263,19 +263,17 @@ def results_of(
     sets: Sequence[ExampleSet],
     labels: str | None,
     world: World,
-    say: Callable[[str], None],
 ) -> list[EvalResult]:
     """The result of the model `name` on each of these splits.
 
-    say: gets a line on text rows that lost tokens. Raises UserError for a model that does not fit
-    the task.
+    Raises UserError for a model that does not fit the task.
     """
     world.at("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
     for examples in sets:
         ready = answerer.inputs.split(examples)
-        tell_cuts(ready, answerer.inputs.max_length, world, say)
+        tell_cuts(ready, answerer.inputs.max_length, world)
         world.at(f"scoring {examples.split}")
         found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
     return found
@@ -297,16 +295,11 @@ def as_one(found: Sequence[EvalResult]) -> dict[str, float]:
     return {key: value for card in cards_of(found).values() for key, value in card.items()}
 
 
-def tell_aside(line: str) -> None:
-    """Log a line for standard error, since standard output may hold rows or scores."""
-    tell(line, aside=True)
-
-
-def tell_cuts(split: Split, max_length: int, world: World, say: Callable[[str], None]) -> None:
-    """Log how many text rows lost tokens."""
+def tell_cuts(split: Split, max_length: int, world: World) -> None:
+    """Log how many text rows lost tokens, aside: standard output may hold rows or scores."""
     line = describe_cuts({split.examples.split: split.tokens.cut_of()}, max_length)
     if line is not None and world.is_main:
-        say(line)
+        tell(line, aside=True)
 
 
 def write_scores(results: Mapping[str, float], path: Path) -> None:

@@ -38,7 +38,7 @@ from sead_dist.runs.requests import idle_row_lines, seen_examples
 from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import unvalidated_line
 from sead_dist.runtime.distributed import from_main
-from sead_dist.runtime.run_log import read_as, write_json
+from sead_dist.runtime.run_log import read_as, tell, write_json
 from sead_dist.teachers.teacher import Teacher, describe_folds
 from sead_dist.teachers.validation import (
     Validation,
@@ -73,7 +73,7 @@ def validated(setup: RunSetup) -> Validated:
             replace(e, drift=drift) for e, drift in zip(validations, drifts, strict=True)
         ]
     for validation, teacher in zip(validations, teachers, strict=True):
-        setup.log.say(describe(validation, teacher, len(selection)))
+        tell(describe(validation, teacher, len(selection)))
     if setup.world.is_main:
         record = [asdict(validation) for validation in validations]
         write_json(Path(config.output_dir) / "teacher_validation.json", record)
@@ -93,11 +93,11 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
     validations, logits_NBC = found or validated(setup)
     selection = setup.splits.selection
     if not selection.examples.has_gold:
-        setup.log.say(unvalidated_line(config, setup.examples.labelled_rows))
+        tell(unvalidated_line(config, setup.examples.labelled_rows))
     ensemble = frozen_ensemble(config, task, teachers, validations, logits_NBC, setup.splits)
     names = [teacher.name for teacher in teachers]
     for line in repeated_teacher_lines(teachers):
-        setup.log.say(line)
+        tell(line)
     weights, calibration = from_main(
         setup.world, lambda: kept_weights(Path(config.output_dir), ensemble, names)
     )
@@ -107,9 +107,9 @@ def prepare_teachers(setup: RunSetup, found: Validated | None = None) -> Ensembl
         calibration_N=None if calibration is None else torch.tensor(calibration),
     )
     for line in calibration_lines(config, task, ensemble, selection.examples, logits_NBC):
-        setup.log.say(line)
+        tell(line)
     for line in (*weight_lines(ensemble, names), *training_row_lines(setup, ensemble)):
-        setup.log.say(line)
+        tell(line)
     if logits_NBC is not None:
         log_learnable(setup, validations, logits_NBC, ensemble)
     return ensemble
@@ -206,7 +206,7 @@ def log_learnable(
     complete_B = ensemble.complete(all_NBC, routes_B).numpy()
     scored = [validation for validation in validations if validation.score is not None]
     if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
-        setup.log.say(
+        tell(
             "the ensemble cannot be compared with a baseline: the selection split has too few rows "
             "with a gold label and predictions"
         )
@@ -236,9 +236,9 @@ def log_learnable(
     line = learnable_line(found)
     if ensemble.weighting.fewest_rows:
         line += "; the ensemble's weights were fitted to these rows, so its score is too high"
-    setup.log.say(line)
+    tell(line)
     if found.second is not None:
-        setup.log.say(second_ensemble_line(found.second, found.metric))
+        tell(second_ensemble_line(found.second, found.metric))
     if setup.world.is_main:
         write_json(Path(setup.config.output_dir) / FILE, asdict(found))
 

@@ -35,7 +35,7 @@ from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.files import cache_place, written_aside
 from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
-from sead_dist.runtime.run_log import RunLog, read_metrics, write_json
+from sead_dist.runtime.run_log import RunLog, noted, read_metrics, tell, write_json
 from sead_dist.teachers.feature_teacher import FeatureTeacher
 from sead_dist.training.checkpoint import Checkpointer
 from sead_dist.training.engine import Engine
@@ -79,7 +79,6 @@ def repair_start(
     inputs: ModelInputs,
     stop: StopFlag,
     heartbeat: Heartbeat,
-    log: RunLog,
     console: bool,
 ) -> None:
     """Load the repaired body into the student `model`. The repair runs first where none is kept.
@@ -94,14 +93,13 @@ def repair_start(
     folder = path.parent
     with ExitStack() as stack:
         if not from_main(world, path.is_file):
-            wait_for_lock(world, folder, stop, heartbeat, log, stack)
+            wait_for_lock(world, folder, stop, heartbeat, stack)
         if from_main(world, path.is_file):
-            log.say(f"the start was repaired before: {folder}")
+            tell(f"the start was repaired before: {folder}")
         else:
-            own = RunLog(folder, world.is_main, console)
-            stack.callback(own.close)
-            repair(config, facts, world, inputs, stop, heartbeat, own)
-            log.say(f"the start is repaired: {folder}")
+            with RunLog(folder, world.is_main, console) as own:
+                repair(config, facts, world, inputs, stop, heartbeat, own)
+            tell(f"the start is repaired: {folder}")
     on_every_rank(world, lambda: load_body(model, path))
 
 
@@ -110,7 +108,6 @@ def wait_for_lock(
     folder: Path,
     stop: StopFlag,
     heartbeat: Heartbeat,
-    log: RunLog,
     stack: ExitStack,
 ) -> None:
     """Wait until no other run repairs the same start, then hold the lock. `stack` frees it.
@@ -131,7 +128,7 @@ def wait_for_lock(
     told = False
     while not from_main(world, attempt):
         if not told:
-            log.say(f"waiting for another run, which repairs the same start in {folder}")
+            tell(f"waiting for another run, which repairs the same start in {folder}")
         told = True
         heartbeat.move("waiting for a start that another run repairs")
         if stop.agreed_with(world, False)[0]:
@@ -155,7 +152,10 @@ def repair(
     Raises StopRequestedError, after a checkpoint is saved, where a stop was requested.
     """
     own, steps = repair_config(config, log.folder), config.repair.steps
-    student = build_student(own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code)
+    with noted():  # the run has told of this start
+        student = build_student(
+            own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code
+        )
     settle(inputs.tokenizer, student.config)
     check_inside(student, inputs, REPAIR, "the student")
     split = inputs.split(read_text(Path(config.repair.text or "")))
@@ -166,8 +166,8 @@ def repair(
     with ExitStack() as stack:
         engine = Engine(student, own, world, steps, feature.rest)
         stack.callback(engine.close)
-        checkpointer = Checkpointer(log.folder, identity, world, own.save_total_limit, log.say)
-        log.say(
+        checkpointer = Checkpointer(log.folder, identity, world, own.save_total_limit)
+        tell(
             f"repairing the start: the hidden states of {name} on {len(split)} texts, {steps} steps"
         )
         state = checkpointer.resume(engine, log, steps)
@@ -203,7 +203,7 @@ def repair(
         from_main(world, lambda: write_body(log.folder, kept, facts))
     said = [line["loss"] for line in read_metrics(log.folder) if line.get("event") == "train"]
     if said:
-        log.say(f"repaired: the squared error went from {said[0]:.4g} to {said[-1]:.4g}")
+        tell(f"repaired: the squared error went from {said[0]:.4g} to {said[-1]:.4g}")
 
 
 def repair_config(config: RunConfig, folder: Path) -> RunConfig:

@@ -8,7 +8,7 @@ Shapes: N teachers, B training rows, U unique examples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import Ensemble
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runtime.console import counted, counted_rows
+from sead_dist.runtime.run_log import tell
 from sead_dist.teachers.endpoint import Endpoint
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, seen_by
@@ -29,9 +30,7 @@ from sead_dist.teachers.validation import FEWEST_ROWS, is_scored
 REMOVED = "unlabelled rows without a prediction in any file"
 
 
-def tell_requests(
-    source: StoredSource, splits: Iterable[Split], say: Callable[[str], None]
-) -> None:
+def tell_requests(source: StoredSource, splits: Iterable[Split]) -> None:
     """Log one line for each endpoint to which this process sends requests: their largest number.
 
     Rows that are in the store are not counted. Raises UserError where an endpoint would get more
@@ -61,7 +60,7 @@ def tell_requests(
                 "raise max_requests, or give fewer rows (data.max_train_examples, "
                 "augment.copies=null)"
             )
-        say(f"teacher {teacher.name}: {said}")
+        tell(f"teacher {teacher.name}: {said}")
 
 
 def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:

@@ -31,7 +31,7 @@ from sead_dist.runs.setup import RunSetup
 from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.memory import peak
-from sead_dist.runtime.run_log import read_as, tell_table, write_json
+from sead_dist.runtime.run_log import read_as, tell, tell_table, write_json
 from sead_dist.teachers.teacher import write_trained_rows
 from sead_dist.teachers.validation import answered, ask_all
 from sead_dist.training.checkpoint import TrainState
@@ -250,7 +250,7 @@ def write_left_out(setup: RunSetup, left_out: Split, step: int) -> None:
 
     from_main(setup.world, write)
     metric = setup.task.metrics[0]
-    setup.log.say(
+    tell(
         f"fold {setup.config.fold}, left out: {metric} {result.metrics[metric]:.4f} on "
         f"{len(left_out)} rows (predictions/left_out.parquet)"
     )
@@ -304,7 +304,7 @@ def conclude(
         closing["best_metric"] = found["student"][found.get("metric", setup.task.metrics[0])]
     shares = shares_of(setup, scores)
     for line in share_lines(shares):
-        setup.log.say(line)
+        tell(line)
     results["epoch"] = round(state.step / setup.batches.steps_per_epoch, 4)
 
     def write() -> None:
@@ -321,15 +321,15 @@ def conclude(
     if show_table and world.is_main:
         tell_table(*closing_table(setup, scores))
     for line in remarks:
-        setup.log.say(f"WARNING: {line}")
-    setup.log.say(
+        tell(f"WARNING: {line}")
+    tell(
         f"{closing['steps']} steps, {closing['examples_per_second']} examples/s, "
         f"{closing['teacher_forwards']} teacher forwards, {closing['store_hits']} read from the "
         f"store; model, card and plots: {run / 'model'}"
     )
     if config.push_to_hub:
         line = from_main(world, lambda: push_at_end(run, config))
-        setup.log.say(line)
+        tell(line)
 
 
 def shares_of(setup: RunSetup, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -340,7 +340,7 @@ def shares_of(setup: RunSetup, scores: dict[str, Any]) -> dict[str, dict[str, fl
     try:
         return kept_shares(baseline, scores, setup.task.metrics[0])
     except UserError as error:  # the baseline was damaged since the start; the run still ends
-        setup.log.say(f"the share of the gap that the student keeps is not known: {error}")
+        tell(f"the share of the gap that the student keeps is not known: {error}")
         return {}
 
 

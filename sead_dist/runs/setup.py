@@ -35,13 +35,12 @@ from sead_dist.runs.claim import (
     remove_student_store,
     write_student_store,
 )
-from sead_dist.runs.prediction import tell_aside
 from sead_dist.runs.remarks import unread_keys
 from sead_dist.runs.repair import repair_folder, repair_start
 from sead_dist.runs.requests import file_lines, tell_requests
 from sead_dist.runtime.distributed import StopFlag, World, from_main, on_every_rank
 from sead_dist.runtime.heartbeat import Heartbeat
-from sead_dist.runtime.run_log import RunLog, write_json
+from sead_dist.runtime.run_log import RunLog, noted, tell, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import store_folder
 from sead_dist.store.store import StoreFolder
@@ -109,8 +108,9 @@ def build(
     `distill`. Raises UserError for a mistake in them.
     """
     quiet_libraries(world)
-    run, notes = Path(config.output_dir), list[str]()
-    checked = check_run(config, world, notes.append, folders=run_folders(config))
+    run = Path(config.output_dir)
+    with noted() as notes:
+        checked = check_run(config, world, folders=run_folders(config))
     task, examples, inputs, model = checked.task, checked.examples, checked.inputs, checked.model
     teachers = checked.teachers
     world.at("tokenising the splits")
@@ -118,12 +118,11 @@ def build(
     identity = claim_folder(checked, splits, world, stack)
     beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
     heartbeat = stack.enter_context(beating.of_run(run, stop, config.heartbeat))
-    log = RunLog(run, world.is_main, console)
-    stack.callback(log.close)
+    log = stack.enter_context(RunLog(run, world.is_main, console))
     for line in first_lines(checked, splits, notes, world):
-        log.say(line)
+        tell(line)
     if config.repair.text is not None:
-        repair_start(config, world, model, inputs, stop, heartbeat, log, console)
+        repair_start(config, world, model, inputs, stop, heartbeat, console)
     config = with_chosen_keys(config, examples)
     world.at("placing the teachers")
     batches = BatchStream(
@@ -137,18 +136,18 @@ def build(
         world.size,
     )
     for line in (*uneven(config, world.size), *teacher_count_lines(config, teachers)):
-        log.say(line)
+        tell(line)
     be_deterministic(config.deterministic)
     source, feature_teacher, feature_loss = None, None, None
     if teachers:
-        source = place_teachers(config, task, world, teachers, log, heartbeat, stack)
-        share_splits(source, splits, inputs, world, log)
+        source = place_teachers(config, task, world, teachers, heartbeat, stack)
+        share_splits(source, splits, inputs, world)
     if config.feature_loss is not None and source is not None:
         chosen = choose_feature_teacher(config, task, teachers, source, splits.selection, heartbeat)
         feature_teacher, feature_loss = load_feature_distillation(
             config, world, chosen, model, batches.total_steps
         )
-        log.say(
+        tell(
             f"feature_loss={feature_loss.method} of {feature_teacher.name}: {feature_loss.variant}"
         )
     rest = None if feature_loss is None else feature_loss.rest
@@ -156,7 +155,7 @@ def build(
     if config.report_to is not None:
         engine.start_tracker("tracker", config.identity())
     stack.callback(engine.close)
-    checkpointer = Checkpointer(run, identity, world, config.save_total_limit, log.say)
+    checkpointer = Checkpointer(run, identity, world, config.save_total_limit)
     return RunSetup(
         config, task, world, log, examples, splits, inputs, teachers, source, engine, batches,
         checkpointer, stop, heartbeat, feature_teacher,
@@ -250,7 +249,6 @@ def place_teachers(
     task: TaskSpec,
     world: World,
     teachers: Sequence[Teacher],
-    log: RunLog,
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
@@ -265,11 +263,10 @@ def place_teachers(
     # measured rates may differ between machines, and all ranks must place teachers alike
     costs_N = from_main(world, lambda: known_costs(teachers, world.device))
     share_NW = share_rows(teachers, placements, costs_N, world.size, free)
-    log.say(reason)
+    tell(reason)
     if "partitioned" in placements and world.size > 1:
-        log.say(describe_shares(teachers, placements, share_NW))
-    report = log.say if world.is_main else tell_aside
-    store = on_every_rank(world, lambda: StoreFolder(folder, report))
+        tell(describe_shares(teachers, placements, share_NW))
+    store = on_every_rank(world, lambda: StoreFolder(folder))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
     stack.enter_context(store.hold(str(run), keys, accept_any) if world.is_main else nullcontext())
@@ -283,19 +280,17 @@ def place_teachers(
     if "pool" in placements:
         root = store.layout.root
         from_main(world, lambda: write_student_store(run, root, store_id(store.layout)))
-        pool_client = PoolClient(
-            store.layout, config.pool.timeout_s, log.say, heartbeat.progress_or_stop
-        )
+        pool_client = PoolClient(store.layout, config.pool.timeout_s, heartbeat.progress_or_stop)
     source = StoredSource(
         teachers, place(teachers, placements, share_NW), world, store, task.name, run, accept_any,
-        config.trust_remote_code, log.say, heartbeat.progress_or_stop, pool_client,
+        config.trust_remote_code, heartbeat.progress_or_stop, pool_client,
     )  # fmt: skip
     stack.callback(source.close)
     return source
 
 
 def share_splits(
-    source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World, log: RunLog
+    source: StoredSource, splits: RunSplits, inputs: ModelInputs, world: World
 ) -> None:
     """Share the student's tokens with teachers of the same inputs, and log requests to endpoints.
 
@@ -304,7 +299,7 @@ def share_splits(
     asked = (splits.train, splits.selection, *splits.official.values())
     for split in asked:
         source.share_tokens(split, inputs)
-    from_main(world, lambda: tell_requests(source, asked, log.say))
+    from_main(world, lambda: tell_requests(source, asked))
 
 
 def choose_feature_teacher(

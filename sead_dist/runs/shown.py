@@ -23,6 +23,7 @@ from sead_dist.runs.checks import (
 )
 from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
 from sead_dist.runtime.distributed import World, on_every_rank
+from sead_dist.runtime.run_log import noted
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.training.engine import width_of
 
@@ -40,8 +41,8 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     refuse_unused_text(config)
     check_predictions(config)
     one = teacher_runs(config)[0] if config.encoders else config
-    notes: list[str] = []
-    task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one, notes.append))
+    with noted() as notes:
+        task, examples, inputs, model = on_every_rank(world, lambda: read_inputs(one))
     found, later = with_values(one, task, examples, model)
     later += chosen_key_lines(
         one, task, examples, lambda: inputs.tokens(examples.train), model, world
@@ -124,12 +125,12 @@ def show_data(config: RunConfig, show: int) -> ShownData:
     refuse_unused_text(config)
     if config.encoders:
         config = teacher_runs(config)[0]
-    notes: list[str] = []
-    if config.uses_copies:
-        task, examples, _, _ = read_inputs(config, notes.append)
-    else:
-        task = load_task(config.task)
-        examples = load_examples(config, task, notes.append)
+    with noted() as notes:
+        if config.uses_copies:
+            task, examples, _, _ = read_inputs(config)
+        else:
+            task = load_task(config.task)
+            examples = load_examples(config, task)
     names = NAMES if examples.labelled_rows else {**NAMES, "rest": "text: train file"}
     found = map(examples.kind, range(len(examples.train)))
     kinds = [names.get(kind, f"copy: {kind}") for kind in found]

@@ -17,7 +17,6 @@ from sead_dist.data.examples import build_examples, entries
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError, expect
 from sead_dist.runs.given import NAMES, as_rows, checked_task
-from sead_dist.runtime.run_log import tell
 from sead_dist.store import store as kept
 from sead_dist.store.layout import store_folder
 from sead_dist.store.maintenance import Row, headers, list_store
@@ -40,7 +39,7 @@ class PredictionStore:
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         expect("folder", folder, NAMES | None, "the folder of a prediction store")
         self.path: Path = store_folder(None if folder is None else os.fspath(folder))
-        self._store = kept.StoreFolder(self.path, tell, read_only=True)
+        self._store = kept.StoreFolder(self.path, read_only=True)
 
     def contents(self) -> "pd.DataFrame":
         """A table with one row for each teacher, task and split.

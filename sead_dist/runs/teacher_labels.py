@@ -61,7 +61,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
     if not config.uses_teachers:
         asked["ensemble"] = RunConfig.model_fields["ensemble"].get_default()
     config = config.model_copy(update=asked)
-    examples = load_examples(config, task, tell)
+    examples = load_examples(config, task)
     columns: Columns = {}
     seen: set[str] = set()
     for part, kinds in parts_of(examples):
@@ -138,17 +138,17 @@ def loaded_teachers(config: RunConfig, output: Path, world: World) -> Iterator[L
     config = with_any_student(config)
     no_copies = config.augment.model_copy(update={"copies": None})
     config = config.model_copy(update={"augment": no_copies})
-    checked = read_run(config, world, tell, learns=False)
+    checked = read_run(config, world, learns=False)
     task, examples, teachers = checked.task, checked.examples, checked.teachers
     splits = tokenize_splits(examples, checked.inputs.split)
-    store = StoreFolder(store_folder(config.store.path), tell)
+    store = StoreFolder(store_folder(config.store.path))
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
     keys = [teacher.key for teacher in teachers]
     accept_any = config.store.accept == "any"
     with tempfile.TemporaryDirectory() as run, store.hold(str(output), keys, accept_any):
         source = StoredSource(
             teachers, alone, world, store, task.name, Path(run), accept_any,
-            config.trust_remote_code, tell, lambda _doing: None,
+            config.trust_remote_code, lambda _doing: None,
         )  # fmt: skip
         try:
             for split in (splits.train, splits.selection, *splits.official.values()):
@@ -176,7 +176,7 @@ def ensemble_of_run(run: LoadedTeachers, asked: Iterable[Split]) -> Ensemble:
     The requests to endpoints for the splits `asked` are logged first.
     """
     config, task, teachers, splits = run.config, run.task, run.teachers, run.splits
-    tell_requests(run.source, asked, tell)
+    tell_requests(run.source, asked)
     selection = splits.selection
     if not needs_validation(config, selection.examples):
         return frozen_ensemble(config, task, teachers, [], None, splits)

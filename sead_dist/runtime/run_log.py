@@ -13,10 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from pydantic import TypeAdapter
 
@@ -30,6 +31,8 @@ PROGRESS = "progress.json"
 PUSHED = "pushed.json"
 # the logger of lines that this package does not print itself
 _log = logging.getLogger("sead_dist")
+# where `tell` puts lines: the log of the innermost open run, the list of `noted`, or the logger
+_lines: ContextVar["RunLog | list[str] | None"] = ContextVar("lines", default=None)
 PACKAGES = (
     *("sead_dist", "torch", "transformers", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "deepspeed", "numpy", "scikit-learn", "scipy"),
@@ -136,10 +139,35 @@ def environment() -> dict[str, Any]:
     }
 
 
-def tell(line: str, aside: bool = False) -> None:
-    """Log one line to `sead_dist`. The command line prints it. aside: it is printed on standard
-    error, because standard output may hold the result of the command."""
-    _log.info("%s", line, extra={"aside": aside})
+def tell(line: str, aside: bool = False, any_rank: bool = False) -> None:
+    """Give a person one line.
+
+    While a run is open, rank 0 puts the line into log.txt and on the run's console, and the other
+    ranks drop it. Within `noted` the line is kept for the caller. Otherwise the line is logged to
+    `sead_dist`, which the command line prints.
+
+    aside: the line is always logged. The command line prints it on standard error, because standard
+    output may hold the result of the command. any_rank: other ranks log the line instead of
+    dropping it, as one that is aside.
+    """
+    lines = None if aside else _lines.get()
+    if isinstance(lines, list):
+        lines.append(line)
+    elif lines is not None and lines.is_main:
+        lines.write_line(line)
+    elif lines is None or any_rank:
+        _log.info("%s", line, extra={"aside": aside or lines is not None})
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Within the block, lines of `tell` are added to the list and go nowhere else."""
+    notes: list[str] = []
+    before = _lines.set(notes)
+    try:
+        yield notes
+    finally:
+        _lines.reset(before)
 
 
 def tell_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -166,6 +194,9 @@ def append_line(path: Path, line: str) -> None:
 class RunLog:
     """The files and the console of one run directory. Ranks other than 0 write nothing.
 
+    Within a `with` block of it, the run is open: `tell` writes to this log. Leaving the block
+    closes the files, and `tell` writes where it did before.
+
     Args:
         folder: the run directory; made if it is missing.
         is_main: whether this is rank 0, the only one that writes.
@@ -179,10 +210,20 @@ class RunLog:
         self.console = PipedConsole(highlight=False, quiet=not (is_main and console))
         self._metrics: BinaryIO | None = None
         self._progress: int | None = None
+        self._before: Token[RunLog | list[str] | None] | None = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             _repair(self._metrics_path)
             self._metrics = self._open_metrics()
+
+    def __enter__(self) -> Self:
+        self._before = _lines.set(self)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        assert self._before is not None
+        _lines.reset(self._before)
+        self.close()
 
     @property
     def _metrics_path(self) -> Path:
@@ -220,10 +261,8 @@ class RunLog:
             aside.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
         self._metrics = self._open_metrics()
 
-    def say(self, line: str) -> None:
-        """Put one line on the console and, with the time, into log.txt."""
-        if not self.is_main:
-            return
+    def write_line(self, line: str) -> None:
+        """Put one line on the console and, with the time, into log.txt. Rank 0 calls this."""
         line = without_secrets(line)
         append_line(self.folder / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
         self._print(line)

@@ -13,7 +13,7 @@ looks again.
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sead_dist.errors import RunError
+from sead_dist.runtime.run_log import tell
 from sead_dist.store.blocks import (
     ValueBlock,
     check_num_keys,
@@ -79,16 +80,14 @@ class IdSet:
 class StoreFolder:
     """The store in `folder`, made if it is missing.
 
-    report: gets one-line notices. read_only: the store must exist, and nothing in it is changed;
-    bad blocks stay where they are. Raises UserError where `folder` is a file, of another format or
+    read_only: the store must exist, and nothing in it is changed; bad blocks stay where they are.
+    Any rank of a run tells of them. Raises UserError where `folder` is a file, of another format or
     not a store, and UserError or RunError (as `layout.create`) where it is not writable.
     """
 
-    def __init__(
-        self, folder: Path | str, report: Callable[[str], None], read_only: bool = False
-    ) -> None:
+    def __init__(self, folder: Path | str, read_only: bool = False) -> None:
         self.layout = existing(Path(folder)) if read_only else create(Path(folder))
-        self.report, self.read_only = report, read_only
+        self.read_only = read_only
         self.sound_keys: set[str] = set()
         self._id_sets: dict[int, IdSet] = {}
         self._shared: dict[tuple[str, str], tuple[int, Places, Places]] = {}
@@ -128,7 +127,7 @@ class StoreFolder:
         target = None if self.read_only else set_aside(self.layout, path)
         where = "left in place" if self.read_only else "could not be moved away"
         where = f"moved to {target.parent.name}/" if target else where
-        self.report(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}")
+        tell(f"store: {path.parent.name}/{path.name} is bad ({reason}); {where}", any_rank=True)
 
     def read_block(self, path: Path) -> ValueBlock | None:
         """The block at `path`. All but the rows of a compacted block is checked; these are checked
@@ -168,7 +167,7 @@ class StoreFolder:
         with self.layout.lock("store.lock", exclusive=False):
             trouble = ensure_key_block(self.layout, ids.hash, ids.ids_U2, self.sound_keys)
         if trouble:
-            self.report(f"store: keys/{trouble}; moved to quarantine/ and written again")
+            tell(f"store: keys/{trouble}; moved to quarantine/ and written again", any_rank=True)
 
 
 class Table:
@@ -315,9 +314,10 @@ class Table:
         if taken and block.numerics not in self.classes_read:
             self.classes_read = (*self.classes_read, block.numerics)
             if block.numerics != self.key.numerics:
-                self._store.report(
+                tell(
                     f"store: {self.task} {self.split}: predictions of {self.key.name} are read "
-                    f"from another numerics class, {block.numerics}"
+                    f"from another numerics class, {block.numerics}",
+                    any_rank=True,
                 )
 
     def _take_sound(self, block: ValueBlock) -> bool:

@@ -20,7 +20,7 @@ from sead_dist.runs.checks import check_inputs
 from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World
-from sead_dist.runtime.run_log import is_finished
+from sead_dist.runtime.run_log import is_finished, noted
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.results import TaskData
 from sead_dist.training.deepspeed_config import zero_config
@@ -119,7 +119,8 @@ def read_task(grid: Grid, name: str) -> TaskData:
     task, students = grid.tasks[name], [unit.config for unit in grid.students(name)]
     # the first one reads the data: if possible with text, and without the column of routes
     students.sort(key=lambda of: (not of.has_text, of.routed))
-    examples = load_examples(students[0], task, lambda _line: None)
+    with noted():
+        examples = load_examples(students[0], task)
     check_tokens(examples, start_tokenizers(grid, name))
     dev = next(iter(examples.official.values()))
     if not dev.has_gold:
@@ -179,7 +180,8 @@ def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
             continue
         key = rows_key(unit.config)
         if key not in known:
-            examples = load_examples(unit.config, data.task, lambda _line: None)
+            with noted():
+                examples = load_examples(unit.config, data.task)
             known[key] = examples.fingerprint(data.task)
         refuse_other(unit.folder, saved, saved.with_data(known[key]))
         if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):

@@ -27,6 +27,7 @@ import numpy as np
 
 from sead_dist.data.order import BatchStream, Split
 from sead_dist.errors import RunError
+from sead_dist.runtime.run_log import tell
 from sead_dist.store.layout import Layout, explain, unique_name
 from sead_dist.store.store import TeacherKey
 from sead_dist.store.tensor_file import digest
@@ -240,8 +241,7 @@ class Worker:
     and how long the front of the list is.
 
     source: computes in this process. check: called before each search for a work item; it returns
-    False when the work is no longer needed, and may raise UserError and StopRequestedError. say:
-    gets a line for each item.
+    False when the work is no longer needed, and may raise UserError and StopRequestedError.
     """
 
     def __init__(
@@ -251,9 +251,8 @@ class Worker:
         number: int,
         workers: int,
         check: Callable[[], bool],
-        say: Callable[[str], None],
     ) -> None:
-        self.source, self.leases, self.check, self.say = source, leases, check, say
+        self.source, self.leases, self.check = source, leases, check
         # the first search begins here in the front of the list; later ones begin with the oldest
         # item
         self.turn = number - 1
@@ -308,7 +307,7 @@ class Worker:
                 self.turn = 0
                 if lease.taken_from is not None:
                     name = self.source.teachers[item.teacher].name
-                    self.say(f"{name}, {item.what}: taken over from {lease.taken_from}")
+                    tell(f"{name}, {item.what}: taken over from {lease.taken_from}")
                 return item, lease
         return None
 
@@ -342,7 +341,7 @@ class Worker:
         self.done += 1
         self.rows += missing
         name = self.source.teachers[item.teacher].name
-        self.say(f"{name}, {item.what}: {missing} rows in {spent_s:.1f} s")
+        tell(f"{name}, {item.what}: {missing} rows in {spent_s:.1f} s")
 
     def make_room(self, n: int) -> None:
         """Unload teachers, in the order of loading, until there is room for teacher n."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sead_dist.errors import RunError
+from sead_dist.runtime.run_log import tell
 from sead_dist.store.layout import Layout, aside
 from sead_dist.store.store import Table, TeacherKey
 
@@ -47,18 +48,17 @@ class Awaited:
 
 
 class PoolClient:
-    """Waits for rows of teachers in the pool. say: gets a line from time to time. progress_or_stop:
-    is called at each look, and may raise StopRequestedError."""
+    """Waits for rows of teachers in the pool. progress_or_stop: is called at each look, and may
+    raise StopRequestedError."""
 
     def __init__(
         self,
         layout: Layout,
         silent_s: float,
-        say: Callable[[str], None],
         progress_or_stop: Callable[[str], None],
     ) -> None:
         self.layout, self.silent_s = layout, silent_s
-        self.say, self.progress_or_stop = say, progress_or_stop
+        self.progress_or_stop = progress_or_stop
         self._said_at: dict[str, float] = {}
 
     def wait(self, awaited: Sequence[Awaited], what: str) -> None:
@@ -85,24 +85,24 @@ class PoolClient:
                 f"waiting for the pool: {short} of {what} are missing in the store "
                 f"{self.layout.root} for teacher {lacking[0].name}"
             )
-            self._say("waiting", line)
+            self._tell_seldom("waiting", line)
             self.progress_or_stop(line)
             time.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_S)
 
-    def tell(self, awaited: Sequence[Awaited], what: str) -> None:
-        """Pass a line on to `say`: how many rows the pool is ahead of the student."""
+    def tell_ahead(self, awaited: Sequence[Awaited], what: str) -> None:
+        """Give a line from time to time: how many rows the pool is ahead of the student."""
         ahead = [(one.ahead(), one.name) for one in awaited]
         (least, slow), (most, fast) = min(ahead), max(ahead)
         line = f"{what}: the pool is {least} rows ahead"
-        self._say("ahead", line if least == most else f"{line} ({slow}) to {most} ({fast})")
+        self._tell_seldom("ahead", line if least == most else f"{line} ({slow}) to {most} ({fast})")
 
-    def _say(self, kind: str, line: str) -> None:
-        """Pass a line on to `say`, at most one of this kind in SAY_EVERY_S seconds."""
+    def _tell_seldom(self, kind: str, line: str) -> None:
+        """Give a line, at most one of this kind in SAY_EVERY_S seconds."""
         now = time.monotonic()
         if now - self._said_at.get(kind, -SAY_EVERY_S) >= SAY_EVERY_S:
             self._said_at[kind] = now
-            self.say(line)
+            tell(line)
 
     def _timeout_line(self, one: Awaited, what: str) -> str:
         others = other_classes(self.layout, one.table.key)

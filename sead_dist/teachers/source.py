@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import CheckRows
 from sead_dist.runtime.distributed import World, gather_objects
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import append_line
+from sead_dist.runtime.run_log import append_line, tell
 from sead_dist.store.store import StoreFolder, Table
 from sead_dist.teachers.base import Request
 from sead_dist.teachers.inference import NotFiniteError, predict
@@ -62,13 +63,12 @@ class StoredSource:
         run: Path,
         accept_any: bool,
         trust_remote_code: bool,
-        say: Callable[[str], None],
         progress_or_stop: Callable[[str], None],
         pool_client: PoolClient | None = None,
     ) -> None:
         self.teachers, self.placement = teachers, placement
         self.world, self.store, self.task, self.run = world, store, task, run
-        self.accept_any, self.trust_remote_code, self.say = accept_any, trust_remote_code, say
+        self.accept_any, self.trust_remote_code = accept_any, trust_remote_code
         self.progress_or_stop, self.pool_client = progress_or_stop, pool_client
         self.journal = Journal(run / "teacher_rows", world)
         self.models: dict[int, PreTrainedModel] = {}
@@ -89,7 +89,8 @@ class StoredSource:
 
     def submit(self, request: Request) -> "Future[TeacherLogits]":
         self.touch(request.split, request.entries_R, request.asked_NR)
-        return self.thread.submit(self._serve_aside, request)
+        # lines of the thread go where those of this call go
+        return self.thread.submit(copy_context().run, self._serve_aside, request)
 
     def close(self) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)
@@ -214,7 +215,7 @@ class StoredSource:
         ]
         self.pool_client.wait(awaited, request.what)
         if request.step_of is not None:
-            self.pool_client.tell(awaited, request.what)
+            self.pool_client.tell_ahead(awaited, request.what)
 
     def _missing(self, n: int, request: Request, entries_M: np.ndarray) -> np.ndarray:
         """Which of these entries are not in the store."""
@@ -335,7 +336,7 @@ class StoredSource:
             cuts = {split.examples.split: tokens.cut_of()}
             line = describe_cuts(cuts, teacher.inputs.max_length)
             if line is not None:
-                self.say(f"teacher {teacher.name}: {line}")
+                tell(f"teacher {teacher.name}: {line}")
             self.tokens[key] = tokens
         return self.tokens[key]
 

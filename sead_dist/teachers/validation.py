@@ -297,7 +297,7 @@ def measure_drift(source: StoredSource, split: Split) -> list[Drift | None]:
         source.placement.pick(reduced),
         source.world, source.store, source.task, source.run / "drift",
         False,  # predictions of another class would be compared with themselves
-        source.trust_remote_code, source.say, source.progress_or_stop,
+        source.trust_remote_code, source.progress_or_stop,
     )  # fmt: skip
     try:
         request = Request(split, entries_R, None, "the drift report")

@@ -23,7 +23,7 @@ from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
 from sead_dist.runtime.files import put_folder, sync
-from sead_dist.runtime.run_log import RunLog, read_as, steps_done, write_json
+from sead_dist.runtime.run_log import RunLog, read_as, steps_done, tell, write_json
 from sead_dist.training.engine import AVERAGE_FILE, Engine
 from sead_dist.training.identity import Identity, refuse_other
 
@@ -61,18 +61,11 @@ class TrainState:
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run directory. say: gets one-line notices."""
+    """Saves and finds the checkpoints of one run directory."""
 
-    def __init__(
-        self,
-        run: Path,
-        identity: Identity,
-        world: World,
-        keep_last: int,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, run: Path, identity: Identity, world: World, keep_last: int) -> None:
         self.folder = run / "checkpoints"
-        self.identity, self.world, self.keep_last, self.say = identity, world, keep_last, say
+        self.identity, self.world, self.keep_last = identity, world, keep_last
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Save a checkpoint. Every rank calls this. Raises RunError on every rank where a file
@@ -188,7 +181,7 @@ class Checkpointer:
                     state: TrainState = read_as(TrainState, folder / "state.json", "state")
                     return folder, state
             if any(self.folder.glob("step-*[0-9]")):
-                self.say("no checkpoint can be used: the run starts again at step 0")
+                tell("no checkpoint can be used: the run starts again at step 0")
             return None
 
         return from_main(self.world, find)
@@ -199,7 +192,7 @@ class Checkpointer:
         found, taken = self.latest(), steps_done(self.folder.parent)
         if found is None:
             if taken > 0:
-                log.say(f"starting at step 0: nothing was saved; {taken} steps are repeated")
+                tell(f"starting at step 0: nothing was saved; {taken} steps are repeated")
             log.truncate_after(0)
             return TrainState(world_size=self.world.size)
         folder, state = found
@@ -207,7 +200,7 @@ class Checkpointer:
         log.truncate_after(state.step)
         repeated = taken - state.step
         lost = f"; {repeated} steps taken after it are repeated" if repeated > 0 else ""
-        log.say(f"resuming at step {state.step} of {total_steps} ({folder.name}){lost}")
+        tell(f"resuming at step {state.step} of {total_steps} ({folder.name}){lost}")
         return state
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
@@ -225,13 +218,11 @@ class Checkpointer:
                 raise OSError(f"{self.best_folder(step).name} is missing")
         except pickle.UnpicklingError:
             # code in it is never run (invariant 9)
-            self.say(
-                f"checkpoint {folder.name} is skipped: sead_dist did not write its optimizer.pt"
-            )
+            tell(f"checkpoint {folder.name} is skipped: sead_dist did not write its optimizer.pt")
             return None
         except Exception as error:  # damaged bytes raise whatever their readers raise
             said = reason(error)
-            self.say(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
+            tell(f"checkpoint {folder.name} is damaged ({said}); trying an earlier one")
             return None
         return record
 

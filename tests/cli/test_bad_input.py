@@ -408,7 +408,9 @@ def test_an_output_folder_of_other_things(words, distil, tmp_path):
 def test_the_same_words_again_do_nothing(finished, words, distil, capsys):
     before = contents(finished)
     distil(words(finished, "num_train_epochs=6"))
-    assert "finished: nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "finished: nothing to do" in said
+    assert "dev texts occur in" not in said  # the data are read and not told of
     assert contents(finished) == before
 
 
@@ -614,7 +616,7 @@ def test_runs_of_different_sample_sizes_never_select_on_each_others_training_row
     texts = {}
     for most in (60, 200, "null"):
         config = load_config(words("unused", f"data.max_train_examples={most}"))
-        found = load_examples(config, task, print)
+        found = load_examples(config, task)
         texts[most] = (set(found.train.texts_a), set(found.selection.texts_a))
         if most != "null":
             assert found.labelled_rows + len(found.selection) == most

@@ -19,6 +19,7 @@ from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runs.prediction import class_order, data_of, evaluate_model, task_of
 from sead_dist.runs.shown import resolve_all
 from sead_dist.runs.teacher_labels import write_rows
+from sead_dist.runtime.run_log import noted
 
 
 @pytest.fixture
@@ -309,7 +310,6 @@ def test_labels_that_the_task_file_lacks_are_listed_at_once_with_their_counts(tm
         load_examples(
             load_config(words(data, [], tmp_path / "run")),
             load_task(str(data / "task.yaml")),
-            print,
         )
     line = str(caught.value)
     assert line.startswith("train row 3: label 'neutral' in column 'label' is outside the set;")
@@ -330,7 +330,6 @@ def test_a_label_that_is_not_there_is_told_with_its_file_and_how_many_there_are(
         load_examples(
             load_config(words(data, [], tmp_path / "run", method="finetune")),
             load_task(str(data / "task.yaml")),
-            print,
         )
     rows = "1 row" if count == 1 else "2 rows"
     assert str(caught.value) == (
@@ -408,8 +407,9 @@ def test_one_file_is_split_by_its_texts_and_not_by_its_order(tmp_path, data):
     header, *lines = (data / "train.tsv").read_text().splitlines()
     doubled = [*lines, *lines[:30]]  # rows that share a text stay together
     (data / "train.tsv").write_text("\n".join([header, *doubled]) + "\n")
-    task, said = load_task(str(data / "task.yaml")), []
-    one = load_examples(load_config(one_file_words(data, tmp_path)), task, said.append)
+    task = load_task(str(data / "task.yaml"))
+    with noted() as said:
+        one = load_examples(load_config(one_file_words(data, tmp_path)), task)
     assert "data.train is the only file: " in said[0]
     parts = [one.train.texts_a, one.selection.texts_a, one.official["validation"].texts_a]
     texts = [set(part) for part in parts]
@@ -420,7 +420,7 @@ def test_one_file_is_split_by_its_texts_and_not_by_its_order(tmp_path, data):
     # neither the order of the file nor the run's seeds decide
     (data / "train.tsv").write_text("\n".join([header, *reversed(doubled)]) + "\n")
     given = one_file_words(data, tmp_path, selection__seed=4, seed=9)
-    again = load_examples(load_config(given), task, said.append)
+    again = load_examples(load_config(given), task)
     assert set(again.official["validation"].texts_a) == texts[2]
     assert set(again.selection.texts_a) != texts[1]
 

@@ -58,8 +58,10 @@ def test_two_processes_are_one_world(launcher, words, tmp_path):
     assert summary["world_size"] == 2
     assert summary["placement"] == "partitioned"
     assert len(summary["peak_memory_bytes"]) == 2
-    # only rank 0 speaks, so the closing line is there once
+    # only rank 0 speaks, so each line is there once
     assert (done.stdout + done.stderr).count("teacher forwards,") == 1
+    told = [line.split(" ", 2)[2] for line in (run / "log.txt").read_text("utf-8").splitlines()]
+    assert {line: done.stdout.splitlines().count(line) for line in told} == dict.fromkeys(told, 1)
 
 
 @pytest.mark.slow

@@ -43,10 +43,9 @@ def test_no_file_of_a_run_holds_a_secret_of_its_environment_or_words(
 
 
 def test_a_line_of_the_log_loses_its_tokens(tmp_path):
-    from sead_dist.runtime.run_log import RunLog
+    from sead_dist.runtime.run_log import RunLog, tell
 
-    log = RunLog(tmp_path, True, console=False)
-    log.say(f"asked with {TOKENS['HF_TOKEN']} at https://a:b@example.org/x")
-    log.close()
+    with RunLog(tmp_path, True, console=False):
+        tell(f"asked with {TOKENS['HF_TOKEN']} at https://a:b@example.org/x")
     said = (tmp_path / "log.txt").read_text()
     assert "asked with [removed] at https://[removed]example.org/x" in said

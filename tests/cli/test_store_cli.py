@@ -104,7 +104,7 @@ def test_rm_prints_first_and_removes_with_yes(store, said, teachers):
 def test_rm_keeps_what_a_live_run_holds(store, said, teachers):
     row = next(row for row in list_store(store).rows if row.teacher == str(teachers[0]))
     key = TeacherKey(row.fingerprint, row.numerics, row.teacher, 2)
-    with StoreFolder(store, print).hold("/runs/live", [key]):
+    with StoreFolder(store).hold("/runs/live", [key]):
         out = said("rm", "--store", store, "--task", "grammar", "--yes")
         assert f"kept: {teachers[0]}, grammar validation: /runs/live uses it now" in out
         assert "has begun to use" not in out  # known before the deed, not only during it

@@ -189,4 +189,4 @@ def test_the_mistake_of_a_long_file_is_that_of_its_row(data, monkeypatch):
     lines[41] = lines[41].split("\t")[0] + "\tneutral"
     (data / "train.tsv").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"train row 41: label 'neutral' .*\(1 row\)"):
-        load_examples(load_config(words(data, [], data / "run")), grammar_task(data), print)
+        load_examples(load_config(words(data, [], data / "run")), grammar_task(data))

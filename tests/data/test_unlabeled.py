@@ -17,6 +17,7 @@ from sead_dist.data.loading import read_rows, row_chunks
 from sead_dist.data.splits import load_examples, source_row
 from sead_dist.data.tasks import TASKS
 from sead_dist.errors import UserError
+from sead_dist.runtime.run_log import noted
 
 SST2 = TASKS["sst2"]
 TEXTS = sentences(140, 7)
@@ -35,8 +36,8 @@ def data(tmp_path):
 
 def load(data, *given, **changes):
     keys = {"data__path": data, "teachers": "[somewhere]", **changes}
-    notes = []
-    examples = load_examples(config(*given, **keys), SST2, notes.append)
+    with noted() as notes:
+        examples = load_examples(config(*given, **keys), SST2)
     return examples, notes
 
 
@@ -102,8 +103,8 @@ def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
 def test_a_class_without_a_training_row_is_told(data):
     assert not any("no training row" in note for note in load(data)[1])
     task = replace(SST2, labels=(*SST2.labels, "neutral", "mixed"))
-    notes = []
-    load_examples(config(data__path=data), task, notes.append)
+    with noted() as notes:
+        load_examples(config(data__path=data), task)
     assert notes[-1] == (
         "WARNING: no training row has a label of 'neutral', 'mixed', so no gold label teaches these "
         "classes; add rows of them, or remove them from the task's labels"

@@ -14,6 +14,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import load_tokenizer, locate
 from sead_dist.models.sequence_classifier import load_classifier
 from sead_dist.models.student import build_student, check_start
+from sead_dist.runtime.run_log import noted
 from sead_dist.teachers.sharding import check_shardable
 from sead_dist.teachers.whole import load_whole
 
@@ -118,8 +119,8 @@ def test_a_tokeniser_of_other_words_than_the_starts_is_told(tmp_path):
     same = shutil.copytree(plain, tmp_path / "same")
     other = with_words(shutil.copytree(plain, tmp_path / "other"), swap)
     for given, told in ((None, False), (same, False), (other, True)):
-        said: list[str] = []
         named = None if given is None else str(given)
         entry = StudentConfig(path=str(plain), shape=None, layers=None, tokenizer=named)
-        build_student(entry, TASK, load_tokenizer(locate(named or str(plain))), 0, say=said.append)
+        with noted() as said:
+            build_student(entry, TASK, load_tokenizer(locate(named or str(plain))), 0)
         assert ("WARNING: 2 of the 123 words of student.tokenizer=" in said[0]) == told

@@ -222,7 +222,7 @@ def tried_as(role: str, folder: Path, data: Path) -> ExampleSet:
     """Load a model as a command does that uses it so; the examples of which it is to be tried."""
     if role == "student":
         given = words(data, [folder], data / "run", student__shape="null", student__path=folder)
-        return read_inputs(load_config(given), print)[1].train
+        return read_inputs(load_config(given))[1].train
     task = load_task(data / "task.yaml")
     examples = load_official(task, data_of("", None, str(data)), "validation")
     if role == "export":

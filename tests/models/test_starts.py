@@ -39,6 +39,7 @@ from sead_dist.models.sequence_classifier import build_teacher, unshared
 from sead_dist.models.student import build_student, check_start, start_as_feature_teacher
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.prediction import load_answerer
+from sead_dist.runtime.run_log import noted
 from sead_dist.training.engine import check_whole
 
 TEXTS = sentences(5)
@@ -85,9 +86,9 @@ CUT = {
 }
 
 
-def start(folder, task=TASK, seed=0, say=None, **given):
+def start(folder, task=TASK, seed=0, **given):
     entry = {"path": str(folder), "shape": None, "layers": None, "tokenizer": None, **given}
-    return build_student(StudentConfig(**entry), task, grammar_tokenizer(), seed, False, say)
+    return build_student(StudentConfig(**entry), task, grammar_tokenizer(), seed)
 
 
 def entry(folder, **given):
@@ -136,8 +137,8 @@ def test_invariant_11_a_wrappers_prefix_is_taken_off_a_start(tmp_path, prefix):
     rename(bare, lambda name: prefix + name.removeprefix("bert."))
     expected = start(plain).state_dict()
     for folder in (wrapped, bare):
-        said = []
-        model = start(folder, say=said.append)
+        with noted() as said:
+            model = start(folder)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
         assert f"the prefix {prefix!r} was removed" in said[0]
@@ -161,8 +162,8 @@ def test_a_wrappers_prefix_is_taken_off_a_teacher(tmp_path):
 def test_invariant_11_the_log_says_how_many_tensors_were_loaded_and_which_are_new(tmp_path):
     folder = rename(save_teacher(tmp_path / "t"), without_head)
     total = len(build_model().state_dict())
-    said = []
-    start(folder, say=said.append)
+    with noted() as said:
+        start(folder)
     assert said == [
         f"start {folder}: {total - 2} of {total} tensors loaded; new: classifier.bias, "
         "classifier.weight"
@@ -171,8 +172,8 @@ def test_invariant_11_the_log_says_how_many_tensors_were_loaded_and_which_are_ne
 
 def test_a_language_models_checkpoint_needs_a_new_head_and_pooler_alone(tmp_path):
     source = make("bert", tmp_path / "mlm", cls=AutoModelForMaskedLM)
-    said = []
-    model = start(tmp_path / "mlm", say=said.append)
+    with noted() as said:
+        model = start(tmp_path / "mlm")
     own = source.bert.state_dict()
     for name, tensor in model.bert.state_dict().items():
         assert name.startswith("pooler.") or torch.equal(tensor, own[name])
@@ -234,8 +235,8 @@ def test_a_body_that_base_model_prefix_does_not_name_is_not_drawn_again(tmp_path
 
 def test_the_pretrained_part_of_a_head_is_kept(tmp_path):
     source = make("modernbert", tmp_path / "mlm", cls=AutoModelForMaskedLM)
-    said = []
-    model = start(tmp_path / "mlm", say=said.append)
+    with noted() as said:
+        model = start(tmp_path / "mlm")
     assert torch.equal(model.head.dense.weight, source.head.dense.weight)
     assert "new: classifier.bias, classifier.weight;" in said[0]
 
@@ -256,8 +257,8 @@ def test_of_a_head_of_other_classes_only_the_last_layer_is_new(
     names = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
     names["label2id"] = {name: index for index, name in enumerate(labels)}
     source = make(kind, tmp_path / "t", **names)
-    said = []
-    model = start(tmp_path / "t", say=said.append)
+    with noted() as said:
+        model = start(tmp_path / "t")
     assert torch.equal(model.get_submodule(inner).weight, source.get_submodule(inner).weight)
     assert not torch.equal(
         model.get_submodule(final).weight, source.get_submodule(final).weight[:2]

@@ -85,10 +85,10 @@ def test_what_the_store_holds_is_no_work(teachers, tmp_path):
     asked = np.arange(30)
     source.submit(Request(split, asked, None, "a test")).result()
     source.close()
-    work = work_of(teachers, StoreFolder(tmp_path / "st", print))
+    work = work_of(teachers, StoreFolder(tmp_path / "st"))
     assert [sum(map(len, requests)) for requests in work.requests_N] == [80 - 30, 80]
     # of a run that asks for 21 of the rows they are the first that it finds
-    short = work_of(teachers, StoreFolder(tmp_path / "st", print), max_steps=3)
+    short = work_of(teachers, StoreFolder(tmp_path / "st"), max_steps=3)
     assert [sum(map(len, requests)) for requests in short.requests_N] == [30, 21 + 30]
 
 

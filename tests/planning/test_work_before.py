@@ -49,7 +49,7 @@ def folded(two_alike, tmp_path_factory):
     root = tmp_path_factory.mktemp("folded")
     first = shutil.copytree(teachers[0], root / "a")
     given = load_config(words(data, teachers, root / "run"))
-    train = load_examples(given, load_task(given.task), lambda _line: None).train
+    train = load_examples(given, load_task(given.task)).train
     save_file({"ids_U2": entries(train.ids_B2)[0][:30]}, first / TRAINED_ROWS)
     return data, [first, teachers[1]]
 
@@ -111,7 +111,9 @@ def test_a_repair_is_counted_until_its_start_is_kept(two_alike, tmp_path, capsys
     assert colocated(run, tmp_path)["before_s"] == {}
 
 
-def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(two_alike, tmp_path, capsys):
+def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(
+    two_alike, tmp_path, capsys, shown
+):
     # a loss that never falls: the least steps are those that the run takes
     run = run_of(
         two_alike, tmp_path, num_train_epochs=12, early_stopping_patience=1, learning_rate=1e-12,
@@ -121,6 +123,7 @@ def test_an_end_that_is_not_known_before_makes_the_plan_an_upper_bound(two_alike
     said = capsys.readouterr().out
     assert "1 rank: at most 648 examples in 84 steps" in said
     assert "<= " in said
+    assert "dev texts occur in" not in said  # the lines of the run itself
     assert "at most: early_stopping_patience=1 may end the run from step 42 on, which" in said
     assert (found["least_steps"], found["steps"]) == (42, 84)
     assert read(distill(run, ALONE) / "run_summary.json")["steps"] == found["least_steps"]

@@ -67,7 +67,7 @@ def run_of(task, output, teachers, **changes):
 
 def texts_of(data, *splits):
     given = load_config(words(data, [], data / "unused"))
-    examples = load_examples(given, grammar_task(data), lambda _line: None)
+    examples = load_examples(given, grammar_task(data))
     parts = {"train": examples.train, "selection": examples.selection, **examples.official}
     chosen = [part for name, part in parts.items() if not splits or name in splits]
     return list(dict.fromkeys(text for part in chosen for text in part.texts_a))
@@ -79,7 +79,7 @@ def said_by(run, name, texts):
     key = TeacherKey(of["fingerprint"], of["numerics"], name, 2)
     ids_B2 = identities([((text,), ()) for text in texts])
     order = np.lexsort((ids_B2[:, 1], ids_B2[:, 0]))
-    store = StoreFolder(run.parent / "store", print)
+    store = StoreFolder(run.parent / "store")
     table = store.table(key, ids_B2[order], "grammar", "any", "test")
     logits_BC, present_B = table.lookup(np.arange(len(texts)))
     assert present_B.all()
@@ -304,7 +304,7 @@ def test_a_file_that_holds_the_gold_labels_is_refused_or_told(task, tmp_path):
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         given = load_config(words(data, [entry(file, "calibrate: off")], tmp_path / "unused"))
         spec = grammar_task(data)
-        examples = load_examples(given, spec, lambda _line: None)
+        examples = load_examples(given, spec)
         (found,) = read_teachers(given, spec, ALONE, grammar_tokenizer(), examples)
         return found.file.remarks
 
@@ -340,7 +340,7 @@ def test_text_that_no_teacher_asked_of_it_answers_is_left_out(task, tmp_path):
         more = {"unlabeled__path": folder / "unlabeled.tsv", "augment__copies": "null", **changes}
         given = load_config(words(folder, teachers, tmp_path / "run", **more))
         spec = grammar_task(folder)
-        examples = load_examples(given, spec, lambda _line: None)
+        examples = load_examples(given, spec)
         found = read_teachers(given, spec, ALONE, grammar_tokenizer(), examples)
         kept = answered_examples(given, examples, found)
         weights_N = torch.tensor([1.0, 0.0] if given.ensemble == "single" else [0.5, 0.5])
@@ -434,7 +434,7 @@ def test_a_file_is_validated_on_the_selection_rows_that_it_answers_from_50_up(
 
 def texts_of_half(data):
     given = load_config(words(data, [], data / "unused", selection__fraction=0.5))
-    return load_examples(given, grammar_task(data), lambda _line: None).selection.texts_a
+    return load_examples(given, grammar_task(data)).selection.texts_a
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_weights_are_those_of_the_selection_split_and_stay_when_the_run_is_resum
     distill(load_config(words(data, teachers, tmp_path / "whole", **FITTED)), ALONE)
     kept = read(tmp_path / "whole" / "ensemble.json")
     given = load_config(words(data, teachers, tmp_path / "run", **FITTED))
-    selection = load_examples(given, grammar_task(data), print).selection
+    selection = load_examples(given, grammar_task(data)).selection
     models = [AutoModelForSequenceClassification.from_pretrained(one).eval() for one in teachers]
     logits_NBC = np.stack([logits_of(model, selection.texts_a) for model in models])
     assert kept["weights"] == pytest.approx(

@@ -201,7 +201,7 @@ def test_invariant_10_rows_that_share_text_are_held_out_together(tmp_path, task)
     more += [f"{text}\t{flip[label]}" for text, label in rows]
     path.write_text("\n".join([header, *lines, *more]) + "\n")
     given = load_config(words(folder, [a], tmp_path / "run", selection__fraction=0.2))
-    found = load_examples(given, grammar_task(folder), print)
+    found = load_examples(given, grammar_task(folder))
     sides = [{text.casefold() for text in side.texts_a} for side in (found.train, found.selection)]
     assert not sides[0] & sides[1]
     assert len(found.selection) == 3 * len(sides[1]) == 48

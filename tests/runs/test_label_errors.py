@@ -49,7 +49,7 @@ def made(tmp_path_factory):
     path.write_text("\n".join([head, *map("\t".join, rows)]) + "\n")
     halves = [shutil.copytree(knows, root / name) for name in ("first", "second")]
     learnt = learn(rows, save_teacher(root / "learnt", seed=1))
-    examples = load_examples(given(task, root / "run", []), load_task(task / "task.yaml"), print)
+    examples = load_examples(given(task, root / "run", []), load_task(task / "task.yaml"))
     ids_B2 = examples.train.ids_B2
     keep_trained(halves[0], ids_B2[::2])
     keep_trained(halves[1], ids_B2[1::2])

@@ -130,6 +130,11 @@ def test_a_run_makes_its_own_baseline_first(distil, words, tmp_path, monkeypatch
     run = distil(given)
     log = (run / "log.txt").read_text()
     assert f"student to compare with is trained first: 4 steps without teachers, in {run}" in log
+    # the baseline has a log of its own
+    assert "no teachers: " not in log
+    told = (run / "baseline" / "log.txt").read_text()
+    assert "no teachers: " in told
+    assert "student to compare with is trained first" not in told
     own = read(run / "baseline" / "run_summary.json")
     assert (own["steps"], own["finished"], own["teacher_forwards"]) == (4, True, 0)
     # it is the run of method=finetune, and the student is the one of a run without it

@@ -205,7 +205,7 @@ def by_hand(place: Path, case: str, output: Path) -> dict[str, torch.Tensor]:
     """The student's weights after five steps of a plain loop."""
     config = load_config(words_of(place, case, output))
     data = place / ("scores" if case == "regression" else "classes")
-    rows = load_examples(config, load_task(config.task), lambda _line: None).train
+    rows = load_examples(config, load_task(config.task)).train
     tokenizer = AutoTokenizer.from_pretrained(data / "start")
     model = model_in(data / "start").train()
     teachers = [model_in(data / name).eval() for name in "ab"]
@@ -289,7 +289,7 @@ def test_transformers_trainer_given_the_order_of_the_rows_ends_with_the_same_stu
     given.append(f"max_grad_norm={most}")
     run, config = run_case(ALONE, given), load_config(given)
     start = place / ("scores" if case == "regression" else "classes") / "start"
-    rows = load_examples(config, load_task(config.task), lambda _line: None).train
+    rows = load_examples(config, load_task(config.task)).train
     assert len(rows) % BATCH
     tokenizer = AutoTokenizer.from_pretrained(start)
     texts_b = rows.texts_b or [None] * len(rows)

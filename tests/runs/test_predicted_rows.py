@@ -55,12 +55,12 @@ def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(fini
         predict_file(str(finished), file, None, None, None, skip_malformed=True)
     # passing over would leave nothing
     with pytest.raises(UserError, match=r"no column 'sentence'; .* rename one in the file"):
-        Settings(print).examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
+        Settings().examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
 
 
 def test_a_file_without_rows_is_no_split(finished):
     with pytest.raises(UserError, match=r"^e.csv has no rows; give a file that has some$"):
-        Settings(print).examples(task_of(str(finished), None), [], "e.csv")
+        Settings().examples(task_of(str(finished), None), [], "e.csv")
 
 
 def test_what_is_read_as_another_kind_is_told_with_the_kinds(finished, tmp_path):

@@ -97,6 +97,10 @@ def test_a_repaired_start_is_nearer_to_the_whole_model(task, repaired, tmp_path)
     assert error(task, run) < 0.5 * error(task, plain)
     assert "the squared error went from " in (made_in(kept).parent / "log.txt").read_text()
     assert not (made_in(kept).parent / "checkpoints").exists()
+    # the repair has a log of its own
+    log = (run / "log.txt").read_text()
+    assert f"the start is repaired: {made_in(kept).parent}" in log
+    assert "the squared error went from " not in log
 
 
 def test_it_is_made_once_for_all_tasks_and_seeds(task, repaired, tmp_path):

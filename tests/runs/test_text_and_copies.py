@@ -51,7 +51,7 @@ def given_words(task, root, **changes):
 
 
 def examples_of(given):
-    return read_inputs(load_config(given), lambda _line: None)[1]
+    return read_inputs(load_config(given))[1]
 
 
 def run_and_note_copies(world, given):

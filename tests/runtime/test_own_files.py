@@ -21,7 +21,7 @@ from sead_dist.runtime.files import (
     sweep_old,
     written_aside,
 )
-from sead_dist.runtime.run_log import RunLog, write_json, write_json_for_person
+from sead_dist.runtime.run_log import RunLog, tell, write_json, write_json_for_person
 from sead_dist.slurm.settings import load_settings
 from sead_dist.slurm.submit import job_folder
 
@@ -49,9 +49,9 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path, foreign
 def test_files_that_a_run_adds_to_are_never_reached_through_a_link(tmp_path, foreign, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(foreign)
-    with pytest.raises(UserError, match="is a link, a pipe or a device"):
-        log = RunLog(tmp_path / "run", is_main=True, console=False)
-        log.say("a line")
+    refused = pytest.raises(UserError, match="is a link, a pipe or a device")
+    with refused, RunLog(tmp_path / "run", is_main=True, console=False) as log:
+        tell("a line")
         log.step_done(1, 2)
     assert foreign.read_text() == "somebody's"
 

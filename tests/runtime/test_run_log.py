@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import (
     RunLog,
     environment,
+    noted,
     read_json,
     read_metrics,
+    tell,
     write_json,
 )
 
@@ -38,10 +42,11 @@ def test_each_record_is_on_disk_as_soon_as_it_is_given(tmp_path):
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     log = open_log(tmp_path / "run", is_main=False, console=True)
     log.metrics("train", step=1)
-    log.say("hello")
-    log.truncate_after(0)
-    with log.progress("steps", total=2) as bar:
-        bar.advance(2)
+    with log:
+        tell("hello")
+        log.truncate_after(0)
+        with log.progress("steps", total=2) as bar:
+            bar.advance(2)
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "run").exists()
 
@@ -89,15 +94,117 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
 
 def test_a_line_goes_to_the_console_whole_and_into_the_log_file(tmp_path, capsys):
     line = "teacher [bold]a[/bold] " + "x" * 200
-    open_log(tmp_path, console=True).say(line)
+    with open_log(tmp_path, console=True):
+        tell(line)
     assert capsys.readouterr().out == line + "\n"
     assert (tmp_path / "log.txt").read_text().endswith(f" {line}\n")
 
 
 def test_console_off_still_writes_the_log_file(tmp_path, capsys):
-    open_log(tmp_path).say("hello")
+    with open_log(tmp_path):
+        tell("hello")
     assert capsys.readouterr().out == ""
     assert "hello" in (tmp_path / "log.txt").read_text()
+
+
+def lines_of(folder):
+    """The lines of a run's log.txt, without their times."""
+    return [line.split(" ", 2)[2] for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_lines_go_to_the_log_of_the_open_run_and_after_its_end_or_failure_to_the_logger(
+    tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="sead_dist")
+    logger = logging.getLogger("sead_dist")
+    before = (list(logger.handlers), list(logger.filters), logger.level, logger.propagate)
+    tell("before")
+    with open_log(tmp_path / "a"):
+        tell("of a")
+    tell("between")
+    with pytest.raises(ValueError, match="stop"), open_log(tmp_path / "b"):
+        tell("of b")
+        raise ValueError("stop")
+    tell("after")
+    assert (lines_of(tmp_path / "a"), lines_of(tmp_path / "b")) == (["of a"], ["of b"])
+    assert caplog.messages == ["before", "of a", "between", "of b", "after"]
+    assert (list(logger.handlers), list(logger.filters), logger.level, logger.propagate) == before
+
+
+def test_a_run_inside_another_has_lines_of_its_own(tmp_path):
+    with open_log(tmp_path / "outer"):
+        tell("one")
+        with pytest.raises(ValueError, match="stop"), open_log(tmp_path / "inner"):
+            tell("two")
+            raise ValueError("stop")
+        tell("three")
+    assert lines_of(tmp_path / "outer") == ["one", "three"]
+    assert lines_of(tmp_path / "inner") == ["two"]
+
+
+def test_runs_of_two_threads_have_lines_of_their_own(tmp_path):
+    def work(name):
+        with open_log(tmp_path / name):
+            for n in range(50):
+                tell(f"{name} {n}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, "ab"))
+    for name in "ab":
+        assert lines_of(tmp_path / name) == [f"{name} {n}" for n in range(50)]
+
+
+@pytest.mark.parametrize("off", ["level", "disable", "disabled", "filter"])
+def test_the_log_file_has_every_line_whatever_the_callers_logging_lets_through(
+    tmp_path, caplog, monkeypatch, request, off
+):
+    logger = logging.getLogger("sead_dist")
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
+    caplog.set_level("ERROR" if off == "level" else "INFO", logger="sead_dist")
+    logging.disable(logging.CRITICAL if off == "disable" else logging.NOTSET)
+    monkeypatch.setattr(logger, "disabled", off == "disabled")
+    monkeypatch.setattr(logger, "filters", [lambda _record: False] if off == "filter" else [])
+    with open_log(tmp_path):
+        tell("hello")
+    assert lines_of(tmp_path) == ["hello"]
+    assert caplog.messages == []
+
+
+def test_a_line_that_any_rank_may_tell_is_logged_by_other_ranks_and_written_by_rank_0(
+    tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="sead_dist")
+    with open_log(tmp_path / "run", is_main=False, console=True):
+        tell("of rank 0 alone")
+        tell("a bad block", any_rank=True)
+    assert not (tmp_path / "run").exists()
+    assert [(record.getMessage(), record.aside) for record in caplog.records] == [
+        ("a bad block", True)
+    ]
+    with open_log(tmp_path / "run", console=True):
+        tell("a bad block", any_rank=True)
+    assert lines_of(tmp_path / "run") == ["a bad block"]
+    tell("another", any_rank=True)
+    assert [record.aside for record in caplog.records] == [True, False]
+
+
+def test_noted_lines_go_nowhere_else(tmp_path, caplog):
+    caplog.set_level("INFO", logger="sead_dist")
+    with open_log(tmp_path):
+        with pytest.raises(ValueError, match="stop"), noted() as notes:
+            tell("kept")
+            raise ValueError("stop")
+        tell("told")
+    assert notes == ["kept"]
+    assert lines_of(tmp_path) == caplog.messages == ["told"]
+
+
+def test_a_warning_of_the_package_is_logged_and_is_not_in_the_log_file(tmp_path, caplog):
+    with open_log(tmp_path):
+        logging.getLogger("sead_dist.data.text_files").warning("it is quoted")
+        tell("a line")
+    assert lines_of(tmp_path) == ["a line"]
+    assert "it is quoted" in caplog.messages
 
 
 def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path, capsys, monkeypatch):
@@ -144,13 +251,14 @@ def test_progress_in_a_terminal_is_a_bar_that_ends_with_the_block(tmp_path):
     log.console = Console(file=screen, force_terminal=True, width=120)
     with (
         pytest.raises(ValueError, match="stop"),
+        log,
         log.progress("steps", total=4) as outer,
         log.progress("rows", total=2) as inner,
     ):
         outer.advance()
         outer.update(loss=0.123456)
         inner.advance(2)
-        log.say("between")
+        tell("between")
         raise ValueError("stop")
     text = screen.getvalue()
     assert "1/4" in text

@@ -112,7 +112,7 @@ def test_several_teachers_on_partly_shared_examples_read_the_same_after_compact(
     dev = make_ids(50, seed=1)
     fill(tmp_path, dev, keys[0], split="dev")  # another split has its own block
     for key, places in zip(keys, held, strict=True):
-        table, _ = open_table(tmp_path, ids, key)
+        table = open_table(tmp_path, ids, key)
         for part in np.array_split(np.random.default_rng(0).permutation(places), 3):
             table.write(part, logits_of(ids[part], key))
     own_set = ids[held[3]]  # and a run whose examples are others
@@ -129,9 +129,11 @@ def test_several_teachers_on_partly_shared_examples_read_the_same_after_compact(
     assert rows == {**expected, ("teacher-0", "dev"): 50}
 
 
-def test_an_open_table_finds_what_is_missing_in_a_compacted_block_and_writes_the_rest(tmp_path):
+def test_an_open_table_finds_what_is_missing_in_a_compacted_block_and_writes_the_rest(
+    tmp_path, told
+):
     ids, key = make_ids(600), make_key()
-    table, notes = open_table(tmp_path, ids, key)
+    table = open_table(tmp_path, ids, key)
     fill(tmp_path, ids, key, entries=np.arange(0, 600, 3))
     compact(tmp_path)
     table.refresh()
@@ -142,16 +144,16 @@ def test_an_open_table_finds_what_is_missing_in_a_compacted_block_and_writes_the
     compact(tmp_path)
     assert len(blocks_of(tmp_path)) == 1
     check_reads(tmp_path, ids, key)
-    assert notes == []
+    assert told == []
 
 
 def test_rows_of_the_exact_class_come_before_a_compacted_block_of_another(tmp_path):
     ids, exact, other = make_ids(400), make_key(1, EXACT), make_key(1, OTHER)
     entries = some(300, 400, 1)
-    open_table(tmp_path, ids, other)[0].write(entries, np.full((300, 3), 9.0))
+    open_table(tmp_path, ids, other).write(entries, np.full((300, 3), 9.0))
     compact(tmp_path)
     fill(tmp_path, ids, exact, entries=np.arange(30))
-    found, present = open_table(tmp_path, ids, exact, accept_any=True)[0].lookup(np.arange(400))
+    found, present = open_table(tmp_path, ids, exact, accept_any=True).lookup(np.arange(400))
     np.testing.assert_array_equal(found[:30], logits_of(ids[:30], exact))
     assert (found[30:][present[30:]] == 9).all()
     np.testing.assert_array_equal(np.flatnonzero(present), np.union1d(np.arange(30), entries))
@@ -262,7 +264,7 @@ def test_every_flipped_byte_of_a_compacted_block_is_found_by_verify(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["chunk", "sums", "words", "cut"])
-def test_a_damaged_compacted_block_gives_no_wrong_row_and_is_set_aside(tmp_path, where):
+def test_a_damaged_compacted_block_gives_no_wrong_row_and_is_set_aside(tmp_path, where, told):
     ids, entries = compacted(tmp_path)
     (path,) = blocks_of(tmp_path)
     tensors = safetensors.numpy.load_file(path)
@@ -271,33 +273,33 @@ def test_a_damaged_compacted_block_gives_no_wrong_row_and_is_set_aside(tmp_path,
     start_of = content.index(tensors[name].tobytes())
     content[start_of + tensors[name].nbytes // 2] ^= 4
     path.write_bytes(content[:-4] if where == "cut" else content)
-    table, notes = open_table(tmp_path, ids, make_key())
+    table = open_table(tmp_path, ids, make_key())
     if where == "chunk":  # the rest is sound, and is read
         assert table.lookup(entries[:10])[1].all()
-        assert notes == []
+        assert told == []
     found, present = table.lookup(entries)
     assert not present.any()
     assert np.isnan(found).all()
     assert not table.present_U.any()
-    assert len(notes) == 1
-    assert path.name in notes[0]
+    assert len(told) == 1
+    assert path.name in told[0]
     assert os.listdir(tmp_path / "quarantine") != []
     table.write(entries, logits_of(ids[entries], make_key()))  # computed again
     np.testing.assert_array_equal(table.lookup(entries)[0], logits_of(ids[entries], make_key()))
     check_reads(tmp_path, ids, make_key(), present=entries)
 
 
-def test_a_flip_found_while_a_table_on_other_examples_reads_goes_the_same_way(tmp_path):
+def test_a_flip_found_while_a_table_on_other_examples_reads_goes_the_same_way(tmp_path, told):
     ids, entries = compacted(tmp_path)
     (path,) = blocks_of(tmp_path)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    table, notes = open_table(tmp_path, ids[100:], make_key())
+    table = open_table(tmp_path, ids[100:], make_key())
     fresh = np.setdiff1d(np.arange(500), entries)
     assert table.lookup(np.arange(50))[1].sum() == 50 - (fresh[fresh < 150] >= 100).sum()
     assert not table.lookup(np.arange(400))[1].any()
-    assert len(notes) == 1
+    assert len(told) == 1
     table.write(np.arange(400), logits_of(ids[100:], make_key()))
     np.testing.assert_array_equal(table.lookup(np.arange(400))[0], logits_of(ids[100:], make_key()))
 

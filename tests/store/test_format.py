@@ -23,6 +23,7 @@ from store_world import (
 )
 
 from sead_dist.errors import UserError
+from sead_dist.runtime.run_log import noted
 from sead_dist.store.layout import Layout
 from sead_dist.store.maintenance import carry, list_store, verify
 from sead_dist.store.removal import plan_removal
@@ -59,7 +60,7 @@ def test_what_only_reads_a_store_of_the_older_format_changes_nothing_in_it(older
     teacher = listing.rows[0].teacher
     assert plan_removal(older, teacher=teacher).paths
     carried = carry(older, tmp_path / "out")
-    StoreFolder(older, print, read_only=True)
+    StoreFolder(older, read_only=True)
     assert files_of(older) == before
     assert [row.num_rows for row in listing.rows] == [
         row.num_rows for row in list_store(tmp_path / "out").rows
@@ -69,7 +70,7 @@ def test_what_only_reads_a_store_of_the_older_format_changes_nothing_in_it(older
 
 def test_opening_for_writing_raises_the_kept_store_and_leaves_every_block_as_it_was(older):
     before, rows = without_number(older), list_store(older).rows
-    StoreFolder(older, print)
+    StoreFolder(older)
     assert format_of(older) == 2
     assert without_number(older) == before
     assert list_store(older).rows == rows
@@ -80,7 +81,7 @@ def test_rows_of_a_raised_store_are_read_and_added_to(tmp_path):
     ids, key = make_ids(60), make_key()
     fill(tmp_path, ids, key, entries=range(20))
     make_older(tmp_path)
-    reader = StoreFolder(tmp_path, print, read_only=True).table(key, ids, "sst2", "train", "")
+    reader = StoreFolder(tmp_path, read_only=True).table(key, ids, "sst2", "train", "")
     fill(tmp_path, ids, key, entries=range(20, 40))
     assert format_of(tmp_path) == 2
     # one that has had it open since before sees the old rows and the new ones
@@ -98,11 +99,11 @@ def test_a_raise_that_is_stopped_before_its_rename_leaves_the_older_number(older
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
-            StoreFolder(older, print)
+            StoreFolder(older)
     assert format_of(older) == 1
     assert without_number(older) == before
     assert os.listdir(older / "tmp") == []
-    StoreFolder(older, print)
+    StoreFolder(older)
     assert format_of(older) == 2
 
 
@@ -111,7 +112,7 @@ def test_a_raise_waits_for_the_lock_and_does_not_lower_what_was_raised_further_m
 
     def open_it() -> None:
         try:
-            StoreFolder(older, print)
+            StoreFolder(older)
         except UserError as error:
             said.append(str(error))
 
@@ -129,7 +130,7 @@ def test_a_raise_waits_for_the_lock_and_does_not_lower_what_was_raised_further_m
 
 
 def test_processes_that_raise_at_once_all_go_on(older):
-    code = "StoreFolder(Path(sys.argv[1]), print)"
+    code = "StoreFolder(Path(sys.argv[1]))"
     for process in [start(code, older) for _ in range(3)]:
         finish(process)
     assert format_of(older) == 2
@@ -142,15 +143,15 @@ def test_a_store_opened_for_reading_alone_keeps_a_bad_block_where_it_is(tmp_path
     path = next(tmp_path.glob("values/*/*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     before = files_of(tmp_path)
-    notes = []
-    table = StoreFolder(tmp_path, notes.append, read_only=True).table(key, ids, "sst2", "train", "")
+    with noted() as notes:
+        table = StoreFolder(tmp_path, read_only=True).table(key, ids, "sst2", "train", "")
     assert not table.present_U.any()
     assert files_of(tmp_path) == before
     assert len(notes) == 1
     assert notes[0].endswith("altered); left in place")
     with pytest.raises(ValueError, match="opened as read-only"):
         table.write(np.arange(30), logits_of(ids, key))
-    table, _ = open_table(tmp_path, ids, key)
+    table = open_table(tmp_path, ids, key)
     assert not path.exists()
     with pytest.raises(UserError, match="does not exist"):
-        StoreFolder(tmp_path / "nowhere", print, read_only=True)
+        StoreFolder(tmp_path / "nowhere", read_only=True)

@@ -32,7 +32,7 @@ from sead_dist.store.store import StoreFolder
 
 
 def fill_in_parts(folder: Path, ids: np.ndarray, key, num_parts: int, **more) -> None:
-    table, _ = open_table(folder, ids, key, **more)
+    table = open_table(folder, ids, key, **more)
     for entries in np.array_split(np.random.default_rng(3).permutation(len(ids)), num_parts):
         table.write(entries, logits_of(ids[entries], key))
 
@@ -48,7 +48,7 @@ def test_ls_counts_unique_rows_of_each_teacher_task_and_split(tmp_path):
     ids = make_ids(100)
     fill(tmp_path, ids[:60], make_key(1))
     # A second set overlaps the first by 30; another run, which has not looked, writes them again.
-    unaware, _ = open_table(tmp_path, ids[30:90], make_key(2))
+    unaware = open_table(tmp_path, ids[30:90], make_key(2))
     fill(tmp_path, ids[:60], make_key(2))
     unaware.write(np.arange(60), logits_of(ids[30:90], make_key(2)))
     fill(tmp_path, ids[90:], make_key(1, OTHER), task="mnli", split="dev")
@@ -141,7 +141,7 @@ def test_after_compact_teachers_with_the_same_examples_share_one_key_block(tmp_p
 
 def test_compact_counts_rows_that_were_stored_with_other_bits(tmp_path):
     ids, key = make_ids(50), make_key()
-    tables = [open_table(tmp_path, ids, key)[0] for _ in range(2)]
+    tables = [open_table(tmp_path, ids, key) for _ in range(2)]
     for number, table in enumerate(tables):
         logits = logits_of(ids, key)
         logits[:3] += number
@@ -149,7 +149,7 @@ def test_compact_counts_rows_that_were_stored_with_other_bits(tmp_path):
     assert compact(tmp_path).differing == 3
 
 
-def test_compact_sets_bad_blocks_aside_and_keeps_the_rest(tmp_path):
+def test_compact_sets_bad_blocks_aside_and_keeps_the_rest(tmp_path, told):
     ids, key = make_ids(50), make_key()
     fill_in_parts(tmp_path, ids, key, 5)
     path = blocks_of(tmp_path)[0]
@@ -157,14 +157,14 @@ def test_compact_sets_bad_blocks_aside_and_keeps_the_rest(tmp_path):
     result = compact(tmp_path)
     assert [bad.path for bad in result.bad] == [path]
     assert result.blocks_after == 1
-    table, notes = open_table(tmp_path, ids, key)
-    assert notes == []
+    table = open_table(tmp_path, ids, key)
+    assert told == []
     assert table.present_U.sum() == 40
 
 
-def test_a_table_that_is_open_reads_on_after_a_compact_and_finds_the_merged_rows(tmp_path):
+def test_a_table_that_is_open_reads_on_after_a_compact_and_finds_the_merged_rows(tmp_path, told):
     ids, key = make_ids(500), make_key()
-    table, notes = open_table(tmp_path, ids, key)
+    table = open_table(tmp_path, ids, key)
     fill_in_parts(tmp_path, ids[:200], key, 4)
     table.refresh()
     fill_in_parts(tmp_path, ids, key, 4)
@@ -172,7 +172,7 @@ def test_a_table_that_is_open_reads_on_after_a_compact_and_finds_the_merged_rows
     assert table.lookup(np.arange(200))[1].all()
     table.refresh()
     np.testing.assert_array_equal(table.lookup(np.arange(500))[0], logits_of(ids, key))
-    assert notes == []
+    assert told == []
 
 
 def test_a_compact_between_reading_a_block_and_reading_its_keys_goes_unnoticed(
@@ -234,11 +234,12 @@ folder, teacher = Path(sys.argv[1]), int(sys.argv[2])
 ids, key = make_ids(2000), make_key(teacher)
 for entries in np.array_split(np.random.default_rng(teacher).permutation(2000), 100):
     part = np.sort(entries)
-    table, notes = open_table(folder, ids[part], key)
-    own = np.arange(len(part))
-    table.write(own[::2], logits_of(ids[part[::2]], key))
-    table.write(own[1::2], logits_of(ids[part[1::2]], key))
-    assert table.present_U.all() and notes == [], notes
+    with noted() as told:
+        table = open_table(folder, ids[part], key)
+        own = np.arange(len(part))
+        table.write(own[::2], logits_of(ids[part[::2]], key))
+        table.write(own[1::2], logits_of(ids[part[1::2]], key))
+    assert table.present_U.all() and told == [], told
 """
 
 READ = """
@@ -246,10 +247,11 @@ folder = Path(sys.argv[1])
 ids, key = make_ids(2000), make_key(1)
 before, rounds = 0, 0
 while before < 2000:
-    table, notes = open_table(folder, ids, key)
-    logits, present = table.lookup(np.arange(2000))
+    with noted() as told:
+        table = open_table(folder, ids, key)
+        logits, present = table.lookup(np.arange(2000))
     np.testing.assert_array_equal(logits[present], logits_of(ids[present], key))
-    assert notes == [] and present.sum() >= before, (notes, present.sum(), before)
+    assert told == [] and present.sum() >= before, (told, present.sum(), before)
     before, rounds = present.sum(), rounds + 1
 print(rounds)
 """
@@ -257,7 +259,7 @@ print(rounds)
 
 def test_two_compacts_run_beside_readers_and_writers_and_nobody_notices(tmp_path):
     ids = make_ids(2000)
-    StoreFolder(tmp_path, print)
+    StoreFolder(tmp_path)
     compacts = [start(COMPACT, tmp_path) for _ in range(2)]
     for process in compacts:
         assert process.stdout.readline() == "ready\n"
@@ -282,7 +284,7 @@ def test_a_compact_killed_at_any_moment_loses_nothing(tmp_path):
     present = np.zeros(1500, bool)
     ended_in_time = 0
     for _ in range(15):
-        table, _ = open_table(tmp_path, ids, key)
+        table = open_table(tmp_path, ids, key)
         for _ in range(6):
             entries = rng.integers(0, 1500, 20)
             table.write(entries, logits_of(ids[entries], key))
@@ -328,23 +330,23 @@ def test_a_compact_that_stops_between_any_two_of_its_steps_loses_nothing(
     check_reads(tmp_path, ids, key)
 
 
-def test_a_writer_whose_key_block_a_compact_removed_writes_it_again(tmp_path):
+def test_a_writer_whose_key_block_a_compact_removed_writes_it_again(tmp_path, told):
     ids, key = make_ids(50), make_key()
-    table, notes = open_table(tmp_path, ids[:30], key)
+    table = open_table(tmp_path, ids[:30], key)
     table.write(np.arange(10), logits_of(ids[:10], key))
     fill(tmp_path, ids, key)
     compact(tmp_path)
     assert len(key_blocks(tmp_path)) == 1
     table.write(np.arange(10, 30), logits_of(ids[10:30], key))
     assert verify(tmp_path).ok
-    assert notes == []
+    assert told == []
 
 
 def test_large_parts_stay_while_a_run_holds_the_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(compaction, "MAP_BYTES", 1000)
     ids, key = make_ids(500), make_key()
     fill_in_parts(tmp_path, ids, key, 3)
-    with StoreFolder(tmp_path, print).hold("runs/a", [key]):
+    with StoreFolder(tmp_path).hold("runs/a", [key]):
         assert compact(tmp_path).left_for_live == 3
         assert len(blocks_of(tmp_path)) == 4
     assert compact(tmp_path).blocks_after == 1
@@ -356,9 +358,9 @@ def test_a_run_that_accepts_any_numerics_holds_them_all(tmp_path, monkeypatch):
     ids, key = make_ids(500), make_key()
     fill_in_parts(tmp_path, ids, key, 3)
     elsewhere = replace(key, numerics="of another machine")
-    with StoreFolder(tmp_path, print).hold("runs/a", [elsewhere], accept_any=True):
+    with StoreFolder(tmp_path).hold("runs/a", [elsewhere], accept_any=True):
         assert compact(tmp_path).left_for_live == 3
-    with StoreFolder(tmp_path, print).hold("runs/a", [elsewhere]):
+    with StoreFolder(tmp_path).hold("runs/a", [elsewhere]):
         assert compact(tmp_path).left_for_live == 0
 
 
@@ -430,7 +432,7 @@ def test_rm_without_a_condition_or_with_an_unknown_name_is_refused(tmp_path):
 
 HOLD = """
 key = make_key(int(sys.argv[2]))
-with StoreFolder(Path(sys.argv[1]), print).hold("runs/live", [key]):
+with StoreFolder(Path(sys.argv[1])).hold("runs/live", [key]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -474,7 +476,7 @@ def test_a_plan_says_so_where_a_compact_came_between(tmp_path):
 
 
 def test_a_hold_ends_with_its_block_also_after_an_error(tmp_path):
-    store = StoreFolder(tmp_path, print)
+    store = StoreFolder(tmp_path)
     with pytest.raises(KeyError), store.hold("runs/a", [make_key()]):
         assert len(list_store(tmp_path).live) == 1
         raise KeyError

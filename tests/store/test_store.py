@@ -41,7 +41,7 @@ def quarantined(folder: Path) -> list[str]:
 
 def test_lookup_gives_what_was_written_in_this_table_and_in_a_new_one(tmp_path):
     ids, key = make_ids(500), make_key()
-    table, _ = open_table(tmp_path, ids, key)
+    table = open_table(tmp_path, ids, key)
     assert not table.present_U.any()
     entries = np.random.default_rng(1).permutation(500)[:200]
     table.write(entries, logits_of(ids[entries], key))
@@ -64,7 +64,7 @@ def test_random_writes_and_lookups_agree_with_a_dict(tmp_path, monkeypatch, map_
         if step % 6 == 0:
             subset = np.sort(rng.choice(300, rng.integers(1, 300), replace=False))
             key = keys[rng.integers(2)]
-            tables.append((key, pool[subset], open_table(tmp_path, pool[subset], key)[0]))
+            tables.append((key, pool[subset], open_table(tmp_path, pool[subset], key)))
         key, ids, table = tables[rng.integers(len(tables))]
         entries = rng.integers(0, len(ids), rng.integers(1, 80))
         logits = rng.standard_normal((len(entries), key.classes)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_ids_that_are_not_sorted_and_unique_are_refused(tmp_path):
 
 
 def test_an_empty_example_set_is_a_table_too(tmp_path):
-    table, _ = open_table(tmp_path, np.empty((0, 2), np.int64), make_key())
+    table = open_table(tmp_path, np.empty((0, 2), np.int64), make_key())
     table.write(np.empty(0, np.int64), np.empty((0, 3), np.float32))
     assert table.lookup(np.empty(0, np.int64))[0].shape == (0, 3)
     assert blocks_of(tmp_path) == []
@@ -135,7 +135,7 @@ def test_rows_that_are_stored_already_are_not_written_again(tmp_path):
 
 def test_a_table_sees_on_refresh_what_others_wrote(tmp_path):
     ids, key = make_ids(50), make_key()
-    table, _ = open_table(tmp_path, ids, key)
+    table = open_table(tmp_path, ids, key)
     fill(tmp_path, ids, key, entries=np.arange(20))
     assert not table.present_U.any()
     table.refresh()
@@ -176,15 +176,15 @@ def test_another_numerics_class_is_read_only_when_asked_for(tmp_path):
     notes = check_reads(tmp_path, ids, make_key(1, EXACT), accept_any=True)
     assert len(notes) == 1
     assert OTHER in notes[0]
-    table, _ = open_table(tmp_path, ids, make_key(1, EXACT), accept_any=True)
+    table = open_table(tmp_path, ids, make_key(1, EXACT), accept_any=True)
     assert table.classes_read == (EXACT, OTHER)
 
 
 def test_rows_of_the_exact_class_come_before_a_whole_block_of_another(tmp_path):
     ids, exact, other = make_ids(40), make_key(1, EXACT), make_key(1, OTHER)
-    open_table(tmp_path, ids, other)[0].write(np.arange(40), np.full((40, 3), 9.0))
+    open_table(tmp_path, ids, other).write(np.arange(40), np.full((40, 3), 9.0))
     fill(tmp_path, ids, exact, entries=[3, 4])
-    logits, _ = open_table(tmp_path, ids, exact, accept_any=True)[0].lookup(np.arange(40))
+    logits, _ = open_table(tmp_path, ids, exact, accept_any=True).lookup(np.arange(40))
     np.testing.assert_array_equal(logits[3:5], logits_of(ids[3:5], exact))
     assert (np.delete(logits, [3, 4], 0) == 9).all()
 
@@ -280,7 +280,7 @@ def test_another_width_is_the_callers_mistake_and_costs_no_block(tmp_path):
 
 
 def test_logits_that_are_not_finite_are_not_stored(tmp_path):
-    table, _ = open_table(tmp_path, make_ids(10), make_key())
+    table = open_table(tmp_path, make_ids(10), make_key())
     logits = np.ones((4, 3), np.float32)
     logits[2, 1] = np.nan
     with pytest.raises(RunError, match=r"teacher-1: logits of 1 sst2 train examples"):
@@ -292,27 +292,27 @@ def test_logits_that_are_not_finite_are_not_stored(tmp_path):
 
 
 def test_a_store_of_another_format_is_refused_and_left_as_it_is(tmp_path):
-    StoreFolder(tmp_path, print)
+    StoreFolder(tmp_path)
     (tmp_path / "format.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; name"):
-        StoreFolder(tmp_path, print)
+        StoreFolder(tmp_path)
     (tmp_path / "format.json").write_text("{")
     with pytest.raises(UserError, match=r"format\.json cannot be read"):
-        StoreFolder(tmp_path, print)
+        StoreFolder(tmp_path)
 
 
 def test_a_path_that_cannot_be_a_store_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(UserError, match="is a file"):
-        StoreFolder(tmp_path / "file", print)
+        StoreFolder(tmp_path / "file")
     with pytest.raises(UserError, match="not writable"):
-        StoreFolder(tmp_path / "file" / "store", print)
+        StoreFolder(tmp_path / "file" / "store")
     with pytest.raises(UserError, match="holds other things"):
-        StoreFolder(tmp_path, print)
+        StoreFolder(tmp_path)
     assert os.listdir(tmp_path) == ["file"]
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / ".seen-by-another-run").write_text("")
-    StoreFolder(tmp_path / "shared", print)
+    StoreFolder(tmp_path / "shared")
 
 
 def test_a_store_that_may_not_be_written_is_refused_at_the_start():
@@ -324,7 +324,7 @@ def test_a_store_that_may_not_be_written_is_refused_at_the_start():
             os.setuid(65534)
         from sead_dist.errors import RunError
         try:
-            StoreFolder(Path(sys.argv[1]), print)
+            StoreFolder(Path(sys.argv[1]))
         except RunError as error:
             print(error)
         """
@@ -344,7 +344,7 @@ def test_a_fingerprint_is_hex():
 WRITER = """
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 ids, key = make_ids(3000), make_key()
-table, _ = open_table(folder, ids, key)
+table = open_table(folder, ids, key)
 print("ready", flush=True)
 for entries in np.array_split(np.random.default_rng(seed).permutation(3000), 300):
     table.write(entries, logits_of(ids[entries], key))
@@ -352,7 +352,7 @@ print("done", flush=True)
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_sound_store(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_a_sound_store(tmp_path, told):
     ids, key = make_ids(3000), make_key()
     rng = np.random.default_rng(0)
     kept = 0
@@ -363,8 +363,8 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_store(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert verify(tmp_path).ok
-        table, notes = open_table(tmp_path, ids, key)
-        assert notes == []
+        table = open_table(tmp_path, ids, key)
+        assert told == []
         logits, present = table.lookup(np.arange(3000))
         np.testing.assert_array_equal(logits[present], logits_of(ids[present], key))
         assert present.sum() >= kept
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_no_half_block(tmp_path):
 import resource
 from sead_dist.errors import RunError
 ids, key = make_ids(5000), make_key()
-table, _ = open_table(Path(sys.argv[1]), ids, key)
+table = open_table(Path(sys.argv[1]), ids, key)
 table.write(np.arange(1000), logits_of(ids[:1000], key))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -410,7 +410,7 @@ except RunError as error:
 def test_a_really_full_disk_too(tmp_path):
     with small_disk(tmp_path, "256k"):
         ids, key = make_ids(5000), make_key()
-        table, _ = open_table(tmp_path, ids, key)
+        table = open_table(tmp_path, ids, key)
         with pytest.raises(RunError, match="No space left on device"):
             for entries in np.array_split(np.arange(5000), 2):
                 table.write(entries, np.zeros((len(entries), 3)) + 1)

@@ -100,7 +100,9 @@ def test_a_sweep_that_is_given_again_keeps_the_encoders_of_its_pattern(
     shutil.copytree(tiny_task[1][1], tmp_path / "encoders" / "b")
     capsys.readouterr()
     run_sweep(given, ALONE)
-    assert "2 of 2 runs are done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 2 runs are done" in said
+    assert "dev texts occur in" not in said  # the data are read and not told of
     assert "encoders/b, which did not exist when" in caplog.text
     assert len(runs_of(tmp_path / "out")) == 2
 

@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 from ranks import run_ranks, try_ranks
-from small import answers_of, load_teachers, make_source, save_teacher, small_split
+from small import (
+    answers_of,
+    example_set,
+    grammar_tokenizer,
+    load_teachers,
+    make_source,
+    save_teacher,
+    small_split,
+)
 
+from sead_dist.data.order import make_split
 from sead_dist.errors import RunError, UserError
 from sead_dist.runtime.distributed import barrier
+from sead_dist.runtime.run_log import RunLog
 
 MIXES = {
     "colocated": ["colocated"] * 3,
@@ -112,3 +122,15 @@ def test_invariant_08_what_fails_on_one_rank_is_raised_on_all(tmp_path, harm, ki
     for outcome in found:
         assert isinstance(outcome, kind)
         assert said in str(outcome)
+
+
+def test_a_line_of_the_teachers_thread_is_in_the_log_of_the_run(tmp_path):
+    source = make_source(
+        load_teachers([save_teacher(tmp_path / "a")]), tmp_path / "store", tmp_path / "run"
+    )
+    split = make_split(example_set(["good " * 40, "bad"]), grammar_tokenizer(), 64)
+    with RunLog(tmp_path / "run", is_main=True, console=False):
+        answers_of(source, split, [[0, 1]])
+        source.close()
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "teacher a: text rows cut at 32 tokens: 1 of 2 in train\n" in told

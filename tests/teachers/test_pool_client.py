@@ -31,9 +31,7 @@ def waiting(tmp_path, monkeypatch):
     awaited = Awaited("a", table, np.arange(21), np.zeros(21, bool))
 
     def wait(progress_or_stop):
-        PoolClient(source.store.layout, SILENT_S, print, progress_or_stop).wait(
-            [awaited], "steps 1-2"
-        )
+        PoolClient(source.store.layout, SILENT_S, progress_or_stop).wait([awaited], "steps 1-2")
 
     yield source, table, wait
     source.close()

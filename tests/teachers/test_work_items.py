@@ -65,7 +65,7 @@ def pool(tmp_path):
 
     def worker(number: int, workers: int, check=lambda: True) -> Worker:
         source = make_source(teachers, tmp_path / "store", tmp_path / f"{number}", ALONE)
-        return Worker(source, Leases(source.store.layout, 60.0), number, workers, check, print)
+        return Worker(source, Leases(source.store.layout, 60.0), number, workers, check)
 
     return worker
 
@@ -128,7 +128,7 @@ def test_a_worker_ends_when_its_work_is_no_longer_needed(pool):
     assert hand.source.journal.rows() == 2 * ROWS
 
 
-def test_a_worker_says_from_whom_it_takes_an_item_over(pool, capsys):
+def test_a_worker_says_from_whom_it_takes_an_item_over(pool, told):
     hand = pool(1, 1)
     hand.leases.broken_s = 0.0
     items = items_of_split(small_split(21), TEACHERS, ROWS)
@@ -136,7 +136,7 @@ def test_a_worker_says_from_whom_it_takes_an_item_over(pool, capsys):
     dead.write_text("000000000007 elsewhere 4711 0123\n")
     assert hand.fill(items)
     assert hand.rows == 3 * 21
-    said = [line for line in capsys.readouterr().out.splitlines() if "taken over" in line]
+    said = [line for line in told if "taken over" in line]
     place = f"{hand.source.teachers[items[1].teacher].name}, {items[1].what}"
     assert said == [
         f"{place}: taken over from process 4711 on elsewhere, which did not renew its lease for 0 s"

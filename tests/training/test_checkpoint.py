@@ -33,9 +33,7 @@ def engine(tmp_path):
 
 
 def keeper(tmp_path, identity=IDENTITY, keep_last=2):
-    said: list[str] = []
-    made = Checkpointer(tmp_path, identity, ALONE, keep_last, said.append)
-    return made, said
+    return Checkpointer(tmp_path, identity, ALONE, keep_last)
 
 
 def change(engine, amount=1.0):
@@ -54,13 +52,13 @@ def state_at(step, **more):
 
 
 def test_what_was_saved_comes_back_and_training_goes_on_bit_for_bit(tmp_path, engine):
-    checkpoints, _ = keeper(tmp_path)
+    checkpoints = keeper(tmp_path)
     change(engine)
     checkpoints.save(engine, state_at(1))
     change(engine, 0.5)
     expected, rate = weights(engine), engine.learning_rate
     other = Engine(build_model(seed=9), config(output_dir=tmp_path), ALONE, total_steps=10)
-    folder, state = keeper(tmp_path)[0].latest()
+    folder, state = keeper(tmp_path).latest()
     assert state == state_at(1)
     other.load(folder)
     change(other, 0.5)
@@ -69,11 +67,11 @@ def test_what_was_saved_comes_back_and_training_goes_on_bit_for_bit(tmp_path, en
 
 
 def test_no_checkpoint_is_no_state(tmp_path):
-    assert keeper(tmp_path)[0].latest() is None
+    assert keeper(tmp_path).latest() is None
 
 
 def test_the_last_so_many_are_kept_and_the_best(tmp_path, engine):
-    checkpoints, _ = keeper(tmp_path)
+    checkpoints = keeper(tmp_path)
     for step in (1, 2, 3):
         if step < 3:
             checkpoints.save_best(engine, step)
@@ -84,8 +82,10 @@ def test_the_last_so_many_are_kept_and_the_best(tmp_path, engine):
 
 @pytest.mark.parametrize("file", ["state.json", "student.safetensors", "optimizer.pt"])
 @pytest.mark.parametrize("harm", ["cut", "empty", "gone"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, engine, file, harm):
-    checkpoints, said = keeper(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path, engine, file, harm, told
+):
+    checkpoints = keeper(tmp_path)
     checkpoints.save(engine, state_at(1))
     checkpoints.save(engine, state_at(2))
     path = checkpoints.folder / "step-00000002" / file
@@ -96,11 +96,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, eng
         path.write_bytes(data[: len(data) // 2] if harm == "cut" else b"")
     folder, state = checkpoints.latest()
     assert (folder.name, state.step) == ("step-00000001", 1)
-    assert "step-00000002" in said[0]
+    assert "step-00000002" in told[0]
 
 
 def test_half_a_checkpoint_is_no_checkpoint(tmp_path, engine):
-    checkpoints, _ = keeper(tmp_path)
+    checkpoints = keeper(tmp_path)
     checkpoints.save(engine, state_at(1))
     whole = checkpoints.folder / "step-00000001"
     whole.rename(checkpoints.folder / "step-00000001.tmp")
@@ -110,8 +110,8 @@ def test_half_a_checkpoint_is_no_checkpoint(tmp_path, engine):
     assert checkpoints.latest()[1].step == 1
 
 
-def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine):
-    checkpoints, said = keeper(tmp_path)
+def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine, told):
+    checkpoints = keeper(tmp_path)
     checkpoints.save(engine, state_at(1))
     mark = tmp_path / "executed"
     path = checkpoints.folder / "step-00000001" / "optimizer.pt"
@@ -121,7 +121,7 @@ def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine)
     ):
         write()
         assert checkpoints.latest() is None
-        assert "step-00000001" in said[-2]
+        assert "step-00000001" in told[-2]
         assert not mark.exists()
     with pytest.raises(UserError, match="remove step-00000001") as caught:
         engine.load(path.parent)
@@ -130,7 +130,7 @@ def test_invariant_09_a_foreign_optimizer_file_is_not_executed(tmp_path, engine)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_intact(tmp_path, engine):
-    checkpoints, _ = keeper(tmp_path)
+    checkpoints = keeper(tmp_path)
     checkpoints.save(engine, state_at(1))
     # a file lies where the folder aside should be
     (checkpoints.folder / "step-00000002.tmp").write_text("in the way")
@@ -154,9 +154,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_intact(tmp_path
 def test_invariant_06_another_runs_checkpoint_is_refused_naming_what_differs(
     tmp_path, engine, asked, said
 ):
-    keeper(tmp_path)[0].save(engine, state_at(1))
+    keeper(tmp_path).save(engine, state_at(1))
     with pytest.raises(UserError, match=said):
-        keeper(tmp_path, asked)[0].latest()
+        keeper(tmp_path, asked).latest()
 
 
 def test_a_teachers_identity_is_what_it_says_not_where_it_lies():
@@ -175,15 +175,17 @@ def test_a_teachers_identity_is_what_it_says_not_where_it_lies():
 
 
 def test_a_record_is_readable_json(tmp_path, engine):
-    checkpoints, _ = keeper(tmp_path)
+    checkpoints = keeper(tmp_path)
     checkpoints.save(engine, state_at(3))
     record = json.loads((checkpoints.folder / "step-00000003" / "state.json").read_text())
     assert record["state"]["cursor"] == {"epoch": 0, "batch": 3}
     assert record["identity"]["teachers"] == TEACHERS
 
 
-def test_an_earlier_checkpoint_can_be_fallen_back_to_with_its_own_best_student(tmp_path, engine):
-    checkpoints, said = keeper(tmp_path)
+def test_an_earlier_checkpoint_can_be_fallen_back_to_with_its_own_best_student(
+    tmp_path, engine, told
+):
+    checkpoints = keeper(tmp_path)
     for step in (1, 2, 3):
         change(engine)
         checkpoints.save_best(engine, step)
@@ -192,7 +194,7 @@ def test_an_earlier_checkpoint_can_be_fallen_back_to_with_its_own_best_student(t
     (checkpoints.folder / "step-00000003" / "student.safetensors").write_bytes(b"cut")
     folder, state = checkpoints.latest()
     assert (folder.name, state.best_step) == ("step-00000002", 2)
-    assert any("step-00000003 is damaged" in line for line in said)
+    assert any("step-00000003 is damaged" in line for line in told)
     (checkpoints.folder / "step-00000002" / "optimizer.pt").unlink()
     assert checkpoints.latest() is None
-    assert "the run starts again at step 0" in said[-1]
+    assert "the run starts again at step 0" in told[-1]

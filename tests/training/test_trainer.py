@@ -124,7 +124,7 @@ def make_trainer(tmp_path, names=(), select=None, split=None, losses=None, **key
         teacher_names=list(names),
         ensemble=weighed(given, torch.ones(len(names)) / max(1, len(names))) if names else None,
         loss=make_loss(given, KINDS["classification"], batches.total_steps),
-        checkpointer=Checkpointer(tmp_path, Identity({}, "", []), ALONE, 3, print),
+        checkpointer=Checkpointer(tmp_path, Identity({}, "", []), ALONE, 3),
         log=RunLog(tmp_path, True, console=False),
         select=score,
         metric="accuracy",
