@@ -288,7 +288,7 @@ BAD = [
     ({"prompt": '"{sentence!r}:"'}, None, r"names \{sentence!r\}, which is not a text"),
     ({"prompt": '"Is it good?"'}, None, "names no text, so it is the same for every row"),
     ({"prompt": '"{sentence} is "', "words": "{positive: [good], negative: [bad]}"}, None,
-     "its tokens are others than alone.*end the prompt without a blank"),
+     "it has other tokens than the two have alone.*end the prompt without a blank"),
     ({"words": "{}"}, None, "words lacks the class 'negative'; give words for each of: negative, positive"),
     ({"words": '{positive: [" good"], negative: []}'}, None, "the class 'negative' has no words"),
     ({"words": '{positive: [" good"], negative: [" "]}'}, None, "has the word ' ', which is empty"),
