@@ -61,6 +61,8 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
         if not of_prompt:
             return None
         key, kind_of_it = of_prompt[0], "a classifier" if kind == MODEL else f"kind: {kind}"
+        if "predictions" in given:
+            kind_of_it = "a file of predictions"
         missing = "leave kind out" if "prompt" in given else "give a prompt and words too"
         fix = f"{missing}, or leave {key} out" if kind == MODEL else f"leave {key} out"
         return f"{key} is for a language model, and this is {kind_of_it}; {fix}"

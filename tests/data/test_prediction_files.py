@@ -324,6 +324,7 @@ def test_what_is_no_score_is_refused(tmp_path):
     [
         ("{predictions: a.csv, dtype: bf16}", "dtype is for a model, and this is a file of"),
         ("{predictions: a.csv, offload: true}", "offload is for a model"),
+        ("{predictions: a.csv, chat: true}", "for a language model, and this is a file of pred"),
         ("{predictions: a.csv, placement: pool}", "a file of predictions has no placement pool"),
         ("{predictions: a.csv, path: b}", "path names a model and predictions a file"),
         ("{predictions: a.csv, labels: [a, b]}", "give labels as {NAME: LABEL}"),
