@@ -303,7 +303,7 @@ BAD = [
     ({"more": ", shots: -1"}, None, "greater than or equal to 0"),
     ({"more": ", shots: true"}, None, "should be a number, not true or false"),
     ({"more": ", max_length: 8"}, None, "its prompt without a text takes .* and max_length is 8"),
-    ({"more": ", shots: 11"}, None, "shorten the prompt, or show fewer rows"),
+    ({"more": ", shots: 11"}, None, r"and the model's limit is \d+; shorten the prompt, or show fewer rows \(shots\)$"),
     ({"more": ", quantization: int8"}, None, "quantization=int8 is for a model, and its kind is"),
     ({"more": ", offload: true"}, None, "offload=True is for a model"),
     ({"more": ", max_requests: 5"}, None, "max_requests is for kind: endpoint; leave it out"),
