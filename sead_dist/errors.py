@@ -109,7 +109,7 @@ def reason(error: BaseException) -> str:
         return one_line(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}")[:300]
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
-    return one_line(f"{kind}: {first.removesuffix('.')}" if first else kind)[:300]
+    return one_line(f"{kind}: {first.rstrip('.')}" if first else kind)[:300]
 
 
 def one_line(text: str) -> str:

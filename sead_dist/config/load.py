@@ -86,7 +86,7 @@ def read_method(method: str) -> dict[str, Any]:
     if old:
         new = RENAMED[old[0]]
         raise UserError(
-            f"method={method}: the key {old[0]!r} has the new name {new}; give {new} instead"
+            f"method={method}: the key {old[0]!r} was renamed to {new}; give {new} instead"
         )
     if not isinstance(keys, dict):
         raise UserError(f"method={method} holds no keys; expected a YAML mapping; write KEY: VALUE")

@@ -22,7 +22,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
         new = new_name(plain)
         if new is not None and (new in known or new not in RENAMED.values()):
-            return f"the key {key!r} has the new name {new}; give {new} instead"
+            return f"the key {key!r} was renamed to {new}; give {new} instead"
         old = [key for key, new in RENAMED.items() if new in known]
         near = nearest(plain, [*known, *old])
         hint = "`sead-dist keys` lists all"

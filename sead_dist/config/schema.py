@@ -170,8 +170,8 @@ class MethodKeys(Section):
     """tinybert: the share of the steps, from the first on, that use the feature loss alone; the
     later steps use the soft and the hard loss alone"""
     student_init: Literal["own", "feature_teacher"] = "own"
-    """own | feature_teacher; feature_teacher: before the first step the student gets evenly spaced
-    layers of the teacher of the feature loss, if they fit"""
+    """own | feature_teacher; feature_teacher: before the first step the student gets the
+    embeddings and evenly spaced layers of the feature teacher, if their shapes fit"""
 
 
 class TrainingKeys(Section):
@@ -192,8 +192,8 @@ class TrainingKeys(Section):
     """rows per optimiser step, over all ranks: a random sample of the epoch's rows"""
     micro_batch_size: Annotated[int, Field(gt=0, le=MANY)] = 16
     """rows per forward and backward of one rank, on average; divides global_batch_size. A global
-    batch is cut into micro-batches by length, each of about as many padded tokens, and none has
-    more of them than micro_batch_size rows of the longest length"""
+    batch is cut into micro-batches by length. Each has about as many padded tokens, and at most as
+    many as micro_batch_size rows of the greatest length in the batch"""
     max_length: Annotated[int, Field(gt=1, le=MANY)] = 128
     """the most tokens per row, for the student and for teachers whose entry has no max_length"""
     optim: Literal["adamw", "sgd"] = "adamw"

@@ -61,6 +61,8 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
         if not of_prompt:
             return None
         key, kind_of_it = of_prompt[0], "a classifier" if kind == MODEL else f"kind: {kind}"
+        if "predictions" in given:
+            kind_of_it = "a file of predictions"
         missing = "leave kind out" if "prompt" in given else "give a prompt and words too"
         fix = f"{missing}, or leave {key} out" if kind == MODEL else f"leave {key} out"
         return f"{key} is for a language model, and this is {kind_of_it}; {fix}"
@@ -103,8 +105,8 @@ def _mistaken_url(url: str) -> str | None:
         return "endpoint is not a URL of http or https; give one, such as http://localhost:8000/v1"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         return (
-            "endpoint has a user, a password, a query or a fragment, and a run keeps its keys; "
-            "give the URL alone, and the API key in the variable OPENAI_API_KEY"
+            "endpoint has a user, a password, a query or a fragment, and a run stores its "
+            "configuration; give the URL alone, and the API key in the variable OPENAI_API_KEY"
         )
     return None
 
@@ -148,8 +150,8 @@ class TeacherConfig(Section):
     """int8: 8-bit weights (needs the extra `quantize`)"""
     max_length: Annotated[int | None, Field(gt=0, le=MANY)] = None
     """the most tokens of a row that it reads; null: as many as it can, up to the run's max_length.
-    Of a language model these are tokens of prompt and word; null: the run's max_length beside the
-    fixed part of the prompt"""
+    Of a language model these are tokens of prompt and word; null: as many as the fixed part of the
+    prompt has, and the run's max_length"""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """its weight, with ensemble=fixed"""
     calibrate: Literal["on", "off"] | None = None

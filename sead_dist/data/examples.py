@@ -237,7 +237,9 @@ def hold_out(
     if not 0 < fraction < 1:
         raise UserError(f"{key} is {fraction}; give a number between 0 and 1")
     if len(examples) == 1:
-        raise UserError(f"{task.name} has 1 {examples.split} row, so none can be held out")
+        raise UserError(
+            f"{task.name} has 1 {examples.split} row, so none can be held out; give more rows"
+        )
     if examples.has_gold and len(np.unique(examples.labels_B)) == 1:
         label = examples.labels_B[0]
         name = repr(task.labels[int(label)]) if task.labels else label

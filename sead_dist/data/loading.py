@@ -116,7 +116,8 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
         held = _list(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
             f"no {split} file in {path}; expected {_list(task.splits[split])} with one of "
-            f"{_list(EXTENSIONS)}; the folder holds {held}; add it, or give data.{key}=FILE{alone}"
+            f"{_list(EXTENSIONS)}; the folder holds {held}; add the file, or give data.{key}=FILE"
+            f"{alone}"
         )
     files = next(iter(found.values()))
     if (shard := re.search(r"-of-(\d+)", files[0].stem)) and len(files) != int(shard[1]):
@@ -136,7 +137,7 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
-    be read are passed over; None where no key could ask for it. Raises UserError naming file and
+    be read are skipped; None where no key could ask for it. Raises UserError naming file and
     line.
     """
     kind = kind_of(path)

@@ -112,7 +112,7 @@ def found_by_id(
         if entry.id not in columns:
             raise UserError(
                 f"{path} has no column {entry.id!r} (id={entry.id}); its columns: "
-                f"{', '.join(columns)}"
+                f"{', '.join(columns)}; name one of these with id, or leave id out"
             )
         return entry.id
     renamed = {task.renames.get(column, column) for column in columns}

@@ -69,7 +69,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         cells = [row.get(column) for column in ordered]
         # as `labels --output` writes a row that no teacher answers
         bare = all(cell is None or not str(cell).strip() for cell in cells)
-        if sheet.is_unanswered(*cells, bare=bare):
+        if sheet.count_unanswered(*cells, bare=bare):
             read.append(None)
             continue
         values_C = np.array([score_of(cell) for cell in cells])
@@ -133,7 +133,7 @@ def by_probabilities(sheet: Sheet, kind: str, number: int, values_C: np.ndarray)
     total = float(p_C.sum())
     if abs(total - 1) > TOLERANCE:
         # values in [0, 1] are not logits, so the hint is for log-probabilities
-        other = ", or give kind: logits if they are" if kind == "log_probabilities" else ""
+        other = ", or give kind: logits if these are logits" if kind == "log_probabilities" else ""
         raise UserError(
             f"{sheet.at(number)}: its probabilities sum to {total:.4g}; expected 1 within "
             f"{TOLERANCE:g}; correct the row{other}"
@@ -197,7 +197,7 @@ def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float
 
 def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     """The class in a cell. A missing answer and an unknown label give None, and are counted."""
-    if sheet.is_unanswered(cell):
+    if sheet.count_unanswered(cell):
         return None
     if isinstance(cell, list | dict) or (isinstance(cell, str) and re.match(r"\s*[\[{]", cell)):
         raise UserError(
@@ -254,7 +254,7 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     missing: list[float] = []
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.is_unanswered(cell):
+        if sheet.count_unanswered(cell):
             yield None
             continue
         p_C = np.zeros(len(sheet.task.labels))
@@ -313,7 +313,7 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
     column = answer_column(sheet, SCORE_COLUMNS)
     for number, row in enumerate(sheet.rows, 1):
         cell = row.get(column)
-        if sheet.is_unanswered(cell):
+        if sheet.count_unanswered(cell):
             yield None
             continue
         value = score_of(cell)

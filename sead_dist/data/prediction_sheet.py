@@ -39,8 +39,8 @@ class Sheet:
     def at(self, number: int) -> str:
         return f"{self.path} row {number}"
 
-    def is_unanswered(self, *cells: Any, bare: bool = False) -> bool:
-        """Whether each of a row's cells holds a missing answer, or the row is bare. If so, it is
+    def count_unanswered(self, *cells: Any, bare: bool = False) -> bool:
+        """Whether each of a row's cells holds a missing answer, or the row is bare. Such a row is
         counted."""
         said = ["" if cell is None or cell != cell else str(cell) for cell in cells]
         missing = {text.strip().casefold() for text in self.entry.abstain}

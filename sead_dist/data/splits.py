@@ -248,7 +248,7 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
     # where no training row has a label, the training rows themselves are the text
     asked = config.unlabeled.path is not None or config.unlabeled.rest
     if text.examples is not None or asked or (config.uses_rest and train.has_gold):
-        tell(text.describe())
+        tell(text.describe(config.unlabeled.path))
     if text.examples is not None:
         train = replace(concatenate(train, text.examples), split="train")
     text_rows = len(train) - with_gold
@@ -260,9 +260,11 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
     )
     if with_gold and (missing := without_rows(task, train)):
         classes = ", ".join(map(repr, missing[:10]))
+        one = len(missing) == 1
+        what, them = ("the label", "it") if one else ("one of the labels", "them")
         tell(
-            f"WARNING: no training row has a label of {classes}, so no gold label teaches these "
-            "classes; add rows of them, or remove them from the task's labels"
+            f"WARNING: no training row has {what} {classes}, so no gold label teaches {them}; add "
+            f"rows with {them}, or remove {them} from the task's labels"
         )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
         alone = "" if with_gold else "; the student learns from the teachers' answers alone"

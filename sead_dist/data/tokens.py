@@ -14,6 +14,7 @@ import numpy as np
 
 from sead_dist.data.examples import ExampleSet
 from sead_dist.errors import UserError
+from sead_dist.runtime.console import counted
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,9 @@ def refuse_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length
     own = len(tokenizer([""], [""] if pairs else None)["input_ids"][0])
     if max_length <= own:
         raise UserError(
-            f"max_length={max_length} leaves no token for text: this tokeniser adds {own} tokens "
-            f"to every row; give max_length={own + 1} or more (128 is the default)"
+            f"max_length={max_length} leaves no token for text: this tokeniser adds "
+            f"{counted(own, 'token')} to every row; give max_length={own + 1} or more (128 is the "
+            "default)"
         )
 
 

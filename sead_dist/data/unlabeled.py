@@ -42,9 +42,15 @@ class UnlabelledText:
     removed: int
     left_out: int = 0
 
-    def describe(self) -> str:
+    def describe(self, path: str | None) -> str:
         """A line for the log."""
         count = 0 if self.examples is None else len(self.examples)
+        if not count and path is not None:
+            return (
+                f"unlabelled text: 0 rows, because each of {counted(self.removed, 'row')} shares a "
+                "sentence with selection or held-out rows; give a file of other text: "
+                "unlabeled.path=FILE"
+            )
         if not count:
             return (
                 f"unlabelled text: 0 rows ({self.removed} removed), because the sample leaves out "

@@ -126,7 +126,10 @@ def shape_file(shape: str) -> Path:
             )
         # L6-H256 lacks the heads
         meant = next((one for one in known if one.startswith(shape)), shape)
-        raise UserError(f"{shape} is not a shape of a model{known_names(meant, known)}, or a file")
+        raise UserError(
+            f"student.shape={shape} is neither a shipped shape nor a YAML file"
+            f"{known_names(meant, known)}"
+        )
     return path
 
 

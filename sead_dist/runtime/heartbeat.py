@@ -231,7 +231,9 @@ class Heartbeat:
         beat = self.own() if rank == self.rank else self.peers[rank].beat
         where = f" (process {beat.pid} on {beat.host})" if beat is not None else ""
         last = beat.doing if beat is not None else "not yet started"
-        more = f"; the same holds for ranks {', '.join(map(str, dead[1:]))}" if dead[1:] else ""
+        ranks = "rank" if len(dead) == 2 else "ranks"
+        others = f"; the same holds for {ranks} {', '.join(map(str, dead[1:]))}"
+        more = others if dead[1:] else ""
         saved = "" if self.run is None else "the last checkpoint is intact; "
         return (
             f"rank {rank}{where} {what}{more}; it was at: {last}; {saved}"

@@ -144,7 +144,8 @@ def call_teacher(
     except (UserError, RunError):
         raise
     except Exception as error:
-        fix = "run where there is more" if lacks_memory(error) else "correct its plugin"
+        machine = "use a machine with more memory"
+        fix = machine if lacks_memory(error) else "correct its plugin"
         raise RunError(f"teacher {name} gave no logits: {reason(error)}; {fix}") from error
 
 

@@ -348,7 +348,8 @@ def open_language_model(opening: Opening) -> LanguageModel:
     # padding on a GPU takes one more position
     limit = (position_limit(config) or 1 << 30) - 1
     wanted = entry.max_length or reader.fixed + opening.config.max_length
-    reader.set_limit(min(wanted, limit), "max_length" if wanted <= limit else "its limit")
+    key = "max_length" if wanted <= limit else "the model's limit"
+    reader.set_limit(min(wanted, limit), key)
     weights = source.weights_hash()
     shape = {key: fact for key, fact in config.to_dict().items() if key not in NO_EFFECT}
     facts = [

@@ -305,8 +305,9 @@ class Reader:
         if text[-1:].isspace() and text[-1:] != "\n":
             fix = "end the prompt without a blank, and begin each word with a blank"
         return (
-            f"teacher {self.name}: {what} ends in {text[-12:]!r}, and with the word {word!r} its "
-            f"tokens are others than alone, so the word has no probability of its own; {fix}"
+            f"teacher {self.name}: {what} ends in {text[-12:]!r}, and with the word {word!r} it "
+            f"has other tokens than the two have alone, so the word has no probability of its own; "
+            f"{fix}"
         )
 
     def cut(self, texts: Texts) -> Texts:

@@ -172,7 +172,7 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
         ("task=sst3", r"unknown task 'sst3'; did you mean 'sst2'\?"),
         ("micro_batch_size=7", r"micro_batch_size=7 does not divide global_batch_size=32; .*micro_batch_size=4"),
         ("select=[1, 2", r"the value of select.* is not valid YAML"),
-        ("student.shape=L6-H257", r"L6-H257 is not a shape of a model; known: L12-H384-A12, L6"),
+        ("student.shape=L6-H257", r"student.shape=L6-H257 is neither a shipped shape nor a YAML file; known: L12-H384-A12, L6"),
         ("student.shape=null", r"no student is set; give student=DIR"),
         ("teachers=/no/where/*", r"teachers=/no/where/\* matches no folder"),
     ],

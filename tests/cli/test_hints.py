@@ -111,8 +111,8 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
         ),
         (
             "teachers=[{endpoint: 'http://u:hunter2@h/v1', model: x, prompt: p, words: {a: [b]}}]",
-            "teachers.0: endpoint has a user, a password, a query or a fragment, and a run keeps "
-            "its keys; give the URL alone, and the API key in the variable OPENAI_API_KEY; see "
+            "teachers.0: endpoint has a user, a password, a query or a fragment, and a run stores "
+            "its configuration; give the URL alone, and the API key in the variable OPENAI_API_KEY; see "
             "`sead-dist keys teachers`",
         ),
         (

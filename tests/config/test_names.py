@@ -15,22 +15,22 @@ def test_an_old_key_is_refused_with_the_new_one_named(old):
     said = str(caught.value)
     assert f"{old.split('.')[0]}" in said
     assert RENAMED[old] in said or RENAMED[old].split(".")[0] in said
-    assert "has the new name" in said
+    assert "was renamed to" in said
     assert "\n" not in said
 
 
 def test_an_old_key_of_a_teacher_and_of_a_file_is_refused_likewise(tmp_path):
     with pytest.raises(
-        UserError, match=r"'teachers\.0\.weights' has the new name teachers\.quantization"
+        UserError, match=r"'teachers\.0\.weights' was renamed to teachers\.quantization"
     ):
         load_config(["sst2", "output_dir=x", "teachers=[{path: a, weights: int8}]"])
     (tmp_path / "old.yaml").write_text("checkpoint: {every_steps: 3}\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match="'checkpoint' has the new name save_steps and save_total_limit"
+        UserError, match="'checkpoint' was renamed to save_steps and save_total_limit"
     ):
         load_config(["sst2", "output_dir=x", str(tmp_path / "old.yaml")])
     (tmp_path / "method.yaml").write_text("graduate: last\n", encoding="utf-8")
-    with pytest.raises(UserError, match="the key 'graduate' has the new name final_checkpoint"):
+    with pytest.raises(UserError, match="the key 'graduate' was renamed to final_checkpoint"):
         load_config(["sst2", "output_dir=x", f"method={tmp_path / 'method.yaml'}"])
 
 

@@ -306,7 +306,7 @@ def test_hold_out_that_cannot_choose_says_what_to_raise():
         hold_out(SST2, sentences(*[(str(i), int(i > 0)) for i in range(40)]), 0.1, 0)
     with pytest.raises(UserError, match="all 40 train rows of sst2 are 'positive'; give rows of"):
         hold_out(SST2, sentences(*[(str(i), 1) for i in range(40)]), 0.1, 0)
-    with pytest.raises(UserError, match="sst2 has 1 train row, so none can be held out"):
+    with pytest.raises(UserError, match="sst2 has 1 train row, so none can be held out; give more"):
         hold_out(SST2, sentences(("a", 1)), 0.1, 0)
     with pytest.raises(
         UserError, match=r"selection.fraction is 1.5; give a number between 0 and 1"

@@ -234,7 +234,7 @@ def test_unknown_labels_are_told_at_once_with_their_counts(tmp_path):
 HEAD = "sentence,negative,positive\n"
 BAD = {
     "no rows": (HEAD, {}, "gpt.csv has no rows; give a file that has some"),
-    "no such column of ids": (HEAD + "a,.2,.8\n", {"id": "key"}, "has no column 'key' \\(id=key\\)"),
+    "no such column of ids": (HEAD + "a,.2,.8\n", {"id": "key"}, "has no column 'key' \\(id=key\\).*; name one of these with id, or leave id out$"),
     "neither id nor text": ("text,label\na,positive\n", {}, "neither a column 'id' nor the text column 'sentence'"),
     "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is not an id"),
     "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none for positive"),
@@ -324,6 +324,7 @@ def test_what_is_no_score_is_refused(tmp_path):
     [
         ("{predictions: a.csv, dtype: bf16}", "dtype is for a model, and this is a file of"),
         ("{predictions: a.csv, offload: true}", "offload is for a model"),
+        ("{predictions: a.csv, chat: true}", "for a language model, and this is a file of pred"),
         ("{predictions: a.csv, placement: pool}", "a file of predictions has no placement pool"),
         ("{predictions: a.csv, path: b}", "path names a model and predictions a file"),
         ("{predictions: a.csv, labels: [a, b]}", "give labels as {NAME: LABEL}"),

@@ -100,15 +100,27 @@ def test_where_nothing_is_left_over_the_log_names_the_key_of_a_file(data):
         )
 
 
+def test_where_all_text_of_a_file_is_held_out_the_log_asks_for_another_file(data):
+    dev = (data / "validation.tsv").read_text()
+    (data / "text.tsv").write_text(dev)
+    rows = len(dev.splitlines()) - 1
+    assert load(data, unlabeled__path=data / "text.tsv")[1][0] == (
+        f"unlabelled text: 0 rows, because each of {rows} rows shares a sentence with selection or "
+        "held-out rows; give a file of other text: unlabeled.path=FILE"
+    )
+
+
 def test_a_class_without_a_training_row_is_told(data):
     assert not any("no training row" in note for note in load(data)[1])
-    task = replace(SST2, labels=(*SST2.labels, "neutral", "mixed"))
-    with noted() as notes:
-        load_examples(config(data__path=data), task)
-    assert notes[-1] == (
-        "WARNING: no training row has a label of 'neutral', 'mixed', so no gold label teaches these "
-        "classes; add rows of them, or remove them from the task's labels"
-    )
+    for missing, told in (
+        (["neutral"], "the label 'neutral', so no gold label teaches it; add rows with it, or re"),
+        (["neutral", "mixed"], "one of the labels 'neutral', 'mixed', so no gold label teaches th"),
+    ):
+        task = replace(SST2, labels=(*SST2.labels, *missing))
+        with noted() as notes:
+            load_examples(config(data__path=data), task)
+        assert notes[-1].startswith(f"WARNING: no training row has {told}")
+        assert notes[-1].endswith("from the task's labels")
 
 
 def test_text_of_a_file_stands_beside_the_rest_and_the_ratio_is_of_both(data):

@@ -239,9 +239,15 @@ def test_fields_that_a_config_does_not_name_are_told_and_given_on(tmp_path, capl
             "shap.yaml",
             "file shap.yaml does not exist; give a YAML file, or one of L12-H384-A12, L6",
         ),
-        ("L6-H256", "L6-H256 is not a shape of a model; did you mean 'L6-H256-A8'"),
-        ("L6-H256-A9", "L6-H256-A9 is not a shape of a model; did you mean 'L6-H256-A8'"),
-        ("L6-H257", "L6-H257 is not a shape of a model; known: L12-H384-A12"),
+        (
+            "L6-H256",
+            "student.shape=L6-H256 is neither a shipped shape nor a YAML file; did you mean 'L6-H256-A8'",
+        ),
+        (
+            "L6-H256-A9",
+            "student.shape=L6-H256-A9 is neither a shipped shape nor a YAML file; did you mean 'L6-H256-A8'",
+        ),
+        ("L6-H257", "L6-H257 is neither a shipped shape nor a YAML file; known: L12-H384-A12"),
     ],
 )
 def test_a_shape_that_is_not_there_is_named_with_what_is(shape, said):

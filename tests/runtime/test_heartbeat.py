@@ -7,7 +7,7 @@ import pytest
 
 from sead_dist.config.schema import HeartbeatConfig
 from sead_dist.runtime.distributed import StopFlag
-from sead_dist.runtime.heartbeat import ENDED, Beat, Heartbeat, StopRequestedError
+from sead_dist.runtime.heartbeat import ENDED, Beat, Heartbeat, Peer, StopRequestedError
 
 LIMITS = HeartbeatConfig(timeout_s=10.0, hang_timeout_s=100.0)
 
@@ -40,6 +40,12 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_with_its_node_and_what_it_di
     line = heartbeat.verdict(11.1)
     assert line.startswith("rank 2 (process 102 on node2) has given no sign of life for 10 s")
     assert "it was at: training, step 3" in line
+
+
+def test_other_ranks_without_a_sign_of_life_are_counted_in_the_same_line(heartbeat):
+    assert "; the same holds for rank 2; it was" in heartbeat.verdict(10.6)
+    heartbeat.peers[3] = Peer(None, 0.0, 0.0)
+    assert "; the same holds for ranks 2, 3; it was" in heartbeat.verdict(10.6)
 
 
 def test_a_rank_that_never_started_is_named(heartbeat):

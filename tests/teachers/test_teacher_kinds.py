@@ -80,6 +80,10 @@ def test_of_choices_each_text_is_asked_for_one_number(lengths):
     assert found.tolist() == [[1, 3], [1, 3]]
 
 
+def no_memory(texts_a, texts_b):
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -87,6 +91,7 @@ def test_of_choices_each_text_is_asked_for_one_number(lengths):
         (lambda a, b: np.zeros(2), r"gave \(2,\) for 2 text rows"),
         (lambda a, b: [["no", "number"]], "gave no logits: ValueError"),
         (lambda a, b: 1 / 0, "gave no logits: ZeroDivisionError: division by zero; correct its"),
+        (no_memory, "gave no logits: MemoryError; use a machine with more memory"),
     ],
 )
 def test_an_answer_of_another_shape_is_told_in_one_line(answer, message):
