@@ -252,7 +252,9 @@ def test_published_figures_are_marked_and_two_dev_splits_share_a_row(tmp_path):
     for of in report["published"]:
         of["note"] = "selected on dev, single run"
     text, tables = render(report, tmp_path)
-    assert "Selected on dev, single run. They cannot be compared row by row" in text
+    assert "Selected on dev, single run. These figures cannot be compared row by row" in " ".join(
+        text.split()
+    )
     head, mnli, sst2 = tables["published-table"]
     assert head == ["task", "metric", "SEAD h256", "BERT-base", "best of this sweep"]
     assert mnli[:4] == ["mnli", "accuracy", "0.8277 / 0.8310", "–"]
