@@ -92,5 +92,5 @@ def test_the_kept_runs_of_the_table_have_an_ensemble_for_mean_and_one_for_sead()
     shown = {(of["task"], of["who"]): round(of["score"], 4) for of in ceilings(found)}
     assert shown["sst2", "ensemble (mean_logits)"] == 0.8326
     assert shown["sst2", "ensemble (mean_probabilities)"] == 0.8314
-    assert shown["stsb", "ensemble (mean_logits)"] == 0.8417
+    assert shown["stsb", "ensemble (mean_logits)"] == 0.8349
     assert shown["sst2", "teacher-2"] == 0.8257
