@@ -124,7 +124,7 @@ def configure(output: Path, *words: str) -> RunConfig:
 
 
 def run_demo(output: Path, seed: int, world: World) -> None:
-    """Fine-tune, distil, and print the closing table. Called again, it goes on where it stopped."""
+    """Fine-tune, distil, and print the closing table. A second call continues after a stop."""
     from_main(world, lambda: write_inputs(output, seed))
     shapes = output / "shapes"
     encoders = [str(shapes / f"teacher-{index}.yaml") for index in range(len(TEACHER_SHAPES))]

@@ -116,7 +116,7 @@ def merge(folder: Path) -> None:
         blocks = count(done.left_for_live, "large merged block")
         print(f"{blocks} not removed yet: runs use them now")
     if done.differing:
-        print(f"{count(done.differing, 'example')} were stored twice, with unequal predictions")
+        print(f"stored twice, with unequal predictions: {count(done.differing, 'example')}")
 
 
 def print_copied(target: str, found: Carried) -> None:

@@ -17,7 +17,7 @@ from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.data.metrics import Confusion
 from sead_dist.errors import UserError
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
-from sead_dist.runtime.console import table
+from sead_dist.runtime.console import counted, table
 from sead_dist.runtime.redact import redact
 
 if TYPE_CHECKING:
@@ -328,19 +328,21 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
         if not validation.get("passed", True):
             yield f"Teacher {name} was no better than the majority baseline."
         if validation["score"] is None:
-            rows = validation["rows"]
-            yield f"Teacher {name} was not validated: it has predictions for {rows} selection rows."
+            rows = counted(validation["rows"], "selection row")
+            yield f"Teacher {name} was not validated: it has predictions of {rows}."
         if validation.get("better_order"):
             order = ", ".join(validation["better_order"])
             yield f"Teacher {name} would score better with its classes in the order {order}."
         if cut := validation.get("truncated_rows"):
-            yield f"{cut} selection rows are longer than the maximum length of teacher {name}."
+            rows = counted(cut, "selection row")
+            yield f"Teacher {name} cuts {rows} at its maximum length."
     found = max(
         (validation.get("dev_texts_in_training") or 0 for validation in files.validations),
         default=0,
     )
     if found:
-        yield f"{found} dev texts also occur in the training rows or the unlabelled text."
+        texts = counted(found, "dev text")
+        yield f"The training rows or the unlabelled text also contain {texts}."
 
 
 def _learnable(files: RunFiles) -> str:

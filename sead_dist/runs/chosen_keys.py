@@ -18,7 +18,7 @@ from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.data.tokens import TokenTable
-from sead_dist.runtime.console import clock
+from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.teachers.rates import default_rates, remembered, student_key, this_machine
 from sead_dist.training.checkpoint import TrainState
@@ -66,7 +66,9 @@ def chosen_key_lines(
         rate += f" (automatic: the student's width is {width})"
     if config.warmup(steps) >= steps:
         warmup = f"warmup_steps={config.warmup_steps:g}"
-        rate += f"; WARNING: it is never reached: {warmup}, and the run has {steps} steps"
+        rate += (
+            f"; WARNING: it is never reached: {warmup}, and the run has {counted(steps, 'step')}"
+        )
     return [length, rate, checkpoint_line(config, examples.rows_to_choose_by, steps)]
 
 

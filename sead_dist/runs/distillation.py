@@ -45,7 +45,7 @@ from sead_dist.training.trainer import Trainer
 
 STOPPED_EARLY = (
     "stopped while teachers computed; what they have computed is kept; "
-    "give the same command again to go on"
+    "give the same command again to continue"
 )
 # rows of the trial report that is written before the first step
 TRIAL_ROWS = 2
@@ -153,7 +153,7 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
     if not trainer.is_over(state):
         tell(
             f"stopped at step {state.step} of {setup.batches.total_steps}, saved; "
-            "give the same command again to go on"
+            "give the same command again to continue"
         )
         return
     if setup.config.early_stopping_patience is not None:

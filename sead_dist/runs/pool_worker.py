@@ -28,6 +28,7 @@ from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.claim import read_student_store
 from sead_dist.runs.prepared_teachers import frozen_ensemble, needs_validation
 from sead_dist.runs.requests import tell_requests
+from sead_dist.runtime.console import counted
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import RunLog, is_finished, noted, read_as, tell, write_json
@@ -167,8 +168,8 @@ def open_worker(
     for split in asked:
         source.share_tokens(split, student.inputs)
     tell_requests(source, asked)
-    pooled = sum(student.pooled_N)
-    tell(f"worker {number} of {workers}: {pooled} teachers, store {store.layout.root}")
+    pooled = counted(sum(student.pooled_N), "teacher")
+    tell(f"worker {number} of {workers}: {pooled}, store {store.layout.root}")
     leases = Leases(store.layout, config.pool.lease_s)
     return Worker(source, leases, number, workers, check)
 
@@ -297,8 +298,8 @@ def refuse_other_student(student: StudentRun) -> None:
     remedy = "give worker and student the same keys and files, or give another output_dir"
     if len(expected) != len(teachers):
         raise UserError(
-            f"this worker has {len(teachers)} teachers, the student in {run} has {len(expected)}; "
-            f"{remedy}"
+            f"this worker has {counted(len(teachers), 'teacher')}, the student in {run} has "
+            f"{len(expected)}; {remedy}"
         )
     for teacher, entry, pooled in zip(teachers, expected, student.pooled_N, strict=True):
         if entry["placement"] == "pool" and not pooled:

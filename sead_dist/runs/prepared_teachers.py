@@ -207,8 +207,8 @@ def log_learnable(
     scored = [validation for validation in validations if validation.score is not None]
     if not scored or len(set(selection.labels_B[complete_B].tolist())) < 2:
         tell(
-            "the ensemble cannot be compared with a baseline: the selection split has too few rows "
-            "with a gold label and predictions"
+            "the ensemble cannot be compared with a baseline: too few selection rows have a gold "
+            "label and predictions, or all of them have the same label"
         )
         return
 

@@ -195,7 +195,7 @@ def repair(
         if not trainer.is_over(state):
             raise StopRequestedError(
                 f"stopped at step {state.step} of {steps} of the start's repair, saved; give the "
-                "same command again to go on"
+                "same command again to continue"
             )
         weights = without_projections(engine.weights())
         untaught = head_names(student) | pooler_names(student)

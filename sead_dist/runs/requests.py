@@ -140,7 +140,7 @@ def answered_examples(
 
 
 def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which teachers have a prediction of which rows that the run's keys let them give."""
+    """Which rows have a prediction by which teachers, where the run's keys let it use them."""
     weighting = WEIGHTINGS[config.ensemble]
     found_NB = has_answer_NB(teachers, part)
     for n, teacher in enumerate(teachers):

@@ -82,7 +82,9 @@ def with_values(
         else:
             update["baseline"] = None
     if config.taught and config.placement == "auto":
-        later.append("placement=auto is replaced at the start, by the memory that is free then")
+        later.append(
+            "placement=auto: the placement is chosen at the start, by the memory that is free then"
+        )
     return chosen.model_copy(update=update), later
 
 

@@ -107,8 +107,9 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
         raise UserError(explain(error, list(SlurmSettings.model_fields))) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
-            f"signal_delay={settings.signal_delay} is more than half of time={settings.time}, so "
-            "the run would stop soon after its start; give a longer time or a shorter signal_delay"
+            f"signal_delay={settings.signal_delay} seconds is more than half of "
+            f"time={settings.time}, so the run would stop soon after its start; give a longer time "
+            "or a shorter signal_delay"
         )
     return settings
 

@@ -59,7 +59,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *([SHARES_NOTE] if gap_shares(report) else []),
         "## Cost",
         table(["task", "method", *COSTS], cost),
-        f"Rows: the training rows of one run. {equal_steps(report)}",
+        f"Rows: the training rows of one run, without copies. {equal_steps(report)}",
         "Seconds: of one run's training, median over seeds, without waiting for teachers. Teacher "
         "forwards: the teacher predictions that all runs of the method needed, computed or read "
         "from the store. Each prediction is computed once for all methods.",
@@ -125,11 +125,13 @@ def means_over(report: Mapping[str, Any]) -> str:
     names = [task["name"] for task in report["tasks"]]
     if len(names) < 2:
         return ""
+    scored = {of["method"] for of in report["cells"] if of["mean"] is not None}
+    every = "every method" + " that has any" * (len(scored) < len(report["methods"]))
     if not report["mean_tasks"]:
-        return "No task has a score of every method, so there is no mean over tasks."
+        return f"No task has a score of {every}, so there is no mean over tasks."
     left = [name for name in names if name not in report["mean_tasks"]]
     shared = ", ".join(report["mean_tasks"])
-    line = f"Means are over the tasks that have a score of every method: {shared}."
+    line = f"Means are over the tasks that have a score of {every}: {shared}."
     return f"{line} Left out: {', '.join(left)}." if left else line
 
 

@@ -126,7 +126,7 @@ def report_end(grid: Grid, came_to_end: bool) -> None:
     if came_to_end:
         tell(of_all)
     else:
-        tell(f"stopped: {of_all}; give the same command again to go on")
+        tell(f"stopped: {of_all}; give the same command again to continue")
 
 
 @dataclass
@@ -207,7 +207,7 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
             memory.beside += 1
     if waiting and memory.said != "waiting":
         memory.said = "waiting"
-        tell(f"{waiting} runs are left to other processes; waiting for them")
+        tell(f"{counted(waiting, 'run')} left to other processes; waiting for them")
     return None, waiting
 
 

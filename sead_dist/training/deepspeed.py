@@ -222,7 +222,8 @@ def start_deepspeed(
     except (DeepSpeedConfigError, ValidationError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"DeepSpeed rejects the settings of {zero.name}: {reason}; correct this file"
+            f"DeepSpeed rejects the settings of {zero.name}: {reason}; correct its file, or give "
+            "another"
         ) from None
     return engine
 

@@ -300,7 +300,7 @@ class Engine:
         if self.average is not None and self.world.is_main:
             self.average.load(folder, torch.device("cpu") if self.zero else self.world.device)
         path = folder / "optimizer.pt"
-        with reading(path, f"remove {folder.name} to go on from the checkpoint before it"):
+        with reading(path, f"remove {folder.name} to continue from the checkpoint before it"):
             state = torch.load(path, weights_only=True, map_location="cpu")
             if self.zero is not None:
                 self.zero.load_optimizer_state(state["optimizer"])
@@ -340,7 +340,7 @@ def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
         which = f"lacks the tensor {lost[0]}" if lost else f"holds the unknown tensor {strange[0]}"
         raise RunError(
             f"{folder / 'student.safetensors'} {which}, so it is not a checkpoint of this student; "
-            f"remove {folder} to go on from an earlier one, or give another output_dir"
+            f"remove {folder} to continue from an earlier one, or give another output_dir"
         )
 
 

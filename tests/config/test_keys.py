@@ -98,7 +98,7 @@ def test_print_config_prints_every_key_and_the_rows_and_trains_nothing(tmp_path,
     assert told["eval_steps"] == 7
     assert told["unlabeled"]["rest"] is True
     assert "# task grammar: train 54 labelled + 0 unlabelled, selection 6, validation 20" in said
-    assert "# placement=auto is replaced at the start" in said
+    assert "# placement=auto: the placement is chosen at the start" in said
     copied = run(capsys, "distill", *given, "augment.copies=auto", "--print-config")
     assert yaml.safe_load(copied)["augment"]["copies"] == 10
     assert "# copies: " in copied

@@ -53,7 +53,7 @@ def test_the_tables_hold_the_numbers_of_the_files(tmp_path):
     assert "- temperature: 2.0" in card
     assert "- ensemble: mean_probabilities" in card
     assert "learning_rate: 3.0e-05" in card
-    assert "3 selection rows are longer than the maximum length of teacher" in card
+    assert "cuts 3 selection rows at its maximum length" in card
     assert "2 dev texts" in card
     assert "selected on dev" not in card
 

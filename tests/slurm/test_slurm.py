@@ -43,7 +43,7 @@ def test_options_are_laid_over_the_file_and_the_file_over_base(tmp_path):
         ("time: 60", "time=60: expected a text; quote it: '60'"),
         ("time: soon", "time='soon' is not a time limit; give MINUTES, H:MM:SS"),
         ('time: "0"', "is zero"),
-        ('{time: "3", signal_delay: 120}', "signal_delay=120 is more than half of time=3"),
+        ('{time: "3", signal_delay: 120}', "signal_delay=120 seconds is more than half of time=3"),
         ("- nodes", "holds no settings"),
     ],
 )

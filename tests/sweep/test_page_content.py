@@ -173,6 +173,14 @@ def test_means_and_costs_are_over_the_tasks_that_every_method_has_and_name_them(
     assert rows["ensemble"]["mean"] == f"{sum(ensemble) / 3:.4f}"
 
 
+def test_a_method_without_any_score_does_not_count_for_the_means():
+    report = sample_report()
+    for task in ("cola", "sst2", "stsb"):
+        take_away(report, task, "mean", "not_applicable", "why")
+    told = "Means are over the tasks that have a score of every method that has any: "
+    assert f"{told}cola, sst2, stsb." in markdown(report)
+
+
 def test_page_and_markdown_mark_the_same_means_and_scores(tmp_path):
     report = sample_report(tasks=("cola", "sst2", "stsb", "wic"), methods=METHODS)
     rows = score_rows(render(report, tmp_path)[1])
@@ -244,7 +252,9 @@ def test_published_figures_are_marked_and_two_dev_splits_share_a_row(tmp_path):
     for of in report["published"]:
         of["note"] = "selected on dev, single run"
     text, tables = render(report, tmp_path)
-    assert "Selected on dev, single run. They cannot be compared row by row" in text
+    assert "Selected on dev, single run. These figures cannot be compared row by row" in " ".join(
+        text.split()
+    )
     head, mnli, sst2 = tables["published-table"]
     assert head == ["task", "metric", "SEAD h256", "BERT-base", "best of this sweep"]
     assert mnli[:4] == ["mnli", "accuracy", "0.8277 / 0.8310", "–"]
