@@ -174,7 +174,7 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
             for number, (key, values_C) in enumerate(zip(keys, values, strict=True), 1)
             if values_C is not None
         ]
-    refuse_unknown(sheet)
+    reject_unknown(sheet)
     notes += [
         f"{counted(count, 'row')} without an answer ({what!r})"
         for what, count in sheet.unanswered.items()
@@ -226,7 +226,7 @@ def kind_of_values(sheet: Sheet) -> str:
     return "labels"
 
 
-def refuse_unknown(sheet: Sheet) -> None:
+def reject_unknown(sheet: Sheet) -> None:
     """Raises UserError for labels that the task lacks, unless the entry allows them."""
     if sheet.unknown and sheet.entry.unknown == "refuse":
         raise UserError(

@@ -141,11 +141,11 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
             f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
         )
     if sheet.entry.column is None:
-        refuse_second_column(sheet, found, usual)
+        reject_second_column(sheet, found, usual)
     return found
 
 
-def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
+def reject_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     """Raises UserError where another column may hold the answers as well as the one found. A column
     with a usual name of gold labels may hold these, and another one the teacher's answers."""
     task = sheet.task

@@ -44,7 +44,7 @@ from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.console import counted_rows
 from sead_dist.runtime.distributed import World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.run_log import tell
-from sead_dist.store.layout import refuse_foreign, store_folder
+from sead_dist.store.layout import reject_foreign, store_folder
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, colocate_candidates
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
@@ -99,7 +99,7 @@ def check_run(
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
     if config.taught:
-        from_main(world, lambda: refuse_foreign(store_folder(config.store.path)))
+        from_main(world, lambda: reject_foreign(store_folder(config.store.path)))
     if folders is not None:
         check_shared(world, folders)
     check_setting(config, world, ranks, device)

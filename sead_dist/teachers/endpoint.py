@@ -45,7 +45,7 @@ NO_SCORES = "label the rows of the task with it elsewhere, and give a file of pr
 Way = Literal["prompt", "first token"]
 
 
-class RefusedError(Exception):
+class RejectedError(Exception):
     """The server rejected a request, and would reject it again. status: the HTTP status."""
 
     def __init__(self, status: int, said: str) -> None:
@@ -77,7 +77,7 @@ class Client:
         """The server's answer, as parsed JSON. Waits and tries again where the server is busy,
         fails or cannot be reached.
 
-        Raises RefusedError where the server refuses the request, and RunError where all tries
+        Raises RejectedError where the server refuses the request, and RunError where all tries
         failed or `most` requests were sent.
         """
         said, pause_s = "", PAUSE_S
@@ -91,7 +91,7 @@ class Client:
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {self._without_key(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise RefusedError(error.code, said) from None
+                    raise RejectedError(error.code, said) from None
                 wanted = error.headers.get("Retry-After", "")
                 if wanted.isdigit():
                     pause_s = max(pause_s, min(float(wanted), LONGEST_PAUSE_S))
@@ -192,7 +192,7 @@ class Endpoint:
         def guarded(ask: Callable[[], Any], row: Texts) -> Any:
             try:
                 return ask()
-            except RefusedError as error:
+            except RejectedError as error:
                 raise RunError(
                     f"teacher {self.name}: {self.client.url} rejects {row.first[:60]!r}: "
                     f"{error.said}; shorten the prompt, or leave the row out"
@@ -226,7 +226,7 @@ class Endpoint:
         said = _part(answer, "choices", 0, "logprobs")
         offsets, logp = _part(said, "text_offset"), _part(said, "token_logprobs")
         if not isinstance(offsets, list) or not isinstance(logp, list) or 0 not in offsets:
-            raise RefusedError(200, "no log-probabilities of the prompt")
+            raise RejectedError(200, "no log-probabilities of the prompt")
         end = len(text) + len(word)
         own = [p for at, p in zip(offsets, logp, strict=False) if len(text) <= at < end]
         tokens = _part(said, "tokens")
@@ -240,7 +240,7 @@ class Endpoint:
                 "prompt without a blank, and begin each word with a blank"
             )
         if not own or not all(_is_number(p) for p in own):
-            raise RefusedError(200, "no log-probabilities of the word")
+            raise RejectedError(200, "no log-probabilities of the word")
         begins = offsets.index(len(text)) if at_end is None else at_end.start
         known = isinstance(tokens, list) and begins < len(tokens)
         return (str(tokens[begins]) if known else None), own
@@ -253,18 +253,18 @@ class Endpoint:
         among the most probable first tokens. llama-cpp-python 0.3 gives the log-probabilities of a
         prompt one place off.
 
-        Raises RefusedError where the server gives no scores, or two that differ.
+        Raises RejectedError where the server gives no scores, or two that differ.
         """
         asked = self._tokens_of(row, self.words.words_W[0])
         try:
             top = self._first_tokens(row)
-        except RefusedError:  # nothing to compare with
+        except RejectedError:  # nothing to compare with
             return
         more = (self._tokens_of(row, word) for word in self.words.words_W[1:])
         for first, own in chain([asked], more):
             if first in top:
                 if abs(top[first] - own[0]) > AGREE:
-                    raise RefusedError(200, "two different log-probabilities of one token")
+                    raise RejectedError(200, "two different log-probabilities of one token")
                 return
 
     def _by_first_token(self, row: Texts) -> np.ndarray:
@@ -297,7 +297,7 @@ class Endpoint:
             pairs = list(tops.items()) if isinstance(tops, dict) else []
         top = {token: p for token, p in pairs if isinstance(token, str) and _is_number(p)}
         if not top:
-            raise RefusedError(200, "no log-probabilities of the first token")
+            raise RejectedError(200, "no log-probabilities of the first token")
         return top
 
     def _begun_by(self, k: int, top: Mapping[str, float]) -> set[str]:
@@ -327,7 +327,7 @@ class Endpoint:
             self.top = top
             try:
                 ask()
-            except RefusedError as error:
+            except RejectedError as error:
                 if error.status in (401, 403):
                     raise UserError(
                         f"teacher {self.name}: {self.client.url} rejects the key "

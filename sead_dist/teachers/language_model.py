@@ -36,7 +36,7 @@ from transformers import (
 
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.models.inputs_check import LEAST, TOLERANCE
-from sead_dist.models.loaded import refuse_leftovers
+from sead_dist.models.loaded import reject_leftovers
 from sead_dist.models.pretrained import (
     COPY,
     NO_EFFECT,
@@ -236,7 +236,7 @@ class LanguageModel:
                 f"teacher {self.name}: its files lack the weights "
                 f"{', '.join(sorted(info['missing_keys'])[:3])}; {NO_CAUSAL}"
             )
-        refuse_leftovers(f"teacher {self.name}", model, info["unexpected_keys"])
+        reject_leftovers(f"teacher {self.name}", model, info["unexpected_keys"])
         return model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()

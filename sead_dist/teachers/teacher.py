@@ -30,7 +30,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import COPY, NO_EFFECT, Checkpoint, position_limit, weight_files
-from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
+from sead_dist.models.sequence_classifier import DTYPES, label_names, reject_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
@@ -131,7 +131,7 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
                 words += count
             else:
                 counted += count
-    refuse_no_head(checkpoint, missing)
+    reject_no_head(checkpoint, missing)
     return counted, words
 
 
