@@ -255,7 +255,7 @@ def predict(
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)
         examples = settings.examples(spec, rows, "given")
-        settings.tell_passed_over(world)
+        settings.tell_skipped(world)
         columns = predicted_rows.answer_examples(name, spec, examples, settings, world)
     return predicted_rows.answers_by_row(columns, len(rows), examples)
 

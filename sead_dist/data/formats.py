@@ -57,7 +57,7 @@ def read_items(
 ) -> Iterator[Item]:
     """The examples of `rows`, in order. Raises UserError naming the split, the row and what is
     allowed. labelled: whether rows have labels; None: a row may lack its label. start: the place of
-    the first row in its file. skipped: where given, rows that cannot be read are passed over, and
+    the first row in its file. skipped: where given, rows that cannot be read are skipped, and
     the message for each of them is added here."""
     if skipped is not None:
         for position, row in enumerate(rows, start):

@@ -136,7 +136,7 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
-    be read are passed over; None where no key could ask for it. Raises UserError naming file and
+    be read are skipped; None where no key could ask for it. Raises UserError naming file and
     line.
     """
     kind = kind_of(path)

@@ -48,14 +48,14 @@ class Settings:
 
     labels: the model's class order, "a,b,c" or "task_order". batch_rows: the rows of one forward.
     skip_malformed: whether rows that cannot be read are skipped. progress: whether a progress bar
-    is shown on standard error. passed_over: a line for each skipped row.
+    is shown on standard error. skipped: a line for each skipped row.
     """
 
     labels: str | None = None
     batch_rows: int = ROWS_PER_BATCH
     skip_malformed: bool = False
     progress: bool = False
-    passed_over: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     def examples(self, task: TaskSpec, rows: Rows, name: str) -> ExampleSet:
         """The examples of the rows, which need no labels.
@@ -64,7 +64,7 @@ class Settings:
         """
         if not rows:
             raise UserError(f"{name} has no rows; give a file that has some")
-        skipped = self.passed_over if self.skip_malformed else None
+        skipped = self.skipped if self.skip_malformed else None
         try:
             return build_examples(task, rows, name, labelled=False, skipped=skipped)
         except UserError as error:
@@ -76,9 +76,9 @@ class Settings:
                 ) from error
             raise
 
-    def tell_passed_over(self, world: World) -> None:
+    def tell_skipped(self, world: World) -> None:
         """Log which rows were skipped, and why."""
-        lines = self.passed_over
+        lines = self.skipped
         if not lines or not world.is_main:
             return
         for line in lines[:TOLD]:
@@ -122,7 +122,7 @@ def predict_file(
         examples = settings.examples(
             task, rows, "standard input" if file == STANDARD else file.name
         )
-        settings.tell_passed_over(world)
+        settings.tell_skipped(world)
         columns = input_columns(rows, examples)
         added = task.task_kind.answers(task, np.zeros((0, task.num_labels), np.float32))
         if clash := sorted({*added, *ADDED} & set(columns)):

@@ -94,7 +94,7 @@ def is_finished(run: Path) -> bool:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of a run directory's metrics.jsonl, oldest first.
 
-    A last line that a killed run left unfinished is passed over. Without a file there are none.
+    A last line that a killed run left unfinished is skipped. Without a file there are none.
 
     Raises:
         UserError: a line before the last is not a JSON object.
