@@ -312,7 +312,7 @@ def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     """Whether the names of a ClassLabel say what its numbers mean. Names do where a file may
     hold each of them, numbers too (`datasets` sorts these as texts: 0, 1, 10, 2). Else they do
-    where one is not a number. Then a class that the task lacks is refused by its name."""
+    where one is not a number. Then a class that the task lacks is rejected by its name."""
     if all(task.task_kind.is_label(task, name) for name in names):
         return True
     return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)

@@ -153,7 +153,7 @@ def _read_split(
         read += len(rows)
     found = concatenate(*parts)
     if found.has_gold and not has_label(found.labels_B).all():
-        return _read_split(task, data, split, route, False)  # refuses the first row without one
+        return _read_split(task, data, split, route, False)  # rejects the first row without one
     return found
 
 

@@ -1,7 +1,7 @@
 """Which tensors of a model came from a checkpoint's files, and which may be new (invariant 11).
 
 Transformers gives every tensor that it does not find a random value, and goes on. Here each such
-tensor must belong to a head that is to be new. Else the checkpoint is refused, with the names.
+tensor must belong to a head that is to be new. Else the checkpoint is rejected, with the names.
 """
 
 import re

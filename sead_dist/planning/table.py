@@ -213,7 +213,7 @@ def placement_lines(setting: Setting) -> list[str]:
 
 def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     """Lines below the tables: the choice and why, and what is not counted."""
-    work, allowed = setting.work, [one for one in found if one.refused is None]
+    work, allowed = setting.work, [one for one in found if one.rejected is None]
     lines = placement_lines(setting)
     for one in allowed:
         if one.workers:
@@ -224,7 +224,7 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
             )
     if work.passes == 0 and setting.teachers:
         lines.append("the store holds every prediction: the teachers cost nothing")
-    lines += [f"{one.placement}: {one.refused}" for one in found if one.refused is not None]
+    lines += [f"{one.placement}: {one.rejected}" for one in found if one.rejected is not None]
     if setting.memory is not None:
         lines.append(f"fits: into {FULL:.0%} of --gpu-memory; the rest is for activations")
         if not any(one.fits for one in allowed if one.placement != "pool"):
@@ -293,7 +293,7 @@ def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
     columns += ["training", "to the end", "examples/s", "bound"]
     rows: list[list[object]] = []
     for one in found:
-        if one.refused is not None:
+        if one.rejected is not None:
             rows.append([one.placement, "not possible", *[""] * (len(columns) - 2)])
             continue
         more = ">= " if one.at_least else ""

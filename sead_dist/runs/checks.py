@@ -47,7 +47,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
     if not config.push_to_hub or (run / PUSHED).is_file():
         return line
-    # the run was killed before its upload, or the hub refused the upload
+    # the run was killed before its upload, or the hub rejected the upload
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"

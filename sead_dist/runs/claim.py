@@ -1,7 +1,7 @@
 """Which run an output folder holds. Nothing of another run with progress is overwritten.
 
 run.json records the run (the claim). A claim without progress, such as that of a run that was
-refused before it trained, is replaced by a new one. A lock excludes a second process while one
+rejected before it trained, is replaced by a new one. A lock excludes a second process while one
 writes.
 """
 
@@ -49,7 +49,7 @@ EARLY_FILES = (
 )
 
 # The folder of data that are given from Python. Its name begins with a dot, so `holds_run` ignores
-# it: a start that was refused may leave it.
+# it: a start that was rejected may leave it.
 KEPT_DATA = ".data"
 
 # the record of the store that a pool's student reads; the workers need it

@@ -1,6 +1,6 @@
 """Runs with a split that has no gold labels.
 
-Some keys are refused then. Elsewhere the ensemble's answers serve as labels.
+Some keys are rejected then. Elsewhere the ensemble's answers serve as labels.
 
 Shapes: N teachers, B rows, C classes.
 """
@@ -37,7 +37,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
     unnamed = len(config.teachers) > 1 and config.teacher is None
     falls_back = weighting.alike_without_gold or weighting.one_teacher
     by_labels = asks_selection(config) and not falls_back
-    refused = {
+    rejected = {
         "final_checkpoint=best": config.final_checkpoint == "best",
         "early_stopping_patience": config.early_stopping_patience is not None,
         "teacher_validation=fp32": config.teacher_validation == "fp32",
@@ -46,7 +46,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
         f"ensemble={config.ensemble} without teacher=NAME": unnamed and weighting.one_teacher,
         "feature_loss without teacher=NAME": unnamed and config.feature_loss is not None,
     }
-    for key, asked in refused.items():
+    for key, asked in rejected.items():
         if asked:
             fix = "name one teacher" if key.endswith("NAME") else f"leave {key} out"
             raise UserError(

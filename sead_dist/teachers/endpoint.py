@@ -77,7 +77,7 @@ class Client:
         """The server's answer, as parsed JSON. Waits and tries again where the server is busy,
         fails or cannot be reached.
 
-        Raises RejectedError where the server refuses the request, and RunError where all tries
+        Raises RejectedError where the server rejects the request, and RunError where all tries
         failed or `most` requests were sent.
         """
         said, pause_s = "", PAUSE_S
@@ -163,7 +163,7 @@ class Endpoint:
         self.empty_K: np.ndarray | None = None
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """The logits_RK. Raises RunError where the server does not answer, or refuses a row."""
+        """The logits_RK. Raises RunError where the server does not answer, or rejects a row."""
         rows = rows_of(texts_a, texts_b)
         with ThreadPoolExecutor(self.concurrency) as pool:
             if self.calibrated and self.empty_K is None:

@@ -2,7 +2,7 @@
 
 The key `deepspeed` or `accelerate launch` names them. They are read from a JSON file, and every
 `auto` is filled from the run's own configuration. Settings of a launcher that this package would
-ignore are refused.
+ignore are rejected.
 """
 
 import importlib.util
