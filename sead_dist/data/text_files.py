@@ -177,7 +177,8 @@ def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpe
 
 def _broken_text(lines: Iterable[list[str]]) -> tuple[int, int] | None:
     """The first and the last line of a text in quotation marks that seems to span several lines of
-    a file of one column. None for more columns: such lines have too few fields, and are rejected."""
+    a file of one column. None for more columns: such lines have too few fields, and are
+    rejected."""
     opened = None
     for number, fields in enumerate(lines, start=1):
         if len(fields) > 1:

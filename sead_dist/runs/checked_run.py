@@ -92,7 +92,7 @@ def check_run(
     """Read and check a run that trains a student. Every rank calls this. Nothing is written.
 
     ranks, device: those of the planned run, where they differ from the present ones. folders: the
-    folders that every node must see (key -> folder). It is None for a plan; then the hub is not
+    folders that every node must reach (key -> folder). It is None for a plan; then the hub is not
     queried about an upload. Raises UserError, on every rank, for a mistake in the configuration,
     the files or the models.
     """
@@ -123,7 +123,7 @@ def read_run(
     """Read task, data, student and teachers, and check that they fit each other and their keys.
 
     Every rank calls this. learns: False where no student is trained (`labels`). Then unlabelled
-    rows that no teacher answers are kept, and a teacher need not give hidden states. Raises
+    rows that no teacher predicts are kept, and a teacher need not give hidden states. Raises
     UserError as `check_run` does.
     """
     world.at("reading the data and the student")

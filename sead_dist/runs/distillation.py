@@ -274,7 +274,7 @@ def count_past_predictions(setup: RunSetup, ensemble: Ensemble | None, done: int
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
     """The trainer of a run.
 
-    Where the selection split has no gold labels, it is scored by the ensemble's answers.
+    Where the selection split has no gold labels, it is scored by the ensemble's predictions.
     """
     task, selection = setup.task, setup.splits.selection
     examples = selection.examples

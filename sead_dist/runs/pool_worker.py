@@ -99,7 +99,7 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
 
     The worker ends once all of them are in the store, once the student is finished, or on a stop.
     Its folder holds a finished run, except after a stop. Teachers outside the pool are left to the
-    student. Where weights depend on the selection split, these teachers answer it here too.
+    student. Where weights depend on the selection split, these teachers predict it here too.
 
     worker: NUMBER/WORKERS. Raises UserError before any long work, and where the student expects
     other teachers, data or settings. Raises RunError during the work.
@@ -181,9 +181,9 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
     """
     config, splits, teachers = student.config, student.splits, student.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
-    # Some ensembles need the selection split to decide which teacher is asked for a row. The worker
-    # decides this as the student does, so it needs the answers of teachers outside the pool too.
-    # In other ensembles the student validates those teachers.
+    # Some ensembles need the selection split to decide which teacher predicts a row. The worker
+    # decides this as the student does, so it needs the predictions of teachers outside the pool
+    # too. In other ensembles the student validates those teachers.
     everyone = asks_selection(config)
     validating = [
         item

@@ -164,7 +164,7 @@ def build(
 
 
 def run_folders(config: RunConfig) -> dict[str, Path]:
-    """The folders that every node of a run must see, by their keys."""
+    """The folders that every node of a run must reach, by their keys."""
     folders = {"output_dir": Path(config.output_dir)}
     if config.taught:
         folders["store"] = store_folder(config.store.path)

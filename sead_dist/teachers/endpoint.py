@@ -4,7 +4,7 @@ Some servers give the log-probabilities of a prompt (`echo`). There one request 
 word, with prompt and word together, and the word's score is the sum of its tokens'
 log-probabilities. Other servers get one request for each row, for the most probable first tokens.
 There a class is scored by those tokens that begin its words and no word of another class. The first
-answer to a row is kept in the store, and is used from then on.
+prediction of a row is kept in the store, and is used from then on.
 
 Shapes: R text rows, W words, K classes of the entry.
 """
@@ -74,7 +74,7 @@ class Client:
         self.lock, self.sent = threading.Lock(), 0
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The server's answer, as parsed JSON. Waits and tries again where the server is busy,
+        """The server's response, as parsed JSON. Waits and tries again where the server is busy,
         fails or cannot be reached.
 
         Raises RejectedError where the server rejects the request, and RunError where all tries
@@ -133,7 +133,7 @@ class Client:
 
 
 class Endpoint:
-    """A teacher behind an endpoint (`kinds.Answers`). A few requests at the start find out whether
+    """A teacher behind an endpoint (`kinds.Answers`). A few requests at the start show whether
     and how the server gives scores.
 
     Raises UserError where it gives none.
@@ -163,7 +163,7 @@ class Endpoint:
         self.empty_K: np.ndarray | None = None
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """The logits_RK. Raises RunError where the server does not answer, or rejects a row."""
+        """The logits_RK. Raises RunError where no response comes, or the server rejects a row."""
         rows = rows_of(texts_a, texts_b)
         with ThreadPoolExecutor(self.concurrency) as pool:
             if self.calibrated and self.empty_K is None:
@@ -182,8 +182,8 @@ class Endpoint:
         return each * len(rows), letters // LETTERS + each * len(rows)
 
     def count_first(self) -> int:
-        """Requests that the empty text still takes. Contextual calibration corrects all answers by
-        the answer to this text."""
+        """Requests that the empty text still takes. Contextual calibration corrects all logits by
+        those of this text."""
         if not self.calibrated or self.empty_K is not None:
             return 0
         return len(self.words.words_W) if self.way == "prompt" else 1
@@ -247,7 +247,7 @@ class Endpoint:
 
     def _try_prompts(self, row: Texts) -> None:
         """Try the way of prompts on one row: the server's two log-probabilities of one token must
-        agree.
+        be equal.
 
         One is that of a word's first token behind the prompt. The other is that of the same token
         among the most probable first tokens. llama-cpp-python 0.3 gives the log-probabilities of a
@@ -304,7 +304,7 @@ class Endpoint:
         """For each word of class k, the longest of these tokens that begins it."""
         found = set()
         for word, own in zip(self.words.words_W, self.words.class_W, strict=True):
-            # an answer in a conversation begins without a blank
+            # a reply in a conversation begins without a blank
             wanted = word.strip() if self.chat else word
             fits = [
                 t for t in top if t.strip() and wanted.startswith(t.strip() if self.chat else t)
@@ -377,7 +377,7 @@ def _check_first_words(name: str, words: Words) -> None:
 
 
 def _part(of: Any, *keys: str | int) -> Any:
-    """The value below these keys; None where there is none. A server may answer anything."""
+    """The value below these keys; None where there is none. A server may send anything."""
     for key in keys:
         try:
             of = of[key]

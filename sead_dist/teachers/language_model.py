@@ -56,7 +56,7 @@ from sead_dist.teachers.prompts import Opening, Prompt, Reader, Texts, Words, re
 GPU_ROWS, GPU_STEP = 32, 32
 # the name of this scheme, in the numerics class and in the fingerprint
 SCHEME = "words-1"
-# comes before a chat template: one that writes today's date would give other answers tomorrow
+# comes before a chat template: one that writes today's date would give other logits tomorrow
 ONE_DAY = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 NO_CAUSAL = "give a causal language model, or {path: ...} for a classifier"
 

@@ -291,7 +291,7 @@ def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) 
 
 
 def _any_rank(world: World, *mine: bool) -> list[bool]:
-    """For each question whether any rank answers yes. The answers are the same on all ranks."""
+    """For each of `mine`, whether it is true on any rank. The result is the same on all ranks."""
     if world.size == 1:
         return list(mine)
     said = torch.tensor(mine, dtype=torch.int32, device=world.device)
