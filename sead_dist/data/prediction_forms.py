@@ -78,7 +78,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
             if not (math.isfinite(value) or (value == -math.inf and kind != "logits")):
                 raise UserError(
                     f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; "
-                    "correct it, or declare it as no answer (abstain)"
+                    "correct it, or declare it as no prediction (abstain)"
                 )
         read.append((number, values_C))
     if kind == "logits":
@@ -207,7 +207,7 @@ def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     if cell is None or cell != cell:
         raise UserError(
             f"{sheet.at(number)}: column {column!r} holds no label ({cell!r}); fill it in, or "
-            'declare it as no answer (abstain: [""])'
+            'declare it as no prediction (abstain: [""])'
         )
     return sheet.label_index(cell)
 
@@ -320,7 +320,7 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
         if not math.isfinite(value):
             raise UserError(
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
-                "it, or declare it as no answer (abstain)"
+                "it, or declare it as no prediction (abstain)"
             )
         reject_other_scale(sheet, number, column, value)
         yield np.array([value], np.float32)

@@ -136,7 +136,7 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
         classes = ", ".join(sheet.task.labels)
         either = f"a column for each class ({classes}), or " if classes else ""
         raise UserError(
-            f"{sheet.path} has no answers: expected {either}one of the columns "
+            f"{sheet.path} has no predictions: expected {either}one of the columns "
             f"{', '.join(dict.fromkeys(usual))}; its other columns: "
             f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
         )
@@ -165,8 +165,8 @@ def reject_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
         if not chance and not hold_same_classes(sheet, found, other):
             raise UserError(
-                f"{sheet.path}: the columns {found!r} and {other!r} both hold answers of task "
-                f"{task.name}; say which are the teacher's: column: {found}, or column: {other}"
+                f"{sheet.path}: the columns {found!r} and {other!r} both hold predictions of "
+                f"task {task.name}; name the teacher's: column: {found}, or column: {other}"
             )
 
 

@@ -265,7 +265,7 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
             "classes; add rows of them, or remove them from the task's labels"
         )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
-        alone = "" if with_gold else "; the student learns from the teachers' answers alone"
+        alone = "" if with_gold else "; the student learns from the teachers' predictions alone"
         tell(
             f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is "
             f"missing or empty): scores there are agreement with the teachers{alone}"

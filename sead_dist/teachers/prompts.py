@@ -163,7 +163,7 @@ def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     entry, name, task = opening.entry, opening.name, opening.task
     if not task.task_kind.head_of_labels:
         raise UserError(
-            f"teacher {name} scores the words of classes, and the answers of task {task.name} "
+            f"teacher {name} scores the words of classes, and the labels of task {task.name} "
             f"({task.kind}) are not classes; leave it out, or score the rows with it elsewhere and "
             "give a file of predictions"
         )
